@@ -1,4 +1,4 @@
-"""Conditions of the UNet: `Cond` holds them, an `Encoder` makes some, a `Conditioner` runs several.
+"""Conditions of the UNet: a `Conditioner` runs `Encoder`s, whose outputs form a `Cond`.
 
 A condition reaches the UNet in one of three ways, each of which is a slot of `Cond`:
 
@@ -6,7 +6,7 @@ A condition reaches the UNet in one of three ways, each of which is a slot of `C
     concat    (B, C, h, w)  channels concatenated to the noisy latent    a mask, a depth map
     vector    (B, D)        added to the time embedding                  a noise level, an image
 
-A mask may say which tokens of `crossattn` count.
+`context_mask` may exclude tokens of `crossattn` from attention.
 """
 
 import math
@@ -30,8 +30,8 @@ Slot = Literal["crossattn", "concat", "vector"]
 Join = Literal["tokens", "features"]
 Drop = float | Mapping[str, float] | None  # see `Conditioner.forward`
 LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")
-TOKEN_SLOTS = {"crossattn", "context_mask"}  # whose axis 1 is that of tokens
-SECOND_PROMPT = "txt_2"  # batch key of another prompt for `text_2`
+TOKEN_SLOTS = {"crossattn", "context_mask"}  # slots with tokens along axis 1
+SECOND_PROMPT = "txt_2"  # batch key of a prompt of its own for the encoder `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 
@@ -43,7 +43,7 @@ class Cond:
     concat: Tensor | None = None
     vector: Tensor | None = None
     context_mask: Tensor | None = None  # tokens of `crossattn` to keep, bool (B, N); None for all
-    perturbed: Tensor | None = None  # rows without self-attention in the UNet's middle block, (B,)
+    perturbed: Tensor | None = None  # rows for perturbed-attention guidance, bool (B,)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
@@ -65,7 +65,7 @@ class Cond:
     def cat(self, other: "Cond") -> "Cond":
         """Concatenate two conditions of the same slots along the batch axis.
 
-        Contexts are made equally long by repetition, which changes no attention.
+        Contexts are repeated to equal length, which does not change attention.
         """
         first, second = self.tensors(), other.tensors()
         if first.keys() != second.keys():
@@ -76,14 +76,14 @@ class Cond:
         return Cond(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
     def repeat(self, n: int) -> "Cond":
-        """Repeat every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
+        """Repeat each row n times: rows 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
 
     def join(self, other: "Cond", crossattn: Join = "tokens") -> "Cond":
-        """Append another condition of the same rows along axis 1: channels, entries of the vector.
+        """Concatenate with another condition of the same rows: channels, features of the vector.
 
         Args:
-            crossattn: Whether `tokens` (axis 1) or their `features` (axis 2) are joined.
+            crossattn: Axis of the contexts, "tokens" (axis 1) or "features" (axis 2).
         """
         joined = self.tensors()
         for slot, value in other.tensors().items():
@@ -105,9 +105,9 @@ class Cond:
 class Composition:
     """Conditions of several prompts per sample: their guidance is summed (arXiv:2206.01714)."""
 
-    cond: Cond  # a row per prompt, M in all
-    rows: Tensor  # the sample of each row, int64 (M,)
-    weights: Tensor  # of the guidance of each row, (M,)
+    cond: Cond  # a row per prompt, M rows in all
+    rows: Tensor  # index of the sample of each row, int64 (M,)
+    weights: Tensor  # guidance weight of each row, (M,)
     samples: int  # number of samples, B
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class ScheduledCond:
-    """Conditions that follow each other during sampling."""
+    """Conditions that change during sampling (prompt editing)."""
 
     # (last step, condition), in order; steps are counted from 0
     entries: tuple[tuple[int, "Cond | Composition"], ...]
@@ -136,7 +136,7 @@ class ScheduledCond:
         return len(self.entries[0][1])
 
     def at(self, step: int) -> "Cond | Composition":
-        """Return the condition of a step: the first whose last step is not below it."""
+        """Return the condition of a step, counted from 0."""
         later = (cond for last, cond in self.entries if last >= step)
         return next(later, self.entries[-1][1])
 
@@ -147,7 +147,7 @@ AnyCond = Cond | Composition | ScheduledCond
 def repeat_to_equal_length(values: Sequence[Tensor]) -> list[Tensor]:
     """Repeat tensors (B, N, …) along axis 1 to the least common multiple of their lengths.
 
-    Attention to tokens that are all repeated equally often is the same as to the tokens.
+    Attention is unchanged, as all tokens of a tensor are repeated equally often.
     """
     length = math.lcm(*(value.shape[1] for value in values))
     return [
@@ -164,7 +164,7 @@ def zero_rows(value: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What `Encoder.prepare` may use besides the batch."""
+    """Arguments of `Encoder.prepare` besides the batch."""
 
     size: tuple[int, int]  # (h, w) of the latent
     # image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior
@@ -185,10 +185,10 @@ class PrepareOptions:
 
 
 class EncoderOptions(TypedDict, total=False):
-    """Keywords of encoders that only training and guidance look at."""
+    """Options of encoders for training and guidance."""
 
-    ucg_rate: float  # probability that training drops a sample, see `Conditioner.forward`
-    legacy_ucg_value: object  # what replaces it then, instead of zeros or `null`
+    ucg_rate: float  # probability of dropping a sample in training, see `Conditioner.forward`
+    legacy_ucg_value: object  # replacement of a dropped sample, instead of zeros or `null`
     is_trainable: bool  # False freezes the encoder
     null: object  # see `Encoder`
 
@@ -196,14 +196,15 @@ class EncoderOptions(TypedDict, total=False):
 class Encoder(nn.Module):
     """Turns one entry of a batch into a slot of a `Cond`: `encoder(batch[encoder.key])`.
 
-    `forward` returns a tensor, or a `Cond` if it fills several slots; here, the entry as it is.
+    `forward` returns a tensor, or a `Cond` if it fills several slots; here, it
+    returns the entry unchanged.
     """
 
     key: str  # batch key of the input
     slot: Slot  # of `Cond`, for an output that is a tensor
-    droppable: ClassVar[bool] = False  # guidance replaces the samples by `null`, as prompts
+    droppable: ClassVar[bool] = False  # classifier-free guidance replaces samples by `null`
     null: object = None  # the unconditional sample, such as ""; None for outputs of zeros
-    # What `prepare` computes without randomness, or an image in pixels: a latent cache stores it.
+    # Batch key to store in latent caches: computed by `prepare` without randomness, or an image.
     cache_key: str | None = None
     generation: ClassVar[int | None] = None  # Stable Diffusion 1 or 2, if this is its text encoder
     ucg_rate: float = 0.0  # this and the next two: see `EncoderOptions`
@@ -217,7 +218,7 @@ class Encoder(nn.Module):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Prefixes of weights that do not affect the output, and that other programs leave out."""
+        """Name prefixes of weights that do not affect the output and may be missing in files."""
         return ()
 
     def forward(self, samples: Any) -> Any:
@@ -229,22 +230,22 @@ class Encoder(nn.Module):
         return output if isinstance(output, Cond) else Cond(**{self.slot: output})
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Compute the entries that this encoder needs, and the batch does not have.
+        """Compute entries that this encoder needs and the batch lacks.
 
-        Whatever is slow or random belongs here and not in `forward`, which then gives the same
-        result for the conditional and the unconditional batch.
+        Slow or random steps belong here, not in `forward`, so that they are the same for the
+        conditional and the unconditional batch.
         """
         return {}
 
 
 class Conditioner(nn.Module):
-    """Encoders by name; the one of the prompt, or of what replaces it, is `text`.
+    """Encoders by name; that of the prompt (or of an image in its place) is `text`.
 
-    The names are the attribute names, so that weights are called `conditioner.text.…`.
+    Names are attribute names, so that weights are called `conditioner.text.…`.
 
     Args:
-        join: How the contexts of several encoders become one, see `Cond.join`. Their vectors follow
-            each other in the order of the encoders.
+        join: Axis along which contexts are concatenated, see `Cond.join`. Vectors are concatenated
+            in the order of the encoders.
     """
 
     text: Encoder | None
@@ -279,7 +280,7 @@ class Conditioner(nn.Module):
         return next(iter(self.find_all(kind)), None)
 
     def get(self, kind: type[EncoderT]) -> EncoderT:
-        """Return the first encoder of a class; a ValueError names those that there are."""
+        """Return the first encoder of a class, or raise a ValueError that lists all encoders."""
         encoder = self.find(kind)
         if encoder is None:
             names = ", ".join(type(e).__name__ for e in self.encoders.values()) or "none"
@@ -304,8 +305,8 @@ class Conditioner(nn.Module):
                 of one batch key drop the same samples.
             generator: Random generator for `drop`.
             legacy: Quirks of `generative-models`, names in LEGACY_DROPOUT: "independent-dropout"
-                drops each tensor by itself, "mutating-legacy-ucg" hands later encoders what
-                replaced a text.
+                drops each tensor independently, "mutating-legacy-ucg" lets later encoders see
+                the replacement.
         """
         cond, dropout = Cond(), _Dropout(drop, generator, legacy)
         entries = dict(batch)
@@ -321,7 +322,7 @@ class Conditioner(nn.Module):
 
 @dataclass
 class _Dropout:
-    """Drops samples before an encoder runs, if something replaces them, else its outputs after."""
+    """Replaces dropped samples before an encoder runs, or zeroes its outputs afterwards."""
 
     drop: Drop
     generator: torch.Generator | None
@@ -329,7 +330,7 @@ class _Dropout:
     draws: dict[str, Tensor] = field(default_factory=dict)  # (B,) in [0, 1), by batch key
 
     def replace(self, encoder: Encoder, samples: Any) -> tuple[Any, Any]:
-        """Return the samples for later encoders of the batch key, and those for this one."""
+        """Return the samples for later encoders of the batch key, and for this one."""
         rate, null = self._rate(encoder), self._replacement(encoder)
         if not rate or null is None:
             return samples, samples
@@ -348,10 +349,10 @@ class _Dropout:
             return cond
         if "independent-dropout" not in self.legacy:
             return cond.zero_rows(self._draw(encoder.key, len(cond)) < rate)
-        chances = torch.full((len(cond),), 1 - rate)
+        keep = torch.full((len(cond),), 1 - rate)
         return Cond(
             **{
-                slot: zero_rows(value, torch.bernoulli(chances, generator=self.generator) == 0)
+                slot: zero_rows(value, torch.bernoulli(keep, generator=self.generator) == 0)
                 for slot, value in cond.tensors().items()
             }
         )
@@ -364,7 +365,7 @@ class _Dropout:
         return self.drop if encoder.droppable else 0.0
 
     def _replacement(self, encoder: Encoder) -> object:
-        """Return what a dropped sample is replaced by; None for zeros."""
+        """Return the replacement of dropped samples; None for zeros."""
         if self.drop is None or encoder.legacy_ucg_value is not None:
             return encoder.legacy_ucg_value
         return encoder.null

@@ -31,18 +31,18 @@ from ldm.runtime.offload import offload
 
 __all__ = ["Defaults", "LatentDiffusion", "LatentSpace"]
 
-SCALE_TOLERANCE = 0.01  # relative, of the scale factors of autoencoders
+SCALE_TOLERANCE = 0.01  # relative difference of scale factors
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Options of sampling that a model is made for; pipelines use them for what is not given.
+    """Default sampling options of a model.
 
     Args:
-        scale: Guidance scale; 1 is no guidance.
-        scheduler: Choice of steps; None for the sampler's own.
-        eta: Noise between the steps of this sampler; None for the sampler's own.
-        max_steps, max_scale: What a model for few steps is not made for: more than that.
+        scale: Guidance scale; 1 disables guidance.
+        scheduler: Spacing of timesteps or sigmas; None for the sampler's default.
+        eta: Stochasticity, 0 is deterministic DDIM; None for the sampler's default.
+        max_steps, max_scale: Upper limits of a few-step (distilled) model; None for no limit.
     """
 
     scale: float = 9.0
@@ -56,44 +56,43 @@ class Defaults:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What tells the latents of one autoencoder from those of another.
+    """Properties that two models must share to exchange latents.
 
     Args:
-        channels, downscale, scale_factor: As those of `LatentDiffusion`.
+        channels, downscale, scale_factor: See `LatentDiffusion`.
         pixel_channels: Channels of the images.
-        is_normalised: Whether latents have a mean and a standard deviation of each channel.
+        is_normalized: Whether latents are normalized by mean and standard deviation per channel.
     """
 
     channels: int
     downscale: int
     pixel_channels: int
     scale_factor: float
-    is_normalised: bool
+    is_normalized: bool
 
     def matches(self, other: "LatentSpace") -> bool:
-        """Return whether latents of both are of one kind."""
+        """Return whether the models can exchange latents."""
         ratio = other.scale_factor / self.scale_factor
         same = replace(other, scale_factor=self.scale_factor)
         return self == same and abs(ratio - 1) <= SCALE_TOLERANCE
 
 
 class LatentDiffusion(nn.Module):
-    """A latent diffusion model of any family: families differ in encoders and sizes only.
+    """A latent diffusion model of any family.
 
     Args:
         parameterization: What `unet` predicts, "eps", "v", "x0" or "edm".
         sigma_data: Standard deviation of z, for "edm".
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
-        latent_mean, latent_std: Of each channel of the autoencoder's latents, (C,), where they are
-            normalised: z = (latent - mean) / std * scale_factor.
+        latent_mean, latent_std: (C,), z = (latent - mean) / std * scale_factor; None for 0 and 1.
         image_size: Side of the latents that the model was trained with, in latent pixels, or
             (height, width).
         upcast_autoencoder: Whether the autoencoder overflows in float16, as that of SDXL.
-        defaults: Options of sampling that are not given.
+        defaults: Default sampling options.
 
     Attributes:
-        latent_size: (height, width) of the latents in training; `image_size` is the greater.
-        provenance: Files that the model was loaded from, set by `ldm.load`.
+        latent_size: (height, width) of the latents in training; `image_size` is the larger of them.
+        provenance: Files and settings that the model was loaded with, set by `ldm.load`.
         merged: What `ldm.set_loras` has merged into the weights; None if it was never called.
     """
 
@@ -127,6 +126,7 @@ class LatentDiffusion(nn.Module):
         self.parameterization = parameterization
         self.sigma_data = sigma_data
         self.scale_factor = scale_factor
+        # not buffers: state dicts of the original have none
         self.latent_mean = _channel_values(latent_mean)
         self.latent_std = _channel_values(latent_std)
         self.upcast_autoencoder = upcast_autoencoder
@@ -149,18 +149,18 @@ class LatentDiffusion(nn.Module):
         return self.unet.out_channels
 
     @property
-    def guidance_width(self) -> int | None:
-        """Features of the embedded guidance scale that a distilled UNet reads; None for others."""
+    def guidance_embed_dim(self) -> int | None:
+        """Features of the guidance-scale embedding of a distilled UNet (LCM); None for others."""
         return self.unet.time_cond_proj_dim if isinstance(self.unet, UNet) else None
 
     @property
     def downscale(self) -> int:
-        """Image pixels per latent pixel along one side, such as 8."""
+        """Image pixels per latent pixel along one side, often 8."""
         return self.autoencoder.downscale
 
     @property
     def latent_space(self) -> LatentSpace:
-        """What its latents must share with those of another model to be of use to it."""
+        """What two models must share to exchange latents."""
         return LatentSpace(
             self.channels,
             self.downscale,
@@ -171,7 +171,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks run."""
+        """The device that the networks run on."""
         return self._offload_device or next(self.unet.parameters()).device
 
     @property
@@ -179,10 +179,10 @@ class LatentDiffusion(nn.Module):
         return next(self.unet.parameters()).dtype
 
     def offload(self, device: torch.device) -> None:
-        """Run on a device that need not hold the whole model: for a GPU of little memory.
+        """Run on a device too small for the whole model, one network at a time.
 
-        Text encoders, UNet and autoencoder stay on the CPU, and have a copy on the device from when
-        they run until another of them does. Encoders of images stay on the device.
+        Text encoders, UNet and autoencoder stay on the CPU; the one that runs has a copy on the
+        device until another one runs. Other encoders stay on the device.
         """
         for encoder in self.conditioner.encoders.values():
             if isinstance(encoder, TextEncoder):
@@ -198,7 +198,7 @@ class LatentDiffusion(nn.Module):
         return self.normalize(self.autoencoder.encode(image).sample(generator).float())
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Convert latents (B, C, h, w) of the autoencoder to those of the UNet, of std about 1."""
+        """Convert latents (B, C, h, w) of the autoencoder to z, with std about 1."""
         if self.latent_mean is not None:
             z = z - self.latent_mean.to(z.device)
         if self.latent_std is not None:
@@ -206,7 +206,7 @@ class LatentDiffusion(nn.Module):
         return z * self.scale_factor
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Convert latents (B, C, h, w) of the UNet to those of the autoencoder."""
+        """Convert z (B, C, h, w) to latents of the autoencoder."""
         z = z / self.scale_factor
         if self.latent_std is not None:
             z = z * self.latent_std.to(z.device)
@@ -219,8 +219,8 @@ class LatentDiffusion(nn.Module):
 
         Args:
             tile: Side, in latent pixels, of overlapping tiles that are decoded one by one and
-                blended: needs less memory, but changes the image a little, as each tile is
-                normalized by itself. None decodes everything at once.
+                blended: needs less memory, but changes the image slightly, as group norms see
+                only the tile. None decodes everything at once.
         """
         z = self.denormalize(z)
         if tile is None:
@@ -230,9 +230,9 @@ class LatentDiffusion(nn.Module):
     def prepare(
         self, batch: Batch, size: tuple[int, int], generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        """Add to a batch what encoders read: a depth map, the latent of a masked image, noise.
+        """Add inputs of encoders to a batch: a depth map, the latent of a masked image, noise.
 
-        This is slow or random; `condition` then gives consistent results with and without a prompt.
+        It runs slow or random steps once, for both the conditional and the unconditional batch.
 
         Args:
             batch: Images, masks, texts … by batch key.

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from judges import Gallery, Judges, background
-from ldm.data.drawings import COLORS, EmojiTransform, caption
+from ldm.data.drawings import COLORS, EmojiTransform, format_caption
 from ldm.data.folder import Folder
 from ldm.imaging import pixels
 from ldm.loading.load import load
@@ -140,7 +140,7 @@ def choose_prompts(
     prompts = []
     for row in rows:
         colour = rng.choice(list(COLORS))
-        text = caption(row["object"], row["style"], colour)
+        text = format_caption(row["object"], row["style"], colour)
         prompts.append({**row, "colour": colour, "prompt": text})
     return prompts
 

@@ -26,7 +26,7 @@ from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.evaluation.generate import Setting, generate_settings, write_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
-from ldm.evaluation.score import ImageSet, list_images, score_sets, sets_of_run
+from ldm.evaluation.score import ImageSet, find_image_sets, list_images, score_sets
 from ldm.generate.tasks import TASKS
 from ldm.imaging.pixels import to_pil, to_tensor
 from ldm.runtime.files import replace_when_written, sha256_of_file
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judges, [reference.load(k) for k in range(len(reference.files))], sha256
     )
     judge = EmojiJudge(judges, prompts, sha256)
-    sets = [each.first(args.score) for each in sets_of_run(args.out)]
+    sets = [each.first(args.score) for each in find_image_sets(args.out)]
     results = score_sets(sets, reference, extractor, judge)
     save_results(results, args.out)
     save_figure(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.data.drawings import EmojiTransform, caption
+from ldm.data.drawings import EmojiTransform, format_caption
 from ldm.data.folder import Folder
 from ldm.imaging import pixels
 from ldm.loading.load import load
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_demo(data: Path) -> Image.Image:
     """What the demo model makes of DEMO."""
-    prompts = [caption(*words) for words in DEMO]
+    prompts = [format_caption(*words) for words in DEMO]
     images = txt2img(load(), prompts, seeds=list(range(len(prompts))), **OPTIONS)
     return pixels.make_grid(pixels.to_pil(images), 8)
 
@@ -94,7 +94,7 @@ def make_demo(data: Path) -> Image.Image:
 def make_tasks(data: Path) -> Image.Image:
     """One row for each task: what goes in and what comes out."""
     model = load()
-    prompts = [caption("panda", "flat", "pink"), caption("tomato", "noto", "yellow")]
+    prompts = [format_caption("panda", "flat", "pink"), format_caption("tomato", "noto", "yellow")]
     images = [txt2img(model, [prompt] * 3, seeds=[0, 1, 2], **OPTIONS) for prompt in prompts]
     rows = [[Panel(f"text to image: {' | '.join(prompts)}", torch.cat(images))]]
     for make in (_inpainting, _upscaling, _depth, _variations):
@@ -116,7 +116,7 @@ def make_adapters(data: Path) -> Image.Image:
             (f"{name}: before", base, name),
             (f"after: {method}", model, word),
         ):
-            prompts = [caption(words, "3d", "blue")] * 4
+            prompts = [format_caption(words, "3d", "blue")] * 4
             panels.append(Panel(title, txt2img(network, prompts, seeds=[0, 1, 2, 3], **OPTIONS)))
         rows.append(panels)
     return draw_sheet(rows)
@@ -184,7 +184,7 @@ def _depth(data: Path) -> tuple[str, list[Tensor]]:
     for sample in _samples(data / "emoji", EmojiTransform(conditions={"depth": {}}),
                            ("duck", "cat face")):  # fmt: skip
         image, depth = sample["jpg"][None], sample["depth"][None]
-        prompts = [caption(sample["object"], "noto", "blue")] * 2
+        prompts = [format_caption(sample["object"], "noto", "blue")] * 2
         options = {"depth": depth, "strength": 1.0, "seeds": [0, 1], **OPTIONS}
         results = depth2img(model, prompts, image, **options)
         images += [(2 * depth - 1).expand(1, 3, -1, -1), results]

@@ -180,10 +180,10 @@ class Backend:
         try:
             if syntax != PLAIN and text.context_length == text.length:
                 parsed = parse_prompt(prompt, syntax, is_negative=is_negative)
-                return *text.count_in_chunks(parsed), ""
+                return *text.count_chunk_tokens(parsed), ""
         except ArgumentError:  # an invalid prompt; Generate reports the error
             return 0, 0, ""
-        return text.count_tokens(prompt), text.length - 2, text.truncated_text(prompt)
+        return text.count_tokens(prompt), text.length - 2, text.find_truncated_text(prompt)
 
     def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
         """Return a function from a model's latents to previews: TAESD if available, else linear."""

@@ -152,7 +152,7 @@ def _work(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_settings, wait_for_images
     from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
-    from ldm.evaluation.score import score_sets, sets_of_run
+    from ldm.evaluation.score import find_image_sets, score_sets
     from ldm.runtime.device import pick_device
 
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
@@ -176,7 +176,7 @@ def _work(args: Namespace) -> None:
         wait_for_images(settings, out)
         sets = [_set_of(setting, out) for setting in settings]
     else:
-        sets = _folders(args, sources) if args.images else sets_of_run(out)
+        sets = _folders(args, sources) if args.images else find_image_sets(out)
     if not args.generate and args.count is not None:
         sets = [each.first(args.count) for each in sets]
     if reference is not None and args.reference_size is None:

@@ -248,7 +248,7 @@ class CLIPTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         """Return ids by symbol; `</w>` is the end of a word."""
-        symbols, _ = tokenizer.vocabulary()
+        symbols, _ = tokenizer.load_vocabulary()
         specials = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
         return {**symbols, **specials, **self.added_tokens_encoder}
 

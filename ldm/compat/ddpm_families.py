@@ -178,8 +178,8 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         image: Tensor = batch[self.depth_stage_key][:bs].to(self.device)
         depth = self.depth_model(image)
-        # The margin is that of training; the original's scripts have none.
-        return [normalize_depth(resize_depth(depth, (z.shape[-2], z.shape[-1])), margin=0.001)]
+        # This eps is that of training; the original's scripts have none.
+        return [normalize_depth(resize_depth(depth, (z.shape[-2], z.shape[-1])), eps=0.001)]
 
     @torch.no_grad()
     def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ldm.train.optim.schedules import lr_multiplier
+from ldm.train.optim.schedules import build_lr_multiplier
 
 __all__ = [
     "LambdaLinearScheduler",
@@ -15,7 +15,7 @@ class LearningRateFactor:
     """A multiple of the learning rate for each step; see `ldm.train.optim.schedules`."""
 
     def __init__(self, **params: object) -> None:
-        self.multiplier = lr_multiplier({"target": type(self).__name__, "params": params})
+        self.multiplier = build_lr_multiplier({"target": type(self).__name__, "params": params})
 
     def schedule(self, n: int, **ignored: object) -> float:
         """Return the factor of step n."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.encoders.depth import MiDaSDepth, midas_input
+from ldm.encoders.depth import MiDaSDepth, preprocess_for_midas
 from ldm.loading.files.checkpoint import read_checkpoint
 
 __all__ = ["ISL_PATHS", "MiDaSInference", "load_midas_transform", "load_model"]
@@ -32,7 +32,7 @@ def load_midas_transform(model_type: str) -> Transform:
 
     def transform(sample: Mapping[str, Any]) -> dict[str, Any]:
         image = torch.as_tensor(np.asarray(sample["image"], dtype=np.float32))
-        x = midas_input(2 * image.permute(2, 0, 1)[None] - 1)[0]
+        x = preprocess_for_midas(2 * image.permute(2, 0, 1)[None] - 1)[0]
         return {**sample, "image": x.contiguous().numpy()}
 
     return transform

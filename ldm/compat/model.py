@@ -171,7 +171,7 @@ class Encoder(Relabelled, autoencoder.Encoder):
         )
         super().__init__(layout)
         if not double_z:
-            self.conv_out = blocks.Conv2d(layout.widths[-1], z_channels, 3, padding=1)
+            self.conv_out = blocks.Conv2d(layout.channels[-1], z_channels, 3, padding=1)
         relabel(self)
         self.resolution = resolution
 

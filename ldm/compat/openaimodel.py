@@ -314,7 +314,7 @@ class UNetModel(Relabelled, unet.UNet):
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
         self.num_res_blocks = list(self._res_blocks)
-        per_level = zip(self.num_res_blocks, self._widths, strict=True)
+        per_level = zip(self.num_res_blocks, self._channels, strict=True)
         self._feature_size = self.model_channels + sum(2 * (n + 1) * w for n, w in per_level)
         width = self.model_channels
         for stage in [*self.input_blocks, *self.output_blocks]:

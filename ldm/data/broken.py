@@ -17,16 +17,17 @@ class BrokenFiles:
     """Lists the files that could not be read, one per line, and ends a run with too many.
 
     Args:
-        path: the list; all processes of a run add to it and read what the others found.
+        path: the list, which all processes of a run append to and read.
         limit: fraction of all samples that may be unreadable.
-        source: what is read; None = the number of samples is unknown.
+        source: where the samples come from; None = their number is unknown.
     """
 
     def __init__(self, path: Path, limit: float, source: Source | None = None) -> None:
-        self.path, self.limit, self.source = path, Fraction(str(limit)), source
+        self.path, self.source = path, source
+        self.limit = Fraction(str(limit))  # exact: 0.01 of 100 samples is 1
         epoch = None if source is None else source.batches_per_epoch(1)
         self.total = None if epoch is None else int(epoch)  # samples
-        # Files listed by an earlier start may be repaired by now: they count only if found again.
+        # Files listed by an earlier session may be repaired by now: they count if found again.
         self.listed_before = self._read_list()
         self.names: set[str] = set()  # found since, by any process
         self.counts: Counter[str] | None = None  # of samples by name; None = one each
@@ -46,14 +47,14 @@ class BrokenFiles:
         """
         if not self.names.issuperset(names):
             self._exchange(names)
-            self._count()
+            self._count_damaged()
         self.damaged_here, self.read_here = self.damaged_here + len(names), self.read_here + read
         if self.total is not None:
             if self.damaged > self.limit * self.total:
                 raise self._too_many(f"{self.damaged} of {self.total} samples")
             return
         expected = float(self.limit * self.read_here)
-        deviation = 3 * math.sqrt(expected)  # standard deviations of a rare event's count
+        deviation = 3 * math.sqrt(expected)  # three standard deviations of a Poisson variable
         if self.read_here >= MIN_READ and self.damaged_here > expected + deviation:
             raise self._too_many(f"{self.damaged_here} of the {self.read_here} samples read")
 
@@ -64,7 +65,7 @@ class BrokenFiles:
         )
 
     def _exchange(self, names: Sequence[str]) -> None:
-        """Append the new names, then read the list, to learn of names found by other processes."""
+        """Append the new names to the list, and take over those of other processes."""
         listed = self._read_list()
         new = [name for name in dict.fromkeys(names) if name not in listed]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ class BrokenFiles:
         text = self.path.read_text("utf-8", errors="surrogateescape")
         return set(text.split("\n")) - {""}
 
-    def _count(self) -> None:
+    def _count_damaged(self) -> None:
         """Count the damaged samples of an epoch, in which a file may be repeated."""
         if self.counts is None and self.source is not None:
             self.counts = self.source.counts_by_name()

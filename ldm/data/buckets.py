@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about one area, so that little of an image is cropped.
+"""Aspect-ratio buckets: sizes of similar area, so that images are cropped little.
 
     size 512, step 64:   256 x 1024 … 448 x 576   512 x 512   576 x 448 … 1024 x 256
 
@@ -19,13 +19,13 @@ class Buckets:
     """A set of sizes, of at most size x size pixels each.
 
     Raises:
-        ArgumentError: no sizes fit.
+        ArgumentError: `size` is not a multiple of `step`, or no bucket fits the limits.
     """
 
-    size: int  # side of the square one
-    step: int = 64  # all sides are multiples of this
-    shortest: int | None = None  # limit of the sides, by default half of `size`
-    longest: int | None = None  # limit of the sides, by default twice `size`
+    size: int  # side of the square bucket, in pixels
+    step: int = 64  # all sides are multiples of it
+    shortest: int | None = None  # minimum side; None = half of `size`
+    longest: int | None = None  # maximum side; None = twice `size`
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.size % self.step:

@@ -18,16 +18,16 @@ from tqdm import tqdm
 from ldm.data.buckets import Buckets
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.folder import Folder
-from ldm.data.shards import decode_sample, expand_patterns, name_of, read_shard
-from ldm.data.transforms import PhotoTransform, captions_of
+from ldm.data.shards import decode_sample, expand_patterns, get_name, read_shard
+from ldm.data.transforms import PhotoTransform, get_captions
 from ldm.runtime.errors import MissingFile
 
 __all__ = ["DataReport", "check", "open_folder"]
 
-AT_ONCE = 256  # samples that are read before the next ones are asked for
-SHOWN = 10  # names in the report; --list writes all
+CHUNK = 256  # samples handed to the threads at once, to bound memory
+MAX_SHOWN = 10  # names in the report; --list writes all
 SIDES = (0, 256, 512, 768, 1024, 2048)
-ASPECT_RATIOS = {  # name -> greatest width / height
+ASPECT_RATIOS = {  # name -> maximum of width / height
     "1:2 and taller": 0.5,
     "2:3": 0.7,
     "3:4": 0.85,
@@ -37,14 +37,14 @@ ASPECT_RATIOS = {  # name -> greatest width / height
     "16:9": 2.0,
     "2:1 and wider": float("inf"),
 }
-WIDTH = 40  # of the longest bar, characters
+BAR_WIDTH = 40  # characters of the longest bar
 
 T = TypeVar("T")
 
 
 @dataclass
 class DataReport:
-    """Counts of the samples."""
+    """Statistics of a data set."""
 
     buckets: Buckets
     # (width, height) of every readable image, upright
@@ -84,22 +84,22 @@ class DataReport:
         if not any(captions):
             self.no_caption.append(name)
 
-    def _count(self, class_of: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
-        """Count the images of each class, a function of width and height."""
+    def _count(self, classify: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
+        """Count the images per class, a function of width and height."""
         counts: Counter[T] = Counter()
         for size, n in self.sizes.items():
-            counts[class_of(*size)] += n
+            counts[classify(*size)] += n
         return {name: counts[key] for name, key in names.items()}
 
 
 def check(
     data: Folder | Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4
 ) -> DataReport:
-    """Decode and count everything in a folder, or in shards as patterns name them.
+    """Decode and count everything in a folder, or in shards given by patterns.
 
     Args:
-        size: of the buckets that are counted, as `step`.
-        workers: threads that decode.
+        size, step: of the buckets to count, see `Buckets`.
+        workers: threads that decode images.
     Raises:
         ValueError: nothing can be read.
         MissingFile: a folder or file is missing.
@@ -110,7 +110,7 @@ def check(
     bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
     # Each image is opened without warnings; threads would not put their filters back in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        while part := list(islice(loaders, AT_ONCE)):
+        while part := list(islice(loaders, CHUNK)):
             for (name, _), facts in zip(part, pool.map(_read_facts, part), strict=True):
                 if isinstance(facts, UnreadableSample):
                     report.broken.append((name, str(facts)))
@@ -120,26 +120,26 @@ def check(
     return report
 
 
-def open_folder(where: Sequence[str]) -> Folder | None:
-    """Open the folder that is meant, each image once; None for shards.
+def open_folder(paths: Sequence[str]) -> Folder | None:
+    """Open a single folder, each image once; return None for shards.
 
     Raises:
-        MissingFile: a name is not a pattern, not an address and not there.
+        MissingFile: a path does not exist; patterns and URLs are not checked.
     """
-    for name in where:
+    for name in paths:
         if (
             not any(mark in splitdrive(name)[1] for mark in "*?[{:")
             and not Path(name).expanduser().exists()
         ):
             raise MissingFile(f"there is no folder or file `{name}`")
-    if len(where) != 1 or not Path(where[0]).expanduser().is_dir():
+    if len(paths) != 1 or not Path(paths[0]).expanduser().is_dir():
         return None
-    folder = Folder(root=where[0], transform=PhotoTransform())
+    folder = Folder(root=paths[0], transform=PhotoTransform())
     folder.rows = list({row["file_name"]: row for row in folder.rows}.values())
     return folder
 
 
-Loader = tuple[str, Callable[[], Sample]]  # name of a sample, and what reads it
+Loader = tuple[str, Callable[[], Sample]]  # name of a sample, function that reads it
 
 
 def _loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
@@ -147,7 +147,7 @@ def _loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
         yield from ((data.name(index), partial(data.load, index)) for index in range(len(data)))
     else:
         raws = chain.from_iterable(map(read_shard, expand_patterns(data)))
-        yield from ((name_of(raw), partial(decode_sample, raw)) for raw in raws)
+        yield from ((get_name(raw), partial(decode_sample, raw)) for raw in raws)
 
 
 def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
@@ -158,7 +158,7 @@ def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | Unre
         return error
     image: Image.Image = sample["image"]
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-    captions = captions_of({"text": sample.get("text") or sample.get("object")})
+    captions = get_captions({"text": sample.get("text") or sample.get("object")})
     return image.size, digest, [caption.strip() for caption in captions]
 
 
@@ -176,7 +176,7 @@ def _count_repeats(counts: Counter[str]) -> int:
 
 def _first_lines(lines: Iterable[str]) -> Iterator[str]:
     lines = iter(lines)
-    yield from (f"  {line}" for line in islice(lines, SHOWN))
+    yield from (f"  {line}" for line in islice(lines, MAX_SHOWN))
     rest = sum(1 for _ in lines)
     if rest:
         yield f"  … and {rest:,} more"
@@ -186,4 +186,4 @@ def _bars(title: str, counts: Mapping[str, int]) -> Iterator[str]:
     yield title
     most = max([1, *counts.values()])
     for name, n in counts.items():
-        yield f"  {name:>15} {n:8,} {'#' * round(WIDTH * n / most)}".rstrip()
+        yield f"  {name:>15} {n:8,} {'#' * round(BAR_WIDTH * n / most)}".rstrip()

@@ -20,28 +20,28 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm.data.options import former_options, rename_options
+from ldm.data.options import rename_options, to_former_names
 from ldm.runtime.errors import check_name, check_names
 
 __all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
 
-LUMINANCE = (0.299, 0.587, 0.114)
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 
 @dataclass(frozen=True)
 class Condition(ABC):
-    """Base of the generators of conditioning images; its fields are the options of configs."""
+    """Base of the generators of conditioning images; its fields are options in configs."""
 
     NAME: ClassVar[str]  # in configs and batches
-    FORMER_NAME: ClassVar[str]  # of the class, in the keys of latent caches
+    FORMER_NAME: ClassVar[str]  # former class name, part of the keys of latent caches
 
     @abstractmethod
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         """Generate the condition of an image."""
 
     def cache_key(self) -> str:
-        """Return the key of the condition in latent caches, which has the former names."""
-        options = former_options(self.NAME, vars(self)).items()
+        """Return the key of the condition in latent caches, with former names."""
+        options = to_former_names(self.NAME, vars(self)).items()
         return f"{self.FORMER_NAME}({', '.join(f'{key}={value!r}' for key, value in options)})"
 
 
@@ -69,13 +69,13 @@ class RandomMask(Condition):
 
 @dataclass(frozen=True)
 class LowRes(Condition):
-    """The image downscaled by `factor` with a random filter, as various resizers do."""
+    """The image downscaled by `factor` with a random filter, to imitate various resizers."""
 
     NAME = "lr"
     FORMER_NAME = "Small"
 
     factor: int = 4
-    blur: float = 0.0  # greatest sigma of a Gaussian blur afterwards, in low-resolution pixels
+    blur: float = 0.0  # maximum sigma of the Gaussian blur that follows, in its pixels
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         size = [side // self.factor for side in image.shape[-2:]]
@@ -95,7 +95,7 @@ class PseudoDepth(Condition):
     NAME = "depth"
     FORMER_NAME = "Relief"
 
-    ramp_width: int = 24  # distance from the edge at which the dome has its full height
+    ramp_width: int = 24  # distance from the edge to the dome's full height, in pixels
     luminance: float = 0.25  # weight of the luminance, 0 to 1
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
@@ -119,7 +119,7 @@ def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str,
     """Build the generators of {name of the condition: its options}.
 
     Raises:
-        UnknownName: of a condition or an option.
+        UnknownName: a condition or an option is unknown.
     """
     conditions: dict[str, Condition] = {}
     for name, spec in specs.items():
@@ -149,7 +149,7 @@ def _draw_stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random)
 
 
 def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Blur an image (1, C, h, w) by a Gaussian, edges repeated."""
+    """Blur an image (1, C, h, w) by a Gaussian, with replicated edges."""
     half = max(1, round(3 * sigma))
     offsets = torch.arange(-half, half + 1, dtype=image.dtype)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))

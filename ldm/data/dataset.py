@@ -1,4 +1,4 @@
-"""Data sets: samples by (epoch, index), and the groups of samples whose images have one size."""
+"""Data sets: samples by (epoch, index), and the aspect-ratio bucket of each sample."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 
 
 class UnreadableSample(ValueError):
-    """A sample that cannot be read; `name` is what its data set calls it."""
+    """A sample that cannot be read; `name` is one of its data set's `names()`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both, so that it can be pickled
@@ -34,8 +34,8 @@ class UnreadableSample(ValueError):
 class SampleDataset(Dataset[Sample], ABC):
     """Base of the data sets; `dataset[epoch, index]` is a sample or raises UnreadableSample."""
 
-    # One number per sample; a batch holds samples of one group. None = one group.
-    groups: Sequence[int] | None = None
+    # Bucket of each sample; a batch holds samples of one bucket. None = one size for all.
+    bucket_ids: Sequence[int] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -45,7 +45,7 @@ class SampleDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def names(self) -> Iterator[str]:
-        """Return the names by which UnreadableSample and `broken.txt` call the samples."""
+        """Return the names of all samples, as in UnreadableSample and `broken.txt`."""
 
 
 class ImageDataset(SampleDataset):
@@ -97,7 +97,7 @@ class ImageDataset(SampleDataset):
         return map(self.name, range(len(self)))
 
     def metadata(self) -> Iterator[Mapping[str, Any]]:
-        """Return the rows of all samples whose caption can be read."""
+        """Yield the rows of all samples whose caption can be read."""
         for index in range(len(self)):
             with suppress(UnreadableSample):
                 yield self.row(index)
@@ -105,11 +105,10 @@ class ImageDataset(SampleDataset):
     def _size(self, index: int) -> tuple[int, int]:
         return read_size(BytesIO(self.content(index)))
 
-    def _assign_groups(self) -> None:
-        """Set `groups` to the buckets of the images, if the transform has buckets.
+    def _assign_buckets(self) -> None:
+        """Set `bucket_ids`, if the transform has buckets.
 
-        Unreadable images go to the largest group: there, and perhaps not elsewhere, are others to
-        take their place.
+        Unreadable images go to the largest bucket, which has the most samples to replace them.
         """
         if self.transform.buckets is None:
             return
@@ -121,24 +120,26 @@ class ImageDataset(SampleDataset):
                     buckets[name] = self.transform.buckets.index(*self._size(index))
                 except (OSError, ValueError):
                     buckets[name] = None
-        groups = [buckets[name] for name in names]
-        counts = Counter(group for group in groups if group is not None)
-        largest = max(counts, key=lambda group: counts[group], default=0)
-        self.groups = [largest if group is None else group for group in groups]
+        bucket_ids = [buckets[name] for name in names]
+        counts = Counter(bucket for bucket in bucket_ids if bucket is not None)
+        largest = max(counts, key=lambda bucket: counts[bucket], default=0)
+        self.bucket_ids = [largest if bucket is None else bucket for bucket in bucket_ids]
 
 
 class WithClassImages(SampleDataset):
-    """Samples, each with one of a second data set as its `prior` (DreamBooth, arXiv:2208.12242).
+    """Samples with a class image each, as `prior`: DreamBooth's prior preservation.
+
+    Ruiz et al. 2022 (arXiv:2208.12242).
 
     Raises:
-        ArgumentError: the class images have several sizes; each may meet any sample.
+        ArgumentError: the class images have several sizes; any of them may join any sample.
     """
 
     def __init__(self, dataset: SampleDataset, class_images: SampleDataset) -> None:
-        if class_images.groups is not None:
+        if class_images.bucket_ids is not None:
             raise ArgumentError("class images must have one size, not `buckets`")
         self.dataset, self.class_images = dataset, class_images
-        self.groups = dataset.groups
+        self.bucket_ids = dataset.bucket_ids
 
     def __len__(self) -> int:
         return len(self.dataset)

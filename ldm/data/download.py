@@ -1,4 +1,4 @@
-"""A file on a web server as a stream, which resumes after a lost connection."""
+"""A file on a web server as a stream that reconnects after a lost connection."""
 
 import http.client
 import io
@@ -12,23 +12,23 @@ from ldm.runtime.errors import MissingFile
 __all__ = ["Download"]
 
 TIMEOUT = 30  # seconds without a byte after which a connection counts as lost
-RETRY_STATUS = (408, 429)  # client errors that may pass
+RETRY_STATUS = (408, 429)  # request timeout, too many requests
 
 
 class Download(io.RawIOBase):
     """The file at an http(s) address, read from beginning to end.
 
-    Reading raises MissingFile if it is not there, else OSError.
+    Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
     Args:
-        tries: how often to connect before the next byte comes.
-        pause: seconds before the second try, twice as long before each further one.
+        tries: connection attempts per read.
+        pause: seconds before the second attempt, doubled before each further one.
     """
 
     def __init__(self, url: str, *, tries: int = 6, pause: float = 1.0) -> None:
         self.url, self.tries, self.pause = url, tries, pause
         self.position = 0
-        self.length = -1  # bytes in all, if the server has said so
+        self.length = -1  # bytes in total; -1 = unknown
         self.response: Any = None
 
     def readable(self) -> bool:
@@ -59,7 +59,7 @@ class Download(io.RawIOBase):
         super().close()
 
     def _connect(self) -> None:
-        """Ask for the rest; of a server that sends everything, skip what was read."""
+        """Request the rest; if the server ignores the range, skip what was read."""
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={self.position}-"})
         self.response = urllib.request.urlopen(request, timeout=TIMEOUT)
         start = self.position if self.response.status == 206 else 0

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.transforms import Transform, captions_of
+from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.pixels import to_tensor
 
-__all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "caption", "caption_texts"]
+__all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "caption_texts", "format_caption"]
 
 # Background colours and their names; far enough apart to be classified by the nearest colour.
 COLORS = {
@@ -29,7 +29,8 @@ COLORS = {
     "gray": (150, 150, 150),
     "sky blue": (135, 206, 235),
 }
-# (probability, caption template); a [group] is dropped if one of its fields is empty.
+# (probability, caption template); a [group] is dropped if one of its fields is empty. Their words
+# are part of the vocabulary of trained models: see `caption_texts`.
 TEMPLATES = (
     (0.55, "a [{style} ]emoji[ of {an object}][ on a {colour} background]"),
     (0.20, "{object}[, {style} style][, {colour} background]"),
@@ -40,18 +41,18 @@ BRACKETS = str.maketrans(dict.fromkeys("[]{}", " "))
 
 
 class EmojiTransform(Transform):
-    """Place an RGBA drawing on one of COLORS, slightly moved and scaled, with a caption.
+    """Place an RGBA drawing on one of COLORS, randomly scaled and shifted, with a caption.
 
     The metadata has `object` and `style`, and may have `keywords` of the object.
 
     Args:
         scale: smallest and largest side of the drawing as a fraction of `size`.
-        shift: greatest move from the centre, pixels.
+        shift: maximum offset from the center, in pixels.
         flip: probability of a mirrored drawing.
-        crop: side of a random crop, pixels; None = the full image.
+        crop: side of a random crop, in pixels; None = the full image.
         random_colour_probability: probability of a random background colour, without a name.
-        drop: probability that the style, or the colour, stays out of the caption.
-        drop_object: probability that the object stays out of the caption.
+        drop: probability of omitting the style, and that of the color, from the caption.
+        drop_object: probability of omitting the object.
         keyword_probability: probability of replacing the object's name by one of its keywords.
     """
 
@@ -89,7 +90,7 @@ class EmojiTransform(Transform):
         side = round(self.size * rng.uniform(*self.scale))
         shift = (rng.randint(-self.shift, self.shift), rng.randint(-self.shift, self.shift))
         layer = _paste_centered(image, size=self.size, side=side, shift=shift)
-        tensor = _on_color(layer, rgb)  # (3, size, size)
+        tensor = _fill_background(layer, rgb)  # (3, size, size)
         top, left, length = 0, 0, self.crop or self.size
         if self.crop is not None:
             top, left = (rng.randint(0, self.size - length) for _ in range(2))
@@ -101,13 +102,13 @@ class EmojiTransform(Transform):
         )
 
     def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
-        """Make a caption of object, style and colour, each left out sometimes."""
+        """Make a caption of object, style and color, each omitted at random."""
         name = row["object"]
         if row.get("keywords") and rng.random() < self.keyword_probability:
             name = rng.choice(row["keywords"])
         weights = [weight for weight, _ in TEMPLATES]
         _, template = rng.choices(TEMPLATES, weights)[0]
-        return caption(
+        return format_caption(
             "" if rng.random() < self.drop_object else name,
             "" if rng.random() < self.drop else row["style"],
             "" if rng.random() < self.drop else variant,
@@ -115,15 +116,15 @@ class EmojiTransform(Transform):
         )
 
 
-def caption(name: str, style: str, colour: str, template: str = TEMPLATES[0][1]) -> str:
-    """Fill in one of TEMPLATES; "" leaves a part out.
+def format_caption(name: str, style: str, color: str, template: str = TEMPLATES[0][1]) -> str:
+    """Fill in one of TEMPLATES; "" omits a part.
 
-    Example: caption("apple", "3d", "blue") = "a 3d emoji of an apple on a blue background".
+    Example: format_caption("apple", "3d", "blue") = "a 3d emoji of an apple on a blue background".
     """
     if not name and "[ of {an object}]" not in template:
         template = TEMPLATES[0][1]
     parts = {"{an object}": _with_article(name), "{object}": name}
-    parts |= {"{style}": style, "{colour}": colour}
+    parts |= {"{style}": style, "{colour}": color}
     text = ""
     for piece in template.replace("]", "[").split("["):
         fields = {key: value for key, value in parts.items() if key in piece}
@@ -139,10 +140,10 @@ def caption(name: str, style: str, colour: str, template: str = TEMPLATES[0][1])
 
 
 def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Collect texts that hold every word that a caption of these rows may have."""
+    """Return texts that contain every word that captions of these rows may have."""
     texts = [*COLORS, *(template for _, template in TEMPLATES), "an [ ] { }"]
     for row in rows:
-        texts += [*captions_of(row), row.get("object") or "", row.get("style") or ""]
+        texts += [*get_captions(row), row.get("object") or "", row.get("style") or ""]
         texts += row.get("keywords") or []
     return [part for text in texts for part in (text, text.translate(BRACKETS))]
 
@@ -150,7 +151,7 @@ def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _paste_centered(
     image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
 ) -> Image.Image:
-    """Scale an RGBA image to `side`, and move it (down, right) from the centre of a square."""
+    """Scale an RGBA image to `side` and paste it into a square, shifted (down, right)."""
     # scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges
     small = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     layer = Image.new("RGBA", (size, size))
@@ -159,8 +160,8 @@ def _paste_centered(
     return layer
 
 
-def _on_color(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
-    """Lay an RGBA image on a plain background, (3, H, W) in [-1, 1]."""
+def _fill_background(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
+    """Return an RGBA image on a plain background as (3, H, W) in [-1, 1]."""
     image = Image.new("RGBA", layer.size, (*rgb, 255))
     image.alpha_composite(layer)
     return to_tensor(image)[0]

@@ -20,7 +20,7 @@ from io import StringIO
 from pathlib import Path
 
 from ldm.data.dataset import ImageDataset, UnreadableSample
-from ldm.data.transforms import Transform, captions_of
+from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.reading import IMAGE_SUFFIXES, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import read_text
@@ -30,9 +30,9 @@ __all__ = ["Folder", "is_hidden", "read_metadata"]
 
 log = logging.getLogger(__name__)
 
-METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first one counts
+METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first that exists is read
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-CACHE_BYTES = 2**28  # bytes of files that are kept in memory
+CACHE_BYTES = 2**28  # of image files kept in memory, in bytes
 
 
 class Folder(ImageDataset):
@@ -44,7 +44,7 @@ class Folder(ImageDataset):
         split: keep the rows with this `split`; None = all.
         where: keep the rows with these values, {"object": "robot"}.
         fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.
-        text: which field of the metadata is the caption.
+        text: field of the metadata that holds the caption.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Folder(ImageDataset):
     ) -> None:
         super().__init__(transform, seed)
         self.root = Path(root).expanduser()
-        conditions = {**(where or {}), **({} if split is None else {"split": split})}
+        required = {**(where or {}), **({} if split is None else {"split": split})}
         rows, damaged = _read(self.root)
-        # Where all have one caption, nobody needs the files that were damaged.
-        self.damaged = {} if "text" in (fields or {}) else damaged  # reasons by name of the image
-        rows = [row for row in rows if all(row.get(key) == v for key, v in conditions.items())]
+        # If `fields` sets the caption, unreadable caption files do not matter.
+        self.damaged = {} if "text" in (fields or {}) else damaged  # reason by file_name
+        rows = [row for row in rows if all(row.get(key) == v for key, v in required.items())]
         if text != "text" and not any(text in row for row in rows):
             raise ArgumentError(f"`{root}`: no image has a `{text}`")
         fields_of_captions = (text if text in row else "caption" for row in rows)
@@ -76,13 +76,13 @@ class Folder(ImageDataset):
             {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
         ]
         for row in self.rows:
-            captions_of(row)
+            get_captions(row)
         if not self.rows:
-            only = ", ".join(f"{key} `{value}`" for key, value in conditions.items())
+            only = ", ".join(f"{key} `{value}`" for key, value in required.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {only}" if only else ""))
         self._files: dict[str, bytes] = {}  # small data sets are read from disk only once
         self._free = CACHE_BYTES
-        self._assign_groups()
+        self._assign_buckets()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +120,7 @@ def read_metadata(root: Path) -> list[JsonObject]:
 
 
 def is_hidden(path: str) -> bool:
-    """Return whether a path is, or lies in, what editors and systems keep beside images."""
+    """Return whether a path is or lies in a dot file or system folder (`__MACOSX`, `@eaDir`)."""
     parts = path.replace("\\", "/").split("/")
     return any(part[:1] == "." and part.strip(".") for part in parts) or bool(
         {"__MACOSX", "@eaDir"}.intersection(parts)
@@ -167,7 +167,7 @@ def _table_rows(path: Path) -> Iterator[JsonObject]:
 
 
 def _csv_rows(path: Path) -> Iterator[JsonObject]:
-    """Read rows; a spreadsheet separates them as its country does."""
+    """Read rows delimited by comma, semicolon or tab: spreadsheets differ by locale."""
     text = read_text(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
@@ -259,10 +259,10 @@ def _read_caption(path: Path) -> str | list[str] | None:
 
 
 def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """List all files beneath a folder, those behind links last, and each folder once.
+    """List all files beneath a folder, those behind symbolic links last, each folder once.
 
     Args:
-        left_out: hidden folders, and links that lead back, are counted in it.
+        left_out: counts hidden folders and links to folders that were listed.
     """
     start, queue, visited = Path(os.path.realpath(root)), deque([root]), set[Path]()
     while queue:

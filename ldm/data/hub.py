@@ -17,15 +17,15 @@ __all__ = ["Hub"]
 
 
 class Hub(ImageDataset):
-    """The images of a table, with its other columns as their metadata.
+    """An image data set of Hugging Face, with its other columns as metadata.
 
     Args:
         hub: path, or name on the hub.
-        name: of its configuration.
+        name: configuration of the data set.
         image: the column of images.
         text: the column of captions.
         fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.
-        cache: where downloads are kept; None = where the package keeps all of them.
+        cache: folder for downloads; None = the default of `datasets`.
     Raises:
         ImportError: the package `datasets` is not installed.
         ArgumentError: a column or the split is missing.
@@ -51,8 +51,8 @@ class Hub(ImageDataset):
         self.table = _load_table(hub, name, split, image, cache)
         self.columns = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
-            raise _missing(hub, f"column `{text}`", self.table.column_names)
-        self._assign_groups()
+            raise _missing_error(hub, f"column `{text}`", self.table.column_names)
+        self._assign_buckets()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -99,12 +99,12 @@ def _load_table(
         table = datasets.load_dataset(hub, name, **options)
     if isinstance(table, dict):
         if split not in table:
-            raise _missing(hub, f"split `{split}`", table)
+            raise _missing_error(hub, f"split `{split}`", table)
         table = table[split]
     if image not in table.column_names:
-        raise _missing(hub, f"column `{image}` of images", table.column_names)
+        raise _missing_error(hub, f"column `{image}` of images", table.column_names)
     return table.cast_column(image, datasets.Image(decode=False))
 
 
-def _missing(hub: str, what: str, names: Any) -> ArgumentError:
+def _missing_error(hub: str, what: str, names: Any) -> ArgumentError:
     return ArgumentError(f"`{hub}` has no {what}, only {', '.join(f'`{name}`' for name in names)}")

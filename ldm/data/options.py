@@ -1,8 +1,8 @@
-"""Names that options of a config's `data:` section had before, which are still read."""
+"""Former names of options in the `data:` section of configs, which are still accepted."""
 
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["former_options", "rename_options"]
+__all__ = ["rename_options", "to_former_names"]
 
 # kind of object -> {former name: name}
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
@@ -19,16 +19,16 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def rename_options(kind: str, options: JsonMapping) -> JsonObject:
-    """Return the options under their present names; of one under both names the later counts.
+    """Return the options under their present names; of duplicates, the later wins.
 
     Args:
-        kind: of the object that takes them, a key of RENAMED_OPTIONS.
+        kind: what takes the options, a key of RENAMED_OPTIONS.
     """
     names = RENAMED_OPTIONS.get(kind, {})
     return {names.get(name, name): value for name, value in options.items()}
 
 
-def former_options(kind: str, options: JsonMapping) -> JsonObject:
-    """Return the options under their first names, which the keys of latent caches keep."""
+def to_former_names(kind: str, options: JsonMapping) -> JsonObject:
+    """Return the options under their former names, which keys of latent caches retain."""
     names = {name: former for former, name in RENAMED_OPTIONS.get(kind, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}

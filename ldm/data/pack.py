@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm.data.dataset import UnreadableSample
 from ldm.data.folder import Folder
-from ldm.data.transforms import captions_of
+from ldm.data.transforms import get_captions
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import replace_when_written
 
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
-    """Write the images of a folder into shards; yields the path of each when it is complete.
+    """Write the images of a folder into shards; yield the path of each when it is complete.
 
-    Images that cannot be read are left out. The same folder gives the same bytes.
+    Unreadable images are left out. The output is deterministic.
 
     Args:
         pattern: of the paths, "data-%06d.tar".
-        count: samples in each.
+        count: samples per shard.
     Raises:
         ArgumentError: the pattern has no place for a number.
     """
@@ -56,7 +56,7 @@ def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
     suffix = Path(row.pop("file_name")).suffix.lower()
     suffix = ".jpg" if suffix in (".jpeg", ".jpe", ".jfif") else suffix
     members = {suffix: folder.content(index), ".json": json.dumps(row).encode()}
-    captions = captions_of(row)
+    captions = get_captions(row)
     if captions != [""] and len(captions) == 1:  # the .json has several
         members[".txt"] = captions[0].encode()
     for ending, data in members.items():

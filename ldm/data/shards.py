@@ -1,17 +1,17 @@
-"""Images in tar files, as webdataset and img2dataset write them, read as one endless sequence.
+"""A source of images in tar files (webdataset, img2dataset), as an endless sequence of batches.
 
     data-000000.tar     0001.jpg 0001.txt 0001.json   0002.jpg …
     shard    0    1    2    3    4                    shard s belongs to stream s % streams
     stream   0    1    0    1    0
-    batch    0    1    2    3    4    5    6   …      as often from a stream as it has shards
+    batch    0    1    2    3    4    5    6   …      from streams in proportion to their shards
     stream   0    1    0    1    0    0    1   …
 
 Every stream has its own order of shards in every epoch and a buffer that shuffles what is read but
 not yet decoded, both functions of (seed, stream, epoch). So batch n is the same on any number of
-ranks, streams of unequal length do not wait for each other, and to resume means to read the
-stream's epoch again without decoding. Within an epoch of a stream nothing comes twice; if all
-shards have the same size, in no epoch at all. Where ranks divide streams, and streams shards, no
-rank reads in vain.
+ranks, streams of unequal length do not wait for each other, and resuming reads the current epoch
+of a stream again without decoding it. Within an epoch of a stream no sample repeats; if all shards
+have the same size, none does within an epoch of the data set. If the number of streams is a
+multiple of the ranks, and that of shards a multiple of the streams, each shard is read by one rank.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
 from ldm.data.folder import is_hidden
 from ldm.data.source import Batch, Source, collate
-from ldm.data.transforms import Transform, captions_of
+from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import decode_text
@@ -49,20 +49,20 @@ __all__ = [
     "Shards",
     "decode_sample",
     "expand_patterns",
-    "image_bytes",
-    "metadata_of",
-    "name_of",
+    "find_image",
+    "get_name",
+    "parse_metadata",
     "read_shard",
 ]
 
 log = logging.getLogger(__name__)
 
-MAX_SHARDS = 1_000_000  # that a pattern may stand for
+MAX_SHARDS = 1_000_000  # per pattern
 COMMON = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "tif", "tiff")
-# In the order in which they are looked for.
+# suffixes of images, in order of preference
 SUFFIXES = tuple(dict.fromkeys((*COMMON, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
 
-RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of the members by their suffix
+RawSample = dict[str, Any]  # "__key__", "__url__", and the members' bytes by suffix
 MakeSample = Callable[[RawSample, Random], Sample]  # raises UnreadableSample
 
 
@@ -71,14 +71,14 @@ class Shards(Source):
 
     Args:
         shards: paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
-        streams: number of streams that the shards are dealt to; must not change during a run.
-        shuffle: samples of the shuffle buffer of each stream.
-        minimum: of numbers in the .json, {"width": 512}, as `maximum`; samples without the number
+        streams: number of streams that share the shards; must not change during a run.
+        shuffle: size of the shuffle buffer of each stream, in samples.
+        minimum, maximum: bounds of numbers in the .json, {"width": 512}; samples without the number
             are left out.
         length: samples in an epoch, if known.
-        commands: whether `pipe:COMMAND` may be run, which a config must not decide.
+        commands: whether to run `pipe:COMMAND`; never taken from a config.
     Raises:
-        ArgumentError: addresses or patterns that cannot be read.
+        ArgumentError: an address or pattern is not supported.
         MissingFile: a shard is missing.
     """
 
@@ -96,7 +96,7 @@ class Shards(Source):
         commands: bool = False,
     ) -> None:
         self.urls = expand_patterns(shards, commands=commands)
-        self.make: MakeSample = self._decode_and_transform
+        self.make_sample: MakeSample = self._decode_and_transform
         self.transform, self.seed, self.length = transform, seed, length
         self.streams, self.shuffle = min(streams, len(self.urls)), shuffle
         low, high = minimum or {}, maximum or {}
@@ -115,7 +115,7 @@ class Shards(Source):
         samples: list[Sample] = []
         for raw in max(by_bucket.values(), key=len, default=[]):
             if len(samples) < n:
-                samples += _make_all(self._decode_and_transform, [raw], Random(self.seed), [])
+                samples += _make_samples(self._decode_and_transform, [raw], Random(self.seed), [])
         if not samples:
             raise ValueError(f"`{self.urls[0]}` … begin with no images that can be read")
         return [samples[k % len(samples)] for k in range(n)]
@@ -129,33 +129,34 @@ class Shards(Source):
         """Read the metadata of all samples whose .json and .txt can be read."""
         for raw in self.raw_samples():
             with suppress(ValueError):
-                yield metadata_of(raw)
+                yield parse_metadata(raw)
 
     def bucket_size(self, raw: RawSample) -> tuple[int, int] | None:
         """Return (width, height) of the bucket of a sample, if there are buckets."""
         buckets = self.transform.buckets
         return None if buckets is None else buckets.sizes[self._bucket(raw)]
 
-    def with_samples(self, make: MakeSample) -> "Shards":
-        """Return a source of other samples of the same shards; `fixed_samples` has the images."""
+    def with_samples(self, make_sample: MakeSample) -> "Shards":
+        """Return a copy that makes other samples of the shards; its `fixed_samples` have images."""
         other = copy(self)
-        other.make = make
+        other.make_sample = make_sample
         return other
 
-    def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
+    def read(self, size: int, start: int, step: int) -> Iterator[Batch]:
         readers: dict[int, tuple[int, Iterator[tuple[int, list[RawSample]]]]] = {}
-        for number in itertools.count(first, step):
-            turn, shard = divmod(number, len(self.urls))
+        for batch_index in itertools.count(start, step):
+            turn, shard = divmod(batch_index, len(self.urls))
             stream = shard % self.streams
             position = turn * len(self._shards_of(stream)) + shard // self.streams  # in the stream
             at, reader = readers.get(stream) or (position, self._stream(stream, size, position))
-            epoch, raws = next(itertools.islice(reader, position - at, None))
+            epoch, raws = next(itertools.islice(reader, position - at, None))  # skip other ranks'
             readers[stream] = position + 1, reader
-            rng, broken = Random(f"{self.seed} {number}"), list[str]()
-            samples = _make_all(self.make, raws, rng, broken)
-            if not samples:  # then the first batch of this stream that can be read replaces it
+            rng, broken = Random(f"{self.seed} {batch_index}"), list[str]()
+            samples = _make_samples(self.make_sample, raws, rng, broken)
+            if not samples:  # replaced by the first readable batch of the stream
                 others = (
-                    _make_all(self.make, o, rng, []) for o in self._epoch(stream, epoch, size)
+                    _make_samples(self.make_sample, other, rng, [])
+                    for other in self._epoch(stream, epoch, size)
                 )
                 samples = next(filter(None, others), [])
             if not samples:
@@ -199,7 +200,7 @@ class Shards(Source):
         if buckets is None:
             return 0
         try:
-            return buckets.index(*read_size(BytesIO(image_bytes(raw)[1])))
+            return buckets.index(*read_size(BytesIO(find_image(raw)[1])))
         except ValueError:
             return buckets.index(1, 1)
 
@@ -220,10 +221,10 @@ class Shards(Source):
 
 
 def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> list[str]:
-    """Return the files, addresses and commands that patterns stand for.
+    """Expand patterns to paths, URLs and commands.
 
     Raises:
-        ArgumentError: a command that is not allowed, an unknown kind of address or a bad pattern.
+        ArgumentError: a command is not allowed, or a URL or pattern is not supported.
         MissingFile: a file is missing.
     """
     if not shards:
@@ -233,9 +234,9 @@ def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> l
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
-    """Read the undecoded samples of a shard: its members with one name up to the first dot.
+    """Yield undecoded samples: the members of a shard whose names agree up to the first dot.
 
-    A shard that is damaged or missing ends with one sample that has only an "__error__".
+    Where a shard is damaged or missing, the last sample has an "__error__" and no image.
 
     Raises:
         OSError: the server does not answer, or the command fails.
@@ -257,24 +258,24 @@ def decode_sample(raw: RawSample) -> Sample:
     Raises:
         UnreadableSample: the image is missing or damaged, or the metadata cannot be read.
     """
-    name = name_of(raw)
+    name = get_name(raw)
     try:
-        suffix, data = image_bytes(raw)
-        return {**metadata_of(raw), "image": decode_image(data, f"{name}.{suffix}")}
+        suffix, data = find_image(raw)
+        return {**parse_metadata(raw), "image": decode_image(data, f"{name}.{suffix}")}
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
 
 
-def name_of(raw: RawSample) -> str:
-    """Return the name of a sample in messages: its shard, and its key there."""
+def get_name(raw: RawSample) -> str:
+    """Return the name of a sample in messages, SHARD/KEY."""
     return f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
 
 
-def image_bytes(raw: RawSample) -> tuple[str, bytes]:
-    """Return (suffix, bytes) of the image of a sample.
+def find_image(raw: RawSample) -> tuple[str, bytes]:
+    """Return suffix and bytes of the image file in a sample.
 
     Raises:
-        FileFormatError: the sample has none.
+        FileFormatError: the sample has no image.
     """
     if "__error__" in raw:
         raise FileFormatError(raw["__error__"])
@@ -284,8 +285,8 @@ def image_bytes(raw: RawSample) -> tuple[str, bytes]:
     raise FileFormatError(f"`{raw['__key__']}` has no image, only {', '.join(sorted(raw))}")
 
 
-def metadata_of(raw: RawSample) -> dict[str, Any]:
-    """Read the fields of the .json of a sample, and its `text`, from the .txt if it has one.
+def parse_metadata(raw: RawSample) -> dict[str, Any]:
+    """Return the .json of a sample, with `text` from its .txt if it has one.
 
     Raises:
         ValueError: the .json is not an object, or the captions are not texts.
@@ -294,8 +295,8 @@ def metadata_of(raw: RawSample) -> dict[str, Any]:
     row["text"] = row.get("text") or row.get("caption") or ""
     for suffix in ("caption", "txt"):
         if suffix in raw:
-            row["text"] = decode_text(raw[suffix], f"{name_of(raw)}.{suffix}")
-    captions = [caption.strip() for caption in captions_of(row)]
+            row["text"] = decode_text(raw[suffix], f"{get_name(raw)}.{suffix}")
+    captions = [caption.strip() for caption in get_captions(row)]
     return {**row, "text": captions if len(captions) > 1 else captions[0]}
 
 
@@ -320,7 +321,7 @@ def _expand(pattern: str, commands: bool) -> list[str]:
         raise ArgumentError(f"`{pattern}` stands for more than {MAX_SHARDS} shards")
     if pattern.startswith(("pipe:", "http://", "https://")):
         return urls
-    if re.match(r"[\w+.-]{2,}://", pattern):  # one letter is a drive
+    if re.match(r"[\w+.-]{2,}://", pattern):  # a single letter is a Windows drive
         raise ArgumentError(f"`{pattern}` cannot be read, only files and http(s) addresses")
     paths = [path for url in urls for path in (sorted(glob(url)) if has_magic(url) else [url])]
     missing = [path for path in paths if not Path(path).is_file()]
@@ -359,14 +360,14 @@ def _shuffle(raws: Iterable[RawSample], size: int, rng: Random) -> Iterator[RawS
     yield from buffer
 
 
-def _make_all(
-    make: MakeSample, raws: Sequence[RawSample], rng: Random, broken: list[str]
+def _make_samples(
+    make_sample: MakeSample, raws: Sequence[RawSample], rng: Random, broken: list[str]
 ) -> list[Sample]:
-    """Make the samples that can be read; the names of the others are added to `broken`."""
+    """Make the readable samples; add the names of the others to `broken`."""
     samples = []
     for raw in raws:
         try:
-            samples.append(make(raw, rng))
+            samples.append(make_sample(raw, rng))
         except UnreadableSample as error:
             broken.append(error.name)
     return samples

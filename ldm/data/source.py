@@ -1,9 +1,9 @@
-"""Where batches come from: one endless numbered sequence, the same on any number of ranks.
+"""An endless, resumable sequence of training batches, the same on any number of ranks.
 
-    number      0    1    2    3    4    5   …
-    rank        0    1    0    1    0    1          with 2 ranks; together they read what one would
+    batch_index    0    1    2    3    4    5   …
+    rank           0    1    0    1    0    1       with 2 ranks; together they read what one would
 
-Batch `number` is a pure function of (seed, number, size), so that a run resumes exactly, on more or
+A batch is a pure function of (seed, batch_index, size), so that a run resumes exactly, on more or
 fewer ranks, with no state to save. A sample that cannot be read is replaced by another, the next
 one if possible, and the batch names it under "broken".
 """
@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.dataset import Sample, SampleDataset, UnreadableSample
 
-__all__ = ["DatasetSource", "Source", "collate", "read_ahead", "to_device"]
+__all__ = ["DatasetSource", "Source", "collate", "prefetch", "to_device"]
 
-MAX_SUBSTITUTES = 100  # tried in the place of a sample, in its bucket and in another one
+MAX_SUBSTITUTES = 100  # tried for an unreadable sample, in its bucket and in another one
 
 Batch = dict[str, Any]
-ReadBatches = Callable[[int, int], Iterator[Batch]]  # (first, step) -> batches without end
+ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, step) -> endless batches
 
 
 class Source(ABC):
@@ -44,34 +44,34 @@ class Source(ABC):
         """Read batches start + rank, start + rank + world_size, … of the endless sequence.
 
         Args:
-            workers: processes that read ahead; 0 = read in this process, on demand.
+            workers: processes that prefetch; 0 = read in this process, on demand.
         """
-        return read_ahead(partial(self.read, size), start + rank, world_size, workers)
+        return prefetch(partial(self.read, size), start + rank, world_size, workers)
 
     @abstractmethod
-    def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
-        """Read batches first, first + step, …: stacked or listed by `collate`."""
+    def read(self, size: int, start: int, step: int) -> Iterator[Batch]:
+        """Read batches start, start + step, …, without end, as `collate` returns them."""
 
     @abstractmethod
     def batches_per_epoch(self, size: int) -> Fraction | None:
-        """Count the batches in an epoch; None where the number of samples is unknown."""
+        """Count the batches in an epoch, exactly; None if the number of samples is unknown."""
 
     @abstractmethod
     def fixed_samples(self, n: int) -> list[Sample]:
         """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
     def counts_by_name(self) -> Counter[str] | None:
-        """Count the samples of an epoch by name; None where that is unknown."""
+        """Count the samples of an epoch by name; None if they are unknown."""
         return None
 
 
 class DatasetSource(Source):
     """A source of the samples of a data set, each once in every epoch.
 
-    The last batch of a bucket (`dataset.groups`) in an epoch may be smaller.
+    The last batch of a bucket (`dataset.bucket_ids`) in an epoch may be smaller.
 
     Args:
-        images: the data set of images behind latents, for `fixed_samples`.
+        images: the images that latents were encoded from, for `fixed_samples`; None = `dataset`.
     """
 
     def __init__(
@@ -82,83 +82,85 @@ class DatasetSource(Source):
         self._orders: dict[tuple[int, int], Any] = {}
 
     def batches_per_epoch(self, size: int) -> Fraction:
-        if self.dataset.groups is None:
+        if self.dataset.bucket_ids is None:
             return Fraction(len(self.dataset), size)
-        return Fraction(sum(math.ceil(count / size) for count in self._group_sizes))
+        return Fraction(sum(math.ceil(count / size) for count in self._bucket_counts))
 
     def fixed_samples(self, n: int) -> list[Sample]:
-        groups = self.images.groups
+        bucket_ids = self.images.bucket_ids
         indices: Sequence[int] = range(len(self.images))
-        if groups is not None:
-            indices = _largest_group(groups)
+        if bucket_ids is not None:
+            indices = _largest_bucket(bucket_ids)
         spread = (indices[len(indices) * k // n] for k in range(n))
-        return [read_or_replace(self.images, 0, index, []) for index in spread]
+        return [read_or_substitute(self.images, 0, index, []) for index in spread]
 
     def counts_by_name(self) -> Counter[str]:
         return Counter(self.dataset.names())
 
     def sample_indices(self, batch_index: int, size: int) -> list[tuple[int, int]]:
         """Return (epoch, index) of the samples of a batch."""
-        groups = self.dataset.groups
-        if groups is None:
+        bucket_ids = self.dataset.bucket_ids
+        if bucket_ids is None:
             numbers = range(batch_index * size, (batch_index + 1) * size)
             positions = [divmod(number, len(self.dataset)) for number in numbers]
             return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
         epoch, position = divmod(batch_index, int(self.batches_per_epoch(size)))
-        order = self._order(epoch, size, partial(group_batches, groups, size))
+        order = self._order(epoch, size, partial(bucket_batches, bucket_ids, size))
         return [(epoch, index) for index in order[position]]
 
     @cached_property
-    def _group_sizes(self) -> list[int]:
-        return list(Counter(self.dataset.groups).values())
+    def _bucket_counts(self) -> list[int]:
+        return list(Counter(self.dataset.bucket_ids).values())
 
     def _order(
         self, epoch: int, size: int = 0, arrange: Callable[[Tensor, int], Any] | None = None
     ) -> Any:
-        """Return the permutation of an epoch, or batches made from it; cached for two epochs."""
+        """Return the permutation of an epoch, or batches of it; cached for two epochs."""
         if (epoch, size) not in self._orders:
-            seed = self.seed * 1_000_003 + epoch
-            order = permutation(len(self.dataset), seed)
+            seed = self.seed * 1_000_003 + epoch  # a prime; in 64 bits, as seeds are up to 10^12
+            order = draw_permutation(len(self.dataset), seed)
             self._orders[epoch, size] = arrange(order, seed) if arrange else order
             self._orders.pop((epoch - 2, size), None)
         return self._orders[epoch, size]
 
-    def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
-        for number in itertools.count(first, step):
+    def read(self, size: int, start: int, step: int) -> Iterator[Batch]:
+        for batch_index in itertools.count(start, step):
             broken: list[str] = []
-            indices = self.sample_indices(number, size)
-            batch = collate([read_or_replace(self.dataset, *each, broken) for each in indices])
+            indices = self.sample_indices(batch_index, size)
+            batch = collate([read_or_substitute(self.dataset, *each, broken) for each in indices])
             yield {**batch, "broken": broken} if broken else batch
 
 
-def permutation(length: int, seed: int) -> Tensor:
+def draw_permutation(length: int, seed: int) -> Tensor:
     """Return (length,) indices in random order."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
-def group_batches(groups: Sequence[int], size: int, order: Tensor, seed: int) -> list[list[int]]:
-    """Return batches of one group each that hold every index once, in random order."""
-    by_group: dict[int, list[int]] = {}
+def bucket_batches(
+    bucket_ids: Sequence[int], size: int, order: Tensor, seed: int
+) -> list[list[int]]:
+    """Split the indices in `order` into batches of one bucket each, in random order."""
+    by_bucket: dict[int, list[int]] = {}
     for index in order.tolist():
-        by_group.setdefault(groups[index], []).append(index)
+        by_bucket.setdefault(bucket_ids[index], []).append(index)
     batches = [
         indices[start : start + size]
-        for indices in by_group.values()
+        for indices in by_bucket.values()
         for start in range(0, len(indices), size)
     ]
-    return [batches[position] for position in permutation(len(batches), seed).tolist()]
+    return [batches[position] for position in draw_permutation(len(batches), seed).tolist()]
 
 
-def read_or_replace(dataset: SampleDataset, epoch: int, index: int, broken: list[str]) -> Sample:
+def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: list[str]) -> Sample:
     """Read a sample, or another one in its place if it cannot be read.
 
     Args:
-        broken: the names of unreadable samples are added to it.
+        broken: names of unreadable samples are appended to it.
     Raises:
-        ValueError: none of the samples that were tried can be read.
+        ValueError: none of the substitutes can be read.
     """
     tries = 0
-    for other in candidates(dataset, epoch, index):
+    for other in iter_substitutes(dataset, epoch, index):
         tries += 1
         try:
             return dataset[epoch, other]
@@ -168,32 +170,36 @@ def read_or_replace(dataset: SampleDataset, epoch: int, index: int, broken: list
     raise ValueError(f"none of {tries} samples that were tried can be read, the last: {last}")
 
 
-def candidates(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
-    """Yield the index, the following ones, and random ones: neighbours are often damaged together.
+def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
+    """Yield an index, then substitutes for it, until one of them can be read.
 
-    Only samples of the same bucket, so that a batch has one size. If the whole bucket is
-    unreadable, samples of the largest other one: the rest of the batch falls back to it, too.
+    These are the following samples, then random ones, as neighbors are often damaged together; all
+    of the same bucket, so that a batch has one size. If the whole bucket is unreadable, samples of
+    the largest other one follow: the rest of the batch falls back to it, too.
     """
-    groups, rng = dataset.groups, Random(f"{epoch} {index}")
+    bucket_ids = dataset.bucket_ids
+    rng = Random(f"{epoch} {index}")  # Random takes no pair of numbers
     following = itertools.chain(range(index, len(dataset)), range(index))
-    same_group = (other for other in following if groups is None or groups[other] == groups[index])
-    yield from itertools.islice(same_group, MAX_SUBSTITUTES // 2)
-    rest = list(same_group)
+    same_bucket = (
+        other for other in following if bucket_ids is None or bucket_ids[other] == bucket_ids[index]
+    )
+    yield from itertools.islice(same_bucket, MAX_SUBSTITUTES // 2)
+    rest = list(same_bucket)
     yield from rng.sample(rest, min(len(rest), MAX_SUBSTITUTES // 2))
-    if groups is not None and len(rest) <= MAX_SUBSTITUTES // 2:
-        rest = _largest_group(groups, without=groups[index])
+    if bucket_ids is not None and len(rest) <= MAX_SUBSTITUTES // 2:
+        rest = _largest_bucket(bucket_ids, without=bucket_ids[index])
         yield from rng.sample(rest, min(len(rest), MAX_SUBSTITUTES))
 
 
-def _largest_group(groups: Sequence[int], without: int | None = None) -> list[int]:
-    """Return the indices of the most frequent group, the first of several; [] if there is none."""
-    counts = Counter(group for group in groups if group != without)
-    largest = max(counts, key=lambda group: counts[group], default=None)
-    return [index for index, group in enumerate(groups) if group == largest]
+def _largest_bucket(bucket_ids: Sequence[int], without: int | None = None) -> list[int]:
+    """Return the indices of the largest bucket, the first of several; [] if there is none."""
+    counts = Counter(bucket for bucket in bucket_ids if bucket != without)
+    largest = max(counts, key=lambda bucket: counts[bucket], default=None)
+    return [index for index, bucket in enumerate(bucket_ids) if bucket == largest]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples with the same keys; a sample within a sample becomes a batch as well."""
+    """Stack tensors, list other values, and collate nested samples; all have the same keys."""
     batch: Batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     for key, values in batch.items():
         if isinstance(values[0], Tensor):
@@ -208,16 +214,16 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def read_ahead(read: ReadBatches, first: int, step: int, workers: int) -> Iterator[Batch]:
-    """Yield what `read(first, step)` does, read ahead by worker processes.
+def prefetch(read: ReadBatches, start: int, step: int, workers: int) -> Iterator[Batch]:
+    """Yield the batches of `read(start, step)`, prefetched by worker processes.
 
     Args:
-        read: (first, step) -> batches first, first + step, … without end; it is pickled.
+        read: (start, step) -> batches start, start + step, … without end; it is pickled.
     """
     if not workers:
-        return read(first, step)
+        return read(start, step)
     loader: DataLoader[Batch] = DataLoader(
-        _WorkerBatches(read, first, step),
+        _WorkerBatches(read, start, step),
         batch_size=None,
         num_workers=workers,
         collate_fn=_identity,
@@ -226,19 +232,19 @@ def read_ahead(read: ReadBatches, first: int, step: int, workers: int) -> Iterat
     )
     batches = iter(loader)
     _RUNNING.add(batches)
-    return _until_error(batches)
+    return _reraise_errors(batches)
 
 
 _RUNNING: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators with running workers
 
 
-def _until_error(batches: Any) -> Iterator[Batch]:
+def _reraise_errors(batches: Any) -> Iterator[Batch]:
     try:
         for batch in batches:
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
-    finally:  # now, not when garbage-collected: a traceback may keep the iterator alive
+    finally:  # not left to garbage collection: a traceback may keep the iterator alive
         batches._shutdown_workers()
 
 
@@ -250,16 +256,16 @@ def _end_workers() -> None:
 
 
 class _WorkerBatches(IterableDataset[Any]):
-    """The batches of one worker: every num_workers-th; DataLoader takes from workers in turn."""
+    """Every num_workers-th batch, for one worker: DataLoader asks workers in turn."""
 
-    def __init__(self, read: ReadBatches, first: int, step: int) -> None:
-        self.read, self.first, self.step = read, first, step
+    def __init__(self, read: ReadBatches, start: int, step: int) -> None:
+        self.read, self.start, self.step = read, start, step
 
     def __iter__(self) -> Iterator[Batch | ValueError]:
         worker = get_worker_info()
         assert worker is not None
         try:
-            yield from self.read(self.first + worker.id * self.step, self.step * worker.num_workers)
+            yield from self.read(self.start + worker.id * self.step, self.step * worker.num_workers)
         except ValueError as error:  # DataLoader would wrap it in a long traceback
             yield ValueError(str(error))
 

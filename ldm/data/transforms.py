@@ -2,12 +2,12 @@
 
 A transform is called with (sample, rng): the metadata of a data set and `image`. It returns
 {"jpg": image (3, H, W) in [-1, 1], "txt": caption}, its conditions (see `ldm.data.conditions`), and
-what Stable Diffusion XL is told of the image:
+the micro-conditioning of Stable Diffusion XL:
 
-    original_size_as_tuple    (2,)  height, width of the file, or as its metadata says
-    crop_coords_top_left      (2,)  of the part that is seen, in pixels of the scaled image
-    target_size_as_tuple      (2,)  height, width of the part
-    aesthetic_score           (1,)  as the metadata says, else DEFAULT_SCORE
+    original_size_as_tuple    (2,)  height, width in the metadata, else of the image file
+    crop_coords_top_left      (2,)  top, left of the crop, in pixels of the resized image
+    target_size_as_tuple      (2,)  height, width of the crop
+    aesthetic_score           (1,)  of the metadata, else DEFAULT_SCORE
 
 All randomness comes from `rng`, which the data set seeds with (seed, epoch, index), so that a
 sample does not depend on what was read before it.
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from ldm.data.buckets import Buckets
 from ldm.data.conditions import build_conditions
-from ldm.data.options import former_options
+from ldm.data.options import to_former_names
 from ldm.imaging.pixels import to_tensor
 from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import FileFormatError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["CROPS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "captions_of"]
+__all__ = ["CROPS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "get_captions"]
 
 CROPS = ("centre", "random")
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
-DEFAULT_SCORE = 6.0  # what sampling asks for, too
+DEFAULT_SCORE = 6.0  # as in sampling
 
 
 class Transform(ABC):
@@ -43,9 +43,9 @@ class Transform(ABC):
 
     NAME: ClassVar[str]  # in configs
     IMAGE_OPTIONS: ClassVar[Sequence[str]]  # attributes that pixels or buckets depend on
-    buckets: Buckets | None = None  # sizes that the images are sorted into; None = all have one
-    variants: Sequence[str] = ()  # named versions of every image, which its caption may mention
-    # In metadata, of an image before it was resized.
+    buckets: Buckets | None = None  # aspect-ratio buckets; None = all images have one size
+    variants: Sequence[str] = ()  # names of versions of every image, such as background colors
+    # keys of the original height and width in the metadata
     original_size_keys: Sequence[str] = ("original_height", "original_width")
 
     def __init__(self, conditions: JsonMapping | None) -> None:
@@ -59,14 +59,14 @@ class Transform(ABC):
 
     @abstractmethod
     def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
-        """Make what an image gives of a training sample."""
+        """Make `jpg`, the conditioning images and the sizes of a training sample."""
 
     @abstractmethod
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
-        """Make the caption of a row of metadata."""
+        """Make a caption from a row of metadata."""
 
     def row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
-        """Make what a row of metadata gives of a training sample: the caption and other facts."""
+        """Make caption, aesthetic score and original size from a row of metadata."""
         score = row.get("aesthetic_score")
         sides = [row[key] for key in self.original_size_keys if row.get(key) is not None]
         try:
@@ -80,11 +80,11 @@ class Transform(ABC):
         return {**{key: torch.tensor(value) for key, value in fields.items()}, "txt": caption}
 
     def cache_key(self) -> tuple[str, JsonObject]:
-        """Return name and IMAGE_OPTIONS as keys of latent caches have them: with first names."""
+        """Return name and IMAGE_OPTIONS for keys of latent caches, with former names."""
         options = {name: getattr(self, name) for name in self.IMAGE_OPTIONS}
         conditions = {name: make.cache_key() for name, make in self.conditions.items()}
         options |= {"conditions": conditions}
-        return self.NAME.capitalize(), former_options(self.NAME, options)
+        return self.NAME.capitalize(), to_former_names(self.NAME, options)
 
     def _with_conditions(
         self,
@@ -98,8 +98,8 @@ class Transform(ABC):
         """Add its conditions and sizes to an image.
 
         Args:
-            original: height and width, if they are others than those of `image`.
-            crop: top and left.
+            original: (height, width) of the image file; None = those of `image`.
+            crop: (top, left).
         """
         conditions = {name: make(image, opacity, rng) for name, make in self.conditions.items()}
         target = image.shape[-2:]
@@ -111,7 +111,7 @@ class PhotoTransform(Transform):
     """Scale and crop an image to a square or to the nearest bucket, with its text as the caption.
 
     Args:
-        crop: which part of an image of another aspect ratio stays: "centre" or "random".
+        crop: position of the crop where the aspect ratio differs, "centre" or "random".
         flip: probability of a mirrored image.
         buckets: options of `Buckets`, {} for their defaults; None = squares.
         tags: options of `TagShuffle`.
@@ -155,14 +155,14 @@ class PhotoTransform(Transform):
         )
 
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
-        captions = captions_of(row)
+        captions = get_captions(row)
         text = rng.choice(captions) if len(captions) > 1 else captions[0]
         return self.tags(text, rng) if self.tags else text
 
     def _crop_and_resize(
         self, image: Image.Image, rng: Random
     ) -> tuple[Image.Image, float, tuple[float, float]]:
-        """Return a part of the image, scaled, 1 / scale, and its left and top, scaled."""
+        """Return the resized crop, source pixels per pixel of it, and its (left, top) resized."""
         size = (self.size, self.size)
         if self.buckets is not None:
             size = self.buckets.sizes[self.buckets.index(*image.size)]
@@ -177,8 +177,8 @@ class PhotoTransform(Transform):
         return part, scale, (left / scale, top / scale)
 
 
-def captions_of(row: JsonMapping) -> list[str]:
-    """Return the captions of a row, one of which a transform takes; [""] if there are none.
+def get_captions(row: JsonMapping) -> list[str]:
+    """Return the captions of a row, of which a transform takes one; [""] if there are none.
 
     Raises:
         FileFormatError: its `text` is neither a text nor a list of texts.
@@ -197,7 +197,7 @@ class TagShuffle:
 
     shuffle: bool = True  # put them into random order
     drop: float = 0.0  # probability that a tag is left out
-    keep: int = 1  # number of items at the beginning that stay in place
+    keep: int = 1  # number of leading tags that stay in place
 
     def __call__(self, text: str, rng: Random) -> str:
         tags = [tag.strip() for tag in text.split(",") if tag.strip()]

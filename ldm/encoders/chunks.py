@@ -1,8 +1,8 @@
-"""Chunks: how the tokens of a long prompt are divided among runs of a text tower.
+"""Chunks: how the tokens of a long prompt are divided among runs of a text encoder.
 
     sections of pieces -> sections of units -> chunks of at most 75 tokens -> ids, weights (77,)
 
-A unit is not cut: a token, the vectors of a textual inversion, or a word.
+A unit is never split: a token, the vectors of a textual inversion, or (ComfyUI) a word.
 """
 
 import re
@@ -18,10 +18,10 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["COMMA", "Chunk", "Splitter", "Unit", "split_at_commas"]
 
-COMMA = 267  # `,` at the end of a word
-BACKTRACK = 20  # tokens after the last comma that move to the next chunk (A1111's default)
-INVERSION = -1  # stands for all vectors of textual inversions
-WORD_LIMIT = 8  # longer words are cut (ComfyUI)
+COMMA = 267  # id of `,</w>`
+BACKTRACK = 20  # maximum number of tokens after the last comma to move to the next chunk (A1111)
+INVERSION = -1  # in place of any (negative) id of a textual inversion
+WORD_LIMIT = 8  # words of so many tokens are split (ComfyUI)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Unit:
 
     ids: tuple[int, ...]
     weight: float = 1.0
-    piece: int = 0  # index of their piece in the text
+    piece: int = 0  # index of their piece in the text, for compel's weighting
 
 
 Chunk = list[Unit]
@@ -42,7 +42,7 @@ class Splitter:
 
     variant: tokenizer.Variant
     added: tokenizer.AddedTokens  # tokens of textual inversions
-    length: int  # tokens that the tower runs on, with the start token and an end token
+    length: int  # length of a chunk with its start and end tokens, 77
 
     def split(self, text: Text, syntax: str) -> list[Chunk]:
         """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax.
@@ -54,7 +54,7 @@ class Splitter:
         sections: list[Chunk] = []
         first = 0
         for section in text:
-            units = list(_units(section, first, syntax, self.variant, self.added))
+            units = list(_make_units(section, first, syntax, self.variant, self.added))
             sections.append(units)
             first += len(section)
         units = [unit for section in sections for unit in section]
@@ -73,17 +73,17 @@ class Splitter:
         return ids + [self.variant.pad] * (self.length - len(ids))
 
     def weights(self, chunk: Chunk) -> list[float]:
-        """Return the weights of these tokens."""
+        """Return the weights of a chunk's tokens, (length,)."""
         weights = [1.0, *(unit.weight for unit in chunk for _ in unit.ids)]
         return weights + [1.0] * (self.length - len(weights))
 
     def pieces(self, chunk: Chunk) -> list[int]:
-        """Return the index of the piece of each of these tokens; -1 for all others."""
+        """Return the index of the piece of each token, (length,); -1 for special tokens."""
         pieces = [-1, *(unit.piece for unit in chunk for _ in unit.ids)]
         return pieces + [-1] * (self.length - len(pieces))
 
 
-def _units(
+def _make_units(
     section: Section,
     first: int,
     syntax: str,
@@ -92,7 +92,7 @@ def _units(
 ) -> Iterator[Unit]:
     groups = {ids[0]: tuple(ids) for ids in added.values() if ids}
     for number, piece in enumerate(section, first):
-        for word in _comfy_words(piece, added) if syntax == "comfy" else [piece.text]:
+        for word in _split_comfy_words(piece, added) if syntax == "comfy" else [piece.text]:
             ids = tokenizer.encode(word, variant, added)
             if syntax == "comfy" and 0 < len(ids) < WORD_LIMIT and min(ids) >= 0:
                 yield Unit(tuple(ids), piece.weight, number)
@@ -104,8 +104,8 @@ def _units(
                 position += len(group)
 
 
-def _comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
-    """Split at white space, but for tokens with white space; `embedding:` before one is dropped."""
+def _split_comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
+    """Split at white space outside textual inversions, and drop `embedding:` before them."""
     names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
     text = piece.text
     if names:
@@ -117,11 +117,11 @@ def _comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
 def split_at_commas(
     sections: Sequence[Chunk], size: int = 75, backtrack: int = BACKTRACK
 ) -> list[Chunk]:
-    """Fill chunks; what follows a late comma moves on with the token that does not fit."""
+    """Fill chunks; where one overflows soon after a comma, split it after that comma."""
     chunks: list[Chunk] = []
     for number, section in enumerate(sections):
         chunk: Chunk = []
-        comma = None  # index of the last one in the chunk, in units
+        comma = None  # unit index of the last comma in the chunk
         for unit in section:
             length = _length(chunk)
             if length + len(unit.ids) > size:
@@ -152,7 +152,7 @@ def _fill(units: Sequence[Unit], size: int) -> list[Chunk]:
 
 
 def _split_at_sentences(units: Sequence[Unit], size: int) -> list[Chunk]:
-    """End a chunk that is too long after a period, else a comma, else a word, as compel does."""
+    """Split after the last period that fits, else the last of `,.;:`, else a word, as compel."""
     chunks: list[Chunk] = []
     rest = list(units)
     while _length(rest) > size:
@@ -160,7 +160,7 @@ def _split_at_sentences(units: Sequence[Unit], size: int) -> list[Chunk]:
         last_ids = [max(unit.ids[-1], INVERSION) for unit in rest[:fitting]]
         ends = (
             end
-            for symbols in _breaks()
+            for symbols in _split_ids()
             for end in range(fitting, 0, -1)
             if last_ids[end - 1] in symbols
         )
@@ -171,9 +171,9 @@ def _split_at_sentences(units: Sequence[Unit], size: int) -> list[Chunk]:
 
 
 @cache
-def _breaks() -> tuple[frozenset[int], ...]:
-    """Return the ids of tokens after which to break, the best first."""
-    ids, _ = tokenizer.vocabulary()
+def _split_ids() -> tuple[frozenset[int], ...]:
+    """Return the ids after which to split, in order of preference."""
+    ids, _ = tokenizer.load_vocabulary()
     symbols = [ids[symbol + "</w>"] for symbol in ".,;:"]
     words = (number for symbol, number in ids.items() if symbol.endswith("</w>"))
     return frozenset(symbols[:1]), frozenset(symbols), frozenset([*words, INVERSION])

@@ -1,4 +1,4 @@
-"""Depth as a condition: MiDaS, its preprocessing, and the normalised depth map.
+"""Depth as a condition: MiDaS, its preprocessing, and the normalized depth map.
 
     image (B, 3, H, W) in [-1, 1] --estimate--> depth (B, 1, H', W') --resize_depth--> (B, 1, h, w)
     depth (B, 1, h, w) of any range --normalize_depth--> concat (B, 1, h, w) in [-1, 1]
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
-from ldm.encoders.dpt import DPT, MULTIPLE
+from ldm.encoders.dpt import DPT, SIZE_MULTIPLE
 from ldm.runtime.errors import ArgumentError, MissingArgument, check_name
 
 MIDAS_SIZE = 384  # pixels along one side, as in the training of MiDaS
-# Sizes by model_type; `embed_dim`, `depth`, `num_heads`, `img_size` are arguments of timm.
+# By model_type; all but `hooks` and `features` are arguments of timm's backbone.
 ARCHS: dict[str, dict[str, Any]] = {
     "dpt_hybrid": {
         "embed_dim": 768, "depth": 12, "num_heads": 12, "img_size": 384, "hooks": (8, 11),
@@ -31,9 +31,8 @@ class MiDaSDepth(Encoder):
 
     Args:
         model_type: Name in ARCHS; None for no network, so that a batch must have depth maps.
-        arch: Sizes to override those of `model_type`.
-        margin: Added to the range of the depth before dividing by it: 0.001 in the original's
-            training, 0 in its scripts.
+        arch: Overrides of entries of `model_type` in ARCHS.
+        eps: Added to max - min before dividing by it; the original's training uses 0.001.
     """
 
     slot: Slot = "concat"
@@ -45,10 +44,10 @@ class MiDaSDepth(Encoder):
         *,
         model_type: str | None = "dpt_hybrid",
         arch: Config | None = None,
-        margin: float = 0.0,
+        eps: float = 0.0,
     ) -> None:
         super().__init__()
-        self.margin = margin
+        self.eps = eps
         self.model: DPT | None = None
         if model_type is None:
             return
@@ -59,14 +58,14 @@ class MiDaSDepth(Encoder):
         self.requires_grad_(False)
 
     def forward(self, depth: Tensor) -> Tensor:
-        return normalize_depth(depth, self.margin)
+        return normalize_depth(depth, self.eps)
 
     def estimate(self, image: Tensor) -> Tensor:
-        """Estimate depth (B, 1, H', W'), near = large, of images (B, 3, H, W) in [-1, 1]."""
-        return self.run_network(midas_input(image))
+        """Estimate relative inverse depth (B, 1, H', W') of images (B, 3, H, W) in [-1, 1]."""
+        return self.run_network(preprocess_for_midas(image))
 
     def run_network(self, midas_in: Tensor) -> Tensor:
-        """Run the network on the output of `midas_input`: (B, 1, H', W') float32."""
+        """Run the network on the output of `preprocess_for_midas`: (B, 1, H', W') float32."""
         if self.model is None:
             raise MissingArgument(
                 "this model cannot estimate depth: a depth map is needed", "depth"
@@ -88,22 +87,22 @@ class MiDaSDepth(Encoder):
         return {"depth": resize_depth(depth, options.size)}
 
 
-def midas_input(image: Tensor) -> Tensor:
-    """Resize images (B, 3, H, W) in [-1, 1] to MiDaS' input (B, 3, H', W'), see `midas_input_size`.
+def preprocess_for_midas(image: Tensor) -> Tensor:
+    """Resize images (B, 3, H, W) in [-1, 1] to (B, 3, H', W'), see `compute_midas_size`.
 
     Bicubic with a = -0.75 and without antialiasing, as in OpenCV. Images in [-1, 1] are already
-    normalised: MiDaS' mean and standard deviation are both 0.5.
+    normalized: MiDaS' mean and standard deviation are both 0.5.
     """
     if image.dim() != 4 or image.shape[1] != 3:
         raise ArgumentError(f"expected images (B, 3, H, W), got {tuple(image.shape)}")
-    size = midas_input_size(image.shape[-2], image.shape[-1])
+    size = compute_midas_size(image.shape[-2], image.shape[-1])
     image = image.float()
     if size == tuple(image.shape[-2:]):
         return image
     return F.interpolate(image, size=size, mode="bicubic", align_corners=False)
 
 
-def midas_input_size(height: int, width: int) -> tuple[int, int]:
+def compute_midas_size(height: int, width: int) -> tuple[int, int]:
     """Compute height and width of MiDaS' input: one side about 384 pixels, both multiples of 32.
 
     The side nearer to 384 decides the scale; halves round to even.
@@ -121,19 +120,19 @@ def resize_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(depth.float(), size=size, mode="bicubic", align_corners=False)
 
 
-def normalize_depth(depth: Tensor, margin: float = 0.0) -> Tensor:
+def normalize_depth(depth: Tensor, eps: float = 0.0) -> Tensor:
     """Scale each depth map (B, 1, h, w) to [-1, 1]; a constant one becomes -1."""
     low = depth.amin(dim=(1, 2, 3), keepdim=True)
     high = depth.amax(dim=(1, 2, 3), keepdim=True)
-    span = (high - low + margin).clamp(min=torch.finfo(depth.dtype).tiny)
+    span = (high - low + eps).clamp(min=torch.finfo(depth.dtype).tiny)
     return 2 * (depth - low) / span - 1
 
 
 def _to_multiple(side: float) -> int:
-    return max(round(side / MULTIPLE), 1) * MULTIPLE
+    return max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
 
 
-def _build_backbone(size: Config) -> nn.Module:
+def _build_backbone(timm_kwargs: Config) -> nn.Module:
     """Build timm's hybrid ViT, R50 + ViT-B/16, without weights."""
     try:  # here, as importing timm takes seconds and only depth models need it
         from timm import create_model
@@ -142,5 +141,5 @@ def _build_backbone(size: Config) -> nn.Module:
             f"depth models need `timm` and a torchvision that fits this torch ({error})\n"
             "hint: pip install 'ldm-revived[depth]'"
         ) from error
-    vit: nn.Module = create_model("vit_base_r50_s16_384", pretrained=False, **size)
+    vit: nn.Module = create_model("vit_base_r50_s16_384", pretrained=False, **timm_kwargs)
     return vit

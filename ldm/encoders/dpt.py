@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ldm.nets.blocks import Conv2d, Linear
 from ldm.runtime.errors import ArgumentError
 
-MULTIPLE = 32  # pixels of the image per pixel of the coarsest feature map
+SIZE_MULTIPLE = 32  # pixels of the image per pixel of the coarsest feature map
 HEAD_CHANNELS = 32  # before the last convolution
 
 
 class DPT(nn.Module):
-    """Inverse depth (B, 1, H, W) of normalised images (B, 3, H, W).
+    """Relative inverse depth (B, 1, H, W) of images (B, 3, H, W) in [-1, 1].
 
     Args:
         vit: Hybrid vision transformer of timm, with `patch_embed.backbone` (`stem`, `stages`),
@@ -41,18 +41,18 @@ class DPT(nn.Module):
         if not 0 <= hooks[0] < hooks[1] < len(timm_vit.blocks):
             raise ArgumentError(f"hooks {hooks} do not fit {len(timm_vit.blocks)} blocks", "hooks")
         self.hooks = hooks
-        width, stages = timm_vit.embed_dim, timm_vit.patch_embed.backbone.feature_info
-        widths = [stages[1]["num_chs"], stages[2]["num_chs"], width, width]
-        coarse = {"4": Conv2d(width, width, 3, stride=2, padding=1)}
+        dim, stages = timm_vit.embed_dim, timm_vit.patch_embed.backbone.feature_info
+        level_channels = [stages[1]["num_chs"], stages[2]["num_chs"], dim, dim]
+        coarse = {"4": Conv2d(dim, dim, 3, stride=2, padding=1)}
         self.pretrained = nn.ModuleDict(
             {
                 "model": vit,
-                "act_postprocess3": nn.ModuleDict(_reassembly(width)),
-                "act_postprocess4": nn.ModuleDict(_reassembly(width) | coarse),
+                "act_postprocess3": nn.ModuleDict(_build_reassembly(dim)),
+                "act_postprocess4": nn.ModuleDict(_build_reassembly(dim) | coarse),
             }
         )
         scratch: dict[str, nn.Module] = {}
-        for i, channels in enumerate(widths, start=1):
+        for i, channels in enumerate(level_channels, start=1):
             scratch[f"layer{i}_rn"] = Conv2d(channels, features, 3, padding=1, bias=False)
             scratch[f"refinenet{i}"] = FeatureFusion(features)
         scratch["output_conv"] = nn.Sequential(
@@ -66,11 +66,11 @@ class DPT(nn.Module):
         self.scratch = nn.ModuleDict(scratch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Estimate inverse depth (B, 1, H, W), near = large, of x (B, 3, H, W), multiples of 32."""
-        if x.shape[-2] % MULTIPLE or x.shape[-1] % MULTIPLE:
+        """Estimate inverse depth, larger = nearer; sides of x are multiples of SIZE_MULTIPLE."""
+        if x.shape[-2] % SIZE_MULTIPLE or x.shape[-1] % SIZE_MULTIPLE:
             raise ArgumentError(
                 f"depth of an image of {x.shape[-2]} x {x.shape[-1]} pixels: "
-                f"both sides must be multiples of {MULTIPLE}"
+                f"both sides must be multiples of {SIZE_MULTIPLE}"
             )
         fused: Tensor | None = None
         for i, features in reversed(list(enumerate(self._feature_maps(x), start=1))):
@@ -106,7 +106,7 @@ class DPT(nn.Module):
 class FeatureFusion(nn.Module):
     """Adds a feature map to the fused coarser ones, refines the sum and doubles its size.
 
-    The coarsest level has only the former; its `resConfUnit1` is in the files, unused.
+    The coarsest level has no coarser one: its `resConfUnit1` is in checkpoints, but unused.
     """
 
     def __init__(self, features: int) -> None:
@@ -135,10 +135,10 @@ class ResidualUnit(nn.Module):
         return x + residual  # (B, F, h, w)
 
 
-def _reassembly(width: int) -> dict[str, nn.Module]:
-    """Build the layers of `_reassemble`; 1 and 2 in MiDaS' files are reshapes without weights."""
-    project = nn.Sequential(Linear(2 * width, width), nn.GELU())
-    return {"0": nn.ModuleDict({"project": project}), "3": Conv2d(width, width, 1)}
+def _build_reassembly(dim: int) -> dict[str, nn.Module]:
+    """Build the layers of `_reassemble`; MiDaS' layers 1 and 2 are reshapes without weights."""
+    project = nn.Sequential(Linear(2 * dim, dim), nn.GELU())
+    return {"0": nn.ModuleDict({"project": project}), "3": Conv2d(dim, dim, 1)}
 
 
 def _reassemble(layers: nn.ModuleDict, tokens: Tensor, size: torch.Size) -> Tensor:

@@ -57,7 +57,7 @@ def preprocess(
 
     Args:
         antialias: Whether to blur before downscaling.
-        blur: Width of the blur for an image `factor` times too large: "wide" is sigma = factor, as
+        blur: Sigma of the blur when downscaling by `factor`: "wide" is sigma = factor, as
             in kornia 0.6.0, which the original pins; "narrow" is (factor - 1) / 2, as since
             kornia 0.6.4.
     """
@@ -65,7 +65,7 @@ def preprocess(
     factors = [length / size for length in image.shape[-2:]]
     if antialias and max(factors) > 1:
         for dim, factor in zip((-2, -1), factors, strict=True):
-            image = _gaussian_blur(image, dim, *_window(factor, blur))
+            image = _gaussian_blur(image, dim, *_choose_gaussian(factor, blur))
     # Corners are aligned, as in the original's call of kornia.
     image = F.interpolate(image, (size, size), mode="bicubic", align_corners=True)
     mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -105,7 +105,7 @@ class CLIPVision(nn.Module):
 class OpenCLIPImage(CLIPVision):
     """Images -> embeddings (B, D) by the vision tower of an OpenCLIP model.
 
-    The state dict also holds the text tower without its blocks, as published files do.
+    The state dict includes the text tower without its blocks, as in published files.
 
     Args:
         arch: Name in VISION, or an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`).
@@ -138,8 +138,8 @@ class CLIPImage(CLIPVision, Encoder):
     Args:
         model: Name of a model in OpenAI's package, or an open_clip model config.
         key: Batch key of the images.
-        text_tower: Whether to keep the blocks of the text tower, as files of unCLIP do; the Karlo
-            prior uses them.
+        text_tower: Whether to build the blocks of the text tower, which are in unCLIP's files and
+            serve the Karlo prior.
     """
 
     slot: Slot = "crossattn"
@@ -180,11 +180,11 @@ class EmbeddingNoise(nn.Module):
     """Noise augmentation: embedding (B, D) -> noised embedding and its noise level, (B, 2 D).
 
     Args:
-        timestep_dim: Width of an embedding, D.
+        timestep_dim: Features of an embedding, D.
         noise_schedule_config: See `register_schedule`.
         max_noise_level: Noise levels are 0 … max_noise_level - 1.
-        clip_stats_path: File with mean and standard deviation of the embeddings, which the loader
-            opens; None for mean 0 and standard deviation 1.
+        clip_stats_path: File with mean and standard deviation of the embeddings, read by the
+            loader; None for mean 0 and standard deviation 1.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class EmbeddingNoise(nn.Module):
         """Add noise to embeddings (B, D).
 
         Args:
-            level: Noise level, one or (B,). Level 0 adds a little noise, too.
+            level: Noise level, int or int64 (B,). Level 0 adds a little noise, too.
             noise: Standard normal noise (B, D).
 
         Returns:
@@ -260,8 +260,7 @@ class EmbeddingNoise(nn.Module):
 class ImageEmbedding(Encoder):
     """The vector (B, 2 D) of stable unCLIP: a noised image embedding and its noise level.
 
-    `prepare` makes the vectors of a batch; to mix images or choose the noise, use `embed` and
-    `noise` instead.
+    `prepare` computes the vectors of a batch; use `embed` and `noise` to mix images.
 
     Args:
         embedding_key: Batch key of the images.
@@ -298,7 +297,7 @@ class ImageEmbedding(Encoder):
         return torch.stack([zeros if row is None else row.to(zeros) for row in vectors])
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Make `embedding` from the images and `noise_level`, one or (B,), random if missing."""
+        """Make `embedding` from images and `noise_level`, int or (B,), random if missing."""
         if self.key in batch:
             return {}
         assert self.cache_key is not None
@@ -310,7 +309,7 @@ class ImageEmbedding(Encoder):
 
 
 def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
-    """Return the sizes of VisionTower for a name in VISION or an open_clip config."""
+    """Return arguments of VisionTower for a name in VISION or an open_clip config."""
     if isinstance(arch, str):
         config: Config = VISION[arch.removesuffix("-quickgelu")]
     else:
@@ -321,8 +320,8 @@ def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
     return size
 
 
-def _window(factor: float, blur: Blur) -> tuple[float, int]:
-    """Choose sigma and number of taps of the Gaussian for an image `factor` times too large."""
+def _choose_gaussian(factor: float, blur: Blur) -> tuple[float, int]:
+    """Choose sigma and number of taps of the Gaussian for downscaling by `factor`."""
     if blur == "wide":
         sigma = max(factor, 1.0)
         taps = int(4 * sigma)
@@ -333,7 +332,7 @@ def _window(factor: float, blur: Blur) -> tuple[float, int]:
 
 
 def _gaussian_blur(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
-    """Blur along one axis; the image is mirrored at its edges, which are not repeated."""
+    """Blur along one axis, with reflect padding of any width."""
     half, length = taps // 2, image.shape[dim]
     offsets = torch.arange(-half, half + 1, device=image.device)
     window = torch.exp(-(offsets**2) / (2 * sigma**2))

@@ -1,4 +1,4 @@
-"""Class labels, and conditions that the batch holds ready-made."""
+"""Encoders of class labels, and of conditions that are in the batch already."""
 
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ class ClassEmbedder(Encoder):
 
 
 class IdentityEncoder(Encoder):
-    """A tensor (B, D), (B, N, D) or (B, C, h, w) of the batch, in the slot for its dimensions."""
+    """Passes a tensor (B, D), (B, N, D) or (B, C, h, w) to the slot for its dimensions."""
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
 

@@ -19,14 +19,14 @@ from ldm.runtime.errors import ArgumentError
 
 
 def register_schedule(module: nn.Module, config: Config) -> Schedule:
-    """Build a noise schedule, and register the tables that checkpoints hold as buffers of a module.
+    """Build a noise schedule and register its tables as buffers, as checkpoints have them.
 
     Args:
         config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
     """
     options = dict(config)
     name = options.pop("beta_schedule", "linear")
-    with torch.device("cpu"):  # these are values, even where the weights are on the meta device
+    with torch.device("cpu"):  # tables need values even if the weights are on the meta device
         schedule = Schedule(make_betas(name, **options))
         tables = schedule.buffers()
     for name, table in tables.items():
@@ -41,7 +41,7 @@ class LowRes(Encoder):
     Its noise level is another condition, see `NoiseLevel`.
 
     Args:
-        noise_schedule_config: See `register_schedule`; None adds no noise, whatever the level.
+        noise_schedule_config: See `register_schedule`; None adds no noise at any level.
         max_noise_level: Noise levels are 0 … max_noise_level - 1.
         low_scale_key: Batch key of the image without noise.
     """
@@ -65,7 +65,7 @@ class LowRes(Encoder):
             self.schedule = register_schedule(self, noise_schedule_config)
 
     def add_noise(self, lr: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """Add noise to images (B, 3, h, w) in [-1, 1], at levels (B,) int64, see `Schedule`."""
+        """Add noise to images (B, 3, h, w) in [-1, 1], at levels (B,) int64 of the schedule."""
         return lr.float() if self.schedule is None else self.schedule.add_noise(lr, noise, level)
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
@@ -94,11 +94,11 @@ class NoiseLevel(Encoder):
 
 
 class RGBDLatent(Encoder):
-    """The latent of a low-resolution image with depth, as channels (B, C, h, w), without noise.
+    """The latent of a low-resolution RGBD image, as channels (B, C, h, w), without noise.
 
     Args:
-        max_noise_level: Noise levels are 0 … max_noise_level - 1; they matter to UNets with an
-            embedding of them alone.
+        max_noise_level: Noise levels are 0 … max_noise_level - 1; only UNets that embed the level
+            use it.
     """
 
     slot: Slot = "concat"
@@ -111,7 +111,7 @@ class RGBDLatent(Encoder):
 
 
 class LowResLatent(Encoder):
-    """A small latent with noise, as channels (B, C, 2h, 2w): repeats each pixel twice on each side.
+    """A low-resolution latent with noise, upsampled by nearest to channels (B, C, 2h, 2w).
 
     Its noise level is another condition, see `NoiseSigma`.
     """
@@ -124,16 +124,16 @@ class LowResLatent(Encoder):
         return upsample_nearest(latent)  # (B, C, 2h, 2w)
 
     def add_noise(self, latent: Tensor, sigma: float, noise: Tensor | None) -> Tensor:
-        """Add noise to a latent (B, C, h, w), and scale it to the same variance at every level.
+        """Add noise to a latent (B, C, h, w), and divide by sqrt(1 + sigma²) to keep the variance.
 
         Args:
-            noise: Standard normal noise; None leaves the latent as it is, "fake" noise.
+            noise: Standard normal noise; None ("fake" noise) leaves the latent unchanged.
         """
         return latent if noise is None else (latent + sigma * noise) / (1 + sigma**2) ** 0.5
 
 
 class NoiseSigma(Encoder):
-    """The noise level sigma of another condition, (B,), as a number of the vector, (B, 1)."""
+    """The sigma of another condition, (B,), as one feature of the vector, (B, 1)."""
 
     slot: Slot = "vector"
     key = "noise_sigma"
@@ -143,11 +143,11 @@ class NoiseSigma(Encoder):
 
 
 class PatchesToChannels(Encoder):
-    """An image split into patch x patch parts, which become channels: (B, patch² C, h, w).
+    """An image split into patch x patch tiles, stacked as channels: (B, patch² C, h, w).
 
     Args:
         key: Batch key of the image, (B, C, patch h, patch w).
-        patch: Parts along each side.
+        patch: Tiles along each side.
     """
 
     slot: Slot = "concat"
@@ -181,7 +181,7 @@ class MaskedImage(Encoder):
 
 
 def mask_image(image: Tensor, mask: Tensor) -> Tensor:
-    """Set to 0 (grey) where an image (B, 3, H, W) has a mask (B, 1, H, W) of at least 0.5."""
+    """Set an image (B, 3, H, W) to 0 (gray) where a mask (B, 1, H, W) is at least 0.5."""
     if mask.shape[-2:] != image.shape[-2:]:
         image_size, mask_size = ("{} x {}".format(*x.shape[-2:]) for x in (image, mask))
         raise ArgumentError(f"an image of {image_size} pixels has a mask of {mask_size}", "mask")
@@ -189,6 +189,6 @@ def mask_image(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def concat_mask(mask: Tensor, z: Tensor) -> Tensor:
-    """Join a mask (B, 1, H, W), rounded and resized by nearest, and a latent (B, C, h, w)."""
+    """Concatenate a mask (B, 1, H, W), binarized and resized, and a latent (B, C, h, w)."""
     resized = F.interpolate((mask >= 0.5).to(z), size=z.shape[-2:], mode="nearest")  # (B, 1, h, w)
     return torch.cat([resized, z], dim=1)

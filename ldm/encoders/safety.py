@@ -1,10 +1,10 @@
-"""The safety checker of Stable Diffusion 1: judges images by their CLIP embeddings.
+"""The safety checker of Stable Diffusion 1: flags images by their CLIP embeddings.
 
-    image --crop_square, normalise--> VisionTower --> e (D,)
+    image --crop_square, normalize--> VisionTower --> e (D,)
     score k = cos(e, concept k) - threshold k, rounded to 3 decimals; above 0 the image is flagged
 
-17 vectors are concepts. Three more ask for special care: from the first that is met on, every later
-score is 0.01 higher; they do not flag an image by themselves. The texts of the concepts were not
+There are 17 concepts, and 3 for special care, which come first and flag no image by themselves:
+once one has a score above 0, all later scores are 0.01 higher. The texts of the concepts were not
 published; Rando et al. 2022 (arXiv:2210.04610) found all 17 to be sexual.
 """
 
@@ -29,10 +29,10 @@ DECIMALS = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker says of an image."""
+    """The scores of an image: cosine similarity minus threshold, above 0 = matched."""
 
-    scores: tuple[float, ...]  # of the concepts
-    special_scores: tuple[float, ...]  # of what asks for special care
+    scores: tuple[float, ...]  # of the concepts, which flag the image
+    special_scores: tuple[float, ...]  # of the concepts for special care, which do not
 
     @property
     def concepts(self) -> list[int]:
@@ -41,7 +41,7 @@ class Verdict:
 
     @property
     def special(self) -> list[int]:
-        """Indices of what asks for special care and is met."""
+        """Indices of the matched concepts for special care."""
         return [k for k, score in enumerate(self.special_scores) if score > 0]
 
     @property
@@ -50,11 +50,11 @@ class Verdict:
 
 
 class SafetyChecker(nn.Module):
-    """A vision tower of CLIP with vectors and thresholds of concepts.
+    """A vision tower of CLIP, and embedding and threshold of each concept.
 
     Args:
         visual: Embeds images as (B, D).
-        concepts, special: How many there are of each.
+        concepts, special: Number of concepts, and of those for special care.
     """
 
     def __init__(self, visual: VisionTower, *, concepts: int = 17, special: int = 3) -> None:
@@ -68,23 +68,23 @@ class SafetyChecker(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Judge images, each alone, so that a verdict does not depend on the batch."""
+        """Score images, one by one, so that results do not depend on the batch."""
         device = self.visual.proj.device
         embeddings = [self.visual(self.preprocess(image).to(device)) for image in images]
         return [verdict for row in embeddings for verdict in self.judge_embeddings(row)]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Resize the shorter side, crop the middle and normalise: (1, 3, S, S) float32."""
+        """Resize the shorter side to S, center-crop and normalize: (1, 3, S, S) float32."""
         cropped = crop_square(image.convert("RGB"), self.visual.image_size)
         pixels = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         return (pixels - mean) / std
 
     def judge_embeddings(self, embeddings: Tensor) -> list[Verdict]:
-        """Judge images by their embeddings (B, D)."""
+        """Score images by their embeddings (B, D)."""
         vectors = (self.special_care_embeds, self.concept_embeds)
         special, concepts = (
-            F.normalize(embeddings.float()) @ F.normalize(known.float()).mT for known in vectors
+            F.normalize(embeddings.float()) @ F.normalize(vector.float()).mT for vector in vectors
         )
         rows = zip(special.tolist(), concepts.tolist(), strict=True)
         return [self._judge_cosines(*cosines) for cosines in rows]

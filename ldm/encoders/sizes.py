@@ -1,4 +1,4 @@
-"""Sizes, crops and scores as entries of the vector: what SDXL calls micro-conditions.
+"""SDXL's micro-conditioning: sizes, crops and scores as features of the vector.
 
 Podell et al. 2023 (arXiv:2307.01952), section 2.2.
 """
@@ -18,13 +18,13 @@ __all__ = ["SizeEmbedding"]
 
 
 class SizeEmbedding(Encoder):
-    """Numbers (B, n) or (B,) -> their sinusoids side by side, (B, n outdim) float32.
+    """Numbers (B, n) or (B,) -> concatenated sinusoidal embeddings, (B, n outdim) float32.
 
     Sizes are (height, width) in pixels, crops (top, left).
 
     Args:
         key: Batch key of the numbers, such as `original_size_as_tuple`.
-        outdim: Width of one number's embedding.
+        outdim: Features of one number's embedding.
     """
 
     slot: Slot = "vector"

@@ -1,4 +1,4 @@
-"""Text encoders of Stable Diffusion: the text towers of OpenAI's CLIP and of OpenCLIP.
+"""Text encoders of Stable Diffusion: those of OpenAI's CLIP and of OpenCLIP.
 
 Nothing is downloaded: sizes are in tables here, weights come from a checkpoint.
 
@@ -39,7 +39,7 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 
 class TextSize(NamedTuple):
-    """Size of a text tower."""
+    """Size of a text encoder: features per token, attention heads, blocks."""
 
     width: int
     heads: int
@@ -87,10 +87,10 @@ _clip_skip: ContextVar[int] = ContextVar("clip_skip", default=1)
 
 @contextmanager
 def clip_skip(number: int) -> Iterator[None]:
-    """Within a block, let towers stop earlier that end with their last layer and its norm.
+    """Within the context, skip last layers of text encoders with `takes_clip_skip`.
 
     Args:
-        number: 1 for all layers, 2 for all but the last …; the final norm follows.
+        number: 1 runs all layers, 2 all but the last …; the final norm follows.
     """
     token = _clip_skip.set(number)
     try:
@@ -108,11 +108,11 @@ class ContextCache(Protocol):
 
 
 class TextEncoder(Encoder):
-    """Prompts -> context (B, N, D); base class of the text towers.
+    """Prompts -> context (B, N, D); base class of the text encoders.
 
     With `always_return_pooled`, the output is a `Cond` of the context and a vector (B, D), the
-    output of the tower's last block at the first end token; with `always_return_mask`, also of a
-    mask that leaves out what follows that token. A prompt that is None gives zeros.
+    output of the last block at the first end token; with `always_return_mask`, also a mask without
+    the tokens after that one. A prompt that is None gives zeros.
     """
 
     slot: Slot = "crossattn"
@@ -129,9 +129,9 @@ class TextEncoder(Encoder):
 
     def __init__(self, **options: Unpack[EncoderOptions]) -> None:
         super().__init__(**options)
-        # Textual inversion: token in lower case -> vectors (n, D); not saved with the model.
+        # Textual inversions, lower-case token -> vectors (n, D); not part of the state dict.
         self.added_embeddings: dict[str, Tensor] = {}
-        self.cache: ContextCache | None = None  # used only while nothing modifies the encoder
+        self.cache: ContextCache | None = None  # used while frozen and without LoRA
         self.register_buffer("token_ids", None)
 
     @property
@@ -146,15 +146,15 @@ class TextEncoder(Encoder):
 
     @property
     def takes_clip_skip(self) -> bool:
-        """Whether the context is the last layer with the final norm, so that some can be left out.
+        """Whether the context is the output of the last layer, so that CLIP skip applies.
 
-        The towers of Stable Diffusion 2 and SDXL end a layer earlier by themselves.
+        Stable Diffusion 2 and SDXL use the penultimate layer anyway.
         """
         return False
 
     @property
     def skipped_blocks(self) -> int:
-        """Number of blocks at the end that are left out, see `clip_skip`."""
+        """Number of last blocks to skip, see `clip_skip`."""
         return _clip_skip.get() - 1 if self.takes_clip_skip else 0
 
     @property
@@ -169,17 +169,17 @@ class TextEncoder(Encoder):
         )
 
     def count_tokens(self, prompt: str) -> int:
-        """Count the tokens of a prompt; of them `length` - 2 have an effect."""
+        """Count the tokens of a prompt, of which the encoder uses `length` - 2."""
         return len(tokenizer.encode(prompt, self.tokenizer_variant, self._added_tokens()))
 
-    def truncated_text(self, prompt: str) -> str:
+    def find_truncated_text(self, prompt: str) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all fits."""
-        return tokenizer.truncated_text(
+        return tokenizer.find_truncated_text(
             prompt, self.tokenizer_variant, self.length, self._added_tokens()
         )
 
     def encode(self, texts: Sequence[str] | str) -> Tensor | Cond:
-        """Encode texts, or take their context from the cache."""
+        """Encode texts, or read their outputs from the cache."""
         entries = self._cached_entries(_as_list(texts))
         if entries is not None:
             table = self.embedding_table
@@ -196,7 +196,7 @@ class TextEncoder(Encoder):
         """Encode token ids (B, N).
 
         Args:
-            hidden: Tokens that none attends to, bool (B, N); the first of a row must not be one.
+            hidden: Tokens to mask in attention, bool (B, N); never the first of a row.
         """
         ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
         context, pooled = self.run_tower(self._to_rows(tokens), self._added_table(), ends, hidden)
@@ -220,8 +220,8 @@ class TextEncoder(Encoder):
     def forward(self, prompts: Tensor | Sequence[str | Prompt | None]) -> Tensor | Cond:
         """Encode texts, parsed prompts, or token ids (B, N); None gives zeros.
 
-        Parsed prompts have contexts of any multiple of `length`, made equally long by repetition,
-        and the pooled output of their first chunk.
+        Contexts of parsed prompts are multiples of `length` long, repeated to equal length; their
+        pooled output is that of the first chunk.
         """
         if isinstance(prompts, Tensor):
             return self.encode_tokens(prompts)
@@ -241,10 +241,10 @@ class TextEncoder(Encoder):
         texts = [text for part in prompt.parts for text in part.texts]
         return [self._splitter.split(text, prompt.syntax) for text in texts]
 
-    def count_in_chunks(self, prompt: ParsedPrompt) -> tuple[int, int]:
-        """Count the tokens of a parsed prompt, and those that fit into its chunks.
+    def count_chunk_tokens(self, prompt: ParsedPrompt) -> tuple[int, int]:
+        """Return the number of tokens of a parsed prompt, and the capacity of its chunks.
 
-        Of several texts, such as those of a schedule, the one of most chunks counts.
+        Of several texts (prompt editing, AND), these are of the one with the most chunks.
         """
         prompts = (entry for one in prompt.compositions for _, entry in one.entries)
         texts = [chunks for entry in prompts for chunks in self.chunks(entry)]
@@ -287,7 +287,7 @@ class TextEncoder(Encoder):
         return table[self._to_rows(torch.tensor(ids, dtype=torch.int64, device=table.device))]
 
     def _to_rows(self, tokens: Tensor) -> Tensor:
-        """Convert token ids to rows of the token embedding; negative ids stay."""
+        """Convert token ids to rows of the token embedding; negative ids are kept."""
         ids = self.token_ids
         if ids is None:
             return tokens
@@ -306,7 +306,7 @@ class TextEncoder(Encoder):
         return torch.cat(list(self.added_embeddings.values())) if self.added_embeddings else None
 
     def _cached_entries(self, texts: Sequence[str]) -> list[Mapping[str, Tensor]] | None:
-        """Read the cache, unless it is incomplete or the encoder may be modified."""
+        """Read the cache, or return None if it is incomplete or the encoder is modified."""
         cache = self.cache
         if cache is None or self.added_embeddings or any(text not in cache for text in texts):
             return None
@@ -319,9 +319,9 @@ class TextEncoder(Encoder):
 
 
 def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
-    """Collect the sorted ids of all tokens in the texts, for the pruned embedding of `encoder`.
+    """Return the sorted ids of all tokens in the texts, for the pruned embedding of `encoder`.
 
-    Rows that are left over get ids beyond CLIP's, which never occur.
+    Spare rows get ids beyond CLIP's vocabulary, which never occur.
 
     Raises:
         ValueError: there are more tokens than rows.
@@ -336,14 +336,14 @@ def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
 
 
 class OpenCLIPText(TextEncoder):
-    """Prompts -> context (B, 77, D) by the text tower of an OpenCLIP model.
+    """Prompts -> context (B, 77, D) by the text encoder of an OpenCLIP model.
 
     Args:
         arch: Name in TEXT_SIZES, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
-        layer: "last", or "penultimate": all blocks but one.
+        layer: "last", or "penultimate" for all blocks but the last.
         compact_vocab: Rows of a pruned token embedding, see `token_ids`.
-        always_return_pooled: Whether there is a pooled output as well, projected to `embed_dim`.
+        always_return_pooled: Whether to return a pooled output as well, projected to `embed_dim`.
         legacy: Whether the final norm follows `layer`, as in Stable Diffusion 2.
     """
 
@@ -419,16 +419,16 @@ class OpenCLIPText(TextEncoder):
 
 
 class CLIPText(TextEncoder):
-    """Prompts -> context (B, 77, D) by the text tower of OpenAI's CLIP, with transformers' names.
+    """Prompts -> context (B, 77, D) by OpenAI's CLIP, with transformers' parameter names.
 
     Args:
-        version: A name in CLIP_SIZES, for sizes; all others select ViT-L/14.
-        layer: "last"; "pooled": only the vector at the first end token, (B, 1, D); "hidden": output
-            of block `layer_idx` (0 is the embedding), without the final norm.
+        version: Name in CLIP_SIZES; any other selects the sizes of ViT-L/14.
+        layer: "last"; "pooled" for the vector at the first end token alone, (B, 1, D); "hidden" for
+            the output of block `layer_idx` (0 is the embedding), without the final norm.
         layer_idx: Hidden state, -layers - 1 … layers.
-        arch: Sizes that differ from `version`, by transformers' names (`hidden_size` …).
-        always_return_pooled: Whether there is a pooled output as well.
-        always_return_mask: Whether there is a mask of the tokens up to the first end token.
+        arch: Overrides of the sizes of `version`, by transformers' names (`hidden_size` …).
+        always_return_pooled: Whether to return a pooled output as well.
+        always_return_mask: Whether to return a mask of the tokens up to the first end token.
     """
 
     generation = 1

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 START, END = 49406, 49407
-AddedTokens = Mapping[str, Sequence[int]]  # token in lower case -> its ids
+AddedTokens = Mapping[str, Sequence[int]]  # lower-case token -> its (negative) ids
 NO_TOKENS: AddedTokens = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
-# A1111's emphasis, and the same by double brackets: (word:1.3), ((word)), [[word]].
+# A1111's emphasis: (word:1.3), ((word)), [[word]].
 WEIGHT_SYNTAX = re.compile(
     r"(?<!\\)(\((\\.|[^(\\])*:\s*[+-]?\d*\.?\d+\s*\)|\(\([^()]+\)\)|\[\[[^][]+\]\])"
 )
@@ -37,10 +37,10 @@ MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more 
 class Variant:
     """A variant of the tokenizer."""
 
-    start: str  # special tokens, as a prompt may contain them
+    start: str  # text of the special tokens, which prompts may contain
     end: str
     pad: int  # id of the padding
-    unescape: bool  # whether to decode HTML entities that ftfy leaves, i.e. beside a literal "<"
+    unescape: bool  # whether to decode HTML entities in texts with "<", which ftfy keeps
     split_first: bool  # whether the text is split at special tokens before it is cleaned
 
 
@@ -77,10 +77,10 @@ def encode(text: str, variant: Variant, added: AddedTokens = NO_TOKENS) -> list[
     return ids
 
 
-def truncated_text(
+def find_truncated_text(
     text: str, variant: Variant, length: int = 77, added: AddedTokens = NO_TOKENS
 ) -> str:
-    """Return what `tokenize` drops of a text, from the first incomplete word on; "" if nothing."""
+    """Return the end of a text that `tokenize` drops, from the first incomplete word on."""
     if len(encode(text, variant, added)) <= length - 2:
         return ""
     pattern = "|".join([*_added_patterns(added), r"\w+", r"[^\w\s]+"])
@@ -94,13 +94,13 @@ def truncated_text(
 
 
 def has_weight_syntax(prompt: str) -> bool:
-    """Return whether a prompt has A1111's syntax for weights, which is read as plain text."""
+    """Return whether a prompt contains A1111's syntax for weights."""
     return WEIGHT_SYNTAX.search(prompt) is not None
 
 
 @cache
-def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Read ids by symbol, without the special tokens, and ranks by the pair that is merged."""
+def load_vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Load {symbol: id} without special tokens, and {pair to merge: rank}."""
     with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
         merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
@@ -111,7 +111,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 
 def _added_patterns(added: AddedTokens) -> Iterator[str]:
-    """Yield a regular expression for each token, which must not be a part of a longer word."""
+    """Yield a pattern for each token, which does not match within a longer word."""
     # The longest token first, as one may be the beginning of another.
     for token in sorted(added, key=len, reverse=True):
         before = r"(?<!\w)" if token[0].isalnum() else ""
@@ -141,10 +141,10 @@ def _patterns(variant: Variant) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1 << 16)
 def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
-    """Merge the bytes of a word, always the pair of the lowest rank first."""
+    """Merge the bytes of a word, the pair of the lowest rank first."""
     if word in (variant.start, variant.end):
         return (START if word == variant.start else END,)
-    ids, ranks = vocabulary()
+    ids, ranks = load_vocabulary()
     letters = _letters()
     symbols = [letters[byte] for byte in word.encode("utf-8")]
     symbols[-1] += "</w>"
@@ -172,7 +172,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 @cache
 def _letters() -> dict[int, str]:
-    """Map each byte to the printable character that represents it, in the order of the ids."""
+    """Map each byte to the printable character that represents it, in order of ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}

@@ -1,7 +1,7 @@
 """CLIP's transformers, with the parameter names of open_clip and of transformers.
 
-open_clip, as OpenAI's package, has one matrix for queries, keys and values; transformers has three.
-Text towers are causal and give one vector per token; the vision tower gives one per image.
+open_clip, like OpenAI's package, has one matrix for queries, keys and values; transformers has
+three. Text towers are causal and return a vector per token, the vision tower one per image.
 
 Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.11929).
 """
@@ -35,8 +35,8 @@ class OpenCLIPTower(nn.Module):
     """Text tower with open_clip's parameter names: embedding, causal blocks, final norm.
 
     Args:
-        embed_dim: Width of CLIP's joint embedding space, for `text_projection`.
-        mlp_ratio: Hidden width of the MLPs as a multiple of `width`.
+        embed_dim: Features of CLIP's joint embedding space, for `text_projection`.
+        mlp_ratio: Hidden features of the MLPs as a multiple of `width`, the features per token.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class OpenCLIPTower(nn.Module):
             norm: Whether the final norm follows.
             ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
                 the projection, are the pooled output (B, embed_dim).
-            hidden: Tokens that none attends to, bool (B, N); the first of a row must not be one.
+            hidden: Tokens to mask in attention, bool (B, N); never the first of a row.
         """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         x = x + self.positional_embedding[: x.shape[1]]
@@ -103,7 +103,7 @@ class OpenCLIPTower(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Vision transformer with open_clip's (which are OpenAI's) parameter names.
+    """Vision transformer with the parameter names of open_clip and of OpenAI.
 
     The embedding of an image is the projection of the class token.
     """
@@ -148,7 +148,7 @@ class VisionTower(nn.Module):
         _init_open_clip_blocks(self.blocks)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed normalised images (B, 3, S, S) as (B, embed_dim)."""
+        """Embed normalized images (B, 3, S, S) as (B, embed_dim)."""
         patches = self.conv1(image.to(self.proj.dtype)).flatten(2).mT  # (B, P, D)
         cls = self.class_embedding.expand(len(patches), 1, -1)  # (B, 1, D)
         x = torch.cat([cls, patches], dim=1) + self.positional_embedding  # (B, 1 + P, D)
@@ -159,7 +159,7 @@ class VisionTower(nn.Module):
 
 
 class CLIP(OpenCLIPTower):
-    """Text tower together with a vision tower `visual`, as in OpenAI's and open_clip's files."""
+    """Text tower and vision tower `visual`, as in OpenAI's and open_clip's files."""
 
     def __init__(self, text: Config, vision: Config) -> None:
         super().__init__(**text)
@@ -206,7 +206,7 @@ class FusedAttention(Layer):
 
 
 class Product(nn.Module):
-    """x W^T + b with the caller's parameters; a module, so that a LoRA can hook it."""
+    """x W^T + b with the caller's parameters: a module, so that LoRAs can hook it."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return cpu.linear(x, weight, bias)  # (B, N, D_out)
@@ -343,11 +343,11 @@ def run_text_blocks(
     ends: Tensor | None,
     hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x (B, N, D) after `count` blocks, and vectors (B, D) at `ends` (B,) after all of them.
+    """Return x (B, N, D) after `count` blocks, and after all blocks the vectors (B, D) at `ends`.
 
     Args:
         norm: Whether the final norm follows the `count` blocks; it always follows all of them.
-        hidden: Tokens that none attends to, bool (B, N).
+        hidden: Tokens to mask in attention, bool (B, N).
     """
     x = run_causal(blocks[:count], x, hidden)
     last = None

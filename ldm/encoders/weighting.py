@@ -1,4 +1,4 @@
-"""Contexts of parsed prompts: run the chunks, weight the output of the tower, put it together."""
+"""Contexts of parsed prompts: encode chunks, weight their tokens, concatenate the outputs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ from ldm.prompts.prompt import Part, Prompt, Text
 
 __all__ = ["PromptEncoder", "split_output"]
 
-ROUNDING = 1e-6  # relative to the standard deviation
-MIN_WEIGHT = 1e-5  # of a piece whose absence counts tan((1 - weight) pi / 2); compel's
+ROUNDING = 1e-6  # means below it, relative to the standard deviation, count as 0
+MIN_WEIGHT = 1e-5  # compel's; its factor tan((1 - weight) pi / 2) is infinite at weight 0
 
 
 @dataclass
 class PromptEncoder:
     """Makes contexts of parsed prompts."""
 
-    # (ids, hidden) -> output of the tower; bool (k, N), hidden are tokens that none attends to
+    # (ids (k, N), hidden) -> output of the text encoder; `hidden`, bool (k, N), masks tokens
     run: Callable[[Tensor, Tensor | None], Tensor | Cond]
-    splitter: Splitter  # makes the chunks
-    device: torch.device  # of the tower
+    splitter: Splitter  # splits texts into chunks
+    device: torch.device  # of the text encoder
 
     def encode(self, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
         """Return context (1, k N, D) and pooled output (1, P), if any, of a prompt of k chunks."""
@@ -33,7 +33,7 @@ class PromptEncoder:
         return torch.cat([z for z, _ in outputs]).flatten(0, 1)[None], outputs[0][1]
 
     def _encode_part(self, part: Part, syntax: str) -> tuple[Tensor, Tensor | None]:
-        """Return the chunks (k, N, D) and the pooled output (1, P) of a mixture of texts."""
+        """Return the chunks (k, N, D) and the pooled output (1, P) of a weighted mean of texts."""
         outputs = [self._encode_text(text, syntax) for text in part.texts]
         z, pooled = outputs[0]
         if part.mix != (1.0,):
@@ -59,17 +59,17 @@ class PromptEncoder:
         if syntax == "a1111":
             weighted = scale_to_mean(z.float(), weights)
         elif syntax == "comfy":
-            weighted = self._away_from_empty(z, weights)
+            weighted = self._scale_from_empty(z, weights)
         else:
-            weighted = self._blend_with_absent(z, ids, weights, chunks, text)
+            weighted = self._blend_with_masked(z, ids, weights, chunks, text)
         return weighted.to(z.dtype), pooled
 
-    def _blend_with_absent(
+    def _blend_with_masked(
         self, z: Tensor, ids: Tensor, weights: Tensor, chunks: Sequence[Chunk], text: Text
     ) -> Tensor:
-        """Weight as compel: pieces of weight below 1 are also blended with their absence."""
+        """Weight as compel: blend with outputs in which pieces of weight below 1 are masked."""
         pieces = torch.tensor([self.splitter.pieces(chunk) for chunk in chunks])
-        z_sum, total = self._away_from_empty(z, weights), 1.0
+        z_sum, total = self._scale_from_empty(z, weights), 1.0
         for number, piece in enumerate(piece for section in text for piece in section):
             places = (pieces.flatten() == number).nonzero()
             if piece.weight >= 1 or not len(places):
@@ -78,18 +78,18 @@ class PromptEncoder:
             hidden[int(places[0]) : int(places[-1]) + 1] = True
             hidden = hidden.view_as(pieces)
             hidden[:, 0] = hidden[:, -1] = False
-            absent, _ = split_output(self.run(ids, hidden.to(self.device)))
+            masked, _ = split_output(self.run(ids, hidden.to(self.device)))
             factor = math.tan((1 - max(piece.weight, MIN_WEIGHT)) * math.pi / 2)
-            z_sum = z_sum + factor * self._away_from_empty(absent, weights)
+            z_sum = z_sum + factor * self._scale_from_empty(masked, weights)
             total += factor
         return z_sum / total
 
-    def _away_from_empty(self, z: Tensor, weights: Tensor) -> Tensor:
+    def _scale_from_empty(self, z: Tensor, weights: Tensor) -> Tensor:
         empty = self._empty.float()
         return torch.where(weights == 1, z.float(), empty + (z.float() - empty) * weights)
 
     def _fill(self, z: Tensor, count: int) -> Tensor:
-        """Append empty chunks up to a number of chunks."""
+        """Append empty chunks, to `count` in all."""
         return torch.cat([z, self._empty.expand(count - len(z), -1, -1)])
 
     @cached_property
@@ -100,14 +100,14 @@ class PromptEncoder:
 
 
 def scale_to_mean(z: Tensor, weights: Tensor) -> Tensor:
-    """Weight chunks z (k, N, D) by (k, N, 1), and scale each to its former mean, as A1111.
+    """Weight chunks z (k, N, D) by (k, N, 1), then restore the mean of each, as A1111.
 
-    A mean that is 0 but for rounding, as of a norm without bias, scales nothing.
+    A mean that is 0 up to rounding, as after a norm without bias, is not restored.
     """
     weighted = z * weights
     before, after = (value.mean(dim=(1, 2), keepdim=True) for value in (z, weighted))
-    is_rounding = torch.min(before.abs(), after.abs()) < ROUNDING * z.std()
-    return weighted * torch.where(is_rounding, 1.0, before / after)
+    is_zero = torch.min(before.abs(), after.abs()) < ROUNDING * z.std()
+    return weighted * torch.where(is_zero, 1.0, before / after)
 
 
 def split_output(output: Tensor | Cond) -> tuple[Tensor, Tensor | None]:

@@ -1,1 +1,1 @@
-"""Evaluation: images of prompts by several models and settings, scores, a table and a figure."""
+"""Evaluation: generate images of prompts with several settings; score, tabulate and plot them."""

@@ -1,7 +1,7 @@
-"""What scores are computed from: features of images, and how well an image fits its prompt.
+"""Networks for scores: features of images (Inception), and how well images fit prompts (CLIP).
 
-Anything with the methods of `FeatureExtractor` or `PromptJudge` can take the place of Inception and
-CLIP, such as classifiers of one's own data.
+Anything with the methods of `FeatureExtractor` or `PromptJudge` can replace Inception and CLIP,
+such as classifiers of one's own data.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ Images = Sequence[Image.Image]  # RGB, of any sizes
 
 
 class FeatureExtractor(Protocol):
-    """Features that distributions of images are compared by."""
+    """Computes features by which distributions of images are compared."""
 
     @property
     def dimensions(self) -> int:
@@ -49,7 +49,7 @@ class FeatureExtractor(Protocol):
 
 
 class PromptJudge(Protocol):
-    """A score of how well each image fits its prompt."""
+    """Scores how well each image fits its prompt."""
 
     def describe(self) -> JsonObject:
         """Return name, hash and choices, to be printed beside the scores."""
@@ -66,8 +66,8 @@ class InceptionExtractor:
 
     dimensions: ClassVar[int] = INCEPTION_FEATURES
     net: Inception
-    resize: str = "clean"  # a name in RESIZES, see `inception_pixels`
-    sha256: str | None = None  # of the weights' file, to be printed
+    resize: str = "clean"  # name in RESIZES, see `inception_pixels`
+    sha256: str | None = None  # of the weights' file, for reports
 
     def __post_init__(self) -> None:
         check_name("resize", self.resize, RESIZES, argument="resize")
@@ -86,8 +86,8 @@ class CLIPJudge:
     """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1."""
 
     clip: CLIP
-    name: str = "CLIP"  # of the model, to be printed
-    sha256: str | None = None  # of the weights' file
+    name: str = "CLIP"  # of the model, for reports
+    sha256: str | None = None  # of the weights' file, for reports
 
     def describe(self) -> JsonObject:
         activation = self.clip.blocks[0].activation.__name__
@@ -98,7 +98,7 @@ class CLIPJudge:
 
     @torch.inference_mode()
     def embed_images(self, images: Images) -> Tensor:
-        """Return embeddings (N, D), not normalised."""
+        """Return embeddings (N, D), not normalized."""
         side = self.clip.visual.image_size
         pixels = torch.cat([clip_pixels(image, side) for image in images])
         embeddings: Tensor = self.clip.visual(pixels.to(self.clip.text_projection.device))
@@ -106,7 +106,7 @@ class CLIPJudge:
 
     @torch.inference_mode()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return embeddings (N, D), not normalised, of prompts cut at 77 tokens."""
+        """Return embeddings (N, D), not normalized, of prompts truncated to 77 tokens."""
         length = len(self.clip.positional_embedding)
         tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
         tokens = tokens.to(self.clip.text_projection.device)
@@ -117,12 +117,11 @@ class CLIPJudge:
 
 
 def inception_pixels(image: Image.Image, resize: str) -> Tensor:
-    """Return an RGB image as Inception's input (1, 3, 299, 299).
+    """Preprocess an image for Inception: (1, 3, 299, 299), about [-1, 1].
 
     Args:
-        resize: "clean" is bicubic with antialiasing, each channel in float by Pillow, then
-            (x - 128) / 128, as clean-fid; "pytorch-fid" is bilinear without antialiasing, then
-            (x - 127.5) / 127.5.
+        resize: "clean", as clean-fid: bicubic with antialiasing by Pillow in float, then
+            (x - 128) / 128; "pytorch-fid": bilinear without antialiasing, then (x - 127.5) / 127.5.
     """
     side = INCEPTION_SIDE
     if resize == "clean":
@@ -140,7 +139,7 @@ def inception_pixels(image: Image.Image, resize: str) -> Tensor:
 
 
 def clip_pixels(image: Image.Image, side: int = 224) -> Tensor:
-    """Return an RGB image as CLIP's input (1, 3, side, side): short side bicubic, centre crop."""
+    """Preprocess an image for CLIP: resize the short side (bicubic), center crop, normalize."""
     width, height = image.size
     short = min(width, height)
     size = (int(side * width / short), int(side * height / short))

@@ -1,12 +1,12 @@
-"""Images of the same prompts by several models, samplers, numbers of steps and guidance scales.
+"""Generate images of prompts with several models, samplers, numbers of steps and guidance scales.
 
     OUT/prompts.txt                              the prompts, one per line
-    OUT/<model>-<sampler>-<steps>/options.json   what all images of a model have in common
+    OUT/<model>-<sampler>-<steps>/options.json   options that all its images share
     OUT/<model>-<sampler>-<steps>/scale-<s>/00000.png …
 
-Image k has prompt k // repeat and seed + k in each folder, so all scales begin with the same noise,
-and an image does not depend on the others, on the batch size or on the number of processes.
-Images are complete or absent: whatever is missing is made when the same command runs again.
+Image k has prompt k // repeat and seed + k in each folder, so that all scales start from the same
+noise, and images do not depend on each other, on the batch size or on the number of processes.
+Files are written atomically: the same command, run again, generates those that are missing.
 """
 
 import json
@@ -33,27 +33,27 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["Setting", "generate_settings", "wait_for_images", "write_prompts"]
 
-# Options that change no image, or only by rounding.
+# Options that do not change images, except by rounding.
 INCIDENTAL = ("device", "attention", "offload", "outdir", "n_samples", "n_rows", "skip_grid",
               "skip_save", "json", "from_file", "torchscript", "ipex", "laion400m")  # fmt: skip
-OWN = ("scale", "sampler", "steps", "ckpt")  # recorded by the names of folders
+IN_FOLDER_NAMES = ("scale", "sampler", "steps", "ckpt")
 
 CHECKPOINT = "checkpoint_hash"
-PATIENCE = 1800.0  # seconds
+WAIT_TIMEOUT = 1800.0  # seconds without a new image
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the images of one folder are made."""
+    """The settings of the images in one folder."""
 
-    model: str  # label
-    request: Request  # the run, with `from_file` and a scale
+    model: str  # label of the model
+    request: Request  # with `from_file` and a guidance scale
 
     @property
     def series(self) -> str:
-        """Name of the line of a figure that this is a point of, and of its folder."""
+        """Name of the folder, and of the line in the figure that it is a point of."""
         sampling = self.request.sampling
         return f"{self.model}-{sampling.sampler}-{sampling.steps}"
 
@@ -63,7 +63,7 @@ class Setting:
 
 
 def write_prompts(out: Path, lines: Sequence[str]) -> Path:
-    """Write the prompts of an evaluation into its folder, unless that has them.
+    """Write the prompts of an evaluation into its folder, unless they are there.
 
     Returns:
         Path of the file.
@@ -93,16 +93,17 @@ def generate_settings(
     load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     listener: RunListener | None = None,
 ) -> None:
-    """Make the images of all settings that are missing; this process makes its share.
+    """Generate the missing images of all settings, on this process its part of them.
 
-    A batch of prompts is made in all settings of a model before the next one, so that at any time
-    all have equally many images.
+    Each batch of prompts is generated with all settings of a model before the next one, so that all
+    have equally many images at any time.
 
     Args:
-        settings: those of one model follow each other.
+        settings: grouped by model.
         load: loads the models of a request.
     Raises:
-        ArgumentError: fewer images than processes, or the folder has images of other options.
+        ArgumentError: there are fewer images than processes, or the folder has images with other
+            options.
         NonFinite: an image is NaN even in float32.
     """
     listener = listener or RunListener()
@@ -114,12 +115,12 @@ def generate_settings(
         if any(job.values or job.loras != loras for batch in batches for job in batch):
             message = "prompts have options or LoRAs of their own, here all images have the same"
             raise ArgumentError(message, "from_file")
-    total = sum(len(_missing(batch, s, out)) for s, batches in plans for batch in batches)
+    total = sum(len(_filter_missing(batch, s, out)) for s, batches in plans for batch in batches)
     log.info("%d images to make, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
     for model in dict.fromkeys(setting.model for setting in settings):
         own = [(setting, batches) for setting, batches in plans if setting.model == model]
-        if any(_missing(batch, s, out) for s, batches in own for batch in batches):
+        if any(_filter_missing(batch, s, out) for s, batches in own for batch in batches):
             _generate_model(own, out, load, listener, progress)
     progress.close()
     if world_size > 1:
@@ -142,7 +143,7 @@ def _generate_model(
     prepared[0].begin(models.base)
     for number in range(len(plans[0][1])):
         for (setting, batches), task, info in zip(plans, prepared, infos, strict=True):
-            batch = _missing(batches[number], setting, out)
+            batch = _filter_missing(batches[number], setting, out)
             if batch:
                 _generate(task, batch, models, listener, info, setting.folder(out))
                 progress.add(len(batch))
@@ -167,7 +168,7 @@ def _generate(
 
 
 def _limit_batches(request: Request) -> Request:
-    """Return the request with batches so small that each process has one.
+    """Return the request with batches small enough that each process has one.
 
     Raises:
         ArgumentError: there are fewer images than processes.
@@ -182,10 +183,10 @@ def _limit_batches(request: Request) -> Request:
 
 
 def _check_options(settings: Sequence[Setting], out: Path) -> None:
-    """Record the options of each series; raise if its folder has images of others."""
+    """Record the options of each series; raise if its folder has images with others."""
     for setting in {setting.series: setting for setting in settings}.values():
         path = out / setting.series / "options.json"
-        options = _shared_options(setting)
+        options = _get_shared_options(setting)
         if path.is_file():
             before = json.loads(path.read_text("utf-8"))
             before.pop(CHECKPOINT, None)
@@ -206,7 +207,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
 
 
 def _check_checkpoint(path: Path, digest: str) -> None:
-    """Record the hash of the model beside the options; raise if images are of another one."""
+    """Record the hash of the model with the options; raise if the folder has images of another."""
     options = json.loads(path.read_text("utf-8"))
     if options.setdefault(CHECKPOINT, digest) != digest:
         message = f"{path.parent} has images of another model of this name: choose another folder"
@@ -215,18 +216,19 @@ def _check_checkpoint(path: Path, digest: str) -> None:
         part.write_text(json.dumps(options, indent=1), "utf-8")
 
 
-def _shared_options(setting: Setting) -> JsonObject:
+def _get_shared_options(setting: Setting) -> JsonObject:
     request = setting.request
     values = request.to_json()
     defaults = {name: default for name, (_, default) in request.task.options().items()}
     return {
         name: value
         for name, value in values.items()
-        if name not in (*INCIDENTAL, *OWN) and value != json.loads(json.dumps(defaults[name]))
+        if name not in (*INCIDENTAL, *IN_FOLDER_NAMES)
+        and value != json.loads(json.dumps(defaults[name]))
     }
 
 
-def _missing(batch: Batch, setting: Setting, out: Path) -> Batch:
+def _filter_missing(batch: Batch, setting: Setting, out: Path) -> Batch:
     folder = setting.folder(out)
     return [job for job in batch if not _path(folder, job.index).exists()]
 
@@ -235,8 +237,8 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def wait_for_images(settings: Sequence[Setting], out: Path, patience: float = PATIENCE) -> None:
-    """Wait for the images of other processes, at most `patience` seconds without a new one.
+def wait_for_images(settings: Sequence[Setting], out: Path, timeout: float = WAIT_TIMEOUT) -> None:
+    """Wait for the images of other processes, at most `timeout` seconds without a new one.
 
     Raises:
         TimeoutError: images are missing.
@@ -247,7 +249,7 @@ def wait_for_images(settings: Sequence[Setting], out: Path, patience: float = PA
     while (count := sum(len(list(folder.glob("*.png"))) for folder in folders)) < total:
         if count != before:
             before, since = count, time.monotonic()
-        elif time.monotonic() - since > patience:
+        elif time.monotonic() - since > timeout:
             raise TimeoutError(f"{total - count} of {total} images are missing: run this again")
         time.sleep(1)
 

@@ -1,4 +1,4 @@
-"""Inception and CLIP, from the files that are named, else from published ones on this machine."""
+"""Load Inception and CLIP, from given files or from downloaded published ones."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from ldm.runtime.hashes import hash_file
 
 __all__ = ["CLIP", "INCEPTION", "find_clip", "load_extractor", "load_judge"]
 
-INCEPTION, CLIP = "fid-inception", "open-clip-g"  # published names
+INCEPTION, CLIP = "fid-inception", "open-clip-g"  # names of published files
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 def load_extractor(
     file: str | Path | None, resize: str, device: torch.device
 ) -> InceptionExtractor | None:
-    """Load Inception; None, and a warning of what is left out, if it is not on this machine.
+    """Load Inception; if there is none, log a warning and return None.
 
     Args:
         file: None = INCEPTION, if it was downloaded.
-        resize: a name in RESIZES.
+        resize: name in RESIZES.
     Raises:
         UnknownName: the resize is unknown.
         FileFormatError: the file is another network.
@@ -41,7 +41,7 @@ def load_extractor(
 
 
 def find_clip(file: str | Path | None) -> Path | None:
-    """Find and check the file of CLIP without loading it; None as `load_extractor`.
+    """Find and check the file of CLIP without loading it; if there is none, warn and return None.
 
     Args:
         file: None = CLIP, if it was downloaded.
@@ -55,7 +55,7 @@ def find_clip(file: str | Path | None) -> Path | None:
 
 
 def load_judge(path: Path, device: torch.device) -> CLIPJudge:
-    """Load CLIP from a file that `find_clip` has found."""
+    """Load CLIP from a file or folder, see `find_clip`."""
     clip = load_clip(path, device=device)
     digest = short_hash(path) if path.is_dir() else hash_file(path)
     return CLIPJudge(clip, f"CLIP score ({clip_name(clip)})", digest)

@@ -25,8 +25,8 @@ __all__ = [
     "precision_recall",
 ]
 
-SPLITS = 10  # random halvings of the images, for standard errors
-BLOCK = 1024  # rows of a matrix of distances at a time
+SPLITS = 10  # random splits into halves, for standard errors
+BLOCK = 1024  # rows of a distance matrix at a time, to bound memory
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Return ‖μ₁-μ₂‖² + tr(C₁) + tr(C₂) - 2 Σ√λ, λ the eigenvalues of √C₁ C₂ √C₁.
+    """Return ‖μ₁-μ₂‖² + tr(C₁) + tr(C₂) - 2 Σ√λ, where λ are the eigenvalues of √C₁ C₂ √C₁.
 
-    Eigenvalues below 0, which rounding makes of zeros, count as 0.
+    Negative eigenvalues, which are zeros with rounding errors, count as 0.
     """
     return _distance(a.mean, a.covariance, b, _square_root(b.covariance))
 
@@ -66,8 +66,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
     """Compute the Fréchet distance of features (N, d) to a reference.
 
-    Its standard error, that of the generated images alone, is of random halves: see
-    `half_split_error`.
+    The standard error, due to the generated images only, is that of `estimate_error`.
     """
     root = _square_root(reference.covariance)
 
@@ -76,7 +75,7 @@ def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
         return _distance(own.mean, own.covariance, reference, root)
 
     x = features.double()
-    return Estimate(distance(x), half_split_error(distance, x, seed))
+    return Estimate(distance(x), estimate_error(distance, x, seed))
 
 
 def kid(
@@ -91,7 +90,7 @@ def kid(
 
     Args:
         features, reference: (N, d) and (M, d).
-        size: of a subset of each; at most N and M.
+        size: images per subset of either set, at most N and M.
     """
     x, y = features.double(), reference.double()
     size = min(size, len(x), len(y))
@@ -104,18 +103,19 @@ def kid(
         _squared_mmd(_draw(x, size, generator), _draw(y, size, generator)) for _ in range(subsets)
     ]
 
-    def distance(half: Tensor) -> float:  # without the reference's own term, which cancels out
+    def distance(half: Tensor) -> float:  # without the reference's term, which cancels out
         return _mean_within(half) - 2 * _mean_between(half, y)
 
-    return Estimate(sum(values) / len(values), half_split_error(distance, x, seed))
+    return Estimate(sum(values) / len(values), estimate_error(distance, x, seed))
 
 
 def precision_recall(
     features: Tensor, reference: Tensor, *, neighbours: int = 3
 ) -> tuple[Estimate, Estimate]:
-    """Compute the fractions of either set, (N, d) and (M, d), in the manifold of the other.
+    """Compute the fraction of each set, (N, d) and (M, d), in the manifold of the other.
 
-    The manifold of a set is the union of balls around its points, each up to its k-th neighbour.
+    The manifold of a set is the union of balls around its points, whose radius is the distance to
+    the k-th nearest neighbor.
 
     Returns:
         Precision (of the features) and recall (of the reference); NaN for sets that are too small.
@@ -129,7 +129,7 @@ def precision_recall(
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """Return the cosine of each image embedding (N, d) and its text's (N, d), as (N,) float64."""
+    """Return cosine similarities (N,), float64, of embeddings of images and their texts (N, d)."""
     x, y = images.double(), texts.double()
     return torch.nn.functional.cosine_similarity(x, y, dim=1)
 
@@ -141,11 +141,11 @@ def mean_estimate(values: Tensor) -> Estimate:
     return Estimate(float(x.mean()), error)
 
 
-def half_split_error(score: Callable[[Tensor], float], features: Tensor, seed: int = 0) -> float:
+def estimate_error(score: Callable[[Tensor], float], features: Tensor, seed: int = 0) -> float:
     """Estimate the standard error of a score of features (N, d) from random halves.
 
-    Two halves have independent errors of twice the variance: with the differences Δ of the halves
-    of some splits, it is √(mean Δ²) / 2. Biases, such as that of FID, cancel out.
+    Scores of two halves have independent errors of twice the variance: with their difference Δ in
+    SPLITS random splits, it is √(mean Δ²) / 2. Biases, such as that of FID, cancel out.
     """
     half = len(features) // 2
     if half < 2:
@@ -187,7 +187,7 @@ def _mean_between(x: Tensor, y: Tensor) -> float:
 
 
 def _mean_within(x: Tensor) -> float:
-    """Return the mean of the kernel over all pairs of two different rows of x (N, d)."""
+    """Return the mean of the kernel over all pairs of different rows of x (N, d)."""
     n, d = x.shape
     own = float(_kernel(x.square().sum(dim=1), d).sum())
     return (_mean_between(x, x) * n * n - own) / (n * (n - 1))
@@ -205,7 +205,7 @@ def _in_manifold(x: Tensor, points: Tensor, neighbours: int) -> Tensor:
     """Return for each row of x whether it lies in the manifold of `points`, as bool (N,)."""
     radii = torch.cat(
         [
-            # The nearest is the point itself.
+            # + 1, as the nearest one is the point itself
             torch.cdist(block, points).kthvalue(neighbours + 1, dim=1).values
             for block in points.split(BLOCK)
         ]

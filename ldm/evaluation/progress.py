@@ -1,4 +1,4 @@
-"""Progress with the time left, on a terminal or in a log."""
+"""Progress of long evaluations, as a bar on a terminal or as lines in a log."""
 
 import logging
 import time
@@ -9,17 +9,17 @@ from ldm.generate.output import hides_progress
 
 __all__ = ["Progress"]
 
-LOG_INTERVAL = 60  # seconds between lines where no progress bar is shown
+LOG_INTERVAL = 60  # seconds between log lines
 
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """A bar on a terminal, else a line each minute.
+    """A progress bar on a terminal, else a log line each minute with the remaining time.
 
     Args:
         total: number of images.
-        what: what is done with them.
+        what: title, such as "Sampling".
     """
 
     def __init__(self, total: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: drawn from a prompt file or from captions in COCO's format."""
+"""Read the prompts of an evaluation, from a prompt file or captions in COCO's format."""
 
 import json
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ __all__ = ["PromptSource", "draw_prompts", "read_prompts"]
 
 @dataclass(frozen=True)
 class PromptSource:
-    """A line of a prompt file, and the image file that it describes where that is recorded."""
+    """A prompt, and the image that it describes, if known."""
 
-    text: str  # the line, with its options if it has some
+    text: str  # line of a prompt file, including its options
     image: str | None = None  # file name
 
 
@@ -23,8 +23,8 @@ def read_prompts(path: str | Path) -> list[PromptSource]:
     """Read a prompt file (one prompt per line), or COCO's captions (`captions_val2017.json`).
 
     Raises:
-        ArgumentError: there are none.
-        FileFormatError: a .json file of another kind.
+        ArgumentError: there are no prompts.
+        FileFormatError: a .json file has another format.
     """
     path = Path(path).expanduser()
     text = read_text(path)
@@ -35,12 +35,12 @@ def read_prompts(path: str | Path) -> list[PromptSource]:
 
 
 def draw_prompts(sources: list[PromptSource], count: int | None, seed: int) -> list[PromptSource]:
-    """Draw prompts without replacement; a greater count begins with those of a smaller one.
+    """Draw prompts without replacement; a larger count starts with those of a smaller one.
 
     Args:
-        count: None = all, in their order.
+        count: None = all, in the order of the file.
     Raises:
-        ArgumentError: there are not as many.
+        ArgumentError: there are fewer prompts.
     """
     if count is None:
         return sources

@@ -1,4 +1,4 @@
-"""Results as JSON, as a table and as a figure."""
+"""Write results as JSON, as a table and as a figure."""
 
 import itertools
 import json
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["format_choices", "format_table", "save_figure", "save_results"]
 
-MARK = 4.0  # radius of a marker with some space, in points
-FAR = 14.0  # points from a marker to the centre of its label
+MARKER_RADIUS = 4.0  # with some space, in points
+FAR = 14.0  # distance of a label from its marker at which a line connects them, in points
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def save_results(results: Sequence[Result], out: Path) -> list[Path]:
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """Return the scores as a Markdown table; standard errors follow ±."""
+    """Return the scores as a Markdown table, with standard errors after ±."""
     names = [name for name in COLUMNS if any(name in result.scores for result in results)]
     judges = {str(r.choices["judge"]["name"]) for r in results if "judge" in r.choices}
     headings = [COLUMNS[name][0] for name in names]
@@ -59,13 +59,13 @@ def format_table(results: Sequence[Result]) -> str:
     ]
     for result in results:
         scale = "" if result.scale is None else f"{result.scale:g}"
-        cells = [_cell(result.scores.get(name), *COLUMNS[name][1:]) for name in names]
+        cells = [_format_cell(result.scores.get(name), *COLUMNS[name][1:]) for name in names]
         lines.append("| " + " | ".join([result.series, scale, str(result.count), *cells]) + " |")
     return "\n".join(lines)
 
 
 def format_choices(result: Result) -> list[str]:
-    """Return what the numbers depend on besides the images, a line for each part."""
+    """Return what the scores depend on besides the images, a line for each part."""
     return [
         f"{name}: {', '.join(f'{key} {value}' for key, value in part.items() if value is not None)}"
         for name, part in result.choices.items()
@@ -76,10 +76,10 @@ def format_choices(result: Result) -> list[str]:
 def save_figure(
     results: Sequence[Result], out: Path, *, name: str = "figure", title: str | None = None
 ) -> list[Path]:
-    """Draw FID against the prompt score as SVG and PNG: a line for each series, a marker per scale.
+    """Plot FID against the prompt score as SVG and PNG: a line per series, a marker per scale.
 
     Returns:
-        The paths; none if there is nothing to draw or matplotlib is not installed.
+        The paths; [] if there is nothing to plot or matplotlib is not installed.
     """
     points = [r for r in results if {"fid", "prompt_score"} <= r.scores.keys()]
     if not points:
@@ -133,11 +133,11 @@ def save_figure(
 def _draw_labels(
     axes: "Axes", labels: Sequence[tuple[str, XY]], lines: Sequence[tuple[XY, XY]]
 ) -> None:
-    """Write labels beside their points; a line leads to one that is farther away."""
+    """Draw labels beside their points; a line connects those that are far away."""
     figure = axes.get_figure(root=True)
     if figure is None or not labels:
         return
-    figure.draw_without_rendering()  # lays out, and so decides the pixels of the points
+    figure.draw_without_rendering()  # the layout determines the pixels of the points
 
     def to_pixels(points: Sequence[XY]) -> list[XY]:
         return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
@@ -152,9 +152,9 @@ def _draw_labels(
     ends = to_pixels([end for line in lines for end in line])
     pairs = zip(ends[::2], ends[1::2], strict=True)
     drawn = [pair for pair in pairs if all(map(math.isfinite, pair[0] + pair[1]))]
-    centres = place_labels(points, sizes, (left, bottom, right, top), MARK * pixels, drawn)
-    for (text, point), (x, y), centre in zip(labels, points, centres, strict=True):
-        offset = ((centre[0] - x) / pixels, (centre[1] - y) / pixels)
+    centers = place_labels(points, sizes, (left, bottom, right, top), MARKER_RADIUS * pixels, drawn)
+    for (text, point), (x, y), center in zip(labels, points, centers, strict=True):
+        offset = ((center[0] - x) / pixels, (center[1] - y) / pixels)
         is_far = math.hypot(*offset) > FAR
         axes.annotate(
             text, point, xytext=offset, textcoords="offset points", fontsize=8, ha="center",
@@ -163,7 +163,7 @@ def _draw_labels(
         )  # fmt: skip
 
 
-def _cell(estimate: Estimate | None, factor: float, decimals: int) -> str:
+def _format_cell(estimate: Estimate | None, factor: float, decimals: int) -> str:
     if estimate is None:
         return "–"
     return f"{factor * estimate.value:.{decimals}f} ± {factor * estimate.error:.{decimals}f}"

@@ -1,7 +1,7 @@
-"""Scores of folders of images, with all choices beside the numbers.
+"""Score folders of images, and report all choices with the numbers.
 
-Features are kept in ~/.cache/ldm/evaluation by the content of the images, so that the statistics of
-a reference, and those of folders that have not changed, are computed once.
+Features are cached in ~/.cache/ldm/evaluation by the content of the images, so that those of the
+reference and of unchanged folders are computed once.
 """
 
 import hashlib
@@ -35,13 +35,20 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "ImageSet", "Result", "check_counts", "compute_scores", "fit_square", "list_images",
-    "read_features", "score_sets", "sets_of_run",
+    "ImageSet",
+    "Result",
+    "check_counts",
+    "compute_scores",
+    "find_image_sets",
+    "fit_square",
+    "list_images",
+    "read_features",
+    "score_sets",
 ]  # fmt: skip
 
-BATCH = 32
-SCALE = "scale-"  # beginning of the names of folders that hold a guidance scale's images
-# Of the metadata of images, what the result of their folder repeats.
+BATCH_SIZE = 32
+SCALE = "scale-"  # prefix of folder names, before the guidance scale
+# Metadata of the first image that the result of its folder includes.
 FACTS = ("checkpoint", "checkpoint_hash", "sampler", "scheduler_in_use", "steps", "scale", "eta",
          "rescale", "guidance_interval", "size", "dtype", "ldm")  # fmt: skip
 
@@ -52,19 +59,19 @@ log = logging.getLogger(__name__)
 class ImageSet:
     """Images that are scored together."""
 
-    series: str  # name of the line of the figure that it is a point of
+    series: str  # name of the line in the figure that the set is a point of
     files: Sequence[Path]  # in order
-    scale: float | None = None  # guidance scale; None = not known
-    side: int | None = None  # resize the short side to this and crop the centre; None = as they are
+    scale: float | None = None  # guidance scale; None = unknown
+    side: int | None = None  # pixels to resize the short side to, and center-crop; None = keep
     prompts: Sequence[str] | None = None  # one per file; None = those in the metadata of the files
 
     @property
     def title(self) -> str:
-        """Name of this set among others."""
+        """Name of this set in messages."""
         return self.series if self.scale is None else f"{self.series} at scale {self.scale:g}"
 
     def first(self, count: int | None) -> "ImageSet":
-        """Return the set of the first images; None = all."""
+        """Return the set of the first `count` images; None = all."""
         if count is not None and count > len(self.files):
             message = f"{count} images requested, {self.title} has {len(self.files)}"
             raise ArgumentError(message, "count")
@@ -72,12 +79,12 @@ class ImageSet:
         return ImageSet(self.series, self.files[:count], self.scale, self.side, prompts)
 
     def load(self, index: int) -> Image.Image:
-        """Read an image, as RGB."""
+        """Load an image as RGB, resized to `side`."""
         image = load_image(self.files[index]).convert("RGB")
         return image if self.side is None else fit_square(image, self.side)
 
     def read_prompts(self) -> list[str] | None:
-        """Return the prompt of each image; None if they are not recorded."""
+        """Return the prompt of each image; None if one is unknown."""
         if self.prompts is not None:
             return list(self.prompts)
         prompts = [read_info(path).get("prompt") for path in self.files]
@@ -92,12 +99,14 @@ class Result:
     scale: float | None
     count: int
     scores: dict[str, Estimate]  # by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`
-    facts: JsonObject = field(default_factory=dict)  # how the images were made, as far as they tell
-    # everything that the numbers depend on besides the images
+    facts: JsonObject = field(
+        default_factory=dict
+    )  # of the generation, from the first image's metadata
+    # everything that scores depend on besides the images
     choices: JsonObject = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
-        """Return all as JSON."""
+        """Return the result as JSON."""
         return {**asdict(self), "ldm": __version__}
 
 
@@ -116,8 +125,8 @@ def list_images(folder: str | Path) -> list[Path]:
     return files
 
 
-def sets_of_run(out: str | Path) -> list[ImageSet]:
-    """List what `generate_settings` has made in a folder, by series and scale."""
+def find_image_sets(out: str | Path) -> list[ImageSet]:
+    """List the image sets that `generate_settings` has written into a folder."""
     folders = Path(out).expanduser().glob(f"*/{SCALE}*/")
     sets = [
         ImageSet(folder.parent.name, list_images(folder), float(folder.name.removeprefix(SCALE)))
@@ -129,7 +138,7 @@ def sets_of_run(out: str | Path) -> list[ImageSet]:
 
 
 def check_counts(sets: Sequence[ImageSet]) -> None:
-    """Raise ArgumentError unless all sets have equally many images, as FID falls with them."""
+    """Raise ArgumentError unless all sets have equally many images, on which FID depends."""
     first = sets[0]
     for other in sets:
         if len(other.files) != len(first.files):
@@ -150,9 +159,9 @@ def score_sets(
 
     Args:
         reference: real images; FID, KID, precision and recall need it and an extractor.
-        judge: of images and prompts; the prompt score needs it.
+        judge: scores images and prompts; the prompt score needs it.
     Raises:
-        ArgumentError: sets of different numbers of images.
+        ArgumentError: the sets have different numbers of images.
     """
     check_counts(sets)
     real: Tensor | None = None
@@ -188,12 +197,12 @@ def score_sets(
 def compute_scores(
     features: Tensor | None, reference: Tensor | None, values: Tensor | None
 ) -> dict[str, Estimate]:
-    """Compute all scores that the given numbers allow, by name.
+    """Compute all scores by name; those that need a missing argument are left out.
 
     Args:
-        features: of the generated images (N, d).
-        reference: of real ones (M, d).
-        values: how well each image fits its prompt (N,).
+        features: features of the generated images, (N, d).
+        reference: features of real images, (M, d).
+        values: prompt score of each image, (N,).
     """
     scores: dict[str, Estimate] = {}
     if features is not None and reference is not None:
@@ -206,7 +215,7 @@ def compute_scores(
 
 
 def read_features(images: ImageSet, extractor: FeatureExtractor, what: str) -> Tensor:
-    """Return the features (N, d) of a set, from the cache if its images were seen before."""
+    """Return the features (N, d) of a set, from the cache if possible."""
 
     def compute(rows: range) -> Tensor:
         return extractor.features([images.load(k) for k in rows])
@@ -215,7 +224,7 @@ def read_features(images: ImageSet, extractor: FeatureExtractor, what: str) -> T
 
 
 def fit_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize the short side to `side` pixels (bicubic) and crop the centre."""
+    """Resize the short side to `side` pixels (bicubic) and center-crop."""
     short = min(image.size)
     width, height = (max(round(length * side / short), side) for length in image.size)
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -224,7 +233,7 @@ def fit_square(image: Image.Image, side: int) -> Image.Image:
 
 
 def _judge_set(images: ImageSet, judge: PromptJudge) -> Tensor | None:
-    """Return the prompt score (N,) of each image; None if the prompts are not known."""
+    """Return the prompt score (N,) of each image; None if prompts are unknown."""
     prompts = images.read_prompts()
     if prompts is None:
         log.warning("%s: no prompts are given or recorded: no prompt score", images.title)
@@ -251,8 +260,8 @@ def _read_or_compute(
     if path.is_file():
         return torch.from_numpy(np.load(path))
     progress, parts = Progress(count, what), []
-    for start in range(0, count, BATCH):
-        rows = range(start, min(start + BATCH, count))
+    for start in range(0, count, BATCH_SIZE):
+        rows = range(start, min(start + BATCH_SIZE, count))
         parts.append(compute(rows))
         progress.add(len(rows))
     progress.close()
@@ -267,4 +276,4 @@ def _store(path: Path, values: Tensor) -> None:
         with replace_when_written(path) as part, part.open("wb") as file:
             np.save(file, values.cpu().numpy())
     except OSError as error:
-        log.warning("features are not kept: %s", error)
+        log.warning("features are not cached: %s", error)

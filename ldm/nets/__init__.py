@@ -13,8 +13,9 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     karlo          prior of unCLIP models
     discriminator, lpips    losses of the autoencoder
     lora           LoRA of any of these
-    tiling         networks applied to tiles of a large image
+    tiled          networks applied to tiles of a large image
+    circular       seamless images by circular padding
 
-Names of parameters are the original's, so that published weights load as they are. Networks take
-and return tensors: files, noise schedules and prompts are the matter of other packages.
+Parameter names are the original's, so that published weights load unchanged. Networks take and
+return tensors: files, noise schedules and prompts belong to other packages.
 """

@@ -1,11 +1,11 @@
 """attention(q, k, v): one function, three backends, and the choice between them.
 
-"xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" writes the formula
-out, and allocates all N x M scores. Where neither the call, `set_backend` nor the variable
-LDM_ATTENTION names one, it is xformers if its kernel runs on this device and dtype, else SDPA.
+"xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" computes the formula
+and allocates all N x M scores. The call, `set_backend` or the variable LDM_ATTENTION selects one;
+otherwise it is xformers if its kernel runs on this device and dtype, else SDPA.
 
 The fused kernels sum scores and softmax in float32. "math" casts q and k to float32 first, unless
-the variable ATTN_PRECISION says "fp16": float16 scores of SD 2.1 overflow.
+the variable ATTN_PRECISION is "fp16": float16 scores of SD 2.1 overflow.
 """
 
 import functools
@@ -23,8 +23,8 @@ __all__ = ["BACKENDS", "attention", "set_backend"]
 
 BACKENDS = ("xformers", "sdpa", "math")
 
-TILE = 1 << 20  # bytes of scores per thread; more leave the cache, fewer make small products
-TILE_WIDTH = 40  # features per head; with fewer, products are mostly overhead
+TILE_BYTES = 1 << 20  # of scores per thread: fits the cache, while products stay large
+MIN_TILED_DIM = 40  # features per head; with fewer, products are mostly overhead
 
 _default_backend: str | None = None
 
@@ -38,8 +38,8 @@ def attention(
         q: (B, heads, N, d).
         k, v: (B, heads, M, d).
         mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query.
-            xformers takes none: such calls go to SDPA.
-        backend: One of BACKENDS; None: as in `set_backend` or LDM_ATTENTION, else automatic.
+            With a mask, SDPA replaces xformers.
+        backend: One of BACKENDS; None for the default, see above.
 
     Returns:
         (B, heads, N, d), in the dtype of v.
@@ -51,17 +51,17 @@ def attention(
     )
     if backend is None and mask is None:
         if _prefers_tiles(q):
-            return _tiled_attention(q, k, v)
+            return _attend_in_tiles(q, k, v)
         backend = "xformers" if _xformers_runs(q, k, v) else "sdpa"
     if backend == "math":
-        return _math(q, k, v, mask)
+        return _attend_by_formula(q, k, v, mask)
     if backend == "xformers" and mask is None:
-        return _xformers(q, k, v)
+        return _attend_by_xformers(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def set_backend(name: str | None) -> None:
-    """Set the backend of all calls that name none; None or "auto" to choose automatically."""
+    """Set the default backend; None or "auto" selects it automatically."""
     global _default_backend
     _default_backend = _check_backend(name)
 
@@ -73,7 +73,7 @@ def _check_backend(name: str | None) -> str | None:
     return name
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_by_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if os.environ.get("ATTN_PRECISION", "fp32") == "fp32":
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
@@ -86,14 +86,14 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return scores.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
 
 
-def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute scores of a few rows, or a few whole heads, at a time, so that they stay in cache."""
+def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute a few rows, or a few whole heads, of the scores at a time, to stay in cache."""
     n, m = q.shape[-2], k.shape[-2]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])  # (B, heads, N, d)
     q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=q.dtype))
     q, k, v, flat = (x.flatten(0, 1) for x in (q, k, v, out))  # (B heads, N or M, d)
     k = k.transpose(1, 2)
-    rows = max(1, TILE * torch.get_num_threads() // (m * q.element_size()))
+    rows = max(1, TILE_BYTES * torch.get_num_threads() // (m * q.element_size()))
     heads = max(1, rows // n)
     for i in range(0, len(q), heads):
         some = slice(i, i + heads)
@@ -104,12 +104,12 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _prefers_tiles(q: Tensor) -> bool:
-    # SDPA multiplies bfloat16 in float32 on CPUs without AMX: tiles take two thirds of its time.
-    is_wide = q.dtype == torch.bfloat16 and q.shape[-1] >= TILE_WIDTH
+    # On CPUs without AMX, SDPA computes bfloat16 in float32: tiles take two thirds of its time.
+    is_wide = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_DIM
     return is_wide and cpu.applies(q) and not has_amx()
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
@@ -129,11 +129,11 @@ def _xformers_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 @functools.cache
 def _xformers_probe(device: torch.device, dtype: torch.dtype, d: int, needs_grad: bool) -> bool:
-    """Run the kernel once on a few numbers: being installed does not mean that it works here."""
+    """Return whether the kernel runs on a small input; being installed is not enough."""
     with torch.enable_grad():
         x = torch.zeros(1, 1, 16, d, device=device, dtype=dtype, requires_grad=needs_grad)
         try:
-            out = _xformers(x, x, x)
+            out = _attend_by_xformers(x, x, x)
             if needs_grad:
                 torch.autograd.backward(out.sum())
             torch.cuda.synchronize(device)

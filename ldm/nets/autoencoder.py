@@ -1,9 +1,9 @@
-"""The KL autoencoder: image <-> latent, a factor 2 ** (levels - 1) smaller on each side.
+"""The KL autoencoder: image <-> latent, downscaled by 2 ** (levels - 1).
 
     image (B, 3, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
     z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image
 
-The latent here is not yet multiplied by the model's scale_factor.
+Latents here are without the model's scale_factor.
 Rombach et al. 2022 (arXiv:2112.10752), section 3.1.
 """
 
@@ -29,9 +29,9 @@ ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`ddconfig` of the YAML: what encoder and decoder have in common.
+    """`ddconfig` of the YAML: the settings of encoder and decoder.
 
-    Level i is ch * ch_mult[i] wide, and its maps are 2 ** i times smaller than the image.
+    Level i has ch * ch_mult[i] channels, and maps downscaled by 2 ** i.
     """
 
     ch: int
@@ -43,12 +43,12 @@ class Layout:
     ch_mult: Sequence[int] = (1, 2, 4, 8)
     attn_resolutions: Sequence[int] = ()
     dropout: float = 0.0
-    resamp_with_conv: bool = True  # else levels are resampled by mean and nearest neighbour
+    resamp_with_conv: bool = True  # else resampling by mean and nearest neighbor
     double_z: bool = True  # the encoder predicts mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
-    give_pre_end: bool = False  # the decoder ends before its last norm
-    tanh_out: bool = False  # the decoder ends in tanh
+    give_pre_end: bool = False  # the decoder returns the features before its last norm
+    tanh_out: bool = False  # tanh after the decoder
 
     def __post_init__(self) -> None:
         if not self.double_z:
@@ -58,28 +58,28 @@ class Layout:
         check_name("attn_type", self.attn_type, ATTENTION_TYPES, where="ddconfig")
 
     @property
-    def widths(self) -> list[int]:
+    def channels(self) -> list[int]:
         """Channels of each level, full size first."""
         return [self.ch * mult for mult in self.ch_mult]
 
     def has_attention(self, level: int) -> bool:
-        """Return whether the blocks of a level have attention."""
+        """Return whether the residual blocks of a level are followed by attention."""
         return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
 
     @classmethod
     def read(cls, ddconfig: Mapping[str, Any]) -> "Layout":
-        """Check the names in a `ddconfig`, and build the layout."""
+        """Build the layout from a `ddconfig`, whose keys are checked."""
         names = [field.name for field in dataclasses.fields(cls)]
         check_names("parameter", ddconfig, names, where="ddconfig")
         return cls(**ddconfig)
 
 
 class DiagonalGaussian:
-    """A normal distribution with independent entries.
+    """A normal distribution with diagonal covariance.
 
     Args:
-        parameters: Mean and log variance joined on channels, (B, 2C, h, w).
-        deterministic: Whether samples equal the mean.
+        parameters: Mean and log variance, concatenated over channels, (B, 2C, h, w).
+        deterministic: Whether the standard deviation is 0.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -91,21 +91,21 @@ class DiagonalGaussian:
         self.deterministic = deterministic
 
     def mode(self) -> Tensor:
-        """Return the most probable value: the mean, (B, C, h, w)."""
+        """Return the mode, which is the mean (B, C, h, w)."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw mean + std * noise, (B, C, h, w).
+        """Draw a sample mean + std * noise, (B, C, h, w).
 
-        The noise is drawn in float32 on the generator's device (CPU for None), so that it depends
-        neither on the dtype nor on the device of the model.
+        Noise is float32 on the generator's device (CPU for None), so that it does not depend on
+        dtype and device of the model.
         """
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Compute the divergence from the standard normal, (B,), in nats; 0 if deterministic."""
+        """Compute the KL divergence from the standard normal, (B,), in nats; 0 if deterministic."""
         if self.deterministic:
             return torch.zeros(1, device=self.mean.device)
         terms = 0.5 * (self.logvar.exp() + self.mean**2 - 1.0 - self.logvar)
@@ -113,7 +113,7 @@ class DiagonalGaussian:
 
 
 class ResnetBlock(CheckpointedLayer):
-    """norm, SiLU, conv, twice; plus the input (through a 1x1 convolution if the width changes)."""
+    """Twice norm, SiLU and conv; plus the input (by a 1x1 convolution if channels change)."""
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class ResnetBlock(CheckpointedLayer):
 
 
 class AttnBlock(Layer):
-    """One head of self-attention over all positions, as a residual."""
+    """Single-head self-attention over all positions, as a residual."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -146,18 +146,19 @@ class AttnBlock(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)  # (B, C, h, w)
-        h = attention(_tokens(self.q(h)), _tokens(self.k(h)), _tokens(self.v(h)))  # (B, 1, h w, C)
+        q, k, v = (_to_tokens(conv(h)) for conv in (self.q, self.k, self.v))
+        h = attention(q, k, v)  # (B, 1, h w, C)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, C, h, w)
         return x + self.proj_out(h)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    # Contiguous, because no fused attention kernel takes features that are not.
+def _to_tokens(x: Tensor) -> Tensor:
+    # Contiguous, as fused attention kernels need contiguous features.
     return x.flatten(2).transpose(1, 2).contiguous()[:, None]  # (B, 1, h w, C)
 
 
 class Downsample(Layer):
-    """Half the size (rounded down): stride 2, one pixel of padding at the right and bottom only."""
+    """Halves the size (rounded down) by stride 2, with padding at the right and bottom only."""
 
     def __init__(self, channels: int, *, use_conv: bool = True) -> None:
         super().__init__()
@@ -170,30 +171,30 @@ class Downsample(Layer):
 
 
 class Level(Layer):
-    """The blocks of one resolution (widths[i] -> widths[i + 1]), then down- or upsampling."""
+    """Residual blocks (channels[i] -> channels[i + 1]) of one resolution, then resampling."""
 
     def __init__(
         self,
         *,
         layout: Layout,
         level: int,
-        widths: Sequence[int],
+        channels: Sequence[int],
         downsample: bool = False,
         upsample: bool = False,
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels=width_in, out_channels=width_out, dropout=layout.dropout)
-            for width_in, width_out in itertools.pairwise(widths)
+            ResnetBlock(in_channels=n_in, out_channels=n_out, dropout=layout.dropout)
+            for n_in, n_out in itertools.pairwise(channels)
         )
-        attn = widths[1:] if layout.has_attention(level) else []
-        self.attn = nn.ModuleList(AttnBlock(width) for width in attn)
+        attn = channels[1:] if layout.has_attention(level) else []
+        self.attn = nn.ModuleList(AttnBlock(n) for n in attn)
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
         if downsample:
-            self.downsample = Downsample(widths[-1], use_conv=layout.resamp_with_conv)
+            self.downsample = Downsample(channels[-1], use_conv=layout.resamp_with_conv)
         if upsample:
-            self.upsample = Upsample(widths[-1], use_conv=layout.resamp_with_conv)
+            self.upsample = Upsample(channels[-1], use_conv=layout.resamp_with_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -207,36 +208,36 @@ class Level(Layer):
 class Middle(Layer):
     """Residual block, attention (unless the layout has none), residual block."""
 
-    def __init__(self, width: int, layout: Layout) -> None:
+    def __init__(self, channels: int, layout: Layout) -> None:
         super().__init__()
         dropout = layout.dropout
-        self.block_1 = ResnetBlock(in_channels=width, out_channels=width, dropout=dropout)
-        self.attn_1 = nn.Identity() if layout.attn_type == "none" else AttnBlock(width)
-        self.block_2 = ResnetBlock(in_channels=width, out_channels=width, dropout=dropout)
+        self.block_1 = ResnetBlock(in_channels=channels, out_channels=channels, dropout=dropout)
+        self.attn_1 = nn.Identity() if layout.attn_type == "none" else AttnBlock(channels)
+        self.block_2 = ResnetBlock(in_channels=channels, out_channels=channels, dropout=dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))  # (B, C, h, w)
 
 
 class Encoder(Layer):
-    """image (B, 3, H, W) -> (B, 2 z_channels, h, w), down one level at a time."""
+    """image (B, 3, H, W) -> moments (B, 2 z_channels, h, w)."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        widths = layout.widths
+        channels = layout.channels
         self.conv_in = Conv2d(layout.in_channels, layout.ch, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
                 layout=layout,
                 level=level,
-                widths=[width_in] + [width] * layout.num_res_blocks,
-                downsample=level < len(widths) - 1,
+                channels=[n_in] + [n_out] * layout.num_res_blocks,
+                downsample=level < len(channels) - 1,
             )
-            for level, (width_in, width) in enumerate(itertools.pairwise([layout.ch, *widths]))
+            for level, (n_in, n_out) in enumerate(itertools.pairwise([layout.ch, *channels]))
         )
-        self.mid = Middle(widths[-1], layout)
-        self.norm_out = GroupNorm(widths[-1], eps=EPS)
-        self.conv_out = Conv2d(widths[-1], 2 * layout.z_channels, 3, padding=1)
+        self.mid = Middle(channels[-1], layout)
+        self.norm_out = GroupNorm(channels[-1], eps=EPS)
+        self.conv_out = Conv2d(channels[-1], 2 * layout.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)  # (B, ch, H, W)
@@ -247,26 +248,26 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """(B, z_channels, h, w) -> image (B, 3, H, W), up one level at a time; up[0] is full size."""
+    """(B, z_channels, h, w) -> image (B, 3, H, W); up[0] is the last level, of full size."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.give_pre_end = layout.give_pre_end
         self.tanh_out = layout.tanh_out
-        widths = layout.widths
-        self.conv_in = Conv2d(layout.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], layout)
+        channels = layout.channels
+        self.conv_in = Conv2d(layout.z_channels, channels[-1], 3, padding=1)
+        self.mid = Middle(channels[-1], layout)
         self.up = nn.ModuleList(
             Level(
                 layout=layout,
                 level=level,
-                widths=[width_in] + [width] * (layout.num_res_blocks + 1),
+                channels=[n_in] + [n_out] * (layout.num_res_blocks + 1),
                 upsample=level > 0,
             )
-            for level, (width, width_in) in enumerate(itertools.pairwise([*widths, widths[-1]]))
+            for level, (n_out, n_in) in enumerate(itertools.pairwise([*channels, channels[-1]]))
         )
-        self.norm_out = GroupNorm(widths[0], eps=EPS)
-        self.conv_out = Conv2d(widths[0], layout.out_ch, 3, padding=1)
+        self.norm_out = GroupNorm(channels[0], eps=EPS)
+        self.conv_out = Conv2d(channels[0], layout.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))  # (B, C, h, w)
@@ -279,15 +280,15 @@ class Decoder(Layer):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder with their 1x1 convolutions to and from the latent.
+    """Encoder and decoder, with 1x1 convolutions to and from the latent.
 
     Args:
-        ddconfig: The fields of Layout.
+        ddconfig: Fields of `Layout`.
         embed_dim: Channels of the latent.
 
     Attributes:
-        in_channels: Channels of an image: 3 of colour, and 1 or 3 more of depth, see `ldm.imaging`.
-        downscale: Pixels of the image per latent pixel, on each side.
+        in_channels: Channels of an image: RGB, and 1 or 3 of depth, see `ldm.imaging.rgbd`.
+        downscale: Image pixels per latent pixel along each side.
     """
 
     IGNORED_PARAMETERS = frozenset({
@@ -331,7 +332,7 @@ class AutoencoderKL(nn.Module):
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruct images from a sample of their latents' distribution, and return that too."""
+        """Return reconstructions from posterior samples, and the posterior."""
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior
 

@@ -1,6 +1,6 @@
 """Layers of the UNet and the autoencoder: linear, convolution, norms, residual blocks.
 
-`ldm.nets.cpu` computes linear layers, convolutions and group norms on CPUs, with the same result.
+On CPUs, `ldm.nets.cpu` computes linear layers, convolutions and group norms, with equal results.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from ldm.nets import cpu
 from ldm.nets.circular import circular_axes, crop, wrap
 
-GROUPS = 32
+GROUPS = 32  # of every GroupNorm
 
 
 class Layer(nn.Module):
-    """A module that returns one tensor, for type checkers."""
+    """A module that returns one tensor; `nn.Module` alone is untyped."""
 
     __call__: Callable[..., Tensor]
 
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 class CheckpointedLayer(Layer):
     """A layer that, with `use_checkpoint`, recomputes its activations in the backward pass.
 
-    The same gradients for less memory: Chen et al. 2016 (arXiv:1604.06174).
+    Equal gradients for less memory: Chen et al. 2016 (arXiv:1604.06174).
     """
 
     compute: Callable[..., Tensor]
@@ -56,15 +56,15 @@ class Conv2d(nn.Conv2d, Layer):
         if not circular_axes() or self.padding == (0, 0):
             return cpu.conv2d(x, self)
         stride, padding = self.stride[0], int(self.padding[0])
-        margin = -(-padding // stride)  # in pixels of the result
-        return crop(cpu.conv2d(wrap(x, margin * stride), self), margin)
+        excess = -(-padding // stride)  # pixels of the output at each side that are cut off
+        return crop(cpu.conv2d(wrap(x, excess * stride), self), excess)
 
 
 class DoublingConv2d(Conv2d):
-    """A convolution after upsampling by 2, nearest neighbour."""
+    """A convolution after nearest-neighbor upsampling by 2."""
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Convolve x (B, C, h, w) as `upsample_nearest` enlarges it."""
+        """Convolve `upsample_nearest(x, size)`, for x (B, C, h, w)."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             return crop(cpu.conv2d_doubled(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
@@ -72,14 +72,14 @@ class DoublingConv2d(Conv2d):
 
 
 class LayerNorm(nn.LayerNorm, Layer):
-    """LayerNorm that keeps the dtype of x, also under autocast, where the kernel gives float32."""
+    """LayerNorm that keeps the dtype of x under autocast, where the kernel returns float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm, Layer):
-    """GroupNorm of 32 groups, with mean and variance in float32 whatever the dtype."""
+    """GroupNorm of 32 groups, with mean and variance in float32 for any dtype."""
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
         if channels % GROUPS:
@@ -118,16 +118,16 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
 
 
 def upsample_nearest(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """Repeat each pixel of x (B, C, h, w) twice on each side, and crop to `size` (height, width).
+    """Upsample x (B, C, h, w) by 2, nearest neighbor, and crop to `size` (height, width).
 
-    A side that was odd, and was rounded up when it was halved, would be one pixel too long.
+    Odd sides are rounded up when halved, so that doubling them gives one pixel too many.
     """
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
     return x if size is None else x[..., : size[0], : size[1]]
 
 
 class Upsample(Layer):
-    """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off."""
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `use_conv`."""
 
     def __init__(
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
@@ -143,7 +143,7 @@ class Upsample(Layer):
 
 
 class Downsample(Layer):
-    """Half the size by a 3x3 convolution of stride 2, or by the mean of 2x2 pixels."""
+    """Downsampling by 2: a 3x3 convolution of stride 2, or the mean of 2x2 pixels."""
 
     def __init__(
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
@@ -163,11 +163,11 @@ class ResBlock(CheckpointedLayer):
     Dhariwal and Nichol 2021 (arXiv:2105.05233).
 
     Args:
-        use_conv: Whether the skip is a 3x3 convolution where the width changes, else 1x1.
+        use_conv: Whether the skip connection is a 3x3 convolution, else 1x1, if channels change.
         use_scale_shift_norm: Whether the embedding scales and shifts the second norm, instead of
             being added before it.
         up: Whether both branches are upsampled by 2 before the first convolution.
-        down: Whether both branches are downsampled by 2 there.
+        down: Whether both branches are downsampled by 2 instead.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class ResBlock(CheckpointedLayer):
         self.in_layers = nn.Sequential(
             GroupNorm(channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.resample = _resampler(channels, up=up, down=down)
+        self.resample = _build_resampler(channels, up=up, down=down)
         emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, emb_out))
         self.out_layers = nn.Sequential(
@@ -220,7 +220,7 @@ class ResBlock(CheckpointedLayer):
         return skip + h
 
 
-def _resampler(channels: int, *, up: bool, down: bool) -> nn.Module:
+def _build_resampler(channels: int, *, up: bool, down: bool) -> nn.Module:
     if up:
         return Upsample(channels, use_conv=False)
     if down:

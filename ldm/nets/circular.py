@@ -1,9 +1,8 @@
-"""Circular padding: within a block, convolutions take opposite edges of an image to meet.
+"""Circular padding, for seamless (tileable) images: convolutions wrap around the edges.
 
-    with circular_padding("x"):
-        z = unet(…)     # the first column is the neighbour of the last one
+with circular_padding("x"):
+    z = unet(…)     # the first column is next to the last one
 
-The networks see no other edges, so that an image of such latents has no seam there.
 """
 
 from collections.abc import Iterator
@@ -24,17 +23,17 @@ _axes: ContextVar[frozenset[str]] = ContextVar("axes", default=frozenset())
 
 
 def circular_axes() -> frozenset[str]:
-    """Return the axes whose edges meet: "x" left and right, "y" top and bottom."""
+    """Return the circular axes: "x" joins left and right, "y" top and bottom."""
     return _axes.get()
 
 
 @contextmanager
 def circular_padding(tiling: str, *, only: bool = False) -> Iterator[None]:
-    """Let edges meet within a block.
+    """Make convolutions circular within the context.
 
     Args:
         tiling: "x", "y", "xy" or "none".
-        only: replace the axes of a block around this one; otherwise they are added.
+        only: Whether to replace the axes of an enclosing context; otherwise they are added.
     """
     axes = frozenset(() if tiling == "none" else tiling)
     if not axes <= DIMS.keys():
@@ -46,31 +45,31 @@ def circular_padding(tiling: str, *, only: bool = False) -> Iterator[None]:
         _axes.reset(token)
 
 
-def wrap(x: Tensor, margin: int) -> Tensor:
-    """Append pixels of the opposite edge to both sides of x (B, C, h, w) along circular axes."""
+def wrap(x: Tensor, padding: int) -> Tensor:
+    """Pad both sides of x (B, C, h, w) along circular axes, by pixels of the opposite edge."""
     for axis in circular_axes():
         side = x.shape[DIMS[axis]]
-        places = torch.arange(-margin, side + margin, device=x.device) % side
-        x = x.index_select(DIMS[axis], places)
+        indices = torch.arange(-padding, side + padding, device=x.device) % side
+        x = x.index_select(DIMS[axis], indices)
     return x
 
 
-def crop(x: Tensor, margin: int) -> Tensor:
-    """Cut off what `wrap` has appended."""
+def crop(x: Tensor, padding: int) -> Tensor:
+    """Remove the padding of `wrap`."""
     for axis in circular_axes():
-        x = x.narrow(DIMS[axis], margin, x.shape[DIMS[axis]] - 2 * margin)
+        x = x.narrow(DIMS[axis], padding, x.shape[DIMS[axis]] - 2 * padding)
     return x
 
 
-def pad_reflect(x: Tensor, margin: int) -> Tensor:
-    """Append pixels to all sides: of the opposite edge along circular axes, else mirrored ones."""
-    wide, high = (0 if axis in circular_axes() else margin for axis in ("x", "y"))
-    x = wrap(x, margin)
-    return F.pad(x, (wide, wide, high, high), "reflect") if wide or high else x
+def pad_reflect(x: Tensor, padding: int) -> Tensor:
+    """Pad all sides of x (B, C, h, w), circularly along circular axes, else by reflection."""
+    pad_x, pad_y = (0 if axis in circular_axes() else padding for axis in ("x", "y"))
+    x = wrap(x, padding)
+    return F.pad(x, (pad_x, pad_x, pad_y, pad_y), "reflect") if pad_x or pad_y else x
 
 
 def pad_end(x: Tensor) -> Tensor:
-    """Append a column at the right and a row at the bottom: zeros, or the first along an axis."""
+    """Pad a column at the right and a row at the bottom, circularly or by zeros."""
     for axis, pad in {"x": (0, 1), "y": (0, 0, 0, 1)}.items():
         if axis in circular_axes():
             x = torch.cat([x, x.narrow(DIMS[axis], 0, 1)], dim=DIMS[axis])

@@ -1,4 +1,4 @@
-"""The discriminator of the autoencoder's training: tells images from reconstructions, per patch.
+"""The discriminator of autoencoder training: classifies patches as real or reconstructed.
 
 Isola et al. 2017 (arXiv:1611.07004): "PatchGAN", patches of 70 x 70 pixels with three layers.
 """
@@ -11,36 +11,36 @@ from ldm.nets.blocks import Layer
 
 __all__ = ["PatchDiscriminator"]
 
-MAX_MULT = 8  # of `width`
-SLOPE = 0.2
+MAX_MULT = 8  # of `channels`
+SLOPE = 0.2  # of LeakyReLU
 
 
 class PatchDiscriminator(Layer):
-    """Convolutions of stride 2, each twice as wide as the one before, then two of stride 1.
+    """Convolutions of stride 2, each doubling the channels, then two of stride 1.
 
     Args:
         in_channels: Channels of the image.
-        width: Channels of the first convolution; the widest have 8 times as many.
+        channels: Channels of the first convolution; later ones have up to MAX_MULT times as many.
         layers: Number of convolutions with stride 2.
     """
 
-    def __init__(self, *, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
+    def __init__(self, *, in_channels: int = 3, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
-        widths = [width * min(2**n, MAX_MULT) for n in range(layers + 1)]
+        sizes = [channels * min(2**n, MAX_MULT) for n in range(layers + 1)]
         main: list[nn.Module] = [
-            nn.Conv2d(in_channels, width, 4, stride=2, padding=1),
+            nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
             nn.LeakyReLU(SLOPE, inplace=True),
         ]
-        for n, (width_in, width_out) in enumerate(itertools.pairwise(widths), start=1):
+        for n, (n_in, n_out) in enumerate(itertools.pairwise(sizes), start=1):
             stride = 2 if n < layers else 1
             main += [
-                nn.Conv2d(width_in, width_out, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(width_out),
+                nn.Conv2d(n_in, n_out, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
-        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.main = nn.Sequential(*main, nn.Conv2d(sizes[-1], 1, 4, padding=1))
         for layer in self.main:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)

@@ -1,7 +1,7 @@
-"""FreeU: other weights for the two inputs of the UNet's output blocks (arXiv:2309.11497).
+"""FreeU: rescale the two inputs of the UNet's output blocks (arXiv:2309.11497).
 
-Of what comes from below, half of the channels are multiplied; of the skip connection, the lowest
-frequencies.
+Half of the backbone's channels are multiplied by b, the lowest frequencies of the skip connection
+by s.
 """
 
 import math
@@ -16,15 +16,15 @@ __all__ = ["FreeU"]
 
 @dataclass(frozen=True)
 class FreeU:
-    """Factors b and s of each output block, None where it stays as it is."""
+    """Factors (b, s) of each output block; None leaves the block unchanged."""
 
     factors: Sequence[tuple[float, float] | None]
-    # whether b follows the mean of the channels, as in the second version: from 1 where it is
-    # lowest in a sample to b where it is highest
+    # Whether the backbone's factor grows with the mean over channels, from 1 at its minimum in a
+    # sample to b at its maximum (version 2); else it is b everywhere.
     by_mean: bool = False
 
     def __call__(self, index: int, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Change h (B, C, h, w) and the skip connection (B, C', h, w) of an output block."""
+        """Rescale backbone (B, C, h, w) and skip (B, C', h, w) of output block `index`."""
         factors = self.factors[index]
         if factors is None:
             return h, skip
@@ -43,12 +43,12 @@ class FreeU:
 def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     """Multiply the frequencies 0 and -1 of both axes of x (B, C, h, w), and take the real part.
 
-    These are the 2 x 2 in the middle of a shifted Fourier transform. With a, b the differences of
-    phase between two positions, their sum is x convolved with
+    These are the central 2 x 2 of a shifted Fourier transform, as in the authors' code. With a, b
+    the phase differences of two positions along the axes, their sum is x convolved with
 
         (1 + cos a)(1 + cos b) - sin a sin b,
 
-    which the functions 1, cos, sin of each axis span: no transform of all frequencies is needed.
+    which 1, cos and sin along each axis span, so that no full Fourier transform is needed.
     """
     if factor == 1:
         return x
@@ -57,7 +57,7 @@ def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     # Autocast would sum over all positions in half precision.
     with torch.autocast(x.device.type, enabled=False):
         product = rows @ x.float() @ columns.T  # (B, C, 3, 3)
-        # sin a = sin y cos y' - cos y sin y': a quarter turn of cos and sin, for both axes.
+        # sin a = sin y cos y' - cos y sin y': rotate (cos, sin) by 90° along both axes.
         turned = torch.zeros_like(product)
         turned[..., 1, 1], turned[..., 2, 2] = product[..., 2, 2], product[..., 1, 1]
         turned[..., 1, 2], turned[..., 2, 1] = -product[..., 2, 1], -product[..., 1, 2]

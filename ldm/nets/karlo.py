@@ -22,14 +22,14 @@ __all__ = ["Prior"]
 
 
 class Prior(Layer):
-    """Predicts x0 of an embedding, called like a UNet: (x, timesteps, context=…, y=…).
+    """Predicts x0 of an embedding, with the signature of a UNet: (x, timesteps, context=…, y=…).
 
-    Embeddings are normalised with the mean and standard deviation of CLIP's.
+    Embeddings are normalized by mean and standard deviation of CLIP's.
 
     Args:
-        clip_dim: Width D of embeddings and text tokens.
+        clip_dim: Features D of embeddings and text tokens.
         text_ctx: Number N of text tokens.
-        xf_width: Width W of the transformer.
+        xf_width: Features W of the transformer's tokens.
     """
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"text_drop"})
@@ -69,8 +69,8 @@ class Prior(Layer):
 
         Args:
             x: Noisy embeddings (B, D).
-            timesteps: (B,).
-            context: Text tokens (B, N, D); a token that is all zeros is padding, and masked.
+            timesteps: (B,), of the prior's noise schedule.
+            context: Text tokens (B, N, D); tokens of zeros are padding, which is masked.
             y: Text embeddings (B, D).
         """
         t = timestep_embedding(timesteps, self.prd_emb.shape[-1]).to(self.dtype)
@@ -113,7 +113,7 @@ class PriorBlock(Layer):
 
 
 def _attention_mask(context: Tensor, length: int) -> Tensor:
-    """Build a mask (B, 1, N, N): tokens attend to themselves and to unpadded ones before them."""
+    """Build a mask (B, 1, N, N): tokens attend to themselves and to earlier non-padding ones."""
     visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
     square = torch.ones(length, length, dtype=torch.bool, device=context.device)
     return (visible[:, None, None] & square.tril()) | torch.eye(

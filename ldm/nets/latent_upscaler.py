@@ -1,9 +1,9 @@
-"""The UNet of the x2 latent upscaler: k-diffusion's `image_v1`, conditioned on a small latent.
+"""The UNet of the x2 latent upscaler: k-diffusion's `image_v1`, conditioned on a low-res latent.
 
-    noisy latent | small latent, twice as large -> levels of equal width -> output, log variance
+    noisy latent | low-res latent, upsampled by 2 -> down and up levels -> output, log variance
 
-It has no feed-forward and no transformer: residual blocks and attention of each level take the
-embedding of noise levels and text by the scale and shift of their group norms.
+There are no transformers: residual blocks and attention layers read the embedding of noise levels
+and text through the scale and shift of their group norms.
 
 Karras et al. 2022 (arXiv:2206.00364); random Fourier features: Tancik et al. 2020
 (arXiv:2006.10739).
@@ -24,17 +24,17 @@ from ldm.nets.circular import pad_reflect
 
 __all__ = ["LatentUpscalerUNet"]
 
-GROUP_WIDTH = 32  # channels per group of a norm
-HEAD_WIDTH = 64
-FIR = (1, 3, 3, 1)  # weights of the resampling filter along one side
+GROUP_CHANNELS = 32  # channels per group of a norm
+HEAD_CHANNELS = 64
+FIR = (1, 3, 3, 1)  # unnormalized taps of the resampling filter along one axis
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LatentUpscalerUNet(Layer):
-    """The network, with the embedding of the small latent's noise level.
+    """The network, with the embedding of the low-res latent's noise level.
 
-    Its fields are those of `model` in k-diffusion's JSON. Level i is `channels[i]` wide and 2 ** i
-    times smaller than the latent.
+    Its fields are those of `model` in k-diffusion's JSON. Level i has `channels[i]` channels, and
+    maps downscaled by 2 ** i.
     """
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
@@ -42,14 +42,14 @@ class LatentUpscalerUNet(Layer):
     )
 
     channels: Sequence[int]
-    depths: Sequence[int]  # residual blocks of each level, on each way
+    depths: Sequence[int]  # residual blocks of each level, down and up
     self_attn_depths: Sequence[bool]  # levels with self-attention
     cross_attn_depths: Sequence[bool]  # levels with attention to the text
     mapping_out: int  # features of the embedding
-    mapping_cond_dim: int  # features of the small latent's noise level, and of the pooled text
+    mapping_cond_dim: int  # features of the low-res noise level and of the pooled text, together
     cross_cond_dim: int  # features of a token
     input_channels: int = 4
-    unet_cond_dim: int = 4  # channels of the small latent
+    unet_cond_dim: int = 4  # channels of the low-res latent
     has_variance: bool = True
     dropout_rate: float = 0.0
     patch_size: int = 1
@@ -79,13 +79,13 @@ class LatentUpscalerUNet(Layer):
         return next(self.parameters()).dtype
 
     @property
-    def multiple(self) -> int:
-        """What the sides of a latent must be multiples of; they must be at least twice that."""
+    def size_multiple(self) -> int:
+        """Divisor of the sides of a latent, which must be at least twice as long."""
         return int(2 ** (len(self.channels) - 1))
 
     @property
-    def knows_noise(self) -> bool:
-        """Whether noise levels of the small latent have an effect; not with diffusers' weights."""
+    def uses_noise_level(self) -> bool:
+        """Whether the low-res noise level has an effect, which it has not in diffusers' weights."""
         return bool(self.low_res_noise_embed.weight.any())
 
     def forward(
@@ -99,10 +99,10 @@ class LatentUpscalerUNet(Layer):
         """Predict from noisy latents, (B, input_channels, h, w) in the dtype of x.
 
         Args:
-            x: (B, input_channels + unet_cond_dim, h, w), h and w multiples of `multiple`.
+            x: (B, input_channels + unet_cond_dim, h, w), h and w multiples of `size_multiple`.
             timesteps: 0.25 ln sigma, (B,).
             context: Tokens (B, M, cross_cond_dim).
-            y: Pooled text and noise level sigma of the small latent, (B, cross_cond_dim + 1).
+            y: Pooled text, then sigma of the low-res latent, (B, cross_cond_dim + 1).
             context_mask: Tokens to keep, bool (B, M); None for all.
         """
         return self.predict_with_variance(x, timesteps, context, y, context_mask)[0]
@@ -115,8 +115,8 @@ class LatentUpscalerUNet(Layer):
         y: Tensor,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the prediction, and the log variance (B,) of its error that training fits."""
-        sides, multiple = x.shape[-2:], self.multiple
+        """Return the prediction, and (B,) the log variance of its error that training learned."""
+        sides, multiple = x.shape[-2:], self.size_multiple
         if any(side % multiple or side < 2 * multiple for side in sides):
             raise ValueError(
                 f"latent of {sides[0]} x {sides[1]} does not fit this UNet, sides must be "
@@ -150,15 +150,15 @@ class FourierFeatures(Layer):
 
 
 class _InnerModel(Layer):
-    """The network itself, conditioned on a vector."""
+    """The UNet, conditioned on a vector."""
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
-        first, width = config.channels[0], config.mapping_out
-        self.timestep_embed = FourierFeatures(width)
-        self.mapping_cond = Linear(config.mapping_cond_dim, width, bias=False)
+        first, features = config.channels[0], config.mapping_out
+        self.timestep_embed = FourierFeatures(features)
+        self.mapping_cond = Linear(config.mapping_cond_dim, features, bias=False)
         self.mapping = nn.Sequential(
-            Linear(width, width), nn.GELU(), Linear(width, width), nn.GELU()
+            Linear(features, features), nn.GELU(), Linear(features, features), nn.GELU()
         )
         self.proj_in = Conv2d(config.input_channels + config.unet_cond_dim, first, 1)
         self.u_net = _Levels(config)
@@ -173,18 +173,18 @@ class _InnerModel(Layer):
 
 
 class _Levels(Layer):
-    """The way down and up: lists of layers by level, named as in k-diffusion."""
+    """The levels down and up, each a list of layers, named as in k-diffusion."""
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
-        widths, downs, ups = config.channels, [], []
-        for level, width in enumerate(widths):
-            above = widths[max(0, level - 1)]
-            depth, is_last = config.depths[level], level == len(widths) - 1
-            ins, outs = [above] + [width] * (depth - 1), [width] * depth
+        downs, ups = [], []
+        for level, channels in enumerate(config.channels):
+            above = config.channels[max(0, level - 1)]
+            depth, is_last = config.depths[level], level == len(config.channels) - 1
+            ins, outs = [above] + [channels] * (depth - 1), [channels] * depth
             down = _build_layers(config, level, ins, outs)
             downs.append(nn.ModuleList([FIRDown() if level else nn.Identity(), *down]))
-            ins, outs = [width] * depth, [*[width] * (depth - 1), above]
+            ins, outs = [channels] * depth, [*[channels] * (depth - 1), above]
             ins[0] *= 1 if is_last else 2  # with the skip connection
             up = _build_layers(config, level, ins, outs)
             ups.append(nn.ModuleList([*up, FIRUp() if level else nn.Identity()]))
@@ -206,7 +206,7 @@ class _Levels(Layer):
 def _build_layers(
     config: LatentUpscalerUNet, level: int, ins: Sequence[int], outs: Sequence[int]
 ) -> list[nn.Module]:
-    """Build the layers of one level and way: each residual block with its attention."""
+    """Build the layers of one level, down or up: residual blocks, each with its attention."""
     layers: list[nn.Module] = []
     emb, rate = config.mapping_out, config.dropout_rate
     for in_channels, out_channels in zip(ins, outs, strict=True):
@@ -236,7 +236,7 @@ class AdaGroupNorm(Layer):
 
     def __init__(self, emb_channels: int, channels: int) -> None:
         super().__init__()
-        self.groups = max(1, channels // GROUP_WIDTH)
+        self.groups = max(1, channels // GROUP_CHANNELS)
         self.mapper = Linear(emb_channels, 2 * channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ class TextAttention(Layer):
 
 
 class FIRDown(Layer):
-    """Half the size, by a separable filter of four taps."""
+    """Downsampling by 2 with a separable FIR filter of four taps."""
 
     kernel: Tensor
 
@@ -321,7 +321,7 @@ class FIRDown(Layer):
 
 
 class FIRUp(Layer):
-    """Twice the size, by the transpose of the same filter."""
+    """Upsampling by 2 with the transpose of the same filter."""
 
     kernel: Tensor
 
@@ -336,15 +336,15 @@ class FIRUp(Layer):
 
 
 def _fir_kernel(gain: float) -> Tensor:
-    """Return the filter (4, 4), whose taps sum to `gain` along each side."""
-    # These are values, even where the weights are on the meta device.
+    """Return the filter (4, 4), whose taps sum to `gain` along each axis."""
+    # on the CPU, as the filter needs values even if the weights are on the meta device
     taps = torch.tensor(FIR, dtype=torch.float32, device="cpu")
     return torch.outer(taps, taps) * (gain / sum(FIR)) ** 2
 
 
 def _split_heads(x: Tensor) -> Tensor:
     """Split features: (B, N, C) -> (B, heads, N, d)."""
-    heads = max(1, x.shape[-1] // HEAD_WIDTH)
+    heads = max(1, x.shape[-1] // HEAD_CHANNELS)
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 

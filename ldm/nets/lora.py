@@ -1,10 +1,10 @@
-"""LoRA: low-rank additions to layers that stay as they are.
+"""LoRA: low-rank additions to the weights of frozen layers.
 
-    attached   y = layer(x) + strength * alpha / rank * up(down(x))     can be trained and detached
-    merged     W <- W + strength * alpha / rank * up down               as fast as without
+    attached   y = layer(x) + strength * alpha / rank * up(down(x))     trainable, removable
+    merged     W <- W + strength * alpha / rank * up down               no cost at run time
 
 Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.14859), LoCon. Other
-changes of weights, which can only be merged, are in `lycoris`.
+kinds, which can only be merged, are in `lycoris`.
 """
 
 import functools
@@ -25,16 +25,16 @@ __all__ = [
     "merge_changes", "sum_additions",
 ]  # fmt: skip
 
-PROJECTION = "text_projection"
+PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower
 
 
 class Target(NamedTuple):
-    """A weight that is changed, or one third of an attention's `in_proj_weight`."""
+    """A weight to change, or the third of a fused `in_proj_weight` for q, k or v."""
 
     # A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
     layer: nn.Module
-    part: int | None = None  # 0 queries, 1 keys, 2 values; None for a weight as a whole
-    name: str = "weight"  # or "bias"; PROJECTION of a tower, which is stored transposed
+    part: int | None = None  # 0 for queries, 1 keys, 2 values; None for the whole weight
+    name: str = "weight"  # of the parameter; or "bias", or PROJECTION, which is stored transposed
 
     @property
     def parameter(self) -> str:
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
     @torch.no_grad()
     def replace(self, value: Tensor) -> None:
-        """Replace the weight by a new one, as the old one's memory may be pages of a file."""
+        """Replace the parameter by a new one, as the old one may be memory-mapped."""
         old = self.layer.get_parameter(self.parameter)
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         self.layer.register_parameter(self.parameter, new)
@@ -63,14 +63,14 @@ class Target(NamedTuple):
 
 
 class WeightChange(ABC):
-    """What an adapter does to one weight."""
+    """A change of one weight by a LoRA or a LyCORIS adapter."""
 
     target: Target
-    strength: float  # the user's own factor, which files do not hold
+    strength: float  # factor of the whole change, set by the user
 
     @abstractmethod
     def change_weight(self, weight: Tensor) -> Tensor:
-        """Return the changed weight, float32, of the weight as it is, float32."""
+        """Return the changed weight of the given one, both float32."""
 
 
 class Addition(WeightChange):
@@ -78,17 +78,17 @@ class Addition(WeightChange):
 
     @abstractmethod
     def delta(self) -> Tensor:
-        """Return what is added to the weight, float32, in its shape."""
+        """Return the addition to the weight, in its shape, float32."""
 
     def change_weight(self, weight: Tensor) -> Tensor:
         return weight + self.delta().to(weight.device)
 
 
 class LoRALayer(nn.Module, Addition):
-    """The addition of rank `rank` to one layer, zero until it is trained or filled.
+    """A low-rank addition to one layer, initially zero.
 
     Attributes:
-        alpha: Strength of the file, in units of the rank; by default the rank.
+        alpha: Scale of the addition, relative to the rank; None for the rank, that is a scale of 1.
     """
 
     alpha: Tensor
@@ -125,27 +125,27 @@ class LoRALayer(nn.Module, Addition):
         return self.alpha * (self.strength / self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the layer's output for the input x."""
+        """Return the addition to the layer's output for its input x."""
         return self.lora_up(self.lora_down(x)) * self.scale  # (B, N, C_out) or (B, C_out, h, w)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return what is added to the layer's weight, in its shape, float32."""
+        """Return the addition to the layer's weight, in its shape, float32."""
         down, up = self.lora_down.weight.float(), self.lora_up.weight.float()
         return (up.flatten(1) @ down.flatten(1) * self.scale).view(len(up), *down.shape[1:])
 
     def add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the layer's output with the addition; a forward hook of the layer."""
+        """Return the layer's output plus the addition, as a forward hook of the layer."""
         x = upsample_nearest(*args) if isinstance(layer, DoublingConv2d) else args[0]
         y: Tensor = self(x.to(self.lora_down.weight.dtype)).to(output.dtype)
         if self.target.part is not None:
-            before, width = self.target.part, y.shape[-1]
-            y = F.pad(y, (before * width, (2 - before) * width))  # (B, N, 3 C_out)
+            part, features = self.target.part, y.shape[-1]
+            y = F.pad(y, (part * features, (2 - part) * features))  # (B, N, 3 C_out)
         return output + y
 
 
 class LoRA(nn.ModuleDict):
-    """The layers of one LoRA by name; its state dict is what a file of kohya's holds."""
+    """The layers of one LoRA by name; its state dict has the keys of kohya's files."""
 
     def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
         super().__init__(layers)
@@ -164,26 +164,27 @@ class LoRA(nn.ModuleDict):
             self.hooks.append(layer.register_forward_hook(lora.add_to_output))
 
     def detach(self) -> None:
-        """Remove what `attach` added."""
+        """Undo `attach`."""
         while self.hooks:
             self.hooks.pop().remove()
 
     def scale(self, strength: float) -> "LoRA":
-        """Set the strength of all layers: 1 as trained, 0 none."""
+        """Set the strength of all layers: 1 as trained, 0 without effect."""
         for lora in self.layers.values():
             lora.strength = strength
         return self
 
 
 class MergedChanges:
-    """Changes that are merged into weights, and the weights without them.
+    """Changes merged into weights, and the original weights.
 
-    Nothing is subtracted, so that no rounding remains: the unchanged weights stay in memory, where
-    they are pages of a file if they were.
+    Originals are kept and not recomputed by subtraction, so that no rounding error remains; those
+    that were memory-mapped stay so.
 
     Attributes:
-        tokens: Of textual inversions that came with the changes.
-        state: Of the files and strengths that are merged, to compare with others.
+        originals: Original weights by (layer, parameter name).
+        tokens: Tokens of textual inversions that came with the changes.
+        state: Identifies the merged files and strengths, to detect changes.
     """
 
     def __init__(self) -> None:
@@ -192,15 +193,15 @@ class MergedChanges:
         self.state: object = None
 
     def merge(self, changes: Sequence[WeightChange]) -> None:
-        """Merge changes in place of those that are merged now; see `merge_changes`."""
+        """Merge changes, instead of those merged before; see `merge_changes`."""
         self.restore()
         for target in dict.fromkeys(change.target for change in changes):
-            place = (target.layer, target.parameter)
-            self.originals[place] = target.layer.get_parameter(target.parameter)
+            key = (target.layer, target.parameter)
+            self.originals[key] = target.layer.get_parameter(target.parameter)
         merge_changes(changes)
 
     def restore(self) -> None:
-        """Put the unchanged weights back."""
+        """Restore the original weights."""
         for (layer, name), weight in self.originals.items():
             now = layer.get_parameter(name)
             if (weight.dtype, weight.device) != (now.dtype, now.device):  # `model.to` was called
@@ -211,10 +212,10 @@ class MergedChanges:
 
 @torch.no_grad()
 def merge_changes(changes: Iterable[WeightChange]) -> None:
-    """Change the weights, each of which is rounded once.
+    """Apply changes to their weights, each rounded once to its dtype.
 
-    What is added to one weight is summed first, and the order does not matter, bit by bit; then
-    come the other changes, in their order.
+    Additions to a weight are summed first, bit by bit the same in any order; other changes follow,
+    in their order.
     """
     by_target: dict[Target, list[WeightChange]] = {}
     for change in changes:
@@ -234,6 +235,6 @@ def sum_additions(additions: Sequence[Addition]) -> Tensor:
     """Return what is added to one weight, float32; the order does not matter, bit by bit."""
     deltas = [addition.delta() for addition in additions]
     if len(deltas) > 2:
-        # Floating-point sums of more than two depend on the order: here it is by size.
+        # Floating-point sums of more than two depend on their order: sort them by value.
         return torch.stack(deltas).sort(0).values.sum(0)
     return functools.reduce(torch.add, deltas)

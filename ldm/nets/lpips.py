@@ -1,7 +1,7 @@
-"""LPIPS: how different two images look, measured by the features of an image classifier.
+"""LPIPS: a perceptual distance of two images, by the features of an image classifier.
 
-    both images -> features at five depths of VGG16, as unit vectors -> squared difference, weighted
-    per channel -> mean over positions -> sum over depths
+    both images -> features of five layers of VGG16, normalized over channels -> squared difference,
+    weighted per channel -> mean over positions -> sum over layers
 
 Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan and Zisserman 2014 (arXiv:1409.1556).
 Without the weights that `ldm.loading.addons.lpips` loads, the distance is meaningless.
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ldm.nets.blocks import Layer
 
-__all__ = ["LPIPS", "WIDTHS"]
+__all__ = ["CHANNELS", "LPIPS"]
 
-WIDTHS = (64, 128, 256, 512, 512)  # of the five depths
-CONVOLUTIONS = (2, 2, 3, 3, 3)
+CHANNELS = (64, 128, 256, 512, 512)  # of the five layers
+CONVOLUTIONS = (2, 2, 3, 3, 3)  # up to each of them
 DROPOUT = 0.5
 EPS = 1e-10
-# Mean and deviation of colours in [-1, 1] that VGG16 expects, rounded as by its authors.
+# Mean and standard deviation of VGG16's inputs in [-1, 1], rounded by LPIPS's authors.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
@@ -37,36 +37,36 @@ class Scaling(Layer):
         return (image - self.shift) / self.scale  # (B, 3, H, W)
 
 
-class VGG16(nn.Module):
-    """The convolutions of VGG16 in five slices; layers are numbered as in the whole network."""
+class VGG16(nn.Module):  # not a Layer, as it returns a list
+    """The convolutions of VGG16, in a slice up to each of the five layers; numbered as in VGG16."""
 
     def __init__(self) -> None:
         super().__init__()
         count = itertools.count()
-        for depth, (width_in, width) in enumerate(itertools.pairwise([3, *WIDTHS]), start=1):
+        for k, (in_channels, channels) in enumerate(itertools.pairwise([3, *CHANNELS])):
             layers = nn.Sequential()
-            if depth > 1:
+            if k:
                 layers.add_module(str(next(count)), nn.MaxPool2d(2))
-            for n in range(CONVOLUTIONS[depth - 1]):
-                conv = nn.Conv2d(width if n else width_in, width, 3, padding=1)
+            for n in range(CONVOLUTIONS[k]):
+                conv = nn.Conv2d(channels if n else in_channels, channels, 3, padding=1)
                 layers.add_module(str(next(count)), conv)
                 layers.add_module(str(next(count)), nn.ReLU())
-            self.add_module(f"slice{depth}", layers)
+            self.add_module(f"slice{k + 1}", layers)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x, features = image, []
         for layers in self.children():
-            x = layers(x)  # (B, WIDTHS[i], H / 2^i, W / 2^i)
+            x = layers(x)  # (B, CHANNELS[i], H / 2^i, W / 2^i)
             features.append(x)
         return features
 
 
 class Head(Layer):
-    """The weights of the channels of one depth."""
+    """Weights the channels of one layer."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.model = nn.Sequential(nn.Dropout(DROPOUT), nn.Conv2d(width, 1, 1, bias=False))
+        self.model = nn.Sequential(nn.Dropout(DROPOUT), nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, difference: Tensor) -> Tensor:
         weighted: Tensor = self.model(difference)  # (B, 1, h, w)
@@ -74,14 +74,14 @@ class Head(Layer):
 
 
 class LPIPS(Layer):
-    """The perceptual distance of two images, with frozen weights."""
+    """The LPIPS distance of two images, with frozen weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scaling_layer = Scaling()
         self.net = VGG16()
-        for depth, width in enumerate(WIDTHS):
-            self.add_module(f"lin{depth}", Head(width))
+        for k, channels in enumerate(CHANNELS):
+            self.add_module(f"lin{k}", Head(channels))
         self.requires_grad_(False)
         super().train(False)
 
@@ -90,20 +90,20 @@ class LPIPS(Layer):
         return self
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        """Measure distances (B, 1, 1, 1) of images (B, 3, H, W) in [-1, 1], at least 16 x 16."""
+        """Compute distances (B, 1, 1, 1) of images (B, 3, H, W) in [-1, 1], at least 16 x 16."""
         pairs = zip(self.features(image), self.features(other), strict=True)
         distance = image.new_zeros(len(image), 1, 1, 1)
-        for depth, (one, two) in enumerate(pairs):
-            head = self.get_submodule(f"lin{depth}")
+        for k, (one, two) in enumerate(pairs):
+            head = self.get_submodule(f"lin{k}")
             distance = distance + head((one - two).square()).mean(dim=(2, 3), keepdim=True)
         return distance  # (B, 1, 1, 1)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Compute features at the five depths, (B, C, h, w) each, unit vectors over channels."""
+        """Compute features (B, C, h, w) of the five layers, with unit norm over channels."""
         return [_normalize(x) for x in self.net(self.scaling_layer(image))]
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # This norm has a gradient where all channels are 0, unlike the root of a sum of squares.
+    # vector_norm has a gradient where all channels are 0, the root of a sum of squares has not.
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (norm + EPS)  # (B, C, h, w)

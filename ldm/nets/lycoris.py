@@ -1,16 +1,16 @@
-"""Changes of weights in files of LyCORIS and its kin, to be merged.
+"""Adapters other than plain LoRA, as in LyCORIS, to be merged into weights.
 
     LoCon, Tucker form   W + s up mid down                    arXiv:2309.14859
     LoHa                 W + s (a1 b1) * (a2 b2)              arXiv:2108.06098
     LoKr                 W + s w1 (x) w2                      arXiv:2212.10650
-    difference, norm     W + w diff
+    difference, norm     W + w diff                           full-rank difference
     DoRA                 m V / |V|,  V = W + any of these     arXiv:2402.09353
     (IA)^3               W (1 + w v)                          arXiv:2205.05638
     GLoRA                W + s (W a1 a2 + b1 b2)              arXiv:2306.07967
     OFT, BOFT            R W, R block-wise orthogonal         arXiv:2306.07280, arXiv:2311.06243
 
-s = w alpha / rank, w the user's strength. Of OFT and BOFT w is in the result, W + w (R W - W);
-lycoris-lora has it in each stage of BOFT.
+Here s = w alpha / rank, w is the user's strength, and (x) the Kronecker product. For OFT and BOFT,
+w applies to the result, W + w (R W - W); in lycoris-lora, it applies to each stage of BOFT.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,29 +21,29 @@ from torch import Tensor
 
 from ldm.nets.lora import Addition, Target, WeightChange
 
-__all__ = ["Adapter", "build_change", "is_complete", "rank_of"]
+__all__ = ["Adapter", "build_change", "find_rank", "is_complete"]
 
 GLORA = ("a1", "a2", "b1", "b2")
 EPSILON = torch.finfo(torch.float32).eps
-MAGNITUDE = "magnitude"  # of peft, of rows in any shape
-LENGTHS = ("dora_scale", MAGNITUDE)
-WHOLE = ("diff", "diff_b", "w_norm", "b_norm")
-RANKS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")  # of shape (rank, …)
+MAGNITUDE = "magnitude"  # peft's name; one per row of the weight
+MAGNITUDES = ("dora_scale", MAGNITUDE)
+DIFFERENCES = ("diff", "diff_b", "w_norm", "b_norm")
+RANK_TENSORS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")  # of shape (rank, …)
 TUCKER = "ijkl,io,jn->onkl"  # (r, r, kh, kw), (r, out), (r, in) -> (out, in, kh, kw)
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The tensors of one layer in a file."""
+    """The tensors of an adapter for one layer."""
 
-    tensors: Mapping[str, Tensor]  # by their names in files, behind the layer's
-    alpha: float | None = None  # in units of the rank; None for none in the file
-    on_input: bool = False  # whether the vector of (IA)^3 scales columns of the weight, else rows
+    tensors: Mapping[str, Tensor]  # by name in the file, without the layer's name
+    alpha: float | None = None  # scale relative to the rank; None if the file has none
+    on_input: bool = False  # (IA)^3: scale columns (inputs) of the weight, else rows
 
     @property
     def scale(self) -> float:
-        """The factor alpha / rank; 1 for layers without a product."""
-        rank = rank_of(self.tensors)
+        """The factor alpha / rank; 1 if there is no rank or alpha."""
+        rank = find_rank(self.tensors)
         return 1.0 if self.alpha is None or rank is None else self.alpha / rank
 
     def __contains__(self, name: str) -> bool:
@@ -57,13 +57,13 @@ Delta = Callable[[Adapter, torch.Size], Tensor]
 Transform = Callable[[Adapter, Tensor], Tensor]
 
 
-def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return the rank of the product in a layer's tensors; None where there is none."""
-    return next((len(tensors[name]) for name in RANKS if name in tensors), None)
+def find_rank(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of a layer's low-rank product; None if it has none."""
+    return next((len(tensors[name]) for name in RANK_TENSORS if name in tensors), None)
 
 
 def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> WeightChange:
-    """Build the change of the kind that the names of the tensors tell.
+    """Build the change of the kind that the names of the tensors imply.
 
     Raises:
         ValueError: tensors are missing, left over, or of a shape that does not fit the weight.
@@ -77,34 +77,34 @@ def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> Wei
     except AttributeError as error:
         raise ValueError(f"the layer has no {target.name}") from error
     on_meta = {name: value.to("meta") for name, value in adapter.tensors.items()}
-    trial = _make(kind, target, replace(adapter, tensors=on_meta), strength)
+    trial = _build(kind, target, replace(adapter, tensors=on_meta), strength)
     try:
         trial.change_weight(torch.empty(shape, device="meta"))
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"its tensors do not fit a weight of shape {tuple(shape)}") from error
-    return _make(kind, target, adapter, strength)
+    return _build(kind, target, adapter, strength)
 
 
 def is_complete(names: Iterable[str]) -> bool:
-    """Return whether these tensors make a kind of adapter; names as in `Adapter`."""
+    """Return whether tensors of these names form an adapter; names as in `Adapter`."""
     return _find_kind(names) is not None
 
 
 def _find_kind(names: Iterable[str]) -> "_Kind | None":
-    parts = set(names) - set(LENGTHS)
+    parts = set(names) - set(MAGNITUDES)
     return next((k for k in KINDS if k.required <= parts <= k.required | k.optional), None)
 
 
-def _make(kind: "_Kind", target: Target, adapter: Adapter, strength: float) -> WeightChange:
-    change = kind.make(target, adapter, strength)
-    length = next((adapter.tensors[name] for name in LENGTHS if name in adapter), None)
-    if length is None:
+def _build(kind: "_Kind", target: Target, adapter: Adapter, strength: float) -> WeightChange:
+    change = kind.build(target, adapter, strength)
+    magnitude = next((adapter.tensors[name] for name in MAGNITUDES if name in adapter), None)
+    if magnitude is None:
         return change
     if not isinstance(change, Addition):
         raise ValueError("its magnitudes (DoRA) need an addition beside them")
     if MAGNITUDE in adapter:
-        length = length.reshape(-1, 1)
-    return _Decomposed(target, change, length, strength)
+        magnitude = magnitude.reshape(-1, 1)
+    return _Decomposed(target, change, magnitude, strength)
 
 
 @dataclass(eq=False)
@@ -140,10 +140,10 @@ class _Product(WeightChange):
 
 @dataclass(eq=False)
 class _Decomposed(WeightChange):
-    """DoRA: the weight with an addition, of which each row or column has a length of its own.
+    """DoRA: the weight with an addition, and rows or columns rescaled to a magnitude m.
 
-    The length m is (out, 1, …) of rows, or (1, in, 1, …) of columns, as in older files. At a
-    strength w it is the mean of the length as it is, by 1 - w, and m, by w.
+    m is (out, 1, …) for rows, or (1, in, 1, …) for columns, as in older files. At strength w the
+    norms become (1 - w) of the present ones plus w m.
     """
 
     target: Target
@@ -156,8 +156,8 @@ class _Decomposed(WeightChange):
         magnitude = self.magnitude.float().to(weight.device)
         axis = 1 if len(magnitude) == 1 and len(weight) != 1 else 0
         others = [dim for dim in range(weight.dim()) if dim != axis]
-        length = torch.linalg.vector_norm(changed, dim=others, keepdim=True) + EPSILON
-        ratio = magnitude.reshape(length.shape) / length
+        norm = torch.linalg.vector_norm(changed, dim=others, keepdim=True) + EPSILON
+        ratio = magnitude.reshape(norm.shape) / norm
         new: Tensor = changed * (1 + self.strength * (ratio - 1))
         return new
 
@@ -195,8 +195,8 @@ def _kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
     return torch.kron(first.reshape(*first.shape[:2], *(1 for _ in kernel)), second)
 
 
-def _whole(adapter: Adapter, shape: torch.Size) -> Tensor:
-    return next(adapter[name] for name in WHOLE if name in adapter)
+def _difference(adapter: Adapter, shape: torch.Size) -> Tensor:
+    return next(adapter[name] for name in DIFFERENCES if name in adapter)
 
 
 def _scale_rows_or_columns(adapter: Adapter, weight: Tensor) -> Tensor:
@@ -212,15 +212,15 @@ def _add_glora(adapter: Adapter, weight: Tensor) -> Tensor:
 
 
 def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
-    """Rotate blocks of rows; in BOFT (m, k, b, b) in m stages, of rows that are further apart."""
+    """Rotate blocks of rows; BOFT (m, k, b, b) has m stages, of strided rows (butterfly)."""
     blocks = adapter["oft_blocks"].to(weight.device)
     size = blocks.shape[-1]
     skew = blocks - blocks.mT
-    if adapter.alpha:  # the norm is limited: constrained OFT
+    if adapter.alpha:  # constrained OFT limits the norm
         norm = skew.norm() + 1e-8
         skew = skew * (norm.clamp(max=adapter.alpha * len(weight)) / norm)
     eye = torch.eye(size, device=weight.device)
-    rotations = (eye + skew) @ torch.linalg.inv(eye - skew)  # Cayley's transform
+    rotations = (eye + skew) @ torch.linalg.inv(eye - skew)  # Cayley transform
     rows = weight.flatten(1)
     if blocks.dim() == 3:
         rows = torch.einsum("knm,knc->kmc", rotations, rows.view(-1, size, rows.shape[1]))
@@ -238,9 +238,9 @@ def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of adapter: the names of its tensors, and what they do to a weight."""
+    """A kind of adapter: how to build its change, and the names of its tensors."""
 
-    make: Callable[[Target, Adapter, float], WeightChange]
+    build: Callable[[Target, Adapter, float], WeightChange]
     required: frozenset[str]
     optional: frozenset[str] = frozenset()
 
@@ -265,7 +265,7 @@ KINDS = (
     _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
     _Kind(_sum(_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
     _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
-    *(_Kind(_sum(_whole), _names(name)) for name in WHOLE),
+    *(_Kind(_sum(_difference), _names(name)) for name in DIFFERENCES),
     _Kind(_product(_scale_rows_or_columns), _names("weight")),
     _Kind(_product(_add_glora), _names("a1.weight a2.weight b1.weight b2.weight")),
     _Kind(_product(_rotate_rows), _names("oft_blocks"), _names("rescale")),

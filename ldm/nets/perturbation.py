@@ -1,4 +1,4 @@
-"""Self-attention whose map is the identity, for some rows of a batch (arXiv:2403.17377)."""
+"""Perturbed attention: self-attention with an identity map for some rows (arXiv:2403.17377)."""
 
 import threading
 from collections.abc import Iterator
@@ -25,31 +25,31 @@ def find_self_attentions(module: nn.Module) -> list[CrossAttention]:
 
 @contextmanager
 def perturb_self_attention(module: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Let positions attend to themselves only, in what this thread runs within the block.
+    """Within the context, replace self-attention maps by the identity, in this thread only.
 
     Args:
-        module: The part of a network whose transformers are meant.
-        rows: Samples that are perturbed, bool (B,).
+        module: A part of the UNet, such as its middle block.
+        rows: Samples to perturb, bool (B,).
     """
     thread = threading.get_ident()
-    own, others = rows.nonzero()[:, 0], (~rows).nonzero()[:, 0]
-    whole: list[Tensor] = []  # input of the layer that runs
+    perturbed, others = rows.nonzero()[:, 0], (~rows).nonzero()[:, 0]  # indices of rows
+    inputs: list[Tensor] = []  # the full input of the current layer
 
-    # Only what is needed is computed: attention for the other rows, its projections for these.
+    # Run attention on the other rows only, and its value and output projections on perturbed ones.
     def select(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != thread or not len(others):
             return None
-        whole.append(args[0])
+        inputs.append(args[0])
         return (args[0][others.to(args[0].device)], *args[1:])
 
     def replace(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
             return None
         assert isinstance(layer, CrossAttention)
-        x: Tensor = whole.pop() if whole else args[0]  # (B, N, query_dim)
+        x: Tensor = inputs.pop() if inputs else args[0]  # (B, N, query_dim)
         out = output.new_empty(x.shape)
         out[others.to(x.device)] = output[: len(others)]
-        out[own.to(x.device)] = layer.to_out(layer.to_v(x[own.to(x.device)]))
+        out[perturbed.to(x.device)] = layer.to_out(layer.to_v(x[perturbed.to(x.device)]))
         return out
 
     layers = find_self_attentions(module)

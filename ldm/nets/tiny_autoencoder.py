@@ -1,8 +1,8 @@
-"""TAESD: a small autoencoder that imitates that of Stable Diffusion, for previews and speed.
+"""TAESD: a small autoencoder distilled from that of Stable Diffusion, for previews and speed.
 
-    image (B, 3, H, W) -> encoder -> z, as the UNet sees it -> decoder -> image
+    image (B, 3, H, W) -> encoder -> z with the UNet's scaling -> decoder -> image
 
-Layers have the names of the authors' files, which are those of their places in a sequence.
+Layer names are those of the authors' files: indices in a sequence.
 https://github.com/madebyollin/taesd
 """
 
@@ -15,10 +15,10 @@ from ldm.nets.blocks import Conv2d, DoublingConv2d, Layer
 
 __all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
 
-WIDTH = 64
+CHANNELS = 64
 LATENT_CHANNELS = 4
-LATENT_LIMIT = 3.0  # the decoder bends greater values towards it
-BLOCKS = 3  # of each level
+LATENT_LIMIT = 3.0  # the decoder bounds latents softly to ± this
+BLOCKS = 3  # per level
 
 
 class TinyBlock(Layer):
@@ -38,7 +38,7 @@ class TinyEncoder(nn.Sequential):
     def __init__(self) -> None:
         layers: list[nn.Module] = [_conv(channels=3), TinyBlock()]
         for _ in range(3):
-            layers.append(Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False))
+            layers.append(Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1, bias=False))
             layers += [TinyBlock() for _ in range(BLOCKS)]
         super().__init__(*layers, _conv(out_channels=LATENT_CHANNELS))
 
@@ -50,8 +50,8 @@ class TinyDecoder(nn.Sequential):
         layers: list[nn.Module] = [_BoundedLatent(), _conv(channels=LATENT_CHANNELS), nn.ReLU()]
         for _ in range(3):
             layers += [TinyBlock() for _ in range(BLOCKS)]
-            # The convolution doubles the size, too; the authors have a layer before it for that.
-            layers += [nn.Identity(), DoublingConv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
+            # The authors have an upsampling layer here, which DoublingConv2d includes.
+            layers += [nn.Identity(), DoublingConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)]
         super().__init__(*layers, TinyBlock(), _conv(out_channels=3))
 
 
@@ -59,12 +59,11 @@ class TinyAutoencoder(nn.Module):
     """TAESD in place of a model's autoencoder.
 
     Args:
-        scale_factor: Of the latents of the autoencoder that it imitates; TAESD's are multiplied by
-            it already.
+        scale_factor: That of the autoencoder it replaces; TAESD's own latents include it.
 
     Attributes:
-        encoder: None where there is only a decoder.
-        full: The autoencoder that encodes then.
+        encoder: None if only the decoder was loaded.
+        full: The autoencoder that encodes in that case.
     """
 
     in_channels = 3
@@ -84,7 +83,7 @@ class TinyAutoencoder(nn.Module):
         return next(self.decoder.parameters()).dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, 3, H, W) in [-1, 1]; the distribution of TAESD has no variance."""
+        """Encode images (B, 3, H, W) in [-1, 1] to a distribution, deterministic for TAESD."""
         if self.encoder is None:
             assert self.full is not None, "TAESD without an encoder can only decode"
             return self.full.encode(image)
@@ -102,5 +101,5 @@ class _BoundedLatent(nn.Module):
         return LATENT_LIMIT * torch.tanh(z / LATENT_LIMIT)
 
 
-def _conv(channels: int = WIDTH, out_channels: int = WIDTH) -> Conv2d:
+def _conv(channels: int = CHANNELS, out_channels: int = CHANNELS) -> Conv2d:
     return Conv2d(channels, out_channels, 3, padding=1)

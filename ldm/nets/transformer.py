@@ -1,4 +1,4 @@
-"""Attention layers of the UNet, over the positions of a feature map and to the context.
+"""Transformer layers of the UNet: self-attention over positions, cross-attention to the context.
 
 Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; gates: Shazeer 2020 (arXiv:2002.05202).
 """
@@ -43,7 +43,7 @@ class GEGLU(Layer):
 
 
 class FeedForward(Layer):
-    """MLP of one hidden layer, with GELU or (glu) GEGLU."""
+    """MLP with one hidden layer, and GEGLU if `glu`, else GELU."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class FeedForward(Layer):
     ) -> None:
         super().__init__()
         inner = dim * mult
-        first: nn.Module  # one alone is built: each draws its initial weights
+        first: nn.Module  # only one is built, as building draws random initial weights
         if glu:
             first = GEGLU(dim_in=dim, dim_out=inner)
         else:
@@ -117,7 +117,7 @@ class TransformerBlock(CheckpointedLayer):
 
     Args:
         context_dim: Features of the context; None for self-attention in its place.
-        disable_self_attn: Whether the first attention is to the context, too.
+        disable_self_attn: Whether the first attention is also cross-attention.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class SpatialTransformer(Layer):
         depth: Number of blocks.
         context_dim: Features of the context, or a list of one per block.
         disable_self_attn: See TransformerBlock.
-        use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). The result
-            is the same, the shapes of the weights are not.
+        use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). Only
+            the shapes of the weights differ.
     """
 
     def __init__(
@@ -208,12 +208,13 @@ class SpatialTransformer(Layer):
             context: (B, M, D) for all blocks, or a list of one per block.
         """
         h = self.norm(x)  # (B, C, h, w)
-        h = self.proj_in(_tokens(h)) if self.use_linear else _tokens(self.proj_in(h))  # (B, h w, C)
+        # (B, h w, C)
+        h = self.proj_in(_to_tokens(h)) if self.use_linear else _to_tokens(self.proj_in(h))
         contexts = _one_per_block(context, len(self.transformer_blocks), "context")
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
             h = block(h, block_context)  # (B, h w, C)
         size = x.shape[-2:]
-        h = _image(self.proj_out(h), size) if self.use_linear else self.proj_out(_image(h, size))
+        h = _to_map(self.proj_out(h), size) if self.use_linear else self.proj_out(_to_map(h, size))
         return x + h  # (B, C, h, w)
 
 
@@ -265,9 +266,9 @@ def _one_per_block(value: Any, depth: int, name: str) -> Sequence[Any]:
     return value
 
 
-def _tokens(x: Tensor) -> Tensor:
+def _to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, h w, C)
 
 
-def _image(x: Tensor, size: Sequence[int]) -> Tensor:
+def _to_map(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.transpose(1, 2).view(len(x), -1, *size)  # (B, C, h, w)

@@ -43,9 +43,9 @@ PER_LEVEL = (
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given the conditions that it takes besides x.
+    """A sequence of layers, each called with the conditions that it takes besides x.
 
-    `size` is that of the next skip connection, which an Upsample at the end has to match.
+    `size` is (height, width) of the next skip connection, which a final Upsample has to match.
     """
 
     def forward(  # type: ignore[override]
@@ -67,7 +67,7 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The denoising network. Its fields are the keywords of `unet_config` in the original's YAML.
 
-    Level i is `channel_mult[i] * model_channels` wide and 2 ** i times smaller than the latent.
+    Level i has `channel_mult[i] * model_channels` channels, and maps downscaled by 2 ** i.
     """
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
@@ -75,31 +75,31 @@ class UNet(nn.Module):
     )
 
     in_channels: int  # of the latent, and of images that are concatenated with it
-    model_channels: int  # width of the first level, a multiple of 32
+    model_channels: int  # channels of the first level, a multiple of 32
     out_channels: int
-    num_res_blocks: int | Sequence[int]  # per level, or a list; the way up has one more
+    num_res_blocks: int | Sequence[int]  # per level, or a list; output levels have one more
     attention_resolutions: Collection[int]  # factors 2 ** i of the levels with attention
     dropout: float = 0.0
     channel_mult: Sequence[int] = (1, 2, 4, 8)
-    conv_resample: bool = True  # else levels are resampled by mean and nearest neighbour
+    conv_resample: bool = True  # else resampling by mean and nearest neighbor
     dims: Literal[2] = 2
     num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None  # kind of `y`
     use_checkpoint: bool = False
-    num_heads: int = -1  # -1 if num_head_channels says how wide they are
+    num_heads: int = -1  # -1: channels / num_head_channels
     num_head_channels: int = -1
-    num_heads_upsample: int = -1  # on the way up, for attention without transformer
+    num_heads_upsample: int = -1  # of AttentionBlocks in output blocks; -1: num_heads
     use_scale_shift_norm: bool = False
-    resblock_updown: bool = False  # levels are resampled by residual blocks
+    resblock_updown: bool = False  # resampling by residual blocks
     use_new_attention_order: bool = False
-    use_spatial_transformer: bool | None = None  # None: if there is a context_dim
+    use_spatial_transformer: bool | None = None  # None: True with a context_dim
     transformer_depth: Depth = 1  # blocks per transformer; a list by level, or by level and block
     transformer_depth_middle: int | None = None  # None: as in the last level; 0: one ResBlock only
     transformer_depth_output: Sequence[int] | None = None  # of each output block; None: by level
     context_dim: int | Sequence[int] | None = None  # a list if each block has its own context
     n_embed: None = None
-    legacy: bool = True  # num_head_channels only says how many heads divide the width evenly
-    disable_self_attentions: Sequence[bool] | None = None  # levels that attend to the context only
-    num_attention_blocks: Sequence[int] | None = None  # per level
+    legacy: bool = True  # features per head = channels / heads, not num_head_channels
+    disable_self_attentions: Sequence[bool] | None = None  # per level: cross-attention only
+    num_attention_blocks: Sequence[int] | None = None  # per level; None: all
     disable_middle_self_attn: bool = False
     disable_middle_transformer: bool = False
     use_linear_in_transformer: bool = False
@@ -127,7 +127,7 @@ class UNet(nn.Module):
         )
 
     @property
-    def _widths(self) -> list[int]:
+    def _channels(self) -> list[int]:
         return [self.model_channels * mult for mult in self.channel_mult]
 
     @property
@@ -136,22 +136,22 @@ class UNet(nn.Module):
         return [blocks] * len(self.channel_mult) if isinstance(blocks, int) else blocks
 
     @property
-    def attends_in_middle(self) -> bool:
-        """Whether the middle block has self-attention in a transformer, as `perturbed` needs."""
+    def has_middle_self_attention(self) -> bool:
+        """Whether the middle block has a transformer with self-attention, as `perturbed` needs."""
         return bool(find_self_attentions(self.middle_block))
 
     @property
     def decoder_inputs(self) -> list[tuple[int, int]]:
-        """For each output block its level, from 0 for the deepest, and the channels it is given.
+        """(level, channels) of each output block's input, without its skip connection.
 
-        Those of the skip connection, which are concatenated, are not counted.
+        Level 0 is the deepest.
         """
-        inputs, channels = [], self._widths[-1]
-        for depth, (width, blocks) in enumerate(
-            zip(reversed(self._widths), reversed(self._res_blocks), strict=True)
+        inputs, below = [], self._channels[-1]
+        for depth, (channels, blocks) in enumerate(
+            zip(reversed(self._channels), reversed(self._res_blocks), strict=True)
         ):
-            inputs += [(depth, channels), *[(depth, width)] * blocks]
-            channels = width
+            inputs += [(depth, below), *[(depth, channels)] * blocks]
+            below = channels
         return inputs
 
     @property
@@ -172,17 +172,17 @@ class UNet(nn.Module):
         """Predict eps, v or x0 of noisy latents, (B, out_channels, h, w) in the dtype of x.
 
         Args:
-            x: (B, in_channels, h, w), of any size where convolutions halve it, else a multiple of
-                2 ** (levels - 1).
+            x: (B, in_channels, h, w); any size if downsampling is by convolution, else multiples
+                of 2 ** (levels - 1).
             timesteps: (B,), 0 … 999, may be fractional.
             context: (B, M, context_dim), or a list of one per transformer block.
-            y: For num_classes n a class 0 … n-1, (B,); for "continuous" (B, 1), for "sequential"
-                (B, adm_in_channels), for "timestep" (B,).
-            guidance_embedding: (B, time_cond_proj_dim), of the guidance scale that a distilled
-                network imitates (arXiv:2310.04378); None: zeros.
-            perturbed: Rows whose positions do not attend to each other in the middle block, bool
-                (B,), for perturbed-attention guidance.
-            freeu: Changes what the output blocks are given.
+            y: By num_classes: n: class labels 0 … n-1, (B,); "continuous": (B, 1); "sequential":
+                (B, adm_in_channels); "timestep": (B,).
+            guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
+                distilled network (arXiv:2310.04378); None: zeros.
+            perturbed: Rows with identity self-attention in the middle block, bool (B,), for
+                perturbed-attention guidance.
+            freeu: Rescales the inputs of the output blocks.
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
@@ -212,20 +212,20 @@ class UNet(nn.Module):
         return out.to(x.dtype).contiguous()  # (B, out_channels, h, w)
 
     def _build_input_blocks(self) -> tuple[nn.ModuleList, list[int]]:
-        """Build the input blocks; also return the width of each, for its skip connection."""
+        """Build the input blocks; also return the channels of each, for its skip connection."""
         blocks = [Stage(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
         skips = [self.model_channels]
-        for level, width in enumerate(self._widths):
+        for level, channels in enumerate(self._channels):
             for i in range(self._res_blocks[level]):
-                layers: list[nn.Module] = [self._build_res_block(skips[-1], width)]
+                layers: list[nn.Module] = [self._build_res_block(skips[-1], channels)]
                 if self._has_attention(level, i):
-                    depth = self._transformer_depth(level, i)
-                    layers.append(self._build_attention(width, level, depth))
+                    depth = self._get_transformer_depth(level, i)
+                    layers.append(self._build_attention(channels, level, depth))
                 blocks.append(Stage(*layers))
-                skips.append(width)
-            if level < len(self._widths) - 1:
-                blocks.append(Stage(self._build_resampler(width, up=False)))
-                skips.append(width)
+                skips.append(channels)
+            if level < len(self._channels) - 1:
+                blocks.append(Stage(self._build_resampler(channels, up=False)))
+                skips.append(channels)
         return nn.ModuleList(blocks), skips
 
     def _build_middle_block(self, ch: int) -> Stage:
@@ -237,21 +237,21 @@ class UNet(nn.Module):
             attention = self._build_attention(
                 ch,
                 len(self.channel_mult) - 1,
-                self._transformer_depth(-1, -1) if depth is None else depth,
+                self._get_transformer_depth(-1, -1) if depth is None else depth,
                 disable_self_attn=self.disable_middle_self_attn,
             )
         return Stage(self._build_res_block(ch, ch), attention, self._build_res_block(ch, ch))
 
     def _build_output_blocks(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
-        """Build the output blocks, one for each skip connection; also return the last width."""
+        """Build an output block per skip connection; also return the channels of the last one."""
         blocks: list[Stage] = []
         depths = self.transformer_depth_output
-        for level, width in reversed(list(enumerate(self._widths))):
+        for level, channels in reversed(list(enumerate(self._channels))):
             for i in range(self._res_blocks[level] + 1):
-                layers: list[nn.Module] = [self._build_res_block(ch + skips.pop(), width)]
-                ch = width
+                layers: list[nn.Module] = [self._build_res_block(ch + skips.pop(), channels)]
+                ch = channels
                 if self._has_attention(level, i):
-                    depth = depths[len(blocks)] if depths else self._transformer_depth(level, i)
+                    depth = depths[len(blocks)] if depths else self._get_transformer_depth(level, i)
                     layers.append(self._build_attention(ch, level, depth, up=True))
                 if level and i == self._res_blocks[level]:
                     layers.append(self._build_resampler(ch, up=True))
@@ -282,7 +282,7 @@ class UNet(nn.Module):
         count = self.num_attention_blocks
         return 2**level in self.attention_resolutions and (count is None or i < count[level])
 
-    def _transformer_depth(self, level: int, i: int) -> int:
+    def _get_transformer_depth(self, level: int, i: int) -> int:
         depth = self.transformer_depth
         by_block = depth if isinstance(depth, int) else depth[level]
         return by_block if isinstance(by_block, int) else by_block[i]
@@ -298,7 +298,7 @@ class UNet(nn.Module):
     ) -> nn.Module:
         if not self.use_spatial_transformer:
             return self._build_attention_block(ch, up)
-        heads, dim_head = self._heads(ch)
+        heads, dim_head = self._count_heads(ch)
         if disable_self_attn is None and self.disable_self_attentions is not None:
             disable_self_attn = self.disable_self_attentions[level]
         return SpatialTransformer(
@@ -313,7 +313,7 @@ class UNet(nn.Module):
         )
 
     def _build_attention_block(self, ch: int, up: bool) -> AttentionBlock:
-        heads, _ = self._heads(ch)
+        heads, _ = self._count_heads(ch)
         if up and self.legacy and self.num_head_channels == -1 and self.num_heads_upsample != -1:
             heads = self.num_heads_upsample
         return AttentionBlock(
@@ -323,8 +323,8 @@ class UNet(nn.Module):
             use_new_attention_order=self.use_new_attention_order,
         )
 
-    def _heads(self, ch: int) -> tuple[int, int]:
-        """Count the heads and the features per head at a width."""
+    def _count_heads(self, ch: int) -> tuple[int, int]:
+        """Return the number of heads, and the features per head, for `ch` channels."""
         if self.num_head_channels == -1:
             return self.num_heads, ch // self.num_heads
         heads = ch // self.num_head_channels
@@ -333,8 +333,8 @@ class UNet(nn.Module):
         return heads, ch // heads if self.legacy else self.num_head_channels
 
     def _build_mlp(self, features: int) -> nn.Sequential:
-        width = self.emb_channels
-        return nn.Sequential(Linear(features, width), nn.SiLU(), Linear(width, width))
+        out = self.emb_channels
+        return nn.Sequential(Linear(features, out), nn.SiLU(), Linear(out, out))
 
     def _build_label_emb(self) -> nn.Module:
         if isinstance(self.num_classes, int):

@@ -230,7 +230,7 @@ class Conditions:
             return check_finite(encode_prompts(model, pairs, rows, sizes), "the text encoder")
 
         cond = encode_steps(self.prompts, encode)
-        if model.guidance_width is not None:
+        if model.guidance_embed_dim is not None:
             if any(isinstance(pair, StepPrompts) or any(pair) for pair in self.negatives):
                 name = file_name(model)
                 warnings.warn(f"{name} does not read a negative prompt: ignored", stacklevel=3)

@@ -88,7 +88,7 @@ def check_guidance(
         if quirks.ignores_negative(after_base=False):
             message = "perp_neg needs the negative prompt, which `ignore-negative` ignores"
             raise ArgumentError(message, "legacy")
-    if "pag" in methods and not model.unet.attends_in_middle:
+    if "pag" in methods and not model.unet.has_middle_self_attention:
         message = "pag needs self-attention in the middle block of the UNet: that of "
         raise ArgumentError(f"{message}{file_name(model)} has none", "pag")
 

@@ -63,7 +63,7 @@ def check_noise(model: LatentDiffusion, sigma: float, kind: str) -> None:
     if not sigma >= 0:
         raise ArgumentError(f"noise_sigma must be 0 or more, got {sigma}", "noise_sigma")
     assert isinstance(model.unet, LatentUpscalerUNet)
-    if sigma and not model.unet.knows_noise:
+    if sigma and not model.unet.uses_noise_level:
         raise ArgumentError(
             f"{file_name(model)} comes from diffusers, which leaves out the embedding of noise "
             f"levels: noise_sigma must be 0, got {sigma}",
@@ -84,7 +84,7 @@ def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
 def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
     """Raise ArgumentError if a latent (height, width) would be padded along a circular axis."""
     assert isinstance(model.unet, LatentUpscalerUNet)
-    multiple = model.unet.multiple // FACTOR
+    multiple = model.unet.size_multiple // FACTOR
     for axis, side in (("y", height), ("x", width)):
         if axis in circular_axes() and side != _round_up(side, multiple):
             pixels = multiple * model.downscale
@@ -117,9 +117,9 @@ def double_latent(
     check_sides(model, height, width)
     tile = options.get("unet_tile")
     if tile is not None:
-        options["unet_tile"] = _round_up(tile, model.unet.multiple)
+        options["unet_tile"] = _round_up(tile, model.unet.size_multiple)
     latent = latent.to(model.device, torch.float32).expand(n, -1, -1, -1)
-    latent = _pad(latent, model.unet.multiple // FACTOR)
+    latent = _pad(latent, model.unet.size_multiple // FACTOR)
     with_noise = noise_sigma > 0 and noise_kind == "gaussian"
     lowres = model.conditioner.get(LowResLatent).add_noise(
         latent, noise_sigma, noise(latent) if with_noise else None

@@ -133,7 +133,7 @@ def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
     """Return a warning about the first text that plain syntax truncates, else None."""
     for encoder in model.conditioner.find_all(TextEncoder):
         for text in texts:
-            if lost := encoder.truncated_text(text):
+            if lost := encoder.find_truncated_text(text):
                 limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
                 return f"a prompt is longer than {limit} tokens: `{words} …` is left out"
     return None

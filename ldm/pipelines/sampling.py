@@ -189,7 +189,7 @@ def sample(
     elif (sigmas.diff() > 0).any():
         raise ArgumentError("sigmas must descend", "sigmas")
     steps = defaults.steps if steps is None else steps
-    if model.guidance_width is not None:
+    if model.guidance_embed_dim is not None:
         _check_embedded_guidance(guidance, rescale, guidance_interval)
     if reason := check_few_steps(model, steps, scale):
         warnings.warn(reason, stacklevel=2)
@@ -231,8 +231,8 @@ def sample(
         further=further,
         on_uncond=unconds.append if "last_uncond" in sampler_options else None,
     )
-    if model.guidance_width is not None:
-        guide = partial(imitate_guidance, denoiser, scale=scale, width=model.guidance_width)
+    if model.guidance_embed_dim is not None:
+        guide = partial(imitate_guidance, denoiser, scale=scale, width=model.guidance_embed_dim)
     counter = StepCounter(first_step)
     with circular_padding(tiling):
         x = SAMPLERS[sampler](

@@ -1,1 +1,1 @@
-"""Training: a loss, an optimizer, and a state that stops and goes on as if nothing happened."""
+"""Training of models from a config, with states from which a run resumes exactly."""

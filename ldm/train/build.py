@@ -1,4 +1,4 @@
-"""Build the parts of a run from its settings: the model as configured, its task, its state."""
+"""Build the parts of a run from its settings: configured model, task, state."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,7 +12,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import CheckpointedLayer
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import Trainer, Weighting, fields_of
+from ldm.train.config.schema import CriterionOptions, Trainer, list_fields
 from ldm.train.config.settings import Settings
 from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
@@ -35,11 +35,11 @@ __all__ = [
 
 
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
-    """Apply the settings that change time and memory of a step, but no number and no name.
+    """Apply the settings that affect time and memory of a step, but not its result.
 
-    `checkpoint_gradients`: see `set_checkpointing`; None leaves it to the model's config.
-    `channels_last`: memory format of convolutions, which tensor cores prefer; a bit slower on CPUs.
-    `compile`: torch.compile of the UNet, or else of the whole model; the first step of every image
+    `checkpoint_gradients`: see `set_checkpointing`; None keeps the setting of the model's config.
+    `channels_last`: memory format of convolutions, faster on tensor cores, a bit slower on CPUs.
+    `compile`: torch.compile of the UNet, or else of the whole model; the first step at each image
     size then takes a minute.
     """
     if trainer.checkpoint_gradients is not None:
@@ -52,12 +52,12 @@ def configure_model(model: nn.Module, trainer: Trainer) -> None:
 
 
 def set_checkpointing(model: nn.Module, on: bool = True) -> int:
-    """Set whether blocks recompute their activations in the backward pass, to save memory.
+    """Switch gradient checkpointing of all blocks on or off; gradients are the same.
 
-    Chen et al. 2016 (arXiv:1604.06174). Gradients are the same, dropout included.
+    Chen et al. 2016 (arXiv:1604.06174).
 
     Returns:
-        The number of blocks that can.
+        The number of blocks that support it.
     """
     blocks = [module for module in model.modules() if isinstance(module, CheckpointedLayer)]
     for block in blocks:
@@ -66,10 +66,10 @@ def set_checkpointing(model: nn.Module, on: bool = True) -> int:
 
 
 def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = True) -> Task:
-    """Build the task that the settings ask for: diffusion, adaptation or reconstruction.
+    """Build the task that the settings select: diffusion, adaptation or autoencoder.
 
     Args:
-        load_weights: False = without the weights of the losses' networks, if only sizes matter.
+        load_weights: whether to load the networks of the losses; False if only sizes matter.
     Raises:
         ValueError: the model cannot be trained, or the settings do not fit it.
     """
@@ -99,11 +99,13 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
     """Collect the keywords of `build_diffusion` from a config.
 
     Args:
-        params: of the model, with the original's keys; its `ucg_training` and `embedding_dropout`
-            are probabilities of `drop`, and so is `ucg_rate` of its embedders.
+        params: `model.params`, with the original's keys; `ucg_training`, `embedding_dropout` and
+            the `ucg_rate` of embedders set `drop`.
         objective: `lightning.objective`, which takes precedence.
     """
-    options = {key: params[key] for key in fields_of(Weighting) if params.get(key) is not None}
+    options = {
+        key: params[key] for key in list_fields(CriterionOptions) if params.get(key) is not None
+    }
     options |= objective
     drop = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
     if params.get("embedding_dropout"):
@@ -119,7 +121,7 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
 
 
 def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:
-    """Build optimizers and EMA at the beginning of a run; shard the weights first, if asked for.
+    """Build the initial optimizers and EMA; shard the weights first, if the strategy says so.
 
     Raises:
         ValueError: the settings do not go together.
@@ -152,7 +154,7 @@ def _build_network(
     module: nn.Module, loss: LossFunction, ranks: Ranks, options: Mapping[str, Any]
 ) -> TrainedNetwork:
     if ranks.world_size > 1 and not is_sharded(module):
-        loss = DistributedDataParallel(  # text encoders have weights that no context depends on
+        loss = DistributedDataParallel(  # some weights of text encoders are unused
             LossModule(module, loss), gradient_as_bucket_view=True, find_unused_parameters=True
         )
     return TrainedNetwork(module, make_optimizer(module, 0.0, **options), loss)

@@ -6,11 +6,11 @@
     ldm train -t --resume logs/lora                   resumes the newest run of a name
     torchrun --nnodes 2 --nproc-per-node 8 … -m ldm.train.command --base my.yaml -t
 
-Later files go over earlier ones, `key.sub=value` over all. A run lives in LOGDIR/TIME_NAME.
+Later files override earlier ones, `key.sub=value` overrides all. A run lives in LOGDIR/TIME_NAME.
 
     argv -> parse -> TrainRequest -> settings, processes, a run folder -> Run -> train, export, …
 
-Nothing here imports torch before it is needed, so that --help answers at once.
+Imports of torch are deferred, so that --help is fast.
 """
 
 import argparse
@@ -35,7 +35,7 @@ __all__ = ["main", "parse"]
 
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NUMBER = re.compile(r"-\d+")
-# Options whose value may be omitted, and what they mean then.
+# Options whose value may be omitted, and the value that this implies.
 SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
             "--allow-commands")  # fmt: skip
 IMPLICIT = {**dict.fromkeys(SWITCHES, "true"), "--resume": "", "--name": "", "--project": ""}
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command line.
 
     Args:
-        argv: the arguments after the program's name; None: of this process.
+        argv: arguments without the program's name; None = those of this process.
         prog: name of the program, for messages.
     Returns:
         The exit code: 0, or 1 after an error, which is printed in one line.
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
 
 
 def _run_request(request: TrainRequest) -> Iterator[str]:
-    """Do what is requested; yield the lines to print: a path, losses, or a config."""
+    """Run a request; yield lines to print: paths, losses, or a config."""
     _configure_logging()
     if request.dry_run:
         yield from _describe(request)
@@ -127,7 +127,7 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
 
 
 def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
-    """Read the settings of the run; errors are raised before anything is started or created."""
+    """Read and check the settings, before any process is started or folder created."""
     from ldm.train.config.settings import check_complete, read_settings
 
     settings = read_settings(run_folder.read_config(request, existing))
@@ -139,7 +139,7 @@ def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Se
 
 
 def _describe(request: TrainRequest) -> Iterator[str]:
-    """Describe the whole config, and the memory that it needs."""
+    """Yield the whole config, and an estimate of the memory that it needs."""
     from ldm.loading.config import format_yaml
     from ldm.train import estimate
 
@@ -192,7 +192,7 @@ def _run(
 
 
 def _configure_logging() -> None:
-    """Messages go to stderr; of several processes, the first one informs."""
+    """Log to stderr; processes other than the first log warnings only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("ldm")
@@ -201,7 +201,7 @@ def _configure_logging() -> None:
 
 
 def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
-    """Build the parser of our own options, and {spelling: long name} of them."""
+    """Return the parser of our own options, and {spelling: long name}."""
     parser = argparse.ArgumentParser(
         prog=prog, description="Train a model from a config in the original's format.",
         epilog=EPILOG,
@@ -213,7 +213,7 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         spellings.update(dict.fromkeys(names, names[-1]))
 
     def add_switch(*names: str, help: str) -> None:
-        add(*names, type=_boolean, default=False, metavar="BOOL", help=help)
+        add(*names, type=_parse_bool, default=False, metavar="BOOL", help=help)
 
     add(
         "-b",
@@ -234,13 +234,18 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         "learning rate = accumulate x ranks x batch x base_learning_rate (default: if the config "
         "has no lightning.optimizer)"
     )
-    add("--scale_lr", type=_boolean, metavar="BOOL", help=text)
+    add("--scale_lr", type=_parse_bool, metavar="BOOL", help=text)
     add_switch("--validate", help="print the losses on held-out data, raw and EMA weights")
     add_switch("--dry-run", help="print the whole config and the memory that it needs")
-    add("--nproc", type=_count, default=0, help="processes on this machine, with or without GPUs")
+    add(
+        "--nproc",
+        type=_parse_count,
+        default=0,
+        help="processes on this machine, with or without GPUs",
+    )
     text = "shards may come from `pipe:COMMAND`, which runs whatever the config says"
     add_switch("--allow-commands", help=text)
-    add("--threads", type=_count, help="of the CPU, for each process")
+    add("--threads", type=_parse_count, help="of the CPU, for each process")
     text = "run in LOGDIR/debug_runs; show tracebacks, and open pdb if there is a terminal"
     add_switch("-d", "--debug", help=text)
     add_switch("--no-test", help=argparse.SUPPRESS)
@@ -275,7 +280,7 @@ def _split(arguments: Sequence[str], spellings: dict[str, str]) -> tuple[list[st
 
 
 def _find_option(name: str, spellings: dict[str, str]) -> str:
-    """Return the long name of one of our options, also of an abbreviation; "" for another's."""
+    """Return the long name of an option of ours, or of its abbreviation; "" if it is not ours."""
     if name in spellings:
         return spellings[name]
     matches = {spellings[s] for s in spellings if s.startswith(name) and name[:2] == "--"}
@@ -293,21 +298,21 @@ def _may_be_value(option: str, argument: str) -> bool:
 def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -> None:
     from ldm.train.config import lightning, schema
 
-    known = [*schema.fields_of(schema.Trainer), *lightning.KNOWN["trainer"]]
+    known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN["trainer"]]
     for name in trainer:
         if name not in known:
             options = [spelling.lstrip("-") for spelling in spellings]
             raise unknown_name("option", name, known + options, "command line")
 
 
-def _boolean(text: str) -> bool:
-    """yes, true, t, y, 1 or their opposites, as the original takes them."""
+def _parse_bool(text: str) -> bool:
+    """Parse yes, true, t, y, 1 or their opposites, as in the original."""
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"`{text}` is neither true nor false")
     return text.lower() in TRUE
 
 
-def _count(text: str) -> int:
+def _parse_count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"`{text}` should be a whole number >= 0")
     return int(text)

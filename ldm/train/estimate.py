@@ -1,8 +1,8 @@
 """--dry-run: the whole config of a run, and an estimate of the memory of each of its processes.
 
-Weights, optimizer state and EMA are counted. For activations, a training step of the network runs
-on fake tensors, which have shapes and lifetimes but no memory: their peak total is the estimate.
-Encoding images into latents is measured separately, as it runs before.
+Weights, optimizer state and EMA are computed from parameter counts. For activations, a training
+step runs on fake tensors, which have shapes and lifetimes but no memory: the estimate is their peak
+total. Encoding of images is measured separately, as it precedes the step.
 """
 
 import sys
@@ -30,19 +30,19 @@ from ldm.train.tasks.task import Task
 
 __all__ = ["Memory", "describe", "estimate"]
 
-IMAGE_SIZE = 512  # pixels, if the config does not say
+IMAGE_SIZE = 512  # pixels, default if the config has no size
 # Optimizer state, bytes per trainable parameter.
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
-# Float16 and bfloat16 have one size, and only the latter runs everywhere.
+# bfloat16 stands in for float16, which has the same size but is not supported everywhere.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process of a run needs."""
+    """Memory of one process of a run, in bytes."""
 
-    parameters: int  # their number, in all networks
-    trainable: int  # the number of those that are trained
+    parameters: int  # number of parameters, in all networks
+    trainable: int  # number of trained parameters
     weights: int
     gradients: int
     optimizer: int
@@ -52,13 +52,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """At the peak of a step."""
+        """The peak of a step."""
         persistent = self.weights + self.gradients + self.optimizer + self.ema
         return persistent + max(self.activations, self.optimizer_step)
 
 
 def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
-    """Yield the config with all defaults, the memory, and settings that would lower it."""
+    """Yield the config with all defaults, its memory, and overrides that reduce it."""
     yield format_yaml(settings.to_config())
     yield from settings.notes
     cache: dict[Any, int] = {}
@@ -88,8 +88,8 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     """Estimate the memory of one process of a run.
 
     Args:
-        processes: of the run, on all nodes.
-        cache: of measured activations, the slow part, for several estimates of one run.
+        processes: number of processes of the run, on all nodes.
+        cache: measured activations, the slow part, shared by several estimates of a run.
     Raises:
         ValueError: the model cannot be trained.
     """
@@ -102,7 +102,7 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     parameters = sum(numel_by_id.values())
     shard_bytes = 4 * count * _shard_fraction(settings, processes)
     state = OPTIMIZERS[optimizer.name]
-    if optimizer.name == "muon":  # other parameters than matrices go by AdamW, with two moments
+    if optimizer.name == "muon":  # vectors are updated by AdamW, with two moments
         state += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
     cache = {} if cache is None else cache
@@ -122,7 +122,7 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
 
 
 def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
-    """Yield overrides that need less memory, and the settings with them."""
+    """Yield overrides that may reduce memory, and the settings with them."""
     trainer, batch_size = settings.trainer, settings.data.batch_size
     changes: list[tuple[str, str, str | bool]] = [
         ("trainer", "precision", "bf16-mixed"),
@@ -180,7 +180,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch_size, 3, size, size)
             if isinstance(task.model, AutoencoderKL):
-                # Networks of the losses are built again, as fake ones.
+                # Build the networks of the losses again, from fake tensors.
                 task = build_task(task.model, settings, load_weights=False)
                 task.step = sys.maxsize  # past the start of the discriminator
                 return _measure_autoencoder(task, image)
@@ -208,7 +208,7 @@ def _run_model(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
 
 
 def _measure_autoencoder(task: Task, image: Tensor) -> int:
-    """Measure the peak over a step of the autoencoder and one of its discriminator."""
+    """Return the peak bytes of a step of the autoencoder and one of its discriminator."""
     batch, generator = {"jpg": image}, torch.Generator()
     peaks = [_measure_peak(lambda: task.loss(batch, generator)["loss"], task.trainable)]
     for discriminator in _discriminators(task):
@@ -232,7 +232,7 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
 
 
 def _shard_fraction(settings: Settings, processes: int) -> float:
-    """Return the fraction of the trainable parameters that is on each process."""
+    """Return the fraction of the trainable parameters that each process holds."""
     if settings.trainer.strategy == "fsdp":
         return 1 / processes
     if settings.trainer.strategy == "hsdp":

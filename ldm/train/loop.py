@@ -1,11 +1,11 @@
 """The training loop.
 
-    batches -> losses -> gradients -> clip -> optimizer -> EMA; now and then save, draw, validate
+    batches -> losses -> gradients -> clip -> optimizer -> EMA; periodically save, draw, validate
 
-A step has `batches_per_step` batches, over all processes and all accumulated ones. Batches are
-numbered through the whole run, and all random numbers in one depend on its index only, so that an
-interrupted run resumes exactly, on any number of processes. Dropout draws from torch's global
-generator, which is seeded anew for every batch.
+A step has `batches_per_step` batches: number of processes x gradient accumulation. Batches are
+numbered through the whole run, and all random numbers of a batch depend on its index only, so that
+an interrupted run resumes exactly, on any number of processes. Dropout draws from torch's global
+generator, which is seeded for each batch.
 """
 
 import contextlib
@@ -41,23 +41,25 @@ __all__ = ["save", "train", "train_step"]
 log = logging.getLogger(__name__)
 
 Work = Sequence[tuple[int, Sample]]  # batches of a step with their indices in the run
-Actions = Mapping[str, tuple[Every, Callable[[], object]]]  # beside training, and when
+Actions = Mapping[str, tuple[Every, Callable[[], object]]]  # name -> (when, action)
 
 
 def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     """Train until the end of the run or a signal (see `signals`), then save and export.
 
     Args:
-        on_start: called by the first process when all is ready for the first step.
+        on_start: called by the first process before the first step.
     Raises:
-        FloatingPointError: too many steps in a row had no finite gradients.
+        FloatingPointError: too many steps in a row had non-finite gradients.
     """
     state, ranks = run.state, run.ranks
     ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))
 
-    # Count in steps what the config counts in epochs, and compute the learning rate.
+    # Convert epochs to steps, and compute the learning rate.
     epoch = run.source.batches_per_epoch(run.batch_size)
-    accumulation = state.batches_per_step // ranks.world_size  # a resumed run keeps its steps
+    accumulation = (
+        state.batches_per_step // ranks.world_size
+    )  # a resumed run keeps its batches per step
     settings = run.settings.change(trainer={"accumulate_grad_batches": accumulation})
     settings = settings.count_epochs(epoch and epoch / state.batches_per_step)
     run = replace(run, settings=settings)
@@ -90,7 +92,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
                 timesteps=run.timesteps,
             )
 
-    # Read batches from where the state ends.
+    # Continue the sequence of batches at the position of the state.
     ranks.run_on_first(on_start)
     batches = run.source.batches(
         run.batch_size,
@@ -171,14 +173,14 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
 
 
 def save(run: Run) -> None:
-    """Save a state to resume from, if anything has changed since the last one."""
+    """Save a resume state, if anything has changed since the last one."""
     if not run.state.is_saved and run.is_finite("state"):
         run.states.save(run.state)
 
 
 def _draw(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> None:
     """Draw the sample grids, and the plot of the loss by timestep."""
-    with _log_failures("draw"):  # here, as other processes may wait for this one below
+    with _log_failures("draw"):  # not around `timesteps.write`, a collective of all processes
         for path in draw_samples(run):
             loggers.image(run.state.step, f"{path.parent.name}/samples", path)
     if timesteps is not None:
@@ -194,7 +196,7 @@ def _validate(run: Run, loggers: Loggers) -> None:
 
 
 def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> Actions:
-    """Return all actions by name, in the order in which they are done when several are due."""
+    """Return all actions by name, in the order in which they run when several are due."""
     options = run.settings.callbacks
     draw_every = Every(
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
@@ -231,8 +233,8 @@ def _compute_gradients(run: Run, network: TrainedNetwork, work: Work) -> Losses:
     network.optimizer.zero_grad(set_to_none=True)
     scale = run.state.scale.value / len(work)
     outputs: list[Losses] = []
-    for place, (index, batch) in enumerate(work):
-        with _synchronizing(network, is_last=place == len(work) - 1):
+    for k, (index, batch) in enumerate(work):
+        with _synchronizing(network, is_last=k == len(work) - 1):
             with run.autocast():
                 losses = network.loss(batch, seed_batch(run.seed, index))
             (losses["loss"] * scale).backward()
@@ -245,7 +247,7 @@ def _join(values: Sequence[Tensor]) -> Tensor:
 
 
 def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContextManager[None]:
-    """Let only the last batch's backward pass exchange gradients between processes."""
+    """Exchange gradients between processes only in the last batch's backward pass."""
     if isinstance(network.loss, DistributedDataParallel):
         return nullcontext() if is_last else network.loss.no_sync()
     parallel.sync_gradients(network.module, is_last)
@@ -253,7 +255,7 @@ def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContext
 
 
 def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) -> float:
-    """Divide gradients by the loss scale and clip their norm; return the norm before."""
+    """Divide gradients by the loss scale and clip their norm; return the norm before clipping."""
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
     # On all processes: the norm of sharded gradients is that of all shards together.
     total = parallel.gather({"norm": nn.utils.get_total_norm(gradients)})["norm"]
@@ -267,7 +269,7 @@ def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) 
 def _agree(
     run: Run, seconds: float, requests: set[str], actions: Actions
 ) -> tuple[bool, list[str]]:
-    """Agree with the other processes on the time trained, on stopping, and on actions."""
+    """Agree with the other processes on training time, on stopping, and on due actions."""
     is_first = run.ranks.is_first
     due = {name: every(run.state.step) and is_first for name, (every, _) in actions.items()}
     requested = [due[name] or name in requests for name in actions]
@@ -278,7 +280,7 @@ def _agree(
 
 
 def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
-    """Count a step without finite gradients; too many in a row are an error."""
+    """Count a step with non-finite gradients; raise if there are too many in a row."""
     state = run.state
     state.skipped += 1
     state.bad_steps += 1
@@ -295,7 +297,7 @@ def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _saving_on_error(run: Run) -> Iterator[None]:
-    """Save the state after the last step if a run of one process fails."""
+    """Save the last consistent state if a run of one process fails."""
     try:
         yield
     except Exception:
@@ -309,7 +311,7 @@ def _saving_on_error(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _log_failures(what: str) -> Iterator[None]:
-    """Log a full disk, or too little memory for a grid, and go on."""
+    """Log a full disk or lack of GPU memory, and continue training."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError) as error:

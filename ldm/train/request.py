@@ -1,4 +1,4 @@
-"""What a command line asks of training, as one value."""
+"""The parsed command line of training, as one value."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ __all__ = ["TrainRequest"]
 class TrainRequest:
     """A request to train, check, validate or export."""
 
-    configs: tuple[str, ...] = ()  # YAML files, later ones over earlier
-    overrides: tuple[str, ...] = ()  # `key.sub=value`, over all files
+    configs: tuple[str, ...] = ()  # YAML files; later ones override earlier ones
+    overrides: tuple[str, ...] = ()  # `key.sub=value`, which override all files
     train: bool = False
     validate: bool = False  # whether to print the losses on held-out data
-    dry_run: bool = False  # whether to print the whole config and the memory that it needs, and end
+    dry_run: bool = False  # whether to print the whole config and its memory instead
     name: str = ""
-    resume: str | None = None  # a run or one of its states; "": the newest run of this name
+    resume: str | None = None  # a run or one of its states; "": the newest of this name; None: no
     logdir: Path = Path("logs")  # folder of runs
-    processes: int = 0  # to start on this machine; 0: one for each GPU of the config
-    threads: int | None = None  # of the CPU, for each process; None: torch's default
-    allow_commands: bool = False  # whether shards may come from `pipe:COMMAND`
+    processes: int = 0  # number to start on this machine; 0: one for each GPU of the config
+    threads: int | None = None  # CPU threads of each process; None: torch's default
+    allow_commands: bool = False  # whether to run `pipe:COMMAND` addresses of shards
     debug: bool = False  # whether to show tracebacks, and open pdb on a terminal
-    argv: tuple[str, ...] = ()  # the arguments of the command line, for other processes of the run
+    argv: tuple[str, ...] = ()  # command-line arguments, for other processes of the run

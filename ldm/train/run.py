@@ -35,7 +35,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by `trai
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a training run; all that changes while it trains is in `state`."""
+    """The parts of a training run, of which only `state` changes."""
 
     settings: Settings
     config_text: str  # as YAML, for the metadata of exports
@@ -58,18 +58,18 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """Samples per batch; a step of one process has one or several batches."""
+        """Samples per batch; a step of a process has `accumulate_grad_batches` batches."""
         return self.settings.data.batch_size
 
     @property
     def epoch(self) -> int:
-        """Number of complete passes over the data; 0 if its length is not known."""
+        """Number of complete passes over the data; 0 if its length is unknown."""
         batches = self.source.batches_per_epoch(self.batch_size)
         return int(self.state.position // batches) if batches else 0
 
     @property
     def timesteps(self) -> Sequence[int] | None:
-        """The first and the end of those that are trained; None = all."""
+        """Range [first, end) of timesteps to train on; None = all."""
         objective: JsonMapping = {**self.settings.objective}
         return objective.get("timesteps")
 
@@ -84,19 +84,19 @@ class Run:
         return States(self.checkpoints, self.ranks, keep=self.settings.trainer.keep)
 
     def progress(self) -> float:
-        """Return the fraction of the run that is done, by steps or by time: the greater one."""
+        """Return the completed fraction of the run, by steps or by time, whichever is larger."""
         trainer, state = self.settings.trainer, self.state
         by_steps = state.step / trainer.max_steps if trainer.max_steps else 0.0
         by_time = state.seconds / trainer.max_time if trainer.max_time else 0.0
         return max(by_steps, by_time)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which losses are computed, for mixed precision."""
+        """Return the autocast context of mixed precision, for losses."""
         dtype = AUTOCAST.get(self.settings.trainer.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def is_finite(self, what: str) -> bool:
-        """Return whether all weights are finite; if not, log that `what` is not written."""
+        """Return whether the weights on all ranks are finite; else log that `what` is skipped."""
         (is_lost,) = self.ranks.max([not self.state.is_finite()])
         if is_lost:
             step = self.state.step
@@ -104,7 +104,7 @@ class Run:
         return not is_lost
 
     def resume(self, path: Path | None = None) -> None:
-        """Load a state, by default the newest of this run; a step keeps its number of batches."""
+        """Load a state, by default the newest of this run; batches per step stay the same."""
         path = path or self.states.newest()
         if path is None:
             raise ValueError(f"`{self.checkpoints}` has no state to resume from")
@@ -128,11 +128,12 @@ def build_run(
     device: torch.device | None = None,
     allow_commands: bool = False,
 ) -> Run:
-    """Build a run from its config; nothing is written but caches of the data.
+    """Build a run from its config; only caches of the data are written.
 
     Args:
-        config_text: the same config as text.
-        allow_commands: whether shards may come from commands that the config names.
+        config_text: the config as YAML, for the metadata of exports.
+        device: None = a GPU if there is one, else the CPU.
+        allow_commands: whether to run `pipe:COMMAND` addresses of shards.
     """
     trainer, params = settings.trainer, settings.model.params
     data = read_data(settings.raw["data"])
@@ -178,7 +179,7 @@ def build_run(
 
 
 def seed_batch(seed: int, index: int) -> torch.Generator:
-    """Make the random generator of a batch, and seed torch's global one for dropout alike."""
-    batch_seed = (seed * 0x9E3779B1 + index) % 2**32
+    """Return the random generator of a batch, and seed torch's global one for dropout."""
+    batch_seed = (seed * 0x9E3779B1 + index) % 2**32  # 2^32 / golden ratio: seeds lie far apart
     torch.manual_seed(batch_seed)
     return torch.Generator().manual_seed(batch_seed)

@@ -1,9 +1,9 @@
-"""The state of a run: everything that a resumed run needs, as named tensors and a few numbers.
+"""The state of a run: everything needed to resume it, as named tensors and numbers.
 
     weights and buffers, optimizers, EMA; step, position in the data, seconds trained
 
-It has no random state: data order, noise and dropout are functions of the seed and of the index of
-the batch, so that a run resumes exactly, on any number of processes.
+There is no random state, as data order, noise and dropout are functions of the seed and the index
+of the batch: a run resumes exactly, on any number of processes.
 """
 
 from collections.abc import Mapping
@@ -25,20 +25,20 @@ Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 @dataclass(eq=False)
 class TrainedNetwork:
-    """A module, its optimizer, and the loss that it is trained on."""
+    """A module, its optimizer, and its loss."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     loss: LossFunction  # with several processes a DistributedDataParallel module
 
     def weights(self) -> dict[str, Tensor]:
-        """Return trainable parameters and all buffers; frozen parameters are in no state."""
+        """Return trainable parameters and all buffers; frozen parameters are not saved."""
         frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
         state = self.module.state_dict()
         return {name: value for name, value in state.items() if name not in frozen}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return what the optimizer keeps of each parameter, as "parameter.name.key"."""
+        """Return the optimizer's state of each parameter, as "PARAMETER.KEY"."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         return {
             f"{names[id(p)]}.{key}": torch.as_tensor(value)
@@ -54,12 +54,12 @@ class TrainedNetwork:
             p = parameters[name.rpartition(".")[0]]
             if shape == p.shape:
                 state[name] = torch.zeros_like(p, dtype=dtype)
-            else:  # a step, or rows and columns of Adafactor
+            else:  # a step count, or Adafactor's rows and columns
                 state[name] = torch.zeros(shape, dtype=dtype)
         return state
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load an `optimizer_state`; parameters without one stay as they are."""
+        """Load an `optimizer_state`; parameters without an entry are unchanged."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         state = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -70,9 +70,9 @@ class TrainedNetwork:
 
 
 class LossScale:
-    """Factor of the loss in half precision, so that small gradients do not underflow.
+    """Dynamic scale of the loss in half precision, so that small gradients do not underflow.
 
-    It halves when gradients overflow, and doubles after PATIENCE steps without overflow
+    It is halved when gradients overflow, and doubled after PATIENCE steps without overflow
     (arXiv:1710.03740).
     """
 
@@ -85,7 +85,7 @@ class LossScale:
 
     @property
     def is_adapting(self) -> bool:
-        """Whether a smaller scale may avoid an overflow."""
+        """Whether a smaller scale may prevent overflow."""
         return self.is_half and self.value >= 1
 
     def update(self, is_finite: bool) -> None:
@@ -114,7 +114,7 @@ class State:
     # Not saved:
     bad_steps: int = 0  # skipped in a row, up to the last step
     is_consistent: bool = True  # False while weights are being updated
-    is_saved: bool = False  # whether the weights are on disk as they are
+    is_saved: bool = False  # whether this state is on disk
 
     @property
     def networks(self) -> dict[str, TrainedNetwork]:
@@ -125,7 +125,7 @@ class State:
         return networks
 
     def numbers(self) -> dict[str, float]:
-        """Return all numbers, by their names in state files."""
+        """Return all numbers, by their names in state files (which version 0.1 chose)."""
         return {
             "step": self.step,
             "position": self.position,
@@ -155,7 +155,7 @@ class State:
         return tensors
 
     def tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the tensors to read a saved state into; the optimizers' are new."""
+        """Return the tensors to read a saved state into, with new ones for the optimizers."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer"
@@ -167,7 +167,7 @@ class State:
             network.load_optimizer_state(_select(f"{name}.optimizer", tensors))
 
     def is_finite(self) -> bool:
-        """Return whether all weights, averages and optimizer states of this process are finite."""
+        """Return whether weights, EMA and optimizer states of this process are finite."""
         tensors = list(self.ema.shadow.values())
         for network in self.networks.values():
             tensors += [p for p in network.module.parameters() if p.requires_grad]
@@ -187,6 +187,6 @@ def _prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
-    """Select the values below a prefix, and remove it from their names."""
+    """Select the values whose names start with a prefix, and remove it."""
     start = f"{prefix}."
     return {n.removeprefix(start): v for n, v in values.items() if n.startswith(start)}

@@ -245,4 +245,6 @@ def test_buckets_are_of_upright_images_and_unreadable_ones_join_the_largest(tmp_
     folder = Folder(root=tmp_path, transform=BUCKETS)
     assert folder[0, 0]["jpg"].shape == (3, 32, 8)
     assert folder[0, 2]["jpg"].shape == (3, 8, 32)
-    assert folder.groups[0] == folder.groups[1] == folder.groups[3] != folder.groups[2]
+    assert (
+        folder.bucket_ids[0] == folder.bucket_ids[1] == folder.bucket_ids[3] != folder.bucket_ids[2]
+    )

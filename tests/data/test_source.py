@@ -19,8 +19,8 @@ GROUPS = [0, 0, 0, 0, 0, 1, 1, 2, 0, 1, 2]
 class Numbers(SampleDataset):
     """Samples that are their own index; some are `damaged`."""
 
-    def __init__(self, length, groups=None, damaged=()):
-        self.length, self.groups, self.damaged = length, groups, damaged
+    def __init__(self, length, bucket_ids=None, damaged=()):
+        self.length, self.bucket_ids, self.damaged = length, bucket_ids, damaged
 
     def __len__(self):
         return self.length
@@ -43,23 +43,23 @@ def indices(source, size, count, **options):
     return [batch["index"] for batch in read(source, size, count, **options)]
 
 
-@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("bucket_ids", [None, GROUPS])
 @pytest.mark.parametrize(
     ("start", "rank", "world_size", "workers"),
     [(0, 0, 2, 0), (0, 1, 2, 0), (5, 3, 4, 0), (13, 0, 1, 0), (3, 1, 2, 2)],
 )
 def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
-    groups, start, rank, world_size, workers
+    bucket_ids, start, rank, world_size, workers
 ):
-    alone = read(DatasetSource(Numbers(11, groups), 3), 2, 30)[start + rank :: world_size]
+    alone = read(DatasetSource(Numbers(11, bucket_ids), 3), 2, 30)[start + rank :: world_size]
     options = {"start": start, "rank": rank, "world_size": world_size, "workers": workers}
-    part = read(DatasetSource(Numbers(11, groups), 3), 2, len(alone), **options)
+    part = read(DatasetSource(Numbers(11, bucket_ids), 3), 2, len(alone), **options)
     assert [batch["value"].tolist() for batch in part] == [b["value"].tolist() for b in alone]
 
 
-@pytest.mark.parametrize(("groups", "epoch"), [(None, Fraction(11, 3)), (GROUPS, 4)])
-def test_an_epoch_is_as_many_batches_as_show_everything_once(groups, epoch):
-    source = DatasetSource(Numbers(11, groups), 3)
+@pytest.mark.parametrize(("bucket_ids", "epoch"), [(None, Fraction(11, 3)), (GROUPS, 4)])
+def test_an_epoch_is_as_many_batches_as_show_everything_once(bucket_ids, epoch):
+    source = DatasetSource(Numbers(11, bucket_ids), 3)
     assert source.batches_per_epoch(3) == epoch
     three_epochs = chain.from_iterable(indices(source, 3, int(3 * epoch)))
     assert sorted(three_epochs) == sorted(3 * [*range(11)])
@@ -95,12 +95,12 @@ def test_a_damaged_sample_is_replaced_by_one_of_its_group():
     assert 8 not in batch["index"]
 
 
-@pytest.mark.parametrize("groups", [[0] * 6 + [1, 1], [0] * 6 + [1] * 2 + [2]])
-def test_a_group_of_damaged_samples_alone_is_replaced_by_another(groups):
-    source = DatasetSource(Numbers(len(groups), groups, damaged=(6, 7)))
-    batches = indices(source, 2, len(groups))
-    pairs = {frozenset(groups[index] for index in batch) for batch in batches}
-    assert pairs == {frozenset([group]) for group in groups if group != 1}
+@pytest.mark.parametrize("bucket_ids", [[0] * 6 + [1, 1], [0] * 6 + [1] * 2 + [2]])
+def test_a_group_of_damaged_samples_alone_is_replaced_by_another(bucket_ids):
+    source = DatasetSource(Numbers(len(bucket_ids), bucket_ids, damaged=(6, 7)))
+    batches = indices(source, 2, len(bucket_ids))
+    pairs = {frozenset(bucket_ids[index] for index in batch) for batch in batches}
+    assert pairs == {frozenset([group]) for group in bucket_ids if group != 1}
 
 
 def test_hundreds_of_damaged_neighbours_are_replaced():
@@ -118,13 +118,13 @@ def test_reading_stops_where_nothing_can_be_read(workers):
 def test_a_process_that_fails_does_not_wait_for_its_workers():
     code = """
         import itertools
-        from ldm.data.source import read_ahead
+        from ldm.data.source import prefetch
 
         def numbers(first, step):
             for number in itertools.count(first, step):
                 yield {"number": number}
 
-        readers = read_ahead(numbers, 0, 1, 1), read_ahead(numbers, 0, 1, 1)
+        readers = prefetch(numbers, 0, 1, 1), prefetch(numbers, 0, 1, 1)
         raise RuntimeError(f"failed at {next(readers[0])}")"""
     command = [sys.executable, "-c", textwrap.dedent(code)]
     root = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.drawings import COLORS, EmojiTransform, caption
+from ldm.data.drawings import COLORS, EmojiTransform, format_caption
 from ldm.data.transforms import SIZE_KEYS, PhotoTransform, TagShuffle
 
 
@@ -22,7 +22,7 @@ from ldm.data.transforms import SIZE_KEYS, PhotoTransform, TagShuffle
     ],
 )
 def test_a_caption_names_what_is_given(name, style, colour, text):
-    assert caption(name, style, colour) == text
+    assert format_caption(name, style, colour) == text
 
 
 def test_a_drawing_lies_on_the_named_background():

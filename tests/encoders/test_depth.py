@@ -11,9 +11,9 @@ from goldfile import gold
 from ldm.encoders import depth
 from ldm.encoders.depth import (
     MiDaSDepth,
-    midas_input,
-    midas_input_size,
+    compute_midas_size,
     normalize_depth,
+    preprocess_for_midas,
     resize_depth,
 )
 from recipe import fill
@@ -40,7 +40,7 @@ def pixels(image):
 def test_the_input_of_the_network_equals_the_recorded_one(size):
     golden, case = gold("e2e_depth2img"), f"midas_transform_{size}"
     recorded = golden.outputs(case)
-    ours = midas_input(pixels(golden.inputs(case)["image"]))[0]
+    ours = preprocess_for_midas(pixels(golden.inputs(case)["image"]))[0]
     assert list(ours.shape) == recorded["shape"].tolist()
     assert_close(ours[:, ::8, ::8], recorded["sub"])
     assert_close(ours.double().mean(dim=(1, 2)), recorded["mean"])
@@ -50,7 +50,7 @@ def test_a_large_image_is_not_blurred_before_it_is_made_smaller():
     """As OpenCV's cubic interpolation, which the original resizes with; the recorded ones grow."""
     cv2 = pytest.importorskip("cv2")
     image = torch.rand(900, 700, 3, generator=torch.Generator().manual_seed(0))
-    ours = midas_input(2 * image.permute(2, 0, 1)[None] - 1)[0]
+    ours = preprocess_for_midas(2 * image.permute(2, 0, 1)[None] - 1)[0]
     theirs = cv2.resize(image.numpy(), (384, 480), interpolation=cv2.INTER_CUBIC)
     theirs = 2 * torch.from_numpy(theirs).permute(2, 0, 1) - 1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)  # observed: 1.3e-4
@@ -67,7 +67,7 @@ def test_a_large_image_is_not_blurred_before_it_is_made_smaller():
     ],
 )
 def test_the_side_nearer_to_384_decides(size, expected):
-    assert midas_input_size(*size) == expected
+    assert compute_midas_size(*size) == expected
 
 
 def test_the_channel_equals_the_recorded_one():
@@ -77,7 +77,7 @@ def test_the_channel_equals_the_recorded_one():
     ramp = torch.linspace(0, 1, red.shape[-1])
     depth_map = 3 * red + 2 * green * blue + 0.25 * ramp
     recorded = golden.outputs("depth")["c_concat"]
-    assert_close(normalize_depth(resize_depth(depth_map, (8, 12)), margin=0.001), recorded)
+    assert_close(normalize_depth(resize_depth(depth_map, (8, 12)), eps=0.001), recorded)
 
 
 def test_a_map_of_any_range_gives_the_same_channel(tiny):
@@ -111,10 +111,10 @@ def test_sides_must_be_multiples_of_32(tiny):
 
 
 def test_depth_comes_from_a_map_or_the_input_of_the_network_or_an_image(tiny, monkeypatch):
-    monkeypatch.setattr(depth, "midas_input_size", lambda height, width: (64, 32))
+    monkeypatch.setattr(depth, "compute_midas_size", lambda height, width: (64, 32))
     image = torch.rand(1, 3, 80, 48) * 2 - 1
     estimated = tiny.estimate(image)
-    batches = [{"depth": estimated}, {"midas_in": midas_input(image)}, {"jpg": image}]
+    batches = [{"depth": estimated}, {"midas_in": preprocess_for_midas(image)}, {"jpg": image}]
     maps = [tiny.prepare(batch, options((10, 6)))["depth"] for batch in batches]
     assert maps[0].shape == (1, 1, 10, 6)
     assert torch.equal(maps[0], maps[1])
@@ -128,7 +128,7 @@ def test_wrong_shapes_and_names_are_refused():
     with pytest.raises(ValueError, match=r"expected depth maps \(B, 1, H, W\), got \(1, 3, 8"):
         resize_depth(torch.zeros(1, 3, 8, 8), (4, 4))
     with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\)"):
-        midas_input(torch.zeros(3, 8, 8))
+        preprocess_for_midas(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="unknown depth model `midas_v21`"):
         MiDaSDepth(model_type="midas_v21")
 

@@ -8,9 +8,9 @@ from ldm.encoders.tokenizer import (
     CLIP,
     OPEN_CLIP,
     encode,
+    find_truncated_text,
     has_weight_syntax,
     tokenize,
-    truncated_text,
 )
 
 # Recorded from the slow CLIPTokenizer of transformers 4.30.2 with ftfy 6.3.1.
@@ -83,7 +83,7 @@ def test_a_long_text_keeps_its_beginning_and_an_end_token():
     ],
 )
 def test_the_end_of_a_long_prompt_is_lost_from_the_first_incomplete_word_on(prompt, lost):
-    assert truncated_text(prompt, CLIP, added={"<cat-toy>": [-1]}) == lost
+    assert find_truncated_text(prompt, CLIP, added={"<cat-toy>": [-1]}) == lost
 
 
 @pytest.mark.parametrize(

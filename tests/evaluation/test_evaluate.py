@@ -10,7 +10,7 @@ from PIL import Image
 from ldm.commands.main import main
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
-from ldm.evaluation.score import ImageSet, list_images, score_sets, sets_of_run
+from ldm.evaluation.score import ImageSet, find_image_sets, list_images, score_sets
 from ldm.imaging.metadata import read_info
 from ldm.runtime.errors import ArgumentError, FileFormatError
 
@@ -194,7 +194,7 @@ def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch, caplog)
     monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
     sets = [
         ImageSet(each.series, each.files, each.scale, prompts=["x"] * 12)
-        for each in sets_of_run(folders / "run")
+        for each in find_image_sets(folders / "run")
     ]
     assert [each.scale for each in sets] == [2, 10]
     real = ImageSet("reference", list_images(folders / "real"), side=8)
@@ -216,7 +216,7 @@ def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch, caplog)
 
 def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog):
     real = ImageSet("reference", list_images(folders / "real")[:3])
-    sets = sets_of_run(folders / "run")
+    sets = find_image_sets(folders / "run")
     score_sets(sets, real, Means())
     assert "the number of reference images = 3 is not above the 3 features" in caplog.text
     with pytest.raises(ArgumentError, match="scale 2 has 12 images, .* scale 10 11: scores of"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.loading.addons.lpips import read_lpips
-from ldm.nets.lpips import WIDTHS
+from ldm.nets.lpips import CHANNELS
 
 # The convolutions of VGG16 by torchvision's numbers.
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -18,7 +18,7 @@ def one_value(value: float, *shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def files(tmp_path):
-    heads = {f"lin{k}.model.1.weight": one_value(k, 1, w, 1, 1) for k, w in enumerate(WIDTHS)}
+    heads = {f"lin{k}.model.1.weight": one_value(k, 1, w, 1, 1) for k, w in enumerate(CHANNELS)}
     vgg = {"classifier.0.weight": one_value(0, 4096, 25088)}
     for number, before, after in zip(NUMBERS, (3, *OUT), OUT, strict=False):
         vgg[f"features.{number}.weight"] = one_value(number, after, before, 3, 3)

@@ -71,7 +71,7 @@ def test_a_tensor_tells_a_model_that_embeds_the_scale(tmp_path):
     write_checkpoint(tmp_path / "other.safetensors", state, file.metadata)
     model = ldm.load(tmp_path / "other.safetensors", variant="lcm")
     assert GUIDANCE_WEIGHT in model.state_dict()
-    assert (model.guidance_width, model.defaults) == (256, VARIANTS["lcm-full"].defaults)
+    assert (model.guidance_embed_dim, model.defaults) == (256, VARIANTS["lcm-full"].defaults)
     with pytest.raises(ArgumentError, match="does not embed the guidance scale"):
         ldm.load(path, variant="lcm-full")
 

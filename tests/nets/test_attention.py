@@ -89,8 +89,8 @@ def test_scores_stay_in_float32_under_autocast():
 def record_backends(monkeypatch):
     """The backends that are called, in order."""
     calls = []
-    monkeypatch.setattr(module, "_math", lambda *args: calls.append("math"))
-    monkeypatch.setattr(module, "_xformers", lambda *args: calls.append("xformers"))
+    monkeypatch.setattr(module, "_attend_by_formula", lambda *args: calls.append("math"))
+    monkeypatch.setattr(module, "_attend_by_xformers", lambda *args: calls.append("xformers"))
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: calls.append("sdpa"))
     return calls
 
@@ -141,7 +141,7 @@ def test_a_kernel_that_fails_its_trial_is_not_chosen(monkeypatch):
     def broken(*args):
         raise NotImplementedError("no operator found")
 
-    monkeypatch.setattr(module, "_xformers", broken)
+    monkeypatch.setattr(module, "_attend_by_xformers", broken)
     module._xformers_probe.cache_clear()
     assert not module._xformers_probe(torch.device("cpu"), torch.float32, 8, True)
     module._xformers_probe.cache_clear()

@@ -11,9 +11,9 @@ from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, DoublingConv2d, GroupNorm, Linear, Upsample
 from ldm.nets.cpu import layers, products, support, weight_cache, winograd
 
-pytestmark = pytest.mark.skipif(not support.dtypes(), reason="this CPU has no fast paths")
+pytestmark = pytest.mark.skipif(not support.fast_dtypes(), reason="this CPU has no fast paths")
 needs_bfloat16 = pytest.mark.skipif(
-    torch.bfloat16 not in support.dtypes(), reason="needs a CPU that multiplies bfloat16"
+    torch.bfloat16 not in support.fast_dtypes(), reason="needs a CPU that multiplies bfloat16"
 )
 # Relative; observed are 1.4e-6 at most, and 7.3e-3 by Winograd in bfloat16, 2.8e-3 elsewhere.
 LIMITS = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
@@ -21,7 +21,7 @@ LIMITS = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def fast_paths_for_small_layers(monkeypatch):
-    for name in ("LINEAR_WORK", "CONV_WORK", "UPSAMPLED_WORK", "TAPS_WIDTH"):
+    for name in ("LINEAR_WORK", "CONV_WORK", "UPSAMPLED_WORK", "TAPS_CHANNELS"):
         monkeypatch.setattr(layers, name, 1)
     monkeypatch.setattr(layers, "MANY_WEIGHTS", 128 * 160 * 9)
     yield
@@ -99,7 +99,7 @@ def test_layers_equal_torchs(case, layout, dtype):
 
 @pytest.mark.parametrize("chunk", [1, 4 << 10, 1 << 30])
 def test_winograd_is_the_same_in_chunks(monkeypatch, chunk):
-    monkeypatch.setattr(winograd, "CHUNK", chunk)
+    monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
     for kind in (Conv2d, DoublingConv2d):
         layer, x = conv(kind, size=(12, 10))
         with torch.no_grad(), cpu.cache_weights():
@@ -307,7 +307,7 @@ def test_norms_of_large_maps_keep_their_digits(batch, height, width):
 @pytest.mark.parametrize(("n", "m"), [(300, 300), (300, 77), (16, 16)])
 @pytest.mark.parametrize("tile", [1, 8 << 10, 1 << 30])
 def test_tiled_attention_is_as_near_as_sdpa(monkeypatch, n, m, tile):
-    monkeypatch.setattr("ldm.nets.attention.TILE", tile)
+    monkeypatch.setattr("ldm.nets.attention.TILE_BYTES", tile)
     monkeypatch.setattr("ldm.nets.attention.has_amx", lambda: False)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, size, 3, 40).bfloat16().transpose(1, 2) for size in (n, m, m))

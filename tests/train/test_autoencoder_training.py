@@ -9,7 +9,7 @@ from ldm.data.folder import Folder
 from ldm.data.source import DatasetSource
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.tasks.autoencoder import Reconstruction, normalise_latents, psnr
+from ldm.train.tasks.autoencoder import Reconstruction, normalize_latents, psnr
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 LAYOUT = {"ch": 32, "z_channels": 4, "num_res_blocks": 1, "ch_mult": (1, 1), "resolution": 32}
@@ -74,7 +74,7 @@ def test_normalised_latents_are_standard_and_decode_to_the_same() -> None:
     model, image = tiny().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
     posterior = model.encode(image)
     z, decoded = posterior.mode(), model.decode(posterior.mode())
-    normalise_latents(model, z)
+    normalize_latents(model, z)
     after = model.encode(image)
     torch.testing.assert_close(after.mode().mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(after.mode().std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)

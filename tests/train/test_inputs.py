@@ -33,7 +33,7 @@ def test_inputs_equal_the_originals(
 ) -> None:
     model = model_of(golden, CONFIGS.get(case, case))
     if hasattr(model.conditioner, "depth"):
-        model.conditioner.depth.margin = 0.001  # type: ignore[union-attr]
+        model.conditioner.depth.eps = 0.001  # type: ignore[union-attr]
     info, wanted = golden.case(case)["info"], golden.outputs(case)
     batch = {name: picture(name, value) for name, value in golden.inputs(case).items()}
     replay(golden.rng(case), monkeypatch)

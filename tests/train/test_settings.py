@@ -12,7 +12,7 @@ import pytest
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.train.config import schema
 from ldm.train.config.settings import Settings, check_complete, read_settings
-from ldm.train.optim.schedules import lr_multiplier
+from ldm.train.optim.schedules import build_lr_multiplier
 from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
@@ -179,14 +179,14 @@ def test_what_the_original_monitors_is_monitored() -> None:
 
 
 def test_a_linear_schedule_warms_up_and_falls_in_cycles() -> None:
-    once = lr_multiplier(linear())
+    once = build_lr_multiplier(linear())
     assert [once(n) for n in (0, 2, 4, 5, 10, 99)] == pytest.approx([0, 0.5, 0.68, 0.6, 0.2, 0.2])
-    twice = lr_multiplier(
+    twice = build_lr_multiplier(
         linear(warm_up_steps=[0, 5], f_min=[0.0, 0.5], f_max=[1.0, 0.5], f_start=[0.0, 0.1],
                cycle_lengths=[10, 20])
     )  # fmt: skip
     assert [twice(n) for n in (0, 9, 10, 11, 20)] == pytest.approx([1.0, 0.1, 0.0, 0.18, 0.5])
-    forever = lr_multiplier(
+    forever = build_lr_multiplier(
         linear(warm_up_steps=[10_000], f_start=[1e-6], f_min=[1.0], cycle_lengths=[10**13])
     )
     assert [forever(n) for n in (0, 5000, 10_000, 10**6)] == pytest.approx([1e-6, 0.5, 1, 1], 1e-6)
@@ -196,11 +196,11 @@ def test_a_cosine_schedule_ends_at_its_smallest_rate() -> None:
     params = {"warm_up_steps": 1000, "max_decay_steps": 50_000, "lr_start": 1e-3, "lr_max": 0.1}
     target = "ldm.lr_scheduler.LambdaWarmUpCosineScheduler"
     params |= {"lr_min": 1e-4, "verbosity_interval": 0}
-    at = lr_multiplier({"target": target, "params": params})
+    at = build_lr_multiplier({"target": target, "params": params})
     rates = [at(n) for n in (0, 500, 1000, 25_500, 50_000, 60_000)]
     assert rates == pytest.approx([1e-3, 0.0505, 0.1, 0.05005, 1e-4, 1e-4])
     lists = linear(warm_up_steps=[2], f_min=[0.0], cycle_lengths=[12])["params"]
-    round_ = lr_multiplier({"target": target + "2", "params": lists})
+    round_ = build_lr_multiplier({"target": target + "2", "params": lists})
     assert [round_(n) for n in (1, 2, 7, 12)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
 
 
@@ -236,10 +236,10 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
 
 def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
-    assert {*schema.fields_of(schema.Reconstruction)} == keywords - {"model", "losses"}
+    assert {*schema.list_fields(schema.Reconstruction)} == keywords - {"model", "losses"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
     given = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
-    assert {*schema.fields_of(schema.Denoising)} == keywords - given
+    assert {*schema.list_fields(schema.Denoising)} == keywords - given
 
 
 @pytest.mark.parametrize(

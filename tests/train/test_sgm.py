@@ -16,7 +16,7 @@ from ldm.train.config.settings import Settings, read_settings
 from ldm.train.config.sgm import translate_training
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.optim.schedules import lr_multiplier
+from ldm.train.optim.schedules import build_lr_multiplier
 from ldm.train.tasks.criterion import Criterion, denoised_weights
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
@@ -210,7 +210,7 @@ LR_CASES = [
 def test_learning_rates_equal_the_originals(name: str) -> None:
     golden = gold("sdxl_train")
     info = golden.case(f"lr_{name}")["info"]
-    multiplier = lr_multiplier({"target": info["class"], "params": info["params"]})
+    multiplier = build_lr_multiplier({"target": info["class"], "params": info["params"]})
     recorded = golden.outputs(f"lr_{name}")["factor"].tolist()
     assert [multiplier(step) for step in info["n"]] == pytest.approx(recorded, rel=1e-9)
 
@@ -283,7 +283,7 @@ def test_steps_of_adamw_with_an_average_equal_the_originals(
     golden, name = gold("sdxl_train"), "adamw_ema"
     model, recorded = engine(golden, name), golden.outputs(name)
     params = golden.meta[f"config_{name}"]["params"]
-    multiplier = lr_multiplier(params["scheduler_config"])
+    multiplier = build_lr_multiplier(params["scheduler_config"])
     ema = EMA(model.unet, params["ema_decay_rate"])
     optimizer = make_optimizer(model.unet, 0.0, weight_decay=1e-2)
     draws = golden.rng(name)

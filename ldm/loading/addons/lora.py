@@ -55,7 +55,7 @@ from ldm.nets.lora import (
     WeightChange,
     merge_changes,
 )
-from ldm.nets.lycoris import Adapter, build_change, is_complete, rank_of
+from ldm.nets.lycoris import Adapter, build_change, find_rank, is_complete
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.runtime.errors import (
     ArgumentError,
@@ -557,7 +557,7 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
     if wrong := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
         message = f"NaN or infinity in {len(wrong)} of its {len(layers)} layers: `{wrong[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
-    empty = [name for name, tensors in layers.items() if rank_of(tensors) == 0]
+    empty = [name for name, tensors in layers.items() if find_rank(tensors) == 0]
     if empty:
         log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
     return {name: tensors for name, tensors in layers.items() if name not in empty}
@@ -599,7 +599,7 @@ def _add_alphas(
                 continue
             matching = [a for n, a in patterns.items() if name.endswith(n.removeprefix("^"))]
             alpha = matching[-1] if matching else config.get("lora_alpha", config.get("alpha"))
-            rank = rank_of(tensors)
+            rank = find_rank(tensors)
             if alpha is not None and rank is not None:
                 # rsLoRA divides by the root of the rank.
                 factor = rank**0.5 if config.get("use_rslora") else 1

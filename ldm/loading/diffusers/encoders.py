@@ -162,7 +162,7 @@ def text_params(config: Config) -> JsonObject:
 
 def tokenizer_files(encoder: TextEncoder) -> JsonObject:
     """Return the files of CLIP's tokenizer (JSON or text by name) with the encoder's padding."""
-    ids, ranks = tokenizer.vocabulary()
+    ids, ranks = tokenizer.load_vocabulary()
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' names in both variants
     symbols = {number: symbol for symbol, number in ids.items()}
     pad = symbols.get(encoder.tokenizer_variant.pad, end)

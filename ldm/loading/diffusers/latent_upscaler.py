@@ -21,7 +21,7 @@ from ldm.loading.diffusers.layout import (
 )
 from ldm.loading.k_diffusion import upscaler_config
 from ldm.model import LatentDiffusion
-from ldm.nets.latent_upscaler import HEAD_WIDTH, LatentUpscalerUNet
+from ldm.nets.latent_upscaler import HEAD_CHANNELS, LatentUpscalerUNet
 from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -32,7 +32,7 @@ REQUIRED_VALUES = {
     "act_fn": "gelu", "norm_num_groups": None, "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
     "timestep_post_act": "gelu", "conv_in_kernel": 1, "conv_out_kernel": 1, "mid_block_type": None,
-    "attention_head_dim": HEAD_WIDTH, "attention_type": "default",
+    "attention_head_dim": HEAD_CHANNELS, "attention_type": "default",
     "transformer_layers_per_block": 1, "addition_embed_type_num_heads": 64,
 }  # fmt: skip
 KEYS = frozenset({
@@ -96,7 +96,7 @@ def _unet_config(model: LatentDiffusion) -> JsonObject:
         list(unet.channels) == [width, width, 2 * width, 2 * width],
         len(set(unet.depths)) == 1,
         [bool(attends) for attends in unet.self_attn_depths] == [False, False, False, True],
-        unet.mapping_out == 2 * width and width % HEAD_WIDTH == 0,
+        unet.mapping_out == 2 * width and width % HEAD_CHANNELS == 0,
         unet.has_variance and unet.input_channels == unet.unet_cond_dim,
     )
     if not all(layout):

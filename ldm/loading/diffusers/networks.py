@@ -198,7 +198,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
         "in_channels": layout.in_channels,
         "out_channels": layout.out_ch,
         "latent_channels": embed,
-        "block_out_channels": layout.widths,
+        "block_out_channels": layout.channels,
         "layers_per_block": layout.num_res_blocks,
         "down_block_types": [f"{prefix}DownEncoderBlock2D" for prefix in prefixes],
         "up_block_types": [f"{prefix}UpDecoderBlock2D" for prefix in reversed(prefixes)],

@@ -1,16 +1,15 @@
 """Layers on x86 CPUs: equal to torch's own up to rounding, and faster.
 
     3x3 convolution: 9 products per pixel and pair of channels -> `winograd`: 4
-    the same after nearest-neighbour upsampling by 2           -> 2.25, or 4
+    the same after nearest-neighbor upsampling by 2            -> 2.25, or 4
     3x3 convolution of few pixels                              -> one product of all patches
-    float32 products go to MKL, slow on some processors        -> oneDNN there (`products`)
-    weights are transformed in every call                      -> once in a `cache_weights` block
-    glibc returns large buffers after every use                -> `keep_memory`
+    float32 products by MKL, slow on some processors           -> by oneDNN there (`products`)
+    weights transformed in every call                          -> once within `cache_weights`
+    large buffers returned to the system after every use       -> `keep_memory`
 
-All this applies to plain CPU tensors of the dtype of the weights, never under autocast,
-torch.compile or torch.func, nor after `enable(False)`; everything else takes torch's ordinary path.
-Switch it off to count operations or to batch gradients (`is_grads_batched`), which know ordinary
-operators only.
+This applies to plain CPU tensors of the dtype of the weights, not under autocast, torch.compile or
+torch.func, nor after `enable(False)`; everything else uses torch's own operators. Switch it off to
+count operations or to batch gradients (`is_grads_batched`), which support only these.
 """
 
 from ldm.nets.cpu.group_norm import group_norm

@@ -1,8 +1,8 @@
-"""Layers with their gradients, to train on x86 CPUs: equal to torch's own up to rounding, faster.
+"""Layers with gradients, for training on x86 CPUs: equal to torch's up to rounding, and faster.
 
 linear                               oneDNN where MKL is slow
-3x3 convolution of few pixels        one matrix product of all patches; the weight stays as it is
-3x3 convolution after a doubling     each tap by one product on the small map: 2.25 per pixel
+3x3 convolution of few pixels        one matrix product of all patches; the weight is not copied
+3x3 convolution after upsampling     each tap by one product before upsampling: 2.25 per pixel
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Layer(Function):
-    """A layer of (x, weight, bias, …); it saves what its gradients need, and no more."""
+    """A layer of (x, weight, bias, …); it saves only what its gradients need."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -53,7 +53,7 @@ class Linear(_Layer):
 
 
 class Convolution(_Layer):
-    """3x3 convolution of x (B, C_in, h, w), padding 1, some stride: rows of pixels (B P, C_out)."""
+    """3x3 convolution of x (B, C_in, h, w), padding 1: P output pixels per image, (B P, C_out)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -80,7 +80,7 @@ class Convolution(_Layer):
 
 
 class DoubledConvolution(_Layer):
-    """3x3 convolution, padding 1, of x (B, C_in, h, w) doubled: pixels (B, h, 2, w, 2, C_out)."""
+    """3x3 convolution, padding 1, after nearest upsampling: (B, h, 2, w, 2, C_out)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,19 +127,19 @@ def _by_tap(weight: Tensor) -> Tensor:
 
 
 def _double(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """Compute even and odd outputs along a doubled axis, from products of the small map by tap."""
+    """Compute even and odd outputs along an upsampled axis, from products by tap."""
     before, middle, after = taps
     return _shift(before, dim, 1) + middle + after, before + middle + _shift(after, dim, -1)
 
 
 def _transposed_double(pairs: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Transpose `_double`, for pairs along `dim` of what lies along the axis before it."""
+    """Apply the transpose of `_double`: pairs are along `dim`, their axis is dim - 1."""
     even, odd = pairs.unbind(dim)
     return _shift(even, dim - 1, -1) + odd, even + odd, even + _shift(odd, dim - 1, 1)
 
 
 def _shift(x: Tensor, dim: int, by: int) -> Tensor:
-    """Move x by one to higher (1) or lower (-1) places, and fill with zeros."""
+    """Shift x by one to higher (1) or lower (-1) indices, and fill with zeros."""
     zeros = torch.zeros_like(x.narrow(dim, 0, 1))
     rest = x.narrow(dim, 0 if by == 1 else 1, x.shape[dim] - 1)
     return torch.cat((zeros, rest) if by == 1 else (rest, zeros), dim)

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions: which of the fast paths suits a shape."""
+"""Linear layers and convolutions, each by the fastest path for its shape."""
 
 import math
 from collections.abc import Sequence
@@ -13,26 +13,25 @@ from ldm.nets.cpu.support import applies_to_layer
 from ldm.nets.cpu.weight_cache import is_caching, transform_weight
 from ldm.runtime.device import has_amx
 
-# Multiplications; below, the overhead of the calls shows.
+# Minimum number of multiplications; below, call overhead dominates.
 LINEAR_WORK = 5e7
 CONV_WORK = 5e8
 UPSAMPLED_WORK = 1e7  # with gradients
-# Where a 3x3 convolution is one matrix product: at most so many pixels of output, in all images,
-# and at least so many weights, which torch's kernel would rearrange in every call.
+# A 3x3 convolution is one matrix product with at most so many output pixels in the batch and at
+# least so many weights, which torch's kernel would rearrange in every call.
 FEW_PIXELS, MANY_WEIGHTS = 128, 1e6
 FEW_PIXELS_WITH_GRADIENTS = 64
-# Where a convolution with gradients after upsampling is computed tap by tap: from so many channels
-# on, and with at most so many products, which are in memory for a short time.
-TAPS_WIDTH, TAPS = 64, 1 << 25
-# Channels. In float32, with fewer the transforms cost as much as they save; in bfloat16 they round
-# once more, which adds 6 % to the rounding error of a UNet's output, but 15 to 40 % with fewer.
-# Where a unit multiplies matrices of bfloat16 (AMX), torch's own convolutions of channels-last
-# maps are twice to five times as fast as the transforms.
-WINOGRAD_WIDTH = {torch.float32: 128, torch.bfloat16: math.inf if has_amx() else 640}
-# Pixels of output in one image; with fewer, each product has a handful of rows, and takes the time
-# of reading its matrix.
+# A convolution after upsampling, with gradients, is computed tap by tap with at least so many
+# channels and at most so many products, which are temporarily in memory.
+TAPS_CHANNELS, TAPS = 64, 1 << 25
+# Minimum number of channels. In float32, the transforms cost as much as they save with fewer; in
+# bfloat16 they round once more, which adds 6 % to the rounding error of a UNet's output, and 15 to
+# 40 % with fewer. With AMX, torch's channels-last convolutions are two to five times as fast.
+WINOGRAD_CHANNELS = {torch.float32: 128, torch.bfloat16: math.inf if has_amx() else 640}
+# Minimum number of output pixels of one image; with fewer, each product has a handful of rows, and
+# takes the time of reading its matrix.
 WINOGRAD_PIXELS = 64
-# Pixels of output from which on a weight is transformed for a single call: that then takes a tenth
+# Minimum number of output pixels to transform a weight for a single call, so that it costs a tenth
 # of what it saves.
 WINOGRAD_UNCACHED = {torch.float32: 1024, torch.bfloat16: 8192}
 
@@ -55,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Convolve x (B, C, h, w); the result is channels last where a fast path was taken."""
+    """Convolve x (B, C, h, w); some fast paths return channels last."""
     weight, bias = layer.weight, layer.bias
     if x.dim() != 4 or not applies_to_layer(x, weight):
         return nn.Conv2d.forward(layer, x)
@@ -63,26 +62,26 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
         matrices = _winograd_matrices(layer, len(x), x.shape[-2:].numel(), doubled=False)
         if matrices is not None:
             return winograd.convolve(x, matrices, bias)
-    if _is_one_product(layer, _pixels(x) // math.prod(layer.stride)):
+    if _is_one_product(layer, _count_pixels(x) // math.prod(layer.stride)):
         stride = layer.stride[0]
         pixels: Tensor = gradients.Convolution.apply(x, weight, bias, stride)
         maps = pixels.view(len(x), (x.shape[2] - 1) // stride + 1, -1, layer.out_channels)
         return maps.permute(0, 3, 1, 2).contiguous()
-    # Torch's kernels are slow where x, but not the weight, is channels last: stay on this path.
+    # Torch's kernels are slow if x is channels last and the weight is not.
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    pays = is_last or (is_caching(weight) and _pixels(x) * weight.numel() >= CONV_WORK)
+    pays = is_last or (is_caching(weight) and _count_pixels(x) * weight.numel() >= CONV_WORK)
     if torch.is_grad_enabled() or not pays or layer.padding_mode != "zeros":
         return nn.Conv2d.forward(layer, x)
     x = x.contiguous(memory_format=torch.channels_last)
     if _is_1x1(layer):
         return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    weight = transform_weight(weight, "channels last", _channels_last)
+    weight = transform_weight(weight, "channels last", _to_channels_last)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Convolve x upsampled by 2, nearest neighbour: (B, C_out, 2h, 2w)."""
-    weight, bias, pixels = layer.weight, layer.bias, _pixels(x)
+    """Convolve x (B, C, h, w) after nearest-neighbor upsampling by 2: (B, C_out, 2h, 2w)."""
+    weight, bias, pixels = layer.weight, layer.bias, _count_pixels(x)
     if _is_3x3(layer) and applies_to_layer(x, weight):
         if torch.is_grad_enabled():
             if _suits_taps(layer, pixels):
@@ -97,11 +96,11 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return nn.Conv2d.forward(layer, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _pixels(x: Tensor) -> int:
+def _count_pixels(x: Tensor) -> int:
     return len(x) * x.shape[-2:].numel()
 
 
-def _channels_last(weight: Tensor) -> Tensor:
+def _to_channels_last(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
@@ -121,7 +120,7 @@ def _is_1x1(layer: nn.Conv2d) -> bool:
 
 
 def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
-    """Return whether one product of all patches is fastest, for so many pixels of output."""
+    """Return whether one product of all patches is fastest, for `pixels` of output."""
     few = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
     large = layer.weight.numel() >= MANY_WEIGHTS and pixels <= few
     return large and _is_3x3(layer, strides=(1, 2))
@@ -129,15 +128,15 @@ def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
 
 def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
     work, taps = pixels * layer.weight.numel(), 9 * pixels * layer.out_channels
-    return work >= UPSAMPLED_WORK and taps <= TAPS and layer.out_channels >= TAPS_WIDTH
+    return work >= UPSAMPLED_WORK and taps <= TAPS and layer.out_channels >= TAPS_CHANNELS
 
 
 def _winograd_matrices(
     layer: nn.Conv2d, images: int, pixels_per_image: int, *, doubled: bool
 ) -> list[Tensor] | None:
-    """Transform the weight; None where Winograd does not suit. Pixels are those of the output."""
+    """Transform the weight; None if Winograd does not pay off. Pixels are those of the output."""
     weight, pixels = layer.weight, images * pixels_per_image
-    narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_WIDTH[weight.dtype]
+    narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_CHANNELS[weight.dtype]
     too_small = pixels_per_image < WINOGRAD_PIXELS or pixels * weight.numel() < CONV_WORK
     if torch.is_grad_enabled() or narrow or too_small or not _is_3x3(layer):
         return None
@@ -153,11 +152,11 @@ def _winograd_matrices(
 
 
 def _merge_taps(weight: Tensor) -> list[Tensor]:
-    """Each output pixel after upsampling sees 2x2 pixels of x: 4 kernels (C_out, C_in, 2, 2)."""
+    """Return 4 kernels (C_out, C_in, 2, 2): each output pixel after upsampling sees 2x2 of x."""
     g = weight.float()
     rows = [torch.stack(two, 2) for two in _merge_pairs(g.unbind(2))]  # (C_out, C_in, 2, 3) each
     kernels = [torch.stack(two, 3) for row in rows for two in _merge_pairs(row.unbind(3))]
-    return [_channels_last(kernel.to(weight.dtype)) for kernel in kernels]
+    return [_to_channels_last(kernel.to(weight.dtype)) for kernel in kernels]
 
 
 def _merge_pairs(taps: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -9,21 +9,21 @@ from torch import Tensor
 
 from ldm.runtime.device import is_intel
 
-# Kernels rearrange the right operand. With at most so many rows of x, a multiple of ROWS, it is
-# faster to have x there than the weight: by 20 to 50 % in bfloat16, 10 to 30 % in float32.
-FEW_ROWS, ROWS = {torch.float32: 64, torch.bfloat16: 128}, 16
-MANY_ROWS = 512
+# Kernels rearrange the right operand. With few rows of x, a multiple of ROW_MULTIPLE, it is faster
+# to have x there than the weight: by 20 to 50 % in bfloat16, 10 to 30 % in float32.
+FEW_ROWS, ROW_MULTIPLE = {torch.float32: 64, torch.bfloat16: 128}, 16
+MANY_ROWS = 512  # on Intel's processors, MKL is faster from here on
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x W^T + b without gradients; weight: (N, K), of any strides, or packed."""
+    """Compute x W^T + b without gradients; weight: (N, K) of any strides, or packed."""
     if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster(x.shape[:-1].numel())):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `product` of a matrix x (M, K), as (M, N) of any strides."""
+    """Compute `product` of a matrix x (M, K), returned as (M, N) of any strides."""
     if weight.is_mkldnn or not has_few_rows(len(x), x.dtype):
         return product(x, weight, bias)
     y = product(weight, x).t()
@@ -32,15 +32,15 @@ def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 def has_few_rows(rows: int, dtype: torch.dtype) -> bool:
     """Return whether a product with this many rows of x is faster without packing the weight."""
-    return rows <= FEW_ROWS[dtype] and rows % ROWS == 0
+    return rows <= FEW_ROWS[dtype] and rows % ROW_MULTIPLE == 0
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Arrange the matrix (N, K) as oneDNN's kernels read it, where that is faster."""
-    # In bfloat16 it is by 10 to 40 %; in float32 by 1 to 3 %, for twice the memory.
+    """Pack the matrix (N, K) for oneDNN's kernels, if that is faster."""
+    # By 10 to 40 % in bfloat16; in float32 by 1 to 3 % only, for twice the memory.
     if weight.dtype != torch.bfloat16 or not _onednn_works():
         return weight
-    # Made for so many rows, it serves any number.
+    # Packed for so many rows, it serves any number.
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS)
     return packed
 
@@ -53,8 +53,8 @@ def onednn_is_faster(rows: int) -> bool:
 @functools.cache
 def _rows_for_onednn() -> float:
     # MKL uses AVX-512 on Intel's processors only, and has half of oneDNN's rate on others; on
-    # Intel's own oneDNN leads by 5 % where rows are few; with AVX2 alone MKL is as fast or faster.
-    # Decided by the processor, not by a measurement, so that every run has the same digits.
+    # Intel's, oneDNN leads by 5 % with few rows; with AVX2 alone, MKL is as fast or faster.
+    # Decided by the processor, not by a measurement, so that results are reproducible.
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _onednn_works():
         return 0
     return MANY_ROWS if is_intel() else math.inf
@@ -62,8 +62,8 @@ def _rows_for_onednn() -> float:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Private in torch. The public way to oneDNN in float32, a 1x1 convolution, rearranges its
-    # weight in every call, and has 70 to 80 % of this rate for the shapes of a text encoder; there
-    # is none to pack a matrix.
+    # weight in every call and has 70 to 80 % of this rate for the shapes of a text encoder; there
+    # is no public way to pack a matrix.
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 

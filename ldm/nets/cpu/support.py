@@ -1,4 +1,4 @@
-"""Whether the fast paths may be taken: for which tensors, in which state of torch."""
+"""Conditions of the fast paths: processor, tensors, and state of torch."""
 
 import functools
 
@@ -18,12 +18,12 @@ def enable(on: bool = True) -> None:
 
 
 def applies(x: Tensor) -> bool:
-    """Return whether paths without gradients may be taken for this input."""
+    """Return whether fast paths without gradients apply to this input."""
     return not torch.is_grad_enabled() and _is_plain(x)
 
 
 def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a layer has fast paths for these tensors; with gradients, only in float32."""
+    """Return whether fast paths apply to a layer and its input; with gradients, only in float32."""
     return (
         x.dtype == weight.dtype
         and (x.dtype == torch.float32 or not torch.is_grad_enabled())
@@ -34,22 +34,22 @@ def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.cache
-def dtypes() -> tuple[torch.dtype, ...]:
-    """Return the dtypes that this processor multiplies fast."""
+def fast_dtypes() -> tuple[torch.dtype, ...]:
+    """Return the dtypes for which this processor has fast matrix products."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
     return (torch.float32, torch.bfloat16) if has_fast_bf16() else (torch.float32,)
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Return whether x is a plain tensor on the CPU that nothing records, wraps or casts."""
+    """Return whether x is a plain CPU tensor that nothing traces, wraps or casts."""
     return (
         _enabled
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype in dtypes()
+        and x.dtype in fast_dtypes()
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and torch.func.debug_unwrap(x) is x

@@ -1,4 +1,4 @@
-"""Transformed weights, computed once for many calls: `cache_weights`, and what layers ask of it."""
+"""Transformed weights, computed once for many calls within `cache_weights`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ldm.runtime.device import free_memory
 
-FORM_SIZE = 1.8  # of a weight; the largest form's
+FORM_SIZE = 1.8  # memory of a weight's largest form, relative to the weight
 Form = TypeVar("Form", Tensor, list[Tensor])
 
 
 class _Entry(NamedTuple):
-    """The forms of one weight by name; holding the weight keeps its id from being used again."""
+    """The transformed forms of a weight by name; the reference keeps its id from being reused."""
 
     weight: Tensor
     state: tuple[int, int]
@@ -22,17 +22,17 @@ class _Entry(NamedTuple):
 
 
 class _Cache:
-    """Entries by the id of their weight, for at most half of the memory that was free before."""
+    """Entries by id of their weight, in at most half of the memory that is free at the start."""
 
     def __init__(self) -> None:
         self.entries: dict[int, _Entry] = {}
-        self.budget = free_memory() / 2  # bytes that are left
+        self.budget = free_memory() / 2  # remaining bytes
 
     def has_room(self, weight: Tensor) -> bool:
         return id(weight) in self.entries or FORM_SIZE * weight.nbytes <= self.budget
 
     def entry(self, weight: Tensor) -> _Entry:
-        """Return the entry of a weight, an empty one if it was written to."""
+        """Return the entry of a weight, an empty one if the weight was changed."""
         state, entry = (weight.data_ptr(), weight._version), self.entries.get(id(weight))
         if entry is None:
             self.budget -= FORM_SIZE * weight.nbytes
@@ -46,12 +46,12 @@ _cache: ContextVar[_Cache | None] = ContextVar("cache", default=None)
 
 @contextmanager
 def cache_weights() -> Iterator[None]:
-    """Keep the transformed weights that layers without gradients compute, within this block.
+    """Within the context, keep the transformed weights that layers without gradients compute.
 
-    For loops that run a network many times: the first step of a UNet takes about one and a half
-    times as long, and the forms take up to 1.8 times the memory of their weights. Weights that were
-    replaced, moved or written to are transformed again; only writes that torch does not count,
-    through `.data` or numpy, are seen when the block has ended: do not write so within.
+    For loops that run a network many times: the first step of a UNet takes about 1.5 times as long,
+    and the forms take up to 1.8 times the memory of their weights. Weights that are replaced, moved
+    or written to are transformed again, except for writes that torch does not count, through
+    `.data` or numpy: avoid these within the context.
     """
     if _cache.get() is not None:
         yield
@@ -66,8 +66,8 @@ def cache_weights() -> Iterator[None]:
 def is_caching(weight: Tensor) -> bool:
     """Return whether `transform_weight` keeps its result: within `cache_weights`, if memory allows.
 
-    The first use decides, not a second one: the last digits depend on it, and those of an image
-    must not depend on what its model did before.
+    It must not depend on how often a weight was used: paths round differently, and an image must
+    not depend on what its model did before.
     """
     cache = _cache.get()
     if cache is None or weight.is_inference():  # torch does not count writes to those
@@ -76,7 +76,7 @@ def is_caching(weight: Tensor) -> bool:
 
 
 def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Form:
-    """Return the form of a weight that `transform` computes, called `name`."""
+    """Return `transform(weight)`, cached under `name` if `is_caching`."""
     cache = _cache.get()
     if cache is None or not is_caching(weight):
         return transform(weight)

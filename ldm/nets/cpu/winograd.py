@@ -1,10 +1,10 @@
 """3x3 convolution as matrix products, with 2.25 or 4 times fewer multiplications.
 
 A tile of 4x4 inputs d gives 2x2 outputs  A^T [(G g G^T) * (B^T d B)] A  by 16 products instead of
-36; summed over channels these are 16 matrix products over all tiles. Behind a doubling by nearest
-neighbour the middle rows of a tile are equal, one line of B^T d is always zero and one line of G
-drops out: 9 products remain. The sums are shorter than the direct ones, so in float32 the rounding
-error is about the same. Lavin & Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
+36; summed over channels these are 16 matrix products over all tiles. After nearest-neighbor
+upsampling by 2, the middle rows of a tile are equal, so that a row of B^T d is zero and one of G
+unused: 9 products remain. Sums are shorter than in a direct convolution, so that in float32 the
+rounding error is about the same. Lavin & Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ldm.nets.cpu.products import product_in_any_layout
 
-G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G
-DOUBLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # G without its zero line
-CHUNK = 4 << 20  # bytes of transformed input per thread that are worked on together
+G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+DOUBLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # without the unused row
+CHUNK_BYTES = 4 << 20  # of transformed input per thread at a time, to stay in cache
 
 
 def transform(weight: Tensor, *, doubled: bool) -> Tensor:
@@ -28,10 +28,10 @@ def transform(weight: Tensor, *, doubled: bool) -> Tensor:
 
 
 def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Convolve x with padding 1, or x doubled by nearest neighbour if 9 matrices come.
+    """Convolve x (B, C_in, h, w) with padding 1; h and w are even.
 
-    x: (B, C_in, h, w), h and w even unless doubled.
-    Returns (B, C_out, h, w), or twice that size, channels last.
+    With 9 matrices, x is upsampled by 2, nearest neighbor, before that; h and w may be odd.
+    Returns (B, C_out, h, w), or of twice the size, channels last.
     """
     n = 3 if len(matrices) == 9 else 4
     split, join, step = (_split_doubled, _join_doubled, 1) if n == 3 else (_split, _join, 2)
@@ -40,8 +40,8 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
     features = matrices[0].shape[0]
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C_in)
     out = x.new_empty(batch, tiles_down, 2, tiles_across, 2, features)
-    chunk = CHUNK * torch.get_num_threads() // (4 * n * n * tiles_across * max(channels, features))
-    chunk = max(1, chunk)
+    row_bytes = 4 * n * n * tiles_across * max(channels, features)
+    chunk = max(1, CHUNK_BYTES * torch.get_num_threads() // row_bytes)  # rows of tiles
     for image, y in zip(padded, out, strict=True):
         for top in range(0, tiles_down, chunk):
             end = min(top + chunk, tiles_down)
@@ -58,7 +58,7 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
 def _products(
     tokens: list[Tensor], matrices: Sequence[Tensor], bias: Tensor | None
 ) -> list[Tensor]:
-    # The second entry of the second line goes into all four outputs with weight 1.
+    # Entry (1, 1) of the products contributes to all four outputs of a tile with weight 1.
     biased = 5 if len(matrices) == 16 else 4
     return [
         product_in_any_layout(x, matrix, bias if k == biased else None)
@@ -76,7 +76,7 @@ def _split(x: Tensor, dim: int) -> Sequence[Tensor]:
 
 
 def _split_doubled(x: Tensor, dim: int) -> Sequence[Tensor]:
-    """Split as `_split`, for x doubled: n + 2 entries -> 3 times n."""
+    """Compute B^T d along one axis of upsampled x: n + 2 entries -> 3 times n."""
     n = x.shape[dim] - 2
     before, middle, after = (x.narrow(dim, k, n) for k in range(3))
     return before - middle, middle, middle - after

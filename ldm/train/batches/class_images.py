@@ -1,7 +1,7 @@
 """Class images for DreamBooth, sampled from the model before it is trained on a subject.
 
-While the model learns what `a sks dog` is, its own images of `a dog` keep it from forgetting what
-dogs are. Ruiz et al. 2022 (arXiv:2208.12242).
+Training on images of the class (`a dog`) preserves the model's prior while it learns the subject
+(`a sks dog`). Ruiz et al. 2022 (arXiv:2208.12242).
 """
 
 import itertools
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
-    """Open the class images; missing ones are sampled from the model as it is now."""
+    """Open the class images, after sampling missing ones from the model."""
     sample_class_images(model, data.root, data.prompt, data.count)
     spec = data.model_dump(exclude={"prompt", "count"}) | {"fields": {"text": data.prompt}}
     images = open_images(spec, seed, "data.params.prior")
@@ -50,12 +50,12 @@ def sample_class_images(
 ) -> None:
     """Fill a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
-    Existing images stay, whether the user or an interrupted call has put them there.
+    Existing images are kept and counted.
 
     Args:
-        batch: images sampled at once; default: as many pixels as 8 images of 512 x 512 have.
+        batch: images sampled at once; None = as many pixels as 8 images of 512 x 512.
     Raises:
-        ArgumentError: images are missing, and the model needs more than text.
+        ArgumentError: images are missing, and the model is not text to image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
@@ -74,8 +74,8 @@ def sample_class_images(
     batch = batch or max(1, 8 * 64**2 // math.prod(model.latent_size))
     height, width = (side * model.downscale for side in model.latent_size)
     model.eval()
-    for first in tqdm(range(0, len(missing), batch), unit="batch", dynamic_ncols=True):
-        seeds = missing[first : first + batch]
+    for start in tqdm(range(0, len(missing), batch), unit="batch", dynamic_ncols=True):
+        seeds = missing[start : start + batch]
         with torch.inference_mode():
             images = txt2img(
                 model,

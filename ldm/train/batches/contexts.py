@@ -10,21 +10,21 @@ from torch import nn
 from ldm.conditioning import EncoderOptions
 from ldm.data.dataset import ImageDataset
 from ldm.data.shards import Shards
-from ldm.data.transforms import PhotoTransform, captions_of
+from ldm.data.transforms import PhotoTransform, get_captions
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
-from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fill_from_shards
+from ldm.train.batches.store import Entry, Store, digest, digest_weights, fill_from_shards
 
 __all__ = ["CachedContexts", "cache_contexts"]
 
-# Options that encoders did not have when caches were first written, with the values they stood for.
+# Options added to encoders since caches exist, with defaults; left out to keep old caches valid.
 LATER_OPTIONS = {
     ("always_return_pooled", False), ("always_return_mask", False), ("legacy", True)
 }  # fmt: skip
 
 
 class CachedContexts:
-    """Outputs by caption, as far as a text encoder has computed them; see `ContextCache`."""
+    """Cached outputs of a text encoder by caption; implements `ContextCache`."""
 
     def __init__(self, encoder: TextEncoder, cache: Path) -> None:
         self.store = Store(cache, "contexts")
@@ -38,7 +38,7 @@ class CachedContexts:
 
     @torch.inference_mode()
     def fill(self, encoder: TextEncoder, captions: Iterable[str], batch: int = 64) -> int:
-        """Compute the missing contexts of captions and of the empty one, `batch` at once."""
+        """Compute missing contexts of the captions and of "", `batch` at once."""
 
         def encode(texts: Sequence[str]) -> list[Entry]:
             cond = encoder.condition(texts)
@@ -60,7 +60,7 @@ def cache_contexts(
     *,
     batch: int = 64,
 ) -> None:
-    """Give each text encoder a cache of its outputs for all captions, computing missing ones.
+    """Set each text encoder's cache of outputs for all captions, computing missing ones.
 
     Raises:
         ValueError: the model has no text encoder, or one is trained, or captions are random.
@@ -75,7 +75,7 @@ def cache_contexts(
             if not isinstance(transform, PhotoTransform) or transform.tags is not None:
                 message = "data.params.texts: only photos without `tags` have fixed captions"
                 raise ValueError(message)
-            captions = (text for row in source.metadata() for text in captions_of(row))
+            captions = (text for row in source.metadata() for text in get_captions(row))
             fill = partial(contexts.fill, encoder, captions, batch)
             if isinstance(source, Shards):
                 fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
@@ -87,11 +87,11 @@ def cache_contexts(
 def digest_encoder(encoder: TextEncoder) -> str:
     """Return the digest of the weights and options of an encoder."""
     options = [_plain_options(module) for module in encoder.modules()]
-    return digest(digest_of_weights(encoder), options)
+    return digest(digest_weights(encoder), options)
 
 
 def _plain_options(module: nn.Module) -> dict[str, object]:
-    """Return the class of a module, and its options that are attributes with plain values."""
+    """Return the class of a module, and its attributes with plain values."""
     plain = (str, int, float, bool, tuple)
     options = {
         k: v

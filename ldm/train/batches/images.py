@@ -1,4 +1,4 @@
-"""Images of a run: a folder, a Hugging Face dataset or tar shards, as a config describes them."""
+"""Open the images of a run: a folder, a Hugging Face data set or tar shards."""
 
 import logging
 from collections.abc import Callable
@@ -28,13 +28,13 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
 def open_images(
     spec: JsonMapping, seed: int, where: str, *, commands: bool = False
 ) -> Folder | Hub | Shards:
-    """Open images with the transform that makes samples of them.
+    """Open images with their transform.
 
     Args:
-        spec: `root`, `hub` or `shards`, with the keywords of `Folder`, `Hub` or `Shards`;
-            `transform` has a `name` and the keywords of that transform.
+        spec: keywords of `Folder` (with `root`), `Hub` (`hub`) or `Shards` (`shards`); `transform`
+            is a mapping of `name` and the keywords of that transform.
         where: section of the config, for messages.
-        commands: whether shards may come from `pipe:COMMAND`.
+        commands: whether to run `pipe:COMMAND` addresses of shards.
     Raises:
         ValueError: a transform or keyword is unknown.
         FileNotFoundError: files are missing.
@@ -56,7 +56,7 @@ def open_images(
 
 
 def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
-    """Fill an empty pruned vocabulary with the tokens of all captions."""
+    """Set the tokens of pruned vocabularies that are not set, from all captions."""
     for encoder in model.conditioner.find_all(TextEncoder):
         ids = encoder.token_ids
         if ids is not None and ids.equal(torch.arange(len(ids))):  # the initial placeholder

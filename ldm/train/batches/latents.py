@@ -1,11 +1,11 @@
-"""Cached latents of images, so that a training step does not encode.
+"""Cached latents of images, so that training steps need not encode.
 
-Some variants of each image are encoded (emoji on different backgrounds, photos cropped and mirrored
-differently), and with them the inputs of the model's encoders that are slow to compute (each
-encoder's `cache_key`: a mask with its masked latent, a depth map, a low-resolution image), and the
-sizes that the model reads. Mean and standard deviation are stored: each sample draws its latent
-from the posterior anew. Keys depend on the bytes of an image, on the transform and on the weights
-(see `Store`), so that the images of a folder find their latents when they are packed into shards.
+An entry is one variant of an image (emoji on some background, a photo with its random crop and
+flip): mean and standard deviation of the posterior, from which each epoch samples anew; inputs of
+the model's encoders that are slow to compute (their `cache_key`s: a mask with its masked latent, a
+depth map, a low-resolution image); and sizes that the model reads. Keys depend on the bytes of the
+image, on the transform and on the weights (see `Store`), so that entries of a folder remain valid
+when it is packed into shards.
 """
 
 import warnings
@@ -24,27 +24,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data.dataset import ImageDataset, Sample, SampleDataset, UnreadableSample
-from ldm.data.shards import RawSample, Shards, image_bytes, metadata_of, name_of
+from ldm.data.shards import RawSample, Shards, find_image, get_name, parse_metadata
 from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS, Transform
 from ldm.imaging.reading import decode_image
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.types import JsonMapping
-from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fill_from_shards
+from ldm.train.batches.store import Entry, Store, digest, digest_weights, fill_from_shards
 
 __all__ = ["LatentDataset", "cache_latents"]
 
-VERSION = 2  # of the entries; raise it also if the same options give other pixels
+VERSION = 2  # of the entries; raise it if transforms with the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
 Size = tuple[int, int]  # (width, height) of a bucket
 
 
 class LatentInput(NamedTuple):
-    """An image whose latent is computed.
+    """One variant of an image to encode.
 
-    load: decodes the image; raises UnreadableSample for a damaged file.
-    content: digest of the file.
+    Args:
+        load: decodes the image; raises UnreadableSample for a damaged file.
+        content: digest of the file.
+        size: (width, height) of the bucket; None without buckets.
     """
 
     load: Callable[[], Image.Image]
@@ -59,8 +61,8 @@ class LatentCache:
 
     store: Store
     transform: Transform
-    model_digest: str  # of all else that the latents depend on
-    variants: int  # of each image
+    model_digest: str  # of everything but the image that latents depend on
+    variants: int  # number per image
     precision: str  # "16" (encoded under bfloat16, stored as float16) or "32"
 
     def key(self, content: str, size: Size | None, variant: int) -> str:
@@ -68,7 +70,7 @@ class LatentCache:
         return digest(self.model_digest, content, size, variant)
 
     def variant_name(self, content: str, variant: int) -> str:
-        """Return the transform's name of a variant; images go through the names in own orders."""
+        """Return the transform's name of a variant, in an order that depends on the image."""
         names = self.transform.variants
         if not names:
             return ""
@@ -80,10 +82,10 @@ class LatentCache:
         """Return {"z", "z_std", "txt", …} of an image in a random variant.
 
         Args:
-            name: of the sample in errors.
-            row: its metadata.
+            name: name of the sample, for errors.
+            row: metadata of the sample.
         Raises:
-            UnreadableSample: there is no latent, as the image is damaged.
+            UnreadableSample: the image was damaged, so that there is no latent.
         """
         variant = rng.randrange(self.variants)
         key = self.key(content, size, variant)
@@ -107,8 +109,8 @@ class LatentCache:
     def fill(
         self, inputs: Iterable[tuple[str, LatentInput]], model: LatentDiffusion, batch_size: int
     ) -> int:
-        """Compute the missing latents; return the number of those that failed."""
-        # Each image is opened without warnings; threads would not restore the filters.
+        """Compute the missing latents; return the number of failures."""
+        # Suppress warnings here: filters that threads set would not be restored.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
 
             def encode(batch: Sequence[LatentInput]) -> Iterator[Entry | None]:
@@ -125,22 +127,22 @@ class LatentCache:
             )
 
     def _transform_image(self, one: LatentInput) -> dict[str, Tensor] | None:
-        """Return all of a sample but its caption; None for a damaged file."""
+        """Return a sample without caption; None for a damaged file."""
         try:
             image = one.load()
-        except UnreadableSample:  # reported when its latent is asked for
+        except UnreadableSample:  # reported when the sample is read
             return None
         rng = Random(f"{one.content} {one.variant}")
         return self.transform.image_fields(image, rng, self.variant_name(one.content, one.variant))
 
 
 class LatentDataset(SampleDataset):
-    """Latents in the place of the images of a data set, as {"z", "z_std", "txt", …}."""
+    """A data set with latents instead of images: {"z", "z_std", "txt", …}."""
 
     def __init__(self, dataset: ImageDataset, cache: LatentCache) -> None:
         self.dataset = dataset
         self.cache = cache
-        self.groups = dataset.groups
+        self.bucket_ids = dataset.bucket_ids
         indices = tqdm(range(len(dataset)), "Reading", delay=5, dynamic_ncols=True)
         self.digests = [self._digest(index) for index in indices]
 
@@ -166,7 +168,7 @@ class LatentDataset(SampleDataset):
                         yield key, one
 
     def _digest(self, index: int) -> str:
-        """Digest of the file of a sample, "" if it cannot be read."""
+        """Return the digest of the file of a sample, "" if it cannot be read."""
         try:
             return digest(self.dataset.content(index))
         except OSError:
@@ -174,9 +176,9 @@ class LatentDataset(SampleDataset):
 
     def _size(self, index: int) -> Size | None:
         buckets = self.cache.transform.buckets
-        if self.groups is None or buckets is None:
+        if self.bucket_ids is None or buckets is None:
             return None
-        return buckets.sizes[self.groups[index]]
+        return buckets.sizes[self.bucket_ids[index]]
 
     def _load_image(self, index: int) -> Image.Image:
         image: Image.Image = self.dataset.load(index)["image"]
@@ -192,13 +194,13 @@ def cache_latents(
     batch: int = 32,
     precision: str = "16",
 ) -> LatentDataset | Shards:
-    """Compute the latents of images that the cache does not have; return samples with latents.
+    """Compute latents that are not in the cache; return the samples with latents.
 
-    Shards are read for it only if one of them has changed.
+    Shards are read only if they have changed since they were cached.
 
     Args:
         cache: folder of the cache files.
-        variants: of each image; default: all named variants of the transform, or one.
+        variants: number per image; None = all named variants of the transform, else one.
         batch: images encoded at once.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
@@ -211,36 +213,36 @@ def cache_latents(
         precision,
     )
     if isinstance(images, Shards):
-        inputs = _inputs_of_shards(images, latents)
+        inputs = _iter_shard_inputs(images, latents)
         sizes = None if transform.buckets is None else transform.buckets.sizes
         facts = (latents.model_digest, latents.variants, sizes)
         fill_from_shards(latents.store, images, facts, lambda: latents.fill(inputs, model, batch))
-        return images.with_samples(partial(_sample_of_shard, latents, images))
+        return images.with_samples(partial(_make_shard_sample, latents, images))
     dataset = LatentDataset(images, latents)
     latents.fill(list(dataset.missing_inputs()), model, batch)
     return dataset
 
 
-def _inputs_of_shards(shards: Shards, cache: LatentCache) -> Iterator[tuple[str, LatentInput]]:
-    """Return all latents of the samples in shards."""
+def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str, LatentInput]]:
+    """Yield (key, input) of all variants of the samples in shards."""
     for raw in shards.raw_samples():
-        with suppress(ValueError):  # reported when the sample is asked for
-            content = digest(image_bytes(raw)[1])
+        with suppress(ValueError):  # reported when the sample is read
+            content = digest(find_image(raw)[1])
             yield from cache.inputs(partial(_decode_image, raw), content, shards.bucket_size(raw))
 
 
 def _decode_image(raw: RawSample) -> Image.Image:
-    suffix, data = image_bytes(raw)
+    suffix, data = find_image(raw)
     try:
-        return decode_image(data, f"{name_of(raw)}.{suffix}")
+        return decode_image(data, f"{get_name(raw)}.{suffix}")
     except ValueError as error:
-        raise UnreadableSample(name_of(raw), str(error)) from error
+        raise UnreadableSample(get_name(raw), str(error)) from error
 
 
-def _sample_of_shard(cache: LatentCache, shards: Shards, raw: RawSample, rng: Random) -> Sample:
-    name = name_of(raw)
+def _make_shard_sample(cache: LatentCache, shards: Shards, raw: RawSample, rng: Random) -> Sample:
+    name = get_name(raw)
     try:
-        content, row = digest(image_bytes(raw)[1]), metadata_of(raw)
+        content, row = digest(find_image(raw)[1]), parse_metadata(raw)
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
     return cache.sample(name, content, shards.bucket_size(raw), row, rng)
@@ -253,7 +255,7 @@ def _encode(
     precision: str,
     generator: torch.Generator,
 ) -> list[Entry]:
-    """Return latents of images, and what the encoders compute from them."""
+    """Return latents of images, and the slow inputs of the encoders."""
     if not samples:
         return []
     names = sorted({e.cache_key for e in model.conditioner.encoders.values() if e.cache_key})
@@ -273,12 +275,12 @@ def _encode(
 
 
 def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -> str:
-    """Return the digest of all that latents depend on besides the images."""
+    """Return the digest of everything but the images that latents depend on."""
     modules: list[nn.Module] = []
     if isinstance(model.autoencoder, AutoencoderKL):
         modules += [model.autoencoder.encoder, model.autoencoder.quant_conv]
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
-    weights = digest_of_weights(*modules)
+    weights = digest_weights(*modules)
     name, options = transform.cache_key()
     facts = [VERSION, name, options, weights, model.scale_factor, precision, *_size_keys(model)]
     normalization = (model.latent_mean, model.latent_std)
@@ -286,5 +288,5 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
 
 
 def _size_keys(model: LatentDiffusion) -> list[str]:
-    """Return the batch keys of the sizes that a model reads, which vary like the image."""
+    """Return the batch keys of the sizes that a model reads; they depend on the crop."""
     return [key for key in SIZE_KEYS if key in model.conditioner.keys]

@@ -1,4 +1,4 @@
-"""Sources of a run, from the `data` section of its config.
+"""Open the training and validation data of a run, from the `data` section of its config.
 
 params:
     train: {root: DIR, split: train, transform: {name: photo, size: 512}}   a folder
@@ -26,13 +26,13 @@ __all__ = ["open_sources"]
 def open_sources(
     model: nn.Module, data: Data, seed: int, *, commands: bool = False
 ) -> tuple[Source, Source | None]:
-    """Open the training data, and the held-out data if there is any.
+    """Open the training data, and the validation data if there is any.
 
     Args:
-        model: what is trained. It computes cached latents and contexts and samples class images;
-            an empty pruned vocabulary is filled with the tokens of the captions.
-        seed: of the order and of all random numbers in the samples.
-        commands: whether shards may come from `pipe:COMMAND`; never what a config says.
+        model: the trained model, which computes cached latents and contexts and samples class
+            images; the tokens of a pruned vocabulary are set from the captions.
+        seed: seeds order and augmentation of the samples.
+        commands: whether to run `pipe:COMMAND` addresses of shards; never taken from the config.
     Raises:
         ValueError: options are unknown or do not fit the model.
         FileNotFoundError: files are missing.
@@ -57,11 +57,11 @@ def open_sources(
             captioned.append(class_images)
         if data.texts:
             cache_contexts(model, captioned, **data.texts.model_dump())
-    source = _source(samples, seed, None if isinstance(images, Shards) else images)
-    return source, None if held_out is None else _source(held_out, seed)
+    source = _to_source(samples, seed, None if isinstance(images, Shards) else images)
+    return source, None if held_out is None else _to_source(held_out, seed)
 
 
-def _source(
+def _to_source(
     samples: SampleDataset | Shards, seed: int, images: SampleDataset | None = None
 ) -> Source:
     return samples if isinstance(samples, Shards) else DatasetSource(samples, seed, images=images)

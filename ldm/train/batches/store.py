@@ -1,9 +1,9 @@
-"""Tensors cached on disk under keys that are digests of all they depend on.
+"""Tensors cached on disk, under keys that are digests of everything they depend on.
 
     DIR/latents-3f2a….pt    {"keys": [key, …], "z": (n, C, h, w), …}    up to PER_FILE of one shape
 
-So no entry is ever out of date: whatever changes, another key is asked for. Files are written whole
-or not at all, and an interrupted filling goes on where it stopped.
+So entries never become outdated: any change leads to another key. Files are written atomically, and
+an interrupted `fill` continues where it stopped.
 """
 
 import hashlib
@@ -21,27 +21,24 @@ from tqdm import tqdm
 from ldm.data.shards import Shards
 from ldm.runtime.files import replace_when_written
 
-__all__ = ["Store", "digest", "digest_of_weights", "fill_from_shards"]
+__all__ = ["Store", "digest", "digest_weights", "fill_from_shards"]
 
 log = logging.getLogger(__name__)
 
-PER_FILE = 256
-MAX_PENDING = 4  # files' worth of entries of all groups that an interruption may lose
+PER_FILE = 256  # entries
+MAX_PENDING = 4  # files of unwritten entries, which an interruption would lose
 T = TypeVar("T")
 Entry = dict[str, Tensor]  # tensors by name
 
 
 class Store:
-    """The entries in the files of a folder whose names begin with `prefix`.
-
-    `store[key]` is a dict of tensors, which are read when they are used.
-    """
+    """The entries in the files PREFIX-*.pt of a folder; `store[key]` is a dict of tensors."""
 
     def __init__(self, folder: str | Path, prefix: str) -> None:
         self.folder = Path(folder)
         self.prefix = prefix
-        self._files: dict[Path, dict[str, Tensor]] = {}  # mapped into memory
-        self._entries: dict[str, tuple[Path, int]] = {}  # key: file, row
+        self._files: dict[Path, dict[str, Tensor]] = {}  # memory-mapped
+        self._entries: dict[str, tuple[Path, int]] = {}  # key -> (file, row)
         for path in sorted(self.folder.glob(f"{prefix}-*.pt")):
             self._open(path)
 
@@ -56,7 +53,7 @@ class Store:
         return {name: values[row] for name, values in self._files[path].items()}
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
-        return Store, (self.folder, self.prefix)  # another process maps the files itself
+        return Store, (self.folder, self.prefix)  # other processes map the files themselves
 
     @property
     def files(self) -> set[str]:
@@ -75,11 +72,12 @@ class Store:
         """Compute and write the missing entries; return the number that could not be computed.
 
         Args:
-            items: pairs of a key and its input. An iterator is read once, and only what waits for a
-                batch is kept.
-            compute: up to `batch_size` inputs of one group -> the entry of each, or None.
-            group: of an input; entries of one group have one shape.
-            unit: of the progress bar.
+            items: pairs of key and input. An iterator is read once, keeping only incomplete batches
+                in memory.
+            compute: up to `batch_size` inputs of one group -> the entry of each, or None if it
+                fails.
+            group: input -> group; entries of a group have the same shapes.
+            unit: unit of the progress bar.
         """
         is_counted = isinstance(items, Collection)
         total = len({key for key, _ in items if key not in self}) if is_counted else None
@@ -148,13 +146,13 @@ class Store:
 def fill_from_shards(
     store: Store, shards: Shards, facts: Sequence[object], fill: Callable[[], int]
 ) -> None:
-    """Fill a store from shards, unless that was done since they, or the facts, have changed.
+    """Fill a store from shards, unless that was done for the same shards and facts.
 
     Args:
-        facts: all else that the entries depend on.
+        facts: everything but the shards that entries depend on.
         fill: reads the shards; returns the number of entries that could not be computed.
     """
-    states = [(url, _file_state(url)) for url in shards.urls]
+    states = [(url, _stat_file(url)) for url in shards.urls]
     facts_digest = digest(*facts, sorted(shards.limits.items()), states)
     path = store.folder / f"shards-{facts_digest[:16]}.json"
     summary = None
@@ -169,8 +167,8 @@ def fill_from_shards(
         log.warning(message, summary["damaged"], store.prefix, path)
 
 
-def _file_state(url: str) -> tuple[int, ...] | None:
-    """Return size and times of a file; None if it is not on this machine, and may always change."""
+def _stat_file(url: str) -> tuple[int, ...] | None:
+    """Return size and times of a file; None for a remote one, which may change unnoticed."""
     if not Path(url).is_file():
         return None
     status = Path(url).stat()
@@ -178,7 +176,7 @@ def _file_state(url: str) -> tuple[int, ...] | None:
 
 
 def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
-    """Read what was written after shards were read, if all files of that time are still there."""
+    """Read the summary of an earlier filling, if all cache files of that time still exist."""
     try:
         summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return summary if files.issuperset(summary["files"]) else None
@@ -187,7 +185,7 @@ def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
 
 
 def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> Iterator[list[T]]:
-    """Yield batches of one group each as soon as they are complete; incomplete ones at the end."""
+    """Yield batches of one group each, as soon as they are full; incomplete ones at the end."""
     waiting: dict[Hashable, list[T]] = {}
     for item in items:
         batch = waiting.setdefault(group(item), [])
@@ -198,19 +196,19 @@ def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> I
 
 
 def digest(*values: Any) -> str:
-    """Return the SHA-256 of some values: bytes, or whatever has a JSON form or an exact `repr`."""
-    total = hashlib.sha256()
+    """Return the SHA-256 of values: bytes, or values with a JSON form or an exact `repr`."""
+    sha256 = hashlib.sha256()
     for value in values:
         data = value if isinstance(value, bytes) else json.dumps(value, default=repr).encode()
-        total.update(hashlib.sha256(data).digest())
-    return total.hexdigest()
+        sha256.update(hashlib.sha256(data).digest())
+    return sha256.hexdigest()
 
 
-def digest_of_weights(*modules: nn.Module) -> str:
+def digest_weights(*modules: nn.Module) -> str:
     """Return the SHA-256 of the weights of modules, the same on every device."""
-    total = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items():
-            total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            total.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    return total.hexdigest()
+            sha256.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            sha256.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    return sha256.hexdigest()

@@ -1,11 +1,11 @@
-"""Read the data section of a config, with our keys or the original's.
+"""Read the `data` section of a config, with our keys or the original's.
 
     main.DataModuleFromConfig                train: {target: …, params}   validation: …
     ldm.data.laion.WebDataModuleFromConfig   train: {shards, image_transforms, postprocess, …}
     ldm.data.simple.FolderData, hf_dataset   -> {root: DIR, …}, {hub: NAME, …}
     sgm.data.dataset.StableDataModuleFromConfig    train: {datapipeline: {urls, …}, loader}
 
-The data sets of the published configs were never published; the error says what to write instead.
+The data sets of the published configs were never published; errors name the keys to use instead.
 """
 
 import logging
@@ -40,10 +40,10 @@ IGNORED_IN_DATASETS = {
     ),
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
-TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # always done
+TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # implied by ours
 
 
-DATASETS = {  # their arguments -> our keys
+DATASETS = {  # class -> {argument: our key}
     "ldm.data.simple.FolderData": {"root_dir": "root"},
     "ldm.data.simple.hf_dataset": {
         "name": "hub", "split": "split", "image_column": "image", "text_column": "text",
@@ -52,7 +52,7 @@ DATASETS = {  # their arguments -> our keys
 
 
 def read_data(section: JsonMapping) -> Data:
-    """Read a data section; what is ignored is logged.
+    """Read a data section; ignored keys are logged.
 
     Raises:
         ValueError: a key or data set is unknown, or a key is missing.
@@ -80,7 +80,7 @@ def read_data(section: JsonMapping) -> Data:
 
 
 def translate_data_module(section: JsonMapping) -> JsonMapping:
-    """Translate the data module of `sgm`, tar files in a pipeline of `sdata`; others pass."""
+    """Translate the data module of `sgm`, a pipeline of tar files; return others unchanged."""
     if section.get("target") != SGM_MODULE:
         return section
     params: JsonObject = {}
@@ -97,7 +97,7 @@ def translate_data_module(section: JsonMapping) -> JsonMapping:
 
 
 def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
-    """Translate a pipeline of `sdata`: every crop is at random along the longer side."""
+    """Translate a pipeline of the package `sdata`, whose crops are random."""
     urls, options = pipeline.get("urls") or [], pipeline.get("pipeline_config") or {}
     photo: JsonObject = {"name": "photo", "flip": 0.0}
     for mapper in pipeline.get("postprocessors") or []:
@@ -121,7 +121,7 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
     if "target" in spec and all(spec.get(kind) is None for kind in KINDS):
         spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
-    # Keys laid over a data set of the original replace it.
+    # Our keys replace a data set of the original, which another config file may have set.
     spec = {k: v for k, v in spec.items() if v is not None and k not in ("target", "params")}
     kinds = [f"`{kind}`" for kind in KINDS if kind in spec]
     if len(kinds) > 1:
@@ -151,7 +151,7 @@ def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonOb
 
 
 def _translate_web_module(params: JsonObject) -> JsonObject:
-    """Translate the data module of tar files; limits are of numbers that img2dataset writes."""
+    """Translate the data module of tar files; its limits apply to img2dataset's metadata."""
     size, base = params.pop("min_size", None), params.pop("tar_base", None)
     minimum = {"original_width": size, "original_height": size} if size else None
     names = {"max_pwatermark": "pwatermark", "p_unsafe_threshold": "punsafe"}
@@ -163,20 +163,20 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
             shards = [shards] if isinstance(shards, str) else list(shards)
             web = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
-                "shuffle": spec.pop("shuffle", 0) // 8,  # one buffer there, one per reader here
+                "shuffle": spec.pop("shuffle", 0) // 8,  # one buffer there, one per stream (8) here
                 "length": spec.pop("n_examples", None),
                 "transform": _pop_transform(spec, where),
                 "minimum": minimum,
                 "maximum": maximum or None,
             }
-            spec.pop("image_key", None)  # any image of a sample is read
+            spec.pop("image_key", None)  # ours finds the image by its suffix
             _refuse_others(spec, web, where)
             params[split] = web
     return params
 
 
 def _pop_transform(params: JsonObject, where: str) -> JsonObject:
-    """Take `image_transforms` and `postprocess` out of `params`, as options of our `photo`."""
+    """Remove `image_transforms` and `postprocess`; return them as options of our `photo`."""
     photo: JsonObject = {"name": "photo", "flip": 0.0}
     for spec in params.pop("image_transforms", None) or []:
         name, options = spec["target"].rpartition(".")[2], spec.get("params") or {}

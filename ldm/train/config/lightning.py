@@ -4,10 +4,10 @@
     modelcheckpoint.params.*                    when to save, and which weights to keep
     callbacks.<name>.{target, params}           main.ImageLogger, checkpoints at fixed steps
     logger, strategy, find_unused_parameters
-    model.params: scheduler_config, use_ema, ucg_training, monitor     how the model is trained
-                  and what `sgm` translates
+    model.params: scheduler_config, use_ema, ucg_training, monitor     how the model is trained;
+                  and for `sgm`: see `sgm.py`
 
-Our own keys are kept. Each ignored key of the trainer and the callbacks gets a note.
+Our own keys are kept. Ignored keys of the trainer and the callbacks are listed as notes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from typing import Any
 
 from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import LightningTrainer, fields_of
+from ldm.train.config.schema import LightningTrainer, list_fields
 from ldm.train.config.sgm import is_engine, translate_training
 
 __all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
@@ -56,12 +56,12 @@ LOGGERS = {
     "TensorBoardLogger": "tensorboard",
     "CSVLogger": "csv",
 }
-WANDB = ("project", "name", "entity", "tags", "group", "mode", "id")  # parameters that are kept
+WANDB = ("project", "name", "entity", "tags", "group", "mode", "id")  # parameters passed on
 BUILT_IN_CALLBACKS = (
     "setup_callback", "learning_rate_logger", "cuda_callback", "ignore_keys_callback",
     "checkpoint_callback",
 )  # fmt: skip
-# The original's names of callbacks, by class.
+# class of a callback -> its usual name in the original's configs
 CALLBACK_NAMES = {
     "ImageLogger": "image_logger",
     "ModelCheckpoint": "metrics_over_trainsteps_checkpoint",
@@ -75,15 +75,15 @@ IGNORED_IMAGE_LOGGER = (
     "clamp", "rescale", "log_on_batch_idx", "log_first_step", "enable_autocast", "log_all_val",
     "save_input", "log_before_first_step",
 )  # fmt: skip
-# Their names -> ours.
+# name in the original or Lightning -> ours
 SAMPLING = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddim_eta": "eta"}
 SAVING = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
           "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
 SAVING_BEST = {"save_top_k": "best", "monitor": "monitor"}
-DEFAULT_SAVE_TOP_K = 3  # the original's, if the model names a loss to monitor
+DEFAULT_SAVE_TOP_K = 3  # the original's, if the model has a `monitor`
 CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
 KNOWN = {
-    "trainer": (*IGNORED_TRAINER, *fields_of(LightningTrainer)),
+    "trainer": (*IGNORED_TRAINER, *list_fields(LightningTrainer)),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
 }
 
@@ -98,12 +98,12 @@ class _Translation:
     notes: list[str] = field(default_factory=list)
 
     def add(self, section: str, **values: Any) -> None:
-        """Set values, unless the config has them under our keys."""
+        """Set values that the config does not set by our keys."""
         for key, value in values.items():
             self.sections.setdefault(section, {}).setdefault(key, value)
 
     def ignore(self, where: str, names: Iterable[str], reason: str = "") -> None:
-        """Add a note for each of the names, keys in `where`: it is ignored."""
+        """Add a note that keys in `where` are ignored."""
         self.notes += [f"{where}.{name} is ignored{reason}" for name in names]
 
 
@@ -111,7 +111,7 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     """Translate a whole config into sections of `lightning:` with our keys.
 
     Returns:
-        The sections, and notes on what was changed or is ignored.
+        The sections, and notes on changed and ignored keys.
     Raises:
         ValueError: a value cannot be translated.
     """
@@ -179,9 +179,9 @@ def _translate_trainer(result: _Translation) -> None:
     for key in trainer.keys() & IGNORED_TRAINER.keys():
         del trainer[key]
         result.ignore("lightning.trainer", [key], f": {IGNORED_TRAINER[key]}")
-    arguments = {key: trainer.pop(key, None) for key in fields_of(LightningTrainer)}
+    arguments = {key: trainer.pop(key, None) for key in list_fields(LightningTrainer)}
     for key in ("max_steps", "max_epochs"):
-        if trainer.get(key) == -1:  # Lightning's "any number"
+        if trainer.get(key) == -1:  # unlimited, for Lightning
             trainer[key] = None
     if arguments["fast_dev_run"]:
         trainer["max_steps"] = 1
@@ -190,7 +190,7 @@ def _translate_trainer(result: _Translation) -> None:
     if arguments["log_every_n_steps"] is not None:
         result.add("callbacks", log_every=arguments["log_every_n_steps"])
 
-    # Integers count batches, fractions are of an epoch.
+    # An integer counts batches, a float is a fraction of an epoch.
     interval, batches = arguments["val_check_interval"], arguments["limit_val_batches"]
     if batches == 0:
         result.add("callbacks", validate_steps=None, validate_epochs=None)
@@ -206,7 +206,7 @@ def _translate_trainer(result: _Translation) -> None:
 
 
 def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
-    """Translate the original's callbacks, known by their names or by the class in `target`."""
+    """Translate the original's callbacks, recognized by name or by the class in `target`."""
     callbacks = result.sections.get("callbacks", {})
     for key in list(callbacks):
         spec = callbacks[key] if isinstance(callbacks[key], Mapping) else {}
@@ -268,7 +268,7 @@ def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> Non
 
 
 def _pop_renamed(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
-    """Remove `names` from the parameters, and return them under our names."""
+    """Remove the keys of `names` from the parameters; return them under our names."""
     return {new: params.pop(old) for old, new in names.items() if old in params}
 
 
@@ -288,7 +288,7 @@ def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> N
 
 
 def _translate_model(raw: JsonMapping, result: _Translation) -> None:
-    """Translate what the original's model class decides about its own training."""
+    """Translate training options among the parameters of the original's model class."""
     params = section(raw, "model.params")
     if params.get("scheduler_config") is not None:
         if "decay" in result.sections.get("optimizer", {}):
@@ -318,7 +318,7 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
 
 
 def _translate_engine(params: JsonMapping, result: _Translation) -> None:
-    """Take over what `sgm` has among the parameters of the model."""
+    """Translate training options among the parameters of an `sgm` model."""
     theirs = translate_training(params)
     if "name" in result.sections.get("optimizer", {}) and theirs["optimizer"]:
         result.notes.append("lightning.optimizer.name replaces model.params.optimizer_config")
@@ -331,7 +331,7 @@ def _translate_engine(params: JsonMapping, result: _Translation) -> None:
 
 
 def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
-    """Take over the original's defaults with held-out data: validate each epoch, keep the best."""
+    """Apply the original's defaults with validation data: validate each epoch, keep the best."""
     data, params = section(raw, "data.params"), section(raw, "model.params")
     if not data.get("validation"):
         return

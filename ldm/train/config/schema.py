@@ -1,7 +1,7 @@
-"""The sections of a config that a run reads, as frozen pydantic models.
+"""The sections of a config that training reads, validated by pydantic.
 
-A value is read as it stands in YAML: `1.0e+6` is a whole number, `off` is 0, one name is a list of
-it. `validate` says in one line what is wrong with it:
+Values may be written as is usual in YAML: `1.0e+6` for an integer, `off` for 0, a single name for a
+list. `validate` reports an error in one line:
 
     lightning.callbacks.images: `-3` should be greater than or equal to 0
 """
@@ -30,7 +30,7 @@ from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonObject
 from ldm.train.tasks.adaptation import TARGETS
 from ldm.train.tasks.criterion import WEIGHTINGS
-from ldm.train.tasks.diffusion import QUIRKS
+from ldm.train.tasks.diffusion import LEGACY_TRAINING
 
 __all__ = [
     "OPTIONS",
@@ -39,6 +39,7 @@ __all__ = [
     "CachedTexts",
     "Callbacks",
     "ClassImages",
+    "CriterionOptions",
     "Data",
     "Denoising",
     "Evaluation",
@@ -50,8 +51,7 @@ __all__ = [
     "Reconstruction",
     "TextualInversion",
     "Trainer",
-    "Weighting",
-    "fields_of",
+    "list_fields",
     "parse_duration",
     "validate",
 ]
@@ -59,7 +59,7 @@ __all__ = [
 T = TypeVar("T")
 
 EXTRA = "extra_forbidden"
-# Our texts for pydantic's errors that speak of types which YAML names differently.
+# Our texts for pydantic's messages that name Python types.
 EXPECTATIONS = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
     "bool_type": "should be true or false",
@@ -68,14 +68,14 @@ EXPECTATIONS = {
 }
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # others read the other keys
+OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # other keys are read elsewhere
 
 
 def parse_duration(value: object) -> float:
-    """Return the seconds of "DD:HH:MM:SS" or a part of it from the right, or of {hours: 2, …}.
+    """Return seconds from "DD:HH:MM:SS", its last fields ("MM:SS"), or {hours: 2, …}.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the value has another form.
     """
     parts = str(0 if value is False else value).split(":")
     try:
@@ -87,15 +87,15 @@ def parse_duration(value: object) -> float:
         raise ValueError("should be a time (DD:HH:MM:SS or seconds)") from None
 
 
-def _read_whole(value: object) -> object:
-    """`1.0e+6` and `off` as integers."""
+def _to_integer(value: object) -> object:
+    """Convert `1.0e+6` and `off` to integers; return other values unchanged."""
     if value is False or (isinstance(value, float) and value.is_integer()):
         return int(value)
     return value
 
 
 def _check_whole(value: float) -> float:
-    """Return an integer, or infinity."""
+    """Return a whole number as int, infinity unchanged; raise for others."""
     if value.is_integer():
         return int(value)
     if value != float("inf"):
@@ -104,7 +104,7 @@ def _check_whole(value: float) -> float:
 
 
 def _short_strategy(value: object) -> str:
-    """`ddp` of a class …DDPStrategy or a name such as ddp_find_unused_parameters_false."""
+    """Return `ddp` for a class …DDPStrategy or a name such as ddp_find_unused_parameters_false."""
     name = value.get("target") if isinstance(value, Mapping) else value
     short = str(name).rpartition(".")[2].lower().removesuffix("strategy").partition("_")[0]
     return short or "auto"
@@ -123,28 +123,30 @@ def _one_of(names: Collection[str]) -> AfterValidator:
 
 PRECISIONS = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's other names
 PRECISION = BeforeValidator(lambda value: PRECISIONS.get(str(value), str(value)))
-OFF = BeforeValidator(lambda value: 0 if value is False else value)
-WHOLE = BeforeValidator(_read_whole)
-SINGLE = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
-PAIR = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+OFF_AS_ZERO = BeforeValidator(lambda value: 0 if value is False else value)
+TO_INTEGER = BeforeValidator(_to_integer)
+TO_LIST = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+TO_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 Bool = Annotated[bool, BeforeValidator(lambda v: bool(v) if v is None or v in (0, 1) else v)]
-Count = Annotated[int, Field(ge=1), WHOLE]
-Number = Annotated[float, OFF]
-Nonnegative = Annotated[float, Field(ge=0), OFF]
-Positive = Annotated[float, Field(gt=0), OFF]
-Probability = Annotated[float, Field(ge=0, le=1), OFF]
-BelowOne = Annotated[float, Field(ge=0, lt=1), OFF]
-Text = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=1), TO_INTEGER]
+Number = Annotated[float, OFF_AS_ZERO]
+Nonnegative = Annotated[float, Field(ge=0), OFF_AS_ZERO]
+Positive = Annotated[float, Field(gt=0), OFF_AS_ZERO]
+Probability = Annotated[float, Field(ge=0, le=1), OFF_AS_ZERO]
+BelowOne = Annotated[float, Field(ge=0, lt=1), OFF_AS_ZERO]
+NonEmptyStr = Annotated[str, Field(pattern=r"\S")]
 Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
-# Limits, which may be infinite; where 0 is allowed it means never.
-Limit = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF]
-CountLimit = Annotated[float, Field(ge=1, allow_inf_nan=True), OFF, AfterValidator(_check_whole)]
-Steps = Annotated[Limit, AfterValidator(_check_whole)]
+# An interval of 0 or infinity means never.
+NonnegativeOrInf = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF_AS_ZERO]
+CountLimit = Annotated[
+    float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_check_whole)
+]
+Steps = Annotated[NonnegativeOrInf, AfterValidator(_check_whole)]
 
 
 class Section(BaseModel):
-    """A section of `lightning:`, every key filled in."""
+    """Base of the frozen sections, which reject unknown keys."""
 
     model_config = STRICT
 
@@ -152,41 +154,46 @@ class Section(BaseModel):
 class Trainer(Section):
     """How long, how and on what a run trains."""
 
-    max_steps: Steps | None = None  # the run ends after so many steps …
-    max_epochs: Positive | None = None  # … or so many passes over the data …
-    # … or so many seconds over all sessions, whichever comes first
+    # The run ends after so many steps, passes over the data, or seconds over all sessions,
+    # whichever comes first; null: no limit.
+    max_steps: Steps | None = None
+    max_epochs: Positive | None = None
     max_time: Annotated[Nonnegative, BeforeValidator(parse_duration)] | None = None
-    # largest norm of the gradients; null or 0: any
-    gradient_clip_val: Annotated[Limit | None, BeforeValidator(lambda v: v or None)] = 1.0
+    # maximum norm of the gradients; null or 0: no clipping
+    gradient_clip_val: Annotated[NonnegativeOrInf | None, BeforeValidator(lambda v: v or None)] = (
+        1.0
+    )
     accumulate_grad_batches: Count = 1
-    scale_lr: Bool = False  # learning rate = accumulate x ranks x batch x base_learning_rate
+    scale_lr: Bool = False  # lr = accumulate_grad_batches x ranks x batch_size x base_learning_rate
     precision: Annotated[Literal["32", "bf16-mixed", "16-mixed"], PRECISION] = "32"
     strategy: Annotated[
         Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_short_strategy)
     ] = "auto"
     shard: Count | None = None  # ranks that share one copy of the weights in hsdp
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
-    seed: Annotated[int, Field(ge=-(10**12), le=10**12), WHOLE] = 23  # torch's end at 64 bits
-    benchmark: Bool = False  # cuDNN tries its algorithms
-    compile: Bool = False
+    seed: Annotated[int, Field(ge=-(10**12), le=10**12), TO_INTEGER] = (
+        23  # seed * 1_000_003 + epoch fits 64 bits
+    )
+    benchmark: Bool = False  # of cuDNN's algorithms
+    compile: Bool = False  # the UNet, by torch.compile
     channels_last: Bool = False
-    checkpoint_gradients: Bool | None = None  # null: as `use_checkpoint` in the model's config
-    ema_device: Literal["cpu"] | None = None  # null: with the weights
-    keep: Count = 2  # states to resume from
-    nan_limit: CountLimit = 10  # losses in a row that are not finite end the run
-    broken_share: Probability = 0.01  # fraction of unreadable files that ends the run
-    timeout: Positive = 45  # seconds of silence after which a rank counts as lost
-    sanity: Bool = True  # check the loss of the initial model before step 1
+    checkpoint_gradients: Bool | None = None  # null: the model's `use_checkpoint`
+    ema_device: Literal["cpu"] | None = None  # null: the device of the weights
+    keep: Count = 2  # number of newest resume states to keep
+    nan_limit: CountLimit = 10  # non-finite steps in a row that end the run
+    broken_share: Probability = 0.01  # maximum fraction of unreadable samples
+    timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
+    sanity: Bool = True  # check the initial loss of a fine-tune
 
 
 class Optimizer(Section):
-    """The optimizer and its learning rate; `options` are the keywords of the optimizer itself."""
+    """Optimizer, learning rate schedule and EMA; `options` are keywords of the optimizer."""
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
-    warm_up: Nonnegative = 100
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
-    schedule: JsonObject | None = None  # a `scheduler_config` of the original
-    ema_decay: BelowOne = 0.9999
+    warm_up: Nonnegative = 100  # steps
+    decay: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
+    schedule: JsonObject | None = None  # a `scheduler_config` of the original, instead
+    ema_decay: BelowOne = 0.9999  # 0: no EMA
     options: JsonObject = {}
 
 
@@ -194,7 +201,7 @@ class Optimizer(Section):
 class AdamOptions(TypedDict, total=False):
     """Keywords of AdamW, in 32 or 8 bits."""
 
-    betas: Annotated[tuple[BelowOne, BelowOne], PAIR]
+    betas: Annotated[tuple[BelowOne, BelowOne], TO_TUPLE]
     eps: Nonnegative
     weight_decay: Nonnegative
 
@@ -203,9 +210,9 @@ class AdamOptions(TypedDict, total=False):
 class AdafactorOptions(TypedDict, total=False):
     """Keywords of Adafactor."""
 
-    beta2_decay: Annotated[float, Field(le=0), OFF]
-    eps: Annotated[tuple[Nonnegative | None, Nonnegative], PAIR]
-    d: Annotated[float, Field(ge=1), OFF]
+    beta2_decay: Annotated[float, Field(le=0), OFF_AS_ZERO]
+    eps: Annotated[tuple[Nonnegative | None, Nonnegative], TO_TUPLE]
+    d: Annotated[float, Field(ge=1), OFF_AS_ZERO]
     weight_decay: Nonnegative
 
 
@@ -214,7 +221,7 @@ class MuonOptions(TypedDict, total=False):
     """Keywords of Muon."""
 
     momentum: BelowOne
-    betas: Annotated[tuple[BelowOne, BelowOne], PAIR]
+    betas: Annotated[tuple[BelowOne, BelowOne], TO_TUPLE]
     weight_decay: Nonnegative
 
 
@@ -228,7 +235,7 @@ OPTIONS: dict[str, type] = {
 
 @with_config(STRICT)
 class Sampling(TypedDict, total=False):
-    """Keywords of the sampling of image grids."""
+    """Sampling options of the image grids."""
 
     steps: Count
     scale: Number
@@ -242,56 +249,59 @@ class Sampling(TypedDict, total=False):
     grid: Annotated[str, _one_of(SCHEDULERS)] | None  # former name of scheduler
     rescale: Probability
     unet_tile: Count | None
-    legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], SINGLE]
+    legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], TO_LIST]
 
 
 class Evaluation(Section):
-    """Scores of images of many prompts, of the averaged weights; see docs/evaluation.md."""
+    """Scoring of generated images, with EMA weights; see docs/evaluation.md."""
 
-    steps: Steps  # between evaluations
-    prompts: Text  # a file, as for `ldm evaluate`
-    count: Count | None = None  # prompts, drawn at random; null: all
-    scales: Annotated[list[Number], SINGLE] = [3.0]
-    reference: Text | None = None  # folder of real images
-    inception: Text | None = None  # a file; null: `fid-inception`, if it is on this machine
+    steps: Steps  # interval of evaluations
+    prompts: NonEmptyStr  # a file, as for `ldm evaluate`
+    count: Count | None = None  # of prompts, drawn at random; null: all
+    # guidance scales
+    scales: Annotated[list[Number], TO_LIST] = [3.0]
+    reference: NonEmptyStr | None = None  # folder of real images
+    inception: NonEmptyStr | None = None  # file; null: `fid-inception`, if it is on this machine
     resize: Literal["clean", "pytorch-fid"] = "clean"
-    clip: Text | None = None  # a file; null: `open-clip-g`, if it is on this machine
+    clip: NonEmptyStr | None = None  # file; null: `open-clip-g`, if it is on this machine
 
 
 class Callbacks(Section):
-    """What a run logs, saves, draws, validates and exports, and how often."""
+    """What a run logs, saves, samples, validates and exports, and how often."""
 
-    log_every: CountLimit = 20  # steps between lines of the log
-    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], SINGLE] = [
+    log_every: CountLimit = 20  # interval of log lines, in steps
+    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], TO_LIST] = [
         "csv",
         "tensorboard",
     ]
     wandb: JsonObject = {}  # project, name, entity, tags, mode
-    save_minutes: Limit | None = 3
+    save_minutes: NonnegativeOrInf | None = 3
     save_steps: Steps | None = None
     save_epochs: Positive | None = None
-    image_minutes: Limit | None = 10
+    image_minutes: NonnegativeOrInf | None = 10
     image_steps: Steps | None = None
     image_early: Bool = False  # also at steps 1, 2, 4, 8 …
-    images: Annotated[int, Field(ge=0), WHOLE] = 16
-    # of the grids; null: the first captions of the data
-    prompts: Annotated[list[str], SINGLE] | None = None
+    images: Annotated[int, Field(ge=0), TO_INTEGER] = 16
+    # of the image grids; null: the first captions of the data
+    prompts: Annotated[list[str], TO_LIST] | None = None
     sampling: Sampling = {}
     validate_steps: Steps | None = None
     validate_epochs: Positive | None = None
     validate_batches: Count = 8
-    # exports that stay, those with the lowest loss on held-out data; -1: all
-    best: Annotated[int, Field(ge=-1), WHOLE] = 0
-    monitor: Text | None = None  # that loss; null: val/loss_ema, or val/loss without EMA
+    # number of exports with the lowest validation loss to keep; -1: all
+    best: Annotated[int, Field(ge=-1), TO_INTEGER] = 0
+    monitor: NonEmptyStr | None = (
+        None  # validation loss; null: val/loss_ema, or val/loss without EMA
+    )
     evaluation: Evaluation | None = None
-    export: Annotated[list[Literal["safetensors", "ckpt"]], SINGLE] = ["safetensors"]
-    export_steps: Steps | None = None  # also to checkpoints/trainstep_checkpoints, all are kept
+    export: Annotated[list[Literal["safetensors", "ckpt"]], TO_LIST] = ["safetensors"]
+    export_steps: Steps | None = None  # interval of checkpoints/trainstep_checkpoints/*, all kept
     weights: Literal["ema", "raw", "both"] = "ema"
     dtype: Literal["half", "full"] = "half"  # of exports
 
 
-class Weighting(TypedDict, total=False):
-    """Keywords of `Criterion`, which the original has among the parameters of the model."""
+class CriterionOptions(TypedDict, total=False):
+    """Loss options that the original reads from `model.params`, most of them of `Criterion`."""
 
     loss_type: Literal["l2", "l1"]
     l_simple_weight: Nonnegative
@@ -304,34 +314,36 @@ class Weighting(TypedDict, total=False):
 
 @with_config(STRICT)
 class NoiseLevels(TypedDict, total=False):
-    """Keywords of `LogNormal`."""
+    """Keywords of `LogNormal`: mean and standard deviation of ln sigma."""
 
     mean: float
     std: Positive
 
 
 @with_config(STRICT)
-class Denoising(Weighting, total=False):
-    """`lightning.objective` of a latent diffusion model: keywords of its task."""
+class Denoising(CriterionOptions, total=False):
+    """`lightning.objective` of a latent diffusion model: keywords of `Diffusion`."""
 
-    drop: Probability | dict[str, Probability] | None  # null: the `ucg_rate` of each encoder
+    # of conditions, by batch key or of the caption; null: each encoder's `ucg_rate`
+    drop: Probability | dict[str, Probability] | None
     prior_weight: Nonnegative
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
     sigma_data: Positive
     noise_levels: NoiseLevels | None
-    timesteps: Annotated[tuple[int, int], PAIR] | None
+    timesteps: Annotated[tuple[int, int], TO_TUPLE] | None
     noise_bias: Positive
     offset_noise: Nonnegative
     offset_noise_by: Literal["channel", "sample"]
     input_perturbation: Nonnegative
-    legacy: Annotated[list[Annotated[str, _one_of(QUIRKS)]], SINGLE]
-    min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=True), OFF] | None
+    legacy: Annotated[list[Annotated[str, _one_of(LEGACY_TRAINING)]], TO_LIST]
+    min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=True), OFF_AS_ZERO] | None
 
 
 @with_config(STRICT)
 class Reconstruction(TypedDict, total=False):
-    """`lightning.objective` of an autoencoder: keywords of its tasks."""
+    """`lightning.objective` of an autoencoder: keywords of the tasks in `tasks.autoencoder`."""
 
+    # weights of the losses, see `tasks.autoencoder.Reconstruction`
     l1: Nonnegative
     l2: Nonnegative
     gradient: Nonnegative
@@ -345,31 +357,31 @@ class Reconstruction(TypedDict, total=False):
 
 
 class Lora(Section):
-    """A LoRA that is trained beside a frozen model."""
+    """A LoRA to train for a frozen model."""
 
     rank: Count = 8
     alpha: Positive | None = None  # null: the rank
-    targets: Annotated[list[Annotated[str, _one_of(TARGETS)]], SINGLE] = ["transformer"]
+    targets: Annotated[list[Annotated[str, _one_of(TARGETS)]], TO_LIST] = ["transformer"]
 
 
 class TextualInversion(Section):
-    """An embedding that is trained beside a frozen model."""
+    """A token embedding to train for a frozen model."""
 
-    token: Text
-    vectors: Count = 1
-    init: Text | None = None  # words whose vectors it starts from; null: the mean of all words
+    token: NonEmptyStr
+    vectors: Count = 1  # number of vectors of the token
+    init: NonEmptyStr | None = None  # words of the initial vectors; null: the mean of all tokens
 
 
 class Dropout(BaseModel):
-    """How often the original's `ucg_training` drops a condition."""
+    """An entry of the original's `ucg_training`: probability of dropping a condition."""
 
     model_config = OPEN
     p: Probability
 
 
 @with_config(OPEN)
-class ModelParams(Weighting, total=False):
-    """What the original decides about training among the parameters of a model."""
+class ModelParams(CriterionOptions, total=False):
+    """Training options that the original reads from `model.params`."""
 
     embedding_dropout: Probability
     ucg_training: dict[str, Dropout]
@@ -386,18 +398,18 @@ class Model(Section):
 
 
 class Batches(BaseModel):
-    """The numbers of `data.params`, which a config without data has as well."""
+    """Loader settings in `data.params`, with defaults for configs without data."""
 
     model_config = OPEN
     batch_size: Count = 1
-    num_workers: Annotated[int, Field(ge=0), WHOLE] = 0
+    num_workers: Annotated[int, Field(ge=0), TO_INTEGER] = 0
 
 
 class CachedLatents(Section):
     """Latents of images, encoded once before training."""
 
     cache: Folder
-    variants: Count | None = None  # of each image; null: all named variants of the transform, or 1
+    variants: Count | None = None  # per image; null: all named variants of the transform, or 1
     batch: Count = 32  # images encoded at once
     precision: Annotated[Literal["16", "32"], BeforeValidator(str)] = "16"
 
@@ -410,17 +422,17 @@ class CachedTexts(Section):
 
 
 class ClassImages(BaseModel):
-    """Class images of DreamBooth; other keys as for a folder."""
+    """Class images of DreamBooth; other keys are those of a folder."""
 
     model_config = OPEN
     root: Folder
-    prompt: Text
+    prompt: NonEmptyStr
     count: Count
     transform: JsonObject
 
 
 class Data(Batches):
-    """`data.params` with our keys; see `open_images` for the keys of `train` and `validation`."""
+    """`data.params`; see `open_images` for the keys of `train` and `validation`."""
 
     model_config = STRICT
     batch_size: Count
@@ -433,7 +445,7 @@ class Data(Batches):
 
 @with_config(OPEN)
 class LightningTrainer(TypedDict, total=False):
-    """Arguments of Lightning's Trainer that are translated."""
+    """Arguments of Lightning's Trainer that are translated to ours."""
 
     accelerator: object
     gpus: object
@@ -448,7 +460,7 @@ class LightningTrainer(TypedDict, total=False):
     gradient_clip_algorithm: Literal["norm"]
 
 
-def fields_of(section: type) -> list[str]:
+def list_fields(section: type) -> list[str]:
     """Return the keys of a section."""
     if issubclass(section, BaseModel):
         return list(section.model_fields)
@@ -458,19 +470,19 @@ def fields_of(section: type) -> list[str]:
 def validate(
     section: type[T], values: object, where: str, *, kind: str = "key", also: Collection[str] = ()
 ) -> T:
-    """Read the values of a section.
+    """Validate the values of a section.
 
     Args:
         where: dotted name of the section, for messages.
-        kind: what the message calls a key.
-        also: keys that the message about an unknown one may propose in addition.
+        kind: what messages call a key.
+        also: further keys that messages may suggest for an unknown one.
     Raises:
-        ValueError: a key is unknown or a value is not allowed; in one line, the first one.
+        ValueError: a key is unknown or a value is not allowed; for the first one, in one line.
     """
     try:
         return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
-        # A number that may also be a mapping has two errors: the one about its type says less.
+        # Of the errors of a union, those about types say the least.
         problem = min(
             error.errors(), key=lambda p: (p["type"] != EXTRA, p["type"].endswith("_type"))
         )
@@ -479,9 +491,9 @@ def validate(
         parent = section
         for name in names[:-1]:
             kind_of_value = get_type_hints(parent)[name]
-            parent = next(iter(get_args(kind_of_value)), kind_of_value)  # of `Section | None`
+            parent = next(iter(get_args(kind_of_value)), kind_of_value)  # X of `X | None`
         place = ".".join([where, *names[:-1]])
-        raise unknown_name(kind, names[-1], [*fields_of(parent), *also], place)
+        raise unknown_name(kind, names[-1], [*list_fields(parent), *also], place)
     if problem["type"] == "missing":
         raise ValueError(f"{'.'.join([where, *names[:-1]])} needs `{names[-1]}`")
     text = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")

@@ -1,7 +1,7 @@
-"""Settings of a run: the `lightning:` section of a config, with what it reads of the others.
+"""Settings of a run: the `lightning:` section of a config, and parts of the others.
 
-`schema` has all keys. Names of Lightning 1.4 and of the original's `main.py` are translated by
-`lightning`; each ignored key becomes a note.
+`schema` defines all keys. Keys of Lightning 1.4 and of the original's `main.py` are translated by
+`lightning`; ignored keys are listed as notes.
 """
 
 from dataclasses import dataclass, replace
@@ -32,28 +32,28 @@ from ldm.train.optim.schedules import WHERE, LearningRate
 __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
 SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
-# Defaults of a config that names no optimizer, so was written for the original.
+# Defaults of configs without `lightning.optimizer`, which were written for the original.
 ORIGINAL_TRAINER: JsonObject = {"gradient_clip_val": None, "scale_lr": True}
 ORIGINAL_OPTIMIZER: JsonObject = {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2}
-EPOCHS = 1000  # Lightning's default, if a run has no end
+EPOCHS = 1000  # Lightning's default limit
 LIMITS = ("max_steps", "max_epochs", "max_time")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run lives."""
+    """The devices of a run."""
 
-    # indices, or a count: -1 = all; None: all, without a process for each
+    # indices, or a count, -1 = all; None: one process, on the first GPU if any
     gpus: list[int] | int | None = None
-    num_nodes: int = 1  # machines
+    num_nodes: int = 1  # number of machines
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one run."""
 
-    raw: JsonMapping  # the whole config that they were read from
+    raw: JsonMapping  # the whole config
     model: Model
     data: Batches
     trainer: Trainer
@@ -61,23 +61,23 @@ class Settings:
     objective: Denoising | Reconstruction  # keywords of the task
     callbacks: Callbacks
     devices: Devices = Devices()
-    lora: Lora | None = None  # trained beside a frozen model; None for nothing
+    lora: Lora | None = None  # to train for a frozen model; None: none
     textual_inversion: TextualInversion | None = None  # the same
-    notes: tuple[str, ...] = ()  # lines to tell the user: what was renamed, or is ignored
+    notes: tuple[str, ...] = ()  # lines for the user, on translated and ignored keys
 
     def change(self, **sections: JsonMapping) -> "Settings":
-        """Return a copy with other values, not checked: `change(trainer={"max_steps": 3})`."""
+        """Return a copy with changed values, not validated: `change(trainer={"max_steps": 3})`."""
         old = vars(self)
         new = {name: old[name].model_copy(update=values) for name, values in sections.items()}
         return replace(self, **new)
 
     def count_epochs(self, steps: Fraction | int | None) -> "Settings":
-        """Return a copy in which all that is counted in epochs is counted in steps.
+        """Return a copy with all numbers of epochs converted to steps.
 
         Args:
-            steps: in an epoch; None if the data has no end.
+            steps: steps per epoch; None if the length of the data is unknown.
         Raises:
-            ValueError: a number of epochs is set, and the data has no end.
+            ValueError: a number of epochs is set, and the length of the data is unknown.
         """
         trainer, callbacks = self.trainer, self.callbacks
         changes: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
@@ -111,10 +111,10 @@ class Settings:
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
                 f"(ranks) x {batch} (batch_size) x {base:.2e} (base_learning_rate)"
             )
-        return _rate(self.optimizer, lr), line
+        return _build_learning_rate(self.optimizer, lr), line
 
     def to_config(self) -> JsonObject:
-        """Return the whole config with every key of `lightning:` filled in."""
+        """Return the whole config, with defaults of all keys of `lightning:`."""
         optimizer = self.optimizer.model_dump(exclude={"options"}) | self.optimizer.options
         inversion = self.textual_inversion
         sections = {
@@ -132,16 +132,16 @@ def read_settings(raw: JsonMapping) -> Settings:
     """Read and check the settings of a whole config, as `ldm.loading.config` reads it.
 
     Raises:
-        ValueError: a section or key is unknown, naming the nearest known one, or a value is not
-            allowed; also of what a run reads in `model` and `data`.
+        ValueError: a section or key is unknown (the message suggests the nearest one), or a value
+            is not allowed.
     """
     if data_module := lightning.section(raw, "data"):
         raw = {**raw, "data": translate_data_module(data_module)}
-    model = validate(Model, _set_values(raw, "model"), "model", also=["params.ckpt_path"])
-    validate(ModelParams, _set_values(raw, "model.params"), "model.params")
-    data = validate(Batches, _set_values(raw, "data.params"), "data.params")
+    model = validate(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
+    validate(ModelParams, _get_values(raw, "model.params"), "model.params")
+    data = validate(Batches, _get_values(raw, "data.params"), "data.params")
     where = "lightning.trainer"
-    theirs = validate(LightningTrainer, _set_values(raw, where), where)
+    theirs = validate(LightningTrainer, _get_values(raw, where), where)
     sections, notes = lightning.translate(raw)
     for name in sections:
         if name not in SECTIONS:
@@ -188,7 +188,7 @@ def read_settings(raw: JsonMapping) -> Settings:
 
 
 def check_complete(raw: JsonMapping, *keys: str) -> None:
-    """Raise ValueError if a config has not all of these keys, "model.base_learning_rate"."""
+    """Raise ValueError if a config lacks any of these dotted keys."""
     missing = []
     for key in keys:
         section, _, name = key.rpartition(".")
@@ -198,14 +198,14 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _set_values(raw: JsonMapping, where: str) -> JsonObject:
-    """Return a section without its nulls, which count as missing."""
+def _get_values(raw: JsonMapping, where: str) -> JsonObject:
+    """Return a section without nulls, which count as missing."""
     return {k: v for k, v in lightning.section(raw, where).items() if v is not None}
 
 
 def _read_optimizer(values: JsonMapping) -> Optimizer:
-    """Read the optimizer; keys other than ours are keywords of the chosen one."""
-    where, own = "lightning.optimizer", schema.fields_of(Optimizer)
+    """Read the optimizer; keys that are not ours are options of the chosen one."""
+    where, own = "lightning.optimizer", schema.list_fields(Optimizer)
     own.remove("options")
     common = {key: value for key, value in values.items() if key in own}
     optimizer = validate(Optimizer, common, where)
@@ -217,11 +217,11 @@ def _read_optimizer(values: JsonMapping) -> Optimizer:
         also=own,
     )
     try:
-        _rate(optimizer, 1.0)
+        _build_learning_rate(optimizer, 1.0)
     except (TypeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{WHERE}: its numbers cannot be used: {error}") from error
     return optimizer.model_copy(update={"options": options})
 
 
-def _rate(optimizer: Optimizer, lr: float) -> LearningRate:
+def _build_learning_rate(optimizer: Optimizer, lr: float) -> LearningRate:
     return LearningRate(lr, optimizer.warm_up, optimizer.decay, optimizer.schedule)

@@ -1,9 +1,9 @@
-"""Translate how `sgm.models.diffusion.DiffusionEngine` trains to sections of `lightning:`.
+"""Translate training options of `sgm.models.diffusion.DiffusionEngine` to `lightning:`.
 
 loss_fn_config      -> objective      sigma sampler, weighting, l2 or l1, offset noise
-optimizer_config    -> optimizer      AdamW without one
+optimizer_config    -> optimizer      default AdamW
 ema_decay_rate      -> optimizer
-sampler_config      -> callbacks.sampling, of the sample grids
+sampler_config      -> callbacks.sampling, for the image grids
 compile_model       -> trainer
 """
 
@@ -36,16 +36,16 @@ SAMPLERS = {
     "LinearMultistepSampler": "lms",
 }
 SCHEDULERS = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "edm"}
-GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}  # the scale; None: of its parameters
+GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}  # guidance scale; None: in its parameters
 
 
 def is_engine(model: JsonMapping) -> bool:
-    """Return whether the section `model` of a config is one of `sgm`."""
+    """Return whether the `model` section of a config is a DiffusionEngine of `sgm`."""
     return model.get("target") == ENGINE
 
 
 def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
-    """Translate the parameters of a DiffusionEngine that only training reads.
+    """Translate the parameters of a DiffusionEngine that concern training.
 
     Raises:
         ValueError: a class or a parameter is unknown, or not supported.
@@ -67,7 +67,7 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
 
 def _translate_loss(params: JsonMapping) -> JsonObject:
     denoiser = (params.get("denoiser_config") or {}).get("params") or {}
-    weighting = denoiser.get("weighting_config")  # where files before November 2023 have it
+    weighting = denoiser.get("weighting_config")  # its place in configs before November 2023
     objective: JsonObject = {}
     loss: JsonObject = {}
     if params.get("loss_fn_config"):
@@ -95,7 +95,7 @@ def _translate_loss(params: JsonMapping) -> JsonObject:
 
 
 def _translate_levels(spec: JsonMapping, where: str) -> JsonObject | None:
-    """Return keywords of `LogNormal`; None for all timesteps."""
+    """Return keywords of `LogNormal`; None for a uniform draw of timesteps."""
     name, params = _read(spec, ("DiscreteSampling", "EDMSampling"), where)
     if name == "DiscreteSampling":
         return None
@@ -131,10 +131,10 @@ def _translate_sampler(spec: JsonMapping) -> JsonObject:
 def _read(
     spec: Any, known: Mapping[str, object] | tuple[str, ...], where: str
 ) -> tuple[str, JsonObject]:
-    """Return the name of a class and a copy of its parameters.
+    """Return the class name in `target`, and a copy of `params` without nulls.
 
     Raises:
-        ValueError: it is not one of the known ones.
+        ValueError: the class is not one of `known`.
     """
     target = spec.get("target") if isinstance(spec, Mapping) else spec
     name = str(target).rpartition(".")[2]

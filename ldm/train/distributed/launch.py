@@ -1,6 +1,6 @@
-"""Which processes a run has, on which GPUs: `--gpus 0,1,` of the original, or --nproc.
+"""Start the processes of a run on their GPUs: `--gpus 0,1,` as in the original, or --nproc.
 
-Several processes are started by torchrun, which replaces this one.
+For several processes, torchrun replaces this one.
 """
 
 import logging
@@ -31,20 +31,20 @@ HOST:29500 -m {program} …"""
 
 
 def count_processes(devices: "Devices", per_node: int = 0) -> int:
-    """Return the number of processes on all nodes; `per_node` 0: one for each GPU."""
+    """Count the processes on all nodes; `per_node` 0: one for each GPU."""
     gpus = devices.gpus
     count = len(gpus) if isinstance(gpus, list) else max(1, gpus or 1)
     return max(rank_and_world_size()[1], (per_node or count) * devices.num_nodes)
 
 
 def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
-    """Choose the GPUs of this process; if there should be more processes, torchrun replaces it.
+    """Select the GPUs of this process; replace it by torchrun if there are to be several.
 
     Args:
-        per_node: processes on this machine; 0: one for each GPU.
-        argv: of the processes.
+        per_node: number of processes on this machine; 0: one for each GPU.
+        argv: command-line arguments of the processes.
     Raises:
-        ValueError: there are not as many GPUs, or several nodes are requested.
+        ValueError: there are too few GPUs, or several nodes are requested.
     """
     if rank_and_world_size()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -73,11 +73,11 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
 
 
 def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
-    """Let the first process choose, and return its choice on all of them.
+    """Call `choose` on the first process, and return its result on all.
 
     Args:
-        choose: takes the ids of the torchruns that started the processes. If processes are started
-            again after a failure, some of these are the same.
+        choose: takes the ids of the torchruns that started the processes, some of which stay the
+            same when processes are restarted after a failure.
     """
     own = _torchrun_id()
     if rank_and_world_size()[1] == 1:
@@ -94,10 +94,10 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
 
 
 def _torchrun_id() -> str:
-    """Return id, machine, process and start of the torchrun of this process; "" if none."""
+    """Return an id of the torchrun that started this process; "" if none."""
     launch_id = os.environ.get("TORCHELASTIC_RUN_ID")
     parent = os.getppid()
-    try:  # distinguishes processes of one number, in other containers or after a reboot
+    try:  # tells processes of the same number apart, in other containers or after a reboot
         start = Path(f"/proc/{parent}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
         start += " " + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     except (OSError, IndexError):  # not Linux

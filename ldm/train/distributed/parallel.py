@@ -4,8 +4,8 @@
     fsdp    weights, gradients, optimizer and EMA are sharded over all processes
     hsdp    the same within groups of `shard` processes; gradients are averaged between groups
 
-Started by torchrun or Slurm, on one machine or many; a single process needs none of it, and
-everything here does nothing then.
+Processes are started by torchrun or Slurm, on one machine or many. In a single process, everything
+here is a no-op.
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023 (arXiv:2304.11277).
 """
 
@@ -46,14 +46,16 @@ __all__ = [
 
 T = TypeVar("T")
 
-BLOCKS = (ResBlock, TransformerBlock)  # gathered one at a time
+BLOCKS = (ResBlock, TransformerBlock)  # units of sharding, gathered one at a time
 START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # for ranks at work; the heartbeat finds those that died
+COLLECTIVE_TIMEOUT = timedelta(
+    hours=2
+)  # long, as ranks may be busy; the heartbeat detects dead ones
 
 
 @dataclass
 class Ranks:
-    """This process of the run, and what all its processes agree on."""
+    """The rank of this process, and collectives over all processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -68,7 +70,7 @@ class Ranks:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the mean of each value over all processes; all have the same keys."""
+        """Return the mean of each value over all processes; all pass the same keys."""
         sums = self._reduce(list(values.values()), dist.ReduceOp.SUM)
         return {key: total / self.world_size for key, total in zip(values, sums, strict=True)}
 
@@ -98,7 +100,7 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Let the first process run the block alone; then the others do, and find its files."""
+        """Let the first process run the block alone, then the others, which find its files."""
         if not self.is_first:
             self.max([0.0])
         yield
@@ -106,11 +108,11 @@ class Ranks:
             self.max([0.0])
 
     def stop(self) -> None:
-        """Disconnect; after this no process waits for another."""
+        """Disconnect this process from the others."""
         if self.heartbeat is not None:
-            dist.barrier()  # until here, processes at work send heartbeats
+            dist.barrier()  # busy processes send heartbeats until here
             self.heartbeat.stop()
-            dist.barrier()  # the first, whom all listen to, leaves last
+            dist.barrier()  # the first one, which all watch, leaves last
             dist.destroy_process_group()
             self.heartbeat = None
             self.rank = 0
@@ -125,16 +127,16 @@ class Ranks:
 
 
 def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
-    """Connect the processes that torchrun or Slurm has started, as their environment says.
+    """Connect the processes that torchrun or Slurm has started, by environment variables.
 
     Args:
-        timeout: seconds without a heartbeat after which a process counts as lost and all others
+        timeout: seconds without a heartbeat after which a process counts as lost, and all others
             exit.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return Ranks()
-    host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
+    host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun sets MASTER_ADDR
     defaults = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": host, "MASTER_PORT": 29500}
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
@@ -155,10 +157,10 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
 
 
 def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
-    """Return a name for this start of the processes, the same on all, and of no start before.
+    """Agree on a unique name for this start of the processes.
 
-    Processes that are started again after a failure find the same store, with the addresses of
-    those before them. So each announces itself by a new name, and is answered under that.
+    Processes that are restarted after a failure find the same store, with stale addresses in it. So
+    each announces itself by a new name, and waits for an answer to that name.
 
     Raises:
         TimeoutError, DistStoreError: some processes did not start.
@@ -190,14 +192,14 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 class Heartbeat(threading.Thread):
-    """Sends heartbeats, and exits this process when another rank stops sending them.
+    """Sends heartbeats, and exits this process when those of another rank stop.
 
-    Collectives alone would wait for a stopped process or a dead machine until their timeout. The
-    first process watches all others, the others watch the first, all through torchrun's store.
+    Collectives would wait for a stopped process or a dead machine until their timeout. Rank 0
+    watches all others, which watch rank 0, all through torchrun's store.
 
     Args:
         timeout: seconds without a heartbeat after which a rank counts as lost.
-        session: name of this start of the processes.
+        session: unique name of this start of the processes.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float, *, session: str) -> None:
@@ -216,7 +218,7 @@ class Heartbeat(threading.Thread):
             try:
                 self.store.add(str(self.rank), 1)
                 counts = {other: self.store.add(str(other), 0) for other in self.watched}
-            except Exception:  # whatever torch's store raises when its server is gone
+            except Exception:  # torch's store raises various errors when its server is gone
                 self._exit("the connection to the first process is lost")
                 return
             now = time.monotonic()
@@ -234,7 +236,7 @@ class Heartbeat(threading.Thread):
         if not self.stopped.is_set():
             sys.stderr.write(f"process {self.rank} ends: {reason}\n")
             sys.stderr.flush()
-            os._exit(1)  # the main thread may hang in a collective, which nothing interrupts
+            os._exit(1)  # the main thread may hang in an uninterruptible collective
 
 
 class LossModule(nn.Module):
@@ -256,8 +258,8 @@ def shard(
 
     Args:
         strategy: "fsdp" or "hsdp".
-        group_size: processes that share one copy, for "hsdp".
-        device: its type.
+        group_size: number of processes that share one copy, for "hsdp".
+        device: device type, such as "cuda".
     """
     shape: tuple[int, ...] = (world_size,)
     if strategy == "hsdp":
@@ -275,14 +277,14 @@ def shard(
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Set whether the next backward pass reduces the gradients of sharded weights."""
+    """Set whether the next backward pass exchanges the gradients of sharded weights."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the weights that a forward pass without a backward pass has left gathered."""
+    """Free weights that a forward pass without backward pass has left gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -293,7 +295,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gather(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """Gather sharded tensors to the CPU, on every process that says `keep`; all must call it."""
+    """Gather sharded tensors to the CPU, on processes with `keep`; all processes must call it."""
     tensors = {}
     for name, value in state.items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,6 +1,6 @@
 """Signals of a training run: SIGTERM and SIGINT stop it after the step, SIGUSR1 saves its state.
 
-The second SIGTERM or SIGINT has its usual effect, and ends the process at once.
+A second SIGTERM or SIGINT has its usual effect, and ends the process immediately.
 """
 
 import signal
@@ -15,14 +15,14 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class SignalHandler:
-    """Collects the actions that signals ask for; a context manager."""
+    """Collects the actions that signals request, within its context."""
 
     def __init__(self) -> None:
         self.pending: list[str] = []
         self.previous: dict[int, Handler] = {}
 
     def take(self) -> set[str]:
-        """Return the actions that were asked for since the last call: "stop", "save"."""
+        """Return the actions requested since the last call, "stop" and "save"."""
         count = len(self.pending)  # a signal may come at any moment
         actions = set(self.pending[:count])
         del self.pending[:count]

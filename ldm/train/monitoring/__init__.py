@@ -1,1 +1,1 @@
-"""What a run shows while it trains: logs, samples, validation, sanity checks."""
+"""Monitoring of a run: logs, samples, validation, evaluation, sanity checks."""

@@ -1,4 +1,4 @@
-"""Evaluation while training: FID, KID, CLIP score … of images of fixed prompts, in the log.
+"""Evaluation during training: log FID, KID, CLIP score … of images of fixed prompts.
 
 eval/fid_scale_3, eval/prompt_score_scale_3 …
 """
@@ -20,7 +20,7 @@ from ldm.runtime.errors import ConfigError
 from ldm.train.config.schema import Evaluation
 from ldm.train.distributed.parallel import is_sharded
 from ldm.train.monitoring.samples import SAMPLING
-from ldm.train.monitoring.validation import evaluating
+from ldm.train.monitoring.validation import eval_mode
 from ldm.train.run import Run
 
 __all__ = ["Evaluator"]
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Scores a run. All files are opened at once, so that a wrong one ends the run at its start.
+    """Scores a run. All files are opened in advance, so that a wrong one ends the run early.
 
     Raises:
-        ConfigError: the model is not one that makes images from text.
-        ValueError, OSError: about a file.
+        ConfigError: the model is not text to image.
+        ValueError, OSError: a file cannot be read.
     """
 
     def __init__(self, run: Run, options: Evaluation) -> None:
@@ -55,17 +55,17 @@ class Evaluator:
         self.judge = None if clip is None else load_judge(clip, run.device)
 
     def __call__(self) -> dict[str, float]:
-        """Make all images with the averaged weights and score them; {} on other processes.
+        """Score images that are sampled with the EMA weights; return {} on processes but the first.
 
-        The first process does the work; if weights are sharded all of them call the model.
+        The first process does the work; if weights are sharded, all processes run the model.
         """
         run = self.run
         if not (run.ranks.is_first or is_sharded(run.task.trainable)):
             return {}
         scores: dict[str, float] = {}
-        is_averaged = bool(run.state.ema.decay)
-        weights = run.state.ema.apply_to(run.task.trainable, enabled=is_averaged)
-        with weights, evaluating(run.model):
+        is_ema = bool(run.state.ema.decay)
+        weights = run.state.ema.apply_to(run.task.trainable, enabled=is_ema)
+        with weights, eval_mode(run.model):
             for scale in self.options.scales:
                 scores |= {f"eval/{n}_scale_{scale:g}": v for n, v in self._score(scale).items()}
         log.info(

@@ -1,8 +1,8 @@
 """Progress bar and loggers of a run; only the first process logs.
 
-csv           log.csv, one row per logged step
-tensorboard   tensorboard/, left out with a note if the package is not installed
-wandb         to Weights & Biases
+csv           log.csv, a row per logged step
+tensorboard   tensorboard/, skipped with a note if the package is not installed
+wandb         Weights & Biases
 """
 
 import csv
@@ -36,7 +36,7 @@ FORMATS = {
 
 
 class Logger:
-    """Takes numbers and images of a run."""
+    """Base of the loggers of scalars and images; its methods do nothing."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by name."""
@@ -53,11 +53,11 @@ class Loggers(Logger):
 
     Args:
         names: "csv", "tensorboard", "wandb"; () on all processes but the first.
-        start: the step that the run resumes from; what was logged later is logged again.
+        start: step that the run resumes from; later entries are dropped, as they are logged again.
         wandb: keywords of `wandb.init` (project, name, …).
-        config: shown by wandb.
+        config: config of the run, for wandb.
     Raises:
-        ImportError: wandb is asked for and not installed.
+        ImportError: wandb is selected and not installed.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Loggers(Logger):
 
 
 class CsvLogger(Logger):
-    """A table that gets new columns with new values; rows of steps after `start` are dropped."""
+    """A CSV table; new names add columns, and rows of steps after `start` are dropped."""
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
@@ -136,7 +136,7 @@ class TensorBoardLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """A run on Weights & Biases; `mode: offline` keeps it in the folder."""
+    """A run on Weights & Biases; with `mode: offline` it stays in the folder."""
 
     def __init__(self, folder: Path, options: JsonMapping, config: JsonMapping) -> None:
         try:
@@ -161,13 +161,13 @@ class WandbLogger(Logger):
 
 
 class Progress:
-    """A tqdm bar with losses, learning rate, images per second and memory, which are logged too.
-
-    Losses stay on their device, unread, for `every` steps or until the last step of the run.
+    """A progress bar with losses, learning rate, images per second and memory, also logged.
 
     Args:
-        start: the step that the run resumes from.
-        steps: of the whole run; None = it ends by time.
+        start: step that the run resumes from.
+        steps: number of steps of the whole run; None = unknown, as it ends by time.
+        every: interval of logging, in steps; until then losses stay on their device, so that the
+            CPU need not wait for a GPU.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class Progress:
         """Count a step.
 
         Args:
-            losses: scalars are logged, all else is ignored.
-            images: of all processes.
+            losses: scalars, which are logged; other tensors are ignored.
+            images: number of images of the step, of all processes.
         """
         self.bar.update()
         for name, value in losses.items():
@@ -231,7 +231,7 @@ class Progress:
 
 
 def _peak_memory_gib(device: torch.device) -> float:
-    """Return the peak so far, of the GPU or else of this process; NaN where it is not known."""
+    """Return the peak memory of the GPU, else of this process; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -243,12 +243,14 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
-    """Read columns and rows of a table, none without a file; delete rows after step `until`."""
+    """Read columns and rows of a table, if it exists; delete rows after step `until`."""
     if not path.exists():
         return ["step"], []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
-        rows = [row for row in reader if (row.get("step") or "").isdigit()]  # a crash cuts rows off
+        rows = [
+            row for row in reader if (row.get("step") or "").isdigit()
+        ]  # a crash may truncate rows
         columns = list(reader.fieldnames or ["step"])
     earlier = [row for row in rows if until is None or int(row["step"]) <= until]
     if len(earlier) < len(rows):

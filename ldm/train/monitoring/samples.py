@@ -2,9 +2,9 @@
 
     images/train/samples_gs-001000_e-000002_b-001000.png   and .txt, its prompts
 
-A model that reads images shows the one that its condition was made of before each sample, and so
-does one that is trained on some timesteps only: its samples begin with that image and some noise.
-An autoencoder shows images above their reconstructions.
+Each sample follows an image if the model is conditioned on images, or trained on a range of
+timesteps only, where samples start from that image with noise. Grids of an autoencoder show images
+above their reconstructions.
 """
 
 from collections.abc import Sequence
@@ -24,24 +24,24 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
 from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import is_sharded
-from ldm.train.monitoring.validation import evaluating
+from ldm.train.monitoring.validation import eval_mode
 from ldm.train.run import Run
 from ldm.train.tasks.diffusion import ZERO_SIZES
 
 __all__ = ["draw_samples"]
 
 LABEL_HEIGHT = 20  # pixels
-TEXT_AND_NUMBERS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys that are no images
+TEXT_AND_NUMBERS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys without images
 SAMPLING = {"steps": 20, "scale": 3.0}  # defaults of `callbacks.sampling`
 
 
 def draw_samples(run: Run) -> list[Path]:
-    """Draw a sheet of labelled grids for the training data and one for held-out data.
+    """Sample labelled grids for the training data, and for validation data if there is any.
 
-    The first process draws and writes; if weights are sharded all processes must draw.
+    The first process samples and writes; if weights are sharded, all processes must sample.
 
     Returns:
-        The files, [] on other processes.
+        The files; [] on other processes.
     """
     options = run.settings.callbacks
     if not options.images or not (run.ranks.is_first or is_sharded(run.task.trainable)):
@@ -56,10 +56,10 @@ def draw_samples(run: Run) -> list[Path]:
             for index, one in enumerate(samples):
                 one["txt"] = options.prompts[index % len(options.prompts)]
         grids = []
-        for is_averaged in (True, False) if run.state.ema.decay else (False,):
-            label = "averaged weights" if is_averaged else "weights as they are"
-            weights = run.state.ema.apply_to(run.task.trainable, enabled=is_averaged)
-            with weights, evaluating(run.model):
+        for is_ema in (True, False) if run.state.ema.decay else (False,):
+            label = "EMA weights" if is_ema else "raw weights"
+            weights = run.state.ema.apply_to(run.task.trainable, enabled=is_ema)
+            with weights, eval_mode(run.model):
                 grids.append((f"{label}, step {run.state.step}", _draw_grid(run, samples)))
         state = run.state
         name = f"samples_gs-{state.step:06}_e-{run.epoch:06}_b-{state.position:06}.png"
@@ -75,7 +75,7 @@ def draw_samples(run: Run) -> list[Path]:
 
 
 def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
-    """Draw in batches of the training's size, which fit into memory."""
+    """Sample a grid, in batches of the training's size, which fit into memory."""
     model, n, size = run.model, len(samples), run.batch_size
     image = torch.stack([one["jpg"] for one in samples])  # (n, 3, H, W)
     starts = range(0, n, size)
@@ -93,14 +93,14 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
 def sample_images(
     run: Run, model: LatentDiffusion, samples: Sequence[Sample], seed: int = 0
 ) -> Tensor:
-    """Sample an image (3, H, W) in [-1, 1] for each of some samples of the data, on the CPU."""
+    """Sample images (n, 3, H, W) in [-1, 1] on the CPU, conditioned on samples of the data."""
     batch = collate(list(samples))
     height, width = batch["jpg"].shape[-2:]
     latent_size = (height // model.downscale, width // model.downscale)
     batch = model.prepare(to_device(batch, model.device), latent_size)
     cond, uncond = model.condition(batch), model.condition(batch, _unconditional_drop(run, model))
     options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
-    if run.timesteps is not None:  # start where the model's noise levels end
+    if run.timesteps is not None:  # start at the highest noise level that is trained
         strength = run.timesteps[1] / len(model.schedule)
         generator = torch.Generator().manual_seed(seed)
         options |= {"z": model.encode(batch["jpg"], generator), "strength": strength}
@@ -112,7 +112,7 @@ def sample_images(
 
 
 def _shows_images(run: Run, model: LatentDiffusion) -> bool:
-    """Return whether samples depend on images of the data."""
+    """Return whether sampling depends on images of the data."""
     return run.timesteps is not None or bool(model.conditioner.keys - TEXT_AND_NUMBERS)
 
 
@@ -124,7 +124,7 @@ def _unconditional_drop(run: Run, model: LatentDiffusion) -> Drop:
 
 
 def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Paste grids below each other, each under its label."""
+    """Stack grids, each below its label."""
     font = ImageFont.load_default(size=12)
     width = max(max(grid.width, int(font.getlength(text)) + 8) for text, grid in grids)
     sheet = Image.new("RGB", (width, sum(grid.height + LABEL_HEIGHT for _, grid in grids)), "white")

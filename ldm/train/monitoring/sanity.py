@@ -1,10 +1,9 @@
-"""Checks the initial weights of a fine-tune before its first step.
+"""Check the initial weights of a fine-tune before its first step.
 
-The loss of one batch is compared with the loss of the best guess without a network: the best
-multiple of the noisy latent at each timestep, by the noise schedule and the variance of the
-latents. A trained model is far better; one that predicts v and is read as eps, or whose latents
-have the wrong scale, is worse. The same prediction is compared with eps, v and x0, which tells what
-it really is.
+The loss of the model is compared with that of the best guess without a network, the least-squares
+multiple of each noisy latent. A trained model is far better; one with the wrong prediction type
+(v taken for eps), or with latents of the wrong scale, is worse. The prediction is compared with
+eps, v and x0, to tell its actual type.
 """
 
 import logging
@@ -19,18 +18,18 @@ from ldm.data.source import collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train.monitoring.validation import evaluating
+from ldm.train.monitoring.validation import eval_mode
 from ldm.train.tasks.noise_levels import draw_timesteps
 
 __all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_guess"]
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 16
-# Above this fraction of the guess's loss the weights do not fit. Measured on the demo model: 0.22;
-# read as eps 1.7, as x0 6; latents times 0.18 1.4, times 5.5 2.4; random weights 1.0.
+SAMPLES = 16  # of the training data
+# Maximum of loss / loss of the guess. Measured on the demo model: 0.22; taken for eps 1.7, for x0
+# 6; latents times 0.18 1.4, times 5.5 2.4; random weights 1.0.
 LIMIT = 0.85
-STD_RANGE = (0.4, 2.5)  # of latents with a suitable scale factor
+STD_RANGE = (0.4, 2.5)  # standard deviation of latents with a plausible scale factor
 HINT = "\nhint: lightning.trainer.sanity=false trains it all the same"
 
 
@@ -38,11 +37,11 @@ HINT = "\nhint: lightning.trainer.sanity=false trains it all the same"
 class Comparison:
     """Losses of a model and of a guess on one batch."""
 
-    parameterization: str  # what the config says that the model predicts
+    parameterization: str  # of the config
     loss: float
     guess: float
-    ratios: Mapping[str, float]  # loss / guess if the model predicted eps, v or x0
-    std: float  # of the latents
+    ratios: Mapping[str, float]  # loss / guess, as if the model predicted eps, v, x0
+    std: float  # standard deviation of the latents
 
     @property
     def nearest(self) -> str:
@@ -50,7 +49,7 @@ class Comparison:
         return min(self.ratios, key=lambda name: self.ratios[name])
 
     def problem(self) -> str | None:
-        """Describe in one line what is suspicious, if anything is."""
+        """Return a one-line description of the problem; None if there is none."""
         numbers = (
             f"(loss {self.loss:.3f}, a guess {self.guess:.3f}, latents with std {self.std:.2f})"
         )
@@ -77,16 +76,16 @@ def check_initial_weights(
     """Check on a few samples that the weights of a model fit its config.
 
     Args:
-        samples: with images of the training data, of one size.
-        batch_size: what surely fits into memory.
+        samples: samples of the training data with images ("jpg") of one size.
+        batch_size: samples that fit into memory.
         timesteps: see `Diffusion`.
     Raises:
         ValueError: the model is hardly better than a guess; the message says what may be wrong.
     """
-    with evaluating(model):
+    with eval_mode(model):
         if isinstance(model, AutoencoderKL):
             image = torch.stack([one["jpg"] for one in samples[:batch_size]])
-            problem = find_problem_of_autoencoder(model, image)
+            problem = find_autoencoder_problem(model, image)
         else:
             generator = torch.Generator().manual_seed(seed)
             result = compare_with_guess(
@@ -112,7 +111,7 @@ def compare_with_guess(
     batch_size: int = SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> Comparison:
-    """Run the model once on noisy latents, at timesteps that are spread over the schedule."""
+    """Compare losses of a model and of the best guess, on noisy latents of some samples."""
     t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
@@ -145,15 +144,15 @@ def _predict(
 
 
 def _guess_loss(x: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of the multiple of x that fits best, for each sample."""
+    """Return the mean squared error of the best multiple of x, chosen for each sample."""
     x, target = x.flatten(1), target.flatten(1)  # (B, N)
     factor = (x * target).sum(1) / x.square().sum(1)  # (B,)
     return (factor[:, None] * x - target).square().mean()
 
 
 @torch.no_grad()
-def find_problem_of_autoencoder(model: AutoencoderKL, image: Tensor) -> str | None:
-    """Compare reconstructions of images (B, 3, H, W) with their mean colours."""
+def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
+    """Compare reconstructions of images (B, 3, H, W) with their mean colors."""
     image = image.to(model.quant_conv.weight.device)
     reconstruction = model.decode(model.encode(image).mode()).float()
     error = float((reconstruction - image).square().mean())

@@ -1,4 +1,4 @@
-"""When a run saves, draws, validates and exports, and how long it has trained."""
+"""Timers of a run: when an action is due, and how long a step took."""
 
 import math
 import time
@@ -9,7 +9,11 @@ __all__ = ["Every", "StepTimer"]
 
 
 class Every:
-    """True every so many minutes, every so many steps, or at steps 1, 2, 4, 8 … (early)."""
+    """Returns True when an action is due.
+
+    Args:
+        minutes, steps: intervals; None or 0 = never.
+        early: whether also at steps 1, 2, 4, 8 …."""
 
     def __init__(
         self, *, minutes: float | None = None, steps: float | None = None, early: bool = False
@@ -29,13 +33,13 @@ class Every:
 
 
 class StepTimer:
-    """Measures the seconds of training between `start` and `stop`.
+    """Measures the training time of a step, in seconds, between `start` and `stop`.
 
-    A step that takes much longer than most counts as PATIENCE ordinary ones: the process slept
-    (SIGSTOP, a closed lid), and that is not training.
+    A step counts as at most MAX_RATIO median steps: if it takes longer, the process was suspended
+    (SIGSTOP, a closed laptop).
     """
 
-    PATIENCE = 10
+    MAX_RATIO = 10
 
     def __init__(self) -> None:
         self.durations: deque[float] = deque(maxlen=101)
@@ -45,9 +49,9 @@ class StepTimer:
         self.began = time.monotonic()
 
     def stop(self) -> float:
-        """Return the seconds since the start, or the last stop."""
+        """Return the seconds since `start` or the last `stop`."""
         seconds = time.monotonic() - self.began
         usual = median(self.durations) if len(self.durations) >= 5 else math.inf
         self.durations.append(seconds)
         self.start()
-        return min(seconds, self.PATIENCE * usual)
+        return min(seconds, self.MAX_RATIO * usual)

@@ -1,7 +1,7 @@
-"""The loss by timestep: at which noise levels it is high.
+"""The mean loss by timestep, as a table and a plot.
 
 timesteps.csv                  step, from, to, loss, samples
-images/loss-per-timestep.png   the same as a plot; earlier curves are paler
+images/loss-per-timestep.png   curves of several steps, earlier ones paler
 """
 
 import csv
@@ -26,8 +26,8 @@ class TimestepLog:
     """Running means of the loss in bins of timesteps; each `write` halves the weight of the past.
 
     Args:
-        timesteps: of the noise schedule.
-        start: the step that the run resumes from.
+        timesteps: length of the noise schedule.
+        start: step that the run resumes from.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TimestepLog:
         self.curves = self._read(start) if ranks.is_first else {}
 
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Add losses (B,) of samples at timesteps t (B,); others than finite ones are skipped."""
+        """Add losses (B,) of samples at timesteps t (B,); non-finite ones are skipped."""
         bins = (t.cpu() * self.bins // self.timesteps).clamp(0, self.bins - 1)
         values = losses.detach().float().cpu()
         finite = values.isfinite()
@@ -53,7 +53,7 @@ class TimestepLog:
         """Write the means over all processes.
 
         Returns:
-            The plot; None on other processes than the first, and without matplotlib.
+            The path of the plot; None on processes but the first, or without matplotlib.
         """
         sums, counts = self._sum_over_ranks(self.sums), self._sum_over_ranks(self.counts)
         self.sums /= 2
@@ -69,10 +69,10 @@ class TimestepLog:
                 writer.writerow(COLUMNS)
             for k, (loss, count) in enumerate(zip(self.curves[step], counts, strict=True)):
                 if count > 0:
-                    writer.writerow([step, *self._limits(k), f"{loss:.6g}", f"{count:g}"])
+                    writer.writerow([step, *self._timestep_range(k), f"{loss:.6g}", f"{count:g}"])
         return self._plot(self.path.with_name("images") / "loss-per-timestep.png")
 
-    def _limits(self, k: int) -> tuple[int, int]:
+    def _timestep_range(self, k: int) -> tuple[int, int]:
         """Return the first and last timestep of a bin."""
         first, end = (-(-edge * self.timesteps // self.bins) for edge in (k, k + 1))
         return first, end - 1
@@ -102,7 +102,7 @@ class TimestepLog:
         figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
         axes = figure.add_subplot()
         steps = sorted(self.curves)[-MAX_CURVES:]
-        middles = torch.tensor([sum(self._limits(k)) / 2 for k in range(self.bins)])
+        middles = torch.tensor([sum(self._timestep_range(k)) / 2 for k in range(self.bins)])
         for index, step in enumerate(steps):
             age = (index + 1) / len(steps)
             is_last = step == steps[-1]

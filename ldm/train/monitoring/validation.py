@@ -1,7 +1,7 @@
-"""Validation: losses on held-out data, on the same batches with the same noise every time.
+"""Validation: losses on held-out data, always on the same batches with the same noise.
 
-val/loss        of the raw weights
-val/loss_ema    of the EMA weights
+val/loss        with the raw weights
+val/loss_ema    with the EMA weights
 """
 
 import logging
@@ -16,15 +16,15 @@ from ldm.data.source import Source
 from ldm.train.distributed.parallel import reshard
 from ldm.train.run import Run
 
-__all__ = ["evaluating", "validate"]
+__all__ = ["eval_mode", "validate"]
 
 log = logging.getLogger(__name__)
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Compute the means of all losses over the first batches of the held-out data.
+    """Compute mean losses over the first batches of the held-out data.
 
-    All processes call this and share the batches.
+    All processes call this, and share the batches.
 
     Returns:
         Losses by name, {} if no data is held out.
@@ -43,10 +43,10 @@ def validate(run: Run) -> dict[str, float]:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Keep a module in eval mode, without gradients, inside the context.
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Keep a module in eval mode, without gradients, within the context.
 
-    Not under `inference_mode`: gathered weights of sharded models are used for training again.
+    It does not use `inference_mode`, as gathered weights of sharded models serve training again.
     """
     training = [part for part in module.modules() if part.training]
     module.eval()
@@ -65,10 +65,10 @@ def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
     # The same on all ranks, as sharded weights are gathered for each forward pass.
     count = -(-_count_batches(run, held_out) // world_size)
     sums: dict[str, float] = {}
-    with evaluating(run.model):
-        for place, batch in enumerate(islice(batches, count)):
+    with eval_mode(run.model):
+        for k, batch in enumerate(islice(batches, count)):
             batch.pop("broken", None)
-            index = place * world_size + rank
+            index = k * world_size + rank
             generator = torch.Generator().manual_seed(run.seed * 1_000_003 + index)
             with run.autocast():
                 losses = run.task.loss(batch, generator)
@@ -79,7 +79,7 @@ def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
 
 
 def _count_batches(run: Run, held_out: Source) -> int:
-    """Return as many as the settings say, but at most one epoch."""
+    """Return the number of validation batches: that of the settings, at most one epoch."""
     limit = run.settings.callbacks.validate_batches
     epoch = held_out.batches_per_epoch(run.batch_size)
     return limit if epoch is None else max(1, min(limit, int(epoch)))

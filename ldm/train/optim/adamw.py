@@ -1,8 +1,8 @@
-"""AdamW for a CPU: torch's fused kernel, with the same result however weights are sharded.
+"""AdamW for CPUs: torch's fused kernel, with results that do not depend on sharding.
 
 The fused kernel takes a seventh of the time of torch's loop. It computes the last elements of a
-tensor, which do not fill a vector register, by other instructions, which round differently: so a
-weight would depend on how many processes share its tensor. Here that remainder is padded.
+tensor, which do not fill a vector register, by other instructions with different rounding, so that
+weights would depend on the number of processes. Here that remainder is padded.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ REGISTER = 32  # elements that the widest vector register holds
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, its state under the same names (arXiv:1711.05101)."""
+    """torch.optim.AdamW, with the same names in its state (arXiv:1711.05101)."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, **options: Any) -> None:
         super().__init__(params, lr=lr, fused=True, **options)
@@ -39,7 +39,7 @@ class AdamW(torch.optim.AdamW):
                 end = flat[0].numel() // REGISTER * REGISTER
                 if end:
                     rows.append([*(x[:end] for x in flat), step])
-                    step = step.clone()  # the kernel counts the step once for every row
+                    step = step.clone()  # the kernel increments the step once per row
                 if end < flat[0].numel():
                     copies = [F.pad(x[end:], (0, REGISTER - len(x[end:]))) for x in flat]
                     rows.append([*copies, step])
@@ -79,13 +79,13 @@ class AdamW(torch.optim.AdamW):
 
 
 def _fits_kernel(weight: Tensor, gradient: Tensor) -> bool:
-    """Return whether the kernel needs no remainder, and reads both in the same order."""
+    """Return whether the kernel needs no padding, as both have full registers and one order."""
     is_whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER == 0
     return is_whole and weight.stride() == gradient.stride()
 
 
 def _flatten(x: Tensor, like: Tensor) -> Tensor:
-    """View the local elements of x in the order in which those of `like` lie in memory."""
+    """View the local elements of x as (n,), in the memory order of `like`."""
     x, like = (y.to_local() if isinstance(y, DTensor) else y for y in (x, like))
     if x.stride() != like.stride():
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)

@@ -15,9 +15,9 @@ class EMA:
     """shadow = decay shadow + (1 - decay) weights, over the trainable parameters of a module.
 
     Args:
-        decay: its final value; it warms up as (1 + n) / (10 + n) over the first updates n.
-        device: where the average is kept; None = with the weights. The average of sharded
-            weights is sharded in the same way.
+        decay: after n updates, the smaller one of this and (1 + n) / (10 + n) is used.
+        device: device of the EMA; None = that of the weights. That of sharded weights is sharded in
+            the same way.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average towards the weights of `module`."""
+        """Update the EMA by the weights of `module`."""
         self.updates += 1
         # The warm-up is the original's: without it, initial weights would stay in for 1e4 steps.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -41,7 +41,7 @@ class EMA:
 
     @contextmanager
     def apply_to(self, module: nn.Module, *, enabled: bool = True) -> Iterator[None]:
-        """Give `module` the averaged weights inside the context, afterwards its own again."""
+        """Swap the EMA weights into `module` within the context."""
         if not enabled:
             yield
             return

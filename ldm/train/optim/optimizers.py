@@ -1,8 +1,8 @@
 """Optimizers: AdamW in 32 or 8 bits, Adafactor, Muon.
 
-Muon (Keller Jordan 2024) orthogonalizes the updates of weight matrices, except embeddings and
-narrow ones; these and all other parameters are updated by AdamW (arXiv:1711.05101). After 400
-steps of the demo autoencoder the loss was 0.57, with AdamW alone 0.81.
+Muon (Keller Jordan 2024) orthogonalizes the updates of weight matrices, except for embeddings and
+small ones; these and all other parameters are updated by AdamW (arXiv:1711.05101). After 400 steps
+of the demo autoencoder the loss was 0.57, with AdamW alone 0.81.
 """
 
 import math
@@ -19,12 +19,12 @@ from ldm.train.optim.adamw import AdamW
 
 __all__ = ["Muon", "make_optimizer"]
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # a Newton-Schulz iteration: singular values go to about 1
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients: singular values go to about 1
 NEWTON_SCHULZ_STEPS = 5
-MIN_SIDE = 16  # narrower matrices are updated by AdamW
+MIN_SIDE = 16  # smaller matrices are updated by AdamW
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
 Options = JsonObject
-Group = JsonObject  # of parameters, with their options
+Group = JsonObject  # a parameter group with its options
 Moments = dict[str, Tensor]
 
 
@@ -34,12 +34,11 @@ def make_optimizer(
     """Make the optimizer of a module's trainable parameters.
 
     Args:
-        name: "adamw"; "adamw8bit", its moments in 8 bits (arXiv:2110.02861), by bitsandbytes;
-            "adafactor", its second moments factored into rows and columns (arXiv:1804.04235);
-            "muon".
+        name: "adamw"; "adamw8bit" with moments in 8 bits (arXiv:2110.02861), by bitsandbytes;
+            "adafactor" with factored second moments (arXiv:1804.04235); "muon".
         options: keywords of that optimizer.
     Raises:
-        UnknownName: another name.
+        UnknownName: the name is unknown.
         ImportError: a package is missing.
     """
     check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
@@ -74,7 +73,7 @@ def _make_adamw8bit(
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, **options)
 
     def restore_steps(optimizer: torch.optim.Optimizer) -> None:
-        """Turn steps into integers: bitsandbytes needs those, a loaded state has tensors."""
+        """Convert steps to integers: bitsandbytes needs these, a loaded state has tensors."""
         for state in optimizer.state.values():
             state["step"] = int(state["step"])
 
@@ -86,10 +85,10 @@ class Muon(torch.optim.Optimizer):
     """Muon for parameter groups with `matrix`, AdamW for the others.
 
     Args:
-        lr: of both; updates of matrices are scaled to the size of AdamW's (arXiv:2502.16982).
-        momentum: of the matrices.
-        betas: of AdamW.
-        weight_decay: decoupled, of both.
+        lr: for both; Muon's updates are scaled to the RMS of AdamW's (arXiv:2502.16982).
+        momentum: for matrices.
+        betas: for AdamW.
+        weight_decay: decoupled, for both.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
-    """Compute the update of a matrix; a sharded one is gathered, and its update sharded again."""
+    """Compute Muon's update; a sharded gradient is gathered, and its update sharded again."""
     if not state:
         state["mean"] = torch.zeros_like(grad)
     state["mean"].lerp_(grad, 1 - group["momentum"])

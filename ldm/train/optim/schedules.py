@@ -1,11 +1,11 @@
-"""The learning rate at every step: our own schedules, or a `scheduler_config` of the original.
+"""Learning rate schedules: our own, or a `scheduler_config` of the original.
 
     LambdaLinearScheduler, LambdaWarmUpCosineScheduler2: cycles, with one list entry per cycle
         step n of a cycle < warm_up_steps:   f_start -> f_max, linear
         later:                               f_max -> f_min at the end of the cycle
     LambdaWarmUpCosineScheduler: one warm-up lr_start -> lr_max, then a half cosine to lr_min
 
-All their values are multiples of the learning rate.
+Their values are multipliers of the learning rate.
 """
 
 import math
@@ -17,7 +17,7 @@ from itertools import accumulate
 from ldm.runtime.errors import check_name, check_names, unknown_name
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["WHERE", "LearningRate", "lr_multiplier"]
+__all__ = ["WHERE", "LearningRate", "build_lr_multiplier"]
 
 DECAYS = ("constant", "linear", "cosine")
 LINEAR = "LambdaLinearScheduler"
@@ -37,30 +37,30 @@ class LearningRate:
 
     lr: float
     warm_up: float = 0  # steps, linear
-    decay: str = "constant"  # "linear" or "cosine": to 0
-    schedule: JsonMapping | None = None  # a `scheduler_config`, replaces `warm_up` and `decay`
+    decay: str = "constant"  # "linear" and "cosine" end at 0
+    schedule: JsonMapping | None = None  # a `scheduler_config`, instead of `warm_up` and `decay`
 
     def __post_init__(self) -> None:
         check_name("decay", self.decay, DECAYS)
-        self(0, 0.0)  # raises before anything is computed
+        self(0, 0.0)  # raises early for a wrong `schedule`
 
     def __call__(self, step: int, progress: float) -> float:
-        """Return the rate at a step, counted from 0, when `progress` (0 … 1) of the run is done.
+        """Return the rate at a step, counted from 0.
 
-        The decay follows `progress`, as a run may be limited by time.
+        The decay depends on `progress` (0 … 1) of the run, which may be limited by time.
         """
         if self.schedule:
-            return self.lr * lr_multiplier(self.schedule)(step)
+            return self.lr * build_lr_multiplier(self.schedule)(step)
         left = max(0.0, 1 - progress)
         factors = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
         return self.lr * min(1.0, (step + 1) / max(1, self.warm_up)) * factors[self.decay]
 
 
-def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
-    """Build the schedule of a `scheduler_config`: step -> multiple of the learning rate.
+def build_lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
+    """Build the schedule of a `scheduler_config`: step -> multiplier of the learning rate.
 
     Raises:
-        ValueError: unknown scheduler, or parameters that are missing or unknown.
+        ValueError: the scheduler or a parameter is unknown, or a parameter is missing.
     """
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in KEYS:
@@ -80,7 +80,7 @@ def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
     ends = list(accumulate(length for *_, length in cycles))
 
     def multiplier(step: int) -> float:
-        # A cycle includes its last step; after all cycles the last one keeps its final value.
+        # A cycle includes its last step; after the last cycle, its final value stays.
         k = min(bisect_left(ends, step), len(ends) - 1)
         warm_up, low, high, start, length = cycles[k]
         n = min(step - (ends[k] - length), length)

@@ -1,1 +1,1 @@
-"""Run folders: states to resume from, exported weights, initial weights."""
+"""Run folders: resume states, exported weights, initial weights."""

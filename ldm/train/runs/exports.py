@@ -1,13 +1,13 @@
-"""Exports of a run: files with the original's key names, which every program opens.
+"""Exports of a run: checkpoints with the original's key names, which other programs read.
 
-    weights  ema   the EMA weights in the place of the raw ones (what one wants to sample from)
+    weights  ema   the EMA weights instead of the raw ones, best for sampling
              raw   the raw weights
-             both  the raw weights, and the EMA under `model_ema.*`, as the original saves them
+             both  the raw weights, and the EMA as `model_ema.*`, as in the original
     dtype    half or full
     export   safetensors and/or ckpt
 
-The files have the config, the step and the origin of the weights as metadata. LoRA and embeddings
-are written in the formats of `Adaptation.write`.
+Metadata are the config, the step and the origin of the weights. LoRA and embeddings are written by
+`Adaptation.write`.
 """
 
 import json
@@ -37,18 +37,18 @@ __all__ = ["export", "export_best", "export_step"]
 log = logging.getLogger(__name__)
 
 DEFAULT_MONITOR = "val/loss_ema"
-# Metadata key of the config of a LoRA or embedding: CONFIG_KEY would make it a whole model.
+# Metadata key of the config of a LoRA or embedding: CONFIG_KEY would mark a whole model.
 ADAPTATION_CONFIG = "ldm.training.config"
-STATISTICS_IMAGES = 256  # that an autoencoder's latents are normalised on
+STATISTICS_IMAGES = 256  # from which an autoencoder's latents are normalized
 
 
 def export(run: Run, stem: Path | None = None) -> list[Path]:
-    """Write `stem`.safetensors and/or .ckpt, as `lightning.callbacks` says.
+    """Write STEM.safetensors and/or STEM.ckpt, by the options of `lightning.callbacks`.
 
-    All processes call this, as weights may be sharded, and the first writes.
+    All processes call this, as weights may be sharded; the first writes.
 
     Args:
-        stem: default: checkpoints/last.
+        stem: path without suffix; None = checkpoints/last.
     Returns:
         The files; [] on other processes, or if the weights are not finite.
     """
@@ -61,11 +61,11 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
         path = stem.with_name(f"{stem.name}.safetensors")
         if run.ranks.is_first:
             with run.state.ema.apply_to(run.task.trainable, enabled=has_ema):
-                run.task.write(path, _metadata(run))
+                run.task.write(path, _make_metadata(run))
         return [path] if run.ranks.is_first else []
-    state = _weights(run, ema=has_ema and options.weights == "ema")
+    state = _gather_weights(run, ema=has_ema and options.weights == "ema")
     if has_ema and options.weights == "both":
-        state |= _ema_weights(run)
+        state |= _gather_ema_weights(run)
     if not run.ranks.is_first:
         return []
     wide = [name for name, value in state.items() if value.dtype == torch.float32 and value.ndim]
@@ -75,24 +75,24 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
         log.warning(message, len(wide), names)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
     for path in paths:
-        write_checkpoint(path, state | _make_buffers(run, state), _metadata(run))
+        write_checkpoint(path, state | _make_buffers(run, state), _make_metadata(run))
     return paths
 
 
 def export_step(run: Run) -> list[Path]:
-    """Export to checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…, which stays."""
+    """Export to checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…."""
     return export(run, run.checkpoints / "trainstep_checkpoints" / _step_name(run))
 
 
 def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
-    """Export to checkpoints/epoch=…-step=…-loss_ema=0.123456.… if few exports are better.
+    """Export to checkpoints/epoch=…-step=…-loss_ema=0.123456.… if it is among the best.
 
     All processes call this.
 
     Args:
-        losses: on held-out data, as `validate` returns them.
+        losses: validation losses by name, see `validate`.
     Raises:
-        ValueError: the monitored one is not among them.
+        ValueError: the monitored loss is not among them.
     """
     options = run.settings.callbacks
     limit = options.best
@@ -126,15 +126,15 @@ def _step_name(run: Run) -> str:
 
 
 def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
-    """List (value, file without ending) of the exports for a loss, the best first."""
-    # A LoRA has a second file, `…=0.1-diffusers.safetensors`, which is not an export of its own.
+    """List (value, path without suffix) of the exports for a loss, the best first."""
+    # `…=0.1-diffusers.safetensors` is the second file of a LoRA, not another export.
     title = re.escape(title)
     pattern = re.compile(rf"(epoch=\d+-step=\d+-{title}=(-?\d+\.\d+))\.(safetensors|ckpt)")
     matches = [pattern.fullmatch(path.name) for path in folder.glob("epoch=*")]
     return sorted({(float(match[2]), folder / match[1]) for match in matches if match})
 
 
-def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
+def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     """Copy the weights of the whole model to the CPU, under the original's names."""
     images: Iterator[Tensor] = (one["jpg"] for one in _statistics_samples(run))
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
@@ -147,7 +147,7 @@ def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a weight, unless it is a number by itself or holds some that are too large."""
+    """Cast a weight, unless it is a scalar or has values that overflow."""
     if not (value.is_floating_point() and value.ndim):
         return value
     try:
@@ -157,17 +157,19 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
-    """Yield samples of the data, read when the first is asked for, as an autoencoder does."""
+    """Yield samples of the data, which are not read unless an autoencoder asks for them."""
     yield from run.source.fixed_samples(STATISTICS_IMAGES)
 
 
-def _ema_weights(run: Run) -> dict[str, Tensor]:
-    """Return `model_ema.*`: names without dots, the decay and the number of updates."""
+def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
+    """Return `model_ema.*` as in the original: names without dots, decay, number of updates."""
     ema = run.state.ema
     engine = has_engine_names(run.model.state_dict())
     averaged = {original_name(name, engine=engine) for name in ema.shadow}
     state = {
-        ema_name(name): value for name, value in _weights(run, ema=True).items() if name in averaged
+        ema_name(name): value
+        for name, value in _gather_weights(run, ema=True).items()
+        if name in averaged
     }
     state["model_ema.decay"] = torch.tensor(ema.decay, dtype=torch.float32)
     state["model_ema.num_updates"] = torch.tensor(ema.updates, dtype=torch.int32)
@@ -183,7 +185,7 @@ def _make_buffers(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in buffers.items() if name not in state}
 
 
-def _metadata(run: Run) -> dict[str, str | int]:
+def _make_metadata(run: Run) -> dict[str, str | int]:
     state = run.state
     origin = {
         "seed": run.seed,
@@ -202,6 +204,6 @@ def _metadata(run: Run) -> dict[str, str | int]:
     if run.config_text:
         key = ADAPTATION_CONFIG if isinstance(run.task, Adaptation) else CONFIG_KEY
         metadata[key] = run.config_text
-    if isinstance(run.task, Adaptation):  # which describes what it writes
+    if isinstance(run.task, Adaptation):  # its `write` adds the rest
         return {**metadata, "modelspec.title": run.folder.name}
     return describe_model(run.model, run.folder.name, metadata=metadata)

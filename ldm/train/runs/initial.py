@@ -1,4 +1,4 @@
-"""Initial weights of a run: files in its config, for the model or for its parts."""
+"""Load the initial weights of a run, from files that its config names."""
 
 from collections.abc import Sequence
 
@@ -18,25 +18,24 @@ __all__ = ["load_initial_weights", "measure_scale", "resize_weight"]
 
 
 def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
-    """Load `ckpt_path` of the model and of its first stage, files or folders, if the config has it.
+    """Load `ckpt_path` of the model and of its first stage, files or folders, if set.
 
-    The EMA starts from these weights, as with the original's `reset_ema`. With `scale_by_std` the
+    The EMA starts from these weights, as with the original's `reset_ema`. With `scale_by_std`, the
     scale that was measured for them is loaded, too.
 
     Args:
-        params: of the model, as in the config. The original's options hold: `load_only_unet`;
-            `ignore_keys`, prefixes of names that are not loaded; `finetune_keys`, weights that may
-            have fewer input channels in the file (default: the UNet's first), the new ones are
-            zero; `make_it_fit`, all weights may have another width in the file, see
-            `resize_weight`.
+        params: `model.params` of the config. The original's options are supported:
+            `load_only_unet`; `ignore_keys`, prefixes of names not to load; `finetune_keys`, weights
+            that may have fewer input channels in the file (default: the UNet's first), with zeros
+            for the new ones; `make_it_fit`, weights may have other shapes, see `resize_weight`.
     Returns:
-        Whether the model itself had weights to start from, so that this is a fine-tune.
+        Whether the model itself was loaded, so that this is a fine-tune.
     Raises:
         ValueError: the weights do not fit the model.
     """
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
     is_partial = not params.get("ckpt_path") or params.get("load_only_unet")
-    # Where a whole model replaces its first stage, that file may be gone.
+    # Not read if a whole model replaces it: the file may be missing by now.
     if first_stage.get("ckpt_path") and (is_partial or params.get("ignore_keys")):
         _load(model.get_submodule("autoencoder"), first_stage, "autoencoder.")
     if not params.get("ckpt_path"):
@@ -62,7 +61,7 @@ def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Gener
     The original's `scale_by_std`: Rombach et al. 2022 (arXiv:2112.10752), appendix G.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1], the first of the data.
+        images: (B, 3, H, W) in [-1, 1], the first batch of the data.
     """
     if model.scale_factor != 1:
         raise ValueError(f"scale_by_std measures `scale_factor`, which is {model.scale_factor}")
@@ -105,10 +104,9 @@ def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:
 
 
 def resize_weight(old: Tensor, shape: torch.Size) -> Tensor:
-    """Resize a weight (out, in, …) or bias (out,): outputs and inputs are repeated.
+    """Resize a weight (out, in, …) or bias (out,) by repeating outputs and inputs.
 
-    Inputs that repeat the same old one are divided by one more than their number, as the original
-    does.
+    An input that occurs n times is divided by n + 1, as in the original.
     """
     if old.shape == shape:
         return old

@@ -1,4 +1,4 @@
-"""The folders of runs, laid out as the original does.
+"""Folders of runs, with the original's layout.
 
 logs/2026-11-21T15-00-00_NAME/
     configs/2026-11-21T15-00-00-project.yaml   model and data
@@ -37,30 +37,30 @@ log = logging.getLogger(__name__)
 TIME = "%Y-%m-%dT%H-%M-%S"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATES = "checkpoints/state-*"
-LAUNCH = ".launch.json"  # in a run folder: the torchruns that started it, and from what state
+LAUNCH = ".launch.json"  # torchruns that started the run, and the state that they resumed
 
 
 @dataclass(frozen=True)
 class ExistingRun:
-    """A run that exists, and the state to resume from; None if it died before the first."""
+    """An existing run, and the state to resume from; None if it has none yet."""
 
     folder: Path
     state: Path | None
 
 
 def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRun | None:
-    """Find the run to go on with, None if a new one shall begin.
+    """Find the run to continue; None for a new one.
 
     Args:
-        torchruns: those that started these processes. A run that one of them has started before is
-            resumed, as after a failure, whatever else is requested.
+        torchruns: ids of the torchruns that started these processes. A run that one of them has
+            started before is resumed, as after a failure, regardless of the request.
     Raises:
-        ValueError: a run is requested and does not exist, or has no state to resume from.
+        ValueError: the requested run does not exist, or has no state to resume from.
     """
     logdir = request.logdir
     path = Path(request.resume).expanduser() if request.resume else None
     if torchruns and request.train:
-        candidates = [_run_folder(path), _run_folder(logdir / path)] if path else []
+        candidates = [_find_run_folder(path), _find_run_folder(logdir / path)] if path else []
         for folder in (*candidates, *(launch.parent for launch in logdir.glob(f"*/{LAUNCH}"))):
             launch_ = _read_launch(folder)
             if not {*torchruns}.isdisjoint(launch_.get("starters", ())):
@@ -85,17 +85,17 @@ def list_states(checkpoints: Path) -> list[Path]:
 
 
 def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
-    """Read the config: of the existing run, overlaid by files, then by overrides."""
+    """Read the config of the existing run, updated by files, then by overrides."""
     from ldm.loading.config import format_yaml, parse_yaml
 
-    saved = _saved_configs(existing.folder) if existing else []
+    saved = _find_configs(existing.folder) if existing else []
     files: list[str | Path] = [*saved, *request.configs]
     if not files:
         folder = existing.folder if existing else request.logdir
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
-    texts = [_config_text(file) for file in files]
+    texts = [_read_config_text(file) for file in files]
     for path in (Path(file).expanduser() for file in files):
-        if path.is_dir():  # its weights are started from, whatever the other files name
+        if path.is_dir():  # start from its weights, whatever the other files say
             start = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
             texts.append(format_yaml(start))
     where, sections = " + ".join(map(str, files)), ("data", "lightning")
@@ -105,7 +105,7 @@ def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObje
 def prepare_folder(
     request: TrainRequest, existing: ExistingRun | None, torchruns: Sequence[str] = ()
 ) -> Path:
-    """Return the folder of the run, new if there is none; torchruns that started it are saved."""
+    """Return the folder of the run, a new one if there is none; save the ids of torchruns."""
     folder = existing.folder if existing else _new_folder(request)
     if torchruns and request.train:
         state = existing.state.name if existing and existing.state else None
@@ -115,8 +115,8 @@ def prepare_folder(
     return folder
 
 
-def _config_text(path: str | Path) -> str:
-    """Return the YAML in a file, or of a diffusers folder."""
+def _read_config_text(path: str | Path) -> str:
+    """Return the YAML of a file, or that of a diffusers folder."""
     from ldm.loading.config import read_config_text
     from ldm.loading.files.checkpoint import CONFIG_KEY
     from ldm.loading.weights import read_weights
@@ -132,7 +132,7 @@ def save_config(folder: Path, raw: JsonMapping) -> None:
     others = {key: value for key, value in raw.items() if key != "lightning"}
     parts = {"project": others, "lightning": {"lightning": raw.get("lightning", {})}}
     texts = {kind: format_yaml(part) for kind, part in parts.items()}
-    if [path.read_text("utf-8") for path in _saved_configs(folder)] == list(texts.values()):
+    if [path.read_text("utf-8") for path in _find_configs(folder)] == list(texts.values()):
         return
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     now = datetime.now().strftime(TIME)
@@ -169,11 +169,12 @@ def _new_folder(request: TrainRequest) -> Path:
 
 def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
     """Find a run by its folder, its name in the folder of runs, or a path in its checkpoints/."""
-    places = (path, logdir / path, *_list_runs(logdir, path.name))  # as links may be refused
-    path = next((place for place in places if place.exists()), path)
+    # The system may not allow the link logs/NAME: look for runs of that name, too.
+    candidates = (path, logdir / path, *_list_runs(logdir, path.name))
+    path = next((candidate for candidate in candidates if candidate.exists()), path)
     if not path.exists():
         raise ValueError(f"no run and no state `{path}`")
-    checkpoints, folder = _checkpoints(path), _run_folder(path)
+    checkpoints, folder = _find_checkpoints(path), _find_run_folder(path)
     if checkpoints and path != checkpoints and not path.name.startswith("last"):
         if not (path / "run.json").is_file():
             raise ValueError(
@@ -187,19 +188,19 @@ def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
     return ExistingRun(folder, states[-1])
 
 
-def _checkpoints(path: Path) -> Path | None:
-    """Return the folder `checkpoints` that a path is, or lies in."""
+def _find_checkpoints(path: Path) -> Path | None:
+    """Return the folder `checkpoints` that a path is or lies in; None if there is none."""
     return next((p for p in (path, *path.absolute().parents) if p.name == "checkpoints"), None)
 
 
-def _run_folder(path: Path) -> Path:
+def _find_run_folder(path: Path) -> Path:
     """Return the folder of the run that a path belongs to; it need not exist."""
-    checkpoints = _checkpoints(path)
+    checkpoints = _find_checkpoints(path)
     return (checkpoints.parent if checkpoints else path).resolve()
 
 
 def _read_launch(folder: Path) -> JsonObject:
-    """Read what `prepare_folder` has saved, {} if nothing."""
+    """Read the launch that `prepare_folder` saved; {} if there is none."""
     try:
         launch: JsonObject = json.loads((folder / LAUNCH).read_text("utf-8"))
     except (OSError, ValueError):
@@ -208,7 +209,7 @@ def _read_launch(folder: Path) -> JsonObject:
 
 
 def _state_since(folder: Path, launch: JsonMapping) -> Path | None:
-    """Return the newest state since a launch, else that which it resumed, else the newest."""
+    """Return the newest state since a launch, else the one it resumed, else the newest."""
     states = {path.name: path for path in list_states(folder / "checkpoints")}
     since = [path for name, path in states.items() if name not in launch["states"]]
     if since:
@@ -222,23 +223,23 @@ def _list_runs(logdir: Path, name: str) -> list[Path]:
     return sorted((p for p in folders if TIMESTAMP.sub("", p.name, count=1) == name), reverse=True)
 
 
-def _saved_configs(folder: Path) -> list[Path]:
+def _find_configs(folder: Path) -> list[Path]:
     """Return the newest project and lightning files of a run."""
     files = [sorted((folder / "configs").glob(f"*-{k}.yaml")) for k in ("project", "lightning")]
     return [paths[-1] for paths in files if paths]
 
 
 def _replace_link(link: Path, folder: Path) -> None:
-    """Put a relative link in place; a file or folder of that name stays."""
+    """Create or replace a relative link, but not a file or folder of that name."""
     if link.exists() and not link.is_symlink():
         log.warning("`%s` is not a link, so it does not lead to the new run `%s`", link, folder)
         return
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     try:
         temporary.symlink_to(folder.name, target_is_directory=True)
-        if os.name == "nt":  # where nothing is renamed over a link to a folder
+        if os.name == "nt":  # where a link to a folder cannot be replaced by renaming
             link.unlink(missing_ok=True)
         temporary.replace(link)
-    except (OSError, NotImplementedError):  # links are refused
+    except (OSError, NotImplementedError):  # links are not allowed
         temporary.unlink(missing_ok=True)
         log.info("the run is `%s`", folder)

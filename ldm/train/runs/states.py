@@ -1,8 +1,8 @@
-"""Resume states on disk: checkpoints/state-00001000/, complete or not there.
+"""Resume states on disk: checkpoints/state-00001000/, written atomically.
 
-A state is written into a hidden folder beside its final place, in pieces by every process, flushed,
-and then renamed: whenever a process dies or a disk fills up, the states before are untouched and no
-half-written state has the name of one. Any number of processes can resume from it.
+Each process writes its part of a state into a hidden folder, which is flushed and then renamed: if
+a process dies or the disk fills up, earlier states are untouched, and no incomplete state has the
+name of a complete one. Any number of processes can resume from it.
 """
 
 import json
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 NUMBERS = "run.json"
 METADATA = ".metadata"
-# All that torch's index of the pieces is pickled from; one that names anything else is refused.
+# The globals that torch's pickled index of a state may name; any other one is refused.
 TRUSTED_GLOBALS = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
     r"|torch\.(Size|b?float\d+|u?int\d+|bool|serialization\._get_layout)"
@@ -42,21 +42,21 @@ Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 @dataclass(frozen=True)
 class States:
-    """The resume states in a folder of checkpoints, of which the newest `keep` stay."""
+    """The resume states in a folder of checkpoints, of which the newest `keep` are kept."""
 
     folder: Path
     ranks: Ranks
     keep: int = 2
 
     def newest(self) -> Path | None:
-        """Return the last complete state, None if there is none."""
+        """Return the newest complete state; None if there is none."""
         return next(reversed(list_states(self.folder)), None)
 
     def save(self, state: State) -> Path:
-        """Write the state of all processes, and then deletes old ones.
+        """Write the state of all processes, then delete old ones.
 
         Raises:
-            OSError: it cannot be written, on all processes; the states before stay.
+            OSError: it cannot be written; raised on all processes. Earlier states are kept.
         """
         path = self.folder / f"state-{state.step:08}"
         part = self.folder / f".{path.name}.part"
@@ -104,11 +104,11 @@ class States:
         (part / NUMBERS).write_text(json.dumps(state.numbers()), "utf-8")
         flush_to_disk(part / NUMBERS)
         flush_to_disk(part)
-        if path.exists():  # the same step again, after a change of the time spent
+        if path.exists():  # the same step saved again, with other seconds
             path.replace(path.with_name(f".{path.name}.old"))
         part.replace(path)
         flush_to_disk(self.folder)
-        # Later states are of a branch that was left when an older state was resumed.
+        # Later states belong to a branch that was abandoned when an older state was resumed.
         states = list_states(self.folder)
         newest = [old for old in states if old.name <= path.name][-self.keep :]
         for old in states:
@@ -119,10 +119,10 @@ class States:
 
 
 def _make_empty(part: Path) -> None:
-    """Make an empty folder, and clear up what earlier attempts have left."""
+    """Create an empty folder, after cleaning up interrupted attempts."""
     folder = part.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".state-*.old"):  # moved aside for a successor, perhaps never written
+    for old in folder.glob(".state-*.old"):  # moved aside for a new state, which may be missing
         path = folder / old.name.removeprefix(".").removesuffix(".old")
         if not path.exists():
             old.replace(path)

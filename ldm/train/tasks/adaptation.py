@@ -1,4 +1,4 @@
-"""Training of a LoRA, of a textual inversion, or of both, for a frozen model.
+"""Training of a LoRA, a textual inversion, or both, for a frozen model.
 
     lightning:
       lora: {rank: 8, alpha: 8, targets: [transformer, text]}             see TARGETS
@@ -26,7 +26,7 @@ from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = ["TARGETS", "Adaptation"]
 
-# Sets of layers, as patterns of their names in diffusers.
+# Sets of layers, as patterns of their diffusers names.
 TARGETS = {
     "attention": r"unet\..*\.attn[12]\..*",
     "transformer": r"unet\..*attentions\..*",  # the layers that kohya's scripts train
@@ -37,14 +37,14 @@ INIT = "lightning.textual_inversion.init"
 
 
 class Adaptation(Task):
-    """Training of a LoRA and/or the embedding of a new token, on the loss of `Diffusion`.
+    """Training of a LoRA and/or the embedding of a new token, with the loss of `Diffusion`.
 
     Args:
-        task: has the model, which is frozen here.
-        lora: {rank, alpha (default: the rank), targets}, or empty for none.
-        textual_inversion: {token, vectors (1), init}, or empty for none. Each text encoder gets its
-            own vectors. init: words whose vectors are the initial ones; default: the mean of all
-            token embeddings.
+        task: provides the loss and the model, which is frozen.
+        lora: {rank, alpha (default: rank), targets}, or empty for none.
+        textual_inversion: {token, vectors (number, 1), init}, or empty for none. Each text encoder
+            has vectors of its own, initially those of the words `init`, or the mean of all token
+            embeddings.
     """
 
     def __init__(self, task: Diffusion, lora: JsonMapping, textual_inversion: JsonMapping) -> None:
@@ -75,7 +75,7 @@ class Adaptation(Task):
             self.attach_vectors()
 
     def attach_vectors(self) -> None:
-        """Give each text encoder its vectors of the token."""
+        """Add the token and its vectors to each text encoder."""
         encoders = self.model.conditioner.find_all(TextEncoder)
         for text, vectors in zip(encoders, self.vectors.values(), strict=True):
             text.added_embeddings[self.token] = vectors
@@ -95,9 +95,9 @@ class Adaptation(Task):
         return self.task.weights_to_export(images)
 
     def write(self, path: Path, metadata: Mapping[str, str | int]) -> None:
-        """Write the LoRA in kohya's format to `path` and in diffusers' to `-diffusers` beside it.
+        """Write the LoRA in kohya's format to PATH, and in diffusers' format to PATH-diffusers.
 
-        The embedding goes to `path`, or to `-word` beside it if there is a LoRA.
+        The embedding is written to PATH, or to PATH-word if there is a LoRA.
         """
         if self.lora is not None:
             write_lora(self.lora, path, self.model, "kohya", metadata)
@@ -128,7 +128,7 @@ def _build_lora(
 
 
 def _initial_vectors(text: TextEncoder, init: str | None) -> Tensor:
-    """Return the vectors (k, D) of the words of `init`, else the mean of all tokens' (1, D)."""
+    """Return the vectors (k, D) of the tokens of `init`; None: the mean of all tokens, (1, D)."""
     if init is None:
         return text.token_embeddings().mean(0, keepdim=True)
     if not tokenizer.encode(init, tokenizer.OPEN_CLIP):

@@ -1,7 +1,7 @@
-"""Training of an autoencoder on pixels.
+"""Training of an autoencoder.
 
-    Reconstruction    pixel losses only: needs no other network, and is enough for small models
-    Adversarial       the original's: pixels, LPIPS, and a discriminator from step `disc_start` on
+    Reconstruction    pixel losses + KL, without other networks; sufficient for small models
+    Adversarial       the original's: L1 + LPIPS + KL, and a GAN loss from step `disc_start` on
 
 Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752), G.
 """
@@ -35,15 +35,15 @@ __all__ = [
     "LossConfig",
     "Reconstruction",
     "build_autoencoder_task",
-    "normalise_latents",
+    "normalize_latents",
     "psnr",
 ]
 
-MAX_D_WEIGHT = 1e4
-VALUES_PER_WORST = 500  # 1 in 500 values of an image counts as its worst
-OUTLIER = 6.0  # largest normalised activation that costs nothing
+MAX_D_WEIGHT = 1e4  # of the discriminator's adaptive weight, the original's `d_weight`
+WORST_DIVISOR = 500  # the largest 1 / 500 of the errors of an image is its peak error
+MAX_ACTIVATION = 6.0  # largest normalized activation without penalty
 EPS = 1e-4  # added to the denominator of d_weight
-# Penalty of logits where they should be negative.
+# penalty of logits that should be negative
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda logits: F.relu(1 + logits),
     "vanilla": F.softplus,
@@ -59,12 +59,12 @@ def build_autoencoder_task(
     *,
     load_weights: bool = True,
 ) -> "Reconstruction | Adversarial":
-    """Build the task that the `lossconfig` of a model asks for; without one, Reconstruction.
+    """Build the task of the `lossconfig` of a model; without one, Reconstruction.
 
     Args:
-        params: of the model. The file `ckpt_path` may have weights of the losses.
+        params: `model.params`; the file `ckpt_path` may have weights of the losses.
         objective: keywords of the task; `perceptual` is {ckpt_path: files of LPIPS}.
-        load_weights: False keeps LPIPS as it is initialised, enough to count its parameters.
+        load_weights: whether to load LPIPS; False if only sizes matter.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     losses = instantiate(spec, where="model.params.lossconfig")
@@ -90,17 +90,17 @@ def build_autoencoder_task(
 
 @dataclass(eq=False)
 class Reconstruction(Task):
-    """Training of an AutoencoderKL on differences of pixels in [-1, 1]."""
+    """Training of an AutoencoderKL on pixel errors of images in [-1, 1]."""
 
     model: AutoencoderKL
     _: KW_ONLY
     l1: float = 1.0  # weight of the mean absolute error
     l2: float = 1.0  # weight of the mean squared error
     gradient: float = 0.5  # weight of the absolute error of the image gradient (edges)
-    kl: float = 1e-6  # weight of the divergence from a standard normal, nats per image
-    peak: float = 0.0  # weight of the mean absolute error of the worst 1 in 500 values
-    outlier: float = 0.0  # weight of single large activations in the decoder, `_outlier_loss`
-    trained: str = "all"  # parts to train; "decoder" keeps the latents as they are
+    kl: float = 1e-6  # weight of the KL divergence from a standard normal, in nats per image
+    peak: float = 0.0  # weight of the peak error: mean of the largest 1 / 500 of absolute errors
+    outlier: float = 0.0  # weight of `_outlier_loss`, against huge activations in the decoder
+    trained: str = "all"  # or "decoder", which does not change the latents
 
     def __post_init__(self) -> None:
         self.trainable = self.model
@@ -118,7 +118,7 @@ class Reconstruction(Task):
         loss = loss + self.gradient * edges + self.kl * kl
         if self.peak:
             errors = error.abs().flatten(1)
-            worst = errors.topk(max(1, errors.shape[1] // VALUES_PER_WORST)).values
+            worst = errors.topk(max(1, errors.shape[1] // WORST_DIVISOR)).values
             loss = loss + self.peak * worst.mean()
         if self.outlier:
             loss = loss + self.outlier * _outlier_loss(maxima)
@@ -127,13 +127,13 @@ class Reconstruction(Task):
 
     @torch.inference_mode()
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return the weights; if all are trained, latents of the images get mean 0 and std 1."""
+        """Return the weights; unless only the decoder is trained, latents are normalized."""
         if self.trained == "decoder":
             return self.model.state_dict()
         device = self.model.quant_conv.weight.device
         z = [self.model.encode(image[None].to(device)).mode() for image in images]
         model = copy.deepcopy(self.model)
-        normalise_latents(model, torch.cat(z))
+        normalize_latents(model, torch.cat(z))
         return model.state_dict()
 
 
@@ -141,15 +141,15 @@ class Reconstruction(Task):
 class LossConfig:
     """Parameters of the original's `lossconfig`."""
 
-    disc_start: int  # steps before the discriminator counts
-    logvar_init: float = 0.0  # initial log of the variance of an error
-    kl_weight: float = 1.0  # of nats per image
-    pixelloss_weight: float = 1.0  # without effect
+    disc_start: int  # first step with the discriminator
+    logvar_init: float = 0.0  # initial log variance of the error
+    kl_weight: float = 1.0  # of the KL divergence, in nats per image
+    pixelloss_weight: float = 1.0  # unused, as in the original
     disc_num_layers: int = 3
     disc_in_channels: int = 3
-    disc_factor: float = 1.0  # 0 leaves the discriminator out
-    disc_weight: float = 1.0  # norm of its gradient at the last layer, relative to that of nll
-    perceptual_weight: float = 1.0  # of LPIPS beside the absolute error
+    disc_factor: float = 1.0  # weight of both GAN losses; 0 disables them
+    disc_weight: float = 1.0  # gradient norm of the GAN loss at the last layer, relative to nll's
+    perceptual_weight: float = 1.0  # of LPIPS, relative to the absolute error
     use_actnorm: bool = False
     disc_conditional: bool = False
     disc_loss: str = "hinge"  # or "vanilla"
@@ -173,9 +173,9 @@ class Adversarial(Task):
     losses: LossConfig
     _: KW_ONLY
     perceptual: LPIPS | None = None  # may be None if its weight is 0
-    trained: str = "all"  # parts to train; or "decoder"
-    learn_logvar: bool = False  # train the log variance of an error
-    export_losses: bool = False  # as `loss.*`, as the original does
+    trained: str = "all"  # or "decoder"
+    learn_logvar: bool = False  # whether to train the log variance of the error
+    export_losses: bool = False  # whether to export weights of the losses as `loss.*`
 
     def __post_init__(self) -> None:
         model, losses = self.model, self.losses
@@ -202,7 +202,7 @@ class Adversarial(Task):
 
     @property
     def trains_discriminator(self) -> bool:
-        # Before disc_start its loss is 0, so training it would change nothing.
+        # Before disc_start its loss is 0, so that training it has no effect.
         return self.losses.disc_factor > 0 and self.step >= self.losses.disc_start
 
     @property
@@ -214,9 +214,9 @@ class Adversarial(Task):
 
             loss = nll + kl_weight kl + disc_factor d_weight g,    g = -mean(logits)
 
-        where d_weight scales the gradient of g at the last layer to disc_weight times the norm of
-        that of nll. To that end nll and g are each differentiated once, down to the reconstruction;
-        their sum is backpropagated from there.
+        where d_weight scales the gradient norm of g at the last layer to disc_weight times that of
+        nll. For that, nll and g are each differentiated with respect to the reconstruction, and the
+        weighted sum of these gradients is backpropagated from there.
         """
         image = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
         losses = self.losses
@@ -268,7 +268,7 @@ class Adversarial(Task):
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
     def load_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Load discriminator and logvar, where `losses` (from `loss_weights`) has them."""
+        """Load discriminator and logvar, if `losses` (from `loss_weights`) has them."""
         prefix = "discriminator."
         state = {n.removeprefix(prefix): v for n, v in losses.items() if n.startswith(prefix)}
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
@@ -294,7 +294,7 @@ class Adversarial(Task):
         return state
 
     def _nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean error, and the negative log likelihood (Laplace) per image."""
+        """Return the mean error, and the negative log likelihood (Laplace) summed per image."""
         error = (image - reconstruction).abs()  # (B, 3, H, W)
         if self.perceptual is not None:
             distance = self.perceptual(image, reconstruction).float()  # (B, 1, 1, 1)
@@ -307,7 +307,8 @@ class Adversarial(Task):
     ) -> Tensor:
         """Return |grad nll| / |grad g| with respect to the weights of the last layer.
 
-        h: input of the last layer. grad, grad_g: with respect to the reconstruction.
+        h: input of the last layer. grad, grad_g: gradients of nll and g with respect to the
+        reconstruction.
         """
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
@@ -327,11 +328,10 @@ def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
-    """Fold mean and std of every channel of latents z (N, C, h, w) into the 1x1 convolutions.
+def normalize_latents(model: AutoencoderKL, z: Tensor) -> None:
+    """Fold mean and std per channel of latents z (N, C, h, w) into the 1x1 convolutions.
 
-    Afterwards the latents have mean 0 and std 1 (so the scale factor is 1) and decode to the same
-    images.
+    Afterwards latents have mean 0 and std 1 (scale factor 1), and decode to the same images.
     """
     channels = z.shape[1]
     mean = z.mean(dim=(0, 2, 3))
@@ -343,17 +343,17 @@ def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
     post_quant.weight *= std[None, :, None, None]
     quant.weight[:channels] /= std[:, None, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
-    quant.bias[channels:] -= 2 * std.log()  # log variances scale with the square
+    quant.bias[channels:] -= 2 * std.log()  # a scale enters the log variance squared
 
 
 def _move(module: ModuleT, device: torch.device) -> ModuleT:
-    """Move to a device, unless it is there: fake tensors (of a dry run) cannot be moved."""
+    """Move to a device if needed: fake tensors (of a dry run) cannot be moved."""
     return module if next(module.parameters()).device == device else module.to(device)
 
 
 @contextmanager
 def _record_maxima(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the largest absolute values in each channel of layers, (B, C), within the context."""
+    """Collect the absolute maximum of each channel of layers' outputs, (B, C) each."""
     maxima: list[Tensor] = []
 
     def record(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
@@ -366,17 +366,17 @@ def _record_maxima(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def _outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
-    """Return the mean over layers of (maximum - 6) / 6 where it is positive.
+    """Return the mean over layers of (maximum - 6) / 6, where it is positive.
 
-    A norm removes the scale of an image. A decoder can keep it by a few huge activations in a
-    corner, which then make up all of the variance, and leave a speck there (Karras et al. 2020,
+    A norm removes the scale of an image. A decoder can pass it on by a few huge activations in a
+    corner, which dominate the variance and leave a blob there (Karras et al. 2020,
     arXiv:1912.04958, section 2).
     """
-    return torch.stack([F.relu(maximum / OUTLIER - 1).mean() for maximum in maxima]).mean()
+    return torch.stack([F.relu(maximum / MAX_ACTIVATION - 1).mean() for maximum in maxima]).mean()
 
 
 def _freeze_encoder(model: AutoencoderKL, parts: str) -> None:
-    """Freeze what latents depend on, if only the decoder is trained."""
+    """Freeze the encoder if only the decoder is trained."""
     check_name("value of trained", parts, ("all", "decoder"), "lightning.objective")
     if parts == "decoder":
         model.encoder.requires_grad_(False)
@@ -384,7 +384,7 @@ def _freeze_encoder(model: AutoencoderKL, parts: str) -> None:
 
 
 def _read_loss_weights(params: Section) -> dict[str, Tensor]:
-    """Read `loss.*` of the checkpoint that the model starts from, without `ignore_keys`."""
+    """Read `loss.*` of the initial checkpoint, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
@@ -393,6 +393,6 @@ def _read_loss_weights(params: Section) -> dict[str, Tensor]:
 
 
 def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
-    """Return a scalar equal to `value`, with the given gradient with respect to each tensor."""
+    """Return a scalar equal to `value`, with given gradients with respect to tensors."""
     linear = torch.stack([(tensor * gradient).sum() for tensor, gradient in gradients]).sum()
     return value.detach() + (linear - linear.detach())

@@ -1,4 +1,4 @@
-"""Loss of a denoiser, with the original's weights."""
+"""The loss of a denoiser: weighting by noise level, and the original's terms."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -17,29 +17,29 @@ WEIGHTINGS = ("eps", "v", "edm", "unit")
 
 @dataclass(eq=False, repr=False)
 class Criterion(nn.Module):
-    """The loss of prediction errors at timesteps; a module, as `logvar` may be learned.
+    """The loss of prediction errors; a module, as `logvar` may be learned.
 
         loss = l_simple_weight mean(l / exp(logvar_t) + logvar_t) + original_elbo_weight mean(w_t l)
 
-    where l is the error per sample, times `weights`, and w `Schedule.vlb_weights`.
+    where l is the error per sample, times `weights`, and w is `Schedule.vlb_weights`.
 
     Raises:
-        UnknownName: of a loss type or a weighting.
-        ArgumentError: an `original_elbo_weight` without timesteps that it belongs to.
+        UnknownName: the loss type or the weighting is unknown.
+        ArgumentError: `original_elbo_weight` for a continuous schedule or "edm".
     """
 
     schedule: NoiseSchedule
     parameterization: str  # prediction type of the error
     _: KW_ONLY
-    weighting: str | None = None  # of the denoised latent's error, of WEIGHTINGS; None: no weights
+    weighting: str | None = None  # of the denoised latent's error, in WEIGHTINGS; None: none
     sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for the weighting "edm"
-    model_sigma_data: float = SIGMA_DATA  # the same, of the model's own prediction of type edm
-    min_snr_gamma: float | None = None  # cap of SNR (arXiv:2303.09556), in place of a weighting
+    model_sigma_data: float = SIGMA_DATA  # the same, for the parameterization "edm"
+    min_snr_gamma: float | None = None  # cap of SNR (arXiv:2303.09556), instead of a weighting
     loss_type: str = "l2"  # squared error; or "l1", absolute error
     l_simple_weight: float = 1.0
     original_elbo_weight: float = 0.0
     learn_logvar: bool = False
-    logvar_init: float = 0.0  # of every noise level
+    logvar_init: float = 0.0  # initial `logvar` of all timesteps
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class Criterion(nn.Module):
             error: (B, C, h, w), prediction minus target.
             t: (B,) timesteps of the schedule, on the CPU.
         Returns:
-            "loss", its detached parts, and per sample the unweighted "losses" and "t", the indices
-            of the nearest noise levels of the schedule, (B,).
+            "loss", its detached parts, and per sample (B,) the unweighted "losses" and the nearest
+            timesteps "t", int64.
         """
         values = error.abs() if self.loss_type == "l1" else error.square()
         unweighted = values.mean(dim=(1, 2, 3))  # (B,)
@@ -97,12 +97,12 @@ class Criterion(nn.Module):
 
 
 def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """Compute the weights of the squared error of the denoised latent at noise levels sigma.
+    """Compute weights (B,) of the squared error of the denoised latent at sigma (B,).
 
-    eps, v and edm give the prediction of that type the weight 1 (arXiv:2206.00364, eq. 8).
+    "eps", "v" and "edm" are weight 1 for a prediction of that type (arXiv:2206.00364, eq. 8).
 
     Args:
-        name: one of WEIGHTINGS; "unit" is 1.
+        name: name in WEIGHTINGS; "unit" is 1.
         sigma_data: standard deviation of the latents, for "edm".
     """
     if name == "unit":
@@ -111,7 +111,7 @@ def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -
 
 
 def _nearest_rows(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Return the indices (B,) int64 of timesteps in tables with a row for each noise level."""
+    """Return the nearest rows (B,) int64 of timesteps in tables over the schedule."""
     if not t.is_floating_point():
         return t
     # Continuous timesteps have no row of their own.

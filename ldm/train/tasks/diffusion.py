@@ -1,4 +1,4 @@
-"""Training of a latent diffusion model: image -> latent -> noisy latent -> error -> loss."""
+"""Training of a latent diffusion model: image -> latent -> noisy latent -> prediction -> loss."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +16,10 @@ from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["QUIRKS", "ZERO_SIZES", "Diffusion"]
+__all__ = ["LEGACY_TRAINING", "ZERO_SIZES", "Diffusion"]
 
-ZERO_SIZES = "zero-sizes-in-previews"  # grids: the unconditional half has sizes of zero, too
-QUIRKS = (*LEGACY_DROPOUT, ZERO_SIZES)
+ZERO_SIZES = "zero-sizes-in-previews"  # sizes of 0 for the unconditional half, in image grids
+LEGACY_TRAINING = (*LEGACY_DROPOUT, ZERO_SIZES)
 
 
 @dataclass(eq=False)
@@ -29,27 +29,25 @@ class Diffusion(Task):
     is_shardable: ClassVar[bool] = True
     model: LatentDiffusion
     _: KW_ONLY
-    # Probability of an empty caption, for classifier-free guidance; or probabilities by batch key;
-    # or None for the `ucg_rate` of each encoder.
+    # Probability of dropping the caption, for classifier-free guidance; or probabilities by batch
+    # key; or None for the `ucg_rate` of each encoder.
     drop: float | Mapping[str, float] | None = 0.1
-    # Of the loss of the "prior" samples of a batch, images of the class beside those of the subject
-    # (DreamBooth, arXiv:2208.12242).
+    # weight of the loss of "prior" samples, the class images of DreamBooth (arXiv:2208.12242)
     prior_weight: float = 1.0
-    # Keywords of `LogNormal`; None = all timesteps, or its defaults where there are none.
+    # Keywords of `LogNormal`; None = uniform timesteps, or its defaults for continuous schedules.
     noise_levels: Mapping[str, float] | None = None
-    timesteps: Sequence[int] | None = None  # first and end, as (0, 200) of SDXL's refiner
+    timesteps: Sequence[int] | None = None  # range [first, end), (0, 200) for SDXL's refiner
     # Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high noise, where
-    # the caption alone decides.
+    # the caption matters most.
     noise_bias: float = 1.0
-    # Standard deviation of a second noise that is constant over a channel, so that the model learns
-    # to change the mean of an image; 0.1 is usual (Guttenberg 2023).
+    # Standard deviation of extra noise that is constant over each channel, so that the model learns
+    # to change the mean of an image; usually 0.1 (Guttenberg 2023).
     offset_noise: float = 0.0
-    offset_noise_by: str = "channel"  # or "sample" for one constant of all channels
-    # Standard deviation of noise in the input but not in the target; 0.1 is usual
-    # (arXiv:2301.11706).
+    offset_noise_by: str = "channel"  # or "sample": the same constant in all channels
+    # standard deviation of extra noise in the input, not the target; usually 0.1 (arXiv:2301.11706)
     input_perturbation: float = 0.0
-    scale_by_std: bool = False  # export `scale_factor`, as it was measured
-    legacy: Sequence[str] = ()  # quirks of the original, names in QUIRKS
+    scale_by_std: bool = False  # whether to export the measured `scale_factor`
+    legacy: Sequence[str] = ()  # the original's behaviors, names in LEGACY_TRAINING
     disable_first_stage_autocast: bool = False  # encode images in full precision
     criterion_options: JsonMapping = field(default_factory=dict)  # keywords of `Criterion`
 
@@ -72,9 +70,9 @@ class Diffusion(Task):
         """Compute the losses of a batch, see `Criterion.forward`.
 
         Args:
-            batch: images "jpg" (B, 3, H, W), or latents "z" (B, C, h, w) and perhaps "z_std", the
-                standard deviation of their posterior; captions "txt", and what else the encoders
-                read; perhaps "prior", a batch of class images.
+            batch: images "jpg" (B, 3, H, W) in [-1, 1], or latents "z" (B, C, h, w), which are the
+                posterior's mean if its standard deviation "z_std" is given; captions "txt" and
+                other inputs of the encoders; optionally "prior", a batch of class images.
         Returns:
             With a "prior": the weighted sum as "loss", its terms as "instance" and "prior".
         """
@@ -127,7 +125,7 @@ class Diffusion(Task):
         batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
         cond = model.condition(batch, self.drop, generator, self.legacy)
 
-        # Denoise, and weight the error.
+        # Predict, and compute the loss of the error.
         losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
         return losses
 

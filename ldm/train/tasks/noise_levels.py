@@ -1,7 +1,7 @@
-"""At which noise levels a model is trained: random timesteps, spread evenly over a batch.
+"""Draw noise levels for training: random timesteps, stratified over a batch.
 
 Each of n samples is drawn from its own n-quantile, in random order, so that the loss of a batch
-varies less than that of independent draws.
+varies less than with independent draws.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ __all__ = ["LogNormal", "draw_timesteps", "spread_quantiles", "spread_timesteps"
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Noise levels sigma whose logarithm is normal (arXiv:2206.00364, table 1)."""
+    """Log-normal distribution of sigma (arXiv:2206.00364, table 1)."""
 
-    mean: float = -1.2  # of log sigma
-    std: float = 1.2  # of log sigma
+    mean: float = -1.2  # of ln sigma
+    std: float = 1.2  # of ln sigma
 
     def sigmas(self, quantiles: Tensor) -> Tensor:
-        """Return the noise levels float64 below which these fractions of all draws are."""
+        """Return sigmas, float64, at these quantiles (0 … 1) of the distribution."""
         # The normal quantiles of 0 and 1 are infinite.
         normal: Tensor = torch.special.ndtri(quantiles.double().clamp(1e-6, 1 - 1e-6))
         return (self.mean + self.std * normal).exp()
@@ -41,9 +41,10 @@ def draw_timesteps(
     """Draw n timesteps (n,) of a schedule.
 
     Args:
-        levels: distribution of the noise levels; None = all timesteps, if there are some.
-        bias: see `Diffusion`'s `noise_bias`, for timesteps.
-        limits: the first timestep and the end, instead of all.
+        levels: distribution of sigma; None = uniform timesteps, or the default LogNormal if the
+            schedule is continuous.
+        bias: see `noise_bias` of `Diffusion`; for discrete timesteps only.
+        limits: range [first, end) of timesteps; None = all.
     """
     if levels is None and isinstance(schedule, Schedule):
         first, end = limits or (0, len(schedule))
@@ -57,10 +58,10 @@ def spread_timesteps(
 ) -> Tensor:
     """Draw n timesteps (n,) int64 in 0 … timesteps - 1, with the `noise_bias` of `Diffusion`."""
     quantiles = spread_quantiles(n, generator)
-    # The greatest quantile may be rounded to 1.
+    # The largest quantile may be rounded to 1.
     return (quantiles ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
 
 def spread_quantiles(n: int, generator: torch.Generator) -> Tensor:
-    """Draw n numbers (n,) in [0, 1], one of every n-quantile."""
+    """Draw n numbers (n,) in [0, 1), one from each n-quantile, in random order."""
     return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n

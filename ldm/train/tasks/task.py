@@ -21,11 +21,11 @@ class Task(ABC):
     """A model, its trained part, and the losses of a batch."""
 
     model: LatentDiffusion | AutoencoderKL  # for sampling, validation and exports
-    trainable: nn.Module  # has all parameters that are trained and averaged, and frozen ones
+    trainable: nn.Module  # holds all trained parameters, maybe also frozen ones
     discriminator: nn.Module | None = None  # trained against the model
-    step: int = 0  # the current one, set by the training loop
-    betas: ClassVar[tuple[float, float] | None] = None  # of Adam, unless the config has some
-    is_shardable: ClassVar[bool] = False  # by FSDP
+    step: int = 0  # current step, set by the training loop
+    betas: ClassVar[tuple[float, float] | None] = None  # default of Adam; None = torch's
+    is_shardable: ClassVar[bool] = False  # whether FSDP is supported
 
     @abstractmethod
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
@@ -33,10 +33,10 @@ class Task(ABC):
 
         Args:
             batch: samples of the data set, or their cached latents.
-            generator: of all random numbers but dropout.
+            generator: for all random numbers but dropout, which uses torch's global one.
         Returns:
-            "loss", a scalar to differentiate, and detached values to log; those with a batch
-            dimension, such as "t" and "losses" (B,), are per sample.
+            "loss", a scalar to differentiate; detached scalars to log; and detached values per
+            sample, "t" and "losses" (B,), if the task has timesteps.
         """
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Task(ABC):
         """Return the weights of the whole model, under our names.
 
         Args:
-            images: (3, H, W) in [-1, 1], of the training data, where statistics are needed.
+            images: (3, H, W) in [-1, 1] of the training data, for tasks that need statistics.
         """
 
     @property
@@ -53,5 +53,5 @@ class Task(ABC):
         return False
 
     def discriminator_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Compute the losses of the discriminator, in the form of `loss`."""
+        """Compute the losses of the discriminator, as `loss` returns them."""
         raise NotImplementedError
