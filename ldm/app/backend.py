@@ -231,7 +231,7 @@ class Backend:
         return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
 
     def find_loras(self, info: JsonMapping) -> list[tuple[str, float | str]]:
-        """Return name and weight of each LoRA of an image; the name may be of none that is here."""
+        """Return (name, weight) of each LoRA of an image; it may not be available here."""
         here = self.loras
         found = []
         for lora in info.get("loras") or ():

@@ -42,7 +42,7 @@ __all__ = [
 
 SUFFIXES = (".ckpt", ".safetensors")
 MIDAS = "ldm.encoders.depth.MiDaSDepth"
-ADDON_FOLDERS = {  # by names in small letters
+ADDON_FOLDERS = {  # names in lower case, by kind
     "lora": ("lora", "loras"),
     "embedding": ("embedding", "embeddings"),
     "vae": ("vae", "vaes"),
@@ -121,7 +121,7 @@ def lora_fits(lora: str | Path, entry: CatalogueEntry) -> bool:
 
 
 def check_lora(lora: str | Path, checkpoint: Path) -> None:
-    """Raise the error that a LoRA would get from a model which it does not fit."""
+    """Raise the error that loading reports for a LoRA that does not fit a model."""
     entry = _read_entry(checkpoint, file_stats(checkpoint))
     if isinstance(entry, CatalogueEntry) and not lora_fits(lora, entry):
         _read_changes(lora, entry)
@@ -202,7 +202,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
 
 
 def _without_midas(spec: JsonObject) -> JsonObject:
-    """Leave MiDaS out of a conditioner's spec: to import timm takes seconds."""
+    """Return a conditioner's spec without MiDaS, as importing timm takes seconds."""
     depth = spec.get("params", {}).get("depth")
     if depth is None or depth["target"] != MIDAS:
         return spec

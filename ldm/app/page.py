@@ -56,7 +56,7 @@ FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
 INTERVAL = 0.2  # seconds between two updates of the page
 LORA_SLOTS = 4  # maximum number of LoRAs, each with a slider for its weight
-MAX_WEIGHT = 2  # of these sliders
+MAX_WEIGHT = 2  # of these sliders; the minimum is -MAX_WEIGHT
 MODEL_VAE = ("Automatic", "")
 RESTORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
 SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
@@ -757,10 +757,10 @@ class Page:
     def fill(
         self, info: JsonObject | None, checkpoint: str | None, task: str = "txt2img"
     ) -> list[Any]:
-        """Return updates of the shared fields, LoRAs and weights: what the info of an image has.
+        """Return updates of shared fields, LoRAs and weights with the values in an image's info.
 
-        LoRAs that the checkpoint is not offered, and those whose weights no slider has, are named
-        in the prompt. Those of Stable Diffusion are nothing for models of other tasks.
+        LoRAs that do not fit the checkpoint, or whose weights no slider can have, become tags in
+        the prompt. Tasks of models that take no LoRA leave them out.
         """
         values = values_from_info(info) if info else {}
         slots = [gr.skip()] * (1 + LORA_SLOTS)

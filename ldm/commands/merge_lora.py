@@ -5,9 +5,9 @@
     ldm merge-lora style.safetensors small.safetensors --rank 8          # or:
     ldm merge-lora style.safetensors small.safetensors --keep-squares 0.9
 
-Joined, they do at strength 1 what they do together at theirs, exactly: their ranks add up. With a
-rule for the rank the smaller singular values of each layer are left out. LoHa, LoKr and other
-additions of LyCORIS become ranks of a LoRA, up to those of the layer: with a rule they stay small.
+The joined LoRA has exactly the effect of all together, each with its weight; its rank is the sum of
+theirs. With limits of the rank, the smallest singular values of each layer are dropped. LoHa, LoKr
+and other additions of LyCORIS are decomposed, to full rank unless it is limited.
 """
 
 import sys
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] FILE[:WEIGHT] … TARGET"
     )
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE[:WEIGHT]", help="LoRAs of any format; default: 1")
+    text = "LoRAs in any format, with their weights (default: 1)"
+    add("files", nargs="+", metavar="FILE[:WEIGHT]", help=text)
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
     add(

@@ -64,7 +64,7 @@ class Denoiser:
     network: Callable[..., Tensor]
     schedule: NoiseSchedule
     parameterization: str = "eps"
-    nearest: bool = False  # take the nearest level of the schedule for sigma, as SDXL's original
+    nearest: bool = False  # whether to round sigma to a level of the schedule, as SDXL's original
     sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for edm
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class Denoiser:
         schedule = self.schedule
         is_step = not t.is_floating_point() and self.parameterization != "edm"
         if is_step and isinstance(schedule, Schedule) and schedule.uses_plain_timesteps:
-            # Rounded as the original's `q_sample`: dividing z + sigma noise would round otherwise.
+            # As the original's `q_sample`: dividing z + sigma noise would round differently.
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)
         return self.predict(z + _column(sigma, z) * noise, sigma, cond)

@@ -258,7 +258,11 @@ def follow_schedule(
     uncond: Cond | ScheduledCond | None,
     counter: StepCounter,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` with the conditions of the step, out of `guide` for fixed ones."""
+    """Build `denoise(x, sigma)` whose conditions follow the step of `counter`.
+
+    Args:
+        guide: builds `denoise` for conditions that are the same at all steps.
+    """
     if not isinstance(cond, ScheduledCond) and not isinstance(uncond, ScheduledCond):
         return guide(cond, uncond)
     built: dict[tuple[int, int], Denoise] = {}

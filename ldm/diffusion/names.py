@@ -45,16 +45,16 @@ class Sampler:
 
     function: str  # in a module of `ldm.diffusion.samplers`
     label: str  # in A1111's text and on the page
-    takes_noise: bool = False  # between steps
-    eta: float | None = None  # default amount of that noise; None where it cannot be set
+    takes_noise: bool = False  # adds noise between steps
+    eta: float | None = None  # default amount of that noise; None = it cannot be set
     takes_churn: bool = False  # noise before steps
     scales_time: bool = False  # takes `NoiseSchedule.scale_time`
     takes_uncond: bool = False  # takes the unconditional estimate, too
-    scale: float | None = None  # default guidance scale; None for the model's
-    scheduler: str | None = None  # default scheduler; None for the model's
+    scale: float | None = None  # default guidance scale; None = the model's
+    scheduler: str | None = None  # default scheduler; None = the model's
     wide_scheduler: str | None = None  # default where the last level is above MAX_LEVEL
     a1111_scheduler: str = "normal"  # A1111's "Automatic"
-    skips_last_level: bool = False  # plans a step more and drops the last level before 0, as A1111
+    skips_last_level: bool = False  # plans one more step, drops the last level before 0, as A1111
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Scheduler:
 
     function: str  # in `ldm.diffusion.schedule`
     label: str  # in A1111's text and on the page; one of A1111's only if its levels are the same
-    max_steps: int | None = None  # None for the number of timesteps
+    max_steps: int | None = None  # None = the number of timesteps
     for_sdxl: str | None = None  # the scheduler that replaces it for SDXL
-    rho: float | None = None  # default exponent; None for schedulers without one
+    rho: float | None = None  # default exponent; None = it has none
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class SLD:
         ArgumentError: a number is out of range.
     """
 
-    warmup: int  # evaluations of the network before it acts, delta in the paper
-    scale: float  # s_S, of the strength by which an element is moved
-    threshold: float  # lambda, of the difference in eps from which on an element is left alone
+    warmup: int  # number of evaluations of the network before it acts; delta in the paper
+    scale: float  # s_S: factor from the difference in eps to the strength of guidance, at most 1
+    threshold: float  # lambda: elements of eps with a greater difference are left alone
     momentum_scale: float  # s_m
     momentum_beta: float  # beta_m, 0 … 1
 
@@ -147,10 +147,10 @@ class FreeUFactors:
         ArgumentError: a number is out of range, or all are 1.
     """
 
-    b1: float  # of half of the channels of the deepest output blocks, 0 … 10
-    b2: float  # the same of the next
+    b1: float  # of half of the backbone's channels in the deepest output blocks, 0 … 10
+    b2: float  # the same in those of the next level
     s1: float  # of the low frequencies of their skip connections, 0 … 10
-    s2: float  # the same of the next
+    s2: float  # the same in those of the next level
 
     def __post_init__(self) -> None:
         numbers = (self.b1, self.b2, self.s1, self.s2)

@@ -170,10 +170,10 @@ class Schedule(NoiseSchedule):
     betas: Tensor  # (T,) float64 in (0, 1)
     v_posterior: float = 0.0  # weight of beta against the posterior variance in `buffers`
     zero_snr: bool = False  # whether to rescale the betas to zero terminal SNR
-    log_time: bool = False  # timesteps are made of 0.25 ln sigma, as for EDM models
+    log_time: bool = False  # whether timesteps are made of 0.25 ln sigma (EDM), else of sigma
     # whether the network gets the index of the nearest level, else sigma itself or 0.25 ln sigma
     quantize_time: bool = True
-    flip_time: bool = False  # the network counts levels from the greatest: sgm's `flip: false`
+    flip_time: bool = False  # whether level 0 is the greatest: sgm's `flip: false`
     append_zero: bool = False  # whether the network also counts the level 0: sgm's `do_append_zero`
     alphas_cumprod: Tensor = field(init=False)  # ᾱ, (T,) float64
     sigmas: Tensor = field(init=False)  # sqrt((1 - ᾱ) / ᾱ), (T,) float64
@@ -280,7 +280,7 @@ class Schedule(NoiseSchedule):
         else:
             variance = self.buffers()["posterior_variance"].double()
             weights = self.betas**2 / (2 * variance * (1 - self.betas) * (1 - alphas_cumprod))
-        # The first is infinite, as that posterior has no variance: the original repeats the next.
+        # The first is infinite, as that posterior has no variance; the original repeats the next.
         return torch.cat([weights[1:2], weights[1:]])  # that of timestep 0 is infinite
 
     def buffers(self) -> dict[str, Tensor]:
@@ -308,12 +308,12 @@ class Schedule(NoiseSchedule):
 
 @dataclass(frozen=True, eq=False)
 class ContinuousSchedule(NoiseSchedule):
-    """All noise levels of a range, as EDM models have them (arXiv:2206.00364)."""
+    """A continuous range of noise levels, as of EDM models (arXiv:2206.00364)."""
 
     sigma_min: float = 0.002  # ends of the range
     sigma_max: float = 80.0
     log_time: bool = True  # whether the network gets 0.25 ln sigma, else sigma itself
-    sigmas: Tensor = field(init=False)  # 1000, evenly in log sigma, for the schedulers of tables
+    sigmas: Tensor = field(init=False)  # 1000, evenly in log sigma, for schedulers that index them
 
     def __post_init__(self) -> None:
         sigmas = _linspace(math.log(self.sigma_min), math.log(self.sigma_max), 1000).exp()

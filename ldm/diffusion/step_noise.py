@@ -15,13 +15,13 @@ TAKES_NOISE = [name for name, row in SAMPLERS.items() if row.takes_noise or row.
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Noise of a run's steps, in k-diffusion's words."""
+    """Amounts of noise in a run, under k-diffusion's names."""
 
-    eta: float | None = None  # noise between steps, 0 (none) … 1 (DDPM); None = the sampler's
-    s_churn: float = 0.0  # noise before steps (arXiv:2206.00364, algorithm 2)
+    eta: float | None = None  # between steps, 0 (none) … 1 (DDPM); None = the sampler's default
+    s_churn: float = 0.0  # before steps, 0 … number of steps (arXiv:2206.00364, algorithm 2)
     s_tmin: float = 0.0  # sigmas between which there is churn
     s_tmax: float | None = None  # None = no upper limit
-    s_noise: float = 1.0  # standard deviation of all that noise
+    s_noise: float = 1.0  # standard deviation of both kinds of noise
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -134,10 +134,10 @@ def to_argv(request: Request) -> list[str]:
 
 
 def find_flag(argument: str, task: Task | None = None, given: Container[str] = ()) -> str | None:
-    """Find the flag that sets an argument of the library, in this task or in any.
+    """Find the flag of an argument of the library; None for `task` searches all tasks.
 
     Args:
-        given: the flags of the command line, of which one is preferred to its synonyms.
+        given: flags on the command line, preferred to their synonyms.
     """
     for options in (each.options() for each in ([task] if task else TASKS.values())):
         name = argument if argument in options else argument.removesuffix("s")  # "loras": --lora
@@ -147,7 +147,7 @@ def find_flag(argument: str, task: Task | None = None, given: Container[str] = (
 
 
 def hint(error: BaseException, task: Task | None = None, given: Container[str] = ()) -> str:
-    """Return what to do about an error on the command line, to append to its message.
+    """Return what to do about an error on the command line, to append to its message, or "".
 
     Args:
         given: see `find_flag`.

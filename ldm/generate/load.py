@@ -149,10 +149,10 @@ def _check_families(
 ) -> None:
     """Raise ArgumentError if a file is not suitable, as far as the shapes in it show.
 
-    Weights are not read; the pipelines check models whose shapes are unusual.
+    Weights are not read. Models of unusual shapes are checked by the pipelines, after loading.
 
     Args:
-        base: the family of `ckpt`.
+        base: family of `ckpt`; None = unknown.
     """
     other, second = _family(_identify(refiner)), _family(_identify(upscaler))
     if upscaler is not None and second is not None and second.task != "upscale_latent":
@@ -175,7 +175,7 @@ def _check_families(
 
 
 def _identify(path: Path | None) -> Weights | None:
-    """Return the weights of a file in the original's format, if it is quick to read."""
+    """Return the weights of a .safetensors in the original's layout; None for other files."""
     if path is None or path.suffix != ".safetensors" or not path.is_file():
         return None
     return identify_weights(read_weights(path))

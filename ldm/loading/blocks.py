@@ -30,7 +30,7 @@ class Blocks:
     """The blocks of one UNet."""
 
     names: tuple[str, ...]  # all, in the order BASE, IN00 …, M00, OUT00 …
-    attention: tuple[str, ...]  # BASE and those with transformers, which a plain LoRA changes
+    attention: tuple[str, ...]  # BASE and the blocks with transformers: those most LoRAs change
 
     def find_block(self, name: str) -> str:
         """Return the block of a weight or layer, by our name; its prefix `unet.` is optional."""

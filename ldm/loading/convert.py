@@ -87,16 +87,16 @@ LORA_PARTS = ("unet.", "conditioner.text.", "conditioner.text_2.")  # what LoRAs
 
 @dataclass(frozen=True)
 class Conversion:
-    """What will be written."""
+    """A planned conversion."""
 
-    source: Checkpoint  # whose tensors are used as they are; the flag `mapped` is of these
+    source: Checkpoint  # where the tensors come from; `source.mapped` is about these
     target: Path
     # tensors, by the path of their file in a folder ("" for a single file)
     weights: Mapping[str, Mapping[str, Tensor | ComputedTensor]]
-    texts: JsonObject = field(default_factory=dict)  # JSONs and texts of a folder, by path
+    texts: JsonObject = field(default_factory=dict)  # JSONs and texts of a folder by path, or {}
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
-    notes: tuple[str, ...] = ()  # a summary, in lines for the user
+    notes: tuple[str, ...] = ()  # lines of a summary for the user
 
     @property
     def num_bytes(self) -> int:

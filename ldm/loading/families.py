@@ -37,22 +37,22 @@ XL_CONFIG_DIR = "configs/stable-diffusion-xl"
 
 @dataclass(frozen=True)
 class Family:
-    """A published family: what its weights look like, and what it is used with."""
+    """A published family: its shapes, configs and task."""
 
     name: str
-    title: str
+    title: str  # name in messages
     channels: int  # input channels of the UNet
-    context: int | None  # width of the tokens that cross-attention reads
-    vector: int | None  # width of the global embedding, None without one
-    # "eps", "v" or "edm" if that holds for all its models but those that a marker tells
+    context: int | None  # dimension of the context of cross-attention; None = no context
+    vector: int | None  # dimension of the vector (class) embedding; None = no such embedding
+    # "eps", "v" or "edm" if all its models without a marker predict that; None = it differs
     predicts: str | None
-    config: str  # name of its YAML (without `.yaml`); "" for a family that is not supported
-    config_v: str = ""  # name of the YAML of its v models, where that is another one
-    task: str = "txt2img"  # the pipeline that serves it
-    has_vision_tower: bool = False  # conditioned by CLIP's vision tower instead of text
-    blocks: int | None = None  # of the UNet's transformers, where that tells the family
-    marker: str = ""  # a tensor that tells it
-    pixels: int = 3  # channels of an image of the autoencoder: 3, or those of colour and depth
+    config: str  # name of its YAML without `.yaml`; "" = the family is not supported
+    config_v: str = ""  # name of the YAML for its v models, if it is another one
+    task: str = "txt2img"  # function of `ldm.pipelines` for it
+    has_vision_tower: bool = False  # conditioned on CLIP's vision tower instead of text
+    blocks: int | None = None  # number of transformer blocks, if it distinguishes the family
+    marker: str = ""  # name of a tensor that only models of this family have
+    pixels: int = 3  # channels of the autoencoder's images: 3, or more with depth
 
     @property
     def traits(self) -> tuple[object, ...]:

@@ -54,10 +54,10 @@ HISTORY = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
 
 @dataclass(frozen=True, eq=False)
 class ReadModel:
-    """A model as it lies in a file: its weights by our names, and what it is."""
+    """A model in a file: a mapping of its weights by our names, with its config."""
 
     file: Checkpoint  # with the names of the original's layout
-    names: dict[str, str]  # ours -> in `file`
+    names: dict[str, str]  # our name -> name in `file`
     model: LatentDiffusion  # on the meta device
     family: Family | None
     config: str  # text of its YAML
@@ -146,7 +146,7 @@ def plan_merge(
 
 
 def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> ReadModel:
-    """Read names and config of a whole model, or of its EMA weights; tensors stay in the file."""
+    """Read names and config of a whole model, with `ema` of its EMA weights, if it has any."""
     file = read_weights(path)
     family = identify_weights(file).family
     text = config_text(file, config)

@@ -41,14 +41,13 @@ ROUNDING = 0.01  # relative error of rounded sizes
 class PublishedFile:
     """A row of the table."""
 
-    name: str  # what `ckpt` may be instead of a path
+    name: str  # name that `ckpt` accepts instead of a path
     title: str
     licence: str
     memory: float  # of the weights in half precision, GB
-    bytes: str  # size of the file, with a `~` where it is rounded
-    sha256: str | None  # None if none was published
-    # (repository, file) on the hub, or an address with the exact size and a SHA-256 in this row;
-    # tried in this order
+    bytes: str  # size of the file, with a `~` if it is rounded; "" = unknown
+    sha256: str | None  # None = none was published
+    # (repository, file) on the hub, or a URL (with exact `bytes` and `sha256`), in the order to try
     places: tuple["Place", ...]
 
     @property

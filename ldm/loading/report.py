@@ -60,17 +60,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """What an inspection found in one file."""
+    """The result of an inspection of one file."""
 
     path: str
     bytes: int
     sha256: str  # "" if it was not computed, as no published file has this size
     published: str | None = None  # the name of the published file with this hash, and its title
     kind: str | None = None
-    refused: str | None = None  # why the file is not read, if so
+    refused: str | None = None  # why the file cannot be read; None = it can
     family: str | None = None
-    title: str | None = None  # of the family, for people
-    task: str | None = None  # the pipeline that serves it
+    title: str | None = None  # name of the family in messages
+    task: str | None = None  # function of `ldm.pipelines` for it
     config: str | None = None
     prediction: Prediction | None = None
     parts: list[Part] = field(default_factory=list)
@@ -78,12 +78,12 @@ class Report:
     step: int | None = None
     extras: list[str] = field(default_factory=list)  # names of the entries beside the weights
     metadata: dict[str, str] = field(default_factory=dict)
-    pickle_names: list[str] = field(default_factory=list)  # what its pickle would import
-    foreign_names: list[str] = field(default_factory=list)  # those that weights do not need
+    pickle_names: list[str] = field(default_factory=list)  # names that its pickle would import
+    foreign_names: list[str] = field(default_factory=list)  # those of them weights do not need
     # names that the config needs and the file does not have; None if not compared
     missing: list[str] | None = None
-    unexpected: list[str] | None = None  # the reverse
-    variant: str | None = None  # of distilled models, and what tells it
+    unexpected: list[str] | None = None  # names in the file that the config does not need
+    variant: str | None = None  # kind of a few-step model, and how it was recognised
     note: str = ""  # why weights and config were not compared, or what looks wrong
 
     @property

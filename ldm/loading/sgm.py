@@ -104,7 +104,11 @@ def translate_engine(
 
 
 def encoder_names(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
-    """Return the conditioner's names of embedders; `targets`: index -> (our class, batch key)."""
+    """Return our names in the conditioner for embedders by index in the list.
+
+    Args:
+        targets: (our class, batch key) by index.
+    """
     names = {}
     for index, (target, key) in targets.items():
         if target == SIZES and key is not None:

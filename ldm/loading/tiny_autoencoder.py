@@ -168,7 +168,11 @@ def _is_tiny(names: Iterable[str]) -> bool:
 
 
 def _our_name(name: str, network: str) -> str:
-    """Return the name in `TinyAutoencoder`; `network` is that of names without one."""
+    """Convert a name to that in `TinyAutoencoder`.
+
+    Args:
+        network: "encoder" or "decoder", for names without it.
+    """
     match = NAME.fullmatch(name)
     assert match is not None
     network = match["network"] or network

@@ -24,16 +24,16 @@ GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
 
 @dataclass(frozen=True)
 class Variant:
-    """A distilled model, or a LoRA that makes one of any model."""
+    """A kind of distilled model, or of LoRA that turns any model into one."""
 
-    title: str
-    defaults: Defaults  # how it is sampled; the name of a file may say other steps
-    name: str  # pattern of metadata and names of models, in small letters
-    lora: str  # pattern of those of LoRAs, which are often named after what they show
-    marker: str = ""  # a tensor that tells it
-    predicts: str | None = None  # what the network predicts; None = as its family
-    keeps_scheduler: bool = False  # a diffusers folder of SDXL says sampler and scheduler
-    size_xl: int = 128  # side of the latent for which one of SDXL was trained, in latent pixels
+    title: str  # name in messages
+    defaults: Defaults  # of sampling; a file name may contain another number of steps
+    name: str  # pattern for metadata and file names of models, in lower case
+    lora: str  # pattern for those of LoRAs; stricter, as they are often named after their subject
+    marker: str = ""  # name of a tensor that only these models have
+    predicts: str | None = None  # prediction type; None = the family's
+    keeps_scheduler: bool = False  # whether sampler and scheduler of SDXL's diffusers folders fit
+    size_xl: int = 128  # side in latent pixels at which SDXL models of this kind were trained
 
     def defaults_for(self, name: str) -> Defaults:
         """Return the defaults for a file, whose name may contain the number of steps."""
@@ -125,7 +125,7 @@ class Found(NamedTuple):
 def detect_variant(
     path: Path, metadata: Mapping[str, str], tensors: Collection[str] = ()
 ) -> Found | None:
-    """Return the variant of a model, told by a tensor (our names), metadata, or the file's name."""
+    """Return the variant of a model by tensors (our names), metadata or file name, or None."""
     for variant, row in VARIANTS.items():
         if row.marker and row.marker in tensors:
             return Found(variant, "its embedding of the guidance scale", path)

@@ -164,7 +164,7 @@ def has_engine_names(names: Iterable[str]) -> bool:
 
 
 def original_name(name: str, *, engine: bool = False) -> str:
-    """Return the original's, or the engine's, name for ours, or for the start of one."""
+    """Convert our name, or the start of one, to the original's, or with `engine` to sgm's."""
     if engine and (match := ENCODER.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
         return f"conditioner.embedders.{index}.{name[match.end() :]}"

@@ -45,15 +45,16 @@ TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint under our names, and its metadata."""
+    """The weights of a checkpoint under our names, its family and metadata."""
 
-    source: Checkpoint  # the file or folder, names as there
+    source: Checkpoint  # with names as in the file
     state: dict[str, Tensor]
-    buffers: dict[str, Tensor]  # noise schedule in the file, and the scale if training measured it
-    markers: dict[str, str]  # metadata, and the names of marker tensors (`v_pred`)
-    family: Family | None
+    # tensors that are not weights: noise schedule, and the scale factor if training measured it
+    buffers: dict[str, Tensor]
+    markers: dict[str, str]  # metadata, with names of marker tensors (`v_pred`) as further keys
+    family: Family | None  # None = unknown
     prediction: Prediction
-    mapped: bool  # all tensors are pages of files, not memory
+    mapped: bool  # whether all tensors are memory-mapped
 
     @property
     def path(self) -> Path:

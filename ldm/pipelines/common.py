@@ -201,16 +201,16 @@ def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the models of a call are conditioned on."""
+    """Everything that the models of a call are conditioned on."""
 
-    # texts per image, for the first and the second text encoder; parsed, unless they are plain
+    # of each image, texts for the first and the second text encoder; parsed, unless plain
     prompts: Sequence[StepPrompts | TextPair]
     negatives: Sequence[StepPrompts | TextPair]
-    inputs: Mapping[str, object]  # batch of what models read beside text, a row per image
-    unconditional_inputs: Mapping[str, object]  # what differs for the unconditional half
-    options: SDXLOptions  # sizes and scores
+    inputs: Mapping[str, object]  # values of batch keys besides text, a row per image
+    unconditional_inputs: Mapping[str, object]  # those that differ for the unconditional one
+    options: SDXLOptions  # sizes and scores of SDXL
     size: tuple[int, int]  # (height, width) of the images in pixels
-    scale: Scale | None  # of guidance; None = the default of each model
+    scale: Scale | None  # guidance scale; None = the default of each model
     guidance: Guidance | None  # None = classifier-free; texts of another method are encoded, too
     sampler: str | None = None  # a name in SAMPLERS; None = the default of each model
 
@@ -403,7 +403,11 @@ def _sample_and_double(
     texts: tuple[list[str], list[str]],
     run: SampleOptions,
 ) -> Tensor:
-    """Sample, and sample latents of twice the size from the result with another model."""
+    """Sample a latent, then double its size with the x2 latent upscaler.
+
+    Args:
+        texts: (prompts, negative prompts) for the upscaler.
+    """
     legacy = run.get("legacy", ())
     sigmas = run_sigmas(model, Quirks.of(model, legacy), run)
     first, total = 0, len(sigmas) - 1
@@ -487,7 +491,7 @@ def _check_prompts(prompts: Sequence[str], syntax: str) -> None:
 def _count_steps(
     model: LatentDiffusion, quirks: Quirks, options: SamplingOptions, strength: float | None
 ) -> int:
-    """Return how many steps a run has, of this strength if it starts from an image."""
+    """Return the number of steps of a run, at this strength if it starts from an image."""
     steps = len(run_sigmas(model, quirks, options)) - 1
     if strength is None:
         return steps

@@ -19,10 +19,10 @@ SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_t
 class Family:
     """A family of models."""
 
-    keys: frozenset[str]  # the batch keys that their encoders read, but for sizes
+    keys: frozenset[str]  # batch keys that all its encoders read, without SIZE_KEYS
     title: str  # name in messages
-    function: str  # the function of `ldm.pipelines` for them
-    optional: frozenset[str] = frozenset()  # those that only some of its models read
+    function: str  # the task for it, in `ldm.pipelines`
+    optional: frozenset[str] = frozenset()  # further batch keys that some of its models read
 
 
 FAMILIES = {

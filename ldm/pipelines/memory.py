@@ -23,10 +23,10 @@ DEVICE = "cpu"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a GPU needs besides PyTorch's own, about 0.5 GiB."""
+    """GPU memory in bytes, without the about 0.5 GiB that PyTorch itself takes."""
 
-    weights: dict[str, int]  # of each part of the model, by name
-    activations: dict[str, int]  # at the peak of each part
+    weights: dict[str, int]  # by part: "unet", "autoencoder" and text encoders
+    activations: dict[str, int]  # peak of each part, under the same names
 
     @property
     def whole(self) -> int:

@@ -110,8 +110,8 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
 class Handover:
     """Where a base model stops and the refiner begins."""
 
-    strength: float = 0.15  # fraction of the steps for the refiner
-    start: float | None = None  # in place of it, fraction of the timesteps for the base
+    strength: float = 0.15  # fraction of the steps that the refiner takes
+    start: float | None = None  # instead of it, fraction of the timesteps that the base takes
 
     def __post_init__(self) -> None:
         name = "refiner_strength" if self.start is None else "refiner_start"

@@ -156,7 +156,7 @@ def test_a_folder_of_the_safe_pipeline_says_what_its_authors_do(tmp_path, capsys
     index["_class_name"] = "StableDiffusionPipelineSafe"
     (folder / "model_index.json").write_text(json.dumps(index))
     words = ["txt2img", "--ckpt", str(folder), *QUICK, "--H", "16", "--W", "16"]
-    notice = "its authors' pipeline guides away from unsafe concepts"
+    notice = "the model's own pipeline uses safe latent diffusion"
     for flags, is_said in (([], True), (["--sld", "max"], False)):
         assert main([*words, *flags, "--outdir", str(tmp_path / "out")]) == 0
         assert (notice in capsys.readouterr().err) == is_said

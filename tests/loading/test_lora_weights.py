@@ -201,7 +201,7 @@ def test_two_files_that_turn_a_weight_do_so_in_the_order_given_which_is_said(
         caplog.clear()
         model = tiny_model()
         load_loras(model, [(first, 1.0), (file, 0.5), (second, 0.7)])
-        said = f"`{first.name}`, `{second.name}` scale or turn the same weights: they are applied"
+        said = f"`{first.name}`, `{second.name}` scale or rotate the same weights: they are applied"
         assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
         expected = tiny_model()
         for one in [(file, 0.5), (first, 1.0), (second, 0.7)]:

@@ -243,7 +243,7 @@ def write_embeddings(
 
 
 def _parse(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
-    """Return vectors by token; `name` is the only one where `state` does not tell it."""
+    """Return the vectors by token; `name` is the token if `state` has only one, unnamed."""
     state = {FORMER_XL_KEYS.get(key, key): value for key, value in state.items()}
     xl_vectors = [state[key] for key in XL_KEYS if key in state]
     params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}

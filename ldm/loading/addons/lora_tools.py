@@ -1,8 +1,8 @@
-"""Make LoRAs of others: extract them from two models, join several to one, cut their rank.
+"""Extract LoRAs from two models, join several into one, or reduce their rank.
 
 extract   W_tuned - W_base = U S V;  up = U S, down = V, cut to a rank
 join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up; then cut likewise
-          of LyCORIS (LoHa, LoKr, Tucker LoCon, differences) w1 delta1 + w2 delta2 = U S V
+          LyCORIS (LoHa, LoKr, Tucker LoCon, differences): w1 delta1 + w2 delta2 = U S V
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,12 +37,14 @@ ZERO = 1e-7  # of singular values, relative to the largest
 
 @dataclass(frozen=True)
 class RankRule:
-    """How many singular values s of a layer are kept: the fewest that all rules ask for."""
+    """Limits for the singular values that a layer keeps; the strictest one applies."""
 
-    rank: int | None = None  # at most so many
-    share: float | None = None  # so many that their sum is this part of the whole
-    square_share: float | None = None  # the same of s squared: 1 - the squared relative error
-    ratio: float | None = None  # those that are at least the largest divided by this
+    rank: int | None = None  # maximum number
+    share: float | None = None  # fraction of their sum to keep, 0 … 1 (kohya's `sv_cumulative`)
+    # fraction of the sum of their squares, 0 … 1: 1 - squared relative error (kohya's `sv_fro`)
+    square_share: float | None = None
+    # keep values of at least the largest divided by this (kohya's `sv_ratio`)
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -75,13 +77,13 @@ FULL = RankRule()
 
 @dataclass(frozen=True)
 class Joined:
-    """LoRAs joined to one.
+    """Several LoRAs joined into one.
 
     Args:
-        others: What else they had, by its name in files: additions to norms and biases, textual
+        others: Other tensors, by their names in files: additions to norms and biases, textual
             inversions.
-        ranks: Number of all layers' ranks before the rule.
-        retained: Part of the squared singular values that are kept by the rule.
+        ranks: Sum of the layers' ranks before they were limited.
+        retained: Fraction of the sum of squared singular values that the limits keep.
     """
 
     lora: LoRA
@@ -92,12 +94,12 @@ class Joined:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A LoRA out of the difference of two models."""
+    """A LoRA extracted from the difference of two models."""
 
     lora: LoRA
     model: LatentDiffusion
-    retained: float  # part of the squared difference of its layers that it has
-    left_out: tuple[str, ...]  # weights that differ, too, but are not in the LoRA
+    retained: float  # fraction of the squared difference of its layers that it reproduces
+    left_out: tuple[str, ...]  # names of other weights that differ between the models
 
 
 @torch.no_grad()
@@ -175,18 +177,18 @@ def join_loras(
     *,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Joined:
-    """Join (file, weight) pairs to one LoRA, which does what all do together, alpha = rank.
+    """Join (file, weight) pairs into one LoRA with the effect of all together; alpha = rank.
 
-    Ranks of plain LoRAs add up: sums of `up` and of `down` would be another LoRA. What LyCORIS adds
-    to a layer in another form is added up with all else, and decomposed.
+    The ranks of plain LoRAs add up, as their matrices are concatenated: adding `up` and `down`
+    would not be exact. Other additions, of LyCORIS, are summed per layer and decomposed.
 
     Args:
-        model: Whose layers they change; on the meta device, too.
-        rule: Which of the ranks of each layer are kept; of vectors nothing is cut.
-        progress: Called with the number of layers that are done.
+        model: Model whose layers they change; it may be on the meta device.
+        rule: Limits of each layer's rank; additions to norms and biases stay whole.
+        progress: Called with 1 after each layer.
 
     Raises:
-        FileFormatError: A file scales or turns weights, which no LoRA does.
+        FileFormatError: A file scales or rotates weights, which a LoRA cannot do.
         ValueError: As `read_changes`.
     """
     names: dict[Target, str] = {}
@@ -264,9 +266,9 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _decompose_sum(
     additions: Sequence[Addition], *, is_limited: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, k), S (k,), V (k, n) whose product is the sum.
+    """Return U (m, k), S (k,), V (k, n) whose product is the sum of the additions.
 
-    Those of plain LoRAs are decomposed only if ranks are cut; else S is 1.
+    Plain LoRAs are decomposed only if ranks are limited; else S is 1.
     """
     plain = [addition for addition in additions if isinstance(addition, LoRALayer)]
     if len(plain) < len(additions):
@@ -284,7 +286,7 @@ def _decompose_sum(
 
 
 def _vector_role(target: Target) -> str:
-    """Return the name, in files, of what is added to a bias or to the weight of a norm."""
+    """Return the name in files for an addition to a bias, or to the weight of a norm."""
     if not isinstance(target.layer, (nn.GroupNorm, nn.LayerNorm)):
         return "diff_b"
     return "w_norm" if target.name == "weight" else "b_norm"

@@ -21,7 +21,7 @@ from ldm.runtime.files import read_text
 
 __all__ = ["COMPONENT", "find_safety_checker", "load_safety_checker"]
 
-COMPONENT = "safety_checker"  # folder in that of a pipeline
+COMPONENT = "safety_checker"  # its folder in the folder of a pipeline
 MARK = "concept_embeds"
 HEAD_WIDTH = 64
 

@@ -52,11 +52,11 @@ NO_EXTRACTOR = {"feature_extractor": layout.NO_COMPONENT}
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """A pipeline of diffusers, and the YAMLs to start from on the way back."""
+    """A pipeline of diffusers, and the YAMLs of its families."""
 
-    name: str
-    openai: str | None  # the YAML for OpenAI's CLIP as the encoder; None: no such family
-    open_clip: str | None  # the one for OpenCLIP
+    name: str  # class of diffusers
+    openai: str | None  # name of the YAML with OpenAI's CLIP as encoder; None = no such family
+    open_clip: str | None  # name of the YAML with OpenCLIP; None = no such family
     extras: JsonMapping = field(default_factory=dict)  # entries of the index besides the components
 
 

@@ -121,9 +121,9 @@ Form = Literal["same", "flat", "vector", "transposed"]
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor of ours is in a component: under one name, or split in three."""
+    """The location of a tensor of ours in a component: one tensor, or three to concatenate."""
 
-    names: tuple[str, ...]  # of diffusers' tensors
+    names: tuple[str, ...]  # names of diffusers' tensors
     # "flat": our 1x1 convolution is a matrix in diffusers; "vector": our column is a vector
     form: Form = "same"
 

@@ -112,7 +112,7 @@ def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     if needs_score and layout.TEXT in files:
         conditioner["emb_models"][-1]["input_key"] = SCORE
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    if zeros != (layout.TEXT in files):  # the rule of `sgm.translate_engine`
+    if zeros != (layout.TEXT in files):  # the default of `sgm.translate_engine`
         conditioner["force_uc_zero_embeddings"] = ["txt"] if zeros else []
     return raw
 

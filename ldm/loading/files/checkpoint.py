@@ -78,17 +78,17 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, names as in the file."""
+    """The content of a file, names as in the file."""
 
     path: Path
     kind: str  # "zip", "legacy" or "safetensors"; "diffusers" for a folder
-    state: dict[str, Tensor]  # the weights, without those named `model_ema.*`
-    step: int | None = None  # the training step, None if the file does not say it
-    mapped: bool = False  # tensors are pages of the file, not memory
-    extras: tuple[str, ...] = ()  # names of other entries (`global_step`, `callbacks` …)
-    metadata: dict[str, str] = field(default_factory=dict)  # texts beside the weights
-    ema_state: dict[str, Tensor] = field(default_factory=dict)  # everything named `model_ema.*`
-    # tokens that a folder's tokenizers have added, with vectors (n, D) for each text tower
+    state: dict[str, Tensor]  # weights by name, without EMA weights
+    step: int | None = None  # training step; None = unknown
+    mapped: bool = False  # whether tensors are memory-mapped from the file
+    extras: tuple[str, ...] = ()  # names of entries beside the weights (`global_step` …)
+    metadata: dict[str, str] = field(default_factory=dict)  # text entries beside the weights
+    ema_state: dict[str, Tensor] = field(default_factory=dict)  # EMA weights: `model_ema.*`
+    # tokens added to the tokenizers of a folder, with vectors (n, D) for each text encoder
     added_tokens: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property

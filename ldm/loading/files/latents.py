@@ -29,11 +29,11 @@ FORMER_SCALE = 0.18215  # scale factor of latents in files without a version
 
 @dataclass(frozen=True, eq=False)
 class StoredLatent:
-    """The latent of a file."""
+    """A latent read from a file."""
 
     path: str | Path
-    latent: Tensor  # (1, C, h, w) float32, as the autoencoder has it
-    space: LatentSpace | None  # the kind of latent; None = the file does not say it
+    latent: Tensor  # (1, C, h, w) float32, in the autoencoder's scale
+    space: LatentSpace | None  # kind of latent; None = unknown
 
     def normalize(self, model: LatentDiffusion) -> Tensor:
         """Return the latent (1, C, h, w) in the scale of a model's UNet.
@@ -53,7 +53,7 @@ class StoredLatent:
 
 
 def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonMapping) -> None:
-    """Write one latent of a model's UNet, (C, h, w), with the `info` of its image, as in a PNG."""
+    """Write a latent (C, h, w) in the scale of a model's UNet, with the `info` of its image."""
     latent = model.denormalize(z[None].detach().float())
     tensors = {LATENT: latent.cpu().contiguous(), VERSION: torch.empty(0)}
     texts = {INFO: json.dumps(info, default=str), SPACE: json.dumps(asdict(model.latent_space))}

@@ -91,7 +91,7 @@ STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
 def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
-    """Read a pickled file, of kind "zip" or "legacy", through the restricted unpickler.
+    """Read a pickled file, of kind "zip" or "legacy", with the restricted unpickler.
 
     Returns:
         (content, whether its tensors are memory-mapped).
