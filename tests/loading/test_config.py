@@ -189,5 +189,5 @@ def test_later_files_go_over_earlier_ones(tmp_path):
     raw = read_yaml(tmp_path / "a.yaml", ["new=6"], tmp_path / "b.yaml")
     assert raw == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}
     (tmp_path / "c.yaml").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"a.yaml \+ .*c.yaml: expected a mapping"):
+    with pytest.raises(ValueError, match=r"a.yaml \+ .*c.yaml: expected a YAML mapping"):
         read_yaml(tmp_path / "a.yaml", (), tmp_path / "c.yaml")

@@ -106,7 +106,7 @@ def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, 
     assert same_model(ours, theirs)
     assert same_model(ldm.load(ckpt=folder), theirs)
     assert ours.provenance["checkpoint"] == str(folder)
-    with pytest.raises(ValueError, match="no averaged"):
+    with pytest.raises(ValueError, match="no EMA weights"):
         ldm.load(folder, ema=True)
 
 

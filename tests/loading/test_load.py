@@ -207,7 +207,7 @@ def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
         n.replace("diffusion_model", "diffusion_model_orig_mod"): averages[n] for n in averages
     }
     torch.save(rest | compiled, tmp_path / "y.ckpt")
-    with pytest.raises(ValueError, match="holds only averaged") as caught:
+    with pytest.raises(ValueError, match="holds only EMA weights") as caught:
         ldm.load(tiny_yaml, tmp_path / "y.ckpt")
     assert caught.value.argument == "ema"
     alone = ldm.load(tiny_yaml, tmp_path / "y.ckpt", ema=True).state_dict()

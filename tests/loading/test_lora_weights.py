@@ -155,7 +155,7 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
     assert same(weights_of(model), base)
     assert dict(model.named_parameters()) == originals  # the same memory
     assert (model.provenance["loras"], model.conditioner.text.added_embeddings) == ([], {})
-    with pytest.raises(ValueError, match="was loaded with loras, which stay"):
+    with pytest.raises(ValueError, match="was loaded with loras, which cannot be removed"):
         ldm.set_loras(fresh, [])
 
 

@@ -101,7 +101,7 @@ def test_averages_are_merged_if_asked_and_left_out(folder, tmp_path):
         assert torch.equal(
             merged.state[name], 0.5 * (file.state[name] + change) + 0.5 * theirs[name]
         )
-    with pytest.raises(LdmError, match="no model has averaged"):
+    with pytest.raises(LdmError, match="no model has EMA weights"):
         plan_merge(other, other, tmp_path / "x.ckpt", ema=True)
 
 

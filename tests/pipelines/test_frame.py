@@ -37,7 +37,9 @@ def test_a_model_of_another_family_names_its_own_function(task):
 
 
 def test_a_model_of_no_known_family_says_what_it_reads():
-    with pytest.raises(WrongFamily, match="this model reads `smell`, `txt`, and no task here"):
+    with pytest.raises(
+        WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
+    ):
         pipelines.txt2img(model({"txt", "smell"}), ["a"])
     with pytest.raises(WrongFamily, match="this model reads nothing"):
         pipelines.txt2img(prompts=["a"], model=model(()))
