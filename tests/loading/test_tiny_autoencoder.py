@@ -114,5 +114,5 @@ def test_what_does_not_fit_is_refused(formats, tmp_path):
 
 def test_that_of_another_family_is_named(formats, tmp_path):
     (tmp_path / "taesdxl_decoder.pth").write_bytes(formats["decoder"].read_bytes())
-    with pytest.warns(UserWarning, match="made for SDXL, by its name"):
+    with pytest.warns(UserWarning, match="is for SDXL, by its name"):
         ldm.load(vae=tmp_path / "taesdxl_decoder.pth")
