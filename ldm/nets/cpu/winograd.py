@@ -42,16 +42,17 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
     out = x.new_empty(batch, tiles_down, 2, tiles_across, 2, features)
     row_bytes = 4 * n * n * tiles_across * max(channels, features)
     chunk = max(1, CHUNK_BYTES * torch.get_num_threads() // row_bytes)  # rows of tiles
-    for image, y in zip(padded, out, strict=True):
+    images = max(1, chunk // tiles_down)  # at once: each product reads its matrix
+    for x, y in zip(padded.split(images), out.split(images), strict=True):
         for top in range(0, tiles_down, chunk):
             end = min(top + chunk, tiles_down)
-            tiles = split(image[step * top : step * end + 2], 0)  # n times (rows, w + 2, C_in)
-            tokens = [x.reshape(-1, channels) for line in tiles for x in split(line, 1)]
-            m = _products(tokens, matrices, bias)  # n * n times (rows * tiles, C_out)
+            tiles = split(x[:, step * top : step * end + 2], 1)  # n times (b, rows, w + 2, C_in)
+            tokens = [part.reshape(-1, channels) for line in tiles for part in split(line, 2)]
+            m = _products(tokens, matrices, bias)  # n * n times (b * rows * tiles, C_out)
             lines = [join(*m[k::n]) for k in range(n)]
             for i in range(2):
                 for j, value in enumerate(join(*(line[i] for line in lines))):
-                    y[top:end, i, :, j] = value.view(-1, tiles_across, features)
+                    y[:, top:end, i, :, j] = value.view(len(x), -1, tiles_across, features)
     return out.view(batch, 2 * tiles_down, 2 * tiles_across, features).permute(0, 3, 1, 2)
 
 
