@@ -38,6 +38,7 @@ from ldm.generate.request import SDXL, Prompts, UpscalerChoice
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
 from ldm.prompts import PLAIN, SYNTAXES
+from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
@@ -68,7 +69,10 @@ TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
 REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "visible": False}
 SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name)
                for name, sld in SLD_PRESETS.items())]  # fmt: skip
-SYNTAX_LABELS = {"plain": "Plain", "a1111": "A1111", "comfy": "ComfyUI", "compel": "Compel"}
+SYNTAX_LABELS = {
+    "plain": "Plain", "comfy": "ComfyUI", "compel": "Compel", "a1111": "A1111",
+    **{name: f"A1111, emphasis {mode}" for name, mode in EMPHASIS_MODES.items() if name != "a1111"},
+}  # fmt: skip
 FREEU_CHOICES = [("Off", ""), ("Automatic", "auto"),
                  *((name.upper(), name) for name in FREEU_PRESETS)]  # fmt: skip
 PLACEHOLDERS = {

@@ -63,7 +63,7 @@ class Splitter:
             raise ArgumentError(
                 f"a textual inversion of {longest} vectors does not fit into {size} tokens"
             )
-        if syntax == "a1111":
+        if syntax.startswith("a1111"):
             return split_at_commas(sections, size)
         return _split_at_sentences(units, size) if syntax == "compel" else _fill(units, size)
 

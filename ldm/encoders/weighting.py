@@ -58,6 +58,8 @@ class PromptEncoder:
             return z, pooled
         if syntax == "a1111":
             weighted = scale_to_mean(z.float(), weights)
+        elif syntax == "a1111_no_norm":
+            weighted = z.float() * weights
         elif syntax == "comfy":
             weighted = self._scale_from_empty(z, weights)
         else:

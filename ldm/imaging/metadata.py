@@ -30,6 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_CONCEPTS
 from ldm.imaging.reading import open_image
+from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -198,6 +199,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
         "SLD": info.get("sld"),
         "SLD concept": _concept_name(info.get("sld_concept")),
+        "Emphasis": _emphasis(info.get("syntax")),
         "Prompt syntax": None if info.get("syntax") == "plain" else info.get("syntax"),
         "APG": info.get("apg"),
         "Perp-neg": info.get("perp_neg"),
@@ -267,6 +269,11 @@ def _describe_safety(safety: JsonMapping | None) -> str | None:
     return f"{'flagged' if safety['flagged'] else 'passed'} {score:+.3f}{action}"
 
 
+def _emphasis(syntax: str | None) -> str | None:
+    """Return A1111's mode of emphasis, if it is not the default."""
+    return None if syntax == "a1111" else EMPHASIS_MODES.get(syntax or "")
+
+
 def _concept_name(text: str | None) -> str | None:
     """Return the name in SLD_CONCEPTS of a text, else the text itself."""
     return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
@@ -311,7 +318,11 @@ def parse_parameters(parameters: str) -> JsonObject:
         except ValueError:
             other[name] = value
     is_ours = str(info.get("version")).startswith("ldm ")
-    info.setdefault("syntax", "plain" if is_ours else "a1111")
+    modes = {mode: syntax for syntax, mode in EMPHASIS_MODES.items()}
+    a1111 = modes.get(other.get("Emphasis", ""), "a1111")
+    if a1111 != "a1111":
+        del other["Emphasis"]
+    info.setdefault("syntax", "plain" if is_ours else a1111)
     if is_ours:
         tags = LORA_TAGS.findall(info["prompt"])
         info["loras"] = [{"path": name, "weight": _parse_weight(text)} for name, text in tags]

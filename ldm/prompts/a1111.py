@@ -6,11 +6,13 @@ a AND b :0.5      two prompts, whose guidance is summed with weights
 [a|b|c]           alternate between a, b and c each step
 (x) (x:1.3) [x]   weight 1.1, 1.3, 1/1.1
 BREAK             start a new chunk of tokens
+
+Weights act by its setting "Emphasis", for each choice of which there is a syntax.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ldm.prompts.prompt import (
     ParsedPrompt,
@@ -23,7 +25,16 @@ from ldm.prompts.prompt import (
     quote,
 )
 
-__all__ = ["expand_schedule", "parse", "parse_emphasis", "split_composition"]
+__all__ = ["EMPHASIS_MODES", "expand_schedule", "parse", "parse_emphasis", "split_composition"]
+
+# Syntax -> A1111's name of what weights do: keep the mean of a chunk's context, let it change,
+# nothing; with the last, brackets are text.
+EMPHASIS_MODES = {
+    "a1111": "Original",
+    "a1111_no_norm": "No norm",
+    "a1111_ignore": "Ignore",
+    "a1111_none": "None",
+}
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
@@ -34,25 +45,29 @@ WHEN = re.compile(rf"\s*({NUMBER})\s*\]")
 PLAIN_TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
 
-def parse(text: str, steps: int, *, composes: bool = True) -> ParsedPrompt:
+def parse(text: str, steps: int, syntax: str = "a1111", *, composes: bool = True) -> ParsedPrompt:
     """Parse a prompt.
 
     Args:
         steps: Number of steps of the run, for schedules.
+        syntax: A key of EMPHASIS_MODES.
         composes: Whether AND composes prompts; in negative prompts it is a plain word.
     """
     parts = split_composition(text) if composes else [(text, 1.0)]
     compositions, notes = [], []
     for part, weight in parts:
         entries, part_notes = expand_schedule(part, steps)
-        prompts = ((last, _prompt(entry)) for last, entry in entries)
+        prompts = ((last, _prompt(entry, syntax)) for last, entry in entries)
         compositions.append(PromptSteps(tuple(prompts), weight))
         notes += part_notes
     return ParsedPrompt(tuple(compositions), tuple(notes))
 
 
-def _prompt(text: str) -> Prompt:
-    return Prompt("a1111", (Part((parse_emphasis(text),)),))
+def _prompt(text: str, syntax: str) -> Prompt:
+    sections = ((Piece(text),),) if syntax == "a1111_none" else parse_emphasis(text)
+    if syntax == "a1111_ignore":  # pieces stay apart: their tokens are those of the others
+        sections = tuple(tuple(replace(p, weight=1.0) for p in section) for section in sections)
+    return Prompt(syntax, (Part((sections,)),))
 
 
 def split_composition(text: str) -> list[tuple[str, float]]:

@@ -1,6 +1,7 @@
 """Parse a prompt in a syntax chosen by name."""
 
 from collections.abc import Callable
+from functools import partial
 
 from ldm.prompts import a1111, comfy, compel
 from ldm.prompts.prompt import ParsedPrompt
@@ -9,8 +10,14 @@ from ldm.runtime.errors import ArgumentError, check_name
 __all__ = ["PLAIN", "SYNTAXES", "check_syntax", "parse_prompt"]
 
 PLAIN = "plain"
+
+
+def _parse_a1111(syntax: str, text: str, steps: int, is_negative: bool) -> ParsedPrompt:
+    return a1111.parse(text, steps, syntax, composes=not is_negative)
+
+
 PARSERS: dict[str, Callable[[str, int, bool], ParsedPrompt]] = {
-    "a1111": lambda text, steps, is_negative: a1111.parse(text, steps, composes=not is_negative),
+    **{syntax: partial(_parse_a1111, syntax) for syntax in a1111.EMPHASIS_MODES},
     "comfy": lambda text, steps, is_negative: comfy.parse(text),
     "compel": lambda text, steps, is_negative: compel.parse(text, steps),
 }

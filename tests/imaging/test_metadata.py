@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.imaging.metadata import fingerprint, parameters_text, read_info, write_png
+from ldm.prompts.a1111 import EMPHASIS_MODES
 
 INFO = {
     "prompt": "a red apple, 3d emoji",
@@ -163,6 +164,17 @@ def test_a1111_text_is_read(tmp_path):
         "syntax": "a1111",
         "other": {"Lora hashes": "a: 1, b: 2"},
     }
+
+
+@pytest.mark.parametrize("syntax", ["a1111_no_norm", "a1111_ignore", "a1111_none"])
+def test_emphasis_of_a1111_is_a_syntax(tmp_path, syntax):
+    mode = EMPHASIS_MODES[syntax]
+    text = f"a cat\nSteps: 4, Sampler: Euler, CFG scale: 7, Emphasis: {mode}, Version: v1.10.1"
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert (info["syntax"], "other" in info) == (syntax, False)
+    text = parameters_text({**INFO, "syntax": syntax})
+    assert f"Emphasis: {mode}, Prompt syntax: {syntax}" in text
+    assert read_info(write_text(tmp_path / "b.png", parameters=text))["syntax"] == syntax
 
 
 def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):

@@ -64,7 +64,7 @@ def test_chunks_without_backtracking():
     assert lengths(split_at_commas(chunk("60w , 20w"), backtrack=0)) == [75, 6]
 
 
-def reference(encoder: TextEncoder, text: str) -> torch.Tensor:
+def reference(encoder: TextEncoder, text: str, syntax: str = "a1111") -> torch.Tensor:
     """A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
     tower = their_tower(encoder).double()
     is_penultimate = encoder.always_return_pooled or getattr(encoder, "layer", "") == "hidden"
@@ -76,7 +76,9 @@ def reference(encoder: TextEncoder, text: str) -> torch.Tensor:
         output = tower(torch.tensor([ids + [pad] * (77 - len(ids))]), output_hidden_states=True)
         z = output.hidden_states[-2] if is_penultimate else output.last_hidden_state
         w = torch.tensor(weights + [1] * (77 - len(weights)), dtype=torch.float64)[:, None]
-        rows.append(z[0] * w * (z[0].mean() / (z[0] * w).mean()))
+        w = torch.ones_like(w) if syntax == "a1111_ignore" else w
+        keeps_mean = syntax == "a1111"
+        rows.append(z[0] * w * (z[0].mean() / (z[0] * w).mean() if keeps_mean else 1))
     return torch.cat(rows)
 
 
@@ -88,16 +90,25 @@ def _units(encoder, section):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_contexts_of_a1111(kind):
+@pytest.mark.parametrize("syntax", ["a1111", "a1111_no_norm", "a1111_ignore"])
+def test_contexts_of_a1111(kind, syntax):
     for encoder in encoders(kind):
         for text in ("a (red:1.4) [apple]", LONG, f"short (one:1.2) BREAK {WORDS}"):
-            prompt = parse_prompt(text, "a1111").compositions[0].entries[0][1]
+            prompt = parse_prompt(text, syntax).compositions[0].entries[0][1]
             output = encoder([prompt])
             context = output if isinstance(output, torch.Tensor) else output.crossattn
-            expected = reference(encoder, text)
+            expected = reference(encoder, text, syntax)
             assert context[0].shape == expected.shape
             error = (context[0] - expected).abs().max() / expected.abs().max()
             assert error < 1e-4  # observed: 1.3e-5 where the mean is about 0, else 5e-7
+
+
+@torch.no_grad()
+def test_brackets_are_text_without_emphasis():
+    (encoder,) = encoders("sd1")
+    text = "a (red:1.4) [apple] BREAK b"
+    literal = encoder([parse_prompt(text, "a1111_none").compositions[0].at(0)])
+    assert torch.equal(literal, encoder([text]))
 
 
 @torch.no_grad()
