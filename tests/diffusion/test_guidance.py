@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.conditioning import Cond
+from ldm.conditioning import Composition, Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import (
     Evaluation,
@@ -160,6 +160,39 @@ def test_perturbed_attention_adds_to_any_rule_before_rescaling():
             further=further,
         )  # fmt: skip
         torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_perturbed_attention_acts_on_composed_prompts():
+    """The term of each prompt counts with its weight."""
+    toy, x, sigma = Toy().denoiser, noisy(5.0), 5.0
+    prompts = COND.cat(EMPTY[:1])
+    rows, weights = torch.tensor([0, 1, 1]), torch.tensor([1.0, 1.0, -0.5])
+    uncond, cond = toy.predict(x, sigma, UNCOND), toy.predict(x[rows], sigma, prompts)
+    perturbed = toy.predict(
+        x[rows], sigma, Cond(prompts.crossattn, perturbed=torch.ones(3, dtype=torch.bool))
+    )
+    terms = 7.5 * (cond - uncond[rows]) + 3 * (cond - perturbed)
+    expected = uncond.index_add(0, rows, weights.view(-1, 1, 1, 1) * terms)
+    guided = add_guidance(
+        toy, Composition(prompts, rows, weights, 2), UNCOND, 7.5,
+        rule=PerturbedAttention(3.0, Guidance()),
+    )  # fmt: skip
+    expected = toy.convert_prediction(x, sigma, expected)
+    torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.4])
+def test_perturbed_attention_goes_with_cfg_pp(scale):
+    """The estimate has its term, that without the prompt has not."""
+    unconds = []
+    rule = PerturbedAttention(3.0, Guidance())
+    ours = run(rule, scale=scale, on_uncond=unconds.append)
+    parts = map(estimates, (COND, UNCOND), (None, None))
+    perturbed = estimates(COND, perturbed=True)
+    for x, found, cond, uncond, without in zip(ours, unconds, *parts, perturbed, strict=True):
+        expected = uncond + scale * (cond - uncond) + 3 * (cond - without)
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found, uncond, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
