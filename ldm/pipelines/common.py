@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import ParamSpec, TypedDict, TypeVar, cast
 
@@ -31,6 +31,8 @@ from ldm.pipelines.prompts import (
     TextPair,
     encode_steps,
     has_composition,
+    pair_of,
+    parse_constant,
     parse_pair,
     warn_about_prompts,
 )
@@ -213,6 +215,8 @@ class Conditions:
     scale: Scale | None  # guidance scale; None = the default of each model
     guidance: Guidance | None  # None = classifier-free; texts of another method are encoded, too
     sampler: str | None = None  # a name in SAMPLERS; None = the default of each model
+    # texts of the rule that are not empty, as they are read
+    texts: Mapping[str, PromptPair] = field(default_factory=dict)
 
     def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
         """Encode prompts, negative prompts and `guidance.texts`, as a model reads them.
@@ -243,9 +247,8 @@ class Conditions:
         text = model.conditioner.text
         null = None if text is not None and text.null is None else ""
         further = {
-            text: encode_prompts(model, [(text, text)] * len(self.prompts), inputs, sizes)
-            for text in texts
-            if text
+            text: encode_prompts(model, [pair] * len(self.prompts), inputs, sizes)
+            for text, pair in self.texts.items()
         }
         negatives = [
             pair if isinstance(pair, StepPrompts) or any(pair) else (null, null)
@@ -317,7 +320,10 @@ def generate(
     ]
     if syntax != PLAIN and upscaling is not None:
         raise ArgumentError("an x2 latent upscaler takes prompts of syntax plain only", "syntax")
-    warn_about_prompts(model, [*pairs, *negatives], stacklevel=5)  # the caller of a task
+    texts = rule.texts if rule else ()
+    constants = {text: parse_constant(text, syntax, "sld_concept") for text in texts if text}
+    # The caller of a task.
+    warn_about_prompts(model, [*pairs, *negatives, *constants.values()], stacklevel=5)
     conditions = Conditions(
         pairs,
         negatives,
@@ -328,6 +334,7 @@ def generate(
         scale,
         guidance,
         sampling.get("sampler"),
+        {text: pair_of(constant) for text, constant in constants.items()},
     )
     refiner = sdxl.get("refiner")
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}

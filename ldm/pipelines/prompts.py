@@ -11,11 +11,13 @@ from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.prompts import PLAIN, ParsedPrompt, Prompt, PromptWarning, parse_prompt
+from ldm.prompts.prompt import quote
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
     "PromptOptions", "PromptPair", "StepPrompts", "encode_steps",
-    "find_lost_text", "has_composition", "parse_pair", "warn_about_prompts",
+    "find_lost_text", "has_composition", "pair_of", "parse_constant", "parse_pair",
+    "warn_about_prompts",
 ]  # fmt: skip
 
 QUOTED_WORDS = 4  # of a prompt, in warnings
@@ -79,6 +81,34 @@ def parse_pair(
         counts = f"{len(first.compositions)} parts, prompt_2 {len(second.compositions)}"
         raise ArgumentError(f"AND splits the prompt into {counts}", "prompt_2")
     return StepPrompts(first, second)
+
+
+def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
+    """Parse a text that is not a prompt of an image, and holds for the whole run.
+
+    Args:
+        name: Of the argument.
+
+    Raises:
+        ArgumentError: See `ldm.prompts.parse_prompt`; or it changes from step to step, or has AND.
+    """
+    try:
+        pair = parse_pair((text, text), syntax, steps=50)
+    except ArgumentError as error:
+        error.argument = name
+        raise
+    if isinstance(pair, StepPrompts) and (pair.last_steps or len(pair.at(0)) > 1):
+        raise ArgumentError(
+            f"{name} holds for the whole run, it takes no schedules, alternation or AND: "
+            f"{quote(text)}",
+            name,
+        )
+    return pair
+
+
+def pair_of(constant: StepPrompts | TextPair) -> PromptPair:
+    """Return the two texts of `parse_constant`."""
+    return constant.at(0)[0][1] if isinstance(constant, StepPrompts) else constant
 
 
 def encode_steps(

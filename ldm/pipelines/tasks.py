@@ -66,7 +66,7 @@ from ldm.pipelines.latent_upscaling import (
     check_sides,
     double_latent,
 )
-from ldm.pipelines.prompts import warn_about_prompts
+from ldm.pipelines.prompts import pair_of, parse_constant, warn_about_prompts
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
@@ -131,7 +131,8 @@ def img2img(
         strength: 0 keeps the image, 1 starts from pure noise.
         z: latents (B, C, h, w) of the image from `encode_image`; None = encode it.
         inversion: whether to start from DDIM inversion, which keeps the composition.
-        source_prompt: description of the image for the inversion, in plain syntax.
+        source_prompt: description of the image for the inversion, in the syntax of prompts, but
+            without schedules and AND.
         depth: for LDM3D, see the top of this file.
         upscaling: see `txt2img`.
     """
@@ -419,8 +420,9 @@ def _inverted_noise(
     until = max(round(strength * steps), 1)
     height, width = (side * model.downscale for side in z.shape[-2:])
     sizes, _ = size_conditions(model, split_options(options)[1], (height, width), Quirks())
-    warn_about_prompts(model, [(prompt, None)], stacklevel=5)  # the caller of a task
-    cond = encode_prompts(model, [(prompt, prompt)] * len(z), {}, sizes)
+    constant = parse_constant(prompt, options.get("syntax", PLAIN), "source_prompt")
+    warn_about_prompts(model, [constant], stacklevel=5)  # the caller of a task
+    cond = encode_prompts(model, [pair_of(constant)] * len(z), {}, sizes)
     legacy = {"encode"}.intersection(options.get("legacy", ()))
     z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)
     sigma = float(sigmas[steps - until])

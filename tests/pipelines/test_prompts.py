@@ -45,6 +45,26 @@ def test_plain_text_gives_the_same_image_under_all_syntaxes(model):
         )
 
 
+IMAGE = torch.zeros(1, 3, 16, 16)
+TEXTS = {
+    "sld_concept": lambda model, text: latents(model, ["a"], sld="max", sld_concept=text,
+                                               syntax="a1111")[-1],
+    "source_prompt": lambda model, text: ldm.img2img(
+        model, ["a"], IMAGE, inversion=True, source_prompt=text, syntax="a1111", steps=4, seeds=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_of_the_whole_run_are_read_by_the_syntax_of_prompts(model, name):
+    run = TEXTS[name]
+    assert torch.equal(run(model, "(a cat:1.0)"), run(model, "a cat"))
+    assert not torch.equal(run(model, "(a cat:1.4)"), run(model, "a cat"))
+    run(model, LONG)  # nothing is left out, so nothing is warned of
+    for text in ("a [cat:dog:0.5]", "a [cat|dog]", "a AND b"):
+        with pytest.raises(ArgumentError, match=f"{name} holds for the whole run, it takes no"):
+            run(model, text)
+
+
 @torch.no_grad()
 def test_composition_sums_guidance(model):
     cond = encode(model, ["a AND b :0.5 AND c:-1", "d"])
