@@ -54,6 +54,7 @@ class Sampler:
     scheduler: str | None = None  # default scheduler; None = the model's
     wide_scheduler: str | None = None  # default where the last level is above MAX_LEVEL
     a1111_scheduler: str = "normal"  # A1111's "Automatic"
+    adapts_steps: bool = False  # to the batch, so that commands and page make images one by one
     skips_last_level: bool = False  # plans one more step, drops the last level before 0, as A1111
 
 
@@ -270,6 +271,7 @@ SAMPLERS = {
         eta=1.0,
         scheduler="normal",
         wide_scheduler="edm",
+        adapts_steps=True,
     ),
     "ddpm": Sampler("euler_ancestral", "DDPM", takes_noise=True, eta=1.0),
     "euler_cfg_pp": Sampler(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ldm.diffusion.names import SAMPLERS
 from ldm.evaluation.progress import Progress
 from ldm.generate.load import Models, load_models
 from ldm.generate.output import RunListener, add_watermark, to_images
@@ -109,12 +110,18 @@ def generate_settings(
     listener = listener or RunListener()
     rank, world_size = rank_and_world_size()
     _check_options(settings, out)
-    plans = [(setting, plan_batches(_limit_batches(setting.request))) for setting in settings]
+    # Batches of all settings go together: they are as small as the sampler of one needs.
+    samplers = (SAMPLERS[setting.request.sampling.sampler or "ddim"] for setting in settings)
+    limit = 1 if any(row.adapts_steps for row in samplers) else None
+    requests = [_limit_batches(setting.request, limit) for setting in settings]
+    plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
         loras = setting.request.model.lora
-        if any(job.values or job.loras != loras for batch in batches for job in batch):
-            message = "prompts have options or LoRAs of their own, here all images have the same"
-            raise ArgumentError(message, "from_file")
+        for job in (job for batch in batches for job in batch):
+            names = [*job.values, *(["a LoRA"] if job.loras != loras else [])]
+            if names:
+                message = f"`{job.prompt}` has {', '.join(names)} of its own"
+                raise ArgumentError(f"{message}, here all images have the same", "from_file")
     total = sum(len(_filter_missing(batch, s, out)) for s, batches in plans for batch in batches)
     log.info("%d images to make, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
@@ -167,9 +174,11 @@ def _generate(
             write_png(part, add_watermark(image, info), info)
 
 
-def _limit_batches(request: Request) -> Request:
-    """Return the request with batches small enough that each process has one.
+def _limit_batches(request: Request, limit: int | None) -> Request:
+    """Return the request with batches so small that each process has one.
 
+    Args:
+        limit: further limit of the size of batches; None for none.
     Raises:
         ArgumentError: there are fewer images than processes.
     """
@@ -177,7 +186,7 @@ def _limit_batches(request: Request) -> Request:
     count = _count_images(request)
     if count < world_size:
         raise ArgumentError(f"{count} images, {world_size} processes: start fewer", "prompts")
-    largest = count // world_size
+    largest = min(count // world_size, limit or count)
     output = replace(request.output, n_samples=min(request.output.n_samples, largest), n_iter=1)
     return replace(request, output=output)
 

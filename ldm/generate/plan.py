@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.diffusion.names import SAMPLERS
 from ldm.generate.lora_tags import Loras, find_loras, list_loras, split_tags
 from ldm.generate.options import Value
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
@@ -65,8 +66,8 @@ def plan_batches(
 
     A run is `n_iter` iterations over the lines of the prompt file, each line `repeat` times (or
     over `n_samples` times the prompt), in batches of `n_samples` images that have the same
-    iteration, options and LoRAs. Image k has seed + k; if its line has a seed, the r-th image of
-    the line has that seed + r.
+    iteration, options and LoRAs; of one image where the sampler adapts to the batch. Image k has
+    seed + k; if its line has a seed, the r-th image of the line has that seed + r.
 
     Args:
         list_files: returns the LoRA files that prompts may name; None = `list_loras`.
@@ -87,7 +88,9 @@ def plan_batches(
         _check_negative_prompts(request, jobs)
         for _, group in groupby(jobs, key=lambda job: (job.values, job.loras)):
             alike = list(group)
-            size = request.output.n_samples
+            sampler = alike[0].values.get("sampler", request.sampling.sampler)
+            is_alone = sampler in SAMPLERS and SAMPLERS[sampler].adapts_steps
+            size = 1 if is_alone else request.output.n_samples
             batches += [alike[first : first + size] for first in range(0, len(alike), size)]
     # Each process plans the whole run, so that index and seed do not depend on their number.
     own = batches[rank::world_size]

@@ -121,6 +121,14 @@ def test_each_image_draws_by_its_own_seed(tmp_path):
     assert DynamicPrompts(tmp_path).expand(prompt, 0) == DynamicPrompts(tmp_path).expand(prompt, 0)
 
 
+def test_images_of_a_sampler_that_adapts_to_the_batch_are_made_one_by_one(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb --sampler dpm_adaptive\nc")
+    batches = plan("--from-file", str(tmp_path / "prompts.txt"), "--repeat=3", "--n_iter=1")
+    prompts = [[job.prompt for job in batch] for batch in batches]
+    assert prompts == [["a"] * 3, ["b"], ["b"], ["b"], ["c"] * 3]
+    assert len(plan("--sampler", "dpm_adaptive", "--n_samples=2", "--n_iter=1")) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
