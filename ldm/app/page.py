@@ -39,6 +39,7 @@ from ldm.app.view import (
     show_queue,
     show_token_count,
 )
+from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.tasks import TASKS
 from ldm.imaging.mesh import can_save_meshes
@@ -365,12 +366,17 @@ class Page:
         self.refresh.click(self.list_files, files, lists, **QUIET).then(
             self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET
         )
-        choice = [self.task, self.checkpoint, self.loras]
+        choice = [self.task, self.checkpoint, self.loras, self.fields["prompt"]]
         followers = [self.fields[name] for name in FOLLOWERS]
         gr.on(
             [self.checkpoint.change, self.task.change, self.loras.change], self.describe_choice,
             [*choice, self.defaults, *followers],
             [self.note, self.offers, self.sdxl, self.upscaling, self.defaults, *followers], **QUIET,
+        )  # fmt: skip
+        gr.on(
+            [self.fields["prompt"].change, self.fields["sampler"].change], self.follow_choice,
+            [*choice, self.defaults, *followers], [self.defaults, *followers],
+            trigger_mode="always_last", **QUIET,
         )  # fmt: skip
         start = self.fields["refiner_start"]
         refiner.change(lambda name: gr.update(visible=bool(name)), refiner, start, **QUIET)
@@ -677,17 +683,11 @@ class Page:
         task: str,
         checkpoint: str,
         loras: list[str] | None,
+        prompt: str | None,
         defaults: JsonObject,
         *values: Any,
     ) -> list[Any]:
-        """Update the page for a checkpoint: whether it suits the tab, and its defaults.
-
-        Defaults of a chosen few-step LoRA are preferred.
-
-        Args:
-            defaults: the defaults that FOLLOWERS were set to last.
-            values: current values of FOLLOWERS; only unchanged ones are updated.
-        """
+        """Update the page for a checkpoint: whether it suits the tab, and `follow_choice`."""
         hidden = gr.update(visible=False)
         if task not in TASKS:
             return ["", hidden, hidden, hidden, defaults, *[gr.skip()] * len(values)]
@@ -697,7 +697,36 @@ class Page:
         has_sdxl = bool(self.forms[task].sdxl) and self.backend.is_sdxl(checkpoint)
         takes_upscaler = bool(self.forms[task].upscaling) and not self.backend.is_sdxl(checkpoint)
         has_upscaler = takes_upscaler and bool(self.backend.addons("upscaler"))
-        now = self.backend.defaults(TASKS[task], checkpoint, loras or ())
+        shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
+        updates = self.follow_choice(task, checkpoint, loras, prompt, defaults, *values)
+        return [show_error(misfit), offers, *shown, *updates]
+
+    def follow_choice(
+        self,
+        task: str,
+        checkpoint: str,
+        loras: list[str] | None,
+        prompt: str | None,
+        defaults: JsonObject,
+        *values: Any,
+    ) -> list[Any]:
+        """Return the defaults of a checkpoint, and an update of each of FOLLOWERS.
+
+        Defaults of a few-step LoRA are preferred, chosen or named in the prompt; the scale follows
+        the sampler, too.
+
+        Args:
+            defaults: the defaults that FOLLOWERS were set to last.
+            values: current values of FOLLOWERS; only unchanged ones are updated.
+        """
+        if task not in TASKS:
+            return [defaults, *[gr.skip()] * len(values)]
+        now = self.backend.defaults(TASKS[task], checkpoint, loras or (), prompt or "")
+        sampler = values[FOLLOWERS.index("sampler")]
+        if sampler in (None, defaults.get("sampler")):
+            sampler = now["sampler"]
+        if sampler in SAMPLERS and (scale := SAMPLERS[sampler].scale) is not None:
+            now["scale"] = scale
         updates = [
             # An empty number is 0. Fields that have the value already are not updated, as that
             # would discard what is being typed.
@@ -706,8 +735,7 @@ class Page:
             else gr.skip()
             for name, value in zip(FOLLOWERS, values, strict=True)
         ]
-        shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
-        return [show_error(misfit), offers, *shown, now, *updates]
+        return [now, *updates]
 
     def count_tokens(
         self, checkpoint: str, prompt: str, syntax: str, *, is_negative: bool = False

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
@@ -11,6 +12,7 @@ from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
+from ldm.loading.files.checkpoint import write_checkpoint
 from make_tiny_sdxl import make_tiny_sdxl
 
 BASE, REFINER = "sd_xl_base_1.0.safetensors", "sd_xl_refiner_1.0.safetensors"
@@ -51,7 +53,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
 
     def follow(name):
         _, _, accordion, _, now, *updates = page.describe_choice(
-            "txt2img", name, [], defaults, *defaults.values()
+            "txt2img", name, [], "", defaults, *defaults.values()
         )
         for field, update in zip(now, updates, strict=True):
             # What has its value already is left alone.
@@ -61,6 +63,26 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
     assert follow(BASE) == (True, 1024, 5.0, 50)
     assert follow("sd_xl_turbo_1.0.safetensors") == (True, 512, 1.0, 4)
     assert follow("demo.safetensors") == (False, 128, 2.0, 25)
+
+
+def test_settings_follow_loras_in_the_prompt_and_the_sampler(backend, page):
+    from ldm.app.page import FOLLOWERS
+
+    lora = backend.folder / "loras/lcm-lora-sdxl.safetensors"
+    lora.parent.mkdir(exist_ok=True)
+    write_checkpoint(lora, {"lora_unet_x.alpha": torch.ones(())})
+
+    def follow(defaults, prompt="a cat", **values):
+        form = [{**defaults, **values}[name] for name in FOLLOWERS]
+        now, *_ = page.follow_choice("txt2img", BASE, [], prompt, defaults, *form)
+        return now
+
+    plain = follow(dict.fromkeys(FOLLOWERS))
+    few = follow(plain, f"a cat <lora:{lora.stem}:1>")
+    assert [few[name] for name in ("sampler", "steps", "scale")] == ["lcm", 4, 1.0]
+    assert follow(few, "a cat <lora:none") == follow(few, "<lora:none:1>") == plain
+    assert follow(plain, sampler="euler_cfg_pp") == {**plain, "scale": 1.0}
+    assert follow(plain, sampler="euler") == plain
 
 
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
