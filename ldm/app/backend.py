@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import groupby
@@ -35,8 +36,8 @@ from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
-from ldm.generate.load import Models, is_small_model, load_models, resolve_sampling
-from ldm.generate.lora_tags import remove_tags
+from ldm.generate.load import Models, is_small_model, load_models
+from ldm.generate.lora_tags import find_loras, remove_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
     FILE_KEYS,
@@ -68,7 +69,6 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
 from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.preview import fit_preview
-from ldm.pipelines.sampling import check_few_steps
 from ldm.prompts.syntax import PLAIN, parse_prompt
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
@@ -250,14 +250,24 @@ class Backend:
         entry = read_catalogue(self.folder).models.get(name or "")
         return entry is not None and entry.is_sdxl
 
-    def defaults(self, task: Task, name: str | None, loras: Iterable[str] = ()) -> dict[str, Value]:
-        """Return default values of settings for a task, a model, and LoRAs, all by name."""
+    def defaults(
+        self, task: Task, name: str | None, loras: Iterable[str] = (), prompt: str = ""
+    ) -> dict[str, Value]:
+        """Return the values of settings that suit a task, a model, and LoRAs.
+
+        Args:
+            loras: their names.
+            prompt: may name others.
+        """
         entry = read_catalogue(self.folder).models.get(name or "")
         height, width = (None, None) if entry is None else entry.size
         values: dict[str, Value] = {"scale": task.scale, "width": width, "height": height}
         values |= {"steps": STEPS, "sampler": Defaults().sampler}
-        files = [self.loras[lora][0] for lora in loras if lora in self.loras]
-        own = next((found.defaults for file in files if (found := detect_few_steps(file))), None)
+        files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
+        with suppress(ArgumentError):  # Generate will say what is wrong with it
+            files = find_loras(prompt, files, self._lora_files)
+        found = detect_few_steps(files)
+        own = None if found is None else found.defaults
         if own is None and entry is not None and entry.defaults != Defaults():
             own = entry.defaults
         if own is not None:
@@ -491,9 +501,6 @@ class Backend:
         for key in FILE_KEYS:
             for file in recorded_files(models.base.provenance, key):
                 file["path"] = Path(file["path"]).name  # as it is saved in images
-        sampling = resolve_sampling(request, models.base.defaults)
-        if reason := check_few_steps(models.base, sampling.steps, sampling.scale):
-            progress.warn(reason)
         height, width = prepared.output_size(models.base)
         factor = 1 if models.upscaler is None else FACTOR
         is_upscaled = request.task.enlarges or factor > 1

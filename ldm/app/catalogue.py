@@ -19,7 +19,7 @@ from ldm.loading import legacy
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.layout import INDEX
-from ldm.loading.load import find_variant, read_config, supports_variants, variant_defaults
+from ldm.loading.load import find_variant, read_config, supports_variants
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, read_weights
@@ -184,8 +184,8 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
     if supports_variants(family) and (found := find_variant(weights)):
-        has_scheduler = is_sdxl and path.is_dir()  # a diffusers folder sets its scheduler
-        defaults = variant_defaults(found, has_scheduler=has_scheduler, defaults=defaults)
+        has_scheduler = is_sdxl and path.is_dir()
+        defaults = found.defaults_of(defaults, has_scheduler=has_scheduler)
         sides = VARIANTS[found.variant].size_xl if is_sdxl else sides
     height, width = [sides, sides] if isinstance(sides, int) else sides
     return CatalogueEntry(

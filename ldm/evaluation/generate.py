@@ -122,7 +122,9 @@ def generate_settings(
             if names:
                 message = f"`{job.prompt}` has {', '.join(names)} of its own"
                 raise ArgumentError(f"{message}, here all images have the same", "from_file")
-    total = sum(len(_filter_missing(batch, s, out)) for s, batches in plans for batch in batches)
+    total = sum(
+        len(_filter_missing(batch, each, out)) for each, batches in plans for batch in batches
+    )
     log.info("%d images to make, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
     for model in dict.fromkeys(setting.model for setting in settings):

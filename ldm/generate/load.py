@@ -15,7 +15,13 @@ from ldm.generate.tasks import Task
 from ldm.generate.tasks.base import RGBDInputs
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
 from ldm.loading.families import PIXELS, Family
-from ldm.loading.load import file_variant, load as load_from_files
+from ldm.loading.load import (
+    DEMO_CHECKPOINT,
+    file_variant,
+    find_variant_early,
+    load as load_from_files,
+    supports_variants,
+)
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import Weights, identify_weights, read_weights
@@ -23,13 +29,23 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
 from ldm.pipelines.latent_upscaling import Upscaling
-from ldm.pipelines.sampling import default_scheduler
+from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.sampling import (
+    SamplingOptions,
+    default_scheduler,
+    explain_excess,
+    explain_high_start,
+    run_sigmas,
+)
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.hashes import known_sha256
 
-__all__ = ["Models", "find_checker", "is_small_model", "load_models", "resolve_sampling"]
+__all__ = [
+    "Models", "describe_variant", "explain_few_steps", "explain_start", "find_checker",
+    "is_small_model", "load_models", "resolve_sampling",
+]  # fmt: skip
 
 SMALL_MODEL = 200e6  # bytes of weights below which half precision and many threads are slower
 
@@ -112,7 +128,7 @@ def load_models(
         **request.inputs.get_model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
-    _describe_variant(request, model)
+    describe_variant(request, model)
     _check_depth(request, file_name(model), model.autoencoder.in_channels)
     _warn_about_ignored_options(request, model)
     if upscaler is not None:
@@ -225,6 +241,31 @@ def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
     return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
 
 
+def explain_few_steps(request: Request) -> str | None:
+    """Say, before weights are read, why steps and scale do not suit a model for few steps.
+
+    Returns:
+        None if they do, or if neither name nor metadata tell that it is one.
+    """
+    choice, sampling = request.model, request.sampling
+    is_asked = sampling.steps or sampling.scale is not None or sampling.sigmas
+    if not is_asked or not any(map(supports_variants, request.task.families)):
+        return None
+    if choice.ckpt is None and choice.config is not None:
+        return None
+    try:
+        path = find_file(request.task.demo_model or DEMO_CHECKPOINT)
+        if choice.ckpt is not None:
+            path = find_checkpoint(choice.ckpt, variant=file_variant(choice.variant))
+        found = find_variant_early(path, choice.lora, choice.variant)
+    except (OSError, ValueError):  # which loading will name
+        return None
+    if found is None:
+        return None
+    own = resolve_sampling(request, found.defaults)
+    return explain_excess(found.defaults, f"`{found.path.name}`", own.steps, own.scale)
+
+
 def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
 
@@ -235,7 +276,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     sampler = sampling.sampler or defaults.sampler
     if (own_scale := SAMPLERS[sampler].scale) is not None:
         scale = own_scale
-    elif defaults == Defaults():
+    elif scale == Defaults().scale:
         scale = request.task.demo_scale if request.uses_demo_model else request.task.scale
     eta = SAMPLERS[sampler].eta
     if sampler == defaults.sampler and defaults.eta is not None:
@@ -247,6 +288,24 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
         sampler=sampler,
         eta=eta if request.eta is None else request.eta,
     )
+
+
+def explain_start(request: Request, model: LatentDiffusion) -> str | None:
+    """Say why the sampler cannot begin where the scheduler of a run does; None if it can.
+
+    Runs from an image begin lower, which `sample` judges.
+    """
+    sampling = resolve_sampling(request, model.defaults)
+    assert sampling.sampler is not None
+    is_whole = request.get_values().get("strength", 1.0) == 1.0
+    if not is_whole or SAMPLERS[sampling.sampler].wide_scheduler is None:
+        return None
+    options: SamplingOptions = {
+        "steps": sampling.steps, "sampler": sampling.sampler, "scheduler": sampling.scheduler,
+        "rho": sampling.rho, "sigmas": sampling.sigmas,
+    }  # fmt: skip
+    sigmas = run_sigmas(model, Quirks.of(model, sampling.legacy), options)
+    return explain_high_start(sampling.sampler, sampling.scheduler, float(sigmas[0]))
 
 
 def is_small_model(path: str | Path) -> bool:
@@ -264,7 +323,7 @@ def _find_weights(name: str | None, variant: str | None = None) -> Path | None:
     return path
 
 
-def _describe_variant(request: Request, model: LatentDiffusion) -> None:
+def describe_variant(request: Request, model: LatentDiffusion) -> None:
     """Log the kind of a few-step model, and how it will be sampled."""
     found = model.provenance.get("variant")
     if found is None:
@@ -299,6 +358,8 @@ def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> Non
             "sampler `%s` is made for guidance scales about 1, not %g",
             sampling.sampler, sampling.scale,
         )  # fmt: skip
+    if sampling.freeu is not None and request.sdxl.refiner is not None:
+        log.warning("freeu changes the base, not its refiner")
     values = request.get_values()
     for name in ("torchscript", "ipex", "laion400m"):
         if values[name]:

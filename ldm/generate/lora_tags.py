@@ -12,7 +12,7 @@ from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import find_file
 
-__all__ = ["find_loras", "list_loras", "remove_tags", "split_tags"]
+__all__ = ["Loras", "find_loras", "list_loras", "remove_tags", "split_tags"]
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]+)>")
 FOLDERS = ("lora", "loras")  # in lower case

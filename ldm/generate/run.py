@@ -5,6 +5,8 @@ Request -> plan_batches -> prepare (read inputs) -> load_models -> generate each
 
 import copy
 import logging
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,15 @@ from tqdm import tqdm
 
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.tokenizer import has_weight_syntax
-from ldm.generate.load import Models, load_models, resolve_sampling
-from ldm.generate.lora_tags import remove_tags
+from ldm.generate.load import (
+    Models,
+    describe_variant,
+    explain_few_steps,
+    explain_start,
+    load_models,
+    resolve_sampling,
+)
+from ldm.generate.lora_tags import Loras, remove_tags
 from ldm.generate.options import Value
 from ldm.generate.output import (
     GRID_LIMIT,
@@ -45,7 +54,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions, check_clip_skip
 from ldm.pipelines.guidance import GuidanceOptions
 from ldm.pipelines.latent_upscaling import Upscaling
-from ldm.pipelines.prompts import QUOTED_WORDS, find_lost_text
+from ldm.pipelines.prompts import QUOTED_WORDS, StepPrompts, find_lost_text, parse_constant
 from ldm.prompts import PLAIN, parse_prompt
 from ldm.runtime.errors import NonFinite, Stop
 from ldm.runtime.types import JsonMapping
@@ -81,10 +90,11 @@ def run_request(
         NonFinite: an image contains NaN even in float32.
     """
     batches = plan_batches(request, list_loras)
-    notes = _parse_prompts(batches, request.prompts.syntax)
+    notes = _parse_prompts(batches, request)
     if request.output.glb:
         check_can_save_meshes()
     models: Models | None = None
+    said: list[str] = []
     for inputs in request.inputs.split_by_image():
         single = replace(request, inputs=inputs)
         lines: dict[LineKey, PreparedTask] = {(): single.task.prepare(single)}
@@ -92,6 +102,9 @@ def run_request(
             changed = single.with_values(dict(key))
             lines[key] = lines.get(key) or changed.task.prepare(changed)
         if models is None:
+            said = _explain_few_steps(lines, batches)
+            for excess in said:
+                listener.warn(excess)
             models = load(_with_loras(lines[()], batches))
             _check_loras(models.base, batches)
             for note in notes:
@@ -100,7 +113,24 @@ def run_request(
             skip = max(prepared.request.sampling.clip_skip for prepared in lines.values())
             if reason := check_clip_skip(models.base, skip):
                 listener.warn(reason)
-        _generate_batches(lines, batches, models, listener, without_folders)
+            starts = {explain_start(each.request, models.base) for each in lines.values()}
+            for start in filter(None, starts):
+                listener.warn(start)
+                said.append(start)
+        with warnings.catch_warnings():
+            for reason in said:  # which `sample` says, too
+                warnings.filterwarnings("ignore", re.escape(reason))
+            _generate_batches(lines, batches, models, listener, without_folders)
+
+
+def _explain_few_steps(lines: Mapping[LineKey, PreparedTask], batches: list[Batch]) -> list[str]:
+    """Say why steps and scales do not suit the models for few steps that batches have."""
+    reasons = []
+    for key, loras in dict.fromkeys((_line_key(batch), batch[0].loras) for batch in batches):
+        request = lines[key].request
+        choice = replace(request.model, lora=loras)
+        reasons.append(explain_few_steps(replace(request, model=choice)))
+    return list(dict.fromkeys(filter(None, reasons)))
 
 
 def _line_key(batch: Batch) -> LineKey:
@@ -146,22 +176,30 @@ def _generate_batches(
     makes_grid = not output.skip_grid and request.inputs.output_name is None
     has_own_loras = len({batch[0].loras for batch in batches}) > 1
     grid_images: list[tuple[Image.Image, Info]] = []
-    run_infos: dict[LineKey, Info] = {}
+    run_infos: dict[tuple[LineKey, Loras], Info] = {}
     if total > GRID_LIMIT and makes_grid:
         log.info("the grid will hold the first %d images", GRID_LIMIT)
+    begun: set[LineKey] = set()
     listener.begin(model, total)
     latents: list[Tensor] = []  # of each batch, if they are to be saved
     on_latent = latents.append if output.save_latents else None
     try:
         for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
-            key = _line_key(batch)
+            key, loras = _line_key(batch), batch[0].loras
             prepared = lines[key]
-            if key not in run_infos:
-                run_infos[key] = _begin(prepared, models, request, key, without_folders)
-            run_info = run_infos[key]
             if has_own_loras:
-                set_loras(model, batch[0].loras)
-                run_info["loras"] = _describe_loras(model, without_folders)
+                set_loras(model, loras)
+            if key not in begun:
+                _begin(prepared, model)
+                begun.add(key)
+            if (key, loras) not in run_infos:
+                info = _describe(prepared, models, request, key, without_folders)
+                if info["size"] not in [other["size"] for other in run_infos.values()]:
+                    _check_watermark(info, request)
+                run_infos[key, loras] = info
+                if has_own_loras:
+                    describe_variant(prepared.request, model)
+            run_info = run_infos[key, loras]
             protected = prepared.protected_pixels()
             images = generate_batch(prepared, batch, models, listener.on_step, on_latent)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -198,43 +236,52 @@ def _generate_batches(
     log.info("Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", output.outdir)
 
 
-def _begin(
+def _begin(prepared: PreparedTask, model: LatentDiffusion) -> None:
+    """Prepare for the first batch of a line's options."""
+    prepared.begin(model)
+    seed_globally(prepared.request, model, prepared.output_size(model))
+
+
+def _describe(
     prepared: PreparedTask,
     models: Models,
     request: Request,
     key: LineKey,
     without_folders: bool,
 ) -> Info:
-    """Prepare for the first batch with a line's options; return the info that its images share.
+    """Return the info of the images of a line with the LoRAs that the model has now.
 
     Args:
         request: of the whole run.
         key: options that the line sets.
     """
     size = prepared.output_size(models.base)
-    prepared.begin(models.base)
-    seed_globally(prepared.request, models.base, size)
     info = describe_run(prepared.request, models, size, without_folders)
+    info["loras"] = _describe_loras(models.base, without_folders)
     if key:
         info |= {"request": request.to_json(without_folders), "line": dict(key)}
-    if info["watermark"] is None and not request.output.no_watermark:
-        log.warning("images of %dx%d are too small for a watermark: saved without", *size)
     return info
 
 
+def _check_watermark(info: Info, request: Request) -> None:
+    if info["watermark"] is None and not request.output.no_watermark:
+        log.warning("images of %dx%d are too small for a watermark: saved without", *info["size"])
+
+
 def _describe_loras(model: LatentDiffusion, without_folders: bool) -> list[JsonMapping]:
-    loras: list[JsonMapping] = model.provenance["loras"]
+    loras: list[JsonMapping] = model.provenance.get("loras", [])
     if not without_folders:
         return loras
     return [{**lora, "path": Path(lora["path"]).name} for lora in loras]
 
 
-def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
-    """Return warnings about text that looks like syntax but is read literally.
+def _parse_prompts(batches: list[Batch], request: Request) -> list[str]:
+    """Return what prompts have that is read literally, though it looks like syntax.
 
     Raises:
         ArgumentError: a prompt is invalid in the syntax.
     """
+    syntax = request.prompts.syntax
     if syntax == PLAIN:
         return []
     jobs = [job for batch in batches for job in batch]
@@ -243,7 +290,18 @@ def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
     negatives = (text for job in jobs for text in (job.negative_prompt, job.negative_prompt_2))
     for text in dict.fromkeys(filter(None, negatives)):
         parsed.append(parse_prompt(text, syntax, is_negative=True))
+    for name, text in _constant_texts(request).items():
+        constant = parse_constant(text, syntax, name)
+        assert isinstance(constant, StepPrompts)
+        parsed.append(constant.first)
     return list(dict.fromkeys(note for one in parsed for note in one.notes))
+
+
+def _constant_texts(request: Request) -> dict[str, str]:
+    """Return the texts that hold for the whole run, by option."""
+    values = request.get_values()
+    names = ("sld_concept", "source_prompt")
+    return {name: str(values[name]) for name in names if values.get(name)}
 
 
 def _warn_about_prompts(
@@ -251,12 +309,9 @@ def _warn_about_prompts(
 ) -> None:
     """Warn about prompts that are too long, or whose syntax is read as plain text."""
     jobs = [job for batch in batches for job in batch]
-    # These are plain under any syntax.
-    prompts: list[str | None] = [
-        request.sampling.sld_concept,
-        request.get_values().get("source_prompt"),
-    ]
+    prompts: list[str | None] = []
     if request.prompts.syntax == PLAIN:
+        prompts += _constant_texts(request).values()
         prompts += [text for job in jobs for text in (job.prompt, job.negative_prompt)]
         prompts += [text for job in jobs for text in (job.prompt_2, job.negative_prompt_2)]
     texts = list(dict.fromkeys(filter(None, prompts)))
@@ -292,9 +347,8 @@ def remake_image(
         (image, depth); depth is None for models without.
     """
     job, request, model = read_job(info), prepared.request, models.base
-    prepared.begin(model)
-    seed_globally(request, model, prepared.output_size(model))
-    for rows in info.get("earlier", ()):  # earlier batches, drawn from the same generator
+    _begin(prepared, model)
+    for rows in info.get("earlier", ()):  # they drew from the same generator
         _generate(prepared, [job] * rows, models, callback)
     images = _generate(prepared, [job] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
@@ -331,6 +385,7 @@ def _generate(
         "s_tmin": sampling.s_tmin,
         "s_tmax": sampling.s_tmax,
         "s_noise": sampling.s_noise,
+        "brownian": sampling.brownian,
         "rescale": sampling.rescale,
         "guidance_interval": sampling.guidance_interval,
         "freeu": sampling.freeu,

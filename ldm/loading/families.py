@@ -234,7 +234,7 @@ def detect_prediction(
     """
     verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:
-        if verdicts and family.config_v:  # the family has both, so only the marker counts
+        if verdicts:  # of fine-tunes, too: only the marker counts
             return _rank(verdicts)
         verdicts.append(Verdict("family", family.predicts, family.title))
     elif family is not None:
@@ -268,7 +268,8 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
 
 def _by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
     kind = markers.get("modelspec.prediction_type", "")
-    says = {"epsilon": "eps", "eps": "eps", "sample": "x0", "x0": "x0", "v": "v"}.get(kind)
+    names = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+    says = names.get(kind, kind if kind in names.values() else None)
     if "v_pred" in markers:
         yield Verdict("marker", "v", f"`{kind or 'v_pred'}`")
     elif says:

@@ -116,6 +116,7 @@ MODEL_KEYS = {
     "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
     "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
     "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
+    "defaults",  # ours: of `ldm.model.Defaults`
 }  # fmt: skip
 
 
@@ -185,9 +186,11 @@ class _Translator:
         if "image_size" in params:
             parts["image_size"] = params["image_size"]
         layout = parts["autoencoder"]["params"].get("ddconfig") or {}
+        defaults = dict(params.get("defaults") or {})
         if layout.get("in_channels", 3) in (4, 6):  # colour and depth
-            defaults = LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS
-            parts["defaults"] = {"target": "ldm.model.Defaults", "params": dict(defaults)}
+            defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
+        if defaults:
+            parts["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
         return {"target": MODEL, "params": parts, "where": self.where}
 
     def part(self, key: str) -> JsonObject:

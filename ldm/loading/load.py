@@ -10,7 +10,6 @@ Only `hf:` addresses are downloaded. Where device and dtype stay as in the file,
 memory-mapped.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -32,16 +31,23 @@ from ldm.loading.addons.lora import (
     add_loras,
     detect_few_steps,
     read_loras,
+    warn_if_distilled,
 )
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
-from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
+from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder, read_folder_metadata
 from ldm.loading.diffusers.keys import unet_keys
 from ldm.loading.families import Prediction, probe_prediction
-from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, short_hash, write_checkpoint
+from ldm.loading.files.checkpoint import (
+    CONFIG_KEY,
+    Checkpoint,
+    read_checkpoint,
+    short_hash,
+    write_checkpoint,
+)
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
 from ldm.loading.legacy import translate_config
@@ -56,11 +62,13 @@ from ldm.loading.tiny_autoencoder import (
     read_tiny_autoencoder,
 )
 from ldm.loading.variants import (
+    ARGUMENT,
     GUIDANCE_WEIGHT,
     NO_VARIANT,
     VARIANTS,
     Found,
     detect_variant,
+    set_variant,
 )
 from ldm.loading.weight_names import AUTOENCODER, TEXT, our_names, restore_names
 from ldm.loading.weights import (
@@ -71,7 +79,7 @@ from ldm.loading.weights import (
     read_text_encoder,
     read_weights,
 )
-from ldm.model import Defaults, LatentDiffusion
+from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.pipelines.families import family_of, file_name, is_sdxl
 from ldm.runtime.device import pick_wide_dtype
@@ -88,18 +96,9 @@ from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "TRANSPOSED",
-    "UPSCALER_PARTS",
-    "check_upscaler",
-    "choose_config",
-    "file_variant",
-    "find_variant",
-    "load",
-    "probe_weights",
-    "read_config",
-    "save_model",
+    "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "file_variant",
+    "find_variant", "find_variant_early", "load", "probe_weights", "read_config", "save_model",
     "supports_variants",
-    "variant_defaults",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -237,7 +236,11 @@ def load(
             model.autoencoder = build_tiny_autoencoder(tiny, model, place, dtype)
         load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
         _check_prediction(model, weights, is_config_given=config is not None)
-        _set_variant(model, found, is_folder=weights.source.kind == "diffusers")
+        if found is not None:
+            is_folder = weights.source.kind == "diffusers"
+            set_variant(model, found, has_scheduler=is_folder and is_sdxl(model))
+        elif variant == NO_VARIANT:
+            model.provenance["variant"] = None
         add_loras(model, adapters)
         add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
@@ -339,19 +342,6 @@ def find_variant(weights: Weights) -> Found | None:
     return detect_variant(weights.path, weights.markers, weights.state)
 
 
-def variant_defaults(found: Found, *, has_scheduler: bool, defaults: Defaults) -> Defaults:
-    """Return the default sampling options of a variant.
-
-    Args:
-        has_scheduler: whether sampler and scheduler are set by a diffusers folder of SDXL.
-        defaults: those of the model as if it were ordinary.
-    """
-    own = found.defaults
-    if has_scheduler and VARIANTS[found.variant].keeps_scheduler:
-        return dataclasses.replace(own, sampler=defaults.sampler, scheduler=defaults.scheduler)
-    return own
-
-
 def supports_variants(family: str | None) -> bool:
     """Return whether there are few-step models of a family, a name in `pipelines.families`."""
     return family in ("text", "inpainting", "depth", "refiner")
@@ -360,39 +350,63 @@ def supports_variants(family: str | None) -> bool:
 def _choose_variant(
     model: torch.nn.Module, weights: Weights, variant: str | None, loras: Iterable[LoRAFile]
 ) -> Found | None:
-    """Return the variant by the argument, a LoRA or the weights; None for an ordinary model."""
-    if not isinstance(model, LatentDiffusion) or variant == NO_VARIANT:
+    """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
+    is_model = isinstance(model, LatentDiffusion) and supports_variants(
+        family_of(model.conditioner)
+    )
+    if not is_model:
         return None
-    if not supports_variants(family_of(model.conditioner)):
+    pairs = [(file.path, file.weight) for file in loras]
+    found = _combine_variants(find_variant(weights), pairs, variant, weights.path)
+    if found is None and variant != NO_VARIANT:
+        warn_if_distilled(pairs)
+    return found
+
+
+def _combine_variants(
+    own: Found | None, loras: Iterable[tuple[str | Path, Weight]], variant: str | None, path: Path
+) -> Found | None:
+    """Return the variant by the argument, a LoRA or the model, the first that tells it.
+
+    Args:
+        own: what tells the model's variant, if anything.
+        path: of the model.
+    Raises:
+        ArgumentError: the variant needs a tensor that the model has not.
+    """
+    if variant == NO_VARIANT:
         return None
-    own = find_variant(weights)
-    found = next(filter(None, (detect_few_steps(f.path) for f in loras if f.weight.unet)), own)
+    if own is not None and VARIANTS[own.variant].marker:
+        return own
+    found = detect_few_steps(loras) or own
     if variant is not None and file_variant(variant) is None:
-        found = Found(variant, "the argument", found.path if found else weights.path)
-    if found is None or own is None or not VARIANTS[own.variant].marker:
-        if found is not None and VARIANTS[found.variant].marker:
-            raise ArgumentError(
-                f"`{weights.path}` does not embed the guidance scale, its variant is not "
-                f"{found.variant}",
-                "variant",
-            )
-        return found
-    return own
+        found = Found(variant, ARGUMENT, found.path if found else path)
+    if found is not None and VARIANTS[found.variant].marker:
+        raise ArgumentError(
+            f"`{path}` does not embed the guidance scale, its variant is not {found.variant}",
+            "variant",
+        )
+    return found
 
 
-def _set_variant(model: LatentDiffusion, found: Found | None, *, is_folder: bool) -> None:
-    """Set default sampling options, image size and prediction type of a distilled model."""
-    if found is None:
-        return
-    row, has_scheduler = VARIANTS[found.variant], is_folder and is_sdxl(model)
-    model.defaults = variant_defaults(found, has_scheduler=has_scheduler, defaults=model.defaults)
-    if is_sdxl(model):
-        model.image_size = row.size_xl
-        model.latent_size = (row.size_xl, row.size_xl)
-    model.parameterization = row.predicts or model.parameterization
-    model.provenance["variant"] = {
-        "name": found.variant, "told_by": found.told_by, "file": found.path.name,
-    }  # fmt: skip
+def find_variant_early(
+    path: Path, loras: Iterable[tuple[str | Path, Weight]] = (), variant: str | None = None
+) -> Found | None:
+    """Return the variant that `load` will find, by names and metadata; weights are not read.
+
+    Pickles are not opened: None where a tensor of one may tell more than its name.
+    """
+    if is_diffusers_folder(path):
+        metadata, is_embedded = read_folder_metadata(path)
+        own = detect_variant(path, metadata, [GUIDANCE_WEIGHT] if is_embedded else [])
+    elif path.suffix == ".safetensors" and path.is_file():
+        file = read_checkpoint(path)
+        own = detect_variant(path, file.metadata, [name for name, _ in our_names(file.state)])
+    else:
+        own = detect_variant(path, {})
+        if "lcm" in (variant or "") or (own is not None and own.variant == "lcm"):
+            return None
+    return _combine_variants(own, loras, variant, path)
 
 
 def probe_weights(weights: Weights) -> Prediction:

@@ -40,6 +40,7 @@ WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
 SCALINGS = {
     "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
     "VScalingWithEDMcNoise": ("v", True),
+    "X0Scaling": ("x0", False),  # ours
 }  # fmt: skip
 DENOISER_TAKES = {
     "DiscreteDenoiser": {"scaling_config", "weighting_config", "num_idx", "discretization_config",

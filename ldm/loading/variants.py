@@ -6,19 +6,23 @@ VARIANTS applies.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.model import Defaults
+from ldm.model import Defaults, LatentDiffusion
+from ldm.pipelines.families import is_sdxl
 
 __all__ = [
-    "GUIDANCE_WEIGHT", "NO_VARIANT", "VARIANTS", "Found", "Variant", "detect_lora",
-    "detect_variant", "looks_distilled", "name_of_file",
+    "ARGUMENT", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS", "Found", "Variant",
+    "detect_lora", "detect_variant", "is_variant_given", "looks_distilled", "name_of_file",
+    "set_variant",
 ]  # fmt: skip
 
 NO_VARIANT = "base"
+ARGUMENT = "the argument"  # tells a variant, too
+SCHEDULER_KEY = "ldm.scheduler"  # in the metadata: the class of a folder's scheduler
 GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
 
 
@@ -97,6 +101,7 @@ NAMELESS = frozenset({"pytorch_lora_weights", "adapter_model", "diffusion_pytorc
 # Metadata that may name the variant of a model or a LoRA.
 METADATA = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
 LORA_METADATA = ("modelspec.title", "ss_output_name")
+SCHEDULERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # of diffusers folders
 # All published few-step LoRAs also change the layers of the timestep embedding.
 TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
 TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
@@ -121,22 +126,72 @@ class Found(NamedTuple):
         """Default sampling options, with the number of steps in the file name."""
         return VARIANTS[self.variant].defaults_for(name_of_file(self.path))
 
+    def defaults_of(self, base: Defaults, *, has_scheduler: bool) -> Defaults:
+        """Return the defaults of a model.
+
+        Args:
+            base: those that it has without being this variant.
+            has_scheduler: it comes from a diffusers folder of SDXL, which says how it is sampled.
+        """
+        if has_scheduler and VARIANTS[self.variant].keeps_scheduler:
+            return replace(self.defaults, sampler=base.sampler, scheduler=base.scheduler)
+        return self.defaults
+
 
 def detect_variant(
     path: Path, metadata: Mapping[str, str], tensors: Collection[str] = ()
 ) -> Found | None:
-    """Return the variant of a model by tensors (our names), metadata or file name, or None."""
+    """Return the variant by tensors (our names), metadata, file name or scheduler, or None."""
     for variant, row in VARIANTS.items():
         if row.marker and row.marker in tensors:
             return Found(variant, "its embedding of the guidance scale", path)
     patterns = {variant: row.name for variant, row in VARIANTS.items()}
-    return _search(patterns, path, {key: metadata.get(key, "") for key in METADATA})
+    found = _search(patterns, path, {key: metadata.get(key, "") for key in METADATA})
+    scheduler = metadata.get(SCHEDULER_KEY, "")
+    if found is None and scheduler in SCHEDULERS:
+        return Found(SCHEDULERS[scheduler], f"its `{scheduler}`", path)
+    return found
 
 
 def detect_lora(path: Path, metadata: Mapping[str, str]) -> Found | None:
     """Return the variant that a LoRA makes of a model, by metadata or file name; None = none."""
     patterns = {variant: row.lora for variant, row in VARIANTS.items()}
     return _search(patterns, path, {key: metadata.get(key, "") for key in LORA_METADATA})
+
+
+def set_variant(
+    model: LatentDiffusion, found: Found, *, has_scheduler: bool = False
+) -> Callable[[], None]:
+    """Set the defaults of a model for few steps, and what it predicts; return what undoes it.
+
+    Args:
+        has_scheduler: see `Found.defaults_of`.
+    """
+    names = ("defaults", "image_size", "latent_size", "parameterization")
+    before = {name: vars(model)[name] for name in names}
+    told = {"variant": model.provenance["variant"]} if "variant" in model.provenance else {}
+    row = VARIANTS[found.variant]
+    model.defaults = found.defaults_of(model.defaults, has_scheduler=has_scheduler)
+    if is_sdxl(model):
+        model.image_size = row.size_xl
+        model.latent_size = (row.size_xl, row.size_xl)
+    model.parameterization = row.predicts or model.parameterization
+    model.provenance["variant"] = {
+        "name": found.variant, "told_by": found.told_by, "file": found.path.name,
+    }  # fmt: skip
+
+    def undo() -> None:
+        vars(model).update(before)
+        del model.provenance["variant"]
+        model.provenance.update(told)
+
+    return undo
+
+
+def is_variant_given(model: LatentDiffusion) -> bool:
+    """Return whether LoRAs cannot change the variant: it was an argument, or a tensor tells it."""
+    found = model.provenance.get("variant", {})
+    return found is None or found.get("told_by") == ARGUMENT or model.guidance_width is not None
 
 
 def name_of_file(path: Path) -> str:

@@ -9,7 +9,7 @@ kinds, which can only be merged, are in `lycoris`.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -185,12 +185,14 @@ class MergedChanges:
         originals: Original weights by (layer, parameter name).
         tokens: Tokens of textual inversions that came with the changes.
         state: Identifies the merged files and strengths, to detect changes.
+        undo_sampling: Resets the defaults of sampling that the files set; None if none did.
     """
 
     def __init__(self) -> None:
         self.originals: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.tokens: list[str] = []
         self.state: object = None
+        self.undo_sampling: Callable[[], None] | None = None
 
     def merge(self, changes: Sequence[WeightChange]) -> None:
         """Merge changes, instead of those merged before; see `merge_changes`."""

@@ -215,7 +215,7 @@ class Conditions:
     scale: Scale | None  # guidance scale; None = the default of each model
     guidance: Guidance | None  # None = classifier-free; texts of another method are encoded, too
     sampler: str | None = None  # a name in SAMPLERS; None = the default of each model
-    # texts of the rule that are not empty, as they are read
+    # those of `guidance` that are not empty, as they are read
     texts: Mapping[str, PromptPair] = field(default_factory=dict)
 
     def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
@@ -320,8 +320,8 @@ def generate(
     ]
     if syntax != PLAIN and upscaling is not None:
         raise ArgumentError("an x2 latent upscaler takes prompts of syntax plain only", "syntax")
-    texts = rule.texts if rule else ()
-    constants = {text: parse_constant(text, syntax, "sld_concept") for text in texts if text}
+    concepts = [text for text in (guidance.texts if guidance else ()) if text]
+    constants = {text: parse_constant(text, syntax, "sld_concept") for text in concepts}
     # The caller of a task.
     warn_about_prompts(model, [*pairs, *negatives, *constants.values()], stacklevel=5)
     conditions = Conditions(
@@ -477,6 +477,7 @@ def make_noise(
             options.get("s_tmin", 0.0),
             options.get("s_tmax"),
             options.get("s_noise", 1.0),
+            options.get("brownian", False),
         ),
         strength,
         options.get("rescale", 0.0),

@@ -33,7 +33,7 @@ from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
-from ldm.model import LatentDiffusion
+from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiled import apply_tiled
@@ -48,6 +48,8 @@ __all__ = [
     "check_sampling",
     "default_scale",
     "default_scheduler",
+    "explain_excess",
+    "explain_high_start",
     "invert",
     "latent_size",
     "run_sigmas",
@@ -210,6 +212,8 @@ def sample(
             x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
             x = x * (_std(sigmas[first]) / std)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
+    if z_t is None and (reason := explain_high_start(sampler, scheduler, float(sigmas[0]))):
+        warnings.warn(reason, stacklevel=2)
     denoiser = quirks.denoiser(model, sampler)
     if freeu is not None:
         changes = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
@@ -325,6 +329,22 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     return own or ("trailing" if model.schedule.zero_snr else "uniform")
 
 
+def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str | None:
+    """Return, in one line, why a sampler cannot begin at a level; None if it can.
+
+    Args:
+        scheduler: that was asked for, if any.
+    """
+    remedy = names.SAMPLERS[sampler].wide_scheduler
+    if remedy in (None, scheduler) or sigma <= names.MAX_LEVEL:
+        return None
+    choice = "sigmas" if scheduler is None else f"scheduler `{scheduler}`"
+    return (
+        f"sampler `{sampler}` makes broken images from noise levels above {names.MAX_LEVEL:g}, and "
+        f"{choice} begins at {sigma:.4g}: take scheduler `{remedy}`"
+    )
+
+
 def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
     """Return the default guidance scale of the sampler, else of the model."""
     own = names.SAMPLERS[sampler or model.defaults.sampler].scale
@@ -337,7 +357,16 @@ def check_few_steps(model: LatentDiffusion, steps: int | None, scale: Scale | No
     Args:
         scale: guidance scale; a function of sigma is not checked.
     """
-    most, limit, own = model.defaults.max_steps, model.defaults.max_scale, model.defaults
+    found = model.provenance.get("variant")
+    name = f"`{found['file']}`" if found else file_name(model)  # a LoRA, or the model itself
+    return explain_excess(model.defaults, name, steps, scale)
+
+
+def explain_excess(
+    defaults: Defaults, name: str, steps: int | None, scale: Scale | None
+) -> str | None:
+    """Do the same for the defaults of a model or LoRA with a name."""
+    most, limit = defaults.max_steps, defaults.max_scale
     excess = []
     if most is not None and (steps or 0) > most:
         excess.append(f"{steps} steps")
@@ -345,10 +374,8 @@ def check_few_steps(model: LatentDiffusion, steps: int | None, scale: Scale | No
         excess.append(f"guidance scale {scale:g}")
     if not excess:
         return None
-    found = model.provenance.get("variant")
-    name = f"`{found['file']}`" if found else file_name(model)  # a LoRA, or the model itself
     return (
-        f"{name} is made for {own.steps} steps and guidance scale {own.scale:g}: "
+        f"{name} is made for {defaults.steps} steps and guidance scale {defaults.scale:g}: "
         f"{' and '.join(excess)} will make images worse"
     )
 

@@ -129,7 +129,7 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--prompts", "empty.txt", "--generate"], "empty.txt has no prompts (--prompts)"),
-        (["--prompts", "lines.txt"], "`a fox` has eta, clip_skip of its own, here all images"),
+        (["--prompts", "own.txt", "--generate"], "`a fox` has eta, clip_skip of its own, here"),
         (["--count", "9"], "9 prompts requested, there are 5 (--count)"),
         (["--samplers", "dddim"], "unknown sampler `dddim`, did you mean `ddim`?"),
         (["--reference", "nowhere"], "no folder `nowhere`"),
@@ -143,7 +143,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
-    (tmp_path / "lines.txt").write_text("a house\na fox --eta 1 --clip-skip 2\n")
+    (tmp_path / "own.txt").write_text("a house\na fox --eta 1 --clip-skip 2\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "real.png")
     monkeypatch.setattr("ldm.evaluation.generate.load_models", None)
     if flags[0] == "--images":

@@ -1,5 +1,7 @@
 """Models for few steps: what tells them, and that they are sampled so by every door."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import ldm
 from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
 from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora, detect_variant
+from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.errors import ArgumentError
 from loading import tinyfamilies
@@ -94,6 +99,67 @@ def test_a_lora_sets_the_defaults_unless_told_otherwise(lora):
     assert ldm.load(loras=[(lora, 1.0)], variant="tcd").defaults == VARIANTS["tcd"].defaults
 
 
+def test_loras_that_are_set_bring_their_defaults_and_take_them_along(lora):
+    model = ldm.load()
+    plain = model.defaults
+    for _ in range(2):
+        ldm.set_loras(model, [(lora, 1.0)])
+        assert model.defaults == VARIANTS["lcm"].defaults
+        ldm.set_loras(model, [(lora, "1:0")])  # no UNet
+        assert (model.defaults, model.provenance.get("variant")) == (plain, None)
+    for variant, defaults in (("base", plain), ("tcd", VARIANTS["tcd"].defaults)):
+        model = ldm.load(variant=variant)
+        ldm.set_loras(model, [(lora, 1.0)])
+        assert model.defaults == defaults
+
+
+@pytest.mark.parametrize(("name", "variant"), [("LCMScheduler", "lcm"), ("TCDScheduler", "tcd")])
+def test_the_scheduler_of_a_folder_tells_the_variant(tiny_folder, name, variant):
+    path = tiny_folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
+    model = ldm.load(tiny_folder)
+    assert model.provenance["variant"]["told_by"] == f"its `{name}`"
+    assert model.defaults == VARIANTS[variant].defaults
+    assert ldm.load(tiny_folder, variant="base").defaults.steps == 50
+
+
+def test_the_spacing_of_a_folder_chooses_steps(tiny_folder):
+    path = tiny_folder / "scheduler/scheduler_config.json"
+    kind = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kind))
+    assert ldm.load(tiny_folder).defaults == Defaults(scheduler="trailing")
+
+
+@pytest.fixture(scope="module")
+def written_folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("folder")
+    tinyfamilies.write("sd1", place / "sd1.safetensors")
+    convert(plan_conversion(place / "sd1.safetensors", place / "sd1"))
+    (place / "sd1" / EXTRA_WEIGHTS).unlink()
+    return place / "sd1"
+
+
+@pytest.fixture
+def tiny_folder(written_folder, tmp_path):
+    return Path(shutil.copytree(written_folder, tmp_path / "sd1"))
+
+
+def test_loras_in_prompts_choose_how_each_image_is_sampled(lora, tmp_path, capsys, caplog):
+    tag = f"<lora:{lora.stem}:1>"
+    lines = [f"a cat {tag}", "a dog --s 2", f"an owl {tag} --s 2"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    flags = ["--from-file", str(tmp_path / "prompts.txt"), "--lora-dir", str(lora.parent)]
+    assert main(["txt2img", *flags, "--outdir", str(tmp_path), *QUICK]) == 0
+    paths = capsys.readouterr().out.split()
+    infos = [read_info(path) for path in paths]
+    assert [info["sampler"] for info in infos] == ["lcm", "ddim", "lcm"]
+    assert [info["steps"] for info in infos] == [4, 2, 2]
+    assert [info["scale"] for info in infos] == [1, 2, 1]
+    assert [info.get("variant") for info in infos] == ["lcm", None, "lcm"]
+    assert caplog.text.count(f"`{lora.name}` is LCM (by ") == 2
+    assert [main(["replay", path]) for path in paths] == [0, 0, 0]
+
+
 def test_a_command_says_how_it_samples_records_it_and_can_be_repeated(
     lora, tmp_path, capsys, caplog
 ):
@@ -117,7 +183,6 @@ def test_a_command_overrides_it_and_warns(lora, tmp_path, capsys, caplog):
     assert main(["txt2img", *flags, "--steps", "17", "--scale", "9", "--sampler", "euler"]) == 0
     info = read_info(capsys.readouterr().out.strip())
     assert (info["sampler"], info["steps"], info["scale"]) == ("euler", 17, 9)
-    assert (
-        f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale 9"
-        in caplog.text
-    )
+    said = f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale 9"
+    assert caplog.text.count(said) == 1
+    assert caplog.text.index(said) < caplog.text.index("running on")

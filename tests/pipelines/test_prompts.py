@@ -45,12 +45,13 @@ def test_plain_text_gives_the_same_image_under_all_syntaxes(model):
         )
 
 
-IMAGE = torch.zeros(1, 3, 16, 16)
+IMAGE, LATENT = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 16, 16)
 TEXTS = {
     "sld_concept": lambda model, text: latents(model, ["a"], sld="max", sld_concept=text,
                                                syntax="a1111")[-1],
     "source_prompt": lambda model, text: ldm.img2img(
-        model, ["a"], IMAGE, inversion=True, source_prompt=text, syntax="a1111", steps=4, seeds=1),
+        model, ["a"], IMAGE, z=LATENT, inversion=True, source_prompt=text, syntax="a1111",
+        steps=4, seeds=1),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Zero terminal SNR: the schedule, sampling beside diffusers, files (arXiv:2305.08891)."""
 
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,27 @@ def test_samplers_that_cannot_begin_at_the_last_timestep_have_other_schedulers()
     assert [name for name in SAMPLERS if defaults[name] == "uniform"] == ["plms", "heun", "dpm2_a"]
     assert defaults["restart"] == defaults["dpm_fast"] == defaults["dpm_adaptive"] == "edm"
     assert defaults["ddim"] == defaults["dpm2"] == "trailing"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "message"),
+    [
+        ("restart", {"scheduler": "karras"}, "scheduler `karras` begins at 4096: take.* `edm`"),
+        ("heun", {"scheduler": "trailing"}, "`trailing` begins at 4096: take scheduler `uniform`"),
+        ("heun", {"sigmas": [4000, 10, 1, 0]}, "sigmas begins at 4000"),
+        ("heun", {"scheduler": "uniform", "steps": 1000}, None),
+        ("heun", {"scheduler": "trailing", "z": torch.zeros(1, 4, 8, 8), "strength": 0.5}, None),
+        ("euler", {"scheduler": "trailing"}, None),
+    ],
+)
+def test_a_scheduler_that_begins_too_high_is_warned_of(
+    sampler: str, options: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SAMPLERS, sampler, lambda denoise, x, sigmas, **_: x)
+    cond = Cond(crossattn=torch.zeros(1, 7, 32))
+    options = {"steps": None if "sigmas" in options else 4, "seeds": 0, **options}
+    with pytest.warns(UserWarning, match=message) if message else nullcontext():
+        sample(tiny(), cond, sampler=sampler, **options)
 
 
 def test_eps_is_refused() -> None:

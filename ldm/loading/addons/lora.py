@@ -41,7 +41,13 @@ from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, short_hash, write_checkpoint
 from ldm.loading.modelspec import describe_model
-from ldm.loading.variants import Found, detect_lora, looks_distilled
+from ldm.loading.variants import (
+    Found,
+    detect_lora,
+    is_variant_given,
+    looks_distilled,
+    set_variant,
+)
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
@@ -72,7 +78,7 @@ from ldm.runtime.types import JsonObject
 __all__ = [
     "LoRAFile", "TargetLayer", "add_loras", "detect_few_steps", "find_base", "load_loras",
     "lora_targets", "read_bundled_embeddings", "read_changes", "read_lora", "read_loras",
-    "read_named_changes", "set_loras", "write_lora",
+    "read_named_changes", "set_loras", "warn_if_distilled", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -162,8 +168,8 @@ def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
 def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]) -> None:
     """Replace the LoRAs of a model by others, or by the same with other weights.
 
-    The result is bit-identical to a model loaded with these `loras`, without loading it again. The
-    original weights of changed layers stay in memory.
+    The result is bit-identical to a model loaded with these `loras`, without loading it again, and
+    has the same defaults. The original weights of changed layers stay in memory.
 
     Args:
         files: (file, weight) pairs, the weight as in `ldm.load`; an empty list removes all LoRAs.
@@ -187,9 +193,18 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]
         for token in merged.tokens:
             encoder.added_embeddings.pop(token, None)
     merged.state = None  # if merging fails
+    if merged.undo_sampling is not None:
+        merged.undo_sampling()
+        merged.undo_sampling = None
     merged.merge([change for file in adapters for change in file.changes])
     model.provenance["loras"] = []
     merged.tokens, merged.state = _record(model, adapters), state
+    if is_variant_given(model):
+        return
+    if found := detect_few_steps(pairs):
+        merged.undo_sampling = set_variant(model, found)
+    else:
+        warn_if_distilled(pairs)
 
 
 def _file_state(path: Path) -> tuple[str, int]:
@@ -231,22 +246,27 @@ def _report_order(files: Sequence[LoRAFile]) -> None:
         log.warning("%s scale or rotate the same weights: they are applied in this order", names)
 
 
-def detect_few_steps(path: str | Path) -> Found | None:
-    """Return the few-step variant that a LoRA makes of a model; None for an ordinary LoRA.
+def detect_few_steps(loras: Iterable[tuple[str | Path, Weight]]) -> Found | None:
+    """Return the variant that LoRAs make of a model: of the first (file, weight) that tells it.
 
-    Warns if its weights look like those of a few-step LoRA, but nothing says of which kind.
+    One that changes no UNet does not count.
     """
-    for file in map(read_checkpoint, _files_of(path)):
-        if found := detect_lora(file.path, file.metadata):
-            return found
-        ranks = {len(v) for k, v in file.state.items() if (m := KEY.fullmatch(k)) and m[2] in DOWN}
+    paths = [path for path, weight in loras if LoRAWeight.of(weight).unet]
+    files = (read_checkpoint(file) for path in paths for file in _files_of(path))
+    return next(filter(None, (detect_lora(file.path, file.metadata) for file in files)), None)
+
+
+def warn_if_distilled(loras: Iterable[tuple[str | Path, Weight]]) -> None:
+    """Warn of LoRAs that look as if they were for few steps, though nothing tells which."""
+    for file in (read_checkpoint(file) for path, _ in loras for file in _files_of(path)):
+        matches = ((KEY.fullmatch(name), value) for name, value in file.state.items())
+        ranks = {len(value) for match, value in matches if match and match[2] in DOWN}
         if looks_distilled(file.state, ranks):
             log.warning(
                 "`%s` looks like a few-step LoRA, but neither name nor metadata say of which kind: "
                 "set `variant`, for example to lcm",
                 file.path,
             )
-    return None
 
 
 def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:

@@ -9,7 +9,7 @@ Without it unused weights become zeros, and the noise schedule is computed.
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import added_tokens
 from ldm.loading.diffusers.index import NORMALIZER, Files, folder_configs, original_config
 from ldm.loading.diffusers.keys import component_prefixes, locate_weights, scatter_weights
-from ldm.loading.diffusers.layout import INDEX, WHOLE
+from ldm.loading.diffusers.layout import INDEX, SCHEDULER, UNET, VAE, WHOLE
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
+from ldm.loading.modelspec import PREFIX
+from ldm.loading.variants import SCHEDULER_KEY
 from ldm.loading.weight_names import (
     DERIVED_WEIGHTS,
     has_engine_names,
@@ -45,7 +47,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "EXTRA_WEIGHTS", "PIPELINE_KEY", "build_folder", "is_diffusers_folder", "read_component",
-    "read_folder", "weights_path", "write_texts",
+    "read_folder", "read_folder_metadata", "weights_path", "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """
     path = Path(path).expanduser()
     candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
-    files = {f.relative_to(path).as_posix(): _read_json(f) for f in candidates if f.is_file()}
+    files = _read_files(path, candidates)
     rest = _read_rest(path, files)
     raw = (
         parse_yaml(rest.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
@@ -129,6 +131,12 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         | {CONFIG_KEY: format_yaml(raw)},
         added_tokens=added,
     )
+
+
+def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
+    """Return the metadata of a folder, and whether its UNet embeds the guidance scale."""
+    files = _read_files(path, [path / name for name in (INDEX, UNET, VAE, SCHEDULER)])
+    return _metadata(files), bool(files.get(UNET, {}).get("time_cond_proj_dim"))
 
 
 def build_folder(
@@ -187,13 +195,22 @@ def write_texts(folder: Path, files: Files) -> None:
         (folder / path).write_text(content, "utf-8")
 
 
+def _read_files(path: Path, candidates: Iterable[Path]) -> Files:
+    return {f.relative_to(path).as_posix(): _read_json(f) for f in candidates if f.is_file()}
+
+
 def _metadata(files: Files) -> dict[str, str]:
-    """Return metadata from a folder's JSONs: class of the pipeline, options of the autoencoder."""
+    """Return what metadata keep of a folder's JSONs: classes, prediction, numbers of the VAE."""
     pipeline = files.get(INDEX, {}).get("_class_name")
-    config: JsonMapping = files.get("vae/config.json") or files.get("config.json") or {}
+    config: JsonMapping = files.get(VAE) or files.get("config.json") or {}
     keys = {SCALE_KEY: "scaling_factor", UPCAST_KEY: "force_upcast"}
     numbers = {key: json.dumps(config[name]) for key, name in keys.items() if name in config}
-    return numbers | ({PIPELINE_KEY: str(pipeline)} if pipeline else {})
+    scheduler: JsonMapping = files.get(SCHEDULER, {})
+    kind = scheduler.get("_class_name", "")
+    texts = {PIPELINE_KEY: pipeline, SCHEDULER_KEY: kind}
+    if not kind.startswith("EDM"):  # whose `epsilon` is another
+        texts[f"{PREFIX}prediction_type"] = scheduler.get("prediction_type")
+    return numbers | {key: str(text) for key, text in texts.items() if text}
 
 
 def _build_model(

@@ -157,6 +157,8 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
     params["parameterization"] = schedulers.parameterization(
         files[layout.SCHEDULER], layout.SCHEDULER
     )
+    if schedulers.is_trailing(files[layout.SCHEDULER]):
+        params["defaults"] = {"scheduler": "trailing"}
     params["scale_factor"] = files[layout.VAE].get("scaling_factor", 0.18215)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]

@@ -10,7 +10,8 @@ from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "beta_params", "betas_config", "ddim_config", "parameterization", "scheduler_name", "spacing",
+    "beta_params", "betas_config", "ddim_config", "is_trailing", "parameterization",
+    "prediction_type", "scheduler_name", "spacing",
 ]  # fmt: skip
 
 # The original's name by diffusers' name; other noise schedules are written as lists of betas.
@@ -39,7 +40,7 @@ def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) ->
         "set_alpha_to_one": zero_snr,
         "steps_offset": 1,
         "timestep_spacing": "trailing" if zero_snr else "leading",
-        "prediction_type": _key_of(parameterization, PREDICTION_TYPES),
+        "prediction_type": prediction_type(parameterization),
     }
     return config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
@@ -81,6 +82,16 @@ def beta_params(config: JsonMapping, where: str) -> JsonObject:
 def parameterization(config: JsonMapping, where: str) -> str:
     """Return the prediction type: "eps", "v" or "x0"."""
     return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
+
+
+def prediction_type(parameterization: str) -> str:
+    """Return diffusers' name of what a network predicts: "eps", "v" or "x0"."""
+    return _key_of(parameterization, PREDICTION_TYPES)
+
+
+def is_trailing(config: JsonMapping) -> bool:
+    """Return whether steps begin at the last timestep, as models for few steps need."""
+    return bool(config.get("timestep_spacing") == "trailing")
 
 
 def scheduler_name(config: JsonMapping, default: str) -> str:

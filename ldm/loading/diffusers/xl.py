@@ -25,7 +25,7 @@ __all__ = ["folder_configs_xl", "is_xl_folder", "is_xl_model", "original_config_
 
 SCORE = "aesthetic_score"
 TARGETS = "sgm.modules.diffusionmodules."
-SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "edm": "EDMScaling"}
+SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
 SIDE = 128  # default side in latent pixels
 
 
@@ -139,8 +139,6 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         numbers = params["sampler_config"]["params"]["discretization_config"]["params"]
         numbers |= {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
     else:
-        if prediction not in SCALINGS:
-            raise ConfigError(f"{layout.SCHEDULER}: `prediction_type` of SDXL must be epsilon or v")
         scaling = SCALINGS[prediction]
         betas = schedulers.beta_params(config, layout.SCHEDULER)
         if betas.pop("rescale_betas_zero_snr", False):
@@ -164,7 +162,9 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
 
 def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
     """Return the config of Euler's method, with the steps that the model's defaults name."""
-    prediction = "v_prediction" if model.parameterization == "v" else "epsilon"
+    prediction = "epsilon"  # of EDM, too
+    if model.parameterization != "edm":
+        prediction = schedulers.prediction_type(model.parameterization)
     if isinstance(model.schedule, ContinuousSchedule):
         return {
             "_class_name": "EDMEulerScheduler",
