@@ -57,7 +57,8 @@ STEPS = 25  # for models without a default; the original scripts use 50, which i
 # Options, other than prompts, that are fields of all tasks, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
-    "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rho", "sigmas", "rescale",
+    "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "brownian", "rho", "sigmas",
+    "rescale",
     "guidance_interval", "pag", "apg", "perp_neg", "freeu", "freeu_version", "sld",
     "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile", "unet_tile", "tiling",
     "safety_checker", "unsafe",
@@ -311,7 +312,8 @@ def step_noise_fields(sampler: str) -> set[str]:
     row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
     noise = {"s_noise"} if row.takes_noise else set()
-    return churn | noise | ({"eta"} if row.eta is not None else set())
+    path = {"brownian"} if row.takes_path else set()
+    return churn | noise | path | ({"eta"} if row.eta is not None else set())
 
 
 def _as_text(value: object) -> str:

@@ -46,6 +46,7 @@ class Sampler:
     function: str  # in a module of `ldm.diffusion.samplers`
     label: str  # in A1111's text and on the page
     takes_noise: bool = False  # adds noise between steps
+    takes_path: bool = False  # between steps, from a Brownian path over sigma
     eta: float | None = None  # default amount of that noise; None = it cannot be set
     takes_churn: bool = False  # noise before steps
     scales_time: bool = False  # takes `NoiseSchedule.scale_time`
@@ -214,12 +215,18 @@ SAMPLERS = {
         "dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0, a1111_scheduler="karras"
     ),
     "dpmpp_2m_sde": Sampler(
-        "dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True, eta=1.0, a1111_scheduler="exponential"
+        "dpmpp_2m_sde",
+        "DPM++ 2M SDE",
+        takes_noise=True,
+        takes_path=True,
+        eta=1.0,
+        a1111_scheduler="exponential",
     ),
     "dpmpp_2m_sde_heun": Sampler(
         "dpmpp_2m_sde_heun",
         "DPM++ 2M SDE Heun",
         takes_noise=True,
+        takes_path=True,
         eta=1.0,
         a1111_scheduler="exponential",
     ),
@@ -238,12 +245,18 @@ SAMPLERS = {
         skips_last_level=True,
     ),
     "dpmpp_sde": Sampler(
-        "dpmpp_sde", "DPM++ SDE", takes_noise=True, eta=1.0, a1111_scheduler="karras"
+        "dpmpp_sde",
+        "DPM++ SDE",
+        takes_noise=True,
+        takes_path=True,
+        eta=1.0,
+        a1111_scheduler="karras",
     ),
     "dpmpp_3m_sde": Sampler(
         "dpmpp_3m_sde",
         "DPM++ 3M SDE",
         takes_noise=True,
+        takes_path=True,
         eta=1.0,
         a1111_scheduler="exponential",
         skips_last_level=True,

@@ -10,6 +10,7 @@ __all__ = ["STEP_NOISE", "StepNoise"]
 
 TAKES_ETA = [name for name, row in SAMPLERS.items() if row.eta is not None]
 TAKES_CHURN = [name for name, row in SAMPLERS.items() if row.takes_churn]
+TAKES_PATH = [name for name, row in SAMPLERS.items() if row.takes_path]
 TAKES_NOISE = [name for name, row in SAMPLERS.items() if row.takes_noise or row.takes_churn]
 
 
@@ -22,6 +23,7 @@ class StepNoise:
     s_tmin: float = 0.0  # sigmas between which there is churn
     s_tmax: float | None = None  # None = no upper limit
     s_noise: float = 1.0  # standard deviation of both kinds of noise
+    brownian: bool = False  # between steps from a path over sigma, see `BrownianPaths`
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -37,6 +39,7 @@ class StepNoise:
             ("eta", self.eta or 0.0, TAKES_ETA),
             ("s_churn", self.s_churn, TAKES_CHURN),
             ("s_noise", self.s_noise - 1, TAKES_NOISE),
+            ("brownian", self.brownian, TAKES_PATH),
         ):
             if value and sampler not in takers:
                 message = f"sampler `{sampler}` takes no {name}, only {', '.join(takers)} do"

@@ -206,6 +206,10 @@ class Sampling:
     s_noise: float = option(1.0, "--s-noise", "--s_noise", parse=parse_number, metavar="S",
         label="Sigma noise",
         help="standard deviation of the noise of eta and churn (default: %(default)s)")
+    brownian: bool = option(False, "--brownian", label="Brownian noise",
+        help="noise between steps from a Brownian path over sigma, as in k-diffusion and A1111, so"
+        " that images change little with the number of steps: for dpmpp_sde, dpmpp_2m_sde, its heun"
+        " form and dpmpp_3m_sde")
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
         help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, few-step"
@@ -414,7 +418,12 @@ class Request:
     def __post_init__(self) -> None:
         sampling = self.sampling
         noise = StepNoise(
-            self.eta, sampling.s_churn, sampling.s_tmin, sampling.s_tmax, sampling.s_noise
+            self.eta,
+            sampling.s_churn,
+            sampling.s_tmin,
+            sampling.s_tmax,
+            sampling.s_noise,
+            sampling.brownian,
         )
         if sampling.sampler is not None:
             noise.check(sampling.sampler)

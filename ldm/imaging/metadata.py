@@ -4,7 +4,7 @@ Other programs read the text; `ldm replay` reads the JSON, which is complete. Th
 is a plain dict; `parameters_text` uses these keys, all optional:
 
     prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, rho, sigmas, steps, scale,
-    eta, s_churn, s_tmin, s_tmax, s_noise,
+    eta, s_churn, s_tmin, s_tmax, s_noise, brownian,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
     clip_skip, tiling, depth_range (lowest and highest of 0 … 65535),
@@ -89,6 +89,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Sigma tmin": ("s_tmin", float),
     "Sigma tmax": ("s_tmax", float),
     "Sigma noise": ("s_noise", float),
+    "Brownian noise": ("brownian", lambda text: text == "True"),
     "Model hash": ("checkpoint_hash", str),
     "Model": ("checkpoint", str),
     "Mask blur": ("mask_blur", float),
@@ -238,6 +239,7 @@ def _step_noise(info: JsonMapping) -> dict[str, object]:
         settings["Sigma tmax"] = info.get("s_tmax")
     if info.get("s_noise") not in (None, 1):
         settings["Sigma noise"] = float(info["s_noise"])
+    settings["Brownian noise"] = info.get("brownian") or None
     return settings
 
 
@@ -331,6 +333,9 @@ def parse_parameters(parameters: str) -> JsonObject:
     if other.get("Sampler") == DDIM_CFG_PP and "scale" in info and not version.startswith("f"):
         info["scale"] /= 12.5
     info |= parse_sampler(other, version)
+    row = SAMPLERS.get(info.get("sampler", ""))
+    if row and row.takes_path and not is_ours:
+        info["brownian"] = True
     return {**info, "other": other} if other else info
 
 

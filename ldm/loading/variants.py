@@ -191,7 +191,7 @@ def set_variant(
 def is_variant_given(model: LatentDiffusion) -> bool:
     """Return whether LoRAs cannot change the variant: it was an argument, or a tensor tells it."""
     found = model.provenance.get("variant", {})
-    return found is None or found.get("told_by") == ARGUMENT or model.guidance_width is not None
+    return found is None or found.get("told_by") == ARGUMENT or model.guidance_embed_dim is not None
 
 
 def name_of_file(path: Path) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion import names
+from ldm.diffusion.brownian import BrownianPaths
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import (
     Guidance,
@@ -28,7 +29,7 @@ from ldm.diffusion.guidance import (
 from ldm.diffusion.guidance_embedding import imitate_guidance
 from ldm.diffusion.names import FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.samplers.common import Constrain, Denoise
+from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.scheduler_options import check_sigmas
@@ -39,7 +40,7 @@ from ldm.nets.cpu import cache_weights
 from ldm.nets.tiled import apply_tiled
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.pipelines.freeu import make_freeu
-from ldm.pipelines.quirks import Noise, Quirks, noise_source
+from ldm.pipelines.quirks import Noise, Quirks, noise_source, row_seeds
 from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = [
@@ -72,6 +73,7 @@ class SamplingOptions(TypedDict, total=False):
     s_tmin: float
     s_tmax: float | None
     s_noise: float
+    brownian: bool
     rescale: float
     guidance_interval: tuple[float, float] | None
     freeu: str | Sequence[float] | FreeUFactors | None
@@ -107,6 +109,7 @@ def sample(
     s_tmin: float = 0.0,
     s_tmax: float | None = None,
     s_noise: float = 1.0,
+    brownian: bool = False,
     scale: Scale | None = None,
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -146,6 +149,8 @@ def sample(
             algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
         s_noise: standard deviation of the noise of churn and between steps.
+        brownian: whether the noise of `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_3m_sde` is a Brownian
+            path over sigma for each of the seeds, as in k-diffusion; else independent of steps.
         scale: guidance scale; 1 = no guidance, None = `default_scale`. A model that embeds it
             evaluates the network once a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
@@ -178,7 +183,7 @@ def sample(
     sampler = sampler or defaults.sampler
     if eta is None and sampler == defaults.sampler:
         eta = defaults.eta
-    step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise)
+    step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
     check_sampling(sampler, scheduler, step_noise, strength, rescale)
     scale = default_scale(model, sampler) if scale is None else scale
     if not isinstance(sigmas, Tensor):
@@ -223,6 +228,8 @@ def sample(
     sampler_options = _sampler_options(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
     )
+    if brownian and sampler_options["noise"] is not None:
+        sampler_options["path"] = _brownian_path(seeds, len(cond), sigmas, s_noise)
     if names.SAMPLERS[sampler].takes_uncond:
         sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
     guide: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
@@ -456,6 +463,17 @@ def _sampler_options(
     if row.function == "dpmpp_2m" and is_continued:
         options["lower_order_final"] = False
     return options
+
+
+def _brownian_path(
+    seeds: int | Sequence[int] | Noise | None, n: int, sigmas: Tensor, s_noise: float
+) -> IntervalNoise:
+    """Return the noise between two levels of a run."""
+    if callable(seeds):
+        raise ArgumentError("brownian needs seeds, not a source of noise", "brownian")
+    levels = sigmas[sigmas > 0].tolist()
+    paths = BrownianPaths(row_seeds(seeds, n), levels[-1], levels[0])
+    return lambda like, sigma, sigma_next: s_noise * paths(like, sigma, sigma_next)
 
 
 def _with_steps(

@@ -243,7 +243,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
             else:
                 argvs.append([row.flags[0], word])
         others = (  # not with the rest
-            "--refiner-start", "--s-churn", "--s-noise", "--syntax", "--sigmas",
+            "--refiner-start", "--s-churn", "--s-noise", "--brownian", "--syntax", "--sigmas",
             "--save-latents",
             "--apg", "--perp-neg",
         )  # fmt: skip

@@ -10,6 +10,7 @@ clean latent z: network, conditions and guidance are inside. `euler` is the simp
         callback: Called after step i with (i, x at sigmas[i + 1], denoised).
         constrain: (x, sigma) -> x, applied before every step, as for inpainting.
         noise: (like) -> standard normal noise of its shape, the only source of randomness.
+        path: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
         s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas with it (algorithm 2).
 
     Returns:

@@ -11,9 +11,11 @@ __all__ = [
     "Callback",
     "Constrain",
     "Denoise",
+    "IntervalNoise",
     "Noise",
     "ancestral_step",
     "churn",
+    "interval_noise",
     "log_ratio",
     "sigma_pairs",
     "weighted_sum",
@@ -21,6 +23,7 @@ __all__ = [
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
 Noise = Callable[[Tensor], Tensor]  # like -> standard normal noise in its shape
+IntervalNoise = Callable[[Tensor, float, float], Tensor]  # (like, sigma, next sigma) -> noise
 Callback = Callable[[int, Tensor, Tensor], None]  # (step, x after it, denoised), after each step
 Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> changed x, before each step
 
@@ -45,6 +48,13 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, 
     up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
     up = min(up, sigma_next)
     return math.sqrt(sigma_next**2 - up**2), up
+
+
+def interval_noise(noise: Noise | None, path: IntervalNoise | None) -> IntervalNoise | None:
+    """Return the path, else noise that is independent in each step, else None."""
+    if path is not None or noise is None:
+        return path
+    return lambda like, sigma, sigma_next: noise(like)
 
 
 def log_ratio(sigma: float, sigma_next: float) -> float:

@@ -1,4 +1,7 @@
-"""SDE-DPM-Solver++ (arXiv:2211.01095): solvers of the diffusion SDE."""
+"""SDE-DPM-Solver++ (arXiv:2211.01095): solvers of the diffusion SDE.
+
+Their noise is independent in each step, or that of a path between its levels.
+"""
 
 import math
 from functools import partial
@@ -9,8 +12,10 @@ from ldm.diffusion.samplers.common import (
     Callback,
     Constrain,
     Denoise,
+    IntervalNoise,
     Noise,
     ancestral_step,
+    interval_noise,
     log_ratio,
     sigma_pairs,
 )
@@ -25,10 +30,12 @@ def dpmpp_sde(
     *,
     eta: float = 1.0,
     noise: Noise | None = None,
+    path: IntervalNoise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ of order 2, single step: noise in the middle of each step, too."""
+    draw = interval_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
@@ -36,13 +43,13 @@ def dpmpp_sde(
             middle = math.sqrt(sigma * sigma_next)
             sigma_down, sigma_up = ancestral_step(sigma, middle, eta)
             x_middle = denoised + (x - denoised) * (sigma_down / sigma)
-            if noise:
-                x_middle = x_middle + noise(x) * sigma_up
+            if draw:
+                x_middle = x_middle + draw(x, sigma, middle) * sigma_up
             estimate = denoise(x_middle, middle)
         sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
         x = estimate + (x - estimate) * (sigma_down / sigma)
-        if noise:
-            x = x + noise(x) * sigma_up
+        if draw:
+            x = x + draw(x, sigma, sigma_next) * sigma_up
         if callback:
             callback(i, x, denoised)
     return x
@@ -56,6 +63,7 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
     heun: bool = False,
     noise: Noise | None = None,
+    path: IntervalNoise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
@@ -66,6 +74,7 @@ def dpmpp_2m_sde(
         heun: Whether to integrate the line through two estimates exactly, else by its midpoint.
     """
     old_denoised, h_last = None, 0.0
+    draw = interval_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
@@ -77,8 +86,8 @@ def dpmpp_2m_sde(
             weight = 1 / -math.expm1(-k) - 1 / k if heun else 1 / 2
             estimate = denoised + (denoised - old_denoised) * (h / h_last * weight)
         x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * estimate
-        if noise:
-            x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
+        if draw:
+            x = x + draw(x, sigma, sigma_next) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
         old_denoised, h_last = denoised, h
         if callback:
             callback(i, x, denoised)
@@ -92,11 +101,13 @@ def dpmpp_3m_sde(
     *,
     eta: float = 1.0,
     noise: Noise | None = None,
+    path: IntervalNoise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ 3M: the parabola through the last three estimates."""
     older: list[tuple[Tensor, float]] = []  # estimates with the length of their step, newest first
+    draw = interval_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
@@ -114,8 +125,10 @@ def dpmpp_3m_sde(
                 first = first + ratio * bend
                 x = x - (phi_2 / k - 0.5) * bend
             x = x + phi_2 * first
-        if noise:
-            x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0))
+        if draw:
+            x = x + draw(x, sigma, sigma_next) * (
+                sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0)
+            )
         older = [(denoised, h), *older[:1]]
         if callback:
             callback(i, x, denoised)

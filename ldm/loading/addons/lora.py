@@ -251,7 +251,7 @@ def detect_few_steps(loras: Iterable[tuple[str | Path, Weight]]) -> Found | None
 
     One that changes no UNet does not count.
     """
-    paths = [path for path, weight in loras if LoRAWeight.of(weight).unet]
+    paths = [path for path, weight in loras if LoRAWeight.parse(weight).unet]
     files = (read_checkpoint(file) for path in paths for file in _files_of(path))
     return next(filter(None, (detect_lora(file.path, file.metadata) for file in files)), None)
 

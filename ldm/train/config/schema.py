@@ -244,6 +244,7 @@ class Sampling(TypedDict, total=False):
     s_tmin: Nonnegative
     s_tmax: Nonnegative
     s_noise: Nonnegative
+    brownian: bool
     sampler: Annotated[str, _one_of(SAMPLERS)]
     scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
     grid: Annotated[str, _one_of(SCHEDULERS)] | None  # former name of scheduler

@@ -1,0 +1,74 @@
+"""Brownian paths: their law, refinement, torchsde's numbers, and what they do for samplers."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ldm.diffusion.brownian import BrownianPaths
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import Schedule, make_betas
+
+LIKE = torch.empty(2, 4, 50, 50)
+LOW, HIGH = 0.0291675, 14.614642
+SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+
+
+def test_increments_are_standard_normal_and_independent():
+    """Of 20,000 numbers; six standard errors."""
+    paths = BrownianPaths([5, 6], LOW, HIGH)
+    levels = [HIGH, 9.0, 2.5, 0.7, 0.11, LOW]
+    parts = [paths(LIKE, *pair).flatten() for pair in pairwise(levels)]
+    covariance = torch.cov(torch.stack(parts))
+    assert (covariance - torch.eye(5)).abs().max() < 6 * (2 / LIKE.numel()) ** 0.5
+    assert max(abs(part.mean()) for part in parts) < 6 / LIKE.numel() ** 0.5
+
+
+def test_the_noise_of_a_step_is_that_of_its_parts():
+    paths = BrownianPaths([5, 6], LOW, HIGH)
+    whole = paths(LIKE, 9.0, 0.5) * (9.0 - 0.5) ** 0.5
+    parts = paths(LIKE, 9.0, 3.3) * 5.7**0.5 + paths(LIKE, 3.3, 0.5) * 2.8**0.5
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
+    again = BrownianPaths([6], LOW, HIGH)(LIKE[:1], 9.0, 3.3)
+    assert torch.equal(paths(LIKE, 9.0, 3.3)[1:], again)
+
+
+RECORDED = {
+    (14.614642, 11.2): [-0.611975, 0.284412, -0.005466, -1.283199, 0.032171, -0.004805],
+    (3.3, 0.4): [0.978452, 0.162547, 0.594985, 0.428757, 1.694149, -0.766286],
+    (0.4, 0.0291675): [1.075864, -0.336962, 0.604235, -0.032676, 1.116892, 0.393112],
+}
+
+
+def test_the_numbers_are_those_of_torchsde():
+    """Recorded of torchsde 0.2.6, as k-diffusion calls it; the largest error is 1e-6."""
+    paths = BrownianPaths([123, 2**40], LOW, HIGH)
+    for (sigma, sigma_next), numbers in RECORDED.items():
+        ours = paths(torch.empty(2, 1, 1, 3), sigma, sigma_next)
+        torch.testing.assert_close(ours.flatten(), torch.tensor(numbers), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun"])
+def test_twice_the_steps_give_almost_the_same_sample(sampler):
+    """Samples of a normal distribution of variance 0.25; independent noise differs by 1.4."""
+
+    def denoise(x, sigma):
+        return x * 0.25 / (0.25 + sigma**2)
+
+    def run(steps, path):
+        sigmas = SCHEDULE.step_sigmas(steps, "karras")
+        x = torch.randn(2, 4, 20, 20, generator=torch.Generator().manual_seed(1)) * sigmas[0]
+        generator = torch.Generator().manual_seed(2)
+        noise = lambda like: torch.randn(like.shape, generator=generator)  # noqa: E731
+        return SAMPLERS[sampler](denoise, x.float(), sigmas, noise=noise, path=path)
+
+    def distance(*samples):
+        one, two = samples
+        return float((one - two).std() / two.std())
+
+    ends = SCHEDULE.sigmas[[0, -1]].tolist()
+    paths = [BrownianPaths([3, 4], *ends) for _ in range(2)]
+    refined = distance(run(30, paths[0]), run(60, paths[1]))
+    independent = distance(run(30, None), run(60, None))
+    assert refined < 0.5
+    assert independent > 1
