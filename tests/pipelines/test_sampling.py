@@ -88,7 +88,7 @@ def test_not_finite_values_are_located(model):
     broken = copy.deepcopy(model)
     broken.provenance["checkpoint"] = "x/broken.ckpt"
     broken.autoencoder.decoder.conv_out.bias[0] = float("nan")
-    message = "the VAE gave .*: 1 of its weights in `broken.ckpt` are not, such as `autoencoder.dec"
+    message = "the VAE returned .*: 1 of its weights in `broken.ckpt` are not, such as `autoenc"
     with pytest.raises(NonFinite, match=message) as caught:
         run(broken, ["a"])
     assert caught.value.cause
