@@ -22,7 +22,7 @@ from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.load import find_variant, read_config, supports_variants
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.variants import VARIANTS
-from ldm.loading.weights import identify_weights, read_weights
+from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.pipelines.families import SIZE_KEYS, family_of
@@ -165,7 +165,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None
     try:
-        weights = identify_weights(read_weights(path))
+        weights = identify_weights(open_checkpoint(path))
         _, raw = read_config(weights, config)
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:

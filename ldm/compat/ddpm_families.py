@@ -1,6 +1,7 @@
 """Families of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
 
-Each adds conditions in `get_input`: `c_concat` channels beside the latent, `c_adm` vectors.
+Each adds conditions in `get_input`: `c_concat` channels, concatenated with the latent, and
+`c_adm` vectors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ __all__ = [
     "LatentUpscaleFinetuneDiffusion",
 ]
 
-# The first convolution, and its average.
+# The first convolution, and its EMA copy.
 FINETUNE_KEYS = (
     "model.diffusion_model.input_blocks.0.0.weight",
     "model_ema.diffusion_modelinput_blocks00weight",
@@ -33,7 +34,7 @@ FINETUNE_KEYS = (
 
 
 class ConcatDiffusion(LatentDiffusion):
-    """A model with channels beside the latent, which shows its samples by other defaults."""
+    """A model with channels concatenated with the latent, and other defaults of `log_images`."""
 
     def log_images(  # type: ignore[override]  # other defaults
         self,
@@ -45,7 +46,7 @@ class ConcatDiffusion(LatentDiffusion):
         ddim_eta: float = 1.0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Show samples; see LatentDiffusion, without inpainting and the loop of all timesteps."""
+        """Return images to log, without inpainting and the loop of all timesteps."""
         options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
         return super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
 
@@ -56,7 +57,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
     Args:
         concat_keys: Batch keys of what is appended to the latent.
         finetune_keys: Weights of a checkpoint to which new input channels are added, as zeros.
-        keep_finetune_dims: Input channels that they have there.
+        keep_finetune_dims: Number of input channels to copy from the checkpoint.
         c_concat_log_start, c_concat_log_end: Channels that `log_images` decodes.
     """
 
@@ -96,7 +97,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         return {"c_concat": [c_concat]}
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # as in the original, it takes less
+    def get_input(  # type: ignore[override]  # as in the original, a narrower signature
         self,
         batch: Batch,
         k: str,
@@ -119,7 +120,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         return [z, {**self.more_conditions(c_concat), "c_crossattn": [c]}, *more]
 
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Show samples, and the channels of the condition that are latents."""
+        """Return images to log, with the channels of the condition that are latents."""
         log = super().log_images(batch, N, *args, **kwargs)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             _, c = self.get_input(batch, self.first_stage_key, bs=N)[:2]
@@ -129,7 +130,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
 
 
 class LatentInpaintDiffusion(LatentFinetuneDiffusion):
-    """Inpainting: a mask, and the latent of the masked image beside the noisy latent."""
+    """Inpainting: a mask and the latent of the masked image, concatenated with the noisy latent."""
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         return conditions
 
     def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Show samples, and the masked images."""
+        """Return images to log, with the masked images."""
         log = super().log_images(*args, **kwargs)
         batch = args[0] if args else kwargs["batch"]
         log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)
@@ -162,7 +163,7 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
-    """Depth maps, which a network of its own estimates, beside the noisy latent."""
+    """Depth maps, which a network of its own estimates, concatenated with the noisy latent."""
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     @torch.no_grad()
     def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Show samples, and the depth maps."""
+        """Return images to log, with the depth maps."""
         log = super().log_images(*args, **kwargs)
         batch = args[0] if args else kwargs["batch"]
         depth = self.depth_model(batch[self.depth_stage_key].to(self.device))
@@ -192,11 +193,11 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
-    """Images beside the noisy latent, perhaps of low resolution with noise.
+    """Images concatenated with the noisy latent, perhaps of low resolution with noise.
 
     Args:
         reshuffle_patch_size: Parts along each side, that become channels.
-        low_scale_config: Of what adds noise to them.
+        low_scale_config: Config of the noise augmentation model; None = none.
     """
 
     def __init__(
@@ -230,12 +231,12 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentUpscaleDiffusion(ConcatDiffusion):
-    """Upscaling: an image of low resolution, with noise, beside the noisy latent.
+    """Upscaling: an image of low resolution, with noise, concatenated with the noisy latent.
 
     Args:
-        low_scale_config: Of what adds noise to the image.
+        low_scale_config: Config of the noise augmentation model.
         low_scale_key: Batch key of the image.
-        noise_level_key: Not supported, as ever.
+        noise_level_key: Not supported, as in the original; must be None.
     """
 
     def __init__(
@@ -254,11 +255,11 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
         self.noise_level_key = noise_level_key
 
     def instantiate_low_stage(self, config: Config) -> None:
-        """Build what adds noise to the image, frozen."""
+        """Build the noise augmentation model, frozen."""
         self.low_scale_model: Any = freeze(instantiate_from_config(config))
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # as in the original, it takes less
+    def get_input(  # type: ignore[override]  # as in the original, a narrower signature
         self,
         batch: Batch,
         k: str,
@@ -294,19 +295,19 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
 
     @torch.no_grad()
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Show samples, and the images of low resolution."""
+        """Return images to log, with the images of low resolution."""
         log = super().log_images(batch, N, *args, **kwargs)
         log["x_lr"] = DDPM.get_input(self, batch, self.low_scale_key)[:N]
         return log
 
 
 class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
-    """A noised embedding of an image beside the prompt: unCLIP.
+    """A noised embedding of an image in addition to the prompt: unCLIP.
 
     Args:
-        embedder_config: Of what embeds images of the batch key `embedding_key`.
+        embedder_config: Config of the image embedder, for the batch key `embedding_key`.
         embedding_dropout: Probability of dropping the embedding in training.
-        noise_aug_config: Of what adds noise to it; None for none.
+        noise_aug_config: Config of the noise augmentation model; None = none.
     """
 
     def __init__(
@@ -329,7 +330,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
             self.noise_augmentor = freeze(instantiate_from_config(noise_aug_config))
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # as in the original, it takes less
+    def get_input(  # type: ignore[override]  # as in the original, a narrower signature
         self,
         batch: Batch,
         k: str,

@@ -5,7 +5,13 @@ Lu et al. 2022: DPM-Solver (arXiv:2206.00927) over the predicted noise, and DPM-
 
     x_t = b x_s - a (phi_1 m + sign phi_2 m' + phi_3 m''),   phi_1 = exp(sign h) - 1
 
-with m the prediction and its derivatives in log SNR / 2, h the difference of that.
+    phi_2 = phi_1 / h - sign,   phi_3 = phi_2 / h - 1/2
+
+with lambda = log(alpha / sigma), half the log SNR; h = lambda_t - lambda_s; m the prediction;
+m', m'' its derivatives in lambda, times h and h^2:
+
+    m = noise    sign = 1     a = sigma_t    b = alpha_t / alpha_s
+    m = x0       sign = -1    a = alpha_t    b = sigma_t / sigma_s
 """
 
 import math
@@ -28,8 +34,10 @@ INITIAL_STEP, SAFETY, TIME_TOLERANCE = 0.05, 0.9, 1e-5  # of adaptive steps
 class NoiseScheduleVP:
     """A variance preserving noise schedule over times t in (0, T].
 
+    alpha_t = sqrt(alphas_cumprod), sigma_t^2 = 1 - alpha_t^2.
+
     Args:
-        schedule: "discrete", of a table, between whose entries log alpha is linear in time; or
+        schedule: "discrete": log alpha is interpolated linearly between entries of a table; or
             "linear" or "cosine", which are continuous.
         betas, alphas_cumprod: The table, either of them.
         continuous_beta_0, continuous_beta_1: Ends of "linear".
@@ -169,12 +177,12 @@ def model_wrapper(
 
 
 class DPM_Solver:
-    """The solver.
+    """DPM-Solver, or DPM-Solver++, for a model and a noise schedule.
 
     Args:
         model_fn: (x, t) -> noise, of `model_wrapper`.
         predict_x0: Whether to solve for x0: DPM-Solver++.
-        thresholding: Whether to scale down estimates of x0 with large values, above `max_val`.
+        thresholding: Whether to apply dynamic thresholding of x0 (Imagen), to ±`max_val`.
     """
 
     def __init__(
@@ -214,7 +222,7 @@ class DPM_Solver:
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
     ) -> Tensor:
-        """Return N + 1 times from t_T down to t_0, evenly in "logSNR", time or its root."""
+        """Return N + 1 times from t_T down to t_0, uniform in half log SNR, t or sqrt(t)."""
         if skip_type == "time_uniform":
             return torch.linspace(t_T, t_0, N + 1, device=device)
         if skip_type == "time_quadratic":
@@ -236,7 +244,7 @@ class DPM_Solver:
         t_0: float,
         device: torch.device | str,
     ) -> tuple[Tensor, list[int]]:
-        """Return times, and the order of the step between each two of them, of `steps` in all."""
+        """Return the K + 1 outer times and K orders, which sum to `steps` (model evaluations)."""
         orders = [order] * (steps // order)
         if order == 3 and steps % 3 == 0:
             orders[-1:] = [2, 1]
@@ -279,19 +287,19 @@ class DPM_Solver:
         r1 = (0.5 if order == 2 else 1.0 / 3.0) if r1 is None else r1
         s1 = schedule.inverse_lambda(start + r1 * h)
         model_s1 = self.model_fn(self._combine(x, s, s1, model_s), s1)
-        slope = (model_s1 - model_s) / r1
+        D1_0 = (model_s1 - model_s) / r1
         if order == 2:
-            return self._second(x, s, t, model_s, slope, solver_type)
+            return self._second_order_update(x, s, t, model_s, D1_0, solver_type)
         r2 = 2.0 / 3.0 if r2 is None else r2
         s2 = schedule.inverse_lambda(start + r2 * h)
-        # The slope is one of h, here for a step of r2 h.
-        model_s2 = self.model_fn(self._combine(x, s, s2, model_s, r2 * slope), s2)
-        other = (model_s2 - model_s) / r2
+        # D1_0 is h dm/dlambda; this step has length r2 h.
+        model_s2 = self.model_fn(self._combine(x, s, s2, model_s, r2 * D1_0), s2)
+        D1_1 = (model_s2 - model_s) / r2
         if solver_type == "dpm_solver":
-            return self._combine(x, s, t, model_s, other)
-        first = (r2 * slope - r1 * other) / (r2 - r1)
-        second = 2.0 * (other - slope) / (r2 - r1)
-        return self._combine(x, s, t, model_s, first, second)
+            return self._combine(x, s, t, model_s, D1_1)
+        D1 = (r2 * D1_0 - r1 * D1_1) / (r2 - r1)
+        D2 = 2.0 * (D1_1 - D1_0) / (r2 - r1)
+        return self._combine(x, s, t, model_s, D1, D2)
 
     def multistep_dpm_solver_update(
         self,
@@ -315,9 +323,9 @@ class DPM_Solver:
             slopes.append(slope / expand_dims(width, x.dim()))
             widths.append(expand_dims(width, x.dim()))
         if order == 2:
-            return self._second(x, s, t, model_s, slopes[0], solver_type)
-        second = (slopes[0] - slopes[1]) / (widths[0] + widths[1])
-        return self._combine(x, s, t, model_s, slopes[0] + widths[0] * second, second)
+            return self._second_order_update(x, s, t, model_s, slopes[0], solver_type)
+        D2 = (slopes[0] - slopes[1]) / (widths[0] + widths[1])
+        return self._combine(x, s, t, model_s, slopes[0] + widths[0] * D2, D2)
 
     def dpm_solver_adaptive(
         self,
@@ -329,7 +337,7 @@ class DPM_Solver:
         rtol: float = 0.05,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step from t_T to t_0, as far at once as the error of order 2 or 3 allows."""
+        """Step from t_T to t_0, with step sizes adapted to the local error estimate."""
         if order not in (2, 3):
             raise ValueError(f"adaptive steps have order 2 or 3, got {order}")
         schedule = self.noise_schedule
@@ -372,7 +380,7 @@ class DPM_Solver:
         Args:
             method: "multistep", "singlestep", "singlestep_fixed" (all steps of one order) or
                 "adaptive".
-            lower_order_final: Whether the last of fewer than 15 multisteps have a lower order.
+            lower_order_final: Whether to lower the order of the last multisteps if steps < 15.
         """
         t_T = self.noise_schedule.T if t_start is None else t_start
         t_0 = 1.0 / self.noise_schedule.total_N if t_end is None else t_end
@@ -419,12 +427,12 @@ class DPM_Solver:
     def _h(self, s: Tensor, t: Tensor) -> Tensor:
         return self.noise_schedule.marginal_lambda(t) - self.noise_schedule.marginal_lambda(s)
 
-    def _second(
-        self, x: Tensor, s: Tensor, t: Tensor, model: Tensor, slope: Tensor, solver_type: str
+    def _second_order_update(
+        self, x: Tensor, s: Tensor, t: Tensor, model: Tensor, D1: Tensor, solver_type: str
     ) -> Tensor:
         if solver_type == "dpm_solver":
-            return self._combine(x, s, t, model + 0.5 * slope)
-        return self._combine(x, s, t, model, slope)
+            return self._combine(x, s, t, model + 0.5 * D1)
+        return self._combine(x, s, t, model, D1)
 
     def _combine(
         self,
@@ -432,28 +440,28 @@ class DPM_Solver:
         s: Tensor,
         t: Tensor,
         model: Tensor,
-        first: Tensor | None = None,
-        second: Tensor | None = None,
+        D1: Tensor | None = None,
+        D2: Tensor | None = None,
     ) -> Tensor:
-        """Step from s to t by a prediction and its derivatives in half log SNR, relative to h."""
+        """Step from s to t by a prediction m and its derivatives D1 = m', D2 = m'': see the top."""
         schedule = self.noise_schedule
         sign = -1.0 if self.predict_x0 else 1.0
         scales = (schedule.marginal_alpha, schedule.marginal_std)
-        scale, other = scales if self.predict_x0 else scales[::-1]
+        model_scale, x_scale = scales if self.predict_x0 else scales[::-1]
         h = self._h(s, t)
         phi_1 = torch.expm1(sign * h)
         phi_2 = phi_1 / h - sign
         phi_3 = phi_2 / h - 0.5
-        base, a, phi_1, phi_2, phi_3 = (
+        b, a, phi_1, phi_2, phi_3 = (
             expand_dims(value, x.dim())
-            for value in (other(t) / other(s), scale(t), phi_1, sign * phi_2, phi_3)
+            for value in (x_scale(t) / x_scale(s), model_scale(t), phi_1, sign * phi_2, phi_3)
         )
         change = phi_1 * model
-        if first is not None:
-            change = change + phi_2 * first
-        if second is not None:
-            change = change + phi_3 * second
-        return base * x - a * change
+        if D1 is not None:
+            change = change + phi_2 * D1
+        if D2 is not None:
+            change = change + phi_3 * D2
+        return b * x - a * change
 
 
 def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:

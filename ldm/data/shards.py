@@ -104,8 +104,8 @@ class Shards(Source):
             key: (low.get(key, -math.inf), high.get(key, math.inf)) for key in {**low, **high}
         }
 
-    def batches_per_epoch(self, size: int) -> Fraction | None:
-        return None if self.length is None else Fraction(self.length, size)
+    def batches_per_epoch(self, batch_size: int) -> Fraction | None:
+        return None if self.length is None else Fraction(self.length, batch_size)
 
     def fixed_samples(self, n: int) -> list[Sample]:
         raws = itertools.chain.from_iterable(map(read_shard, self.urls))

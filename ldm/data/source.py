@@ -3,9 +3,9 @@
     batch_index    0    1    2    3    4    5   …
     rank           0    1    0    1    0    1       with 2 ranks; together they read what one would
 
-A batch is a pure function of (seed, batch_index, size), so that a run resumes exactly, on more or
-fewer ranks, with no state to save. A sample that cannot be read is replaced by another, the next
-one if possible, and the batch names it under "broken".
+A batch is a pure function of (seed, batch_index, batch_size), so that a run resumes exactly, on
+more or fewer ranks, with no state to save. A broken (unreadable) sample is replaced by another, the
+next one if possible, and the batch names it under "broken".
 """
 
 import atexit
@@ -29,7 +29,7 @@ from ldm.data.dataset import Sample, SampleDataset, UnreadableSample
 
 __all__ = ["DatasetSource", "Source", "collate", "prefetch", "to_device"]
 
-MAX_SUBSTITUTES = 100  # tried for an unreadable sample, in its bucket and in another one
+MAX_SUBSTITUTES = 100  # per bucket, tried for a broken sample, which is the first of them
 
 Batch = dict[str, Any]
 ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, step) -> endless batches
@@ -39,21 +39,27 @@ class Source(ABC):
     """An endless sequence of training batches."""
 
     def batches(
-        self, size: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
+        self,
+        batch_size: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
     ) -> Iterator[Batch]:
         """Read batches start + rank, start + rank + world_size, … of the endless sequence.
 
         Args:
             workers: processes that prefetch; 0 = read in this process, on demand.
         """
-        return prefetch(partial(self.read, size), start + rank, world_size, workers)
+        return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
 
     @abstractmethod
-    def read(self, size: int, start: int, step: int) -> Iterator[Batch]:
+    def read(self, batch_size: int, start: int, step: int) -> Iterator[Batch]:
         """Read batches start, start + step, …, without end, as `collate` returns them."""
 
     @abstractmethod
-    def batches_per_epoch(self, size: int) -> Fraction | None:
+    def batches_per_epoch(self, batch_size: int) -> Fraction | None:
         """Count the batches in an epoch, exactly; None if the number of samples is unknown."""
 
     @abstractmethod
@@ -81,10 +87,10 @@ class DatasetSource(Source):
         self.images = dataset if images is None else images
         self._orders: dict[tuple[int, int], Any] = {}
 
-    def batches_per_epoch(self, size: int) -> Fraction:
+    def batches_per_epoch(self, batch_size: int) -> Fraction:
         if self.dataset.bucket_ids is None:
-            return Fraction(len(self.dataset), size)
-        return Fraction(sum(math.ceil(count / size) for count in self._bucket_counts))
+            return Fraction(len(self.dataset), batch_size)
+        return Fraction(sum(math.ceil(count / batch_size) for count in self._bucket_counts))
 
     def fixed_samples(self, n: int) -> list[Sample]:
         bucket_ids = self.images.bucket_ids
@@ -97,15 +103,15 @@ class DatasetSource(Source):
     def counts_by_name(self) -> Counter[str]:
         return Counter(self.dataset.names())
 
-    def sample_indices(self, batch_index: int, size: int) -> list[tuple[int, int]]:
+    def sample_indices(self, batch_index: int, batch_size: int) -> list[tuple[int, int]]:
         """Return (epoch, index) of the samples of a batch."""
         bucket_ids = self.dataset.bucket_ids
         if bucket_ids is None:
-            numbers = range(batch_index * size, (batch_index + 1) * size)
+            numbers = range(batch_index * batch_size, (batch_index + 1) * batch_size)
             positions = [divmod(number, len(self.dataset)) for number in numbers]
             return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
-        epoch, position = divmod(batch_index, int(self.batches_per_epoch(size)))
-        order = self._order(epoch, size, partial(bucket_batches, bucket_ids, size))
+        epoch, position = divmod(batch_index, int(self.batches_per_epoch(batch_size)))
+        order = self._order(epoch, batch_size, partial(bucket_batches, bucket_ids, batch_size))
         return [(epoch, index) for index in order[position]]
 
     @cached_property
@@ -113,20 +119,20 @@ class DatasetSource(Source):
         return list(Counter(self.dataset.bucket_ids).values())
 
     def _order(
-        self, epoch: int, size: int = 0, arrange: Callable[[Tensor, int], Any] | None = None
+        self, epoch: int, batch_size: int = 0, arrange: Callable[[Tensor, int], Any] | None = None
     ) -> Any:
         """Return the permutation of an epoch, or batches of it; cached for two epochs."""
-        if (epoch, size) not in self._orders:
+        if (epoch, batch_size) not in self._orders:
             seed = self.seed * 1_000_003 + epoch  # a prime; in 64 bits, as seeds are up to 10^12
             order = draw_permutation(len(self.dataset), seed)
-            self._orders[epoch, size] = arrange(order, seed) if arrange else order
-            self._orders.pop((epoch - 2, size), None)
-        return self._orders[epoch, size]
+            self._orders[epoch, batch_size] = arrange(order, seed) if arrange else order
+            self._orders.pop((epoch - 2, batch_size), None)
+        return self._orders[epoch, batch_size]
 
-    def read(self, size: int, start: int, step: int) -> Iterator[Batch]:
+    def read(self, batch_size: int, start: int, step: int) -> Iterator[Batch]:
         for batch_index in itertools.count(start, step):
             broken: list[str] = []
-            indices = self.sample_indices(batch_index, size)
+            indices = self.sample_indices(batch_index, batch_size)
             batch = collate([read_or_substitute(self.dataset, *each, broken) for each in indices])
             yield {**batch, "broken": broken} if broken else batch
 
@@ -137,16 +143,16 @@ def draw_permutation(length: int, seed: int) -> Tensor:
 
 
 def bucket_batches(
-    bucket_ids: Sequence[int], size: int, order: Tensor, seed: int
+    bucket_ids: Sequence[int], batch_size: int, order: Tensor, seed: int
 ) -> list[list[int]]:
     """Split the indices in `order` into batches of one bucket each, in random order."""
     by_bucket: dict[int, list[int]] = {}
     for index in order.tolist():
         by_bucket.setdefault(bucket_ids[index], []).append(index)
     batches = [
-        indices[start : start + size]
+        indices[start : start + batch_size]
         for indices in by_bucket.values()
-        for start in range(0, len(indices), size)
+        for start in range(0, len(indices), batch_size)
     ]
     return [batches[position] for position in draw_permutation(len(batches), seed).tolist()]
 
@@ -155,7 +161,7 @@ def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: l
     """Read a sample, or another one in its place if it cannot be read.
 
     Args:
-        broken: names of unreadable samples are appended to it.
+        broken: names of broken samples are appended to it.
     Raises:
         ValueError: none of the substitutes can be read.
     """
@@ -174,7 +180,7 @@ def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator
     """Yield an index, then substitutes for it, until one of them can be read.
 
     These are the following samples, then random ones, as neighbors are often damaged together; all
-    of the same bucket, so that a batch has one size. If the whole bucket is unreadable, samples of
+    of the same bucket, so that a batch has one size. If the whole bucket is broken, samples of
     the largest other one follow: the rest of the batch falls back to it, too.
     """
     bucket_ids = dataset.bucket_ids

@@ -145,6 +145,8 @@ class NoiseSigma(Encoder):
 class PatchesToChannels(Encoder):
     """An image split into patch x patch tiles, stacked as channels: (B, patch² C, h, w).
 
+    Not `pixel_unshuffle`: a channel is a contiguous part of the image.
+
     Args:
         key: Batch key of the image, (B, C, patch h, patch w).
         patch: Tiles along each side.

@@ -35,8 +35,9 @@ from ldm.runtime.types import JsonObject
 __all__ = ["Setting", "generate_settings", "wait_for_images", "write_prompts"]
 
 # Options that do not change images, except by rounding.
-INCIDENTAL = ("device", "attention", "offload", "outdir", "n_samples", "n_rows", "skip_grid",
-              "skip_save", "json", "from_file", "torchscript", "ipex", "laion400m")  # fmt: skip
+OPTIONS_WITHOUT_EFFECT = ("device", "attention", "offload", "outdir", "n_samples", "n_rows",
+                          "skip_grid", "skip_save", "json", "from_file", "torchscript", "ipex",
+                          "laion400m")  # fmt: skip
 IN_FOLDER_NAMES = ("scale", "sampler", "steps", "ckpt")
 
 CHECKPOINT = "checkpoint_hash"
@@ -54,7 +55,7 @@ class Setting:
 
     @property
     def series(self) -> str:
-        """Name of the folder, and of the line in the figure that it is a point of."""
+        """Name of the folder, and of its curve in the plot."""
         sampling = self.request.sampling
         return f"{self.model}-{sampling.sampler}-{sampling.steps}"
 
@@ -94,7 +95,7 @@ def generate_settings(
     load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     listener: RunListener | None = None,
 ) -> None:
-    """Generate the missing images of all settings, on this process its part of them.
+    """Generate the missing images of all settings; each process generates only its share.
 
     Each batch of prompts is generated with all settings of a model before the next one, so that all
     have equally many images at any time.
@@ -110,9 +111,10 @@ def generate_settings(
     listener = listener or RunListener()
     rank, world_size = rank_and_world_size()
     _check_options(settings, out)
-    # Batches of all settings go together: they are as small as the sampler of one needs.
+    # Images of a sampler with adaptive steps depend on the others of their batch, so it needs batch
+    # size 1, and all settings share the batches.
     samplers = (SAMPLERS[setting.request.sampling.sampler or "ddim"] for setting in settings)
-    limit = 1 if any(row.adapts_steps for row in samplers) else None
+    limit = 1 if any(sampler.adapts_steps for sampler in samplers) else None
     requests = [_limit_batches(setting.request, limit) for setting in settings]
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
@@ -120,12 +122,14 @@ def generate_settings(
         for job in (job for batch in batches for job in batch):
             names = [*job.values, *(["a LoRA"] if job.loras != loras else [])]
             if names:
-                message = f"`{job.prompt}` has {', '.join(names)} of its own"
-                raise ArgumentError(f"{message}, here all images have the same", "from_file")
+                message = f"`{job.prompt}` has {', '.join(names)}"
+                raise ArgumentError(
+                    f"{message}: per-prompt options are not allowed in an evaluation", "from_file"
+                )
     total = sum(
         len(_filter_missing(batch, each, out)) for each, batches in plans for batch in batches
     )
-    log.info("%d images to make, %d settings", total, len(settings))
+    log.info("%d images to generate, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
     for model in dict.fromkeys(setting.model for setting in settings):
         own = [(setting, batches) for setting, batches in plans if setting.model == model]
@@ -133,7 +137,7 @@ def generate_settings(
             _generate_model(own, out, load, listener, progress)
     progress.close()
     if world_size > 1:
-        log.info("process %d of %d has made its images", rank, world_size)
+        log.info("process %d of %d has generated its images", rank, world_size)
 
 
 def _generate_model(
@@ -177,10 +181,10 @@ def _generate(
 
 
 def _limit_batches(request: Request, limit: int | None) -> Request:
-    """Return the request with batches so small that each process has one.
+    """Cap the batch size so that there are at least `world_size` batches.
 
     Args:
-        limit: further limit of the size of batches; None for none.
+        limit: further limit of the batch size; None = none.
     Raises:
         ArgumentError: there are fewer images than processes.
     """
@@ -234,7 +238,7 @@ def _get_shared_options(setting: Setting) -> JsonObject:
     return {
         name: value
         for name, value in values.items()
-        if name not in (*INCIDENTAL, *IN_FOLDER_NAMES)
+        if name not in (*OPTIONS_WITHOUT_EFFECT, *IN_FOLDER_NAMES)
         and value != json.loads(json.dumps(defaults[name]))
     }
 

@@ -24,7 +24,7 @@ from ldm.loading.load import (
 )
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.variants import VARIANTS
-from ldm.loading.weights import Weights, identify_weights, read_weights
+from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
@@ -194,7 +194,7 @@ def _identify(path: Path | None) -> Weights | None:
     """Return the weights of a .safetensors in the original's layout; None for other files."""
     if path is None or path.suffix != ".safetensors" or not path.is_file():
         return None
-    return identify_weights(read_weights(path))
+    return identify_weights(open_checkpoint(path))
 
 
 def _family(weights: Weights | None) -> Family | None:

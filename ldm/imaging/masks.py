@@ -23,7 +23,7 @@ __all__ = ["load_mask", "make_mask"]
 log = logging.getLogger(__name__)
 
 THRESHOLD = 128  # the smallest value that is inpainted
-MAX_LABEL = 32  # highest label of segmentation data sets; 255 means "ignored" there
+MAX_LABEL = 32  # highest value that may be a class label (VOC has 20); 255 means "ignored" there
 COLOR = 48  # difference between a pixel's channels above which it counts as coloured
 Box = tuple[int, int, int, int]
 
@@ -64,7 +64,7 @@ def make_mask(
         mask: a file; None = the box, or else the transparent parts of the image.
         box: (left, top, right, bottom) in pixels.
         grow: pixels by which the mask is dilated.
-        blur: radius of the mask blur, pixels.
+        blur: standard deviation of the Gaussian blur of the mask, pixels.
     Raises:
         ArgumentError: there is no mask, or it is empty.
     """
@@ -97,7 +97,7 @@ def _painted_area(stored: StoredImage) -> Image.Image:
     alpha = stored.alpha()
     if alpha is not None:
         opacity = np.asarray(alpha)
-        # It says what is painted only if it differs from place to place.
+        # A constant alpha channel, or one without transparency, is not a mask.
         if opacity.min() < min(THRESHOLD, opacity.max()):
             values = np.asarray(stored.to_gray())
             if _is_black_and_white(values[opacity >= THRESHOLD]):
@@ -116,7 +116,7 @@ def _painted_area(stored: StoredImage) -> Image.Image:
             "inpainted, 255 (ignored) is not", stored.name,
         )  # fmt: skip
         return gray.point(lambda value: 255 * (0 < value <= MAX_LABEL))
-    if stored.image.mode != "F" and _is_photo(stored.image):
+    if stored.image.mode != "F" and _has_much_color(stored.image):
         log.warning(
             "the mask `%s` is a colour image: bright areas are inpainted; use a black and white "
             "mask if you do not want that", stored.name,
@@ -124,7 +124,7 @@ def _painted_area(stored: StoredImage) -> Image.Image:
     return gray
 
 
-def _is_photo(image: Image.Image) -> bool:
+def _has_much_color(image: Image.Image) -> bool:
     """Return whether over 2 % of the pixels are coloured, more than JPEG makes of grey images."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
     return bool((np.ptp(rgb, axis=-1) > COLOR).mean() > 0.02)

@@ -53,10 +53,10 @@ from ldm.loading.weight_names import (
     restore_names,
 )
 from ldm.loading.weights import (
+    extract_autoencoder,
+    extract_text_encoder,
     identify_weights,
-    read_autoencoder,
-    read_text_encoder,
-    read_weights,
+    open_checkpoint,
 )
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
@@ -142,7 +142,7 @@ def plan_conversion(
     """
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
-    file = read_weights(source, variant)
+    file = open_checkpoint(source, variant)
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
     if target.suffix in OTHER_SUFFIXES:
@@ -360,7 +360,7 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
     if read_tiny_autoencoder(vae) is not None:
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
-    tensors = restore_names(read_autoencoder(read_weights(vae), autoencoder, file.path))
+    tensors = restore_names(extract_autoencoder(open_checkpoint(vae), autoencoder, file.path))
     names = [old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)]
     for name in tensors.keys() & set(names):
         tensors[name] = cast_weight(name, tensors[name], file.state[name].dtype)
@@ -375,11 +375,11 @@ def _replace_text_encoder(
     text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
     if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
         raise ArgumentError(f"`{file.path}` has no text encoder to replace", "text_encoder")
-    source = read_weights(text_encoder)
-    tensors = read_text_encoder(source, text, file.path)
+    source = open_checkpoint(text_encoder)
+    tensors = extract_text_encoder(source, text, file.path)
     parts = rename_weights(file.state) | tensors
     if not any(name.startswith(AUTOENCODER) for name in parts):
-        tensors |= read_autoencoder(source, model.autoencoder, file.path)
+        tensors |= extract_autoencoder(source, model.autoencoder, file.path)
     names = [old for ours, old in our_names(file.state) if ours.startswith(TEXT)]
     state = {name: value for name, value in file.state.items() if name not in names}
     engine = has_engine_names(model.state_dict())

@@ -30,7 +30,8 @@ WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
 EXTRA_WEIGHTS = "original.safetensors"  # added to diffusers folders by `ldm convert`
-CHOICES = CachedDict("hub_choices.json")  # repository -> complete folder, or only checkpoint
+# repo or "repo:variant" -> complete folder, or only checkpoint
+CHOICES = CachedDict("hub_choices.json")
 
 
 def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:
@@ -65,7 +66,7 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
     names = [file] if file else _files_of_folder(repo, commit, sizes, variant)
     size = sum(sizes[name] or 0 for name in names)
     log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
-    paths = [fetch_file(repo, name, revision=commit) for name in names]
+    paths = [fetch_file(repo, name, commit=commit) for name in names]
     path = paths[0] if len(paths) == 1 else paths[0].parent
     if not file:
         CHOICES.set(key, str(path))
@@ -81,22 +82,22 @@ def find_cached_file(repo: str, name: str) -> Path | None:
 
 
 def fetch_file(
-    repo: str, name: str, sha256: str | None = None, *, revision: str | None = None
+    repo: str, name: str, sha256: str | None = None, *, commit: str | None = None
 ) -> Path:
-    """Download a file unless it is in the cache; resume an interrupted download.
+    """Ask the hub for a file and download it unless the cache has it; resume a partial download.
 
     Args:
         sha256: expected SHA-256; None = that reported by the hub, if any.
-        revision: commit or branch; None = the main branch.
+        commit: commit of the main branch; None = its latest.
     Raises:
-        DownloadError: the repository does not have the file, or another one.
+        DownloadError: the file is not found, or its checksum differs.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
 
     if {"..", ""} & set(re.split(r"[/\\:]", name)):  # it comes from the server
         raise DownloadError(f"`{repo}`: `{name}` is refused as the name of a file")
-    url = hf_hub_url(repo, name, revision=revision)
+    url = hf_hub_url(repo, name, revision=commit)
     with _errors_of_hub(repo):
         metadata = get_hf_file_metadata(url)
     etag, commit = metadata.etag or "", metadata.commit_hash or ""  # both become names of files
@@ -105,7 +106,7 @@ def fetch_file(
         raise DownloadError(f"`{repo}`: {constants.ENDPOINT} does not answer as a hub does")
     published = etag if SHA256.fullmatch(etag) else None
     if sha256 and published and sha256 != published:
-        raise DownloadError(_mismatch(repo, name, published, sha256))
+        raise DownloadError(_mismatch(f"{repo}/{name}", published, sha256))
     expected = sha256 or published
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     # A file instead of a symbolic link: the hub's layout for systems without such links.
@@ -126,10 +127,10 @@ def fetch_file(
                 digest = _download(source, part, size, headers, f"{repo}/{name}")
             if expected not in (None, digest):
                 part.unlink()
-                raise DownloadError(_mismatch(repo, name, digest, str(expected)))
+                raise DownloadError(_mismatch(f"{repo}/{name}", digest, str(expected)))
             part.replace(target)
             remember_sha256(target, digest)
-        main.write_text(commit, "utf-8")
+        main.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
     return target
 
 
@@ -145,20 +146,20 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
         size: size in bytes.
         sha256: expected SHA-256.
     Raises:
-        DownloadError: the URL does not have the file, or another one.
+        DownloadError: the file is not found, or its checksum differs.
     """
     from huggingface_hub import constants
 
     target = url_target(url)
     part = target.with_name(f"{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if constants.HF_HUB_OFFLINE:
-        raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
     if not target.is_file() or hash_file(target) != sha256:
+        if constants.HF_HUB_OFFLINE:
+            raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
         digest = _download(url, part, size, {}, url)
         if digest != sha256:
             part.unlink()
-            raise DownloadError(f"`{url}` is another file: its SHA-256 is {digest}, not {sha256}")
+            raise DownloadError(_mismatch(url, digest, sha256))
         part.replace(target)
         remember_sha256(target, digest)
     return target
@@ -225,12 +226,13 @@ def _errors_of_hub(place: str) -> Iterator[None]:
         hint = f"accept its licence on {constants.ENDPOINT}/{place} and set HF_TOKEN"
         raise DownloadError(f"`{place}` is gated: {hint}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise DownloadError(f"`{place}` is gone or private") from error
+        raise DownloadError(f"`{place}` is not found, or private") from error
     except errors.EntryNotFoundError as error:
         raise DownloadError(f"`{place}` does not have this file") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        what = "is gone or private" if status == 401 else f"is refused: the server says {status}"
+        is_hidden = status == 401
+        what = "is not found, or private" if is_hidden else f"is refused: the server says {status}"
         raise DownloadError(f"`{place}` {what}") from error
     except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
         kind = type(error).__name__
@@ -267,17 +269,20 @@ def _files_of_folder(
         if len(files) != 1:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
         return files
-    index: JsonObject = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
+    index: JsonObject = json.loads(fetch_file(repo, INDEX, commit=commit).read_text("utf-8"))
     names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
-    for part, entry in index.items():
-        if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED_COMPONENTS:
-            names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]
-            names += _choose_weights(f"{part}/", sizes, variant)
+    for component, entry in index.items():
+        if isinstance(entry, list) and entry[-1:] != [None] and component not in UNUSED_COMPONENTS:
+            names += [n for n in sizes if n.rpartition("/")[0] == component and n.endswith(TEXTS)]
+            names += _choose_weights(f"{component}/", sizes, variant)
     return names
 
 
 def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> list[str]:
-    """List the weights of a component: safetensors are preferred to pickles, then the variant."""
+    """List the weights of a component: of the requested variant, else none, fp16, or any other.
+
+    Of each variant, .safetensors are preferred to .bin.
+    """
     inside = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
     chosen = [rf"\.{re.escape(variant)}"] if variant else []
     for dotted in (*chosen, "", r"\.fp16", r"\.[\w-]+"):
@@ -293,5 +298,5 @@ def _examples(sizes: Iterable[str]) -> str:
     return f"; it has {', '.join(names)}" if names else ", and no checkpoint"
 
 
-def _mismatch(repo: str, name: str, actual: str, expected: str) -> str:
-    return f"`{repo}/{name}` is another file: its SHA-256 is {actual}, not {expected}"
+def _mismatch(place: str, actual: str, expected: str) -> str:
+    return f"SHA-256 mismatch for `{place}`: expected {expected}, got {actual}"

@@ -81,7 +81,7 @@ CLASSES = {
 }  # fmt: skip
 TARGETS = {original: ours for ours, originals in CLASSES.items() for original in originals}
 # Defaults of encoders under `cond_stage_config` in published files, where the class has others.
-TEXT_SLOT_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
+COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
 # Known but unsupported classes, and what they are for.
 UNSUPPORTED_CLASSES = {
@@ -108,7 +108,8 @@ TRAINING_ONLY = {
 }  # fmt: skip
 # Parameters that repeat values of the parts, or that `load` reads itself.
 REDUNDANT = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
-FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"  # fine-tunes may add channels
+# The weight that may have fewer input channels in the `ckpt_path` of a training run.
+FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
 FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
 AUTOENCODER_CONFIG = "first_stage_config"
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
@@ -123,12 +124,14 @@ MODEL_KEYS = {
 def translate_config(
     spec: JsonMapping, *, where: str = "config", skipped: list[str] | None = None
 ) -> JsonObject:
-    """Translate a config of the original: `{"target": …, "params": {…}, "where": …}`.
+    """Return a config of the original as `{"target": …, "params": {…}, "where": …}` of ours.
+
+    `where` is the place in the source, for messages.
 
     Args:
         spec: a whole config (with `model:`) or a part of it (with `target:`); our own class names
             stay.
-        where: file, or file and key, for messages.
+        where: file, or file and key.
         skipped: list to which keys that sampling does not need are appended.
 
     Raises:
@@ -185,9 +188,9 @@ class _Translator:
         }
         if "image_size" in params:
             parts["image_size"] = params["image_size"]
-        layout = parts["autoencoder"]["params"].get("ddconfig") or {}
+        ddconfig = parts["autoencoder"]["params"].get("ddconfig") or {}
         defaults = dict(params.get("defaults") or {})
-        if layout.get("in_channels", 3) in (4, 6):  # colour and depth
+        if ddconfig.get("in_channels", 3) in (4, 6):  # colour and depth
             defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
         if defaults:
             parts["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
@@ -220,14 +223,14 @@ class _Translator:
     def _text_encoder(self) -> JsonObject:
         """Return the text encoder by name; empty for models without one.
 
-        The original has two magic strings for these; with `torch.nn.Identity` the caller passes the
-        condition itself.
+        `__is_unconditional__` and `__is_first_stage__` are the original's strings for none; with
+        `torch.nn.Identity` the caller passes the condition itself.
         """
         config = self.params["cond_stage_config"]
         if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
             return {}
         spec = self.part("cond_stage_config")
-        spec["params"] = TEXT_SLOT_DEFAULTS.get(spec["target"], {}) | spec["params"]
+        spec["params"] = COND_STAGE_DEFAULTS.get(spec["target"], {}) | spec["params"]
         if self.params.get("cond_stage_trainable"):
             spec["params"].setdefault("freeze", False)
         return {"text": spec}
@@ -331,5 +334,5 @@ MODEL_CLASSES = {
 
 
 def known_targets() -> list[str]:
-    """Return every name that is allowed as `target`."""
+    """Return every `target` that is recognised, supported or not, for hints."""
     return [*TARGETS, *MODEL_CLASSES, ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]

@@ -1,6 +1,6 @@
 """Load a model from a config and a weights file.
 
-    weights  = identify_weights(read_weights(ckpt))    memory-mapped, under our names, with a family
+    weights  = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
     raw      = read_config(weights, config)            a YAML: given, embedded, or of the family
     model    = build_on_meta(translate_config(raw))    no memory, no initialisation
     fill_weights(model, match_weights(model, weights))      strict: every tensor, every shape
@@ -73,11 +73,11 @@ from ldm.loading.variants import (
 from ldm.loading.weight_names import AUTOENCODER, TEXT, our_names, restore_names
 from ldm.loading.weights import (
     Weights,
+    extract_autoencoder,
+    extract_text_encoder,
     has_transposed_projection,
     identify_weights,
-    read_autoencoder,
-    read_text_encoder,
-    read_weights,
+    open_checkpoint,
 )
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
@@ -455,7 +455,7 @@ def _read_variant(ckpt: str | Path, variant: str | None) -> Checkpoint:
     files = file_variant(variant)
     if files and not is_diffusers_folder(find_checkpoint(ckpt, variant=files)):
         raise unknown_name("variant", files, (NO_VARIANT, *VARIANTS), argument="variant")
-    return read_weights(ckpt, files)
+    return open_checkpoint(ckpt, files)
 
 
 def file_variant(variant: str | None) -> str | None:
@@ -470,8 +470,8 @@ def _replace_autoencoder(
     if not isinstance(model, LatentDiffusion):
         message = "another autoencoder needs a whole model, the config describes only a part"
         raise ArgumentError(message, "vae")
-    source = read_weights(vae)
-    new = read_autoencoder(source, model.autoencoder, weights.path)
+    source = open_checkpoint(vae)
+    new = extract_autoencoder(source, model.autoencoder, weights.path)
     _compare_scales(model, source, weights.path)
     model.upcast_autoencoder &= not is_finite_in_half(source)
     weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
@@ -502,12 +502,12 @@ def _replace_text_encoder(
     text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
     if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
         raise ArgumentError(f"`{weights.path}` has no text encoder to replace", "text_encoder")
-    source = read_weights(text_encoder)
-    new = read_text_encoder(source, text, weights.path)
+    source = open_checkpoint(text_encoder)
+    new = extract_text_encoder(source, text, weights.path)
     weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(TEXT)}
     names = (name for name, _ in our_names(source.state))
     if _lacks(weights, AUTOENCODER) and any(name.startswith(AUTOENCODER) for name in names):
-        weights.state |= read_autoencoder(source, model.autoencoder, weights.path)
+        weights.state |= extract_autoencoder(source, model.autoencoder, weights.path)
     weights.mapped = weights.mapped and source.mapped
     return {"path": str(source.path.resolve()), "hash": short_hash(source.path)}
 

@@ -36,7 +36,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.legacy import translate_config
 from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, kept_metadata
 from ldm.loading.weight_names import AUTOENCODER, our_names
-from ldm.loading.weights import identify_weights, read_weights
+from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from ldm.runtime.version import __version__
@@ -147,7 +147,7 @@ def plan_merge(
 
 def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> ReadModel:
     """Read names and config of a whole model, with `ema` of its EMA weights, if it has any."""
-    file = read_weights(path)
+    file = open_checkpoint(path)
     family = identify_weights(file).family
     text = config_text(file, config)
     if text is None:

@@ -1,7 +1,7 @@
 """ModelSpec 1.0.1: standard metadata of .safetensors files about the model in them.
 
-Fields about the weights are computed; those by the author (title, author, licence …) are kept as
-long as they are valid.
+Fields about the weights are computed; those by the author (title, author, licence …) are kept for
+the same weights, only the licence for changed ones.
 """
 
 from collections.abc import Mapping
@@ -60,6 +60,7 @@ def describe_model(
     }
     spec = {f"{PREFIX}{name}": value for name, value in fields.items() if value}
     metadata.pop(f"{PREFIX}prediction_type", None)  # the config is more reliable than the file
+    # The hash is a placeholder, filled in when the file is written.
     return {TENSOR_HASH: "", **spec, **metadata}
 
 
@@ -67,8 +68,9 @@ def kept_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[st
     """Return the metadata of a file that stay valid for a file made from it.
 
     Args:
-        same_weights: whether weights were only renamed, cast or combined; of ModelSpec's fields
-            only the licence stays valid for changed weights.
+        same_weights: whether weights were only renamed or cast, or a component swapped; for changed
+            ones only the licence stays valid of ModelSpec's fields, and none of kohya's about
+            training (`ss_…`).
     """
     return {
         name: value

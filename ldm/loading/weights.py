@@ -1,6 +1,7 @@
 """Read weights from a file, a diffusers folder or a run folder, and identify their family.
 
-path -> Checkpoint    names as in the file; for folders with the config in the metadata
+path -> Checkpoint    names as in the file, of diffusers folders the original's; for folders, the
+                      config is added to the metadata
      -> Weights       our names, with family, metadata and prediction type
 """
 
@@ -30,8 +31,8 @@ from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
 from ldm.runtime.files import read_text
 
 __all__ = [
-    "Weights", "has_transposed_projection", "identify_weights", "read_autoencoder",
-    "read_text_encoder", "read_weights",
+    "Weights", "extract_autoencoder", "extract_text_encoder", "has_transposed_projection",
+    "identify_weights", "open_checkpoint",
 ]  # fmt: skip
 
 # Weights and config in a run folder: the newest file of the first pattern that matches.
@@ -39,7 +40,8 @@ RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpo
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
 PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
-# Entry [0, 1] of the transposed projection; it is 0.0218 in the published one.
+# Entry [0, 1] of the projection in SDXL base if transposed; untransposed, it is 0.0218. The
+# tolerance is for fine-tunes.
 TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 
@@ -64,8 +66,8 @@ class Weights:
     def use_ema(self, names: Iterable[str]) -> None:
         """Replace weights by their EMA, or add them; `names` are the model's."""
         all_names = (*names, *self.state)
-        engine = has_engine_names(all_names)
-        originals = {original_name(name, engine=engine): name for name in all_names}
+        sgm_names = has_engine_names(all_names)
+        originals = {original_name(name, engine=sgm_names): name for name in all_names}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
         step = self.source.step
         name = name_of_file(self.path)
@@ -73,14 +75,16 @@ class Weights:
 
     def check_has_unet(self, names: Iterable[str]) -> None:
         """Raise MissingArgument if the UNet has EMA weights only; `names` are the model's."""
-        is_raw = any(name.startswith("unet.") for name in self.state)
-        if self.source.has_ema and not is_raw and any(name.startswith("unet.") for name in names):
+        has_raw = any(name.startswith("unet.") for name in self.state)
+        if self.source.has_ema and not has_raw and any(name.startswith("unet.") for name in names):
             message = f"`{self.path}` holds only EMA weights of the UNet"
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
 
-def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """Read weights under the original's names; from folders with their config in the metadata.
+def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
+    """Open weights, names as in the file; names of diffusers folders become the original's.
+
+    For folders, their config is added to the metadata.
 
     Args:
         path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a name
@@ -91,12 +95,12 @@ def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
         MissingFile: there is no such file, or no weights in the folder.
         ValueError: the file does not contain weights.
     """
-    folder = find_checkpoint(path, variant=variant)
-    if not folder.is_dir():
-        return read_checkpoint(folder)
-    if is_diffusers_folder(folder):
-        return read_folder(folder, variant)
-    weights, config = _newest(folder, RUN_WEIGHTS), _newest(folder, RUN_CONFIGS)
+    found = find_checkpoint(path, variant=variant)
+    if not found.is_dir():
+        return read_checkpoint(found)
+    if is_diffusers_folder(found):
+        return read_folder(found, variant)
+    weights, config = _newest(found, RUN_WEIGHTS), _newest(found, RUN_CONFIGS)
     if weights is None:
         raise MissingFile(
             f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
@@ -118,7 +122,7 @@ def identify_weights(source: Checkpoint) -> Weights:
     return Weights(source, state, buffers, markers, family, prediction, source.mapped)
 
 
-def read_autoencoder(
+def extract_autoencoder(
     source: Checkpoint, autoencoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
     """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
@@ -126,6 +130,8 @@ def read_autoencoder(
     Args:
         autoencoder: autoencoder to fill, for names and shapes.
         model: the model's file, for messages.
+    Raises:
+        WeightsMismatch: the weights do not fit, or the model has no such autoencoder.
     """
     if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
@@ -134,7 +140,7 @@ def read_autoencoder(
     return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
 
 
-def read_text_encoder(
+def extract_text_encoder(
     source: Checkpoint, encoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
     """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
@@ -142,9 +148,11 @@ def read_text_encoder(
     Args:
         encoder: text encoder to fill, for names and shapes.
         model: the model's file, for messages.
+    Raises:
+        WeightsMismatch: the weights do not fit.
     """
-    tower = "text_model."  # as transformers has it
-    state = {f"{TEXT}{n}" if n.startswith(tower) else n: v for n, v in source.state.items()}
+    prefix = "text_model."  # as transformers has it
+    state = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
     misfit = f"the text encoder of `{source.path}` does not fit `{model}`"
     state = match_weights(encoder, rename_weights(state), source.path, misfit)
     return {f"{TEXT}{name}": value for name, value in state.items()}

@@ -85,7 +85,10 @@ class Block(Layer):
 
 
 class Inception(Layer):
-    """Images (B, 3, 299, 299), scaled to about [-1, 1] -> features (B, 2048), a spatial mean."""
+    """Images (B, 3, 299, 299) -> features (B, 2048), a spatial mean.
+
+    The caller normalizes pixels x in 0 … 255: (x - 128) / 128, as in TensorFlow's graph.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,24 +139,22 @@ def _pool_then_conv(pool: Pool, out_channels: int) -> Branch:
     return Branch([(Conv("branch_pool", out_channels),)], pool)
 
 
-THREE, FIVE, WIDE, TALL = (3, 3), (5, 5), (1, 7), (7, 1)
-
 BLOCK_B = [
-    _chain(Conv("branch3x3", 384, THREE, 2)),
+    _chain(Conv("branch3x3", 384, (3, 3), 2)),
     _chain(
         Conv("branch3x3dbl_1", 64),
-        Conv("branch3x3dbl_2", 96, THREE),
-        Conv("branch3x3dbl_3", 96, THREE, 2),
+        Conv("branch3x3dbl_2", 96, (3, 3)),
+        Conv("branch3x3dbl_3", 96, (3, 3), 2),
     ),
     Branch([], _max_pool_stride2),
 ]
 BLOCK_D = [
-    _chain(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, THREE, 2)),
+    _chain(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2)),
     _chain(
         Conv("branch7x7x3_1", 192),
-        Conv("branch7x7x3_2", 192, WIDE),
-        Conv("branch7x7x3_3", 192, TALL),
-        Conv("branch7x7x3_4", 192, THREE, 2),
+        Conv("branch7x7x3_2", 192, (1, 7)),
+        Conv("branch7x7x3_3", 192, (7, 1)),
+        Conv("branch7x7x3_4", 192, (3, 3), 2),
     ),
     Branch([], _max_pool_stride2),
 ]
@@ -162,11 +163,11 @@ BLOCK_D = [
 def _block_a(pool_channels: int) -> list[Branch]:
     return [
         _chain(Conv("branch1x1", 64)),
-        _chain(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, FIVE)),
+        _chain(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
         _chain(
             Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, THREE),
-            Conv("branch3x3dbl_3", 96, THREE),
+            Conv("branch3x3dbl_2", 96, (3, 3)),
+            Conv("branch3x3dbl_3", 96, (3, 3)),
         ),
         _pool_then_conv(_average_pool, pool_channels),
     ]
@@ -177,15 +178,15 @@ def _block_c(channels: int) -> list[Branch]:
         _chain(Conv("branch1x1", 192)),
         _chain(
             Conv("branch7x7_1", channels),
-            Conv("branch7x7_2", channels, WIDE),
-            Conv("branch7x7_3", 192, TALL),
+            Conv("branch7x7_2", channels, (1, 7)),
+            Conv("branch7x7_3", 192, (7, 1)),
         ),
         _chain(
             Conv("branch7x7dbl_1", channels),
-            Conv("branch7x7dbl_2", channels, TALL),
-            Conv("branch7x7dbl_3", channels, WIDE),
-            Conv("branch7x7dbl_4", channels, TALL),
-            Conv("branch7x7dbl_5", 192, WIDE),
+            Conv("branch7x7dbl_2", channels, (7, 1)),
+            Conv("branch7x7dbl_3", channels, (1, 7)),
+            Conv("branch7x7dbl_4", channels, (7, 1)),
+            Conv("branch7x7dbl_5", 192, (1, 7)),
         ),
         _pool_then_conv(_average_pool, 192),
     ]
@@ -201,7 +202,7 @@ def _block_e(pool: Pool) -> list[Branch]:
         Branch(
             [
                 (Conv("branch3x3dbl_1", 448),),
-                (Conv("branch3x3dbl_2", 384, THREE),),
+                (Conv("branch3x3dbl_2", 384, (3, 3)),),
                 fork("branch3x3dbl_3"),
             ]
         ),

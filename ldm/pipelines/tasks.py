@@ -11,8 +11,8 @@
 Tasks of models that read images in place of a prompt are in `variations`.
 
 Images are (1, 3, H, W) in [-1, 1], of any size: they are padded to whole latent pixels, and the
-result is cropped again. All tasks return (B, 3, H, W) float32 in [-1, 1], one image per prompt, and
-take:
+result is cropped again. Tasks that sample return (B, C, H, W) float32 in [-1, 1], one image per
+prompt, with C = 3 if there is no depth, and take:
 
     negative_prompt   one for all prompts, or one for each
     scale             guidance scale; 1 = no guidance, None = the model's default
@@ -274,7 +274,7 @@ def upscale(
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
     lr = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
-    lr = lr.contiguous(memory_format=torch.channels_last)  # the order of the original's noise
+    lr = lr.contiguous(memory_format=torch.channels_last)  # the original draws noise in this order
     level = torch.full((n,), noise_level, device=model.device)
     inputs = {"lowres": encoder.add_noise(lr, level, noise(lr)), "noise_level": level}
     tile = model.image_size if tile is None else tile
@@ -349,8 +349,8 @@ def upscale_latent(
     Args:
         image: (1, 3, h, w) in [-1, 1].
         latent: instead of the image, (1 | B, 4, h / 8, w / 8) of the autoencoder of Stable
-            Diffusion 1 or 2, in the UNet's scale.
-        noise_sigma: noise level of the noise added to the small latent, 0 … 0.6; more noise, more
+            Diffusion 1 or 2, multiplied by its `scale_factor`.
+        noise_sigma: sigma of the noise added to the small latent, 0 … 0.6; more noise, more
             invented detail.
         noise_kind: "gaussian", or "fake": the network gets `noise_sigma`, but no noise is added.
         scale: guidance scale; 1 = no guidance, 0 = the negative prompt only.
@@ -415,7 +415,7 @@ def _inverted_noise(
             raise ArgumentError(f"DDIM inversion takes no {name}", name)
     steps, scheduler = options.get("steps"), options.get("scheduler") or "uniform"
     steps = model.defaults.steps if steps is None else steps
-    options["scheduler"] = scheduler
+    options["scheduler"] = scheduler  # the sampling that follows takes the same steps back
     sigmas = model.schedule.step_sigmas(steps, scheduler)
     until = max(round(strength * steps), 1)
     height, width = (side * model.downscale for side in z.shape[-2:])
@@ -426,5 +426,6 @@ def _inverted_noise(
     legacy = {"encode"}.intersection(options.get("legacy", ()))
     z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)
     sigma = float(sigmas[steps - until])
-    x = z_t * (1 + sigma**2) ** 0.5
+    x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE
+    # `sample` starts from z + sigma x_T: solve for x_T; at strength 1 from x_T scaled to VE.
     return z_t if strength == 1 else (x - z.to(x)) / sigma

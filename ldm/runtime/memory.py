@@ -12,16 +12,16 @@ __all__ = ["PeakMemoryMode", "make_fake"]
 
 
 class PeakMemoryMode(TorchDispatchMode):
-    """A mode that counts the bytes of all living tensor storages created in it.
+    """A mode that counts the bytes of all live tensor storages created in it.
 
     Attributes:
-        now: bytes of living storages.
-        peak: the maximum of `now`.
+        current: bytes of live storages.
+        peak: the maximum of `current`.
     """
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
-        self.now: int = 0
+        self.current: int = 0
         self.peak: int = 0
         self.sizes: dict[int, int] = {}
 
@@ -39,17 +39,20 @@ class PeakMemoryMode(TorchDispatchMode):
         key = storage._cdata
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            # By address, which a later storage may have again: so it must be forgotten at once.
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            # Keys are addresses, which later storages reuse: forget them as soon as they are freed.
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+        self.current -= self.sizes.pop(key)
 
 
 def make_fake(module: nn.Module) -> None:
-    """Replace a module's meta tensors by fake CPU tensors, with which autocast works."""
+    """Replace a module's meta tensors by fake CPU tensors; call it under FakeTensorMode.
+
+    On the CPU, because autocast is not applied to meta tensors.
+    """
     for submodule in module.modules():
         for name, p in submodule._parameters.items():
             if p is not None and p.is_meta:

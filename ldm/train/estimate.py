@@ -39,7 +39,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one process of a run, in bytes."""
+    """Memory of one process of a run, in bytes, and numbers of parameters."""
 
     parameters: int  # number of parameters, in all networks
     trainable: int  # number of trained parameters
@@ -95,14 +95,15 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_task(settings)
-    averaged = [p for p in task.trainable.parameters() if p.requires_grad]
-    trainable = [*averaged, *(p for net in _discriminators(task) for p in net.parameters())]
+    ema_params = [p for p in task.trainable.parameters() if p.requires_grad]
+    trainable = [*ema_params, *(p for net in _discriminators(task) for p in net.parameters())]
     count = sum(p.numel() for p in trainable)
     numel_by_id = {id(p): p.numel() for net in _networks(task) for p in net.parameters()}
     parameters = sum(numel_by_id.values())
+    # Trained weights, gradients and EMA are float32, 4 bytes each.
     shard_bytes = 4 * count * _shard_fraction(settings, processes)
     state = OPTIMIZERS[optimizer.name]
-    if optimizer.name == "muon":  # vectors are updated by AdamW, with two moments
+    if optimizer.name == "muon":  # vectors are updated by AdamW: 4 more bytes, for a second moment
         state += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
     cache = {} if cache is None else cache
@@ -115,7 +116,7 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
         weights=4 * (parameters - count) + int(shard_bytes),
         gradients=int(shard_bytes),
         optimizer=int(state / 4 * shard_bytes),
-        ema=int(shard_bytes * sum(p.numel() for p in averaged) / max(1, count)) if has_ema else 0,
+        ema=int(shard_bytes * sum(p.numel() for p in ema_params) / max(1, count)) if has_ema else 0,
         activations=cache[key],
         optimizer_step=int(shard_bytes) if optimizer.name.startswith("adamw") else 0,
     )
@@ -226,7 +227,7 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
     with mode:
         output = forward()
         if output.requires_grad:
-            output.float().square().mean().backward()
+            output.backward()
     peak: int = mode.peak
     return peak
 

@@ -21,7 +21,7 @@ from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.runs.initial import load_initial_weights, measure_scale
+from ldm.train.runs.initial import load_initial_weights, set_scale_by_std
 from ldm.train.runs.states import States
 from ldm.train.state import State
 from ldm.train.tasks.task import Task
@@ -159,7 +159,7 @@ def build_run(
         if data.latents:
             raise ValueError("`scale_by_std` does not go with `data.params.latents`")
         images = torch.stack([one["jpg"] for one in source.fixed_samples(settings.data.batch_size)])
-        measure_scale(model, images, seed_batch(trainer.seed, 0))
+        set_scale_by_std(model, images, seed_batch(trainer.seed, 0))
 
     log.info("Setting up the training state")
     task = build_task(model, settings)

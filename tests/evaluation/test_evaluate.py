@@ -129,7 +129,7 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--prompts", "empty.txt", "--generate"], "empty.txt has no prompts (--prompts)"),
-        (["--prompts", "own.txt", "--generate"], "`a fox` has eta, clip_skip of its own, here"),
+        (["--prompts", "own.txt", "--generate"], "`a fox` has eta, clip_skip: per-prompt"),
         (["--count", "9"], "9 prompts requested, there are 5 (--count)"),
         (["--samplers", "dddim"], "unknown sampler `dddim`, did you mean `ddim`?"),
         (["--reference", "nowhere"], "no folder `nowhere`"),

@@ -17,7 +17,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.diffusers.keys import OLD_VAE_NAMES
 from ldm.loading.files.checkpoint import ema_name, read_checkpoint, write_checkpoint
-from ldm.loading.weights import read_weights
+from ldm.loading.weights import open_checkpoint
 from quick import some
 
 VAE = "first_stage_model."
@@ -133,10 +133,10 @@ def test_half_precision_and_its_variant(tiny, state, tmp_path):
     run(tiny, half, "--variant", "fp16")
     weights = read_checkpoint(half / "unet/diffusion_pytorch_model.fp16.safetensors").state
     assert {v.dtype for v in weights.values()} == {torch.float16}
-    back = read_weights(half).state  # the only variant there is
+    back = open_checkpoint(half).state  # the only variant there is
     assert torch.equal(back[CONV_IN], state[CONV_IN].half())
     with pytest.raises(FileNotFoundError, match="of variant `bf16`"):
-        read_weights(half, variant="bf16")
+        open_checkpoint(half, variant="bf16")
     run(tiny, tmp_path / "b.safetensors", "--dtype", "bfloat16")
     weights = read_checkpoint(tmp_path / "b.safetensors").state
     assert torch.equal(weights[CONV_IN], state[CONV_IN].bfloat16())
@@ -175,7 +175,7 @@ def test_ema_is_kept_merged_or_left_out(
     with_ema, state, tmp_path, capsys, target, flags, is_raw, keeps_ema
 ):
     run(with_ema, tmp_path / target, *flags)
-    file = read_weights(tmp_path / target)
+    file = open_checkpoint(tmp_path / target)
     unet = [k for k in state if k.startswith("model.")]
     assert all(torch.equal(file.state[k], state[k] + (not is_raw)) for k in unet)
     assert bool(file.ema_state) == keeps_ema
@@ -185,7 +185,7 @@ def test_ema_is_kept_merged_or_left_out(
         averages = {"state_dict": lean | file.ema_state, **file.metadata}
         torch.save(averages, tmp_path / "averages.ckpt")
         run(tmp_path / "averages.ckpt", tmp_path / target, *flags, "--force")
-        again = read_weights(tmp_path / target).state
+        again = open_checkpoint(tmp_path / target).state
         assert all(torch.equal(again[k], state[k] + 1) for k in unet)
     assert ("model_ema.*" in capsys.readouterr().err) == (not keeps_ema)
 
@@ -244,7 +244,7 @@ def test_folders_of_training_runs(state, text, tmp_path):
     torch.save({"state_dict": state, "global_step": 9}, tmp_path / "run/checkpoints/last.ckpt")
     (tmp_path / "run/configs/2026-01-project.yaml").write_text(text)
     run(tmp_path / "run", tmp_path / "out")
-    file = read_weights(tmp_path / "out")
+    file = open_checkpoint(tmp_path / "out")
     assert same(file.state, state)
     assert file.step == 9
 
@@ -263,7 +263,7 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     assert same(read_checkpoint(tmp_path / "original.ckpt").state, vae_of(state))
     about = json.loads((tmp_path / "kl/config.json").read_text())
     assert about["block_out_channels"] == [32, 64]
-    assert same(read_weights(tmp_path / "kl").state, vae_of(state))
+    assert same(open_checkpoint(tmp_path / "kl").state, vae_of(state))
     assert same(ldm.load(tmp_path / "kl").state_dict(), vae_of(state))
 
 
@@ -323,7 +323,7 @@ def test_a_rest_of_another_model_is_left_out(tiny, tmp_path, caplog):
     run(tiny, tmp_path / "x")
     path = tmp_path / "x/scheduler/scheduler_config.json"
     path.write_text(path.read_text().replace("v_prediction", "epsilon"))
-    file = read_weights(tmp_path / "x")
+    file = open_checkpoint(tmp_path / "x")
     assert "is of another model" in caplog.text
     assert parse_yaml(file.metadata["ldm.config"])["model"]["params"]["parameterization"] == "eps"
     last = [value for name, value in file.state.items() if ".resblocks.2." in name]
@@ -356,16 +356,16 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     vae.unlink()
     unet.unlink()
-    assert same(read_weights(place).state, state)
+    assert same(open_checkpoint(place).state, state)
     index.unlink()
     for i in range(2):
         shard = unet.with_name(f"part-{i}.safetensors")
         shard.rename(unet.with_stem(f"{unet.stem}-0000{i}-of-00002"))
-    assert same(read_weights(place).state, state)
+    assert same(open_checkpoint(place).state, state)
     for shard in (place / "unet").glob("*-of-*"):
         shard.unlink()
     with pytest.raises(FileNotFoundError, match="no weights in `.*unet`, only config.json"):
-        read_weights(place)
+        open_checkpoint(place)
 
 
 @pytest.mark.parametrize("suffix", some([".fp16.safetensors", ".fp16.bin"], ".fp16.bin"))
@@ -381,7 +381,7 @@ def test_a_variant_is_chosen_whatever_its_files_are(folder, state, tmp_path, suf
         for other in ("non_ema", "bf16"):
             (path.parent / f"{stem}.{other}{suffix[5:]}").touch()
         path.unlink()
-    assert same(read_weights(place).state, state)
+    assert same(open_checkpoint(place).state, state)
 
 
 def edit(path, **values):
@@ -427,7 +427,7 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
     path.unlink()
     write_checkpoint(path, content)
     edit(place / "text_encoder/config.json", vocab_size=49410)
-    assert same(read_weights(place).state, state)
+    assert same(open_checkpoint(place).state, state)
     assert "has 2 rows without a token" in caplog.text
     for file, tokens in TOKENS.items():
         edited = tmp_path / file
@@ -435,7 +435,7 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
         if file != "tokenizer_config.json":
             (edited / "tokenizer" / file).write_text("{}")
         edit(edited / "tokenizer" / file, **tokens)
-        words = {t: v for t, (v,) in read_weights(edited).added_tokens.items()}
+        words = {t: v for t, (v,) in open_checkpoint(edited).added_tokens.items()}
         assert same(words, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
     assert same(ldm.load(edited).conditioner.text.added_embeddings, words)
     run(edited, tmp_path / "y.ckpt")

@@ -17,7 +17,7 @@ import ldm
 from ldm.encoders.image import preprocess
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
-from ldm.loading.weights import read_weights
+from ldm.loading.weights import open_checkpoint
 from ldm.pipelines import sample, vary
 from quick import some
 
@@ -303,10 +303,10 @@ def test_variations(made):
 @pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
 def test_the_way_back_loses_nothing(made, family):
     _, state, folder = made(family)
-    back = read_weights(folder).state
+    back = open_checkpoint(folder).state
     assert back.keys() == state.keys()
     assert [k for k in state if not torch.equal(state[k], back[k])] == []
-    assert read_weights(folder).step == 7
+    assert open_checkpoint(folder).step == 7
 
 
 @pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
@@ -315,9 +315,9 @@ def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
     _, state, folder = made(family)
     opened(folder).save_pretrained(tmp_path)
     assert not (tmp_path / EXTRA_WEIGHTS).exists()
-    back = read_weights(tmp_path).state
+    back = open_checkpoint(tmp_path).state
     kept = (
-        read_weights(folder / EXTRA_WEIGHTS).state.keys()
+        open_checkpoint(folder / EXTRA_WEIGHTS).state.keys()
         if (folder / EXTRA_WEIGHTS).exists()
         else ()
     )

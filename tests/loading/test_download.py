@@ -227,12 +227,12 @@ def test_a_damaged_partial_file_is_fetched_again(hub, download, cache):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((401, "RepoNotFound"), "`first/one` is gone or private"),
-        ((401, ""), "`first/one` is gone or private"),
+        ((401, "RepoNotFound"), "`first/one` is not found, or private"),
+        ((401, ""), "`first/one` is not found, or private"),
         ((403, "GatedRepo"), "`first/one` is gated: accept its licence on "),
         ((404, "EntryNotFound"), "`first/one` does not have this file"),
         ((403, ""), "`first/one` is refused: the server says 403"),
-        (WRONG, f"`{FIRST}` is another file: its SHA-256 is {WRONG_SHA256}, not {SHA256}"),
+        (WRONG, f"SHA-256 mismatch for `{FIRST}`: expected {SHA256}, got {WRONG_SHA256}"),
     ],
     ids=["gone", "refused", "gated", "missing", "forbidden", "wrong"],
 )
@@ -250,13 +250,13 @@ def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, download,
     hub.files[FIRST], hub.etags[FIRST] = WRONG, SHA256
     status, _, (*_, first, second, last) = download("small")
     assert status == 1
-    assert first.startswith(f"`{FIRST}` is another file: its SHA-256 is {WRONG_SHA256}")
-    assert second == "`second/two` is gone or private"
+    assert first == f"SHA-256 mismatch for `{FIRST}`: expected {SHA256}, got {WRONG_SHA256}"
+    assert second == "`second/two` is not found, or private"
     assert "error: small cannot be downloaded from any of its 2 places" in last
     assert final_files(cache) + list(cache.rglob("*.incomplete")) == []
 
 
-def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub):
+def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub, monkeypatch):
     hub.files |= {"release/v1/a.pth": CONTENT, "store/a/b": CONTENT, "release/v1/b.pth": WRONG}
     hub.locations["release/v1/a.pth"] = "store/a/b"
     url = f"{constants.ENDPOINT}/release/v1/a.pth"
@@ -265,8 +265,13 @@ def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub):
     count = len(hub.gets)
     assert fetch_url(url, len(CONTENT), SHA256) == path
     assert len(hub.gets) == count
-    with pytest.raises(DownloadError, match=f"another file: its SHA-256 is {WRONG_SHA256}"):
-        fetch_url(url.replace("a.pth", "b.pth"), len(CONTENT), SHA256)
+    other = url.replace("a.pth", "b.pth")
+    with pytest.raises(DownloadError, match=f"expected {SHA256}, got {WRONG_SHA256}"):
+        fetch_url(other, len(CONTENT), SHA256)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_url(url, len(CONTENT), SHA256) == path
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        fetch_url(other, len(CONTENT), SHA256)
 
 
 @pytest.mark.usefixtures("table")
@@ -297,7 +302,7 @@ def test_a_row_without_a_hash_is_unverified_and_its_first_hash_kept(hub, table, 
     assert f"(unverified {SHA256})" in download()[1]
     final_files(cache)[0].unlink()
     hub.files[FIRST] = WRONG
-    assert f"its SHA-256 is {WRONG_SHA256}, not {SHA256}" in download("small")[2][1]
+    assert f"expected {SHA256}, got {WRONG_SHA256}" in download("small")[2][1]
 
 
 @pytest.mark.usefixtures("table")

@@ -11,7 +11,7 @@ from ldm.loading.config import format_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.load import load, read_config, save_model
 from ldm.loading.report import inspect_checkpoint
-from ldm.loading.weights import identify_weights, read_weights
+from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.runtime.errors import ArgumentError, ConfigError, MissingArgument
 from tinyupscaler import random_latent, tiny_config, tiny_upscaler
 
@@ -61,14 +61,14 @@ def test_original_pickle_alone_says_what_it_needs(files):
 
 def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
     expected = tiny_config()["model"]["params"]["unet"]["params"]
-    weights = identify_weights(read_weights(files / "x2.pth"))
+    weights = identify_weights(open_checkpoint(files / "x2.pth"))
     _, raw = read_config(weights)
     sizes = raw["model"]["params"]["unet"]["params"]
     assert sizes == {key: expected[key] for key in sizes}
     shutil.copy(files / "x2.pth", tmp_path / "upscaler_2_1_slim.pth")
     sidecar = tmp_path / "config_upscaler_2.json"
     sidecar.write_text(json.dumps({"model": expected}))
-    source, raw = read_config(identify_weights(read_weights(tmp_path / "upscaler_2_1_slim.pth")))
+    source, raw = read_config(identify_weights(open_checkpoint(tmp_path / "upscaler_2_1_slim.pth")))
     assert (source, raw["model"]["params"]["unet"]["params"]) == (str(sidecar), expected)
     sidecar.write_text(json.dumps({"model": {"type": "image_v2"}}))
     with pytest.raises(ConfigError, match=r"must be of type `image_v1`, got `image_v2`"):

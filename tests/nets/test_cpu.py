@@ -224,8 +224,8 @@ BACKWARD = {
     "linear without bias": "LinearBackward",
     "one product": "ConvolutionBackward",
     "one product with stride": "ConvolutionBackward",
-    "doubled": "DoubledConvolutionBackward",
-    "doubled and narrow": "DoubledConvolutionBackward",
+    "doubled": "UpsampleConvolutionBackward",
+    "doubled and narrow": "UpsampleConvolutionBackward",
     "without padding": "ConvolutionBackward0",  # torch's own
 }
 
@@ -250,7 +250,7 @@ def test_frozen_layers_pass_gradients_on_and_keep_no_input(case, monkeypatch):
     layer.requires_grad_(False)
     y = layer(2 * x.requires_grad_())
     for function in backward_functions(y):
-        if function.name() in ("ConvolutionBackward", "DoubledConvolutionBackward"):
+        if function.name() in ("ConvolutionBackward", "UpsampleConvolutionBackward"):
             assert function.saved_tensors[0] is None
     y.mul_(2).sum().backward()
     assert x.grad.abs().sum() > 0

@@ -132,10 +132,10 @@ def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> 
 
 def test_missing_class_images_are_sampled(base: Path, tmp_path: Path) -> None:
     model, folder = ldm.load(None, base), tmp_path / "class"
-    sample_class_images(model, folder, "a cat", 2, steps=1, batch=2)
+    sample_class_images(model, folder, "a cat", 2, steps=1, batch_size=2)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(before) == ["00000.png", "00001.png"]
-    sample_class_images(model, folder, "a cat", 3, steps=1, batch=2)
+    sample_class_images(model, folder, "a cat", 3, steps=1, batch_size=2)
     assert len(list(folder.iterdir())) == 3
     assert all((folder / name).read_bytes() == content for name, content in before.items())
 

@@ -28,12 +28,12 @@ def test_the_peak_counts_storages_that_are_alive() -> None:
         del first
         first = torch.zeros(1000)
         second = first + 1
-        assert mode.now == 8000
+        assert mode.current == 8000
         view = second[:10]
         del second
-        assert mode.now == 8000
+        assert mode.current == 8000
         del view
-        assert mode.now == 4000
+        assert mode.current == 4000
     assert mode.peak == 8000
 
 

@@ -10,7 +10,7 @@ from goldfile import gold
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.weight_names import original_name
-from ldm.loading.weights import read_weights
+from ldm.loading.weights import open_checkpoint
 from ldm.train.runs.initial import load_initial_weights, resize_weight
 from loading import tinyfamilies
 
@@ -42,7 +42,7 @@ def test_outputs_and_biases_are_repeated() -> None:
 def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
     state = tinyfamilies.write("sd2-v", tmp_path / "tiny.safetensors")
     convert(plan_conversion(tmp_path / "tiny.safetensors", tmp_path / "folder"))
-    raw = parse_yaml(read_weights(tmp_path / "folder").metadata["ldm.config"])["model"]
+    raw = parse_yaml(open_checkpoint(tmp_path / "folder").metadata["ldm.config"])["model"]
     model = instantiate(raw, where="model")
     first_stage = {"params": {"ckpt_path": "gone.ckpt"}}  # that the whole model replaces
     params = {"ckpt_path": str(tmp_path / "folder"), "first_stage_config": first_stage}
@@ -53,7 +53,7 @@ def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_program_fits_the_config_of_its_file(tmp_path: Path) -> None:
     tiny = ROOT / "tests/data/written_by_0_1/logs/2026-11-29T12-00-00_tiny/checkpoints"
-    file, folder = read_weights(tiny / "last.safetensors"), tmp_path / "folder"
+    file, folder = open_checkpoint(tiny / "last.safetensors"), tmp_path / "folder"
     convert(plan_conversion(file.path, folder))
     (folder / "original.safetensors").unlink()  # config and vocabulary, which only ours has
     config = tmp_path / "model.yaml"

@@ -17,7 +17,7 @@ from ldm.nets.autoencoder import PixelSpace
 from ldm.train.build import build_diffusion, diffusion_options
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.runs.initial import measure_scale
+from ldm.train.runs.initial import set_scale_by_std
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import spread_timesteps
@@ -196,12 +196,12 @@ def test_a_measured_scale_equals_the_originals() -> None:
     """The latent that the recording measures, without an autoencoder around it."""
     recorded = gold("misc_cond").outputs("scale_by_std")
     task = task_of(scale_by_std=True)
-    measure_scale(task.model, recorded["z"], torch.Generator())
+    set_scale_by_std(task.model, recorded["z"], torch.Generator())
     assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)
     exported = task.weights_to_export([])["scale_factor"]
     assert float(exported) == pytest.approx(task.model.scale_factor, rel=1e-6)
     with pytest.raises(ValueError, match="scale_by_std measures `scale_factor`, which is"):
-        measure_scale(task.model, recorded["z"], torch.Generator())
+        set_scale_by_std(task.model, recorded["z"], torch.Generator())
 
 
 def test_timesteps_are_spread_over_the_range() -> None:

@@ -28,13 +28,13 @@ def source() -> DatasetSource:
 
 def compare(model: Any, source: DatasetSource) -> Comparison:
     generator = torch.Generator().manual_seed(0)
-    return sanity.compare_with_guess(model, source.fixed_samples(6), generator, batch_size=4)
+    return sanity.compare_with_baseline(model, source.fixed_samples(6), generator, batch_size=4)
 
 
-def test_a_trained_model_is_far_better_than_a_guess(demo: Any, source: DatasetSource) -> None:
+def test_a_trained_model_is_far_better_than_the_baseline(demo: Any, source: DatasetSource) -> None:
     right = compare(demo, source)
     assert right.nearest == "v"
-    assert right.loss < 0.5 * right.guess
+    assert right.loss < 0.5 * right.baseline_loss
     assert right.problem() is None
 
 
@@ -63,16 +63,18 @@ def test_random_weights_stop_a_fine_tune(
 ) -> None:
     last = demo.unet.out[2].weight
     monkeypatch.setattr(last, "data", torch.zeros_like(last))
-    with pytest.raises(ValueError, match="hardly better than a guess: are its weights loaded"):
+    with pytest.raises(
+        ValueError, match="hardly better than a trivial baseline: are its weights loaded"
+    ):
         sanity.check_initial_weights(demo, source.fixed_samples(4), batch_size=8, seed=1)
 
 
-def test_an_autoencoder_must_do_better_than_flat_colours(
+def test_an_autoencoder_must_do_better_than_mean_colors(
     demo: Any, source: DatasetSource, monkeypatch: Any
 ) -> None:
     sanity.check_initial_weights(demo.autoencoder, source.fixed_samples(2), batch_size=8, seed=1)
     monkeypatch.setattr(demo.autoencoder, "decode", lambda z: torch.zeros(2, 3, 64, 64))
-    with pytest.raises(ValueError, match="hardly better than flat colours"):
+    with pytest.raises(ValueError, match="hardly better than mean colors"):
         sanity.check_initial_weights(
             demo.autoencoder, source.fixed_samples(2), batch_size=8, seed=1
         )

@@ -60,7 +60,8 @@ class _Pipeline:
     extras: JsonMapping = field(default_factory=dict)  # entries of the index besides the components
 
 
-# By the encoder that identifies the pipeline; "text" without another encoder.
+# By the encoder that identifies the pipeline; "text" without another encoder. masked = inpainting,
+# lowres = x4 upscaler, image = unCLIP, rgbd = LDM3D (-SR), variations = image instead of a prompt.
 # fmt: off
 PIPELINES = {
     "text": _Pipeline("StableDiffusionPipeline", "v1-inference", "v2-inference",
@@ -85,7 +86,6 @@ PIPELINE_OF_COMPONENT = {
     "low_res_scheduler": "lowres",
     "image_normalizer": "image",
 }
-TEXT_KINDS = {False: "text", True: "text-rgbd"}  # key: whether images have depth
 V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
 
@@ -115,7 +115,7 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     kind = _pipeline_of_model(model)
     files |= _encoder_configs(model, params["conditioner"]["params"], kind)
     pipeline = PIPELINES[kind]
-    components = {path.split("/")[0] for path in files} - {"feature_extractor"}
+    components = {path.split("/")[0] for path in files} - {"feature_extractor"}  # set below
     index: Files = {
         "_class_name": pipeline.name,
         "_diffusers_version": layout.VERSION,
@@ -147,7 +147,7 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
     template = PIPELINES[kind].openai if is_openai else PIPELINES[kind].open_clip
     if template is None:
         name = files[layout.INDEX]["_class_name"]
-        raise WrongFamily(f"no original family is a `{name}` with this {encoder}")
+        raise WrongFamily(f"no original config matches `{name}` with the encoder in {encoder}")
     raw = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
     params = raw["model"]["params"]
     unet = networks.unet_params(files[layout.UNET])
@@ -157,7 +157,7 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
     params["parameterization"] = schedulers.parameterization(
         files[layout.SCHEDULER], layout.SCHEDULER
     )
-    if schedulers.is_trailing(files[layout.SCHEDULER]):
+    if schedulers.is_trailing(files[layout.SCHEDULER]):  # its timestep spacing
         params["defaults"] = {"scheduler": "trailing"}
     params["scale_factor"] = files[layout.VAE].get("scaling_factor", 0.18215)
     params["image_size"] = unet["image_size"] or params["image_size"]
@@ -183,7 +183,7 @@ def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> F
         name = layout.CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
         files[EMBEDDING_NOISE] = _noise_config(specs["image"]["params"]["noise"])
-    if kind in ("lowres", "rgbd"):  # the second does not use it
+    if kind in ("lowres", "rgbd"):  # the pipeline of rgbd requires it, unused
         files[LOW_RES_NOISE] = _noise_config(specs[kind])
     if kind == "depth":
         files[DEPTH] = encoders.depth_config(conditioner.get(MiDaSDepth))
@@ -218,11 +218,15 @@ def _pipeline_of_model(model: LatentDiffusion) -> str:
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
     names = model.conditioner.encoders
-    others = names.keys() - {"text", "level"}
+    others = names.keys() - {"text", "level"}  # the level comes with lowres or rgbd
     if len(others) > 1 or not others <= PIPELINES.keys() or "text" not in names:
         raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
     is_rgbd = model.autoencoder.in_channels != 3
-    return others.pop() if others else TEXT_KINDS[is_rgbd]
+    return others.pop() if others else _text_kind(is_rgbd)
+
+
+def _text_kind(is_rgbd: bool) -> str:
+    return "text-rgbd" if is_rgbd else "text"
 
 
 def _pipeline_of_folder(files: Files) -> str:
@@ -242,7 +246,7 @@ def _pipeline_of_folder(files: Files) -> str:
         name = files[layout.INDEX].get("_class_name")
         raise FileFormatError(f"`{name}` is not a supported pipeline (it has {what})")
     is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
-    return "masked" if is_inpainting else TEXT_KINDS[is_rgbd]
+    return "masked" if is_inpainting else _text_kind(is_rgbd)
 
 
 def _training_size(model: LatentDiffusion) -> int:

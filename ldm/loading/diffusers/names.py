@@ -21,7 +21,7 @@ RESIDUAL = (
     (r"^\.skip_connection\b", ".conv_shortcut"),
     (r"^\.op\b", ".conv"),
 )
-ENDS = {
+OTHER_PREFIXES = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "class_embedding.linear_1",
@@ -35,11 +35,10 @@ ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-# In UNets without transformers in the first level: SDXL's.
-XL_ENDS = {
+# Instead of these in UNets without transformers in the first level: SDXL's.
+XL_PREFIXES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
-    "time_embed_cond": "time_embedding.cond_proj",
 }
 FIRST_TRANSFORMER = "input_blocks.1.1."
 BLOCK = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
@@ -60,7 +59,7 @@ def unet_layers(names: Iterable[str]) -> dict[str, str]:
     """Return diffusers' name by our name, for all layers (or weights) of a UNet."""
     names = list(names)
     is_xl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
-    prefixes = {**ENDS, **(XL_ENDS if is_xl else {}), **_blocks(names)}
+    prefixes = {**OTHER_PREFIXES, **(XL_PREFIXES if is_xl else {}), **_blocks(names)}
     renamed = {}
     for name in names:
         prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)
@@ -92,7 +91,10 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
 
 
 def _blocks(names: Iterable[str]) -> dict[str, str]:
-    """Return diffusers' prefix by ours, such as `input_blocks.4.1`; a sampler ends each level."""
+    """Return diffusers' prefix by ours, such as `input_blocks.4.1`.
+
+    A down- or upsampler ends each level.
+    """
     matches = {match.groups() for match in map(BLOCK.fullmatch, names) if match}
     prefixes = {}
     for direction, side in (("in", "down"), ("out", "up")):
@@ -101,7 +103,7 @@ def _blocks(names: Iterable[str]) -> dict[str, str]:
         for n, k, kind in sorted(blocks):
             prefix = f"{direction}put_blocks.{n}.{k}"
             if kind in KINDS:
-                count += kind == "in_layers"
+                count += kind == "in_layers"  # an attention has the number of the resnet before it
                 prefixes[prefix] = f"{side}_blocks.{level}.{KINDS[kind]}.{count - 1}"
             else:
                 prefixes[prefix] = f"{side}_blocks.{level}.{side}samplers.0"

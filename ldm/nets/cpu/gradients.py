@@ -2,7 +2,7 @@
 
 linear                               oneDNN where MKL is slow
 3x3 convolution of few pixels        one matrix product of all patches; the weight is not copied
-3x3 convolution after upsampling     each tap by one product before upsampling: 2.25 per pixel
+3x3 convolution after upsampling     9 products per input pixel: 2.25 instead of 9 per output pixel
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from ldm.nets.cpu.products import product, product_in_any_layout
 Gradients = tuple[Tensor | None, ...]
 
 
-def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute x W^T by operators that torch can differentiate, for gradients of gradients."""
+def _grad_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x W^T for a gradient, differentiably for double backward (create_graph=True)."""
     return F.linear(x, weight) if torch.is_grad_enabled() else product(x, weight)
 
 
@@ -29,8 +29,8 @@ class _Layer(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight = inputs[:2]
-        to_input, to_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if to_weight else None, weight if to_input else None)
+        needs_grad_x, needs_grad_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_grad_weight else None, weight if needs_grad_x else None)
         ctx.shapes, ctx.options = (x.shape, weight.shape), inputs[3:]
 
 
@@ -42,13 +42,13 @@ class Linear(_Layer):
         return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Gradients:
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         return _needed_gradients(
             ctx,
-            lambda: _differentiable(gradient, weight.t()),
-            lambda: _differentiable(gradient.t(), x.t()),
-            lambda: gradient.sum(0),
+            lambda: _grad_product(grad_output, weight.t()),
+            lambda: _grad_product(grad_output.t(), x.t()),
+            lambda: grad_output.sum(0),
         )
 
 
@@ -61,56 +61,59 @@ class Convolution(_Layer):
         return product_in_any_layout(patches.flatten(0, 1), weight.flatten(1), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Gradients:
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         (batch, _, *size), shape = ctx.shapes
         stride = ctx.options[0]
-        columns = gradient.t()  # (C_out, B P); with so few, torch's product is as fast as oneDNN's
+        # (C_out, B P); with so few pixels, torch's product is as fast as oneDNN's.
+        by_channel = grad_output.t()
 
-        def to_input() -> Tensor:
-            patches = weight.flatten(1).t() @ columns  # (9 C_in, B P)
+        def grad_x() -> Tensor:
+            patches = weight.flatten(1).t() @ by_channel  # (9 C_in, B P)
             patches = patches.unflatten(1, (batch, -1)).transpose(0, 1)
             return F.fold(patches, size, 3, padding=1, stride=stride)
 
-        def to_weight() -> Tensor:
+        def grad_weight() -> Tensor:
             patches = F.unfold(x, 3, padding=1, stride=stride)
-            return (columns @ patches.transpose(0, 1).flatten(1).t()).view(shape)
+            return (by_channel @ patches.transpose(0, 1).flatten(1).t()).view(shape)
 
-        return *_needed_gradients(ctx, to_input, to_weight, lambda: gradient.sum(0)), None
+        return *_needed_gradients(ctx, grad_x, grad_weight, lambda: grad_output.sum(0)), None
 
 
-class DoubledConvolution(_Layer):
-    """3x3 convolution, padding 1, after nearest upsampling: (B, h, 2, w, 2, C_out)."""
+class UpsampleConvolution(_Layer):
+    """3x3 convolution, padding 1, after nearest 2x upsampling of x (B, C_in, h, w).
+
+    Returns (B, h, 2, w, 2, C_out): the 2s are the rows and columns that a pixel becomes, for the
+    caller to reshape.
+    """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batch, _, height, width = x.shape
         taps = product(_pixels(x), _by_tap(weight)).view(batch, height, width, 3, 3, -1)
         out = x.new_empty(batch, height, 2, width, 2, len(weight))
-        columns = [_double(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
-        for j, of_column in enumerate(zip(*columns, strict=True)):
+        rows = [_double(taps[:, :, :, row].unbind(3), 2) for row in range(3)]  # summed along width
+        for j, of_column in enumerate(zip(*rows, strict=True)):
             for i, value in enumerate(_double(of_column, 1)):
                 out[:, :, i, :, j] = value
         return out if bias is None else out.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Gradients:
+    def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         (batch, inputs, height, width), shape = ctx.shapes
-        columns = [
-            _transposed_double(row, 3) for row in _transposed_double(gradient.contiguous(), 2)
-        ]
-        taps = torch.stack([tap for row in columns for tap in row], 3).flatten(3).flatten(0, 2)
+        rows = [_double_adjoint(row, 3) for row in _double_adjoint(grad_output.contiguous(), 2)]
+        taps = torch.stack([tap for row in rows for tap in row], 3).flatten(3).flatten(0, 2)
 
-        def to_input() -> Tensor:
-            out = _differentiable(taps, _by_tap(weight).t()).view(batch, height, width, inputs)
+        def grad_x() -> Tensor:
+            out = _grad_product(taps, _by_tap(weight).t()).view(batch, height, width, inputs)
             return out.permute(0, 3, 1, 2).contiguous()
 
-        def to_weight() -> Tensor:
-            out = _differentiable(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
+        def grad_weight() -> Tensor:
+            out = _grad_product(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
             return out.view(3, 3, *shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _needed_gradients(ctx, to_input, to_weight, lambda: gradient.sum((0, 1, 2, 3, 4)))
+        return _needed_gradients(ctx, grad_x, grad_weight, lambda: grad_output.sum((0, 1, 2, 3, 4)))
 
 
 def _needed_gradients(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
@@ -132,9 +135,12 @@ def _double(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     return _shift(before, dim, 1) + middle + after, before + middle + _shift(after, dim, -1)
 
 
-def _transposed_double(pairs: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply the transpose of `_double`: pairs are along `dim`, their axis is dim - 1."""
-    even, odd = pairs.unbind(dim)
+def _double_adjoint(grad_output: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply the adjoint of `_double`: return the gradients of the three taps.
+
+    `dim` has size 2, even and odd outputs; `dim - 1` is their spatial axis.
+    """
+    even, odd = grad_output.unbind(dim)
     return _shift(even, dim - 1, -1) + odd, even + odd, even + _shift(odd, dim - 1, 1)
 
 

@@ -85,7 +85,7 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
     if _is_3x3(layer) and applies_to_layer(x, weight):
         if torch.is_grad_enabled():
             if _suits_taps(layer, pixels):
-                rows: Tensor = gradients.DoubledConvolution.apply(x, weight, bias)
+                rows: Tensor = gradients.UpsampleConvolution.apply(x, weight, bias)
                 maps = rows.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
         elif pixels * weight.numel() >= CONV_WORK:

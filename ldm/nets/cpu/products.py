@@ -23,7 +23,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `product` of a matrix x (M, K), returned as (M, N) of any strides."""
+    """Compute `product` of a matrix x (M, K); the strides of the output (M, N) may be any."""
     if weight.is_mkldnn or not has_few_rows(len(x), x.dtype):
         return product(x, weight, bias)
     y = product(weight, x).t()

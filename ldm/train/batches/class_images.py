@@ -46,14 +46,14 @@ def sample_class_images(
     *,
     steps: int = 30,
     scale: float = 5.0,
-    batch: int | None = None,
+    batch_size: int | None = None,
 ) -> None:
     """Fill a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
     Existing images are kept and counted.
 
     Args:
-        batch: images sampled at once; None = as many pixels as 8 images of 512 x 512.
+        batch_size: images sampled at once; None = as many pixels as 8 images of 512 x 512.
     Raises:
         ArgumentError: images are missing, and the model is not text to image.
     """
@@ -64,18 +64,18 @@ def sample_class_images(
     if not missing:
         return
     family = family_of(model.conditioner)
-    if family not in (None, "text"):  # what `txt2img` works with
+    if family not in (None, "text"):  # None = unknown: `txt2img` says what it reads
         raise ArgumentError(
             f"{len(missing)} class images are missing in `{folder}`, and {FAMILIES[family].title} "
             "cannot make them from text alone: put images of the class there"
         )
     log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
     was_training = model.training
-    batch = batch or max(1, 8 * 64**2 // math.prod(model.latent_size))
+    batch_size = batch_size or max(1, 8 * 64**2 // math.prod(model.latent_size))
     height, width = (side * model.downscale for side in model.latent_size)
     model.eval()
-    for start in tqdm(range(0, len(missing), batch), unit="batch", dynamic_ncols=True):
-        seeds = missing[start : start + batch]
+    for start in tqdm(range(0, len(missing), batch_size), unit="batch", dynamic_ncols=True):
+        seeds = missing[start : start + batch_size]
         with torch.inference_mode():
             images = txt2img(
                 model,

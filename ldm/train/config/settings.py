@@ -27,7 +27,7 @@ from ldm.train.config.schema import (
     Trainer,
     validate,
 )  # fmt: skip
-from ldm.train.optim.schedules import WHERE, LearningRate
+from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRate
 
 __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
@@ -219,7 +219,7 @@ def _read_optimizer(values: JsonMapping) -> Optimizer:
     try:
         _build_learning_rate(optimizer, 1.0)
     except (TypeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{WHERE}: its numbers cannot be used: {error}") from error
+        raise ValueError(f"{SCHEDULER_CONFIG_KEY}: its numbers cannot be used: {error}") from error
     return optimizer.model_copy(update={"options": options})
 
 

@@ -1,7 +1,7 @@
 """Check the initial weights of a fine-tune before its first step.
 
-The loss of the model is compared with that of the best guess without a network, the least-squares
-multiple of each noisy latent. A trained model is far better; one with the wrong prediction type
+The loss of the model is compared with a baseline without a network, the least-squares multiple of
+each noisy latent. A trained model is far better; one with the wrong prediction type
 (v taken for eps), or with latents of the wrong scale, is worse. The prediction is compared with
 eps, v and x0, to tell its actual type.
 """
@@ -21,26 +21,29 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.monitoring.validation import eval_mode
 from ldm.train.tasks.noise_levels import draw_timesteps
 
-__all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_guess"]
+__all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_baseline"]
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 16  # of the training data
-# Maximum of loss / loss of the guess. Measured on the demo model: 0.22; taken for eps 1.7, for x0
-# 6; latents times 0.18 1.4, times 5.5 2.4; random weights 1.0.
+# Maximum of loss / baseline loss. Measured on the demo model, which predicts v:
+#     correct                     0.22
+#     taken for eps, for x0       1.7, 6
+#     latents times 0.18, 5.5     1.4, 2.4
+#     random weights              1.0
 LIMIT = 0.85
 STD_RANGE = (0.4, 2.5)  # standard deviation of latents with a plausible scale factor
-HINT = "\nhint: lightning.trainer.sanity=false trains it all the same"
+HINT = "\nhint: lightning.trainer.sanity=false skips this check"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of a model and of a guess on one batch."""
+    """Losses of a model and of the baseline on one batch."""
 
     parameterization: str  # of the config
     loss: float
-    guess: float
-    ratios: Mapping[str, float]  # loss / guess, as if the model predicted eps, v, x0
+    baseline_loss: float
+    ratios: Mapping[str, float]  # loss / baseline loss, as if the model predicted eps, v, x0
     std: float  # standard deviation of the latents
 
     @property
@@ -51,7 +54,8 @@ class Comparison:
     def problem(self) -> str | None:
         """Return a one-line description of the problem; None if there is none."""
         numbers = (
-            f"(loss {self.loss:.3f}, a guess {self.guess:.3f}, latents with std {self.std:.2f})"
+            f"(loss {self.loss:.3f}, baseline {self.baseline_loss:.3f}, latents with std "
+            f"{self.std:.2f})"
         )
         if self.nearest != self.parameterization and self.ratios[self.nearest] < LIMIT:
             return (
@@ -62,7 +66,9 @@ class Comparison:
             return None
         if not STD_RANGE[0] <= self.std <= STD_RANGE[1]:
             return f"model.params.scale_factor does not suit this autoencoder {numbers}"
-        return f"the model is hardly better than a guess: are its weights loaded? {numbers}"
+        return (
+            f"the model is hardly better than a trivial baseline: are its weights loaded? {numbers}"
+        )
 
 
 def check_initial_weights(
@@ -80,7 +86,7 @@ def check_initial_weights(
         batch_size: samples that fit into memory.
         timesteps: see `Diffusion`.
     Raises:
-        ValueError: the model is hardly better than a guess; the message says what may be wrong.
+        ValueError: the weights do not fit the config; the message says what may be wrong.
     """
     with eval_mode(model):
         if isinstance(model, AutoencoderKL):
@@ -88,14 +94,14 @@ def check_initial_weights(
             problem = find_autoencoder_problem(model, image)
         else:
             generator = torch.Generator().manual_seed(seed)
-            result = compare_with_guess(
+            result = compare_with_baseline(
                 model, samples, generator, batch_size=batch_size, timesteps=timesteps
             )
             log.info(
-                "the model predicts %s: loss %.3f before the first step, a guess would have %.3f",
+                "the model predicts %s: initial loss %.3f, of a trivial baseline %.3f",
                 result.parameterization,
                 result.loss,
-                result.guess,
+                result.baseline_loss,
             )
             problem = result.problem()
     if problem:
@@ -103,7 +109,7 @@ def check_initial_weights(
 
 
 @torch.no_grad()
-def compare_with_guess(
+def compare_with_baseline(
     model: LatentDiffusion,
     samples: Sequence[Sample],
     generator: torch.Generator,
@@ -111,7 +117,7 @@ def compare_with_guess(
     batch_size: int = SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> Comparison:
-    """Compare losses of a model and of the best guess, on noisy latents of some samples."""
+    """Compare losses of a model and of the baseline, on noisy latents of some samples."""
     t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
@@ -121,15 +127,16 @@ def compare_with_guess(
     ]
     z, noise, prediction = (torch.cat(values) for values in zip(*outputs, strict=True))
     losses: dict[str, float] = {}
-    guesses: dict[str, float] = {}
+    baselines: dict[str, float] = {}
+    # Its scale is irrelevant: the best multiple is fitted.
     x = z + model.schedule.t_to_sigma(t).to(z).view(-1, 1, 1, 1) * noise
     own = model.parameterization
     for name in (own,) if own == "edm" else (p for p in PARAMETERIZATIONS if p != "edm"):
         target = replace(model.denoiser, parameterization=name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
-        guesses[name] = float(_guess_loss(x, target))
-    ratios = {name: losses[name] / guesses[name] for name in losses}
-    return Comparison(own, losses[own], guesses[own], ratios, float(z.std()))
+        baselines[name] = float(_baseline_loss(x, target))
+    ratios = {name: losses[name] / baselines[name] for name in losses}
+    return Comparison(own, losses[own], baselines[own], ratios, float(z.std()))
 
 
 def _predict(
@@ -143,7 +150,7 @@ def _predict(
     return z, noise, model.denoiser.predict_at(z, model.condition(batch), t, noise)
 
 
-def _guess_loss(x: Tensor, target: Tensor) -> Tensor:
+def _baseline_loss(x: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error of the best multiple of x, chosen for each sample."""
     x, target = x.flatten(1), target.flatten(1)  # (B, N)
     factor = (x * target).sum(1) / x.square().sum(1)  # (B,)
@@ -152,17 +159,21 @@ def _guess_loss(x: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
-    """Compare reconstructions of images (B, 3, H, W) with their mean colors."""
+    """Compare reconstructions of images with their mean colors.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+    Returns:
+        A description of the problem; None if there is none.
+    """
     image = image.to(model.quant_conv.weight.device)
     reconstruction = model.decode(model.encode(image).mode()).float()
     error = float((reconstruction - image).square().mean())
-    guess = float((image - image.mean((2, 3), keepdim=True)).square().mean())
-    log.info(
-        "the autoencoder errs by %.4f before the first step, flat colours by %.4f", error, guess
-    )
-    if error <= LIMIT * guess:
+    baseline = float((image - image.mean((2, 3), keepdim=True)).square().mean())
+    log.info("initial reconstruction MSE %.4f, of mean colors %.4f", error, baseline)
+    if error <= LIMIT * baseline:
         return None
     return (
-        f"the autoencoder is hardly better than flat colours: are its weights loaded? (error "
-        f"{error:.3f}, flat {guess:.3f})"
+        "the autoencoder is hardly better than mean colors: are its weights loaded? "
+        f"(reconstruction MSE {error:.3f}, of mean colors {baseline:.3f})"
     )

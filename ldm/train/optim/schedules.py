@@ -2,7 +2,8 @@
 
     LambdaLinearScheduler, LambdaWarmUpCosineScheduler2: cycles, with one list entry per cycle
         step n of a cycle < warm_up_steps:   f_start -> f_max, linear
-        later:                               f_max -> f_min at the end of the cycle
+        later:                               f_max -> f_min at the end of the cycle; for
+            LambdaLinearScheduler on a line that has f_max at step 0, so it drops after the warm-up
     LambdaWarmUpCosineScheduler: one warm-up lr_start -> lr_max, then a half cosine to lr_min
 
 Their values are multipliers of the learning rate.
@@ -17,18 +18,18 @@ from itertools import accumulate
 from ldm.runtime.errors import check_name, check_names, unknown_name
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["WHERE", "LearningRate", "build_lr_multiplier"]
+__all__ = ["SCHEDULER_CONFIG_KEY", "LearningRate", "build_lr_multiplier"]
 
 DECAYS = ("constant", "linear", "cosine")
 LINEAR = "LambdaLinearScheduler"
-ONE_CYCLE = "LambdaWarmUpCosineScheduler"
+SINGLE_COSINE = "LambdaWarmUpCosineScheduler"
 CYCLE_KEYS = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
 KEYS = {
     LINEAR: CYCLE_KEYS,
-    ONE_CYCLE: ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
+    SINGLE_COSINE: ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
     "LambdaWarmUpCosineScheduler2": CYCLE_KEYS,
 }
-WHERE = "model.params.scheduler_config"
+SCHEDULER_CONFIG_KEY = "model.params.scheduler_config"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class LearningRate:
         """
         if self.schedule:
             return self.lr * build_lr_multiplier(self.schedule)(step)
-        left = max(0.0, 1 - progress)
-        factors = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+        remaining = max(0.0, 1 - progress)
+        cosine = 0.5 - 0.5 * math.cos(math.pi * remaining)
+        factors = {"constant": 1.0, "linear": remaining, "cosine": cosine}
         return self.lr * min(1.0, (step + 1) / max(1, self.warm_up)) * factors[self.decay]
 
 
@@ -64,18 +66,20 @@ def build_lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
     """
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in KEYS:
-        raise unknown_name("scheduler", spec.get("target"), KEYS, WHERE)
+        raise unknown_name("scheduler", spec.get("target"), KEYS, SCHEDULER_CONFIG_KEY)
     params = dict(spec.get("params") or {})
     params.pop("verbosity_interval", None)
-    check_names(f"parameter of {name}", params, KEYS[name], WHERE)
+    check_names(f"parameter of {name}", params, KEYS[name], SCHEDULER_CONFIG_KEY)
     missing = [f"`{key}`" for key in KEYS[name] if key not in params]
     if missing:
-        raise ValueError(f"{WHERE}: {name} needs {', '.join(missing)}")
+        raise ValueError(f"{SCHEDULER_CONFIG_KEY}: {name} needs {', '.join(missing)}")
     values = [params[key] for key in KEYS[name]]
-    if name == ONE_CYCLE:
+    if name == SINGLE_COSINE:
         values = [[value] for value in values]
     if len({len(column) for column in values}) != 1:
-        raise ValueError(f"{WHERE}: the lists of {name} must be equally long, one value per cycle")
+        raise ValueError(
+            f"{SCHEDULER_CONFIG_KEY}: the lists of {name} must be equally long, one value per cycle"
+        )
     cycles = list(zip(*values, strict=True))
     ends = list(accumulate(length for *_, length in cycles))
 
@@ -87,9 +91,9 @@ def build_lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
         if n < warm_up:
             return float(start + (high - start) * n / warm_up)
         if name == LINEAR:
-            left = (length - n) / length
+            remaining = (length - n) / length  # as in the original, without regard to the warm-up
         else:
-            left = 0.5 * (1 + math.cos(math.pi * min(1.0, (n - warm_up) / (length - warm_up))))
-        return float(low + (high - low) * left)
+            remaining = 0.5 * (1 + math.cos(math.pi * min(1.0, (n - warm_up) / (length - warm_up))))
+        return float(low + (high - low) * remaining)
 
     return multiplier

@@ -9,12 +9,12 @@ from ldm.loading import legacy
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import rename_weights, select_buffers
-from ldm.loading.weights import read_weights
+from ldm.loading.weights import open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["load_initial_weights", "measure_scale", "resize_weight"]
+__all__ = ["load_initial_weights", "resize_weight", "set_scale_by_std"]
 
 
 def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
@@ -42,20 +42,20 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
         if params.get("finetune_keys"):
             raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
         return False
-    widened = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
+    widened_keys = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
     if not isinstance(model, LatentDiffusion):
-        _load(model, params, "autoencoder.", widened)
+        _load(model, params, "autoencoder.", widened_keys)
         return True
     if params.get("load_only_unet"):
-        buffers = _load(model.unet, params, "unet.", widened)
+        buffers = _load(model.unet, params, "unet.", widened_keys)
     else:
-        buffers = _load(model, params, "", widened)
+        buffers = _load(model, params, "", widened_keys)
     if params.get("scale_by_std") and "scale_factor" in buffers:
         model.scale_factor = float(buffers["scale_factor"])
     return True
 
 
-def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Generator) -> None:
+def set_scale_by_std(model: LatentDiffusion, images: Tensor, generator: torch.Generator) -> None:
     """Set `scale_factor` so that the latents of these images have a standard deviation of 1.
 
     The original's `scale_by_std`: Rombach et al. 2022 (arXiv:2112.10752), appendix G.
@@ -70,18 +70,22 @@ def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Gener
 
 
 def _load(
-    module: nn.Module, params: JsonMapping, prefix: str, widened: Sequence[str] = ()
+    module: nn.Module, params: JsonMapping, prefix: str, widened_keys: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Load `ckpt_path`, or its part `prefix` if it has a whole model; return its buffers."""
+    """Load `ckpt_path`, or its part `prefix` if it has a whole model.
+
+    Returns:
+        The buffers of the whole file, such as `scale_factor`.
+    """
     path = find_checkpoint(params["ckpt_path"])
-    raw = read_weights(path if path.is_dir() else find_file(path)).state
+    raw = open_checkpoint(path if path.is_dir() else find_file(path)).state
     state = rename_weights(raw)
     if any(name.startswith(prefix) for name in state):
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     current = module.state_dict()
     ignored = tuple(params.get("ignore_keys") or ())
     state = {n: v for n, v in state.items() if not n.startswith(ignored)}
-    for name in rename_weights(dict.fromkeys(widened, torch.empty(0))):
+    for name in rename_weights(dict.fromkeys(widened_keys, torch.empty(0))):
         name = name.removeprefix(prefix)
         if name in state and name in current and _has_fewer_inputs(state[name], current[name]):
             # New input channels have no effect yet: the fine-tune starts as the old model.
@@ -92,6 +96,7 @@ def _load(
         state = {
             n: resize_weight(v, current[n].shape) if n in current else v for n, v in state.items()
         }
+    # Ignored weights keep their initial values; without them `match_weights` would miss them.
     state = {n: v for n, v in current.items() if n.startswith(ignored)} | state
     module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
     return select_buffers(raw)

@@ -119,10 +119,10 @@ def _read_config_text(path: str | Path) -> str:
     """Return the YAML of a file, or that of a diffusers folder."""
     from ldm.loading.config import read_config_text
     from ldm.loading.files.checkpoint import CONFIG_KEY
-    from ldm.loading.weights import read_weights
+    from ldm.loading.weights import open_checkpoint
 
     is_folder = Path(path).expanduser().is_dir()
-    return read_weights(path).metadata[CONFIG_KEY] if is_folder else read_config_text(path)
+    return open_checkpoint(path).metadata[CONFIG_KEY] if is_folder else read_config_text(path)
 
 
 def save_config(folder: Path, raw: JsonMapping) -> None:
