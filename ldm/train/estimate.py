@@ -157,12 +157,12 @@ def _build_task(settings: Settings) -> Task:
 
 
 def _discriminators(task: Task) -> list[nn.Module]:
-    """List the discriminator, if there is one."""
+    """Return [discriminator], or [] if the task has none."""
     return [] if task.discriminator is None else [task.discriminator]
 
 
 def _networks(task: Task) -> list[nn.Module]:
-    """Return all networks that a task computes with."""
+    """Return all networks of a task, with those of its losses."""
     networks = [task.model, task.trainable, *_discriminators(task)]
     if isinstance(task, Adversarial) and task.perceptual is not None:
         networks.append(task.perceptual)

@@ -53,7 +53,7 @@ def sample_class_images(
     Existing images are kept and counted.
 
     Args:
-        batch_size: images sampled at once; None = as many pixels as 8 images of 512 x 512.
+        batch_size: images per call of `txt2img`; None = as many pixels as 8 images of 512 x 512.
     Raises:
         ArgumentError: images are missing, and the model is not text to image.
     """
