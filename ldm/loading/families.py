@@ -234,10 +234,12 @@ def detect_prediction(
     """
     verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:
-        if verdicts:  # of fine-tunes, too: only the marker counts
+        # Of fine-tunes, too: only the marker counts. But metadata and diffusers' schedulers have no
+        # name for EDM's preconditioning, and say "epsilon" or "sample".
+        if verdicts and family.predicts != "edm":
             return _rank(verdicts)
-        verdicts.append(Verdict("family", family.predicts, family.title))
-    elif family is not None:
+        return _rank([Verdict("family", family.predicts, family.title)])
+    if family is not None:
         verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
         verdicts.append(_by_bias(state))
         if SD_TURBO.search(name.lower()):

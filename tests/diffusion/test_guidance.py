@@ -175,7 +175,7 @@ def test_perturbed_attention_acts_on_composed_prompts():
     expected = uncond.index_add(0, rows, weights.view(-1, 1, 1, 1) * terms)
     guided = add_guidance(
         toy, Composition(prompts, rows, weights, 2), UNCOND, 7.5,
-        rule=PerturbedAttention(3.0, Guidance()),
+        guidance=PerturbedAttention(3.0, Guidance()),
     )  # fmt: skip
     expected = toy.convert_prediction(x, sigma, expected)
     torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
