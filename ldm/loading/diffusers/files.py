@@ -26,7 +26,6 @@ from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import added_tokens
 from ldm.loading.diffusers.index import NORMALIZER, Files, folder_configs, original_config
 from ldm.loading.diffusers.keys import component_prefixes, locate_weights, scatter_weights
-from ldm.loading.diffusers.latent_upscaler import is_x2_folder
 from ldm.loading.diffusers.layout import INDEX, SCHEDULER, UNET, VAE, WHOLE
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
@@ -209,8 +208,7 @@ def _metadata(files: Files) -> dict[str, str]:
     scheduler: JsonMapping = files.get(SCHEDULER, {})
     kind = scheduler.get("_class_name", "")
     texts = {PIPELINE_KEY: pipeline, SCHEDULER_KEY: kind}
-    # Their `epsilon` and `sample` are others: those of EDM's preconditioning.
-    if not kind.startswith("EDM") and not is_x2_folder(files):
+    if not kind.startswith("EDM"):  # whose `epsilon` is another
         texts[f"{PREFIX}prediction_type"] = scheduler.get("prediction_type")
     return numbers | {key: str(text) for key, text in texts.items() if text}
 
