@@ -236,6 +236,7 @@ def test_the_scale_factor_of_the_first_batch_is_as_recorded():
     assert_recorded(file, "scale_by_std", scale_factor=model.state_dict()["scale_factor"])
 
 
+@pytest.mark.slow
 def test_images_that_are_logged_have_the_original_names():
     model = build_recorded("get_input_more", "config_base_eps")
     image = recorded("get_input_more").tensors["shared/jpg"]

@@ -115,6 +115,7 @@ def test_reading_stops_where_nothing_can_be_read(workers):
         read(DatasetSource(Numbers(4, damaged=range(4))), 2, 1, workers=workers)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_its_workers():
     code = """
         import itertools

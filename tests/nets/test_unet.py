@@ -230,6 +230,7 @@ TWINS = {  # settings of our UNet, settings of theirs, y
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TWINS)
 def test_diffusers_computes_the_same(diffusers, family):
     ours, theirs, y = TWINS[family]

@@ -58,7 +58,9 @@ def test_rules_act_on_each_sample_alone(model, name):
     assert (latents_of(model, ["a cat"], **plain) - one).abs().max() > 0.02
 
 
-@pytest.mark.parametrize("options", [{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}])
+@pytest.mark.parametrize(
+    "options", some([{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}], {"freeu": "auto"})
+)
 def test_sdxl_has_them_and_a_refiner_goes_on_with_the_rule(xl, options):
     refiner = model_of(gold("sdxl_e2e_refine"), "refiner")
     runs = [latents_of(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **chosen)

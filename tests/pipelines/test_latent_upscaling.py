@@ -262,6 +262,7 @@ def test_edges_meet_with_tiling(model):
         upscale_moved(0, "x", random_latent(1, 8, 9))
 
 
+@pytest.mark.slow
 def test_tiles_of_the_unet_have_sides_that_it_takes_and_offloading_changes_nothing(model):
     options = {"latent": random_latent(1, 8, 16), "steps": 2, "seeds": 1}
     whole = ldm.upscale_latent(model, ["a cat"], **options)

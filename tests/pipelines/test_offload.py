@@ -56,6 +56,7 @@ def test_one_part_at_a_time_has_a_copy_on_the_device():
     assert set.union(*parts) == {"conditioner", "unet", "autoencoder"}
 
 
+@pytest.mark.slow
 def test_loras_are_exchanged_while_a_part_is_on_the_device(tmp_path):
     model, offloaded = text_model(), text_model()
     file = random_lora(tmp_path / "x.safetensors", model, 0)

@@ -195,6 +195,7 @@ def test_the_concept_can_be_named_and_matters(model):
     assert not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.slow
 def test_it_guides_in_tiles_of_the_unet(model):
     guidance = [0, 20, 0.1, 0.3, 0.4]
     whole, one = (latents_of(model, 1, sld=guidance, unet_tile=side) for side in (None, 8))

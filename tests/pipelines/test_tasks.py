@@ -155,6 +155,7 @@ def test_noise_levels_of_the_upscaler_are_checked(models, image):
         upscale(models["upscale"], ["a"], image, noise_level=350)
 
 
+@pytest.mark.slow
 def test_tiled_upscaling_is_nearly_the_whole_and_has_no_seams(models):
     """Steps of the difference across tile borders are no larger than elsewhere.
 
@@ -273,6 +274,7 @@ def test_inpainting_with_a_text_model_draws_the_noise_that_is_not_given(models, 
     assert torch.equal(drawn, inpaint(models["text"], ["a"], image, x_T=None, **options))
 
 
+@pytest.mark.slow
 def test_ddim_inversion_leads_back_to_the_image():
     """Without guidance, on the trained demo model: 0.017 away where random noise is 0.080 away."""
     model, prompt = ldm.load(), "a 3d emoji of a red apple on a blue background"

@@ -77,6 +77,7 @@ def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     assert (text.tokenize(["a <thing>"]) < 0).sum() == 3
 
 
+@pytest.mark.slow
 def test_both_at_once_are_exported_and_resumed(base: Path, tmp_path: Path) -> None:
     whole = adapted(tmp_path / "run", base, *LORA, *WORD, "lightning.callbacks.save_steps=1")
     train(whole)
@@ -114,8 +115,10 @@ def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) 
         ("demo/text2img", "lora", {"lora"}),
         ("demo/text2img", "textual-inversion", {"word"}),
         ("stable-diffusion/v1-inference", "lora-photos", {"lora"}),
-        ("stable-diffusion/v2-inference-v", "lora-photos", {"lora"}),
-        ("stable-diffusion-xl/sd_xl_base", "lora-xl", {"lora"}),
+        pytest.param(
+            "stable-diffusion/v2-inference-v", "lora-photos", {"lora"}, marks=pytest.mark.slow
+        ),
+        pytest.param("stable-diffusion-xl/sd_xl_base", "lora-xl", {"lora"}, marks=pytest.mark.slow),
         ("stable-diffusion-xl/sd_xl_refiner", "textual-inversion-xl", {"word"}),
     ],
 )

@@ -243,6 +243,7 @@ def test_recipes_build(name: str) -> None:
     assert tuple(raw["lightning"]["optimizer"]["betas"]) == task.betas
 
 
+@pytest.mark.slow
 def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """The discriminator and its optimizer are part of the state."""
     config = read_yaml("configs/train/autoencoder-decoder.yaml", [

@@ -53,17 +53,20 @@ def whole() -> estimate.Memory:
     return memory()
 
 
+@pytest.mark.slow
 def test_checkpointing_and_small_batches_keep_fewer_activations(whole: estimate.Memory) -> None:
     small = memory("lightning.trainer.checkpoint_gradients=true", "data.params.batch_size=4")
     assert small.activations < 0.75 * whole.activations
 
 
+@pytest.mark.slow
 def test_gradients_of_a_token_go_through_the_frozen_unet(whole: estimate.Memory) -> None:
     token = memory("lightning.textual_inversion.token=<x>")
     assert token.trainable == 32
     assert token.activations > 0.5 * whole.activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0, 1])
 def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None:
     small = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}

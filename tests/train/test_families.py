@@ -94,7 +94,7 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     return raw
 
 
-@pytest.mark.parametrize("task", some(FAMILIES, "inpaint", "unclip", "upscale"))
+@pytest.mark.parametrize("task", some(FAMILIES, "unclip"))
 def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
     raw = raw_of(task, tmp_path)
     run = run_of(raw, tmp_path / "run")

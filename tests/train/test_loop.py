@@ -98,6 +98,7 @@ def test_a_diverging_run_stops_with_its_state_and_batch_on_disk(
     assert torch.equal(weights_of(again)["unet.out.2.weight"], weights_of(run)["unet.out.2.weight"])
 
 
+@pytest.mark.slow
 def test_states_of_a_diverging_run_never_replace_good_ones(four_steps: Run, tmp_path: Path) -> None:
     run = resume_copy(four_steps, tmp_path)
     save(run)
@@ -123,6 +124,7 @@ def test_weights_that_are_not_finite_are_not_written(four_steps: Run, tmp_path: 
     assert file_contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
     four_steps: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -75,6 +75,7 @@ def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:
     check_close(two["weights"], one.task.trainable.state_dict())
 
 
+@pytest.mark.slow
 def test_a_process_ends_when_another_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

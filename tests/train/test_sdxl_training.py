@@ -69,7 +69,12 @@ def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
     ("family", "keys", "overrides"),
     [
         pytest.param("xl", {"txt"}, [], marks=pytest.mark.slow),
-        ("xl-refiner", {"txt", "aesthetic_score"}, ["lightning.objective.timesteps=[0,200]"]),
+        pytest.param(
+            "xl-refiner",
+            {"txt", "aesthetic_score"},
+            ["lightning.objective.timesteps=[0,200]"],
+            marks=pytest.mark.slow,
+        ),
         (
             "xl-inpainting",
             {"txt", "masked", "aesthetic_score"},
@@ -178,7 +183,7 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
-        ("xl-refiner", []),
+        pytest.param("xl-refiner", [], marks=pytest.mark.slow),
         pytest.param(
             "xl-inpainting",
             ["data.params.train.transform.conditions={mask: {}}"],
