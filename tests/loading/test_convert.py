@@ -166,7 +166,7 @@ def test_numbers_too_large_for_half_precision_are_named(state, text, tmp_path, c
     [
         ("both.safetensors", [], True, True),
         ("merged.safetensors", ["--ema"], False, False),
-        ("folder", [], True, False),
+        pytest.param("folder", [], True, False, marks=pytest.mark.slow),
         pytest.param("raw.safetensors", ["--prune"], True, False, marks=pytest.mark.slow),
         pytest.param("averaged", ["--ema"], False, False, marks=pytest.mark.slow),
     ],
@@ -221,6 +221,7 @@ def test_a_lora_is_merged_into_both_text_encoders_of_sdxl(tmp_path):
     assert same_model(ldm.load(merged), ldm.load(xl, loras=[(style, 1.0)]))
 
 
+@pytest.mark.slow
 def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
     style, half = tmp_path / "style.safetensors", tmp_path / "half.safetensors"
     write_lora(random_adapter(model := ldm.load(tiny)), style, model)
@@ -444,6 +445,7 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
     )
 
 
+@pytest.mark.slow
 def test_tokens_of_both_tokenizers_of_sdxl_are_known(tmp_path):
     write("xl", tmp_path / "xl.safetensors")
     run(tmp_path / "xl.safetensors", place := tmp_path / "folder")

@@ -32,7 +32,7 @@ KL = {
     "kl-f16": ([1, 1, 2, 2, 4], 16, [16]),
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, [16, 8]),
 }
-SOME = some(NAMES, "x4-upscaling", "v2-1-stable-unclip-l-inference")
+SOME = some(NAMES, "x4-upscaling")
 # What no network of diffusers holds, by the beginning of our names.
 WITHOUT_PLACE = (
     "conditioner.text.model.transformer.resblocks.23.", "conditioner.text.model.text_projection",

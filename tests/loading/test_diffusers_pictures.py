@@ -82,7 +82,7 @@ def sampled(model, records, x, z=None):
     return model.decode(z).clamp(-1, 1)
 
 
-SLOW = pytest.mark.slow  # as the others, but for what takes long to import or to build
+SLOW = pytest.mark.slow  # as the others, or as goldens of tests/pipelines
 
 
 @pytest.mark.parametrize("family", some(TEXT, "sd2-v"))
@@ -150,7 +150,8 @@ def test_perturbed_attention_guidance(diffusers, made, family, scale):
     assert (guided - without).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("family", some(["sd1", "xl"], "sd1"))
+@SLOW  # beside the formulas of tests/nets/test_freeu
+@pytest.mark.parametrize("family", ["sd1", "xl"])
 def test_freeu_by_the_level_of_a_block(made, family):
     source, _, folder = made(family)
     side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
@@ -192,6 +193,7 @@ def opened_xl(folder):
     return pipe
 
 
+@SLOW
 def test_sdxl_base_and_refiner(made):
     base_file, _, base_folder = made("xl")
     refiner_file, _, refiner_folder = made("xl-refiner")
@@ -209,7 +211,7 @@ def test_sdxl_base_and_refiner(made):
     agree(ldm.txt2img(base, [PROMPT], refiner=refiner, refiner_start=0.5, **ours), theirs)
 
 
-@pytest.mark.parametrize("family", ["sd1", "xl"])
+@pytest.mark.parametrize("family", some(["sd1", "xl"], "sd1"))
 def test_folders_whose_network_predicts_the_image(made, tmp_path, family):
     _, _, written = made(family)
     folder = Path(shutil.copytree(written, tmp_path / family))
@@ -263,6 +265,7 @@ def test_depth(made):
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
+@SLOW
 def test_upscaling(made):
     source, _, folder = made("x4")
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture(16)
@@ -272,7 +275,8 @@ def test_upscaling(made):
     agree(sampled(model, records | {"noise_level": level}, x), theirs)
 
 
-@pytest.mark.parametrize("family", some(["unclip-l", "unclip-h"], "unclip-l"))
+@SLOW
+@pytest.mark.parametrize("family", ["unclip-l", "unclip-h"])
 def test_unclip(made, family):
     source, _, folder = made(family)
     model, x, seen = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)

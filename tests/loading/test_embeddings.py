@@ -120,6 +120,7 @@ PAIR = [
 ]
 
 
+@pytest.mark.slow  # beside the towers of transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("style", ["one file", "pickle", "pair of files"])
 def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):

@@ -60,7 +60,13 @@ def test_all_shipped_configs_are_known():
     assert {path.stem for path in SHIPPED} == set(MODELS) | set(LISTENS)
 
 
-@pytest.mark.parametrize(("name", "parameters"), MODELS.items())
+LARGE = ("v2-midas-inference", "v2-1-stable-unclip-l-inference")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [pytest.param(*m, marks=[pytest.mark.slow] if m[0] in LARGE else []) for m in MODELS.items()],
+)
 def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
     model = meta(name)
     state = restore_names(model.state_dict(), model.schedule.buffers())

@@ -46,7 +46,9 @@ def merge(folder, target, a, b, c=None, **options):
     return read_checkpoint(convert(plan))
 
 
-@pytest.mark.parametrize(("a", "b"), [("sd1", "b"), ("xl", "xl-b")])
+@pytest.mark.parametrize(
+    ("a", "b"), [("sd1", "b"), pytest.param("xl", "xl-b", marks=pytest.mark.slow)]
+)
 def test_unet_and_text_encoders_are_summed_and_the_rest_stays(folder, a, b, tmp_path):
     ours, theirs = state_of(folder, a), state_of(folder, b)
     file = merge(folder, tmp_path / "x.safetensors", a, b, weight=0.3)

@@ -69,7 +69,7 @@ def test_the_network_is_found_beside_the_checkpoint(files, whole):
 
 @pytest.mark.parametrize(
     ("old", "wrapped", "name"),
-    [(False, True, "lean"), (True, False, "whole")],
+    [(False, True, "lean"), pytest.param(True, False, "whole", marks=pytest.mark.slow)],
     ids=["zip", "legacy"],
 )
 def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped, name):
@@ -79,6 +79,7 @@ def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped, na
     assert equal(load_depth(files, f"{name}.safetensors", midas=path), whole, 2.0)
 
 
+@pytest.mark.slow
 def test_the_network_is_taken_out_of_another_depth_model(files, whole):
     assert equal(load_depth(files, midas=files / "whole.safetensors"), whole)
 
@@ -96,7 +97,12 @@ def test_without_a_network_two_lines_say_where_to_put_it(files):
 @pytest.mark.parametrize(
     ("names", "value", "message"),
     [
-        ("scratch.layer1_rn.weight", None, "does not fit the depth network: 1 missing"),
+        pytest.param(
+            "scratch.layer1_rn.weight",
+            None,
+            "does not fit the depth network: 1 missing",
+            marks=pytest.mark.slow,
+        ),
         (
             "scratch.layer1_rn.weight",
             torch.zeros(3),

@@ -69,7 +69,7 @@ def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
         pytest.param("sd_xl_v", 2_567_463_684, "v", Schedule, marks=SLOW),
         ("sd_xl_inpaint", 2_567_478_084, "eps", Schedule),
         ("sd_xl_refiner", 2_259_526_660, "eps", Schedule),
-        ("sd_xl_cosxl", 2_567_463_684, "v", ContinuousSchedule),
+        pytest.param("sd_xl_cosxl", 2_567_463_684, "v", ContinuousSchedule, marks=SLOW),
         pytest.param("playground-v2.5", 2_567_463_684, "edm", ContinuousSchedule, marks=SLOW),
         ("ssd-1b", 1_331_334_404, "eps", Schedule),
         pytest.param("segmind-vega", 745_225_604, "eps", Schedule, marks=SLOW),
@@ -170,6 +170,7 @@ def test_the_denoiser_is_built_as_the_config_says(tmp_path):
     assert table[-1] == 0
 
 
+@SLOW  # beside the folders of test_sdxl_folders
 @pytest.mark.parametrize("name", ["xl", "xl-refiner"])
 def test_names_of_weights_go_there_and_back(tmp_path, name):
     state = tinyfamilies.write(name, tmp_path / "x.safetensors")
@@ -367,14 +368,8 @@ def write_as_merged(state, model):
     }
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        write_as_components,
-        pytest.param(write_as_playground, marks=SLOW),
-        pytest.param(write_as_merged, marks=SLOW),
-    ],
-)
+@SLOW  # beside the spellings of test_load
+@pytest.mark.parametrize("write", [write_as_components, write_as_playground, write_as_merged])
 def test_files_of_other_tools_are_understood(tmp_path, tiny, write):
     file, model = read_checkpoint(tiny), ldm.load(tiny)
     path = tmp_path / "other.safetensors"

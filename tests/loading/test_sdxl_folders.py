@@ -52,7 +52,7 @@ def folder(convert_family, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", some(KINDS, "xl", "xl-refiner"))
+@pytest.mark.parametrize("name", some(KINDS, "xl"))
 def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(convert_family, tmp_path, name):
     _, state, folder = convert_family(name)
     back = tmp_path / "back.safetensors"
@@ -130,6 +130,7 @@ def test_missing_weights_are_said_in_one_line(folder):
         ldm.load(folder)
 
 
+@SLOW  # beside the variants of test_convert
 def test_files_of_a_variant_are_chosen_by_its_name(convert_family, folder):
     whole = {path: read_checkpoint(path).state for path in folder.glob("*/*.safetensors")}
     for path, state in whole.items():

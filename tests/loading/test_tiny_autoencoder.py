@@ -93,6 +93,7 @@ def test_previews_are_its_images(formats, theirs):
     assert isinstance(model.autoencoder, AutoencoderKL)
 
 
+@pytest.mark.slow
 def test_a_command_decodes_with_it_and_the_image_can_be_made_again(formats, tmp_path, capsys):
     flags = ["--vae", str(formats["folder"]), "--steps", "1", "--n_samples", "1", "--n_iter", "1"]
     assert main(["txt2img", "--skip_grid", "--outdir", str(tmp_path), *flags]) == 0

@@ -96,6 +96,7 @@ def test_folder_of_diffusers_knows_no_noise(model, files, tmp_path):
         ldm.upscale_latent(loaded, ["a cat"], noise_sigma=0.3, **options)
 
 
+@pytest.mark.slow
 def test_unet_of_a_folder_alone(model, files, tmp_path):
     shutil.copy(
         files / "folder/unet/diffusion_pytorch_model.safetensors", tmp_path / "u.safetensors"

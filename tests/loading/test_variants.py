@@ -91,6 +91,7 @@ def lora(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_lora_sets_the_defaults_unless_told_otherwise(lora):
     model = ldm.load(loras=[(lora, 1.0)])
     assert model.defaults == VARIANTS["lcm"].defaults
@@ -113,7 +114,10 @@ def test_loras_that_are_set_bring_their_defaults_and_take_them_along(lora):
         assert model.defaults == defaults
 
 
-@pytest.mark.parametrize(("name", "variant"), [("LCMScheduler", "lcm"), ("TCDScheduler", "tcd")])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("LCMScheduler", "lcm"), pytest.param("TCDScheduler", "tcd", marks=pytest.mark.slow)],
+)
 def test_the_scheduler_of_a_folder_tells_the_variant(tiny_folder, name, variant):
     path = tiny_folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
@@ -144,6 +148,7 @@ def tiny_folder(written_folder, tmp_path):
     return Path(shutil.copytree(written_folder, tmp_path / "sd1"))
 
 
+@pytest.mark.slow
 def test_loras_in_prompts_choose_how_each_image_is_sampled(lora, tmp_path, capsys, caplog):
     tag = f"<lora:{lora.stem}:1>"
     lines = [f"a cat {tag}", "a dog --s 2", f"an owl {tag} --s 2"]
