@@ -36,6 +36,7 @@ def test_images_are_made_and_replayed(tmp_path: Path) -> None:
     assert main(["replay", str(tmp_path / images[3]), "--ckpt", str(MODEL)]) == 0
 
 
+@pytest.mark.slow
 def test_a_model_is_converted_over_what_is_there(tmp_path: Path) -> None:
     expected = ldm.load(MODEL).state_dict()
     folder, file, ckpt = (tmp_path / name for name in ("model", "a.safetensors", "a.ckpt"))
@@ -70,6 +71,7 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
     assert [Path(info["path"]).name for info in progress.images] == ["00000.png"]
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_resumed_by_its_name(tmp_path: Path) -> None:
     logs = ["-l", str(tmp_path)]
     assert main(["train", "-b", str(TINY), *logs, "-t", "--max_steps", "1", *QUICK]) == 0

@@ -34,7 +34,7 @@ LORA = DATA / f"logs/{RUNS}lora/checkpoints/last.safetensors"
 WORD = DATA / f"logs/{RUNS}word/checkpoints/last.safetensors"
 
 IMAGES = sorted(path.stem for path in (DATA / "images").glob("*.png") if "grid" not in path.name)
-QUICK_IMAGES = ("addons", "bf16", "img2img-legacy", "legacy", "mask", "plain", "prior", "upscale")
+QUICK_IMAGES = ("bf16", "img2img-legacy", "legacy", "mask", "plain", "prior", "upscale")
 # The machine-dependent columns of log.csv.
 MEASUREMENTS = {"images_per_second", "memory_gib"}
 
@@ -178,7 +178,11 @@ def test_the_same_command_writes_the_same_json(
     ("name", "overrides"),
     [
         pytest.param("tiny", [], marks=pytest.mark.slow),
-        ("lora", ["data.params.latents.cache={}/cache", "data.params.texts.cache={}/cache"]),
+        pytest.param(
+            "lora",
+            ["data.params.latents.cache={}/cache", "data.params.texts.cache={}/cache"],
+            marks=pytest.mark.slow,
+        ),
         ("word", ["data.params.prior.root={}/logs/class"]),
         pytest.param("autoencoder", [], marks=pytest.mark.slow),
     ],

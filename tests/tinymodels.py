@@ -83,10 +83,19 @@ def write(recorded: Gold, name: str, folder: Path) -> Files:
     return files
 
 
+FAMILIES: dict[str, list[str]] = {}  # what `files` made, which every conftest has anew
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Flags that name the model of each family."""
-    folder, flags = tmp_path_factory.mktemp("families"), {}
+    if not FAMILIES:
+        FAMILIES.update(write_families(tmp_path_factory.mktemp("families")))
+    return FAMILIES
+
+
+def write_families(folder: Path) -> dict[str, list[str]]:
+    flags = {}
     for name, recorded in MODELS.items():
         file = gold(f"e2e_{recorded}")
         config = json.loads(json.dumps(file.meta[f"config_{name}"]))

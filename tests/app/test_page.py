@@ -46,6 +46,7 @@ new MutationObserver(() => {
 }).observe(document, { subtree: true, childList: true, characterData: true });
 """
 
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # loops of gradio
 
 
@@ -218,10 +219,10 @@ def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page
 @pytest.mark.parametrize(
     ("label", "value", "message"),
     [
-        ("Width", "99999", "width 99999 is not a positive multiple of 8"),
         ("Height", "4096", "height must be 8 to 2048, got 4096"),
-        ("Seed", "five", "seed: `five` is not a whole number"),
-        ("Seed", "3735928559", "done"),
+        pytest.param("Width", "99999", "width 99999 is not a positive multiple of 8", marks=SLOW),
+        pytest.param("Seed", "five", "seed: `five` is not a whole number", marks=SLOW),
+        pytest.param("Seed", "3735928559", "done", marks=SLOW),
     ],
 )
 def test_a_number_out_of_range_is_one_line_and_the_page_lives(page, label, value, message):
@@ -231,6 +232,7 @@ def test_a_number_out_of_range_is_one_line_and_the_page_lives(page, label, value
     assert page.locator("#generate").is_enabled()
 
 
+@pytest.mark.slow
 def test_errors_are_in_sight_wherever_the_page_is_scrolled_to(page):
     """F2, and no image (F16)."""
     page.set_viewport_size({"width": 1366, "height": 768})
@@ -289,6 +291,7 @@ def test_tokens_are_counted_and_what_has_no_effect_is_named(page):
     count.get_by_text("32/30, without effect: green apple …").wait_for()
 
 
+@pytest.mark.slow
 def test_a_slider_says_when_it_changes_a_number(page):
     fill(page, **{"Sampling steps": 500})
     note = page.locator("#browser-note")
@@ -297,6 +300,7 @@ def test_a_slider_says_when_it_changes_a_number(page):
     assert note.inner_text() == ""
 
 
+@pytest.mark.slow
 def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
     """F5, F25."""
     page.locator("#settings").get_by_text("Advanced").click()
@@ -315,6 +319,7 @@ def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
     page.locator("#settings").get_by_text("Advanced").click()
 
 
+@pytest.mark.slow
 def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page):
     """F6; a tab names the models that it needs and those at hand, F16."""
     assert page.locator("#lora .token").count() == 0
@@ -347,6 +352,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     page.locator("#lora").wait_for()
 
 
+@pytest.mark.slow
 def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     """F7, F21."""
     text = (
@@ -378,6 +384,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     assert values == ["DDIM", "DDIM uniform", "128"]
 
 
+@pytest.mark.slow
 def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
     """F24."""
     Image.new("RGB", (3000, 2000), "red").save(tmp_path / "photo.png")
@@ -425,6 +432,7 @@ def test_the_image_is_large_the_preview_in_its_place_and_the_bar_as_far_as_the_m
         assert abs(percent - step / 3) <= 0.7  # a step may end while the message is written
 
 
+@pytest.mark.slow
 def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
     """F20."""
     page.set_viewport_size({"width": 390, "height": 844})
@@ -438,6 +446,7 @@ def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.slow
 def test_files_that_come_while_the_app_runs_are_found(app, page):
     """F23, F22."""
     (app[1] / "people").mkdir()
@@ -458,6 +467,7 @@ def test_files_that_come_while_the_app_runs_are_found(app, page):
     assert str(app[1]) not in report
 
 
+@pytest.mark.slow
 def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
     """F10."""
     (tmp_path / "holiday.png").write_text("<html>not found</html>")

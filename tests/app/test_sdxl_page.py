@@ -85,6 +85,7 @@ def test_settings_follow_loras_in_the_prompt_and_the_sampler(backend, page):
     assert follow(plain, sampler="euler") == plain
 
 
+@pytest.mark.slow
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
     assert list(backend.addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}

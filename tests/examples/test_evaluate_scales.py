@@ -23,6 +23,7 @@ def judges(monkeypatch, tmp_path):
     return tmp_path / "judges.pt"
 
 
+@pytest.mark.slow
 def test_all_scales_are_made_scored_drawn_and_made_once(judges, tmp_path, capsys):
     out = tmp_path / "out"
     flags = [*FLAGS, "--scales", "1.5", "2", "--judges", str(judges), "--out", str(out)]

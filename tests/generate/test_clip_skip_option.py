@@ -8,6 +8,7 @@ from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
 QUICK = ["--steps=1", "--n_iter=1", "--n_samples=1", "--skip_grid", "--prompt=a cat face"]
 
 
+@pytest.mark.slow
 def test_it_changes_the_image_is_recorded_and_made_again(tmp_path, capsys):
     infos = []
     for skip in ("1", "2"):

@@ -77,6 +77,7 @@ def test_txt2img_saves_colour_depth_grid_and_relief(run, tmp_path, capsys):
         assert capsys.readouterr().out == "identical\n"
 
 
+@pytest.mark.slow
 def test_img2img_reads_depth_and_its_numbers_go_on(run, tmp_path, inputs):
     flags = ("--init-img", inputs / "cat.png", "--skip_grid", "--strength", 0)
     for depth in ("cat_depth.png", "eight.png"):
@@ -114,6 +115,7 @@ def test_inpainting_keeps_depth_outside_the_mask(run, tmp_path, inputs):
     assert difference[8:16, 8:16].max() > 1
 
 
+@pytest.mark.slow
 def test_upscaling(run, tmp_path, inputs):
     flags = ("--init-img", inputs / "cat.png", "--depth", inputs / "cat_depth.png", "--skip_grid")
     for size in (["--target-size", "50,70"], []):

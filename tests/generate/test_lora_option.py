@@ -58,6 +58,7 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys
     assert "\n  loras: ['" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, tiny, capsys):
     weight = "0.5:2:lbw=IN01=0.25,M00=0"
     path, plain = shot("--lora", f"{loras[0]}:{weight}")[1], shot("--lora", f"{loras[0]}:0.5")[1]

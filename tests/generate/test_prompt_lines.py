@@ -183,6 +183,7 @@ def test_tags_are_taken_out_of_a_prompt():
         find_loras("<lora:one:1>", (("a/sub/One.pt", 1.0),), lambda: files)
 
 
+@pytest.mark.slow
 def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path):
     """Those of each image, without loading the model anew; the same pixels as with --lora."""
     model = ldm.load(tiny.config, tiny.ckpt)

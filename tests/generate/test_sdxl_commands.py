@@ -80,6 +80,7 @@ def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_pat
     assert [info.get("prompt_2") for info in infos] == [None, "oil, thick"]
 
 
+@pytest.mark.slow
 def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
     first, second = torch.ones(1, 32), torch.ones(2, 48)
     tokens = {"both": [first, second[:1]], "first": [first], "second": [second]}
@@ -97,9 +98,16 @@ def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
     ("command", "ckpt", "flags"),
     [
         ("img2img", "xl", ["--strength", "0.5"]),
-        ("img2img", "xl-refiner", ["--strength", "0.3", "--aesthetic-score", "9"]),
         ("inpaint", "xl", ["--mask-box", "0,0,32,64"]),
-        ("inpaint", "xl-inpainting", ["--mask-box", "0,0,32,64"]),
+        pytest.param(
+            "img2img",
+            "xl-refiner",
+            ["--strength", "0.3", "--aesthetic-score", "9"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "inpaint", "xl-inpainting", ["--mask-box", "0,0,32,64"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_images_are_changed(run, tmp_path, command, ckpt, flags):
@@ -113,6 +121,7 @@ def test_images_are_changed(run, tmp_path, command, ckpt, flags):
         assert main(["replay", out[0]]) == 0
 
 
+@pytest.mark.slow
 def test_a_distilled_model_has_defaults_of_its_own(run):
     _, out, _ = run("txt2img", "--variant", "turbo", "--n_samples", "1", "--json")
     info = json.loads(out[0])
@@ -120,6 +129,7 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
     assert (info["scheduler"], info["scheduler_in_use"]) == (None, "turbo")
 
 
+@pytest.mark.slow
 def test_the_watermark_of_the_original_is_written_when_asked_for(run):
     flags = ["--H", "256", "--W", "256", "--steps", "1", "--scale", "1", "--n_samples", "1"]
     images = []
@@ -135,7 +145,11 @@ def test_the_watermark_of_the_original_is_written_when_asked_for(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--refiner", "xl"], "_1.0.safetensors` is not the refiner of Stable Diffusion XL"),
+        pytest.param(
+            ["--refiner", "xl"],
+            "_1.0.safetensors` is not the refiner of Stable Diffusion XL",
+            marks=pytest.mark.slow,
+        ),
         (["--ckpt", "xl-refiner"], "_1.0.safetensors` is the refiner of Stable Diffusion XL: use"),
         (["--refiner-start", "0.8"], "refiner_start needs a refiner (--refiner-start)"),
         (["--aesthetic-score", "5"], "for the refiner, the base does not read it"),

@@ -13,11 +13,12 @@ from ldm.data.drawings import COLORS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.runtime.files import find_file
+from quick import some
 
 PICTURE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
 CASES: list[Any] = [
     ("inpaint", ["--mask-box", "16,16,48,48", "--prompt", "a flat emoji"], (64, 64)),
-    ("upscale", ["--prompt", ""], (256, 256)),
+    pytest.param("upscale", ["--prompt", ""], (256, 256), marks=pytest.mark.slow),
 ]
 
 
@@ -57,7 +58,7 @@ def test_shipped_models_are_small() -> None:
     )
 
 
-@pytest.mark.parametrize("task", ["txt2img", "upscale"])
+@pytest.mark.parametrize("task", some(("txt2img", "upscale"), "upscale"))
 @torch.no_grad()
 def test_flat_colours_have_no_speck(task: str) -> None:
     """The worst pixel is 0.27 and 0.43 away; with the first decoders 0.69 and 0.97, in a corner."""

@@ -16,6 +16,7 @@ from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
 from ldm.nets.karlo import Prior
 from picturehelp import QUICK, pixels
+from quick import some
 
 CASES = [
     ("img2img", "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
@@ -26,7 +27,9 @@ CASES = [
     ("inpaint", "inpaint", ["--mask-box", "8,8,30,40", "--legacy"], (64, 0)),
     ("inpaint", "base_v", ["--mask-box", "8,8,30,40", "--no-composite"], (70, 60)),
     ("depth2img", "depth", ["--n_samples", "2"], (70, 60)),
-    ("depth2img", "depth", ["--depth-map", "MAP", "--depth-inverted", "--midas", "CKPT"], (70, 60)),
+    pytest.param("depth2img", "depth",
+                 ["--depth-map", "MAP", "--depth-inverted", "--midas", "CKPT"], (70, 60),
+                 marks=pytest.mark.slow),
     ("upscale", "upscale", ["--noise-level", "5", "--tile", "64", "--H", "24", "--W", "24"],
      (96, 96)),
     ("unclip", "unclip", ["--H", "64", "--W", "64", "--noise_level", "7"], (64, 64)),
@@ -123,6 +126,7 @@ def test_a_folder_of_images_is_changed(run, tmp_path, photo):
     assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names]), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "name", "flags"),
     [
@@ -144,7 +148,7 @@ def test_options_of_sampling_are_recorded_and_read_again(
     assert capsys.readouterr().out == "identical\n"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", some((0, 1), 0))
 def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
     for name in ("one", "three", "two"):
         Image.open(photo).save(tmp_path / f"{name}.png")
@@ -158,6 +162,7 @@ def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch
     ][rank], err
 
 
+@pytest.mark.slow
 def test_depth_is_estimated_once_saved_and_taken_back(run, tmp_path, photo, monkeypatch):
     map_, estimate, sizes = tmp_path / "depth.png", MiDaSDepth.estimate, []
 
@@ -251,6 +256,7 @@ def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, seen, tmp_path, p
     ]
 
 
+@pytest.mark.slow
 def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, seen, tmp_path, photo):
     (tmp_path / "stats.th").rename(tmp_path / "elsewhere.th")
     status, _, err = seen(*unclip_l, "--image", photo)
@@ -268,6 +274,7 @@ def test_unclip_without_anything_to_see_is_one_line(unclip_l, seen):
     assert "an image or a prior is missing (--image)" in seen(*unclip_l)[2]
 
 
+@pytest.mark.slow
 def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, capsys):
     file = gold("e2e_img2img")
     config = json.loads(json.dumps(file.meta["config_base_eps"]))
@@ -285,8 +292,9 @@ def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, c
 
 @pytest.mark.parametrize(
     ("task", "name", "own"),
-    [("txt2img", "inpaint", "inpaint"), ("img2img", "depth", "depth2img"),
-     ("inpaint", "upscale", "upscale"), ("upscale", "unclip", "unclip")],
+    [("txt2img", "inpaint", "inpaint"), ("inpaint", "upscale", "upscale"),
+     pytest.param("img2img", "depth", "depth2img", marks=pytest.mark.slow),
+     pytest.param("upscale", "unclip", "unclip", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_model_of_another_family_is_one_line(run, photo, task, name, own):
     flags = [] if task == "txt2img" else ["--init-img", photo]
@@ -296,6 +304,7 @@ def test_a_model_of_another_family_is_one_line(run, photo, task, name, own):
     assert err.strip().endswith(f"model: use `{own}` (ldm {own}, scripts/{own}.py)")
 
 
+@pytest.mark.slow
 def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, photo):
     flags, name = files["upscale"], "upscale"
     model = ldm.load(flags[3], flags[1], dtype=torch.float16)

@@ -16,6 +16,7 @@ from ldm.imaging.metadata import read_info
 from ldm.imaging.watermark import identify
 from ldm.pipelines import txt2img
 from picturehelp import pixels
+from quick import some
 
 QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
 
@@ -32,13 +33,11 @@ def run(tiny, tmp_path, capsys):
     return run
 
 
-CASES = ["ddim_v_eta1", "plms", "dpm", "fixed_code_iter2", "from_file_repeat"]
-CASES += [
-    pytest.param(n, marks=pytest.mark.slow) for n in ("ddim", "scale1", "niter2", "from_file")
-]
+QUICK_CASES = ["plms", "dpm", "fixed_code_iter2", "from_file_repeat"]
+CASES = [*QUICK_CASES, "ddim_v_eta1", "ddim", "scale1", "niter2", "from_file"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, *QUICK_CASES))
 def test_legacy_command_lines_give_the_recorded_pictures(recorded, models, tmp_path, capsys, name):
     info = recorded.case(name)["info"]
     options, command = dict(info["options"]), ["--legacy", "--no-watermark"]
@@ -155,6 +154,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(run):
     assert np.abs(shots("--n_samples", "3") - shots("--n_iter", "3")).max() <= 1
 
 
+@pytest.mark.slow
 def test_fixed_code_starts_every_batch_from_the_same_noise(run):
     def shots(*flags):
         _, out, _ = run("--n_samples", "2", "--n_iter", "2", "--skip_grid", "--fixed_code", *flags)
@@ -167,9 +167,10 @@ def test_fixed_code_starts_every_batch_from_the_same_noise(run):
     assert (one != again).any()
 
 
-@pytest.mark.parametrize(
-    "names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")], ids=["torchrun", "slurm"]
-)
+TORCHRUN, SLURM = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")
+
+
+@pytest.mark.parametrize("names", some((TORCHRUN, SLURM), TORCHRUN), ids=["torchrun", "slurm"])
 def test_processes_share_a_run(run, tmp_path, monkeypatch, names):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive")
     flags = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "2", "--skip_grid"]
@@ -276,6 +277,7 @@ def test_large_pictures_carry_the_watermark(run):
     assert found("--legacy", "watermark")[3] == "dwtDct"
 
 
+@pytest.mark.slow
 def test_tiles_change_little(run):
     def shot(*flags):
         _, out, _ = run("--H", "128", "--W", "128", "--skip_grid", *flags)

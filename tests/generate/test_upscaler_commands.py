@@ -47,6 +47,7 @@ def run(tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_an_image_and_a_folder(upscaler, run, capsys):
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1, "--noise-sigma", 0.2]
     status, (path,), _ = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png")
@@ -94,6 +95,7 @@ def test_bad_input(upscaler, run, monkeypatch, command, flags, message):
     assert message in err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_what_the_model_in_use_does_not_have(upscaler, run, models):  # noqa: F811
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
     _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")

@@ -89,8 +89,14 @@ def _units(encoder, section):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("syntax", ["a1111", "a1111_no_norm", "a1111_ignore"])
+@pytest.mark.parametrize(
+    ("syntax", "kind"),
+    [
+        pytest.param(syntax, kind, marks=[SLOW] if kind == "sdxl" and syntax != "a1111" else [])
+        for syntax in ("a1111", "a1111_no_norm", "a1111_ignore")
+        for kind in KINDS
+    ],
+)
 def test_contexts_of_a1111(kind, syntax):
     for encoder in encoders(kind):
         for text in ("a (red:1.4) [apple]", LONG, f"short (one:1.2) BREAK {WORDS}"):
