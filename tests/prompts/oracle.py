@@ -12,6 +12,7 @@ def compel_module(name: str) -> types.ModuleType:
         spec = importlib.util.find_spec("compel")
         package = types.ModuleType("compel")
         package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec  # which diffusers looks for
         sys.modules["compel"] = package
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
