@@ -222,6 +222,7 @@ class Encoder(nn.Module):
         return ()
 
     def forward(self, samples: Any) -> Any:
+        """Encode samples; here they are returned as they are."""
         return samples
 
     def condition(self, samples: Any) -> Cond:
