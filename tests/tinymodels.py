@@ -34,18 +34,18 @@ class Files:
 
 
 @pytest.fixture(scope="session")
-def loaded() -> ModelCache:
+def model_cache() -> ModelCache:
     return ModelCache(limit=1e9)
 
 
 @pytest.fixture(autouse=True)
-def load_once(loaded, monkeypatch):
+def load_once(model_cache, monkeypatch):
     """Keep the models of commands, as the app does; not those that something is added to."""
 
     def load(config, ckpt, **options):
         if options.get("loras") or options.get("embeddings") or not Path(ckpt or ".").exists():
             return ldm.load(config, ckpt, **options)
-        return loaded(config, ckpt, **options)
+        return model_cache(config, ckpt, **options)
 
     monkeypatch.setitem(load_models.__kwdefaults__, "load", load)
 

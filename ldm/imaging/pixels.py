@@ -34,7 +34,7 @@ def to_uint8(image: Tensor, truncate: bool = False) -> np.ndarray:
     unit = ((image.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
     # Clamping keeps NaN, and as a byte it would be any colour.
     if unit.isnan().any():
-        raise ValueError("the image contains NaN, there are no pixels to save")
+        raise ValueError("the image contains NaN: it cannot be saved")
     pixels = unit * 255 if truncate else (unit * 255).round()
     return pixels.to(torch.uint8).cpu().numpy()
 

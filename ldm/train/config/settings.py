@@ -188,7 +188,7 @@ def read_settings(raw: JsonMapping) -> Settings:
 
 
 def check_complete(raw: JsonMapping, *keys: str) -> None:
-    """Raise ValueError if a config lacks any of these dotted keys."""
+    """Raise ValueError if any of these dotted keys is missing from a config."""
     missing = []
     for key in keys:
         section, _, name = key.rpartition(".")
