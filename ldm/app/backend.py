@@ -39,19 +39,18 @@ from ldm.encoders.safety import SafetyChecker
 from ldm.generate.load import Models, is_small_model, load_models
 from ldm.generate.lora_tags import find_loras, remove_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
-from ldm.generate.provenance import (
-    FILE_KEYS,
-    Info,
+from ldm.generate.provenance import FILE_KEYS, Info, describe_run
+from ldm.generate.replay import (
     compare_infos,
     compare_results,
-    describe_run,
     line_values,
     read_request,
     recorded_defaults,
     recorded_files,
+    remake_image,
 )
 from ldm.generate.request import SDXL, ModelChoice, Request, Sampling, UpscalerChoice
-from ldm.generate.run import remake_image, run_request
+from ldm.generate.run import run_request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.mesh import can_save_meshes, save_mesh
 from ldm.imaging.metadata import read_info

@@ -33,7 +33,7 @@ from ldm.generate.options import (
     parse_fraction,
     parse_sigmas,
 )
-from ldm.generate.provenance import eta_of
+from ldm.generate.replay import eta_of
 from ldm.generate.request import SDXL, Prompts, UpscalerChoice
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image

@@ -17,7 +17,7 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
     request, args = parse_request(task, argv, parser)
 
     def work() -> None:
-        from ldm.generate.output import Console
+        from ldm.generate.listener import Console
         from ldm.generate.run import run_request
 
         run_request(request, Console(request.output.json))

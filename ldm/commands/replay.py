@@ -53,15 +53,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     from ldm.generate.load import load_models
-    from ldm.generate.provenance import (
+    from ldm.generate.provenance import describe_run
+    from ldm.generate.replay import (
         check_inputs,
         compare_infos,
         compare_results,
-        describe_run,
         locate_model,
         read_request,
+        remake_image,
     )
-    from ldm.generate.run import remake_image
     from ldm.imaging.metadata import fingerprint, read_info, write_png
     from ldm.imaging.reading import open_image
 

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.evaluation.progress import Progress
+from ldm.generate.batch import generate_batch
+from ldm.generate.listener import RunListener
 from ldm.generate.load import Models, load_models
-from ldm.generate.output import RunListener, add_watermark, to_images
+from ldm.generate.output import add_watermark, to_images
 from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.prompt_file import read_prompt_file
 from ldm.generate.provenance import Info, describe_image, describe_run
 from ldm.generate.request import Request
-from ldm.generate.run import generate_batch
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.metadata import fingerprint, write_png
 from ldm.runtime.errors import ArgumentError

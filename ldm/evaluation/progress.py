@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from ldm.generate.output import hides_progress
+from ldm.generate.listener import hides_progress
 
 __all__ = ["Progress"]
 

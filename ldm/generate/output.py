@@ -1,85 +1,35 @@
-"""Save the results of a run: images with watermark and info, and their grid; print their paths."""
+"""Save the results of a run: images with watermark and info, and their grid."""
 
-import json
 import logging
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from ldm.generate.provenance import FLOAT_WATERMARK, Info, watermark_method
+from ldm.generate.listener import RunListener, print_line
+from ldm.generate.load import Models
+from ldm.generate.provenance import FLOAT_WATERMARK, Info, describe_depth, watermark_method
 from ldm.generate.request import Request
+from ldm.generate.safety import check_images, hide_flagged, report
 from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.pixels import make_grid, to_pil
-from ldm.imaging.rgbd import split_color
+from ldm.imaging.rgbd import place_beside, split_color, split_depth
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
 from ldm.loading.files.latents import SUFFIX, save_latent
-from ldm.model import LatentDiffusion
-from ldm.runtime.ranks import rank_and_world_size
 from ldm.runtime.types import JsonMapping
 
-__all__ = [
-    "Console", "RunListener", "add_watermark", "save_glb", "save_grid", "save_image",
-    "save_image_latent", "to_images",
-]  # fmt: skip
+__all__ = ["ImageWriter", "add_watermark", "to_images"]
 
 GRID_LIMIT = 1024  # images in a grid, all of which are kept in memory
 
 log = logging.getLogger(__name__)
 
 ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.protected_pixels`
-
-
-class RunListener:
-    """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
-
-    Attributes:
-        stopped_at: the step after which `on_step` raised Stop with a latent; None = it did not.
-    """
-
-    stopped_at: int | None = None
-
-    def begin(self, model: LatentDiffusion, total: int) -> None:
-        """Handle the start of a run of `total` images."""
-
-    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
-        """Handle a finished step, with the arguments of `ldm.sample`'s callback."""
-
-    def add_image(self, info: Info) -> None:
-        """Handle a finished image; `info["path"]` is None if it was not saved."""
-
-    def warn(self, message: str) -> None:
-        """Handle a warning for the user."""
-        log.warning("%s", message)
-
-
-class Console(RunListener):
-    """Prints paths or JSON of images to stdout, and shows a progress bar for each batch."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-
-    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
-        if step == 0:
-            self._bar = tqdm(desc="Steps", total=steps, leave=False, disable=hides_progress())
-        self._bar.update()
-        if step + 1 == steps:
-            self._bar.close()
-
-    def add_image(self, info: Info) -> None:
-        if self.as_json:
-            is_unicode = sys.stdout.encoding.lower().startswith("utf")
-            _print(json.dumps(info, ensure_ascii=not is_unicode))
-        elif info["path"] is not None:
-            for key in ("path", "depth_path", "relief_path", "latent_path"):
-                if key in info:
-                    _print(info[key])
 
 
 def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
@@ -104,67 +54,114 @@ def add_watermark(
     return image if protected is None else Image.composite(image, *protected)
 
 
-def save_image(
-    folder: OutputFolder,
-    image: Image.Image,
-    info: Info,
-    protected: ProtectedPixels | None,
-    depth: Image.Image | None = None,
-) -> Info:
-    """Save an image with its info, and its depth; return their paths as entries of the info."""
-    unmarked = {"sha256_unmarked": fingerprint(image)}
-    path = folder.save_sample(add_watermark(image, info, protected), info | unmarked, depth)
-    if depth is None:
-        return {"path": str(path)}
-    low, high = info["depth_range"]
-    log.info("depth of %s: %d … %d of 65535, larger is nearer", path.name, low, high)
-    return {"path": str(path), "depth_path": str(depth_path(path))}
-
-
-def save_glb(path: str, image: Image.Image, depth: Image.Image) -> Info:
-    """Save an image with depth as a 3D mesh; return path and triangles as entries of the info.
+class ImageWriter:
+    """Saves the images of a run with watermark, info, depth and latent, then a grid of them.
 
     Args:
-        path: of the image; the mesh gets the same name, with `.glb`.
+        request: of the whole run.
+        listener: informed about each image.
+        total: number of images of the run.
     """
-    target = Path(path).with_suffix(".glb")
-    triangles = save_mesh(target, image, depth)
-    log.info("relief %s: %d triangles", target, triangles)
-    return {"relief_path": str(target), "triangles": triangles}
 
+    def __init__(self, request: Request, models: Models, listener: RunListener, total: int) -> None:
+        self.request = request
+        self.models = models
+        self.listener = listener
+        name = request.inputs.output_name
+        self._folder = OutputFolder(request.output.outdir, name)
+        self._makes_grid = not request.output.skip_grid and name is None
+        self._grid_images: list[tuple[Image.Image, Info]] = []
+        if total > GRID_LIMIT and self._makes_grid:
+            log.info("the grid will hold the first %d images", GRID_LIMIT)
 
-def save_image_latent(info: Info, z: Tensor, model: LatentDiffusion) -> Info:
-    """Save the latent (C, h, w) beside a saved image; return its path as an entry of the info.
+    def save(
+        self,
+        images: Tensor,
+        infos: Sequence[Info],
+        protected: ProtectedPixels | None,
+        latents: Tensor | None,
+    ) -> None:
+        """Save the images of a batch; those that the safety checker hides are replaced.
 
-    Args:
-        info: of the image.
-    """
-    target = Path(info["path"]).with_suffix(SUFFIX)
-    save_latent(target, z, model, info)
-    return {"latent_path": str(target)}
+        Args:
+            images: (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with depth.
+            infos: one for each image.
+            latents: (B, C, h, w) to save beside them; None = they are not saved.
+        """
+        output = self.request.output
+        depths = split_depth(images)
+        truncate = "truncate" in self.request.sampling.legacy
+        originals = to_images(images, infos[0], truncate=truncate)
+        verdicts = check_images(self.models.safety_checker, originals, output.unsafe)
+        for row, original in enumerate(originals):
+            info = infos[row] | verdicts[row]
+            image, depth = hide_flagged(original, depths[row] if depths else None, info)
+            if depth is not None:
+                info |= describe_depth(depth)
+            info["path"] = None
+            if image is not None and not output.skip_save:
+                is_hidden = image is not original
+                info |= self._save_image(image, info, None if is_hidden else protected, depth)
+                if latents is not None and not is_hidden:
+                    info |= self._save_latent(info, latents[row])
+            report(info, self.listener)
+            self.listener.add_image(info)
+            if image is not None and self._makes_grid and len(self._grid_images) < GRID_LIMIT:
+                cell = image if depth is None else place_beside(image, depth)
+                self._grid_images.append((cell, info))
 
+    def _save_image(
+        self,
+        image: Image.Image,
+        info: Info,
+        protected: ProtectedPixels | None,
+        depth: Image.Image | None,
+    ) -> Info:
+        """Save an image with its info and depth; return their paths as entries of the info."""
+        unmarked = {"sha256_unmarked": fingerprint(image)}
+        marked = add_watermark(image, info, protected)
+        path = self._folder.save_sample(marked, info | unmarked, depth)
+        if depth is None:
+            return {"path": str(path)}
+        low, high = info["depth_range"]
+        log.info("depth of %s: %d … %d of 65535, larger is nearer", path.name, low, high)
+        entries = {"path": str(path), "depth_path": str(depth_path(path))}
+        if self.request.output.glb:
+            mesh = path.with_suffix(".glb")
+            triangles = save_mesh(mesh, image, depth)
+            log.info("relief %s: %d triangles", mesh, triangles)
+            entries |= {"relief_path": str(mesh), "triangles": triangles}
+        return entries
 
-def save_grid(
-    folder: OutputFolder, images: list[tuple[Image.Image, Info]], request: Request
-) -> None:
-    """Save the images of a run as one grid, with its own watermark and info."""
-    columns = request.output.n_rows or request.output.n_samples
-    grid = make_grid(_pad_to_one_size([image for image, _ in images]), columns)
-    keys = ("prompt", "negative_prompt", "seed")
-    cells = [
-        {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
-        for _, info in images
-    ]
-    # What all images share; files that lie beside the first one are not the grid's.
-    info = {key: value for key, value in images[0][1].items() if not key.endswith("path")}
-    info |= {
-        "task": "grid",
-        "watermark": watermark_method(request, (grid.height, grid.width), images[0][1]["payload"]),
-        "images": cells,
-    }
-    path = folder.save_grid(add_watermark(grid, info), info)
-    if not request.output.json:
-        _print(str(path))
+    def _save_latent(self, info: Info, z: Tensor) -> Info:
+        """Save a latent (C, h, w) beside its image; return its path as an entry of the info."""
+        path = Path(info["path"]).with_suffix(SUFFIX)
+        save_latent(path, z, self.models.base, info)
+        return {"latent_path": str(path)}
+
+    def save_grid(self) -> None:
+        """Save the images so far as one grid, with its own watermark and info, if asked for."""
+        if not self._grid_images:
+            return
+        output, (_, first) = self.request.output, self._grid_images[0]
+        images = _pad_to_one_size([image for image, _ in self._grid_images])
+        grid = make_grid(images, output.n_rows or output.n_samples)
+        keys = ("prompt", "negative_prompt", "seed")
+        cells = [
+            {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
+            for _, info in self._grid_images
+        ]
+        # What all images share; files that lie beside the first one are not the grid's.
+        info = {key: value for key, value in first.items() if not key.endswith("path")}
+        size = (grid.height, grid.width)
+        info |= {
+            "task": "grid",
+            "watermark": watermark_method(self.request, size, first["payload"]),
+            "images": cells,
+        }
+        path = self._folder.save_grid(add_watermark(grid, info), info)
+        if not output.json:
+            print_line(str(path))
 
 
 def _pad_to_one_size(images: list[Image.Image]) -> list[Image.Image]:
@@ -178,14 +175,3 @@ def _pad_to_one_size(images: list[Image.Image]) -> list[Image.Image]:
             cell.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
         padded.append(cell)
     return padded
-
-
-def hides_progress() -> bool:
-    """Return whether stderr is not a terminal, or this is not the first process."""
-    return not sys.stderr.isatty() or rank_and_world_size()[0] > 0
-
-
-def _print(line: str) -> None:
-    """Print a line to stdout without breaking progress bars."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()

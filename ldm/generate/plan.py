@@ -23,7 +23,7 @@ from ldm.runtime.ranks import rank_and_world_size
 if TYPE_CHECKING:
     from ldm.generate.wildcards import DynamicPrompts
 
-__all__ = ["Batch", "Job", "looks_dynamic", "plan_batches"]
+__all__ = ["Batch", "Job", "LineOptions", "line_options", "looks_dynamic", "plan_batches"]
 
 SEEDS = 1 << 64  # seeds are reduced modulo this, the range of torch's generator
 
@@ -57,6 +57,7 @@ class Job:
 
 
 Batch = list[Job]
+LineOptions = tuple[tuple[str, Value], ...]  # (name, value) of options set by a line, hashable
 
 
 def plan_batches(
@@ -97,6 +98,11 @@ def plan_batches(
     if world_size > 1:
         log.info("process %d of %d: %d of %d batches", rank, world_size, len(own), len(batches))
     return own
+
+
+def line_options(batch: Batch) -> LineOptions:
+    """Return the options that the line of a batch sets; () = none."""
+    return tuple(batch[0].values.items())
 
 
 def looks_dynamic(prompt: str) -> bool:

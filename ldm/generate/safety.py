@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageFilter
 
 from ldm.encoders.safety import SafetyChecker, Verdict
-from ldm.generate.output import RunListener
+from ldm.generate.listener import RunListener
 from ldm.generate.provenance import Info
 from ldm.runtime.types import JsonMapping
 

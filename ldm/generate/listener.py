@@ -1,0 +1,73 @@
+"""Progress of a run: callbacks, and their output on a console."""
+
+import json
+import logging
+import sys
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.model import LatentDiffusion
+from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.types import JsonObject
+
+__all__ = ["Console", "RunListener", "hides_progress", "print_line"]
+
+log = logging.getLogger(__name__)
+
+
+class RunListener:
+    """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
+
+    Attributes:
+        stopped_at: the step after which `on_step` raised Stop with a latent; None = it did not.
+    """
+
+    stopped_at: int | None = None
+
+    def begin(self, model: LatentDiffusion, total: int) -> None:
+        """Handle the start of a run of `total` images."""
+
+    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        """Handle a finished step, with the arguments of `ldm.sample`'s callback."""
+
+    def add_image(self, info: JsonObject) -> None:
+        """Handle a finished image; `info["path"]` is None if it was not saved."""
+
+    def warn(self, message: str) -> None:
+        """Handle a warning for the user."""
+        log.warning("%s", message)
+
+
+class Console(RunListener):
+    """Prints paths or JSON of images to stdout, and shows a progress bar for each batch."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        if step == 0:
+            self._bar = tqdm(desc="Steps", total=steps, leave=False, disable=hides_progress())
+        self._bar.update()
+        if step + 1 == steps:
+            self._bar.close()
+
+    def add_image(self, info: JsonObject) -> None:
+        if self.as_json:
+            is_unicode = sys.stdout.encoding.lower().startswith("utf")
+            print_line(json.dumps(info, ensure_ascii=not is_unicode))
+        elif info["path"] is not None:
+            for key in ("path", "depth_path", "relief_path", "latent_path"):
+                if key in info:
+                    print_line(info[key])
+
+
+def hides_progress() -> bool:
+    """Return whether stderr is not a terminal, or this is not the first process."""
+    return not sys.stderr.isatty() or rank_and_world_size()[0] > 0
+
+
+def print_line(line: str) -> None:
+    """Print a line to stdout without breaking progress bars."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
