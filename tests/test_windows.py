@@ -11,7 +11,7 @@ from ldm.app.backend import Backend
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.commands.main import main
-from ldm.generate.request import ModelChoice
+from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import read_checkpoint
 from train.tinyrun import QUICK, TINY

@@ -36,6 +36,7 @@ from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
+from ldm.generate.groups import SDXL, ModelChoice, Sampling, UpscalerChoice
 from ldm.generate.load import Models, is_small_model, load_models
 from ldm.generate.lora_tags import find_loras, remove_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
@@ -49,7 +50,7 @@ from ldm.generate.replay import (
     recorded_files,
     remake_image,
 )
-from ldm.generate.request import SDXL, ModelChoice, Request, Sampling, UpscalerChoice
+from ldm.generate.request import Request
 from ldm.generate.run import run_request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.mesh import can_save_meshes, save_mesh

@@ -25,6 +25,7 @@ from ldm.diffusion.names import (
 )
 from ldm.diffusion.scheduler_options import TAKES_RHO
 from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
 from ldm.generate.options import (
     Option,
     Value,
@@ -34,7 +35,6 @@ from ldm.generate.options import (
     parse_sigmas,
 )
 from ldm.generate.replay import eta_of
-from ldm.generate.request import SDXL, Prompts, UpscalerChoice
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
 from ldm.prompts import PLAIN, SYNTAXES

@@ -10,8 +10,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from ldm.generate.command_line import add_options, hint
+from ldm.generate.groups import ModelChoice
 from ldm.generate.options import options_of
-from ldm.generate.request import ModelChoice
 from ldm.runtime.command import CommandParser, run_command
 from ldm.runtime.errors import ArgumentError, LdmError
 

@@ -19,8 +19,8 @@ from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from ldm.generate.command_line import add_options, hint
+from ldm.generate.groups import ModelChoice
 from ldm.generate.options import options_of
-from ldm.generate.request import ModelChoice
 from ldm.runtime.command import CommandParser, run_command
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from os.path import expanduser
 from typing import Any
 
 from ldm.generate.command_line import add_options, hint, to_argv
+from ldm.generate.groups import GROUPS, SDXL, ModelChoice, UpscalerChoice
 from ldm.generate.options import Option, Value, options_of
-from ldm.generate.request import GROUPS, SDXL, ModelChoice, UpscalerChoice
 from ldm.runtime.command import CommandParser, run_command
 
 __all__ = ["main"]

@@ -13,8 +13,9 @@ from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+from ldm.generate.groups import GROUPS
 from ldm.generate.options import Option, Value, encode_option, options_of
-from ldm.generate.request import GROUPS, Request
+from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS, Task
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import (

@@ -10,7 +10,8 @@ from typing import Any
 from ldm.diffusion.names import SAMPLERS
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.text import TextEncoder
-from ldm.generate.request import Request, Sampling
+from ldm.generate.groups import Sampling
+from ldm.generate.request import Request
 from ldm.generate.tasks import Task
 from ldm.generate.tasks.base import RGBDInputs
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
@@ -286,7 +287,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
         scale=scale if sampling.scale is None else sampling.scale,
         steps=len(sampling.sigmas) - 1 if sampling.sigmas else sampling.steps or defaults.steps,
         sampler=sampler,
-        eta=eta if request.eta is None else request.eta,
+        eta=eta if sampling.used_eta is None else sampling.used_eta,
     )
 
 
@@ -344,7 +345,7 @@ def describe_variant(request: Request, model: LatentDiffusion) -> None:
 
 def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> None:
     choice, sampling = request.model, request.sampling
-    if request.eta != sampling.eta:
+    if sampling.used_eta != sampling.eta:
         log.warning("sampler `dpm` is deterministic: eta %g is ignored", sampling.eta)
     if choice.channels not in (None, model.channels):
         log.warning("`C` %d is ignored: the model has %d", choice.channels, model.channels)

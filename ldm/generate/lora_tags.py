@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
+from ldm.generate.groups import ModelChoice
 from ldm.generate.options import Value
-from ldm.generate.request import ModelChoice
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.diffusion.names import SAMPLERS
+from ldm.generate.groups import Prompts
 from ldm.generate.lora_tags import Loras, find_loras, list_loras, split_tags
 from ldm.generate.options import Value
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
-from ldm.generate.request import Prompts, Request
+from ldm.generate.request import Request
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import rank_and_world_size
 

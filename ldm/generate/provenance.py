@@ -14,10 +14,11 @@ from PIL import Image
 
 from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.generate.groups import Sampling
 from ldm.generate.load import Models, find_checker, resolve_sampling
 from ldm.generate.options import options_of
 from ldm.generate.plan import Batch
-from ldm.generate.request import Request, Sampling
+from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.watermark import MIN_PIXELS
 from ldm.loading.files.checkpoint import short_hash

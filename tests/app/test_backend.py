@@ -22,7 +22,7 @@ from ldm.app.page import Page
 from ldm.app.progress import Progress
 from ldm.app.view import describe_info, show_preview, show_progress
 from ldm.commands.main import main
-from ldm.generate.request import ModelChoice
+from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parameters_text, read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings

@@ -24,7 +24,7 @@ from ldm.app.backend import Backend
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.commands.main import main
-from ldm.generate.request import ModelChoice
+from ldm.generate.groups import ModelChoice
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder
 from picturehelp import pixels, random_lora

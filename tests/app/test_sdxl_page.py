@@ -10,7 +10,7 @@ from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
-from ldm.generate.request import ModelChoice
+from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import write_checkpoint
 from make_tiny_sdxl import make_tiny_sdxl

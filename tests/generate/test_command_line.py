@@ -12,10 +12,10 @@ import pytest
 
 from ldm.commands.main import main
 from ldm.generate.command_line import build_parser, parse_request, to_argv
+from ldm.generate.groups import ModelChoice
 from ldm.generate.load import resolve_sampling
 from ldm.generate.options import COMMON_QUIRKS, options_of
 from ldm.generate.replay import read_request
-from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.model import Defaults
 from ldm.nets.attention import BACKENDS

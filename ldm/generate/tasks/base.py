@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Self
 
+from ldm.generate.groups import SDXL, Inputs, ModelChoice, Output, Prompts, Sampling, UpscalerChoice
 from ldm.generate.options import Option, Value, option, options_of
-from ldm.generate.request import (
-    SDXL,
-    Inputs,
-    ModelChoice,
-    Output,
-    Prompts,
-    Request,
-    Sampling,
-    UpscalerChoice,
-)
+from ldm.generate.request import Request
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.ranks import rank_and_world_size
 

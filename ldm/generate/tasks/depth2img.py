@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ldm.generate.groups import ModelFiles
 from ldm.generate.options import option, parse_fraction
-from ldm.generate.request import ModelFiles, Request
+from ldm.generate.request import Request
 from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ldm.generate.request import Inputs
+from ldm.generate.groups import Inputs
 from ldm.generate.tasks.base import PreparedTask, Task
 
 if TYPE_CHECKING:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from ldm.generate.groups import Inputs, ModelFiles
 from ldm.generate.options import option, parse_count, parse_natural, parse_number
-from ldm.generate.request import Inputs, ModelFiles, Request
+from ldm.generate.request import Request
 from ldm.generate.tasks.base import PreparedTask, Task
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, MissingArgument
