@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ldm.generate.load import Models, resolve_sampling
+from ldm.generate.defaults import resolve_sampling
+from ldm.generate.load import Models
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
 from ldm.generate.start_noise import seed_globally, start_noise

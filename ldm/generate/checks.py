@@ -1,42 +1,43 @@
-"""Checks of a run before its first image: prompts, LoRAs and steps, alone and with the model."""
+"""Check files, LoRAs and options of a request against the model, before the first image."""
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from ldm.encoders.text import TextEncoder
-from ldm.encoders.tokenizer import has_weight_syntax
-from ldm.generate.load import explain_few_steps, explain_start
-from ldm.generate.lora_tags import remove_tags
-from ldm.generate.plan import Batch, LineOptions, line_options, looks_dynamic
+from ldm.diffusion.names import SAMPLERS
+from ldm.generate.defaults import resolve_sampling
+from ldm.generate.plan import Batch, LineOptions, line_options
 from ldm.generate.request import Request
-from ldm.generate.tasks import PreparedTask
+from ldm.generate.tasks import PreparedTask, Task
+from ldm.generate.tasks.base import RGBDInputs
 from ldm.loading.addons.lora import read_changes
+from ldm.loading.families import PIXELS, Family
+from ldm.loading.load import DEMO_CHECKPOINT, file_variant, find_variant_early, supports_variants
+from ldm.loading.published import find_checkpoint
+from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import check_clip_skip
-from ldm.pipelines.prompts import QUOTED_WORDS, StepPrompts, find_lost_text, parse_constant
-from ldm.prompts import PLAIN, parse_prompt
+from ldm.pipelines.families import FAMILIES, wrong_family
+from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.sampling import (
+    SamplingOptions,
+    explain_excess,
+    explain_high_start,
+    run_sigmas,
+)
+from ldm.runtime.errors import ArgumentError, MissingArgument
+from ldm.runtime.files import find_file, read_text
 
 __all__ = [
-    "check_loras", "check_prompts", "find_few_steps_warnings", "find_model_warnings",
+    "check_depth", "check_files", "check_loras", "find_few_steps_warnings",
+    "find_option_warnings", "warn_about_ignored_options",
 ]  # fmt: skip
 
+SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in the index of a diffusers folder
 
-def check_prompts(batches: Sequence[Batch], request: Request) -> list[str]:
-    """Return warnings about parts of prompts that look like syntax, but are read literally.
-
-    Raises:
-        ArgumentError: a prompt is invalid in the syntax.
-    """
-    syntax = request.prompts.syntax
-    if syntax == PLAIN:
-        return []
-    parsed = [parse_prompt(text, syntax) for text in _prompts(batches)]
-    parsed += [parse_prompt(text, syntax, is_negative=True) for text in _negative_prompts(batches)]
-    for name, text in _constant_texts(request).items():
-        constant = parse_constant(text, syntax, name)
-        assert isinstance(constant, StepPrompts)
-        parsed.append(constant.first)
-    return list(dict.fromkeys(note for prompt in parsed for note in prompt.notes))
+log = logging.getLogger(__name__)
 
 
 def find_few_steps_warnings(
@@ -53,8 +54,33 @@ def find_few_steps_warnings(
     for options, loras in dict.fromkeys((line_options(batch), batch[0].loras) for batch in batches):
         request = tasks[options].request
         choice = replace(request.model, lora=loras)
-        warnings.append(explain_few_steps(replace(request, model=choice)))
+        warnings.append(_explain_few_steps(replace(request, model=choice)))
     return list(dict.fromkeys(filter(None, warnings)))
+
+
+def _explain_few_steps(request: Request) -> str | None:
+    """Say, before weights are read, why steps and scale do not suit a model for few steps.
+
+    Returns:
+        None if they do, or if neither name nor metadata tell that it is one.
+    """
+    choice, sampling = request.model, request.sampling
+    is_asked = sampling.steps or sampling.scale is not None or sampling.sigmas
+    if not is_asked or not any(map(supports_variants, request.task.families)):
+        return None
+    if choice.ckpt is None and choice.config is not None:
+        return None
+    try:
+        path = find_file(request.task.demo_model or DEMO_CHECKPOINT)
+        if choice.ckpt is not None:
+            path = find_checkpoint(choice.ckpt, variant=file_variant(choice.variant))
+        found = find_variant_early(path, choice.lora, choice.variant)
+    except (OSError, ValueError):  # which loading will name
+        return None
+    if found is None:
+        return None
+    own = resolve_sampling(request, found.defaults)
+    return explain_excess(found.defaults, f"`{found.path.name}`", own.steps, own.scale)
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
@@ -65,10 +91,10 @@ def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
             read_changes(file, model, weight)
 
 
-def find_model_warnings(
-    tasks: Mapping[LineOptions, PreparedTask], batches: Sequence[Batch], model: LatentDiffusion
+def find_option_warnings(
+    tasks: Mapping[LineOptions, PreparedTask], model: LatentDiffusion
 ) -> list[str]:
-    """Return warnings about prompts and options that do not suit the model.
+    """Return warnings about sampling options that do not suit the model.
 
     Raises:
         ArgumentError: there are not as many layers as clip skip needs.
@@ -76,53 +102,139 @@ def find_model_warnings(
     requests = [prepared.request for prepared in tasks.values()]
     skip = max(request.sampling.clip_skip for request in requests)
     warnings = [
-        *_find_prompt_warnings(batches, requests[0], model),
         check_clip_skip(model, skip),
-        *(explain_start(request, model) for request in requests),
+        *(_explain_start(request, model) for request in requests),
     ]
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _find_prompt_warnings(
-    batches: Sequence[Batch], request: Request, model: LatentDiffusion
-) -> list[str | None]:
-    """Return warnings about prompts that are too long, or whose syntax is read as plain text."""
-    if not model.conditioner.find_all(TextEncoder):
-        return []
-    warnings: list[str | None] = []
-    negatives = (job.negative_prompt for batch in batches for job in batch)
-    if tagged := next((text for text in negatives if remove_tags(text) != text), None):
-        warnings.append(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
-    expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
-    prompts = (job.prompt for batch in batches for job in batch)
-    dynamic = next(filter(looks_dynamic, prompts), None)
-    if dynamic is not None and not expands:
-        warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
-    if request.prompts.syntax != PLAIN:
-        return warnings
-    constants = _constant_texts(request).values()
-    texts = list(dict.fromkeys([*constants, *_prompts(batches), *_negative_prompts(batches)]))
-    warnings.append(find_lost_text(model, texts))
-    if weighted := next(filter(has_weight_syntax, texts), None):
-        words = " ".join(weighted.split()[:QUOTED_WORDS])
-        warnings.append(f"A1111's syntax for weights is read as plain text: `{words} …`")
-    return warnings
+def _explain_start(request: Request, model: LatentDiffusion) -> str | None:
+    """Say why the sampler cannot begin where the scheduler of a run does; None if it can.
+
+    Runs from an image begin lower, which `sample` judges.
+    """
+    sampling = resolve_sampling(request, model.defaults)
+    assert sampling.sampler is not None
+    is_whole = request.get_values().get("strength", 1.0) == 1.0
+    if not is_whole or SAMPLERS[sampling.sampler].wide_scheduler is None:
+        return None
+    options: SamplingOptions = {
+        "steps": sampling.steps, "sampler": sampling.sampler, "scheduler": sampling.scheduler,
+        "rho": sampling.rho, "sigmas": sampling.sigmas,
+    }  # fmt: skip
+    sigmas = run_sigmas(model, Quirks.of(model, sampling.legacy), options)
+    return explain_high_start(sampling.sampler, sampling.scheduler, float(sigmas[0]))
 
 
-def _prompts(batches: Sequence[Batch]) -> list[str]:
-    """Return the different prompts of both text encoders that are not empty."""
-    texts = (text for batch in batches for job in batch for text in (job.prompt, job.prompt_2))
-    return list(dict.fromkeys(filter(None, texts)))
+def check_files(
+    request: Request, ckpt: Path | None, refiner: Path | None, upscaler: Path | None
+) -> None:
+    """Raise ArgumentError if a file of a model is not suitable, as far as its header shows.
+
+    Weights are not read. Models of unusual shapes are checked by the pipelines, after loading.
+    """
+    weights = _identify(ckpt)
+    _check_families(request.task, ckpt, _family(weights), refiner, upscaler)
+    if ckpt is not None and (channels := _pixel_channels(ckpt, weights)) is not None:
+        check_depth(request, f"`{ckpt.name}`", channels)
 
 
-def _negative_prompts(batches: Sequence[Batch]) -> list[str]:
-    """Return the different negative prompts of both text encoders that are not empty."""
-    pairs = ((job.negative_prompt, job.negative_prompt_2) for batch in batches for job in batch)
-    return list(dict.fromkeys(text for pair in pairs for text in pair if text))
+def _check_families(
+    task: Task, ckpt: Path | None, base: Family | None, refiner: Path | None, upscaler: Path | None
+) -> None:
+    """Raise ArgumentError if a file is of another family than its use needs.
+
+    Args:
+        base: family of `ckpt`; None = unknown.
+    """
+    other, second = _family(_identify(refiner)), _family(_identify(upscaler))
+    if upscaler is not None and second is not None and second.task != "upscale_latent":
+        message = f"`{upscaler.name}` is {second.title}, not an x2 latent upscaler"
+        raise ArgumentError(message, "upscaler")
+    if upscaler is not None and (refiner is not None or (base is not None and base.is_xl)):
+        raise ArgumentError(
+            "the x2 latent upscaler is for latents of Stable Diffusion 1 and 2, not XL", "upscaler"
+        )
+    if ckpt is not None and base is not None:
+        name = next(name for name, family in FAMILIES.items() if family.function == base.task)
+        if name not in task.families:
+            raise wrong_family(f"`{ckpt.name}`", name)
+        if refiner is not None and not base.is_xl:
+            message = f"`{ckpt.name}` is {base.title}: a refiner needs Stable Diffusion XL"
+            raise ArgumentError(message, "refiner")
+    if refiner is not None and other is not None and other.task != "img2img":
+        message = f"`{refiner.name}` is {other.title}, not the refiner of Stable Diffusion XL"
+        raise ArgumentError(message, "refiner")
 
 
-def _constant_texts(request: Request) -> dict[str, str]:
-    """Return the texts that hold for the whole run, by option."""
+def _identify(path: Path | None) -> Weights | None:
+    """Return the weights of a .safetensors in the original's layout; None for other files."""
+    if path is None or path.suffix != ".safetensors" or not path.is_file():
+        return None
+    return identify_weights(open_checkpoint(path))
+
+
+def _family(weights: Weights | None) -> Family | None:
+    """Return the family of weights, if it is a published one."""
+    if weights is None or weights.family is None or not weights.family.task:
+        return None
+    return weights.family
+
+
+def _pixel_channels(path: Path, weights: Weights | None) -> int | None:
+    """Return the channels of a model's images (`ldm.imaging.rgbd`); None if unknown yet."""
+    config = path / "vae/config.json"
+    if config.is_file():
+        channels = json.loads(read_text(config)).get("in_channels")
+        return channels if isinstance(channels, int) else None
+    weight = None if weights is None else weights.state.get(PIXELS)
+    return None if weight is None else weight.shape[1]
+
+
+def check_depth(request: Request, model: str, channels: int) -> None:
+    """Raise ArgumentError or MissingArgument unless depth options suit a model.
+
+    Args:
+        model: its name in messages.
+        channels: channels of its images.
+    """
+    inputs, has_depth = request.inputs, channels != 3
+    if request.output.glb and not has_depth:
+        raise ArgumentError(
+            f"{model} makes images without depth: no 3D mesh can be made of them", "glb"
+        )
+    if not isinstance(inputs, RGBDInputs) or inputs.init_img is None:
+        return
+    if inputs.depth is not None and not has_depth:
+        raise ArgumentError(f"{model} makes images without depth, leave it out", "depth")
+    if inputs.depth is None and has_depth:
+        raise MissingArgument(f"{model} also needs the depth of the image", "depth")
+
+
+def warn_about_ignored_options(request: Request, model: LatentDiffusion) -> None:
+    """Log options that have no effect on a model, or not the one that is expected."""
+    choice, sampling = request.model, request.sampling
+    if sampling.used_eta != sampling.eta:
+        log.warning("sampler `dpm` is deterministic: eta %g is ignored", sampling.eta)
+    if choice.channels not in (None, model.channels):
+        log.warning("`C` %d is ignored: the model has %d", choice.channels, model.channels)
+    if choice.factor not in (None, model.downscale):
+        log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
+    if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
+        log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
+    row = SAMPLERS.get(sampling.sampler or "")
+    if row and row.takes_uncond and (sampling.scale or 0) > 2 * (row.scale or 1):
+        log.warning(
+            "sampler `%s` is made for guidance scales about 1, not %g",
+            sampling.sampler, sampling.scale,
+        )  # fmt: skip
+    if sampling.freeu is not None and request.sdxl.refiner is not None:
+        log.warning("freeu changes the base, not its refiner")
     values = request.get_values()
-    names = ("sld_concept", "source_prompt")
-    return {name: str(values[name]) for name in names if values.get(name)}
+    for name in ("torchscript", "ipex", "laion400m"):
+        if values[name]:
+            log.warning("`%s` has no effect", name)
+    native = model.image_size * model.downscale
+    is_text_v = request.task.families == ("text",) and model.parameterization == "v"
+    if native == 512 and is_text_v and sampling.size == (None, None):
+        log.info("Stable Diffusion 2 v models were trained at 768 x 768: that size may be better")

@@ -14,8 +14,9 @@ from PIL import Image
 
 from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import Sampling
-from ldm.generate.load import Models, find_checker, resolve_sampling
+from ldm.generate.load import Models, find_checker
 from ldm.generate.options import options_of
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request

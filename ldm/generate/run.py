@@ -15,16 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.generate.batch import begin, generate_batch
-from ldm.generate.checks import (
-    check_loras,
-    check_prompts,
-    find_few_steps_warnings,
-    find_model_warnings,
-)
+from ldm.generate.checks import check_loras, find_few_steps_warnings, find_option_warnings
+from ldm.generate.defaults import describe_variant
 from ldm.generate.listener import RunListener, hides_progress
-from ldm.generate.load import Models, describe_variant, load_models
+from ldm.generate.load import Models, load_models
 from ldm.generate.output import ImageWriter
 from ldm.generate.plan import Batch, LineOptions, line_options, plan_batches
+from ldm.generate.prompt_checks import check_prompts, find_prompt_warnings
 from ldm.generate.provenance import Info, describe_image, describe_run
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
@@ -64,7 +61,7 @@ def run_request(
         NonFinite: an image contains NaN even in float32.
     """
     batches = plan_batches(request, list_loras)
-    prompt_warnings = check_prompts(batches, request)
+    literal_syntax = check_prompts(batches, request)
     if request.output.glb:
         check_can_save_meshes()
     models: Models | None = None
@@ -76,7 +73,11 @@ def run_request(
             _warn(listener, early)
             models = load(_with_loras(tasks[()], batches))
             check_loras(models.base, batches)
-            late = prompt_warnings + find_model_warnings(tasks, batches, models.base)
+            late = [
+                *literal_syntax,
+                *find_prompt_warnings(batches, request, models.base),
+                *find_option_warnings(tasks, models.base),
+            ]
             _warn(listener, late)
             messages = early + late
         with warnings.catch_warnings():

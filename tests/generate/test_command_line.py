@@ -12,8 +12,8 @@ import pytest
 
 from ldm.commands.main import main
 from ldm.generate.command_line import build_parser, parse_request, to_argv
+from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import ModelChoice
-from ldm.generate.load import resolve_sampling
 from ldm.generate.options import COMMON_QUIRKS, options_of
 from ldm.generate.replay import read_request
 from ldm.generate.tasks import TASKS

@@ -1,0 +1,58 @@
+"""Sampling options of a run with the defaults of its task and model."""
+
+import logging
+from dataclasses import replace
+
+from ldm.diffusion.names import SAMPLERS
+from ldm.generate.groups import Sampling
+from ldm.generate.request import Request
+from ldm.loading.variants import VARIANTS
+from ldm.model import Defaults, LatentDiffusion
+from ldm.pipelines.sampling import default_scheduler
+
+__all__ = ["describe_variant", "resolve_sampling"]
+
+log = logging.getLogger(__name__)
+
+
+def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
+    """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
+
+    Args:
+        defaults: defaults of the model; for Stable Diffusion 1 and 2 the task sets the scale.
+    """
+    sampling, scale = request.sampling, defaults.scale
+    sampler = sampling.sampler or defaults.sampler
+    if (own_scale := SAMPLERS[sampler].scale) is not None:
+        scale = own_scale
+    elif scale == Defaults().scale:
+        scale = request.task.demo_scale if request.uses_demo_model else request.task.scale
+    eta = SAMPLERS[sampler].eta
+    if sampler == defaults.sampler and defaults.eta is not None:
+        eta = defaults.eta
+    return replace(
+        sampling,
+        scale=scale if sampling.scale is None else sampling.scale,
+        steps=len(sampling.sigmas) - 1 if sampling.sigmas else sampling.steps or defaults.steps,
+        sampler=sampler,
+        eta=eta if sampling.used_eta is None else sampling.used_eta,
+    )
+
+
+def describe_variant(request: Request, model: LatentDiffusion) -> None:
+    """Log the kind of a few-step model, and how it will be sampled."""
+    found = model.provenance.get("variant")
+    if found is None:
+        return
+    sampling = resolve_sampling(request, model.defaults)
+    assert sampling.sampler is not None
+    log.info(
+        "`%s` is %s (by %s): sampler %s, scheduler %s, steps %d, guidance scale %g",
+        found["file"],
+        VARIANTS[found["name"]].title,
+        found["told_by"],
+        sampling.sampler,
+        sampling.scheduler or default_scheduler(model, sampling.sampler),
+        sampling.steps,
+        sampling.scale,
+    )
