@@ -125,7 +125,7 @@ class ImageWriter:
             return {"path": str(path)}
         low, high = info["depth_range"]
         log.info("depth of %s: %d … %d of 65535, larger is nearer", path.name, low, high)
-        entries = {"path": str(path), "depth_path": str(depth_path(path))}
+        entries: Info = {"path": str(path), "depth_path": str(depth_path(path))}
         if self.request.output.glb:
             mesh = path.with_suffix(".glb")
             triangles = save_mesh(mesh, image, depth)

@@ -88,7 +88,7 @@ def run_request(
 
 def _prepare(request: Request, batches: Sequence[Batch]) -> Tasks:
     """Read the inputs of a request, and those of each line that sets options."""
-    tasks = {(): request.task.prepare(request)}
+    tasks: dict[LineOptions, PreparedTask] = {(): request.task.prepare(request)}
     for options in dict.fromkeys(map(line_options, batches)):
         if options not in tasks:
             changed = request.with_values(dict(options))
