@@ -158,7 +158,10 @@ def fill(unet: nn.Module) -> None:
 
 def ours(model: Any, batch: Batch, ema: bool) -> Step:
     """Returns loss and step of our training loop."""
-    task, generator = Diffusion(model, drop=0.0), torch.Generator().manual_seed(0)
+    task, generator = (
+        Diffusion(model, conditioning_dropout_prob=0.0),
+        torch.Generator().manual_seed(0),
+    )
     optimizer = make_optimizer(task.trainable, 1e-5)
     average = EMA(task.trainable) if ema else None
     cond = Cond(crossattn=batch.context)

@@ -241,7 +241,7 @@ def _fit(
 ) -> None:
     """Minimise the cross entropy of net(draw(rows, generator)) and the labels of the rows."""
     generator = torch.Generator().manual_seed(0)
-    learning_rate = LearningRate(1e-3, warm_up=100, decay="linear")
+    learning_rate = LearningRate(1e-3, warmup_steps=100, scheduler="linear")
     optimizer = make_optimizer(net.train(), 1e-3, name="muon", weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:

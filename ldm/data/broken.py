@@ -61,7 +61,7 @@ class BrokenFiles:
     def _too_many(self, what: str) -> ValueError:
         return ValueError(
             f"{what} cannot be read, more than a fraction of {float(self.limit):g}"
-            f" (trainer.broken_share); they are listed in `{self.path}`"
+            f" (trainer.max_unreadable_fraction); they are listed in `{self.path}`"
         )
 
     def _exchange(self, names: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ PARAMETER_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
+Rename = Callable[[JsonObject], JsonObject]
 MAX_NODES = 10_000  # values in a file once aliases and references are followed
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
@@ -74,20 +75,31 @@ def parse_yaml(
     *,
     where: str = "config",
     sections: Sequence[str] = (),
+    rename: Rename | None = None,
 ) -> JsonObject:
-    """Parse the text of a YAML file, or of several, like `read_yaml`."""
+    """Parse the text of a YAML file, or of several, like `read_yaml`.
+
+    Args:
+        rename: replaces former names of keys, in each text and in the overrides before they are
+            merged; None = names stay.
+    """
     texts = (text,) if isinstance(text, str) else tuple(text)
-    return deepcopy(_parse(texts, tuple(overrides), where, tuple(sections)))
+    return deepcopy(_parse(texts, tuple(overrides), where, tuple(sections), rename))
 
 
 @lru_cache(maxsize=32)  # loading a model asks for its config several times
 def _parse(
-    texts: tuple[str, ...], overrides: tuple[str, ...], where: str, sections: tuple[str, ...]
+    texts: tuple[str, ...],
+    overrides: tuple[str, ...],
+    where: str,
+    sections: tuple[str, ...],
+    rename: Rename | None,
 ) -> JsonObject:
     try:
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
         if not all(OmegaConf.is_dict(layer) for layer in layers):
             raise ConfigError(f"{where}: expected a YAML mapping at the top level")
+        layers = [_rename_keys(layer, rename) for layer in layers]
         config = OmegaConf.merge(*layers) if len(layers) > 1 else layers[0]
         for section in sections:
             config.setdefault(section, {})
@@ -100,12 +112,20 @@ def _parse(
                     "overrides",
                 )
         if overrides:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+            values = _rename_keys(OmegaConf.from_dotlist(list(overrides)), rename)
+            config = OmegaConf.merge(config, values)
         raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: {_one_line(error)}") from error
     resolved: JsonObject = _Resolver(raw, where).resolve(raw)
     return resolved
+
+
+def _rename_keys(config: Any, rename: Rename | None) -> Any:
+    if rename is None:
+        return config
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    return OmegaConf.create(rename(values))
 
 
 def format_yaml(raw: JsonMapping) -> str:

@@ -37,13 +37,13 @@ __all__ = [
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
     """Apply the settings that affect time and memory of a step, but not its result.
 
-    `checkpoint_gradients`: see `set_checkpointing`; None keeps the setting of the model's config.
+    `gradient_checkpointing`: see `set_checkpointing`; None keeps the setting of the model's config.
     `channels_last`: memory format of convolutions, faster on tensor cores, a bit slower on CPUs.
     `compile`: torch.compile of the UNet, or else of the whole model; the first step at each image
     size then takes a minute.
     """
-    if trainer.checkpoint_gradients is not None:
-        set_checkpointing(model, trainer.checkpoint_gradients)
+    if trainer.gradient_checkpointing is not None:
+        set_checkpointing(model, trainer.gradient_checkpointing)
     if trainer.channels_last:
         model.to(memory_format=torch.channels_last)
     if trainer.compile:
@@ -100,23 +100,23 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
 
     Args:
         params: `model.params`, with the original's keys; `ucg_training`, `embedding_dropout` and
-            the `ucg_rate` of embedders set `drop`.
+            the `ucg_rate` of embedders set `conditioning_dropout_prob`.
         objective: `lightning.objective`, which takes precedence.
     """
     options = {
         key: params[key] for key in list_fields(CriterionOptions) if params.get(key) is not None
     }
     options |= objective
-    drop = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
+    probabilities = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
     if params.get("embedding_dropout"):
-        drop["embedding"] = params["embedding_dropout"]
-    if drop:
-        own = objective.get("drop", {})
+        probabilities["embedding"] = params["embedding_dropout"]
+    if probabilities:
+        own = objective.get("conditioning_dropout_prob", {})
         own = own if isinstance(own, Mapping) else {"txt": own}
-        options["drop"] = {"txt": 0.1, **drop, **own}
+        options["conditioning_dropout_prob"] = {"txt": 0.1, **probabilities, **own}
     conditioner = (params.get("conditioner_config") or {}).get("params") or {}
     if any(embedder.get("ucg_rate") for embedder in conditioner.get("emb_models") or []):
-        options.setdefault("drop", None)
+        options.setdefault("conditioning_dropout_prob", None)
     return options
 
 
@@ -132,7 +132,7 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
             raise ValueError(f"strategy `{trainer.strategy}` is for whole models, use `ddp`")
         if trainer.channels_last or trainer.ema_device == "cpu":
             raise ValueError("`channels_last` and `ema_device: cpu` do not go with fsdp and hsdp")
-        shard(task.trainable, ranks.world_size, trainer.strategy, trainer.shard, device.type)
+        shard(task.trainable, ranks.world_size, trainer.strategy, trainer.shard_size, device.type)
     options = {"name": optimizer.name, **optimizer.options}
     if optimizer.name == "adamw" and task.betas is not None:
         options.setdefault("betas", task.betas)

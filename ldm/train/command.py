@@ -297,10 +297,11 @@ def _may_be_value(option: str, argument: str) -> bool:
 
 def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -> None:
     from ldm.train.config import lightning, schema
+    from ldm.train.config.renamed import RENAMED_TRAINER_KEYS
 
     known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN["trainer"]]
     for name in trainer:
-        if name not in known:
+        if name not in known and name not in RENAMED_TRAINER_KEYS:
             options = [spelling.lstrip("-") for spelling in spellings]
             raise unknown_name("option", name, known + options, "command line")
 

@@ -107,7 +107,7 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
         state += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
     cache = {} if cache is None else cache
-    key = (settings.data.batch_size, trainer.precision, trainer.checkpoint_gradients)
+    key = (settings.data.batch_size, trainer.precision, trainer.gradient_checkpointing)
     if key not in cache:
         cache[key] = _measure_activations(task, settings)
     return Memory(
@@ -127,7 +127,7 @@ def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Set
     trainer, batch_size = settings.trainer, settings.data.batch_size
     changes: list[tuple[str, str, str | bool]] = [
         ("trainer", "precision", "bf16-mixed"),
-        ("trainer", "checkpoint_gradients", True),
+        ("trainer", "gradient_checkpointing", True),
         ("trainer", "ema_device", "cpu"),
         ("optimizer", "name", "adamw8bit"),
     ]
@@ -148,7 +148,7 @@ def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Set
 def _build_task(settings: Settings) -> Task:
     """Build the task of a run, with its networks on the meta device."""
     spec = translate_config(settings.raw["model"], where="model")
-    checkpoint = settings.trainer.checkpoint_gradients
+    checkpoint = settings.trainer.gradient_checkpointing
     if checkpoint is not None and "unet" in spec["params"]:
         spec["params"]["unet"]["params"]["use_checkpoint"] = checkpoint
     model = build_on_meta(spec, where="model")
@@ -237,7 +237,7 @@ def _shard_fraction(settings: Settings, processes: int) -> float:
     if settings.trainer.strategy == "fsdp":
         return 1 / processes
     if settings.trainer.strategy == "hsdp":
-        return 1 / (settings.trainer.shard or processes)
+        return 1 / (settings.trainer.shard_size or processes)
     return 1.0
 
 

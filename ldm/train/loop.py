@@ -101,7 +101,9 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         world_size=ranks.world_size,
         workers=settings.data.num_workers,
     )
-    broken = BrokenFiles(run.folder / "broken.txt", settings.trainer.broken_share, run.source)
+    broken = BrokenFiles(
+        run.folder / "broken.txt", settings.trainer.max_unreadable_fraction, run.source
+    )
 
     # Train.
     actions = _list_actions(run, loggers, timesteps)

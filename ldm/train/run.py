@@ -81,7 +81,7 @@ class Run:
     @property
     def states(self) -> States:
         """The resume states on disk."""
-        return States(self.checkpoints, self.ranks, keep=self.settings.trainer.keep)
+        return States(self.checkpoints, self.ranks, keep=self.settings.trainer.keep_states)
 
     def progress(self) -> float:
         """Return the completed fraction of the run, by steps or by time, whichever is larger."""

@@ -45,7 +45,9 @@ def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged,
     if message is None:
         broken.add(names[-1:], 50)
     else:
-        with pytest.raises(ValueError, match=rf"{message} .*{limit} \(trainer.broken_share.*txt`"):
+        with pytest.raises(
+            ValueError, match=rf"{message} .*{limit} \(trainer.max_unreadable_fraction.*txt`"
+        ):
             broken.add(names[-1:], 50)
     assert sorted(path.read_text().splitlines()) == sorted(names)
 

@@ -38,10 +38,10 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
     options = {
         "trainer.max_steps": steps,
         "trainer.strategy": strategy,
-        "trainer.shard": 2 if strategy == "hsdp" else "null",
+        "trainer.shard_size": 2 if strategy == "hsdp" else "null",
         "trainer.precision": {"bf16": "bf16-mixed"}.get(precision, precision),
         "optimizer.name": "adamw",
-        "optimizer.warm_up": 0,
+        "optimizer.lr_warmup_steps": 0,
         "callbacks.validate_batches": 1,
         "callbacks.export": "[]",
         "callbacks.log_every": 1,

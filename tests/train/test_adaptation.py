@@ -29,7 +29,10 @@ SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
 WORD = ["lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3"]
 WORD += ["data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0"]
-WORD += ["data.params.train.transform.drop_object=0", "lightning.objective.drop=0"]
+WORD += [
+    "data.params.train.transform.drop_object=0",
+    "lightning.objective.conditioning_dropout_prob=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_missing_class_images_are_sampled(base: Path, tmp_path: Path) -> None:
 def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
     prior = [f"data.params.prior.root={tmp_path / 'class'}", "data.params.prior.count=3"]
     prior += ["data.params.prior.prompt=a dog", "data.params.prior.transform.name=photo"]
-    prior += ["data.params.prior.transform.size=32", "lightning.objective.prior_weight=0.5"]
+    prior += ["data.params.prior.transform.size=32", "lightning.objective.prior_loss_weight=0.5"]
     run = adapted(tmp_path / "run", base, *prior)
     source: Any = run.source
     batch = collate([source.dataset[0, index] for index in range(4)])

@@ -23,6 +23,7 @@ from ldm.train.runs.run_folder import ExistingRun, find_run, prepare_folder, rea
 from loading import tinyfamilies
 
 TINY = "configs/train/tiny.yaml"
+WRITTEN_BY_0_1 = Path("tests/data/written_by_0_1").resolve()
 
 
 def start_run(request: TrainRequest, *torchruns: str, state: int | None = None) -> Path:
@@ -224,6 +225,28 @@ def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
     assert len(list((folder / "configs").iterdir())) == 2
     other = parse(["-r", str(folder), "-b", TINY])
     assert read_config(other, find_run(other))["data"]["params"]["batch_size"] == 8
+
+
+def test_former_names_of_keys_are_read_in_every_file_and_override(tmp_path: Path) -> None:
+    """Each is renamed before they are merged, so that the last one wins by either name."""
+    overlay = tmp_path / "old.yaml"
+    overlay.write_text("lightning: {optimizer: {warm_up: 7, decay: linear}, trainer: {keep: 3}}")
+    old = ["lightning.optimizer.decay=cosine", "lightning.objective.drop=0.2", "--keep", "4"]
+    raw = read_config(parse(["-b", TINY, str(overlay), "-t", *old]), None)
+    optimizer = {"name": "muon", "lr_warmup_steps": 7, "lr_scheduler": "cosine", "ema_decay": 0.9}
+    assert raw["lightning"]["optimizer"] == optimizer
+    assert raw["lightning"]["objective"] == {"conditioning_dropout_prob": 0.2}
+    assert raw["lightning"]["trainer"] == {"max_steps": 40, "keep_states": 4}
+
+
+@pytest.mark.parametrize("name", ["tiny", "lora", "word", "autoencoder"])
+def test_the_config_of_a_run_of_version_0_1_is_read(name: str) -> None:
+    existing = ExistingRun(WRITTEN_BY_0_1 / f"logs/2026-11-29T12-00-00_{name}", None)
+    request = parse(["-r", str(existing.folder), "lightning.optimizer.lr_warmup_steps=9"])
+    settings = read_settings(read_config(request, existing))
+    assert settings.optimizer.lr_warmup_steps == 9
+    scheduler = {"tiny": "cosine", "word": "linear"}.get(name, "constant")
+    assert settings.optimizer.lr_scheduler == scheduler
 
 
 def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> None:

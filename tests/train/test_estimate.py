@@ -55,7 +55,7 @@ def whole() -> estimate.Memory:
 
 @pytest.mark.slow
 def test_checkpointing_and_small_batches_keep_fewer_activations(whole: estimate.Memory) -> None:
-    small = memory("lightning.trainer.checkpoint_gradients=true", "data.params.batch_size=4")
+    small = memory("lightning.trainer.gradient_checkpointing=true", "data.params.batch_size=4")
     assert small.activations < 0.75 * whole.activations
 
 

@@ -74,12 +74,12 @@ def test_the_best_exports_stay(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         shutil.rmtree(here.checkpoints, ignore_errors=True)
         return [name.removesuffix(".safetensors") for name in names]
 
-    assert remaining(best=0) == []
-    assert remaining(best=2) == ["0.300000", "0.100000"]
-    assert len(remaining(best=-1)) == 4
-    assert remaining(best=1, monitor="val/loss") == ["0.500000"]
+    assert remaining(save_top_k=0) == []
+    assert remaining(save_top_k=2) == ["0.300000", "0.100000"]
+    assert len(remaining(save_top_k=-1)) == 4
+    assert remaining(save_top_k=1, monitor="val/loss") == ["0.500000"]
     with pytest.raises(ValueError, match="monitor: `val/psnr` is none of val/loss, val/loss_ema"):
-        remaining(best=1, monitor="val/psnr")
+        remaining(save_top_k=1, monitor="val/psnr")
 
 
 def test_an_export_of_a_step_has_its_number(run: Run) -> None:
@@ -149,7 +149,7 @@ def test_loras_and_embeddings_have_the_config_of_their_training(adapted: Run) ->
 def test_the_best_loras_stay_with_all_their_files(
     adapted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replace(change(adapted, best=1), folder=tmp_path)
+    run = replace(change(adapted, save_top_k=1), folder=tmp_path)
     for step, loss in enumerate((0.5, 0.3, 0.4)):
         monkeypatch.setattr(run.state, "step", step)
         export_best(run, {"val/loss": loss, "val/loss_ema": loss})

@@ -90,7 +90,7 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     raw["model"] |= {"target": DDPM + name, "params": model}
     train = raw["data"]["params"]["train"]
     train["transform"]["records"] = records
-    raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants": 1}
+    raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants_per_image": 1}
     return raw
 
 
@@ -100,7 +100,7 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     run = run_of(raw, tmp_path / "run")
     if task == "unclip":
         assert isinstance(run.task, Diffusion)
-        assert run.task.drop == {"txt": 0.1, "embedding": 0.25}
+        assert run.task.conditioning_dropout_prob == {"txt": 0.1, "embedding": 0.25}
     source: Any = run.source
     sample = source.dataset[0, 0]
     from_metadata = {"txt", "aesthetic_score"}

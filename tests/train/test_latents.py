@@ -57,7 +57,7 @@ def made(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     """How many latents had to be made."""
     before = len(Store(cache, "latents"))
     folder = Folder(root=photos, transform=PhotoTransform(**{"size": 16, "flip": 0.5} | options))
-    cache_latents(model, folder, cache, variants=2, batch=4)
+    cache_latents(model, folder, cache, variants_per_image=2, batch_size=4)
     return len(Store(cache, "latents")) - before
 
 
@@ -83,7 +83,7 @@ def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_
 def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     cached = cache_latents(model, folder, tmp_path, precision="32")
-    task = Diffusion(model, drop=0.0)
+    task = Diffusion(model, conditioning_dropout_prob=0.0)
     batches = (next(DatasetSource(data, seed=5).batches(4)) for data in (folder, cached))
     losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
     torch.testing.assert_close(losses[0]["losses"], losses[1]["losses"], rtol=1e-4, atol=1e-5)
@@ -135,7 +135,7 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
         root=ROOT / "tests/data/emoji", transform=EmojiTransform(size=16), split="train"
     )
     for variants, count in ((2, 46), (3, 69)):
-        latents = cache_latents(model, folder, tmp_path, variants=variants)
+        latents = cache_latents(model, folder, tmp_path, variants_per_image=variants)
         assert len(latents.cache.store) == count
     looks = [latents.cache.variant_name(latents.digests[5], variant) for variant in range(11)]
     assert len(set(looks)) == 11
@@ -193,9 +193,13 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     photo, cache = PhotoTransform(size=16, buckets={"step": 8}), tmp_path / "cache"
-    latents = cache_latents(model, Folder(root=photos, transform=photo), cache, variants=2)
+    latents = cache_latents(
+        model, Folder(root=photos, transform=photo), cache, variants_per_image=2
+    )
     model.autoencoder.encode = None  # nothing is made anew
-    shards = cache_latents(model, Shards(packed(photos, tmp_path), photo), cache, variants=2)
+    shards = cache_latents(
+        model, Shards(packed(photos, tmp_path), photo), cache, variants_per_image=2
+    )
     batches = shards.batches(2, workers=1)
     for batch in (next(batches) for _ in range(6)):
         assert len({z.shape for z in batch["z"]}) == 1

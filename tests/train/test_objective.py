@@ -151,7 +151,7 @@ def input_noise(task: Diffusion) -> tuple[Tensor, float]:
 def test_offset_noise_moves_whole_channels() -> None:
     """The mean of a channel has variance 1 / 256 from the noise, plus offset squared."""
     plain, _ = input_noise(task_of())
-    moved, loss = input_noise(task_of(offset_noise=0.5))
+    moved, loss = input_noise(task_of(noise_offset=0.5))
     assert plain.mean(dim=(2, 3)).std() == pytest.approx(1 / 16, rel=0.2)
     assert moved.mean(dim=(2, 3)).std() == pytest.approx((1 / 256 + 0.25) ** 0.5, rel=0.2)
     assert loss == pytest.approx(moved.square().mean().item(), rel=1e-4)  # part of the target
@@ -177,9 +177,13 @@ def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
     assert diffusion_options(params, {"min_snr_gamma": 5}) == options
     assert diffusion_options(params, {"loss_type": "l2"})["loss_type"] == "l2"
     unclip = {"embedding_dropout": 0.25, "ucg_training": {"txt": {"p": 0.2, "val": ""}}}
-    assert diffusion_options(unclip, {}) == {"drop": {"txt": 0.2, "embedding": 0.25}}
-    assert diffusion_options(unclip, {"drop": 0.3}) == {"drop": {"txt": 0.3, "embedding": 0.25}}
-    drop = diffusion_options({"embedding_dropout": 0.25}, {})["drop"]
+    assert diffusion_options(unclip, {}) == {
+        "conditioning_dropout_prob": {"txt": 0.2, "embedding": 0.25}
+    }
+    assert diffusion_options(unclip, {"conditioning_dropout_prob": 0.3}) == {
+        "conditioning_dropout_prob": {"txt": 0.3, "embedding": 0.25}
+    }
+    drop = diffusion_options({"embedding_dropout": 0.25}, {})["conditioning_dropout_prob"]
     assert drop == {"txt": 0.1, "embedding": 0.25}
 
 

@@ -129,8 +129,10 @@ def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
 
 def test_captions_are_dropped_as_the_model_config_says() -> None:
     model = "{params: {unet_config: {}, ucg_training: {txt: {p: 0.2, val: ''}}}}"
-    assert settings(model=model).objective == {"drop": 0.2}
-    assert settings(model="{params: {unet_config: {}}}").objective == {"drop": 0.0}
+    assert settings(model=model).objective == {"conditioning_dropout_prob": 0.2}
+    assert settings(model="{params: {unet_config: {}}}").objective == {
+        "conditioning_dropout_prob": 0.0
+    }
     assert settings("{optimizer: {}, trainer: {max_steps: 1}}", model=model).objective == {}
 
 
@@ -152,7 +154,7 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
     assert result.trainer.max_steps == 150
     assert result.callbacks.validate_steps == 100
     assert result.callbacks.save_steps == 50
-    assert (result.callbacks.best, result.callbacks.monitor) == (3, None)
+    assert (result.callbacks.save_top_k, result.callbacks.monitor) == (3, None)
 
 
 @pytest.mark.parametrize("interval", ["check_val_every_n_epoch: 1", "val_check_interval: 100"])
@@ -168,7 +170,11 @@ def test_what_the_original_monitors_is_monitored() -> None:
 
     def monitored(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
         result = read_settings(parse_yaml(text.format(held_out=held_out, lightning=lightning)))
-        return [result.callbacks.best, result.callbacks.monitor, result.callbacks.validate_epochs]
+        return [
+            result.callbacks.save_top_k,
+            result.callbacks.monitor,
+            result.callbacks.validate_epochs,
+        ]
 
     assert monitored("{root: x}") == [3, "val/loss_simple_ema", 1]
     assert monitored() == [0, None, None]
@@ -210,7 +216,7 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
     result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
     rate, _ = result.learning_rate()
     assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
-    optimizer = {"decay": "linear", "warm_up": 0}
+    optimizer = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
     ours = read_settings(
         {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
     )
@@ -224,6 +230,25 @@ SECTIONS = {
     "lora": schema.Lora,
     "textual_inversion": schema.TextualInversion,
 }
+
+
+def test_former_names_of_keys_are_read() -> None:
+    trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5, "shard": 2}
+    lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": {"best": -1}}
+    latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
+    result = read_settings({"lightning": lightning, "data": {"params": latents}})
+    assert result.trainer.gradient_checkpointing is True
+    assert (result.trainer.max_unreadable_fraction, result.trainer.shard_size) == (0.5, 2)
+    assert result.objective == {"noise_offset": 0.1}
+    assert result.callbacks.save_top_k == -1
+    renamed = {"cache": "cache", "variants_per_image": 3, "batch_size": 4}
+    assert result.raw["data"]["params"]["latents"] == renamed
+
+
+def test_a_key_under_both_names_is_refused() -> None:
+    message = r"^lightning\.optimizer\.warm_up is the former name of `lr_warmup_steps`: give one .*"
+    with pytest.raises(ValueError, match=message):
+        settings("{trainer: {max_steps: 1}, optimizer: {warm_up: 1, lr_warmup_steps: 1}}")
 
 
 def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
@@ -261,7 +286,10 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ("lightning.optimizer.betas=[0.9,2]", "betas: `2` should be less than 1"),
         ("lightning.optimizer.beta=[0.9,2]", "unknown key of adamw `beta`, did you mean `betas`"),
         ("lightning.objective.min_snr_gamma=-1", "`-1` should be greater than 0 or null"),
-        ("lightning.objective.drop={txt: 2}", "drop.txt: `2` should be less than or equal to 1"),
+        (
+            "lightning.objective.conditioning_dropout_prob={txt: 2}",
+            "conditioning_dropout_prob.txt: `2` should be less than or equal to 1",
+        ),
         ("lightning.objective.dropp=0", "lightning.objective: unknown key `dropp`, did you mean"),
         ("lightning.callbacks.prompts=5", "prompts: `5` should be a valid string or null"),
         ("lightning.callbacks.sampling.step=3", "sampling: unknown key `step`, did you mean `st"),

@@ -77,7 +77,8 @@ def settings(*overrides: str) -> Settings:
 def test_an_example_of_generative_models_is_understood() -> None:
     result = settings()
     assert result.objective == {
-        "drop": None, "loss_type": "l2", "weighting": "eps", "noise_levels": None,
+        "conditioning_dropout_prob": None, "loss_type": "l2", "weighting": "eps",
+        "noise_levels": None,
     }  # fmt: skip
     assert result.callbacks.sampling == {
         "sampler": "euler", "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5,
@@ -116,7 +117,7 @@ def test_an_example_of_generative_models_is_understood() -> None:
         ),
         (
             [LOSS + "offset_noise_level=0.05"],
-            "objective", {"offset_noise": 0.05, "offset_noise_by": "sample"},
+            "objective", {"noise_offset": 0.05, "noise_offset_by": "sample"},
         ),
         (["model.params.use_ema=true"], "optimizer", {"ema_decay": 0.9999}),
         (
@@ -231,7 +232,7 @@ def engine_loss(
     monkeypatch.setattr(torch, "bernoulli", lambda *_, **__: next(chances))
     params = golden.meta[f"config_{name}"]["params"]
     options = diffusion_options(params, translate_training(params)["objective"])
-    levels, drop = options.pop("noise_levels"), options.pop("drop", 0.0)
+    levels, drop = options.pop("noise_levels"), options.pop("conditioning_dropout_prob", 0.0)
     t = level
     if levels is not None:
         sigma = LogNormal(**levels).sigmas(torch.special.ndtr(level.double()))
@@ -253,7 +254,7 @@ def test_the_original_way_of_dropping_conditions_has_a_name(
     draws: list[Tensor] = []
     monkeypatch.setattr(torch, "bernoulli", lambda p, **_: draws.append(p) or torch.ones_like(p))
     for legacy, count in (((), 0), (("independent-dropout",), 3)):
-        task = Diffusion(model, drop=None, legacy=legacy)
+        task = Diffusion(model, conditioning_dropout_prob=None, legacy=legacy)
         task.loss({**batch, "z": batch["x"]}, torch.Generator().manual_seed(0))
         assert len(draws) == count
 

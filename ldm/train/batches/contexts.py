@@ -37,8 +37,8 @@ class CachedContexts:
         return self.store[self._key(caption)]
 
     @torch.inference_mode()
-    def fill(self, encoder: TextEncoder, captions: Iterable[str], batch: int = 64) -> int:
-        """Compute missing contexts of the captions and of "", `batch` at once."""
+    def fill(self, encoder: TextEncoder, captions: Iterable[str], batch_size: int = 64) -> int:
+        """Compute missing contexts of the captions and of "", `batch_size` at once."""
 
         def encode(texts: Sequence[str]) -> list[Entry]:
             cond = encoder.condition(texts)
@@ -47,7 +47,7 @@ class CachedContexts:
             return [{k: v[row] for k, v in tensors.items()} for row in range(len(texts))]
 
         items = [(self._key(caption), caption) for caption in dict.fromkeys(["", *captions])]
-        return self.store.fill(items, encode, batch_size=batch, unit="caption")
+        return self.store.fill(items, encode, batch_size=batch_size, unit="caption")
 
     def _key(self, caption: object) -> str:
         return digest(self.encoder_digest, caption)
@@ -58,7 +58,7 @@ def cache_contexts(
     images: Iterable[ImageDataset | Shards],
     cache: Path,
     *,
-    batch: int = 64,
+    batch_size: int = 64,
 ) -> None:
     """Set each text encoder's cache of outputs for all captions, computing missing ones.
 
@@ -76,7 +76,7 @@ def cache_contexts(
                 message = "data.params.texts: only photos without `tags` have fixed captions"
                 raise ValueError(message)
             captions = (text for row in source.metadata() for text in get_captions(row))
-            fill = partial(contexts.fill, encoder, captions, batch)
+            fill = partial(contexts.fill, encoder, captions, batch_size)
             if isinstance(source, Shards):
                 fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
             else:

@@ -190,8 +190,8 @@ def cache_latents(
     images: ImageDataset | Shards,
     cache: Path,
     *,
-    variants: int | None = None,
-    batch: int = 32,
+    variants_per_image: int | None = None,
+    batch_size: int = 32,
     precision: str = "16",
 ) -> LatentDataset | Shards:
     """Compute latents that are not in the cache; return the samples with latents.
@@ -200,8 +200,8 @@ def cache_latents(
 
     Args:
         cache: folder of the cache files.
-        variants: number per image; None = all named variants of the transform, else one.
-        batch: images encoded at once.
+        variants_per_image: None = all named variants of the transform, else one.
+        batch_size: images encoded at once.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
     transform = images.transform
@@ -209,17 +209,18 @@ def cache_latents(
         Store(cache, "latents"),
         transform,
         digest_model(model, transform, precision),
-        len(transform.variants) or 1 if variants is None else variants,
+        len(transform.variants) or 1 if variants_per_image is None else variants_per_image,
         precision,
     )
     if isinstance(images, Shards):
         inputs = _iter_shard_inputs(images, latents)
         sizes = None if transform.buckets is None else transform.buckets.sizes
         facts = (latents.model_digest, latents.variants, sizes)
-        fill_from_shards(latents.store, images, facts, lambda: latents.fill(inputs, model, batch))
+        fill = partial(latents.fill, inputs, model, batch_size)
+        fill_from_shards(latents.store, images, facts, fill)
         return images.with_samples(partial(_make_shard_sample, latents, images))
     dataset = LatentDataset(images, latents)
-    latents.fill(list(dataset.missing_inputs()), model, batch)
+    latents.fill(list(dataset.missing_inputs()), model, batch_size)
     return dataset
 
 

@@ -3,7 +3,7 @@
 params:
     train: {root: DIR, split: train, transform: {name: photo, size: 512}}   a folder
     validation: …                                                           as `train`
-    latents: {cache: DIR, variants: 5}            encode images once, before training
+    latents: {cache: DIR, variants_per_image: 5}            encode images once, before training
     texts: {cache: DIR}                           encode captions once, before training
     prior: {root, prompt, count, transform}       class images of DreamBooth
 """

@@ -79,7 +79,7 @@ IGNORED_IMAGE_LOGGER = (
 SAMPLING = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddim_eta": "eta"}
 SAVING = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
           "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
-SAVING_BEST = {"save_top_k": "best", "monitor": "monitor"}
+SAVING_BEST = ("save_top_k", "monitor")
 DEFAULT_SAVE_TOP_K = 3  # the original's, if the model has a `monitor`
 CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
 KNOWN = {
@@ -261,9 +261,12 @@ def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> Non
     values = _pop_renamed(params, SAVING)
     if params.get("mode", "min") == "min":
         params.pop("mode", None)
-        values |= _pop_renamed(params, SAVING_BEST)
+        values |= {key: params.pop(key) for key in SAVING_BEST if key in params}
     result.add("callbacks", **values)
-    reason = ": the last `keep` states are kept to resume from, the `best` weights by `monitor`"
+    reason = (
+        ": the last `keep_states` states are kept to resume from, the `save_top_k` best weights by "
+        "`monitor`"
+    )
     result.ignore("lightning.modelcheckpoint.params", params, reason)
 
 
@@ -291,13 +294,12 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
     """Translate training options among the parameters of the original's model class."""
     params = section(raw, "model.params")
     if params.get("scheduler_config") is not None:
-        if "decay" in result.sections.get("optimizer", {}):
+        if "lr_scheduler" in result.sections.get("optimizer", {}):
             result.notes.append(
-                "lightning.optimizer.decay (of the learning rate) replaces "
-                "model.params.scheduler_config"
+                "lightning.optimizer.lr_scheduler replaces model.params.scheduler_config"
             )
         else:
-            result.add("optimizer", schedule=params["scheduler_config"])
+            result.add("optimizer", scheduler_config=params["scheduler_config"])
     is_sgm = is_engine(section(raw, "model"))
     if is_sgm:
         _translate_engine(params, result)
@@ -310,11 +312,11 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
     _translate_monitor(raw, result)
     if is_sgm:
         result.add("trainer", scale_lr=False)
-        result.add("objective", drop=None)
+        result.add("objective", conditioning_dropout_prob=None)
     elif "unet_config" in params:
         key = params.get("cond_stage_key", "txt")
         dropout = (params.get("ucg_training") or {}).get(key) or {}
-        result.add("objective", drop=dropout.get("p", 0.0))
+        result.add("objective", conditioning_dropout_prob=dropout.get("p", 0.0))
 
 
 def _translate_engine(params: JsonMapping, result: _Translation) -> None:
@@ -340,4 +342,4 @@ def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
         result.add("callbacks", validate_epochs=1)
     losses = str((params.get("lossconfig") or {}).get("target"))
     if params.get("monitor") and ("unet_config" in params or losses.endswith("Discriminator")):
-        result.add("callbacks", monitor=params["monitor"], best=DEFAULT_SAVE_TOP_K)
+        result.add("callbacks", monitor=params["monitor"], save_top_k=DEFAULT_SAVE_TOP_K)

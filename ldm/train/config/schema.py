@@ -169,7 +169,7 @@ class Trainer(Section):
     strategy: Annotated[
         Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_short_strategy)
     ] = "auto"
-    shard: Count | None = None  # ranks that share one copy of the weights in hsdp
+    shard_size: Count | None = None  # of hsdp: ranks that share one copy of the weights; null: all
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
     seed: Annotated[int, Field(ge=-(10**12), le=10**12), TO_INTEGER] = (
         23  # seed * 1_000_003 + epoch fits 64 bits
@@ -177,11 +177,11 @@ class Trainer(Section):
     benchmark: Bool = False  # of cuDNN's algorithms
     compile: Bool = False  # the UNet, by torch.compile
     channels_last: Bool = False
-    checkpoint_gradients: Bool | None = None  # null: the model's `use_checkpoint`
+    gradient_checkpointing: Bool | None = None  # null: the model's `use_checkpoint`
     ema_device: Literal["cpu"] | None = None  # null: the device of the weights
-    keep: Count = 2  # number of newest resume states to keep
+    keep_states: Count = 2  # number of newest resume states to keep
     nan_limit: CountLimit = 10  # non-finite steps in a row that end the run
-    broken_share: Probability = 0.01  # maximum fraction of unreadable samples
+    max_unreadable_fraction: Probability = 0.01  # of the samples; more end the run
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
     sanity: Bool = True  # check the initial loss of a fine-tune
 
@@ -190,9 +190,9 @@ class Optimizer(Section):
     """Optimizer, learning rate schedule and EMA; `options` are keywords of the optimizer."""
 
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
-    warm_up: Nonnegative = 100  # steps
-    decay: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
-    schedule: JsonObject | None = None  # a `scheduler_config` of the original, instead
+    lr_warmup_steps: Nonnegative = 100
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    scheduler_config: JsonObject | None = None  # of the original, instead of the two above
     ema_decay: BelowOne = 0.9999  # 0: no EMA
     options: JsonObject = {}
 
@@ -290,7 +290,7 @@ class Callbacks(Section):
     validate_epochs: Positive | None = None
     validate_batches: Count = 8
     # number of exports with the lowest validation loss to keep; -1: all
-    best: Annotated[int, Field(ge=-1), TO_INTEGER] = 0
+    save_top_k: Annotated[int, Field(ge=-1), TO_INTEGER] = 0
     monitor: NonEmptyStr | None = (
         None  # validation loss; null: val/loss_ema, or val/loss without EMA
     )
@@ -326,15 +326,15 @@ class Denoising(CriterionOptions, total=False):
     """`lightning.objective` of a latent diffusion model: keywords of `Diffusion`."""
 
     # of conditions, by batch key or of the caption; null: each encoder's `ucg_rate`
-    drop: Probability | dict[str, Probability] | None
-    prior_weight: Nonnegative
+    conditioning_dropout_prob: Probability | dict[str, Probability] | None
+    prior_loss_weight: Nonnegative
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
     sigma_data: Positive
     noise_levels: NoiseLevels | None
     timesteps: Annotated[tuple[int, int], TO_TUPLE] | None
     noise_bias: Positive
-    offset_noise: Nonnegative
-    offset_noise_by: Literal["channel", "sample"]
+    noise_offset: Nonnegative
+    noise_offset_by: Literal["channel", "sample"]
     input_perturbation: Nonnegative
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY_TRAINING)]], TO_LIST]
     min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=True), OFF_AS_ZERO] | None
@@ -410,8 +410,9 @@ class CachedLatents(Section):
     """Latents of images, encoded once before training."""
 
     cache: Folder
-    variants: Count | None = None  # per image; null: all named variants of the transform, or 1
-    batch: Count = 32  # images encoded at once
+    # null: all named variants of the transform, or 1
+    variants_per_image: Count | None = None
+    batch_size: Count = 32  # images encoded at once
     precision: Annotated[Literal["16", "32"], BeforeValidator(str)] = "16"
 
 
@@ -419,7 +420,7 @@ class CachedTexts(Section):
     """Contexts of captions, encoded once before training."""
 
     cache: Folder
-    batch: Count = 64  # captions encoded at once
+    batch_size: Count = 64  # captions encoded at once
 
 
 class ClassImages(BaseModel):

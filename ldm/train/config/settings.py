@@ -12,6 +12,7 @@ from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
 from ldm.train.config.datamodules import translate_data_module
+from ldm.train.config.renamed import rename_keys
 from ldm.train.config.schema import (
     OPTIONS,
     Batches,
@@ -34,7 +35,9 @@ __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
 # Defaults of configs without `lightning.optimizer`, which were written for the original.
 ORIGINAL_TRAINER: JsonObject = {"gradient_clip_val": None, "scale_lr": True}
-ORIGINAL_OPTIMIZER: JsonObject = {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2}
+ORIGINAL_OPTIMIZER: JsonObject = {
+    "lr_warmup_steps": 0, "lr_scheduler": "constant", "weight_decay": 1e-2,
+}  # fmt: skip
 EPOCHS = 1000  # Lightning's default limit
 LIMITS = ("max_steps", "max_epochs", "max_time")
 T = TypeVar("T")
@@ -135,6 +138,7 @@ def read_settings(raw: JsonMapping) -> Settings:
         ValueError: a section or key is unknown (the message suggests the nearest one), or a value
             is not allowed.
     """
+    raw = rename_keys(raw)
     if data_module := lightning.section(raw, "data"):
         raw = {**raw, "data": translate_data_module(data_module)}
     model = validate(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
@@ -224,4 +228,6 @@ def _read_optimizer(values: JsonMapping) -> Optimizer:
 
 
 def _build_learning_rate(optimizer: Optimizer, lr: float) -> LearningRate:
-    return LearningRate(lr, optimizer.warm_up, optimizer.decay, optimizer.schedule)
+    return LearningRate(
+        lr, optimizer.lr_warmup_steps, optimizer.lr_scheduler, optimizer.scheduler_config
+    )

@@ -81,7 +81,7 @@ def _translate_loss(params: JsonMapping) -> JsonObject:
         check_name("loss_type", loss_type, LOSS_TYPES, where)
         objective["loss_type"] = loss_type
         if offset := loss.pop("offset_noise_level", 0):
-            objective |= {"offset_noise": offset, "offset_noise_by": "sample"}
+            objective |= {"noise_offset": offset, "noise_offset_by": "sample"}
         if loss.pop("batch2model_keys", None):
             raise ValueError(f"{where}: `batch2model_keys` are for video models, not supported")
         if loss:

@@ -20,7 +20,7 @@ from ldm.runtime.types import JsonMapping
 
 __all__ = ["SCHEDULER_CONFIG_KEY", "LearningRate", "build_lr_multiplier"]
 
-DECAYS = ("constant", "linear", "cosine")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
 LINEAR = "LambdaLinearScheduler"
 SINGLE_COSINE = "LambdaWarmUpCosineScheduler"
 CYCLE_KEYS = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
@@ -37,25 +37,25 @@ class LearningRate:
     """The learning rate as a function of the step and of the progress of the run."""
 
     lr: float
-    warm_up: float = 0  # steps, linear
-    decay: str = "constant"  # "linear" and "cosine" end at 0
-    schedule: JsonMapping | None = None  # a `scheduler_config`, instead of `warm_up` and `decay`
+    warmup_steps: float = 0  # linear
+    scheduler: str = "constant"  # "linear" and "cosine" end at 0
+    scheduler_config: JsonMapping | None = None  # of the original, instead of the two above
 
     def __post_init__(self) -> None:
-        check_name("decay", self.decay, DECAYS)
-        self(0, 0.0)  # raises early for a wrong `schedule`
+        check_name("lr_scheduler", self.scheduler, LR_SCHEDULERS)
+        self(0, 0.0)  # raises early for a wrong `scheduler_config`
 
     def __call__(self, step: int, progress: float) -> float:
         """Return the rate at a step, counted from 0.
 
         The decay depends on `progress` (0 … 1) of the run, which may be limited by time.
         """
-        if self.schedule:
-            return self.lr * build_lr_multiplier(self.schedule)(step)
+        if self.scheduler_config:
+            return self.lr * build_lr_multiplier(self.scheduler_config)(step)
         remaining = max(0.0, 1 - progress)
         cosine = 0.5 - 0.5 * math.cos(math.pi * remaining)
         factors = {"constant": 1.0, "linear": remaining, "cosine": cosine}
-        return self.lr * min(1.0, (step + 1) / max(1, self.warm_up)) * factors[self.decay]
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps)) * factors[self.scheduler]
 
 
 def build_lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:

@@ -95,7 +95,7 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
         ValueError: the monitored loss is not among them.
     """
     options = run.settings.callbacks
-    limit = options.best
+    limit = options.save_top_k
     if not (limit and losses):
         return []
     monitor = options.monitor or DEFAULT_MONITOR

@@ -87,6 +87,7 @@ def list_states(checkpoints: Path) -> list[Path]:
 def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
     """Read the config of the existing run, updated by files, then by overrides."""
     from ldm.loading.config import format_yaml, parse_yaml
+    from ldm.train.config.renamed import rename_keys
 
     saved = _find_configs(existing.folder) if existing else []
     files: list[str | Path] = [*saved, *request.configs]
@@ -99,7 +100,7 @@ def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObje
             start = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
             texts.append(format_yaml(start))
     where, sections = " + ".join(map(str, files)), ("data", "lightning")
-    return parse_yaml(texts, request.overrides, where=where, sections=sections)
+    return parse_yaml(texts, request.overrides, where=where, sections=sections, rename=rename_keys)
 
 
 def prepare_folder(

@@ -31,9 +31,9 @@ class Diffusion(Task):
     _: KW_ONLY
     # Probability of dropping the caption, for classifier-free guidance; or probabilities by batch
     # key; or None for the `ucg_rate` of each encoder.
-    drop: float | Mapping[str, float] | None = 0.1
+    conditioning_dropout_prob: float | Mapping[str, float] | None = 0.1
     # weight of the loss of "prior" samples, the class images of DreamBooth (arXiv:2208.12242)
-    prior_weight: float = 1.0
+    prior_loss_weight: float = 1.0
     # Keywords of `LogNormal`; None = uniform timesteps, or its defaults for continuous schedules.
     noise_levels: Mapping[str, float] | None = None
     timesteps: Sequence[int] | None = None  # range [first, end), (0, 200) for SDXL's refiner
@@ -42,8 +42,8 @@ class Diffusion(Task):
     noise_bias: float = 1.0
     # Standard deviation of extra noise that is constant over each channel, so that the model learns
     # to change the mean of an image; usually 0.1 (Guttenberg 2023).
-    offset_noise: float = 0.0
-    offset_noise_by: str = "channel"  # or "sample": the same constant in all channels
+    noise_offset: float = 0.0
+    noise_offset_by: str = "channel"  # or "sample": the same constant in all channels
     # standard deviation of extra noise in the input, not the target; usually 0.1 (arXiv:2301.11706)
     input_perturbation: float = 0.0
     scale_by_std: bool = False  # whether to export the measured `scale_factor`
@@ -82,7 +82,7 @@ class Diffusion(Task):
         prior = self._loss(batch["prior"], generator)
         return {
             **losses,
-            "loss": losses["loss"] + self.prior_weight * prior["loss"],
+            "loss": losses["loss"] + self.prior_loss_weight * prior["loss"],
             "instance": losses["loss"].detach(),
             "prior": prior["loss"].detach(),
             "t": torch.cat([losses["t"], prior["t"]]),
@@ -123,7 +123,7 @@ class Diffusion(Task):
 
         # Encode the conditions, dropping some at random.
         batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
-        cond = model.condition(batch, self.drop, generator, self.legacy)
+        cond = model.condition(batch, self.conditioning_dropout_prob, generator, self.legacy)
 
         # Predict, and compute the loss of the error.
         losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
@@ -137,10 +137,10 @@ class Diffusion(Task):
     def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         # On the CPU, so that a seed means the same noise on every device.
         noise = torch.randn(z.shape, generator=generator)
-        if self.offset_noise:
-            channels = z.shape[1] if self.offset_noise_by == "channel" else 1
+        if self.noise_offset:
+            channels = z.shape[1] if self.noise_offset_by == "channel" else 1
             offset = torch.randn((len(z), channels, 1, 1), generator=generator)
-            noise += self.offset_noise * offset
+            noise += self.noise_offset * offset
         input_noise = noise
         if self.input_perturbation:
             perturbation = torch.randn(z.shape, generator=generator)

@@ -1,0 +1,64 @@
+"""Former names of keys in the configs of runs, which are still accepted."""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from ldm.runtime.errors import ConfigError
+from ldm.runtime.types import JsonMapping, JsonObject
+
+__all__ = ["RENAMED_TRAINER_KEYS", "rename_keys"]
+
+Names: TypeAlias = Mapping[str, "str | Names"]
+
+# Former name -> name
+RENAMED_TRAINER_KEYS = {
+    "checkpoint_gradients": "gradient_checkpointing",
+    "keep": "keep_states",
+    "broken_share": "max_unreadable_fraction",
+    "shard": "shard_size",
+}
+RENAMED_KEYS: Names = {
+    "lightning": {
+        "trainer": RENAMED_TRAINER_KEYS,
+        "optimizer": {
+            "warm_up": "lr_warmup_steps",
+            "decay": "lr_scheduler",
+            "schedule": "scheduler_config",
+        },
+        "objective": {
+            "drop": "conditioning_dropout_prob",
+            "prior_weight": "prior_loss_weight",
+            "offset_noise": "noise_offset",
+            "offset_noise_by": "noise_offset_by",
+        },
+        "callbacks": {"best": "save_top_k"},
+    },
+    "data": {
+        "params": {
+            "latents": {"variants": "variants_per_image", "batch": "batch_size"},
+            "texts": {"batch": "batch_size"},
+        }
+    },
+}
+
+
+def rename_keys(config: JsonMapping, names: Names = RENAMED_KEYS, where: str = "") -> JsonObject:
+    """Return a config, or a section of it, with the present names of all keys.
+
+    Args:
+        names: former name -> name; for a section, the same of its keys.
+        where: dotted name of the section, for messages.
+    Raises:
+        ConfigError: a key is given under both names.
+    """
+    renamed: JsonObject = {}
+    for key, value in config.items():
+        name = names.get(key, key)
+        place = f"{where}.{key}" if where else key
+        if not isinstance(name, str):  # a section
+            renamed[key] = rename_keys(value, name, place) if isinstance(value, Mapping) else value
+        elif name != key and name in config:
+            raise ConfigError(f"{place} is the former name of `{name}`: give one of the two")
+        else:
+            renamed[name] = value
+    return renamed
