@@ -31,7 +31,7 @@ from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train.build import set_checkpointing
+from ldm.train.build import set_gradient_checkpointing
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.tasks.diffusion import Diffusion
@@ -141,7 +141,7 @@ def build_model(size: Size) -> Any:
     with torch.device("meta"):
         unet: Any = instantiate(spec["unet"], where="unet")
     fill(unet.to_empty(device="cpu"))
-    set_checkpointing(unet, on=False)  # as the baseline; SD 2's config asks for it
+    set_gradient_checkpointing(unet, enabled=False)  # as the baseline; SD 2's config asks for it
     schedule = instantiate(spec["schedule"], where="schedule")
     predicts, conditioner = spec["parameterization"], Conditioner(text=GivenEmbeddings())
     parts = {"unet": unet, "conditioner": conditioner, "autoencoder": PixelSpace()}

@@ -30,20 +30,20 @@ __all__ = [
     "build_task",
     "configure_model",
     "diffusion_options",
-    "set_checkpointing",
+    "set_gradient_checkpointing",
 ]
 
 
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
     """Apply the settings that affect time and memory of a step, but not its result.
 
-    `gradient_checkpointing`: see `set_checkpointing`; None keeps the setting of the model's config.
+    `gradient_checkpointing`: see `set_gradient_checkpointing`; None = as the model's config says.
     `channels_last`: memory format of convolutions, faster on tensor cores, a bit slower on CPUs.
-    `compile`: torch.compile of the UNet, or else of the whole model; the first step at each image
+    `compile`: torch.compile of the UNet, or of the whole autoencoder; the first step at each image
     size then takes a minute.
     """
     if trainer.gradient_checkpointing is not None:
-        set_checkpointing(model, trainer.gradient_checkpointing)
+        set_gradient_checkpointing(model, trainer.gradient_checkpointing)
     if trainer.channels_last:
         model.to(memory_format=torch.channels_last)
     if trainer.compile:
@@ -51,7 +51,7 @@ def configure_model(model: nn.Module, trainer: Trainer) -> None:
         network.compile()
 
 
-def set_checkpointing(model: nn.Module, on: bool = True) -> int:
+def set_gradient_checkpointing(model: nn.Module, enabled: bool = True) -> int:
     """Switch gradient checkpointing of all blocks on or off; gradients are the same.
 
     Chen et al. 2016 (arXiv:1604.06174).
@@ -61,7 +61,7 @@ def set_checkpointing(model: nn.Module, on: bool = True) -> int:
     """
     blocks = [module for module in model.modules() if isinstance(module, CheckpointedLayer)]
     for block in blocks:
-        block.use_checkpoint = on
+        block.use_checkpoint = enabled
     return len(blocks)
 
 
@@ -111,9 +111,10 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
     if params.get("embedding_dropout"):
         probabilities["embedding"] = params["embedding_dropout"]
     if probabilities:
-        own = objective.get("conditioning_dropout_prob", {})
-        own = own if isinstance(own, Mapping) else {"txt": own}
-        options["conditioning_dropout_prob"] = {"txt": 0.1, **probabilities, **own}
+        overrides = objective.get("conditioning_dropout_prob")
+        if not isinstance(overrides, Mapping):
+            overrides = {} if overrides is None else {"txt": overrides}
+        options["conditioning_dropout_prob"] = {"txt": 0.1, **probabilities, **overrides}
     conditioner = (params.get("conditioner_config") or {}).get("params") or {}
     if any(embedder.get("ucg_rate") for embedder in conditioner.get("emb_models") or []):
         options.setdefault("conditioning_dropout_prob", None)
@@ -136,8 +137,8 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
     options = {"name": optimizer.name, **optimizer.options}
     if optimizer.name == "adamw" and task.betas is not None:
         options.setdefault("betas", task.betas)
-    discriminator = None
     model = _build_network(task.trainable, task.loss, ranks, options)
+    discriminator = None
     if task.discriminator is not None:
         discriminator = _build_network(task.discriminator, task.discriminator_loss, ranks, options)
     ema_device = torch.device("cpu") if trainer.ema_device else None
@@ -154,7 +155,9 @@ def _build_network(
     module: nn.Module, loss: LossFunction, ranks: Ranks, options: Mapping[str, Any]
 ) -> TrainedNetwork:
     if ranks.world_size > 1 and not is_sharded(module):
-        loss = DistributedDataParallel(  # some weights of text encoders are unused
+        # Some weights, such as CLIP's `logit_scale`, are not used by the loss.
+        loss = DistributedDataParallel(
             LossModule(module, loss), gradient_as_bucket_view=True, find_unused_parameters=True
         )
+    # The learning rate is set before each step.
     return TrainedNetwork(module, make_optimizer(module, 0.0, **options), loss)

@@ -140,11 +140,9 @@ def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Se
 
 def _describe(request: TrainRequest) -> Iterator[str]:
     """Yield the whole config, and an estimate of the memory that it needs."""
-    from ldm.loading.config import format_yaml
     from ldm.train import estimate
 
     settings = _read(request, run_folder.find_run(request))
-    yield format_yaml(settings.raw)
     processes = launch.count_processes(settings.devices, request.processes)
     yield from estimate.describe(settings, processes=processes)
 
@@ -299,7 +297,7 @@ def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -
     from ldm.train.config import lightning, schema
     from ldm.train.config.renamed import RENAMED_TRAINER_KEYS
 
-    known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN["trainer"]]
+    known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN_KEYS["trainer"]]
     for name in trainer:
         if name not in known and name not in RENAMED_TRAINER_KEYS:
             options = [spelling.lstrip("-") for spelling in spellings]

@@ -1,6 +1,7 @@
 """The training loop.
 
-    batches -> losses -> gradients -> clip -> optimizer -> EMA; periodically save, draw, validate
+    batches -> losses -> gradients -> clip -> optimizer -> EMA
+    now and then: save, draw samples, validate, export, evaluate
 
 A step has `batches_per_step` batches: number of processes x gradient accumulation. Batches are
 numbered through the whole run, and all random numbers of a batch depend on its index only, so that
@@ -40,7 +41,7 @@ __all__ = ["save", "train", "train_step"]
 
 log = logging.getLogger(__name__)
 
-Work = Sequence[tuple[int, Sample]]  # batches of a step with their indices in the run
+IndexedBatches = Sequence[tuple[int, Sample]]  # of a step, with their indices in the run
 Actions = Mapping[str, tuple[Every, Callable[[], object]]]  # name -> (when, action)
 
 
@@ -56,12 +57,13 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))
 
     # Convert epochs to steps, and compute the learning rate.
-    epoch = run.source.batches_per_epoch(run.batch_size)
-    accumulation = (
-        state.batches_per_step // ranks.world_size
-    )  # a resumed run keeps its batches per step
+    batches_per_epoch = run.source.batches_per_epoch(run.batch_size)
+    # A resumed run keeps its batches per step, on any number of processes.
+    accumulation = state.batches_per_step // ranks.world_size
     settings = run.settings.change(trainer={"accumulate_grad_batches": accumulation})
-    settings = settings.count_epochs(epoch and epoch / state.batches_per_step)
+    settings = settings.convert_epochs(
+        batches_per_epoch and batches_per_epoch / state.batches_per_step
+    )
     run = replace(run, settings=settings)
     learning_rate, explanation = settings.learning_rate(ranks.world_size)
     for line in (*settings.notes, explanation):
@@ -78,8 +80,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     )
     timesteps: TimestepLog | None = None
     if isinstance(run.model, LatentDiffusion):
-        count = len(run.model.schedule)
-        timesteps = TimestepLog(run.folder, ranks, count, start=state.step)
+        timesteps = TimestepLog(run.folder, ranks, len(run.model.schedule), start=state.step)
 
     # Check the initial weights of a fine-tune.
     if run.is_fine_tune and not state.step and settings.trainer.sanity:
@@ -125,10 +126,10 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     ):
         is_stopped = False
         while run.progress() < 1 and not is_stopped:
-            work = _next_batches(run, batches, broken)
+            step_batches = _next_batches(run, batches, broken)
             lr = learning_rate(state.step, run.progress())
-            losses = train_step(run, work, lr)
-            is_stopped, due = _agree(run, timer.stop(), signals.take(), actions)
+            losses = train_step(run, step_batches, lr)
+            is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
             if timesteps is not None and "t" in losses:
                 timesteps.add(losses["t"], losses["losses"])
             with _log_failures("log"):
@@ -142,7 +143,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         _draw(run, loggers, timesteps)
 
 
-def train_step(run: Run, work: Work, lr: float) -> Losses:
+def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
     """Update all trained networks and the EMA once, and return the losses of this process."""
     state, task = run.state, run.task
     task.step = state.step
@@ -152,7 +153,7 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
     for network in state.networks.values():
         if network is state.discriminator and not task.trains_discriminator:
             continue
-        losses = {**_compute_gradients(run, network, work), **losses}  # "loss" is the model's
+        losses = {**_compute_gradients(run, network, batches), **losses}  # "loss" is the model's
         norm = _clip_gradients(network, state.scale.value, run.settings.trainer.gradient_clip_val)
         is_finite &= math.isfinite(norm)
         if math.isfinite(norm):
@@ -170,7 +171,7 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
     state.scale.update(is_finite)
     state.is_consistent = True
     if not is_finite and not state.scale.is_adapting:
-        _count_bad_step(run, work, losses)
+        _count_bad_step(run, batches, losses)
     return losses
 
 
@@ -219,69 +220,77 @@ def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> 
     return actions
 
 
-def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> Work:
+def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> IndexedBatches:
     """Read this process's batches of the step."""
     state, ranks = run.state, run.ranks
     end = state.position + state.batches_per_step
     indices = range(state.position + ranks.rank, end, ranks.world_size)
-    work = [(index, next(batches)) for index in indices]
-    for _, batch in work:
+    indexed = [(index, next(batches)) for index in indices]
+    for _, batch in indexed:
         broken.add(batch.pop("broken", []), run.batch_size)
-    return work
+    return indexed
 
 
-def _compute_gradients(run: Run, network: TrainedNetwork, work: Work) -> Losses:
+def _compute_gradients(run: Run, network: TrainedNetwork, batches: IndexedBatches) -> Losses:
     """Compute the mean gradients over the step's batches, times the loss scale."""
     network.optimizer.zero_grad(set_to_none=True)
-    scale = run.state.scale.value / len(work)
+    scale = run.state.scale.value / len(batches)
     outputs: list[Losses] = []
-    for k, (index, batch) in enumerate(work):
-        with _synchronizing(network, is_last=k == len(work) - 1):
+    for k, (index, batch) in enumerate(batches):
+        with _gradient_sync(network, is_last=k == len(batches) - 1):
             with run.autocast():
                 losses = network.loss(batch, seed_batch(run.seed, index))
             (losses["loss"] * scale).backward()
         outputs.append({name: value.detach() for name, value in losses.items()})
-    return {name: _join([losses[name] for losses in outputs]) for name in outputs[0]}
+    return {name: _merge_losses([losses[name] for losses in outputs]) for name in outputs[0]}
 
 
-def _join(values: Sequence[Tensor]) -> Tensor:
+def _merge_losses(values: Sequence[Tensor]) -> Tensor:
+    """Return the mean of scalars, all values of losses per sample (B,)."""
     return torch.cat(list(values)) if values[0].ndim else torch.stack(list(values)).mean()
 
 
-def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContextManager[None]:
-    """Exchange gradients between processes only in the last batch's backward pass."""
+def _gradient_sync(network: TrainedNetwork, *, is_last: bool) -> AbstractContextManager[None]:
+    """Exchange gradients between processes only in the last batch's backward pass.
+
+    Of sharded weights, this is switched here; of the others, by the returned context.
+    """
     if isinstance(network.loss, DistributedDataParallel):
         return nullcontext() if is_last else network.loss.no_sync()
     parallel.sync_gradients(network.module, is_last)
     return nullcontext()
 
 
-def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) -> float:
-    """Divide gradients by the loss scale and clip their norm; return the norm before clipping."""
+def _clip_gradients(network: TrainedNetwork, scale: float, max_norm: float | None) -> float:
+    """Divide gradients by the loss scale and clip their norm; return the norm before clipping.
+
+    Args:
+        max_norm: None = no clipping.
+    """
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
     # On all processes: the norm of sharded gradients is that of all shards together.
     total = parallel.gather({"norm": nn.utils.get_total_norm(gradients)})["norm"]
     norm = float(total) / scale
-    factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0  # as clip_grad_norm_
+    factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # as clip_grad_norm_
     if math.isfinite(norm) and factor / scale != 1:
         torch._foreach_mul_(gradients, factor / scale)  # no public torch function takes a list
     return norm
 
 
-def _agree(
+def _agree_on_actions(
     run: Run, seconds: float, requests: set[str], actions: Actions
 ) -> tuple[bool, list[str]]:
     """Agree with the other processes on training time, on stopping, and on due actions."""
     is_first = run.ranks.is_first
     due = {name: every(run.state.step) and is_first for name, (every, _) in actions.items()}
     requested = [due[name] or name in requests for name in actions]
-    # The first process's clock counts for all: the others add 0 to the maximum.
+    # The first process's clock counts for all: the others contribute 0 to the maximum.
     total = run.state.seconds + seconds if is_first else 0.0
     run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *requested])
     return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 
 
-def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
+def _count_bad_step(run: Run, batches: IndexedBatches, losses: Mapping[str, Tensor]) -> None:
     """Count a step with non-finite gradients; raise if there are too many in a row."""
     state = run.state
     state.skipped += 1
@@ -290,7 +299,7 @@ def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
     log.warning("step %d is skipped: its loss is %g", state.step, loss)
     if state.bad_steps >= run.settings.trainer.nan_limit or not run.is_finite("state"):
         path = run.folder / f"not-finite-rank{run.ranks.rank}.pt"
-        torch.save([batch for _, batch in work], path)
+        torch.save([batch for _, batch in batches], path)
         raise FloatingPointError(
             f"{state.bad_steps} steps in a row had no finite gradients, the last loss is {loss:g}; "
             f"its batches are in `{path}`; `{run.checkpoints}` has earlier states"

@@ -8,18 +8,33 @@ __all__ = ["TrainRequest"]
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A request to train, check, validate or export."""
+    """A request to train, check, validate or export.
 
-    configs: tuple[str, ...] = ()  # YAML files; later ones override earlier ones
-    overrides: tuple[str, ...] = ()  # `key.sub=value`, which override all files
+    Args:
+        configs: YAML files or diffusers folders; later ones override earlier ones.
+        overrides: `key.sub=value`, which override all files.
+        validate: whether to print the losses on held-out data.
+        dry_run: whether to print the whole config and its memory instead.
+        name: name of the run.
+        resume: a run or one of its states; "" = the newest of this name; None = a new run.
+        logdir: folder of runs.
+        processes: number to start on this machine; 0 = one for each GPU of the config.
+        threads: CPU threads of each process; None = torch's default.
+        allow_commands: whether to run `pipe:COMMAND` addresses of shards.
+        debug: whether to show tracebacks, and open pdb on a terminal.
+        argv: command-line arguments, for other processes of the run.
+    """
+
+    configs: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     train: bool = False
-    validate: bool = False  # whether to print the losses on held-out data
-    dry_run: bool = False  # whether to print the whole config and its memory instead
+    validate: bool = False
+    dry_run: bool = False
     name: str = ""
-    resume: str | None = None  # a run or one of its states; "": the newest of this name; None: no
-    logdir: Path = Path("logs")  # folder of runs
-    processes: int = 0  # number to start on this machine; 0: one for each GPU of the config
-    threads: int | None = None  # CPU threads of each process; None: torch's default
-    allow_commands: bool = False  # whether to run `pipe:COMMAND` addresses of shards
-    debug: bool = False  # whether to show tracebacks, and open pdb on a terminal
-    argv: tuple[str, ...] = ()  # command-line arguments, for other processes of the run
+    resume: str | None = None
+    logdir: Path = Path("logs")
+    processes: int = 0
+    threads: int | None = None
+    allow_commands: bool = False
+    debug: bool = False
+    argv: tuple[str, ...] = ()

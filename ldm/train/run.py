@@ -35,18 +35,24 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by `trai
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a training run, of which only `state` changes."""
+    """The parts of a training run, of which only `state` changes.
+
+    Args:
+        config_text: the config as YAML, for the metadata of exports; "" = none.
+        held_out: validation data; None = none.
+        is_fine_tune: whether the model had weights to start from.
+    """
 
     settings: Settings
-    config_text: str  # as YAML, for the metadata of exports
+    config_text: str
     folder: Path
     device: torch.device
     ranks: Ranks
     task: Task
     state: State
     source: Source
-    held_out: Source | None  # for validation
-    is_fine_tune: bool  # whether the model had weights to start from
+    held_out: Source | None
+    is_fine_tune: bool
 
     @property
     def model(self) -> LatentDiffusion | AutoencoderKL:
@@ -58,7 +64,7 @@ class Run:
 
     @property
     def batch_size(self) -> int:
-        """Samples per batch; a step of a process has `accumulate_grad_batches` batches."""
+        """Samples per batch, of which each process has `accumulate_grad_batches` in a step."""
         return self.settings.data.batch_size
 
     @property
@@ -81,7 +87,7 @@ class Run:
     @property
     def states(self) -> States:
         """The resume states on disk."""
-        return States(self.checkpoints, self.ranks, keep=self.settings.trainer.keep_states)
+        return States(self.checkpoints, self.ranks, limit=self.settings.trainer.keep_states)
 
     def progress(self) -> float:
         """Return the completed fraction of the run, by steps or by time, whichever is larger."""
@@ -97,27 +103,34 @@ class Run:
 
     def is_finite(self, what: str) -> bool:
         """Return whether the weights on all ranks are finite; else log that `what` is skipped."""
-        (is_lost,) = self.ranks.max([not self.state.is_finite()])
-        if is_lost:
+        (any_not_finite,) = self.ranks.max([not self.state.is_finite()])
+        if any_not_finite:
             step = self.state.step
             log.error("step %d: weights are NaN or inf, no %s is written", step, what)
-        return not is_lost
+        return not any_not_finite
 
     def resume(self, path: Path | None = None) -> None:
-        """Load a state, by default the newest of this run; batches per step stay the same."""
+        """Load a state, with the number of batches per step that it had.
+
+        Args:
+            path: folder of the state; None = the newest of this run.
+        Raises:
+            ValueError: there is no state, it is of another model, or its batches per step cannot be
+                shared by these processes.
+        """
         path = path or self.states.newest()
         if path is None:
             raise ValueError(f"`{self.checkpoints}` has no state to resume from")
         self.states.load(self.state, path)
-        batches, world_size = self.state.batches_per_step, self.ranks.world_size
-        if batches % world_size:
+        count, world_size = self.state.batches_per_step, self.ranks.world_size
+        if count % world_size:
             raise ValueError(
-                f"a step of `{path}` is {batches} batches, {world_size} processes cannot share them"
+                f"a step of `{path}` is {count} batches, {world_size} processes cannot share them"
             )
-        accumulation = batches // world_size
+        accumulation = count // world_size
         if accumulation != self.settings.trainer.accumulate_grad_batches:
-            log.info("%d batches per step, as before: %d x %d ranks",
-                     batches, accumulation, world_size)  # fmt: skip
+            message = "%d batches per step, as before: %d x %d ranks"
+            log.info(message, count, accumulation, world_size)
 
 
 def build_run(
@@ -158,7 +171,9 @@ def build_run(
     if params.get("scale_by_std") and not is_fine_tune:
         if data.latents:
             raise ValueError("`scale_by_std` does not go with `data.params.latents`")
-        images = torch.stack([one["jpg"] for one in source.fixed_samples(settings.data.batch_size)])
+        images = torch.stack(
+            [sample["jpg"] for sample in source.fixed_samples(settings.data.batch_size)]
+        )
         set_scale_by_std(model, images, seed_batch(trainer.seed, 0))
 
     log.info("Setting up the training state")
@@ -180,6 +195,6 @@ def build_run(
 
 def seed_batch(seed: int, index: int) -> torch.Generator:
     """Return the random generator of a batch, and seed torch's global one for dropout."""
-    batch_seed = (seed * 0x9E3779B1 + index) % 2**32  # 2^32 / golden ratio: seeds lie far apart
+    batch_seed = (seed * 0x9E3779B1 + index) % 2**32  # 2^32 / golden ratio: they lie far apart
     torch.manual_seed(batch_seed)
     return torch.Generator().manual_seed(batch_seed)

@@ -13,7 +13,7 @@ from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
-from ldm.train.build import configure_model, set_checkpointing
+from ldm.train.build import configure_model, set_gradient_checkpointing
 from ldm.train.config.schema import Trainer
 from ldm.train.tasks.diffusion import Diffusion
 from quick import some
@@ -63,7 +63,7 @@ def gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
 def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast: bool) -> None:
     """Bit by bit: the same operations are done twice, dropout draws the same numbers."""
     plain, saving = model_of(tower), model_of(tower)
-    assert set_checkpointing(saving) > 10
+    assert set_gradient_checkpointing(saving) > 10
     ours, theirs = gradients(saving, autocast), gradients(plain, autocast)
     assert ours.keys() == theirs.keys()
     assert {name.split(".")[0] for name in ours} == {"unet", "conditioner"}
@@ -75,7 +75,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
     numbers = []
     for on in (False, True):
         model = model_of()
-        set_checkpointing(model, on)
+        set_gradient_checkpointing(model, on)
         sizes: list[int] = []
 
         def note(x: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -92,7 +92,7 @@ def test_the_autoencoder_can_save_memory_too() -> None:
     losses = []
     for on in (False, True):
         autoencoder = model_of().autoencoder.requires_grad_(True)
-        assert set_checkpointing(autoencoder, on) == 10
+        assert set_gradient_checkpointing(autoencoder, on) == 10
         loss = autoencoder.decode(torch.ones(1, 4, 4, 4)).square().mean()
         loss.backward()
         losses.append(autoencoder.decoder.conv_in.weight.grad)  # type: ignore[union-attr]

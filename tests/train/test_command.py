@@ -17,6 +17,7 @@ from ldm.train.command import main, parse
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
+from ldm.train.estimate import Memory
 from ldm.train.request import TrainRequest
 from ldm.train.runs import run_folder
 from ldm.train.runs.run_folder import ExistingRun, find_run, prepare_folder, read_config
@@ -225,6 +226,14 @@ def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
     assert len(list((folder / "configs").iterdir())) == 2
     other = parse(["-r", str(folder), "-b", TINY])
     assert read_config(other, find_run(other))["data"]["params"]["batch_size"] == 8
+
+
+def test_a_dry_run_prints_the_config_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.train.estimate.estimate", lambda *_: Memory(1, 1, 1, 1, 1, 1, 1, 1))
+    assert main(["-b", TINY, "-l", str(tmp_path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("base_learning_rate: ") == 1
 
 
 def test_former_names_of_keys_are_read_in_every_file_and_override(tmp_path: Path) -> None:

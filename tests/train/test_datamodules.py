@@ -141,7 +141,10 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
             "prior: {root: x, prompt: a dog, count: 1, transform: {}}}}",
             "`prior` needs a folder or a hub",
         ),
-        (f"{{params: {{batch_size: 1, train: {FOLDER}, latents: {{batch_size: 1}}}}}}", "needs `cache`"),
+        (
+            f"{{params: {{batch_size: 1, train: {FOLDER}, texts: {{batch_size: 1}}}}}}",
+            "data.params.texts needs `cache`",
+        ),
         (
             f"{{params: {{batch_size: 1, train: {FOLDER}, latents: {{cache: x, variant: 2}}}}}}",
             "data.params.latents: unknown key `variant`, did you mean `variants_per_image`",

@@ -183,6 +183,8 @@ def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
     assert diffusion_options(unclip, {"conditioning_dropout_prob": 0.3}) == {
         "conditioning_dropout_prob": {"txt": 0.3, "embedding": 0.25}
     }
+    unset = {"conditioning_dropout_prob": None}
+    assert diffusion_options(unclip, unset) == diffusion_options(unclip, {})
     drop = diffusion_options({"embedding_dropout": 0.25}, {})["conditioning_dropout_prob"]
     assert drop == {"txt": 0.1, "embedding": 0.25}
 

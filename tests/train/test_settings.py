@@ -149,8 +149,8 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
     result = settings("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
                     "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
     with pytest.raises(ValueError, match="no known length, give `max_steps`"):
-        result.count_epochs(None)
-    result = result.count_epochs(50)
+        result.convert_epochs(None)
+    result = result.convert_epochs(50)
     assert result.trainer.max_steps == 150
     assert result.callbacks.validate_steps == 100
     assert result.callbacks.save_steps == 50
@@ -161,6 +161,20 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
 def test_no_validation_batches_switch_validation_off(interval: str) -> None:
     callbacks = settings(f"{{trainer: {{limit_val_batches: 0, {interval}}}}}").callbacks
     assert (callbacks.validate_steps, callbacks.validate_epochs) == (None, None)
+
+
+def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
+    result = settings("{trainer: {limit_val_batches: 0.5, profiler: simple, min_steps: 3}}")
+    assert result.callbacks.validate_batches == 8
+    ignored = [note.split()[0].rpartition(".")[2] for note in result.notes if "ignored" in note]
+    assert ignored == ["profiler", "min_steps", "limit_val_batches"]
+
+
+def test_a_fast_dev_run_has_as_many_steps_as_it_says() -> None:
+    limits = [
+        settings(f"{{trainer: {{fast_dev_run: {n}}}}}").trainer.max_steps for n in ("true", 5)
+    ]
+    assert limits == [1, 5]
 
 
 def test_what_the_original_monitors_is_monitored() -> None:
@@ -180,6 +194,8 @@ def test_what_the_original_monitors_is_monitored() -> None:
     assert monitored() == [0, None, None]
     fewer = "{modelcheckpoint: {params: {save_top_k: 1, monitor: val/loss_simple}}}"
     assert monitored("{root: x}", fewer) == [1, "val/loss_simple", 1]
+    none = "{modelcheckpoint: {params: {save_top_k: 0}}}"
+    assert monitored("{root: x}", none) == [0, "val/loss_simple_ema", 1]
     highest = "{modelcheckpoint: {params: {mode: max, monitor: val/psnr}}}"
     assert monitored("{}", highest) == [0, None, None]
 
@@ -290,7 +306,10 @@ def test_the_keywords_of_tasks_are_known() -> None:
             "lightning.objective.conditioning_dropout_prob={txt: 2}",
             "conditioning_dropout_prob.txt: `2` should be less than or equal to 1",
         ),
-        ("lightning.objective.dropp=0", "lightning.objective: unknown key `dropp`, did you mean"),
+        (
+            "lightning.objective.noise_ofset=0",
+            "lightning.objective: unknown key `noise_ofset`, did",
+        ),
         ("lightning.callbacks.prompts=5", "prompts: `5` should be a valid string or null"),
         ("lightning.callbacks.sampling.step=3", "sampling: unknown key `step`, did you mean `st"),
         ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` should be greater"),

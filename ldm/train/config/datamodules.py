@@ -9,7 +9,7 @@ The data sets of the published configs were never published; errors name the key
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ldm.data.options import rename_options
 from ldm.runtime.errors import check_names, unknown_name
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 WEB_MODULE = "ldm.data.laion.WebDataModuleFromConfig"
 SGM_MODULE = "sgm.data.dataset.StableDataModuleFromConfig"
 SPLITS = ("train", "validation")
-KINDS = ("root", "shards", "hub")
+STORAGE_KEYS = ("root", "shards", "hub")
 # Ignored arguments of the originals' data modules, and why.
 IGNORED_PARAMETERS = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
@@ -40,9 +40,13 @@ IGNORED_IN_DATASETS = {
     ),
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
-TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # implied by ours
-
-
+TO_TENSOR = (
+    "ToTensor",
+    "Normalize",
+    "Rearrange",
+    "Lambda",
+    "ToPILImage",
+)  # our transforms do the same
 DATASETS = {  # class -> {argument: our key}
     "ldm.data.simple.FolderData": {"root_dir": "root"},
     "ldm.data.simple.hf_dataset": {
@@ -60,7 +64,7 @@ def read_data(section: JsonMapping) -> Data:
     target = section.get("target", "main.DataModuleFromConfig")
     values = (section.get("params") or {}).items()
     params = {k: v for k, v in values if v is not None and v is not False and v != {}}
-    _drop(params, IGNORED_PARAMETERS, "data.params")
+    _pop_ignored(params, IGNORED_PARAMETERS, "data.params")
     if target == WEB_MODULE:
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
@@ -105,6 +109,7 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
         if name == "TorchVisionImageTransforms":
             photo |= _pop_transform({"image_transforms": params.get("transforms")}, where)
         elif name == "AddOriginalImageSizeAsTupleAndCropToSquare":
+            # the parameters `h_key` and `w_key`
             keys = [
                 params.get(f"{side[0]}_key", f"original_{side}") for side in ("height", "width")
             ]
@@ -119,15 +124,15 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
 
 
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
-    if "target" in spec and all(spec.get(kind) is None for kind in KINDS):
+    if "target" in spec and all(spec.get(key) is None for key in STORAGE_KEYS):
         spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
     # Our keys replace a data set of the original, which another config file may have set.
     spec = {k: v for k, v in spec.items() if v is not None and k not in ("target", "params")}
-    kinds = [f"`{kind}`" for kind in KINDS if kind in spec]
-    if len(kinds) > 1:
-        both = " and ".join(kinds)
-        raise ValueError(f"{where} has {both}: set all but one to null, and their options")
-    if not kinds:
+    storage = [f"`{key}`" for key in STORAGE_KEYS if key in spec]
+    if len(storage) > 1:
+        keys = " and ".join(storage)
+        raise ValueError(f"{where} has {keys}: set all but one to null, and their options")
+    if not storage:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
     if not isinstance(spec.get("transform"), Mapping):
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
@@ -144,9 +149,9 @@ def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonOb
     names = DATASETS.get(str(target))
     if names is None:
         raise _cannot_read(where, target, params.get("size", 512))
-    _drop(params, IGNORED_IN_DATASETS, where)
+    _pop_ignored(params, IGNORED_IN_DATASETS, where)
     transform = _pop_transform(params, where)
-    _refuse_others(params, names, where)
+    check_names("key", params, names, where)
     return {names[key]: value for key, value in params.items()} | {"transform": transform}
 
 
@@ -161,7 +166,7 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
             where, spec = f"data.params.{split}", dict(params[split])
             shards = spec.pop("shards", None) or []
             shards = [shards] if isinstance(shards, str) else list(shards)
-            web = {
+            translated = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
                 "shuffle": spec.pop("shuffle", 0) // 8,  # one buffer there, one per stream (8) here
                 "length": spec.pop("n_examples", None),
@@ -170,8 +175,8 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
                 "maximum": maximum or None,
             }
             spec.pop("image_key", None)  # ours finds the image by its suffix
-            _refuse_others(spec, web, where)
-            params[split] = web
+            check_names("key", spec, translated, where)
+            params[split] = translated
     return params
 
 
@@ -189,28 +194,24 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
             photo["flip"] = options.get("p", 0.5)
         elif name not in TO_TENSOR:
             raise unknown_name("transform", spec["target"], (), where)
-    after = params.pop("postprocess", None)
-    if after:
-        name, options = after["target"].rpartition(".")[2], after.get("params") or {}
+    postprocess = params.pop("postprocess", None)
+    if postprocess:
+        target = postprocess["target"]
+        name, options = target.rpartition(".")[2], postprocess.get("params") or {}
         if name == "AddMask":
             photo["conditions"] = {"mask": {"full_probability": options.get("p_drop", 0.0)}}
         elif name == "AddLR":
             photo["conditions"] = {"lr": {"factor": options["factor"]}}
         else:
-            raise unknown_name("postprocess", after["target"], ("AddMask", "AddLR"), where)
+            raise unknown_name("postprocess", target, ("AddMask", "AddLR"), where)
     return photo
 
 
-def _drop(params: JsonObject, reasons: Mapping[str, str], where: str) -> None:
+def _pop_ignored(params: JsonObject, reasons: Mapping[str, str], where: str) -> None:
     """Remove ignored keys, and log why they are ignored."""
     for key, reason in reasons.items():
         if params.pop(key, None):
             log.info("%s.%s is ignored: %s", where, key, reason)
-
-
-def _refuse_others(params: JsonMapping, known: Iterable[str], where: str) -> None:
-    names = list(known)
-    check_names("key", params, names, where)
 
 
 def _cannot_read(where: str, target: object, size: object = 512) -> ValueError:

@@ -19,7 +19,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, list_fields
 from ldm.train.config.sgm import is_engine, translate_training
 
-__all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
+__all__ = ["KNOWN_KEYS", "SECTIONS", "read_gpus", "section", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 # Ignored arguments of Lightning's Trainer, and why.
@@ -82,7 +82,7 @@ SAVING = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
 SAVING_BEST = ("save_top_k", "monitor")
 DEFAULT_SAVE_TOP_K = 3  # the original's, if the model has a `monitor`
 CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
-KNOWN = {
+KNOWN_KEYS = {
     "trainer": (*IGNORED_TRAINER, *list_fields(LightningTrainer)),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
 }
@@ -176,7 +176,7 @@ def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
 
 def _translate_trainer(result: _Translation) -> None:
     trainer = result.sections.get("trainer", {})
-    for key in trainer.keys() & IGNORED_TRAINER.keys():
+    for key in [key for key in trainer if key in IGNORED_TRAINER]:
         del trainer[key]
         result.ignore("lightning.trainer", [key], f": {IGNORED_TRAINER[key]}")
     arguments = {key: trainer.pop(key, None) for key in list_fields(LightningTrainer)}
@@ -184,7 +184,7 @@ def _translate_trainer(result: _Translation) -> None:
         if trainer.get(key) == -1:  # unlimited, for Lightning
             trainer[key] = None
     if arguments["fast_dev_run"]:
-        trainer["max_steps"] = 1
+        trainer["max_steps"] = int(arguments["fast_dev_run"])  # a number of batches; true is 1
     if arguments["terminate_on_nan"]:
         trainer.setdefault("nan_limit", 1)
     if arguments["log_every_n_steps"] is not None:
@@ -203,6 +203,9 @@ def _translate_trainer(result: _Translation) -> None:
         result.add("callbacks", validate_epochs=arguments["check_val_every_n_epoch"])
     if isinstance(batches, int) and batches > 0:
         result.add("callbacks", validate_batches=batches)
+    elif batches:  # in Lightning a float is a fraction of the validation data
+        reason = ": give a number of batches, or lightning.callbacks.validate_batches"
+        result.ignore("lightning.trainer", ["limit_val_batches"], reason)
 
 
 def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
@@ -215,7 +218,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
         name = CALLBACK_NAMES.get(class_name, key)
         if target and class_name not in CALLBACK_NAMES:
             raise unknown_name("callback", target, CALLBACK_NAMES, f"lightning.callbacks.{key}")
-        if name not in KNOWN["callbacks"]:
+        if name not in KNOWN_KEYS["callbacks"]:
             continue
         del callbacks[key]
         if name in BUILT_IN_CALLBACKS:
@@ -257,7 +260,8 @@ def _translate_step_checkpoints(params: JsonObject, result: _Translation) -> Non
 
 
 def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> None:
-    params = {key: value for key, value in params.items() if value}
+    # `save_last: false` and the like ask for nothing, but `save_top_k: 0` does.
+    params = {key: value for key, value in params.items() if value or key == "save_top_k"}
     values = _pop_renamed(params, SAVING)
     if params.get("mode", "min") == "min":
         params.pop("mode", None)
@@ -321,15 +325,15 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
 
 def _translate_engine(params: JsonMapping, result: _Translation) -> None:
     """Translate training options among the parameters of an `sgm` model."""
-    theirs = translate_training(params)
-    if "name" in result.sections.get("optimizer", {}) and theirs["optimizer"]:
+    translated = translate_training(params)
+    if "name" in result.sections.get("optimizer", {}) and translated["optimizer"]:
         result.notes.append("lightning.optimizer.name replaces model.params.optimizer_config")
-        theirs["optimizer"] = {}
-    sampling = theirs["callbacks"].pop("sampling", {})
-    for name, values in theirs.items():
+        translated["optimizer"] = {}
+    sampling = translated["callbacks"].pop("sampling", {})
+    for name, values in translated.items():
         result.add(name, **values)
-    own = result.sections.setdefault("callbacks", {}).get("sampling") or {}
-    result.sections["callbacks"]["sampling"] = {**sampling, **own}
+    callbacks = result.sections.setdefault("callbacks", {})
+    callbacks["sampling"] = {**sampling, **(callbacks.get("sampling") or {})}
 
 
 def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
@@ -340,6 +344,7 @@ def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
     is_set = result.sections.get("callbacks", {}).keys() & {"validate_steps", "validate_epochs"}
     if not is_set and "shards" not in (data.get("train") or {}):
         result.add("callbacks", validate_epochs=1)
-    losses = str((params.get("lossconfig") or {}).get("target"))
-    if params.get("monitor") and ("unet_config" in params or losses.endswith("Discriminator")):
+    # Other autoencoder tasks have no losses of the names that `monitor` may have there.
+    loss_class = str((params.get("lossconfig") or {}).get("target"))
+    if params.get("monitor") and ("unet_config" in params or loss_class.endswith("Discriminator")):
         result.add("callbacks", monitor=params["monitor"], save_top_k=DEFAULT_SAVE_TOP_K)

@@ -58,7 +58,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-EXTRA = "extra_forbidden"
+UNKNOWN_KEY = "extra_forbidden"  # pydantic's type of error
 # Our texts for pydantic's messages that name Python types.
 EXPECTATIONS = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
@@ -77,12 +77,12 @@ def parse_duration(value: object) -> float:
     Raises:
         ValueError: the value has another form.
     """
-    parts = str(0 if value is False else value).split(":")
+    fields = str(0 if value is False else value).split(":")  # false: `off`
     try:
         if isinstance(value, dict):
             return timedelta(**value).total_seconds()
-        units = (1, 60, 3600, 86400)[: len(parts)]
-        return sum(float(p) * unit for p, unit in zip(reversed(parts), units, strict=True))
+        units = (1, 60, 3600, 86400)[: len(fields)]
+        return sum(float(f) * unit for f, unit in zip(reversed(fields), units, strict=True))
     except (TypeError, ValueError):
         raise ValueError("should be a time (DD:HH:MM:SS or seconds)") from None
 
@@ -103,7 +103,7 @@ def _check_whole(value: float) -> float:
     return value
 
 
-def _short_strategy(value: object) -> str:
+def _shorten_strategy(value: object) -> str:
     """Return `ddp` for a class …DDPStrategy or a name such as ddp_find_unused_parameters_false."""
     name = value.get("target") if isinstance(value, Mapping) else value
     short = str(name).rpartition(".")[2].lower().removesuffix("strategy").partition("_")[0]
@@ -136,7 +136,7 @@ Positive = Annotated[float, Field(gt=0), OFF_AS_ZERO]
 Probability = Annotated[float, Field(ge=0, le=1), OFF_AS_ZERO]
 BelowOne = Annotated[float, Field(ge=0, lt=1), OFF_AS_ZERO]
 NonEmptyStr = Annotated[str, Field(pattern=r"\S")]
-Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+ExpandedPath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
 # An interval of 0 or infinity means never.
 NonnegativeOrInf = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF_AS_ZERO]
 CountLimit = Annotated[
@@ -167,7 +167,7 @@ class Trainer(Section):
     scale_lr: Bool = False  # lr = accumulate_grad_batches x ranks x batch_size x base_learning_rate
     precision: Annotated[Literal["32", "bf16-mixed", "16-mixed"], PRECISION] = "32"
     strategy: Annotated[
-        Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_short_strategy)
+        Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_shorten_strategy)
     ] = "auto"
     shard_size: Count | None = None  # of hsdp: ranks that share one copy of the weights; null: all
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
@@ -181,7 +181,7 @@ class Trainer(Section):
     ema_device: Literal["cpu"] | None = None  # null: the device of the weights
     keep_states: Count = 2  # number of newest resume states to keep
     nan_limit: CountLimit = 10  # non-finite steps in a row that end the run
-    max_unreadable_fraction: Probability = 0.01  # of the samples; more end the run
+    max_unreadable_fraction: Probability = 0.01  # of the samples; beyond it the run ends
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
     sanity: Bool = True  # check the initial loss of a fine-tune
 
@@ -409,7 +409,7 @@ class Batches(BaseModel):
 class CachedLatents(Section):
     """Latents of images, encoded once before training."""
 
-    cache: Folder
+    cache: ExpandedPath
     # null: all named variants of the transform, or 1
     variants_per_image: Count | None = None
     batch_size: Count = 32  # images encoded at once
@@ -419,7 +419,7 @@ class CachedLatents(Section):
 class CachedTexts(Section):
     """Contexts of captions, encoded once before training."""
 
-    cache: Folder
+    cache: ExpandedPath
     batch_size: Count = 64  # captions encoded at once
 
 
@@ -427,7 +427,7 @@ class ClassImages(BaseModel):
     """Class images of DreamBooth; other keys are those of a folder."""
 
     model_config = OPEN
-    root: Folder
+    root: ExpandedPath
     prompt: NonEmptyStr
     count: Count
     transform: JsonObject
@@ -470,14 +470,19 @@ def list_fields(section: type) -> list[str]:
 
 
 def validate(
-    section: type[T], values: object, where: str, *, kind: str = "key", also: Collection[str] = ()
+    section: type[T],
+    values: object,
+    where: str,
+    *,
+    kind: str = "key",
+    also: Collection[str] = (),
 ) -> T:
     """Validate the values of a section.
 
     Args:
         where: dotted name of the section, for messages.
         kind: what messages call a key.
-        also: further keys that messages may suggest for an unknown one.
+        also: other keys that messages may suggest for an unknown one.
     Raises:
         ValueError: a key is unknown or a value is not allowed; for the first one, in one line.
     """
@@ -486,14 +491,14 @@ def validate(
     except ValidationError as error:
         # Of the errors of a union, those about types say the least.
         problem = min(
-            error.errors(), key=lambda p: (p["type"] != EXTRA, p["type"].endswith("_type"))
+            error.errors(), key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"))
         )
     names = [str(name) for name in problem["loc"] if str(name).isidentifier()]
-    if problem["type"] == EXTRA:
+    if problem["type"] == UNKNOWN_KEY:
         parent = section
         for name in names[:-1]:
-            kind_of_value = get_type_hints(parent)[name]
-            parent = next(iter(get_args(kind_of_value)), kind_of_value)  # X of `X | None`
+            hint = get_type_hints(parent)[name]
+            parent = next(iter(get_args(hint)), hint)  # X of `X | None`
         place = ".".join([where, *names[:-1]])
         raise unknown_name(kind, names[-1], [*list_fields(parent), *also], place)
     if problem["type"] == "missing":

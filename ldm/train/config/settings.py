@@ -45,36 +45,50 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run."""
+    """The devices of a run.
 
-    # indices, or a count, -1 = all; None: one process, on the first GPU if any
+    Args:
+        gpus: indices, or a count, -1 = all; None = one process, on the first GPU if there is one.
+        num_nodes: number of machines.
+    """
+
     gpus: list[int] | int | None = None
-    num_nodes: int = 1  # number of machines
+    num_nodes: int = 1
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run."""
+    """The settings of one run.
 
-    raw: JsonMapping  # the whole config
+    Args:
+        raw: the whole config.
+        objective: keywords of the task.
+        lora: LoRA to train for a frozen model; None = none.
+        textual_inversion: token embedding to train for a frozen model; None = none.
+        notes: lines for the user, on translated and ignored keys.
+    """
+
+    raw: JsonMapping
     model: Model
     data: Batches
     trainer: Trainer
     optimizer: Optimizer
-    objective: Denoising | Reconstruction  # keywords of the task
+    objective: Denoising | Reconstruction
     callbacks: Callbacks
     devices: Devices = Devices()
-    lora: Lora | None = None  # to train for a frozen model; None: none
-    textual_inversion: TextualInversion | None = None  # the same
-    notes: tuple[str, ...] = ()  # lines for the user, on translated and ignored keys
+    lora: Lora | None = None
+    textual_inversion: TextualInversion | None = None
+    notes: tuple[str, ...] = ()
 
     def change(self, **sections: JsonMapping) -> "Settings":
         """Return a copy with changed values, not validated: `change(trainer={"max_steps": 3})`."""
-        old = vars(self)
-        new = {name: old[name].model_copy(update=values) for name, values in sections.items()}
-        return replace(self, **new)
+        current = vars(self)
+        changed = {
+            name: current[name].model_copy(update=values) for name, values in sections.items()
+        }
+        return replace(self, **changed)
 
-    def count_epochs(self, steps: Fraction | int | None) -> "Settings":
+    def convert_epochs(self, steps: Fraction | int | None) -> "Settings":
         """Return a copy with all numbers of epochs converted to steps.
 
         Args:
@@ -108,11 +122,11 @@ class Settings:
         base = self.model.base_learning_rate or 0.0
         lr, line = base, f"learning rate {base:.2e} (base_learning_rate, scale_lr false)"
         if self.trainer.scale_lr:
-            accumulation, batch = self.trainer.accumulate_grad_batches, self.data.batch_size
-            lr = accumulation * world_size * batch * base
+            accumulation, batch_size = self.trainer.accumulate_grad_batches, self.data.batch_size
+            lr = accumulation * world_size * batch_size * base
             line = (
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
-                f"(ranks) x {batch} (batch_size) x {base:.2e} (base_learning_rate)"
+                f"(ranks) x {batch_size} (batch_size) x {base:.2e} (base_learning_rate)"
             )
         return _build_learning_rate(self.optimizer, lr), line
 
@@ -145,7 +159,7 @@ def read_settings(raw: JsonMapping) -> Settings:
     validate(ModelParams, _get_values(raw, "model.params"), "model.params")
     data = validate(Batches, _get_values(raw, "data.params"), "data.params")
     where = "lightning.trainer"
-    theirs = validate(LightningTrainer, _get_values(raw, where), where)
+    lightning_trainer = validate(LightningTrainer, _get_values(raw, where), where)
     sections, notes = lightning.translate(raw)
     for name in sections:
         if name not in SECTIONS:
@@ -154,9 +168,9 @@ def read_settings(raw: JsonMapping) -> Settings:
     values = {name: sections.get(name, {}) for name in SECTIONS}
     if "optimizer" not in (raw.get("lightning") or {}):
         values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
-        scaled = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
+        scaling = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
         notes.append(
-            f"no `lightning.optimizer`: AdamW as in the original, learning rate {scaled}, "
+            f"no `lightning.optimizer`: AdamW as in the original, learning rate {scaling}, "
             "no clipping"
         )
         adam = {"weight_decay": 0.0} if is_autoencoder else {}  # the original's is not AdamW there
@@ -168,9 +182,9 @@ def read_settings(raw: JsonMapping) -> Settings:
         values["trainer"] = {**values["trainer"], "max_epochs": EPOCHS}
         notes.append(f"lightning.trainer has no limit: {EPOCHS} epochs, as in Lightning")
 
-    def read(kind: type[T], section: str) -> T:
-        also = lightning.KNOWN.get(section, ())
-        return validate(kind, values[section], f"lightning.{section}", also=also)
+    def read(schema_class: type[T], section: str) -> T:
+        also = lightning.KNOWN_KEYS.get(section, ())
+        return validate(schema_class, values[section], f"lightning.{section}", also=also)
 
     return Settings(
         raw=raw,
@@ -182,7 +196,9 @@ def read_settings(raw: JsonMapping) -> Settings:
             read(Reconstruction, "objective") if is_autoencoder else read(Denoising, "objective")
         ),
         callbacks=read(Callbacks, "callbacks"),
-        devices=Devices(lightning.read_gpus(theirs), theirs.get("num_nodes", 1)),
+        devices=Devices(
+            lightning.read_gpus(lightning_trainer), lightning_trainer.get("num_nodes", 1)
+        ),
         lora=read(Lora, "lora") if values["lora"] else None,
         textual_inversion=(
             read(TextualInversion, "textual_inversion") if values["textual_inversion"] else None
@@ -208,17 +224,17 @@ def _get_values(raw: JsonMapping, where: str) -> JsonObject:
 
 
 def _read_optimizer(values: JsonMapping) -> Optimizer:
-    """Read the optimizer; keys that are not ours are options of the chosen one."""
-    where, own = "lightning.optimizer", schema.list_fields(Optimizer)
-    own.remove("options")
-    common = {key: value for key, value in values.items() if key in own}
+    """Read the optimizer; keys that not all optimizers have are options of the chosen one."""
+    where, common_keys = "lightning.optimizer", schema.list_fields(Optimizer)
+    common_keys.remove("options")
+    common = {key: value for key, value in values.items() if key in common_keys}
     optimizer = validate(Optimizer, common, where)
     options: JsonObject = validate(
         OPTIONS[optimizer.name],
-        {key: value for key, value in values.items() if key not in own},
+        {key: value for key, value in values.items() if key not in common_keys},
         where,
         kind=f"key of {optimizer.name}",
-        also=own,
+        also=common_keys,
     )
     try:
         _build_learning_rate(optimizer, 1.0)

@@ -67,12 +67,12 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
 
 def _translate_loss(params: JsonMapping) -> JsonObject:
     denoiser = (params.get("denoiser_config") or {}).get("params") or {}
-    weighting = denoiser.get("weighting_config")  # its place in configs before November 2023
+    weighting = denoiser.get("weighting_config")  # its place in configs of before November 2023
     objective: JsonObject = {}
     loss: JsonObject = {}
     if params.get("loss_fn_config"):
         where = f"{PARAMS}.loss_fn_config"
-        _, loss = _read(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
+        _, loss = _read_target(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
         weighting = loss.pop("loss_weighting_config", weighting)
         sampler = loss.pop("sigma_sampler_config", None)
         if sampler is not None:
@@ -87,7 +87,7 @@ def _translate_loss(params: JsonMapping) -> JsonObject:
         if loss:
             raise unknown_name("parameter", next(iter(loss)), (), where)
     if weighting is not None:
-        name, options = _read(weighting, WEIGHTINGS, f"{PARAMS}.loss_weighting_config")
+        name, options = _read_target(weighting, WEIGHTINGS, f"{PARAMS}.loss_weighting_config")
         objective["weighting"] = WEIGHTINGS[name]
         if "sigma_data" in options:
             objective["sigma_data"] = options["sigma_data"]
@@ -96,7 +96,7 @@ def _translate_loss(params: JsonMapping) -> JsonObject:
 
 def _translate_levels(spec: JsonMapping, where: str) -> JsonObject | None:
     """Return keywords of `LogNormal`; None for a uniform draw of timesteps."""
-    name, params = _read(spec, ("DiscreteSampling", "EDMSampling"), where)
+    name, params = _read_target(spec, ("DiscreteSampling", "EDMSampling"), where)
     if name == "DiscreteSampling":
         return None
     check_names("parameter", params, NOISE_LEVELS, where)
@@ -104,7 +104,7 @@ def _translate_levels(spec: JsonMapping, where: str) -> JsonObject | None:
 
 
 def _translate_optimizer(spec: JsonMapping) -> JsonObject:
-    name, params = _read(spec, OPTIMIZERS, f"{PARAMS}.optimizer_config")
+    name, params = _read_target(spec, OPTIMIZERS, f"{PARAMS}.optimizer_config")
     if name == "Adam":  # the same without weight decay
         params.setdefault("weight_decay", 0.0)
         if params["weight_decay"]:
@@ -114,21 +114,21 @@ def _translate_optimizer(spec: JsonMapping) -> JsonObject:
 
 def _translate_sampler(spec: JsonMapping) -> JsonObject:
     where = f"{PARAMS}.sampler_config"
-    name, params = _read(spec, SAMPLERS, where)
+    name, params = _read_target(spec, SAMPLERS, where)
     sampling: JsonObject = {"sampler": SAMPLERS[name]}
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
     sampling |= {name: params[name] for name in STEP_NOISE if params.get(name) is not None}
     if params.get("discretization_config"):
-        discretization, _ = _read(params["discretization_config"], SCHEDULERS, where)
+        discretization, _ = _read_target(params["discretization_config"], SCHEDULERS, where)
         sampling["scheduler"] = SCHEDULERS[discretization]
     if params.get("guider_config"):
-        guider, options = _read(params["guider_config"], GUIDERS, where)
+        guider, options = _read_target(params["guider_config"], GUIDERS, where)
         sampling["scale"] = options.get("scale") if GUIDERS[guider] is None else GUIDERS[guider]
     return sampling
 
 
-def _read(
+def _read_target(
     spec: Any, known: Mapping[str, object] | tuple[str, ...], where: str
 ) -> tuple[str, JsonObject]:
     """Return the class name in `target`, and a copy of `params` without nulls.

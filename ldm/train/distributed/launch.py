@@ -52,21 +52,21 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
 
     available, gpus = torch.cuda.device_count(), devices.gpus
     if isinstance(gpus, list):
-        numbers = gpus
+        indices = gpus
     else:
-        numbers = list(range(available if gpus == -1 else gpus or 0))
-    count = per_node or max(1, len(numbers))
+        indices = list(range(available if gpus == -1 else gpus or 0))
+    count = per_node or max(1, len(indices))
     if devices.num_nodes > 1:
         raise ValueError(NODES.format(nodes=devices.num_nodes, count=count, program=PROGRAM))
     if available:
         if gpus is not None:
-            _set_visible_devices(numbers, available)
-    elif len(numbers) > 1 and not per_node:
+            _set_visible_devices(indices, available)
+    elif len(indices) > 1 and not per_node:
         raise ValueError(
-            f"{len(numbers)} GPUs requested, none available\nhint: --nproc {len(numbers)} starts "
+            f"{len(indices)} GPUs requested, none available\nhint: --nproc {len(indices)} starts "
             "as many processes on the CPU"
         )
-    elif numbers:
+    elif indices:
         log.info("no GPU available, training on the CPU")
     if count > 1:
         _replace_process(["--standalone", f"--nproc-per-node={count}", "-m", "--", PROGRAM, *argv])
@@ -79,15 +79,15 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
         choose: takes the ids of the torchruns that started the processes, some of which stay the
             same when processes are restarted after a failure.
     """
-    own = _torchrun_id()
+    torchrun_id = _torchrun_id()
     if rank_and_world_size()[1] == 1:
-        return choose([own] if own else [])
+        return choose([torchrun_id] if torchrun_id else [])
     from ldm.runtime.device import pick_device
     from ldm.train.distributed import parallel
 
     ranks = parallel.connect(pick_device(None))
-    torchruns = sorted({*ranks.gather(own)} - {""})
-    choice = ranks.run_on_first(lambda: choose(torchruns))
+    torchrun_ids = sorted({*ranks.gather(torchrun_id)} - {""})
+    choice = ranks.run_on_first(lambda: choose(torchrun_ids))
     if ranks.heartbeat is not None:
         ranks.heartbeat.stop()  # the run has a heartbeat of its own
     return choice
@@ -97,7 +97,9 @@ def _torchrun_id() -> str:
     """Return an id of the torchrun that started this process; "" if none."""
     launch_id = os.environ.get("TORCHELASTIC_RUN_ID")
     parent = os.getppid()
-    try:  # tells processes of the same number apart, in other containers or after a reboot
+    # Process ids repeat in other containers and after a reboot: add start time and boot id.
+    try:
+        # Field 22 is the start time; field 2, a name in parentheses, may contain spaces.
         start = Path(f"/proc/{parent}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
         start += " " + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     except (OSError, IndexError):  # not Linux
@@ -105,13 +107,13 @@ def _torchrun_id() -> str:
     return f"{launch_id} {platform.node()} {parent} {start}" if launch_id else ""
 
 
-def _set_visible_devices(numbers: Sequence[int], available: int) -> None:
+def _set_visible_devices(indices: Sequence[int], available: int) -> None:
     """Hide the other GPUs from this process and its children."""
-    if any(number >= available for number in numbers):
-        raise ValueError(f"GPU {max(numbers)} requested, {available} available, counted from 0")
+    if any(index >= available for index in indices):
+        raise ValueError(f"GPU {max(indices)} requested, {available} available, counted from 0")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(number) for number in range(available)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in numbers)
+    names = visible.split(",") if visible else [str(index) for index in range(available)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[index] for index in indices)
 
 
 def _replace_process(arguments: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
     ddp     every process holds all weights; gradients are averaged
     fsdp    weights, gradients, optimizer and EMA are sharded over all processes
-    hsdp    the same within groups of `shard` processes; gradients are averaged between groups
+    hsdp    the same within groups of `shard_size` processes; gradients are averaged between groups
 
 Processes are started by torchrun or Slurm, on one machine or many. In a single process, everything
 here is a no-op.
@@ -46,16 +46,19 @@ __all__ = [
 
 T = TypeVar("T")
 
-BLOCKS = (ResBlock, TransformerBlock)  # units of sharding, gathered one at a time
+BLOCKS = (ResBlock, TransformerBlock)  # sharded separately, so that one is gathered at a time
 START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
-COLLECTIVE_TIMEOUT = timedelta(
-    hours=2
-)  # long, as ranks may be busy; the heartbeat detects dead ones
+# Long, as ranks may be busy; the heartbeat detects dead ones.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass
 class Ranks:
-    """The rank of this process, and collectives over all processes."""
+    """The rank of this process, and collectives over all processes.
+
+    Args:
+        heartbeat: detects lost processes; None in a single process.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -159,33 +162,33 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
 def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
     """Agree on a unique name for this start of the processes.
 
-    Processes that are restarted after a failure find the same store, with stale addresses in it. So
-    each announces itself by a new name, and waits for an answer to that name.
+    Processes that are restarted after a failure find the same store, with stale values in it. So
+    each process requests the session by a new id, and rank 0 replies to that id.
 
     Raises:
         TimeoutError, DistStoreError: some processes did not start.
     """
     if rank:
-        name = uuid4().hex
-        store.set(f"newcomer/{rank}", name)
-        store.wait([f"turn/{name}"], START_TIMEOUT)
-        session: str = store.get(f"turn/{name}").decode()
-        store.set(f"{session}/{rank}", "here")
+        request = uuid4().hex
+        store.set(f"request/{rank}", request)
+        store.wait([f"reply/{request}"], START_TIMEOUT)
+        session: str = store.get(f"reply/{request}").decode()
+        store.set(f"{session}/{rank}", "joined")
         return session
     session = uuid4().hex
-    names = {""}
+    answered = {""}
     start = time.monotonic()
-    others = range(1, world_size)
-    while not store.check([f"{session}/{other}" for other in others]):
-        for key in (f"newcomer/{other}" for other in others):
-            name = store.get(key).decode() if store.check([key]) else ""
-            if name not in names:
-                store.set(f"turn/{name}", session)
-                names.add(name)
+    other_ranks = range(1, world_size)
+    while not store.check([f"{session}/{other}" for other in other_ranks]):
+        for key in (f"request/{other}" for other in other_ranks):
+            request = store.get(key).decode() if store.check([key]) else ""
+            if request not in answered:
+                store.set(f"reply/{request}", session)
+                answered.add(request)
         if time.monotonic() - start > START_TIMEOUT.total_seconds():
-            present = sum(store.check([f"{session}/{other}"]) for other in others)
+            joined = sum(store.check([f"{session}/{other}"]) for other in other_ranks)
             raise TimeoutError(
-                f"{present} of {len(others)} other processes have started in {START_TIMEOUT}"
+                f"{joined} of {len(other_ranks)} other processes have started in {START_TIMEOUT}"
             )
         time.sleep(0.05)
     return session
@@ -210,7 +213,7 @@ class Heartbeat(threading.Thread):
         self.stopped = threading.Event()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
-        self.store = dist.PrefixStore(f"pulse/{session}", store)
+        self.store = dist.PrefixStore(f"heartbeat/{session}", store)
 
     def run(self) -> None:
         last = dict.fromkeys(self.watched, (0, time.monotonic()))
@@ -252,46 +255,48 @@ class LossModule(nn.Module):
 
 
 def shard(
-    module: nn.Module, world_size: int, strategy: str, group_size: int | None, device: str
+    module: nn.Module, world_size: int, strategy: str, shard_size: int | None, device: str
 ) -> None:
     """Shard the weights over the processes in place; each block is gathered when it is used.
 
     Args:
         strategy: "fsdp" or "hsdp".
-        group_size: number of processes that share one copy, for "hsdp".
+        shard_size: number of processes that share one copy, for "hsdp"; None for "fsdp".
         device: device type, such as "cuda".
     """
     shape: tuple[int, ...] = (world_size,)
     if strategy == "hsdp":
-        if not group_size or world_size % group_size:
-            raise ValueError(f"`shard` is {group_size}, it must divide the {world_size} processes")
-        shape = (world_size // group_size, group_size)
+        if not shard_size or world_size % shard_size:
+            raise ValueError(
+                f"`shard_size` is {shard_size}, it must divide the {world_size} processes"
+            )
+        shape = (world_size // shard_size, shard_size)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
-    for part in module.children() if isinstance(module, nn.ModuleDict) else [module]:
-        if any(p.requires_grad for p in part.parameters()):
-            for block in [m for m in part.modules() if isinstance(m, BLOCKS)]:
+    for network in module.children() if isinstance(module, nn.ModuleDict) else [module]:
+        if any(p.requires_grad for p in network.parameters()):
+            for block in [m for m in network.modules() if isinstance(m, BLOCKS)]:
                 fully_shard(block, mesh=mesh)
             # CLIP's `logit_scale`: scalars cannot be sharded, and no loss depends on it
-            scalars = {p for p in part.parameters() if p.ndim == 0}
-            fully_shard(part, mesh=mesh, ignored_params=scalars)
+            scalars = {p for p in network.parameters() if p.ndim == 0}
+            fully_shard(network, mesh=mesh, ignored_params=scalars)
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
     """Set whether the next backward pass exchanges the gradients of sharded weights."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(enabled, recurse=False)
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def reshard(module: nn.Module) -> None:
     """Free weights that a forward pass without backward pass has left gathered."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    return any(isinstance(submodule, FSDPModule) for submodule in module.modules())
 
 
 def gather(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class SignalHandler:
 
     def take(self) -> set[str]:
         """Return the actions requested since the last call, "stop" and "save"."""
-        count = len(self.pending)  # a signal may come at any moment
+        count = len(self.pending)  # a signal may add one at any moment
         actions = set(self.pending[:count])
         del self.pending[:count]
         return actions

@@ -42,11 +42,15 @@ Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 @dataclass(frozen=True)
 class States:
-    """The resume states in a folder of checkpoints, of which the newest `keep` are kept."""
+    """The resume states in a folder of checkpoints.
+
+    Args:
+        limit: number of newest states that `save` keeps.
+    """
 
     folder: Path
     ranks: Ranks
-    keep: int = 2
+    limit: int = 2
 
     def newest(self) -> Path | None:
         """Return the newest complete state; None if there is none."""
@@ -110,7 +114,7 @@ class States:
         flush_to_disk(self.folder)
         # Later states belong to a branch that was abandoned when an older state was resumed.
         states = list_states(self.folder)
-        newest = [old for old in states if old.name <= path.name][-self.keep :]
+        newest = [old for old in states if old.name <= path.name][-self.limit :]
         for old in states:
             if old not in newest:
                 old.replace(old.with_name(f".{old.name}.gone"))
