@@ -14,10 +14,11 @@ from ldm.generate.request import Request
 from ldm.generate.start_noise import seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
 from ldm.model import LatentDiffusion
-from ldm.pipelines.common import TaskOptions, check_clip_skip
 from ldm.pipelines.guidance import GuidanceOptions
 from ldm.pipelines.latent_upscaling import Upscaling
-from ldm.pipelines.sampling import Callback, SamplingOptions
+from ldm.pipelines.options import TaskOptions
+from ldm.pipelines.sampling_options import Callback, SamplingOptions
+from ldm.pipelines.task import check_clip_skip
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import NonFinite
 

@@ -18,15 +18,15 @@ from ldm.loading.load import DEMO_CHECKPOINT, file_variant, find_variant_early, 
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.pipelines.common import check_clip_skip
 from ldm.pipelines.families import FAMILIES, wrong_family
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling import (
+from ldm.pipelines.sampling_options import (
     SamplingOptions,
     explain_excess,
     explain_high_start,
-    run_sigmas,
+    get_sigmas,
 )
+from ldm.pipelines.task import check_clip_skip
 from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.files import find_file, read_text
 
@@ -122,7 +122,7 @@ def _explain_start(request: Request, model: LatentDiffusion) -> str | None:
         "steps": sampling.steps, "sampler": sampling.sampler, "scheduler": sampling.scheduler,
         "rho": sampling.rho, "sigmas": sampling.sigmas,
     }  # fmt: skip
-    sigmas = run_sigmas(model, Quirks.of(model, sampling.legacy), options)
+    sigmas = get_sigmas(model, Quirks.of(model, sampling.legacy), options)
     return explain_high_start(sampling.sampler, sampling.scheduler, float(sigmas[0]))
 
 

@@ -8,7 +8,7 @@ from ldm.generate.groups import Sampling
 from ldm.generate.request import Request
 from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults, LatentDiffusion
-from ldm.pipelines.sampling import default_scheduler
+from ldm.pipelines.sampling_options import default_scheduler
 
 __all__ = ["describe_variant", "resolve_sampling"]
 

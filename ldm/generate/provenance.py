@@ -27,7 +27,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 from ldm.pipelines.freeu import find_factors
 from ldm.pipelines.latent_upscaling import FACTOR
-from ldm.pipelines.sampling import default_scheduler
+from ldm.pipelines.sampling_options import default_scheduler
 from ldm.runtime.files import sha256_of_file
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__

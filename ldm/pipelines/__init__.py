@@ -1,14 +1,21 @@
 """Tasks such as text to image, as functions.
 
-sampling     condition -> latent: the sampling loop, and DDIM inversion
-tasks        txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
-variations   unclip, vary, and the Karlo prior
-families     the families of models, and the tasks for each
-quirks       differences of the original scripts, enabled by the keyword `legacy`
+tasks               txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
+variations          unclip, vary, and the Karlo prior
+task                their decorator, which checks model and keywords
+options             their keywords; those for prompts, SDXL, … are beside what reads them
+generate            what the tasks with prompts have in common: encode, sample, decode
+prompts             texts -> parsed prompts
+conditions          parsed prompts and other inputs -> conditions of a model
+images              images -> latents, and back
+sampling            condition -> latent: the sampling loop, and DDIM inversion
+sampling_options    its keywords: noise levels, defaults, checks
+families            the families of models, and the task for each
+quirks              differences of the original scripts, enabled by the keyword `legacy`
 """
 
 from ldm.diffusion.names import LEGACY
-from ldm.pipelines.common import add_depth, encode_image
+from ldm.pipelines.images import add_depth, encode_image
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.pipelines.quirks import noise_source, seeded_noise
 from ldm.pipelines.sampling import invert, sample

@@ -22,7 +22,8 @@ from ldm.nets.circular import circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Noise, Quirks
-from ldm.pipelines.sampling import SamplingOptions, default_scale, run_sigmas, sample
+from ldm.pipelines.sampling import sample
+from ldm.pipelines.sampling_options import SamplingOptions, default_scale, get_sigmas
 from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "check_sides", "double_latent"]
@@ -48,7 +49,7 @@ class Upscaling:
         """Raise ArgumentError unless `model` is an upscaler for the latents of the base model."""
         if family_of(self.model.conditioner) != "latent-upscaling":
             raise ArgumentError(f"{file_name(self.model)} is not an x2 latent upscaler", "upscaler")
-        run_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
+        get_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
         if not self.model.latent_space.matches(base.latent_space):
             raise ArgumentError(
                 f"{file_name(base)} has latents of another kind than the upscaler, which takes "
@@ -136,7 +137,7 @@ def double_latent(
     cond = encode(negative_prompts if scale == 0 else prompts)
     is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
     uncond = encode(negative_prompts) if is_guided else None
-    sigmas = run_sigmas(model, quirks, options)
+    sigmas = get_sigmas(model, quirks, options)
     start = _start_noise(latent, options.get("x_T"), noise)
     # `sample` takes and returns latents scaled to the same variance at every level; this model
     # needs x itself.

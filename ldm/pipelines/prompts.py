@@ -1,30 +1,28 @@
-"""Parse the prompts of a call, and encode them for the steps that they are used in."""
+"""Parse the prompts of a call, and warn about text in them that has no effect."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypedDict
 
-import torch
-
-from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.prompts import PLAIN, ParsedPrompt, Prompt, PromptWarning, parse_prompt
 from ldm.prompts.prompt import quote
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "PromptOptions", "PromptPair", "StepPrompts", "encode_steps",
-    "find_lost_text", "has_composition", "pair_of", "parse_constant", "parse_pair",
+    "CallPrompts", "PromptOptions", "PromptPair", "StepPrompts", "TextPair", "as_list",
+    "find_lost_text", "get_pair", "parse_constant", "parse_pair", "repeat_texts",
     "warn_about_prompts",
 ]  # fmt: skip
 
 QUOTED_WORDS = 4  # of a prompt, in warnings
+ANY_STEPS = 50  # to parse a text of which only the syntax is checked
 
-TextPair = tuple[str | None, str | None]  # for the first and the second text encoder
-PromptPair = tuple[str | Prompt | None, str | Prompt | None]
-Weighted = tuple[float, PromptPair]
+TextPair = tuple[str, str]  # for the first and the second text encoder
+PromptPair = tuple[str | Prompt | None, str | Prompt | None]  # None gives zeros
+WeightedPair = tuple[float, PromptPair]
 
 
 class PromptOptions(TypedDict, total=False):
@@ -44,27 +42,85 @@ class PromptOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StepPrompts:
-    """The prompts of one image, which may change from step to step."""
+    """The prompts of one image, which may change from step to step.
 
-    first: ParsedPrompt  # for the first text encoder
-    second: ParsedPrompt  # for the second one
+    Args:
+        first: for the first text encoder.
+        second: for the second text encoder.
+    """
 
-    def at(self, step: int) -> tuple[Weighted, ...]:
+    first: ParsedPrompt
+    second: ParsedPrompt
+
+    def at(self, step: int) -> tuple[WeightedPair, ...]:
         """Return (weight, prompts) of a step, one for each prompt of a composition."""
-        ones = self.first.compositions
-        twos = self.second.compositions
-        if len(twos) == 1:
-            twos = twos * len(ones)
-        pairs = zip(ones, twos, strict=True)
-        return tuple((one.weight, (one.at(step), two.at(step))) for one, two in pairs)
+        firsts = self.first.compositions
+        seconds = self.second.compositions
+        if len(seconds) == 1:
+            seconds = seconds * len(firsts)
+        pairs = zip(firsts, seconds, strict=True)
+        return tuple((first.weight, (first.at(step), second.at(step))) for first, second in pairs)
 
     @property
     def last_steps(self) -> frozenset[int]:
+        """Steps after which a prompt may change."""
         return self.first.last_steps | self.second.last_steps
 
 
+@dataclass(frozen=True)
+class CallPrompts:
+    """The texts of a call, parsed unless their syntax is plain.
+
+    Args:
+        prompts: of each image.
+        negatives: negative prompts of each image; empty ones are not parsed.
+        guidance_texts: those of `Guidance.texts` that are not empty, as they are read.
+    """
+
+    prompts: Sequence[StepPrompts | TextPair]
+    negatives: Sequence[StepPrompts | TextPair]
+    guidance_texts: Mapping[str, StepPrompts | TextPair] = field(default_factory=dict)
+
+    @classmethod
+    def parse(
+        cls,
+        prompts: str | Sequence[str],
+        negative_prompt: str | Sequence[str],
+        prompt_2: str | Sequence[str] | None,
+        negative_prompt_2: str | Sequence[str] | None,
+        guidance_texts: Iterable[str],
+        syntax: str,
+        steps: int,
+    ) -> "CallPrompts":
+        """Parse the texts of a call for a run of `steps` steps.
+
+        Args:
+            negative_prompt: one for all prompts, or one for each; so are those of the next two.
+            prompt_2, negative_prompt_2: for the second text encoder; None = as for the first.
+            guidance_texts: `Guidance.texts`.
+
+        Raises:
+            ArgumentError: See `parse_pair` and `parse_constant`; or the numbers of texts differ.
+        """
+        n = len(as_list(prompts))
+        pairs = _pair_texts(prompts, prompt_2, n, "prompt")
+        negatives = _pair_texts(negative_prompt, negative_prompt_2, n, "negative_prompt")
+        return cls(
+            [parse_pair(pair, syntax, steps) for pair in pairs],
+            [
+                parse_pair(pair, syntax, steps, is_negative=True) if any(pair) else pair
+                for pair in negatives
+            ],
+            {text: parse_constant(text, syntax, "sld_concept") for text in guidance_texts if text},
+        )
+
+    def warn(self, model: LatentDiffusion) -> None:
+        """Warn about text that the model truncates, or that the syntax reads literally."""
+        warn_about_prompts(model, [*self.prompts, *self.negatives, *self.guidance_texts.values()])
+
+
 def parse_pair(
-    pair: TextPair, syntax: str, steps: int, *, is_negative: bool = False
+    pair: TextPair, syntax: str, steps: int = ANY_STEPS, *, is_negative: bool = False
 ) -> StepPrompts | TextPair:
     """Parse the prompts of one image for a run of `steps` steps; plain ones stay as they are.
 
@@ -74,9 +130,7 @@ def parse_pair(
     """
     if syntax == PLAIN:
         return pair
-    first, second = (
-        parse_prompt(text or "", syntax, steps, is_negative=is_negative) for text in pair
-    )
+    first, second = (parse_prompt(text, syntax, steps, is_negative=is_negative) for text in pair)
     if len(second.compositions) not in (1, len(first.compositions)):
         counts = f"{len(first.compositions)} parts, prompt_2 {len(second.compositions)}"
         raise ArgumentError(f"AND splits the prompt into {counts}", "prompt_2")
@@ -87,13 +141,13 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
     """Parse a text that is not a prompt of an image, and holds for the whole run.
 
     Args:
-        name: Of the argument.
+        name: Name of the argument.
 
     Raises:
         ArgumentError: See `ldm.prompts.parse_prompt`; or it changes from step to step, or has AND.
     """
     try:
-        pair = parse_pair((text, text), syntax, steps=50)
+        pair = parse_pair((text, text), syntax)
     except ArgumentError as error:
         error.argument = name
         raise
@@ -106,57 +160,36 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
     return pair
 
 
-def pair_of(constant: StepPrompts | TextPair) -> PromptPair:
+def get_pair(constant: StepPrompts | TextPair) -> PromptPair:
     """Return the two texts of `parse_constant`."""
     return constant.at(0)[0][1] if isinstance(constant, StepPrompts) else constant
 
 
-def encode_steps(
-    prompts: Sequence[StepPrompts | PromptPair],
-    encode: Callable[[Sequence[PromptPair], Sequence[int]], Cond],
-) -> AnyCond:
-    """Encode the prompts of a batch, once for each change during the run.
+def as_list(prompts: str | Sequence[str]) -> list[str]:
+    """Return one prompt or several as a list."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def repeat_texts(texts: str | Sequence[str], n: int, argument: str) -> list[str]:
+    """Return n texts.
 
     Args:
-        prompts: One for each image.
-        encode: (prompts, index of the image of each) -> condition, a row for each prompt.
+        texts: one for all, or n.
+        argument: name of the argument that `texts` comes from, for errors.
     """
-    ends = sorted({step for one in _changing(prompts) for step in one.last_steps})
-    conds: dict[tuple[tuple[Weighted, ...], ...], Cond | Composition] = {}
-    entries: list[tuple[int, Cond | Composition]] = []
-    for end in [*ends, ends[-1] + 1 if ends else 0]:
-        current = tuple(
-            one.at(end) if isinstance(one, StepPrompts) else ((1.0, one),) for one in prompts
-        )
-        if current not in conds:
-            conds[current] = _encode_compositions(current, encode)
-        if entries and entries[-1][1] is conds[current]:
-            entries.pop()
-        entries.append((end, conds[current]))
-    return entries[0][1] if len(entries) == 1 else ScheduledCond(tuple(entries))
+    texts = [texts] * n if isinstance(texts, str) else list(texts)
+    if len(texts) != n:
+        name = argument.removesuffix("_2").replace("_", " ") + "s"
+        raise ArgumentError(f"{len(texts)} {name} were given for {n} images", argument)
+    return texts
 
 
-def _changing(prompts: Iterable[StepPrompts | PromptPair]) -> Iterator[StepPrompts]:
-    return (one for one in prompts if isinstance(one, StepPrompts))
-
-
-def _encode_compositions(
-    prompts: Sequence[Sequence[Weighted]],
-    encode: Callable[[Sequence[PromptPair], Sequence[int]], Cond],
-) -> Cond | Composition:
-    numbers = [number for number, parts in enumerate(prompts) for _ in parts]
-    weights = [weight for parts in prompts for weight, _ in parts]
-    cond = encode([pair for parts in prompts for _, pair in parts], numbers)
-    if len(numbers) == len(prompts) and set(weights) == {1.0}:
-        return cond
-    return Composition(cond, torch.tensor(numbers), torch.tensor(weights), len(prompts))
-
-
-def has_composition(cond: AnyCond) -> bool:
-    """Return whether a condition is a composition, which always needs the unconditional one."""
-    if isinstance(cond, ScheduledCond):
-        return any(has_composition(entry) for _, entry in cond.entries)
-    return isinstance(cond, Composition)
+def _pair_texts(
+    texts: str | Sequence[str], second: str | Sequence[str] | None, n: int, argument: str
+) -> list[TextPair]:
+    firsts = repeat_texts(texts, n, argument)
+    seconds = firsts if second is None else repeat_texts(second, n, f"{argument}_2")
+    return list(zip(firsts, seconds, strict=True))
 
 
 def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
@@ -169,13 +202,12 @@ def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
     return None
 
 
-def warn_about_prompts(
-    model: LatentDiffusion, prompts: Sequence[StepPrompts | TextPair], stacklevel: int
-) -> None:
-    """Warn about text that is truncated, or that the syntax reads in a surprising way."""
-    plain = [text for one in prompts if not isinstance(one, StepPrompts) for text in one if text]
+def warn_about_prompts(model: LatentDiffusion, prompts: Sequence[StepPrompts | TextPair]) -> None:
+    """Warn about text that the model truncates, or that the syntax reads literally."""
+    plain = [text for pair in prompts if isinstance(pair, tuple) for text in pair if text]
     messages = [find_lost_text(model, dict.fromkeys(plain))]
-    for one in _changing(prompts):
-        messages += [*one.first.notes, *one.second.notes]
+    for pair in prompts:
+        if isinstance(pair, StepPrompts):
+            messages += [*pair.first.notes, *pair.second.notes]
     for message in dict.fromkeys(filter(None, messages)):
-        warnings.warn(message, PromptWarning, stacklevel=stacklevel + 1)
+        warn_caller(message, PromptWarning)

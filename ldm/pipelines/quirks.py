@@ -19,7 +19,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import family_of, is_sdxl
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["Noise", "Quirks", "noise_source", "row_seeds", "seeded_noise"]
+__all__ = ["Noise", "Quirks", "get_row_seeds", "noise_source", "seeded_noise"]
 
 Noise = Callable[[Tensor], Tensor]
 
@@ -148,10 +148,10 @@ def noise_source(
         return seeds
     if "noise" in legacy:
         return global_noise
-    return seeded_noise(row_seeds(seeds, n))
+    return seeded_noise(get_row_seeds(seeds, n))
 
 
-def row_seeds(seeds: int | Sequence[int] | None, n: int) -> Sequence[int]:
+def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> Sequence[int]:
     """Return the seed of each of n rows; see `noise_source`."""
     if seeds is None:
         seeds = int(torch.randint(2**31, ()))

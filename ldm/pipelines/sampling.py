@@ -5,12 +5,10 @@ invert     latent -> the noisy latent from which DDIM returns to it
 """
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -32,58 +30,28 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
-from ldm.model import Defaults, LatentDiffusion
+from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiled import apply_tiled
-from ldm.pipelines.families import file_name, is_sdxl
+from ldm.pipelines.families import file_name
 from ldm.pipelines.freeu import make_freeu
-from ldm.pipelines.quirks import Noise, Quirks, noise_source, row_seeds
-from ldm.runtime.errors import ArgumentError, check_name, unknown_name
+from ldm.pipelines.quirks import Noise, Quirks, get_row_seeds, noise_source
+from ldm.pipelines.sampling_options import (
+    Callback,
+    SamplingOptions,
+    check_sampling,
+    default_scale,
+    explain_excess,
+    explain_high_start,
+    get_sigmas,
+    latent_size,
+)
+from ldm.runtime.errors import ArgumentError
+from ldm.runtime.warn import warn_caller
 
-__all__ = [
-    "SamplingOptions",
-    "check_few_steps",
-    "check_sampling",
-    "default_scale",
-    "default_scheduler",
-    "explain_excess",
-    "explain_high_start",
-    "invert",
-    "latent_size",
-    "run_sigmas",
-    "sample",
-]
-
-Callback = Callable[[int, int, Tensor, Tensor], None]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Keywords of `sample` that every task takes; see there."""
-
-    steps: int | None
-    sampler: str | None
-    scheduler: str | None
-    rho: float | None
-    sigmas: Tensor | Sequence[float] | None
-    eta: float | None
-    s_churn: float
-    s_tmin: float
-    s_tmax: float | None
-    s_noise: float
-    brownian: bool
-    rescale: float
-    guidance_interval: tuple[float, float] | None
-    freeu: str | Sequence[float] | FreeUFactors | None
-    freeu_version: str | None
-    seeds: int | Sequence[int] | Noise | None
-    x_T: Tensor | None
-    callback: Callback | None
-    unet_tile: int | None
-    tiling: str
-    legacy: Iterable[str]
+__all__ = ["invert", "sample"]
 
 
 @torch.no_grad()
@@ -144,7 +112,8 @@ def sample(
         sigmas: noise levels of the run, descending; None = those of steps, scheduler and rho.
         end: index in sigmas of the level to stop at; the result is then noisy. None = the last.
         eta: amount of noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for
-            samplers that have it; None = 0 for `ddim`, 0.3 for `tcd`, 1 for others.
+            samplers that have it; None = the model's default for its default sampler, else 0 for
+            `ddim`, 0.3 for `tcd`, 1 for others.
         s_churn: amount of noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364,
             algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
@@ -179,27 +148,26 @@ def sample(
         ArgumentError: an unknown name, or a value out of range.
     """
     quirks = Quirks.of(model, legacy)
-    scheduler, defaults = scheduler or grid, model.defaults
-    sampler = sampler or defaults.sampler
-    if eta is None and sampler == defaults.sampler:
-        eta = defaults.eta
+    scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
+    if eta is None and sampler == model.defaults.sampler:
+        eta = model.defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
     check_sampling(sampler, scheduler, step_noise, strength, rescale)
     scale = default_scale(model, sampler) if scale is None else scale
+    if steps is None:
+        steps = model.defaults.steps if sigmas is None else len(sigmas) - 1
     if not isinstance(sigmas, Tensor):
         options: SamplingOptions = {
             "steps": steps, "sampler": sampler, "scheduler": scheduler, "rho": rho,
             "sigmas": sigmas,
         }  # fmt: skip
-        sigmas = run_sigmas(model, quirks, options)
-        steps = len(sigmas) - 1 if options["sigmas"] is not None else steps
-    elif (sigmas.diff() > 0).any():
+        sigmas = get_sigmas(model, quirks, options)
+    elif (sigmas.diff() > 0).any():  # a tensor may be a part of a run, checked as a whole
         raise ArgumentError("sigmas must descend", "sigmas")
-    steps = defaults.steps if steps is None else steps
     if model.guidance_embed_dim is not None:
         _check_embedded_guidance(guidance, rescale, guidance_interval)
-    if reason := check_few_steps(model, steps, scale):
-        warnings.warn(reason, stacklevel=2)
+    if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
+        warn_caller(reason)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
     shape = (len(cond), model.channels, *latent_size(model, size, x_T if z is None else z))
     first = 0
@@ -215,16 +183,17 @@ def sample(
             first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
             sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
             x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
+            # A quirk adds the noise of another level than the run begins at.
             x = x * (_std(sigmas[first]) / std)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
     if z_t is None and (reason := explain_high_start(sampler, scheduler, float(sigmas[0]))):
-        warnings.warn(reason, stacklevel=2)
+        warn_caller(reason)
     denoiser = quirks.denoiser(model, sampler)
     if freeu is not None:
-        changes = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
-        denoiser = replace(denoiser, network=changes)
+        network = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
+        denoiser = replace(denoiser, network=network)
     denoiser = _in_tiles(denoiser, unet_tile)
-    unconds: deque[Tensor] = deque(maxlen=1)
+    unconds: deque[Tensor] = deque(maxlen=1)  # the latest unconditional estimate of z
     sampler_options = _sampler_options(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
     )
@@ -279,6 +248,7 @@ def invert(
         steps: number of steps from z to pure noise.
         until: number of those steps to take; None = all.
         scheduler: a name in SCHEDULERS; None = "uniform".
+        cond, uncond, scale, legacy: see `sample`.
     Returns:
         z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
     """
@@ -290,135 +260,26 @@ def invert(
     return x / _std(sigmas[-1])
 
 
-def run_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
-    """Return the noise levels (n + 1,) of a run, float64: `sigmas`, else those of the scheduler.
-
-    Raises:
-        ArgumentError: steps, rho or sigmas are out of range, or exclude each other.
-    """
-    sampler, levels = options.get("sampler") or model.defaults.sampler, options.get("sigmas")
-    steps, rho = options.get("steps"), options.get("rho")
-    if levels is not None:
-        sigmas = torch.as_tensor(levels, dtype=torch.float64)
-        check_sigmas(sigmas.tolist())
-        for name in ("scheduler", "rho"):
-            if options.get(name) is not None:
-                raise ArgumentError(f"sigmas are given, leave out {name}", name)
-        if steps not in (None, len(sigmas) - 1):
-            raise ArgumentError(f"sigmas have {len(sigmas) - 1} steps, not {steps}", "steps")
-        highest = float(model.schedule.sigmas[-1])
-        if sigmas[0] > 1.001 * highest:  # users pass rounded levels
-            message = f"the model has noise levels up to {highest:g}, not {float(sigmas[0]):g}"
-            raise ArgumentError(message, "sigmas")
-        return sigmas
-    steps = model.defaults.steps if steps is None else steps
-    scheduler = options.get("scheduler") or default_scheduler(model, sampler)
-    if is_sdxl(model) and scheduler in names.SCHEDULERS:
-        scheduler = names.SCHEDULERS[scheduler].for_sdxl or scheduler
-    sigmas = quirks.sigmas(model.schedule, steps, scheduler, rho)
-    most = names.SCHEDULERS[scheduler].max_steps or len(model.schedule)
-    if names.SAMPLERS[sampler].skips_last_level and sigmas[-1] == 0 and steps < most:
-        sigmas = quirks.sigmas(model.schedule, steps + 1, scheduler, rho)
-        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    return sigmas
-
-
-def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
-    """Return the sampler's own scheduler, else the model's, else "uniform".
-
-    With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
-    (arXiv:2305.08891, §3.3), except for samplers that cannot begin there.
-    """
-    row = names.SAMPLERS[sampler]
-    if row.wide_scheduler and model.schedule.sigmas[-1] > names.MAX_LEVEL:
-        return row.wide_scheduler
-    own = row.scheduler or model.defaults.scheduler
-    return own or ("trailing" if model.schedule.zero_snr else "uniform")
-
-
-def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str | None:
-    """Return, in one line, why a sampler cannot begin at a level; None if it can.
-
-    Args:
-        scheduler: that was asked for, if any.
-    """
-    remedy = names.SAMPLERS[sampler].wide_scheduler
-    if remedy in (None, scheduler) or sigma <= names.MAX_LEVEL:
-        return None
-    choice = "sigmas" if scheduler is None else f"scheduler `{scheduler}`"
-    return (
-        f"sampler `{sampler}` makes broken images from noise levels above {names.MAX_LEVEL:g}, and "
-        f"{choice} begins at {sigma:.4g}: take scheduler `{remedy}`"
-    )
-
-
-def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
-    """Return the default guidance scale of the sampler, else of the model."""
-    own = names.SAMPLERS[sampler or model.defaults.sampler].scale
-    return model.defaults.scale if own is None else own
-
-
-def check_few_steps(model: LatentDiffusion, steps: int | None, scale: Scale | None) -> str | None:
-    """Return a warning if a few-step model gets too many steps or too high a scale, else None.
-
-    Args:
-        scale: guidance scale; a function of sigma is not checked.
-    """
-    found = model.provenance.get("variant")
-    name = f"`{found['file']}`" if found else file_name(model)  # a LoRA, or the model itself
-    return explain_excess(model.defaults, name, steps, scale)
-
-
-def explain_excess(
-    defaults: Defaults, name: str, steps: int | None, scale: Scale | None
-) -> str | None:
-    """Do the same for the defaults of a model or LoRA with a name."""
-    most, limit = defaults.max_steps, defaults.max_scale
-    excess = []
-    if most is not None and (steps or 0) > most:
-        excess.append(f"{steps} steps")
-    if limit is not None and isinstance(scale, int | float) and scale > limit:
-        excess.append(f"guidance scale {scale:g}")
-    if not excess:
-        return None
-    return (
-        f"{name} is made for {defaults.steps} steps and guidance scale {defaults.scale:g}: "
-        f"{' and '.join(excess)} will make images worse"
-    )
-
-
-def check_sampling(
-    sampler: str,
-    scheduler: str | None,
-    step_noise: StepNoise,
-    strength: float = 1.0,
-    rescale: float = 0.0,
-    legacy: Iterable[str] = (),
-) -> None:
-    """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
-    check_name("sampler", sampler, names.SAMPLERS, argument="sampler")
-    if scheduler is not None and scheduler not in names.SCHEDULERS:
-        raise unknown_name("scheduler", scheduler, names.SCHEDULERS, argument="scheduler")
-    step_noise.check(sampler)
-    for name, value in (("strength", strength), ("rescale", rescale)):
-        if not 0 <= value <= 1:
-            raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
-    Quirks(frozenset(legacy))
-
-
 def _check_embedded_guidance(
     guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None
 ) -> None:
     """Raise ArgumentError for options that need an unconditional prediction; none is computed."""
-    given = {
+    is_given = {
         "a guidance method": guidance is not None,
         "rescale": bool(rescale),
         "guidance_interval": interval is not None,
     }
-    for name in (name for name, is_given in given.items() if is_given):
+    if any(is_given.values()):
+        name = next(name for name in is_given if is_given[name])
         raise ArgumentError(
             f"{name} has no effect on a model that embeds the guidance scale: leave it out"
         )
+
+
+def _variant_name(model: LatentDiffusion) -> str:
+    """Return the file that makes a model a few-step one: that of a LoRA, else its own."""
+    variant = model.provenance.get("variant")
+    return f"`{variant['file']}`" if variant else file_name(model)
 
 
 def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
@@ -446,33 +307,33 @@ def _sampler_options(
         always_draws: draw noise even where eta is 0, as the original did.
         is_continued: whether another model samples on from the result.
     """
-    row, s_noise, s_tmax = names.SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
+    traits, s_noise, s_tmax = names.SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
     options: dict[str, object] = {}
-    if row.takes_noise or row.takes_churn:
+    if traits.takes_noise or traits.takes_churn:
         options["noise"] = scaled_noise
-    if row.takes_churn:
+    if traits.takes_churn:
         options["s_churn"], options["s_tmin"] = step_noise.s_churn, step_noise.s_tmin
         options["s_tmax"] = math.inf if s_tmax is None else s_tmax
-    if row.eta is not None:
-        options["eta"] = eta = row.eta if step_noise.eta is None else step_noise.eta
+    if traits.eta is not None:
+        options["eta"] = eta = traits.eta if step_noise.eta is None else step_noise.eta
         if eta == 0 and not always_draws:
-            options["noise"] = None
-    if row.scales_time:
+            options["noise"] = None  # nothing is drawn; the original drew noise, times 0
+    if traits.scales_time:
         options["scale_time"] = schedule.scale_time
-    if row.function == "dpmpp_2m" and is_continued:
-        options["lower_order_final"] = False
+    if traits.function == "dpmpp_2m" and is_continued:
+        options["lower_order_final"] = False  # its last step is not that of the run
     return options
 
 
 def _brownian_path(
     seeds: int | Sequence[int] | Noise | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
-    """Return the noise between two levels of a run."""
+    """Return (like, sigma, sigma_next) -> noise between two levels, on a path for each row."""
     if callable(seeds):
         raise ArgumentError("brownian needs seeds, not a source of noise", "brownian")
     levels = sigmas[sigmas > 0].tolist()
-    paths = BrownianPaths(row_seeds(seeds, n), levels[-1], levels[0])
+    paths = BrownianPaths(get_row_seeds(seeds, n), levels[-1], levels[0])
     return lambda like, sigma, sigma_next: s_noise * paths(like, sigma, sigma_next)
 
 
@@ -493,21 +354,3 @@ def _with_steps(
 def _std(sigma: Tensor) -> float:
     """Return the standard deviation of x at `sigma` for a z of standard deviation 1."""
     return math.sqrt(1 + float(sigma) ** 2)
-
-
-def latent_size(
-    model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
-) -> tuple[int, int]:
-    """Return the (h, w) of latents: for a size (H, W) in pixels, else of `like`, else the model's.
-
-    Raises:
-        ArgumentError: the size is not a multiple of the downscaling factor.
-    """
-    if size is None:
-        return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
-    f = model.downscale
-    if any(pixels <= 0 or pixels % f for pixels in size):
-        raise ArgumentError(
-            f"height and width must be multiples of {f}, got {size[0]} x {size[1]}", "size"
-        )
-    return size[0] // f, size[1] // f

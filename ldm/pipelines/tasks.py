@@ -42,22 +42,9 @@ from ldm.diffusion.samplers.common import Constrain
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
-from ldm.pipelines.common import (
-    GuidedOptions,
-    TextOptions,
-    add_depth,
-    as_list,
-    crop_like,
-    decode_latent,
-    encode_image,
-    encode_prompts,
-    generate,
-    make_noise,
-    pad_to_multiple,
-    pair_texts,
-    pipeline,
-    split_options,
-)
+from ldm.pipelines.conditions import encode_prompts
+from ldm.pipelines.generate import generate, make_noise
+from ldm.pipelines.images import add_depth, crop_like, decode_latent, encode_image, pad_to_multiple
 from ldm.pipelines.latent_upscaling import (
     FACTOR,
     Upscaling,
@@ -66,10 +53,18 @@ from ldm.pipelines.latent_upscaling import (
     check_sides,
     double_latent,
 )
-from ldm.pipelines.prompts import pair_of, parse_constant, warn_about_prompts
+from ldm.pipelines.options import GuidedOptions, TextOptions, select_sampling, select_sdxl
+from ldm.pipelines.prompts import (
+    as_list,
+    get_pair,
+    parse_constant,
+    repeat_texts,
+    warn_about_prompts,
+)
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
+from ldm.pipelines.task import task
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, MissingArgument, Stop
 
@@ -79,7 +74,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@pipeline("text")
+@task("text")
 def txt2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -101,14 +96,14 @@ def txt2img(
         options: keywords of `sample`; for SDXL those of `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
     """
-    noise = make_noise(model, prompts, options)
+    noise = make_noise(prompts, options)
     return generate(
         model, prompts, negative_prompt, {}, scale, tile, noise=noise, size=size,
         upscaling=upscaling, **options,
     )  # fmt: skip
 
 
-@pipeline("text", "refiner")
+@task("text", "refiner")
 def img2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -137,7 +132,7 @@ def img2img(
         upscaling: see `txt2img`.
     """
     image = add_depth(model, image, depth)
-    noise = make_noise(model, prompts, options, strength)
+    noise = make_noise(prompts, options)
     n = len(as_list(prompts))
     if z is None:
         padded = pad_to_multiple(image, _multiple(model, options))
@@ -151,7 +146,7 @@ def img2img(
     return crop_like(images, image, 1 if upscaling is None else FACTOR)
 
 
-@pipeline("inpainting", "text")
+@task("inpainting", "text")
 def inpaint(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -177,7 +172,7 @@ def inpaint(
         depth: for LDM3D, see the top of this file.
     """
     image, mask = add_depth(model, image, depth), mask.float()
-    noise = make_noise(model, prompts, options, strength)
+    noise = make_noise(prompts, options)
     n, f, multiple = len(as_list(prompts)), model.downscale, _multiple(model, options)
     padded = pad_to_multiple(image, multiple)
     area = (pad_to_multiple(mask, multiple) >= 0.5).float()
@@ -208,7 +203,7 @@ def inpaint(
     return torch.lerp(image.to(images), images, mask.to(images)) if composite else images
 
 
-@pipeline("depth")
+@task("depth")
 def depth2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -227,7 +222,7 @@ def depth2img(
         strength: 0 keeps the image, 1 keeps only its depth.
         depth: (1, 1, H, W), of any size and range, larger is nearer; None = estimate it.
     """
-    noise = make_noise(model, prompts, options, strength)
+    noise = make_noise(prompts, options)
     n = len(as_list(prompts))
     z = encode_image(model, image, n, noise)
     batch = {"jpg": image} if depth is None else {"depth": depth}
@@ -241,13 +236,13 @@ def depth2img(
     return crop_like(images, image)
 
 
-@pipeline("depth")
+@task("depth")
 def estimate_depth(model: LatentDiffusion, image: Tensor) -> Tensor:
     """Estimate relative inverse depth (1, 1, H', W'), larger is nearer, with the model's MiDaS."""
     return model.conditioner.get(MiDaSDepth).estimate(image.to(model.device))
 
 
-@pipeline("upscaling")
+@task("upscaling")
 def upscale(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -269,7 +264,7 @@ def upscale(
     Raises:
         ArgumentError: the model was not trained at the noise level.
     """
-    noise = make_noise(model, prompts, options)
+    noise = make_noise(prompts, options)
     n = len(as_list(prompts))
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
@@ -286,7 +281,7 @@ def upscale(
     )
 
 
-@pipeline("rgbd-upscaling")
+@task("rgbd-upscaling")
 def upscale_rgbd(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -312,7 +307,7 @@ def upscale_rgbd(
         ArgumentError: the model was not trained at the noise level.
     """
     image = add_depth(model, image, depth)
-    noise = make_noise(model, prompts, options)
+    noise = make_noise(prompts, options)
     n = len(as_list(prompts))
     _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
     padded = pad_to_multiple(image, model.downscale)
@@ -330,7 +325,7 @@ def _check_noise_level(level: int, maximum: int) -> None:
         raise ArgumentError(f"noise levels are 0 … {maximum - 1}, got {level}", "noise_level")
 
 
-@pipeline("latent-upscaling")
+@task("latent-upscaling")
 def upscale_latent(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -358,9 +353,9 @@ def upscale_latent(
         MissingArgument: there is neither an image nor a latent.
         ArgumentError: a latent of another shape, or a noise level that the model does not support.
     """
-    noise = make_noise(model, prompts, options)
-    texts = [text or "" for text, _ in pair_texts(prompts, None, len(as_list(prompts)), "prompt")]
-    negatives = pair_texts(negative_prompt, None, len(texts), "negative_prompt")
+    noise = make_noise(prompts, options)
+    texts = as_list(prompts)
+    negatives = repeat_texts(negative_prompt, len(texts), "negative_prompt")
     check_noise(model, noise_sigma, noise_kind)
     if options.get("syntax", PLAIN) != PLAIN:
         raise ArgumentError("the x2 latent upscaler takes prompts of syntax plain only", "syntax")
@@ -374,9 +369,8 @@ def upscale_latent(
     check_latent(model, latent, len(texts))
     try:
         z = double_latent(
-            model, texts, [text or "" for text, _ in negatives], latent, noise=noise,
-            noise_sigma=noise_sigma, noise_kind=noise_kind, scale=scale,
-            **split_options(options)[0],
+            model, texts, negatives, latent, noise=noise, noise_sigma=noise_sigma,
+            noise_kind=noise_kind, scale=scale, **select_sampling(options),
         )  # fmt: skip
     except Stop as stop:
         if stop.latent is None:
@@ -419,10 +413,10 @@ def _inverted_noise(
     sigmas = model.schedule.step_sigmas(steps, scheduler)
     until = max(round(strength * steps), 1)
     height, width = (side * model.downscale for side in z.shape[-2:])
-    sizes, _ = size_conditions(model, split_options(options)[1], (height, width), Quirks())
+    sizes, _ = size_conditions(model, select_sdxl(options), (height, width), Quirks())
     constant = parse_constant(prompt, options.get("syntax", PLAIN), "source_prompt")
-    warn_about_prompts(model, [constant], stacklevel=5)  # the caller of a task
-    cond = encode_prompts(model, [pair_of(constant)] * len(z), {}, sizes)
+    warn_about_prompts(model, [constant])
+    cond = encode_prompts(model, [get_pair(constant)] * len(z), {}, sizes)
     legacy = {"encode"}.intersection(options.get("legacy", ()))
     z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)
     sigma = float(sigmas[steps - until])

@@ -17,23 +17,19 @@ from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 from ldm.pipelines import karlo
-from ldm.pipelines.common import (
-    GuidedOptions,
-    as_list,
-    decode_latent,
-    generate,
-    make_noise,
-    pipeline,
-    split_options,
-)
+from ldm.pipelines.generate import generate, make_noise
+from ldm.pipelines.images import decode_latent
+from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
+from ldm.pipelines.prompts import as_list
 from ldm.pipelines.quirks import Noise
 from ldm.pipelines.sampling import sample
+from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = ["sample_prior", "unclip", "vary"]
 
 
-@pipeline("unclip")
+@task("unclip")
 def unclip(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -64,7 +60,7 @@ def unclip(
         ArgumentError: there are not as many weights, or noise levels, as images and embeddings.
     """
     scale = 10.0 if scale is None else scale
-    noise = make_noise(model, prompts, options)
+    noise = make_noise(prompts, options)
     n, encoder = len(as_list(prompts)), model.conditioner.get(ImageEmbedding)
     sources = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
@@ -86,7 +82,7 @@ def unclip(
     )  # fmt: skip
 
 
-@pipeline("variation")
+@task("variation")
 def vary(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -97,7 +93,7 @@ def vary(
     scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
-    **options: Unpack[GuidedOptions],
+    **options: Unpack[UnguidedOptions],
 ) -> Tensor:
     """Make variations of the mean of some images, by a model that reads images instead of text.
 
@@ -108,7 +104,7 @@ def vary(
         scale: guidance scale; None = 3.
     """
     scale = 3.0 if scale is None else scale
-    noise = make_noise(model, prompts, options)
+    noise = make_noise(prompts, options)
     n = len(as_list(prompts))
     weights = _normalize(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]
@@ -119,12 +115,12 @@ def vary(
     ]
     cond = Cond(crossattn=torch.stack(tokens).sum(dim=0))  # (1, 1, D)
     uncond = None if scale == 1 else model.condition({"jpg": [None]}).repeat(n)
-    sampling, _ = split_options(options)
+    sampling = select_sampling(options)
     z = sample(model, cond.repeat(n), uncond, scale=scale, size=size, noise=noise, **sampling)
     return decode_latent(model, z, tile, options.get("on_latent"))
 
 
-@pipeline("unclip")
+@task("unclip")
 def sample_prior(
     model: LatentDiffusion,
     prior: Prior,

@@ -116,8 +116,9 @@ def test_too_many_steps_and_too_large_a_scale_are_warned_of():
 
 
 def test_a_negative_prompt_that_is_not_read_is_said(distilled_model):
-    with pytest.warns(UserWarning, match="does not read a negative prompt"):
+    with pytest.warns(UserWarning, match="does not read a negative prompt") as caught:
         ldm.txt2img(distilled_model[0], PROMPT, negative_prompt="dog", size=(8, 8), steps=1)
+    assert caught[0].filename == __file__  # warnings point at the caller of the package
 
 
 @pytest.mark.parametrize("option", [{"pag": 3.0}, {"rescale": 0.5}, {"guidance_interval": (0, 1)}])

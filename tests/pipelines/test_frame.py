@@ -51,6 +51,7 @@ def test_a_model_of_no_known_family_says_what_it_reads():
         ("txt2img", {"stesp": 3}, "unknown keyword of txt2img `stesp`, did you mean `steps`?"),
         ("txt2img", {"strength": 0.2}, "unknown keyword of txt2img `strength`"),
         ("img2img", {"size": (64, 64)}, "unknown keyword of img2img `size`"),
+        ("estimate_depth", {"steps": 3}, "unknown keyword of estimate_depth `steps`"),
     ],
 )
 def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):

@@ -15,8 +15,8 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.lowres import LowResLatent
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.loading.addons.lora import lora_targets
-from ldm.pipelines.common import as_list
 from ldm.pipelines.latent_upscaling import double_latent
+from ldm.pipelines.prompts import as_list
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from nets.nethelp import assert_close, noise_of
 from pipelines.goldmodels import model_of

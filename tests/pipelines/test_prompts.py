@@ -8,8 +8,8 @@ import torch
 import ldm
 from ldm.conditioning import Composition, Cond, ScheduledCond
 from ldm.diffusion.guidance import add_guidance
-from ldm.pipelines.common import Conditions, encode_prompts
-from ldm.pipelines.prompts import encode_steps, parse_pair
+from ldm.pipelines.conditions import Conditions, encode_prompts, encode_steps
+from ldm.pipelines.prompts import CallPrompts, parse_pair
 from ldm.pipelines.quirks import Quirks
 from ldm.prompts import PromptWarning, parse_prompt
 from ldm.runtime.errors import ArgumentError
@@ -186,10 +186,11 @@ def test_second_prompts_have_the_same_compositions():
 
 
 def test_conditions_of_plain_prompts_are_as_before(model):
-    conditions = Conditions([("a", "a")], [("", "")], {}, {}, {}, (64, 64), 3.0, None)
-    cond, uncond, further = conditions.encode(model, Quirks())
+    prompts = CallPrompts([("a", "a")], [("", "")])
+    conditions = Conditions(prompts, {}, {}, {}, (64, 64), scale=3.0)
+    cond, uncond, guidance_conds = conditions.encode(model, Quirks())
     assert isinstance(cond, Cond)
-    assert further == []
+    assert guidance_conds == []
     assert torch.equal(cond.crossattn, model.condition({"txt": ["a"]}).crossattn)
     assert torch.equal(uncond.crossattn, model.condition({"txt": [""]}).crossattn)
 

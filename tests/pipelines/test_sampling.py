@@ -12,7 +12,7 @@ from ldm.conditioning import Cond
 from ldm.model import LatentDiffusion
 from ldm.pipelines import NonFinite, Stop, invert, sample, seeded_noise, txt2img
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling import run_sigmas
+from ldm.pipelines.sampling_options import get_sigmas
 from pipelines.goldmodels import model_of
 from quick import some
 
@@ -148,7 +148,7 @@ def test_own_levels_are_run(model):
 
 def test_the_last_level_is_skipped_where_a1111_does(model):
     def levels(sampler, **options):
-        return run_sigmas(model, Quirks(), {"sampler": sampler, "steps": 5, **options})
+        return get_sigmas(model, Quirks(), {"sampler": sampler, "steps": 5, **options})
 
     longer = model.schedule.step_sigmas(6, "karras")
     skipped = torch.cat([longer[:-2], longer[-1:]])

@@ -18,7 +18,7 @@ from ldm.loading.config import instantiate
 from ldm.loading.load import load, save_model
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
-from ldm.pipelines.sampling import default_scheduler
+from ldm.pipelines.sampling_options import default_scheduler
 from loading import tinyfamilies
 from quick import some
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.common import TaskOptions
+    from ldm.pipelines.options import TaskOptions
 
 DEPTH = "_depth"  # suffix of the file name of an image's depth
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.common import TaskOptions
+    from ldm.pipelines.options import TaskOptions
 
 
 class Txt2Img(PreparedTask):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ldm.model import LatentDiffusion
     from ldm.nets.karlo import Prior
-    from ldm.pipelines.common import TaskOptions
+    from ldm.pipelines.options import TaskOptions, UnguidedOptions
 
 PRIOR_SEED = 1 << 32  # added to seeds, so that the prior's noise differs from that of images
 
@@ -84,8 +84,9 @@ class Unclip(PreparedTask):
         size = self.output_size(model)
         weights = inputs.weight or None
         if family_of(model.conditioner) == "variation":
+            unguided = cast("UnguidedOptions", options)  # `vary` refuses the other keywords
             return pipelines.vary(
-                model, prompts, self.images, weights=weights, size=size, **options
+                model, prompts, self.images, weights=weights, size=size, **unguided
             )
         levels = inputs.noise_level or (0,)
         return pipelines.unclip(

@@ -1,0 +1,228 @@
+"""Encode the prompts of a call, sample and decode: what the tasks with prompts have in common.
+
+A refiner continues where the model stops, or an x2 latent upscaler doubles the latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import cast
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ldm.diffusion.guidance import Guidance, Scale
+from ldm.diffusion.samplers.common import Constrain
+from ldm.model import LatentDiffusion
+from ldm.pipelines.conditions import Conditions, ModelConds
+from ldm.pipelines.finite import check_finite
+from ldm.pipelines.guidance import make_guidance
+from ldm.pipelines.images import decode_latent
+from ldm.pipelines.latent_upscaling import Upscaling, check_sides, double_latent
+from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
+from ldm.pipelines.prompts import CallPrompts, as_list, repeat_texts
+from ldm.pipelines.quirks import Noise, Quirks, noise_source
+from ldm.pipelines.sampling import sample
+from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_sigmas, latent_size
+from ldm.pipelines.sdxl import Handover, check_size
+from ldm.prompts import PLAIN
+from ldm.runtime.errors import ArgumentError, Stop
+from ldm.runtime.warn import warn_caller
+
+__all__ = ["generate", "make_noise"]
+
+
+class RunOptions(SamplingOptions, total=False):
+    """Keywords of `sample` that tasks set themselves, besides those of the caller."""
+
+    scale: Scale | None
+    noise: Noise
+    constrain: Constrain | None
+    z: Tensor | None
+    z_t: Tensor | None
+    strength: float
+    size: tuple[int, int] | None
+    end: int
+    first_step: int
+    guidance: Guidance | None
+
+
+def make_noise(prompts: str | Sequence[str], options: SamplingOptions) -> Noise:
+    """Return the noise source of a call, a row per prompt, for its seeds.
+
+    Raises:
+        ArgumentError: there are not as many seeds as prompts.
+    """
+    return noise_source(options.get("seeds"), len(as_list(prompts)), options.get("legacy", ()))
+
+
+def generate(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str | Sequence[str],
+    inputs: Mapping[str, Tensor],
+    scale: Scale | None,
+    tile: int | None,
+    *,
+    noise: Noise,
+    unconditional_inputs: Mapping[str, object] | None = None,
+    z: Tensor | None = None,
+    strength: float = 1.0,
+    size: tuple[int, int] | None = None,
+    constrain: Constrain | None = None,
+    constrain_refiner: Constrain | None = None,
+    upscaling: Upscaling | None = None,
+    **options: Unpack[TextOptions],
+) -> Tensor:
+    """Encode prompts, sample and decode.
+
+    Args:
+        inputs: values of the batch keys that the model reads besides text, a row per prompt.
+        unconditional_inputs: those that differ for the unconditional prediction; None = none do.
+        tile: side in latent pixels of the decoder's tiles; None = decode whole.
+        scale, noise, z, strength, size, constrain: see `sample`.
+        constrain_refiner: `constrain` for the steps of a refiner.
+        upscaling: upscaler that doubles the latents before they are decoded; None = none.
+        options: see `sample` and `SDXLOptions`.
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1].
+    Raises:
+        NonFinite: a part of the model returned NaN or infinity.
+    """
+    sampling, sdxl = select_sampling(options), select_sdxl(options)
+    quirks = Quirks.of(model, sampling.get("legacy", ()))
+    guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
+    height, width = latent_size(model, size, sampling.get("x_T") if z is None else z)
+    size_in_pixels = (height * model.downscale, width * model.downscale)
+    check_size(model, size_in_pixels, sdxl)
+    if upscaling is not None:
+        upscaling.check(model)
+        check_sides(upscaling.model, height, width)
+        if syntax != PLAIN:
+            message = "an x2 latent upscaler takes prompts of syntax plain only"
+            raise ArgumentError(message, "syntax")
+    start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
+    run = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
+    sigmas = get_sigmas(model, quirks, run)
+    steps = len(sigmas) - 1 - _first_step(model, quirks, run, len(sigmas) - 1)
+    texts = CallPrompts.parse(
+        prompts,
+        negative_prompt,
+        sdxl.get("prompt_2"),
+        sdxl.get("negative_prompt_2"),
+        guidance.texts if guidance else (),
+        syntax,
+        steps,
+    )
+    texts.warn(model)
+    conditions = Conditions(
+        texts,
+        inputs,
+        unconditional_inputs or {},
+        sdxl,
+        size_in_pixels,
+        scale,
+        guidance,
+        sampling.get("sampler"),
+    )
+    conds = conditions.encode(model, quirks)
+    try:
+        if upscaling is not None:
+            n = len(as_list(prompts))
+            plain_texts = (as_list(prompts), repeat_texts(negative_prompt, n, "negative_prompt"))
+            latent = _sample_and_double(model, upscaling, conds, plain_texts, run)
+        elif (refiner := sdxl.get("refiner")) is not None:
+            refiner_conds = conditions.encode(refiner, quirks, after_base=True)
+            handover = Handover.of(sdxl)
+            latent = _sample_with_refiner(
+                model, refiner, conds, refiner_conds, handover, run, constrain_refiner
+            )
+        else:
+            latent = _sample(model, conds, run)
+        if guidance is not None and (reason := guidance.explain_idle()):
+            warn_caller(reason)
+    except Stop as stop:
+        if stop.latent is None:
+            raise
+        latent = stop.latent
+    return decode_latent(model, latent, tile, options.get("on_latent"))
+
+
+def _sample(model: LatentDiffusion, conds: ModelConds, run: RunOptions) -> Tensor:
+    return sample(model, conds.cond, conds.uncond, further=conds.guidance_conds, **run)
+
+
+def _sample_with_refiner(
+    model: LatentDiffusion,
+    refiner: LatentDiffusion,
+    conds: ModelConds,
+    refiner_conds: ModelConds,
+    handover: Handover,
+    run: RunOptions,
+    constrain_refiner: Constrain | None,
+) -> Tensor:
+    """Sample with the base until the handover, then with the refiner, without new noise."""
+    quirks = Quirks.of(model, run.get("legacy", ()))
+    sigmas = get_sigmas(model, quirks, run)
+    first = _first_step(model, quirks, run, len(sigmas) - 1)
+    end = max(handover.index(model.schedule, sigmas, quirks), first)
+    on_step = partial(_shift_steps, run.get("callback"), len(sigmas) - 1 - first)
+    base_run: RunOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
+    z_t = _sample(model, conds, base_run)
+    if "unused-draws" in quirks:
+        run["noise"](z_t)
+    refiner_run: RunOptions = {
+        **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
+        "callback": on_step(end - first), "constrain": constrain_refiner,
+        "first_step": end - first,
+        "freeu": None,  # its factors are for the base model
+    }  # fmt: skip
+    return _sample(refiner, refiner_conds, refiner_run)
+
+
+def _sample_and_double(
+    model: LatentDiffusion,
+    upscaling: Upscaling,
+    conds: ModelConds,
+    texts: tuple[list[str], list[str]],
+    run: RunOptions,
+) -> Tensor:
+    """Sample a latent, then double its size with the x2 latent upscaler.
+
+    Args:
+        texts: (prompts, negative prompts) for the upscaler.
+    """
+    legacy = run.get("legacy", ())
+    quirks = Quirks.of(model, legacy)
+    total = len(get_sigmas(model, quirks, run)) - 1
+    steps = total - _first_step(model, quirks, run, total)
+    upscaler_steps = len(get_sigmas(upscaling.model, Quirks(), {"steps": upscaling.steps})) - 1
+    on_step = partial(_shift_steps, run.get("callback"), steps + upscaler_steps)
+    latent = _sample(model, conds, {**run, "callback": on_step(0)})
+    return double_latent(
+        upscaling.model,
+        *texts,
+        check_finite(latent, "the UNet"),
+        noise=run["noise"],
+        scale=upscaling.scale,
+        steps=upscaling.steps,
+        callback=on_step(steps),
+        unet_tile=run.get("unet_tile"),
+        legacy=legacy,
+    )
+
+
+def _first_step(model: LatentDiffusion, quirks: Quirks, run: RunOptions, total: int) -> int:
+    """Return the index of the first noise level of a run, as `sample` chooses it.
+
+    Args:
+        total: number of steps of a run from pure noise.
+    """
+    if run["z"] is None:
+        return 0
+    default = model.defaults.steps if run.get("sigmas") is None else total
+    return quirks.first_step(run["strength"], run.get("steps") or default, total)[0]
+
+
+def _shift_steps(callback: Callback | None, total: int, offset: int) -> Callback | None:
+    """Return a callback that counts the steps of one of two models in those of both."""
+    return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))

@@ -1,0 +1,86 @@
+"""Keywords of tasks, and their checks before any network runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from ldm.diffusion.step_noise import StepNoise
+from ldm.model import LatentDiffusion
+from ldm.pipelines.guidance import GuidanceOptions
+from ldm.pipelines.images import DecodingOptions
+from ldm.pipelines.prompts import PromptOptions, as_list, parse_pair
+from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.sampling_options import SamplingOptions, check_sampling, get_sigmas
+from ldm.pipelines.sdxl import SDXLOptions, check_sdxl
+from ldm.prompts import PLAIN, check_syntax
+
+__all__ = [
+    "GuidedOptions", "TaskOptions", "TextOptions", "UnguidedOptions", "check_options",
+    "select_sampling", "select_sdxl",
+]  # fmt: skip
+
+
+class UnguidedOptions(SamplingOptions, DecodingOptions):
+    """Keywords of tasks whose models read no prompts."""
+
+
+class GuidedOptions(UnguidedOptions, GuidanceOptions, PromptOptions):
+    """Keywords of tasks whose models read prompts."""
+
+
+class TaskOptions(GuidedOptions):
+    """The keywords that all tasks take, for a batch of several prompts."""
+
+    negative_prompt: Sequence[str]
+    scale: float | None
+    tile: int | None
+
+
+class TextOptions(GuidedOptions, SDXLOptions):
+    """Keywords of tasks that also work with SDXL."""
+
+
+def select_sampling(options: Mapping[str, object]) -> SamplingOptions:
+    """Return the keywords of `sample` among those of a task."""
+    names = SamplingOptions.__annotations__
+    return cast(SamplingOptions, {name: value for name, value in options.items() if name in names})
+
+
+def select_sdxl(options: Mapping[str, object]) -> SDXLOptions:
+    """Return the keywords for SDXL among those of a task."""
+    names = SDXLOptions.__annotations__
+    return cast(SDXLOptions, {name: value for name, value in options.items() if name in names})
+
+
+def check_options(
+    model: LatentDiffusion,
+    prompts: str | Sequence[str],
+    options: Mapping[str, object],
+    strength: float = 1.0,
+) -> None:
+    """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take.
+
+    Args:
+        options: keywords of a task, by name.
+    """
+    sampling = select_sampling(options)
+    check_sampling(
+        sampling.get("sampler") or model.defaults.sampler,
+        sampling.get("scheduler"),
+        StepNoise(
+            sampling.get("eta"),
+            sampling.get("s_churn", 0.0),
+            sampling.get("s_tmin", 0.0),
+            sampling.get("s_tmax"),
+            sampling.get("s_noise", 1.0),
+            sampling.get("brownian", False),
+        ),
+        strength,
+        sampling.get("rescale", 0.0),
+        sampling.get("legacy", ()),
+    )
+    get_sigmas(model, Quirks(), sampling)  # raises ArgumentError
+    check_sdxl(model, select_sdxl(options))
+    syntax = cast(PromptOptions, options).get("syntax", PLAIN)
+    check_syntax(syntax)
+    for prompt in as_list(prompts):
+        parse_pair((prompt, prompt), syntax)  # raises ArgumentError

@@ -1,0 +1,193 @@
+"""Keywords of sampling: noise levels that they mean, their defaults, checks and warnings."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.guidance import Scale
+from ldm.diffusion.names import MAX_LEVEL, SAMPLERS, SCHEDULERS, FreeUFactors
+from ldm.diffusion.scheduler_options import check_sigmas
+from ldm.diffusion.step_noise import StepNoise
+from ldm.model import Defaults, LatentDiffusion
+from ldm.pipelines.families import is_sdxl
+from ldm.pipelines.quirks import Noise, Quirks
+from ldm.runtime.errors import ArgumentError, check_name
+
+__all__ = [
+    "Callback",
+    "SamplingOptions",
+    "check_sampling",
+    "default_scale",
+    "default_scheduler",
+    "explain_excess",
+    "explain_high_start",
+    "get_sigmas",
+    "latent_size",
+]
+
+Callback = Callable[[int, int, Tensor, Tensor], None]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keywords of `sample` that every task takes; see there."""
+
+    steps: int | None
+    sampler: str | None
+    scheduler: str | None
+    rho: float | None
+    sigmas: Tensor | Sequence[float] | None
+    eta: float | None
+    s_churn: float
+    s_tmin: float
+    s_tmax: float | None
+    s_noise: float
+    brownian: bool
+    rescale: float
+    guidance_interval: tuple[float, float] | None
+    freeu: str | Sequence[float] | FreeUFactors | None
+    freeu_version: str | None
+    seeds: int | Sequence[int] | Noise | None
+    x_T: Tensor | None
+    callback: Callback | None
+    unet_tile: int | None
+    tiling: str
+    legacy: Iterable[str]
+
+
+def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
+    """Return the noise levels (n + 1,) of a run, float64: `sigmas`, else those of the scheduler.
+
+    The scheduler may be replaced for SDXL, and a sampler may skip a level, see
+    `ldm.diffusion.names`.
+
+    Raises:
+        ArgumentError: steps, rho or sigmas are out of range, or exclude each other.
+    """
+    sampler = options.get("sampler") or model.defaults.sampler
+    steps, rho = options.get("steps"), options.get("rho")
+    if (levels := options.get("sigmas")) is not None:
+        sigmas = torch.as_tensor(levels, dtype=torch.float64)
+        check_sigmas(sigmas.tolist())
+        for name in ("scheduler", "rho"):
+            if options.get(name) is not None:
+                raise ArgumentError(f"sigmas are given, leave out {name}", name)
+        if steps not in (None, len(sigmas) - 1):
+            raise ArgumentError(f"sigmas have {len(sigmas) - 1} steps, not {steps}", "steps")
+        highest = float(model.schedule.sigmas[-1])
+        if sigmas[0] > 1.001 * highest:  # users pass rounded levels
+            message = f"the model has noise levels up to {highest:g}, not {float(sigmas[0]):g}"
+            raise ArgumentError(message, "sigmas")
+        return sigmas
+    steps = model.defaults.steps if steps is None else steps
+    scheduler = options.get("scheduler") or default_scheduler(model, sampler)
+    if is_sdxl(model) and scheduler in SCHEDULERS:
+        scheduler = SCHEDULERS[scheduler].for_sdxl or scheduler
+    sigmas = quirks.sigmas(model.schedule, steps, scheduler, rho)
+    max_steps = SCHEDULERS[scheduler].max_steps or len(model.schedule)
+    if SAMPLERS[sampler].skips_last_level and sigmas[-1] == 0 and steps < max_steps:
+        sigmas = quirks.sigmas(model.schedule, steps + 1, scheduler, rho)
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    return sigmas
+
+
+def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
+    """Return the sampler's own scheduler, else the model's, else "uniform".
+
+    With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
+    (arXiv:2305.08891, §3.3), except for samplers that cannot begin there.
+    """
+    traits = SAMPLERS[sampler]
+    if traits.wide_scheduler and model.schedule.sigmas[-1] > MAX_LEVEL:
+        return traits.wide_scheduler
+    preferred = traits.scheduler or model.defaults.scheduler
+    return preferred or ("trailing" if model.schedule.zero_snr else "uniform")
+
+
+def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str | None:
+    """Return, in one line, why a sampler cannot begin at a level; None if it can.
+
+    Args:
+        scheduler: the requested scheduler; None = the noise levels were given as `sigmas`.
+    """
+    remedy = SAMPLERS[sampler].wide_scheduler
+    if remedy in (None, scheduler) or sigma <= MAX_LEVEL:
+        return None
+    choice = "sigmas" if scheduler is None else f"scheduler `{scheduler}`"
+    return (
+        f"sampler `{sampler}` makes broken images from noise levels above {MAX_LEVEL:g}, and "
+        f"{choice} begins at {sigma:.4g}: take scheduler `{remedy}`"
+    )
+
+
+def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
+    """Return the default guidance scale of the sampler, else of the model.
+
+    Args:
+        sampler: a name in SAMPLERS; None = the model's default.
+    """
+    scale = SAMPLERS[sampler or model.defaults.sampler].scale
+    return model.defaults.scale if scale is None else scale
+
+
+def explain_excess(
+    defaults: Defaults, name: str, steps: int | None, scale: Scale | None
+) -> str | None:
+    """Return a warning if a few-step model gets too many steps or too high a scale, else None.
+
+    Args:
+        defaults: of the model, or of a LoRA that makes it one.
+        name: the file of the model or LoRA, for the message.
+        steps: None = unknown, not checked.
+        scale: guidance scale; None, or a function of sigma, is not checked.
+    """
+    most, limit = defaults.max_steps, defaults.max_scale
+    excess = []
+    if most is not None and steps is not None and steps > most:
+        excess.append(f"{steps} steps")
+    if limit is not None and isinstance(scale, int | float) and scale > limit:
+        excess.append(f"guidance scale {scale:g}")
+    if not excess:
+        return None
+    return (
+        f"{name} is made for {defaults.steps} steps and guidance scale {defaults.scale:g}: "
+        f"{' and '.join(excess)} will make images worse"
+    )
+
+
+def check_sampling(
+    sampler: str,
+    scheduler: str | None,
+    step_noise: StepNoise,
+    strength: float = 1.0,
+    rescale: float = 0.0,
+    legacy: Iterable[str] = (),
+) -> None:
+    """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
+    check_name("sampler", sampler, SAMPLERS, argument="sampler")
+    if scheduler is not None:
+        check_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
+    step_noise.check(sampler)
+    for name, value in (("strength", strength), ("rescale", rescale)):
+        if not 0 <= value <= 1:
+            raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
+    Quirks(frozenset(legacy))  # raises UnknownName
+
+
+def latent_size(
+    model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
+) -> tuple[int, int]:
+    """Return the (h, w) of latents: for a size (H, W) in pixels, else of `like`, else the model's.
+
+    Raises:
+        ArgumentError: the size is not a multiple of the downscaling factor.
+    """
+    if size is None:
+        return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
+    f = model.downscale
+    if any(pixels <= 0 or pixels % f for pixels in size):
+        raise ArgumentError(
+            f"height and width must be multiples of {f}, got {size[0]} x {size[1]}", "size"
+        )
+    return size[0] // f, size[1] // f

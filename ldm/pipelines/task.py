@@ -1,0 +1,106 @@
+"""The decorator of tasks: it checks model and keywords before any network runs."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, cast, get_args
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.guidance import Scale
+from ldm.encoders.text import TextEncoder, clip_skip
+from ldm.model import LatentDiffusion
+from ldm.nets.circular import circular_padding
+from ldm.pipelines.families import check_family, file_name
+from ldm.pipelines.finite import check_weights
+from ldm.pipelines.guidance import check_guidance
+from ldm.pipelines.options import GuidedOptions, check_options
+from ldm.runtime.errors import ArgumentError, NonFinite, unknown_name
+from ldm.runtime.warn import warn_caller
+
+__all__ = ["check_clip_skip", "task"]
+
+P = ParamSpec("P")
+FORMER_KEYWORDS = {"grid": "scheduler"}
+
+
+def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Decorate the function of a task to check its arguments first, and to run without gradients.
+
+    Its first parameter is `model`. If it has `**options: Unpack[…Options]`, these are the keywords
+    that it takes besides its own, and it has a parameter `prompts`. The decorated function raises
+    WrongFamily for a model of another family, UnknownName for an unknown keyword, and ArgumentError
+    for an invalid value.
+
+    Args:
+        families: names in FAMILIES of the models that the task works with.
+    """
+
+    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        signature = inspect.signature(function)
+        *_, last = parameters = list(signature.parameters.values())
+        takes_options = last.kind is last.VAR_KEYWORD
+        allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        if takes_options:
+            (options_type,) = get_args(last.annotation)
+            allowed += options_type.__annotations__
+
+        @wraps(function)
+        @torch.no_grad()
+        def call(*args: P.args, **keywords: P.kwargs) -> Tensor:
+            for former, name in FORMER_KEYWORDS.items():
+                if former in keywords:
+                    keywords[name] = keywords.pop(former)
+            for keyword in keywords:
+                if keyword in allowed:
+                    continue
+                if takes_options and keyword in GuidedOptions.__annotations__:
+                    raise ArgumentError(f"{keyword} needs a model that reads prompts", keyword)
+                kind = f"keyword of {function.__name__}"
+                raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
+            tiling, skip = keywords.pop("tiling", "none"), keywords.pop("clip_skip", 1)
+            arguments = signature.bind(*args, **keywords).arguments
+            model = arguments["model"]
+            check_family(model, *families)
+            if takes_options:
+                check_guidance(model, cast(Scale | None, arguments.get("scale")), keywords)
+                strength = arguments.get("strength", 1.0)
+                check_options(model, arguments["prompts"], keywords, strength)
+            if (warning := check_clip_skip(model, skip)) is not None:
+                warn_caller(warning)
+            try:
+                with circular_padding(str(tiling)), clip_skip(cast(int, skip)):
+                    return function(*args, **keywords)
+            except NonFinite as error:
+                for loaded in (model, keywords.get("refiner")):
+                    if isinstance(loaded, LatentDiffusion):
+                        check_weights(loaded, error)
+                raise
+
+        return call
+
+    return decorate
+
+
+def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
+    """Return a warning if a clip skip has no effect on a model, else None.
+
+    Raises:
+        ArgumentError: it is not in 1 … number of layers of the text encoder.
+    """
+    if not isinstance(number, int) or number < 1:
+        raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
+    encoders = model.conditioner.find_all(TextEncoder)
+    if number == 1:
+        return None
+    layers = [encoder.num_blocks for encoder in encoders if encoder.takes_clip_skip]
+    if not layers:
+        return (
+            f"clip_skip {number} is ignored: it is for Stable Diffusion 1, which "
+            f"{file_name(model)} is not"
+        )
+    if number > min(layers):
+        message = f"clip_skip {number}: the text encoder has {min(layers)} layers"
+        raise ArgumentError(message, "clip_skip")
+    return None
