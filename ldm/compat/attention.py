@@ -1,7 +1,8 @@
 """`ldm.modules.attention` of the original: the transformer of the UNet.
 
-Classes derive from those of `ldm.nets.transformer`, hold torch's own layers, and call each other by
-attributes and names of this module, so that replaced methods and layers are used.
+Classes derive from those of `ldm.nets.transformer` and hold torch's own layers. They look layers,
+methods and functions of this module up at each call, so that those that programs put in their place
+are used.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from ldm.compat.util import default as default, exists as exists
 from ldm.nets import transformer
 from ldm.nets.attention import attention
 
-XFORMERS_IS_AVAILBLE = False  # sic; `ldm.nets.attention` chooses the kernel
+XFORMERS_IS_AVAILBLE = False  # (sic) no class depends on it: `ldm.nets.attention` chooses kernels
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
@@ -33,7 +34,7 @@ class GEGLU(Relabelled, transformer.GEGLU):
 
 
 class FeedForward(Relabelled, transformer.FeedForward):
-    """MLP of one hidden layer, with GELU or (glu) GEGLU."""
+    """MLP with one hidden layer, and GEGLU if `glu`, else GELU."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class CrossAttention(Relabelled, transformer.CrossAttention):
         """Attend from x (B, N, query_dim) to the context (B, M, context_dim), or to x.
 
         Args:
-            mask: Tokens of the context to keep, bool (B, M).
+            mask: Tokens of the context to keep, bool (B, M); None keeps all.
         """
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -97,7 +98,7 @@ class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
     """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
 
     Attributes:
-        checkpoint: Whether activations are recomputed in the backward pass.
+        checkpoint: Whether activations are recomputed in the backward pass; programs set it.
     """
 
     ATTENTION_MODES: ClassVar[dict[str, type[nn.Module]]] = {
@@ -141,7 +142,7 @@ class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
         return out
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        # By keyword: what programs put in the place of a layer's forward takes the context so.
+        # By keyword, as programs replace the layers' `forward` by functions that take it so.
         x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
         x = self.attn2(self.norm2(x), context=context) + x
         return self.ff(self.norm3(x)) + x
@@ -186,28 +187,27 @@ class SpatialTransformer(Relabelled, transformer.SpatialTransformer):
         """Attend over the positions of x (B, C, h, w) and to the context.
 
         Args:
-            context: (B, M, D) for all blocks, or a list of one per block.
+            context: (B, M, D) for all blocks, or a list of one per block; None for self-attention.
         """
-        contexts = (
-            context
-            if isinstance(context, (list, tuple))
-            else [context] * len(self.transformer_blocks)
-        )
-        size = x.shape[-2:]
+        blocks = self.transformer_blocks
+        contexts = context if isinstance(context, (list, tuple)) else [context] * len(blocks)
         h = self.norm(x)  # (B, C, h, w)
-        if not self.use_linear:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2).contiguous()  # (B, h w, C)
-        if self.use_linear:
-            h = self.proj_in(h)
-        for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
+        # (B, h w, C)
+        h = self.proj_in(_to_tokens(h)) if self.use_linear else _to_tokens(self.proj_in(h))
+        for block, block_context in zip(blocks, contexts, strict=True):
             h = block(h, context=block_context)
-        if self.use_linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).reshape(len(x), -1, *size).contiguous()  # (B, C, h, w)
-        if not self.use_linear:
-            h = self.proj_out(h)
+        # (B, C, h, w)
+        h = _to_map(self.proj_out(h), x) if self.use_linear else self.proj_out(_to_map(h, x))
         return h + x
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    # Contiguous, as programs use `view` on feature maps.
+    return x.flatten(2).transpose(1, 2).contiguous()  # (B, h w, C)
+
+
+def _to_map(tokens: Tensor, x: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).reshape(len(x), -1, *x.shape[-2:]).contiguous()  # (B, C, h, w)
 
 
 OLD_CLASSES.update(

@@ -12,18 +12,6 @@ from ldm.compat.lightning import LightningModule, TrainedModule, read_state
 from ldm.compat.model import Decoder, Encoder
 from ldm.compat.util import instantiate_from_config
 
-__all__ = [
-    "AutoencoderKL",
-    "Decoder",
-    "DiagonalGaussianDistribution",
-    "Encoder",
-    "IdentityFirstStage",
-    "LitEma",
-    "VQModel",
-    "VQModelInterface",
-    "instantiate_from_config",
-]
-
 Batch = dict[str, Any]
 
 
@@ -32,11 +20,15 @@ class AutoencoderKL(TrainedModule):
 
     Args:
         ddconfig: Keywords of Encoder and Decoder.
-        lossconfig: Such as of LPIPSWithDiscriminator; `torch.nn.Identity` for use without training.
+        lossconfig: Config of the loss, such as LPIPSWithDiscriminator; of `torch.nn.Identity` for
+            use without training.
         embed_dim: Channels of the latent.
-        colorize_nlabels: Channels of label maps, which are shown by a random projection.
-        ema_decay: None for no average of the weights.
-        learn_logvar: Whether the loss's log variance is trained.
+        ckpt_path, ignore_keys: See `init_from_ckpt`; None for random weights.
+        image_key: Batch key of the images.
+        colorize_nlabels: Channels of label maps that `to_rgb` shows; None to learn it then.
+        monitor: Logged value by which Lightning chooses checkpoints; None for no attribute.
+        ema_decay: Decay of the EMA of the weights; None for no EMA.
+        learn_logvar: Whether to train the log variance of the loss.
     """
 
     colorize: Tensor
@@ -79,10 +71,11 @@ class AutoencoderKL(TrainedModule):
             self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load the weights of a checkpoint that have a name here, without running what is in it.
+        """Load the weights of a checkpoint, as far as the model has their names.
 
         Args:
-            ignore_keys: Starts of names that are left out.
+            path: A file of any format that `ldm.load` reads; objects in it are not unpickled.
+            ignore_keys: Prefixes of names to leave out.
         """
         self.load_state_dict(read_state(path, ignore_keys), strict=False)
 
@@ -98,17 +91,17 @@ class AutoencoderKL(TrainedModule):
     def forward(
         self, input: Tensor, sample_posterior: bool = True
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Reconstruct images from a sample of their posterior, or its mode."""
+        """Reconstruct images from a sample of their posterior, or its mode; also return that."""
         posterior = self.encode(input)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
 
     def get_last_layer(self) -> Tensor:
-        """Return the weight at which the gradients of the losses are compared."""
+        """Return the weight by whose gradients the losses are balanced."""
         return self.decoder.conv_out.weight
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Train on a batch: the autoencoder, then the discriminator."""
+        """Train the autoencoder on a batch, then the discriminator."""
         for index, optimizer in enumerate(self.optimizers()):
             self.toggle_optimizer(optimizer)
             loss = self._loss(batch, index, "train")
@@ -119,16 +112,16 @@ class AutoencoderKL(TrainedModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the losses of a batch, with the weights and with their average."""
+        """Log the losses of a batch, with the weights and with the EMA weights."""
         self._validate(batch, "")
         if self.use_ema:
             with self.ema_scope():
                 self._validate(batch, "_ema")
 
     def configure_optimizers(self) -> Any:
-        """Return Adam over the autoencoder, and over the discriminator, with `learning_rate`."""
-        parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
-        parameters = [parameter for part in parts for parameter in part.parameters()]
+        """Return Adam for the autoencoder and for the discriminator, with `learning_rate`."""
+        modules = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
         if self.learn_logvar:
             parameters.append(self.loss.logvar)
         groups = (parameters, list(self.loss.discriminator.parameters()))
@@ -140,30 +133,35 @@ class AutoencoderKL(TrainedModule):
     def log_images(
         self, batch: Batch, only_inputs: bool = False, log_ema: bool = False, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return images of a batch, their reconstructions, and decoded noise, by name."""
+        """Return images of a batch, their reconstructions, and decoded noise, by name.
+
+        Args:
+            only_inputs: Whether to return the images of the batch alone.
+            log_ema: Whether to return those of the EMA weights even if there is no EMA.
+        """
         x = self.get_input(batch, self.image_key).to(self.device)
         log = {"inputs": self._as_rgb(x)}
         if only_inputs:
             return log
-        reconstruction, posterior = self(x)
-        noise = torch.randn_like(posterior.sample())
-        log |= {"samples": self.decode(noise), "reconstructions": self._as_rgb(reconstruction)}
+        log |= self._sample_images(x, "")
         if log_ema or self.use_ema:
             with self.ema_scope():
-                averaged, posterior = self(x)
-                noise = torch.randn_like(posterior.sample())
-                log |= {
-                    "samples_ema": self.decode(noise),
-                    "reconstructions_ema": self._as_rgb(averaged),
-                }
+                log |= self._sample_images(x, "_ema")
         return log
 
+    def _sample_images(self, x: Tensor, suffix: str) -> dict[str, Tensor]:
+        reconstruction, posterior = self(x)
+        noise = torch.randn_like(posterior.sample())
+        return {
+            f"samples{suffix}": self.decode(noise),
+            f"reconstructions{suffix}": self._as_rgb(reconstruction),
+        }
+
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Show label maps (B, C, H, W) as images, by a random projection."""
+        """Show label maps (B, C, H, W) as images, see `show_as_rgb`."""
         if "colorize" not in self._buffers:
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
-        x = nn.functional.conv2d(x, weight=self.colorize)
-        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+        return show_as_rgb(x, self.colorize)
 
     def _as_rgb(self, x: Tensor) -> Tensor:
         return self.to_rgb(x) if x.shape[1] > 3 else x
@@ -177,12 +175,14 @@ class AutoencoderKL(TrainedModule):
             reconstructions,
             posterior,
             index,
-            self.global_step // 2,  # of Lightning 2, which counts both optimizers
+            self.global_step // 2,  # as Lightning 2 counts the steps of both optimizers
             last_layer=self.get_last_layer(),
             split=split,
         )
-        trains = split == "train"
-        self.log_dict(parts, prog_bar=False, logger=True, on_step=trains, on_epoch=not trains)
+        is_training = split == "train"
+        self.log_dict(
+            parts, prog_bar=False, logger=True, on_step=is_training, on_epoch=not is_training
+        )
         return loss
 
     def _validate(self, batch: Batch, suffix: str) -> None:
@@ -190,11 +190,18 @@ class AutoencoderKL(TrainedModule):
             self._loss(batch, index, "val" + suffix)
 
 
+def show_as_rgb(x: Tensor, weight: Tensor) -> Tensor:
+    """Project maps (B, C, h, w) to images in [-1, 1], by random weights (3, C, 1, 1)."""
+    x = nn.functional.conv2d(x, weight=weight)
+    return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+
 class IdentityFirstStage(nn.Module):
-    """An autoencoder whose latents are the images.
+    """Placeholder for an autoencoder: the latents are the images.
 
     Args:
-        vq_interface: Whether `quantize` returns what that of a codebook does.
+        vq_interface: Whether `quantize` returns a tuple, as a VQ autoencoder does.
+        args, kwargs: Ignored, as in the original.
     """
 
     def __init__(self, *args: object, vq_interface: bool = False, **kwargs: object) -> None:
@@ -215,11 +222,11 @@ class IdentityFirstStage(nn.Module):
 
 
 class VQModel(LightningModule):
-    """The autoencoder with a codebook, which programs test models for; it cannot be built."""
+    """Name of the VQ autoencoder, for `isinstance` in programs; it cannot be built."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError("VQ autoencoders are not supported yet")
 
 
 class VQModelInterface(VQModel):
-    """The autoencoder with a codebook as a first stage."""
+    """Name of the VQ autoencoder of latent diffusion models, likewise."""

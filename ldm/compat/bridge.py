@@ -1,15 +1,13 @@
-"""Bridges between models of `ldm.load` and the original's, which share their weights.
+"""Conversion between models of `ldm.load` and of the original's classes.
 
     old = from_modern(ldm.load("v1-inference.yaml", "sd-v1-4.ckpt"))
     image = ldm.txt2img(to_modern(old), ["a red apple"])
 
-Both build the other classes around the same tensors: what one of the two is trained to, the other
-has. The families of Stable Diffusion 1 and 2 that have both classes are in FAMILIES.
+Weights are shared, not copied: training one of the two models changes the other.
 """
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -47,44 +45,48 @@ from ldm.runtime.errors import WrongFamily
 
 __all__ = ["from_modern", "to_modern"]
 
-NOTHING = {"target": "torch.nn.Identity"}
+PLACEHOLDER = {"target": "torch.nn.Identity"}  # config of a module that is replaced later
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """A class of the original, and the encoders beside the text encoder that it stands for.
+    """A class of the original, and the encoders of conditions that its models have.
 
     Args:
-        stage: Keyword of its constructor for the config of what `add` replaces.
-        add: Gives an old model what it has in place of the encoders of a conditioner.
-        encoders: Builds the encoders, by name, from an old model.
+        old_class: The class.
+        names: Names of the encoders in a `Conditioner`, without the text encoder.
+        conditioning_key: That of its models.
+        build_encoders: Builds these encoders from an old model.
+        config_key: Keyword of the constructor of `old_class` for the config of the module that
+            `add_module` replaces; None for none.
+        add_module: Adds that module, from the encoders of a `Conditioner`, to an old model.
     """
 
-    old: type[LatentDiffusion]
+    old_class: type[LatentDiffusion]
     names: frozenset[str]
     conditioning_key: str
-    encoders: Callable[[Any], dict[str, Encoder]] = lambda old: {}
-    stage: str | None = None
-    add: Callable[[Any, Conditioner], None] = lambda old, conditioner: None
+    build_encoders: Callable[[Any], dict[str, Encoder]] = lambda old: {}
+    config_key: str | None = None
+    add_module: Callable[[Any, Conditioner], None] = lambda old, conditioner: None
 
 
 def from_modern(model: ModernModel) -> LatentDiffusion:
-    """Return a model of the original's class over the weights of one of `ldm.load`.
+    """Convert a model of `ldm.load` to one of the original's class, with the same weights.
 
     Raises:
-        WrongFamily: The model has no counterpart here.
+        WrongFamily: The original has no class for the model.
     """
     names = frozenset(model.conditioner.encoders)
-    family = next((row for row in FAMILIES if row.names | {"text"} == names), None)
+    family = next((family for family in FAMILIES if family.names | {"text"} == names), None)
     if family is None or not isinstance(model.autoencoder, AutoencoderKL):
         encoders = ", ".join(sorted(names)) or "none"
         raise WrongFamily(f"no class of the original has these encoders: {encoders}")
-    stage: dict[str, Any] = {} if family.stage is None else {family.stage: NOTHING}
-    old = family.old(
-        unet_config=dict(NOTHING),
-        first_stage_config=NOTHING,
-        cond_stage_config=NOTHING,
+    more: dict[str, Any] = {} if family.config_key is None else {family.config_key: PLACEHOLDER}
+    old = family.old_class(
+        unet_config=dict(PLACEHOLDER),
+        first_stage_config=PLACEHOLDER,
+        cond_stage_config=PLACEHOLDER,
         timesteps=len(model.schedule),
         given_betas=model.schedule.betas.numpy(),
         parameterization=model.parameterization,
@@ -95,35 +97,41 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
         first_stage_key="jpg",
         cond_stage_key="txt",
         use_ema=False,
-        **stage,
+        **more,
     )
     old.model.diffusion_model = _old_unet(model.unet)
     old.first_stage_model = freeze(_old_autoencoder(model.autoencoder))
     old.cond_stage_model = freeze(_old_text(model.conditioner.encoders["text"]))
     old.num_downs = len(model.autoencoder.layout.ch_mult) - 1
-    family.add(old, model.conditioner)
+    family.add_module(old, model.conditioner)
     return old.to(model.device).eval()
 
 
 def to_modern(model: LatentDiffusion) -> ModernModel:
-    """Return a model for `ldm.txt2img` and its like over the weights of an old one.
+    """Convert an old model to one for `ldm.txt2img` and the other tasks, with the same weights.
 
-    Branches that a program has added, such as control networks, are left out.
+    Modules that a program has added, such as control networks, are left out.
 
     Raises:
-        WrongFamily: The model has no counterpart here.
+        WrongFamily: This package has no tasks for such a model.
     """
     key = model.model.conditioning_key
-    rows = [row for row in FAMILIES if isinstance(model, row.old) and row.conditioning_key == key]
-    if not rows:
+    family = next(
+        (
+            family
+            for family in FAMILIES
+            if isinstance(model, family.old_class) and family.conditioning_key == key
+        ),
+        None,
+    )
+    if family is None:
         raise WrongFamily(
             f"a {type(model).__name__} with conditioning_key `{key}` cannot be bridged"
         )
-    # In float64, unless a program has registered others since.
-    betas = model.exact_betas
-    if not torch.equal(betas.float(), model.betas.cpu()):
+    betas = model.betas_float64
+    if not torch.equal(betas.float(), model.betas.cpu()):  # a program has replaced the buffer
         betas = model.betas.cpu().double()
-    encoders = {"text": _modern_text(model.cond_stage_model), **rows[0].encoders(model)}
+    encoders = {"text": _modern_text(model.cond_stage_model), **family.build_encoders(model)}
     modern = ModernModel(
         unet=_modern_unet(model.model.diffusion_model),
         autoencoder=_modern_autoencoder(model.first_stage_model),
@@ -137,20 +145,20 @@ def to_modern(model: LatentDiffusion) -> ModernModel:
 
 
 def _copy_sharing(module: ModuleT) -> ModuleT:
-    """Copy a module, but not its tensors."""
-    # deepcopy takes what the memo has as copied already.
+    """Copy a module, but not the memory of its tensors."""
+    # deepcopy takes the copies that the memo has, by the `id` of the original.
     memo: dict[int, Any] = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        shared = tensor.detach()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(shared, tensor.requires_grad) if is_parameter else shared
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach()
     return copy.deepcopy(module, memo)
 
 
 def _share(new: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Let a module without memory have the tensors of another one."""
-    own = new.state_dict()
-    new.load_state_dict({name: weights[name] for name in own}, strict=True, assign=True)
+    """Assign tensors to a module on the meta device, without copying them."""
+    names = new.state_dict()
+    new.load_state_dict({name: weights[name] for name in names}, strict=True, assign=True)
 
 
 def _old_unet(unet: nn.Module) -> UNetModel:
@@ -182,7 +190,7 @@ def _modern_unet(old: nn.Module) -> UNet:
 def _old_autoencoder(modern: AutoencoderKL) -> old_autoencoder.AutoencoderKL:
     with meta_device():
         old = old_autoencoder.AutoencoderKL(
-            dataclasses.asdict(modern.layout), NOTHING, modern.embed_dim
+            dataclasses.asdict(modern.layout), PLACEHOLDER, modern.embed_dim
         )
     _share(old, modern.state_dict())
     return old
@@ -202,10 +210,11 @@ def _modern_autoencoder(old: nn.Module) -> AutoencoderKL:
 def _old_text(encoder: Encoder) -> nn.Module:
     old: nn.Module
     if isinstance(encoder, CLIPText):
-        table, blocks = encoder.tower.token_embedding.weight, encoder.tower.blocks
+        blocks = encoder.tower.blocks
+        vocab_size, hidden_size = encoder.tower.token_embedding.weight.shape
         sizes = {
-            "vocab_size": len(table),
-            "hidden_size": table.shape[1],
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
             "intermediate_size": blocks[0].mlp["fc1"].out_features,
             "num_hidden_layers": len(blocks),
             "num_attention_heads": blocks[0].self_attn.heads,
@@ -255,11 +264,11 @@ def _modern_text(old: nn.Module | None) -> CLIPText | OpenCLIPText:
 
 
 def _open_clip_arch(model: Any, heads: int, layers: int) -> dict[str, Any]:
-    """Return the config of open_clip that a text model, ours or open_clip's, was built from."""
-    vocabulary, width = model.token_embedding.weight.shape
+    """Return the open_clip config of a text model of `ldm.encoders` or of open_clip."""
+    vocab_size, width = model.token_embedding.weight.shape
     text = {
         "context_length": len(model.positional_embedding),
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "width": width,
         "heads": heads,
         "layers": layers,
@@ -285,11 +294,11 @@ def _depth_encoders(old: LatentDepth2ImageDiffusion) -> dict[str, Encoder]:
 def _add_low_scale(old: LatentUpscaleDiffusion, conditioner: Conditioner) -> None:
     lowres = conditioner.get(LowRes)
     old.low_scale_key = lowres.low_scale_key
-    new: AbstractLowScaleModel = SimpleImageConcat()
+    low_scale: AbstractLowScaleModel = SimpleImageConcat()
     if lowres.schedule is not None:
-        new = ImageConcatWithNoiseAugmentation({}, lowres.max_noise_level)
-        _copy_schedule(new, lowres, lowres.schedule)
-    old.low_scale_model = freeze(new)
+        low_scale = ImageConcatWithNoiseAugmentation({}, lowres.max_noise_level)
+        _copy_schedule(low_scale, lowres, lowres.schedule)
+    old.low_scale_model = freeze(low_scale)
 
 
 def _low_scale_encoders(old: LatentUpscaleDiffusion) -> dict[str, Encoder]:
@@ -303,13 +312,13 @@ def _low_scale_encoders(old: LatentUpscaleDiffusion) -> dict[str, Encoder]:
 def _add_embedder(old: ImageEmbeddingConditionedLatentDiffusion, conditioner: Conditioner) -> None:
     image = conditioner.get(ImageEmbedding)
     clip, noise = image.clip, image.noise
+    is_openai = isinstance(clip, CLIPImage)
     with meta_device():
-        kind = (
-            old_encoders.ClipImageEmbedder
-            if isinstance(clip, CLIPImage)
-            else old_encoders.FrozenOpenCLIPImageEmbedder
+        embedder = (
+            old_encoders.ClipImageEmbedder(antialias=clip.antialias)
+            if is_openai
+            else old_encoders.FrozenOpenCLIPImageEmbedder(antialias=clip.antialias)
         )
-        embedder = kind(antialias=clip.antialias)
     embedder.model, embedder.blur = _copy_sharing(clip.model), clip.blur
     augmentor = old_encoders.CLIPEmbeddingNoiseAugmentation(
         {}, noise.max_noise_level, timestep_dim=noise.width
@@ -329,11 +338,8 @@ def _embedder_encoders(old: ImageEmbeddingConditionedLatentDiffusion) -> dict[st
     with meta_device():
         is_openai = isinstance(embedder, CLIPImage)
         clip: CLIPVision = CLIPImage() if is_openai else OpenCLIPImage()
-    clip.model, clip.antialias, clip.blur = (
-        _copy_sharing(embedder.model),
-        embedder.antialias,
-        embedder.blur,
-    )
+    clip.model = _copy_sharing(embedder.model)
+    clip.antialias, clip.blur = embedder.antialias, embedder.blur
     width = augmentor.data_mean.shape[1]
     noise = EmbeddingNoise(timestep_dim=width, max_noise_level=augmentor.max_noise_level)
     noise.set_statistics(augmentor.data_mean, augmentor.data_std)
@@ -343,7 +349,7 @@ def _embedder_encoders(old: ImageEmbeddingConditionedLatentDiffusion) -> dict[st
 
 
 def _copy_schedule(new: Any, module: nn.Module, schedule: Schedule) -> None:
-    """Give a module the noise schedule of another one, and its tables."""
+    """Copy the noise schedule of a module, and its tables, to another one."""
     new.schedule = schedule
     for name in schedule.buffers():
         if name in module._buffers:

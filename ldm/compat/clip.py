@@ -1,6 +1,6 @@
-"""CLIP's text model and tokenizer, called as those of transformers; that is not needed.
+"""CLIP's text model and tokenizer, with the interfaces of transformers, which is not needed.
 
-The network is `ldm.encoders.towers.CLIPTower`, its layers are torch's own classes.
+The network is `ldm.encoders.towers.CLIPTower` with layers of torch's own classes.
 """
 
 import json
@@ -20,7 +20,7 @@ from ldm.encoders.towers import select_tokens
 from ldm.loading.files.checkpoint import read_checkpoint
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-NEW_TOKEN_STD = 0.02
+NEW_TOKEN_STD = 0.02  # of the embeddings of added tokens: CLIP's initial one
 
 
 class TextOutput(NamedTuple):
@@ -28,8 +28,9 @@ class TextOutput(NamedTuple):
 
     Attributes:
         last_hidden_state: (B, N, D), after the final norm.
-        pooler_output: The vectors at the first end tokens, (B, D).
-        hidden_states: The embedding and the output of each block, before the final norm.
+        pooler_output: Vectors at the first end tokens, (B, D); None without token ids.
+        hidden_states: The embedding and the output of each block, (B, N, D), before the final norm;
+            None unless asked for.
     """
 
     last_hidden_state: Tensor
@@ -40,7 +41,7 @@ class TextOutput(NamedTuple):
 class CLIPTextEmbeddings(nn.Module):
     """Token ids (B, N) -> sum of token and position embedding (B, N, D)."""
 
-    token_embedding: nn.Module  # programs put a module of their own here
+    token_embedding: nn.Module  # programs replace it by a module of their own
     position_embedding: nn.Embedding
 
     def forward(
@@ -50,11 +51,13 @@ class CLIPTextEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
         embedding_manager: Any = None,
     ) -> Tensor:
-        """Embed token ids, or add the positions to `inputs_embeds` (B, N, D).
+        """Embed token ids.
 
         Args:
-            embedding_manager: Textual inversion: called with ids and token embeddings, it gives
-                other embeddings.
+            position_ids: (B, N); None for 0 … N-1.
+            inputs_embeds: Token embeddings (B, N, D); None to compute them from `input_ids`.
+            embedding_manager: Textual inversion, called with ids and token embeddings, of which it
+                returns new ones; None for none.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -69,7 +72,7 @@ class CLIPTextEmbeddings(nn.Module):
         return inputs_embeds + positions
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + "position_ids", None)  # in checkpoints, but not in the model
+        state_dict.pop(prefix + "position_ids", None)  # in checkpoints, not a buffer here
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -86,10 +89,10 @@ class CLIPEncoder(nn.Module):
         output_hidden_states: bool | int | None = False,
         **ignored: Any,
     ) -> TextOutput:
-        """Run the blocks on (B, N, D).
+        """Run the blocks on embeddings (B, N, D).
 
         Args:
-            attention_mask: Tokens to attend to, (B, N), 1 = keep.
+            attention_mask: Tokens to attend to, (B, N), 1 = keep; None keeps all.
         """
         x, n = inputs_embeds, inputs_embeds.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
@@ -121,7 +124,12 @@ class CLIPTextTransformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         embedding_manager: Any = None,
     ) -> TextOutput:
-        """Encode token ids (B, N), N <= 77, of any integer type."""
+        """Encode token ids (B, N), N <= 77, of any integer type.
+
+        Args:
+            output_attentions, return_dict: Ignored. The others: see `CLIPTextEmbeddings.forward`
+                and `CLIPEncoder.forward`.
+        """
         if input_ids is not None:
             input_ids = input_ids.reshape(-1, input_ids.shape[-1])
         x = self.embeddings(input_ids, position_ids, inputs_embeds, embedding_manager)
@@ -135,10 +143,10 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """The text model of SD 1; names of parameters as in its checkpoints.
+    """The text model of SD 1, with parameter names as in its checkpoints.
 
     Args:
-        config: Name of a model, a folder with its `config.json`, or the entries of that.
+        config: Name of a model, a folder with its `config.json`, or the entries of that file.
     """
 
     def __init__(self, config: str | Path | Mapping[str, Any]) -> None:
@@ -160,22 +168,23 @@ class CLIPTextModel(nn.Module):
         config: Any = None,
         **ignored: Any,
     ) -> "CLIPTextModel":
-        """Build the model; its weights are random unless `name` is a folder that holds them.
+        """Build the model; its weights are random unless `name` is a folder that has them.
 
         Args:
-            config: Overrides the name.
+            name: As `config` of the constructor; None needs a `config`.
+            config: Overrides `name` for the sizes; None for no override.
         """
         source = config or name
         if source is None:
             raise ValueError("a name or a config is needed")
         model = cls(source)
-        folders = [] if name is None else [Path(name)]
-        files = [folder / file for folder in folders for file in WEIGHT_FILES]
+        files = [] if name is None else [Path(name, file) for file in WEIGHT_FILES]
         path = next((path for path in files if path.is_file()), None)
         if path is not None:
             state = read_checkpoint(path).state
-            text = {key: value for key, value in state.items() if key.startswith("text_model.")}
-            model.load_state_dict(text)
+            model.load_state_dict(
+                {key: value for key, value in state.items() if key.startswith("text_model.")}
+            )
         return model.eval()
 
     @property
@@ -193,14 +202,14 @@ class CLIPTextModel(nn.Module):
         self.text_model.embeddings.token_embedding = embedding
 
     def resize_token_embeddings(self, count: int | None = None, *ignored: Any) -> nn.Module:
-        """Give the token embedding `count` rows; new rows are random."""
+        """Resize the token embedding to `count` rows, new ones random; None leaves it."""
         old = cast(nn.Embedding, self.get_input_embeddings())
         if count is None or count == old.num_embeddings:
             return old
         new = nn.Embedding(count, old.embedding_dim).to(old.weight)
-        shared = min(count, old.num_embeddings)
+        kept = min(count, old.num_embeddings)
         with torch.no_grad():
-            new.weight.normal_(std=NEW_TOKEN_STD)[:shared] = old.weight[:shared]
+            new.weight.normal_(std=NEW_TOKEN_STD)[:kept] = old.weight[:kept]
         new.weight.requires_grad = old.weight.requires_grad
         self.set_input_embeddings(new)
         self.config.vocab_size = count
@@ -213,7 +222,7 @@ class CLIPTextModel(nn.Module):
 
 
 class BatchEncoding(UserDict[str, Any]):
-    """Result of the tokenizer: entries are attributes, too."""
+    """Output of the tokenizer, a dict whose entries are attributes as well."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "data" or name not in self.data:
@@ -222,10 +231,10 @@ class BatchEncoding(UserDict[str, Any]):
 
 
 class CLIPTokenizer:
-    """Byte-level BPE of SD 1, as transformers' slow tokenizer with ftfy.
+    """Byte-level BPE of SD 1, equal to transformers' slow tokenizer with ftfy.
 
     Args:
-        max_length: Length of `truncation` and `padding` where a call names none.
+        max_length: Default `max_length` of calls.
     """
 
     bos_token, eos_token = tokenizer.CLIP.start, tokenizer.CLIP.end
@@ -240,43 +249,41 @@ class CLIPTokenizer:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **ignored: Any) -> "CLIPTokenizer":
-        """Build the tokenizer: all CLIP models of OpenAI have the same."""
+        """Build the tokenizer, which is the same for all of OpenAI's CLIP models."""
         return cls()
 
     def __len__(self) -> int:
         return self.vocab_size + len(self.added_tokens_encoder)
 
     def get_vocab(self) -> dict[str, int]:
-        """Return ids by symbol; `</w>` is the end of a word."""
-        symbols, _ = tokenizer.load_vocabulary()
-        specials = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
-        return {**symbols, **specials, **self.added_tokens_encoder}
+        """Return ids by token; `</w>` marks the end of a word."""
+        vocabulary, _ = tokenizer.load_vocabulary()
+        special_tokens = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
+        return {**vocabulary, **special_tokens, **self.added_tokens_encoder}
 
     @property
     def encoder(self) -> dict[str, int]:
         return self.get_vocab()
 
     def add_tokens(self, tokens: str | Sequence[str], special_tokens: bool = False) -> int:
-        """Add tokens that a prompt may contain; returns how many are new."""
-        before, vocabulary = len(self), self.get_vocab()
+        """Add tokens that prompts may contain, and return how many of them are new."""
+        count_before, vocabulary = len(self), self.get_vocab()
         for token in [tokens] if isinstance(tokens, str) else tokens:
             if token not in vocabulary and token not in self.added_tokens_encoder:
                 self.added_tokens_encoder[token] = len(self)
-        return len(self) - before
+        return len(self) - count_before
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Return the id of a symbol, or those of several."""
+        """Return the id of a token, or a list of those of several."""
         vocabulary = self.get_vocab()
         if isinstance(tokens, str):
             return vocabulary.get(tokens, self.unk_token_id)
         return [vocabulary.get(token, self.unk_token_id) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | Tensor) -> Any:
-        """Return the symbol of an id, or those of several."""
-        symbols = {number: symbol for symbol, number in self.get_vocab().items()}
-        if isinstance(ids, int):
-            return symbols[ids]
-        return [symbols[int(number)] for number in ids]
+        """Return the token of an id, or a list of those of several."""
+        tokens = {token_id: token for token, token_id in self.get_vocab().items()}
+        return tokens[ids] if isinstance(ids, int) else [tokens[int(token_id)] for token_id in ids]
 
     def encode(self, text: str, **options: Any) -> Any:
         """Convert one text to ids, see `__call__`."""
@@ -294,29 +301,35 @@ class CLIPTokenizer:
         return_length: bool = False,
         **ignored: Any,
     ) -> BatchEncoding:
-        """Convert texts to `input_ids` and `attention_mask`: lists, or with "pt" tensors (B, N).
+        """Convert texts to `input_ids` and `attention_mask`.
 
         Args:
-            padding: "max_length", or True for the longest.
-            add_special_tokens: Whether start and end token are added.
-            return_length: Whether there is an entry `length`, the lengths with padding.
+            padding: "max_length", or True for the longest text's length.
+            truncation: Whether to truncate texts to `max_length` tokens.
+            max_length: Number of tokens; None for `model_max_length`.
+            add_special_tokens: Whether to add start and end token.
+            return_tensors: "pt" for tensors (B, N); None for lists.
+            return_length: Whether to add an entry `length`, the lengths with padding.
+            ignored: Other keywords of transformers.
         """
-        limit = self.model_max_length if max_length is None else max_length
-        edges = 2 if add_special_tokens else 0
-        rows = []
-        for words in map(self._words, [text] if isinstance(text, str) else text):
+        max_length = self.model_max_length if max_length is None else max_length
+        special_count = 2 if add_special_tokens else 0
+        sequences = []
+        for ids in map(self._encode_text, [text] if isinstance(text, str) else text):
             if truncation:
-                words = words[: max(limit - edges, 0)]
+                ids = ids[: max(max_length - special_count, 0)]
             if add_special_tokens:
-                words = [self.bos_token_id, *words, self.eos_token_id]
-            rows.append(words)
-        lengths = [len(row) for row in rows]
-        full = limit if padding == "max_length" else max(lengths, default=0) if padding else 0
-        ids = [row + [self.pad_token_id] * (full - len(row)) for row in rows]
-        mask = [[1] * n + [0] * (full - n) for n in lengths]
-        entries: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+                ids = [self.bos_token_id, *ids, self.eos_token_id]
+            sequences.append(ids)
+        lengths = [len(ids) for ids in sequences]
+        padded_length = 0
+        if padding:
+            padded_length = max_length if padding == "max_length" else max(lengths, default=0)
+        padded = [ids + [self.pad_token_id] * (padded_length - len(ids)) for ids in sequences]
+        mask = [[1] * length + [0] * (padded_length - length) for length in lengths]
+        entries: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
         if return_length:
-            entries["length"] = [len(row) for row in ids]
+            entries["length"] = [len(ids) for ids in padded]
         if return_tensors == "pt":
             entries = {name: torch.tensor(value, device="cpu") for name, value in entries.items()}
         elif return_tensors is not None:
@@ -325,13 +338,13 @@ class CLIPTokenizer:
             entries = {name: value[0] for name, value in entries.items()}
         return BatchEncoding(entries)
 
-    def _words(self, text: str) -> list[int]:
-        added = {token.lower(): [number] for token, number in self.added_tokens_encoder.items()}
+    def _encode_text(self, text: str) -> list[int]:
+        added = {token.lower(): [token_id] for token, token_id in self.added_tokens_encoder.items()}
         return tokenizer.encode(text, tokenizer.CLIP, added)
 
 
 def _read_sizes(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return transformers' names and values of the sizes of a text model."""
+    """Return the sizes of a text model, by transformers' names."""
     if isinstance(config, Mapping):
         entries = config
     elif (path := Path(config, "config.json")).is_file():

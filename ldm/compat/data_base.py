@@ -1,4 +1,4 @@
-"""The old `ldm.data.base`: base class of data sets that are read in order."""
+"""`ldm.data.base` of the original: base class of iterable data sets."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from torch.utils.data import IterableDataset
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
-    """Base class of data sets that are read in order.
+    """Base class of iterable data sets, for `isinstance` in programs.
 
     Args:
         num_records: Number of samples.
-        valid_ids: Those of them that are used.
+        valid_ids: Ids of the samples to use; None for no ids.
         size: Side of the images in pixels.
     """
 

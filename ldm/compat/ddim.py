@@ -9,37 +9,29 @@ from torch import Tensor
 
 from ldm.compat.diffusion_util import (
     extract_into_tensor,
-    make_ddim_sampling_parameters,
-    make_ddim_timesteps,
-    noise_like,
+    make_ddim_sampling_parameters as make_ddim_sampling_parameters,
+    make_ddim_timesteps as make_ddim_timesteps,
+    noise_like as noise_like,
 )
 from ldm.compat.sampling import (
     Condition,
     ScoreCorrector,
-    Step,
+    StepOutput,
     TableSampler,
+    apply_with_guidance,
     correct_score,
-    guided_output,
 )
-
-__all__ = [
-    "DDIMSampler",
-    "extract_into_tensor",
-    "make_ddim_sampling_parameters",
-    "make_ddim_timesteps",
-    "noise_like",
-]
 
 
 class DDIMSampler(TableSampler):
-    """DDIM, with the arguments and the order of draws of the original."""
+    """DDIM, with the arguments and the order of random draws of the original."""
 
-    ddim_sampling = TableSampler.walk
+    ddim_sampling = TableSampler.run_steps
 
-    def sampling(self, cond: Condition, shape: Sequence[int], **options: Any) -> Any:
+    def sample_loop(self, cond: Condition, shape: Sequence[int], **options: Any) -> Any:
         return self.ddim_sampling(cond, shape, **options)
 
-    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> Step:
+    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> StepOutput:
         return self.p_sample_ddim(*args, **options)
 
     @torch.no_grad()
@@ -60,20 +52,19 @@ class DDIMSampler(TableSampler):
         unconditional_conditioning: Condition = None,
         dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Step from x (B, C, h, w) at timesteps t (B,) to the step below `index`.
+        """Step from x (B, C, h, w) at timesteps t (B,), entry `index` of the tables, to the next.
 
         Returns:
-            x at that step, and the estimate of x0.
+            x at the next timestep, and the estimate of x0.
         """
-        output = guided_output(
-            self.model, x, t, c, unconditional_guidance_scale, unconditional_conditioning
-        )
-        # Models that predict x0 are taken for ones that predict eps, as in the original.
+        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
+        output = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
+        # The output of a model that predicts x0 is taken for eps, as in the original.
         predicts_v = self.model.parameterization == "v"
         e_t = self.model.predict_eps_from_z_and_v(x, t, output) if predicts_v else output
         if score_corrector is not None:
             e_t = correct_score(self.model, score_corrector, e_t, x, t, c, corrector_kwargs)
-        a_t, a_prev, sigma_t, sqrt_one_minus_at = self.coefficients(index, x, use_original_steps)
+        a_t, a_prev, sigma_t, sqrt_one_minus_at = self.read_tables(index, x, use_original_steps)
         if predicts_v:
             pred_x0 = self.model.predict_start_from_z_and_v(x, t, output)
         else:
@@ -81,7 +72,7 @@ class DDIMSampler(TableSampler):
         if quantize_denoised:
             pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
         if dynamic_threshold is not None:
-            raise NotImplementedError("DDIM has no dynamic threshold, PLMS has")
+            raise NotImplementedError("dynamic_threshold is for PLMS only")
         noise = self.draw_noise(x, sigma_t, repeat_noise, temperature, noise_dropout)
         x_prev = a_prev.sqrt() * pred_x0 + (1.0 - a_prev - sigma_t**2).sqrt() * e_t + noise
         return x_prev, pred_x0
@@ -98,37 +89,44 @@ class DDIMSampler(TableSampler):
         unconditional_conditioning: Condition = None,
         callback: Callable[[int], object] | None = None,
     ) -> tuple[Tensor, dict[str, object]]:
-        """Invert DDIM: find noise that gives x0 (B, C, h, w).
+        """Invert DDIM: find the latents that `decode` denoises to x0 (B, C, h, w).
 
-        As in the original, the model is told the number of the step, 0, 1, 2 …, not its timestep,
-        and its output is taken for eps.
+        Args:
+            t_enc: Number of steps.
+            return_intermediates: About how many intermediate latents to return; None for none.
+
+        Returns:
+            Latents; and `x_encoded` (these again), `intermediate_steps` (numbers of steps), and,
+            if asked for, `intermediates`.
         """
-        steps = self.choose_timesteps(None, use_original_steps)
-        if t_enc > len(steps):
-            raise ValueError(f"t_enc must be at most {len(steps)}, got {t_enc}")
+        count = len(self.choose_timesteps(None, use_original_steps))
+        if t_enc > count:
+            raise ValueError(f"t_enc must be at most {count}, got {t_enc}")
         if use_original_steps:
-            after, before = self.alphas_cumprod, self.alphas_cumprod_prev
+            alphas_next, alphas = self.alphas_cumprod, self.alphas_cumprod_prev
         else:
-            after = self.ddim_alphas
-            before = torch.as_tensor(self.ddim_alphas_prev).to(after)
+            alphas_next = self.ddim_alphas
+            alphas = torch.as_tensor(self.ddim_alphas_prev).to(alphas_next)
+        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
         x = x0
         intermediates: list[Tensor] = []
-        noted: list[int] = []
+        intermediate_steps: list[int] = []
         for i in range(t_enc):
+            # As in the original, the model gets the number of the step, 0, 1, 2 …, in place of its
+            # timestep, and its output is taken for eps.
             t = torch.full((len(x0),), i, device=self.model.device, dtype=torch.long)
-            e_t = guided_output(
-                self.model, x, t, c, unconditional_guidance_scale, unconditional_conditioning
-            )
-            weight = (1 / after[i] - 1).sqrt() - (1 / before[i] - 1).sqrt()
-            x = (after[i] / before[i]).sqrt() * x + after[i].sqrt() * weight * e_t
+            e_t = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
+            a_t, a_next = alphas[i], alphas_next[i]
+            e_scale = a_next.sqrt() * ((1 / a_next - 1).sqrt() - (1 / a_t - 1).sqrt())
+            x = (a_next / a_t).sqrt() * x + e_scale * e_t
             if return_intermediates and (
                 (i % (t_enc // return_intermediates) == 0 and i < t_enc - 1) or i >= t_enc - 2
             ):
                 intermediates.append(x)
-                noted.append(i)
+                intermediate_steps.append(i)
             if callback:
                 callback(i)
-        out: dict[str, object] = {"x_encoded": x, "intermediate_steps": noted}
+        out: dict[str, object] = {"x_encoded": x, "intermediate_steps": intermediate_steps}
         if return_intermediates:
             out["intermediates"] = intermediates
         return x, out
@@ -141,14 +139,20 @@ class DDIMSampler(TableSampler):
         use_original_steps: bool = False,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Add noise to x0 (B, C, h, w) up to the steps t (B,), indices into `ddim_timesteps`."""
+        """Add noise to x0 (B, C, h, w).
+
+        Args:
+            t: Noise levels (B,), indices into `ddim_timesteps`.
+            use_original_steps: Whether t are timesteps of the model instead.
+            noise: None draws it.
+        """
         if use_original_steps:
-            signal, root = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+            x0_scales, noise_scales = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         else:
-            signal, root = self.ddim_alphas.sqrt(), self.ddim_sqrt_one_minus_alphas
+            x0_scales, noise_scales = self.ddim_alphas.sqrt(), self.ddim_sqrt_one_minus_alphas
         noise = torch.randn_like(x0) if noise is None else noise
-        scaled = extract_into_tensor(signal, t, x0.shape) * x0
-        return scaled + extract_into_tensor(root, t, x0.shape) * noise
+        scaled_x0 = extract_into_tensor(x0_scales, t, x0.shape) * x0
+        return scaled_x0 + extract_into_tensor(noise_scales, t, x0.shape) * noise
 
     @torch.no_grad()
     def decode(
@@ -161,18 +165,18 @@ class DDIMSampler(TableSampler):
         use_original_steps: bool = False,
         callback: Callable[[int], object] | None = None,
     ) -> Tensor:
-        """Denoise latents of `stochastic_encode` in the last `t_start` steps."""
-        # As in the original, the first step is the one below the level of `stochastic_encode`, so
-        # that the model expects less noise than was added.
-        steps = self.choose_timesteps(None, use_original_steps)[:t_start]
+        """Denoise latents of `stochastic_encode` or `encode` in the last `t_start` steps."""
+        # As in the original, the first is entry `t_start` - 1 of the tables: scripts add noise by
+        # `stochastic_encode` at entry `t_start`, which is more than the model expects here.
+        timesteps = self.choose_timesteps(None, use_original_steps)[:t_start]
         x = x_latent
-        for i, step in enumerate(np.flip(steps)):
-            t = torch.full((len(x),), int(step), device=x.device, dtype=torch.long)
+        for i, timestep in enumerate(np.flip(timesteps)):
+            t = torch.full((len(x),), int(timestep), device=x.device, dtype=torch.long)
             x, _ = self.p_sample_ddim(
                 x,
                 cond,
                 t,
-                index=len(steps) - i - 1,
+                index=len(timesteps) - i - 1,
                 use_original_steps=use_original_steps,
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=unconditional_conditioning,

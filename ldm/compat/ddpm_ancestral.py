@@ -1,6 +1,6 @@
 """Ancestral sampling of the original's LatentDiffusion: all timesteps of the schedule, one by one.
 
-Ho et al. 2020 (arXiv:2006.11239), algorithm 2. Models that predict v are not supported, as ever.
+Ho et al. 2020 (arXiv:2006.11239), algorithm 2. As in the original, models of v are not supported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,14 @@ from ldm.compat.sampling import (
     Condition,
     ScoreCorrector,
     correct_score,
-    keep_known,
-    unless_none,
+    drop_none,
+    restore_masked,
+    slice_condition,
 )
-
-__all__ = ["AncestralSampling", "first_rows"]
 
 
 class AncestralSampling(DDPM):
-    """Methods of LatentDiffusion that sample by its own loops."""
+    """Base class of LatentDiffusion: its methods of ancestral sampling."""
 
     clip_denoised: bool
     first_stage_model: Any
@@ -44,8 +43,13 @@ class AncestralSampling(DDPM):
         score_corrector: ScoreCorrector | None = None,
         corrector_kwargs: Mapping[str, object] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return mean, variance and log variance of p(x_{t-1} | x_t), then what is asked for."""
-        output = self.apply_model(x, t, c, **unless_none(return_ids=return_codebook_ids or None))
+        """Return mean, variance and log variance of p(x_{t-1} | x_t).
+
+        Args:
+            return_codebook_ids: Whether to return the logits of the codes as well.
+            return_x0: Whether to return the estimate of x_0 as well, if not the logits.
+        """
+        output = self.apply_model(x, t, c, **drop_none(return_ids=return_codebook_ids or None))
         if score_corrector is not None:
             output = correct_score(self, score_corrector, output, x, t, c, corrector_kwargs)
         extra: tuple[Tensor, ...] = ()
@@ -81,7 +85,11 @@ class AncestralSampling(DDPM):
         score_corrector: ScoreCorrector | None = None,
         corrector_kwargs: Mapping[str, object] | None = None,
     ) -> Any:
-        """Sample x_{t-1} from x_t, both (B, C, h, w); noise is drawn at t = 0, too."""
+        """Sample x_{t-1} from x_t, both (B, C, h, w).
+
+        Args:
+            return_codebook_ids, return_x0: See `p_mean_variance`; codes are the most likely ones.
+        """
         mean, _, log_variance, *extra = self.p_mean_variance(
             x,
             c,
@@ -93,6 +101,7 @@ class AncestralSampling(DDPM):
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
+        # At t = 0 it has no effect, but is drawn: so the draws after it are those of the original.
         noise = noise_like(x.shape, x.device, repeat_noise) * temperature
         if noise_dropout > 0.0:
             noise = F.dropout(noise, p=noise_dropout)
@@ -122,45 +131,37 @@ class AncestralSampling(DDPM):
         start_T: int | None = None,
         log_every_t: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Sample, and keep the estimates of x0.
+        """Sample latents, and collect estimates of x_0.
 
         Args:
-            shape: Of the batch, or of a latent where `batch_size` is given.
+            shape: Shape of the batch, or of one latent if there is a `batch_size`.
+            mask: 1 keeps `x0`; None changes all.
             temperature: Factor of the noise, or one for each timestep.
+            x_T: Initial noise; None draws it.
+            start_T: Timesteps are those below; None for all of the model.
+            log_every_t: Timesteps between the estimates; None for `self.log_every_t`.
         """
         if batch_size is not None:
             shape = (batch_size, *shape)
+            cond = slice_condition(cond, batch_size)
         img = torch.randn(*shape, device=self.device) if x_T is None else x_T
-        if cond is not None and batch_size is not None:
-            cond = first_rows(cond, batch_size)
         timesteps = min(self.num_timesteps, start_T or self.num_timesteps)
-        log_every_t = log_every_t or self.log_every_t
-        temperatures = [temperature] * timesteps if isinstance(temperature, float) else temperature
-        intermediates = []
-        for i in reversed(range(timesteps)):
-            t = torch.full((shape[0],), i, device=self.device, dtype=torch.long)
-            cond = self._noise_condition(cond, t)
-            img, x0_partial = self.p_sample(
-                img,
-                cond,
-                t,
-                clip_denoised=self.clip_denoised,
-                quantize_denoised=quantize_denoised,
-                return_x0=True,
-                temperature=temperatures[i],
-                noise_dropout=noise_dropout,
-                score_corrector=score_corrector,
-                corrector_kwargs=corrector_kwargs,
-            )
-            if mask is not None:  # after the step, unlike DDIM, as in the original
-                img = keep_known(self, img, x0, mask, t)
-            if i % log_every_t == 0 or i == timesteps - 1:
-                intermediates.append(x0_partial)
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(img, i)
-        return img, intermediates
+        img, _, estimates = self._run_steps(
+            img,
+            cond,
+            timesteps,
+            log_every_t,
+            mask,
+            x0,
+            callback,
+            img_callback,
+            temperature,
+            quantize_denoised=quantize_denoised,
+            noise_dropout=noise_dropout,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
+        return img, estimates
 
     @torch.no_grad()
     def p_sample_loop(
@@ -179,32 +180,68 @@ class AncestralSampling(DDPM):
         start_T: int | None = None,
         log_every_t: int | None = None,
     ) -> Any:
-        """Sample latents of a shape (B, C, h, w), and return those of some steps if asked for."""
-        log_every_t = log_every_t or self.log_every_t
-        device = self.betas.device
-        img = torch.randn(*shape, device=device) if x_T is None else x_T
-        intermediates = [img]
+        """Sample latents of a shape (B, C, h, w).
+
+        Args:
+            return_intermediates: Whether to return the initial noise and the latents at every
+                `log_every_t`-th timestep as well.
+            timesteps: The timesteps below are run; None for all. The others: see
+                `progressive_denoising`.
+        """
+        img = torch.randn(*shape, device=self.betas.device) if x_T is None else x_T
         timesteps = self.num_timesteps if timesteps is None else timesteps
         timesteps = min(timesteps, start_T or timesteps)
+        samples, intermediates, _ = self._run_steps(
+            img,
+            cond,
+            timesteps,
+            log_every_t,
+            mask,
+            x0,
+            callback,
+            img_callback,
+            quantize_denoised=quantize_denoised,
+        )
+        return (samples, [img, *intermediates]) if return_intermediates else samples
+
+    def _run_steps(
+        self,
+        img: Tensor,
+        cond: Condition,
+        timesteps: int,
+        log_every_t: int | None,
+        mask: Tensor | None,
+        x0: Tensor | None,
+        callback: Callable[[int], object] | None,
+        img_callback: Callable[[Tensor, int], object] | None,
+        temperature: float | Sequence[float] = 1.0,
+        **options: Any,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return latents after the timesteps `timesteps` - 1 … 0; and those and x_0 to log."""
+        log_every_t = log_every_t or self.log_every_t
+        intermediates, estimates = [], []
         for i in reversed(range(timesteps)):
-            t = torch.full((shape[0],), i, device=device, dtype=torch.long)
+            t = torch.full((len(img),), i, device=self.betas.device, dtype=torch.long)
             cond = self._noise_condition(cond, t)
-            img = self.p_sample(
+            img, pred_x0 = self.p_sample(
                 img,
                 cond,
                 t,
                 clip_denoised=self.clip_denoised,
-                quantize_denoised=quantize_denoised,
+                return_x0=True,
+                temperature=temperature if isinstance(temperature, float) else temperature[i],
+                **options,
             )
             if mask is not None:  # after the step, unlike DDIM, as in the original
-                img = keep_known(self, img, x0, mask, t)
+                img = restore_masked(self, img, x0, mask, t)
             if i % log_every_t == 0 or i == timesteps - 1:
                 intermediates.append(img)
+                estimates.append(pred_x0)
             if callback:
                 callback(i)
             if img_callback:
                 img_callback(img, i)
-        return (img, intermediates) if return_intermediates else img
+        return img, intermediates, estimates
 
     @torch.no_grad()
     def sample(
@@ -221,13 +258,17 @@ class AncestralSampling(DDPM):
         shape: Sequence[int] | None = None,
         **kwargs: object,
     ) -> Any:
-        """Sample latents of the model's size; unknown keywords are ignored, as ever."""
+        """Sample latents by `p_sample_loop`.
+
+        Args:
+            cond: Condition of `batch_size` samples or more; None for none.
+            shape: Shape of the batch; None for `batch_size` latents of the model's size.
+            kwargs: Ignored, as in the original.
+        """
         if shape is None:
             shape = (batch_size, self.channels, self.image_size, self.image_size)
-        if cond is not None:
-            cond = first_rows(cond, batch_size)
         return self.p_sample_loop(
-            cond,
+            slice_condition(cond, batch_size),
             shape,
             return_intermediates=return_intermediates,
             x_T=x_T,
@@ -239,16 +280,7 @@ class AncestralSampling(DDPM):
         )
 
     def _noise_condition(self, cond: Condition, t: Tensor) -> Condition:
-        """Add noise to a condition that has a schedule of its own, see `num_timesteps_cond`."""
+        """Add noise to the condition if it has a noise schedule, see `num_timesteps_cond`."""
         if not self.shorten_cond_schedule:
             return cond
         return self.q_sample(cond, self.cond_ids[t.cpu()].to(t), torch.randn_like(cond))
-
-
-def first_rows(c: Condition, n: int) -> Condition:
-    """Return the first n samples of a condition."""
-    if isinstance(c, Mapping):
-        return {key: first_rows(value, n) for key, value in c.items()}
-    if isinstance(c, list) and all(isinstance(one, Tensor) for one in c):
-        return [one[:n] for one in c]
-    return c if c is None else c[:n]

@@ -1,4 +1,4 @@
-"""DDPM of the original: a UNet with the tables of a noise schedule, its loss, and its training.
+"""DDPM of the original: a UNet, the tables of a noise schedule, loss and training.
 
 Ho et al. 2020 (arXiv:2006.11239).
 """
@@ -19,8 +19,6 @@ from ldm.compat.lightning import LightningModule, TrainedModule, read_state
 from ldm.compat.util import instantiate_from_config, mean_flat
 from ldm.diffusion.schedule import Schedule
 
-__all__ = ["DDPM", "Batch", "Config", "DiffusionWrapper", "uniform_on_device"]
-
 Batch = dict[str, Any]
 Config = Any  # {"target": …, "params": …}, a dict or a node of OmegaConf
 Losses = dict[str, Tensor]
@@ -32,18 +30,18 @@ CONDITIONING_KEYS = (
 def uniform_on_device(
     r1: float, r2: float, shape: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """Draw from a uniform distribution between r1 and r2."""
+    """Draw float32 from the uniform distribution between r1 and r2."""
     return (r1 - r2) * torch.rand(*shape, device=device) + r2
 
 
 class DiffusionWrapper(LightningModule):
-    """A UNet that takes its condition by the way that `conditioning_key` names.
+    """A UNet, and how it takes its conditions.
 
     Args:
-        diff_model_config: Of the UNet. `sequential_crossattn` beside its `target` gives each block
-            of a transformer a context of its own.
-        conditioning_key: None, "concat", "crossattn", "hybrid" (both), or "adm" (classes), alone or
-            as "hybrid-adm" and "crossattn-adm".
+        diff_model_config: Config of the UNet. With `sequential_crossattn` beside its `target`, the
+            contexts are a list of one per block of a transformer, else they are joined.
+        conditioning_key: "concat" (channels), "crossattn" (context), "hybrid" (both), "adm" (class
+            labels), "hybrid-adm" or "crossattn-adm"; None for no condition.
     """
 
     def __init__(self, diff_model_config: Config, conditioning_key: str | None) -> None:
@@ -65,9 +63,10 @@ class DiffusionWrapper(LightningModule):
         """Run the UNet on x (B, C, h, w).
 
         Args:
-            c_concat: Channels to append, (B, ·, h, w) each.
-            c_crossattn: Contexts to join along tokens, (B, ·, D) each; for "adm" one of classes.
-            c_adm: Classes, or vectors of the time embedding.
+            c_concat: Channels to concatenate with x, (B, C_i, h, w) each.
+            c_crossattn: Contexts (B, M_i, D), concatenated over tokens; with "adm" the class
+                labels as only entry.
+            c_adm: Class labels or vectors, `y` of the UNet.
         """
         key = self.conditioning_key
         if key in ("concat", "hybrid", "hybrid-adm"):
@@ -89,15 +88,25 @@ class DiffusionWrapper(LightningModule):
 
 
 class DDPM(TrainedModule):
-    """A diffusion model over images, and the base class of those over latents.
+    """A diffusion model of images, and the base class of those of latents.
 
     Args:
-        unet_config: See `DiffusionWrapper`.
-        given_betas: Instead of `beta_schedule` and `timesteps`.
-        v_posterior: Weight of beta against the posterior variance.
-        ucg_training: {batch key: {"p": probability, "val": what replaces the sample}}.
-        make_it_fit: Repeat the weights of a checkpoint where the model is wider.
+        unet_config, conditioning_key: See `DiffusionWrapper`.
+        loss_type: "l1" or "l2".
+        ckpt_path, ignore_keys: See `init_from_ckpt`; None for random weights.
         load_only_unet: Whether `ckpt_path` has the weights of the UNet alone.
+        monitor: Logged value by which Lightning chooses checkpoints; None for no attribute.
+        given_betas: Betas instead of `beta_schedule` and `timesteps`; None to compute them.
+        original_elbo_weight, l_simple_weight: Weights of the variational lower bound and of the
+            mean error.
+        v_posterior: Weight of beta against the posterior variance.
+        scheduler_config: Config of the learning rate schedule; None for a constant one.
+        learn_logvar: Whether to learn a log variance of the error of each timestep.
+        make_it_fit: Whether to repeat weights of a checkpoint whose layers have fewer channels.
+        ucg_training: {batch key: {"p": probability, "val": replacement}}, entries of a batch to
+            replace in training, for classifier-free guidance; None for none.
+        reset_ema: Whether the EMA starts from the weights of the checkpoint.
+        reset_num_ema_updates: Whether its warm-up starts again.
     """
 
     betas: Tensor
@@ -153,8 +162,8 @@ class DDPM(TrainedModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
-            # Of the initial weights, as in the original: a checkpoint is loaded later, and one
-            # without an average of its own needs `reset_ema`.
+            # Of the initial weights, as in the original: for a checkpoint without EMA weights,
+            # which is loaded later, `reset_ema` is needed.
             self.model_ema = LitEma(self.model)
         self.use_scheduler = scheduler_config is not None
         if self.use_scheduler:
@@ -173,12 +182,12 @@ class DDPM(TrainedModule):
         )
         self.loss_type = loss_type
         self.learn_logvar = learn_logvar
-        # A value, real even where the weights are built on the meta device.
+        # On the CPU also if the weights are on the meta device: no checkpoint has these values.
         logvar = torch.full((self.num_timesteps,), float(logvar_init), device="cpu")
         self.logvar: Tensor = nn.Parameter(logvar) if learn_logvar else logvar
         self.ucg_training = dict(ucg_training or {})
         if self.ucg_training:
-            self.ucg_prng = np.random.RandomState()  # of its own, as in the original
+            self.ucg_prng = np.random.RandomState()  # seeded by the system, as in the original
 
     def register_schedule(
         self,
@@ -189,7 +198,7 @@ class DDPM(TrainedModule):
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
     ) -> None:
-        """Compute the tables of a noise schedule, as buffers; those of a built model change."""
+        """Compute the tables of a noise schedule, and register them in place of earlier ones."""
         options = (linear_start, linear_end, cosine_s)
         values = make_beta_schedule(beta_schedule, timesteps, *options)
         if given_betas is not None:
@@ -197,46 +206,47 @@ class DDPM(TrainedModule):
         betas = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         schedule = Schedule(betas, v_posterior=self.v_posterior)
         self.num_timesteps = len(schedule)
-        self.exact_betas = schedule.betas  # float64, for `bridge.to_modern`; buffers are float32
+        self.betas_float64 = schedule.betas  # for `bridge.to_modern`: the buffers are float32
         self.linear_start = linear_start
         self.linear_end = linear_end
-        old = self._buffers.get("betas")
-        device = torch.device("cpu") if old is None else old.device
+        old_betas = self._buffers.get("betas")
+        device = torch.device("cpu") if old_betas is None else old_betas.device
         for name, table in schedule.buffers().items():
             self.register_buffer(name, table.to(device))
         weights = schedule.vlb_weights(self.parameterization).float().to(device)
         self.register_buffer("lvlb_weights", weights, persistent=False)
-        self.extend_schedule()
+        self.update_cond_schedule()
 
-    def extend_schedule(self) -> None:
-        """Compute what depends on the tables of `register_schedule`."""
+    def update_cond_schedule(self) -> None:
+        """Update what LatentDiffusion derives from the number of timesteps."""
 
-    def restart_ema(self, weights: bool, updates: bool) -> None:
-        """Let the average start from the weights of now, or its decay warm up again."""
-        if (weights or updates) and not self.use_ema:
+    def restart_ema(self, reset_ema: bool, reset_num_updates: bool) -> None:
+        """Start the EMA from the present weights, or its warm-up again."""
+        if (reset_ema or reset_num_updates) and not self.use_ema:
             raise ValueError("reset_ema and reset_num_ema_updates need use_ema")
-        if weights:
+        if reset_ema:
             self.model_ema = LitEma(self.model)
-        if updates:
+        if reset_num_updates:
             self.model_ema.reset_num_updates()
 
     @property
-    def averaged_part(self) -> nn.Module:
+    def module_with_ema(self) -> nn.Module:
         return self.model
 
     @torch.no_grad()
     def init_from_ckpt(
         self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False
     ) -> None:
-        """Load the weights of a checkpoint that have a name here, without running what is in it.
+        """Load the weights of a checkpoint, as far as the model has their names.
 
         Args:
-            ignore_keys: Starts of names that are left out.
+            path: A file of any format that `ldm.load` reads; objects in it are not unpickled.
+            ignore_keys: Prefixes of names to leave out.
             only_model: Whether to load the UNet only.
         """
         state = read_state(path, ignore_keys)
         if self.make_it_fit:
-            state |= _fit(state, self.state_dict())
+            state |= _fit_weights(state, self.state_dict())
         if only_model:
             state = {name.removeprefix("model."): value for name, value in state.items()}
         self.load_weights(state, only_model)
@@ -246,23 +256,23 @@ class DDPM(TrainedModule):
         (self.model if only_model else self).load_state_dict(state, strict=False)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and log variance of q(x_t | x_0), timesteps t (B,)."""
+        """Return mean, variance and log variance of q(x_t | x_0) at timesteps t (B,)."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         variance = 1.0 - self._at("alphas_cumprod", t, x_start)
         return mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Compute x_0 of x_t, given its noise."""
+        """Compute x_0 from x_t (B, …) at timesteps t (B,) and its noise."""
         scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
         return scaled - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * noise
 
     def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Compute x_0 of x_t, given v."""
+        """Compute x_0 from x_t and v."""
         scaled = self._at("sqrt_alphas_cumprod", t, x_t) * x_t
         return scaled - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
 
     def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Compute the noise of x_t, given v."""
+        """Compute the noise from x_t and v."""
         scaled = self._at("sqrt_alphas_cumprod", t, x_t) * v
         return scaled + self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_t
 
@@ -274,25 +284,25 @@ class DDPM(TrainedModule):
         return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Add noise to x_0 (B, …) up to timesteps t (B,)."""
+        """Add noise to x_0 (B, …), as of timesteps t (B,); None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         scaled = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         return scaled + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Compute v of x_0 and noise (arXiv:2202.00512)."""
+        """Compute v from x_0 and noise (arXiv:2202.00512)."""
         scaled = self._at("sqrt_alphas_cumprod", t, x) * noise
         return scaled - self._at("sqrt_one_minus_alphas_cumprod", t, x) * x
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """Compute the error of each value, or its mean."""
+        """Compute the error of each value, or the mean error."""
         if self.loss_type not in ("l1", "l2"):
             raise NotImplementedError(f"unknown loss type `{self.loss_type}`")
         error = F.l1_loss if self.loss_type == "l1" else F.mse_loss
         return error(pred, target, reduction="mean" if mean else "none")
 
     def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Any:
-        """Compute the loss at timesteps t (B,), and its parts by name."""
+        """Compute the loss at timesteps t (B,), and the values to log; None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.model(self.q_sample(x_start, t, noise), t)
         error = self.get_loss(output, self.target(x_start, noise, t), mean=False).mean((1, 2, 3))
@@ -311,63 +321,62 @@ class DDPM(TrainedModule):
         return noise if self.parameterization == "eps" else x_start
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of images x (B, C, H, W) at timesteps that are drawn."""
+        """Compute the loss of images x (B, C, H, W) at random timesteps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=self.device)
         return self.p_losses(x, t, *args, **kwargs)
 
     def shared_step(self, batch: Batch, **kwargs: Any) -> tuple[Tensor, Losses]:
-        """Compute the loss of a batch, and its parts by name."""
+        """Compute the loss of a batch, and the values to log."""
         loss, parts = self(self.get_input(batch, self.first_stage_key))
         return loss, parts
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch, some of whose conditions `ucg_training` replaces."""
-        for key, dropout in self.ucg_training.items():
-            value = "" if dropout["val"] is None else dropout["val"]
+        """Compute the loss of a batch, after the replacements of `ucg_training`."""
+        for key, options in self.ucg_training.items():
+            null_value = "" if options["val"] is None else options["val"]
             for i in range(len(batch[key])):
-                if self.ucg_prng.choice(2, p=[1 - dropout["p"], dropout["p"]]):
-                    batch[key][i] = value
+                if self.ucg_prng.choice(2, p=[1 - options["p"], options["p"]]):
+                    batch[key][i] = null_value
         loss, parts = self.shared_step(batch)
         self.log_dict(parts, prog_bar=True, logger=True, on_step=True, on_epoch=True)
         step = torch.tensor(float(self.global_step))
         self.log("global_step", step, prog_bar=True, logger=True, on_step=True, on_epoch=False)
         if self.use_scheduler:
-            rate = self.optimizers().param_groups[0]["lr"]
-            self.log("lr_abs", rate, prog_bar=True, logger=True, on_step=True, on_epoch=False)
+            lr = self.optimizers().param_groups[0]["lr"]
+            self.log("lr_abs", lr, prog_bar=True, logger=True, on_step=True, on_epoch=False)
         return loss
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss of a batch, with the weights and with their average."""
+        """Log the loss of a batch, with the weights and with the EMA weights."""
         _, parts = self.shared_step(batch)
         with self.ema_scope():
-            _, averaged = self.shared_step(batch)
-        parts |= {f"{name}_ema": value for name, value in averaged.items()}
+            _, ema_parts = self.shared_step(batch)
+        parts |= {f"{name}_ema": value for name, value in ema_parts.items()}
         self.log_dict(parts, prog_bar=False, logger=True, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over the UNet, with `learning_rate`, an attribute that callers set."""
+        """Return AdamW for the UNet, with `learning_rate`, an attribute that callers set."""
         parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
     def _at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
-        """Return the values of a table at timesteps t (B,), for a product with x (B, …)."""
+        """Read a table at timesteps t (B,), as (B, 1, …) to broadcast with x (B, …)."""
         return extract_into_tensor(getattr(self, table), t, x.shape)
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
-        """Compute the divergence of x_T from the standard normal, (B,), in bits per value."""
+        """Compute the KL divergence of x_T from the standard normal, (B,), in bits per value."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
 
-def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of other shapes than ours, repeated or cut in the first two axes.
-
-    As in the original, a weight is divided by one more than the number of places that take it.
-    """
+def _fit_weights(
+    state: Mapping[str, Tensor], model_state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the weights whose shapes differ from the model's, repeated or cut in two axes."""
     fitted = {}
-    for name, target in own.items():
+    for name, target in model_state.items():
         old = state.get(name)
         if old is None or old.shape == target.shape:
             continue
@@ -375,9 +384,10 @@ def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Te
             raise ValueError(f"`{name}` of shape {tuple(old.shape)} fits no {tuple(target.shape)}")
         value = old[torch.arange(len(target)) % len(old)]
         if old.dim() > 1:
-            columns = torch.arange(target.shape[1]) % old.shape[1]
-            uses = 1 + torch.bincount(columns, minlength=old.shape[1])
+            in_channels = torch.arange(target.shape[1]) % old.shape[1]
+            # As in the original, divided by one more than the number of copies.
+            divisor = 1 + torch.bincount(in_channels, minlength=old.shape[1])[in_channels]
             shape = (1, -1, *(1,) * (old.dim() - 2))
-            value = value[:, columns] / uses[columns].reshape(shape)
+            value = value[:, in_channels] / divisor.reshape(shape)
         fitted[name] = value
     return fitted

@@ -1,7 +1,7 @@
 """Families of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
 
-Each adds conditions in `get_input`: `c_concat` channels, concatenated with the latent, and
-`c_adm` vectors.
+Each adds conditions in `get_input`: `c_concat`, channels concatenated with the latent, or `c_adm`,
+vectors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,6 @@ from ldm.compat.util import instantiate_from_config
 from ldm.encoders.depth import normalize_depth, resize_depth
 from ldm.encoders.lowres import PatchesToChannels
 
-__all__ = [
-    "ImageEmbeddingConditionedLatentDiffusion",
-    "LatentDepth2ImageDiffusion",
-    "LatentFinetuneDiffusion",
-    "LatentInpaintDiffusion",
-    "LatentUpscaleDiffusion",
-    "LatentUpscaleFinetuneDiffusion",
-]
-
 # The first convolution, and its EMA copy.
 FINETUNE_KEYS = (
     "model.diffusion_model.input_blocks.0.0.weight",
@@ -34,7 +25,7 @@ FINETUNE_KEYS = (
 
 
 class ConcatDiffusion(LatentDiffusion):
-    """A model with channels concatenated with the latent, and other defaults of `log_images`."""
+    """Base class of models with `c_concat`, which have other defaults of `log_images`."""
 
     def log_images(  # type: ignore[override]  # other defaults
         self,
@@ -46,19 +37,21 @@ class ConcatDiffusion(LatentDiffusion):
         ddim_eta: float = 1.0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return images to log, without inpainting and the loop of all timesteps."""
+        """Return images to log, by default without inpainting and ancestral sampling."""
         options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
         return super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
 
 
 class LatentFinetuneDiffusion(ConcatDiffusion):
-    """A model with more input channels than the one it is trained from.
+    """A model with more input channels than the one it is fine-tuned from.
 
     Args:
-        concat_keys: Batch keys of what is appended to the latent.
-        finetune_keys: Weights of a checkpoint to which new input channels are added, as zeros.
+        concat_keys: Batch keys of the channels that are concatenated with the latent.
+        finetune_keys: Weights of a checkpoint to extend by zeros for new input channels; None for
+            none.
         keep_finetune_dims: Number of input channels to copy from the checkpoint.
-        c_concat_log_start, c_concat_log_end: Channels that `log_images` decodes.
+        c_concat_log_start, c_concat_log_end: Channels of `c_concat` that `log_images` decodes; None
+            for the first and last, both None for no image.
     """
 
     def __init__(
@@ -79,21 +72,22 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         super().__init__(*args, **kwargs)
 
     def load_weights(self, state: Mapping[str, Tensor], only_model: bool = False) -> None:
-        """Load the weights of a checkpoint, the first convolution with zeros for new channels."""
-        own, extended = self.state_dict(), dict(state)
+        """Load the weights of a checkpoint, `finetune_keys` with zeros for new channels."""
+        shapes = {name: weight.shape for name, weight in self.state_dict().items()}
+        extended = dict(state)
         for name in self.finetune_keys or ():
-            if name in state and name in own and state[name].shape != own[name].shape:
-                # With zeros the new channels change nothing at first.
-                extended[name] = torch.zeros_like(own[name])
+            if name in state and name in shapes and state[name].shape != shapes[name]:
+                # Zeros, so that the new channels have no effect at first.
+                extended[name] = state[name].new_zeros(shapes[name])
                 extended[name][:, : self.keep_dims] = state[name]
         super().load_weights(extended, only_model)
 
     def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
-        """Return what is appended to latents z: (B, ·, h, w) for each of `concat_keys`."""
+        """Return the channels (B, C_i, h, w) of each of `concat_keys`, for latents (B, C, h, w)."""
         raise NotImplementedError
 
-    def more_conditions(self, c_concat: Tensor) -> dict[str, Any]:
-        """Return the condition, but for the prompt."""
+    def image_conditions(self, c_concat: Tensor) -> dict[str, Any]:
+        """Return the conditions besides the prompt, given the channels (B, C, h, w)."""
         return {"c_concat": [c_concat]}
 
     @torch.no_grad()
@@ -106,8 +100,8 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         return_first_stage_outputs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Encode a batch: [z, condition]; if asked for, images, reconstructions, prompts, too."""
-        outputs = super().get_input(
+        """Encode a batch: [z, condition], and with first stage outputs those and the prompts."""
+        z, c, *outputs = super().get_input(
             batch,
             self.first_stage_key,
             return_first_stage_outputs=return_first_stage_outputs,
@@ -115,22 +109,21 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
             return_original_cond=return_first_stage_outputs,
             bs=bs,
         )
-        z, c, *more = outputs
         c_concat = torch.cat(self.concat_condition(batch, z, bs), dim=1)
-        return [z, {**self.more_conditions(c_concat), "c_crossattn": [c]}, *more]
+        return [z, {**self.image_conditions(c_concat), "c_crossattn": [c]}, *outputs]
 
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, with the channels of the condition that are latents."""
+        """Return images to log, with decoded channels of the condition."""
         log = super().log_images(batch, N, *args, **kwargs)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             _, c = self.get_input(batch, self.first_stage_key, bs=N)[:2]
-            shown = slice(self.c_concat_log_start, self.c_concat_log_end)
-            log["c_concat_decoded"] = self.decode_first_stage(c["c_concat"][0][:, shown])
+            channels = slice(self.c_concat_log_start, self.c_concat_log_end)
+            log["c_concat_decoded"] = self.decode_first_stage(c["c_concat"][0][:, channels])
         return log
 
 
 class LatentInpaintDiffusion(LatentFinetuneDiffusion):
-    """Inpainting: a mask and the latent of the masked image, concatenated with the noisy latent."""
+    """Inpainting: a mask and the latent of the masked image, concatenated with the latent."""
 
     def __init__(
         self,
@@ -154,16 +147,15 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
             conditions.append(image)
         return conditions
 
-    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def log_images(self, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return images to log, with the masked images."""
-        log = super().log_images(*args, **kwargs)
-        batch = args[0] if args else kwargs["batch"]
+        log = super().log_images(batch, *args, **kwargs)
         log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)
         return log
 
 
 class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
-    """Depth maps, which a network of its own estimates, concatenated with the noisy latent."""
+    """Depth maps, estimated by a depth network, concatenated with the latent."""
 
     def __init__(
         self,
@@ -179,25 +171,25 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         image: Tensor = batch[self.depth_stage_key][:bs].to(self.device)
         depth = self.depth_model(image)
-        # This eps is that of training; the original's scripts have none.
+        # The eps of the original's training; its scripts have none.
         return [normalize_depth(resize_depth(depth, (z.shape[-2], z.shape[-1])), eps=0.001)]
 
     @torch.no_grad()
-    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def log_images(self, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return images to log, with the depth maps."""
-        log = super().log_images(*args, **kwargs)
-        batch = args[0] if args else kwargs["batch"]
+        log = super().log_images(batch, *args, **kwargs)
         depth = self.depth_model(batch[self.depth_stage_key].to(self.device))
         log["depth"] = normalize_depth(depth)
         return log
 
 
 class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
-    """Images concatenated with the noisy latent, perhaps of low resolution with noise.
+    """Images concatenated with the latent, such as ones of low resolution with noise.
 
     Args:
-        reshuffle_patch_size: Parts along each side, that become channels.
-        low_scale_config: Config of the noise augmentation model; None = none.
+        reshuffle_patch_size: Tiles along each side, see `PatchesToChannels`; None keeps the images.
+        low_scale_config: Config of the noise augmentation model; None for no noise.
+        low_scale_key: Unused, as in the original.
     """
 
     def __init__(
@@ -220,10 +212,10 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         images = [DDPM.get_input(self, batch, key)[:bs].to(self.device) for key in self.concat_keys]
         if self.reshuffle_patch_size is None:
             return images
-        split = PatchesToChannels(patch=self.reshuffle_patch_size)
-        return [split(image) for image in images]
+        to_channels = PatchesToChannels(patch=self.reshuffle_patch_size)
+        return [to_channels(image) for image in images]
 
-    def more_conditions(self, c_concat: Tensor) -> dict[str, Any]:
+    def image_conditions(self, c_concat: Tensor) -> dict[str, Any]:
         if self.low_scale_model is None:
             return {"c_concat": [c_concat]}
         c_concat, noise_level = self.low_scale_model(c_concat)
@@ -231,12 +223,12 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentUpscaleDiffusion(ConcatDiffusion):
-    """Upscaling: an image of low resolution, with noise, concatenated with the noisy latent.
+    """Upscaling: a low-resolution image with noise, concatenated with the latent.
 
     Args:
         low_scale_config: Config of the noise augmentation model.
         low_scale_key: Batch key of the image.
-        noise_level_key: Not supported, as in the original; must be None.
+        noise_level_key: Must be None, as in the original.
     """
 
     def __init__(
@@ -272,16 +264,16 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
         """Encode a batch: [z, condition].
 
         Args:
-            log_mode: Whether to append images, their reconstructions, prompts, the images of low
-                resolution without and with noise, and the noise levels.
+            log_mode: Whether to append images, their reconstructions, prompts, the low-resolution
+                images without and with noise, and the noise levels.
         """
-        shows = log_mode or return_first_stage_outputs
-        z, c, *more = super().get_input(
+        returns_images = log_mode or return_first_stage_outputs
+        z, c, *outputs = super().get_input(
             batch,
             k,
-            return_first_stage_outputs=shows,
+            return_first_stage_outputs=returns_images,
             force_c_encode=True,
-            return_original_cond=shows,
+            return_original_cond=returns_images,
             bs=bs,
         )
         x_low = DDPM.get_input(self, batch, self.low_scale_key)[:bs].to(self.device)
@@ -290,24 +282,25 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
             raise NotImplementedError("noise_level_key is not supported")
         cond = {"c_concat": [noised], "c_crossattn": [c], "c_adm": noise_level}
         if log_mode:
-            more += [x_low, self.low_scale_model.decode(noised), noise_level]
-        return [z, cond, *more]
+            outputs += [x_low, self.low_scale_model.decode(noised), noise_level]
+        return [z, cond, *outputs]
 
     @torch.no_grad()
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, with the images of low resolution."""
+        """Return images to log, with the low-resolution images."""
         log = super().log_images(batch, N, *args, **kwargs)
         log["x_lr"] = DDPM.get_input(self, batch, self.low_scale_key)[:N]
         return log
 
 
 class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
-    """A noised embedding of an image in addition to the prompt: unCLIP.
+    """Stable unCLIP: an image embedding with noise, besides the prompt.
 
     Args:
-        embedder_config: Config of the image embedder, for the batch key `embedding_key`.
-        embedding_dropout: Probability of dropping the embedding in training.
-        noise_aug_config: Config of the noise augmentation model; None = none.
+        embedder_config: Config of the image encoder.
+        embedding_key: Batch key of its images.
+        embedding_dropout: Probability of zeros instead of the embedding, in training.
+        noise_aug_config: Config of the noise augmentation model; None for no noise.
     """
 
     def __init__(
@@ -339,7 +332,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         **kwargs: Any,
     ) -> Any:
         """Encode a batch; see LatentDiffusion."""
-        z, c, *more = super().get_input(batch, k, bs=bs, **kwargs)
+        z, c, *outputs = super().get_input(batch, k, bs=bs, **kwargs)
         image = DDPM.get_input(self, batch, self.embed_key)[:bs].to(self.device)
         c_adm: Tensor = self.embedder(image)
         if self.noise_augmentor is not None:
@@ -347,4 +340,4 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         if self.training:
             keep = torch.full((len(c_adm), 1), 1.0 - self.embedding_dropout, device=c_adm.device)
             c_adm = torch.bernoulli(keep) * c_adm
-        return [z, {"c_crossattn": [c], "c_adm": c_adm}, *more]
+        return [z, {"c_crossattn": [c], "c_adm": c_adm}, *outputs]

@@ -1,28 +1,27 @@
-"""Images that the original's LatentDiffusion shows while it trains: `log_images` and its parts."""
+"""Images that the original's LatentDiffusion logs while it trains: `log_images`."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from ldm.compat.autoencoder import AutoencoderKL, IdentityFirstStage
+from ldm.compat.autoencoder import AutoencoderKL, IdentityFirstStage, show_as_rgb
 from ldm.compat.ddim import DDIMSampler
 from ldm.compat.ddpm_ancestral import AncestralSampling
 from ldm.compat.ddpm_base import Batch
-from ldm.compat.sampling import Condition, unless_none
+from ldm.compat.sampling import Condition, drop_none
 from ldm.compat.util import isimage, ismap, log_txt_as_img
 
-__all__ = ["ImageLogging"]
-
 Images = dict[str, Any]
+GRID_GAP = 2  # pixels between the images of a grid, as torchvision's `make_grid` has
 
 
 class ImageLogging(AncestralSampling):
-    """Methods of LatentDiffusion that show images."""
+    """Base class of LatentDiffusion: its methods that log images."""
 
     cond_stage_key: str
     decode_first_stage: Callable[..., Tensor]  # of LatentDiffusion
@@ -36,7 +35,7 @@ class ImageLogging(AncestralSampling):
     def sample_log(
         self, cond: Condition, batch_size: int, ddim: bool, ddim_steps: int | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Sample latents by DDIM, or by the loop of the model; keywords go to the sampler."""
+        """Sample latents by DDIM, or by ancestral sampling; keywords go to the sampler."""
         if ddim and ddim_steps is not None:
             shape = (self.channels, self.image_size, self.image_size)
             sampler = DDIMSampler(self)
@@ -66,13 +65,17 @@ class ImageLogging(AncestralSampling):
         use_ema_scope: bool = True,
         **kwargs: Any,
     ) -> Images:
-        """Sample with the conditions of a batch, and show what goes in.
+        """Return images of a batch, and images sampled with its conditions.
 
         Args:
-            N, n_row: Samples, and those of them in rows of steps.
-            ddim_steps: None samples by the loop of the model.
-            return_keys: Images to return, if there are such.
-            inpaint: Whether to fill the middle, and the rest, of the samples of the batch.
+            N, n_row: Number of samples of the batch to use, and of those with noise levels shown.
+            ddim_steps: Steps of DDIM; None for ancestral sampling.
+            return_keys: Names of the images to return, if there are any such; None for all.
+            quantize_denoised: Whether to sample with quantized x_0 as well, with a VQ autoencoder.
+            inpaint: Whether to inpaint the middle of the images, and to outpaint the rest.
+            unconditional_guidance_scale: Above 1, sample with guidance as well.
+            unconditional_guidance_label: See `get_unconditional_conditioning`.
+            kwargs: Ignored, as in the original.
 
         Returns:
             Images (B, 3, H, W), and grids (3, H, W), by name.
@@ -87,7 +90,7 @@ class ImageLogging(AncestralSampling):
         )
         N, n_row = min(len(x), N), min(len(x), n_row)
         log: Images = {"inputs": x, "reconstruction": reconstruction}
-        log |= self._show_condition(batch, x, c, original)
+        log |= self._draw_condition(batch, x, c, original)
         options: dict[str, Any] = {
             "batch_size": N,
             "ddim": ddim_steps is not None,
@@ -97,23 +100,26 @@ class ImageLogging(AncestralSampling):
         if plot_diffusion_rows:
             log["diffusion_row"] = self._get_denoise_row_from_list(self._add_noise_steps(z[:n_row]))
 
-        def draw(**more: Any) -> tuple[Tensor, Any]:
-            with self._weights_to_log(use_ema_scope):
-                samples, steps = self.sample_log(cond=c, **options, **more)
-            return self.decode_first_stage(samples), steps
+        def sample_images(**more: Any) -> tuple[Tensor, Any]:
+            with self._ema_scope_if(use_ema_scope):
+                samples, intermediates = self.sample_log(cond=c, **options, **more)
+            return self.decode_first_stage(samples), intermediates
 
         if sample:
-            log["samples"], steps = draw()
+            log["samples"], intermediates = sample_images()
             if plot_denoise_rows:
-                latents = steps["x_inter"] if isinstance(steps, dict) else steps
-                log["denoise_row"] = self._get_denoise_row_from_list(latents)
+                if isinstance(intermediates, dict):  # of DDIM
+                    intermediates = intermediates["x_inter"]
+                log["denoise_row"] = self._get_denoise_row_from_list(intermediates)
             first_stage = self.first_stage_model
             is_vq = not isinstance(first_stage, AutoencoderKL | IdentityFirstStage)
             if quantize_denoised and is_vq:
-                log["samples_x0_quantized"], _ = draw(quantize_denoised=True)
+                log["samples_x0_quantized"], _ = sample_images(quantize_denoised=True)
         if unconditional_guidance_scale > 1.0:
-            uncond = self._null_condition(c, N, unconditional_guidance_label)
-            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"], _ = draw(
+            uncond = self.get_unconditional_conditioning(N, unconditional_guidance_label)
+            if isinstance(c, dict):  # without the prompt, all else as in c
+                uncond = {**c, "c_crossattn": [uncond]}
+            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"], _ = sample_images(
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=uncond,
             )
@@ -122,10 +128,10 @@ class ImageLogging(AncestralSampling):
             mask = z.new_ones(N, 1, height, width)
             mask[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 0.0
             log["mask"] = mask
-            for name, keep in (("samples_inpainting", mask), ("samples_outpainting", 1.0 - mask)):
-                log[name], _ = draw(x0=z[:N], mask=keep)
+            log["samples_inpainting"], _ = sample_images(x0=z[:N], mask=mask)
+            log["samples_outpainting"], _ = sample_images(x0=z[:N], mask=1.0 - mask)
         if plot_progressive_rows:
-            with self._weights_to_log(use_ema_scope):
+            with self._ema_scope_if(use_ema_scope):
                 shape = (self.channels, self.image_size, self.image_size)
                 _, estimates = self.progressive_denoising(c, shape=shape, batch_size=N)
             log["progressive_row"] = self._get_denoise_row_from_list(estimates)
@@ -134,77 +140,58 @@ class ImageLogging(AncestralSampling):
         return log
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Show maps (B, C, h, w) of any number of channels as images, by a random projection."""
+        """Show maps (B, C, h, w) of any number of channels as images, see `show_as_rgb`."""
         x = x.float()
         if "colorize" not in self.__dict__:
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
-        x = F.conv2d(x, weight=self.colorize)
-        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+        return show_as_rgb(x, self.colorize)
 
     def _get_denoise_row_from_list(
         self, samples: Sequence[Tensor], desc: str = "", force_no_decoder_quantization: bool = False
     ) -> Tensor:
-        """Decode latents (B, C, h, w) of several steps to a grid, a row for each sample."""
+        """Decode latents (B, C, h, w) of several steps to a grid with a row for each sample."""
         decoded = [
             self.decode_first_stage(
                 z.to(self.device),
-                **unless_none(force_not_quantize=force_no_decoder_quantization or None),
+                **drop_none(force_not_quantize=force_no_decoder_quantization or None),
             )
             for z in samples
         ]
         return self._get_rows_from_list(decoded)
 
     def _get_rows_from_list(self, samples: Sequence[Tensor]) -> Tensor:
-        """Lay out images (B, 3, H, W) of several steps as a grid, a row for each sample."""
-        images = torch.stack([*samples], dim=1)  # (B, steps, 3, H, W)
-        return _make_grid(images.flatten(0, 1), len(samples))
+        """Make a grid (3, H', W') of images (B, 3, H, W) of several steps, a row per sample."""
+        images = F.pad(torch.stack([*samples], dim=1), (0, GRID_GAP, 0, GRID_GAP))
+        grid = rearrange(images, "b steps c h w -> c (b h) (steps w)")
+        return F.pad(grid, (GRID_GAP, 0, GRID_GAP, 0))
 
     def _add_noise_steps(self, z: Tensor) -> list[Tensor]:
-        """Add noise to latents up to every `log_every_t`-th timestep, and the last."""
+        """Add noise to latents as of every `log_every_t`-th timestep and the last one."""
         last = self.num_timesteps - 1
-        steps = [t for t in range(last + 1) if t % self.log_every_t == 0 or t == last]
+        timesteps = [t for t in range(last + 1) if t % self.log_every_t == 0 or t == last]
         return [
             self.q_sample(z, torch.full((len(z),), t, device=z.device), torch.randn_like(z))
-            for t in steps
+            for t in timesteps
         ]
 
-    def _weights_to_log(self, averaged: bool) -> AbstractContextManager[None]:
-        return self.ema_scope("Sampling") if averaged else nullcontext()
+    def _ema_scope_if(self, use_ema_scope: bool) -> AbstractContextManager[None]:
+        return self.ema_scope("Sampling") if use_ema_scope else nullcontext()
 
-    def _show_condition(self, batch: Batch, x: Tensor, c: Condition, original: Any) -> Images:
-        """Return the condition of the samples as images, where it can be shown."""
+    def _draw_condition(self, batch: Batch, x: Tensor, c: Condition, original: Any) -> Images:
+        """Return the conditions of the samples as images, if they can be drawn."""
         if self.model.conditioning_key is None:
             return {}
-        size = (x.shape[3], x.shape[2])
         decode = getattr(self.cond_stage_model, "decode", None)
         if decode is not None:
             return {"conditioning": decode(c)}
-        if self.cond_stage_key in ("caption", "txt"):
-            captions = batch[self.cond_stage_key][: len(x)]
-            return {"conditioning": log_txt_as_img(size, captions, size=max(size[1] // 25, 1))}
-        if self.cond_stage_key in ("class_label", "cls"):
-            if "human_label" not in batch:
-                return {}
-            names = batch["human_label"][: len(x)]
-            return {"conditioning": log_txt_as_img(size, names, size=max(size[1] // 25, 1))}
+        is_class = self.cond_stage_key in ("class_label", "cls")
+        key = "human_label" if is_class else self.cond_stage_key
+        if key in ("caption", "txt", "human_label") and key in batch:
+            height, width = x.shape[-2:]
+            captions = batch[key][: len(x)]
+            # The original's font size: 25 lines in the height of the image
+            images = log_txt_as_img((width, height), captions, size=max(height // 25, 1))
+            return {"conditioning": images}
         if isimage(original):
             return {"conditioning": original}
         return {"original_conditioning": self.to_rgb(original)} if ismap(original) else {}
-
-    def _null_condition(self, c: Condition, n: int, label: Any) -> Condition:
-        """Return the condition of guidance: without the prompt, all else as in c."""
-        uncond = self.get_unconditional_conditioning(n, label)
-        return {**c, "c_crossattn": [uncond]} if isinstance(c, dict) else uncond
-
-
-def _make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
-    """Lay out images (N, 3, H, W) as one (3, H', W'), between black lines."""
-    _, channels, height, width = images.shape
-    rows = math.ceil(len(images) / columns)
-    size = rows * (height + padding) + padding, columns * (width + padding) + padding
-    grid = images.new_zeros(channels, *size)
-    for n, image in enumerate(images):
-        top = (n // columns) * (height + padding) + padding
-        left = (n % columns) * (width + padding) + padding
-        grid[:, top : top + height, left : left + width] = image
-    return grid

@@ -1,7 +1,10 @@
-"""Patchwise coding and sampling of the original's LatentDiffusion, for images that are too large.
+"""Work of the original's LatentDiffusion on overlapping patches, for images that are too large.
 
-Programs set `split_input_params` on a model: kernel `ks` and `stride` (2 numbers each), the factor
-`vqf` of the autoencoder, `patch_distributed_vq`, `tie_braker` (sic), and limits of the weights.
+Programs set `split_input_params` on a model, a dict of: `ks` and `stride`, height and width of a
+patch and of a step, in pixels of what is cut; `vqf`, by which the autoencoder downscales;
+`patch_distributed_vq`, whether it works on patches as well; `tie_braker` (sic), whether patches at
+the border weigh less; and limits of the weights, `clip_{min,max}_weight` of pixels,
+`clip_{min,max}_tie_weight` of patches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +15,20 @@ from torch import Tensor
 
 from ldm.compat.ddpm_base import DDPM
 
-__all__ = ["Patchwise"]
-
-# Conditions that are cut like the latent.
+# Batch keys of conditions that are maps of the latent's size, and cut with it
 IMAGE_KEYS = ("image", "LR_image", "segmentation", "bbox_img")
 
 
 class Patchwise(DDPM):
-    """Methods of LatentDiffusion that work on overlapping patches, and blend the results."""
+    """Base class of LatentDiffusion: its methods that work on patches, and blend the results."""
 
     cond_stage_key: str
     first_stage_model: Any
-    split_input_params: dict[str, Any]  # programs ask by hasattr whether there is one
+    split_input_params: dict[str, Any]  # missing without patches: programs test by `hasattr`
 
     @property
-    def patches(self) -> bool:
-        """Whether a program has asked for patches."""
+    def uses_patches(self) -> bool:
+        """Whether a program has set `split_input_params`."""
         return "split_input_params" in self.__dict__
 
     def meshgrid(self, h: int, w: int) -> Tensor:
@@ -36,22 +37,22 @@ class Patchwise(DDPM):
 
     def delta_border(self, h: int, w: int) -> Tensor:
         """Return the distance of each position to the nearest border, (h, w): 0.5 in the middle."""
-        places = self.meshgrid(h, w) / torch.tensor([h - 1, w - 1]).reshape(1, 1, 2)
-        return torch.minimum(places, 1 - places).amin(dim=-1)
+        positions = self.meshgrid(h, w) / torch.tensor([h - 1, w - 1])
+        return torch.minimum(positions, 1 - positions).amin(dim=-1)
 
     def get_weighting(self, h: int, w: int, Ly: int, Lx: int, device: torch.device | str) -> Tensor:
-        """Return the weight of each pixel of each of Ly x Lx patches, (1, h w, Ly Lx)."""
+        """Return the weight of each pixel (h, w) of each of Ly x Lx patches, (1, h w, Ly Lx)."""
         options = self.split_input_params
-        weighting = self.delta_border(h, w).clamp(
+        weights = self.delta_border(h, w).clamp(
             options["clip_min_weight"], options["clip_max_weight"]
         )
-        weighting = weighting.reshape(1, h * w, 1).repeat(1, 1, Ly * Lx).to(device)
+        weights = weights.reshape(1, h * w, 1).repeat(1, 1, Ly * Lx).to(device)
         if options["tie_braker"]:
-            places = self.delta_border(Ly, Lx).clamp(
+            patch_weights = self.delta_border(Ly, Lx).clamp(
                 options["clip_min_tie_weight"], options["clip_max_tie_weight"]
             )
-            weighting = weighting * places.reshape(1, 1, Ly * Lx).to(device)
-        return weighting
+            weights = weights * patch_weights.reshape(1, 1, Ly * Lx).to(device)
+        return weights
 
     def get_fold_unfold(
         self,
@@ -61,50 +62,53 @@ class Patchwise(DDPM):
         uf: int = 1,
         df: int = 1,
     ) -> tuple[torch.nn.Fold, torch.nn.Unfold, Tensor, Tensor]:
-        """Return what cuts x (B, C, h, w) into patches and what joins them, and their weights.
+        """Return what cuts x (B, C, h, w) into patches, what adds them up again, and their weights.
 
         Args:
-            uf, df: How much larger, or smaller, the joined patches are.
+            kernel_size, stride: Height and width, in pixels of x.
+            uf, df: Factor by which the processed patches are larger, or smaller, than those of x.
 
         Returns:
-            Fold, Unfold, the sum of the weights (1, 1, h, w), and the weights (1, 1, k, k, L).
+            Fold and Unfold; the sum of the weights at each pixel, (1, 1, h, w); and the weights of
+            each of L patches, (1, 1, k, k, L).
         """
         height, width = x.shape[2:]
         rows = (height - kernel_size[0]) // stride[0] + 1
         columns = (width - kernel_size[1]) // stride[1] + 1
         unfold = torch.nn.Unfold(tuple(kernel_size), dilation=1, padding=0, stride=tuple(stride))
 
-        def scale(number: int) -> int:
-            return number * uf if uf > 1 else number // df
+        def scale(length: int) -> int:
+            return length * uf if uf > 1 else length // df
 
         kernel = tuple(kernel_size)
-        if uf > 1 or df > 1:  # as in the original, the height stands for both
+        if uf > 1 or df > 1:  # as in the original, the height of the kernel is its width, too
             kernel = (scale(kernel_size[0]),) * 2
         fold = torch.nn.Fold(
             (scale(height), scale(width)),
             kernel,
             dilation=1,
             padding=0,
-            stride=tuple(scale(s) for s in stride),
+            stride=tuple(scale(length) for length in stride),
         )
-        high, wide = kernel
-        weighting = self.get_weighting(high, wide, rows, columns, x.device).to(x.dtype)
+        kernel_height, kernel_width = kernel
+        weighting = self.get_weighting(kernel_height, kernel_width, rows, columns, x.device)
+        weighting = weighting.to(x.dtype)
         normalization: Tensor = fold(weighting)  # (1, 1, h, w)
-        return fold, unfold, normalization, weighting.reshape(1, 1, high, wide, rows * columns)
+        return fold, unfold, normalization, weighting.reshape(1, 1, *kernel, rows * columns)
 
     def encode_patches(self, x: Tensor) -> Any:
-        """Encode images by patches, with `patch_distributed_vq`, else as a whole."""
+        """Encode images, by patches with `patch_distributed_vq`."""
         options = self.split_input_params
-        options["original_image_size"] = x.shape[-2:]
+        options["original_image_size"] = x.shape[-2:]  # which programs read
         return self._code_patches(self.first_stage_model.encode, x, df=options["vqf"])
 
     def decode_patches(self, decode: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """Decode latents by patches, with `patch_distributed_vq`, else as a whole."""
+        """Decode latents, by patches with `patch_distributed_vq`."""
         image: Tensor = self._code_patches(decode, z, uf=self.split_input_params["vqf"])
         return image
 
     def apply_to_patches(self, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        """Run the UNet on patches of x (B, C, h, w); there may be one condition."""
+        """Run the UNet on patches of x (B, C, h, w); `cond` must have exactly one condition."""
         options = self.split_input_params
         ((key, values),) = cond.items()
         (condition,) = values
@@ -115,8 +119,8 @@ class Patchwise(DDPM):
         if self.cond_stage_key in IMAGE_KEYS and self.model.conditioning_key is not None:
             conditions = _cut(unfold, condition, kernel)
         outputs = [
-            self.model(patch, t, **{key: [one]})
-            for patch, one in zip(patches, conditions, strict=True)
+            self.model(patch, t, **{key: [condition]})
+            for patch, condition in zip(patches, conditions, strict=True)
         ]
         return _blend(outputs, fold, normalization, weighting)
 
@@ -127,7 +131,7 @@ class Patchwise(DDPM):
         if not options.get("patch_distributed_vq"):
             return code(x)
         kernel, stride = (
-            tuple(min(one, side) for one, side in zip(options[key], x.shape[-2:], strict=True))
+            tuple(map(min, options[key], x.shape[-2:]))  # a small image is one patch
             for key in ("ks", "stride")
         )
         fold, unfold, normalization, weighting = self.get_fold_unfold(x, kernel, stride, uf, df)
@@ -146,7 +150,7 @@ def _cut(unfold: torch.nn.Unfold, x: Tensor, kernel: Sequence[int]) -> list[Tens
 def _blend(
     outputs: Sequence[Tensor], fold: torch.nn.Fold, normalization: Tensor, weighting: Tensor
 ) -> Tensor:
-    """Join patches to one map (B, C, h, w): their weighted mean."""
+    """Return the weighted mean (B, C, h, w) of overlapping patches (B, C, k, k)."""
     weighted = torch.stack([*outputs], dim=-1) * weighting  # (B, C, k, k, L)
-    joined: Tensor = fold(weighted.flatten(1, 3))
-    return joined / normalization
+    weighted_sum: Tensor = fold(weighted.flatten(1, 3))
+    return weighted_sum / normalization

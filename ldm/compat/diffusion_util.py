@@ -1,4 +1,4 @@
-"""`ldm.modules.diffusionmodules.util` of the original: noise levels, plain torch layers."""
+"""`ldm.modules.diffusionmodules.util` of the original: noise schedule, tables, torch's layers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -46,15 +46,16 @@ def make_ddim_timesteps(
 
     Args:
         ddim_discr_method: "uniform" takes every c-th, c = num_ddpm_timesteps // num_ddim_timesteps,
-            which are often more than asked for; "quad" takes squares up to 0.8 of the last.
+            often more than asked for; "quad" is uniform in √t up to 0.8 num_ddpm_timesteps.
     """
     if ddim_discr_method == "uniform":
-        # The last may be one past the tables (3, 9, 27 … steps of 1000): an IndexError, as ever.
+        # With 3, 9, 27 … steps of 1000 the last is 1000, which no table has: an IndexError later,
+        # as in the original.
         step = num_ddpm_timesteps // num_ddim_timesteps
         return np.arange(1, num_ddpm_timesteps + 1, step, dtype=np.int64)
     if ddim_discr_method == "quad":
-        roots = np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps)
-        timesteps: NDArray[np.int64] = (roots**2).astype(np.int64) + 1
+        square_roots = np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps)
+        timesteps: NDArray[np.int64] = (square_roots**2).astype(np.int64) + 1
         return timesteps
     raise NotImplementedError(f"there is no DDIM discretization `{ddim_discr_method}`")
 
@@ -64,16 +65,19 @@ def make_ddim_sampling_parameters(
 ) -> tuple[Tensor | Array, Tensor | Array, Array]:
     """Compute the tables of DDIM (arXiv:2010.02502, eq. 12) at the timesteps of a run.
 
+    Args:
+        alphacums: ᾱ at each timestep of the model.
+
     Returns:
-        sigmas (float64), ᾱ and ᾱ of the step before (float64 numpy); the first two are tensors if
-        `alphacums` is one.
+        sigma of the noise that each step adds (float64); ᾱ; and ᾱ at the next lower timestep
+        (float64 numpy). The first two are tensors if `alphacums` is one, else numpy.
     """
     table = torch.as_tensor(alphacums)
     alphas = table[torch.as_tensor(ddim_timesteps)]
-    # It begins with the first ᾱ, not with 1, so that the last step leaves a little noise.
+    # The first is ᾱ of timestep 0, not 1, so that the last step leaves a little noise.
     previous = torch.cat([table[:1], alphas[:-1]]).double()
-    exact = alphas.double()
-    variance = (1 - previous) / (1 - exact) * (1 - exact / previous)
+    alphas64 = alphas.double()
+    variance = (1 - previous) / (1 - alphas64) * (1 - alphas64 / previous)
     sigmas, alphas_prev = eta * variance.sqrt(), previous.cpu().numpy()
     if isinstance(alphacums, Tensor):
         return sigmas, alphas, alphas_prev
@@ -83,24 +87,24 @@ def make_ddim_sampling_parameters(
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> Array:
-    """Build betas from ᾱ as a function of time in [0, 1]."""
-    times = [i / num_diffusion_timesteps for i in range(num_diffusion_timesteps + 1)]
-    values = np.array([alpha_bar(t) for t in times])
-    betas: Array = np.minimum(1 - values[1:] / values[:-1], max_beta)
+    """Build betas (num_diffusion_timesteps,) from ᾱ as a function of time in [0, 1]."""
+    times = np.linspace(0, 1, num_diffusion_timesteps + 1)
+    alphas_cumprod = np.array([alpha_bar(t) for t in times])
+    betas: Array = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], max_beta)
     return betas
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """Read a table at timesteps (B,), as (B, 1, …) for tensors of `x_shape`."""
+    """Read a table (T,) at timesteps (B,), as (B, 1, …) to broadcast with tensors of `x_shape`."""
     return a.gather(-1, t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
 
 
 def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
-    """Draw normal noise; with `repeat` the same for all of the batch."""
-    if repeat:
-        first = torch.randn((1, *shape[1:]), device=device)
-        return first.repeat(shape[0], *(1,) * (len(shape) - 1))
-    return torch.randn(tuple(shape), device=device)
+    """Draw standard normal noise (B, …); with `repeat` the same for each sample of the batch."""
+    if not repeat:
+        return torch.randn(tuple(shape), device=device)
+    noise = torch.randn((1, *shape[1:]), device=device)
+    return noise.repeat(shape[0], *(1,) * (len(shape) - 1))
 
 
 def timestep_embedding(
@@ -109,7 +113,7 @@ def timestep_embedding(
     """Embed timesteps (B,) as sines and cosines, (B, dim) float32.
 
     Args:
-        repeat_only: Repeat the timestep `dim` times instead, in its dtype.
+        repeat_only: Whether to repeat the timestep `dim` times instead, in its dtype.
     """
     if repeat_only:
         return timesteps[:, None].repeat(1, dim)
@@ -119,13 +123,13 @@ def timestep_embedding(
 def checkpoint(
     func: Callable[..., Result], inputs: Sequence[object], params: Iterable[Tensor], flag: bool
 ) -> Result:
-    """Call a function, and if `flag` recompute its activations in the backward pass.
+    """Call a function; with `flag`, recompute its activations in the backward pass.
 
     Args:
-        params: Not needed any more: parameters are found, and may be frozen.
+        params: Ignored: gradients of parameters need no list of them here.
     """
     if flag and torch.is_grad_enabled():
-        # Not reentrant: parameters get their gradients even where no input needs one.
+        # Not reentrant: so parameters get gradients even if no input needs one.
         result: Result = _checkpoint(func, *inputs, use_reentrant=False)
         return result
     return func(*inputs)
@@ -154,7 +158,7 @@ class GroupNorm32(nn.GroupNorm):
     """GroupNorm with mean and variance in float32 whatever the dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's kernels sum in float32 even if all is half, but take no mixture.
+        # The kernels take x and weight of one dtype only, and compute half in float32 themselves.
         y = super().forward(x if x.dtype == self.weight.dtype else x.float())
         return y.type(x.dtype)
 
@@ -170,7 +174,7 @@ def conv_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
 
 
 def avg_pool_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
-    """Build a mean over 1, 2 or 3 dimensions."""
+    """Build average pooling of 1, 2 or 3 dimensions."""
     return _by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
 
 
@@ -181,7 +185,7 @@ def linear(*args: object, **kwargs: object) -> nn.Module:
 
 
 class HybridConditioner(nn.Module):
-    """Two conditioners from configs, for conditions to concatenate and to attend to."""
+    """Two encoders from configs, for channels to concatenate and for cross-attention."""
 
     def __init__(self, c_concat_config: Config, c_crossattn_config: Config) -> None:
         super().__init__()
@@ -195,7 +199,7 @@ class HybridConditioner(nn.Module):
         }
 
 
-def _by_dims(kinds: Sequence[type[nn.Module]], dims: int) -> Callable[..., nn.Module]:
+def _by_dims(classes: Sequence[type[nn.Module]], dims: int) -> Callable[..., nn.Module]:
     if dims not in (1, 2, 3):
         raise ValueError(f"unsupported dimensions: {dims}")
-    return kinds[dims - 1]
+    return classes[dims - 1]

@@ -1,4 +1,4 @@
-"""`ldm.modules.distributions.distributions` of the original: the distribution of a latent."""
+"""`ldm.modules.distributions.distributions` of the original: the posterior of a latent."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,20 @@ from ldm.nets.autoencoder import DiagonalGaussian
 
 
 class DiagonalGaussianDistribution(DiagonalGaussian):
-    """A normal distribution with independent entries; see `DiagonalGaussian`."""
+    """A normal distribution with diagonal covariance; see `DiagonalGaussian`."""
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
         super().__init__(parameters, deterministic)
         self.var = torch.zeros_like(self.mean) if deterministic else self.logvar.exp()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw mean + std * noise, (B, C, h, w); the noise is float32, drawn on the CPU."""
+        """Draw a sample mean + std * noise, (B, C, h, w); the noise is drawn on the CPU."""
         noise = torch.randn(self.mean.shape, generator=generator)
+        # Not in the dtype of the mean: as in the original, the sample is float32 or wider.
         return self.mean + self.std * noise.to(self.parameters.device)
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
-        """Compute the divergence from another distribution, or the standard normal, (B,)."""
+        """Compute the KL divergence (B,) from another distribution; None is the standard normal."""
         if other is None or self.deterministic:
             return super().kl()
         terms = (self.mean - other.mean) ** 2 / other.var + self.var / other.var
@@ -39,10 +40,10 @@ class DiagonalGaussianDistribution(DiagonalGaussian):
 def normal_kl(
     mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float
 ) -> Tensor:
-    """Compute the divergence between two normal distributions, of at least one tensor."""
+    """Compute the KL divergence between normal distributions, elementwise; one must be a tensor."""
     values = (mean1, logvar1, mean2, logvar2)
     tensor = next((value for value in values if isinstance(value, Tensor)), None)
     assert tensor is not None, "at least one argument must be a Tensor"
-    # A log variance that is a number gets the dtype and device of the first tensor.
-    var1, var2 = (torch.as_tensor(value).to(tensor) for value in (logvar1, logvar2))
-    return 0.5 * (-1.0 + var2 - var1 + (var1 - var2).exp() + (mean1 - mean2) ** 2 * (-var2).exp())
+    # Numbers get the dtype and device of the first tensor.
+    log1, log2 = (torch.as_tensor(value).to(tensor) for value in (logvar1, logvar2))
+    return 0.5 * (-1.0 + log2 - log1 + (log1 - log2).exp() + (mean1 - mean2) ** 2 * (-log2).exp())

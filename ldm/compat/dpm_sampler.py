@@ -8,15 +8,14 @@ from torch import Tensor
 from ldm.compat.dpm_solver import DPM_Solver, NoiseScheduleVP, model_wrapper
 from ldm.compat.sampling import Condition, DiffusionModel, Sampler
 
-__all__ = ["MODEL_TYPES", "DPMSolverSampler", "DPM_Solver", "NoiseScheduleVP", "model_wrapper"]
-
-MODEL_TYPES = {"eps": "noise", "v": "v"}
+MODEL_TYPES = {"eps": "noise", "v": "v"}  # `model_type` of `model_wrapper` by parameterization
 
 
 class DPMSolverSampler(Sampler):
-    """DPM-Solver++ of order 2 over `apply_model`, which gets fractional timesteps.
+    """DPM-Solver++ 2M over `apply_model`, which gets fractional timesteps.
 
-    As in the original, `sample` ignores all but conditions, guidance, steps and `x_T`.
+    As in the original, `sample` ignores all but the number of steps, conditions, guidance scale and
+    `x_T`.
     """
 
     alphas_cumprod: Tensor
@@ -30,7 +29,7 @@ class DPMSolverSampler(Sampler):
     def make_schedule(self, ddim_num_steps: int, *ignored: object, **options: object) -> None:
         self.steps = ddim_num_steps
 
-    def sampling(
+    def sample_loop(
         self,
         cond: Condition,
         shape: Sequence[int],

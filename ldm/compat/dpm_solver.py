@@ -1,14 +1,14 @@
 """`ldm.models.diffusion.dpm_solver.dpm_solver` of the original: the solver by itself.
 
-Lu et al. 2022: DPM-Solver (arXiv:2206.00927) over the predicted noise, and DPM-Solver++
-(arXiv:2211.01095) over the predicted x0. Both step from s to t by
+Lu et al. 2022: DPM-Solver (arXiv:2206.00927) for models of the noise, and DPM-Solver++
+(arXiv:2211.01095) for models of x0. Both step from time s to time t by
 
     x_t = b x_s - a (phi_1 m + sign phi_2 m' + phi_3 m''),   phi_1 = exp(sign h) - 1
 
     phi_2 = phi_1 / h - sign,   phi_3 = phi_2 / h - 1/2
 
-with lambda = log(alpha / sigma), half the log SNR; h = lambda_t - lambda_s; m the prediction;
-m', m'' its derivatives in lambda, times h and h^2:
+with lambda = log(alpha / sigma), half the log SNR; h = lambda_t - lambda_s; m the model's output;
+m' and m'' its derivatives with respect to lambda, times h and h^2:
 
     m = noise    sign = 1     a = sigma_t    b = alpha_t / alpha_s
     m = x0       sign = -1    a = alpha_t    b = sigma_t / sigma_s
@@ -21,26 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.compat.sampling import Condition, join_conditions
-
-__all__ = ["DPM_Solver", "NoiseScheduleVP", "expand_dims", "interpolate_fn", "model_wrapper"]
+from ldm.compat.sampling import Condition, apply_with_guidance
+from ldm.compat.sampling_util import append_dims as expand_dims
 
 ModelFunction = Callable[[Tensor, Tensor], Tensor]
-COSINE_S = 0.008
-QUANTILE = 0.995  # of dynamic thresholding
-INITIAL_STEP, SAFETY, TIME_TOLERANCE = 0.05, 0.9, 1e-5  # of adaptive steps
+COSINE_S = 0.008  # offset of the cosine schedule (arXiv:2102.09672)
+QUANTILE = 0.995  # of |x0|, for dynamic thresholding
+# Of adaptive steps: the first one in lambda, a factor of all others, and where t counts as reached
+INITIAL_STEP = 0.05
+SAFETY_FACTOR = 0.9
+TIME_TOLERANCE = 1e-5
 
 
 class NoiseScheduleVP:
     """A variance preserving noise schedule over times t in (0, T].
 
-    alpha_t = sqrt(alphas_cumprod), sigma_t^2 = 1 - alpha_t^2.
+    alpha_t = √ᾱ, sigma_t² = 1 - ᾱ.
 
     Args:
-        schedule: "discrete": log alpha is interpolated linearly between entries of a table; or
-            "linear" or "cosine", which are continuous.
-        betas, alphas_cumprod: The table, either of them.
-        continuous_beta_0, continuous_beta_1: Ends of "linear".
+        schedule: "discrete", which interpolates log alpha linearly between the entries of a table;
+            or "linear" or "cosine", which are continuous.
+        betas, alphas_cumprod: Table of "discrete": one of them is needed.
+        continuous_beta_0, continuous_beta_1: First and last beta of "linear", per unit of time.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class NoiseScheduleVP:
         if schedule not in ("discrete", "linear", "cosine"):
             raise ValueError(f"schedule must be discrete, linear or cosine, got `{schedule}`")
         self.schedule = schedule
-        # At 1 the cosine schedule has no signal left, and its log SNR is -inf.
+        # At time 1 the cosine schedule has no signal left: a log SNR of -inf.
         self.T = 0.9946 if schedule == "cosine" else 1.0
         self.total_N = 1000
         self.beta_0 = continuous_beta_0
@@ -78,7 +80,9 @@ class NoiseScheduleVP:
             return interpolate_fn(t, self.t_array.to(t), self.log_alpha_array.to(t)).reshape(-1)
         if self.schedule == "linear":
             return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
-        return torch.log(torch.cos((t + COSINE_S) / (1 + COSINE_S) * math.pi / 2)) - _COSINE_START
+        return (
+            torch.log(torch.cos((t + COSINE_S) / (1 + COSINE_S) * math.pi / 2)) - _LOG_COSINE_AT_0
+        )
 
     def marginal_alpha(self, t: Tensor) -> Tensor:
         """Return alpha at times t."""
@@ -89,25 +93,28 @@ class NoiseScheduleVP:
         return (1.0 - (2.0 * self.marginal_log_mean_coeff(t)).exp()).sqrt()
 
     def marginal_lambda(self, t: Tensor) -> Tensor:
-        """Return log alpha - log of the standard deviation: half the log SNR."""
+        """Return lambda = log(alpha / sigma), half the log SNR, at times t."""
         log_alpha = self.marginal_log_mean_coeff(t)
         return log_alpha - 0.5 * (1.0 - (2.0 * log_alpha).exp()).log()
 
     def inverse_lambda(self, lamb: Tensor) -> Tensor:
-        """Return the times of half log SNRs."""
+        """Return the times at which half the log SNR is `lamb`."""
         if self.schedule == "linear":
             span = self.beta_1 - self.beta_0
             scaled = 2.0 * span * _softplus(-2.0 * lamb)
             return scaled / ((self.beta_0**2 + scaled).sqrt() + self.beta_0) / span
         log_alpha = -0.5 * _softplus(-2.0 * lamb)
         if self.schedule == "discrete":
-            log_alphas, times = (a.to(lamb).flip(1) for a in (self.log_alpha_array, self.t_array))
+            log_alphas, times = (
+                table.to(lamb).flip(1) for table in (self.log_alpha_array, self.t_array)
+            )
             return interpolate_fn(log_alpha.reshape(-1, 1), log_alphas, times).reshape(-1)
-        angle = torch.arccos((log_alpha + _COSINE_START).exp())
+        angle = torch.arccos((log_alpha + _LOG_COSINE_AT_0).exp())
         return angle * 2.0 * (1.0 + COSINE_S) / math.pi - COSINE_S
 
 
-_COSINE_START = math.log(math.cos(COSINE_S / (1.0 + COSINE_S) * math.pi / 2.0))
+# By which the cosine schedule is divided, so that alpha is 1 at time 0
+_LOG_COSINE_AT_0 = math.log(math.cos(COSINE_S / (1.0 + COSINE_S) * math.pi / 2.0))
 
 
 def model_wrapper(
@@ -122,27 +129,32 @@ def model_wrapper(
     classifier_fn: Callable[..., Tensor] | None = None,
     classifier_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelFunction:
-    """Return the noise that a model predicts, as a function of x and continuous time.
+    """Return the noise that a model predicts, with guidance, as a function of x and time.
 
     Args:
-        model: (x, timesteps[, condition]); a discrete schedule's timesteps are 0 … 999, fractional.
-        model_type: What it predicts: "noise", "x_start", "v" or "score".
-        guidance_type: "uncond", "classifier" or "classifier-free".
-        classifier_fn: (x, timesteps, condition) -> log probabilities.
+        model: Called with (x, timesteps), or (x, timesteps, condition). Timesteps of a discrete
+            schedule are 0 … 999, fractional; those of a continuous one are the times.
+        model_type: What the model predicts: "noise", "x_start", "v" or "score".
+        model_kwargs: Keywords for the model; None for none.
+        guidance_type: "uncond" (none), "classifier" or "classifier-free".
+        condition: For the model or the classifier; None for none.
+        unconditional_condition: Negative condition; None disables "classifier-free".
+        classifier_fn: (x, timesteps, condition) -> log probabilities, needed by "classifier".
+        classifier_kwargs: Keywords for `classifier_fn`; None for none.
     """
     if model_type not in ("noise", "x_start", "v", "score"):
         raise ValueError(f"unknown model_type `{model_type}`")
     if guidance_type not in ("uncond", "classifier", "classifier-free"):
         raise ValueError(f"unknown guidance_type `{guidance_type}`")
 
-    def timesteps_of(t: Tensor) -> Tensor:
+    def to_timesteps(t: Tensor) -> Tensor:
         if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
             return (t - 1.0 / noise_schedule.total_N) * 1000.0
         return t
 
     def predict_noise(x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         conditions = () if cond is None else (cond,)
-        output = model(x, timesteps_of(t), *conditions, **(model_kwargs or {}))
+        output = model(x, to_timesteps(t), *conditions, **(model_kwargs or {}))
         if model_type == "noise":
             return output
         alpha, std = (
@@ -157,21 +169,19 @@ def model_wrapper(
         t = t.expand(len(x)) if t.numel() == 1 else t
         if guidance_type == "uncond":
             return predict_noise(x, t)
-        if guidance_type == "classifier":
-            if classifier_fn is None:
-                raise TypeError("guidance by a classifier needs classifier_fn")
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_(True)
-                options = classifier_kwargs or {}
-                log_prob = classifier_fn(leaf, timesteps_of(t), condition, **options)
-                (gradient,) = torch.autograd.grad(log_prob.sum(), leaf)
-            std = expand_dims(noise_schedule.marginal_std(t), x.dim())
-            return predict_noise(x, t) - guidance_scale * std * gradient
-        if guidance_scale == 1.0 or unconditional_condition is None:
-            return predict_noise(x, t, condition)
-        joined = join_conditions(unconditional_condition, condition)
-        uncond, cond = predict_noise(torch.cat([x] * 2), torch.cat([t] * 2), joined).chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        if guidance_type == "classifier-free":
+            return apply_with_guidance(
+                predict_noise, x, t, condition, guidance_scale, unconditional_condition
+            )
+        if classifier_fn is None:
+            raise TypeError("guidance by a classifier needs classifier_fn")
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            options = classifier_kwargs or {}
+            log_prob = classifier_fn(leaf, to_timesteps(t), condition, **options)
+            (grad,) = torch.autograd.grad(log_prob.sum(), leaf)
+        std = expand_dims(noise_schedule.marginal_std(t), x.dim())
+        return predict_noise(x, t) - guidance_scale * std * grad
 
     return predict
 
@@ -180,9 +190,10 @@ class DPM_Solver:
     """DPM-Solver, or DPM-Solver++, for a model and a noise schedule.
 
     Args:
-        model_fn: (x, t) -> noise, of `model_wrapper`.
-        predict_x0: Whether to solve for x0: DPM-Solver++.
-        thresholding: Whether to apply dynamic thresholding of x0 (Imagen), to ±`max_val`.
+        model_fn: (x, t) -> noise, from `model_wrapper`.
+        predict_x0: Whether to use DPM-Solver++, else DPM-Solver.
+        thresholding: Whether to apply dynamic thresholding (Imagen, arXiv:2205.11487), with
+            `predict_x0`: x0 is divided by its `QUANTILE` if that is above `max_val`.
     """
 
     def __init__(
@@ -200,29 +211,29 @@ class DPM_Solver:
         self.max_val = max_val
 
     def noise_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the noise of x."""
+        """Predict the noise of x."""
         return self.model(x, t)
 
     def data_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return x0 of x."""
+        """Predict x0 of x."""
         noise = self.noise_prediction_fn(x, t)
         alpha, std = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
         x0 = (x - expand_dims(std, x.dim()) * noise) / expand_dims(alpha, x.dim())
         if self.thresholding:
-            largest = x0.abs().flatten(1).quantile(QUANTILE, dim=1).clamp(min=self.max_val)
-            limit = expand_dims(largest, x0.dim())
+            quantile = x0.abs().flatten(1).quantile(QUANTILE, dim=1).clamp(min=self.max_val)
+            limit = expand_dims(quantile, x0.dim())
             x0 = x0.clamp(-limit, limit) / (limit / self.max_val)
         return x0
 
     def model_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return what is solved for: x0 or noise."""
+        """Predict x0 or the noise, by `predict_x0`."""
         predict = self.data_prediction_fn if self.predict_x0 else self.noise_prediction_fn
         return predict(x, t)
 
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
     ) -> Tensor:
-        """Return N + 1 times from t_T down to t_0, uniform in half log SNR, t or sqrt(t)."""
+        """Return N + 1 times from t_T down to t_0, evenly spaced in the log SNR, t or √t."""
         if skip_type == "time_uniform":
             return torch.linspace(t_T, t_0, N + 1, device=device)
         if skip_type == "time_quadratic":
@@ -244,7 +255,10 @@ class DPM_Solver:
         t_0: float,
         device: torch.device | str,
     ) -> tuple[Tensor, list[int]]:
-        """Return the K + 1 outer times and K orders, which sum to `steps` (model evaluations)."""
+        """Return the K + 1 ends of the steps and their K orders, which sum to `steps`.
+
+        An order is the number of model evaluations of a step.
+        """
         orders = [order] * (steps // order)
         if order == 3 and steps % 3 == 0:
             orders[-1:] = [2, 1]
@@ -256,7 +270,7 @@ class DPM_Solver:
         return self.get_time_steps(skip_type, t_T, t_0, steps, device)[ends], orders
 
     def denoise_to_zero_fn(self, x: Tensor, s: Tensor) -> Tensor:
-        """Step to time 0: x0 of x."""
+        """Step to time 0, by predicting x0."""
         return self.data_prediction_fn(x, s)
 
     def dpm_solver_first_update(
@@ -277,22 +291,29 @@ class DPM_Solver:
         r2: float | Tensor | None = None,
         model_s: Tensor | None = None,
     ) -> Tensor:
-        """Step from time s to t by `order` evaluations: at r1 and r2 of the way in half log SNR."""
+        """Step from time s to t by `order` evaluations.
+
+        Args:
+            solver_type: "dpm_solver" or "taylor", how derivatives are estimated.
+            r1, r2: Where the second and third evaluation are, as fractions of the step in lambda;
+                None for 1/2 of a step of order 2, 1/3 and 2/3 of one of order 3.
+            model_s: Output of the model at s; None computes it.
+        """
         model_s = self.model_fn(x, s) if model_s is None else model_s
         if order == 1:
             return self._combine(x, s, t, model_s)
         _check_solver_type(solver_type)
         schedule = self.noise_schedule
-        start, h = schedule.marginal_lambda(s), self._h(s, t)
+        lambda_s, h = schedule.marginal_lambda(s), self._lambda_step(s, t)
         r1 = (0.5 if order == 2 else 1.0 / 3.0) if r1 is None else r1
-        s1 = schedule.inverse_lambda(start + r1 * h)
+        s1 = schedule.inverse_lambda(lambda_s + r1 * h)
         model_s1 = self.model_fn(self._combine(x, s, s1, model_s), s1)
         D1_0 = (model_s1 - model_s) / r1
         if order == 2:
             return self._second_order_update(x, s, t, model_s, D1_0, solver_type)
         r2 = 2.0 / 3.0 if r2 is None else r2
-        s2 = schedule.inverse_lambda(start + r2 * h)
-        # D1_0 is h dm/dlambda; this step has length r2 h.
+        s2 = schedule.inverse_lambda(lambda_s + r2 * h)
+        # D1_0 is the derivative times h, and this step is r2 h long.
         model_s2 = self.model_fn(self._combine(x, s, s2, model_s, r2 * D1_0), s2)
         D1_1 = (model_s2 - model_s) / r2
         if solver_type == "dpm_solver":
@@ -310,22 +331,21 @@ class DPM_Solver:
         order: int,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step to time t by the predictions at the last times, oldest first."""
+        """Step to time t by the model's outputs at the `order` times before, oldest first."""
         _check_solver_type(solver_type)
         s, model_s = t_prev_list[-1], model_prev_list[-1]
         if order == 1:
             return self._combine(x, s, t, model_s)
-        h = self._h(s, t)
-        slopes, widths = [], []
+        h = self._lambda_step(s, t)
+        slopes, ratios = [], []  # difference quotients, and previous steps relative to h
         for before, after in ((-2, -1), (-3, -2))[: order - 1]:
-            width = self._h(t_prev_list[before], t_prev_list[after]) / h
-            slope = model_prev_list[after] - model_prev_list[before]
-            slopes.append(slope / expand_dims(width, x.dim()))
-            widths.append(expand_dims(width, x.dim()))
+            ratio = self._lambda_step(t_prev_list[before], t_prev_list[after]) / h
+            ratios.append(expand_dims(ratio, x.dim()))
+            slopes.append((model_prev_list[after] - model_prev_list[before]) / ratios[-1])
         if order == 2:
             return self._second_order_update(x, s, t, model_s, slopes[0], solver_type)
-        D2 = (slopes[0] - slopes[1]) / (widths[0] + widths[1])
-        return self._combine(x, s, t, model_s, slopes[0] + widths[0] * D2, D2)
+        D2 = (slopes[0] - slopes[1]) / (ratios[0] + ratios[1])
+        return self._combine(x, s, t, model_s, slopes[0] + ratios[0] * D2, D2)
 
     def dpm_solver_adaptive(
         self,
@@ -337,12 +357,17 @@ class DPM_Solver:
         rtol: float = 0.05,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step from t_T to t_0, with step sizes adapted to the local error estimate."""
+        """Step from t_T to t_0, with steps adapted to the difference between two orders.
+
+        Args:
+            order: 2 or 3, the higher one.
+            atol, rtol: Absolute and relative tolerance.
+        """
         if order not in (2, 3):
             raise ValueError(f"adaptive steps have order 2 or 3, got {order}")
         schedule = self.noise_schedule
         s, end = (torch.full((1,), time, device=x.device) for time in (t_T, t_0))
-        h, previous = INITIAL_STEP, x
+        h, x_before = INITIAL_STEP, x
         r1, r2 = (0.5, None) if order == 2 else (1.0 / 3.0, 2.0 / 3.0)
         while float((s - end).abs()) > TIME_TOLERANCE:
             t = schedule.inverse_lambda(schedule.marginal_lambda(s) + h)
@@ -351,12 +376,12 @@ class DPM_Solver:
                 self.singlestep_dpm_solver_update(x, s, t, n, solver_type, r1, r2, model_s)
                 for n in (order - 1, order)
             )
-            scale = torch.maximum(low.abs(), previous.abs()).mul(rtol).clamp(min=atol)
-            error = float(((high - low) / scale).square().flatten(1).mean(1).sqrt().max())
-            if error <= 1.0:
-                x, s, previous = high, t, low
-            rest = float(schedule.marginal_lambda(end) - schedule.marginal_lambda(s))
-            h = min(SAFETY * h * error ** (-1.0 / order), rest)
+            tolerance = torch.maximum(low.abs(), x_before.abs()).mul(rtol).clamp(min=atol)
+            error = float(((high - low) / tolerance).square().flatten(1).mean(1).sqrt().max())
+            if error <= 1.0:  # else the step is repeated, shorter
+                x, s, x_before = high, t, low
+            h_to_end = float(self._lambda_step(s, end))
+            h = min(SAFETY_FACTOR * h * error ** (-1.0 / order), h_to_end)
         return x
 
     @torch.no_grad()
@@ -375,12 +400,17 @@ class DPM_Solver:
         atol: float = 0.0078,
         rtol: float = 0.05,
     ) -> Tensor:
-        """Solve from noise x (B, …) at t_start to t_end.
+        """Sample from noise x (B, …).
 
         Args:
+            steps: Number of model evaluations; ignored by "adaptive".
+            t_start: First time; None for T of the noise schedule.
+            t_end: Last time; None for 1 / total_N of the noise schedule.
+            skip_type: "time_uniform", "logSNR" or "time_quadratic", see `get_time_steps`.
             method: "multistep", "singlestep", "singlestep_fixed" (all steps of one order) or
                 "adaptive".
-            lower_order_final: Whether to lower the order of the last multisteps if steps < 15.
+            lower_order_final: Whether the last multisteps have lower orders if steps < 15.
+            denoise_to_zero: Whether to predict x0 at the end.
         """
         t_T = self.noise_schedule.T if t_start is None else t_start
         t_0 = 1.0 / self.noise_schedule.total_N if t_end is None else t_end
@@ -392,31 +422,31 @@ class DPM_Solver:
             times = self.get_time_steps(skip_type, t_T, t_0, steps, x.device)[:, None]
             models = [self.model_fn(x, times[0])]
             for step in range(1, steps + 1):
-                n = min(order, step)
+                step_order = min(order, step)
                 if lower_order_final and steps < 15:
-                    n = min(n, steps + 1 - step)
+                    step_order = min(step_order, steps + 1 - step)
                 x = self.multistep_dpm_solver_update(
-                    x, models, list(times[:step]), times[step], n, solver_type
+                    x, models, list(times[:step]), times[step], step_order, solver_type
                 )
-                if step < steps:  # no step follows that would use the last one
+                if step < steps:  # an output at the last time would not be used
                     models.append(self.model_fn(x, times[step]))
                 models = models[-order:]
         elif method in ("singlestep", "singlestep_fixed"):
             if method == "singlestep":
-                outer, orders = self.get_orders_and_timesteps_for_singlestep_solver(
+                times, orders = self.get_orders_and_timesteps_for_singlestep_solver(
                     steps, order, skip_type, t_T, t_0, x.device
                 )
             else:
                 orders = [order] * (steps // order)
-                outer = self.get_time_steps(skip_type, t_T, t_0, len(orders), x.device)
-            for i, n in enumerate(orders):
-                ends = float(outer[i]), float(outer[i + 1])
-                inner = self.get_time_steps(skip_type, *ends, n, x.device)
-                lambdas = self.noise_schedule.marginal_lambda(inner)
+                times = self.get_time_steps(skip_type, t_T, t_0, len(orders), x.device)
+            for i, step_order in enumerate(orders):
+                ends = float(times[i]), float(times[i + 1])
+                evaluations = self.get_time_steps(skip_type, *ends, step_order, x.device)
+                lambdas = self.noise_schedule.marginal_lambda(evaluations)
                 ratios = (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])
-                r1, r2 = (ratios[k] if n > k else None for k in (1, 2))
+                r1, r2 = (ratios[k] if step_order > k else None for k in (1, 2))
                 x = self.singlestep_dpm_solver_update(
-                    x, outer[i : i + 1], outer[i + 1 : i + 2], n, solver_type, r1, r2
+                    x, times[i : i + 1], times[i + 1 : i + 2], step_order, solver_type, r1, r2
                 )
         else:
             raise ValueError(f"unknown method `{method}`")
@@ -424,31 +454,31 @@ class DPM_Solver:
             x = self.denoise_to_zero_fn(x, torch.full((1,), t_0, device=x.device))
         return x
 
-    def _h(self, s: Tensor, t: Tensor) -> Tensor:
+    def _lambda_step(self, s: Tensor, t: Tensor) -> Tensor:
         return self.noise_schedule.marginal_lambda(t) - self.noise_schedule.marginal_lambda(s)
 
     def _second_order_update(
-        self, x: Tensor, s: Tensor, t: Tensor, model: Tensor, D1: Tensor, solver_type: str
+        self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor, D1: Tensor, solver_type: str
     ) -> Tensor:
-        if solver_type == "dpm_solver":
-            return self._combine(x, s, t, model + 0.5 * D1)
-        return self._combine(x, s, t, model, D1)
+        if solver_type == "dpm_solver":  # phi_2 is about phi_1 / 2
+            return self._combine(x, s, t, model_s + 0.5 * D1)
+        return self._combine(x, s, t, model_s, D1)
 
     def _combine(
         self,
         x: Tensor,
         s: Tensor,
         t: Tensor,
-        model: Tensor,
+        model_s: Tensor,
         D1: Tensor | None = None,
         D2: Tensor | None = None,
     ) -> Tensor:
-        """Step from s to t by a prediction m and its derivatives D1 = m', D2 = m'': see the top."""
+        """Step from s to t by m and its derivatives m' and m''; see the module's docstring."""
         schedule = self.noise_schedule
         sign = -1.0 if self.predict_x0 else 1.0
         scales = (schedule.marginal_alpha, schedule.marginal_std)
         model_scale, x_scale = scales if self.predict_x0 else scales[::-1]
-        h = self._h(s, t)
+        h = self._lambda_step(s, t)
         phi_1 = torch.expm1(sign * h)
         phi_2 = phi_1 / h - sign
         phi_3 = phi_2 / h - 0.5
@@ -456,27 +486,26 @@ class DPM_Solver:
             expand_dims(value, x.dim())
             for value in (x_scale(t) / x_scale(s), model_scale(t), phi_1, sign * phi_2, phi_3)
         )
-        change = phi_1 * model
+        integral = phi_1 * model_s
         if D1 is not None:
-            change = change + phi_2 * D1
+            integral = integral + phi_2 * D1
         if D2 is not None:
-            change = change + phi_3 * D2
-        return b * x - a * change
+            integral = integral + phi_3 * D2
+        return b * x - a * integral
 
 
 def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:
-    """Interpolate x (N, C) linearly, also beyond the ends of the knots xp, yp (C, K), ascending."""
+    """Interpolate C functions linearly at x (N, C); extrapolate beyond the ends.
+
+    Args:
+        xp, yp: Arguments, ascending, and values of each function, (C, K).
+    """
     columns = []
     for column, knots, values in zip(x.unbind(1), xp, yp, strict=True):
         right = torch.searchsorted(knots, column.contiguous()).clamp(1, len(knots) - 1)
         weight = (column - knots[right - 1]) / (knots[right] - knots[right - 1])
         columns.append(values[right - 1] + weight * (values[right] - values[right - 1]))
     return torch.stack(columns, dim=1)
-
-
-def expand_dims(v: Tensor, dims: int) -> Tensor:
-    """Append axes of length 1 to v (N,) until it has `dims`."""
-    return v.reshape(-1, *(1,) * (dims - 1))
 
 
 def _softplus(x: Tensor) -> Tensor:

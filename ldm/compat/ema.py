@@ -1,20 +1,22 @@
-"""`ldm.modules.ema` of the original: the average of weights as a module."""
+"""`ldm.modules.ema` of the original: EMA weights as buffers of a module."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
 class LitEma(nn.Module):
-    """Exponential moving average of the parameters of a model that require gradients.
+    """Exponential moving average (EMA) of the parameters of a model that require gradients.
 
-    shadow -= (1 - decay) (shadow - weight), and `decay` warms up as (1 + n) / (10 + n) over the
-    first updates n. The average of a parameter is a buffer of its name without dots.
+    ema -= (1 - decay) (ema - weight). The EMA of a parameter is a buffer of its name without dots.
 
     Args:
-        decay: Its final value.
-        use_num_upates: Whether it warms up.
+        decay: After n updates, the smaller one of this and (1 + n) / (10 + n) is used.
+        use_num_upates: False uses `decay` from the first update on.
+
+    Attributes:
+        m_name2s_name: Name of the buffer by name of the parameter.
     """
 
     decay: Tensor
@@ -37,27 +39,24 @@ class LitEma(nn.Module):
         self.collected_params: list[Tensor] = []
 
     def reset_num_updates(self) -> None:
-        """Let the decay warm up again."""
+        """Start the warm-up of the decay again."""
         self.num_updates = torch.zeros_like(self.num_updates)
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Move the average towards the weights of a model."""
+        """Update the EMA by the weights of a model."""
         decay = self.decay
         if self.num_updates >= 0:
             self.num_updates += 1
             decay = torch.minimum(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        parameters, shadows = dict(model.named_parameters()), dict(self.named_buffers())
-        for name, shadow_name in self.m_name2s_name.items():
-            shadow = shadows[shadow_name]
-            shadow.sub_((1 - decay) * (shadow - parameters[name].type_as(shadow)))
+        for ema, weight in self._pairs(model):
+            ema.sub_((1 - decay) * (ema - weight.type_as(ema)))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the weights of a model with the average."""
-        parameters, shadows = dict(model.named_parameters()), dict(self.named_buffers())
-        for name, shadow_name in self.m_name2s_name.items():
-            parameters[name].copy_(shadows[shadow_name])
+        """Overwrite the weights of a model with their EMA."""
+        for ema, weight in self._pairs(model):
+            weight.copy_(ema)
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep a copy of parameters, for `restore`."""
@@ -65,6 +64,11 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Overwrite parameters with what `store` has kept."""
+        """Overwrite parameters with the copy that `store` made."""
         for stored, parameter in zip(self.collected_params, parameters, strict=False):
             parameter.copy_(stored)
+
+    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        parameters = dict(model.named_parameters())
+        for name, ema_name in self.m_name2s_name.items():
+            yield self.get_buffer(ema_name), parameters[name]

@@ -1,4 +1,4 @@
-"""The old `ldm.modules.encoders.modules`: encoders of conditions.
+"""`ldm.modules.encoders.modules` of the original: encoders of conditions.
 
 Nothing is downloaded: weights come from the checkpoint of the model, or from a local file.
 """
@@ -16,7 +16,7 @@ from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
 from ldm.compat.names import MISSING_ENCODERS
 from ldm.compat.openaimodel import Timestep
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
-from ldm.compat.util import disabled_train
+from ldm.compat.util import disabled_train as disabled_train
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, CLIPVision, OpenCLIPImage, preprocess
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -24,40 +24,25 @@ from ldm.loading.files.clip_statistics import read_clip_statistics
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.files import find_file
 
-__all__ = [
-    "AbstractEncoder",
-    "CLIPEmbeddingNoiseAugmentation",
-    "CLIPTextModel",
-    "CLIPTokenizer",
-    "ClassEmbedder",
-    "ClipImageEmbedder",
-    "FrozenCLIPEmbedder",
-    "FrozenOpenCLIPEmbedder",
-    "FrozenOpenCLIPImageEmbedder",
-    "IdentityEncoder",
-    "SpatialRescaler",
-    "disabled_train",
-]
-
-# The vision tower that open_clip builds beside the text tower, which is thrown away: a small one.
+# Config of the vision tower that open_clip builds in any case: a small one, which is removed.
 UNUSED_VISION = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
 
 
 def __getattr__(name: str) -> Any:
-    if name in MISSING_ENCODERS:  # not an AttributeError: `from … import` would hide its text
+    if name in MISSING_ENCODERS:  # not an AttributeError, whose text `from … import` would hide
         raise ImportError(f"`{name}` is missing here: {MISSING_ENCODERS[name]}", name=name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 
 class AbstractEncoder(nn.Module):
-    """Base class of the encoders."""
+    """Base class of encoders, for programs."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
 
 class IdentityEncoder(AbstractEncoder):
-    """Gives the condition as it is."""
+    """Returns the condition unchanged."""
 
     def encode(self, x: Any) -> Any:
         return x
@@ -69,8 +54,9 @@ class ClassEmbedder(nn.Module):
     """Class labels of a batch, (B,) -> one token (B, 1, D).
 
     Args:
+        embed_dim: D.
         key: Batch key of the labels.
-        ucg_rate: Probability of replacing a label by the last class, which stands for none.
+        ucg_rate: Probability of replacing a label by the last class, which means no class.
     """
 
     def __init__(
@@ -85,6 +71,7 @@ class ClassEmbedder(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], key: str | None = None, disable_dropout: bool = False
     ) -> Tensor:
+        """Encode the labels of a batch at `key`; None for the key of the constructor."""
         labels = batch[key or self.key][:, None]
         if self.ucg_rate > 0 and not disable_dropout:
             dropped = torch.bernoulli(torch.ones_like(labels) * self.ucg_rate).bool()
@@ -95,19 +82,19 @@ class ClassEmbedder(nn.Module):
     def get_unconditional_conditioning(
         self, bs: int, device: str | torch.device | None = None
     ) -> dict[str, Tensor]:
-        """Return a batch of labels of the last class."""
+        """Return a batch of `bs` labels of the last class, on the device of the weights if None."""
         device = device or self.embedding.weight.device
         return {self.key: torch.full((bs,), self.n_classes - 1, device=device)}
 
 
 class SpatialRescaler(nn.Module):
-    """A map (B, C, h, w), such as a segmentation, resized in steps.
+    """Resizes a map (B, C, h, w), such as a segmentation, in several steps.
 
     Args:
         n_stages: Number of steps.
-        method: `mode` of torch.nn.functional.interpolate.
-        multiplier: Factor of each step.
-        out_channels: Channels of a 1x1 convolution at the end; None for no convolution.
+        method: Interpolation mode, as in `torch.nn.functional.interpolate`.
+        multiplier: Factor of the size in each step.
+        out_channels: Output channels of a 1x1 convolution at the end; None for no convolution.
     """
 
     METHODS: ClassVar = ["nearest", "linear", "bilinear", "trilinear", "bicubic", "area"]
@@ -140,11 +127,11 @@ class SpatialRescaler(nn.Module):
 
 
 class FollowsWeights(AbstractEncoder):
-    """An encoder whose `device` is that of its weights; what is assigned to it has no effect."""
+    """Base class of encoders whose `device` is that of their weights."""
 
     @property
     def device(self) -> torch.device:
-        """Where token ids and images are sent."""
+        """Device that inputs are moved to; programs assign to it, without effect."""
         return next(p.device for p in self.parameters())
 
     @device.setter
@@ -154,7 +141,7 @@ class FollowsWeights(AbstractEncoder):
         return self(text, **kwargs)
 
     def freeze(self) -> None:
-        """Switch to evaluation, without gradients of the weights."""
+        """Set to eval mode, without gradients of the weights."""
         self.eval()
         self.requires_grad_(False)
 
@@ -164,8 +151,13 @@ class FrozenCLIPEmbedder(FollowsWeights):
 
     Args:
         version: Name of a model, for its sizes, or a folder with `config.json` and weights.
-        arch: Sizes by transformers' names, in place of those of `version`; not in the original.
-        layer: "last", "pooled" (one token), or "hidden": state `layer_idx` without the final norm.
+        device: Ignored, see `device`.
+        max_length: Tokens of a prompt, 77 at most.
+        freeze: Whether to freeze the weights.
+        layer: "last"; "pooled" for the vector at the first end token, (B, 1, D); or "hidden" for
+            the output of block `layer_idx` (0 is the embedding), without the final norm.
+        layer_idx: Hidden state, -layers … layers; None unless `layer` is "hidden".
+        arch: Sizes by transformers' names, not in the original; None for those of `version`.
     """
 
     LAYERS: ClassVar = ["last", "pooled", "hidden"]
@@ -184,7 +176,7 @@ class FrozenCLIPEmbedder(FollowsWeights):
         super().__init__()
         assert layer in self.LAYERS, f"layer must be one of {', '.join(self.LAYERS)}, got {layer}"
         self.tokenizer = CLIPTokenizer.from_pretrained(version)
-        # By the module's name, as programs put a function of their own there.
+        # `from_pretrained` is what programs replace while they build a model.
         self.transformer = (
             CLIPTextModel.from_pretrained(version) if arch is None else CLIPTextModel(arch).eval()
         )
@@ -199,11 +191,7 @@ class FrozenCLIPEmbedder(FollowsWeights):
             self.freeze()
 
     def forward(self, text: str | Sequence[str], **kwargs: Any) -> Tensor:
-        """Encode prompts.
-
-        Args:
-            kwargs: For `transformer`, such as `embedding_manager`.
-        """
+        """Encode prompts; keywords, such as `embedding_manager`, go to `transformer`."""
         encoding = self.tokenizer(
             text,
             truncation=True,
@@ -229,12 +217,12 @@ class FrozenCLIPEmbedder(FollowsWeights):
 class FrozenOpenCLIPEmbedder(FollowsWeights):
     """Prompts -> context (B, 77, D) by the text model of open_clip: SD 2.
 
-    The blocks take the batch second, as those of open_clip did when the originals were written.
-
     Args:
         arch: Name of a model in open_clip, or its config.
-        version: A file of weights; what else it may be is ignored.
-        layer: "last", or "penultimate": all blocks but one.
+        version: A file of weights, or "openai" for quick GELU; any other value is ignored.
+        device: Ignored, see `device`.
+        freeze: Whether to freeze the weights.
+        layer: "last", or "penultimate" for all blocks but the last.
     """
 
     LAYERS: ClassVar = ["last", "penultimate"]
@@ -258,21 +246,13 @@ class FrozenOpenCLIPEmbedder(FollowsWeights):
             self.freeze()
 
     def forward(self, text: str | Sequence[str], **kwargs: Any) -> Tensor:
-        """Encode prompts.
-
-        Args:
-            kwargs: For `encode_with_transformer`, such as `embedding_manager`.
-        """
+        """Encode prompts; keywords go to `encode_with_transformer`."""
         texts = [text] if isinstance(text, str) else text
         tokens = tokenizer.tokenize(texts, tokenizer.OPEN_CLIP, self.max_length)
         return self.encode_with_transformer(tokens.to(self.device), **kwargs)
 
     def encode_with_transformer(self, text: Tensor, embedding_manager: Any = None) -> Tensor:
-        """Encode token ids (B, N) as context (B, N, D).
-
-        Args:
-            embedding_manager: See `CLIPTextEmbeddings.forward`.
-        """
+        """Encode token ids (B, N); for `embedding_manager` see `CLIPTextEmbeddings.forward`."""
         x: Tensor = self.model.token_embedding(text)  # (B, N, D)
         if embedding_manager is not None:
             x = embedding_manager(text, x)
@@ -283,7 +263,7 @@ class FrozenOpenCLIPEmbedder(FollowsWeights):
         return out
 
     def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Run the blocks that `layer` selects on (N, B, D)."""
+        """Run the blocks that `layer` selects on x (N, B, D); a mask of None masks nothing."""
         transformer = self.model.transformer
         for block in transformer.resblocks[: len(transformer.resblocks) - self.layer_idx]:
             if transformer.grad_checkpointing and torch.is_grad_enabled():
@@ -294,34 +274,36 @@ class FrozenOpenCLIPEmbedder(FollowsWeights):
 
 
 class ImageEmbedder(CLIPVision):
-    """What both image embedders have in common."""
+    """Base class of the image encoders."""
 
     device = FollowsWeights.device
     ucg_rate: float
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Resize images to the tower's size, and normalize them."""
+        """Resize images to the size of the network, and normalize them."""
         size = self.model.visual.image_size
         return preprocess(x, size, antialias=self.antialias, blur=self.blur)
 
     def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
-        """Encode images, without dropout."""
+        """Encode images, without zeros for unconditional guidance."""
         return self.embed(img).to(img.dtype)
 
     def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
-        """Encode images, and set some rows to zero, one random number for each row."""
+        """Encode images, and replace some embeddings by zeros unless `no_dropout`."""
         x = self.encode_with_vision_transformer(image)
         if no_dropout or self.ucg_rate <= 0:
             return x
-        return (
-            x * torch.bernoulli((1 - self.ucg_rate) * torch.ones(len(x), device=x.device))[:, None]
-        )
+        keep = torch.bernoulli(torch.full((len(x), 1), 1 - self.ucg_rate, device=x.device))
+        return keep * x
 
 
 class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
-    """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by open_clip's vision tower.
+    """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by the vision tower of open_clip.
 
     Args:
+        arch, version, freeze: See `ldm.encoders.image.OpenCLIPImage`.
+        device, max_length: Ignored.
+        layer: Must be "pooled".
         antialias: Whether to blur before downscaling, as kornia 0.6.0 does.
         ucg_rate: Probability of zeros instead of an embedding.
     """
@@ -345,7 +327,7 @@ class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
         self.ucg_rate = ucg_rate
 
     def freeze(self) -> None:
-        """Switch to evaluation, without gradients of the weights."""
+        """Set to eval mode, without gradients of the weights."""
         self.eval().requires_grad_(False)
 
     def encode(self, text: Tensor) -> Any:
@@ -353,9 +335,11 @@ class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
 
 
 class ClipImageEmbedder(ImageEmbedder, CLIPImage):
-    """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by OpenAI's vision tower.
+    """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by the vision tower of OpenAI's CLIP.
 
     Args:
+        model: Name of the model, or its config in the form of open_clip.
+        jit, device: Ignored.
         antialias, ucg_rate: See `FrozenOpenCLIPImageEmbedder`.
     """
 
@@ -379,7 +363,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
 
     Args:
         clip_stats_path: File with mean and standard deviation of the embeddings; None for 0 and 1.
-        timestep_dim: D.
+        timestep_dim: D. The others: see `ImageConcatWithNoiseAugmentation`.
     """
 
     data_mean: Tensor
@@ -395,7 +379,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
         timestep_dim: int = 256,
     ) -> None:
         super().__init__(noise_schedule_config, max_noise_level, to_cuda)
-        with torch.device("cpu"):  # values that no checkpoint holds
+        with torch.device("cpu"):  # not on the meta device: no checkpoint has these values
             mean, std = torch.zeros(timestep_dim), torch.ones(timestep_dim)
             if clip_stats_path is not None:
                 mean, std = read_clip_statistics(find_file(clip_stats_path))
@@ -418,23 +402,23 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
         return self.unscale(z), self.time_embed(noise_level)
 
 
-def _to_plain(config: Any) -> Any:
-    """Copy a config, with dicts in place of OmegaConf's nodes, which open_clip does not take."""
+def _to_dict(config: Any) -> Any:
+    """Convert mappings of OmegaConf to dicts, which open_clip needs."""
     if not isinstance(config, Mapping):
         return config
-    return {key: _to_plain(value) for key, value in config.items()}
+    return {key: _to_dict(value) for key, value in config.items()}
 
 
 def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
-    """Build open_clip's text model, with blocks that take the batch second."""
+    """Build the text model of open_clip."""
     import open_clip
     from open_clip import factory
 
     if open_clip.create_model_and_transforms is not factory.create_model_and_transforms:
-        # A program has put its own function there; theirs builds without weights, too.
+        # A program has replaced the function, so as to build a model without weights.
         model, *_ = open_clip.create_model_and_transforms(arch, pretrained=version)
     else:
-        config = open_clip.get_model_config(arch) if isinstance(arch, str) else _to_plain(arch)
+        config = open_clip.get_model_config(arch) if isinstance(arch, str) else _to_dict(arch)
         if config is None:
             raise unknown_name("arch", arch, open_clip.list_models())
         if version == "openai":
@@ -444,13 +428,14 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
         del model.visual
     if Path(version).is_file():
         state = read_checkpoint(version).state
-        text = {key: value for key, value in state.items() if not key.startswith("visual.")}
-        model.load_state_dict(text)
-    # open_clip has the batch first since 2.26, but programs hand over (N, B, D) themselves.
+        model.load_state_dict(
+            {key: value for key, value in state.items() if not key.startswith("visual.")}
+        )
+    # open_clip has the batch first since 2.26, but programs call the blocks with (N, B, D).
     model.transformer.batch_first = False
     for block in model.transformer.resblocks:
         block.attn.batch_first = False
-    # Not in checkpoints: real also where the weights are on the meta device.
+    # On the CPU also if the weights are on the meta device: no checkpoint has these values.
     length = model.positional_embedding.shape[0]
     model.attn_mask = torch.full((length, length), -torch.inf, device="cpu").triu(1)
     return model

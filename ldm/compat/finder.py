@@ -1,9 +1,9 @@
-"""Finds the modules of `names.MODULES`, and what vendored `ldm` folders have besides.
+"""Finds the modules of `names.MODULES`, and the other modules of vendored `ldm` folders.
 
 A vendored folder is one called `ldm` on `sys.path` that is not this package. Python prefers a
-package with `__init__.py` to folders without, so this one would hide all of their files: those that
-it has no module for are found here. Where both have one, ours is taken; with the environment
-variable LDM_VENDORED=1 theirs, if the original has a package of that name.
+package with `__init__.py` to folders without, so this package would hide all of their files: those
+that it has no module for are found here. If both have a module, that of this package is imported;
+with the environment variable LDM_VENDORED=1 the vendored one, in packages of the original.
 """
 
 import functools
@@ -17,32 +17,33 @@ from types import ModuleType
 
 from ldm.compat.names import DISTRIBUTION, MISSING_MODULES, MODULES, PACKAGES, VENDORED_PACKAGES
 
-ON_DISK = ("ldm.models.diffusion.ddpm",)  # for web UIs, which look for the file
-OURS = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+# Old names that are also files of this package, as web UIs look for them
+FILES_ON_DISK = ("ldm.models.diffusion.ddpm",)
+PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 class OldNames:
-    """Finder and loader of old names. Such a name and its file are one module object."""
+    """Finder and loader of old names, each the same module object as one of `ldm.compat`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec of ours for an old name; None leaves the name to the other finders."""
+        """Return the spec of an old name; None leaves the name to the other finders."""
         if not fullname.startswith("ldm."):
             return None
         parent, _, name = fullname.rpartition(".")
         vendored = _vendored_folders(parent, tuple(sys.path))
-        if isinstance(path, list):  # of the parent package: the other finders search it, too
+        if isinstance(path, list):  # of the parent package: so the other finders search it as well
             path += [folder for folder in vendored if folder not in path]
-        theirs = PathFinder.find_spec(fullname, vendored) if vendored else None
-        if theirs is not None and theirs.loader is not None:  # a file, not a mere folder
+        vendored_spec = PathFinder.find_spec(fullname, vendored) if vendored else None
+        if vendored_spec is not None and vendored_spec.loader is not None:  # not a mere folder
             is_preferred = os.environ.get("LDM_VENDORED") == "1" and (
                 fullname in MODULES or fullname.startswith(VENDORED_PACKAGES)
             )
             if is_preferred or (fullname in PACKAGES and fullname not in MODULES):
-                if theirs.submodule_search_locations is not None:
-                    theirs.submodule_search_locations.append(_own_folder(fullname))
-                return theirs
+                if vendored_spec.submodule_search_locations is not None:
+                    vendored_spec.submodule_search_locations.append(_folder_of(fullname))
+                return vendored_spec
         if fullname not in MODULES and fullname not in PACKAGES:
             if fullname in MISSING_MODULES and PathFinder.find_spec(fullname, path) is None:
                 message = f"no module named `{fullname}`: {MISSING_MODULES[fullname]}"
@@ -55,11 +56,11 @@ class OldNames:
         return spec
 
     def invalidate_caches(self) -> None:
-        """Look for folders again, such as a repository that was cloned meanwhile."""
+        """Search for vendored folders again, such as of a repository cloned meanwhile."""
         _vendored_folders.cache_clear()
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Import the file behind an old name; None makes an empty package."""
+        """Import the module that an old name stands for; None creates an empty package."""
         if spec.name not in MODULES:
             return None
         _warn_of_foreign_files()
@@ -68,31 +69,31 @@ class OldNames:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the file its own spec back, which the import system has replaced."""
+        """Restore the module's own spec, which the import system has replaced."""
         spec = module.__spec__
         if spec is not None and spec.loader_state is not None:
             module.__spec__ = spec.loader_state
 
 
 def install() -> None:
-    """Let old names be imported."""
+    """Make old names importable."""
     if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, OldNames())
 
 
 @functools.cache
 def _warn_of_foreign_files() -> None:
-    """Warn of another distribution's files among ours: pip lets one overwrite the other's."""
-    files = [_own_folder(name) + ".py" for name in ("ldm", *MODULES) if name not in ON_DISK]
+    """Warn of another distribution's files in this package: pip lets them overwrite each other."""
+    files = [_folder_of(name) + ".py" for name in ("ldm", *MODULES) if name not in FILES_ON_DISK]
     foreign = [file for file in files if os.path.isfile(file)]
     if not foreign:
         return
-    from importlib.metadata import distributions
+    from importlib.metadata import distributions  # slow to import, and rarely needed
 
     owners = {
-        str(other.metadata["Name"])
-        for other in distributions()
-        if any(file.parts[0] in ("ldm", "ldm.py") for file in other.files or ())
+        str(distribution.metadata["Name"])
+        for distribution in distributions()
+        if any(file.parts[0] in ("ldm", "ldm.py") for file in distribution.files or ())
     }
     names = ", ".join(f"`{name}`" for name in sorted(owners - {DISTRIBUTION})) or "another package"
     warnings.warn(
@@ -103,19 +104,20 @@ def _warn_of_foreign_files() -> None:
     )
 
 
-def _own_folder(package: str) -> str:
-    return os.path.join(OURS, *package.split(".")[1:])
+def _folder_of(package: str) -> str:
+    return os.path.join(PACKAGE_FOLDER, *package.split(".")[1:])
 
 
 @functools.lru_cache(maxsize=64)
 def _vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
-    """List the folders of a package in the vendored copies on a search path."""
-    texts = [folder for folder in search_path if isinstance(folder, str)]
-    roots = [folder for folder in texts if os.path.isdir(os.path.join(folder, "ldm"))]
-    copies = {root for root in roots if os.path.isfile(os.path.join(root, "ldm/compat/finder.py"))}
-    folders = [
-        os.path.join(os.path.abspath(root), *package.split("."))
-        for root in roots
-        if root not in copies  # this package itself, and others of its version or another
+    """List the folders of a package in the vendored `ldm` folders of a search path."""
+    roots = [
+        root
+        for root in search_path
+        if isinstance(root, str)  # as Python ignores any other entries
+        and os.path.isdir(os.path.join(root, "ldm"))
+        # neither this package itself nor another copy of it
+        and not os.path.isfile(os.path.join(root, "ldm/compat/finder.py"))
     ]
+    folders = [os.path.join(os.path.abspath(root), *package.split(".")) for root in roots]
     return [folder for folder in folders if os.path.isdir(folder)]

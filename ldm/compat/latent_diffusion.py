@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.compat.autoencoder import VQModelInterface
-from ldm.compat.ddpm_ancestral import first_rows
 from ldm.compat.ddpm_base import DDPM, Batch, Config, Losses
 from ldm.compat.ddpm_images import ImageLogging
 from ldm.compat.ddpm_patches import Patchwise
 from ldm.compat.distributions import DiagonalGaussianDistribution
-from ldm.compat.sampling import Condition
+from ldm.compat.sampling import Condition, slice_condition
 from ldm.compat.util import disabled_train, instantiate_from_config
-
-__all__ = ["LatentDiffusion", "freeze"]
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 TEXT_KEYS = ("caption", "coordinates_bbox", "txt")
@@ -29,11 +26,18 @@ class LatentDiffusion(Patchwise, ImageLogging):
     Programs subclass it, override its methods, and replace them on the class.
 
     Args:
-        first_stage_config, cond_stage_config: Of the autoencoder, and of what encodes conditions.
+        first_stage_config: Config of the autoencoder.
+        cond_stage_config: Config of the encoder of conditions, or "__is_first_stage__" for the
+            autoencoder, or "__is_unconditional__" for none.
+        num_timesteps_cond: Timesteps of the noise that is added to conditions; None or 1 for none.
+        cond_stage_key: Batch key of the condition.
         concat_mode: Whether a `conditioning_key` that is None means "concat", else "crossattn".
-        cond_stage_forward: Method that encodes conditions, instead of `encode`.
-        scale_by_std: Whether to take the scale factor from the first batch of a training.
-        args, kwargs: Of DDPM.
+        cond_stage_forward: Method of the encoder to call; None for `encode`.
+        conditioning_key: See `DiffusionWrapper`, and `concat_mode`.
+        scale_by_std: Whether to measure the scale factor on the first batch of a training.
+        force_null_conditioning: Whether to keep `conditioning_key` without an encoder; `get_input`
+            then gives None for the condition.
+        args, kwargs: Arguments of DDPM; the keyword `timesteps` is needed.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # Before the constructor of DDPM: the schedule that it registers depends on them.
+        # Before the constructor of DDPM, whose `register_schedule` reads them.
         self.force_null_conditioning = force_null_conditioning
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         self.scale_by_std = scale_by_std
@@ -65,7 +69,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
             conditioning_key = None
-        # Loaded at the end, when autoencoder and encoder are there to take weights.
+        # The checkpoint is loaded at the end, when autoencoder and encoder exist.
         ckpt_path = kwargs.pop("ckpt_path", None)
         ignore_keys = kwargs.pop("ignore_keys", ())
         reset_ema = kwargs.pop("reset_ema", False)
@@ -90,13 +94,13 @@ class LatentDiffusion(Patchwise, ImageLogging):
             self.init_from_ckpt(ckpt_path, ignore_keys)
             self.restart_ema(reset_ema, reset_updates)
 
-    def extend_schedule(self) -> None:
+    def update_cond_schedule(self) -> None:
         self.shorten_cond_schedule = self.num_timesteps_cond > 1
         if self.shorten_cond_schedule:
             self.make_cond_schedule()
 
     def make_cond_schedule(self) -> None:
-        """Spread the few timesteps of a condition that is noised, too, over all timesteps."""
+        """Choose the timestep of the condition's noise, `cond_ids`, for each timestep."""
         last = self.num_timesteps - 1
         ids = torch.full((self.num_timesteps,), last, dtype=torch.long)
         steps = torch.linspace(0, last, self.num_timesteps_cond).round().long()
@@ -108,20 +112,20 @@ class LatentDiffusion(Patchwise, ImageLogging):
         self.first_stage_model: Any = freeze(instantiate_from_config(config))
 
     def instantiate_cond_stage(self, config: Config) -> None:
-        """Build what encodes conditions, frozen unless `cond_stage_trainable`."""
+        """Build the encoder of conditions, frozen unless `cond_stage_trainable`."""
         if config == FIRST_STAGE:
             self.cond_stage_model = self.first_stage_model
         elif config == UNCONDITIONAL:
             self.cond_stage_model = None
         else:
-            stage = instantiate_from_config(config)
-            self.cond_stage_model = stage if self.cond_stage_trainable else freeze(stage)
+            encoder = instantiate_from_config(config)
+            self.cond_stage_model = encoder if self.cond_stage_trainable else freeze(encoder)
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure the scale factor in the first batch of a training, with `scale_by_std`.
+        """With `scale_by_std`, measure the scale factor on the first batch of a training.
 
-        Lightning 1 hands `dataloader_idx` over, Lightning 2 does not.
+        Lightning 1 passes `dataloader_idx`, Lightning 2 does not.
         """
         is_first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
         if not self.scale_by_std or not is_first or self.restarted_from_ckpt:
@@ -135,13 +139,13 @@ class LatentDiffusion(Patchwise, ImageLogging):
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
-        """Encode images (B, 3, H, W): a posterior, or a tensor."""
-        if self.patches:
+        """Encode images (B, 3, H, W) to a posterior or a tensor, by the autoencoder."""
+        if self.uses_patches:
             return self.encode_patches(x)
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
-        """Return a scaled latent: a sample of the posterior, or the tensor."""
+        """Return scaled latents: a sample of a posterior, or a tensor."""
         if isinstance(encoder_posterior, Tensor):
             return self.scale_factor * encoder_posterior
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
@@ -157,50 +161,48 @@ class LatentDiffusion(Patchwise, ImageLogging):
         """Decode latents (B, C, h, w) to images, not clamped.
 
         Args:
-            predict_cids: Whether z are logits, or indices, of codes.
-            force_not_quantize: Whether a VQ autoencoder decodes z as it is.
+            predict_cids: Whether z are logits (B, C, h, w), or indices, of codes.
+            force_not_quantize: Whether a VQ autoencoder decodes z without quantizing it.
         """
         if predict_cids:
             ids = z.exp().argmax(dim=1) if z.dim() == 4 else z
             z = self.first_stage_model.quantize.get_codebook_entry(ids, shape=None)
             z = z.movedim(-1, 1).contiguous()
-        z = 1.0 / self.scale_factor * z  # rounds otherwise than z / scale_factor
+        z = 1.0 / self.scale_factor * z  # as in the original: z / scale_factor rounds differently
         decode: Callable[..., Tensor] = self.first_stage_model.decode
         if isinstance(self.first_stage_model, VQModelInterface):
             decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
-        return self.decode_patches(decode, z) if self.patches else decode(z)
+        return self.decode_patches(decode, z) if self.uses_patches else decode(z)
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """Encode a condition, such as a list of prompts."""
-        stage: Any = self.cond_stage_model
+        """Encode conditions, such as a list of prompts."""
+        encoder: Any = self.cond_stage_model
         if self.cond_stage_forward is not None:
-            return getattr(stage, self.cond_stage_forward)(c)
-        encode = getattr(stage, "encode", None)
-        c = encode(c) if callable(encode) else stage(c)
+            return getattr(encoder, self.cond_stage_forward)(c)
+        encode = getattr(encoder, "encode", None)
+        c = encode(c) if callable(encode) else encoder(c)
         return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """Encode the condition of guidance, one that stands for the whole batch.
+        """Encode the negative condition of guidance, for a batch.
 
         Args:
-            null_label: Such as an empty prompt; None for the class of none, of class models.
+            null_label: Such as [""], a list of one prompt. None is for models of class labels: the
+                label of no class.
         """
         if null_label is None:
             if self.cond_stage_key not in CLASS_KEYS:
                 raise NotImplementedError(
                     f"a null_label is needed with cond_stage_key `{self.cond_stage_key}`"
                 )
-            stage: Any = self.cond_stage_model
-            labels = stage.get_unconditional_conditioning(batch_size, device=self.device)
+            encoder: Any = self.cond_stage_model
+            labels = encoder.get_unconditional_conditioning(batch_size, device=self.device)
             return self.get_learned_conditioning(labels)
         if isinstance(null_label, Tensor):
             null_label = null_label.to(self.device)
         elif isinstance(null_label, Sequence) and not isinstance(null_label, str):
-            null_label = list(null_label)  # from a list of OmegaConf
-        c = self.get_learned_conditioning(null_label)
-        if isinstance(c, list):
-            return [_repeat_row(one, batch_size) for one in c]
-        return _repeat_row(c, batch_size)
+            null_label = list(null_label)  # which may be OmegaConf's
+        return _repeat_sample(self.get_learned_conditioning(null_label), batch_size)
 
     @torch.no_grad()
     def get_input(  # type: ignore[override]  # keywords by name
@@ -214,17 +216,21 @@ class LatentDiffusion(Patchwise, ImageLogging):
         bs: int | None = None,
         return_x: bool = False,
     ) -> Any:
-        """Encode a batch: [z, c], and then what is asked for.
-
-        A condition whose encoder is trained stays as it is, unless `force_c_encode`.
+        """Encode a batch.
 
         Args:
-            cond_key: Batch key of the condition.
-            bs: Samples to take.
+            k: Batch key of the images.
+            return_first_stage_outputs: Whether to return images and their reconstructions.
+            force_c_encode: Whether to encode the condition even if its encoder is trained, which
+                `forward` does otherwise.
+            cond_key: Batch key of the condition; None for `cond_stage_key`.
+            return_original_cond: Whether to return the condition before encoding.
+            bs: Number of samples to use; None for all.
+            return_x: Whether to return the images.
 
         Returns:
-            Latents and condition, then images and their reconstructions, images, and the condition
-            before it is encoded.
+            [z, c, …]: latents and condition; then, as asked for, images and reconstructions,
+            images, and the original condition.
         """
         x = DDPM.get_input(self, batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
@@ -236,7 +242,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
                 moved = original.to(self.device) if isinstance(original, Tensor) else original
                 c = self.get_learned_conditioning(moved)
             if bs is not None:
-                c = first_rows(c, bs)
+                c = slice_condition(c, bs)
         out = [z, c]
         if return_first_stage_outputs:
             out += [x, self.decode_first_stage(z)]
@@ -261,19 +267,20 @@ class LatentDiffusion(Patchwise, ImageLogging):
         """Run the UNet.
 
         Args:
-            cond: A dict as `DiffusionWrapper` takes it; a tensor or list is its `c_concat` or
-                `c_crossattn`, by `conditioning_key`.
+            cond: Keywords of `DiffusionWrapper.forward`. A tensor or list becomes `c_concat` if
+                `conditioning_key` is "concat", else `c_crossattn`.
+            return_ids: Whether to return the whole tuple of a UNet that predicts codes, too.
         """
         if not isinstance(cond, dict):
             key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
             cond = {key: cond if isinstance(cond, list) else [cond]}
-        if self.patches:
+        if self.uses_patches:
             return self.apply_to_patches(x_noisy, t, cond)
         out = self.model(x_noisy, t, **cond)
         return out[0] if isinstance(out, tuple) and not return_ids else out
 
     def forward(self, x: Tensor, c: Condition, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of latents x (B, C, h, w) at timesteps that are drawn."""
+        """Compute the loss of latents x (B, C, h, w) at random timesteps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=self.device).long()
         if self.model.conditioning_key is not None:
             if c is None:
@@ -287,7 +294,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
     def p_losses(  # type: ignore[override]  # the original puts the condition in between
         self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
-        """Compute the loss at timesteps t (B,), and its parts by name."""
+        """Compute the loss at timesteps t (B,), and the values to log; None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_noisy = self.q_sample(x_start=x_start, t=t, noise=noise)
         output = self.apply_model(x_noisy, t, cond)
@@ -299,23 +306,22 @@ class LatentDiffusion(Patchwise, ImageLogging):
         parts = {f"{split}/loss_simple": error.mean()}
         if self.learn_logvar:
             parts |= {f"{split}/loss_gamma": loss.mean(), "logvar": self.logvar.data.mean()}
-        # Not `error` again: programs put a function of their own in the place of `get_loss`, which
-        # the original calls for each of the two.
+        # Not `error` again: the original calls `get_loss`, which programs replace, a second time.
         vlb = self.get_loss(output, target, mean=False).mean((1, 2, 3))
         vlb = (self.lvlb_weights[t] * vlb).mean()
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * vlb
         return loss, parts | {f"{split}/loss_vlb": vlb, f"{split}/loss": loss}
 
     def shared_step(self, batch: Batch, **kwargs: Any) -> tuple[Tensor, Losses]:
-        """Compute the loss of a batch, and its parts by name."""
+        """Compute the loss of a batch, and the values to log."""
         x, c = self.get_input(batch, self.first_stage_key)
         loss, parts = self(x, c)
         return loss, parts
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over what is trained, with `learning_rate`, an attribute that callers set.
+        """Return AdamW, with `learning_rate`, an attribute that callers set, for all trained parts.
 
-        With a `scheduler_config`, its learning rate schedule as well.
+        With a `scheduler_config`, also return its learning rate schedule, as Lightning takes it.
         """
         parameters = list(self.model.parameters())
         if self.cond_stage_trainable and self.cond_stage_model is not None:
@@ -332,24 +338,24 @@ class LatentDiffusion(Patchwise, ImageLogging):
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Keep a module in eval mode, without gradients."""
+    """Set a module to eval mode for good, without gradients."""
     module.eval().requires_grad_(False)
-    # `train` of the whole model calls that of each part, and must leave this one in its mode.
+    # `train` of the whole model calls `train` of its modules, which must not change this one.
     module.train = partial(disabled_train, module)  # type: ignore[method-assign]
     return module
 
 
 def _count_downsamplings(config: Config) -> int:
-    """Return how often the autoencoder of a config halves an image; 0 if it does not say."""
+    """Return how often an autoencoder halves an image, by its config; 0 if unknown."""
     params = config.get("params") or {}
     ddconfig = params.get("ddconfig") or {}
     return len(ddconfig.get("ch_mult") or (1,)) - 1
 
 
-def _repeat_row(c: Any, n: int) -> Any:
-    """Repeat a condition of one sample, or of each of its entries."""
+def _repeat_sample(c: Any, n: int) -> Any:
+    """Repeat the condition of one sample n times."""
     if isinstance(c, Mapping):
-        return {key: _repeat_row(value, n) for key, value in c.items()}
+        return {key: _repeat_sample(value, n) for key, value in c.items()}
     if isinstance(c, list):
-        return [_repeat_row(one, n) for one in c]
+        return [_repeat_sample(entry, n) for entry in c]
     return c.expand(n, *c.shape[1:]).clone() if len(c) == 1 else c

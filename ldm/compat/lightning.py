@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from ldm.compat.ema import LitEma
 from ldm.loading.files.checkpoint import read_checkpoint
 
-__all__ = ["LightningModule", "TrainedModule", "read_state"]
-
 
 class PlainModule(nn.Module):
-    """What the models need of Lightning, for everything but `Trainer.fit`."""
+    """Stands in for LightningModule in everything but `Trainer.fit`."""
 
     global_step = 0
     current_epoch = 0
@@ -24,7 +22,7 @@ class PlainModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         tensors = (*self.parameters(), *self.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
 
@@ -46,11 +44,11 @@ class PlainModule(nn.Module):
         """Do nothing: there is no trainer."""
 
     def manual_backward(self, loss: Tensor) -> None:
-        """Compute the gradients."""
+        """Compute the gradients of a loss."""
         loss.backward()
 
     def optimizers(self) -> Any:
-        """Return the optimizer of the trainer, which is missing."""
+        """Raise an error: there is no trainer that has optimizers."""
         raise RuntimeError("this model has no trainer")
 
 
@@ -58,54 +56,54 @@ if TYPE_CHECKING:
     LightningModule = PlainModule
 else:
     try:
-        # Not `lightning.pytorch`, whose class another one is: programs of that time name this one.
+        # Not from `lightning.pytorch`, which has a class of its own: programs test for this one.
         from pytorch_lightning import LightningModule
     except ImportError:
         LightningModule = PlainModule
 
 
 class TrainedModule(LightningModule):
-    """What autoencoder and diffusion model have in common: images of a batch, averaged weights."""
+    """Base class of autoencoder and diffusion model: images of a batch, EMA."""
 
     use_ema: bool
     model_ema: LitEma
 
     @property
-    def averaged_part(self) -> nn.Module:
-        """The part whose weights are averaged."""
+    def module_with_ema(self) -> nn.Module:
+        """The module whose weights `model_ema` averages."""
         return self
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Have the averaged weights inside the context, if there are any."""
+        """Use the EMA weights within the context, if there are any; its name is ignored."""
         if not self.use_ema:
             yield
             return
-        part = self.averaged_part
-        self.model_ema.store(part.parameters())
-        self.model_ema.copy_to(part)
+        module = self.module_with_ema
+        self.model_ema.store(module.parameters())
+        self.model_ema.copy_to(module)
         try:
             yield
         finally:
-            self.model_ema.restore(part.parameters())
+            self.model_ema.restore(module.parameters())
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Update the average."""
+        """Update the EMA."""
         if self.use_ema:
-            self.model_ema(self.averaged_part)
+            self.model_ema(self.module_with_ema)
 
     def get_input(self, batch: dict[str, Any], k: str) -> Any:
-        """Return the images of a batch, which are (B, H, W, C) there, as (B, C, H, W) float32."""
+        """Return the images at a batch key, (B, H, W, C) or (B, H, W), as (B, C, H, W) float32."""
         x: Tensor = batch[k]
         x = x[..., None] if x.dim() == 3 else x
         return x.movedim(-1, 1).to(memory_format=torch.contiguous_format).float()
 
 
 def read_state(path: str, ignore_keys: Sequence[str]) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, averaged ones included, without running what is in it.
+    """Read the weights of a checkpoint, EMA weights included, without unpickling objects.
 
     Args:
-        ignore_keys: Starts of names that are left out.
+        ignore_keys: Prefixes of names to leave out.
     """
     file = read_checkpoint(path)
     weights = {**file.state, **file.ema_state}

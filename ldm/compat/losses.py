@@ -3,7 +3,6 @@
 Esser et al. 2020 (arXiv:2012.09841), section 3.1.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -13,20 +12,11 @@ from torch import Tensor, nn
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
-
-__all__ = [
-    "DummyLoss",
-    "LPIPSWithDiscriminator",
-    "adopt_weight",
-    "hinge_d_loss",
-    "vanilla_d_loss",
-]
-
-log = logging.getLogger(__name__)
+from ldm.train.tasks.autoencoder import EPS, MAX_D_WEIGHT
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
-    """Return a weight from step `threshold` on, before that `value`."""
+    """Return `weight` from step `threshold` on, and `value` before."""
     return value if global_step < threshold else weight
 
 
@@ -41,19 +31,23 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 
 class DummyLoss(nn.Module):
-    """No loss: for autoencoders that are not trained."""
+    """Placeholder in configs of autoencoders that are not trained."""
 
 
 class LPIPSWithDiscriminator(nn.Module):
-    """Pixels, LPIPS, divergence, and from step `disc_start` on a discriminator.
+    """L1 + LPIPS + KL divergence, and the GAN loss from step `disc_start` on.
 
     Errors are summed over an image. The weights of LPIPS come from the checkpoint of the model.
 
     Args:
-        disc_start: Steps before the discriminator counts.
-        logvar_init: Log variance of an error.
-        pixelloss_weight: Without effect, as ever.
-        disc_weight: Norm of the discriminator's gradient at the last layer, relative to the rest.
+        disc_start: First step with the discriminator.
+        logvar_init: Initial log variance of the error.
+        pixelloss_weight: Unused, as in the original.
+        disc_factor: Weight of both GAN losses.
+        disc_weight: Gradient norm of the GAN loss at the last layer, relative to that of the error.
+        use_actnorm: Must be False.
+        disc_conditional: Whether the discriminator gets `cond` as well.
+        disc_loss: "hinge" or "vanilla".
     """
 
     def __init__(
@@ -93,13 +87,12 @@ class LPIPSWithDiscriminator(nn.Module):
     def calculate_adaptive_weight(
         self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor
     ) -> Tensor:
-        """Return the weight that gives g_loss the gradient of nll_loss, times `disc_weight`."""
-        norms = [
+        """Return the weight of g_loss, by the ratio of gradient norms at the last layer."""
+        nll_norm, g_norm = (
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
             for loss in (nll_loss, g_loss)
-        ]
-        # 1e-4 for a discriminator that has no gradient yet, 1e4 for one that hardly has one.
-        ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
+        )
+        ratio = (nll_norm / (g_norm + EPS)).clamp(0.0, MAX_D_WEIGHT).detach()
         weight: Tensor = ratio * self.discriminator_weight
         return weight
 
@@ -115,18 +108,20 @@ class LPIPSWithDiscriminator(nn.Module):
         split: str = "train",
         weights: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Compute the loss of the autoencoder (0) or of the discriminator (1), and its parts.
+        """Compute a loss, and the values to log.
 
         Args:
             inputs, reconstructions: Images (B, 3, H, W) in [-1, 1].
-            last_layer: Weight of the decoder's last layer.
-            cond: Channels that the discriminator sees, too, with `disc_conditional`.
-            weights: Of the errors.
+            optimizer_idx: 0 for the loss of the autoencoder, 1 for that of the discriminator.
+            last_layer: Weight of the decoder's last layer; None omits the GAN loss.
+            cond: Channels (B, C, H, W) for the discriminator; None without `disc_conditional`.
+            split: Prefix of the names to log.
+            weights: Weights of the errors (B, 3, H, W); None for 1.
         """
         factor = adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start)
         if optimizer_idx == 1:
-            real = self._judge(inputs.contiguous().detach(), cond)
-            fake = self._judge(reconstructions.contiguous().detach(), cond)
+            real = self._discriminate(inputs.contiguous().detach(), cond)
+            fake = self._discriminate(reconstructions.contiguous().detach(), cond)
             d_loss = factor * self.disc_loss(real, fake)
             parts = {"disc_loss": d_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
             logged = {f"{split}/{name}": value.detach() for name, value in parts.items()}
@@ -134,17 +129,17 @@ class LPIPSWithDiscriminator(nn.Module):
         error = (inputs.contiguous() - reconstructions.contiguous()).abs()
         if self.perceptual_weight > 0:
             distance = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
-            # (B, 1, 1, 1), added to every value: it counts as often as there are values.
+            # (B, 1, 1, 1), added to the error of every value, as in the original.
             error = error + self.perceptual_weight * distance
         nll = error / self.logvar.exp() + self.logvar
-        weighted = (nll if weights is None else weights * nll).sum() / len(nll)
+        weighted_nll = (nll if weights is None else weights * nll).sum() / len(nll)
         nll = nll.sum() / len(nll)
         kl = posteriors.kl().sum() / len(inputs)
-        g_loss = -self._judge(reconstructions.contiguous(), cond).mean()
+        g_loss = -self._discriminate(reconstructions.contiguous(), cond).mean()
         d_weight = torch.tensor(0.0)
         if self.disc_factor > 0.0 and last_layer is not None and torch.is_grad_enabled():
             d_weight = self.calculate_adaptive_weight(nll, g_loss, last_layer)
-        loss = weighted + self.kl_weight * kl + d_weight * factor * g_loss
+        loss = weighted_nll + self.kl_weight * kl + d_weight * factor * g_loss
         parts = {
             "total_loss": loss,
             "logvar": self.logvar,
@@ -157,7 +152,7 @@ class LPIPSWithDiscriminator(nn.Module):
         }
         return loss, {f"{split}/{name}": value.detach().clone() for name, value in parts.items()}
 
-    def _judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
+    def _discriminate(self, images: Tensor, cond: Tensor | None) -> Tensor:
         if self.disc_conditional:
             if cond is None:
                 raise TypeError("disc_conditional needs cond")

@@ -1,32 +1,26 @@
-"""The old `ldm.lr_scheduler`: multiples of the learning rate, for torch's LambdaLR."""
+"""`ldm.lr_scheduler` of the original: multipliers of the learning rate, for torch's LambdaLR."""
 
 from collections.abc import Sequence
 
 from ldm.train.optim.schedules import build_lr_multiplier
 
-__all__ = [
-    "LambdaLinearScheduler",
-    "LambdaWarmUpCosineScheduler",
-    "LambdaWarmUpCosineScheduler2",
-]
 
-
-class LearningRateFactor:
-    """A multiple of the learning rate for each step; see `ldm.train.optim.schedules`."""
+class LearningRateMultiplier:
+    """Base class: the multiplier of each step; see `ldm.train.optim.schedules`."""
 
     def __init__(self, **params: object) -> None:
         self.multiplier = build_lr_multiplier({"target": type(self).__name__, "params": params})
 
     def schedule(self, n: int, **ignored: object) -> float:
-        """Return the factor of step n."""
+        """Return the multiplier of step n."""
         return self.multiplier(n)
 
     def __call__(self, n: int, **ignored: object) -> float:
         return self.schedule(n, **ignored)
 
 
-class LambdaWarmUpCosineScheduler(LearningRateFactor):
-    """Linear warm-up, then half a cosine."""
+class LambdaWarmUpCosineScheduler(LearningRateMultiplier):
+    """Linear warm-up, then a half cosine."""
 
     def __init__(
         self,
@@ -46,8 +40,8 @@ class LambdaWarmUpCosineScheduler(LearningRateFactor):
         )
 
 
-class LambdaWarmUpCosineScheduler2(LearningRateFactor):
-    """Cycles of a warm-up and half a cosine; one entry of each list per cycle."""
+class LambdaWarmUpCosineScheduler2(LearningRateMultiplier):
+    """Cycles of a linear warm-up and a half cosine; lists have one entry per cycle."""
 
     def __init__(
         self,
@@ -68,4 +62,4 @@ class LambdaWarmUpCosineScheduler2(LearningRateFactor):
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """Cycles of a warm-up and a linear decay."""
+    """Cycles of a linear warm-up and a linear decay."""

@@ -1,4 +1,4 @@
-"""The old `ldm.modules.midas` and its module `api`, in one: depth estimation by MiDaS."""
+"""`ldm.modules.midas` of the original, and its module `api`: depth estimation by MiDaS."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ldm.encoders.depth import MiDaSDepth, preprocess_for_midas
 from ldm.loading.files.checkpoint import read_checkpoint
 
-__all__ = ["ISL_PATHS", "MiDaSInference", "load_midas_transform", "load_model"]
-
 # Where `load_model` looks for weights; programs assign paths of their own.
 ISL_PATHS = {
     "dpt_large": "midas_models/dpt_large-midas-2f21e586.pt",
@@ -24,11 +22,11 @@ ISL_PATHS = {
 }
 Transform = Callable[[Mapping[str, Any]], dict[str, Any]]
 
-api = sys.modules[__name__]  # as `ldm.modules.midas.api`
+api = sys.modules[__name__]  # this module is `ldm.modules.midas.api`, too
 
 
 def load_midas_transform(model_type: str) -> Transform:
-    """Build the transform of the network's input: {"image": (H, W, 3) in [0, 1]} -> (3, H', W')."""
+    """Build the transform of a sample: its `image` (H, W, 3) in [0, 1] becomes (3, H', W')."""
 
     def transform(sample: Mapping[str, Any]) -> dict[str, Any]:
         image = torch.as_tensor(np.asarray(sample["image"], dtype=np.float32))
@@ -41,8 +39,11 @@ def load_midas_transform(model_type: str) -> Transform:
 def load_model(model_type: str) -> tuple[nn.Module, Transform]:
     """Build a depth network and its transform.
 
-    Weights come from `ISL_PATHS[model_type]` if there is such a file; else they are random, and
-    those of a depth model's checkpoint take their place. The network is dpt_hybrid.
+    Weights are read from the file `ISL_PATHS[model_type]` if it exists; else they are random until
+    the checkpoint of a depth model is loaded.
+
+    Raises:
+        ArgumentError: `model_type` is not "dpt_hybrid".
     """
     network = MiDaSDepth(model_type=model_type).model
     assert network is not None
@@ -53,7 +54,7 @@ def load_model(model_type: str) -> tuple[nn.Module, Transform]:
 
 
 class MiDaSInference(nn.Module):
-    """Images (B, 3, H, W) as `load_midas_transform` gives them -> inverse depth (B, 1, H, W)."""
+    """Outputs (B, 3, H, W) of `load_midas_transform` -> relative inverse depth (B, 1, H, W)."""
 
     MODEL_TYPES_ISL: ClassVar = list(ISL_PATHS)
 
@@ -65,14 +66,14 @@ class MiDaSInference(nn.Module):
 
     @classmethod
     def of_network(cls, network: nn.Module) -> "MiDaSInference":
-        """Return one that runs a network that is built."""
+        """Build one that runs an existing network."""
         inference = cls.__new__(cls)
         nn.Module.__init__(inference)
         inference.model = network.eval()
         return inference.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "MiDaSInference":
-        """Leave the network in its mode."""
+        """Stay in eval mode."""
         return self
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """`ldm.modules.diffusionmodules.model` of the original: encoder and decoder of the autoencoder.
 
-Classes derive from those of `ldm.nets.autoencoder` and hold torch's own layers; `nonlinearity` and
-the methods are looked up when they are called, so that replaced ones are used.
+Classes derive from those of `ldm.nets.autoencoder` and hold torch's own layers. They look layers,
+methods and `nonlinearity` up at each call, so that those that programs put in their place are used.
 """
 
 import math as math
@@ -20,10 +20,11 @@ from ldm.nets.autoencoder import ATTENTION_TYPES, EPS, Layout
 from ldm.runtime.errors import unknown_name
 
 np = np
+DEFAULT_RESOLUTION = 256  # that of SD's configs, as weights do not tell it
 
 
 def nonlinearity(x: Tensor) -> Tensor:
-    """Compute x sigmoid(x)."""
+    """Compute SiLU, x sigmoid(x)."""
     return F.silu(x)
 
 
@@ -33,7 +34,7 @@ def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
 
 
 class Resampler(Relabelled):
-    """What Upsample and Downsample have in common."""
+    """Base class of Upsample and Downsample."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__(in_channels, use_conv=with_conv)
@@ -46,7 +47,7 @@ class Resampler(Relabelled):
 
 
 class Upsample(Resampler, blocks.Upsample):
-    """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `with_conv`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
@@ -54,15 +55,17 @@ class Upsample(Resampler, blocks.Upsample):
 
 
 class Downsample(Resampler, autoencoder.Downsample):
-    """Half the size (rounded down): stride 2, one pixel of padding at the right and bottom only."""
+    """Halves the size (rounded down) by stride 2, with padding at the right and bottom only."""
 
 
 class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
-    """norm, SiLU, conv, twice; plus the input (through a convolution if the width changes).
+    """Twice norm, SiLU and conv; plus the input (by a convolution if channels change).
 
     Args:
-        conv_shortcut: Whether that is 3x3 wide, else 1x1.
-        temb_channels: Features of an embedding to add between both convolutions; 0: none.
+        out_channels: None for `in_channels`.
+        conv_shortcut: Whether that convolution is 3x3, else 1x1.
+        temb_channels: Features of the embedding that is added between both convolutions; 0 for
+            none.
     """
 
     use_conv_shortcut: bool
@@ -94,7 +97,7 @@ class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
             del self.nin_shortcut
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Transform x (B, C, h, w), and add an embedding (B, temb_channels)."""
+        """Transform x (B, C, h, w); add an embedding (B, temb_channels) unless it is None."""
         h = self.conv1(nonlinearity(self.norm1(x)))  # (B, C_out, h, w)
         if temb is not None:
             h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
@@ -105,7 +108,7 @@ class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
 
 
 class AttnBlock(Relabelled, autoencoder.AttnBlock):
-    """One head of self-attention over all positions, as a residual."""
+    """Single-head self-attention over all positions, as a residual."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels)
@@ -121,20 +124,20 @@ MemoryEfficientAttnBlock = AttnBlock
 def make_attn(
     in_channels: int, attn_type: str = "vanilla", attn_kwargs: object = None
 ) -> nn.Module:
-    """Build the attention of a kind, or nn.Identity for "none"."""
+    """Build an AttnBlock, or nn.Identity for attn_type "none"."""
     if attn_type not in ATTENTION_TYPES:
         raise unknown_name("attn_type", attn_type, ATTENTION_TYPES)
     return nn.Identity() if attn_type == "none" else AttnBlock(in_channels)
 
 
 class Encoder(Relabelled, autoencoder.Encoder):
-    """image (B, in_channels, H, W) -> (B, 2 z_channels, h, w), down one level at a time.
+    """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w).
 
-    Arguments are those of `Layout`.
+    Arguments are the fields of `ldm.nets.autoencoder.Layout`, and:
 
     Args:
-        double_z: Whether mean and log variance are predicted; else the output has z_channels.
-        ignore_kwargs: Settings of the decoder, for instance.
+        double_z: Whether the output is mean and log variance; else it has z_channels.
+        ignore_kwargs: Settings of the decoder, ignored.
     """
 
     def __init__(
@@ -181,10 +184,10 @@ class Encoder(Relabelled, autoencoder.Encoder):
         self.in_channels = self.conv_in.in_channels
         self.num_resolutions = len(self.down)
         self.num_res_blocks = len(_levels(self.down)[0].block)
-        self.resolution = 256
+        self.resolution = DEFAULT_RESOLUTION
 
     def forward(self, x: Tensor) -> Tensor:
-        temb = None  # blocks take an embedding, which autoencoders do not have
+        temb = None  # an argument of replaced blocks; autoencoders have no time embedding
         h = self.conv_in(x)  # (B, ch, H, W)
         for i, level in enumerate(_levels(self.down)):
             for j, block in enumerate(level.block):
@@ -198,15 +201,15 @@ class Encoder(Relabelled, autoencoder.Encoder):
 
 
 class Decoder(Relabelled, autoencoder.Decoder):
-    """(B, z_channels, h, w) -> image (B, out_ch, H, W), up one level at a time; up[0] is full size.
+    """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0] is the last level, of full size.
 
-    Arguments are those of `Layout`.
+    Arguments are the fields of `ldm.nets.autoencoder.Layout`, and:
 
     Args:
-        ignorekwargs: Settings of the encoder, for instance.
+        ignorekwargs: Settings of the encoder, ignored.
 
     Attributes:
-        last_z_shape: Of the last input.
+        last_z_shape: Shape of the last input.
     """
 
     def __init__(
@@ -253,10 +256,10 @@ class Decoder(Relabelled, autoencoder.Decoder):
     def add_attributes(self) -> None:
         self.ch = self.conv_out.in_channels
         self.temb_ch = 0
-        self.in_channels = 3
+        self.in_channels = 3  # of the encoder's images
         self.num_resolutions = len(self.up)
         self.num_res_blocks = len(_levels(self.up)[0].block) - 1
-        self.resolution = 256
+        self.resolution = DEFAULT_RESOLUTION
         side = self.resolution // 2 ** (self.num_resolutions - 1)
         self.z_shape = (1, self.conv_in.in_channels, side, side)
         self.last_z_shape = torch.Size(self.z_shape)

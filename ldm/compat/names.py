@@ -1,4 +1,6 @@
-"""Module names of the original code base, and the files of `ldm.compat` that stand behind them."""
+"""Module names of the original code base, and the modules of `ldm.compat` that they stand for."""
+
+from itertools import accumulate
 
 MODULES = {
     "ldm.models.autoencoder": "autoencoder",
@@ -27,20 +29,23 @@ MODULES = {
     "ldm.modules.distributions.distributions": "distributions",
 }
 
-# Parents of those names, which are packages even where a file stands behind them.
+# Parent packages of those names, of which some are also in MODULES. `ldm` and `ldm.data` are on
+# disk.
 PACKAGES = {
-    name[:end] for name in MODULES for end, sign in enumerate(name) if sign == "." and end > 3
-} - {"ldm.data"}  # a package of ours
+    package
+    for name in MODULES
+    for package in list(accumulate(name.split("."), "{}.{}".format))[1:-1]
+} - {"ldm.data"}
 DISTRIBUTION = "ldm-revived"
-# Where LDM_VENDORED=1 prefers the files of a vendored folder.
+# Where LDM_VENDORED=1 prefers the files of a vendored folder
 VENDORED_PACKAGES = ("ldm.data.", "ldm.models.", "ldm.modules.")
 
+# Hints of where modules and classes of the originals are today, if they are not here
 DEGRADATION = "the degradations of BSRGAN live in https://github.com/cszn/BSRGAN"
 KARLO = "the prior of unCLIP is `ldm.nets.karlo`, and is run by `ldm.unclip`"
 DATA = "read images with torchvision.datasets, or train with `ldm train` (docs/training.md)"
 MIDAS = "MiDaS is `ldm.modules.midas.api`, and its network `ldm.encoders.dpt.DPT`"
 TAMING = "VQ autoencoders live in https://github.com/CompVis/taming-transformers"
-# Modules of the originals that are not here, and where their content lives today.
 MISSING_MODULES = {
     "ldm.data.imagenet": DATA,
     "ldm.data.lsun": DATA,
@@ -57,7 +62,7 @@ MISSING_MODULES = {
 }
 BERT = "it lives in https://github.com/CompVis/latent-diffusion"
 T5 = "load it with transformers.T5EncoderModel"
-# Names that `ldm.modules.encoders.modules` does not have, likewise.
+# Of `ldm.modules.encoders.modules`
 MISSING_ENCODERS = {
     "BERTEmbedder": BERT,
     "BERTTokenizer": "transformers.BertTokenizerFast gives the same ids",

@@ -1,8 +1,8 @@
 """`ldm.modules.diffusionmodules.openaimodel` of the original: the UNet.
 
-Classes derive from those of `ldm.nets`, hold torch's own layers, and call each other by attributes
-and names of this module, so that replaced methods, layers and functions are used. `th` is one of
-these names: programs put an object into its place whose `cat` joins maps of different sizes.
+Classes derive from those of `ldm.nets` and hold torch's own layers. They look layers, methods and
+functions of this module up at each call, so that those that programs put in their place are used.
+Among these is `th`: programs replace it by an object whose `cat` takes maps of different sizes.
 """
 
 import math as math
@@ -43,7 +43,7 @@ def convert_module_to_f32(x: object) -> None:
 
 
 class Timestep(nn.Module):
-    """Sinusoids of timesteps (B,): (B, dim) float32."""
+    """Timesteps (B,) -> sines and cosines (B, dim) float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """Layers in a row, each given the conditions that it takes besides x."""
+    """A sequence of layers, each called with the conditions that it takes besides x."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: unet.Context = None
@@ -77,7 +77,11 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Resampler(Relabelled):
-    """What Upsample and Downsample have in common."""
+    """Base class of Upsample and Downsample.
+
+    Args:
+        out_channels: None for `channels`.
+    """
 
     channels: int
     out_channels: int
@@ -93,25 +97,26 @@ class Resampler(Relabelled):
     ) -> None:
         _check_dims(dims)
         super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
-        if (conv := self._convolution()) is not None:
+        if (conv := self._find_conv()) is not None:
             conv.padding = (padding, padding)
-        self.channels = self.out_channels = channels
+        self.channels = channels  # `add_attributes` reads them from the convolution, if any
+        self.out_channels = channels
         relabel(self)
 
     def add_attributes(self) -> None:
         self.dims = 2
-        conv = self._convolution()
+        conv = self._find_conv()
         self.use_conv = conv is not None
         if conv is not None:
             self.channels = conv.in_channels
             self.out_channels = conv.out_channels
 
-    def _convolution(self) -> nn.Conv2d | None:
+    def _find_conv(self) -> nn.Conv2d | None:
         return next((layer for layer in self.children() if isinstance(layer, nn.Conv2d)), None)
 
 
 class Upsample(Resampler, blocks.Upsample):
-    """Twice the size by nearest neighbour, then a 3x3 convolution if `use_conv`."""
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `use_conv`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
@@ -119,11 +124,18 @@ class Upsample(Resampler, blocks.Upsample):
 
 
 class Downsample(Resampler, blocks.Downsample):
-    """Half the size by a 3x3 convolution of stride 2, or by the mean of 2x2 pixels."""
+    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, or the mean of 2x2 pixels."""
 
 
 class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
-    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input."""
+    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
+
+    Args:
+        out_channels: None for `channels`. The others: see `ldm.nets.blocks.ResBlock`.
+
+    Attributes:
+        updown: Whether both branches are resampled, by `h_upd` and `x_upd`.
+    """
 
     channels: int
     out_channels: int
@@ -168,7 +180,8 @@ class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
         self.use_conv = isinstance(skip, nn.Conv2d) and skip.kernel_size == (3, 3)
         self.updown = isinstance(resampler, (Upsample, Downsample))
         if isinstance(resampler, (Upsample, Downsample)):
-            resampler.channels = resampler.out_channels = self.channels
+            resampler.channels = self.channels
+            resampler.out_channels = self.channels
         self.h_upd = resampler
         self.x_upd = resampler
         del self.resample
@@ -197,7 +210,7 @@ class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
 
 
 class AttentionBlock(Relabelled, transformer.AttentionBlock):
-    """Self-attention over all positions, as a residual."""
+    """Self-attention over all positions, as a residual; see `ldm.nets.transformer`."""
 
     def __init__(
         self,
@@ -230,11 +243,11 @@ class AttentionBlock(Relabelled, transformer.AttentionBlock):
 
 
 class UNetModel(Relabelled, unet.UNet):
-    """The denoising network; see `ldm.nets.unet.UNet`.
+    """The denoising network; its settings are those of `ldm.nets.unet.UNet`.
 
     Attributes:
-        dtype: In which x is computed; it does not follow the weights.
-        num_res_blocks: A list, of one number per level.
+        dtype: Dtype that x is converted to. Programs set it: it does not follow the weights.
+        num_res_blocks: Number of residual blocks of each level, always a list.
     """
 
     dtype: torch.dtype = torch.float32
@@ -276,10 +289,10 @@ class UNetModel(Relabelled, unet.UNet):
             in_channels=in_channels,
             model_channels=model_channels,
             out_channels=out_channels,
-            num_res_blocks=_plain(num_res_blocks),
-            attention_resolutions=_plain(attention_resolutions),
+            num_res_blocks=_to_list(num_res_blocks),
+            attention_resolutions=_to_list(attention_resolutions),
             dropout=dropout,
-            channel_mult=_plain(channel_mult),
+            channel_mult=_to_list(channel_mult),
             conv_resample=conv_resample,
             dims=dims,
             num_classes=num_classes,
@@ -291,12 +304,12 @@ class UNetModel(Relabelled, unet.UNet):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
             use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=_plain(transformer_depth),
-            context_dim=_plain(context_dim),
+            transformer_depth=_to_list(transformer_depth),
+            context_dim=_to_list(context_dim),
             n_embed=n_embed,
             legacy=legacy,
-            disable_self_attentions=_plain(disable_self_attentions),
-            num_attention_blocks=_plain(num_attention_blocks),
+            disable_self_attentions=_to_list(disable_self_attentions),
+            num_attention_blocks=_to_list(num_attention_blocks),
             disable_middle_self_attn=disable_middle_self_attn,
             use_linear_in_transformer=use_linear_in_transformer,
             adm_in_channels=adm_in_channels,
@@ -308,21 +321,26 @@ class UNetModel(Relabelled, unet.UNet):
             self.dtype = torch.bfloat16
 
     def add_attributes(self) -> None:
-        self.image_size = 32
+        self.image_size = 32  # that of SD 1, as weights do not tell it
         self.dtype = next(self.parameters()).dtype
         self.predict_codebook_ids = False
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
         self.num_res_blocks = list(self._res_blocks)
+        # The sum of all blocks' channels: each level has n + 1 on the way down, the downsampling or
+        # the middle block included, and as many on the way up.
         per_level = zip(self.num_res_blocks, self._channels, strict=True)
-        self._feature_size = self.model_channels + sum(2 * (n + 1) * w for n, w in per_level)
-        width = self.model_channels
-        for stage in [*self.input_blocks, *self.output_blocks]:
-            for layer in stage:
+        self._feature_size = self.model_channels + sum(
+            2 * (blocks + 1) * channels for blocks, channels in per_level
+        )
+        channels = self.model_channels
+        for block in [*self.input_blocks, *self.output_blocks]:
+            for layer in block:
                 if isinstance(layer, ResBlock):
-                    width = layer.out_channels
-                elif isinstance(layer, (Upsample, Downsample)):
-                    layer.channels = layer.out_channels = width
+                    channels = layer.out_channels
+                elif isinstance(layer, (Upsample, Downsample)):  # which may have no convolution
+                    layer.channels = channels
+                    layer.out_channels = channels
 
     def convert_to_fp16(self) -> None:
         """Do nothing, as in the original."""
@@ -338,7 +356,12 @@ class UNetModel(Relabelled, unet.UNet):
         y: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Predict eps, v or x0 of noisy latents x (B, in_channels, h, w); see `UNet.forward`."""
+        """Predict eps, v or x0 of noisy latents x (B, in_channels, h, w).
+
+        Args:
+            timesteps, context, y: See `ldm.nets.unet.UNet.forward`.
+            kwargs: Ignored, as in the original.
+        """
         if (y is None) != (self.num_classes is None):
             raise ValueError("`y` is needed if, and only if, the network has `num_classes`")
         assert timesteps is not None
@@ -347,7 +370,7 @@ class UNetModel(Relabelled, unet.UNet):
         emb = self.time_embed(emb)  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self._embed_label(y)
-        # Blocks get exactly these arguments: those that programs put in their place take no more.
+        # Blocks get three arguments, unlike those of `ldm.nets`: replaced ones take no more.
         h, skips = x.type(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
@@ -371,10 +394,10 @@ def _check_dims(dims: int) -> None:
         raise ValueError(f"dims `{dims}` is not supported, only 2 (images)")
 
 
-def _plain(value: Any) -> Any:
-    """Turn lists of OmegaConf into lists."""
+def _to_list(value: Any) -> Any:
+    """Convert a list of OmegaConf, and those within it, to Python's."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(part) for part in value]
+        return [_to_list(entry) for entry in value]
     return value
 
 

@@ -7,30 +7,22 @@ import torch
 from torch import Tensor
 
 from ldm.compat.diffusion_util import (
-    make_ddim_sampling_parameters,
-    make_ddim_timesteps,
-    noise_like,
+    make_ddim_sampling_parameters as make_ddim_sampling_parameters,
+    make_ddim_timesteps as make_ddim_timesteps,
+    noise_like as noise_like,
 )
 from ldm.compat.sampling import (
     Condition,
     ScoreCorrector,
-    Step,
+    StepOutput,
     TableSampler,
+    apply_with_guidance,
     correct_score,
-    guided_output,
 )
 from ldm.compat.sampling_util import norm_thresholding
 
-__all__ = [
-    "PLMSSampler",
-    "make_ddim_sampling_parameters",
-    "make_ddim_timesteps",
-    "noise_like",
-    "norm_thresholding",
-]
-
-# Adams–Bashforth: weights of the newest estimate of the noise, and of those before it.
-WEIGHTS = {
+# Adams–Bashforth coefficients of the predicted noise, newest first, by number of predictions.
+ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
@@ -38,18 +30,18 @@ WEIGHTS = {
 
 
 class PLMSSampler(TableSampler):
-    """PLMS, which takes the output of any model for eps, as the original does."""
+    """PLMS; the output of the model is taken for eps whatever it predicts, as in the original."""
 
-    takes_eta = False
-    plms_sampling = TableSampler.walk
+    supports_eta = False
+    plms_sampling = TableSampler.run_steps
 
-    def sampling(
+    def sample_loop(
         self, cond: Condition, shape: Sequence[int], *, ucg_schedule: object = None, **options: Any
     ) -> Any:
-        """Sample as `walk` does, with one guidance scale: the original ignores a schedule of it."""
+        # The original ignores `ucg_schedule` here.
         return self.plms_sampling(cond, shape, **options)
 
-    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> Step:
+    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> StepOutput:
         options |= {"old_eps": old_eps, "t_next": t_next}
         x, pred_x0, e_t = self.p_sample_plms(*args, **options)
         old_eps[:] = [*old_eps, e_t][-3:]
@@ -75,27 +67,28 @@ class PLMSSampler(TableSampler):
         t_next: Tensor | None = None,
         dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step from x (B, C, h, w) at timesteps t (B,) to the step below `index`.
+        """Step from x (B, C, h, w) at timesteps t (B,), entry `index` of the tables, to the next.
 
         Args:
-            old_eps: Estimates of the noise at the steps before, oldest first; none at the first.
-            t_next: Timesteps of the next step.
+            old_eps: Predicted noise of the up to three steps before, oldest first; None or empty
+                at the first step.
+            t_next: The next timesteps (B,), needed at the first step only.
+            dynamic_threshold: See `norm_thresholding`; None for no limit.
 
         Returns:
-            x at that step, the estimate of x0, and that of the noise.
+            x at the next timestep, the estimate of x0, and the predicted noise.
         """
+        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
 
-        def estimate(x: Tensor, t: Tensor) -> Tensor:
-            e_t = guided_output(
-                self.model, x, t, c, unconditional_guidance_scale, unconditional_conditioning
-            )
+        def predict_noise(x: Tensor, t: Tensor) -> Tensor:
+            e_t = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
             if score_corrector is not None:
                 e_t = correct_score(self.model, score_corrector, e_t, x, t, c, corrector_kwargs)
             return e_t
 
-        def step(e_t: Tensor) -> tuple[Tensor, Tensor]:
-            a_t, a_prev, sigma_t, root = self.coefficients(index, x, use_original_steps)
-            pred_x0 = (x - root * e_t) / a_t.sqrt()
+        def step(e_t: Tensor) -> StepOutput:
+            a_t, a_prev, sigma_t, sqrt_one_minus_at = self.read_tables(index, x, use_original_steps)
+            pred_x0 = (x - sqrt_one_minus_at * e_t) / a_t.sqrt()
             if quantize_denoised:
                 pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
             if dynamic_threshold is not None:
@@ -104,18 +97,18 @@ class PLMSSampler(TableSampler):
             x_prev = a_prev.sqrt() * pred_x0 + (1.0 - a_prev - sigma_t**2).sqrt() * e_t + noise
             return x_prev, pred_x0
 
-        e_t = estimate(x, t)
+        e_t = predict_noise(x, t)
         if not old_eps:
             if t_next is None:
                 raise TypeError("the first step needs t_next")
-            # Heun's method, as there are no estimates yet: evaluates twice, and draws noise twice.
+            # Heun's method, as there is no history yet: evaluates twice, and draws noise twice.
             x_next, _ = step(e_t)
-            combined = (e_t + estimate(x_next, t_next)) / 2
+            e_mean = (e_t + predict_noise(x_next, t_next)) / 2
         else:
             newest = [e_t, *reversed(old_eps)][:4]
-            weights = WEIGHTS[len(newest)]
-            combined = sum(
+            weights = ADAMS_BASHFORTH[len(newest)]
+            e_mean = sum(
                 (w * e for w, e in zip(weights, newest, strict=True)), torch.zeros_like(e_t)
             )
-        x_prev, pred_x0 = step(combined)
+        x_prev, pred_x0 = step(e_mean)
         return x_prev, pred_x0, e_t

@@ -1,7 +1,7 @@
-"""What the samplers of the original have in common: arguments, tables, guidance, start noise.
+"""Base classes of the original's samplers: arguments, tables, guidance, initial noise.
 
-Their seam to a model is `apply_model(x, t, c)`, which programs override, so that these samplers
-walk the tables of the original themselves; `ldm.diffusion.samplers` are functions of sigma.
+They call `model.apply_model(x, t, c)`, which programs override, at integer timesteps. So they are
+written anew here: `ldm.diffusion.samplers` are functions of sigma.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,26 +18,14 @@ from ldm.compat.diffusion_util import (
     noise_like,
 )
 
-__all__ = [
-    "Condition",
-    "DiffusionModel",
-    "Sampler",
-    "TableSampler",
-    "correct_score",
-    "guided_output",
-    "join_conditions",
-    "keep_known",
-    "unless_none",
-]
-
-# A tensor, a list of tensors, or a dict of tensors and of lists; handed to the model as it is.
+# A tensor, a list of tensors, or a dict of tensors and of lists; passed to the model unchanged.
 Condition = Any
 Intermediates = dict[str, list[Tensor]]
-Step = tuple[Tensor, Tensor]  # x, and the estimate of x0
+StepOutput = tuple[Tensor, Tensor]  # x at the next timestep, and the estimate of x0
 
 
 class FirstStage(Protocol):
-    """An autoencoder with a codebook, for samplers that quantize x0."""
+    """An autoencoder with a codebook."""
 
     def quantize(self, z: Tensor) -> Sequence[Tensor]: ...
 
@@ -57,9 +45,9 @@ class ScoreCorrector(Protocol):
 
 
 class DiffusionModel(Protocol):
-    """What samplers ask of a model, which may be a class of the program that imports them.
+    """What samplers use of a model, which may be a class of the importing program.
 
-    The `predict_*` methods are asked of v models only, `q_sample` for masks, and
+    The `predict_*` methods are called on v models only, `q_sample` with a mask, and
     `first_stage_model` to quantize x0.
     """
 
@@ -83,14 +71,15 @@ class DiffusionModel(Protocol):
 
 
 class Sampler:
-    """A sampler over a model's `apply_model`.
+    """Base class of the samplers.
 
     Args:
-        device: Where the tables are; None for the model's device.
+        device: Device of the tables; None for that of the model.
+        kwargs: Ignored, as in the original.
     """
 
     make_schedule: Callable[..., None]
-    sampling: Callable[..., tuple[Tensor, Any]]  # latents (B, C, h, w), over that schedule
+    sample_loop: Callable[..., tuple[Tensor, Any]]  # all steps of that schedule
 
     def __init__(
         self, model: DiffusionModel, device: str | torch.device | None = None, **kwargs: object
@@ -130,21 +119,28 @@ class Sampler:
         ucg_schedule: Sequence[float] | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Any]:
-        """Sample latents (batch_size, *shape); unknown keywords are ignored, as ever.
+        """Sample latents (batch_size, *shape).
 
         Args:
-            S: Steps; the original's choice of timesteps may give a few more.
-            mask: 1 keeps `x0`, noised to the level of each step.
-            x_T: Noise to start from; None draws it.
-            dynamic_threshold: Of PLMS only; see `norm_thresholding`.
-            ucg_schedule: Guidance scale of each step, of DDIM only.
+            S: Number of steps; the original's choice of timesteps may give a few more.
+            conditioning: Condition of the model; None for none.
+            callback: Called with the number of each step, from 0.
+            img_callback: Called with the estimate of x0 and the number of each step.
+            normals_sequence: Ignored, as in the original.
+            mask: (B, 1, h, w); 1 keeps `x0`, with the noise of each step. None changes all.
+            x_T: Initial noise; None draws it.
+            unconditional_conditioning: Negative condition; None disables guidance.
+            dynamic_threshold: Largest root mean square of x0, see `norm_thresholding`; PLMS only.
+                None for no limit.
+            ucg_schedule: Guidance scale of each step, DDIM only; None for the same at all steps.
+            kwargs: Ignored, as in the original.
 
         Returns:
-            Latents, and the latents and estimates of x0 at every `log_every_t` steps; of
-            DPM-Solver None.
+            Latents, and intermediate ones: those and estimates of x0 at every `log_every_t`-th
+            step (`x_inter`, `pred_x0`), or None from DPM-Solver.
         """
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
-        return self.sampling(
+        return self.sample_loop(
             conditioning,
             (batch_size, *shape),
             callback=callback,
@@ -161,34 +157,30 @@ class Sampler:
             log_every_t=log_every_t,
             unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=unconditional_conditioning,
-            **unless_none(dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule),
+            **drop_none(dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule),
         )
 
 
 class TableSampler(Sampler):
-    """A sampler over a choice of the timesteps of a model.
+    """Base class of DDIM and PLMS, which step through tables at chosen timesteps of a model.
 
     Attributes:
         ddim_timesteps: Chosen timesteps, int64, ascending.
-        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the one before.
-        ddim_sigmas: Standard deviations of new noise.
+        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the one below it.
+        ddim_sigmas: Standard deviations of the noise that each step adds.
     """
 
-    takes_eta = True
+    supports_eta = True
     ddim_timesteps: np.ndarray
     ddim_alphas: Tensor
     ddim_alphas_prev: np.ndarray
     ddim_sigmas: Tensor
     ddim_sqrt_one_minus_alphas: Tensor
     ddim_sigmas_for_original_num_steps: Tensor
-    betas: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
-    log_one_minus_alphas_cumprod: Tensor
-    sqrt_recip_alphas_cumprod: Tensor
-    sqrt_recipm1_alphas_cumprod: Tensor
 
     def __init__(
         self,
@@ -208,10 +200,10 @@ class TableSampler(Sampler):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Choose timesteps, and compute the tables at them."""
-        if ddim_eta != 0 and not self.takes_eta:
+        """Choose timesteps and compute the tables, from those of the model as they are now."""
+        if ddim_eta != 0 and not self.supports_eta:
             raise ValueError("ddim_eta must be 0 for PLMS")
-        if self._follows_model:
+        if self._follows_model:  # which may have been moved since
             self.device = self.model.device
         self.ddim_timesteps = make_ddim_timesteps(
             ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps, verbose=verbose
@@ -247,7 +239,7 @@ class TableSampler(Sampler):
             self.register_buffer(name, table)
 
     @torch.no_grad()
-    def walk(
+    def run_steps(
         self,
         cond: Condition,
         shape: Sequence[int],
@@ -269,20 +261,25 @@ class TableSampler(Sampler):
         dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
+        """Sample latents of a shape (B, C, h, w) by the schedule of `make_schedule`.
+
+        Args:
+            timesteps: See `choose_timesteps`. The others: see `sample`.
+        """
         device = self.model.betas.device
         img = torch.randn(shape, device=device) if x_T is None else x_T
-        steps = self.choose_timesteps(timesteps, ddim_use_original_steps)
+        run_timesteps = self.choose_timesteps(timesteps, ddim_use_original_steps)
         intermediates = {"x_inter": [img], "pred_x0": [img]}
         old_eps: list[Tensor] = []
-        for i in range(len(steps)):
-            index = len(steps) - i - 1
+        for i in range(len(run_timesteps)):
+            index = len(run_timesteps) - i - 1
             t, t_next = (
-                torch.full((shape[0],), int(step), device=device, dtype=torch.long)
-                for step in (steps[index], steps[max(index - 1, 0)])  # the last is its own next
+                torch.full((shape[0],), int(timestep), device=device, dtype=torch.long)
+                # No timestep is below the last one, which stands for both.
+                for timestep in (run_timesteps[index], run_timesteps[max(index - 1, 0)])
             )
-            if mask is not None:  # before the step: nothing is replaced after the last one
-                img = keep_known(self.model, img, x0, mask, t)
+            if mask is not None:  # before the step: nothing is restored after the last one
+                img = restore_masked(self.model, img, x0, mask, t)
             if ucg_schedule is not None:
                 unconditional_guidance_scale = ucg_schedule[i]
             img, pred_x0 = self.step(
@@ -300,7 +297,7 @@ class TableSampler(Sampler):
                 corrector_kwargs=corrector_kwargs,
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=unconditional_conditioning,
-                **unless_none(dynamic_threshold=dynamic_threshold),
+                **drop_none(dynamic_threshold=dynamic_threshold),
             )
             if callback:
                 callback(i)
@@ -311,12 +308,13 @@ class TableSampler(Sampler):
                 intermediates["pred_x0"].append(pred_x0)
         return img, intermediates
 
-    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> Step:
-        """Step from x at timesteps t (B,), given x, condition and t, and return the x below it.
+    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> StepOutput:
+        """Step from x at timesteps t (B,) to `t_next`.
 
         Args:
-            t_next: The timesteps below t.
-            old_eps: Of the steps before, for samplers that keep their estimates of the noise.
+            args: x, condition, and t.
+            old_eps: Predicted noise of the steps before, oldest first; multistep methods append.
+            options: Keywords of `p_sample_ddim` or `p_sample_plms`.
         """
         raise NotImplementedError
 
@@ -326,8 +324,10 @@ class TableSampler(Sampler):
         """Return the timesteps of a run, ascending.
 
         Args:
-            timesteps: Of the chosen ones, all below this number less one; with
-                `use_original_steps`, of all that the model has.
+            timesteps: Number of them. Of those of `make_schedule` it gives one fewer, as in the
+                original; None for all.
+            use_original_steps: Whether to choose among all timesteps of the model, where
+                `timesteps` may also be an array of them.
         """
         if use_original_steps:
             if timesteps is None:
@@ -338,10 +338,10 @@ class TableSampler(Sampler):
         count = len(self.ddim_timesteps)
         return self.ddim_timesteps[: int(min(timesteps / count, 1) * count) - 1]
 
-    def coefficients(
+    def read_tables(
         self, index: int, x: Tensor, use_original_steps: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ᾱ, ᾱ before, the deviation of new noise, and sqrt(1 - ᾱ): (B, 1, 1, 1) each."""
+        """Return ᾱ, ᾱ below, sigma of the added noise, and √(1 - ᾱ) for x, (B, 1, 1, 1) each."""
         if use_original_steps:
             tables: tuple[Tensor | np.ndarray, ...] = (
                 self.model.alphas_cumprod,
@@ -366,15 +366,16 @@ class TableSampler(Sampler):
     def draw_noise(
         self, x: Tensor, sigma: Tensor, repeat: bool, temperature: float, dropout: float
     ) -> Tensor:
-        """Draw the noise of a step; it is drawn even where sigma is 0."""
+        """Draw the noise that a step adds."""
+        # Also where sigma is 0, so that the draws after it are those of the original.
         noise = sigma * noise_like(x.shape, x.device, repeat) * temperature
         return F.dropout(noise, p=dropout) if dropout > 0 else noise
 
 
-def keep_known(
+def restore_masked(
     model: DiffusionModel, img: Tensor, x0: Tensor | None, mask: Tensor, t: Tensor
 ) -> Tensor:
-    """Replace img by x0, noised to timesteps t (B,), where the mask is 1."""
+    """Replace latents by x0 with the noise of timesteps t (B,), where the mask is 1."""
     if x0 is None:
         raise TypeError("a mask needs x0")
     return model.q_sample(x0, t) * mask + (1.0 - mask) * img
@@ -389,27 +390,32 @@ def correct_score(
     c: Condition,
     options: Mapping[str, object] | None,
 ) -> Tensor:
-    """Let a hook change the noise that an eps model predicts."""
+    """Apply a score corrector to the noise that an eps model predicts."""
     if model.parameterization != "eps":
         raise ValueError("a score corrector needs a model that predicts eps")
     return corrector.modify_score(model, e_t, x, t, c, **(options or {}))
 
 
-def unless_none(**keywords: Any) -> dict[str, Any]:
-    """Return the keywords that were given: overridden methods may not take the newer ones."""
+def drop_none(**keywords: Any) -> dict[str, Any]:
+    """Return the keywords that are not None: overridden methods may not take the newer ones."""
     return {name: value for name, value in keywords.items() if value is not None}
 
 
-def guided_output(
-    model: DiffusionModel, x: Tensor, t: Tensor, c: Condition, scale: float, uncond: Condition
+def apply_with_guidance(
+    apply_model: Callable[[Tensor, Tensor, Condition], Tensor],
+    x: Tensor,
+    t: Tensor,
+    c: Condition,
+    scale: float,
+    uncond: Condition,
 ) -> Tensor:
     """Return the output of a model, with classifier-free guidance unless `uncond` is None."""
     if uncond is None or scale == 1.0:
-        return model.apply_model(x, t, c)
+        return apply_model(x, t, c)
     # In one batch, the unconditional half first: programs that override `apply_model` rely on it.
-    both = model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), join_conditions(uncond, c))
-    negative, positive = both.chunk(2)
-    return negative + scale * (positive - negative)
+    outputs = apply_model(torch.cat([x] * 2), torch.cat([t] * 2), join_conditions(uncond, c))
+    uncond_output, cond_output = outputs.chunk(2)
+    return uncond_output + scale * (cond_output - uncond_output)
 
 
 def join_conditions(uncond: Condition, c: Condition) -> Condition:
@@ -419,5 +425,14 @@ def join_conditions(uncond: Condition, c: Condition) -> Condition:
     if isinstance(c, dict):
         return {key: join_conditions(uncond[key], value) for key, value in c.items()}
     if isinstance(c, list | tuple):
-        return [join_conditions(one, other) for one, other in zip(uncond, c, strict=True)]
+        return [join_conditions(*entries) for entries in zip(uncond, c, strict=True)]
     return torch.cat([uncond, c])
+
+
+def slice_condition(c: Condition, n: int) -> Condition:
+    """Return the first n samples of a condition, which may be a list of captions."""
+    if isinstance(c, Mapping):
+        return {key: slice_condition(value, n) for key, value in c.items()}
+    if isinstance(c, list) and all(isinstance(entry, Tensor) for entry in c):
+        return [entry[:n] for entry in c]
+    return c if c is None else c[:n]

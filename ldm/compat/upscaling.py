@@ -1,4 +1,4 @@
-"""The old `ldm.modules.diffusionmodules.upscaling`: noise augmentation of conditions."""
+"""`ldm.modules.diffusionmodules.upscaling` of the original: noise augmentation of conditions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from ldm.encoders.lowres import register_schedule
 
-__all__ = ["AbstractLowScaleModel", "ImageConcatWithNoiseAugmentation", "SimpleImageConcat"]
-
 
 class AbstractLowScaleModel(nn.Module):
-    """A condition in pixels, to which noise of a level can be added.
+    """Base class of noise augmentation.
 
     Args:
         noise_schedule_config: Keywords of `register_schedule`; None for no schedule.
@@ -53,18 +51,18 @@ class AbstractLowScaleModel(nn.Module):
         """Add noise of levels t (B,) to x_start (B, …).
 
         Args:
-            noise: None to draw it, from torch's global generator.
-            seed: Seeds that generator first.
+            noise: None draws it from torch's global generator.
+            seed: Seed of that generator; None to leave it.
         """
         if noise is None:
             if seed is not None:
                 torch.manual_seed(seed)
             noise = torch.randn_like(x_start)
-        scale, sigma = (
+        signal_scale, noise_scale = (
             table[t].view(-1, *[1] * (x_start.dim() - 1)).to(x_start.device)
             for table in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
         )
-        return scale * x_start + sigma * noise
+        return signal_scale * x_start + noise_scale * noise
 
     def forward(self, x: Tensor) -> Any:
         return x, None
@@ -74,7 +72,7 @@ class AbstractLowScaleModel(nn.Module):
 
 
 class SimpleImageConcat(AbstractLowScaleModel):
-    """No noise; the level is 0."""
+    """No noise augmentation: images unchanged, with level 0."""
 
     max_noise_level = 0
 
@@ -83,11 +81,11 @@ class SimpleImageConcat(AbstractLowScaleModel):
 
 
 class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
-    """Noise of a given or random level.
+    """Noise augmentation of a given or random level.
 
     Args:
         max_noise_level: Random levels are 0 … max_noise_level - 1.
-        to_cuda: Has no effect: levels are where the images are.
+        to_cuda: Ignored: levels are on the device of the images.
     """
 
     def __init__(
@@ -102,10 +100,7 @@ class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
     def forward(
         self, x: Tensor, noise_level: Tensor | None = None, seed: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return noised images and their levels (B,); without `noise_level` they are random."""
+        """Return noised images and their levels (B,); None draws the levels."""
         if noise_level is None:
-            noise_level = self.random_levels(x)
+            noise_level = torch.randint(0, self.max_noise_level, (len(x),), device=x.device)
         return self.q_sample(x, noise_level, seed=seed), noise_level
-
-    def random_levels(self, x: Tensor) -> Tensor:
-        return torch.randint(0, self.max_noise_level, (len(x),), device=x.device)

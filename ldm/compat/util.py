@@ -1,4 +1,4 @@
-"""`ldm.util` of the original: building from configs, small predicates, captions as images."""
+"""`ldm.util` of the original: objects from configs, predicates, captions as images."""
 
 import importlib
 import logging
@@ -17,12 +17,13 @@ log = logging.getLogger(__name__)
 def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any:
     """Call the class or function that `config["target"]` names, whatever it is.
 
-    Unlike `ldm.instantiate`, which knows a closed table of targets: use this only for configs that
+    `ldm.instantiate` has a closed table of targets instead: use this function only for configs that
     you would run as a program.
 
     Args:
-        config: Its `params` become keywords; of OmegaConf, too.
-        more: Further keywords.
+        config: A mapping or a node of OmegaConf; its `params` are the keywords. The strings
+            "__is_first_stage__" and "__is_unconditional__" give None.
+        more: Additional keywords.
     """
     if "target" not in config:
         if config in ("__is_first_stage__", "__is_unconditional__"):
@@ -33,7 +34,7 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """Import what a dotted name stands for."""
+    """Import an object by its dotted name; `reload` reloads its module first."""
     module, _, name = string.rpartition(".")
     if reload:
         importlib.reload(importlib.import_module(module))
@@ -81,23 +82,23 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
     Args:
         wh: Width and height of each image.
         xc: B captions, broken after int(40 * width / 256) characters.
-        size: Of the font, in pixels.
+        size: Font size in pixels.
 
     Returns:
         (B, 3, height, width) float64 in [-1, 1].
     """
     width, height = wh
-    length = int(40 * width / 256)
+    chars = int(40 * width / 256)
     font = ImageFont.load_default(size)
     images = []
     for caption in xc:
         image = Image.new("RGB", (width, height), color="white")
-        lines = [caption[i : i + length] for i in range(0, len(caption), length)]
+        lines = [caption[i : i + chars] for i in range(0, len(caption), chars)]
         ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
         images.append(np.array(image).transpose(2, 0, 1) / 127.5 - 1.0)
     return torch.tensor(np.stack(images))
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Leave a frozen module in its mode; takes the place of `train`."""
+    """Return a frozen module unchanged: replaces its method `train`."""
     return self

@@ -371,4 +371,4 @@ def test_patches_are_cut_and_joined_as_recorded(name):
     assert_recorded(file, "fold_uf_df", **outputs)
     assert_recorded(file, "delta_border_5x8", d=model.delta_border(5, 8))
     del model.split_input_params
-    assert not model.patches
+    assert not model.uses_patches
