@@ -137,7 +137,7 @@ def checkpoint(
 
 def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter to zero."""
-    return blocks.zero(module)
+    return blocks.zero_module(module)
 
 
 def scale_module(module: nn.Module, scale: float) -> nn.Module:

@@ -326,10 +326,10 @@ class UNetModel(Relabelled, unet.UNet):
         self.predict_codebook_ids = False
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
-        self.num_res_blocks = list(self._res_blocks)
+        self.num_res_blocks = list(self._level_blocks)
         # The sum of all blocks' channels: each level has n + 1 on the way down, the downsampling or
         # the middle block included, and as many on the way up.
-        per_level = zip(self.num_res_blocks, self._channels, strict=True)
+        per_level = zip(self.num_res_blocks, self._level_channels, strict=True)
         self._feature_size = self.model_channels + sum(
             2 * (blocks + 1) * channels for blocks, channels in per_level
         )

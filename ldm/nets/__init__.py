@@ -2,19 +2,21 @@
 
 Reading order; a file imports only from those before it, and from `ldm.runtime`:
 
-    cpu            layers on x86 CPUs, faster than torch's own
-    attention      attention(q, k, v), by the backend that fits
-    blocks         layers, norms, residual blocks, timestep embedding
-    transformer    self- and cross-attention of the UNet
-    unet           UNet
-    latent_upscaler    LatentUpscalerUNet
-    autoencoder    AutoencoderKL
-    tiny_autoencoder    TinyAutoencoder
-    karlo          prior of unCLIP models
+    cpu                     layers on x86 CPUs, faster than torch's own
+    attention               attention(q, k, v), by the backend that fits
+    circular                circular padding, for seamless images
+    blocks                  layers, norms, residual blocks, timestep embedding
+    transformer             self- and cross-attention of the UNet
+    perturbation, freeu     changes of the UNet's computation in one call
+    unet                    UNet
+    latent_upscaler         LatentUpscalerUNet
+    autoencoder             AutoencoderKL
+    tiny_autoencoder        TinyAutoencoder
+    karlo                   prior of unCLIP models
     discriminator, lpips    losses of the autoencoder
-    lora           LoRA of any of these
-    tiled          networks applied to tiles of a large image
-    circular       seamless images by circular padding
+    inception               features of FID
+    lora, lycoris           LoRA and other adapters of any of these
+    tiled                   networks applied to tiles of a large image
 
 Parameter names are the original's, so that published weights load unchanged. Networks take and
 return tensors: files, noise schedules and prompts belong to other packages.

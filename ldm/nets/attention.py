@@ -1,11 +1,12 @@
 """attention(q, k, v): one function, three backends, and the choice between them.
 
 "xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" computes the formula
-and allocates all N x M scores. The call, `set_backend` or the variable LDM_ATTENTION selects one;
-otherwise it is xformers if its kernel runs on this device and dtype, else SDPA.
+and allocates all N x M scores. The call, `set_backend` or the environment variable LDM_ATTENTION
+selects one, in this order; otherwise it is xformers if its kernel runs on this device and dtype,
+else SDPA.
 
-The fused kernels sum scores and softmax in float32. "math" casts q and k to float32 first, unless
-the variable ATTN_PRECISION is "fp16": float16 scores of SD 2.1 overflow.
+The fused kernels compute scores and softmax in float32. "math" casts q and k to float32 first, as
+float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is "fp16".
 """
 
 import functools
@@ -23,8 +24,8 @@ __all__ = ["BACKENDS", "attention", "set_backend"]
 
 BACKENDS = ("xformers", "sdpa", "math")
 
-TILE_BYTES = 1 << 20  # of scores per thread: fits the cache, while products stay large
-MIN_TILED_DIM = 40  # features per head; with fewer, products are mostly overhead
+TILE_BYTES = 1 << 20  # of scores per thread: fits into the cache, while products stay large
+MIN_TILED_HEAD_DIM = 40  # features per head; with fewer, products are mostly overhead
 
 _default_backend: str | None = None
 
@@ -52,7 +53,7 @@ def attention(
     if backend is None and mask is None:
         if _prefers_tiles(q):
             return _attend_in_tiles(q, k, v)
-        backend = "xformers" if _xformers_runs(q, k, v) else "sdpa"
+        backend = "xformers" if _can_use_xformers(q, k, v) else "sdpa"
     if backend == "math":
         return _attend_by_formula(q, k, v, mask)
     if backend == "xformers" and mask is None:
@@ -81,32 +82,34 @@ def _attend_by_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     with torch.autocast(q.device.type, enabled=False):
         scores: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, M)
         if mask is not None:
-            # Not -inf, which would make NaN of a row without keys; the original's number.
+            # As the original: -inf would give NaN where a query has no key.
             scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
         return scores.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
 
 
 def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute a few rows, or a few whole heads, of the scores at a time, to stay in cache."""
+    """Compute the scores of a few queries, or of a few whole heads, at a time, to stay in cache."""
     n, m = q.shape[-2], k.shape[-2]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])  # (B, heads, N, d)
+    # Written to a new, contiguous tensor: the product itself would have the strides of q.
     q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=q.dtype))
-    q, k, v, flat = (x.flatten(0, 1) for x in (q, k, v, out))  # (B heads, N or M, d)
-    k = k.transpose(1, 2)
-    rows = max(1, TILE_BYTES * torch.get_num_threads() // (m * q.element_size()))
-    heads = max(1, rows // n)
-    for i in range(0, len(q), heads):
-        some = slice(i, i + heads)
-        for j in range(0, n, rows):
-            scores = torch.bmm(q[some, j : j + rows], k[some]).softmax(-1)
-            torch.bmm(scores, v[some], out=flat[some, j : j + rows])
+    q, k, v, flat_out = (x.flatten(0, 1) for x in (q, k, v, out))  # (B heads, N or M, d)
+    k = k.transpose(1, 2)  # (B heads, d, M)
+    queries = max(1, TILE_BYTES * torch.get_num_threads() // (m * q.element_size()))
+    heads = max(1, queries // n)
+    for first_head in range(0, len(q), heads):
+        h = slice(first_head, first_head + heads)
+        for first_query in range(0, n, queries):
+            i = slice(first_query, first_query + queries)
+            scores = torch.bmm(q[h, i], k[h]).softmax(-1)  # (heads, queries, M)
+            torch.bmm(scores, v[h], out=flat_out[h, i])
     return out
 
 
 def _prefers_tiles(q: Tensor) -> bool:
     # On CPUs without AMX, SDPA computes bfloat16 in float32: tiles take two thirds of its time.
-    is_wide = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_DIM
-    return is_wide and cpu.applies(q) and not has_amx()
+    pays = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_HEAD_DIM
+    return pays and cpu.applies(q) and not has_amx()
 
 
 def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,18 +123,20 @@ def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)  # (B, heads, N, d)
 
 
-def _xformers_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _can_use_xformers(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not q.is_cuda or torch.compiler.is_compiling():
         return False
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _xformers_probe(q.device, q.dtype, q.shape[-1], needs_grad)
+    return _probe_xformers(q.device, q.dtype, q.shape[-1], needs_grad)
 
 
 @functools.cache
-def _xformers_probe(device: torch.device, dtype: torch.dtype, d: int, needs_grad: bool) -> bool:
-    """Return whether the kernel runs on a small input; being installed is not enough."""
+def _probe_xformers(
+    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> bool:
+    """Return whether the kernel runs on a small input: it may be installed for another GPU."""
     with torch.enable_grad():
-        x = torch.zeros(1, 1, 16, d, device=device, dtype=dtype, requires_grad=needs_grad)
+        x = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype, requires_grad=needs_grad)
         try:
             out = _attend_by_xformers(x, x, x)
             if needs_grad:

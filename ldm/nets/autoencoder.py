@@ -34,8 +34,8 @@ class Layout:
     Level i has ch * ch_mult[i] channels, and maps downscaled by 2 ** i.
     """
 
-    ch: int
-    z_channels: int  # between encoder and decoder
+    ch: int  # channels of the first convolution, a multiple of 32
+    z_channels: int  # of the decoder's input; the encoder returns twice as many
     num_res_blocks: int  # per level of the encoder; the decoder has one more
     resolution: int = 256  # side of the images, in pixels, that attn_resolutions refers to
     in_channels: int = 3
@@ -67,7 +67,7 @@ class Layout:
         return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
 
     @classmethod
-    def read(cls, ddconfig: Mapping[str, Any]) -> "Layout":
+    def from_ddconfig(cls, ddconfig: Mapping[str, Any]) -> "Layout":
         """Build the layout from a `ddconfig`, whose keys are checked."""
         names = [field.name for field in dataclasses.fields(cls)]
         check_names("parameter", ddconfig, names, where="ddconfig")
@@ -97,15 +97,22 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw a sample mean + std * noise, (B, C, h, w).
 
-        Noise is float32 on the generator's device (CPU for None), so that it does not depend on
-        dtype and device of the model.
+        Noise is drawn in float32 on the generator's device, so that it does not depend on dtype and
+        device of the model.
+
+        Args:
+            generator: Random generator; None for torch's global one of the CPU.
         """
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Compute the KL divergence from the standard normal, (B,), in nats; 0 if deterministic."""
+        """Compute KL(self || N(0, 1)) in nats, (B,); 0, (1,), if deterministic.
+
+        1/2 sum of (std² + mean² - 1 - log std²); Kingma and Welling 2013 (arXiv:1312.6114),
+        appendix B.
+        """
         if self.deterministic:
             return torch.zeros(1, device=self.mean.device)
         terms = 0.5 * (self.logvar.exp() + self.mean**2 - 1.0 - self.logvar)
@@ -113,7 +120,10 @@ class DiagonalGaussian:
 
 
 class ResnetBlock(CheckpointedLayer):
-    """Twice norm, SiLU and conv; plus the input (by a 1x1 convolution if channels change)."""
+    """Twice norm, SiLU and conv; plus the input, by a 1x1 convolution if channels change.
+
+    The residual block of the UNet, without a time embedding.
+    """
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -184,11 +194,11 @@ class Level(Layer):
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels=n_in, out_channels=n_out, dropout=layout.dropout)
-            for n_in, n_out in itertools.pairwise(channels)
+            ResnetBlock(in_channels=in_channels, out_channels=out_channels, dropout=layout.dropout)
+            for in_channels, out_channels in itertools.pairwise(channels)
         )
-        attn = channels[1:] if layout.has_attention(level) else []
-        self.attn = nn.ModuleList(AttnBlock(n) for n in attn)
+        attn_channels = channels[1:] if layout.has_attention(level) else []
+        self.attn = nn.ModuleList(AttnBlock(n) for n in attn_channels)
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
         if downsample:
@@ -230,10 +240,12 @@ class Encoder(Layer):
             Level(
                 layout=layout,
                 level=level,
-                channels=[n_in] + [n_out] * layout.num_res_blocks,
+                channels=[in_channels] + [out_channels] * layout.num_res_blocks,
                 downsample=level < len(channels) - 1,
             )
-            for level, (n_in, n_out) in enumerate(itertools.pairwise([layout.ch, *channels]))
+            for level, (in_channels, out_channels) in enumerate(
+                itertools.pairwise([layout.ch, *channels])
+            )
         )
         self.mid = Middle(channels[-1], layout)
         self.norm_out = GroupNorm(channels[-1], eps=EPS)
@@ -261,10 +273,12 @@ class Decoder(Layer):
             Level(
                 layout=layout,
                 level=level,
-                channels=[n_in] + [n_out] * (layout.num_res_blocks + 1),
+                channels=[in_channels] + [out_channels] * (layout.num_res_blocks + 1),
                 upsample=level > 0,
             )
-            for level, (n_out, n_in) in enumerate(itertools.pairwise([*channels, channels[-1]]))
+            for level, (out_channels, in_channels) in enumerate(
+                itertools.pairwise([*channels, channels[-1]])
+            )
         )
         self.norm_out = GroupNorm(channels[0], eps=EPS)
         self.conv_out = Conv2d(channels[0], layout.out_ch, 3, padding=1)
@@ -298,7 +312,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
-        layout = Layout.read(ddconfig)
+        layout = Layout.from_ddconfig(ddconfig)
         self.layout = layout
         self.embed_dim = embed_dim
         self.in_channels = layout.in_channels
@@ -332,7 +346,11 @@ class AutoencoderKL(nn.Module):
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Return reconstructions from posterior samples, and the posterior."""
+        """Return reconstructions (B, 3, H, W) from posterior samples, and the posterior.
+
+        Args:
+            generator: Random generator of the samples; None for torch's global one.
+        """
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior
 
@@ -344,7 +362,10 @@ class PixelSpace(nn.Module):
     downscale = 1
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Return a distribution that has the image (B, 3, H, W) as its only sample."""
+        # The second half, the log variance, is not used.
         return DiagonalGaussian(torch.cat([image, image], dim=1), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:
+        """Return z."""
         return z

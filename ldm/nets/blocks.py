@@ -43,11 +43,15 @@ class CheckpointedLayer(Layer):
 
 
 class Linear(nn.Linear, Layer):
+    """torch's layer, computed by `ldm.nets.cpu` on CPUs."""
+
     def forward(self, x: Tensor) -> Tensor:
         return cpu.linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d, Layer):
+    """A convolution that wraps around the edges within `circular_padding`."""
+
     stride: tuple[int, int]
     padding: str | tuple[int, int]
     dilation: tuple[int, int]
@@ -55,8 +59,10 @@ class Conv2d(nn.Conv2d, Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not circular_axes() or self.padding == (0, 0):
             return cpu.conv2d(x, self)
+        # x is wrapped by whole strides, which keeps the output pixels in place. The layer pads by
+        # zeros beyond that: output pixels that see them, `excess` at each side, are cut off.
         stride, padding = self.stride[0], int(self.padding[0])
-        excess = -(-padding // stride)  # pixels of the output at each side that are cut off
+        excess = math.ceil(padding / stride)
         return crop(cpu.conv2d(wrap(x, excess * stride), self), excess)
 
 
@@ -67,6 +73,7 @@ class DoublingConv2d(Conv2d):
         """Convolve `upsample_nearest(x, size)`, for x (B, C, h, w)."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
+            # One circular pixel of x is two of the output (see Conv2d for the reason to cut them).
             return crop(cpu.conv2d_doubled(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
         return super().forward(upsample_nearest(x, size))
 
@@ -97,7 +104,7 @@ class GroupNorm(nn.GroupNorm, Layer):
         return y.to(x.dtype)
 
 
-def zero(module: nn.Module) -> nn.Module:
+def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter to zero, so that a residual block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -118,9 +125,11 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
 
 
 def upsample_nearest(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """Upsample x (B, C, h, w) by 2, nearest neighbor, and crop to `size` (height, width).
+    """Upsample x (B, C, h, w) by 2, nearest neighbor.
 
-    Odd sides are rounded up when halved, so that doubling them gives one pixel too many.
+    Args:
+        size: (height, width) to crop to: odd sides are rounded up when halved, so that doubling
+            gives one pixel too many. None for 2h x 2w.
     """
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
     return x if size is None else x[..., : size[0], : size[1]]
@@ -197,7 +206,7 @@ class ResBlock(CheckpointedLayer):
             GroupNorm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero(Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection: nn.Module = nn.Identity()
         if out_channels != channels:

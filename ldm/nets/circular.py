@@ -2,7 +2,6 @@
 
 with circular_padding("x"):
     z = unet(…)     # the first column is next to the last one
-
 """
 
 from collections.abc import Iterator
@@ -28,17 +27,17 @@ def circular_axes() -> frozenset[str]:
 
 
 @contextmanager
-def circular_padding(tiling: str, *, only: bool = False) -> Iterator[None]:
+def circular_padding(tiling: str, *, replace: bool = False) -> Iterator[None]:
     """Make convolutions circular within the context.
 
     Args:
         tiling: "x", "y", "xy" or "none".
-        only: Whether to replace the axes of an enclosing context; otherwise they are added.
+        replace: Whether to replace the axes of an enclosing context, instead of adding to them.
     """
     axes = frozenset(() if tiling == "none" else tiling)
     if not axes <= DIMS.keys():
         raise ArgumentError(f"unknown tiling `{tiling}`, choose none, x, y or xy", "tiling")
-    token = _axes.set(axes if only else axes | _axes.get())
+    token = _axes.set(axes if replace else axes | _axes.get())
     try:
         yield
     finally:
@@ -55,7 +54,7 @@ def wrap(x: Tensor, padding: int) -> Tensor:
 
 
 def crop(x: Tensor, padding: int) -> Tensor:
-    """Remove the padding of `wrap`."""
+    """Remove `padding` pixels from both sides of x (B, C, h, w) along circular axes."""
     for axis in circular_axes():
         x = x.narrow(DIMS[axis], padding, x.shape[DIMS[axis]] - 2 * padding)
     return x
@@ -69,7 +68,7 @@ def pad_reflect(x: Tensor, padding: int) -> Tensor:
 
 
 def pad_end(x: Tensor) -> Tensor:
-    """Pad a column at the right and a row at the bottom, circularly or by zeros."""
+    """Pad x (B, C, h, w) by a column at the right and a row at the bottom, circular or zeros."""
     for axis, pad in {"x": (0, 1), "y": (0, 0, 0, 1)}.items():
         if axis in circular_axes():
             x = torch.cat([x, x.narrow(DIMS[axis], 0, 1)], dim=DIMS[axis])

@@ -11,7 +11,7 @@ from ldm.nets.blocks import Layer
 
 __all__ = ["PatchDiscriminator"]
 
-MAX_MULT = 8  # of `channels`
+MAX_MULT = 8  # largest number of channels, as a multiple of the first layer's
 SLOPE = 0.2  # of LeakyReLU
 
 
@@ -20,7 +20,7 @@ class PatchDiscriminator(Layer):
 
     Args:
         in_channels: Channels of the image.
-        channels: Channels of the first convolution; later ones have up to MAX_MULT times as many.
+        channels: Channels of the first convolution.
         layers: Number of convolutions with stride 2.
     """
 
@@ -28,20 +28,20 @@ class PatchDiscriminator(Layer):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
-        sizes = [channels * min(2**n, MAX_MULT) for n in range(layers + 1)]
+        widths = [channels * min(2**n, MAX_MULT) for n in range(layers + 1)]
         main: list[nn.Module] = [
             nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
             nn.LeakyReLU(SLOPE, inplace=True),
         ]
-        for n, (n_in, n_out) in enumerate(itertools.pairwise(sizes), start=1):
+        for n, (width, next_width) in enumerate(itertools.pairwise(widths), start=1):
             stride = 2 if n < layers else 1
             main += [
-                nn.Conv2d(n_in, n_out, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(n_out),
+                nn.Conv2d(width, next_width, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(next_width),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
-        self.main = nn.Sequential(*main, nn.Conv2d(sizes[-1], 1, 4, padding=1))
-        for layer in self.main:
+        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for layer in self.main:  # initialized as by Isola et al.
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
             elif isinstance(layer, nn.BatchNorm2d):

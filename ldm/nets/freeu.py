@@ -1,7 +1,7 @@
-"""FreeU: rescale the two inputs of the UNet's output blocks (arXiv:2309.11497).
+"""FreeU: rescale the two inputs of the UNet's output blocks.
 
 Half of the backbone's channels are multiplied by b, the lowest frequencies of the skip connection
-by s.
+by s. Si et al. 2023 (arXiv:2309.11497).
 """
 
 import math
@@ -16,11 +16,15 @@ __all__ = ["FreeU"]
 
 @dataclass(frozen=True)
 class FreeU:
-    """Factors (b, s) of each output block; None leaves the block unchanged."""
+    """Rescales the inputs of output blocks, `freeu(index, h, skip)`.
+
+    Args:
+        factors: (b, s) of each output block; None leaves the block unchanged.
+        by_mean: Whether the backbone's factor grows with the mean over channels, from 1 at its
+            minimum in a sample to b at its maximum (version 2); else it is b everywhere.
+    """
 
     factors: Sequence[tuple[float, float] | None]
-    # Whether the backbone's factor grows with the mean over channels, from 1 at its minimum in a
-    # sample to b at its maximum (version 2); else it is b everywhere.
     by_mean: bool = False
 
     def __call__(self, index: int, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,22 +57,22 @@ def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     if factor == 1:
         return x
     height, width = x.shape[-2:]
-    rows, columns = (_waves(n, x.device) for n in (height, width))  # (3, h), (3, w)
+    rows, columns = _make_waves(height, x.device), _make_waves(width, x.device)  # (3, h), (3, w)
     # Autocast would sum over all positions in half precision.
     with torch.autocast(x.device.type, enabled=False):
         product = rows @ x.float() @ columns.T  # (B, C, 3, 3)
         # sin a = sin y cos y' - cos y sin y': rotate (cos, sin) by 90° along both axes.
-        turned = torch.zeros_like(product)
-        turned[..., 1, 1], turned[..., 2, 2] = product[..., 2, 2], product[..., 1, 1]
-        turned[..., 1, 2], turned[..., 2, 1] = -product[..., 2, 1], -product[..., 1, 2]
-        low = rows.T @ (product - turned) @ columns / (height * width)
+        rotated = torch.zeros_like(product)
+        rotated[..., 1, 1], rotated[..., 2, 2] = product[..., 2, 2], product[..., 1, 1]
+        rotated[..., 1, 2], rotated[..., 2, 1] = -product[..., 2, 1], -product[..., 1, 2]
+        low = rows.T @ (product - rotated) @ columns / (height * width)
         return (x.float() + (factor - 1) * low).to(x.dtype)
 
 
-def _waves(n: int, device: torch.device) -> Tensor:
+def _make_waves(n: int, device: torch.device) -> Tensor:
     """Return 1, cos and sin of frequency -1 at n positions, (3, n) float32.
 
-    A single position has one frequency only.
+    A single position has the frequency 0 only: there cos and sin are 0.
     """
     phase = torch.arange(n, device=device) * (2 * math.pi / n)
     waves = torch.stack([torch.ones_like(phase), phase.cos(), phase.sin()])

@@ -17,15 +17,20 @@ __all__ = ["INCEPTION_FEATURES", "INCEPTION_SIDE", "Inception"]
 
 INCEPTION_FEATURES = 2048
 INCEPTION_SIDE = 299  # of the input image, in pixels
-EPS = 1e-3
+EPS = 1e-3  # of batch norms, as in TensorFlow
 
 
 class Conv(NamedTuple):
-    """A convolution of a branch; "same" padding with stride 1, none with stride 2."""
+    """A convolution of a branch; "same" padding with stride 1, none with stride 2.
 
-    name: str  # attribute name in the block
+    Args:
+        name: Attribute name in the block.
+        kernel: (height, width).
+    """
+
+    name: str
     out_channels: int
-    kernel: tuple[int, int] = (1, 1)  # (height, width)
+    kernel: tuple[int, int] = (1, 1)
     stride: int = 1
 
 
@@ -33,7 +38,12 @@ Pool = Callable[[Tensor], Tensor]
 
 
 class Branch(NamedTuple):
-    """A branch of a block: an optional pool, then steps of one or two parallel convolutions."""
+    """A branch of a block.
+
+    Args:
+        steps: One or two parallel convolutions each, run one step after the other.
+        pool: Run before the steps; None for none.
+    """
 
     steps: Sequence[tuple[Conv, ...]]
     pool: Pool | None = None
@@ -139,6 +149,7 @@ def _pool_then_conv(pool: Pool, out_channels: int) -> Branch:
     return Branch([(Conv("branch_pool", out_channels),)], pool)
 
 
+# Blocks A to E, as torchvision's InceptionA to InceptionE.
 BLOCK_B = [
     _chain(Conv("branch3x3", 384, (3, 3), 2)),
     _chain(

@@ -30,6 +30,8 @@ class Prior(Layer):
         clip_dim: Features D of embeddings and text tokens.
         text_ctx: Number N of text tokens.
         xf_width: Features W of the transformer's tokens.
+        xf_layers, xf_heads: Numbers of its blocks and of their attention heads.
+        xf_final_ln: Whether a norm follows the last block.
     """
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"text_drop"})
@@ -79,7 +81,7 @@ class Prior(Layer):
             self.text_emb_proj(y.to(self.dtype))[:, None],  # (B, 1, W)
             self.time_embed(t)[:, None],
             self.clip_img_proj(x.to(self.dtype))[:, None],
-            self.prd_emb.expand(len(x), -1, -1),
+            self.prd_emb.expand(len(x), -1, -1),  # the learned query
         ]
         h = torch.cat(tokens, dim=1) + self.positional_embedding  # (B, N + 4, W)
         mask = _attention_mask(context, h.shape[1])  # (B, 1, N + 4, N + 4)
@@ -104,7 +106,7 @@ class PriorBlock(Layer):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        qkv = self.attn["c_qkv"](self.ln_1(x))  # (B, N, 3 W), head by head
+        qkv = self.attn["c_qkv"](self.ln_1(x))  # (B, N, 3 W): q, k, v of the first head, …
         q, k, v = rearrange(qkv, "b n (h three d) -> three b h n d", three=3, h=self.heads)
         y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")  # (B, N, W)
         x = x + self.attn["c_proj"](y)
@@ -115,7 +117,6 @@ class PriorBlock(Layer):
 def _attention_mask(context: Tensor, length: int) -> Tensor:
     """Build a mask (B, 1, N, N): tokens attend to themselves and to earlier non-padding ones."""
     visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
-    square = torch.ones(length, length, dtype=torch.bool, device=context.device)
-    return (visible[:, None, None] & square.tril()) | torch.eye(
-        length, dtype=torch.bool, device=context.device
-    )
+    ones = torch.ones(length, length, dtype=torch.bool, device=context.device)
+    causal, diagonal = ones.tril(), torch.eye(length, dtype=torch.bool, device=context.device)
+    return (visible[:, None, None] & causal) | diagonal

@@ -85,7 +85,7 @@ class LatentUpscalerUNet(Layer):
 
     @property
     def uses_noise_level(self) -> bool:
-        """Whether the low-res noise level has an effect, which it has not in diffusers' weights."""
+        """Whether the low-res noise level has an effect: in diffusers' weights it has none."""
         return bool(self.low_res_noise_embed.weight.any())
 
     def forward(
@@ -122,21 +122,21 @@ class LatentUpscalerUNet(Layer):
                 f"latent of {sides[0]} x {sides[1]} does not fit this UNet, sides must be "
                 f"multiples of {multiple} from {2 * multiple}"
             )
-        pooled, level = y[:, :-1], y[:, -1]
-        noise = self.low_res_noise_embed(level.float().log1p())
+        pooled, low_res_sigma = y[:, :-1], y[:, -1]
+        noise_level = self.low_res_noise_embed(low_res_sigma.float().log1p())
         out = self.inner_model(
             x.to(self.dtype),
             timesteps,
-            torch.cat([noise, pooled.float()], dim=1).to(self.dtype),
+            torch.cat([noise_level, pooled.float()], dim=1).to(self.dtype),
             context.to(self.dtype),
             context_mask,
         )
-        n = self.out_channels
-        return out[:, :n].to(x.dtype).contiguous(), out[:, n:].float().mean((1, 2, 3))
+        prediction, log_variance = out[:, : self.out_channels], out[:, self.out_channels :]
+        return prediction.to(x.dtype).contiguous(), log_variance.float().mean((1, 2, 3))
 
 
 class FourierFeatures(Layer):
-    """Numbers (B,) -> [cos 2π f x | sin 2π f x], (B, features) float32, of fixed frequencies f."""
+    """x (B,) -> [cos 2π f x | sin 2π f x], (B, features) float32; f are fixed, from a normal."""
 
     weight: Tensor
 
@@ -154,20 +154,23 @@ class _InnerModel(Layer):
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
-        first, features = config.channels[0], config.mapping_out
-        self.timestep_embed = FourierFeatures(features)
-        self.mapping_cond = Linear(config.mapping_cond_dim, features, bias=False)
+        channels, emb_channels = config.channels[0], config.mapping_out
+        self.timestep_embed = FourierFeatures(emb_channels)
+        self.mapping_cond = Linear(config.mapping_cond_dim, emb_channels, bias=False)
         self.mapping = nn.Sequential(
-            Linear(features, features), nn.GELU(), Linear(features, features), nn.GELU()
+            Linear(emb_channels, emb_channels),
+            nn.GELU(),
+            Linear(emb_channels, emb_channels),
+            nn.GELU(),
         )
-        self.proj_in = Conv2d(config.input_channels + config.unet_cond_dim, first, 1)
+        self.proj_in = Conv2d(config.input_channels + config.unet_cond_dim, channels, 1)
         self.u_net = _Levels(config)
-        self.proj_out = Conv2d(first, config.out_channels + config.has_variance, 1)
+        self.proj_out = Conv2d(channels, config.out_channels + config.has_variance, 1)
 
     def forward(
-        self, x: Tensor, time: Tensor, vector: Tensor, context: Tensor, mask: Tensor | None
+        self, x: Tensor, timesteps: Tensor, vector: Tensor, context: Tensor, mask: Tensor | None
     ) -> Tensor:
-        emb = self.timestep_embed(time).to(vector.dtype) + self.mapping_cond(vector)
+        emb = self.timestep_embed(timesteps).to(vector.dtype) + self.mapping_cond(vector)
         emb = self.mapping(emb)  # (B, mapping_out)
         return self.proj_out(self.u_net(self.proj_in(x), emb, context, mask))
 
@@ -177,26 +180,26 @@ class _Levels(Layer):
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
-        downs, ups = [], []
+        d_blocks, u_blocks = [], []
         for level, channels in enumerate(config.channels):
-            above = config.channels[max(0, level - 1)]
+            above = config.channels[max(0, level - 1)]  # channels of the level above
             depth, is_last = config.depths[level], level == len(config.channels) - 1
             ins, outs = [above] + [channels] * (depth - 1), [channels] * depth
-            down = _build_layers(config, level, ins, outs)
-            downs.append(nn.ModuleList([FIRDown() if level else nn.Identity(), *down]))
+            layers = _build_layers(config, level, ins, outs)
+            d_blocks.append(nn.ModuleList([FIRDown() if level else nn.Identity(), *layers]))
             ins, outs = [channels] * depth, [*[channels] * (depth - 1), above]
             ins[0] *= 1 if is_last else 2  # with the skip connection
-            up = _build_layers(config, level, ins, outs)
-            ups.append(nn.ModuleList([*up, FIRUp() if level else nn.Identity()]))
-        self.d_blocks = nn.ModuleList(downs)
-        self.u_blocks = nn.ModuleList(reversed(ups))
+            layers = _build_layers(config, level, ins, outs)
+            u_blocks.append(nn.ModuleList([*layers, FIRUp() if level else nn.Identity()]))
+        self.d_blocks = nn.ModuleList(d_blocks)
+        self.u_blocks = nn.ModuleList(reversed(u_blocks))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
         for level in self.d_blocks:
             x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i)
             skips.append(x)
-        skips.pop()
+        skips.pop()  # of the last level, whose output the first level up takes as its input
         for i, level in enumerate(self.u_blocks):
             x = torch.cat([x, skips.pop()], dim=1) if i else x
             x = _run_level(level, x, emb, context, mask)
@@ -206,15 +209,23 @@ class _Levels(Layer):
 def _build_layers(
     config: LatentUpscalerUNet, level: int, ins: Sequence[int], outs: Sequence[int]
 ) -> list[nn.Module]:
-    """Build the layers of one level, down or up: residual blocks, each with its attention."""
+    """Build the layers of one level, down or up: residual blocks, each with its attention.
+
+    Args:
+        ins, outs: Input and output channels of each residual block.
+    """
     layers: list[nn.Module] = []
-    emb, rate = config.mapping_out, config.dropout_rate
+    emb_channels, hidden_channels = config.mapping_out, config.channels[level]
     for in_channels, out_channels in zip(ins, outs, strict=True):
-        layers.append(ResidualBlock(emb, in_channels, config.channels[level], out_channels, rate))
+        layers.append(
+            ResidualBlock(
+                emb_channels, in_channels, hidden_channels, out_channels, config.dropout_rate
+            )
+        )
         if config.self_attn_depths[level]:
-            layers.append(SelfAttention(emb, out_channels))
+            layers.append(SelfAttention(emb_channels, out_channels))
         if config.cross_attn_depths[level]:
-            layers.append(TextAttention(emb, out_channels, config.cross_cond_dim))
+            layers.append(TextAttention(emb_channels, out_channels, config.cross_cond_dim))
     return layers
 
 
@@ -248,17 +259,22 @@ class ResidualBlock(Layer):
     """Twice norm, GELU and 3x3 convolution; plus the input."""
 
     def __init__(
-        self, emb_channels: int, in_channels: int, channels: int, out_channels: int, dropout: float
+        self,
+        emb_channels: int,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.main = nn.Sequential(
             AdaGroupNorm(emb_channels, in_channels),
             nn.GELU(),
-            Conv2d(in_channels, channels, 3, padding=1),
+            Conv2d(in_channels, hidden_channels, 3, padding=1),
             nn.Dropout(dropout),
-            AdaGroupNorm(emb_channels, channels),
+            AdaGroupNorm(emb_channels, hidden_channels),
             nn.GELU(),
-            Conv2d(channels, out_channels, 3, padding=1),
+            Conv2d(hidden_channels, out_channels, 3, padding=1),
             nn.Dropout(dropout),
         )
         self.skip: nn.Module = nn.Identity()
@@ -284,7 +300,7 @@ class SelfAttention(Layer):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         qkv = self.qkv_proj(self.norm_in(x, emb)).chunk(3, dim=1)  # (B, C, h, w) each
-        q, k, v = (_split_heads(part.flatten(2).mT) for part in qkv)
+        q, k, v = (_split_heads(y.flatten(2).mT) for y in qkv)  # (B, heads, h w, d) each
         return x + self.out_proj(_join_heads(attention(q, k, v), x))
 
 
@@ -313,11 +329,12 @@ class FIRDown(Layer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("kernel", _fir_kernel(1.0))
+        self.register_buffer("kernel", _make_fir_kernel(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(pad_reflect(x, 1), weight, stride=2, groups=x.shape[1])
+        channels = x.shape[1]
+        weight = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
+        return F.conv2d(pad_reflect(x, 1), weight, stride=2, groups=channels)
 
 
 class FIRUp(Layer):
@@ -327,17 +344,17 @@ class FIRUp(Layer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("kernel", _fir_kernel(2.0))
+        self.register_buffer("kernel", _make_fir_kernel(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[1]
-        weight = self.kernel.to(x.dtype).expand(n, 1, 4, 4)
-        return F.conv_transpose2d(pad_reflect(x, 1), weight, stride=2, padding=3, groups=n)
+        channels = x.shape[1]
+        weight = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
+        return F.conv_transpose2d(pad_reflect(x, 1), weight, stride=2, padding=3, groups=channels)
 
 
-def _fir_kernel(gain: float) -> Tensor:
+def _make_fir_kernel(gain: float) -> Tensor:
     """Return the filter (4, 4), whose taps sum to `gain` along each axis."""
-    # on the CPU, as the filter needs values even if the weights are on the meta device
+    # On the CPU, as the filter needs values even if the weights are on the meta device.
     taps = torch.tensor(FIR, dtype=torch.float32, device="cpu")
     return torch.outer(taps, taps) * (gain / sum(FIR)) ** 2
 

@@ -3,8 +3,8 @@
     attached   y = layer(x) + strength * alpha / rank * up(down(x))     trainable, removable
     merged     W <- W + strength * alpha / rank * up down               no cost at run time
 
-Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.14859), LoCon. Other
-kinds, which can only be merged, are in `lycoris`.
+Hu et al. 2021 (arXiv:2106.09685), section 4.1; of convolutions, LoCon: Yeh et al. 2023
+(arXiv:2309.14859). Other adapters, which can only be merged, are in `lycoris`.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero
+from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero_module
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
@@ -25,20 +25,26 @@ __all__ = [
     "merge_changes", "sum_additions",
 ]  # fmt: skip
 
-PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower
+PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower, (C_in, C_out)
 
 
 class Target(NamedTuple):
-    """A weight to change, or the third of a fused `in_proj_weight` for q, k or v."""
+    """A parameter to change, or the third of a fused `in_proj_weight` for q, k or v.
 
-    # A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
+    Args:
+        layer: A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
+        qkv_index: 0 for queries, 1 for keys, 2 for values; None for the whole parameter.
+        name: "weight", "bias", or PROJECTION, which is stored transposed.
+    """
+
     layer: nn.Module
-    part: int | None = None  # 0 for queries, 1 keys, 2 values; None for the whole weight
-    name: str = "weight"  # of the parameter; or "bias", or PROJECTION, which is stored transposed
+    qkv_index: int | None = None
+    name: str = "weight"
 
     @property
     def parameter(self) -> str:
-        return self.name if self.part is None else f"in_proj_{self.name}"
+        """Name of the parameter in the layer."""
+        return self.name if self.qkv_index is None else f"in_proj_{self.name}"
 
     @property
     def weight(self) -> Tensor:
@@ -46,7 +52,7 @@ class Target(NamedTuple):
         weight = self.layer.get_parameter(self.parameter)
         if self.name == PROJECTION:
             return weight.T
-        return weight if self.part is None else weight.chunk(3)[self.part]
+        return weight if self.qkv_index is None else weight.chunk(3)[self.qkv_index]
 
     @torch.no_grad()
     def replace(self, value: Tensor) -> None:
@@ -63,14 +69,18 @@ class Target(NamedTuple):
 
 
 class WeightChange(ABC):
-    """A change of one weight by a LoRA or a LyCORIS adapter."""
+    """A change of one weight by a LoRA or a LyCORIS adapter.
+
+    Attributes:
+        strength: Factor of the whole change, set by the user; 1 as trained.
+    """
 
     target: Target
-    strength: float  # factor of the whole change, set by the user
+    strength: float
 
     @abstractmethod
     def change_weight(self, weight: Tensor) -> Tensor:
-        """Return the changed weight of the given one, both float32."""
+        """Return the changed weight, (C_out, C_in, …); both are float32."""
 
 
 class Addition(WeightChange):
@@ -87,33 +97,33 @@ class Addition(WeightChange):
 class LoRALayer(nn.Module, Addition):
     """A low-rank addition to one layer, initially zero.
 
-    Attributes:
-        alpha: Scale of the addition, relative to the rank; None for the rank, that is a scale of 1.
+    Args:
+        alpha: Scale of the addition relative to the rank, see `scale`; None for `rank`.
     """
 
     alpha: Tensor
 
     def __init__(self, target: Target, rank: int, alpha: float | None = None) -> None:
         super().__init__()
-        features, channels, *kernel = target.weight.shape
+        out_channels, in_channels, *kernel_size = target.weight.shape
         self.lora_down: Conv2d | Linear
         self.lora_up: Conv2d | Linear
-        if kernel:
+        if kernel_size:
             conv = cast(Conv2d, target.layer)
             self.lora_down = Conv2d(
-                channels,
+                in_channels,
                 rank,
-                (kernel[0], kernel[1]),
+                (kernel_size[0], kernel_size[1]),
                 stride=conv.stride,
                 padding=conv.padding,
                 dilation=conv.dilation,
                 bias=False,
             )
-            self.lora_up = Conv2d(rank, features, 1, bias=False)
+            self.lora_up = Conv2d(rank, out_channels, 1, bias=False)
         else:
-            self.lora_down = Linear(channels, rank, bias=False)
-            self.lora_up = Linear(rank, features, bias=False)
-        zero(self.lora_up)
+            self.lora_down = Linear(in_channels, rank, bias=False)
+            self.lora_up = Linear(rank, out_channels, bias=False)
+        zero_module(self.lora_up)
         self.register_buffer("alpha", torch.tensor(float(rank if alpha is None else alpha)))
         self.target = target
         self.rank = rank
@@ -138,14 +148,18 @@ class LoRALayer(nn.Module, Addition):
         """Return the layer's output plus the addition, as a forward hook of the layer."""
         x = upsample_nearest(*args) if isinstance(layer, DoublingConv2d) else args[0]
         y: Tensor = self(x.to(self.lora_down.weight.dtype)).to(output.dtype)
-        if self.target.part is not None:
-            part, features = self.target.part, y.shape[-1]
-            y = F.pad(y, (part * features, (2 - part) * features))  # (B, N, 3 C_out)
+        index, channels = self.target.qkv_index, y.shape[-1]
+        if index is not None:
+            y = F.pad(y, (index * channels, (2 - index) * channels))  # (B, N, 3 C_out)
         return output + y
 
 
 class LoRA(nn.ModuleDict):
-    """The layers of one LoRA by name; its state dict has the keys of kohya's files."""
+    """The layers of one LoRA by name; its state dict has the keys of kohya's files.
+
+    Attributes:
+        hooks: Of the target layers, while attached.
+    """
 
     def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
         super().__init__(layers)
@@ -160,7 +174,9 @@ class LoRA(nn.ModuleDict):
         for lora in self.layers.values():
             target = lora.target
             lora.to(target.weight.device)
-            layer = target.layer if target.part is None else target.layer.get_submodule("in_proj")
+            layer = target.layer
+            if target.qkv_index is not None:
+                layer = layer.get_submodule("in_proj")
             self.hooks.append(layer.register_forward_hook(lora.add_to_output))
 
     def detach(self) -> None:
@@ -184,8 +200,9 @@ class MergedChanges:
     Attributes:
         originals: Original weights by (layer, parameter name).
         tokens: Tokens of textual inversions that came with the changes.
-        state: Identifies the merged files and strengths, to detect changes.
-        undo_sampling: Resets the defaults of sampling that the files set; None if none did.
+        state: Identifies the merged files and strengths, to find out whether others are asked for.
+        undo_sampling: Resets the model's `defaults`, which a few-step LoRA replaces; None if none
+            did.
     """
 
     def __init__(self) -> None:
@@ -205,19 +222,21 @@ class MergedChanges:
     def restore(self) -> None:
         """Restore the original weights."""
         for (layer, name), weight in self.originals.items():
-            now = layer.get_parameter(name)
-            if (weight.dtype, weight.device) != (now.dtype, now.device):  # `model.to` was called
-                weight = nn.Parameter(weight.detach().to(now), requires_grad=now.requires_grad)
+            merged = layer.get_parameter(name)
+            if (weight.dtype, weight.device) != (merged.dtype, merged.device):
+                # `model.to` was called, which sees the merged weights only.
+                trains = merged.requires_grad
+                weight = nn.Parameter(weight.detach().to(merged), requires_grad=trains)
             layer.register_parameter(name, weight)
         self.originals.clear()
 
 
 @torch.no_grad()
 def merge_changes(changes: Iterable[WeightChange]) -> None:
-    """Apply changes to their weights, each rounded once to its dtype.
+    """Apply changes to their weights, in float32; a weight is rounded to its dtype once.
 
-    Additions to a weight are summed first, bit by bit the same in any order; other changes follow,
-    in their order.
+    Additions to a weight are summed first, so that their order has no effect, not even on rounding;
+    other changes follow, in their order.
     """
     by_target: dict[Target, list[WeightChange]] = {}
     for change in changes:
@@ -234,9 +253,9 @@ def merge_changes(changes: Iterable[WeightChange]) -> None:
 
 
 def sum_additions(additions: Sequence[Addition]) -> Tensor:
-    """Return what is added to one weight, float32; the order does not matter, bit by bit."""
+    """Return the sum of additions to one weight, float32, the same bits in any order of them."""
     deltas = [addition.delta() for addition in additions]
     if len(deltas) > 2:
-        # Floating-point sums of more than two depend on their order: sort them by value.
+        # Rounding of a sum of more than two numbers depends on their order: sort them by value.
         return torch.stack(deltas).sort(0).values.sum(0)
     return functools.reduce(torch.add, deltas)

@@ -17,15 +17,17 @@ from ldm.nets.blocks import Layer
 __all__ = ["CHANNELS", "LPIPS"]
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five layers
-CONVOLUTIONS = (2, 2, 3, 3, 3)  # up to each of them
-DROPOUT = 0.5
-EPS = 1e-10
+CONVOLUTIONS = (2, 2, 3, 3, 3)  # in the slice that ends at each of them
+DROPOUT = 0.5  # has no effect (see `LPIPS.train`), but is part of the names of weights
+EPS = 1e-10  # added to norms, as by LPIPS's authors
 # Mean and standard deviation of VGG16's inputs in [-1, 1], rounded by LPIPS's authors.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
 class Scaling(Layer):
+    """Normalizes images (B, 3, H, W) as VGG16's input."""
+
     def __init__(self) -> None:
         super().__init__()
         self.shift: Tensor
@@ -38,7 +40,7 @@ class Scaling(Layer):
 
 
 class VGG16(nn.Module):  # not a Layer, as it returns a list
-    """The convolutions of VGG16, in a slice up to each of the five layers; numbered as in VGG16."""
+    """The convolutions of VGG16, in five slices that end at the layers; numbered as in VGG16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class VGG16(nn.Module):  # not a Layer, as it returns a list
 
 
 class Head(Layer):
-    """Weights the channels of one layer."""
+    """A weighted sum over the channels of one layer."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -89,13 +91,13 @@ class LPIPS(Layer):
         """Stay in eval mode: the original's dropout in training only added noise to a distance."""
         return self
 
-    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
         """Compute distances (B, 1, 1, 1) of images (B, 3, H, W) in [-1, 1], at least 16 x 16."""
-        pairs = zip(self.features(image), self.features(other), strict=True)
+        pairs = zip(self.features(image), self.features(reference), strict=True)
         distance = image.new_zeros(len(image), 1, 1, 1)
-        for k, (one, two) in enumerate(pairs):
+        for k, (x, y) in enumerate(pairs):
             head = self.get_submodule(f"lin{k}")
-            distance = distance + head((one - two).square()).mean(dim=(2, 3), keepdim=True)
+            distance = distance + head((x - y).square()).mean(dim=(2, 3), keepdim=True)
         return distance  # (B, 1, 1, 1)
 
     def features(self, image: Tensor) -> list[Tensor]:
@@ -104,6 +106,7 @@ class LPIPS(Layer):
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # vector_norm has a gradient where all channels are 0, the root of a sum of squares has not.
+    # vector_norm has a finite gradient where all channels are 0; the root of a sum of squares does
+    # not.
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (norm + EPS)  # (B, C, h, w)

@@ -23,9 +23,10 @@ from ldm.nets.lora import Addition, Target, WeightChange
 
 __all__ = ["Adapter", "build_change", "find_rank", "is_complete"]
 
+EPS = torch.finfo(torch.float32).eps  # added to the norms of DoRA, as in lycoris-lora
+COFT_EPS = 1e-8  # added to the norm of constrained OFT, as there
 GLORA = ("a1", "a2", "b1", "b2")
-EPSILON = torch.finfo(torch.float32).eps
-MAGNITUDE = "magnitude"  # peft's name; one per row of the weight
+MAGNITUDE = "magnitude"  # of DoRA, one per row of the weight: peft's name
 MAGNITUDES = ("dora_scale", MAGNITUDE)
 DIFFERENCES = ("diff", "diff_b", "w_norm", "b_norm")
 RANK_TENSORS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")  # of shape (rank, …)
@@ -34,11 +35,17 @@ TUCKER = "ijkl,io,jn->onkl"  # (r, r, kh, kw), (r, out), (r, in) -> (out, in, kh
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The tensors of an adapter for one layer."""
+    """The tensors of an adapter for one layer.
 
-    tensors: Mapping[str, Tensor]  # by name in the file, without the layer's name
-    alpha: float | None = None  # scale relative to the rank; None if the file has none
-    on_input: bool = False  # (IA)^3: scale columns (inputs) of the weight, else rows
+    Args:
+        tensors: By name in the file, without the layer's name.
+        alpha: Scale relative to the rank; None if the file has none.
+        on_input: Whether (IA)^3 scales the columns (inputs) of the weight, instead of the rows.
+    """
+
+    tensors: Mapping[str, Tensor]
+    alpha: float | None = None
+    on_input: bool = False
 
     @property
     def scale(self) -> float:
@@ -63,40 +70,43 @@ def find_rank(tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> WeightChange:
-    """Build the change of the kind that the names of the tensors imply.
+    """Build the change for the adapter type that the names of the tensors imply.
 
     Raises:
-        ValueError: tensors are missing, left over, or of a shape that does not fit the weight.
+        ValueError: Tensors are missing, left over, or of a shape that does not fit the weight.
     """
-    kind = _find_kind(adapter.tensors)
-    if kind is None:
+    adapter_type = _find_type(adapter.tensors)
+    if adapter_type is None:
         names = ", ".join(f"`{name}`" for name in adapter.tensors)
         raise ValueError(f"no adapter consists of {names}")
     try:
         shape = target.weight.shape
     except AttributeError as error:
         raise ValueError(f"the layer has no {target.name}") from error
+    # Compute the shapes only, to find those that do not fit before any weight is changed.
     on_meta = {name: value.to("meta") for name, value in adapter.tensors.items()}
-    trial = _build(kind, target, replace(adapter, tensors=on_meta), strength)
+    meta_change = _build(adapter_type, target, replace(adapter, tensors=on_meta), strength)
     try:
-        trial.change_weight(torch.empty(shape, device="meta"))
+        meta_change.change_weight(torch.empty(shape, device="meta"))
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"its tensors do not fit a weight of shape {tuple(shape)}") from error
-    return _build(kind, target, adapter, strength)
+    return _build(adapter_type, target, adapter, strength)
 
 
 def is_complete(names: Iterable[str]) -> bool:
     """Return whether tensors of these names form an adapter; names as in `Adapter`."""
-    return _find_kind(names) is not None
+    return _find_type(names) is not None
 
 
-def _find_kind(names: Iterable[str]) -> "_Kind | None":
-    parts = set(names) - set(MAGNITUDES)
-    return next((k for k in KINDS if k.required <= parts <= k.required | k.optional), None)
+def _find_type(names: Iterable[str]) -> "_AdapterType | None":
+    tensors = set(names) - set(MAGNITUDES)
+    return next((t for t in ADAPTERS if t.required <= tensors <= t.required | t.optional), None)
 
 
-def _build(kind: "_Kind", target: Target, adapter: Adapter, strength: float) -> WeightChange:
-    change = kind.build(target, adapter, strength)
+def _build(
+    adapter_type: "_AdapterType", target: Target, adapter: Adapter, strength: float
+) -> WeightChange:
+    change = adapter_type.build(target, adapter, strength)
     magnitude = next((adapter.tensors[name] for name in MAGNITUDES if name in adapter), None)
     if magnitude is None:
         return change
@@ -143,7 +153,7 @@ class _Decomposed(WeightChange):
     """DoRA: the weight with an addition, and rows or columns rescaled to a magnitude m.
 
     m is (out, 1, …) for rows, or (1, in, 1, …) for columns, as in older files. At strength w the
-    norms become (1 - w) of the present ones plus w m.
+    norms become (1 - w) |V| + w m.
     """
 
     target: Target
@@ -155,8 +165,8 @@ class _Decomposed(WeightChange):
         changed = self.addition.change_weight(weight)
         magnitude = self.magnitude.float().to(weight.device)
         axis = 1 if len(magnitude) == 1 and len(weight) != 1 else 0
-        others = [dim for dim in range(weight.dim()) if dim != axis]
-        norm = torch.linalg.vector_norm(changed, dim=others, keepdim=True) + EPSILON
+        other_axes = [dim for dim in range(weight.dim()) if dim != axis]
+        norm = torch.linalg.vector_norm(changed, dim=other_axes, keepdim=True) + EPS
         ratio = magnitude.reshape(norm.shape) / norm
         new: Tensor = changed * (1 + self.strength * (ratio - 1))
         return new
@@ -212,23 +222,28 @@ def _add_glora(adapter: Adapter, weight: Tensor) -> Tensor:
 
 
 def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
-    """Rotate blocks of rows; BOFT (m, k, b, b) has m stages, of strided rows (butterfly)."""
+    """Rotate blocks of b rows of the weight, as OFT or BOFT.
+
+    The tensor of OFT is (k, b, b), one rotation for each of k blocks; that of BOFT (m, k, b, b), m
+    stages, whose blocks are of rows further and further apart (a butterfly).
+    """
     blocks = adapter["oft_blocks"].to(weight.device)
-    size = blocks.shape[-1]
+    block_size = blocks.shape[-1]
     skew = blocks - blocks.mT
     if adapter.alpha:  # constrained OFT limits the norm
-        norm = skew.norm() + 1e-8
+        norm = skew.norm() + COFT_EPS
         skew = skew * (norm.clamp(max=adapter.alpha * len(weight)) / norm)
-    eye = torch.eye(size, device=weight.device)
+    eye = torch.eye(block_size, device=weight.device)
     rotations = (eye + skew) @ torch.linalg.inv(eye - skew)  # Cayley transform
-    rows = weight.flatten(1)
+    rows = weight.flatten(1)  # (out, in kh kw)
     if blocks.dim() == 3:
-        rows = torch.einsum("knm,knc->kmc", rotations, rows.view(-1, size, rows.shape[1]))
+        rows = torch.einsum("knm,knc->kmc", rotations, rows.view(-1, block_size, rows.shape[1]))
     else:
         for stage, rotation in enumerate(rotations):
-            stride = (1 << stage) * (size // 2)
+            # Bring rows that are `stride` apart together, rotate, and bring them back.
+            stride = (1 << stage) * (block_size // 2)
             rows = rows.reshape(-1, 2, stride, rows.shape[-1]).transpose(1, 2)
-            rows = rotation @ rows.reshape(len(rotation), size, -1)
+            rows = rotation @ rows.reshape(len(rotation), block_size, -1)
             rows = rows.reshape(-1, stride, 2, rows.shape[-1]).transpose(1, 2)
     rows = rows.reshape(weight.shape)
     if "rescale" in adapter:
@@ -237,8 +252,8 @@ def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """A kind of adapter: how to build its change, and the names of its tensors."""
+class _AdapterType:
+    """How to build the change of an adapter, and the names of its tensors."""
 
     build: Callable[[Target, Adapter, float], WeightChange]
     required: frozenset[str]
@@ -257,16 +272,20 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-KINDS = (
-    _Kind(_sum(_low_rank), _names("up down"), _names("mid")),
-    _Kind(_sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b")),
-    _Kind(_sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2")),
-    _Kind(_sum(_kronecker), _names("lokr_w1 lokr_w2")),
-    _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
-    _Kind(_sum(_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
-    _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
-    *(_Kind(_sum(_difference), _names(name)) for name in DIFFERENCES),
-    _Kind(_product(_scale_rows_or_columns), _names("weight")),
-    _Kind(_product(_add_glora), _names("a1.weight a2.weight b1.weight b2.weight")),
-    _Kind(_product(_rotate_rows), _names("oft_blocks"), _names("rescale")),
+ADAPTERS = (
+    _AdapterType(_sum(_low_rank), _names("up down"), _names("mid")),
+    _AdapterType(_sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b")),
+    _AdapterType(
+        _sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2")
+    ),
+    _AdapterType(_sum(_kronecker), _names("lokr_w1 lokr_w2")),
+    _AdapterType(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
+    _AdapterType(_sum(_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
+    _AdapterType(
+        _sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"), _names("lokr_t2")
+    ),
+    *(_AdapterType(_sum(_difference), _names(name)) for name in DIFFERENCES),
+    _AdapterType(_product(_scale_rows_or_columns), _names("weight")),
+    _AdapterType(_product(_add_glora), _names("a1.weight a2.weight b1.weight b2.weight")),
+    _AdapterType(_product(_rotate_rows), _names("oft_blocks"), _names("rescale")),
 )

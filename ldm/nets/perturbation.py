@@ -1,4 +1,7 @@
-"""Perturbed attention: self-attention with an identity map for some rows (arXiv:2403.17377)."""
+"""Perturbed attention: self-attention whose map is the identity, for some samples of a batch.
+
+Ahn et al. 2024 (arXiv:2403.17377).
+"""
 
 import threading
 from collections.abc import Iterator
@@ -24,37 +27,38 @@ def find_self_attentions(module: nn.Module) -> list[CrossAttention]:
 
 
 @contextmanager
-def perturb_self_attention(module: nn.Module, rows: Tensor) -> Iterator[None]:
+def perturb_self_attention(module: nn.Module, is_perturbed: Tensor) -> Iterator[None]:
     """Within the context, replace self-attention maps by the identity, in this thread only.
 
     Args:
         module: A part of the UNet, such as its middle block.
-        rows: Samples to perturb, bool (B,).
+        is_perturbed: Samples to perturb, bool (B,).
     """
     thread = threading.get_ident()
-    perturbed, others = rows.nonzero()[:, 0], (~rows).nonzero()[:, 0]  # indices of rows
-    inputs: list[Tensor] = []  # the full input of the current layer
+    perturbed, unchanged = is_perturbed.nonzero()[:, 0], (~is_perturbed).nonzero()[:, 0]  # indices
+    inputs: list[Tensor] = []  # the whole batch of the current layer
 
-    # Run attention on the other rows only, and its value and output projections on perturbed ones.
-    def select(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread or not len(others):
+    # Attention runs on the unchanged samples only. With an identity map its output is that of the
+    # value and output projections alone, which run on the perturbed samples.
+    def select_unchanged(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != thread or not len(unchanged):
             return None
         inputs.append(args[0])
-        return (args[0][others.to(args[0].device)], *args[1:])
+        return (args[0][unchanged.to(args[0].device)], *args[1:])
 
-    def replace(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def add_perturbed(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
             return None
         assert isinstance(layer, CrossAttention)
         x: Tensor = inputs.pop() if inputs else args[0]  # (B, N, query_dim)
         out = output.new_empty(x.shape)
-        out[others.to(x.device)] = output[: len(others)]
+        out[unchanged.to(x.device)] = output[: len(unchanged)]
         out[perturbed.to(x.device)] = layer.to_out(layer.to_v(x[perturbed.to(x.device)]))
         return out
 
     layers = find_self_attentions(module)
-    hooks = [layer.register_forward_pre_hook(select) for layer in layers]
-    hooks += [layer.register_forward_hook(replace) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(select_unchanged) for layer in layers]
+    hooks += [layer.register_forward_hook(add_perturbed) for layer in layers]
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ Tiles overlap by at least a quarter of their side and are blended linearly there
 With circular padding they also wrap around the edges of the image. (Seamless images: `circular`.)
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,22 +30,23 @@ def apply_tiled(
     if max(height, width) <= tile:
         return function(x)
     axes = circular_axes()
-    # A tile that is smaller than the image along an axis is not circular along it.
-    inside = "".join(a for a, side in (("x", width), ("y", height)) if a in axes and side <= tile)
+    # Along an axis where tiles are smaller than x, the function must not wrap around their edges.
+    tile_axes = [a for a, side in (("x", width), ("y", height)) if a in axes and side <= tile]
     output = weight_sum = torch.zeros(())
     for rows in _tile_indices(height, tile, "y" in axes):
         for columns in _tile_indices(width, tile, "x" in axes):
-            with circular_padding(inside or "none", only=True):
-                part = function(x[..., rows[:, None], columns])
+            with circular_padding("".join(tile_axes) or "none", replace=True):
+                tile_output = function(x[..., rows[:, None], columns])
             if not output.dim():  # allocated here, as channels and dtype are the function's
-                output = part.new_zeros(*part.shape[:2], height * factor, width * factor)
-                weight_sum = part.new_zeros(height * factor, width * factor)
+                size = (height * factor, width * factor)
+                output = tile_output.new_zeros(*tile_output.shape[:2], *size)
+                weight_sum = tile_output.new_zeros(size)
             overlap = tile * factor // 4
-            ramps = (_ramp(side, overlap) for side in part.shape[-2:])
+            ramps = (_ramp(side, overlap) for side in tile_output.shape[-2:])
             # Weights of overlapping tiles need not add up to 1: their sum is divided out.
-            weight = torch.outer(*ramps).to(part)
+            weight = torch.outer(*ramps).to(tile_output)
             area = (..., _scale_indices(rows, factor)[:, None], _scale_indices(columns, factor))
-            output[area] += part * weight
+            output[area] += tile_output * weight
             weight_sum[area] += weight
     return output / weight_sum
 
@@ -54,8 +56,9 @@ def _tile_indices(length: int, tile: int, is_circular: bool) -> list[Tensor]:
     if length <= tile:
         return [torch.arange(length)]
     stride = max(tile * 3 // 4, 1)
-    end = length if is_circular else length - tile  # limit of the starts
-    count = -(-end // stride)
+    # The last tile starts at `end`, unless it is circular: there the first tile follows.
+    end = length if is_circular else length - tile
+    count = math.ceil(end / stride)
     starts = [round(i * end / count) for i in range(count if is_circular else count + 1)]
     return [torch.arange(start, start + tile) % length for start in starts]
 
@@ -65,6 +68,6 @@ def _scale_indices(indices: Tensor, factor: int) -> Tensor:
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
-    """Return weights (length,) that ramp up over `overlap` pixels, and down at the end; all > 0."""
+    """Return weights (length,) > 0, rising over the first and falling over the last `overlap`."""
     up = (torch.arange(length) + 0.5) / max(overlap, 1)
     return torch.minimum(up, up.flip(0)).clamp(max=1.0)

@@ -17,12 +17,12 @@ __all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
 
 CHANNELS = 64
 LATENT_CHANNELS = 4
-LATENT_LIMIT = 3.0  # the decoder bounds latents softly to ± this
+LATENT_LIMIT = 3.0  # in latents of unit standard deviation
 BLOCKS = 3  # per level
 
 
 class TinyBlock(Layer):
-    """Three convolutions as a residual."""
+    """Three 3x3 convolutions as a residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class TinyEncoder(nn.Sequential):
     """Image (B, 3, H, W) in [0, 1] -> (B, 4, H / 8, W / 8)."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [_conv(channels=3), TinyBlock()]
+        layers: list[nn.Module] = [_conv(in_channels=3), TinyBlock()]
         for _ in range(3):
             layers.append(Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1, bias=False))
             layers += [TinyBlock() for _ in range(BLOCKS)]
@@ -47,10 +47,11 @@ class TinyDecoder(nn.Sequential):
     """(B, 4, h, w) -> image (B, 3, 8 h, 8 w) in [0, 1], but not clamped."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [_BoundedLatent(), _conv(channels=LATENT_CHANNELS), nn.ReLU()]
+        layers: list[nn.Module] = [_BoundedLatent(), _conv(in_channels=LATENT_CHANNELS), nn.ReLU()]
         for _ in range(3):
             layers += [TinyBlock() for _ in range(BLOCKS)]
-            # The authors have an upsampling layer here, which DoublingConv2d includes.
+            # In the authors' file, the first of the two indices is an upsampling layer, which
+            # DoublingConv2d includes.
             layers += [nn.Identity(), DoublingConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)]
         super().__init__(*layers, TinyBlock(), _conv(out_channels=3))
 
@@ -59,11 +60,12 @@ class TinyAutoencoder(nn.Module):
     """TAESD in place of a model's autoencoder.
 
     Args:
-        scale_factor: That of the autoencoder it replaces; TAESD's own latents include it.
+        scale_factor: That of the autoencoder which it replaces. TAESD's latents include the factor,
+            so it is divided out in `encode` and multiplied in `decode`.
 
     Attributes:
         encoder: None if only the decoder was loaded.
-        full: The autoencoder that encodes in that case.
+        full: The replaced autoencoder, which encodes if `encoder` is None; else None.
     """
 
     in_channels = 3
@@ -97,9 +99,11 @@ class TinyAutoencoder(nn.Module):
 
 
 class _BoundedLatent(nn.Module):
+    """Bounds latents softly to ± LATENT_LIMIT."""
+
     def forward(self, z: Tensor) -> Tensor:
         return LATENT_LIMIT * torch.tanh(z / LATENT_LIMIT)
 
 
-def _conv(channels: int = CHANNELS, out_channels: int = CHANNELS) -> Conv2d:
-    return Conv2d(channels, out_channels, 3, padding=1)
+def _conv(in_channels: int = CHANNELS, out_channels: int = CHANNELS) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 3, padding=1)

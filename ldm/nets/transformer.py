@@ -17,7 +17,7 @@ from ldm.nets.blocks import (
     Layer,
     LayerNorm,
     Linear,
-    zero,
+    zero_module,
 )
 
 __all__ = [
@@ -43,7 +43,7 @@ class GEGLU(Layer):
 
 
 class FeedForward(Layer):
-    """MLP with one hidden layer, and GEGLU if `glu`, else GELU."""
+    """MLP with one hidden layer of `mult * dim` features, and GEGLU if `glu`, else GELU."""
 
     def __init__(
         self,
@@ -69,7 +69,11 @@ class FeedForward(Layer):
 
 
 class CrossAttention(Layer):
-    """Attention of x to a context, or of x to itself."""
+    """Multi-head attention of x to a context, or of x to itself.
+
+    Args:
+        context_dim: Features of the context; None for self-attention, query_dim.
+    """
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class CrossAttention(Layer):
         """Attend from x (B, N, query_dim) to the context (B, M, context_dim), or to x.
 
         Args:
-            mask: Tokens of the context to keep, bool (B, M).
+            mask: Tokens of the context to keep, bool (B, M); None for all.
         """
         context = x if context is None else context
         if context.shape[-1] != self.context_dim:
@@ -116,7 +120,7 @@ class TransformerBlock(CheckpointedLayer):
     """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
 
     Args:
-        context_dim: Features of the context; None for self-attention in its place.
+        context_dim: Features of the context; None if the second attention is also self-attention.
         disable_self_attn: Whether the first attention is also cross-attention.
     """
 
@@ -196,10 +200,10 @@ class SpatialTransformer(Layer):
                 use_checkpoint=use_checkpoint,
                 disable_self_attn=disable_self_attn,
             )
-            for dim in _one_per_block(context_dim, depth, "context_dim")
+            for dim in _list_per_block(context_dim, depth, "context_dim")
         )
         proj_out = Linear(inner, in_channels) if use_linear else Conv2d(inner, in_channels, 1)
-        self.proj_out = zero(proj_out)
+        self.proj_out = zero_module(proj_out)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Attend over the positions of x (B, C, h, w) and to the context.
@@ -207,10 +211,9 @@ class SpatialTransformer(Layer):
         Args:
             context: (B, M, D) for all blocks, or a list of one per block.
         """
-        h = self.norm(x)  # (B, C, h, w)
-        # (B, h w, C)
+        h = self.norm(x)  # (B, C, h, w); below, tokens (B, h w, C)
         h = self.proj_in(_to_tokens(h)) if self.use_linear else _to_tokens(self.proj_in(h))
-        contexts = _one_per_block(context, len(self.transformer_blocks), "context")
+        contexts = _list_per_block(context, len(self.transformer_blocks), "context")
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
             h = block(h, block_context)  # (B, h w, C)
         size = x.shape[-2:]
@@ -244,21 +247,22 @@ class AttentionBlock(CheckpointedLayer):
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def compute(self, x: Tensor) -> Tensor:
         qkv: Tensor = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h w)
-        if self.use_new_attention_order:
+        if self.use_new_attention_order:  # (B, heads, 3, d, h w) in both orders
             qkv = qkv.view(len(x), 3, self.heads, -1, qkv.shape[-1]).transpose(1, 2)
         else:
-            qkv = qkv.view(len(x), self.heads, 3, -1, qkv.shape[-1])  # (B, heads, 3, d, h w)
+            qkv = qkv.view(len(x), self.heads, 3, -1, qkv.shape[-1])
         q, k, v = qkv.transpose(-2, -1).contiguous().unbind(2)  # (B, heads, h w, d) each
         h = attention(q, k, v).transpose(-2, -1).flatten(1, 2)  # (B, C, h w)
         out: Tensor = self.proj_out(h)
         return x + out.view(x.shape)  # (B, C, h, w)
 
 
-def _one_per_block(value: Any, depth: int, name: str) -> Sequence[Any]:
+def _list_per_block(value: Any, depth: int, name: str) -> Sequence[Any]:
+    """Return one value per block: repeat a single one, check the length of a list."""
     if not isinstance(value, (list, tuple)):
         return [value] * depth
     if len(value) != depth:

@@ -22,7 +22,7 @@ from ldm.nets.blocks import (
     ResBlock,
     Upsample,
     timestep_embedding,
-    zero,
+    zero_module,
 )
 from ldm.nets.freeu import FreeU
 from ldm.nets.perturbation import find_self_attentions, perturb_self_attention
@@ -33,8 +33,8 @@ __all__ = ["UNet"]
 Context = Tensor | Sequence[Tensor] | None
 Depth = int | Sequence[int] | Sequence[Sequence[int]]
 
-# Settings that may be lists of one entry per level
-PER_LEVEL = (
+# Settings that may be lists, of one entry per level.
+PER_LEVEL_SETTINGS = (
     "num_res_blocks",
     "transformer_depth",
     "disable_self_attentions",
@@ -43,14 +43,18 @@ PER_LEVEL = (
 
 
 class Stage(nn.Sequential):
-    """A sequence of layers, each called with the conditions that it takes besides x.
-
-    `size` is (height, width) of the next skip connection, which a final Upsample has to match.
-    """
+    """An input, middle or output block: layers, each called with the conditions that it takes."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None
     ) -> Tensor:
+        """Run the layers on x (B, C, h, w).
+
+        Args:
+            emb: Embedding of timestep and label, (B, 4 model_channels).
+            size: (height, width) of the next skip connection, which a final Upsample has to
+                match; None for twice that of x.
+        """
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -65,7 +69,7 @@ class Stage(nn.Sequential):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class UNet(nn.Module):
-    """The denoising network. Its fields are the keywords of `unet_config` in the original's YAML.
+    """The denoising network. Its arguments are those of `unet_config` in the original's YAML.
 
     Level i has `channel_mult[i] * model_channels` channels, and maps downscaled by 2 ** i.
     """
@@ -83,7 +87,8 @@ class UNet(nn.Module):
     channel_mult: Sequence[int] = (1, 2, 4, 8)
     conv_resample: bool = True  # else resampling by mean and nearest neighbor
     dims: Literal[2] = 2
-    num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None  # kind of `y`
+    # what `y` is, see `forward`; None: the network takes none
+    num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None
     use_checkpoint: bool = False
     num_heads: int = -1  # -1: channels / num_head_channels
     num_head_channels: int = -1
@@ -96,7 +101,7 @@ class UNet(nn.Module):
     transformer_depth_middle: int | None = None  # None: as in the last level; 0: one ResBlock only
     transformer_depth_output: Sequence[int] | None = None  # of each output block; None: by level
     context_dim: int | Sequence[int] | None = None  # a list if each block has its own context
-    n_embed: None = None
+    n_embed: None = None  # not supported: prediction of codebook entries
     legacy: bool = True  # features per head = channels / heads, not num_head_channels
     disable_self_attentions: Sequence[bool] | None = None  # per level: cross-attention only
     num_attention_blocks: Sequence[int] | None = None  # per level; None: all
@@ -119,19 +124,23 @@ class UNet(nn.Module):
             self.time_embed_cond = Linear(self.time_cond_proj_dim, self.model_channels, bias=False)
         if self.num_classes is not None:
             self.label_emb = self._build_label_emb()
-        self.input_blocks, skips = self._build_input_blocks()
-        self.middle_block = self._build_middle_block(skips[-1])
-        self.output_blocks, ch = self._build_output_blocks(skips[-1], skips)
+        self.input_blocks, skip_channels = self._build_input_blocks()
+        self.middle_block = self._build_middle_block()
+        self.output_blocks = self._build_output_blocks(skip_channels)
+        channels = self._level_channels[0]
         self.out = nn.Sequential(
-            GroupNorm(ch), nn.SiLU(), zero(Conv2d(ch, self.out_channels, 3, padding=1))
+            GroupNorm(channels),
+            nn.SiLU(),
+            zero_module(Conv2d(channels, self.out_channels, 3, padding=1)),
         )
 
     @property
-    def _channels(self) -> list[int]:
+    def _level_channels(self) -> list[int]:
         return [self.model_channels * mult for mult in self.channel_mult]
 
     @property
-    def _res_blocks(self) -> Sequence[int]:
+    def _level_blocks(self) -> Sequence[int]:
+        """Residual blocks of each level on the way down; there is one more on the way up."""
         blocks = self.num_res_blocks
         return [blocks] * len(self.channel_mult) if isinstance(blocks, int) else blocks
 
@@ -142,16 +151,16 @@ class UNet(nn.Module):
 
     @property
     def decoder_inputs(self) -> list[tuple[int, int]]:
-        """(level, channels) of each output block's input, without its skip connection.
+        """(index, channels) of each output block's input, without its skip connection.
 
-        Level 0 is the deepest.
+        The index is that of the resolution, 0 for the lowest, as `resolution_idx` in diffusers.
         """
-        inputs, below = [], self._channels[-1]
-        for depth, (channels, blocks) in enumerate(
-            zip(reversed(self._channels), reversed(self._res_blocks), strict=True)
+        inputs, in_channels = [], self._level_channels[-1]
+        for index, (channels, blocks) in enumerate(
+            zip(reversed(self._level_channels), reversed(self._level_blocks), strict=True)
         ):
-            inputs += [(depth, below), *[(depth, channels)] * blocks]
-            below = channels
+            inputs += [(index, in_channels), *[(index, channels)] * blocks]
+            in_channels = channels
         return inputs
 
     @property
@@ -175,14 +184,15 @@ class UNet(nn.Module):
             x: (B, in_channels, h, w); any size if downsampling is by convolution, else multiples
                 of 2 ** (levels - 1).
             timesteps: (B,), 0 … 999, may be fractional.
-            context: (B, M, context_dim), or a list of one per transformer block.
+            context: (B, M, context_dim), or a list of one per transformer block; None for networks
+                without cross-attention.
             y: By num_classes: n: class labels 0 … n-1, (B,); "continuous": (B, 1); "sequential":
-                (B, adm_in_channels); "timestep": (B,).
+                (B, adm_in_channels); "timestep": (B,); None: None.
             guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
                 distilled network (arXiv:2310.04378); None: zeros.
-            perturbed: Rows with identity self-attention in the middle block, bool (B,), for
-                perturbed-attention guidance.
-            freeu: Rescales the inputs of the output blocks.
+            perturbed: Samples with identity self-attention in the middle block, bool (B,), for
+                perturbed-attention guidance; None: no samples.
+            freeu: Rescales the inputs of the output blocks; None: they are unchanged.
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
@@ -214,55 +224,58 @@ class UNet(nn.Module):
     def _build_input_blocks(self) -> tuple[nn.ModuleList, list[int]]:
         """Build the input blocks; also return the channels of each, for its skip connection."""
         blocks = [Stage(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
-        skips = [self.model_channels]
-        for level, channels in enumerate(self._channels):
-            for i in range(self._res_blocks[level]):
-                layers: list[nn.Module] = [self._build_res_block(skips[-1], channels)]
+        skip_channels = [self.model_channels]
+        for level, channels in enumerate(self._level_channels):
+            for i in range(self._level_blocks[level]):
+                layers: list[nn.Module] = [self._build_res_block(skip_channels[-1], channels)]
                 if self._has_attention(level, i):
                     depth = self._get_transformer_depth(level, i)
                     layers.append(self._build_attention(channels, level, depth))
                 blocks.append(Stage(*layers))
-                skips.append(channels)
-            if level < len(self._channels) - 1:
+                skip_channels.append(channels)
+            if level < len(self._level_channels) - 1:
                 blocks.append(Stage(self._build_resampler(channels, up=False)))
-                skips.append(channels)
-        return nn.ModuleList(blocks), skips
+                skip_channels.append(channels)
+        return nn.ModuleList(blocks), skip_channels
 
-    def _build_middle_block(self, ch: int) -> Stage:
-        depth = self.transformer_depth_middle
+    def _build_middle_block(self) -> Stage:
+        channels, depth = self._level_channels[-1], self.transformer_depth_middle
         if depth == 0:
-            return Stage(self._build_res_block(ch, ch))
+            return Stage(self._build_res_block(channels, channels))
         attention: nn.Module = nn.Identity()
+        # Built before the residual blocks: the order in which initial weights have been drawn.
         if not self.disable_middle_transformer:
             attention = self._build_attention(
-                ch,
+                channels,
                 len(self.channel_mult) - 1,
                 self._get_transformer_depth(-1, -1) if depth is None else depth,
                 disable_self_attn=self.disable_middle_self_attn,
             )
-        return Stage(self._build_res_block(ch, ch), attention, self._build_res_block(ch, ch))
+        first = self._build_res_block(channels, channels)
+        return Stage(first, attention, self._build_res_block(channels, channels))
 
-    def _build_output_blocks(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
-        """Build an output block per skip connection; also return the channels of the last one."""
+    def _build_output_blocks(self, skip_channels: list[int]) -> nn.ModuleList:
+        """Build an output block for each skip connection, the last one first."""
         blocks: list[Stage] = []
-        depths = self.transformer_depth_output
-        for level, channels in reversed(list(enumerate(self._channels))):
-            for i in range(self._res_blocks[level] + 1):
-                layers: list[nn.Module] = [self._build_res_block(ch + skips.pop(), channels)]
-                ch = channels
+        depths, in_channels = self.transformer_depth_output, self._level_channels[-1]
+        for level, channels in reversed(list(enumerate(self._level_channels))):
+            for i in range(self._level_blocks[level] + 1):
+                res_block = self._build_res_block(in_channels + skip_channels.pop(), channels)
+                layers: list[nn.Module] = [res_block]
+                in_channels = channels
                 if self._has_attention(level, i):
                     depth = depths[len(blocks)] if depths else self._get_transformer_depth(level, i)
-                    layers.append(self._build_attention(ch, level, depth, up=True))
-                if level and i == self._res_blocks[level]:
-                    layers.append(self._build_resampler(ch, up=True))
+                    layers.append(self._build_attention(channels, level, depth, up=True))
+                if level and i == self._level_blocks[level]:
+                    layers.append(self._build_resampler(channels, up=True))
                 blocks.append(Stage(*layers))
-        return nn.ModuleList(blocks), ch
+        return nn.ModuleList(blocks)
 
     def _build_res_block(
-        self, ch: int, out_channels: int, *, up: bool = False, down: bool = False
+        self, channels: int, out_channels: int, *, up: bool = False, down: bool = False
     ) -> ResBlock:
         return ResBlock(
-            channels=ch,
+            channels=channels,
             emb_channels=self.emb_channels,
             dropout=self.dropout,
             out_channels=out_channels,
@@ -272,11 +285,11 @@ class UNet(nn.Module):
             down=down,
         )
 
-    def _build_resampler(self, ch: int, *, up: bool) -> nn.Module:
+    def _build_resampler(self, channels: int, *, up: bool) -> nn.Module:
         if self.resblock_updown:
-            return self._build_res_block(ch, ch, up=up, down=not up)
-        kind = Upsample if up else Downsample
-        return kind(ch, use_conv=self.conv_resample)
+            return self._build_res_block(channels, channels, up=up, down=not up)
+        resampler = Upsample if up else Downsample
+        return resampler(channels, use_conv=self.conv_resample)
 
     def _has_attention(self, level: int, i: int) -> bool:
         count = self.num_attention_blocks
@@ -289,7 +302,7 @@ class UNet(nn.Module):
 
     def _build_attention(
         self,
-        ch: int,
+        channels: int,
         level: int,
         depth: int,
         *,
@@ -297,12 +310,12 @@ class UNet(nn.Module):
         disable_self_attn: bool | None = None,
     ) -> nn.Module:
         if not self.use_spatial_transformer:
-            return self._build_attention_block(ch, up)
-        heads, dim_head = self._count_heads(ch)
+            return self._build_attention_block(channels, up)
+        heads, dim_head = self._count_heads(channels)
         if disable_self_attn is None and self.disable_self_attentions is not None:
             disable_self_attn = self.disable_self_attentions[level]
         return SpatialTransformer(
-            in_channels=ch,
+            in_channels=channels,
             n_heads=heads,
             d_head=dim_head,
             depth=depth,
@@ -312,25 +325,27 @@ class UNet(nn.Module):
             use_checkpoint=self.use_checkpoint,
         )
 
-    def _build_attention_block(self, ch: int, up: bool) -> AttentionBlock:
-        heads, _ = self._count_heads(ch)
+    def _build_attention_block(self, channels: int, up: bool) -> AttentionBlock:
+        heads, _ = self._count_heads(channels)
         if up and self.legacy and self.num_head_channels == -1 and self.num_heads_upsample != -1:
             heads = self.num_heads_upsample
         return AttentionBlock(
-            channels=ch,
+            channels=channels,
             num_heads=heads,
             use_checkpoint=self.use_checkpoint,
             use_new_attention_order=self.use_new_attention_order,
         )
 
-    def _count_heads(self, ch: int) -> tuple[int, int]:
-        """Return the number of heads, and the features per head, for `ch` channels."""
+    def _count_heads(self, channels: int) -> tuple[int, int]:
+        """Return the number of heads, and the features per head."""
         if self.num_head_channels == -1:
-            return self.num_heads, ch // self.num_heads
-        heads = ch // self.num_head_channels
+            return self.num_heads, channels // self.num_heads
+        heads = channels // self.num_head_channels
         if not heads:
-            raise ValueError(f"num_head_channels {self.num_head_channels} exceeds the width {ch}")
-        return heads, ch // heads if self.legacy else self.num_head_channels
+            raise ValueError(
+                f"num_head_channels {self.num_head_channels} exceeds the width {channels}"
+            )
+        return heads, channels // heads if self.legacy else self.num_head_channels
 
     def _build_mlp(self, features: int) -> nn.Sequential:
         out = self.emb_channels
@@ -375,12 +390,13 @@ class UNet(nn.Module):
         is_by_block = isinstance(depth, Sequence) and any(isinstance(d, Sequence) for d in depth)
         if is_by_block and self.transformer_depth_output is None:
             raise ValueError("transformer_depth by block needs transformer_depth_output, too")
-        for name in PER_LEVEL:
+        for name in PER_LEVEL_SETTINGS:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
+        # Average pooling halves odd sides to less than a skip connection needs when doubled.
         rounds_down = self.resblock_updown or not self.conv_resample
         factor = 2 ** (len(self.channel_mult) - 1)
         if rounds_down and (x.shape[-2] % factor or x.shape[-1] % factor):

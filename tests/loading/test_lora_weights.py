@@ -73,7 +73,7 @@ def test_each_tower_and_block_gets_its_own_number(file):
     model = tiny_model()
     base, lora = weights_of(model), read_lora(file, model)
     layers = {id(layer.target.layer): layer for layer in lora.layers.values()
-              if layer.target.part is None}  # fmt: skip
+              if layer.target.qkv_index is None}  # fmt: skip
     load_loras(model, [(file, f"0.25:2:{BLOCKS}")])
     seen = set()
     for name, module in model.named_modules():

@@ -103,7 +103,7 @@ def test_on_a_cpu_sdpa_is_chosen_even_with_xformers_installed(monkeypatch, fake_
 
 def test_xformers_is_chosen_where_its_kernel_runs(monkeypatch):
     calls = record_backends(monkeypatch)
-    monkeypatch.setattr(module, "_xformers_runs", lambda *args: True)
+    monkeypatch.setattr(module, "_can_use_xformers", lambda *args: True)
     attention(*qkv())
     attention(*qkv(), torch.ones(7, dtype=torch.bool))
     assert calls == ["xformers", "sdpa"]
@@ -142,9 +142,9 @@ def test_a_kernel_that_fails_its_trial_is_not_chosen(monkeypatch):
         raise NotImplementedError("no operator found")
 
     monkeypatch.setattr(module, "_attend_by_xformers", broken)
-    module._xformers_probe.cache_clear()
-    assert not module._xformers_probe(torch.device("cpu"), torch.float32, 8, True)
-    module._xformers_probe.cache_clear()
+    module._probe_xformers.cache_clear()
+    assert not module._probe_xformers(torch.device("cpu"), torch.float32, 8, True)
+    module._probe_xformers.cache_clear()
 
 
 @needs_gpu
@@ -155,7 +155,7 @@ def test_backends_agree_on_a_gpu(dtype, d, backend):
     if backend == "xformers":
         pytest.importorskip("xformers")
     q, k, v = qkv(256, 77, 2, d, dtype, device="cuda")
-    if backend == "xformers" and not module._xformers_runs(q, k, v):
+    if backend == "xformers" and not module._can_use_xformers(q, k, v):
         pytest.skip("xformers has no kernel for this")
     error = attention(q, k, v, backend=backend) - attention(q, k, v, backend="math")
     assert error.abs().max() < {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 2e-3)

@@ -234,7 +234,7 @@ BACKWARD = {
 def test_layers_with_gradients_equal_torchs(case, monkeypatch):
     monkeypatch.setattr(layers, "FEW_PIXELS_WITH_GRADIENTS", 1 << 20)
     monkeypatch.setattr(products, "onednn_is_faster", lambda rows: True)
-    monkeypatch.setattr("ldm.nets.cpu.gradients.product", F.linear)
+    monkeypatch.setattr("ldm.nets.cpu.gradients.multiply", F.linear)
     layer, x = CASES[case]()
     fast, slow = gradients(layer, x, on=True), gradients(layer, x, on=False)
     assert BACKWARD[case] in [function.name() for function in backward_functions(fast[0])]

@@ -322,7 +322,10 @@ def _is_same(tuned: ReadModel, base: ReadModel, name: str) -> bool:
 def _left_out(names: Iterable[str], model: LatentDiffusion, targets: set[Target]) -> Iterable[str]:
     """Return the weights in `names` that none of the targets changes."""
     changed = {
-        (id(target.layer), f"in_proj_{target.name}" if target.part is not None else target.name)
+        (
+            id(target.layer),
+            f"in_proj_{target.name}" if target.qkv_index is not None else target.name,
+        )
         for target in targets
     }
     parameters = {

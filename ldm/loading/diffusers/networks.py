@@ -177,7 +177,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
         scale_factor: None = unknown, for an autoencoder without a model.
         sample_size: side of the image in pixels.
     """
-    layout = Layout.read(params["ddconfig"])
+    layout = Layout.from_ddconfig(params["ddconfig"])
     embed = params["embed_dim"]
     _check_options(
         "AutoencoderKL",

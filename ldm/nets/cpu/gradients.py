@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ldm.nets.cpu.products import product, product_in_any_layout
+from ldm.nets.cpu.products import multiply, multiply_in_any_layout
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def _grad_product(x: Tensor, weight: Tensor) -> Tensor:
+def _multiply_grad(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x W^T for a gradient, differentiably for double backward (create_graph=True)."""
-    return F.linear(x, weight) if torch.is_grad_enabled() else product(x, weight)
+    return F.linear(x, weight) if torch.is_grad_enabled() else multiply(x, weight)
 
 
 class _Layer(Function):
@@ -39,15 +39,15 @@ class Linear(_Layer):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        return _needed_gradients(
+        return _compute_needed(
             ctx,
-            lambda: _grad_product(grad_output, weight.t()),
-            lambda: _grad_product(grad_output.t(), x.t()),
+            lambda: _multiply_grad(grad_output, weight.t()),
+            lambda: _multiply_grad(grad_output.t(), x.t()),
             lambda: grad_output.sum(0),
         )
 
@@ -58,26 +58,27 @@ class Convolution(_Layer):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         patches = F.unfold(x, 3, padding=1, stride=stride).transpose(1, 2)  # (B, P, 9 C_in)
-        return product_in_any_layout(patches.flatten(0, 1), weight.flatten(1), bias)
+        return multiply_in_any_layout(patches.flatten(0, 1), weight.flatten(1), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        (batch, _, *size), shape = ctx.shapes
+        (batch, _, *size), weight_shape = ctx.shapes
         stride = ctx.options[0]
-        # (C_out, B P); with so few pixels, torch's product is as fast as oneDNN's.
-        by_channel = grad_output.t()
+        # With so few pixels, torch's product is as fast as oneDNN's.
+        grad_by_channel = grad_output.t()  # (C_out, B P)
 
         def grad_x() -> Tensor:
-            patches = weight.flatten(1).t() @ by_channel  # (9 C_in, B P)
+            patches = weight.flatten(1).t() @ grad_by_channel  # (9 C_in, B P)
             patches = patches.unflatten(1, (batch, -1)).transpose(0, 1)
             return F.fold(patches, size, 3, padding=1, stride=stride)
 
         def grad_weight() -> Tensor:
             patches = F.unfold(x, 3, padding=1, stride=stride)
-            return (by_channel @ patches.transpose(0, 1).flatten(1).t()).view(shape)
+            grad = grad_by_channel @ patches.transpose(0, 1).flatten(1).t()  # (C_out, 9 C_in)
+            return grad.view(weight_shape)
 
-        return *_needed_gradients(ctx, grad_x, grad_weight, lambda: grad_output.sum(0)), None
+        return *_compute_needed(ctx, grad_x, grad_weight, lambda: grad_output.sum(0)), None
 
 
 class UpsampleConvolution(_Layer):
@@ -90,38 +91,43 @@ class UpsampleConvolution(_Layer):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batch, _, height, width = x.shape
-        taps = product(_pixels(x), _by_tap(weight)).view(batch, height, width, 3, 3, -1)
+        # The product of each input pixel with each of the 3x3 taps, (B, h, w, 3, 3, C_out)
+        taps = multiply(_to_pixels(x), _by_tap(weight)).view(batch, height, width, 3, 3, -1)
         out = x.new_empty(batch, height, 2, width, 2, len(weight))
-        rows = [_double(taps[:, :, :, row].unbind(3), 2) for row in range(3)]  # summed along width
-        for j, of_column in enumerate(zip(*rows, strict=True)):
-            for i, value in enumerate(_double(of_column, 1)):
+        # Sum the taps along the width, for even and odd columns, then along the height.
+        rows = [_sum_taps(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
+        for j, column in enumerate(zip(*rows, strict=True)):
+            for i, value in enumerate(_sum_taps(column, 1)):
                 out[:, :, i, :, j] = value
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        (batch, inputs, height, width), shape = ctx.shapes
-        rows = [_double_adjoint(row, 3) for row in _double_adjoint(grad_output.contiguous(), 2)]
-        taps = torch.stack([tap for row in rows for tap in row], 3).flatten(3).flatten(0, 2)
+        (batch, in_channels, height, width), weight_shape = ctx.shapes
+        rows = [_spread_to_taps(row, 3) for row in _spread_to_taps(grad_output.contiguous(), 2)]
+        grad_taps = torch.stack([tap for row in rows for tap in row], 3)
+        grad_taps = grad_taps.flatten(3).flatten(0, 2)  # (B h w, 9 C_out)
 
         def grad_x() -> Tensor:
-            out = _grad_product(taps, _by_tap(weight).t()).view(batch, height, width, inputs)
-            return out.permute(0, 3, 1, 2).contiguous()
+            grad = _multiply_grad(grad_taps, _by_tap(weight).t())  # (B h w, C_in)
+            maps = grad.view(batch, height, width, in_channels)
+            return maps.permute(0, 3, 1, 2).contiguous()
 
         def grad_weight() -> Tensor:
-            out = _grad_product(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
-            return out.view(3, 3, *shape[:2]).permute(2, 3, 0, 1).contiguous()
+            grad = _multiply_grad(grad_taps.t(), _to_pixels(x).t())  # (9 C_out, C_in)
+            return grad.view(3, 3, *weight_shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _needed_gradients(ctx, grad_x, grad_weight, lambda: grad_output.sum((0, 1, 2, 3, 4)))
-
-
-def _needed_gradients(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
-    needed = ctx.needs_input_grad
-    return tuple(g() if needed[k] else None for k, g in enumerate(gradients))
+        return _compute_needed(ctx, grad_x, grad_weight, lambda: grad_output.sum((0, 1, 2, 3, 4)))
 
 
-def _pixels(x: Tensor) -> Tensor:
+def _compute_needed(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
+    """Compute those gradients of x, weight and bias that autograd asks for."""
+    is_needed = ctx.needs_input_grad
+    return tuple(grad() if is_needed[k] else None for k, grad in enumerate(gradients))
+
+
+def _to_pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C_in)
 
 
@@ -129,14 +135,14 @@ def _by_tap(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 C_out, C_in)
 
 
-def _double(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+def _sum_taps(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     """Compute even and odd outputs along an upsampled axis, from products by tap."""
     before, middle, after = taps
     return _shift(before, dim, 1) + middle + after, before + middle + _shift(after, dim, -1)
 
 
-def _double_adjoint(grad_output: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply the adjoint of `_double`: return the gradients of the three taps.
+def _spread_to_taps(grad_output: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply the adjoint of `_sum_taps`: return the gradients of the three taps.
 
     `dim` has size 2, even and odd outputs; `dim - 1` is their spatial axis.
     """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldm.nets.cpu.support import applies
 
-PIXELS = 4096  # per block, that float32 sums accurately
+BLOCK_PIXELS = 4096  # so few that float32 sums them accurately
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -16,27 +16,30 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     3e-5, 600 times that of its other kernel. Here, moments are computed in blocks and combined.
     """
     height, width = x.shape[-2:]
-    large = x.dim() == 4 and height * width > PIXELS and x.dtype == torch.float32
-    if not (large and x.is_contiguous(memory_format=torch.channels_last) and applies(x)):
+    is_large = x.dim() == 4 and height * width > BLOCK_PIXELS and x.dtype == torch.float32
+    if not (is_large and x.is_contiguous(memory_format=torch.channels_last) and applies(x)):
         return F.group_norm(x, groups, weight, bias, eps)
     batch, channels = x.shape[:2]
-    rows = next(n for n in range(max(1, PIXELS // width), 0, -1) if height % n == 0)
+    # Blocks of as many rows as fit; all are equally large, so that their moments weigh the same.
+    rows = next(n for n in range(max(1, BLOCK_PIXELS // width), 0, -1) if height % n == 0)
     pixels = x.permute(0, 2, 3, 1)  # (B, h, w, C)
     blocks = pixels.reshape(-1, rows, width, channels).permute(0, 3, 1, 2)
-    moments = [_moments(block, groups) for block in blocks.split(1)]
+    moments = [_compute_moments(block, groups) for block in blocks.split(1)]
     means = torch.cat([mean for mean, _ in moments]).view(batch, -1, groups)
     variances = torch.cat([variance for _, variance in moments]).view(batch, -1, groups)
     mean = means.mean(1, keepdim=True)  # (B, 1, groups), float64
+    # Law of total variance: that within the blocks, plus that of their means.
     variance = (variances + (means - mean).square()).mean(1, keepdim=True)
     scale = weight.view(groups, -1) * (variance + eps).rsqrt().view(batch, groups, 1)
     shift = bias.view(groups, -1) - scale * mean.view(batch, groups, 1)
+    # (x - mean) / std weight + bias, as one product and sum per pixel
     scale, shift = (y.to(x.dtype).view(batch, 1, 1, channels) for y in (scale, shift))
     return torch.addcmul(shift, pixels, scale).permute(0, 3, 1, 2)
 
 
-def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _compute_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return the mean and variance of each group of one block, in float64."""
-    tiny = 1e-12
+    eps = 1e-12  # of the kernel, which returns 1 / sqrt(variance + eps)
     pixels = x.shape[-2:].numel()
-    _, mean, rstd = torch.native_group_norm(x, None, None, 1, x.shape[1], pixels, groups, tiny)
-    return mean.double(), rstd.double() ** -2 - tiny
+    _, mean, rstd = torch.native_group_norm(x, None, None, 1, x.shape[1], pixels, groups, eps)
+    return mean.double(), rstd.double() ** -2 - eps

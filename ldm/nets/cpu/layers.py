@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.cpu import gradients, products, winograd
-from ldm.nets.cpu.products import product
+from ldm.nets.cpu.products import multiply
 from ldm.nets.cpu.support import applies_to_layer
 from ldm.nets.cpu.weight_cache import is_caching, transform_weight
 from ldm.runtime.device import has_amx
@@ -19,11 +19,13 @@ CONV_WORK = 5e8
 UPSAMPLED_WORK = 1e7  # with gradients
 # A 3x3 convolution is one matrix product with at most so many output pixels in the batch and at
 # least so many weights, which torch's kernel would rearrange in every call.
-FEW_PIXELS, MANY_WEIGHTS = 128, 1e6
+FEW_PIXELS = 128
 FEW_PIXELS_WITH_GRADIENTS = 64
+MANY_WEIGHTS = 1e6
 # A convolution after upsampling, with gradients, is computed tap by tap with at least so many
 # channels and at most so many products, which are temporarily in memory.
-TAPS_CHANNELS, TAPS = 64, 1 << 25
+TAPS_CHANNELS = 64
+MAX_TAPS = 1 << 25
 # Minimum number of channels. In float32, the transforms cost as much as they save with fewer; in
 # bfloat16 they round once more, which adds 6 % to the rounding error of a UNet's output, and 15 to
 # 40 % with fewer. With AMX, torch's channels-last convolutions are two to five times as fast.
@@ -45,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not torch.is_grad_enabled():
         if x.dtype == torch.bfloat16 and is_caching(weight):
             weight = transform_weight(weight, "packed", products.pack)
-        y = product(x.reshape(rows, -1), weight, bias)
+        y = multiply(x.reshape(rows, -1), weight, bias)
     elif products.onednn_is_faster(rows):
         y = gradients.Linear.apply(x.reshape(rows, -1), weight, bias)
     else:
@@ -68,13 +70,14 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
         maps = pixels.view(len(x), (x.shape[2] - 1) // stride + 1, -1, layer.out_channels)
         return maps.permute(0, 3, 1, 2).contiguous()
     # Torch's kernels are slow if x is channels last and the weight is not.
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    pays = is_last or (is_caching(weight) and _count_pixels(x) * weight.numel() >= CONV_WORK)
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    is_large = _count_pixels(x) * weight.numel() >= CONV_WORK
+    pays = is_channels_last or (is_large and is_caching(weight))
     if torch.is_grad_enabled() or not pays or layer.padding_mode != "zeros":
         return nn.Conv2d.forward(layer, x)
     x = x.contiguous(memory_format=torch.channels_last)
     if _is_1x1(layer):
-        return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return multiply(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     weight = transform_weight(weight, "channels last", _to_channels_last)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
@@ -85,8 +88,8 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
     if _is_3x3(layer) and applies_to_layer(x, weight):
         if torch.is_grad_enabled():
             if _suits_taps(layer, pixels):
-                rows: Tensor = gradients.UpsampleConvolution.apply(x, weight, bias)
-                maps = rows.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
+                y: Tensor = gradients.UpsampleConvolution.apply(x, weight, bias)
+                maps = y.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
         elif pixels * weight.numel() >= CONV_WORK:
             matrices = _winograd_matrices(layer, len(x), 4 * pixels // len(x), doubled=True)
@@ -121,14 +124,15 @@ def _is_1x1(layer: nn.Conv2d) -> bool:
 
 def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
     """Return whether one product of all patches is fastest, for `pixels` of output."""
-    few = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
-    large = layer.weight.numel() >= MANY_WEIGHTS and pixels <= few
-    return large and _is_3x3(layer, strides=(1, 2))
+    limit = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
+    pays = layer.weight.numel() >= MANY_WEIGHTS and pixels <= limit
+    return pays and _is_3x3(layer, strides=(1, 2))
 
 
 def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
+    """Return whether `UpsampleConvolution` is fastest, for `pixels` of input."""
     work, taps = pixels * layer.weight.numel(), 9 * pixels * layer.out_channels
-    return work >= UPSAMPLED_WORK and taps <= TAPS and layer.out_channels >= TAPS_CHANNELS
+    return work >= UPSAMPLED_WORK and taps <= MAX_TAPS and layer.out_channels >= TAPS_CHANNELS
 
 
 def _winograd_matrices(
@@ -136,26 +140,30 @@ def _winograd_matrices(
 ) -> list[Tensor] | None:
     """Transform the weight; None if Winograd does not pay off. Pixels are those of the output."""
     weight, pixels = layer.weight, images * pixels_per_image
-    narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_CHANNELS[weight.dtype]
-    too_small = pixels_per_image < WINOGRAD_PIXELS or pixels * weight.numel() < CONV_WORK
-    if torch.is_grad_enabled() or narrow or too_small or not _is_3x3(layer):
+    is_narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_CHANNELS[weight.dtype]
+    is_small = pixels_per_image < WINOGRAD_PIXELS or pixels * weight.numel() < CONV_WORK
+    if torch.is_grad_enabled() or is_narrow or is_small or not _is_3x3(layer):
         return None
     if pixels < WINOGRAD_UNCACHED[weight.dtype] and not is_caching(weight):
         return None
-    packs = is_caching(weight) and not products.has_few_rows(pixels // 4, weight.dtype)
+    tiles = pixels // 4  # rows of the products
+    packs = is_caching(weight) and not products.has_few_rows(tiles, weight.dtype)
 
     def transform(weight: Tensor) -> list[Tensor]:
-        matrices = winograd.transform(weight, doubled=doubled).unbind()
+        matrices = winograd.transform_kernel(weight, doubled=doubled).unbind()
         return [products.pack(matrix) if packs else matrix for matrix in matrices]
 
     return transform_weight(weight, "Winograd, doubled" if doubled else "Winograd", transform)
 
 
 def _merge_taps(weight: Tensor) -> list[Tensor]:
-    """Return 4 kernels (C_out, C_in, 2, 2): each output pixel after upsampling sees 2x2 of x."""
+    """Return 4 kernels (C_out, C_in, 2, 2), for outputs of even and odd rows and columns.
+
+    After upsampling, each output pixel sees 2x2 pixels of x only.
+    """
     g = weight.float()
-    rows = [torch.stack(two, 2) for two in _merge_pairs(g.unbind(2))]  # (C_out, C_in, 2, 3) each
-    kernels = [torch.stack(two, 3) for row in rows for two in _merge_pairs(row.unbind(3))]
+    halves = [torch.stack(taps, 2) for taps in _merge_pairs(g.unbind(2))]  # (C_out, C_in, 2, 3)
+    kernels = [torch.stack(taps, 3) for half in halves for taps in _merge_pairs(half.unbind(3))]
     return [_to_channels_last(kernel.to(weight.dtype)) for kernel in kernels]
 
 
@@ -165,10 +173,11 @@ def _merge_pairs(taps: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[T
 
 
 def _convolve_phases(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Convolve x (B, C, h, w) by the kernels of `_merge_taps`, and interleave the four outputs."""
     batch, _, height, width = x.shape
-    features = len(kernels[0])
+    out_channels = len(kernels[0])
     x = x.contiguous(memory_format=torch.channels_last)
-    out = x.new_empty(batch, 2 * height, 2 * width, features).permute(0, 3, 1, 2)
+    out = x.new_empty(batch, 2 * height, 2 * width, out_channels).permute(0, 3, 1, 2)
     for k, kernel in enumerate(kernels):
         row, column = divmod(k, 2)
         y = F.conv2d(x, kernel, bias, padding=1)  # (B, C_out, h + 1, w + 1)

@@ -9,24 +9,26 @@ from torch import Tensor
 
 from ldm.runtime.device import is_intel
 
-# Kernels rearrange the right operand. With few rows of x, a multiple of ROW_MULTIPLE, it is faster
-# to have x there than the weight: by 20 to 50 % in bfloat16, 10 to 30 % in float32.
-FEW_ROWS, ROW_MULTIPLE = {torch.float32: 64, torch.bfloat16: 128}, 16
-MANY_ROWS = 512  # on Intel's processors, MKL is faster from here on
+# Kernels rearrange the right operand in every call. With at most FEW_ROWS rows of x, a multiple of
+# ROW_MULTIPLE, it is faster to have x there than the weight: by 20 to 50 % in bfloat16, 10 to 30 %
+# in float32.
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 128}
+ROW_MULTIPLE = 16
+MANY_ROWS = 512  # on Intel's processors, MKL is faster for more rows
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x W^T + b without gradients; weight: (N, K) of any strides, or packed."""
     if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster(x.shape[:-1].numel())):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `product` of a matrix x (M, K); the strides of the output (M, N) may be any."""
+def multiply_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `multiply` for a matrix x (M, K); the output (M, N) may have any strides."""
     if weight.is_mkldnn or not has_few_rows(len(x), x.dtype):
-        return product(x, weight, bias)
-    y = product(weight, x).t()
+        return multiply(x, weight, bias)
+    y = multiply(weight, x).t()
     return y if bias is None else y + bias
 
 
@@ -40,7 +42,7 @@ def pack(weight: Tensor) -> Tensor:
     # By 10 to 40 % in bfloat16; in float32 by 1 to 3 % only, for twice the memory.
     if weight.dtype != torch.bfloat16 or not _onednn_works():
         return weight
-    # Packed for so many rows, it serves any number.
+    # The number of rows is a hint: the packed matrix serves any number.
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS)
     return packed
 

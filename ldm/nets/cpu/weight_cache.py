@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ldm.runtime.device import free_memory
 
-FORM_SIZE = 1.8  # memory of a weight's largest form, relative to the weight
+FORM_SIZE = 1.8  # memory of a weight's largest form (Winograd's 16 / 9), relative to the weight
 Form = TypeVar("Form", Tensor, list[Tensor])
 
 
 class _Entry(NamedTuple):
-    """The transformed forms of a weight by name; the reference keeps its id from being reused."""
+    """The transformed forms of a weight by name."""
 
-    weight: Tensor
-    state: tuple[int, int]
+    weight: Tensor  # keeps the id of the weight from being reused
+    state: tuple[int, int]  # address and version, which torch raises with every write
     forms: dict[str, Tensor | list[Tensor]]
 
 
