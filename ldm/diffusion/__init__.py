@@ -1,5 +1,15 @@
 """The mathematics of diffusion, without parameters or files.
 
-Reading order: schedule (noise levels), denoiser (prediction to estimate of the clean latent, and
-training target), guidance (classifier-free guidance), samplers (solvers).
+Reading order:
+
+    names                  tables of samplers and schedulers, hyperparameters of guidance methods
+    scheduler_options      checks of options of schedulers
+    step_noise             options of the samplers' noise, and their checks
+    schedule               noise levels of a model
+    schedulers             noise levels of a run
+    denoiser               prediction of a network -> estimate of the clean latent; training target
+    samplers               solvers
+    brownian               noise of SDE samplers
+    guidance               classifier-free guidance and other methods
+    guidance_embedding     networks that take the guidance scale as an input
 """

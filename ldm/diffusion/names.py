@@ -1,7 +1,7 @@
 """Names that users choose from: samplers, schedulers, presets, quirks of the original.
 
-Each table is the only list of its kind: functions, flags, form fields and PNG texts read it. It
-does not import torch, so that `--help` is fast.
+Each table is the only list of its names: functions, flags, form fields and PNG texts read it. This
+module does not import torch, so that `--help` is fast.
 """
 
 import math
@@ -32,8 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Sigma above which x is practically pure noise (zero terminal SNR, cosine). Some samplers give
-# broken images from there: those that extrapolate over a whole step, or space few levels up to it.
+# Sigma above which x is practically pure noise, as with zero terminal SNR and cosine schedules.
+# Some samplers give broken images from there: those that extrapolate over a whole step, or space
+# few levels up to it.
 MAX_LEVEL = 1000.0
 
 TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
@@ -41,48 +42,83 @@ TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: its function, what it takes, and its defaults."""
+    """A sampler: its function, what it takes, and its defaults.
 
-    function: str  # in a module of `ldm.diffusion.samplers`
-    label: str  # in A1111's text and on the page
-    takes_noise: bool = False  # adds noise between steps
-    takes_path: bool = False  # between steps, from a Brownian path over sigma
-    eta: float | None = None  # default amount of that noise; None = it cannot be set
-    takes_churn: bool = False  # noise before steps
-    scales_time: bool = False  # takes `NoiseSchedule.scale_time`
-    takes_uncond: bool = False  # takes the unconditional estimate, too
-    scale: float | None = None  # default guidance scale; None = the model's
-    scheduler: str | None = None  # default scheduler; None = the model's
-    wide_scheduler: str | None = None  # default where the last level is above MAX_LEVEL
-    a1111_scheduler: str = "normal"  # A1111's "Automatic"
-    adapts_steps: bool = False  # to the batch, so that commands and page make images one by one
-    skips_last_level: bool = False  # plans one more step, drops the last level before 0, as A1111
+    Args:
+        function: Name in a module of `ldm.diffusion.samplers`.
+        label: Name in A1111's text and on the page.
+        takes_noise: Whether it adds noise between steps.
+        takes_path: Whether that noise may come from a Brownian path over sigma.
+        eta: Default amount of that noise; None: it cannot be set.
+        takes_churn: Whether it adds noise before steps (s_churn).
+        scales_time: Whether it takes `NoiseSchedule.scale_time`.
+        takes_uncond: Whether it takes the unconditional estimate, too.
+        scale: Default guidance scale; None: the model's.
+        scheduler: Default scheduler; None: the model's.
+        wide_scheduler: Default where the highest level is above MAX_LEVEL; None: as otherwise.
+        a1111_scheduler: The scheduler that A1111's "Automatic" stands for.
+        adapts_steps: Whether steps depend on the batch: commands and page make images one by one.
+        skips_last_level: Whether one more step is planned and the last level before 0 dropped, as
+            A1111 does.
+    """
+
+    function: str
+    label: str
+    takes_noise: bool = False
+    takes_path: bool = False
+    eta: float | None = None
+    takes_churn: bool = False
+    scales_time: bool = False
+    takes_uncond: bool = False
+    scale: float | None = None
+    scheduler: str | None = None
+    wide_scheduler: str | None = None
+    a1111_scheduler: str = "normal"
+    adapts_steps: bool = False
+    skips_last_level: bool = False
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A scheduler: its function, its limits and its defaults."""
+    """A scheduler: its function, its limits and its defaults.
 
-    function: str  # in `ldm.diffusion.schedule`
-    label: str  # in A1111's text and on the page; one of A1111's only if its levels are the same
-    max_steps: int | None = None  # None = the number of timesteps
-    for_sdxl: str | None = None  # the scheduler that replaces it for SDXL
-    rho: float | None = None  # default exponent; None = it has none
+    Args:
+        function: Name in `ldm.diffusion.schedulers`.
+        label: Name in A1111's text and on the page; one of A1111's names only if its levels are
+            the same.
+        max_steps: None: the number of timesteps.
+        for_sdxl: The scheduler that replaces it for SDXL; None: itself.
+        rho: Default exponent; None: it has none.
+    """
+
+    function: str
+    label: str
+    max_steps: int | None = None
+    for_sdxl: str | None = None
+    rho: float | None = None
 
 
 @dataclass(frozen=True)
 class SLD:
     """Hyperparameters of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
 
+    Args:
+        warmup: Number of evaluations of the network before it acts; delta in the paper.
+        scale: Factor from the difference in eps to the strength of guidance, which is at most 1;
+            s_S in the paper.
+        threshold: Elements of eps with a greater difference are not changed; lambda in the paper.
+        momentum_scale: s_m in the paper.
+        momentum_beta: beta_m in the paper, 0 … 1.
+
     Raises:
-        ArgumentError: a number is out of range.
+        ArgumentError: A number is out of range.
     """
 
-    warmup: int  # number of evaluations of the network before it acts; delta in the paper
-    scale: float  # s_S: factor from the difference in eps to the strength of guidance, at most 1
-    threshold: float  # lambda: elements of eps with a greater difference are left alone
-    momentum_scale: float  # s_m
-    momentum_beta: float  # beta_m, 0 … 1
+    warmup: int
+    scale: float
+    threshold: float
+    momentum_scale: float
+    momentum_beta: float
 
     def __post_init__(self) -> None:
         numbers = [self.scale, self.threshold, self.momentum_scale]
@@ -93,20 +129,20 @@ class SLD:
 
     @classmethod
     def of(cls, value: "str | Sequence[float] | SLD") -> "SLD":
-        """Return the numbers of a preset, or of five numbers.
+        """Return the hyperparameters of a preset, or of five numbers in the order of the arguments.
 
         Raises:
-            ArgumentError: an unknown preset, not five numbers, or one out of range.
+            ArgumentError: The preset is unknown, or these are not five numbers in range.
         """
         if isinstance(value, SLD):
             return value
         if isinstance(value, str):
             check_name("preset of sld", value, SLD_PRESETS, argument="sld")
             return SLD_PRESETS[value]
-        warmup, *others = _numbers("sld", value, fields(cls))
-        if warmup % 1:  # of infinity and NaN, too
+        warmup, *numbers = _check_numbers("sld", value, fields(cls))
+        if warmup % 1:  # NaN for infinity and NaN
             raise ArgumentError(f"sld: warmup {warmup} is not a whole number", "sld")
-        return cls(int(warmup), *others)
+        return cls(int(warmup), *numbers)
 
 
 @dataclass(frozen=True)
@@ -116,11 +152,12 @@ class APG:
     The defaults are the authors' for Stable Diffusion XL.
 
     Args:
-        eta: factor of the component of the update parallel to the estimate; 1 keeps it.
-        norm: largest norm of an update, r in the paper; 0 for no limit.
-        momentum: factor of the running sum of updates, beta in the paper, in (-1, 1).
+        eta: Factor of the component of the update parallel to the estimate; 1 keeps it.
+        norm: Largest norm of an update, r in the paper; 0 for no limit.
+        momentum: Factor of the running sum of updates, beta in the paper, in (-1, 1).
+
     Raises:
-        ArgumentError: a number is out of range, or they have no effect: (1, 0, 0).
+        ArgumentError: A number is out of range, or they have no effect: (1, 0, 0).
     """
 
     eta: float = 0.0
@@ -137,22 +174,27 @@ class APG:
 
     @classmethod
     def of(cls, value: "Sequence[float] | APG") -> "APG":
-        """Return the numbers of a sequence, in the order of the arguments."""
-        return value if isinstance(value, APG) else cls(*_numbers("apg", value, fields(cls)))
+        """Return the hyperparameters of three numbers, in the order of the arguments."""
+        return value if isinstance(value, APG) else cls(*_check_numbers("apg", value, fields(cls)))
 
 
 @dataclass(frozen=True)
 class FreeUFactors:
-    """Factors of FreeU (arXiv:2309.11497).
+    """Factors of FreeU (arXiv:2309.11497), 0 … 10.
+
+    Args:
+        b1, b2: Of half of the backbone's channels, in the output blocks of the lowest resolution
+            and in those of the next one.
+        s1, s2: Of the low frequencies of skip connections, in the same blocks.
 
     Raises:
-        ArgumentError: a number is out of range, or all are 1.
+        ArgumentError: A number is out of range, or all are 1.
     """
 
-    b1: float  # of half of the backbone's channels in the deepest output blocks, 0 … 10
-    b2: float  # the same in those of the next level
-    s1: float  # of the low frequencies of their skip connections, 0 … 10
-    s2: float  # the same in those of the next level
+    b1: float
+    b2: float
+    s1: float
+    s2: float
 
     def __post_init__(self) -> None:
         numbers = (self.b1, self.b2, self.s1, self.s2)
@@ -166,7 +208,7 @@ class FreeUFactors:
         """Return the factors of a preset, or of four numbers in the order of the arguments.
 
         Args:
-            automatic: the preset for "auto".
+            automatic: The preset for "auto".
         """
         if isinstance(value, FreeUFactors):
             return value
@@ -174,15 +216,15 @@ class FreeUFactors:
             if value not in (choices := ["auto", *FREEU_PRESETS]):
                 raise unknown_name("preset of freeu", value, choices, argument="freeu")
             return FREEU_PRESETS[automatic if value == "auto" else value]
-        return cls(*_numbers("freeu", value, fields(cls)))
+        return cls(*_check_numbers("freeu", value, fields(cls)))
 
 
 def check_guidance_options(given: Collection[str], scale: float | None) -> None:
     """Raise ArgumentError for guidance methods that exclude each other or need another scale.
 
     Args:
-        given: names of all options that have a value.
-        scale: guidance scale; None = not known.
+        given: Names of all options that have a value.
+        scale: Guidance scale; None: not known.
     """
     methods = [name for name in EXCLUSIVE_GUIDANCE if name in given]
     if len(methods) > 1:
@@ -194,14 +236,15 @@ def check_guidance_options(given: Collection[str], scale: float | None) -> None:
         raise ArgumentError("freeu_version needs freeu", "freeu_version")
 
 
-def _numbers(
-    name: str, value: Sequence[float], parts: Sequence["Field[object]"]
+def _check_numbers(
+    option: str, numbers: Sequence[float], args: Sequence["Field[object]"]
 ) -> Sequence[float]:
-    """Return the numbers; raise ArgumentError unless there is one for each part."""
-    if len(value) != len(parts):
-        names = ", ".join(part.name for part in parts)
-        raise ArgumentError(f"{name} takes {len(parts)} numbers ({names}), got {len(value)}", name)
-    return [float(number) for number in value]
+    """Return the numbers as floats; raise ArgumentError unless there is one for each argument."""
+    if len(numbers) != len(args):
+        names = ", ".join(arg.name for arg in args)
+        message = f"{option} takes {len(args)} numbers ({names}), got {len(numbers)}"
+        raise ArgumentError(message, option)
+    return [float(number) for number in numbers]
 
 
 SAMPLERS = {
@@ -345,7 +388,7 @@ _CONCEPT = (
 )
 SLD_CONCEPTS = {"original": _CONCEPT, "diffusers": f"an image showing {_CONCEPT}"}
 
-# Guidance methods of which a run has one at most; `pag` combines with each. At a guidance scale of
+# Guidance methods of which a run has at most one; `pag` combines with each. At a guidance scale of
 # 1 they have no effect: `sld` warns then, the others are refused.
 EXCLUSIVE_GUIDANCE = ("sld", "apg", "perp_neg")
 FREEU_PRESETS = {  # the authors', for version 1

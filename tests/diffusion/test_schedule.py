@@ -9,9 +9,9 @@ from ldm.diffusion.schedule import (
     ContinuousSchedule,
     Schedule,
     betas_from_sigmas,
-    edm_sigmas,
     make_betas,
 )
+from ldm.diffusion.schedulers import edm_sigmas
 from ldm.pipelines.quirks import Quirks
 
 SD = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))

@@ -1,0 +1,235 @@
+"""Schedulers: functions that choose the noise levels of a run.
+
+Each takes the noise schedule of a model and a number n of steps, and returns n + 1 sigmas, float64,
+descending; see `NoiseSchedule.step_sigmas`. Below, T is the number of timesteps of the schedule,
+and i = 0 … n-1 the index of a step.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm.diffusion import names
+
+if TYPE_CHECKING:
+    from ldm.diffusion.schedule import NoiseSchedule
+
+__all__ = ["SIGMA_FUNCTIONS", "linspace"]
+
+# Sigmas of "Align Your Steps" (arXiv:2404.14507) for ten steps of Stable Diffusion 1 and XL, as
+# published by the authors.
+AYS = (
+    14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092,
+    0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582,
+)  # fmt: skip
+AYS_XL = (
+    14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141,
+    0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582,
+)  # fmt: skip
+
+
+def linspace(start: float, end: float, n: int) -> Tensor:
+    """Return n evenly spaced numbers, float64."""
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+def uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps like the original: t = floor(i T / n) + 1 in descending order, then t = 0.
+
+    Equal to the original wherever n divides T. For n = T the + 1 is left out, as it would exceed
+    the last timestep.
+    """
+    total = len(schedule)
+    t = torch.arange(steps) * total // steps + (1 if steps < total else 0)
+    return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
+
+
+def time_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps like DPM-Solver: evenly in time, from the last timestep to the first."""
+    first, last = schedule.t_range
+    return schedule.t_to_sigma(linspace(last, first, steps + 1))
+
+
+def trailing_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take timesteps T (n - i) / n - 1, rounded: from the very last (arXiv:2305.08891, table 2)."""
+    t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
+    return _append_zero(schedule.sigmas[t - 1])
+
+
+def sgm_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps like sgm for SDXL: timesteps (T-1) (1 - i / n), truncated; all if n = T."""
+    t = np.arange(len(schedule))[::-1].copy()
+    if steps < len(schedule):
+        t = np.linspace(len(schedule) - 1, 0, steps, endpoint=False).astype(np.int64)
+    return _append_zero(schedule.sigmas[torch.from_numpy(t)])
+
+
+def sgm_uniform_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps like A1111's "SGM Uniform": as `sgm_uniform`, with fractional timesteps."""
+    return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]))
+
+
+def leading_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps like diffusers' "leading": t = (n - 1 - i) floor(T / n) + 1 (steps_offset)."""
+    t = torch.arange(steps - 1, -1, -1) * (len(schedule) // steps) + 1
+    return _append_zero(schedule.sigmas[t.clamp(max=len(schedule) - 1)])
+
+
+def ddim_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take timesteps 1, 1 + k, 1 + 2k … < T in descending order, k = floor(T / n), like ComfyUI.
+
+    These may be more than n.
+    """
+    t = torch.arange(1, len(schedule), max(len(schedule) // steps, 1)).flip(0)
+    return _append_zero(schedule.sigmas[t])
+
+
+def turbo_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take timesteps T-1 - i floor(T / 10), as sgm's demo of SDXL Turbo does for 1 … 4 steps."""
+    t = len(schedule) - 1 - torch.arange(steps) * (len(schedule) // 10)
+    return _append_zero(schedule.sigmas[t])
+
+
+def edm_sigmas(
+    schedule: "NoiseSchedule",
+    steps: int,
+    sigma_min: float = 0.03,
+    sigma_max: float = 14.61,
+    rho: float = 3.0,
+) -> Tensor:
+    """Space steps evenly in sigma^(1/rho), like `karras`, over a range of sgm's demo."""
+    return _append_zero(linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho)
+
+
+def karras_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 7.0) -> Tensor:
+    """Space steps evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
+    sigma_min, sigma_max = schedule.sigmas[[0, -1]].tolist()
+    return edm_sigmas(schedule, steps, sigma_min, sigma_max, rho)
+
+
+def exponential_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) -> Tensor:
+    """Space steps evenly in log sigma; with rho other than 1, as the power rho of even spacing."""
+    low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
+    return _append_zero((low + linspace(1, 0, steps) ** rho * (high - low)).exp())
+
+
+def normal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps evenly in time, T-1 to 0, like k-diffusion's `get_sigmas`."""
+    return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps)))
+
+
+def simple_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take timesteps T-1 - floor(i T / n), like ComfyUI."""
+    t = len(schedule) - 1 - torch.arange(steps) * len(schedule) // steps
+    return _append_zero(schedule.sigmas[t])
+
+
+def beta_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take timesteps at quantiles 1 - i / n of Beta(0.6, 0.6), like ComfyUI (arXiv:2407.12173)."""
+    quantiles = _beta_quantiles(1 - np.arange(steps) / steps)
+    t = np.rint((len(schedule) - 1) * quantiles).astype(np.int64)
+    return _append_zero(schedule.sigmas[torch.from_numpy(t)])
+
+
+def beta_sigma_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space sigmas, not timesteps, as quantiles of Beta(0.6, 0.6), like A1111 and diffusers."""
+    low, high = schedule.sigmas[[0, -1]].tolist()
+    quantiles = torch.from_numpy(_beta_quantiles(np.linspace(1, 0, steps)))
+    return _append_zero(low + quantiles * (high - low))
+
+
+def kl_optimal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps evenly in arctan sigma, like A1111's "KL Optimal" (arXiv:2404.14507)."""
+    low, high = schedule.sigmas[[0, -1]].atan().tolist()
+    return _append_zero(linspace(high, low, steps).tan())
+
+
+def ays_sigmas(schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS) -> Tensor:
+    """Take the levels of "Align Your Steps" (arXiv:2404.14507), like ComfyUI: the last becomes 0.
+
+    For other numbers of steps than ten they are interpolated in log sigma.
+    """
+    return _append_zero(_interpolate_levels(levels, steps + 1)[:-1])
+
+
+def ays_a1111_sigmas(
+    schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS
+) -> Tensor:
+    """Take the levels of "Align Your Steps" like A1111: all of them, and 0 after the last."""
+    return _append_zero(_interpolate_levels(levels, steps))
+
+
+def lcm_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Choose from the 50 timesteps used in the distillation of LCMs (arXiv:2310.04378)."""
+    return _append_zero(_consistency_sigmas(schedule, steps))
+
+
+def lcm_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Space steps evenly over the 50 levels of `lcm`, interpolated, like A1111."""
+    levels = _consistency_sigmas(schedule, min(50, len(schedule))).tolist()
+    return _append_zero(_interpolate_levels(levels, steps))
+
+
+def tcd_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Choose timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
+    return torch.cat([_consistency_sigmas(schedule, steps), schedule.sigmas[:1]])
+
+
+ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL)
+ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL)
+
+
+def _consistency_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Choose sigmas (n,) of the DDIM steps that consistency models were distilled from."""
+    teacher_steps = min(50, len(schedule))  # `original_inference_steps` in diffusers
+    indices = teacher_steps - torch.arange(steps) * teacher_steps // steps
+    return schedule.sigmas[indices * (len(schedule) // teacher_steps) - 1]
+
+
+def _levels_at(schedule: "NoiseSchedule", t: NDArray[np.float64]) -> Tensor:
+    """Return the levels of fractional timesteps, linear in log sigma as in k-diffusion."""
+    log_sigmas = schedule.sigmas.log().numpy()
+    return torch.as_tensor(np.interp(t, np.arange(len(schedule)), log_sigmas)).exp()
+
+
+def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:
+    """Return `count` levels, interpolated in log sigma evenly over the positions of `levels`."""
+    positions = np.linspace(0, len(levels) - 1, count)
+    return torch.as_tensor(np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))))
+
+
+def _beta_quantiles(probabilities: NDArray[np.float64], alpha: float = 0.6) -> NDArray[np.float64]:
+    """Return quantiles of Beta(alpha, alpha), as scipy.stats.beta.ppf without needing scipy.
+
+    With x = sin² θ, the density of θ is (sin θ cos θ)^(2 alpha - 1). That of u = θ^(2 alpha) is
+    smooth, and integrated by the trapezoidal rule up to θ = π/4, x = 1/2.
+    """
+    power = 2 * alpha
+    u = np.linspace(0, (np.pi / 4) ** power, 1 << 13)
+    theta = u ** (1 / power)
+    ratio = np.ones_like(theta)  # sin θ cos θ / θ
+    ratio[1:] = np.sin(theta[1:]) * np.cos(theta[1:]) / theta[1:]
+    density = ratio ** (power - 1)
+    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    below /= 2 * below[-1]  # 1/2 at the end, as the distribution is symmetric
+    is_low = probabilities < 0.5
+    u_quantiles = np.interp(np.where(is_low, probabilities, 1 - probabilities), below, u)
+    # Below one half, so that 1 - x of a probability of 0.5 is above it and rounds up, as scipy's.
+    x = np.minimum(np.sin(u_quantiles ** (1 / power)) ** 2, 0.5 - 1e-15)
+    quantiles: NDArray[np.float64] = np.where(is_low, x, 1 - x)
+    return quantiles
+
+
+def _append_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+# Functions of this module by the name of the scheduler, from `names.SCHEDULERS`.
+SIGMA_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    name: globals()[scheduler.function] for name, scheduler in names.SCHEDULERS.items()
+}
