@@ -1,9 +1,12 @@
 """Brownian paths over noise levels: the noise of SDE samplers as k-diffusion and A1111 draw it.
 
-Each sample has a path of its own, which its seed fixes: half of an interval follows from the whole
-by a Brownian bridge, down to any level. So the noise of a step is that of the steps into which it
-may be divided, and images change little with the number of steps. The numbers are those of
-torchsde's `BrownianTree` (Li et al. 2020, arXiv:2001.01328), on the CPU.
+The noise of a step from sigma to sigma' is (W(sigma') - W(sigma)) / sqrt(|sigma' - sigma|), where W
+is a Brownian motion that the seed of a sample fixes. So it is the sum of the noise of smaller steps
+on the same way, and images change little with the number of steps.
+
+W is computed with the numbers of torchsde's `BrownianTree` on the CPU: from its increment over the
+whole range, by halving intervals (a Brownian bridge) down to the level. Li et al. 2020
+(arXiv:2001.01328), section 4.
 """
 
 import math
@@ -15,16 +18,16 @@ from torch import Tensor
 
 __all__ = ["BrownianPaths"]
 
-DIGITS = 6  # of levels
-POOL_SIZE = 24  # words of entropy
-LEVELS_OF_STEP = 3
+DIGITS = 6  # decimals that levels are rounded to
+POOL_SIZE = 24  # of numpy's SeedSequence: torchsde's default
+CACHED_LEVELS = 3  # start, middle and end of a step, of which the end is the start of the next one
 
 
 class BrownianPaths:
-    """One path for each row of a batch.
+    """One path for each sample of a batch.
 
     Args:
-        seeds: Of the rows.
+        seeds: One for each sample.
         low, high: Ends of the paths, sigmas.
     """
 
@@ -32,7 +35,7 @@ class BrownianPaths:
         self.seeds = [seed % (1 << 64) for seed in seeds]
         self.low = low
         self.high = high
-        self._values: dict[float, Tensor] = {}  # at the last levels
+        self._values: dict[float, Tensor] = {}  # W (B, C, h, w) at the last levels, by sigma
 
     def __call__(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """Return the noise between two levels, standard normal, of the shape of `like`."""
@@ -41,21 +44,21 @@ class BrownianPaths:
 
     def _at(self, sigma: float, like: Tensor) -> Tensor:
         if sigma not in self._values:
-            if len(self._values) == LEVELS_OF_STEP:
+            if len(self._values) == CACHED_LEVELS:
                 self._values.pop(next(iter(self._values)))
             paths = [self._path(seed, sigma, like.shape[1:]) for seed in self.seeds]
             self._values[sigma] = torch.stack(paths).to(like.device)
         return self._values[sigma]
 
     def _path(self, seed: int, sigma: float, shape: torch.Size) -> Tensor:
-        """Return W(sigma) - W(low) of one path."""
+        """Return W(sigma) of one path, with W(low) = 0."""
         start, end = round(self.low, DIGITS), round(self.high, DIGITS)
         level = min(max(round(sigma, DIGITS), start), end)
-        value = torch.zeros(shape)
-        increment = _draw(seed, (), shape) * math.sqrt(self.high - self.low)
+        value = torch.zeros(shape)  # W(start)
+        increment = _draw(seed, (), shape) * math.sqrt(self.high - self.low)  # W(end) - W(start)
         if level in (start, end):
             return increment if level == end else value
-        key, depth, middle = 0, 0, start
+        key, depth, middle = 0, 0, start  # key and depth identify a node of the tree
         while middle != level:
             middle = round((start + end) / 2, DIGITS)
             before, after = middle - start, end - middle
@@ -69,7 +72,7 @@ class BrownianPaths:
         return value
 
 
-def _draw(seed: int, place: tuple[int, ...], shape: torch.Size) -> Tensor:
-    """Draw standard normal noise for a place in the tree."""
-    words = np.random.SeedSequence(seed, spawn_key=place, pool_size=POOL_SIZE).generate_state(1)
+def _draw(seed: int, node: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """Draw standard normal noise for a node of the tree."""
+    words = np.random.SeedSequence(seed, spawn_key=node, pool_size=POOL_SIZE).generate_state(1)
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(words[0])))

@@ -1,17 +1,17 @@
-"""The denoiser D(x, sigma): a network whose predictions become estimates of the clean latent z.
+"""The denoiser D(x, sigma): a network F whose predictions become estimates of the clean latent z.
 
-The prediction types eps, v, x0 and edm differ by two factors,
+    D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(x / std(sigma), t),        x = z + sigma noise
 
-    denoised = c_skip(sigma) x + c_out(sigma) prediction,        x = z + sigma noise,
+The prediction types eps, v, x0 and edm differ by c_skip and c_out, see `scalings`; the training
+target is the prediction for which D equals z. The input of the network has the same variance at
+every level: std is the standard deviation of x, sqrt(1 + sigma²), so that
 
-and the training target is the prediction for which `denoised` equals z. The input of the network is
-scaled to the same variance at every level:
+    x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise = z_t,
 
-    z_t = x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise,
+or, for edm, sqrt(sigma_data² + sigma²), with the standard deviation sigma_data of the latents.
 
-for edm, x / sqrt(sigma_data² + sigma²), with the standard deviation sigma_data of the latents.
-
-Preconditioning: Karras et al. 2022 (arXiv:2206.00364); v: Salimans and Ho 2022 (arXiv:2202.00512).
+Preconditioning: Karras et al. 2022 (arXiv:2206.00364), eq. 7 and table 1, where c_in = 1 / std and
+c_noise = t; v: Salimans and Ho 2022 (arXiv:2202.00512).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from ldm.runtime.errors import unknown_name
 __all__ = ["PARAMETERIZATIONS", "Denoiser", "scalings"]
 
 PARAMETERIZATIONS = ("eps", "v", "x0", "edm")
-SIGMA_DATA = 0.5
+SIGMA_DATA = 0.5  # default of EDM
 
 
 def scalings(
@@ -57,18 +57,30 @@ def input_std(parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DA
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its noise schedule and prediction type, for samplers and training losses."""
+    """A network with its noise schedule and prediction type, for samplers and training losses.
 
-    # (z_t, t, context=…, y=…) -> prediction; also takes `context_mask` and `perturbed` if
-    # conditions have them
+    Args:
+        network: (z_t, t, context=…, y=…) -> prediction; also gets `context_mask` and `perturbed`
+            if conditions have them.
+        parameterization: What the network predicts, a name in PARAMETERIZATIONS.
+        nearest: Whether to round sigma to a level of the schedule, as SDXL's original code does.
+        sigma_data: Standard deviation of the latents, for edm.
+    """
+
     network: Callable[..., Tensor]
     schedule: NoiseSchedule
     parameterization: str = "eps"
-    nearest: bool = False  # whether to round sigma to a level of the schedule, as SDXL's original
-    sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for edm
+    nearest: bool = False
+    sigma_data: float = SIGMA_DATA
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """Estimate z in x = z + sigma noise, (B, C, h, w) float32; sigma: a number or (B,)."""
+        """Estimate z in x = z + sigma noise, (B, C, h, w) float32.
+
+        Args:
+            x: (B, C, h, w).
+            sigma: A number, or (B,).
+            cond: None for an unconditional network.
+        """
         return self.convert_prediction(x, sigma, self.predict(x, sigma, cond))
 
     def predict(
@@ -78,15 +90,20 @@ class Denoiser:
         cond: Cond | None = None,
         t: Tensor | float | None = None,
     ) -> Tensor:
-        """Predict eps, v or x0 at x, (B, C, h, w) float32; the network reads t, or else sigma's."""
+        """Predict eps, v or x0 at x, (B, C, h, w) float32.
+
+        Args:
+            x, sigma, cond: As in `__call__`.
+            t: Timestep input of the network, a number or (B,); None for that of sigma.
+        """
         sigma = self._level(sigma)
         t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
-        z_t = x / input_std(self.parameterization, _column(sigma, x), self.sigma_data)
+        z_t = x / input_std(self.parameterization, _to_column(sigma, x), self.sigma_data)
         return self._run_network(z_t, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
-        """Convert a prediction at x to the estimate of z."""
-        c_skip, c_out = self._scalings(_column(self._level(sigma), x))
+        """Convert a prediction at x to the estimate of z, (B, C, h, w)."""
+        c_skip, c_out = self._scalings(_to_column(self._level(sigma), x))
         return c_skip * x + c_out * prediction
 
     def eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -94,18 +111,25 @@ class Denoiser:
 
         eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
         """
-        level = _column(self._level(sigma), x)
-        _, c_out = scalings(self.parameterization, level)
+        level = _to_column(self._level(sigma), x)
+        _, c_out = self._scalings(level)
         return -c_out / level
 
     def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Compute the factor (1, 1, 1, 1) from a difference of predictions to one of estimates."""
-        _, c_out = self._scalings(_column(self._level(sigma), x))
+        _, c_out = self._scalings(_to_column(self._level(sigma), x))
         return c_out
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Compute the training target at timesteps t (B,): the prediction whose conversion is z."""
-        sigma = _column(self.schedule.t_to_sigma(t), z)
+        """Compute the training target, the prediction that is converted to z, (B, C, h, w).
+
+        z = c_skip (z + sigma noise) + c_out target, solved for the target: noise for eps.
+
+        Args:
+            z, noise: (B, C, h, w).
+            t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
+        """
+        sigma = _to_column(self.schedule.t_to_sigma(t), z)
         c_skip, c_out = self._scalings(sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
 
@@ -137,7 +161,7 @@ class Denoiser:
             # As the original's `q_sample`: dividing z + sigma noise would round differently.
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)
-        return self.predict(z + _column(sigma, z) * noise, sigma, cond)
+        return self.predict(z + _to_column(sigma, z) * noise, sigma, cond)
 
     def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return scalings(self.parameterization, sigma, self.sigma_data)
@@ -149,7 +173,7 @@ class Denoiser:
         cond = cond or Cond()
         if cond.concat is not None:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
-        # Also for networks in half precision, which could not tell 998 from 998.2.
+        # Timesteps are float32 for networks in half precision, too, which has steps of 0.5 there.
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
         slots = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:
@@ -159,7 +183,10 @@ class Denoiser:
         return self.network(z_t, t, **slots).float()
 
 
-def _column(value: Tensor | float, like: Tensor) -> Tensor:
-    """Reshape one value, or one per row, to (B | 1, 1, 1, 1) float32 on the device of `like`."""
+def _to_column(value: Tensor | float, like: Tensor) -> Tensor:
+    """Reshape one value, or one per sample, to (1 or B, 1, 1, 1) float32, on the device of `like`.
+
+    From Python's numbers by way of float64, to round once.
+    """
     value = torch.as_tensor(value, dtype=torch.float64).float()
     return value.to(like.device).reshape(-1, *(1,) * (like.dim() - 1))

@@ -1,14 +1,12 @@
-"""Guidance: combines a denoiser, two conditions and a method into `denoise(x, sigma)`.
+"""Guidance: combines a denoiser, conditions and a method into `denoise(x, sigma)`.
 
 A method is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
-predictions of one evaluation of the network, may ask for those of further texts, and may remember
+predictions of one evaluation of the network, may need those for further texts, and may remember
 earlier evaluations. Methods exclude each other, but for perturbed-attention guidance, which adds a
 term to any other.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
-interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724); safe latent diffusion: Schramowski et al.
-2023 (arXiv:2211.05105); perturbed attention: Ahn et al. 2024 (arXiv:2403.17377); projection:
-Sadat et al. 2024 (arXiv:2410.02416); perp-neg: Armandpour et al. 2023 (arXiv:2304.04968).
+interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
 """
 
 import functools
@@ -38,12 +36,15 @@ TINY = torch.finfo(torch.float32).tiny
 class Evaluation:
     """One evaluation of the network: its predictions (eps, v or x0) at x, (B, C, h, w) each.
 
-    Attributes:
-        scale: Guidance scale; 1 with CFG++, and with perturbed attention alone.
-        uncond, cond: Predictions for the negative prompt and the prompt; at scale 1 both are for
-            the prompt.
-        further: Predictions for `Guidance.texts`.
-        perturbed: Prediction for the prompt with perturbed self-attention, if
+    Args:
+        denoiser: Its network has made the predictions.
+        x: Input of the denoiser, (B, C, h, w).
+        sigma: Noise level of x.
+        scale: Guidance scale; 1 with perturbed attention alone.
+        uncond, cond: Predictions for the negative prompt and the prompt; both are for the prompt if
+            the negative one is not needed.
+        further: Predictions for `Guidance.texts`; () with perturbed attention alone.
+        perturbed: Prediction for the prompt with perturbed self-attention; None unless
             `Guidance.perturbs`.
     """
 
@@ -90,7 +91,7 @@ class Guidance:
     guided = 0
 
     def combine(self, evaluation: Evaluation) -> Tensor:
-        """Combine predictions to one, (B, C, h, w)."""
+        """Combine predictions to u + scale (c - u), (B, C, h, w)."""
         uncond = evaluation.uncond
         return uncond + evaluation.scale * (evaluation.cond - uncond)
 
@@ -107,16 +108,16 @@ class Guidance:
 
 
 class SafeGuidance(Guidance):
-    """Safe latent diffusion: guides away from a concept where the prompt comes near it.
+    """Safe latent diffusion: guides away from a concept where the prediction comes near it.
 
-    Per element, in units of eps: with u, t, s of negative prompt, prompt and concept,
+    Per element, with the eps u, c and s for negative prompt, prompt and concept,
 
-        d = t - s,  phi = 0 where d >= threshold, else min(abs(d) scale, 1)
-        gamma = phi (s - u) + momentum_scale nu,      nu <- beta nu + (1 - beta) gamma
-        u + g (t - u - gamma), with gamma from call number `warmup` on.
+        d = c - s,    phi = 0 where d >= threshold, else min(abs(d) scale, 1)
+        gamma = phi (s - u) + momentum_scale nu,    then nu <- beta nu + (1 - beta) gamma
+        u + guidance scale (c - u - gamma),    with gamma from evaluation number `warmup` on.
 
-    It was published for models that predict eps; the eps of other predictions is that of the same
-    estimate.
+    Schramowski et al. 2023 (arXiv:2211.05105), as in the authors' code. It was published for models
+    that predict eps; other predictions are converted to eps and back.
 
     Args:
         settings: Numbers of the equations above.
@@ -129,17 +130,18 @@ class SafeGuidance(Guidance):
         self._momentum: Tensor | None = None
 
     def combine(self, evaluation: Evaluation) -> Tensor:
-        own, factor = self.settings, evaluation.eps_factor
+        settings, factor = self.settings, evaluation.eps_factor
         uncond, cond, (concept,) = evaluation.uncond, evaluation.cond, evaluation.further
         difference = (cond - concept) * factor
-        strength = (difference.abs() * own.scale).clamp(max=1.0)
-        strength = strength.masked_fill(difference >= own.threshold, 0)
+        strength = (difference.abs() * settings.scale).clamp(max=1.0)
+        strength = strength.masked_fill(difference >= settings.threshold, 0)
         safety = (concept - uncond) * factor * strength
         momentum = torch.zeros_like(safety) if self._momentum is None else self._momentum
-        safety = safety + own.momentum_scale * momentum
-        self._momentum = own.momentum_beta * momentum + (1 - own.momentum_beta) * safety
+        safety = safety + settings.momentum_scale * momentum
+        beta = settings.momentum_beta
+        self._momentum = beta * momentum + (1 - beta) * safety
         guidance = cond - uncond
-        if self.calls >= own.warmup:
+        if self.calls >= settings.warmup:
             guidance = guidance - safety / factor
         return uncond + evaluation.scale * guidance
 
@@ -155,12 +157,15 @@ class SafeGuidance(Guidance):
 
 
 class ProjectedGuidance(Guidance):
-    """Adaptive projected guidance: damps the part of the update that over-saturates images.
+    """Adaptive projected guidance: damps the component of the update that over-saturates images.
 
-    Per sample, with the estimates u, c of z for negative prompt and prompt,
+    Per sample, with the estimates u and c of z for negative prompt and prompt,
 
-        d <- c - u + momentum d,    then d min(1, norm / ||d||) = parallel + orthogonal part to c
-        c + (scale - 1) (orthogonal + eta parallel)
+        d <- c - u + momentum d
+        d min(1, norm / ||d||) = parallel + orthogonal,    the components relative to c
+        c + (scale - 1) (orthogonal + eta parallel).
+
+    Sadat et al. 2024 (arXiv:2410.02416).
     """
 
     name = "apg"
@@ -170,29 +175,33 @@ class ProjectedGuidance(Guidance):
         self._momentum: Tensor | None = None
 
     def combine(self, evaluation: Evaluation) -> Tensor:
-        own, cond, factor = self.settings, evaluation.cond, evaluation.estimate_factor
+        settings, cond, factor = self.settings, evaluation.cond, evaluation.estimate_factor
         difference = (cond - evaluation.uncond) * factor
         if self._momentum is not None:
-            difference = difference + own.momentum * self._momentum
-        if own.momentum:
+            difference = difference + settings.momentum * self._momentum
+        if settings.momentum:
             self._momentum = difference
-        if own.norm:
-            length = difference.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            difference = difference * (own.norm / length).clamp(max=1)
+        if settings.norm:
+            norm = difference.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            difference = difference * (settings.norm / norm).clamp(max=1)
         parallel = _project(difference, evaluation.estimate(cond))
-        update = difference + (own.eta - 1) * parallel
+        update = difference + (settings.eta - 1) * parallel
         return cond + (evaluation.scale - 1) * update / factor
 
 
 class PerpNeg(Guidance):
-    """Keeps of the negative prompt only what is perpendicular to the prompt.
+    """Perp-Neg: keeps only the component of the negative prompt perpendicular to the prompt.
 
-    Per sample, with predictions e, n, c for the empty, the negative and the prompt,
+    Per sample, with the predictions e, n and c for the empty prompt, the negative one and the
+    prompt,
 
-        pos = c - e,  neg = n - e:    e + scale (pos - weight (neg - its projection on pos))
+        pos = c - e,    neg = n - e
+        e + scale (pos - weight (neg - projection of neg on pos)).
+
+    Armandpour et al. 2023 (arXiv:2304.04968).
 
     Args:
-        weight: Of the negative prompt.
+        weight: Weight of the negative prompt.
     """
 
     name = "perp_neg"
@@ -211,12 +220,14 @@ class PerpNeg(Guidance):
 class PerturbedAttention(Guidance):
     """Perturbed-attention guidance: guides away from predictions without structure.
 
-    The prediction of another method, plus pag_scale (c - p): c for the prompt, p for the prompt
-    with self-attention in the UNet's middle block replaced by the identity. It needs no
-    unconditional prediction: at a guidance scale of 1 none is computed.
+        prediction of the base method + pag_scale (c - p)
+
+    c is the prediction for the prompt, p the one with self-attention in the UNet's middle block
+    replaced by the identity. It needs no unconditional prediction: at a guidance scale of 1 none is
+    computed. Ahn et al. 2024 (arXiv:2403.17377).
 
     Args:
-        base: The other method.
+        base: The other method that it is combined with.
     """
 
     name = "pag"
@@ -245,11 +256,11 @@ class StepCounter:
     """The step that a sampler is in, for conditions that depend on the step.
 
     Attributes:
-        step: From 0; the same for all evaluations of the network in a step.
+        step: Counted from 0; the same for all evaluations of the network in a step.
     """
 
-    def __init__(self, first: int = 0) -> None:
-        self.step = first
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
 
 
 def follow_schedule(
@@ -261,7 +272,8 @@ def follow_schedule(
     """Build `denoise(x, sigma)` whose conditions follow the step of `counter`.
 
     Args:
-        guide: builds `denoise` for conditions that are the same at all steps.
+        guide: Builds `denoise` for conditions that are the same at all steps, see `add_guidance`.
+        uncond: None for no guidance.
     """
     if not isinstance(cond, ScheduledCond) and not isinstance(uncond, ScheduledCond):
         return guide(cond, uncond)
@@ -273,7 +285,7 @@ def follow_schedule(
         assert not isinstance(null, Composition)
         key = (id(current), id(null))
         if key not in built:
-            built.clear()  # those of earlier steps take memory
+            built.clear()  # joined conditions of earlier steps take memory
             built[key] = guide(current, null)
         return built[key](x, sigma)
 
@@ -309,7 +321,7 @@ def add_guidance(
         guidance: How predictions are combined; None for classifier-free guidance.
         further: Conditions of `guidance.texts`.
         on_uncond: Called with each unconditional estimate of z (B, C, h, w), which is then computed
-            at a scale of 1, too.
+            at a scale of 1, too, as CFG++ needs it; None for other samplers.
     """
     guidance = guidance or Guidance()
     on_uncond = None if uncond is None else on_uncond
@@ -351,9 +363,9 @@ def add_guidance(
         inputs += [x_cond] if perturbs else []
         conditions = join(has_uncond, is_guided, perturbs)
         prediction = denoiser.predict(torch.cat(inputs), sigma, conditions)
-        predictions = list(prediction.split([len(part) for part in inputs]))
+        predictions = list(prediction.split([len(value) for value in inputs]))
         pred_perturbed = predictions.pop() if perturbs else None
-        pred_uncond, pred_cond, *others = predictions if has_uncond else predictions * 2
+        pred_uncond, pred_cond, *pred_further = predictions if has_uncond else predictions * 2
         if isinstance(cond, Composition):
             pred_cond = cond.compose(pred_uncond, pred_cond)
             if pred_perturbed is not None:
@@ -361,7 +373,7 @@ def add_guidance(
         prediction = pred_cond
         if is_guided or perturbs:
             evaluation = Evaluation(
-                denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(others),
+                denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(pred_further),
                 pred_perturbed,
             )  # fmt: skip
             prediction = guidance.combine(evaluation)
@@ -376,19 +388,20 @@ def add_guidance(
 
 
 def _append_perturbed(conditions: Cond, prompts: Cond) -> Cond:
-    """Append the rows of prompts, perturbed."""
-    rows = torch.arange(len(conditions) + len(prompts)) >= len(conditions)
-    return replace(conditions.cat(prompts), perturbed=rows)
+    """Append the conditions of prompts once more, with perturbed self-attention."""
+    is_perturbed = torch.arange(len(conditions) + len(prompts)) >= len(conditions)
+    return replace(conditions.cat(prompts), perturbed=is_perturbed)
 
 
 def _project(x: Tensor, direction: Tensor) -> Tensor:
-    """Return the part of x that is parallel to a direction, for each sample; both (B, C, h, w)."""
+    """Return the component of x parallel to a direction, for each sample; both (B, C, h, w)."""
     dims = (1, 2, 3)
     square = (direction * direction).sum(dims, keepdim=True)
     return (x * direction).sum(dims, keepdim=True) / square.clamp(min=TINY) * direction
 
 
 def _rescale(prediction: Tensor, pred_cond: Tensor, weight: float) -> Tensor:
+    """Rescale to the standard deviation of `pred_cond` (arXiv:2305.08891, eq. 15 and 16)."""
     dims = tuple(range(1, pred_cond.dim()))
     ratio = pred_cond.std(dims, keepdim=True) / prediction.std(dims, keepdim=True)
     return prediction * (1 - weight + weight * ratio)

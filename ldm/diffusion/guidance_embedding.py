@@ -1,4 +1,7 @@
-"""Guidance distilled into a network that takes the scale as an input (arXiv:2310.04378)."""
+"""Guidance distilled into a network, which takes the scale as an input.
+
+Meng et al. 2022 (arXiv:2210.03142); latent consistency models: Luo et al. 2023 (arXiv:2310.04378).
+"""
 
 import math
 from dataclasses import replace
@@ -13,34 +16,39 @@ from ldm.diffusion.guidance import Scale
 from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["embed_scale", "imitate_guidance"]
+__all__ = ["embed_guidance", "embed_scale"]
 
-FACTOR = 1000  # these two as in diffusers' `get_guidance_scale_embedding`
+# As in diffusers' `get_guidance_scale_embedding`.
+FACTOR = 1000
 MAX_PERIOD = 1e4
 
 
-def embed_scale(scale: float, width: int) -> Tensor:
-    """Embed a guidance scale as sines and cosines of 1000 (scale - 1), (1, width)."""
-    half = width // 2
+def embed_scale(scale: float, dim: int) -> Tensor:
+    """Embed a guidance scale s as [sin(1000 (s - 1) f_k) … | cos …], (1, dim), for even dim.
+
+    f_k = MAX_PERIOD ** (-k / (dim / 2 - 1)).
+    """
+    half = dim // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / (half - 1) * torch.arange(half))
     angles = FACTOR * (scale - 1) * frequencies
     return torch.cat([angles.sin(), angles.cos()])[None]
 
 
-def imitate_guidance(
+def embed_guidance(
     denoiser: Denoiser,
     cond: Cond | Composition,
     uncond: Cond | None = None,
     *,
     scale: Scale,
-    width: int,
+    dim: int,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` for a network that takes the guidance scale: one evaluation each.
+    """Build `denoise(x, sigma)` for a network that takes the guidance scale: one prediction each.
 
     Args:
         uncond: Ignored, for the signature of `add_guidance`.
         scale: Guidance scale, or a function of sigma.
-        width: Number of features of its embedding.
+        dim: Features of its embedding.
+
     Raises:
         ArgumentError: `cond` is a composition, which needs an evaluation for each prompt.
     """
@@ -51,7 +59,7 @@ def imitate_guidance(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         current_scale = scale(sigma) if callable(scale) else scale
-        embedding = embed_scale(current_scale, width).to(x.device)
+        embedding = embed_scale(current_scale, dim).to(x.device)
         network = partial(denoiser.network, guidance_embedding=embedding)
         return replace(denoiser, network=network)(x, sigma, cond)
 

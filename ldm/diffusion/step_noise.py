@@ -16,14 +16,22 @@ TAKES_NOISE = [name for name, row in SAMPLERS.items() if row.takes_noise or row.
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Amounts of noise in a run, under k-diffusion's names."""
+    """Amounts of noise in a run, under k-diffusion's names.
 
-    eta: float | None = None  # between steps, 0 (none) … 1 (DDPM); None = the sampler's default
-    s_churn: float = 0.0  # before steps, 0 … number of steps (arXiv:2206.00364, algorithm 2)
-    s_tmin: float = 0.0  # sigmas between which there is churn
-    s_tmax: float | None = None  # None = no upper limit
-    s_noise: float = 1.0  # standard deviation of both kinds of noise
-    brownian: bool = False  # between steps from a path over sigma, see `BrownianPaths`
+    Args:
+        eta: Noise between steps, 0 (none) … 1 (as DDPM); None for the sampler's default.
+        s_churn: Noise before steps, 0 … number of steps (arXiv:2206.00364, algorithm 2).
+        s_tmin, s_tmax: Sigmas between which there is churn; None for no upper limit.
+        s_noise: Standard deviation of both.
+        brownian: Whether noise between steps is from a path over sigma, see `BrownianPaths`.
+    """
+
+    eta: float | None = None
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float | None = None
+    s_noise: float = 1.0
+    brownian: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -35,14 +43,14 @@ class StepNoise:
 
     def check(self, sampler: str) -> None:
         """Raise ArgumentError for a value that a sampler does not take."""
-        for name, value, takers in (
-            ("eta", self.eta or 0.0, TAKES_ETA),
-            ("s_churn", self.s_churn, TAKES_CHURN),
-            ("s_noise", self.s_noise - 1, TAKES_NOISE),
+        for name, is_given, samplers in (
+            ("eta", bool(self.eta), TAKES_ETA),
+            ("s_churn", self.s_churn > 0, TAKES_CHURN),
+            ("s_noise", self.s_noise != 1, TAKES_NOISE),
             ("brownian", self.brownian, TAKES_PATH),
         ):
-            if value and sampler not in takers:
-                message = f"sampler `{sampler}` takes no {name}, only {', '.join(takers)} do"
+            if is_given and sampler not in samplers:
+                message = f"sampler `{sampler}` takes no {name}, only {', '.join(samplers)} do"
                 raise ArgumentError(message, name)
 
 

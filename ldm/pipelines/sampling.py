@@ -24,7 +24,7 @@ from ldm.diffusion.guidance import (
     add_guidance,
     follow_schedule,
 )
-from ldm.diffusion.guidance_embedding import imitate_guidance
+from ldm.diffusion.guidance_embedding import embed_guidance
 from ldm.diffusion.names import FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise
@@ -212,7 +212,7 @@ def sample(
         on_uncond=unconds.append if "last_uncond" in sampler_options else None,
     )
     if model.guidance_embed_dim is not None:
-        guide = partial(imitate_guidance, denoiser, scale=scale, width=model.guidance_embed_dim)
+        guide = partial(embed_guidance, denoiser, scale=scale, dim=model.guidance_embed_dim)
     counter = StepCounter(first_step)
     with circular_padding(tiling):
         x = SAMPLERS[sampler](

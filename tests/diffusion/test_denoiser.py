@@ -55,6 +55,18 @@ def test_a_perfect_network_gives_the_clean_latent_and_no_loss(pair, predicts, t)
     assert error.square().mean() < 1e-10
 
 
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_factors_convert_differences_of_predictions(pair, parameterization):
+    x, prediction = pair
+    schedule = ContinuousSchedule()
+    denoiser = Denoiser(lambda *_: prediction, schedule, parameterization, sigma_data=1.0)
+    change = denoiser.convert_prediction(x, 2.0, prediction) - denoiser.convert_prediction(
+        x, 2.0, x
+    )
+    torch.testing.assert_close(denoiser.estimate_factor(x, 2.0) * (prediction - x), change)
+    torch.testing.assert_close(denoiser.eps_factor(x, 2.0) * (prediction - x), -change / 2.0)
+
+
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_the_loss_is_the_recorded_one(kind):
     """The recorded loss_simple: mean over the batch of the squared error."""

@@ -1,7 +1,10 @@
 """Samplers: solvers of the diffusion ODE and SDE, as pure functions.
 
 All start from x = z + sigma·noise and integrate over `sigmas`. `denoise(x, sigma)` estimates the
-clean latent z: network, conditions and guidance are inside. `euler` is the simplest sampler.
+clean latent z: network, conditions and guidance are inside. `euler` is the simplest sampler. With
+D = denoise(x, sigma), the ODE (arXiv:2206.00364, eq. 4) is
+
+    dx / dsigma = (x - D) / sigma.
 
     Args:
         denoise: (x, sigma) -> estimate of z, in the shape of x.
@@ -11,13 +14,15 @@ clean latent z: network, conditions and guidance are inside. `euler` is the simp
         constrain: (x, sigma) -> x, applied before every step, as for inpainting.
         noise: (like) -> standard normal noise of its shape, the only source of randomness.
         path: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
-        s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas with it (algorithm 2).
+        s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas between which it is
+            added (arXiv:2206.00364, algorithm 2).
+        eta: Amount of noise after steps: 0 is deterministic, 1 adds as much as DDPM.
 
     Returns:
         x at sigmas[-1].
 
-Churn raises sigma by a factor of 1 + min(s_churn / n, √2 - 1) before each of n steps with sigma
-from s_tmin to s_tmax. s_noise of other programs is the standard deviation of `noise`.
+Before each of n steps with sigma from s_tmin to s_tmax, churn raises sigma by a factor of
+1 + min(s_churn / n, √2 - 1). s_noise of other programs is the standard deviation of `noise`.
 
 Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
 """

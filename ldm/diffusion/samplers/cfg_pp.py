@@ -1,4 +1,7 @@
-"""CFG++ (arXiv:2406.08070): steps to the guided estimate, along the unconditional noise."""
+"""CFG++ (arXiv:2406.08070): steps to the guided estimate, then back along the unconditional noise.
+
+x' = D + sigma_down (x - D_uncond) / sigma + sigma_up noise
+"""
 
 from collections.abc import Callable
 

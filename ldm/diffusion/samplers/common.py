@@ -34,20 +34,24 @@ def sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:
 
 
 def churn(x: Tensor, sigma: float, factor: float, noise: Noise) -> tuple[Tensor, float]:
-    """Add noise to x, raising sigma by 1 + factor, at most √2; return x and the new sigma."""
+    """Add noise to x, raising sigma by a factor of 1 + `factor`, at most √2; return x and sigma.
+
+    Karras et al. 2022 (arXiv:2206.00364), algorithm 2, lines 4 to 6.
+    """
     sigma_hat = sigma * (1 + min(factor, math.sqrt(2) - 1))
     return x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
 
 
 def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """Return (sigma to step down to, noise to add then): down² + up² = sigma_next².
+    """Return (sigma_down to step to, sigma_up of the noise to add then).
 
-    Args:
-        eta: 0 adds no noise, 1 as much as DDPM.
+        sigma_up = eta sigma_next sqrt(1 - (sigma_next / sigma)²)
+        sigma_down² = sigma_next² - sigma_up²
+    DDIM (arXiv:2010.02502), eq. 16. With eta 1, x is then distributed as after a step of DDPM.
     """
-    up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
-    up = min(up, sigma_next)
-    return math.sqrt(sigma_next**2 - up**2), up
+    sigma_up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
+    sigma_up = min(sigma_up, sigma_next)
+    return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
 
 
 def interval_noise(noise: Noise | None, path: IntervalNoise | None) -> IntervalNoise | None:
@@ -58,10 +62,10 @@ def interval_noise(noise: Noise | None, path: IntervalNoise | None) -> IntervalN
 
 
 def log_ratio(sigma: float, sigma_next: float) -> float:
-    """Return the length of a step in log sigma, infinite for a step to 0."""
+    """Return the length of a step, h = ln(sigma / sigma_next); infinite for a step to 0."""
     return math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
 
 
 def weighted_sum(weights: tuple[float, ...] | list[float], slopes: list[Tensor]) -> Tensor:
-    """Return the weighted sum of slopes."""
+    """Return the sum of w_k slope_k."""
     return torch.stack([w * s for w, s in zip(weights, slopes, strict=True)]).sum(dim=0)

@@ -19,7 +19,7 @@ def lcm(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample a latent consistency model (arXiv:2310.04378): the estimate plus new noise."""
+    """Sample a latent consistency model (arXiv:2310.04378): x' = D + sigma' noise."""
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         x = denoised = denoise(x, sigma)
@@ -42,6 +42,8 @@ def tcd(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by TCD (arXiv:2402.19159): step below the next level, then add noise up to it.
+
+        x' = D + (x - D) sigma_down / sigma + sqrt(sigma'² - sigma_down²) noise
 
     Args:
         eta: The paper's gamma, 0 … 1: 0 is DDIM, 1 steps down to the lowest level.

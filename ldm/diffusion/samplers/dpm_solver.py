@@ -2,6 +2,9 @@
 
 If `sigmas` end at 0, the level before is the end, as in A1111: the result keeps that noise.
 `callback` is called as often as `sigmas` have steps, several times for a step of higher order.
+
+In terms of sigma, DPM-Solver's steps are those of Euler's method with corrected slopes: its lambda
+is -ln sigma, and its eps the slope (x - D) / sigma.
 """
 
 import math
@@ -31,8 +34,11 @@ def dpm_fast(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, the last of lower order."""
-    start, end = _ends(sigmas)
+    """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, the last of lower order.
+
+    A step of order k takes k evaluations, in all as many as `sigmas` have steps.
+    """
+    start, end = _find_ends(sigmas)
     evaluations = len(sigmas) - 1
     rest = evaluations % 3
     orders = [3] * (evaluations // 3) + [rest] if rest else [3] * (evaluations // 3 - 1) + [2, 1]
@@ -41,7 +47,7 @@ def dpm_fast(
     for i, order in enumerate(orders):
         sigma, sigma_next = levels[i], levels[i + 1]
         x = constrain(x, sigma) if constrain else x
-        sigma_down, sigma_up = _noisy_step(sigma, sigma_next, end, eta)
+        sigma_down, sigma_up = _split_step(sigma, sigma_next, end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         if order == 1:
@@ -77,7 +83,7 @@ def dpm_adaptive(
 ) -> Tensor:
     """Sample by DPM-Solver-23, with steps adapted to the difference between orders 2 and 3.
 
-    The whole batch has the same steps.
+    The whole batch has the same steps. The defaults are k-diffusion's.
 
     Args:
         rtol, atol: Relative and absolute tolerance.
@@ -85,57 +91,60 @@ def dpm_adaptive(
         pcoeff, icoeff, dcoeff: Coefficients of the PID controller of the step length.
         accept_safety: A step is rejected if the next one should be shorter by this factor.
     """
-    start, end = _ends(sigmas)
+    start, end = _find_ends(sigmas)
     order = 1.5 if eta else 3
     powers = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
-    sigma, h, before, done = start, first_step, x, 0
+    sigma, h, x_low, steps_done = start, first_step, x, 0  # x_low: the last result of order 2
     inverse_errors: list[float] = []  # newest first
     while log_ratio(sigma, end) > 1e-5:
         x = constrain(x, sigma) if constrain else x
         sigma_next = max(sigma * math.exp(-h), end)
-        sigma_down, sigma_up = _noisy_step(sigma, sigma_next, end, eta)
+        sigma_down, sigma_up = _split_step(sigma, sigma_next, end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         low, high = _third_order(denoise, x, sigma, sigma_down, slope)
-        tolerance = (rtol * torch.maximum(low.abs(), before.abs())).clamp(min=atol)
+        tolerance = (rtol * torch.maximum(low.abs(), x_low.abs())).clamp(min=atol)
         error = float(((low - high) / tolerance).square().mean().sqrt())
         if not math.isfinite(error):  # shorter steps would not help
             return high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
         factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, powers, strict=True))
-        factor = 1 + math.atan(factor - 1)
+        factor = 1 + math.atan(factor - 1)  # between 0.2 and 2.6
         h *= factor
         if factor < accept_safety:
             inverse_errors = inverse_errors[1:]
             continue
         inverse_errors = inverse_errors[:2]
-        before, x, sigma = low, high, sigma_next
+        x_low, x, sigma = low, high, sigma_next
         if noise:
             x = x + noise(x) * sigma_up
         if callback:
-            way = log_ratio(start, sigma) / log_ratio(start, end)
-            last = math.ceil(way * (len(sigmas) - 1))
-            for step in range(done, last):
+            progress = log_ratio(start, sigma) / log_ratio(start, end)
+            steps = math.ceil(progress * (len(sigmas) - 1))
+            for step in range(steps_done, steps):
                 callback(step, x, denoised)
-            done = last
+            steps_done = steps
     return x
 
 
-def _ends(sigmas: Tensor) -> tuple[float, float]:
+def _find_ends(sigmas: Tensor) -> tuple[float, float]:
     levels = sigmas.tolist()
     return levels[0], levels[-1] or levels[-2]
 
 
-def _noisy_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
-    """Return (sigma to step down to, at least `end`; noise to add then)."""
-    down = max(ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
-    return down, math.sqrt(max(sigma_next**2 - down**2, 0.0))
+def _split_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
+    """Return (sigma_down, at least `end`; sigma_up), see `ancestral_step`."""
+    sigma_down = max(ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
+    return sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0))
 
 
 def _second_order(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor, fraction: float
 ) -> tuple[Tensor, Tensor]:
-    """Return x at sigma_next, and the change of the slope up to `fraction` of the step."""
+    """Return x at sigma_next, and the change of the slope up to `fraction` of the step.
+
+    DPM-Solver-2 with r_1 = `fraction`.
+    """
     h = log_ratio(sigma, sigma_next)
     middle = sigma * math.exp(-fraction * h)
     x_middle = x + slope * (middle - sigma)
@@ -147,12 +156,15 @@ def _second_order(
 def _third_order(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return x at sigma_next by steps of order 2 and 3, which share an evaluation."""
+    """Return x at sigma_next by steps of order 2 and 3, which share an evaluation.
+
+    DPM-Solver-3 with r_1 = 1/3 and r_2 = 2/3, and DPM-Solver-2 with r_1.
+    """
     h = log_ratio(sigma, sigma_next)
     x_second, change = _second_order(denoise, x, sigma, sigma_next, slope, 1 / 3)
     middle = sigma * math.exp(-2 / 3 * h)
-    bend = middle * (math.expm1(2 / 3 * h) / (2 / 3 * h) - 1)
-    x_middle = x + slope * (middle - sigma) - 2 * bend * change
+    phi_2 = math.expm1(2 / 3 * h) / (2 / 3 * h) - 1
+    x_middle = x + slope * (middle - sigma) - 2 * (middle * phi_2) * change
     change = (x_middle - denoise(x_middle, middle)) / middle - slope
-    bend = sigma_next * (math.expm1(h) / h - 1)
-    return x_second, x + slope * (sigma_next - sigma) - 3 / 2 * bend * change
+    phi_2 = math.expm1(h) / h - 1
+    return x_second, x + slope * (sigma_next - sigma) - 3 / 2 * (sigma_next * phi_2) * change

@@ -25,7 +25,10 @@ def plms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by PLMS (arXiv:2202.09778): Adams–Bashforth of order 4, after one Heun step."""
+    """Sample by PLMS (arXiv:2202.09778): Adams–Bashforth of order 4, after one Heun step.
+
+    As in the original, the weights are those of equal steps, whatever the steps are.
+    """
     weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
     weights[4] = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
     slopes: list[Tensor] = []  # newest first
@@ -54,7 +57,10 @@ def lms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by linear multistep: integrates the polynomial through the last `order` slopes."""
+    """Sample by the linear multistep method of k-diffusion.
+
+    The polynomial through the last `order` slopes, at most 4, is integrated over sigma.
+    """
     levels = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
@@ -79,6 +85,8 @@ def dpmpp_2m(
 ) -> Tensor:
     """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
 
+        x' = (sigma' / sigma) x - (e^-h - 1) (D + h / (2 h_last) (D - D_last))
+        h = ln(sigma / sigma')
     Args:
         lower_order_final: Whether the last of fewer than 15 steps is of order 1 at any sigma; a
             step to 0 always is.
@@ -111,7 +119,8 @@ def deis(
 ) -> Tensor:
     """Sample by DEIS (arXiv:2204.13902): a polynomial in log sigma through the last slopes.
 
-    With fewer than 15 steps the order falls to 1 towards the end.
+    It is integrated over sigma, with dsigma = sigma dlog sigma. With fewer than 15 steps the order
+    falls to 1 towards the end.
     """
     levels = sigmas.tolist()
     steps = len(levels) - 1
@@ -121,10 +130,10 @@ def deis(
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         if sigma_next > 0:
-            used = min(len(slopes), steps - i) if steps < 15 else len(slopes)
-            nodes = [math.log(levels[i - j]) for j in range(used)]
+            current_order = min(len(slopes), steps - i) if steps < 15 else len(slopes)
+            nodes = [math.log(levels[i - j]) for j in range(current_order)]
             weights = _exponential_integrals(nodes, math.log(sigma), math.log(sigma_next))
-            x = x + weighted_sum(weights, slopes[:used])
+            x = x + weighted_sum(weights, slopes[:current_order])
         else:
             x = denoised
         if callback:
@@ -147,24 +156,27 @@ def unipc(
     """
     levels = sigmas.tolist()
     steps = len(levels) - 1
-    known: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
-    x_before, used = x, 1
+    history: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
+    x_last, current_order = x, 1
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
-        if known:
-            x = _unipc_step(x_before, known, sigma, used, denoised)
-        known = [(sigma, denoised), *known[: order - 1]]
-        x_before = x
-        used = min(order, len(known), steps - i)
-        x = _unipc_step(x, known, sigma_next, used) if sigma_next > 0 else denoised
+        if history:
+            x = _unipc_step(x_last, history, sigma, current_order, denoised)
+        history = [(sigma, denoised), *history[: order - 1]]
+        x_last = x
+        current_order = min(order, len(history), steps - i)
+        x = _unipc_step(x, history, sigma_next, current_order) if sigma_next > 0 else denoised
         if callback:
             callback(i, x, denoised)
     return x
 
 
 def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[float]:
-    """Integrate the Lagrange basis polynomials over [start, end]; exact for up to 4 nodes."""
+    """Integrate the Lagrange basis polynomials of the nodes over [start, end].
+
+    By two Gauss-Legendre points: exact for up to 4 nodes, that is up to degree 3.
+    """
     middle, half = (start + end) / 2, (end - start) / 2
     points = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
     return [
@@ -175,7 +187,7 @@ def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[fl
 
 def _exponential_integrals(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
-    # Gauss-Legendre points and weights are an eigenproblem (Golub and Welsch 1969).
+    # Points and weights of Gauss-Legendre of order 10 are an eigenproblem (Golub and Welsch 1969).
     k = torch.arange(1, 10, dtype=torch.float64)
     off_diagonal = k / (4 * k * k - 1).sqrt()
     matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
@@ -191,24 +203,29 @@ def _exponential_integrals(nodes: list[float], start: float, end: float) -> list
 
 def _unipc_step(
     x: Tensor,
-    known: list[tuple[float, Tensor]],
+    history: list[tuple[float, Tensor]],
     sigma_next: float,
     order: int,
     denoised_next: Tensor | None = None,
 ) -> Tensor:
     """Step from the newest level to the next: predict, or correct with the estimate there.
 
+        x' = (sigma' / sigma) x - (e^-h - 1) (D + sum of a_m (D_m - D) / r_m)
+
+    with the estimates D_m at ratios r_m of the step; the weights a solve R a = b of the paper.
+
     Args:
-        known: (sigma, estimate) of the last levels, newest first.
-        order: Number of estimates in `known` to use.
+        history: (sigma, estimate) of the last levels, newest first.
+        order: Number of estimates in `history` to use.
+        denoised_next: Estimate at sigma_next for the corrector; None for the predictor.
     """
-    sigma, denoised = known[0]
+    sigma, denoised = history[0]
     h = log_ratio(sigma, sigma_next)
-    shrink = math.expm1(-h)  # e^q - 1, q = -h; also B(h) of bh2
-    ratios = [-log_ratio(level, sigma) / h for level, _ in known[1:order]]
+    shrink = math.expm1(-h)  # e^-h - 1; also B(h) of bh2
+    ratios = [-log_ratio(level, sigma) / h for level, _ in history[1:order]]
     slopes = [
         (estimate - denoised) / ratio
-        for ratio, (_, estimate) in zip(ratios, known[1:order], strict=True)
+        for ratio, (_, estimate) in zip(ratios, history[1:order], strict=True)
     ]
     if denoised_next is not None:
         ratios, slopes = [*ratios, 1.0], [*slopes, denoised_next - denoised]
@@ -220,11 +237,9 @@ def _unipc_step(
         factorial *= j
         targets.append(phi * factorial / shrink)
         phi = phi / -h - 1 / (factorial * (j + 1))
-    if len(slopes) == 1 and order <= 2:
+    if len(slopes) == 1 and order <= 2:  # as in the authors' code, instead of the exact weight
         return x - shrink * 0.5 * slopes[0]
-    rows = [[ratio**power for ratio in ratios] for power in range(len(slopes))]
-    matrix, target = (
-        torch.tensor(rows, dtype=torch.float64),
-        torch.tensor(targets, dtype=torch.float64),
-    )
+    powers = [[ratio**power for ratio in ratios] for power in range(len(slopes))]
+    matrix = torch.tensor(powers, dtype=torch.float64)
+    target = torch.tensor(targets, dtype=torch.float64)
     return x - shrink * weighted_sum(torch.linalg.solve(matrix, target).tolist(), slopes)

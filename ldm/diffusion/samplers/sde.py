@@ -1,6 +1,8 @@
 """SDE-DPM-Solver++ (arXiv:2211.01095): solvers of the diffusion SDE.
 
-Their noise is independent in each step, or that of a path between its levels.
+Their noise is independent in each step, or that of a Brownian path between its levels, see
+`brownian`. A step of length h = ln(sigma / sigma') with eta, the amount of noise, decays x like one
+of length k = (1 + eta) h, and adds noise of standard deviation sigma' sqrt(1 - e^(-2 eta h)).
 """
 
 import math
@@ -34,7 +36,10 @@ def dpmpp_sde(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by SDE-DPM-Solver++ of order 2, single step: noise in the middle of each step, too."""
+    """Sample by SDE-DPM-Solver++ of order 2, single step, as k-diffusion's `sample_dpmpp_sde`.
+
+    As `dpmpp_2s_ancestral`, with noise in the middle of each step, too.
+    """
     draw = interval_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -69,9 +74,12 @@ def dpmpp_2m_sde(
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`.
 
+        x' = e^-k x - (e^-k - 1) (D + weight h / h_last (D - D_last)) + noise
+
     Args:
         eta: Amount of new noise: 0 is `dpmpp_2m`.
-        heun: Whether to integrate the line through two estimates exactly, else by its midpoint.
+        heun: Whether to integrate the line through the last two estimates exactly, so that weight
+            is 1 / (1 - e^-k) - 1 / k, instead of taking its value at the midpoint, 1 / 2.
     """
     old_denoised, h_last = None, 0.0
     draw = interval_noise(noise, path)
@@ -105,7 +113,10 @@ def dpmpp_3m_sde(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by SDE-DPM-Solver++ 3M: the parabola through the last three estimates."""
+    """Sample by SDE-DPM-Solver++ 3M, as k-diffusion's `sample_dpmpp_3m_sde`.
+
+    It integrates a parabola through the last three estimates; at first a line, or a constant.
+    """
     older: list[tuple[Tensor, float]] = []  # estimates with the length of their step, newest first
     draw = interval_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
@@ -117,14 +128,14 @@ def dpmpp_3m_sde(
         if sigma_next > 0 and older:
             phi_2 = math.expm1(-k) / k + 1
             ratio = older[0][1] / h
-            first = (denoised - older[0][0]) / ratio
+            slope = (denoised - older[0][0]) / ratio
             if len(older) > 1:
                 ratio_2 = older[1][1] / h
-                second = (older[0][0] - older[1][0]) / ratio_2
-                bend = (first - second) / (ratio + ratio_2)
-                first = first + ratio * bend
-                x = x - (phi_2 / k - 0.5) * bend
-            x = x + phi_2 * first
+                older_slope = (older[0][0] - older[1][0]) / ratio_2
+                curvature = (slope - older_slope) / (ratio + ratio_2)
+                slope = slope + ratio * curvature
+                x = x - (phi_2 / k - 0.5) * curvature
+            x = x + phi_2 * slope
         if draw:
             x = x + draw(x, sigma, sigma_next) * (
                 sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0)

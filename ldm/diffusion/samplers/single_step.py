@@ -64,7 +64,9 @@ def ddim(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DDIM (arXiv:2010.02502): step to a lower noise level, then add new noise.
+    """Sample by DDIM (arXiv:2010.02502, eq. 12): step to a lower noise level, then add new noise.
+
+        x' = D + (x - D) sigma_down / sigma + sigma_up noise
 
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
@@ -124,7 +126,10 @@ def dpm2(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DPM2 (arXiv:2206.00927): the slope at the middle of a step in log sigma."""
+    """Sample by DPM-Solver-2 (arXiv:2206.00927, algorithm 1), with churn as in k-diffusion.
+
+    Euler's method with the slope at the middle of the step in log sigma.
+    """
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
@@ -169,7 +174,13 @@ def dpmpp_2s_ancestral(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by ancestral DPM-Solver++ 2S: a second evaluation halfway in log sigma."""
+    """Sample by ancestral DPM-Solver++ 2S (arXiv:2211.01095, algorithm 1).
+
+    The estimate at sigma_m, halfway in log sigma, serves the whole step:
+
+        x_m = (sigma_m / sigma) x - (e^-h - 1) D,    h = ln(sigma / sigma_m)
+        x' = D(x_m) + (x - D(x_m)) sigma_down / sigma + sigma_up noise
+    """
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
@@ -198,16 +209,21 @@ def restart(
 ) -> Tensor:
     """Sample by Heun's method with restarts from sigma 0.1 back to 2 (arXiv:2306.14878).
 
-    With 20 steps or more only the ends and the number of `sigmas` are used: levels are Karras's,
-    with one restart, from 36 steps on two. With fewer steps there is no restart.
+    As in A1111: with 20 steps or more only the ends and the number of `sigmas` are used. Levels are
+    Karras's, with one restart, from 36 steps on two. With fewer steps there is no restart.
     """
-    done, last = 0, math.inf
-    for levels in _restart_runs(sigmas.tolist()):
-        if levels[0] > last:
-            x = x + noise(x) * math.sqrt(levels[0] ** 2 - last**2)
-        run = torch.tensor(levels, dtype=torch.float64)
-        x = heun(denoise, x, run, callback=callback and _shift(callback, done), constrain=constrain)
-        done, last = done + len(levels) - 1, levels[-1]
+    steps_done, sigma = 0, math.inf
+    for levels in _split_at_restarts(sigmas.tolist()):
+        if levels[0] > sigma:
+            x = x + noise(x) * math.sqrt(levels[0] ** 2 - sigma**2)
+        x = heun(
+            denoise,
+            x,
+            torch.tensor(levels, dtype=torch.float64),
+            callback=callback and _shift_steps(callback, steps_done),
+            constrain=constrain,
+        )
+        steps_done, sigma = steps_done + len(levels) - 1, levels[-1]
     return x
 
 
@@ -222,25 +238,27 @@ def _dpm2_step(
     return x + slope * (sigma_next - sigma)
 
 
-def _restart_runs(levels: list[float]) -> list[list[float]]:
+def _split_at_restarts(levels: list[float]) -> list[list[float]]:
     """Return the levels between restarts, with as many steps in total as `levels`."""
     steps = len(levels) - 1
-    length, times = (steps // 4, 2) if steps >= 36 else (9, 1)
     if steps < 20:
         return [levels]
-    tail = [] if levels[-1] else [0.0]
-    base = _karras(steps + 1 - length * times - len(tail), levels[0], levels[-1 - len(tail)]) + tail
+    restart_steps, restarts = (steps // 4, 2) if steps >= 36 else (9, 1)
+    zero = [] if levels[-1] else [0.0]
+    base_levels = steps + 1 - restart_steps * restarts - len(zero)
+    base = _space_levels(base_levels, levels[0], levels[-1 - len(zero)]) + zero
     low, high = (min(range(len(base)), key=lambda i: abs(base[i] - s)) for s in (0.1, 2.0))
-    if not low > high or base[low] == 0:
+    if not low > high or base[low] == 0:  # the levels do not reach from 2 to 0.1
         return [levels]
-    again = _karras(length + 1, base[high], base[low])
-    return [base[: low + 1], *[again] * times, base[low:]]
+    restart_levels = _space_levels(restart_steps + 1, base[high], base[low])
+    return [base[: low + 1], *[restart_levels] * restarts, base[low:]]
 
 
-def _karras(count: int, start: float, end: float, rho: float = 7.0) -> list[float]:
+def _space_levels(count: int, start: float, end: float, rho: float = 7.0) -> list[float]:
+    """Space levels evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
     ends = (start ** (1 / rho), end ** (1 / rho))
     return (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
 
 
-def _shift(callback: Callback, done: int) -> Callback:
-    return lambda i, x, denoised: callback(done + i, x, denoised)
+def _shift_steps(callback: Callback, first: int) -> Callback:
+    return lambda i, x, denoised: callback(first + i, x, denoised)
