@@ -211,14 +211,11 @@ class IdentityFirstStage(nn.Module):
     def encode(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         return x
 
-    def decode(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return x
+    decode = encode
+    forward = encode
 
     def quantize(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         return (x, None, [None, None, None]) if self.vq_interface else x
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return x
 
 
 class VQModel(LightningModule):

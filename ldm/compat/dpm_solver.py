@@ -1,4 +1,4 @@
-"""`ldm.models.diffusion.dpm_solver.dpm_solver` of the original: the solver by itself.
+"""`ldm.models.diffusion.dpm_solver` of the original, with its modules `dpm_solver` and `sampler`.
 
 Lu et al. 2022: DPM-Solver (arXiv:2206.00927) for models of the noise, and DPM-Solver++
 (arXiv:2211.01095) for models of x0. Both step from time s to time t by
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.compat.sampling import Condition, apply_with_guidance
+from ldm.compat.sampling import Condition, DiffusionModel, Sampler, apply_with_guidance
 from ldm.compat.sampling_util import append_dims as expand_dims
 
 ModelFunction = Callable[[Tensor, Tensor], Tensor]
+MODEL_TYPES = {"eps": "noise", "v": "v"}  # `model_type` of `model_wrapper` by parameterization
 COSINE_S = 0.008  # offset of the cosine schedule (arXiv:2102.09672)
 QUANTILE = 0.995  # of |x0|, for dynamic thresholding
 # Of adaptive steps: the first one in lambda, a factor of all others, and where t counts as reached
@@ -210,13 +211,9 @@ class DPM_Solver:
         self.thresholding = thresholding
         self.max_val = max_val
 
-    def noise_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise of x."""
-        return self.model(x, t)
-
     def data_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict x0 of x."""
-        noise = self.noise_prediction_fn(x, t)
+        noise = self.model(x, t)
         alpha, std = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
         x0 = (x - expand_dims(std, x.dim()) * noise) / expand_dims(alpha, x.dim())
         if self.thresholding:
@@ -227,8 +224,7 @@ class DPM_Solver:
 
     def model_fn(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict x0 or the noise, by `predict_x0`."""
-        predict = self.data_prediction_fn if self.predict_x0 else self.noise_prediction_fn
-        return predict(x, t)
+        return self.data_prediction_fn(x, t) if self.predict_x0 else self.model(x, t)
 
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
@@ -268,17 +264,6 @@ class DPM_Solver:
             return self.get_time_steps(skip_type, t_T, t_0, len(orders), device), orders
         ends = torch.tensor([0, *orders]).cumsum(dim=0)
         return self.get_time_steps(skip_type, t_T, t_0, steps, device)[ends], orders
-
-    def denoise_to_zero_fn(self, x: Tensor, s: Tensor) -> Tensor:
-        """Step to time 0, by predicting x0."""
-        return self.data_prediction_fn(x, s)
-
-    def dpm_solver_first_update(
-        self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor | None = None
-    ) -> Tensor:
-        """Step from time s to t by one evaluation."""
-        model_s = self.model_fn(x, s) if model_s is None else model_s
-        return self._combine(x, s, t, model_s)
 
     def singlestep_dpm_solver_update(
         self,
@@ -451,7 +436,7 @@ class DPM_Solver:
         else:
             raise ValueError(f"unknown method `{method}`")
         if denoise_to_zero:
-            x = self.denoise_to_zero_fn(x, torch.full((1,), t_0, device=x.device))
+            x = self.data_prediction_fn(x, torch.full((1,), t_0, device=x.device))
         return x
 
     def _lambda_step(self, s: Tensor, t: Tensor) -> Tensor:
@@ -492,6 +477,50 @@ class DPM_Solver:
         if D2 is not None:
             integral = integral + phi_3 * D2
         return b * x - a * integral
+
+
+class DPMSolverSampler(Sampler):
+    """DPM-Solver++ 2M over `apply_model`, which gets fractional timesteps.
+
+    As in the original, `sample` ignores all but the number of steps, conditions, guidance scale and
+    `x_T`.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self, model: DiffusionModel, device: str | torch.device | None = None, **kwargs: object
+    ) -> None:
+        super().__init__(model, device)
+        self.register_buffer("alphas_cumprod", model.alphas_cumprod.detach().float())
+
+    def make_schedule(self, ddim_num_steps: int, *ignored: object, **options: object) -> None:
+        self.steps = ddim_num_steps
+
+    def sample_loop(
+        self,
+        cond: Condition,
+        shape: Sequence[int],
+        *,
+        x_T: Tensor | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        **ignored: object,
+    ) -> tuple[Tensor, None]:
+        device = self.model.betas.device
+        x = torch.randn(*shape, device=device) if x_T is None else x_T
+        schedule = NoiseScheduleVP("discrete", alphas_cumprod=self.alphas_cumprod.to(device))
+        predict = model_wrapper(
+            self.model.apply_model,
+            schedule,
+            model_type=MODEL_TYPES[self.model.parameterization],
+            guidance_type="classifier-free",
+            condition=cond,
+            unconditional_condition=unconditional_conditioning,
+            guidance_scale=unconditional_guidance_scale,
+        )
+        solver = DPM_Solver(predict, schedule, predict_x0=True)
+        return solver.sample(x, steps=self.steps, order=2, method="multistep"), None
 
 
 def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:

@@ -277,6 +277,7 @@ class ImageEmbedder(CLIPVision):
     """Base class of the image encoders."""
 
     device = FollowsWeights.device
+    freeze = FollowsWeights.freeze
     ucg_rate: float
 
     def preprocess(self, x: Tensor) -> Tensor:
@@ -325,10 +326,6 @@ class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
         self.max_length = max_length
         self.layer = layer
         self.ucg_rate = ucg_rate
-
-    def freeze(self) -> None:
-        """Set to eval mode, without gradients of the weights."""
-        self.eval().requires_grad_(False)
 
     def encode(self, text: Tensor) -> Any:
         return self(text)

@@ -1,6 +1,6 @@
 """The base class of the original's models: Lightning's if that is installed, else a small one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +31,12 @@ class PlainModule(nn.Module):
         """Dtype of the weights."""
         return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
-    def log(self, name: str, value: Tensor | float, **options: object) -> None:
+    def log(self, *args: object, **kwargs: object) -> None:
         """Do nothing: there is no trainer."""
 
-    def log_dict(self, dictionary: Mapping[str, Tensor], **options: object) -> None:
-        """Do nothing: there is no trainer."""
-
-    def toggle_optimizer(self, optimizer: Any) -> None:
-        """Do nothing: there is no trainer."""
-
-    def untoggle_optimizer(self, optimizer: Any) -> None:
-        """Do nothing: there is no trainer."""
+    log_dict = log
+    toggle_optimizer = log
+    untoggle_optimizer = log
 
     def manual_backward(self, loss: Tensor) -> None:
         """Compute the gradients of a loss."""

@@ -382,12 +382,6 @@ class UNetModel(Relabelled, unet.UNet):
         out: Tensor = self.out(h.type(x.dtype))
         return out  # (B, out_channels, h, w)
 
-    def _embed_label(self, y: Tensor) -> Tensor:
-        if self.num_classes == "timestep":
-            y = timestep_embedding(y, self.model_channels)
-        emb: Tensor = self.label_emb(y)
-        return emb
-
 
 def _check_dims(dims: int) -> None:
     if dims != 2:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from goldfile import gold
-from ldm.compat import data_util, midas
+from ldm.compat import data, midas
 from ldm.compat.encoders import CLIPEmbeddingNoiseAugmentation, SpatialRescaler
 from ldm.compat.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, SimpleImageConcat
@@ -79,7 +79,7 @@ def test_a_rescaled_map_has_its_channels_mixed(mode):
 def test_the_depth_input_of_a_sample_equals_the_recorded_one():
     golden, case = gold("e2e_depth2img"), "midas_transform_320x192"
     image, recorded = golden.inputs(case)["image"], golden.outputs(case)
-    sample = data_util.AddMiDaS("dpt_hybrid")({"jpg": image / 127.5 - 1})
+    sample = data.AddMiDaS("dpt_hybrid")({"jpg": image / 127.5 - 1})
     assert isinstance(sample["midas_in"], np.ndarray)
     assert list(sample["midas_in"].shape) == recorded["shape"].tolist()
     assert_close(torch.from_numpy(sample["midas_in"])[:, ::8, ::8], recorded["sub"], 1e-5)
@@ -114,6 +114,6 @@ def test_old_names_are_these_modules():
 
     assert encoders is same
     assert package.api is midas
-    assert ldm.data.util is data_util
+    assert ldm.data.util is data
     assert linear is LambdaLinearScheduler
     assert len(ldm.data.base.Txt2ImgIterableBaseDataset(3, size=8)) == 3

@@ -1,9 +1,12 @@
-"""`ldm.data.base` of the original: base class of iterable data sets."""
+"""`ldm.data.base` and `ldm.data.util` of the original: a base of data sets, depth of samples."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import IterableDataset
+
+from ldm.compat import midas
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
@@ -29,3 +32,19 @@ class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         raise NotImplementedError
+
+
+class AddMiDaS:
+    """Adds `midas_in`, (3, H', W') numpy, to a sample with an image `jpg`, (H, W, 3) in [-1, 1]."""
+
+    def __init__(self, model_type: str) -> None:
+        self.transform = midas.api.load_midas_transform(model_type)
+
+    def pt2np(self, x: Tensor) -> Any:
+        """Convert a tensor in [-1, 1] to numpy in [0, 1]."""
+        return ((x + 1) * 0.5).detach().cpu().numpy()
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = self.transform({"image": self.pt2np(sample["jpg"])})
+        sample["midas_in"] = image["image"]
+        return sample
