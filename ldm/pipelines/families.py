@@ -17,12 +17,19 @@ SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_t
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models."""
+    """A family of models.
 
-    keys: frozenset[str]  # batch keys that all its encoders read, without SIZE_KEYS
-    title: str  # name in messages
-    function: str  # the task for it, in `ldm.pipelines`
-    optional: frozenset[str] = frozenset()  # further batch keys that some of its models read
+    Args:
+        keys: batch keys that the encoders of all its models read, without SIZE_KEYS.
+        title: name in messages.
+        function: the task for it, in `ldm.pipelines`.
+        optional_keys: batch keys that the encoders of some of its models read, too.
+    """
+
+    keys: frozenset[str]
+    title: str
+    function: str
+    optional_keys: frozenset[str] = frozenset()
 
 
 FAMILIES = {
@@ -54,7 +61,8 @@ FAMILIES = {
 def family_of(conditioner: Conditioner) -> str | None:
     """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
     keys = conditioner.keys - SIZE_KEYS
-    return next((n for n, row in FAMILIES.items() if row.keys == keys - row.optional), None)
+    families = FAMILIES.items()
+    return next((name for name, row in families if row.keys == keys - row.optional_keys), None)
 
 
 def is_sdxl(model: LatentDiffusion) -> bool:

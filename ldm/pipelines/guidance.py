@@ -46,16 +46,16 @@ class GuidanceOptions(TypedDict, total=False):
 
 
 def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
-    """Make the guidance of one run; None for classifier-free guidance.
+    """Build the guidance of one run, which it belongs to; None for classifier-free guidance.
 
     Raises:
         ArgumentError: a value is out of range.
     """
-    made = (guidance for make in METHODS.values() if (guidance := make(options, quirks)))
-    guidance = next(made, None)
+    methods = (make(options, quirks) for make in METHODS.values())
+    guidance = next((method for method in methods if method is not None), None)
     if (scale := options.get("pag")) is None:
         return guidance
-    return PerturbedAttention(_positive("pag", scale), guidance or Guidance())
+    return PerturbedAttention(_check_positive("pag", scale), guidance or Guidance())
 
 
 def check_guidance(
@@ -113,10 +113,10 @@ def _make_projected(options: GuidanceOptions, quirks: Quirks) -> Guidance | None
 
 def _make_perp_neg(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
     weight = options.get("perp_neg")
-    return None if weight is None else PerpNeg(_positive("perp_neg", weight))
+    return None if weight is None else PerpNeg(_check_positive("perp_neg", weight))
 
 
-def _positive(name: str, value: float) -> float:
+def _check_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ArgumentError(f"{name} must be above 0, got {value:g}", name)
     return value

@@ -28,7 +28,7 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "check_sides", "double_latent"]
 
-FACTOR = 2
+FACTOR = 2  # of the sides
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,11 @@ def double_latent(
 
     The small latent is padded to sides that the UNet supports, and the result is cropped; tiles of
     the UNet are enlarged to such sides.
+
+    Args:
+        noise_sigma, noise_kind: see `upscale_latent`.
+        scale: guidance scale; 0 = the negative prompt only, None = `default_scale`.
+        options: see `sample`; x_T may be smaller than the padded latents.
     """
     n, (height, width) = len(prompts), latent.shape[-2:]
     assert isinstance(model.unet, LatentUpscalerUNet)
@@ -160,7 +165,7 @@ def _round_up(side: int, multiple: int) -> int:
 
 
 def _pad(latent: Tensor, multiple: int) -> Tensor:
-    """Pad by repeating the last row and column, to a multiple of at least twice `multiple`."""
+    """Pad by repeating the last row and column, to a multiple, at least twice `multiple`."""
     height, width = (_round_up(side, multiple) for side in latent.shape[-2:])
     return F.pad(
         latent, (0, width - latent.shape[-1], 0, height - latent.shape[-2]), mode="replicate"
@@ -168,7 +173,11 @@ def _pad(latent: Tensor, multiple: int) -> Tensor:
 
 
 def _start_noise(latent: Tensor, x_T: Tensor | None, noise: Noise) -> Tensor:
-    """Return noise of twice the size of a padded latent, with x_T in its corner."""
+    """Return noise of twice the size of a padded latent.
+
+    Args:
+        x_T: noise for the top left corner of it, or for all; None = draw all.
+    """
     n, channels, height, width = latent.shape
     start = latent.new_empty(n, channels, FACTOR * height, FACTOR * width)
     if x_T is not None and x_T.shape == start.shape:

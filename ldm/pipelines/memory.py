@@ -17,16 +17,20 @@ from ldm.runtime.memory import PeakMemoryMode, make_fake
 
 __all__ = ["Memory", "estimate_memory", "run_on_zeros"]
 
-TOKENS = 77
-DEVICE = "cpu"
+TOKENS = 77  # of CLIP's context
 
 
 @dataclass(frozen=True)
 class Memory:
-    """GPU memory in bytes, without the about 0.5 GiB that PyTorch itself takes."""
+    """GPU memory in bytes, without the about 0.5 GiB that PyTorch itself takes.
 
-    weights: dict[str, int]  # by part: "unet", "autoencoder" and text encoders
-    activations: dict[str, int]  # peak of each part, under the same names
+    Args:
+        weights: by part: "unet", "autoencoder" and the names of text encoders.
+        activations: their peak while each part runs, under the same names.
+    """
+
+    weights: dict[str, int]
+    activations: dict[str, int]
 
     @property
     def whole(self) -> int:
@@ -36,7 +40,7 @@ class Memory:
     @property
     def with_offload(self) -> int:
         """Bytes with one part at a time on the GPU, see `LatentDiffusion.offload`."""
-        return max(size + self.activations[name] for name, size in self.weights.items())
+        return max(weights + self.activations[name] for name, weights in self.weights.items())
 
 
 @torch.no_grad()
@@ -51,12 +55,16 @@ def estimate_memory(
         images: Batch size.
         tile: Side of the decoder's tiles in latent pixels; None = whole.
     """
-    texts = {  # their activations are small beside their weights
+    text_encoders = {  # their activations are small beside their weights, and count as 0
         name: encoder
         for name, encoder in model.conditioner.encoders.items()
         if isinstance(encoder, TextEncoder)
     }
-    parts: dict[str, nn.Module] = {"unet": model.unet, "autoencoder": model.autoencoder, **texts}
+    parts: dict[str, nn.Module] = {
+        "unet": model.unet,
+        "autoencoder": model.autoencoder,
+        **text_encoders,
+    }
     height, width = (pixels // model.downscale for pixels in size)
     activations = dict.fromkeys(parts, 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -64,7 +72,7 @@ def estimate_memory(
             make_fake(part)
         z = torch.zeros(images, model.channels, height, width)
         with PeakMemoryMode() as mode:
-            run_on_zeros(model.unet, 2 * images, (height, width))
+            run_on_zeros(model.unet, 2 * images, (height, width))  # 2: with guidance
         activations["unet"] = mode.peak
         with PeakMemoryMode() as mode:
             model.decode(z, tile)

@@ -21,8 +21,8 @@ from ldm.model import LatentDiffusion
 __all__ = ["fit_preview"]
 
 COUNT = 4  # latents to fit the map to
-SIDE = 8  # of these latents; small, so that fitting is fast
-NOISE_SIDE = 4  # of the noise that they are interpolated from
+SIDE = 8  # sides of these latents; small, so that fitting is fast
+NOISE_SIDE = 4  # sides of the noise that they are interpolated from
 SDXL_SCALE_FACTOR = 0.13025
 SDXL_COLORS = (  # red, green, blue of each channel, and of the offset; from ComfyUI
     (0.3651, 0.4232, 0.4341),

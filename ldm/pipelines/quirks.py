@@ -28,11 +28,13 @@ Noise = Callable[[Tensor], Tensor]
 class Quirks:
     """The quirks that are enabled in a run.
 
+    Args:
+        names: names in LEGACY.
     Raises:
         UnknownName: a name is not in LEGACY.
     """
 
-    names: frozenset[str] = frozenset()  # names in LEGACY
+    names: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         unknown = sorted(self.names - LEGACY.keys())
@@ -91,10 +93,10 @@ class Quirks:
         if "strength" in self:
             first = total - min(int(strength * steps), total - 1)
             return first, first - 1
-        count = round(strength * total)
+        steps_to_run = round(strength * total)
         if strength > 0:
-            count = max(count, 1)
-        return total - count, total - count
+            steps_to_run = max(steps_to_run, 1)
+        return total - steps_to_run, total - steps_to_run
 
     def ignores_negative(self, *, after_base: bool) -> bool:
         """Return whether a model, or a refiner after its base, ignores the negative prompt."""

@@ -33,7 +33,7 @@ BUCKETS = [
     (704, 1472), (640, 1536), (640, 1600), (576, 1664), (576, 1728),
 ]  # fmt: skip
 TRAINING_SIDE = 128  # of latents, for models trained with these buckets
-FAR = 1.25  # ratio of sides above which a size is reported as far from the nearest bucket
+FAR_RATIO = 1.25  # ratio of sides above which a size is reported as far from the nearest bucket
 
 Sizes = Mapping[str, Sequence[float]]  # numbers of one image, by batch key
 
@@ -108,10 +108,15 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
 
 @dataclass(frozen=True)
 class Handover:
-    """Where a base model stops and the refiner begins."""
+    """Where a base model stops and the refiner begins.
 
-    strength: float = 0.15  # fraction of the steps that the refiner takes
-    start: float | None = None  # instead of it, fraction of the timesteps that the base takes
+    Args:
+        strength: fraction of the steps that the refiner takes.
+        start: instead of it, the fraction of the timesteps that the base takes; None = `strength`.
+    """
+
+    strength: float = 0.15
+    start: float | None = None
 
     def __post_init__(self) -> None:
         name = "refiner_strength" if self.start is None else "refiner_start"
@@ -133,17 +138,23 @@ class Handover:
         last = round(len(schedule) * (1 - self.start))  # lowest timestep of the base
         if last == len(schedule):
             return 0
+        # 1e-6: the level of `last` itself, computed in another way, counts as the base's.
         return int((sigmas[:-1] > schedule.sigmas[last] * (1 - 1e-6)).sum())
 
 
 def size_conditions(
     model: LatentDiffusion, options: SDXLOptions, size: tuple[int, int], quirks: Quirks
 ) -> tuple[Sizes, Sizes]:
-    """Return the sizes and scores that a model reads, for prompt and for negative prompt."""
+    """Return the sizes and scores that a model reads, for prompt and for negative prompt.
+
+    Args:
+        size: (height, width) of the images in pixels.
+    """
     scores = API_SCORES if "api-scores" in quirks else AESTHETIC_SCORES
-    given = (options.get("aesthetic_score"), options.get("negative_aesthetic_score"))
+    requested = (options.get("aesthetic_score"), options.get("negative_aesthetic_score"))
     score, negative_score = (
-        default if value is None else value for value, default in zip(given, scores, strict=True)
+        default if value is None else value
+        for value, default in zip(requested, scores, strict=True)
     )
     values: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {
         "original_size_as_tuple": (
@@ -157,10 +168,10 @@ def size_conditions(
         ),
         "aesthetic_score": ((score,), (negative_score,)),
     }
-    read = {key: value for key, value in values.items() if key in model.conditioner.keys}
+    pairs = {key: pair for key, pair in values.items() if key in model.conditioner.keys}
     return (
-        {key: positive for key, (positive, _) in read.items()},
-        {key: negative or positive for key, (positive, negative) in read.items()},
+        {key: positive for key, (positive, _) in pairs.items()},
+        {key: negative or positive for key, (positive, negative) in pairs.items()},
     )
 
 
@@ -181,7 +192,9 @@ def _hint_at_bucket(size: tuple[int, int]) -> None:
     """Log, once per size, the bucket of the nearest aspect ratio, if it is far from the size."""
     height, width = size
     nearest = min(BUCKETS, key=lambda bucket: abs(math.log(bucket[0] * width / bucket[1] / height)))
-    if max(abs(math.log(nearest[0] / height)), abs(math.log(nearest[1] / width))) > math.log(FAR):
+    if max(abs(math.log(nearest[0] / height)), abs(math.log(nearest[1] / width))) > math.log(
+        FAR_RATIO
+    ):
         log.info(
             "%dx%d (height x width) is far from the sizes that this model was trained with, the "
             "nearest is %dx%d", *size, *nearest,

@@ -92,7 +92,7 @@ def txt2img(
         size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
             training size.
         upscaling: a model that doubles the latents, such as
-            `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`.
+            `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`; None = none.
         options: keywords of `sample`; for SDXL those of `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
     """
@@ -128,14 +128,14 @@ def img2img(
         inversion: whether to start from DDIM inversion, which keeps the composition.
         source_prompt: description of the image for the inversion, in the syntax of prompts, but
             without schedules and AND.
-        depth: for LDM3D, see the top of this file.
+        depth: (1, 1, H, W) in [0, 1], larger is nearer, for LDM3D; None = a channel of the image.
         upscaling: see `txt2img`.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
     n = len(as_list(prompts))
     if z is None:
-        padded = pad_to_multiple(image, _multiple(model, options))
+        padded = pad_to_multiple(image, _size_multiple(model, options))
         z = encode_image(model, padded, n, noise)
     if inversion:
         options["x_T"] = _inverted_noise(model, z, source_prompt, strength, options)
@@ -168,14 +168,15 @@ def inpaint(
 
     Args:
         mask: (1, 1, H, W) in [0, 1], or bool; repainted where it is at least 0.5.
+        strength: fraction of the steps to run; 1 = start from pure noise.
         composite: whether to blend result and image by the mask, so that pixels stay where it is 0.
-        depth: for LDM3D, see the top of this file.
+        depth: see `img2img`.
     """
     image, mask = add_depth(model, image, depth), mask.float()
     noise = make_noise(prompts, options)
-    n, f, multiple = len(as_list(prompts)), model.downscale, _multiple(model, options)
+    n, multiple = len(as_list(prompts)), _size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
-    area = (pad_to_multiple(mask, multiple) >= 0.5).float()
+    hard_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
     masked_image = pad_to_multiple(mask_image(image, mask), multiple)
     inputs: dict[str, Tensor] = {}
     z: Tensor | None = None
@@ -183,17 +184,17 @@ def inpaint(
     constrain_refiner: Constrain | None = None
     if "masked" in model.conditioner.keys:
         masked_z = encode_image(model, masked_image, n, noise)
-        inputs["masked"] = concat_mask(area.to(masked_z).expand(n, -1, -1, -1), masked_z)
+        inputs["masked"] = concat_mask(hard_mask.to(masked_z).expand(n, -1, -1, -1), masked_z)
         if strength < 1:
             z = encode_image(model, padded, n, noise)
         if options.get("refiner") is not None:  # the refiner does not read masks
             options["x_T"] = x_T = _start_noise(options, noise, masked_z)
             original = encode_image(model, padded, n, noise) if z is None else z
-            constrain_refiner = _keep_outside(area, original, x_T, f)
+            constrain_refiner = _keep_outside(hard_mask, original, x_T, model.downscale)
     else:
         z = encode_image(model, padded, n, noise)
         options["x_T"] = x_T = _start_noise(options, noise, z)
-        constrain = constrain_refiner = _keep_outside(area, z, x_T, f)
+        constrain = constrain_refiner = _keep_outside(hard_mask, z, x_T, model.downscale)
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
         size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
@@ -298,7 +299,7 @@ def upscale_rgbd(
 
     Args:
         image: (1, 3, H, W), resized to the size of the result.
-        depth: see the top of this file.
+        depth: (1, 1, H, W) in [0, 1], larger is nearer; None = a channel of the image.
         noise_level: input of models with an embedding of it, although no noise is added; ignored by
             others.
     Returns:
@@ -380,7 +381,7 @@ def upscale_latent(
     return images if image is None else crop_like(images, image, FACTOR)
 
 
-def _multiple(model: LatentDiffusion, options: TextOptions) -> int:
+def _size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
     """Return the number of pixels of which the sides of images must be multiples."""
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
 
@@ -390,13 +391,13 @@ def _start_noise(options: TextOptions, noise: Noise, like: Tensor) -> Tensor:
     return noise(like) if x_T is None else x_T.to(like)
 
 
-def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
-    """Return (x, sigma) -> x that resets x to the noisy z where `area` (1, 1, H, W) is 0.
+def _keep_outside(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrain:
+    """Return (x, sigma) -> x that resets x to the noisy z where a mask (1, 1, H, W) is 0.
 
     Args:
-        f: downscaling factor of the autoencoder.
+        factor: downscaling factor of the autoencoder.
     """
-    is_outside = ~F.max_pool2d(area, f).bool().to(z.device)  # (1, 1, h, w)
+    is_outside = ~F.max_pool2d(mask, factor).bool().to(z.device)  # (1, 1, h, w)
     return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)
 
 

@@ -69,15 +69,15 @@ def unclip(
     if len(levels) != len(sources):
         message = f"{len(levels)} noise levels were given for {len(sources)} images"
         raise ArgumentError(message, "noise_level")
-    mix = torch.zeros((), device=model.device)
+    mean = torch.zeros((), device=model.device)
     for embedding, weight, level in zip(sources, weights, levels, strict=True):
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
-        mix = mix + weight * encoder.noise(embedding, level, noise(embedding))
+        mean = mean + weight * encoder.noise(embedding, level, noise(embedding))
     if mix_level is not None:
-        embedding = mix[:, : encoder.noise.width]
-        mix = encoder.noise(embedding, mix_level, noise(embedding))
+        embedding = mean[:, : encoder.noise.width]  # without the embedding of the noise level
+        mean = encoder.noise(embedding, mix_level, noise(embedding))
     return generate(
-        model, prompts, negative_prompt, {"embedding": mix}, scale, tile, noise=noise, size=size,
+        model, prompts, negative_prompt, {"embedding": mean}, scale, tile, noise=noise, size=size,
         unconditional_inputs={"embedding": [None] * n}, **options,
     )  # fmt: skip
 
