@@ -40,10 +40,10 @@ class OutputFolder:
     def save_sample(
         self, image: Image.Image, info: JsonMapping, depth: Image.Image | None = None
     ) -> Path:
-        """Write the next `samples/NNNNN.png`, or `NAME-N.png`; returns its path.
+        """Write the next `samples/NNNNN.png`, or `NAME-N.png`, and return its path.
 
         Args:
-            depth: of the image, written beside it, see `depth_path`.
+            depth: depth of the image, written beside it, see `depth_path`; None = it has none.
         """
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info, depth)
@@ -54,7 +54,7 @@ class OutputFolder:
         return self._save(self.path, self._next.get(self.path, 0), file_name, image, info, depth)
 
     def save_grid(self, image: Image.Image, info: JsonMapping) -> Path:
-        """Write the next `grid-NNNN.png`; returns its path."""
+        """Write the next `grid-NNNN.png`, and return its path."""
         return self._save_numbered(self.path, "grid-", 4, image, info)
 
     def _save_numbered(
@@ -67,7 +67,7 @@ class OutputFolder:
         depth: Image.Image | None = None,
     ) -> Path:
         # Numbers of this run are not used again, even if their files are deleted.
-        start = max(_highest(folder, prefix) + 1, self._next.get(folder, 0))
+        start = max(_find_highest_number(folder, prefix) + 1, self._next.get(folder, 0))
         return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info, depth)
 
     def _save(
@@ -79,7 +79,7 @@ class OutputFolder:
         info: JsonMapping,
         depth: Image.Image | None,
     ) -> Path:
-        """Write the image under the first free name, counting from `start`; returns its path."""
+        """Write the image under the first free name, counting from `start`; return its path."""
         for number in count(start):
             path = folder / file_name(number)
             if _write_new(path, image, info, depth):
@@ -88,7 +88,7 @@ class OutputFolder:
         return path
 
 
-def _highest(folder: Path, prefix: str) -> int:
+def _find_highest_number(folder: Path, prefix: str) -> int:
     """Return the highest number of an image or latent in the folder, -1 if there is none."""
     pattern = re.compile(rf"{prefix}(\d+)(?:(?:_depth)?\.png|\.latent)")
     matches = (pattern.fullmatch(name) for name in os.listdir(folder))
@@ -105,22 +105,24 @@ def _write_new(
 ) -> bool:
     """Write an image, and its depth, if their paths are free; return whether they were."""
     paths = [path, *([depth_path(path)] if depth is not None else [])]
-    part = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.part")
+    partial_depth = path.with_name(f".{depth_path(path).name}.part")
     try:
-        part.open("xb").close()
+        partial.open("xb").close()
     except FileExistsError:
         return False
     try:
         # Only now: another process may have finished this number since the folder was listed.
         if any(map(os.path.lexists, paths)):
-            part.unlink()
+            partial.unlink()
             return False
         if depth is not None:
-            write_png(part, depth, {**info, "image": "depth"})
-            os.replace(part, depth_path(path))
-        write_png(part, image, info)
-        os.replace(part, path)
+            write_png(partial_depth, depth, {**info, "image": "depth"})
+            os.replace(partial_depth, depth_path(path))
+        write_png(partial, image, info)
+        os.replace(partial, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+        partial_depth.unlink(missing_ok=True)
         raise
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.imaging.metadata import read_info
+from ldm.imaging.metadata import read_info, write_png
 from ldm.imaging.output import OutputFolder
 
 IMAGE = Image.new("RGB", (8, 8), "red")
@@ -54,7 +54,7 @@ def test_numbers_of_other_processes_are_skipped(tmp_path, monkeypatch):
     folder = OutputFolder(tmp_path)
     (folder.samples / "00000.png").write_text("written since the folder was listed")
     (folder.samples / ".00001.png.part").touch()
-    monkeypatch.setattr("ldm.imaging.output._highest", lambda *_: -1)
+    monkeypatch.setattr("ldm.imaging.output._find_highest_number", lambda *_: -1)
     assert folder.save_sample(IMAGE, {}).name == "00002.png"
     assert names(folder.samples) == [".00001.png.part", "00000.png", "00002.png"]
 
@@ -73,6 +73,20 @@ def test_a_failed_write_leaves_nothing_and_frees_the_number(tmp_path, monkeypatc
             folder.save_sample(IMAGE, {})
     assert names(folder.samples) == []
     assert folder.save_sample(IMAGE, {}).name == "00000.png"
+
+
+def test_a_number_stays_reserved_while_the_depth_is_written(tmp_path, monkeypatch):
+    folder = OutputFolder(tmp_path)
+    reserved = []
+
+    def write(path, *args):
+        reserved.append((folder.samples / ".00000.png.part").exists())
+        write_png(path, *args)
+
+    monkeypatch.setattr("ldm.imaging.output.write_png", write)
+    folder.save_sample(IMAGE, {}, depth=Image.new("I;16", (8, 8)))
+    assert reserved == [True, True]
+    assert names(folder.samples) == ["00000.png", "00000_depth.png"]
 
 
 def test_processes_that_share_a_folder_lose_no_image(tmp_path):
