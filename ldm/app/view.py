@@ -9,7 +9,7 @@ from typing import Any
 from ldm.app.jobs import Job
 from ldm.app.progress import Progress
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import parameters_text, read_info
+from ldm.imaging.metadata import format_parameters, read_info
 from ldm.runtime.errors import LdmError, explain, is_out_of_memory
 from ldm.runtime.types import JsonObject
 
@@ -85,7 +85,7 @@ def show_queue(jobs: Sequence[Job]) -> str:
 
 def describe_info(info: Mapping[str, Any]) -> str:
     """Return the info of an image in A1111's format, with notes of the page."""
-    text = parameters_text(info) or NO_PARAMETERS
+    text = format_parameters(info) or NO_PARAMETERS
     if info.get("unfinished"):
         text += f", Unfinished: stopped at step {info['unfinished']}"
     if "watermark" in info and info["watermark"] is None:

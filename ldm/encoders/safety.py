@@ -1,6 +1,6 @@
 """The safety checker of Stable Diffusion 1: flags images by their CLIP embeddings.
 
-    image --crop_square, normalize--> VisionTower --> e (D,)
+    image --resize_and_center_crop, normalize--> VisionTower --> e (D,)
     score k = cos(e, concept k) - threshold k, rounded to 3 decimals; above 0 the image is flagged
 
 There are 17 concepts, and 3 for special care, which come first and flag no image by themselves:
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.encoders.image import MEAN, STD
 from ldm.encoders.towers import VisionTower
-from ldm.imaging.pixels import crop_square
+from ldm.imaging.pixels import resize_and_center_crop
 
 __all__ = ["SafetyChecker", "Verdict"]
 
@@ -75,7 +75,7 @@ class SafetyChecker(nn.Module):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize the shorter side to S, center-crop and normalize: (1, 3, S, S) float32."""
-        cropped = crop_square(image.convert("RGB"), self.visual.image_size)
+        cropped = resize_and_center_crop(image.convert("RGB"), self.visual.image_size)
         pixels = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         return (pixels - mean) / std

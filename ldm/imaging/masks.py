@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLD = 128  # the smallest value that is inpainted
 MAX_LABEL = 32  # highest value that may be a class label (VOC has 20); 255 means "ignored" there
-COLOR = 48  # difference between a pixel's channels above which it counts as coloured
+COLOR_RANGE = 48  # difference of a pixel's channels above which it counts as coloured
 Box = tuple[int, int, int, int]
 
 
@@ -41,6 +41,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
     stored.log_notes()
     if mask.size == size:
         return mask
+    # 2 %, as the sides of a smaller mask are rounded.
     if abs(mask.width / mask.height * size[1] / size[0] - 1) > 0.02:
         raise ArgumentError(
             f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}:"
@@ -62,7 +63,7 @@ def make_mask(
 
     Args:
         mask: a file; None = the box, or else the transparent parts of the image.
-        box: (left, top, right, bottom) in pixels.
+        box: (left, top, right, bottom) in pixels; None = none. Ignored if there is a mask file.
         grow: pixels by which the mask is dilated.
         blur: standard deviation of the Gaussian blur of the mask, pixels.
     Raises:
@@ -108,9 +109,9 @@ def _painted_area(stored: StoredImage) -> Image.Image:
     if has_two_values or (stored.image.mode in ("P", "PA") and is_colored(stored.image)):
         return Image.fromarray((values > low).astype(np.uint8) * 255)
     gray = stored.to_gray()
-    levels = np.bincount(np.asarray(gray).ravel(), minlength=256)
-    labels, ignored = levels[1 : MAX_LABEL + 1].sum(), levels[255]
-    if labels > ignored > 0 and not levels[MAX_LABEL + 1 : 255].any():
+    histogram = np.bincount(np.asarray(gray).ravel(), minlength=256)
+    labelled, ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]  # numbers of pixels
+    if labelled > ignored > 0 and not histogram[MAX_LABEL + 1 : 255].any():
         log.warning(
             "the mask `%s` has small values and 255, like labels of a data set: labels are "
             "inpainted, 255 (ignored) is not", stored.name,
@@ -127,10 +128,10 @@ def _painted_area(stored: StoredImage) -> Image.Image:
 def _has_much_color(image: Image.Image) -> bool:
     """Return whether over 2 % of the pixels are coloured, more than JPEG makes of grey images."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
-    return bool((np.ptp(rgb, axis=-1) > COLOR).mean() > 0.02)
+    return bool((np.ptp(rgb, axis=-1) > COLOR_RANGE).mean() > 0.02)
 
 
 def _is_black_and_white(values: np.ndarray) -> bool:
     """Return whether 8-bit values are black and white, except for soft edges."""
-    black, white = (values < 26).sum(), (values > 229).sum()
+    black, white = (values < 26).sum(), (values > 229).sum()  # 10 % and 90 % of 255
     return bool(black and white and black + white > 0.9 * values.size)

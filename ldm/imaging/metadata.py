@@ -1,7 +1,7 @@
 """Read and write generation metadata in PNGs: A1111's `parameters` text, and our JSON, key `ldm`.
 
 Other programs read the text; `ldm replay` reads the JSON, which is complete. The info of an image
-is a plain dict; `parameters_text` uses these keys, all optional:
+is a plain dict; `format_parameters` uses these keys, all optional:
 
     prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, rho, sigmas, steps, scale,
     eta, s_churn, s_tmin, s_tmax, s_noise, brownian,
@@ -35,7 +35,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "fingerprint",
-    "parameters_text",
+    "format_parameters",
     "parse_parameters",
     "parse_sampler",
     "read_info",
@@ -126,7 +126,7 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
     entries = {**info, "sha256": fingerprint(image)}
     text = PngInfo()
     # Pillow writes tEXt for Latin-1, else iTXt; neither can encode lone surrogates.
-    text.add_text("parameters", parameters_text(info).encode("utf-8", "replace").decode())
+    text.add_text("parameters", format_parameters(info).encode("utf-8", "replace").decode())
     text.add_text(KEY, json.dumps(entries, default=_to_json))
     image.save(path, "PNG", pnginfo=text)
 
@@ -156,26 +156,26 @@ def fingerprint(image: Image.Image) -> str:
     return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
-def parameters_text(info: JsonMapping) -> str:
+def format_parameters(info: JsonMapping) -> str:
     """Format the info as A1111 does: prompt, negative prompt and one line of settings."""
     tags = [f"<lora:{PurePath(lora['path']).stem}:{_format(lora['weight'])}>"
             for lora in info.get("loras") or ()]  # fmt: skip
     lines = [" ".join(filter(None, [str(info.get("prompt") or ""), *tags]))]
     if info.get("negative_prompt"):
         lines.append(f"Negative prompt: {info['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in _settings(info)))
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in _iter_settings(info)))
     return "\n".join(line for line in lines if line)
 
 
-def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
-    """Yield A1111's names and values of the settings in the info, in its order."""
+def _iter_settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
+    """Yield A1111's names and values of the settings in the info, in A1111's order."""
     sampler, size = info.get("sampler"), info.get("size")
     vae, refiner = info.get("vae") or {}, info.get("refiner")
     upscaler = info.get("upscaler")
     settings = {
         "Steps": info.get("steps"),
-        "Sampler": sampler and _a1111_sampler(sampler),
-        "Schedule type": _schedule_type(info),
+        "Sampler": sampler and _get_sampler_label(sampler),
+        "Schedule type": _get_schedule_type(info),
         "Schedule rho": info.get("rho"),
         "Sigmas": _join_numbers(info.get("sigmas")),
         "CFG scale": info.get("scale"),
@@ -196,11 +196,11 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Tiling": None if info.get("tiling") == "none" else info.get("tiling"),
         "Mix noise level": info.get("mix_noise_level"),
         "Image weights": info.get("weight"),
-        **_step_noise(info),
+        **_get_noise_settings(info),
         **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
         "SLD": info.get("sld"),
-        "SLD concept": _concept_name(info.get("sld_concept")),
-        "Emphasis": _emphasis(info.get("syntax")),
+        "SLD concept": _find_concept_name(info.get("sld_concept")),
+        "Emphasis": _get_emphasis(info.get("syntax")),
         "Prompt syntax": None if info.get("syntax") == "plain" else info.get("syntax"),
         "APG": info.get("apg"),
         "Perp-neg": info.get("perp_neg"),
@@ -209,11 +209,11 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "FreeU version": info.get("freeu_version"),
         "Safety checker": _describe_safety(info.get("safety")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
-        "Refiner switch at": _refiner_start(info),
+        "Refiner switch at": _get_refiner_start(info),
         "Latent upscaler": upscaler and f"{PurePath(upscaler['path']).stem} [{upscaler['hash']}]",
         "Noise sigma": info.get("noise_sigma") or None,
-        "Lora hashes": _hashes(info.get("loras"), "a1111_hash"),
-        "TI hashes": _hashes(info.get("embeddings"), "hash"),
+        "Lora hashes": _format_hashes(info.get("loras"), "a1111_hash"),
+        "TI hashes": _format_hashes(info.get("embeddings"), "hash"),
         "Version": info.get("ldm") and f"ldm {info['ldm']}",
     }
     for name, value in settings.items():
@@ -226,12 +226,12 @@ def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _step_noise(info: JsonMapping) -> dict[str, object]:
+def _get_noise_settings(info: JsonMapping) -> dict[str, object]:
     """Return the settings for noise before and between steps that are not the defaults."""
     sampler = info.get("sampler")
-    row, eta = SAMPLERS.get(sampler or ""), info.get("eta")
+    traits, eta = SAMPLERS.get(sampler or ""), info.get("eta")
     settings: dict[str, object] = {}
-    if eta is not None and eta != (row.eta if row else 0):
+    if eta is not None and eta != (traits.eta if traits else 0):
         settings["Eta DDIM" if sampler in OWN_STEPS else "Eta"] = float(eta)
     if info.get("s_churn"):
         settings["Sigma churn"] = float(info["s_churn"])
@@ -243,20 +243,20 @@ def _step_noise(info: JsonMapping) -> dict[str, object]:
     return settings
 
 
-def _hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:
+def _format_hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:
     pairs = ((PurePath(file["path"]).stem, file.get(key)) for file in files or ())
     return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
 
 
 def _parse_weight(text: str) -> float | str:
-    """Return the weight of a LoRA: a number, or the text of one by tower and block."""
+    """Return the weight of a LoRA: a number, or the text of several, by network and block."""
     try:
         return float(text)
     except ValueError:
         return text or 1.0
 
 
-def _refiner_start(info: JsonMapping) -> float | None:
+def _get_refiner_start(info: JsonMapping) -> float | None:
     """Return the fraction of the run before the refiner, A1111's "Refiner switch at"."""
     strength = info.get("refiner_strength")
     return info.get("refiner_start") if strength is None else round(1 - strength, 4)
@@ -271,17 +271,17 @@ def _describe_safety(safety: JsonMapping | None) -> str | None:
     return f"{'flagged' if safety['flagged'] else 'passed'} {score:+.3f}{action}"
 
 
-def _emphasis(syntax: str | None) -> str | None:
+def _get_emphasis(syntax: str | None) -> str | None:
     """Return A1111's mode of emphasis, if it is not the default."""
     return None if syntax == "a1111" else EMPHASIS_MODES.get(syntax or "")
 
 
-def _concept_name(text: str | None) -> str | None:
+def _find_concept_name(text: str | None) -> str | None:
     """Return the name in SLD_CONCEPTS of a text, else the text itself."""
     return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
 
 
-def _schedule_type(info: JsonMapping) -> str | None:
+def _get_schedule_type(info: JsonMapping) -> str | None:
     """Return A1111's name of the scheduler; for others a name that A1111 does not use."""
     if info.get("sigmas"):
         return None
@@ -333,9 +333,9 @@ def parse_parameters(parameters: str) -> JsonObject:
     if other.get("Sampler") == DDIM_CFG_PP and "scale" in info and not version.startswith("f"):
         info["scale"] /= 12.5
     info |= parse_sampler(other, version)
-    row = SAMPLERS.get(info.get("sampler", ""))
-    if row and row.takes_path and not is_ours:
-        info["brownian"] = True
+    traits = SAMPLERS.get(info.get("sampler", ""))
+    if traits and traits.takes_path and not is_ours:
+        info["brownian"] = True  # as in A1111, which uses k-diffusion's samplers
     return {**info, "other": other} if other else info
 
 
@@ -363,13 +363,13 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     if name:
         labels = {row.label: key for key, row in SAMPLERS.items()}
         values["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
-    row = SAMPLERS.get(values.get("sampler", ""))
+    traits = SAMPLERS.get(values.get("sampler", ""))
     ignores_schedule = values.get("sampler") in OWN_STEPS or name == DDIM_CFG_PP
-    if row and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
+    if traits and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
         number = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
         is_old = number is not None and (int(number[1]), int(number[2])) < (1, 9)
-        has_own = row.a1111_scheduler in ("karras", "exponential")
-        values["scheduler"] = "normal" if is_old and has_own else row.a1111_scheduler
+        has_own = traits.a1111_scheduler in ("karras", "exponential")
+        values["scheduler"] = "normal" if is_old and has_own else traits.a1111_scheduler
     elif schedule in schedulers:
         values["scheduler"] = schedulers[schedule]
     if "scheduler" in values:
@@ -377,12 +377,12 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     return values
 
 
-def _a1111_sampler(name: str) -> str:
+def _get_sampler_label(name: str) -> str:
     """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the name of that."""
-    row = SAMPLERS.get(name)
-    if row is None:
+    traits = SAMPLERS.get(name)
+    if traits is None:
         return name
-    return SAMPLERS[row.function].label if row.function in SAMPLERS else row.label
+    return SAMPLERS[traits.function].label if traits.function in SAMPLERS else traits.label
 
 
 def _quote(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Convert image tensors (B, 3, H, W) in [-1, 1] to PIL images of 8 bits and back; resize images.
+"""Convert tensors (B, 3, H, W) in [-1, 1] to 8-bit PIL images and back; resize and tile images.
 
 Pixels are rounded to the nearest value; with `truncate` fractions are dropped, as in the original.
 """
@@ -13,39 +13,39 @@ from torch import Tensor
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "crop_square", "make_grid", "resize_to_multiple", "scale_and_crop", "to_pil", "to_tensor",
-    "to_uint8",
+    "make_grid", "resize_and_center_crop", "resize_to", "resize_to_multiple", "to_pil",
+    "to_tensor", "to_uint8",
 ]  # fmt: skip
 
 PADDING = 2  # pixels between and around the images of a grid
 
 
-def to_uint8(image: Tensor, truncate: bool = False) -> np.ndarray:
-    """Convert a batch of images to pixels.
+def to_uint8(images: Tensor, truncate: bool = False) -> np.ndarray:
+    """Convert a batch of images to 8-bit arrays.
 
     Args:
-        image: (B, 3, H, W) in [-1, 1]; other values are clamped.
+        images: (B, 3, H, W) in [-1, 1]; other values are clamped.
         truncate: whether to drop fractions, as the original does, instead of rounding.
     Returns:
         (B, H, W, 3) uint8.
     Raises:
-        ValueError: the image contains NaN.
+        ValueError: an image contains NaN.
     """
-    unit = ((image.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
-    # Clamping keeps NaN, and as a byte it would be any colour.
+    unit = ((images.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
+    # `clamp` keeps NaN, whose conversion to uint8 is undefined.
     if unit.isnan().any():
-        raise ValueError("the image contains NaN: it cannot be saved")
+        raise ValueError("the image contains NaN: it cannot be converted to 8 bits")
     pixels = unit * 255 if truncate else (unit * 255).round()
     return pixels.to(torch.uint8).cpu().numpy()
 
 
-def to_pil(image: Tensor, truncate: bool = False) -> list[Image.Image]:
-    """Convert each image of a batch to an RGB image; arguments as `to_uint8`."""
-    return [Image.fromarray(pixels) for pixels in to_uint8(image, truncate)]
+def to_pil(images: Tensor, truncate: bool = False) -> list[Image.Image]:
+    """Convert each image of a batch to a PIL image, "RGB"; arguments as `to_uint8`."""
+    return [Image.fromarray(pixels) for pixels in to_uint8(images, truncate)]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Convert an image of any mode to (1, 3, H, W) float32 in [-1, 1]."""
+    """Convert an 8-bit image of any mode to (1, 3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
     return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()  # (1, 3, H, W)
 
@@ -56,7 +56,7 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     Args:
         columns: images per row; fewer if there are fewer images.
     Returns:
-        An RGB image with two black pixels around each image; a single image is returned as it is.
+        An RGB image with two black pixels around each image; a single image without them.
     Raises:
         ArgumentError: no images, sizes that differ, or columns below 1.
     """
@@ -79,37 +79,41 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
-    """Resize an image to the next smaller multiples, as the original did; this may distort it.
+    """Resize an image to sides rounded down to multiples, as the original did; may distort it.
 
     Raises:
         ArgumentError: a side is smaller than `multiple`.
     """
     width, height = (side - side % multiple for side in image.size)
     if not width or not height:
-        raise ArgumentError(f"an image of {image.width}x{image.height} is smaller than {multiple}")
+        raise ArgumentError(
+            f"an image of {image.width}x{image.height} pixels is too small: each side needs at "
+            f"least {multiple}"
+        )
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def crop_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize the shorter side of an image to `side`, bicubic, and crop the center, as for CLIP.
+def resize_and_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side of an image to `size`, bicubic, and crop the center, as for CLIP.
 
-    Sizes are truncated to whole pixels as in transformers.
+    Sides are truncated to whole pixels as in transformers.
     """
-    short = min(image.size)
-    width, height = (int(side * length / short) for length in image.size)
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
-def scale_and_crop(
-    image: Image.Image, size: tuple[int | None, int | None], mode: str = "crop"
+def resize_to(
+    image: Image.Image, size: tuple[int | None, int | None], fit: str = "crop"
 ) -> Image.Image:
     """Resize an image to (height, width).
 
     Args:
-        size: if one side is None, it follows from the other, rounded to a multiple of 8.
-        mode: for an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
+        size: a side that is None follows from the other and the aspect ratio, rounded to a multiple
+            of 8; if both are None, the image is returned as it is.
+        fit: for an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
             edge.
     """
     height, width = size
@@ -119,9 +123,9 @@ def scale_and_crop(
         height = max(round(image.height * (width or 1) / image.width / 8), 1) * 8
     if width is None:
         width = max(round(image.width * height / image.height / 8), 1) * 8
-    if mode == "stretch":
+    if fit == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
-    if mode == "pad":
+    if fit == "pad":
         scaled = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
         return _pad(scaled, height, width)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -130,6 +134,6 @@ def scale_and_crop(
 def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
     """Pad an image evenly on both sides by repeating its edge."""
     top, left = (height - image.height) // 2, (width - image.width) // 2
-    rows = np.arange(height).clip(top, top + image.height - 1) - top
-    columns = np.arange(width).clip(left, left + image.width - 1) - left
-    return Image.fromarray(np.asarray(image)[rows[:, None], columns])
+    row_indices = np.arange(height).clip(top, top + image.height - 1) - top
+    column_indices = np.arange(width).clip(left, left + image.width - 1) - left
+    return Image.fromarray(np.asarray(image)[row_indices[:, None], column_indices])

@@ -76,6 +76,7 @@ OTHER_FORMATS = {  # by marks in the first bytes of the file, in lower case
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
 }
 SRGB_GAMMA = 0.45455  # of the chunk gAMA in a PNG
+Tag = ExifTags.Base  # of TIFF files, too
 # By Pillow's raw mode: factor to 8 bits of a PNG's transparent colour, which Pillow does not scale.
 KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
@@ -113,7 +114,7 @@ class StoredImage:
         return _to_rgb(self.image).getchannel("A")
 
     def finite_range(self) -> tuple[float, float]:
-        """Return the smallest and the greatest finite luminance.
+        """Return the smallest and the greatest finite luminance; note values that are not finite.
 
         Raises:
             FileFormatError: no value is finite.
@@ -123,7 +124,9 @@ class StoredImage:
         if not finite.size:
             raise FileFormatError(f"`{self.name}` has no finite values")
         if finite.size < values.size:
-            self._note(f"has {values.size - finite.size} values that are NaN or infinite, left out")
+            self._add_note(
+                f"has {values.size - finite.size} values that are NaN or infinite, left out"
+            )
         return float(finite.min()), float(finite.max())
 
     def to_gray(self) -> Image.Image:
@@ -132,8 +135,8 @@ class StoredImage:
             return _to_rgb(self.image).convert("L")
         low, high = self.finite_range()
         if self.white is None:
-            self._note(f"has values from {low:g} to {high:g}, which become black and white")
-            span = max(high - low, 1e-30)
+            self._add_note(f"has values from {low:g} to {high:g}, which become black and white")
+            span = max(high - low, 1e-30)  # not 0, for an image of one value
         else:
             low, span = 0.0, self.white
         levels = np.nan_to_num((self.luminance() - low) * (255 / span), nan=0.0)
@@ -148,7 +151,7 @@ class StoredImage:
             try:
                 rgb = _apply_profile(image, rgb, profile)
             except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
-                self._note("has a colour profile that is damaged or does not fit, ignored")
+                self._add_note("has a colour profile that is damaged or does not fit, ignored")
         elif "srgb" not in self.image.info:
             rgb = _apply_gamma(rgb, self.image.info.get("gamma", SRGB_GAMMA))
         alpha = self.alpha()
@@ -161,7 +164,7 @@ class StoredImage:
         for note in self.notes:
             log.warning("`%s` %s", self.name, note)
 
-    def _note(self, text: str) -> None:
+    def _add_note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
@@ -199,7 +202,7 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
     """Decode the bytes of an image file; arguments and errors as `decode_image`."""
     with open_image(BytesIO(data), name) as file:
         notes = []
-        # Further images in these formats are layers, previews and maps of the first one.
+        # Other images in these formats are layers, previews and maps of the first one.
         if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
             notes.append("is animated or has several pages, the first is used")
         if file.format == "PNG" and (space := _find_color_space(data)):
@@ -251,8 +254,8 @@ def open_image(
 def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
     """Read (width, height) of the upright image from the header; errors as `open_image`."""
     with open_image(file, None if isinstance(file, (str, Path)) else "the image") as image:
+        is_rotated = image.getexif().get(Tag.Orientation, 1) >= 5  # by 90 degrees, or mirrored so
         # Pillow swaps the sides of a rotated TIFF itself.
-        is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size[::-1] if is_rotated and image.format != "TIFF" else image.size
 
 
@@ -280,8 +283,10 @@ def _find(path: str | Path) -> Path:
 def _describe_content(source: Path | BytesIO) -> str:
     data = source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
     start = data[:512].lower()
-    kinds = (kind for kind, marks in OTHER_FORMATS.items() if any(mark in start for mark in marks))
-    return next(kinds, "something else, not an image") if start else "an empty file, not an image"
+    if not start:
+        return "an empty file, not an image"
+    formats = (name for name, marks in OTHER_FORMATS.items() if any(m in start for m in marks))
+    return next(formats, "something else, not an image")
 
 
 def _find_color_space(data: bytes) -> str | None:
@@ -290,14 +295,16 @@ def _find_color_space(data: bytes) -> str | None:
     if start < 0:
         return None
     primaries, transfer = data[start + 4], data[start + 5]
-    kind = {16: "HDR (PQ)", 18: "HDR (HLG)"}.get(transfer)
-    return kind or ("wide-gamut" if primaries not in (1, 2) else None)
+    hdr = {16: "HDR (PQ)", 18: "HDR (HLG)"}.get(transfer)
+    is_wide = primaries not in (1, 2)  # 1 = those of sRGB, 2 = unspecified
+    return hdr or ("wide-gamut" if is_wide else None)
 
 
 def _is_wide_planar(file: ImageFile.ImageFile) -> bool:
     """Return whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
     tags = getattr(file, "tag_v2", {})
-    return tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
+    is_planar = tags.get(Tag.PlanarConfiguration) == 2
+    return is_planar and max(tags.get(Tag.BitsPerSample, (8,))) > 8
 
 
 def _is_clear(image: Image.Image) -> bool:
@@ -305,6 +312,7 @@ def _is_clear(image: Image.Image) -> bool:
 
 
 def _scale_transparent_color(file: ImageFile.ImageFile) -> None:
+    """Scale the transparent colour of a PNG to 8 bits, in place; see KEY_SCALES."""
     key = file.info.get("transparency")
     scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile and file.format == "PNG" else None
     if key is not None and scale:
@@ -321,20 +329,21 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     """
     values = np.asarray(image)
     tags = getattr(file, "tag_v2", {})
-    if file.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
-        values = values.view(np.uint32)
+    is_unsigned = tags.get(Tag.SampleFormat, (1,)) == (1,)
+    if file.mode == "I" and tags.get(Tag.BitsPerSample) == (32,) and is_unsigned:
+        values = values.view(np.uint32)  # Pillow reads them as signed
     values = values.astype(np.float32)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
     if file.mode.startswith("I;16"):
-        scales = [2 ** tags.get(258, (16,))[0] - 1]
+        scales = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
     elif file.mode == "F":
         is_integral = (finite == finite.round()).all()  # then 8 or 16 bits in a wider container
         scales = [1, 255, 65535] if is_integral else [1]
     else:
         scales = [255, 65535] if tags else [65535]
     white = next((scale for scale in scales if low >= 0 and high <= scale), None)
-    if tags.get(262) == 0:  # white is zero, which Pillow leaves as it is
+    if tags.get(Tag.PhotometricInterpretation) == 0:  # white is 0, which Pillow leaves as it is
         values = (white or 0) - values
     return values, white
 
@@ -369,6 +378,7 @@ def _apply_gamma(rgb: Image.Image, gamma: float) -> Image.Image:
     if not 0 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05:
         return rgb
     light = (np.arange(256) / 255) ** (1 / gamma)
+    # The transfer function of sRGB (IEC 61966-2-1).
     levels = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return rgb.point((levels * 255).round().astype(int).tolist() * 3)
 
@@ -382,8 +392,8 @@ def _build_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | 
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode != "CMYK":
         # Most profiles are sRGB under one name or another, and rounding would change its pixels.
-        steps = np.arange(0, 256, 15, dtype=np.uint8)
-        cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
         probe = Image.fromarray(cube).convert(mode)
         change = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
         if np.asarray(change).max() <= 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["join_depth", "place_beside", "split_color", "split_depth"]
 
-COLORS = 3  # channels
+COLOR_CHANNELS = 3
 WHITE = 65535  # largest value of 16 bits
 
 
@@ -26,7 +26,7 @@ def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
         depth: (B, 1, H, W) in [0, 1].
         channels: channels of the result, 4 or 6; the unused channel is -1.
     """
-    if channels == COLORS + 1:
+    if channels == COLOR_CHANNELS + 1:
         return torch.cat([image, depth * 2 - 1], dim=1)
     # The autoencoder of six channels has 8 bits each: two of them hold a number of 16.
     levels = (depth * WHITE).round()
@@ -37,7 +37,7 @@ def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
 
 def split_color(images: Tensor) -> Tensor:
     """Return the colours (B, 3, H, W) of images with or without depth."""
-    return images[:, :COLORS]
+    return images[:, :COLOR_CHANNELS]
 
 
 def split_depth(images: Tensor) -> list[Image.Image]:
@@ -45,10 +45,10 @@ def split_depth(images: Tensor) -> list[Image.Image]:
 
     As in the original, bytes are rounded with 6 channels, and depth is truncated with 4.
     """
-    channels = images.shape[1] - COLORS
+    channels = images.shape[1] - COLOR_CHANNELS
     if not channels:
         return []
-    unit = (images[:, COLORS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
+    unit = (images[:, COLOR_CHANNELS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
     if channels == 1:
         levels = unit[:, 0] * WHITE
     else:

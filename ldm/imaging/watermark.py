@@ -89,7 +89,7 @@ def embed(
     if image.mode != "RGB":
         raise ArgumentError(f"image has mode `{image.mode}`, a watermark needs `RGB`")
     write = _write_largest if method == "dwtDct" else _write_singular
-    return Image.fromarray(write(np.asarray(image), _bits(payload)))
+    return Image.fromarray(write(np.asarray(image), _to_bits(payload)))
 
 
 def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
@@ -103,7 +103,7 @@ def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
     r, g, b = (rgb[..., k].astype(np.float32) for k in range(3))
     y = _fma(b, 0.114, _fma(g, 0.587, r * np.float32(0.299)))
     u, v = _fma(b - y, 0.492, np.float32(0.5)), _fma(r - y, 0.877, np.float32(0.5))
-    _mark_largest(u, _bits(payload))
+    _mark_largest(u, _to_bits(payload))
     u, v = u - np.float32(0.5), v - np.float32(0.5)
     green = _fma(v, -0.581, _fma(u, -0.395, y))
     return np.stack([_fma(v, 1.140, y), green, _fma(u, 2.032, y)], -1)
@@ -137,14 +137,14 @@ def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.nd
         ArgumentError: the image is too small.
         UnknownName: the method is unknown.
     """
-    return _majority(_votes(image, method), length)
+    return _take_majority(_read_votes(image, method), length)
 
 
 def agreement(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> float:
     """Return the fraction of the payload's bits found in an image; about 0.5 without watermark."""
-    bits = _bits(payload)
+    bits = _to_bits(payload)
     return float((read(image, len(bits), method) == bits).mean())
 
 
@@ -152,28 +152,34 @@ def identify(image: Image.Image) -> list[Finding]:
     """Return the findings for all payloads and methods, best first; [] for too small images."""
     findings = []
     for method in METHODS if can_hold(image) else ():
-        votes = _votes(image, method)
+        votes = _read_votes(image, method)
         for name, payload in PAYLOADS.items():
-            bits = _bits(payload)
-            right = int((_majority(votes, len(bits)) == bits).sum())
+            bits = _to_bits(payload)
+            correct = int((_take_majority(votes, len(bits)) == bits).sum())
             block_accuracy = float((votes == np.resize(bits, votes.shape)).mean())
-            verdict = _verdict(right, len(bits))
-            findings.append(Finding(name, method, right / len(bits), block_accuracy, verdict))
-    return sorted(findings, key=lambda f: (f.verdict != "absent", f.agreement, f.votes))[::-1]
+            verdict = _judge(correct, len(bits))
+            findings.append(Finding(name, method, correct / len(bits), block_accuracy, verdict))
+    return sorted(
+        findings,
+        key=lambda finding: (finding.verdict != "absent", finding.agreement, finding.votes),
+        reverse=True,
+    )
 
 
-def _verdict(right: int, length: int) -> Literal["found", "damaged", "absent"]:
-    if right == length:
+def _judge(correct: int, length: int) -> Literal["found", "damaged", "absent"]:
+    """Return the verdict for a number of correct bits of a payload of this length."""
+    if correct == length:
         return "found"
-    p_value = sum(comb(length, k) for k in range(right, length + 1)) / 2**length
+    # Probability that as many of `length` random bits are correct.
+    p_value = sum(comb(length, k) for k in range(correct, length + 1)) / 2**length
     return "damaged" if p_value < SIGNIFICANCE else "absent"
 
 
-def _votes(image: Image.Image, method: Method) -> np.ndarray:
+def _read_votes(image: Image.Image, method: Method) -> np.ndarray:
     """Return the bit that each block carries, (blocks,) bool."""
     _check(image, method)
     rgb = np.asarray(image.convert("RGB"))
-    blocks = _blocks(_haar(_crop(rgb_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
+    blocks = _split_blocks(_apply_haar(_crop_to_blocks(rgb_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
     if method == "dwtDct":
         carriers = blocks.reshape(len(blocks), 16)[:, 1:].max(1)
     else:
@@ -181,7 +187,7 @@ def _votes(image: Image.Image, method: Method) -> np.ndarray:
     return np.asarray(carriers % STEP > STEP / 2)
 
 
-def _majority(votes: np.ndarray, length: int) -> np.ndarray:
+def _take_majority(votes: np.ndarray, length: int) -> np.ndarray:
     """Return the majority of all blocks for each bit; a tie is a 1, as in the package."""
     index = np.arange(len(votes)) % length
     ones = np.bincount(index, votes, length)
@@ -196,16 +202,19 @@ def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
-    plane = _crop(u)
-    low, rows, columns, diagonal = _haar(plane)
-    blocks = _blocks(low)
+    """Write bits into the largest coefficient of each block of a U plane, in place."""
+    plane = _crop_to_blocks(u)
+    low, rows, columns, diagonal = _apply_haar(plane)
+    blocks = _split_blocks(low)
     flat = blocks.reshape(len(blocks), 16)
-    rows_of_flat = np.arange(len(flat))
+    block_indices = np.arange(len(flat))
     largest = np.abs(flat[:, 1:]).argmax(1) + 1
-    values = flat[rows_of_flat, largest]
-    flat[rows_of_flat, largest] = np.copysign(_quantize(np.abs(values), bits), values)
+    values = flat[block_indices, largest]
+    flat[block_indices, largest] = np.copysign(_quantize(np.abs(values), bits), values)
     _put_blocks(low, flat.reshape(blocks.shape))
-    plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions of uint8 cut off
+    plane[:] = _invert_haar(
+        low, columns, rows, diagonal
+    )  # details swapped, fractions of uint8 cut off
 
 
 def _fma(a: np.ndarray, factor: float, b: np.ndarray | np.float32) -> np.ndarray:
@@ -216,8 +225,8 @@ def _fma(a: np.ndarray, factor: float, b: np.ndarray | np.float32) -> np.ndarray
 
 def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Write `dwtDctSvd`: change only U, by adding to blue and green so that Y and V stay."""
-    low = _haar(_crop(rgb_to_yuv(rgb)[1]))[0]
-    blocks = _blocks(low)
+    low = _apply_haar(_crop_to_blocks(rgb_to_yuv(rgb)[1]))[0]
+    blocks = _split_blocks(low)
     left, values, right = np.linalg.svd(blocks)
     change = _quantize(values[:, 0], bits) - values[:, 0]
     delta = np.zeros_like(low)
@@ -234,12 +243,12 @@ def _quantize(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
     return np.asarray((values // STEP + 0.25 + 0.5 * np.resize(bits, values.shape)) * STEP)
 
 
-def _crop(plane: np.ndarray) -> np.ndarray:
+def _crop_to_blocks(plane: np.ndarray) -> np.ndarray:
     """Return a view whose sides are multiples of 4."""
     return plane[: plane.shape[0] // 4 * 4, : plane.shape[1] // 4 * 4]
 
 
-def _blocks(band: np.ndarray) -> np.ndarray:
+def _split_blocks(band: np.ndarray) -> np.ndarray:
     """Return the complete 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
     h, w = band.shape[0] // 4, band.shape[1] // 4
     blocks: np.ndarray = band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2)
@@ -251,7 +260,7 @@ def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
     band[: h * 4, : w * 4] = blocks.reshape(h, w, 4, 4).swapaxes(1, 2).reshape(h * 4, w * 4)
 
 
-def _haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _apply_haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return mean, and details along rows, columns and the diagonal, of a Haar transform.
 
     The order of sums is PyWavelets', because `dwtDct` truncates fractions in the end.
@@ -264,7 +273,7 @@ def _haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     return low, rows, columns, diagonal
 
 
-def _unhaar(
+def _invert_haar(
     low: np.ndarray, rows: np.ndarray, columns: np.ndarray, diagonal: np.ndarray
 ) -> np.ndarray:
     mean = _interleave(low, columns, 2).reshape(len(low), -1)
@@ -301,7 +310,7 @@ def _saturate(values: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
-def _bits(payload: bytes | Sequence[int]) -> np.ndarray:
+def _to_bits(payload: bytes | Sequence[int]) -> np.ndarray:
     if isinstance(payload, bytes):
         bits = np.unpackbits(np.frombuffer(payload, np.uint8))
     else:

@@ -24,7 +24,7 @@ from ldm.app.view import describe_info, show_preview, show_progress
 from ldm.commands.main import main
 from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import parameters_text, read_info, write_png
+from ldm.imaging.metadata import format_parameters, read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
@@ -396,7 +396,7 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
     filled = page.fill(info, "base_v.safetensors")
     assert filled[fields.index("prompt")] == prompt
     assert filled[len(fields) :][: len(chosen)] == chosen
-    text = parameters_text({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
+    text = format_parameters({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
     pasted = page.paste_parameters(text, None, "base_v.safetensors")
     assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
         prompt, filled[len(fields) :]

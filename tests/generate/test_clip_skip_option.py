@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.commands.main import main
-from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
+from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 
 QUICK = ["--steps=1", "--n_iter=1", "--n_samples=1", "--skip_grid", "--prompt=a cat face"]
 
@@ -17,8 +17,8 @@ def test_it_changes_the_image_is_recorded_and_made_again(tmp_path, capsys):
         infos.append(read_info(path))
     plain, skipped = infos
     assert plain["sha256"] != skipped["sha256"]
-    assert "Clip skip" not in parameters_text(plain)
-    assert parse_parameters(parameters_text(skipped))["clip_skip"] == skipped["clip_skip"] == 2
+    assert "Clip skip" not in format_parameters(plain)
+    assert parse_parameters(format_parameters(skipped))["clip_skip"] == skipped["clip_skip"] == 2
     assert main(["replay", path]) == 0
     assert capsys.readouterr().out == "identical\n"
 

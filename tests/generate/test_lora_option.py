@@ -8,7 +8,7 @@ import torch
 
 import ldm
 from ldm.commands.main import main
-from ldm.imaging.metadata import parameters_text, read_info
+from ldm.imaging.metadata import format_parameters, read_info
 from ldm.loading.addons.embeddings import write_embeddings
 from picturehelp import random_lora
 
@@ -46,8 +46,8 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys
     ]
     tensors = loras[0].read_bytes()  # of which A1111 hashes all behind the header
     digest = hashlib.sha256(tensors[8 + int.from_bytes(tensors[:8], "little") :]).hexdigest()
-    assert f'Lora hashes: "one: {digest[:12]}, two: ' in parameters_text(info)
-    assert f"{info['prompt']} <lora:one:0.8> <lora:two:-0.5>\n" in parameters_text(info)
+    assert f'Lora hashes: "one: {digest[:12]}, two: ' in format_parameters(info)
+    assert f"{info['prompt']} <lora:one:0.8> <lora:two:-0.5>\n" in format_parameters(info)
     assert main(["replay", paths[1], "--ckpt", str(tiny.ckpt)]) == 0
     moved = str(shutil.move(loras[1], tmp_path / "three.safetensors"))
     capsys.readouterr()
@@ -65,7 +65,7 @@ def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, tin
     info = read_info(path)
     assert info["sha256"] != read_info(plain)["sha256"]
     assert [lora["weight"] for lora in info["loras"]] == [weight]
-    assert f"<lora:one:{weight}>" in parameters_text(info)
+    assert f"<lora:one:{weight}>" in format_parameters(info)
     assert main(["replay", path, "--ckpt", str(tiny.ckpt)]) == 0
     with pytest.raises(SystemExit):
         shot("--lora", f"{loras[0]}:te=much")

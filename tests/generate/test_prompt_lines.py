@@ -14,7 +14,7 @@ from ldm.generate.plan import plan_batches
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
 from ldm.generate.tasks import TASKS
 from ldm.generate.wildcards import DynamicPrompts
-from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
+from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from picturehelp import random_lora
 
@@ -157,7 +157,7 @@ def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
 def test_expanded_prompts_are_recorded_and_made_again(run, tiny):
     (info,) = run("--prompt", "a {red|green} fox", "--dynamic-prompts")
     assert info["prompt"] in ("a red fox", "a green fox")
-    assert info["prompt"] in parameters_text(info)
+    assert info["prompt"] in format_parameters(info)
     assert main(["replay", info["path"], "--ckpt", str(tiny.ckpt)]) == 0
 
 
@@ -202,7 +202,7 @@ def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path)
     file = tmp_path / "loras/two.safetensors"
     (given,) = run(*flags, "--prompt=a fox", "--seed=3", "--lora", f"{file}:0.5:1")
     assert read_info(given["path"])["sha256"] == hashes[2]
-    text = parameters_text(read_info(infos[2]["path"]))
+    text = format_parameters(read_info(infos[2]["path"]))
     assert text.startswith("a fox <lora:two:0.5:1>\n")
     assert parse_parameters(text)["prompt"] == "a fox"
     assert main(["replay", infos[2]["path"]]) == 0

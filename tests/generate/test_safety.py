@@ -14,7 +14,7 @@ from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.generate.command_line import parse_request, to_argv
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
+from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 from picturehelp import QUICK, pixels
 from quick import some
 
@@ -102,7 +102,7 @@ def test_scores_are_reported_and_the_image_is_kept(made, tmp_path):
     assert err.count("it is kept") == 2
     info = read_info(infos[0]["path"])
     assert info["safety"] == safety
-    assert "Safety checker: flagged +" in parameters_text(info)
+    assert "Safety checker: flagged +" in format_parameters(info)
     assert pixels(infos[0]["path"]).std() > 1
 
 

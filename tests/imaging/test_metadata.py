@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.imaging.metadata import fingerprint, parameters_text, read_info, write_png
+from ldm.imaging.metadata import fingerprint, format_parameters, read_info, write_png
 from ldm.prompts.a1111 import EMPHASIS_MODES
 
 INFO = {
@@ -86,8 +86,8 @@ LORAS = {
         ),
     ],
 )
-def test_the_parameters_text_is_as_a1111_writes_it(info, text):
-    assert parameters_text(info) == text
+def test_the_format_parameters_is_as_a1111_writes_it(info, text):
+    assert format_parameters(info) == text
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_no_schedule_type_of_a1111_is_claimed_for_other_steps(
     sampler, scheduler, in_use, schedule_type, tmp_path
 ):
     info = {**INFO, "sampler": sampler, "scheduler": scheduler, "scheduler_in_use": in_use}
-    text = parameters_text(info)
+    text = format_parameters(info)
     expected = f", Schedule type: {schedule_type}," if schedule_type else "Sampler:"
     assert expected in text
     assert ("Schedule type" in text) == (schedule_type is not None)
@@ -172,7 +172,7 @@ def test_emphasis_of_a1111_is_a_syntax(tmp_path, syntax):
     text = f"a cat\nSteps: 4, Sampler: Euler, CFG scale: 7, Emphasis: {mode}, Version: v1.10.1"
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
     assert (info["syntax"], "other" in info) == (syntax, False)
-    text = parameters_text({**INFO, "syntax": syntax})
+    text = format_parameters({**INFO, "syntax": syntax})
     assert f"Emphasis: {mode}, Prompt syntax: {syntax}" in text
     assert read_info(write_text(tmp_path / "b.png", parameters=text))["syntax"] == syntax
 
@@ -208,13 +208,13 @@ def test_ddim_cfg_pp_of_a1111_counts_its_scale_otherwise(tmp_path, version, scal
 
 def test_own_levels_and_rho_are_in_the_text_and_read_from_it(tmp_path):
     own = {"sigmas": [14.6, 3.0, 0.1 + 0.2, 0.0], "scheduler_in_use": None, "sampler": "euler"}
-    text = parameters_text({**INFO, **own, "scheduler": None})
+    text = format_parameters({**INFO, **own, "scheduler": None})
     assert 'Sigmas: "14.6, 3.0, 0.30000000000000004, 0.0"' in text
     assert "Schedule type" not in text
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
     assert info["sigmas"] == own["sigmas"]
     rho = {"scheduler_in_use": "polyexponential", "rho": 2.0}
-    text = parameters_text({**INFO, **rho})
+    text = format_parameters({**INFO, **rho})
     assert "Schedule type: Polyexponential" in text
     assert "Schedule rho: 2" in text
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
@@ -232,8 +232,8 @@ def test_uniform_is_our_scheduler_where_our_first_version_wrote_it(tmp_path, ver
 
 
 @pytest.mark.parametrize("broken", [{}, {"ldm": "{"}, {"ldm": "[1]"}, {"ldm": "null"}])
-def test_our_parameters_text_is_read_where_the_json_is_missing_or_broken(tmp_path, broken):
-    text = parameters_text({**INFO, **LORAS})
+def test_our_format_parameters_is_read_where_the_json_is_missing_or_broken(tmp_path, broken):
+    text = format_parameters({**INFO, **LORAS})
     info = read_info(write_text(tmp_path / "a.png", parameters=text, **broken))
     keys = ("prompt", "negative_prompt", "steps", "sampler", "scheduler", "scale", "seed", "size")
     assert {key: info[key] for key in keys} == {key: INFO[key] for key in keys}
@@ -243,12 +243,12 @@ def test_options_of_sdxl_are_in_the_text_and_read_from_it(tmp_path):
     refiner = {"path": "/x/sd_xl_refiner_1.0.safetensors", "hash": "7440042bbd"}
     sdxl = {"prompt_2": "oil, thick", "original_size": [768, 1024], "crop": [0, 64],
             "negative_aesthetic_score": 2.5, "refiner_start": 0.8}  # fmt: skip
-    text = parameters_text({**INFO, **sdxl, "refiner": refiner})
+    text = format_parameters({**INFO, **sdxl, "refiner": refiner})
     assert "Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8" in text
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
     assert info.items() >= sdxl.items()
     assert info["refiner"] == {"path": "sd_xl_refiner_1.0", "hash": "7440042bbd"}
-    text = parameters_text({"refiner": refiner, "refiner_strength": 0.15})
+    text = format_parameters({"refiner": refiner, "refiner_strength": 0.15})
     assert text.endswith("Refiner switch at: 0.85")
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from ldm.imaging.pixels import (
     make_grid,
+    resize_to,
     resize_to_multiple,
-    scale_and_crop,
     to_pil,
     to_tensor,
     to_uint8,
@@ -65,13 +65,13 @@ def test_impossible_grids_are_refused(images, columns):
 
 def test_images_are_scaled_and_cropped_to_a_size():
     image = Image.new("RGB", (100, 50))
-    assert scale_and_crop(image, (None, None)) is image
-    assert scale_and_crop(image, (64, 64)).size == (64, 64)
-    assert scale_and_crop(image, (64, None)).size == (128, 64)
-    assert scale_and_crop(image, (None, 64)).size == (64, 32)
+    assert resize_to(image, (None, None)) is image
+    assert resize_to(image, (64, 64)).size == (64, 64)
+    assert resize_to(image, (64, None)).size == (128, 64)
+    assert resize_to(image, (None, 64)).size == (64, 32)
 
 
 def test_images_are_resized_to_a_multiple():
     assert resize_to_multiple(Image.new("RGB", (150, 100)), 64).size == (128, 64)
-    with pytest.raises(ValueError, match="smaller than 64"):
+    with pytest.raises(ValueError, match="150x50 pixels is too small: each side needs at least 64"):
         resize_to_multiple(Image.new("RGB", (150, 50)), 64)

@@ -270,12 +270,12 @@ def _image_path(request: Request) -> str:
 
 def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
     """Resize an image to the requested size."""
-    from ldm.imaging.pixels import resize_to_multiple, scale_and_crop
+    from ldm.imaging.pixels import resize_to, resize_to_multiple
 
     if "size" in request.sampling.legacy and not request.task.enlarges:
         return resize_to_multiple(image, 64)
     mode = request.inputs_as(ImageInputs).resize_mode
-    return scale_and_crop(image, request.sampling.size, mode)
+    return resize_to(image, request.sampling.size, mode)
 
 
 class PreparedImageTask(PreparedTask):

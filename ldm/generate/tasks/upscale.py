@@ -163,12 +163,12 @@ def enlarge(
     import torch
     from PIL import Image
 
-    from ldm.imaging.pixels import scale_and_crop, to_pil, to_tensor
+    from ldm.imaging.pixels import resize_to, to_pil, to_tensor
 
-    resized = to_tensor(scale_and_crop(to_pil(image)[0], size, "stretch"))
+    resized = to_tensor(resize_to(to_pil(image)[0], size, "stretch"))
     if depth is None:
         return resized, None
-    levels = scale_and_crop(Image.fromarray(depth[0, 0].numpy()), size, "stretch")
+    levels = resize_to(Image.fromarray(depth[0, 0].numpy()), size, "stretch")
     return resized, torch.tensor(np.asarray(levels))[None, None].clamp(0, 1)
 
 
