@@ -37,7 +37,7 @@ from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
 from ldm.generate.groups import SDXL, ModelChoice, Sampling, UpscalerChoice
-from ldm.generate.load import Models, is_small_model, load_models
+from ldm.generate.load import Models, load_models
 from ldm.generate.lora_tags import find_loras, remove_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import FILE_KEYS, Info, describe_run
@@ -261,20 +261,20 @@ class Backend:
         """
         entry = read_catalogue(self.folder).models.get(name or "")
         height, width = (None, None) if entry is None else entry.size
-        values: dict[str, Value] = {"scale": task.scale, "width": width, "height": height}
-        values |= {"steps": STEPS, "sampler": Defaults().sampler}
         files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
         with suppress(ArgumentError):  # Generate will say what is wrong with it
             files = find_loras(prompt, files, self._lora_files)
-        found = detect_few_steps(files)
-        own = None if found is None else found.defaults
-        if own is None and entry is not None and entry.defaults != Defaults():
-            own = entry.defaults
-        if own is not None:
-            values |= {"scale": own.scale, "steps": own.steps, "sampler": own.sampler}
-        elif entry is not None and is_small_model(entry.path):
-            values["scale"] = task.demo_scale
-        return values
+        found, unset = detect_few_steps(files), Defaults()
+        defaults = unset if entry is None else entry.defaults
+        if found is not None:
+            defaults = found.defaults
+        return {
+            "scale": task.scale if defaults.scale == unset.scale else defaults.scale,
+            "width": width,
+            "height": height,
+            "steps": STEPS if defaults.steps == unset.steps else defaults.steps,
+            "sampler": defaults.sampler,
+        }
 
     def explain_misfit(self, task: Task, name: str | None) -> str:
         """Return why a model does not support a task, and what to do; "" if it does."""

@@ -19,14 +19,14 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
 
     Args:
-        defaults: defaults of the model; for Stable Diffusion 1 and 2 the task sets the scale.
+        defaults: defaults of the model; without a scale in it, the task sets it.
     """
     sampling, scale = request.sampling, defaults.scale
     sampler = sampling.sampler or defaults.sampler
     if (own_scale := SAMPLERS[sampler].scale) is not None:
         scale = own_scale
     elif scale == Defaults().scale:
-        scale = request.task.demo_scale if request.uses_demo_model else request.task.scale
+        scale = request.task.scale
     eta = SAMPLERS[sampler].eta
     if sampler == defaults.sampler and defaults.eta is not None:
         eta = defaults.eta

@@ -26,7 +26,7 @@ from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import known_sha256
 
-__all__ = ["Models", "find_checker", "is_small_model", "load_models"]
+__all__ = ["Models", "find_checker", "load_models"]
 
 SMALL_MODEL = 200e6  # bytes of weights below which half precision and many threads are slower
 
@@ -78,7 +78,7 @@ def load_models(
             task.example_flags,
         )
         ckpt = find_file(task.demo_model) if task.demo_model else None
-    is_small = ckpt is None or is_small_model(ckpt)
+    is_small = ckpt is None or _is_small_model(ckpt)
     device = pick_device(choice.device)
     dtype = pick_dtype(choice.precision, device, is_small)
     if device.type == "cpu":
@@ -143,7 +143,7 @@ def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
     return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
 
 
-def is_small_model(path: str | Path) -> bool:
+def _is_small_model(path: str | Path) -> bool:
     """Return whether the weights of a file or diffusers folder are as small as the demo model's."""
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]

@@ -60,7 +60,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
             assert update == (gr.skip() if now[field] == defaults[field] else now[field])
         return (accordion["visible"], *(now[name] for name in ("width", "scale", "steps")))
 
-    assert follow(BASE) == (True, 1024, 5.0, 50)
+    assert follow(BASE) == (True, 1024, 5.0, 25)
     assert follow("sd_xl_turbo_1.0.safetensors") == (True, 512, 1.0, 4)
     assert follow("demo.safetensors") == (False, 128, 2.0, 25)
 

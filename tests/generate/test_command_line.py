@@ -90,15 +90,13 @@ def test_defaults_are_those_of_the_original():
 @pytest.mark.parametrize(
     ("task", "flags", "expected"),
     [
-        ("txt2img", "", (2, 50, "ddim")),
-        ("inpaint", "", (3, 50, "ddim")),
-        ("upscale", "", (1, 50, "ddim")),
+        ("txt2img", "", (9, 50, "ddim")),
         ("txt2img", "--scale 9 --steps 5 --plms", (9, 5, "plms")),
         ("inpaint", "--ckpt m.ckpt", (10, 50, "ddim")),
         ("unclip", "--ckpt m.ckpt", (10, 20, "ddim")),
     ],
 )
-def test_tasks_and_the_demo_model_have_defaults_of_their_own(task, flags, expected):
+def test_tasks_have_defaults_of_their_own(task, flags, expected):
     sampling = resolve_sampling(parse(task, *flags.split()), Defaults())
     assert (sampling.scale, sampling.steps, sampling.sampler) == expected
 

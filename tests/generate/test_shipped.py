@@ -12,19 +12,20 @@ from ldm.commands.main import main
 from ldm.data.drawings import COLORS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
+from ldm.loading.config import read_yaml
 from ldm.runtime.files import find_file
 from quick import some
 
 PICTURE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
 CASES: list[Any] = [
-    ("inpaint", ["--mask-box", "16,16,48,48", "--prompt", "a flat emoji"], (64, 64)),
-    pytest.param("upscale", ["--prompt", ""], (256, 256), marks=pytest.mark.slow),
+    ("inpaint", ["--mask-box", "16,16,48,48", "--prompt", "a flat emoji"], (64, 64), 3.0),
+    pytest.param("upscale", ["--prompt", ""], (256, 256), 1.0, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("task", "flags", "size"), CASES)
+@pytest.mark.parametrize(("task", "flags", "size", "scale"), CASES)
 def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
-    task: str, flags: list[str], size: tuple[int, int], tmp_path: Path, capsys: Any
+    task: str, flags: list[str], size: tuple[int, int], scale: float, tmp_path: Path, capsys: Any
 ) -> None:
     photo = tmp_path / "photo.png"
     with Image.open(PICTURE) as picture:
@@ -38,7 +39,20 @@ def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
     assert err.count("using the small model that ships with ldm") == 1
     info = read_info(path)
     assert info["checkpoint"] == Path(TASKS[task].demo_model or "").name
-    assert info["scale"] == TASKS[task].demo_scale
+    assert info["scale"] == scale
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [("text2img", "demo"), ("inpainting", "demo-inpainting"), ("upscaler", "demo-upscaler")],
+)
+def test_a_copy_of_a_shipped_model_has_its_guidance_scale(
+    config: str, name: str, tmp_path: Path
+) -> None:
+    source, copy = find_file(f"checkpoints/{name}.safetensors"), tmp_path / "copy.ckpt"
+    assert main(["convert", str(source), str(copy)]) == 0
+    scale = read_yaml(f"configs/demo/{config}.yaml")["model"]["params"]["defaults"]["scale"]
+    assert ldm.load(copy).defaults.scale == scale
 
 
 def test_the_inpainting_model_has_the_autoencoder_of_the_demo_model() -> None:

@@ -77,7 +77,6 @@ class Task:
         defaults: defaults of options that differ for this task.
         scale: default guidance scale for Stable Diffusion 1 and 2.
         demo_model: path of the demo model for this task; None = the text-to-image demo model.
-        demo_scale: default guidance scale for the demo model.
         example_flags: flags for a published model, as an example.
         noise_from_numpy: whether the original drew the initial noise with numpy.
         enlarges: whether its images are larger than its input.
@@ -93,7 +92,6 @@ class Task:
     defaults: Mapping[str, Value] = field(default_factory=dict)
     scale: float = 9.0
     demo_model: str | None = None
-    demo_scale: float = 3.0
     example_flags: str = "--ckpt sd-v2-1 --H 768 --W 768"
     noise_from_numpy: bool = False
     enlarges: bool = False

@@ -77,7 +77,6 @@ TASK = Task(
     inputs=Img2ImgInputs,
     prepare=Img2Img,
     families=("text", "refiner"),
-    demo_scale=2.0,  # see docs/evaluation.md
     defaults={
         "prompt": "a painting of a virus monster playing guitar",
         "outdir": "outputs/img2img-samples",

@@ -40,7 +40,6 @@ are written to stdout, everything else to stderr.
     inputs=Inputs,
     prepare=Txt2Img,
     families=("text",),
-    demo_scale=2.0,  # see docs/evaluation.md
     defaults={
         "prompt": "a professional photograph of an astronaut riding a triceratops",
         "outdir": "outputs/txt2img-samples",

@@ -205,7 +205,6 @@ LDM3D-SR enlarges an image with its depth:
         "n_iter": 1,
     },
     demo_model="checkpoints/demo-upscaler.safetensors",
-    demo_scale=1.0,  # prompts hardly matter for details
     example_flags="--ckpt sd-x4-upscaler",
     noise_from_numpy=True,
     enlarges=True,
