@@ -147,15 +147,19 @@ class NoiseSchedule(ABC):
                 at 0; "ddim_uniform" may have more steps than `steps`.
             rho: Exponent of "karras", "polyexponential" and "edm"; None for their defaults.
         """
+        self.check_steps(steps, scheduler)
+        check_rho(rho, scheduler)
+        options = {} if rho is None else {"rho": rho}
+        return SIGMA_FUNCTIONS[scheduler](self, steps, **options)
+
+    def check_steps(self, steps: int, scheduler: str) -> None:
+        """Raise ArgumentError unless `step_sigmas` takes a number of steps with a scheduler."""
         check_name("scheduler", scheduler, SIGMA_FUNCTIONS, argument="scheduler")
         max_steps = names.SCHEDULERS[scheduler].max_steps
         if not 1 <= steps <= (max_steps or len(self)):
             suffix = f" with scheduler `{scheduler}`" if max_steps else ""
             limit = f"{max_steps or len(self)}{suffix}"
             raise ArgumentError(f"steps must be in 1 … {limit}, got {steps}", "steps")
-        check_rho(rho, scheduler)
-        options = {} if rho is None else {"rho": rho}
-        return SIGMA_FUNCTIONS[scheduler](self, steps, **options)
 
 
 @dataclass(frozen=True, eq=False)

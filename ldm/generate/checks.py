@@ -14,7 +14,13 @@ from ldm.generate.tasks import PreparedTask, Task
 from ldm.generate.tasks.base import RGBDInputs
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.families import PIXELS, Family
-from ldm.loading.load import DEMO_CHECKPOINT, file_variant, find_variant_early, supports_variants
+from ldm.loading.load import (
+    DEMO_CHECKPOINT,
+    file_variant,
+    find_schedule_early,
+    find_variant_early,
+    supports_variants,
+)
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
@@ -31,8 +37,8 @@ from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.files import find_file, read_text
 
 __all__ = [
-    "check_depth", "check_files", "check_loras", "find_few_steps_warnings",
-    "find_option_warnings", "warn_about_ignored_options",
+    "check_depth", "check_files", "check_loras", "check_steps",
+    "find_few_steps_warnings", "find_option_warnings", "warn_about_ignored_options",
 ]  # fmt: skip
 
 SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in the index of a diffusers folder
@@ -71,16 +77,49 @@ def _explain_few_steps(request: Request) -> str | None:
     if choice.ckpt is None and choice.config is not None:
         return None
     try:
-        path = find_file(request.task.demo_model or DEMO_CHECKPOINT)
-        if choice.ckpt is not None:
-            path = find_checkpoint(choice.ckpt, variant=file_variant(choice.variant))
-        found = find_variant_early(path, choice.lora, choice.variant)
+        found = find_variant_early(_find_ckpt(request), choice.lora, choice.variant)
     except (OSError, ValueError):  # which loading will name
         return None
     if found is None:
         return None
     own = resolve_sampling(request, found.defaults)
     return explain_excess(found.defaults, f"`{found.path.name}`", own.steps, own.scale)
+
+
+def check_steps(tasks: Mapping[LineOptions, PreparedTask]) -> None:
+    """Raise ArgumentError, before weights are read, for more steps than a scheduler can choose.
+
+    It is not raised where the noise schedule is not known yet: sampling checks the steps, too.
+
+    Args:
+        tasks: the tasks of a run, see `run_request`.
+    """
+    for prepared in tasks.values():
+        _check_steps(prepared.request)
+
+
+def _check_steps(request: Request) -> None:
+    choice, sampling = request.model, request.sampling
+    # The quirk takes any number, and levels that are given are counted.
+    if not sampling.steps or sampling.sigmas is not None or "steps" in sampling.legacy:
+        return
+    if choice.ckpt is None and choice.config is not None:
+        return
+    try:
+        schedule = find_schedule_early(_find_ckpt(request), choice.config, choice.overrides)
+    except (OSError, ValueError):  # which loading will name
+        return
+    default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None
+    if schedule is not None:
+        schedule.check_steps(sampling.steps, sampling.scheduler or default or "uniform")
+
+
+def _find_ckpt(request: Request) -> Path:
+    """Find the checkpoint of a request: that of the demo model if none is given."""
+    choice = request.model
+    if choice.ckpt is None:
+        return find_file(request.task.demo_model or DEMO_CHECKPOINT)
+    return find_checkpoint(choice.ckpt, variant=file_variant(choice.variant))
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:

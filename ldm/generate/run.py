@@ -15,7 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.generate.batch import begin, generate_batch
-from ldm.generate.checks import check_loras, find_few_steps_warnings, find_option_warnings
+from ldm.generate.checks import (
+    check_loras,
+    check_steps,
+    find_few_steps_warnings,
+    find_option_warnings,
+)
 from ldm.generate.defaults import describe_variant
 from ldm.generate.listener import RunListener, hides_progress
 from ldm.generate.load import Models, load_models
@@ -69,6 +74,7 @@ def run_request(
     for inputs in request.inputs.split_by_image():
         tasks = _prepare(replace(request, inputs=inputs), batches)
         if models is None:
+            check_steps(tasks)
             early = find_few_steps_warnings(tasks, batches)
             _warn(listener, early)
             models = load(_with_loras(tasks[()], batches))

@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import (
@@ -37,20 +37,21 @@ from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
-from ldm.loading.config import parse_yaml, read_yaml
+from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder, read_folder_metadata
 from ldm.loading.diffusers.keys import unet_keys
 from ldm.loading.families import Prediction, probe_prediction
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
+    detect_format,
     read_checkpoint,
     short_hash,
     write_checkpoint,
 )
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
-from ldm.loading.legacy import translate_config
+from ldm.loading.legacy import MODEL, translate_config
 from ldm.loading.matching import guess_kind, match_weights
 from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
@@ -97,8 +98,8 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "file_variant",
-    "find_variant", "find_variant_early", "load", "probe_weights", "read_config", "save_model",
-    "supports_variants",
+    "find_schedule_early", "find_variant", "find_variant_early", "load", "probe_weights",
+    "read_config", "save_model", "supports_variants",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,11 @@ def load(
     loras, embeddings = tuple(loras), tuple(embeddings)
     weights = identify_weights(_read_variant(ckpt, variant))
     config_path, raw = read_config(weights, config, overrides)
+    if config is None and config_path != CONFIG_KEY and weights.family is not None:
+        log.info(
+            "`%s` is %s; config %s; predicts %s",
+            weights.path, weights.family.title, config_path, weights.prediction,
+        )  # fmt: skip
     where = Path(config_path).name
     misfit = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
@@ -273,17 +279,16 @@ def choose_config(weights: Weights) -> str:
     """
     if CONFIG_KEY in weights.markers:
         return CONFIG_KEY
-    family, prediction = weights.family, weights.prediction
+    family = weights.family
     if family is None or not family.config:
         if family is None and (kind := guess_kind(weights.source.state)):
             raise MissingArgument(f"`{weights.path}` is {kind}")
         looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {looks}\nhint: pass its config"
         raise MissingArgument(message, "config")
-    path = family.config_path(prediction.kind)
+    path = family.config_path(weights.prediction.kind)
     if family.name == "x2":
         path = str(find_json(weights.path) or path)
-    log.info("`%s` is %s; config %s; predicts %s", weights.path, family.title, path, prediction)
     return path
 
 
@@ -394,12 +399,12 @@ def find_variant_early(
 ) -> Found | None:
     """Return the variant that `load` will find, by names and metadata; weights are not read.
 
-    Pickles are not opened: None where a tensor of one may tell more than its name.
+    None where a tensor may tell more than the name of a file that is slow to open.
     """
     if is_diffusers_folder(path):
         metadata, is_embedded = read_folder_metadata(path)
         own = detect_variant(path, metadata, [GUIDANCE_WEIGHT] if is_embedded else [])
-    elif path.suffix == ".safetensors" and path.is_file():
+    elif _opens_quickly(path):
         file = read_checkpoint(path)
         own = detect_variant(path, file.metadata, [name for name, _ in our_names(file.state)])
     else:
@@ -407,6 +412,27 @@ def find_variant_early(
         if "lcm" in (variant or "") or (own is not None and own.variant == "lcm"):
             return None
     return _combine_variants(own, loras, variant, path)
+
+
+def find_schedule_early(
+    path: Path, config: str | Path | None = None, overrides: Iterable[str] = ()
+) -> NoiseSchedule | None:
+    """Return the noise schedule of the model that `load` will build; weights are not read.
+
+    None for a part of a model, and for a file that is slow to open.
+    """
+    if not is_diffusers_folder(path) and not _opens_quickly(path):
+        return None
+    config, raw = read_config(identify_weights(open_checkpoint(path)), config, overrides)
+    spec = translate_config(raw, where=Path(config).name)
+    if spec["target"] != MODEL:
+        return None
+    return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=Path(config).name))
+
+
+def _opens_quickly(path: Path) -> bool:
+    """Return whether a file opens without reading its weights, unlike a pickle before torch 1.6."""
+    return path.is_file() and detect_format(path) != "legacy"
 
 
 def probe_weights(weights: Weights) -> Prediction:

@@ -73,6 +73,17 @@ def test_pictures_and_grid_are_saved_and_named_on_stdout(run, tmp_path):
     assert err.count("too small for a watermark") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [(["--steps", "2000"], "1 … 1000"), (["--steps", "60", "--sampler", "lcm"], "1 … 50 with")],
+)
+def test_more_steps_than_there_are_are_refused_before_loading(run, flags, limit):
+    status, out, err = run(*flags)
+    assert (status, out) == (1, [])
+    assert f"steps must be in {limit}" in err
+    assert "running on" not in err
+
+
 def test_numbers_go_on_and_nothing_is_written_over(run):
     first = run("--n_samples", "2", "--skip_grid")[1]
     before = Path(first[1]).read_bytes()

@@ -9,11 +9,15 @@ import torch
 
 import ldm
 from ldm.commands.main import main
+from ldm.generate.checks import find_few_steps_warnings
+from ldm.generate.plan import plan_batches
+from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.load import find_variant_early
 from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora, detect_variant
 from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
@@ -191,3 +195,19 @@ def test_a_command_overrides_it_and_warns(lora, tmp_path, capsys, caplog):
     said = f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale 9"
     assert caplog.text.count(said) == 1
     assert caplog.text.index(said) < caplog.text.index("running on")
+
+
+def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):
+    path = tmp_path / "my-lcm.ckpt"
+    torch.save({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, path)
+    request = TASKS["txt2img"].request({"ckpt": str(path), "steps": 17})
+    tasks = {(): request.task.prepare(request)}
+    (warning,) = find_few_steps_warnings(tasks, plan_batches(request))
+    assert "`my-lcm.ckpt` is made for 4 steps" in warning
+    embedded = {"model.diffusion_model.time_embedding.cond_proj.weight": torch.zeros(1)}
+    torch.save({"state_dict": embedded}, path)
+    found = find_variant_early(path)
+    assert found is not None
+    assert found.variant == "lcm-full"
+    torch.save({"state_dict": embedded}, path, _use_new_zipfile_serialization=False)
+    assert find_variant_early(path) is None
