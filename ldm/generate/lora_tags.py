@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from ldm.generate.groups import ModelChoice
 from ldm.generate.options import Value
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
+from ldm.loading.hub import PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
@@ -69,7 +70,7 @@ def list_loras(choice: ModelChoice) -> dict[str, str]:
     """Return the LoRA files that prompts may name: relative POSIX path without suffix -> file.
 
     They are in `lora_dir`, else in each folder `lora` or `loras` beside the checkpoint, beside its
-    folder, and in the current folder.
+    folder, and in the current folder; for a `hf:` address in the current folder alone.
 
     Raises:
         MissingFile: `lora_dir` does not exist.
@@ -89,6 +90,8 @@ def list_loras(choice: ModelChoice) -> dict[str, str]:
 
 def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
     """Return the parent of the checkpoint's folder, then the folder: its files take precedence."""
+    if choice.ckpt is not None and choice.ckpt.startswith(PREFIX):
+        return []  # the hub's cache, where nobody puts LoRAs, and which may not have it yet
     if choice.ckpt is not None:
         path = find_checkpoint(choice.ckpt, fetch=False)
     elif choice.config is None:

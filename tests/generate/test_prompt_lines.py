@@ -9,9 +9,10 @@ import torch
 import ldm
 from ldm.commands.main import main
 from ldm.generate.command_line import parse_request
-from ldm.generate.lora_tags import find_loras, split_tags
+from ldm.generate.lora_tags import find_loras, list_loras, split_tags
 from ldm.generate.plan import plan_batches
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
+from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.generate.wildcards import DynamicPrompts
 from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
@@ -206,3 +207,10 @@ def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path)
     assert text.startswith("a fox <lora:two:0.5:1>\n")
     assert parse_parameters(text)["prompt"] == "a fox"
     assert main(["replay", infos[2]["path"]]) == 0
+
+
+def test_loras_for_a_checkpoint_of_the_hub_are_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras/style.safetensors").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert list(list_loras(ModelChoice(ckpt="hf:nobody/not-here"))) == ["style"]
