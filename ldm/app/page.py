@@ -406,10 +406,10 @@ class Page:
         self.any_seed.click(None, None, seed, js="() => '-1'")
         for button in (self.last_seed, self.reuse_seed):
             button.click(_seed_of, [self.chosen, seed], seed, **QUIET)
-        self.reuse.click(self.fill, [self.chosen, self.checkpoint], shared, **QUIET)
+        self.reuse.click(self.fill, [self.chosen, self.checkpoint, self.defaults], shared, **QUIET)
         self.paste.click(
             self.paste_parameters,
-            [self.fields["prompt"], self.chosen, self.checkpoint],
+            [self.fields["prompt"], self.chosen, self.checkpoint, self.defaults],
             shared,
             **QUIET,
         )
@@ -456,7 +456,7 @@ class Page:
     ) -> None:
         """Connect a button that sends an image with its parameters to a tab."""
         outputs = [*shared, *([self.images[name]] if name in self.images else [])]
-        inputs = [info, self.checkpoint, *([] if source is None else [source])]
+        inputs = [info, self.checkpoint, self.defaults, *([] if source is None else [source])]
         # Progress is shown on the button, not on the editor, which would send all its layers.
         event = button.click(
             partial(self.send, name), inputs, outputs, show_progress_on=button, **QUIET
@@ -471,7 +471,7 @@ class Page:
 
     def _shared_fields(self) -> list[Any]:
         fields = [self.fields[name] for name in self.forms["txt2img"].common_fields]
-        return [*fields, self.loras, *self.weights]
+        return [*fields, self.loras, *self.weights, self.defaults]
 
     # Jobs.
 
@@ -783,12 +783,21 @@ class Page:
         return [gr.Button(interactive=chosen is not None)] * len(self.sends)
 
     def fill(
-        self, info: JsonObject | None, checkpoint: str | None, task: str = "txt2img"
+        self,
+        info: JsonObject | None,
+        checkpoint: str | None,
+        defaults: JsonObject,
+        task: str = "txt2img",
     ) -> list[Any]:
-        """Return updates of shared fields, LoRAs and weights with the values in an image's info.
+        """Return updates of shared fields, LoRAs, weights and defaults for an image's info.
 
         LoRAs that do not fit the checkpoint, or whose weights no slider can have, become tags in
         the prompt. Tasks of models that take no LoRA leave them out.
+
+        Args:
+            defaults: the defaults that FOLLOWERS were set to last. Those of fields that the info
+                fills are dropped, so that a value of the image that happens to equal one of them
+                does not follow the image's LoRAs.
         """
         values = values_from_info(info) if info else {}
         slots = [gr.skip()] * (1 + LORA_SLOTS)
@@ -806,21 +815,31 @@ class Page:
             values["prompt"] = " ".join([str(values.get("prompt", "")), *tags]).strip()
             slots = [names, *(sliders[name] for name in names), *slots[1 + len(names) :]]
         fields = self.forms["txt2img"].common_fields
-        return [*(values.get(name, gr.skip()) for name in fields), *slots]
+        defaults = {name: value for name, value in defaults.items() if name not in values}
+        return [*(values.get(name, gr.skip()) for name in fields), *slots, defaults]
 
     def paste_parameters(
-        self, prompt: str, chosen: JsonObject | None, checkpoint: str | None
+        self, prompt: str, chosen: JsonObject | None, checkpoint: str | None, defaults: JsonObject
     ) -> list[Any]:
         """Parse parameters pasted into the prompt field; without any, use the chosen image's."""
         info = parse_parameters(prompt or "")
-        return self.fill(info if "steps" in info or "seed" in info else chosen, checkpoint)
+        has_parameters = "steps" in info or "seed" in info
+        return self.fill(info if has_parameters else chosen, checkpoint, defaults)
 
     def send(
-        self, name: str, info: JsonObject | None, checkpoint: str | None, path: str | None = None
+        self,
+        name: str,
+        info: JsonObject | None,
+        checkpoint: str | None,
+        defaults: JsonObject,
+        path: str | None = None,
     ) -> list[Any]:
         """Return updates that send an image to a tab, and its parameters to the form."""
         path = path or (info or {}).get("path")
-        fields = self.fill(info, checkpoint, name) if name in TASKS else self.fill(None, checkpoint)
+        is_task = name in TASKS
+        fields = self.fill(
+            info if is_task else None, checkpoint, defaults, name if is_task else "txt2img"
+        )
         if name not in self.images:
             return fields
         sketch: JsonObject = {"background": path, "layers": [], "composite": None}

@@ -393,17 +393,17 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
     recorded = [{"path": path, "weight": weight} for path, weight in loras]
     info = {"prompt": "a fox", "seed": 1, "loras": recorded}
     fields = list(page.forms["txt2img"].common_fields)
-    filled = page.fill(info, "base_v.safetensors")
+    filled = page.fill(info, "base_v.safetensors", {})
     assert filled[fields.index("prompt")] == prompt
     assert filled[len(fields) :][: len(chosen)] == chosen
     text = format_parameters({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
-    pasted = page.paste_parameters(text, None, "base_v.safetensors")
+    pasted = page.paste_parameters(text, None, "base_v.safetensors", {})
     assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
         prompt, filled[len(fields) :]
     )  # fmt: skip
-    untouched = page.fill(None, None)[len(fields) :]
-    assert page.fill({"prompt": "of another program"}, None)[len(fields) :] == untouched
-    assert page.send("upscale", info, "upscale.safetensors")[len(fields) :] == untouched
+    untouched = page.fill(None, None, {})[len(fields) :]
+    assert page.fill({"prompt": "of another program"}, None, {})[len(fields) :] == untouched
+    assert page.send("upscale", info, "upscale.safetensors", {})[len(fields) :] == untouched
 
 
 def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
@@ -542,7 +542,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     with Image.open(info["path"]) as image:
         assert image.size == (128, 128)
     page = Page(backend)
-    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None), strict=False))
+    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
     assert request(**changes | {"upscaler": ""}).upscaling == task.request().upscaling

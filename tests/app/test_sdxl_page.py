@@ -65,12 +65,16 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
     assert follow("demo.safetensors") == (False, 128, 2.0, 25)
 
 
-def test_settings_follow_loras_in_the_prompt_and_the_sampler(backend, page):
-    from ldm.app.page import FOLLOWERS
+@pytest.fixture
+def lora(backend):
+    path = backend.folder / "loras/lcm-lora-sdxl.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    write_checkpoint(path, {"lora_unet_x.alpha": torch.ones(())})
+    return path
 
-    lora = backend.folder / "loras/lcm-lora-sdxl.safetensors"
-    lora.parent.mkdir(exist_ok=True)
-    write_checkpoint(lora, {"lora_unet_x.alpha": torch.ones(())})
+
+def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
+    from ldm.app.page import FOLLOWERS
 
     def follow(defaults, prompt="a cat", **values):
         form = [{**defaults, **values}[name] for name in FOLLOWERS]
@@ -85,6 +89,23 @@ def test_settings_follow_loras_in_the_prompt_and_the_sampler(backend, page):
     assert follow(plain, sampler="euler") == plain
 
 
+def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
+    """The image was made with the defaults of the model, in spite of its LoRA for few steps."""
+    import gradio as gr
+
+    from ldm.app.page import FOLLOWERS
+
+    values = {"steps": 25, "scale": 5.0, "sampler": "ddim", "width": 1024, "height": 1024}
+    info = {"prompt": f"a cat <lora:{lora.stem}:1>", **values, "size": [1024, 1024]}
+    *filled, defaults = page.fill(info, BASE, values)
+    form = dict(zip(page.forms["txt2img"].common_fields, filled, strict=False))
+    assert [form[name] for name in FOLLOWERS] == [values[name] for name in FOLLOWERS]
+    own = [values[name] for name in FOLLOWERS]
+    few, *updates = page.follow_choice("txt2img", BASE, [], info["prompt"], defaults, *own)
+    assert few["steps"] == 4
+    assert updates == [gr.skip()] * len(FOLLOWERS)
+
+
 @pytest.mark.slow
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
     assert list(backend.addons("refiner")) == [REFINER]
@@ -96,7 +117,7 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
     assert backend._models.count == 2
-    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None), strict=False))
+    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"prompt_2": "", "steps": 4, "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
 
