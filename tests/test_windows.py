@@ -8,6 +8,7 @@ import torch
 
 import ldm
 from ldm.app.backend import Backend
+from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.commands.main import main
@@ -62,7 +63,7 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tiny.safetensors").write_bytes(MODEL.read_bytes())
     choice = ModelChoice(device="cpu", precision="full")
-    backend = Backend(tmp_path / "models", tmp_path / "out", choice, Limits())
+    backend = Backend(Library(tmp_path / "models"), tmp_path / "out", choice, Limits())
     assert Page(backend, str).build().blocks
     gc.collect()
     values = {"prompt": "a cat", **SIZE}

@@ -132,13 +132,13 @@ def read_catalogue(folder: str | Path) -> Catalogue:
 
     Files are read again only when they change.
     """
-    catalogue, inside = Catalogue(), list_checkpoints(folder)
+    catalogue, in_folder = Catalogue(), list_checkpoints(folder)
     published = filter(None, map(find_on_disk, published_files().values()))
-    for name, path in ({path.name: path for path in published} | inside).items():
+    for name, path in ({path.name: path for path in published} | in_folder).items():
         entry = _read_entry(path, file_stats(path))
         if isinstance(entry, CatalogueEntry):
             catalogue.models[name] = entry
-        elif name in inside:
+        elif name in in_folder:
             catalogue.skipped.append(entry)
     return catalogue
 
@@ -170,24 +170,24 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:
             return f"`{path}` is not a complete model"
-        parts = spec["params"]
-        conditioner = build_on_meta(_without_midas(parts["conditioner"]), where=path.name)
-        downscale = _downscale(build_on_meta(parts["autoencoder"], where=path.name))
+        params = spec["params"]
+        conditioner = build_on_meta(_without_midas(params["conditioner"]), where=path.name)
+        downscale = _downscale(build_on_meta(params["autoencoder"], where=path.name))
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
     family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
-    defaults, sides = Defaults(), parts.get("image_size", 64)  # latent pixels
-    if "defaults" in parts:
-        defaults = cast(Defaults, build_on_meta(parts["defaults"], where=path.name))
+    defaults, image_size = Defaults(), params.get("image_size", 64)  # latent pixels
+    if "defaults" in params:
+        defaults = cast(Defaults, build_on_meta(params["defaults"], where=path.name))
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
     if supports_variants(family) and (found := find_variant(weights)):
         has_scheduler = is_sdxl and path.is_dir()
         defaults = found.defaults_of(defaults, has_scheduler=has_scheduler)
-        sides = VARIANTS[found.variant].size_xl if is_sdxl else sides
-    height, width = [sides, sides] if isinstance(sides, int) else sides
+        image_size = VARIANTS[found.variant].size_xl if is_sdxl else image_size
+    height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     return CatalogueEntry(
         path=path,
         config=config,

@@ -42,14 +42,20 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC", "NO_CHECKER", "NO_IMAGE", "NO_REFINER", "NO_UPSCALER", "SETTINGS", "STEPS",
-    "Field", "TaskForm", "step_noise_fields", "values_from_info",
+    "AUTOMATIC", "FOLLOWERS", "LORA_SLOTS", "MAX_WEIGHT", "MODEL_VAE", "NO_CHECKER", "NO_IMAGE",
+    "NO_REFINER", "NO_UPSCALER", "SETTINGS", "STEPS", "Field", "TaskForm", "step_noise_fields",
+    "values_from_info",
 ]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
 NO_REFINER = NO_CHECKER = NO_UPSCALER = ("None", "")
+MODEL_VAE = (AUTOMATIC, "")
+LORA_SLOTS = 4  # maximum number of LoRAs, each with a slider for its weight
+MAX_WEIGHT = 2  # of these sliders; the minimum is -MAX_WEIGHT
+# Fields that are set to the defaults of the chosen checkpoint.
+FOLLOWERS = ("scale", "width", "height", "steps", "sampler")
 SAMPLER = "ddim"
 UNSAFE_CHOICES = [("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"), ("Drop", "drop")]
 MAX_SEED = 1 << 31
@@ -272,8 +278,8 @@ class TaskForm:
 
 def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the shared fields for an image, as far as its info contains them."""
-    own = info.get("request")
-    request = own if isinstance(own, Mapping) else {}
+    recorded = info.get("request")
+    request = recorded if isinstance(recorded, Mapping) else {}
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE)
     values = {name: info[name] for name in names if info.get(name) is not None}
     eta = eta_of(info)
@@ -297,13 +303,13 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     size = info.get("size")
     if isinstance(size, list) and info.get("task") != "upscale":
         values["height"], values["width"] = size
-    known = {
+    choices = {
         "sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC], "tiling": TILINGS,
         "syntax": SYNTAXES,
     }  # fmt: skip
     return {
         k: value for k, value in values.items()
-        if value is not None and (k not in known or value in known[k])
+        if value is not None and (k not in choices or value in choices[k])
     }  # fmt: skip
 
 

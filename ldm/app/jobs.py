@@ -70,7 +70,7 @@ class Jobs:
         Raises:
             ArgumentError: the queue is full.
         """
-        job = Job(owner, title, work, Progress(on_image=lambda k, i: self._show(owner, k, i)))
+        job = Job(owner, title, work, Progress(on_image=lambda k, i: self._add_image(owner, k, i)))
         with self._lock:
             if len(self._jobs) > self.limit:
                 raise ArgumentError(f"the queue is full: {self.limit} jobs are waiting")
@@ -110,7 +110,7 @@ class Jobs:
                     job.state = "removed"
                     self._jobs.remove(job)
 
-    def _show(self, owner: str, position: int, info: Info) -> None:
+    def _add_image(self, owner: str, position: int, info: Info) -> None:
         gallery = self.gallery(owner)
         gallery.insert(position, info)
         del gallery[GALLERY_LIMIT:]

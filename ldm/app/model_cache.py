@@ -48,12 +48,12 @@ class ModelCache:
         base = options.get("base")  # identified by its provenance, as its repr is not unique
         named = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), tuple(states), repr(sorted(named.items())))
-        found = self._models.get(key)
+        cached = self._models.get(key)
         # LoRAs are merged into weights, which this model may share with others.
         for other in self._models.values():
-            if other is not found and other.merged is not None:
+            if other is not cached and other.merged is not None:
                 set_loras(other, ())
-        if found is not None:
+        if cached is not None:
             self._models[key] = self._models.pop(key)
         else:
             self._models[key] = self._load_new(config, ckpt, states[0], options)
@@ -113,13 +113,13 @@ def _share_text_encoders(model: LatentDiffusion, other: LatentDiffusion) -> None
                 encoder.model = theirs.model
 
 
-def _is_equal(one: nn.Module, two: nn.Module) -> bool:
+def _is_equal(module: nn.Module, other: nn.Module) -> bool:
     """Return whether two modules have the same structure, settings, weights and device."""
-    if one is two:
+    if module is other:
         return True
-    if [_describe(m) for m in one.modules()] != [_describe(m) for m in two.modules()]:
+    if [_describe(m) for m in module.modules()] != [_describe(m) for m in other.modules()]:
         return False
-    pairs = list(zip(_tensors(one), _tensors(two), strict=True))
+    pairs = list(zip(_tensors(module), _tensors(other), strict=True))
     if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
         return False
     return all(torch.equal(a, b) for a, b in pairs)

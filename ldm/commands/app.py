@@ -76,10 +76,10 @@ def _serve(args: Namespace) -> None:
         raise ArgumentError("--listen needs a login: --auth USER:PASSWORD")
 
     from ldm.app.backend import Backend
+    from ldm.app.library import Library
     from ldm.app.limits import Limits
 
     choice = ModelChoice(
-        embedding=args.embedding,
         device=args.device,
         precision=args.precision,
         attention=args.attention,
@@ -87,7 +87,8 @@ def _serve(args: Namespace) -> None:
     )
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
-    backend = Backend(args.models, args.outdir, choice, limits, memory, args.lora, args.preview)
+    library = Library(args.models, args.embedding, args.lora, args.preview)
+    backend = Backend(library, args.outdir, choice, limits, memory)
     from ldm.app.page import Page  # imports gradio, which takes seconds
 
     page = Page(backend, args.max_queue, is_shared=args.listen)

@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,9 @@ from checkerhelp import write_checker
 from imaging.badimages import HUGE
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
+from ldm.app.form_events import FormEvents
 from ldm.app.jobs import Jobs
+from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.page import Page
 from ldm.app.progress import Progress
@@ -52,7 +53,7 @@ def backend(files, tmp_path_factory):
 
 def backend_with(files, outdir, **options):
     folder = Path(files["base_v"][1]).parent
-    return Backend(folder, outdir, options.pop("choice", CHOICE), LIMITS, **options)
+    return Backend(Library(folder, **options), outdir, CHOICE, LIMITS)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def replay(backend, path):
 
 
 def test_each_task_is_offered_the_models_that_serve_it(backend):
-    offered = {task: backend.model_names(task) for task in TASKS}
+    offered = {task: backend.library.list_models(task) for task in TASKS}
     text = ["base_eps.safetensors", "base_v.safetensors"]
     assert offered == {
         "txt2img": text,
@@ -150,7 +151,7 @@ def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, answers, tmp_
         shutil.copy(file, tmp_path)
     state = {name: value + 0.1 for name, value in read_checkpoint(files["base_v"][1]).state.items()}
     write_checkpoint(tmp_path / "vae/other.ckpt", state)
-    backend = Backend(tmp_path, tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
     plain, other = (
         run(backend, "txt2img", answers("txt2img", vae=vae)).images[0] for vae in ("", "other")
     )
@@ -169,7 +170,7 @@ def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
     for file in files["base_v"][1::2]:
         shutil.copy(file, tmp_path)
     checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
-    backend = Backend(tmp_path, tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
     chosen = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
     job = run(backend, "txt2img", answers("txt2img", **chosen))
     assert "image 0 is flagged by concept 2" in job.message
@@ -186,13 +187,13 @@ def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
 def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(3, width)})
-    taught = backend_with(files, tmp_path, choice=replace(CHOICE, embedding=(str(tmp_path),)))
-    assert backend.count_tokens("base_v.safetensors", "a cat") == (2, 75, "")
-    assert taught.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
-    assert backend.count_tokens("absent.safetensors", "a cat") == (0, 0, "")
+    taught = backend_with(files, tmp_path, embeddings=[str(tmp_path)])
+    assert backend.library.count_tokens("base_v.safetensors", "a cat") == (2, 75, "")
+    assert taught.library.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
+    assert backend.library.count_tokens("absent.safetensors", "a cat") == (0, 0, "")
     long = "a (cat:1.2) BREAK " + "very " * 80
-    assert backend.count_tokens("base_v.safetensors", long, "a1111") == (82, 225, "")
-    assert backend.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
+    assert backend.library.count_tokens("base_v.safetensors", long, "a1111") == (82, 225, "")
+    assert backend.library.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
 
 
 def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
@@ -356,8 +357,8 @@ def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, ans
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     lora = random_lora(tmp_path / "1.safetensors", model, 1)
     backend = backend_with(files, tmp_path / "out", loras=[(str(lora), 0.5)])
-    assert backend.fitting_loras("base_v.safetensors") == ["1"]
-    assert backend.fitting_loras("upscale.safetensors") == []
+    assert backend.library.list_fitting_loras("base_v.safetensors") == ["1"]
+    assert backend.library.list_fitting_loras("upscale.safetensors") == []
     styled, plain = (
         run(backend, "txt2img", answers("txt2img", lora=lora)).images[0] for lora in (["1:0.8"], [])
     )
@@ -389,7 +390,7 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
     given = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
     for file, _ in given:
         Path(file).write_bytes(b"")
-    page = Page(backend_with(files, tmp_path / "out", loras=given))
+    page = FormEvents(backend_with(files, tmp_path / "out", loras=given))
     recorded = [{"path": path, "weight": weight} for path, weight in loras]
     info = {"prompt": "a fox", "seed": 1, "loras": recorded}
     fields = list(page.forms["txt2img"].common_fields)
@@ -403,7 +404,7 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
     )  # fmt: skip
     untouched = page.fill(None, None, {})[len(fields) :]
     assert page.fill({"prompt": "of another program"}, None, {})[len(fields) :] == untouched
-    assert page.send("upscale", info, "upscale.safetensors", {})[len(fields) :] == untouched
+    assert page.send("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == untouched
 
 
 def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
@@ -450,14 +451,14 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, answers, t
     (folder / "base_v.yaml").write_text(config)
     (folder / "loras").mkdir()
     lora = random_lora(folder / "loras/style.safetensors", ldm.load(*files["base_v"][3::-2]), 1)
-    backend = Backend(folder, tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
     prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
     chosen = answers("txt2img", prompt=prompt, dynamic_prompts=True)
     info = run(backend, "txt2img", chosen).images[0]
     assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
     assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
     assert replay(backend, info["path"]) == "identical"
-    assert backend.count_tokens("base_v.safetensors", "a fox <lora:style:1>")[0] == 2
+    assert backend.library.count_tokens("base_v.safetensors", "a fox <lora:style:1>")[0] == 2
     job = run(backend, "txt2img", answers("txt2img", prompt="a <lora:stlye:1>"))
     assert job.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
 
@@ -479,8 +480,7 @@ def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
     backend, files, answers, tmp_path
 ):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
-    choice = replace(CHOICE, embedding=(str(tmp_path),))
-    taught = backend_with(files, tmp_path / "out", choice=choice)
+    taught = backend_with(files, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
     plain, learned = (
         run(each, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
@@ -493,8 +493,8 @@ def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(backend):
-    assert "family" in backend.inspect("base_v.safetensors")
-    assert backend.inspect("../../etc/passwd") == "choose a checkpoint"
+    assert "family" in backend.library.inspect("base_v.safetensors")
+    assert backend.library.inspect("../../etc/passwd") == "choose a checkpoint"
 
 
 def test_a_run_is_html_without_what_users_write(backend):
@@ -509,13 +509,11 @@ def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
     state = {name: 0.1 * torch.randn(v.shape) for name, v in TinyDecoder().state_dict().items()}
     torch.save(state, tmp_path / "vae_approx/taesd_decoder.pth")
     model, z = ldm.load(), torch.zeros(1, 4, 2, 2)
-    backend = Backend(tmp_path, tmp_path / "out", CHOICE, LIMITS)
-    assert backend.make_preview(model)(z).shape == (1, 3, 16, 16)
+    library = Library(tmp_path)
+    assert library.make_preview(model)(z).shape == (1, 3, 16, 16)
     (tmp_path / "vae_approx/taesd_decoder.pth").rename(tmp_path / "taesdxl_decoder.pth")
-    backend = Backend(
-        tmp_path, tmp_path, CHOICE, LIMITS, previews=[tmp_path / "taesdxl_decoder.pth"]
-    )
-    assert backend.make_preview(model)(z).shape == (1, 3, 2, 2)
+    library = Library(tmp_path, previews=[tmp_path / "taesdxl_decoder.pth"])
+    assert library.make_preview(model)(z).shape == (1, 3, 2, 2)
 
 
 @pytest.mark.slow
@@ -528,7 +526,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
         shutil.copy(Path(files["base_eps"][1]).with_suffix(suffix), folder / f"base{suffix}")
     config = {"ldm.config": format_yaml(tiny_config())}
     save_model(tiny_upscaler(), folder / "x2.safetensors", config)
-    backend = Backend(folder, tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
     task = TASKS["txt2img"]
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
 
@@ -541,7 +539,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     info = progress.images[0]
     with Image.open(info["path"]) as image:
         assert image.size == (128, 128)
-    page = Page(backend)
+    page = FormEvents(backend)
     filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
@@ -555,20 +553,21 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(answers, tmp_path, monke
     pytest.importorskip("trimesh")
     (tmp_path / "models").mkdir()
     write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
-    backend = Backend(tmp_path / "models", tmp_path / "out", CHOICE, LIMITS)
-    page = Page(backend)
-    assert page.jobs.gallery("me") == []
+    backend = Backend(Library(tmp_path / "models"), tmp_path / "out", CHOICE, LIMITS)
+    jobs = Page(backend).job_events
+    assert jobs.jobs.gallery("me") == []
     values = TaskForm(TASKS["txt2img"], LIMITS).values(answers("txt2img"), backend.uploads)
     request = backend.make_request(TASKS["txt2img"], "ldm3d-4c.safetensors", values)
-    job = page.jobs.submit("me", "", lambda own: backend.generate(request, own))
+    job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
     while not job.is_over:
         time.sleep(0.01)
     assert not job.progress.has_failed, job.progress.message
-    _, views, chosen, _ = page._show_gallery("me")
-    assert [Path(view["path"]).name for view in views] == ["00000.png", "00000_depth.png"]
-    update = page.show_relief(chosen)
+    shown = jobs._show_gallery("me")
+    names = [Path(view["path"]).name for view in shown["infos"]]
+    assert names == ["00000.png", "00000_depth.png"]
+    update = jobs.show_relief(shown["chosen"])
     assert update["label"] == f"Relief of {2 * 63 * 63:,} triangles: drag to turn"
     assert Path(update["value"]).read_bytes()[:4] == b"glTF"
     monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)
-    assert "trimesh" in page.show_relief(chosen)["label"]
-    assert page.show_relief(None)["visible"] == "hidden"
+    assert "trimesh" in jobs.show_relief(shown["chosen"])["label"]
+    assert jobs.show_relief(None)["visible"] == "hidden"

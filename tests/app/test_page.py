@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import ldm
 from ldm.app.backend import Backend
+from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.commands.main import main
@@ -517,7 +518,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
 def test_with_others_a_visitor_sees_no_older_images(tmp_path, is_shared):
     page = pytest.importorskip("ldm.app.page", reason="needs gradio")
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
-    backend = Backend(tmp_path, tmp_path, ModelChoice(), Limits())
+    backend = Backend(Library(tmp_path), tmp_path, ModelChoice(), Limits())
     seeds = [info["seed"] for info in page.Page(backend, is_shared=is_shared).jobs.gallery("me")]
     assert seeds == ([] if is_shared else [7])
 

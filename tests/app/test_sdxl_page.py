@@ -8,6 +8,7 @@ import torch
 
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
+from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.generate.groups import ModelChoice
@@ -27,14 +28,14 @@ def backend(tmp_path_factory):
     demo = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
     shutil.copy(demo, folder / "models")
     choice = ModelChoice(device="cpu", precision="full")
-    return Backend(folder / "models", folder / "out", choice, Limits())
+    return Backend(Library(folder / "models"), folder / "out", choice, Limits())
 
 
 @pytest.fixture
 def page(backend):
-    from ldm.app.page import Page  # here, as gradio takes seconds
+    from ldm.app.form_events import FormEvents  # here, as gradio takes seconds
 
-    return Page(backend)
+    return FormEvents(backend)
 
 
 def form_values(**changes):
@@ -46,7 +47,7 @@ def form_values(**changes):
 def test_settings_and_fields_follow_the_checkpoint(backend, page):
     import gradio as gr
 
-    from ldm.app.page import FOLLOWERS
+    from ldm.app.form_events import FOLLOWERS
 
     initial = page.forms["txt2img"].settings
     defaults = {name: initial[name].settings["value"] for name in FOLLOWERS}
@@ -67,14 +68,14 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
 
 @pytest.fixture
 def lora(backend):
-    path = backend.folder / "loras/lcm-lora-sdxl.safetensors"
+    path = backend.library.folder / "loras/lcm-lora-sdxl.safetensors"
     path.parent.mkdir(exist_ok=True)
     write_checkpoint(path, {"lora_unet_x.alpha": torch.ones(())})
     return path
 
 
 def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
-    from ldm.app.page import FOLLOWERS
+    from ldm.app.form_events import FOLLOWERS
 
     def follow(defaults, prompt="a cat", **values):
         form = [{**defaults, **values}[name] for name in FOLLOWERS]
@@ -93,7 +94,7 @@ def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
     """The image was made with the defaults of the model, in spite of its LoRA for few steps."""
     import gradio as gr
 
-    from ldm.app.page import FOLLOWERS
+    from ldm.app.form_events import FOLLOWERS
 
     values = {"steps": 25, "scale": 5.0, "sampler": "ddim", "width": 1024, "height": 1024}
     info = {"prompt": f"a cat <lora:{lora.stem}:1>", **values, "size": [1024, 1024]}
@@ -108,7 +109,7 @@ def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
 
 @pytest.mark.slow
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
-    assert list(backend.addons("refiner")) == [REFINER]
+    assert list(backend.library.list_addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
     progress = Progress()

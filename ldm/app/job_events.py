@@ -1,0 +1,248 @@
+"""Answer events of jobs and their images: submit, follow, stop; show, choose and pack images."""
+
+import asyncio
+import logging
+import secrets
+import zipfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ldm.app.backend import Backend
+from ldm.app.form import LORA_SLOTS, NO_IMAGE, TaskForm
+from ldm.app.jobs import Job, Jobs
+from ldm.app.progress import Progress
+from ldm.app.view import (
+    describe_info,
+    explain_to_user,
+    show_error,
+    show_preview,
+    show_progress,
+    show_queue,
+)
+from ldm.generate.request import Request
+from ldm.generate.tasks import TASKS
+from ldm.imaging.mesh import can_save_meshes
+from ldm.imaging.output import depth_path
+from ldm.runtime.errors import MissingArgument
+from ldm.runtime.types import JsonObject
+
+__all__ = ["FOLLOWED", "JobEvents"]
+
+INTERVAL = 0.2  # seconds between two updates of the page
+NO_RELIEF = "No relief: the server needs trimesh (pip install trimesh)"
+# Components that `JobEvents.follow` updates, in its order.
+FOLLOWED = (
+    "live", "preview", "gallery", "infos", "chosen", "about", "queue", "clear", "stop", "error",
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+class JobEvents:
+    """Handlers of events. Everything that needs a model is a job; one runs at a time.
+
+    Args:
+        forms: the form of each task by its name.
+    """
+
+    def __init__(self, backend: Backend, jobs: Jobs, forms: dict[str, TaskForm]) -> None:
+        self.backend = backend
+        self.jobs = jobs
+        self.forms = forms
+
+    def submit_task(self, names: Sequence[str], owner: str, task: str, *form: Any) -> list[Any]:
+        """Queue a run with the current values of the form.
+
+        Args:
+            names: names of the fields after the weights of LoRAs, see `Layout.fields`.
+        """
+        if task not in TASKS:
+            return self._submit(owner, None)
+
+        def make() -> tuple[str, Callable[[Progress], str]]:
+            request = self._make_request(names, task, *form)
+            title = f"{TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
+            return title, partial(self.backend.generate, request)
+
+        return self._submit(owner, make)
+
+    def submit_depth(self, names: Sequence[str], owner: str, *form: Any) -> list[Any]:
+        """Queue the estimate of a depth map; arguments as `submit_task`."""
+
+        def make() -> tuple[str, Callable[[Progress], str]]:
+            request = self._make_request(names, "depth2img", *form)
+            return "Estimate depth", partial(self.backend.estimate_depth, request)
+
+        return self._submit(owner, make)
+
+    def submit_replay(self, owner: str, path: str | None) -> list[Any]:
+        """Queue the reproduction of an image."""
+
+        def make() -> tuple[str, Callable[[Progress], str]]:
+            if path is None:
+                raise MissingArgument(NO_IMAGE)
+            return f"Reproduce {Path(path).name}", partial(self.backend.replay, path)
+
+        return self._submit(owner, make)
+
+    def _submit(
+        self, owner: str, make: Callable[[], tuple[str, Callable[[Progress], str]]] | None
+    ) -> list[Any]:
+        """Queue a job, or show its error; return updates of the page, the job first."""
+        job: Job | None = None
+        error, live = "", gr.skip()
+        try:
+            if make is not None:
+                job = self.jobs.submit(owner, *make())
+                if self.jobs.count_ahead(job) == 0:
+                    live = show_progress(job.progress)
+        except Exception as failure:  # top level: any error becomes the message
+            log.debug("a form was refused", exc_info=True)
+            error = explain_to_user(failure)
+        return [job, show_error(error), live, *self._show_queue(owner).values()]
+
+    def _make_request(
+        self,
+        names: Sequence[str],
+        task: str,
+        model: str,
+        vae: str,
+        loras: list[str] | None,
+        *weights_and_fields: Any,
+    ) -> Request:
+        weights = weights_and_fields[:LORA_SLOTS]
+        by_name = dict(zip(names, weights_and_fields[LORA_SLOTS:], strict=True))
+        form = self.forms[task]
+        entered = {k: by_name.get(f"{task}.{k}", by_name.get(k)) for k in form.fields()}
+        values = form.values(entered, self.backend.uploads)
+        values["lora"] = [
+            f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
+        ]
+        values["vae"] = vae
+        return self.backend.make_request(TASKS[task], model, values)
+
+    async def follow(self, owner: str, job: Job | None) -> AsyncIterator[list[Any]]:
+        """Yield updates of FOLLOWED until a job has ended; the job runs without the page, too."""
+        if job is None:
+            yield _update()
+            return
+        count = 0
+        shown: str | None = None
+        while True:
+            is_over, progress = job.is_over, job.progress
+            status: str | None = show_progress(progress, self.jobs.count_ahead(job))
+            if job.state == "queued" and self.jobs.list_jobs(owner)[:1] != [job]:
+                status = shown  # another job of this page has the status
+            updates: dict[str, Any] = {}
+            if len(progress.images) > count:
+                count = len(progress.images)
+                updates |= self._show_gallery(owner)
+            if job.state == "removed":
+                updates |= self._show_queue(owner)
+                if shown is not None and not self.jobs.list_jobs(owner):
+                    updates["live"] = show_progress(Progress(message="removed from the queue"))
+            elif status != shown or is_over:
+                updates |= {"live": status, "preview": show_preview(progress)}
+                updates |= self._show_queue(owner)
+                if progress.has_failed:
+                    updates["error"] = show_error(progress.message)
+            if status != shown or is_over:
+                yield _update(**updates)
+            if is_over:
+                return
+            shown = status
+            await asyncio.sleep(INTERVAL)
+
+    async def follow_all(self, owner: str) -> AsyncIterator[list[Any]]:
+        """Yield updates with the images of a visitor, and of all jobs that have not ended."""
+        yield _update(**self._show_gallery(owner))
+        for job in self.jobs.list_jobs(owner):
+            async for updates in self.follow(owner, job):
+                yield updates
+
+    def stop_job(self, owner: str) -> list[Any]:
+        """Stop the visitor's job, or remove it from the queue."""
+        self.jobs.stop(owner)
+        running = [job for job in self.jobs.list_jobs(owner) if job.state == "running"]
+        live = show_progress(running[0].progress) if running else gr.skip()
+        return [live, gr.Button(interactive=False), show_queue(self.jobs.list_jobs(owner))]
+
+    def clear_queue(self, owner: str) -> list[Any]:
+        """Remove the visitor's waiting jobs from the queue."""
+        self.jobs.clear(owner)
+        updates = self._show_queue(owner)
+        return [updates["queue"], updates["clear"]]
+
+    def _show_queue(self, owner: str) -> dict[str, Any]:
+        """Return updates of the queue and the buttons Clear and Stop."""
+        jobs = self.jobs.list_jobs(owner)
+        can_stop = any(not job.progress.stop.is_set() for job in jobs)
+        has_waiting = any(job.state == "queued" for job in jobs)
+        return {
+            "queue": show_queue(jobs),
+            "clear": gr.Button(visible=has_waiting),
+            "stop": gr.Button(interactive=can_stop),
+        }
+
+    def _show_gallery(self, owner: str) -> dict[str, Any]:
+        """Return updates of the gallery, infos, chosen image and its description."""
+        files = (info for info in self.jobs.gallery(owner) if Path(info["path"]).is_file())
+        infos = [view for info in files for view in _with_depth(info)]
+        if not infos:
+            return {}
+        images = [
+            (info["path"], f"{info.get('image', '')} seed {info['seed']}".strip()) for info in infos
+        ]
+        # With depth the grid of all images is shown, so that image and depth are side by side.
+        selected = None if "depth_range" in infos[0] else 0
+        gallery = gr.Gallery(images, selected_index=selected)
+        return {
+            "gallery": gallery, "infos": infos, "chosen": infos[0],
+            "about": describe_info(infos[0]),
+        }  # fmt: skip
+
+    def choose(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
+        """Return info and description of the image clicked in the gallery."""
+        info = infos[min(int(event.index), len(infos) - 1)]
+        return [info, describe_info(info)]
+
+    def show_relief(self, chosen: JsonObject | None) -> Any:
+        """Return an update of the 3D view for the chosen image."""
+        if chosen is not None and chosen.get("image") == "depth":
+            return gr.skip()
+        if chosen is not None and "depth_range" in chosen and not can_save_meshes():
+            return gr.update(value=None, visible=True, label=NO_RELIEF)
+        relief = self.backend.make_relief(chosen) if chosen else None
+        if relief is None:
+            return gr.update(value=None, visible="hidden")
+        path, triangles = relief
+        label = f"Relief of {triangles:,} triangles: drag to turn"
+        return gr.update(value=path, visible=True, label=label)
+
+    def pack_images(self, infos: list[JsonObject]) -> str | None:
+        """Write the images of the gallery to a ZIP file; return its path."""
+        if not infos:
+            return None
+        folder = self.backend.outdir / "served"
+        folder.mkdir(exist_ok=True)
+        archive = folder / f"images-{secrets.token_hex(4)}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for info in infos:
+                file.write(info["path"], Path(info["path"]).relative_to(self.backend.outdir))
+        return str(archive)
+
+
+def _update(**updates: Any) -> list[Any]:
+    """Return an update of each of FOLLOWED."""
+    return [updates.get(name, gr.skip()) for name in FOLLOWED]
+
+
+def _with_depth(info: JsonObject) -> list[JsonObject]:
+    """Return the info of an image, then that of its depth if it has one."""
+    depth = depth_path(info["path"])
+    has_depth = "depth_range" in info and depth.is_file()
+    return [info, info | {"path": str(depth), "image": "depth"}] if has_depth else [info]

@@ -1,0 +1,276 @@
+"""The components of the page: a tab for each task, shared prompts and settings, the output."""
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from ldm.app.form import (
+    FOLLOWERS,
+    IMAGE_BOX,
+    LORA_SLOTS,
+    MAX_WEIGHT,
+    MODEL_VAE,
+    SETTINGS,
+    Field,
+    TaskForm,
+)
+from ldm.app.view import show_progress
+from ldm.generate.tasks import TASKS
+from ldm.runtime.version import __version__
+
+__all__ = ["Layout"]
+
+SDXL_ROWS = (
+    ("prompt_2",), ("negative_prompt_2",),
+    ("original_size", "target_size"), ("crop", "aesthetic_score"),
+    ("negative_original_size", "negative_target_size"),
+    ("negative_crop", "negative_aesthetic_score"),
+)  # fmt: skip
+INFO_TABS = {"replay": "PNG Info", "inspect": "Checkpoint info"}
+
+
+class Layout:
+    """All components, created in the `gr.Blocks` whose context is entered.
+
+    Args:
+        forms: the form of each task by its name.
+        device: name of the device, for the title.
+    """
+
+    def __init__(self, forms: dict[str, TaskForm], device: str) -> None:
+        self.forms = forms
+        self.device = device
+        self.fields: dict[str, Any] = {}  # shared ones by name, those of a task by `task.name`
+        self.images: dict[str, Any] = {}  # the first image field of each tab
+        self.counts: dict[str, Any] = {}  # of the tokens of each prompt
+        self.owner = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
+        self.stored = gr.Textbox(visible="hidden")  # the form in the browser's storage, JSON
+        self.task = gr.Textbox("txt2img", visible="hidden", elem_id="task")
+        self.sketch_size = gr.Textbox(visible="hidden", elem_id="sketch-size")
+        self.job = gr.State(None)
+        self.infos = gr.State([])  # of the images in the gallery
+        self.chosen = gr.State(None)  # info of the chosen image
+        self.file_info = gr.State({})
+        initial = forms["txt2img"].settings
+        # The defaults to which FOLLOWERS were set last.
+        self.defaults = gr.State({n: initial[n].settings["value"] for n in FOLLOWERS})
+        self._build_header()
+        with gr.Column(elem_id="main"):
+            with gr.Tabs(elem_id="tabs"):
+                for name in TASKS:
+                    self._build_task(name)
+                self._build_replay()
+                self._build_inspect()
+            self._build_prompts()
+            self._build_settings()
+            self._build_output()
+
+    @property
+    def image_fields(self) -> list[Any]:
+        """The image fields of all tabs."""
+        return [
+            self.fields[f"{task}.{key}"] for task, form in self.forms.items() for key in form.images
+        ]
+
+    @property
+    def filled_fields(self) -> list[Any]:
+        """What `FormEvents.fill` updates."""
+        fields = [self.fields[name] for name in self.forms["txt2img"].common_fields]
+        return [*fields, self.loras, *self.weights, self.defaults]
+
+    @property
+    def stored_fields(self) -> dict[str, Any]:
+        """The fields that the browser stores, by name: all but images."""
+        images = self.image_fields
+        stored = {name: field for name, field in self.fields.items() if field not in images}
+        stored |= {"checkpoint": self.checkpoint, "vae": self.vae, "loras": self.loras}
+        return stored | {f"weight{k}": slider for k, slider in enumerate(self.weights)}
+
+    def _build_header(self) -> None:
+        with gr.Row(elem_id="header"):
+            gr.HTML(
+                f"<h1>ldm {__version__} <small>on {html.escape(self.device)}</small></h1>",
+                elem_classes="title",
+            )
+            self.checkpoint = gr.Dropdown([], label="Checkpoint", scale=3, elem_id="checkpoint")
+            self.refresh = gr.Button("⟳", elem_classes="icon", elem_id="refresh")
+            self.vae = gr.Dropdown([MODEL_VAE], value="", label="VAE", scale=1, elem_id="vae")
+        for field in (self.checkpoint, self.vae):
+            _skip_checks(field)
+        self.note = gr.HTML(elem_id="note")
+        self.offers = gr.Radio(
+            [], label="Checkpoints for this tab", visible=False, elem_id="offers"
+        )
+        _skip_checks(self.offers)
+
+    def _build_task(self, name: str) -> None:
+        form = self.forms[name]
+        with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
+            for key, field in form.own_fields.items():
+                self.fields[f"{name}.{key}"] = _component(field)
+            if form.images:
+                self.images[name] = self.fields[f"{name}.{next(iter(form.images))}"]
+            if "sketch" in form.images:
+                self.fields[f"{name}.sketch"] = gr.Gallery(type="filepath", visible="hidden")
+            if "depth_map" in form.images:
+                self.estimate = gr.Button("Estimate depth", elem_id="estimate")
+        self._follow_tab(tab, name)
+
+    def _build_replay(self) -> None:
+        with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
+            self.images["replay"] = _component(Field("Image", {"label": "Image", **IMAGE_BOX}))
+            self.facts = gr.Textbox(
+                label="Parameters", lines=4, elem_id="facts", interactive=False, buttons=["copy"]
+            )
+            with gr.Row(elem_id="file-send"):
+                self.file_sends = {name: _send_button(name, "file-send") for name in TASKS}
+            self.replay = gr.Button("Reproduce", variant="primary", elem_id="go-replay")
+        self._follow_tab(tab, "replay")
+
+    def _build_inspect(self) -> None:
+        with gr.Tab(INFO_TABS["inspect"], id="inspect", elem_id="tab-inspect") as tab:
+            self.file = _skip_checks(gr.Dropdown([], label="File", elem_id="file"))
+            self.inspect = gr.Button("Inspect", variant="primary", elem_id="go-inspect")
+            self.report = gr.Textbox(label="Report", lines=18, elem_id="report", buttons=["copy"])
+            self.skipped = gr.Markdown()
+        self._follow_tab(tab, "inspect")
+
+    def _build_prompts(self) -> None:
+        fields = self.forms["txt2img"].prompts
+        with gr.Row(elem_id="prompts"):
+            with gr.Column(scale=5, min_width=260):
+                for name, elem_id in {"prompt": "prompt", "negative_prompt": "negative"}.items():
+                    with gr.Column(elem_classes="counted"):
+                        self.fields[name] = _component(fields[name], elem_id=elem_id)
+                        self.counts[name] = gr.HTML(elem_id=f"{elem_id}-tokens")
+            with gr.Column(scale=1, min_width=180):
+                self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
+                with gr.Row(elem_classes="tools"):
+                    self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="stop")
+                    self.paste = gr.Button("↙ Paste", size="sm", elem_id="paste")
+                self.fields["syntax"] = _component(fields["syntax"], elem_id="syntax")
+
+    def _build_settings(self) -> None:
+        fields = self.forms["txt2img"].settings
+        rows = {"steps": ("sampler", "steps"), "scheduler": ("scheduler", "scale"),
+                "batch": ("n_iter", "n_samples")}  # fmt: skip
+        advanced = SETTINGS[SETTINGS.index("eta") :]
+        with (
+            gr.Column(elem_id="settings"),
+            gr.Accordion("Generation settings", open=True),
+        ):
+            for names in rows.values():
+                with gr.Row():
+                    for name in names:
+                        self.fields[name] = _component(fields[name], min_width=150)
+                if names[0] == "scheduler":
+                    self._build_size(fields)
+            with gr.Row(elem_classes="tools"):
+                self.fields["seed"] = _component(fields["seed"], min_width=120)
+                self.any_seed = gr.Button("⚂", elem_classes="icon", elem_id="any-seed")
+                self.last_seed = gr.Button("♻", elem_classes="icon", elem_id="reuse-seed")
+            with gr.Row():
+                self.loras = gr.Dropdown(
+                    [], multiselect=True, label="LoRA", elem_id="lora", min_width=150,
+                    max_choices=LORA_SLOTS, info="type to search",
+                )  # fmt: skip
+                self.tokens = gr.Dropdown(
+                    [], label="Embedding", elem_id="embedding", value=None, min_width=150,
+                    info="is added to the prompt",
+                )  # fmt: skip
+            self.weights = [
+                _skip_checks(gr.Slider(-MAX_WEIGHT, MAX_WEIGHT, 1.0, step=0.05, visible=False))
+                for _ in range(LORA_SLOTS)
+            ]
+            for field in (self.loras, self.tokens):
+                _skip_checks(field)
+            self._build_sdxl()
+            self._build_upscaling()
+            with gr.Accordion("Advanced", open=False), gr.Row():
+                for name in advanced:
+                    self.fields[name] = _component(fields[name], min_width=150)
+
+    def _build_sdxl(self) -> None:
+        fields = self.forms["txt2img"].sdxl
+        with gr.Accordion("SDXL", open=True, visible=False, elem_id="sdxl") as self.sdxl:
+            for name in ("refiner", "refiner_start"):
+                self.fields[name] = _component(fields[name])
+            with gr.Accordion("Second prompts, sizes and scores", open=False):
+                for names in SDXL_ROWS:
+                    with gr.Row():
+                        for name in names:
+                            self.fields[name] = _component(fields[name], min_width=150)
+
+    def _build_upscaling(self) -> None:
+        fields = self.forms["txt2img"].upscaling
+        accordion = gr.Accordion("Twice the size", open=False, visible=False, elem_id="upscaling")
+        with accordion as self.upscaling, gr.Row():
+            for name, field in fields.items():
+                self.fields[name] = _component(field, min_width=150)
+
+    def _build_size(self, fields: dict[str, Field]) -> None:
+        with gr.Row(elem_id="size", elem_classes="tools"):
+            self.fields["width"] = _component(fields["width"], min_width=100)
+            swap = gr.Button("⇅", elem_classes="icon", elem_id="swap")
+            self.fields["height"] = _component(fields["height"], min_width=100)
+        size = [self.fields["width"], self.fields["height"]]
+        swap.click(None, size, size, js="(width, height) => [height, width]")
+
+    def _build_output(self) -> None:
+        with gr.Column(elem_id="output"):
+            with gr.Column(elem_id="status"):
+                self.error = gr.HTML(elem_id="error")
+                gr.HTML('<div id="browser-note" class="failed" role="alert"></div>')
+                self.live = gr.HTML(show_progress(None), elem_id="live")
+                self.queue = gr.HTML(elem_id="queue")
+                self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
+            with gr.Column(elem_id="stage"):
+                self.gallery = gr.Gallery(
+                    label="Output", columns=4, object_fit="contain", interactive=False,
+                    buttons=["download", "fullscreen"], elem_id="gallery",
+                )  # fmt: skip
+                self.preview = gr.HTML(elem_id="preview")
+            with gr.Column(elem_id="side"):
+                self.relief = gr.Model3D(
+                    label="Relief", visible="hidden", height=360, elem_id="relief",
+                    camera_position=(75, 75, None),
+                )  # fmt: skip
+                self.about = gr.Textbox(
+                    label="Generation parameters", lines=3, elem_id="about", interactive=False,
+                    buttons=["copy"],
+                )  # fmt: skip
+                with gr.Row(elem_id="send"):
+                    self.sends = {name: _send_button(name) for name in self.images}
+                with gr.Row(elem_classes="tools"):
+                    self.reuse = gr.Button("Reuse all", size="sm", elem_id="reuse-all")
+                    self.reuse_seed = gr.Button("Reuse seed", size="sm", elem_id="reuse-seed-2")
+                    self.download = gr.Button("Download all", size="sm", elem_id="download-all")
+                    self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
+
+    def _follow_tab(self, tab: gr.Tab, name: str) -> None:
+        data = name if name in TASKS else "info"
+        js = f"() => {{ document.body.dataset.tab = '{data}'; return '{name}' }}"
+        tab.select(None, None, self.task, js=js)
+
+
+def _component(field: Field, **settings: Any) -> Any:
+    brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
+    component = getattr(gr, field.kind)(**field.settings, **brush, **settings)
+    if field.kind == "Image":  # pass the path, as errors of our reader are clearer than gradio's
+        component.preprocess = lambda data: data and data.path
+    return (
+        component if field.kind in ("Image", "ImageEditor", "Gallery") else _skip_checks(component)
+    )
+
+
+def _skip_checks(component: Any) -> Any:
+    """Disable gradio's checks of a field, as `Limits` and options check values in one line."""
+    component.preprocess = lambda value: value
+    return component
+
+
+def _send_button(name: str, prefix: str = "send") -> gr.Button:
+    title = TASKS[name].title if name in TASKS else INFO_TABS[name]
+    is_enabled = prefix != "send"
+    return gr.Button(title, size="sm", interactive=is_enabled, elem_id=f"{prefix}-{name}")

@@ -1,0 +1,353 @@
+"""What the models folder offers: models, LoRAs, embeddings, VAEs and other add-ons, by name."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.app.catalogue import (
+    CatalogueEntry,
+    file_stats,
+    list_addons,
+    list_checkpoints,
+    lora_fits,
+    read_catalogue,
+)
+from ldm.app.form import STEPS
+from ldm.generate.lora_tags import find_loras, remove_tags
+from ldm.generate.options import Value
+from ldm.generate.tasks import Task
+from ldm.loading.addons.embeddings import embedding_files, read_embeddings
+from ldm.loading.addons.lora import detect_few_steps
+from ldm.loading.addons.lora_weights import LoRAWeight
+from ldm.loading.addons.safety import COMPONENT
+from ldm.loading.files.checkpoint import short_hash
+from ldm.loading.report import inspect_checkpoint
+from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
+from ldm.model import Defaults, LatentDiffusion
+from ldm.pipelines.families import FAMILIES, is_sdxl
+from ldm.pipelines.preview import fit_preview
+from ldm.prompts.syntax import PLAIN, parse_prompt
+from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+from ldm.runtime.types import JsonMapping
+
+__all__ = ["ADDONS", "Library", "without_folders"]
+
+log = logging.getLogger(__name__)
+
+MAX_LORA_WEIGHT = 10
+# Files that a run may add to a model: option -> title.
+ADDONS = {
+    "vae": "VAE",
+    "refiner": "refiner",
+    "upscaler": "upscaler",
+    COMPONENT: "safety checker",
+}
+ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # of models
+WILDCARDS = "wildcards"  # subfolder of the models folder, in lower case
+
+
+class Library:
+    """The files that runs may use, read again when they change.
+
+    Args:
+        models: folder of checkpoints.
+        embeddings: files of textual inversions, or folders, besides those in the models folder.
+        loras: LoRA files besides those in the folder, and their default weights.
+        previews: files of TAESD for previews, besides those in the folder.
+    Raises:
+        MissingFile: the folder or a LoRA is missing.
+        ArgumentError: two LoRAs have the same name, or a weight is too large.
+    """
+
+    def __init__(
+        self,
+        models: str | Path,
+        embeddings: Sequence[str] = (),
+        loras: Sequence[tuple[str, float | str]] = (),
+        previews: Sequence[str] = (),
+    ) -> None:
+        list_checkpoints(models)  # raises for a missing folder
+        self.folder = Path(models).expanduser()
+        self._given_embeddings = tuple(embeddings)
+        self._given_loras = _loras_by_name(loras)
+        self._given_previews = _existing_files(previews, "preview")
+
+    @property
+    def loras(self) -> dict[str, tuple[str, float | str]]:
+        """(File, default weight) of each LoRA by its name: those of flags and in the folder."""
+        files = list_addons(self.folder, "lora")
+        return {name: (str(file), 1.0) for name, file in files.items()} | self._given_loras
+
+    def list_lora_files(self) -> dict[str, str]:
+        """Return the file of each LoRA by its name."""
+        return {name: file for name, (file, _) in self.loras.items()}
+
+    def find_wildcards(self) -> str | None:
+        """Return the folder of wildcards, if there is one."""
+        folders = (path for path in self.folder.iterdir() if path.name.lower() == WILDCARDS)
+        return next((str(path) for path in folders if path.is_dir()), None)
+
+    def list_fitting_loras(self, model: str | None) -> list[str]:
+        """Return the names of the LoRAs that fit a model."""
+        entry = self._get_entry(model)
+        if entry is None:
+            return []
+        return [name for name, (file, _) in self.loras.items() if lora_fits(file, entry)]
+
+    def list_tokens(self) -> list[str]:
+        """Return the tokens of all embeddings."""
+        return sorted({token for tokens in self._embeddings() for token in tokens})
+
+    def count_tokens(
+        self, model: str | None, prompt: str, syntax: str = PLAIN, *, is_negative: bool = False
+    ) -> tuple[int, int, str]:
+        """Count the tokens of a prompt.
+
+        Returns:
+            (number of tokens, limit, text beyond the limit); the limit is 0 if it is unknown.
+        """
+        entry = self._get_entry(model)
+        if entry is None or entry.text_encoder is None:
+            return 0, 0, ""
+        text = entry.text_encoder
+        text.added_embeddings = {
+            token.lower(): vectors
+            for tokens in self._embeddings()
+            for token, towers in tokens.items()
+            for vectors in towers
+            if vectors.shape[1] == text.width
+        }
+        prompt = remove_tags(prompt)
+        try:
+            if syntax != PLAIN and text.context_length == text.length:
+                parsed = parse_prompt(prompt, syntax, is_negative=is_negative)
+                return *text.count_chunk_tokens(parsed), ""
+        except ArgumentError:  # an invalid prompt; Generate reports the error
+            return 0, 0, ""
+        return text.count_tokens(prompt), text.length - 2, text.find_truncated_text(prompt)
+
+    def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
+        """Return a function from a model's latents to previews: TAESD if available, else linear."""
+        found = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
+        for path in (*self._given_previews, *found):
+            if is_for_xl(path) == is_sdxl(model) and "encoder" not in path.stem:
+                try:
+                    return load_preview(path, model)
+                except (ValueError, OSError) as error:
+                    log.warning("no previews by `%s`: %s", path, error)
+        return fit_preview(model)
+
+    def list_addons(self, kind: str) -> dict[str, Path]:
+        """Return files and folders that a run may add to a model, by name.
+
+        Args:
+            kind: a key of ADDONS.
+        """
+        if kind in ADDON_FAMILIES:
+            models = read_catalogue(self.folder).models.items()
+            family = ADDON_FAMILIES[kind]
+            return {name: entry.path for name, entry in models if entry.family == family}
+        if kind != COMPONENT:
+            return list_addons(self.folder, kind)
+        folders = {
+            f"{name}/{COMPONENT}": path / COMPONENT
+            for name, path in list_checkpoints(self.folder).items()
+            if (path / COMPONENT).is_dir()
+        }
+        return list_addons(self.folder, COMPONENT) | folders
+
+    def find_addon(self, kind: str, info: JsonMapping) -> str:
+        """Return the name of an image's refiner or upscaler; "" = none, or not available here."""
+        file = Path((info.get(kind) or {}).get("path", "")).name
+        names = self.list_addons(kind)
+        return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
+
+    def list_models(self, task: str | None = None) -> list[str]:
+        """Return the names of models for a task; None = of all that can be loaded."""
+        models = read_catalogue(self.folder).models
+        return [name for name, model in models.items() if task is None or task in model.tasks]
+
+    def list_checkpoint_names(self) -> list[str]:
+        """Return the names of all checkpoint files, including those that cannot be loaded."""
+        return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
+
+    def find_recorded_loras(self, info: JsonMapping) -> list[tuple[str, float | str]]:
+        """Return (name, weight) of each LoRA of an image; it may not be available here."""
+        available = self.loras
+        found = []
+        for lora in info.get("loras") or ():
+            recorded = Path(lora["path"])
+            names = [
+                name for name, (file, _) in available.items()
+                if recorded.name in (Path(file).name, Path(file).stem)
+            ]  # fmt: skip
+            if len(names) > 1:
+                names.sort(key=lambda name: short_hash(available[name][0]) != lora.get("hash"))
+            found.append((next(iter(names), recorded.stem), lora.get("weight", 1.0)))
+        return found
+
+    def is_sdxl(self, name: str | None) -> bool:
+        """Return whether a model is Stable Diffusion XL or its refiner."""
+        entry = self._get_entry(name)
+        return entry is not None and entry.is_sdxl
+
+    def find_defaults(
+        self, task: Task, name: str | None, loras: Iterable[str] = (), prompt: str = ""
+    ) -> dict[str, Value]:
+        """Return the values of settings that suit a task, a model, and LoRAs.
+
+        Args:
+            loras: their names.
+            prompt: may name others.
+        """
+        entry = self._get_entry(name)
+        height, width = (None, None) if entry is None else entry.size
+        files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
+        with suppress(ArgumentError):  # Generate will say what is wrong with it
+            files = find_loras(prompt, files, self.list_lora_files)
+        found, unset = detect_few_steps(files), Defaults()
+        defaults = unset if entry is None else entry.defaults
+        if found is not None:
+            defaults = found.defaults
+        return {
+            "scale": task.scale if defaults.scale == unset.scale else defaults.scale,
+            "width": width,
+            "height": height,
+            "steps": STEPS if defaults.steps == unset.steps else defaults.steps,
+            "sampler": defaults.sampler,
+        }
+
+    def explain_misfit(self, task: Task, name: str | None) -> str:
+        """Return why a model does not support a task, and what to do; "" if it does."""
+        entry = self._get_entry(name)
+        if entry is not None and task.name in entry.tasks:
+            return ""
+        kinds = " or ".join(FAMILIES[family].title for family in task.families)
+        text = f"{task.title} needs {kinds}"
+        if entry is not None and entry.family:
+            text += f", `{name}` is {FAMILIES[entry.family].title}"
+        elif name:
+            text += f", there is no model `{name}`"
+        if names := self.list_models(task.name):
+            return f"{text}; available: {', '.join(names)}"
+        return f"{text}; none is available: {_download_hint(task)}"
+
+    def list_skipped_files(self) -> list[str]:
+        """Return a line about each checkpoint in the folder that cannot be used."""
+        return read_catalogue(self.folder).skipped
+
+    def inspect(self, name: str | None) -> str:
+        """Return the report about a checkpoint in the folder."""
+        path = list_checkpoints(self.folder).get(name or "")
+        if path is None or path.is_dir():
+            return "choose a checkpoint"
+        lines = "\n".join(inspect_checkpoint(path).lines())
+        return without_folders(lines, [str(path)])
+
+    def find_model(self, name: str | None, task: Task) -> CatalogueEntry:
+        """Return a model by its name.
+
+        Raises:
+            ArgumentError: there is none, or it does not support the task.
+        """
+        if misfit := self.explain_misfit(task, name):
+            raise ArgumentError(misfit, "ckpt")
+        return read_catalogue(self.folder).models[name or ""]
+
+    def find_addon_files(self, values: Mapping[str, object]) -> dict[str, str]:
+        """Return the paths of the add-ons that are chosen by name, by option.
+
+        A name comes from a browser: it is looked up in a list, never used as a path.
+
+        Raises:
+            UnknownName: no add-on has this name.
+        """
+        paths = {}
+        for kind, title in ADDONS.items():
+            if name := values.get(kind):
+                files = self.list_addons(kind)
+                if name not in files:
+                    raise unknown_name(title, name, files, argument=kind)
+                paths[kind] = str(files[str(name)])
+        return paths
+
+    def find_lora_files(
+        self, choices: Iterable[tuple[str, float | str]]
+    ) -> list[tuple[str, float | str]]:
+        """Convert (name, weight) of LoRAs to (file, weight).
+
+        Raises:
+            ArgumentError: a LoRA is unknown or chosen twice, or its weight is too large.
+        """
+        files: dict[str, float | str] = {}
+        for name, weight in choices:
+            if name not in self.loras:
+                names = ", ".join(self.loras) or f"none, put them into {self.folder}/loras"
+                raise ArgumentError(f"no LoRA `{name}`; available: {names}", "lora")
+            _check_weight(name, weight)
+            file = self.loras[name][0]
+            if file in files:
+                raise ArgumentError(f"the LoRA `{name}` was chosen twice", "lora")
+            files[file] = weight
+        return list(files.items())
+
+    def _get_entry(self, model: str | None) -> CatalogueEntry | None:
+        return read_catalogue(self.folder).models.get(model or "")
+
+    def _embeddings(self) -> list[Mapping[str, list[Tensor]]]:
+        return [_read_embeddings(file, file_stats(file)) for file in self.list_embeddings()]
+
+    def list_embeddings(self) -> list[str]:
+        """Return the files of all embeddings."""
+        files = [str(file) for path in self._given_embeddings for file in embedding_files(path)]
+        return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
+
+
+def without_folders(message: str, files: Iterable[str]) -> str:
+    for file in files:
+        message = message.replace(file, Path(file).name)
+    return message
+
+
+@lru_cache(maxsize=1024)
+def _read_embeddings(file: str, states: object) -> Mapping[str, list[Tensor]]:
+    try:
+        return read_embeddings(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def _download_hint(task: Task) -> str:
+    name = task.example_flags.split()[1]
+    return f"`ldm download {name}` gets one" if "." not in name else f"see {task.example_flags}"
+
+
+def _loras_by_name(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[str, float | str]]:
+    """Return (file, weight) of each LoRA by its stem, the name on the page."""
+    by_name = {Path(file).stem: (file, weight) for file, weight in loras}
+    if len(by_name) < len(loras):
+        raise ArgumentError("two LoRA files have the same name: rename one", "lora")
+    for name, (file, weight) in by_name.items():
+        if not Path(file).expanduser().is_file():
+            raise MissingFile(f"no file `{file}`", "lora")
+        _check_weight(name, weight)
+    return by_name
+
+
+def _existing_files(files: Iterable[str], option: str) -> list[Path]:
+    paths = [Path(file).expanduser() for file in files]
+    for path in paths:
+        if not path.exists():
+            raise MissingFile(f"no file `{path}`", option)
+    return paths
+
+
+def _check_weight(name: str, value: float | str) -> None:
+    weight = LoRAWeight.parse(value)
+    if not max(abs(weight.text), abs(weight.unet)) <= MAX_LORA_WEIGHT:  # False for NaN, too
+        allowed = f"-{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
+        raise ArgumentError(f"the weight of LoRA `{name}` must be {allowed}, got {value}", "lora")
