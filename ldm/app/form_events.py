@@ -219,16 +219,14 @@ class FormEvents:
             for kind in ("refiner", "upscaler"):
                 values[kind] = self.library.find_addon(kind, info)
         if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
-            found, here = (
-                self.library.find_recorded_loras(info),
-                self.library.list_fitting_loras(checkpoint),
-            )
+            recorded = self.library.find_recorded_loras(info)
+            fitting = self.library.list_fitting_loras(checkpoint)
             sliders = {
-                name: weight for name, weight in found
-                if name in here and not isinstance(weight, str) and abs(weight) <= MAX_WEIGHT
+                name: weight for name, weight in recorded
+                if name in fitting and not isinstance(weight, str) and abs(weight) <= MAX_WEIGHT
             }  # fmt: skip
             names = [*sliders][:LORA_SLOTS]
-            tags = [f"<lora:{name}:{weight}>" for name, weight in found if name not in names]
+            tags = [f"<lora:{name}:{weight}>" for name, weight in recorded if name not in names]
             values["prompt"] = " ".join([str(values.get("prompt", "")), *tags]).strip()
             slots = [names, *(sliders[name] for name in names), *slots[1 + len(names) :]]
         fields = self.forms["txt2img"].common_fields
