@@ -27,7 +27,7 @@ from ldm.data.drawings import COLORS
 from ldm.data.folder import Folder
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.optim.schedules import LearningRate
+from ldm.train.optim.schedules import LearningRateSchedule
 
 __all__ = ["Classifier", "Gallery", "Judges", "Texture", "background"]
 
@@ -241,7 +241,7 @@ def _fit(
 ) -> None:
     """Minimise the cross entropy of net(draw(rows, generator)) and the labels of the rows."""
     generator = torch.Generator().manual_seed(0)
-    learning_rate = LearningRate(1e-3, warmup_steps=100, scheduler="linear")
+    learning_rate = LearningRateSchedule(1e-3, warmup_steps=100, scheduler="linear")
     optimizer = make_optimizer(net.train(), 1e-3, name="muon", weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:

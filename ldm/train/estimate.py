@@ -31,24 +31,31 @@ from ldm.train.tasks.task import Task
 __all__ = ["Memory", "describe", "estimate"]
 
 IMAGE_SIZE = 512  # pixels, default if the config has no size
-# Optimizer state, bytes per trainable parameter.
-OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
+# Bytes of optimizer state for each trainable parameter.
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
 # bfloat16 stands in for float16, which has the same size but is not supported everywhere.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one process of a run, in bytes, and numbers of parameters."""
+    """Memory of one process of a run, in bytes, and numbers of parameters.
 
-    parameters: int  # number of parameters, in all networks
-    trainable: int  # number of trained parameters
+    Args:
+        parameters: number of parameters, in all networks.
+        trainable: number of trained parameters.
+        optimizer: bytes of the optimizer's state.
+        optimizer_step: temporary memory of the optimizer, after activations are freed.
+    """
+
+    parameters: int
+    trainable: int
     weights: int
     gradients: int
     optimizer: int
     ema: int
     activations: int
-    optimizer_step: int  # temporary memory of the optimizer, after activations are freed
+    optimizer_step: int
 
     @property
     def total(self) -> int:
@@ -68,17 +75,17 @@ def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
     yield f"parameters  {memory.trainable / 1e6:.2f} M trainable, {frozen / 1e6:.2f} M frozen"
     yield f"batch       {settings.data.batch_size} x {accumulation} accumulated x {processes} ranks"
     yield f"memory      about {_format_bytes(memory.total)} per process"
-    parts = {
+    bytes_by_name = {
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "EMA": memory.ema,
         "activations": memory.activations,
     }
-    for name, size in parts.items():
-        yield f"  {name:11} {_format_bytes(size)}"
+    for name, number in bytes_by_name.items():
+        yield f"  {name:11} {_format_bytes(number)}"
     yield "  plus PyTorch's own overhead (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
-    for override, changed in _alternatives(settings, processes):
+    for override, changed in _list_savings(settings, processes):
         saved = memory.total - estimate(changed, processes, cache).total
         if saved > 0.01 * memory.total:
             yield f"saves {_format_bytes(saved):>9}  {override}"
@@ -89,12 +96,13 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
 
     Args:
         processes: number of processes of the run, on all nodes.
-        cache: measured activations, the slow part, shared by several estimates of a run.
+        cache: measured activations, the slow part, shared by several estimates of a run; None =
+            they are measured.
     Raises:
         ValueError: the model cannot be trained.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
-    task = _build_task(settings)
+    task = _build_meta_task(settings)
     ema_params = [p for p in task.trainable.parameters() if p.requires_grad]
     trainable = [*ema_params, *(p for net in _discriminators(task) for p in net.parameters())]
     count = sum(p.numel() for p in trainable)
@@ -102,9 +110,9 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     parameters = sum(numel_by_id.values())
     # Trained weights, gradients and EMA are float32, 4 bytes each.
     shard_bytes = 4 * count * _shard_fraction(settings, processes)
-    state = OPTIMIZERS[optimizer.name]
+    state_bytes = OPTIMIZER_BYTES[optimizer.name]
     if optimizer.name == "muon":  # vectors are updated by AdamW: 4 more bytes, for a second moment
-        state += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
+        state_bytes += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
     cache = {} if cache is None else cache
     key = (settings.data.batch_size, trainer.precision, trainer.gradient_checkpointing)
@@ -115,14 +123,14 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
         trainable=count,
         weights=4 * (parameters - count) + int(shard_bytes),
         gradients=int(shard_bytes),
-        optimizer=int(state / 4 * shard_bytes),
+        optimizer=int(state_bytes / 4 * shard_bytes),
         ema=int(shard_bytes * sum(p.numel() for p in ema_params) / max(1, count)) if has_ema else 0,
         activations=cache[key],
         optimizer_step=int(shard_bytes) if optimizer.name.startswith("adamw") else 0,
     )
 
 
-def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
+def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
     """Yield overrides that may reduce memory, and the settings with them."""
     trainer, batch_size = settings.trainer, settings.data.batch_size
     changes: list[tuple[str, str, str | bool]] = [
@@ -145,12 +153,12 @@ def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Set
         )
 
 
-def _build_task(settings: Settings) -> Task:
+def _build_meta_task(settings: Settings) -> Task:
     """Build the task of a run, with its networks on the meta device."""
     spec = translate_config(settings.raw["model"], where="model")
-    checkpoint = settings.trainer.gradient_checkpointing
-    if checkpoint is not None and "unet" in spec["params"]:
-        spec["params"]["unet"]["params"]["use_checkpoint"] = checkpoint
+    use_checkpoint = settings.trainer.gradient_checkpointing
+    if use_checkpoint is not None and "unet" in spec["params"]:
+        spec["params"]["unet"]["params"]["use_checkpoint"] = use_checkpoint
     model = build_on_meta(spec, where="model")
     with torch.device("meta"):
         return build_task(model, settings, load_weights=False)

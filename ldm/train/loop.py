@@ -29,7 +29,7 @@ from ldm.train.monitoring import sanity
 from ldm.train.monitoring.evaluation import Evaluator
 from ldm.train.monitoring.logs import Loggers, Progress
 from ldm.train.monitoring.samples import draw_samples
-from ldm.train.monitoring.timers import Every, StepTimer
+from ldm.train.monitoring.timers import Interval, StepTimer
 from ldm.train.monitoring.timesteps import TimestepLog
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run, seed_batch
@@ -42,7 +42,7 @@ __all__ = ["save", "train", "train_step"]
 log = logging.getLogger(__name__)
 
 IndexedBatches = Sequence[tuple[int, Sample]]  # of a step, with their indices in the run
-Actions = Mapping[str, tuple[Every, Callable[[], object]]]  # name -> (when, action)
+Actions = Mapping[str, tuple[Interval, Callable[[], object]]]  # name -> (when, action)
 
 
 def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
@@ -65,7 +65,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         batches_per_epoch and batches_per_epoch / state.batches_per_step
     )
     run = replace(run, settings=settings)
-    learning_rate, explanation = settings.learning_rate(ranks.world_size)
+    learning_rate, explanation = settings.build_learning_rate(ranks.world_size)
     for line in (*settings.notes, explanation):
         log.info("%s", line)
 
@@ -133,7 +133,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             if timesteps is not None and "t" in losses:
                 timesteps.add(losses["t"], losses["losses"])
             with _log_failures("log"):
-                progress(state.step, losses, lr, run.batch_size * state.batches_per_step)
+                progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
             for name in due:
                 with _log_failures(name):
                     actions[name][1]()
@@ -185,37 +185,37 @@ def _draw(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> None:
     """Draw the sample grids, and the plot of the loss by timestep."""
     with _log_failures("draw"):  # not around `timesteps.write`, a collective of all processes
         for path in draw_samples(run):
-            loggers.image(run.state.step, f"{path.parent.name}/samples", path)
+            loggers.log_image(run.state.step, f"{path.parent.name}/samples", path)
     if timesteps is not None:
         plot = timesteps.write(run.state.step)
         if plot is not None:
-            loggers.image(run.state.step, "loss per timestep", plot)
+            loggers.log_image(run.state.step, "loss per timestep", plot)
 
 
 def _validate(run: Run, loggers: Loggers) -> None:
     losses = validate(run)
-    loggers.scalars(run.state.step, losses)
+    loggers.log_scalars(run.state.step, losses)
     export_best(run, losses)
 
 
 def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> Actions:
     """Return all actions by name, in the order in which they run when several are due."""
     options = run.settings.callbacks
-    draw_every = Every(
+    draw_interval = Interval(
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
     )
-    save_every = Every(minutes=options.save_minutes, steps=options.save_steps)
-    actions: dict[str, tuple[Every, Callable[[], object]]] = {
-        "save": (save_every, lambda: save(run)),
-        "draw": (draw_every, lambda: _draw(run, loggers, timesteps)),
-        "validate": (Every(steps=options.validate_steps), lambda: _validate(run, loggers)),
-        "export step": (Every(steps=options.export_steps), lambda: export_step(run)),
+    save_interval = Interval(minutes=options.save_minutes, steps=options.save_steps)
+    actions: dict[str, tuple[Interval, Callable[[], object]]] = {
+        "save": (save_interval, lambda: save(run)),
+        "draw": (draw_interval, lambda: _draw(run, loggers, timesteps)),
+        "validate": (Interval(steps=options.validate_steps), lambda: _validate(run, loggers)),
+        "export step": (Interval(steps=options.export_steps), lambda: export_step(run)),
     }
     if options.evaluation is not None:
         evaluator = Evaluator(run, options.evaluation)
         actions["evaluate"] = (
-            Every(steps=options.evaluation.steps),
-            lambda: loggers.scalars(run.state.step, evaluator()),
+            Interval(steps=options.evaluation.steps),
+            lambda: loggers.log_scalars(run.state.step, evaluator()),
         )
     return actions
 
@@ -282,7 +282,10 @@ def _agree_on_actions(
 ) -> tuple[bool, list[str]]:
     """Agree with the other processes on training time, on stopping, and on due actions."""
     is_first = run.ranks.is_first
-    due = {name: every(run.state.step) and is_first for name, (every, _) in actions.items()}
+    due = {
+        name: interval.is_due(run.state.step) and is_first
+        for name, (interval, _) in actions.items()
+    }
     requested = [due[name] or name in requests for name in actions]
     # The first process's clock counts for all: the others contribute 0 to the maximum.
     total = run.state.seconds + seconds if is_first else 0.0

@@ -25,11 +25,15 @@ Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 @dataclass(eq=False)
 class TrainedNetwork:
-    """A module, its optimizer, and its loss."""
+    """A module, its optimizer, and its loss.
+
+    Args:
+        loss: with several processes a DistributedDataParallel module.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: LossFunction  # with several processes a DistributedDataParallel module
+    loss: LossFunction
 
     def weights(self) -> dict[str, Tensor]:
         """Return trainable parameters and all buffers; frozen parameters are not saved."""
@@ -38,7 +42,7 @@ class TrainedNetwork:
         return {name: value for name, value in state.items() if name not in frozen}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's state of each parameter, as "PARAMETER.KEY"."""
+        """Return the optimizer's state of each parameter, by "PARAMETER.KEY"."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         return {
             f"{names[id(p)]}.{key}": torch.as_tensor(value)
@@ -100,28 +104,39 @@ class LossScale:
 
 @dataclass(eq=False)
 class State:
-    """The resumable state of a run."""
+    """The resumable state of a run.
+
+    Args:
+        discriminator: None if the task has none.
+        batches_per_step: batches of all processes, accumulated ones included.
+        step: number of completed steps.
+        position: batches that all processes together have consumed.
+        seconds: time spent training, over all sessions.
+        skipped: number of steps whose gradients were not finite.
+        bad_steps: number of them in a row, up to the last step; not saved.
+        is_consistent: False while weights are being updated; not saved.
+        is_saved: whether this state is on disk; not saved.
+    """
 
     model: TrainedNetwork
     ema: EMA
     discriminator: TrainedNetwork | None
     scale: LossScale
-    batches_per_step: int  # over all processes and all accumulated batches
+    batches_per_step: int
     step: int = 0
-    position: int = 0  # batches that all processes together have consumed
-    seconds: float = 0.0  # spent training, over all sessions
-    skipped: int = 0  # steps whose gradients were not finite
-    # Not saved:
-    bad_steps: int = 0  # skipped in a row, up to the last step
-    is_consistent: bool = True  # False while weights are being updated
-    is_saved: bool = False  # whether this state is on disk
+    position: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    bad_steps: int = 0
+    is_consistent: bool = True
+    is_saved: bool = False
 
     @property
     def networks(self) -> dict[str, TrainedNetwork]:
         """The trained networks, by their names in state files."""
         networks = {"model": self.model}
         if self.discriminator is not None:
-            networks["rival"] = self.discriminator
+            networks["rival"] = self.discriminator  # as version 0.1 called it
         return networks
 
     def numbers(self) -> dict[str, float]:
@@ -148,7 +163,7 @@ class State:
         self.ema.updates = int(numbers["averaged"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors, as "average.…", "NETWORK.weights.…" and "NETWORK.optimizer.…"."""
+        """Return all tensors: "average.…" (EMA), "NETWORK.weights.…", "NETWORK.optimizer.…"."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
             tensors |= _prefix(f"{name}.optimizer", network.optimizer_state())

@@ -175,7 +175,7 @@ def test_the_config_chooses_the_losses() -> None:
     spec = {"target": LPIPS_LOSS, "params": {**PIXELS, "disc_start": 50001}}
     adversarial = build_autoencoder_task(tiny(), {"lossconfig": spec}, {})
     assert isinstance(adversarial, Adversarial)
-    assert adversarial.losses.disc_start == 50001
+    assert adversarial.config.disc_start == 50001
     assert sum(p.numel() for p in adversarial.discriminator.parameters()) == 2765633
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.monitoring import timers
 from ldm.train.monitoring.logs import CsvLogger, Loggers, Progress
-from ldm.train.monitoring.timers import Every
+from ldm.train.monitoring.timers import Interval
 from ldm.train.monitoring.timesteps import TimestepLog
 
 
@@ -24,9 +24,9 @@ def rows(path: Path) -> list[list[str]]:
 
 def test_a_table_gets_columns_when_they_come(tmp_path: Path) -> None:
     table = CsvLogger(tmp_path / "log.csv")
-    table.scalars(1, {"loss": 0.5})
-    table.scalars(2, {"loss": 0.25, "val/loss": 1.0})
-    table.scalars(3, {"val/loss": 2.0})
+    table.log_scalars(1, {"loss": 0.5})
+    table.log_scalars(2, {"loss": 0.25, "val/loss": 1.0})
+    table.log_scalars(3, {"val/loss": 2.0})
     assert rows(tmp_path / "log.csv") == [["1", "0.5", ""], ["2", "0.25", "1"], ["3", "", "2"]]
 
 
@@ -34,10 +34,10 @@ def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> 
     path = tmp_path / "log.csv"
     table = CsvLogger(path)
     for step in (1, 2, 3):
-        table.scalars(step, {"loss": step})
+        table.log_scalars(step, {"loss": step})
     with path.open("a") as file:
         file.write("4,1")  # the process died here
-    CsvLogger(path, start=2).scalars(3, {"loss": 30})
+    CsvLogger(path, start=2).log_scalars(3, {"loss": 30})
     assert rows(path) == [["1", "1"], ["2", "2"], ["3", "30"]]
 
 
@@ -46,7 +46,7 @@ def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     progress = Progress(loggers, Ranks(), torch.device("cpu"), start=3, steps=8, every=4)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
         losses = {"loss": torch.tensor(loss), "losses": torch.ones(2)}
-        progress(step, losses, 1e-3, images=2)
+        progress.update(step, losses, 1e-3, images=2)
     progress.close()
     first, second = rows(tmp_path / "log.csv")  # step, loss, lr, images per second, memory
     assert first[:3] == ["4", "7", "0.001"]
@@ -57,9 +57,9 @@ def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
 def test_tensorboard_gets_numbers_and_images(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     loggers = Loggers(tmp_path, ["tensorboard"])
-    loggers.scalars(5, {"loss": 0.5})
+    loggers.log_scalars(5, {"loss": 0.5})
     Image.new("RGB", (4, 3), "red").save(tmp_path / "a.png")
-    loggers.image(5, "samples", tmp_path / "a.png")
+    loggers.log_image(5, "samples", tmp_path / "a.png")
     loggers.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("loss")[0].value == 0.5
@@ -81,8 +81,8 @@ def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     stand_in.init = lambda **options: calls.append(options) or Handle()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     loggers = Loggers(tmp_path, ["wandb"], wandb={"project": "p"}, config={"a": 1})
-    loggers.scalars(1, {"loss": 2.0})
-    loggers.image(1, "samples", Path("a.png"))
+    loggers.log_scalars(1, {"loss": 2.0})
+    loggers.log_image(1, "samples", Path("a.png"))
     loggers.close()
     options = {"project": "p", "config": {"a": 1}, "id": tmp_path.name}
     assert options.items() <= calls[0].items()
@@ -100,9 +100,9 @@ def test_a_missing_package_is_an_error_for_wandb_only(
 
 
 def test_an_action_is_due_early_and_then_every_few_steps() -> None:
-    every, never = Every(steps=10, early=True), Every()
-    assert [step for step in range(1, 31) if every(step)] == [1, 2, 4, 8, 10, 16, 20, 30]
-    assert not any(never(step) for step in range(1, 100))
+    interval, never = Interval(steps=10, early=True), Interval()
+    assert [n for n in range(1, 31) if interval.is_due(n)] == [1, 2, 4, 8, 10, 16, 20, 30]
+    assert not any(never.is_due(step) for step in range(1, 100))
 
 
 @pytest.fixture

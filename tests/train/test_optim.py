@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ldm.train.optim.adamw import AdamW
 from ldm.train.optim.optimizers import make_optimizer, orthogonalize
-from ldm.train.optim.schedules import LearningRate
+from ldm.train.optim.schedules import LearningRateSchedule
 from ldm.train.state import TrainedNetwork
 
 
@@ -54,7 +54,7 @@ def test_an_optimizer_fits_a_line(name: str) -> None:
     module, x = nn.Linear(20, 20), torch.randn(64, 20)
     target = x @ torch.randn(20, 20)
     optimizer = make_optimizer(module, lr, name=name)
-    rate, losses = LearningRate(lr, warmup_steps=5, scheduler="linear"), []
+    rate, losses = LearningRateSchedule(lr, warmup_steps=5, scheduler="linear"), []
     for step in range(100):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, step / 100)
@@ -160,14 +160,18 @@ def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:
 
 
 def test_the_rate_warms_up_and_decays_to_nothing() -> None:
-    assert LearningRate(1.0, warmup_steps=10)(0, 0.0) == pytest.approx(0.1)
-    assert LearningRate(1.0, warmup_steps=10, scheduler="linear")(50, 0.5) == pytest.approx(0.5)
-    assert LearningRate(1.0, warmup_steps=10, scheduler="cosine")(99, 1.0) == pytest.approx(0.0)
-    assert LearningRate(1.0, warmup_steps=10)(99, 1.0) == 1.0
+    assert LearningRateSchedule(1.0, warmup_steps=10)(0, 0.0) == pytest.approx(0.1)
+    assert LearningRateSchedule(1.0, warmup_steps=10, scheduler="linear")(50, 0.5) == pytest.approx(
+        0.5
+    )
+    assert LearningRateSchedule(1.0, warmup_steps=10, scheduler="cosine")(99, 1.0) == pytest.approx(
+        0.0
+    )
+    assert LearningRateSchedule(1.0, warmup_steps=10)(99, 1.0) == 1.0
 
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown optimizer `adanw`, did you mean `adamw`"):
         make_optimizer(nn.Linear(2, 2), 1.0, name="adanw")
     with pytest.raises(ValueError, match="unknown lr_scheduler `best`"):
-        LearningRate(1.0, scheduler="best")
+        LearningRateSchedule(1.0, scheduler="best")

@@ -35,7 +35,7 @@ def test_a_trained_model_is_far_better_than_the_baseline(demo: Any, source: Data
     right = compare(demo, source)
     assert right.nearest == "v"
     assert right.loss < 0.5 * right.baseline_loss
-    assert right.problem() is None
+    assert right.find_problem() is None
 
 
 @pytest.mark.parametrize("wrong", ["eps", "x0"])
@@ -43,7 +43,7 @@ def test_what_a_model_really_predicts_is_named(
     demo: Any, source: DatasetSource, wrong: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(demo, "parameterization", wrong)
-    problem = compare(demo, source).problem()
+    problem = compare(demo, source).find_problem()
     assert problem is not None
     assert problem.startswith("the model predicts `v`, but model.params.parameterization says")
 
@@ -53,7 +53,7 @@ def test_a_wrong_scale_of_latents_is_named(
     demo: Any, source: DatasetSource, scale: float, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(demo, "scale_factor", scale)
-    problem = compare(demo, source).problem()
+    problem = compare(demo, source).find_problem()
     assert problem is not None
     assert "scale_factor does not suit this autoencoder" in problem
 

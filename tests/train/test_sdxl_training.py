@@ -246,7 +246,7 @@ def test_a_training_config_of_generative_models_is_run_as_it_stands(
     raw["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
     run = run_of(raw, tmp_path / "run")
     assert isinstance(run.task, Diffusion)
-    assert (run.task.conditioning_dropout_prob, run.task.levels) == (None, LogNormal())
+    assert (run.task.conditioning_dropout_prob, run.task.sigma_distribution) == (None, LogNormal())
     assert run.state.ema.decay == 0
     train(run)
     assert run.state.skipped == 0

@@ -75,7 +75,7 @@ def test_our_recipes_are_read_without_notes(path: Path) -> None:
     assert result.notes == ()
     batches = result.data.batch_size * result.trainer.accumulate_grad_batches
     factor = batches if trainer.get("scale_lr") else 1
-    assert result.learning_rate()[0].lr == pytest.approx(factor * base)
+    assert result.build_learning_rate()[0].lr == pytest.approx(factor * base)
 
 
 def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
@@ -118,13 +118,13 @@ def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
         model: {base_learning_rate: 1e-6}
         data: {params: {batch_size: 4}}
         lightning: {trainer: {accumulate_grad_batches: 2}}"""))  # fmt: skip
-    rate, line = result.learning_rate(16)
+    rate, line = result.build_learning_rate(16)
     assert rate(0, 0.0) == rate(10_000, 0.9) == pytest.approx(1.28e-4)
     assert line == (
         "learning rate 1.28e-04 = 2 (accumulate_grad_batches) x 16 (ranks) x 4 (batch_size) x "
         "1.00e-06 (base_learning_rate)"
     )
-    assert result.change(trainer={"scale_lr": False}).learning_rate(16)[0].lr == 1e-6
+    assert result.change(trainer={"scale_lr": False}).build_learning_rate(16)[0].lr == 1e-6
 
 
 def test_captions_are_dropped_as_the_model_config_says() -> None:
@@ -230,13 +230,13 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
     model = {"base_learning_rate": 1.0, "params": {"scheduler_config": linear()}}
     raw = {"model": model, "data": {"params": {"batch_size": 2}}}
     result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
-    rate, _ = result.learning_rate()
+    rate, _ = result.build_learning_rate()
     assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
     optimizer = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
     ours = read_settings(
         {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
     )
-    assert ours.learning_rate()[0](2, 0.5) == pytest.approx(0.5)
+    assert ours.build_learning_rate()[0](2, 0.5) == pytest.approx(0.5)
     assert any("replaces" in note for note in ours.notes)
 
 
@@ -277,7 +277,7 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
 
 def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
-    assert {*schema.list_fields(schema.Reconstruction)} == keywords - {"model", "losses"}
+    assert {*schema.list_fields(schema.Reconstruction)} == keywords - {"model", "config"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
     given = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
     assert {*schema.list_fields(schema.Denoising)} == keywords - given

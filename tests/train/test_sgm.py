@@ -84,7 +84,7 @@ def test_an_example_of_generative_models_is_understood() -> None:
         "sampler": "euler", "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5,
     }  # fmt: skip
     assert (result.data.batch_size, result.data.num_workers) == (64, 6)
-    rate, _ = result.learning_rate(8)
+    rate, _ = result.build_learning_rate(8)
     assert rate(10_000, 0.0) == pytest.approx(1e-4)  # not scaled
     assert (result.optimizer.name, result.optimizer.options) == ("adamw", {"weight_decay": 1e-2})
     assert result.optimizer.ema_decay == 0
@@ -192,7 +192,7 @@ def test_noise_levels_equal_the_originals() -> None:
 
 def test_noise_levels_are_spread_over_their_distribution() -> None:
     levels = LogNormal(mean=-0.4, std=1.0)
-    t = draw_timesteps(SCHEDULE, 200, torch.Generator().manual_seed(0), levels=levels)
+    t = draw_timesteps(SCHEDULE, 200, torch.Generator().manual_seed(0), sigma_distribution=levels)
     logarithm = SCHEDULE.t_to_sigma(t).log()
     assert logarithm.mean() == pytest.approx(-0.4, abs=0.02)
     assert logarithm.std() == pytest.approx(1.0, abs=0.03)

@@ -53,14 +53,14 @@ def sample_class_images(
     Existing images are kept and counted.
 
     Args:
-        batch_size: images per call of `txt2img`; None = as many pixels as 8 images of 512 x 512.
+        batch_size: images per call of `txt2img`; None = as many pixels as 8 images of 512x512.
     Raises:
         ArgumentError: images are missing, and the model is not text to image.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    existing = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+    existing_count = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
     free_seeds = (seed for seed in itertools.count() if not (folder / f"{seed:05}.png").exists())
-    missing = list(itertools.islice(free_seeds, max(0, count - existing)))
+    missing = list(itertools.islice(free_seeds, max(0, count - existing_count)))
     if not missing:
         return
     family = family_of(model.conditioner)
@@ -71,6 +71,7 @@ def sample_class_images(
         )
     log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
     was_training = model.training
+    # 8 images of 512x512 pixels, whose latents have 64x64.
     batch_size = batch_size or max(1, 8 * 64**2 // math.prod(model.latent_size))
     height, width = (side * model.downscale for side in model.latent_size)
     model.eval()
@@ -86,6 +87,6 @@ def sample_class_images(
                 seeds=seeds,
             )
         for seed, image in zip(seeds, to_pil(images), strict=True):
-            with replace_when_written(folder / f"{seed:05}.png") as part:
-                write_png(part, image, {"prompt": prompt, "seed": seed, "steps": steps})
+            with replace_when_written(folder / f"{seed:05}.png") as temporary:
+                write_png(temporary, image, {"prompt": prompt, "seed": seed, "steps": steps})
     model.train(was_training)

@@ -17,7 +17,8 @@ from ldm.train.batches.store import Entry, Store, digest, digest_weights, fill_f
 
 __all__ = ["CachedContexts", "cache_contexts"]
 
-# Options added to encoders since caches exist, with defaults; left out to keep old caches valid.
+# Options that encoders got since caches exist, with their defaults, which keys leave out so that
+# old caches stay valid.
 LATER_OPTIONS = {
     ("always_return_pooled", False), ("always_return_mask", False), ("legacy", True)
 }  # fmt: skip
@@ -44,7 +45,7 @@ class CachedContexts:
             cond = encoder.condition(texts)
             outputs = {"context": cond.crossattn, "pooled": cond.vector}
             tensors = {k: v.half().cpu() for k, v in outputs.items() if v is not None}
-            return [{k: v[row] for k, v in tensors.items()} for row in range(len(texts))]
+            return [{k: v[index] for k, v in tensors.items()} for index in range(len(texts))]
 
         items = [(self._key(caption), caption) for caption in dict.fromkeys(["", *captions])]
         return self.store.fill(items, encode, batch_size=batch_size, unit="caption")
@@ -55,30 +56,34 @@ class CachedContexts:
 
 def cache_contexts(
     model: LatentDiffusion,
-    images: Iterable[ImageDataset | Shards],
+    datasets: Iterable[ImageDataset | Shards],
     cache: Path,
     *,
     batch_size: int = 64,
 ) -> None:
     """Set each text encoder's cache of outputs for all captions, computing missing ones.
 
+    Args:
+        datasets: data sets with the captions.
+        cache: folder of the cache files.
+        batch_size: captions encoded at once.
     Raises:
         ValueError: the model has no text encoder, or one is trained, or captions are random.
     """
-    encoders, images = model.conditioner.find_all(TextEncoder), list(images)
+    encoders, datasets = model.conditioner.find_all(TextEncoder), list(datasets)
     if not encoders or any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
         raise ValueError("data.params.texts: only contexts of a frozen text encoder can be cached")
     for encoder in encoders:
         contexts = CachedContexts(encoder, cache)
-        for source in images:
-            transform = source.transform
+        for dataset in datasets:
+            transform = dataset.transform
             if not isinstance(transform, PhotoTransform) or transform.tags is not None:
                 message = "data.params.texts: only photos without `tags` have fixed captions"
                 raise ValueError(message)
-            captions = (text for row in source.metadata() for text in get_captions(row))
+            captions = (text for row in dataset.metadata() for text in get_captions(row))
             fill = partial(contexts.fill, encoder, captions, batch_size)
-            if isinstance(source, Shards):
-                fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
+            if isinstance(dataset, Shards):
+                fill_from_shards(contexts.store, dataset, [contexts.encoder_digest], fill)
             else:
                 fill()
         encoder.cache = contexts
@@ -92,11 +97,11 @@ def digest_encoder(encoder: TextEncoder) -> str:
 
 def _plain_options(module: nn.Module) -> dict[str, object]:
     """Return the class of a module, and its attributes with plain values."""
-    plain = (str, int, float, bool, tuple)
+    plain_types = (str, int, float, bool, tuple)
     options = {
         k: v
         for k, v in vars(module).items()
-        if isinstance(v, plain)
+        if isinstance(v, plain_types)
         and k[0] != "_"
         and k not in EncoderOptions.__annotations__
         and (k, v) not in LATER_OPTIONS

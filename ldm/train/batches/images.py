@@ -21,7 +21,7 @@ __all__ = ["fill_vocabulary", "open_images", "warn_of_missing_captions"]
 log = logging.getLogger(__name__)
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
-    kind.NAME: kind for kind in (EmojiTransform, PhotoTransform)
+    transform.NAME: transform for transform in (EmojiTransform, PhotoTransform)
 }
 
 
@@ -42,15 +42,15 @@ def open_images(
     transform = dict(spec["transform"])
     name = transform.pop("name", None)
     check_name("transform", name, TRANSFORMS, where)
-    kind = next(kind for kind in ("root", "hub", "shards") if kind in spec)
+    location = next(key for key in ("root", "hub", "shards") if key in spec)
     try:
         options = {**spec, "transform": TRANSFORMS[name](**transform)}
-        if kind == "shards":
+        if location == "shards":
             return Shards(**options, seed=seed, commands=commands)
         options["seed"] = seed
-        return Folder(**options) if kind == "root" else Hub(**options)
+        return Folder(**options) if location == "root" else Hub(**options)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}.{kind}: {error}") from error
+        raise FileNotFoundError(f"{where}.{location}: {error}") from error
     except TypeError as error:
         raise ValueError(f"{where}: {str(error).replace('.__init__()', '')}") from error
 

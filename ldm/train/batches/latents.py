@@ -45,39 +45,46 @@ class LatentInput(NamedTuple):
 
     Args:
         load: decodes the image; raises UnreadableSample for a damaged file.
-        content: digest of the file.
-        size: (width, height) of the bucket; None without buckets.
+        file_digest: digest of the file's bytes.
+        bucket_size: (width, height) of the bucket; None without buckets.
+        variant: number of the variant, from 0.
     """
 
     load: Callable[[], Image.Image]
-    content: str
-    size: Size | None
+    file_digest: str
+    bucket_size: Size | None
     variant: int
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Latents of some variants of each image, in a store."""
+    """Latents of some variants of each image, in a store.
+
+    Args:
+        model_digest: digest of everything but the image that latents depend on.
+        variants: number of variants of each image.
+        precision: "16" (encoded under bfloat16, stored as float16) or "32".
+    """
 
     store: Store
     transform: Transform
-    model_digest: str  # of everything but the image that latents depend on
-    variants: int  # number per image
-    precision: str  # "16" (encoded under bfloat16, stored as float16) or "32"
+    model_digest: str
+    variants: int
+    precision: str
 
-    def key(self, content: str, size: Size | None, variant: int) -> str:
+    def key(self, file_digest: str, bucket_size: Size | None, variant: int) -> str:
         """Return the key of a latent in the store."""
-        return digest(self.model_digest, content, size, variant)
+        return digest(self.model_digest, file_digest, bucket_size, variant)
 
-    def variant_name(self, content: str, variant: int) -> str:
+    def variant_name(self, file_digest: str, variant: int) -> str:
         """Return the transform's name of a variant, in an order that depends on the image."""
         names = self.transform.variants
         if not names:
             return ""
-        return Random(content).sample(names, len(names))[variant % len(names)]
+        return Random(file_digest).sample(names, len(names))[variant % len(names)]
 
     def sample(
-        self, name: str, content: str, size: Size | None, row: JsonMapping, rng: Random
+        self, name: str, file_digest: str, bucket_size: Size | None, row: JsonMapping, rng: Random
     ) -> Sample:
         """Return {"z", "z_std", "txt", …} of an image in a random variant.
 
@@ -88,23 +95,27 @@ class LatentCache:
             UnreadableSample: the image was damaged, so that there is no latent.
         """
         variant = rng.randrange(self.variants)
-        key = self.key(content, size, variant)
+        key = self.key(file_digest, bucket_size, variant)
         if key not in self.store:
             raise UnreadableSample(name, "its latent could not be computed")
         tensors = {
             name: value.float() if value.is_floating_point() else value
             for name, value in self.store[key].items()
         }
-        fields = self.transform.row_fields(row, rng, self.variant_name(content, variant))
-        is_read = {key: key in tensors or key not in SIZE_KEYS for key in fields}
-        return {**tensors, **{key: value for key, value in fields.items() if is_read[key]}}
+        fields = self.transform.row_fields(row, rng, self.variant_name(file_digest, variant))
+        # Sizes depend on the crop, so that they are cached if the model reads them.
+        fields = {k: v for k, v in fields.items() if k in tensors or k not in SIZE_KEYS}
+        return {**tensors, **fields}
 
     def inputs(
-        self, load: Callable[[], Image.Image], content: str, size: Size | None
+        self, load: Callable[[], Image.Image], file_digest: str, bucket_size: Size | None
     ) -> Iterator[tuple[str, LatentInput]]:
         """Yield (key, input) of all variants of an image."""
         for variant in range(self.variants):
-            yield self.key(content, size, variant), LatentInput(load, content, size, variant)
+            yield (
+                self.key(file_digest, bucket_size, variant),
+                LatentInput(load, file_digest, bucket_size, variant),
+            )
 
     def fill(
         self, inputs: Iterable[tuple[str, LatentInput]], model: LatentDiffusion, batch_size: int
@@ -116,24 +127,29 @@ class LatentCache:
             def encode(batch: Sequence[LatentInput]) -> Iterator[Entry | None]:
                 samples = list(pool.map(self._transform_image, batch))
                 readable = [sample for sample in samples if sample is not None]
-                # What `prepare` draws depends on the batch, not on when it is computed.
-                key = self.key(batch[0].content, batch[0].size, batch[0].variant)
+                # What `prepare` draws is to depend on the batch, not on when it is computed.
+                _, file_digest, bucket_size, variant = batch[0]
+                key = self.key(file_digest, bucket_size, variant)
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
                 entries = iter(_encode(model, readable, self.precision, generator))
                 return (None if sample is None else next(entries) for sample in samples)
 
             return self.store.fill(
-                inputs, encode, batch_size=batch_size, group=lambda one: one.size
+                inputs,
+                encode,
+                batch_size=batch_size,
+                group=lambda latent_input: latent_input.bucket_size,
             )
 
-    def _transform_image(self, one: LatentInput) -> dict[str, Tensor] | None:
+    def _transform_image(self, latent_input: LatentInput) -> dict[str, Tensor] | None:
         """Return a sample without caption; None for a damaged file."""
+        load, file_digest, _, variant = latent_input
         try:
-            image = one.load()
+            image = load()
         except UnreadableSample:  # reported when the sample is read
             return None
-        rng = Random(f"{one.content} {one.variant}")
-        return self.transform.image_fields(image, rng, self.variant_name(one.content, one.variant))
+        rng = Random(f"{file_digest} {variant}")
+        return self.transform.image_fields(image, rng, self.variant_name(file_digest, variant))
 
 
 class LatentDataset(SampleDataset):
@@ -153,19 +169,18 @@ class LatentDataset(SampleDataset):
         epoch, index = key
         rng = Random(f"{self.dataset.seed} {epoch} {index}")
         row, name = self.dataset.row(index), self.dataset.name(index)
-        return self.cache.sample(name, self.digests[index], self._size(index), row, rng)
+        return self.cache.sample(name, self.digests[index], self._bucket_size(index), row, rng)
 
     def names(self) -> Iterator[str]:
         return self.dataset.names()
 
     def missing_inputs(self) -> Iterator[tuple[str, LatentInput]]:
         """Yield the inputs of all latents that are not in the cache."""
-        for index, content in enumerate(self.digests):
-            if content:
+        for index, file_digest in enumerate(self.digests):
+            if file_digest:
                 load = partial(self._load_image, index)
-                for key, one in self.cache.inputs(load, content, self._size(index)):
-                    if key not in self.cache.store:
-                        yield key, one
+                inputs = self.cache.inputs(load, file_digest, self._bucket_size(index))
+                yield from (item for item in inputs if item[0] not in self.cache.store)
 
     def _digest(self, index: int) -> str:
         """Return the digest of the file of a sample, "" if it cannot be read."""
@@ -174,7 +189,7 @@ class LatentDataset(SampleDataset):
         except OSError:
             return ""
 
-    def _size(self, index: int) -> Size | None:
+    def _bucket_size(self, index: int) -> Size | None:
         buckets = self.cache.transform.buckets
         if self.bucket_ids is None or buckets is None:
             return None
@@ -215,9 +230,9 @@ def cache_latents(
     if isinstance(images, Shards):
         inputs = _iter_shard_inputs(images, latents)
         sizes = None if transform.buckets is None else transform.buckets.sizes
-        facts = (latents.model_digest, latents.variants, sizes)
+        dependencies = (latents.model_digest, latents.variants, sizes)
         fill = partial(latents.fill, inputs, model, batch_size)
-        fill_from_shards(latents.store, images, facts, fill)
+        fill_from_shards(latents.store, images, dependencies, fill)
         return images.with_samples(partial(_make_shard_sample, latents, images))
     dataset = LatentDataset(images, latents)
     latents.fill(list(dataset.missing_inputs()), model, batch_size)
@@ -228,8 +243,9 @@ def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str
     """Yield (key, input) of all variants of the samples in shards."""
     for raw in shards.raw_samples():
         with suppress(ValueError):  # reported when the sample is read
-            content = digest(find_image(raw)[1])
-            yield from cache.inputs(partial(_decode_image, raw), content, shards.bucket_size(raw))
+            file_digest = digest(find_image(raw)[1])
+            load = partial(_decode_image, raw)
+            yield from cache.inputs(load, file_digest, shards.bucket_size(raw))
 
 
 def _decode_image(raw: RawSample) -> Image.Image:
@@ -243,10 +259,10 @@ def _decode_image(raw: RawSample) -> Image.Image:
 def _make_shard_sample(cache: LatentCache, shards: Shards, raw: RawSample, rng: Random) -> Sample:
     name = get_name(raw)
     try:
-        content, row = digest(find_image(raw)[1]), parse_metadata(raw)
+        file_digest, row = digest(find_image(raw)[1]), parse_metadata(raw)
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
-    return cache.sample(name, content, shards.bucket_size(raw), row, rng)
+    return cache.sample(name, file_digest, shards.bucket_size(raw), row, rng)
 
 
 @torch.inference_mode()
@@ -270,9 +286,9 @@ def _encode(
         if names:
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
     tensors = {"z": z, "z_std": z_std, **{name: batch[name] for name in names}}
-    rows = {name: value.to("cpu", PRECISIONS[precision]) for name, value in tensors.items()}
-    rows |= {name: batch[name].cpu() for name in _size_keys(model)}
-    return [{name: value[row] for name, value in rows.items()} for row in range(len(samples))]
+    tensors = {name: value.to("cpu", PRECISIONS[precision]) for name, value in tensors.items()}
+    tensors |= {name: batch[name].cpu() for name in _size_keys(model)}
+    return [{name: v[index] for name, v in tensors.items()} for index in range(len(samples))]
 
 
 def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -> str:
@@ -283,9 +299,17 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
     weights = digest_weights(*modules)
     name, options = transform.cache_key()
-    facts = [VERSION, name, options, weights, model.scale_factor, precision, *_size_keys(model)]
+    dependencies = [
+        VERSION,
+        name,
+        options,
+        weights,
+        model.scale_factor,
+        precision,
+        *_size_keys(model),
+    ]
     normalization = (model.latent_mean, model.latent_std)
-    return digest(*facts, *(value.tolist() for value in normalization if value is not None))
+    return digest(*dependencies, *(value.tolist() for value in normalization if value is not None))
 
 
 def _size_keys(model: LatentDiffusion) -> list[str]:

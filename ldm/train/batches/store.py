@@ -2,7 +2,7 @@
 
     DIR/latents-3f2a….pt    {"keys": [key, …], "z": (n, C, h, w), …}    up to PER_FILE of one shape
 
-So entries never become outdated: any change leads to another key. Files are written atomically, and
+So no entry is ever out of date: any change leads to another key. Files are written atomically, and
 an interrupted `fill` continues where it stopped.
 """
 
@@ -38,7 +38,7 @@ class Store:
         self.folder = Path(folder)
         self.prefix = prefix
         self._files: dict[Path, dict[str, Tensor]] = {}  # memory-mapped
-        self._entries: dict[str, tuple[Path, int]] = {}  # key -> (file, row)
+        self._entries: dict[str, tuple[Path, int]] = {}  # key -> (file, index in its tensors)
         for path in sorted(self.folder.glob(f"{prefix}-*.pt")):
             self._open(path)
 
@@ -48,9 +48,9 @@ class Store:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, key: str) -> dict[str, Tensor]:
-        path, row = self._entries[key]
-        return {name: values[row] for name, values in self._files[path].items()}
+    def __getitem__(self, key: str) -> Entry:
+        path, index = self._entries[key]
+        return {name: values[index] for name, values in self._files[path].items()}
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
         return Store, (self.folder, self.prefix)  # other processes map the files themselves
@@ -72,8 +72,7 @@ class Store:
         """Compute and write the missing entries; return the number that could not be computed.
 
         Args:
-            items: pairs of key and input. An iterator is read once, keeping only incomplete batches
-                in memory.
+            items: pairs of key and input. Of an iterator, only incomplete batches are in memory.
             compute: up to `batch_size` inputs of one group -> the entry of each, or None if it
                 fails.
             group: input -> group; entries of a group have the same shapes.
@@ -93,8 +92,8 @@ class Store:
         ) as bar:
             missing = self._select_missing(items)
             for batch in _batches(missing, batch_size, lambda item: group(item[1])):
-                one_group = group(batch[0][1])
-                entries = pending.setdefault(one_group, [])
+                batch_group = group(batch[0][1])
+                entries = pending.setdefault(batch_group, [])
                 computed = compute([value for _, value in batch])
                 for (key, _), entry in zip(batch, computed, strict=True):
                     if entry is None:
@@ -102,7 +101,7 @@ class Store:
                     else:
                         entries.append((key, entry))
                 if len(entries) >= PER_FILE:
-                    self._write(pending.pop(one_group))
+                    self._write(pending.pop(batch_group))
                 elif sum(map(len, pending.values())) >= MAX_PENDING * PER_FILE:
                     self._write_all(pending)
                 bar.update(len(batch))
@@ -128,8 +127,8 @@ class Store:
         names = entries[0][1]
         tensors = {name: torch.stack([entry[name] for _, entry in entries]) for name in names}
         path = self.folder / f"{self.prefix}-{digest(keys)[:16]}.pt"
-        with replace_when_written(path, sync=True) as part:
-            torch.save({"keys": keys, **tensors}, part)
+        with replace_when_written(path, sync=True) as temporary:
+            torch.save({"keys": keys, **tensors}, temporary)
         self._open(path)
 
     def _open(self, path: Path) -> None:
@@ -140,21 +139,21 @@ class Store:
             return
         if "keys" in content:  # files of older versions have none
             self._files[path] = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-            self._entries |= {key: (path, row) for row, key in enumerate(content["keys"])}
+            self._entries |= {key: (path, k) for k, key in enumerate(content["keys"])}
 
 
 def fill_from_shards(
-    store: Store, shards: Shards, facts: Sequence[object], fill: Callable[[], int]
+    store: Store, shards: Shards, dependencies: Sequence[object], fill: Callable[[], int]
 ) -> None:
-    """Fill a store from shards, unless that was done for the same shards and facts.
+    """Fill a store from shards, unless that was done for the same shards and dependencies.
 
     Args:
-        facts: everything but the shards that entries depend on.
+        dependencies: everything but the shards that entries depend on.
         fill: reads the shards; returns the number of entries that could not be computed.
     """
     states = [(url, _stat_file(url)) for url in shards.urls]
-    facts_digest = digest(*facts, sorted(shards.limits.items()), states)
-    path = store.folder / f"shards-{facts_digest[:16]}.json"
+    fill_digest = digest(*dependencies, sorted(shards.limits.items()), states)
+    path = store.folder / f"shards-{fill_digest[:16]}.json"
     summary = None
     if all(state is not None for _, state in states):
         summary = _read_summary(path, store.files)
@@ -184,15 +183,17 @@ def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
         return None
 
 
-def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> Iterator[list[T]]:
+def _batches(
+    items: Iterable[T], batch_size: int, group: Callable[[T], Hashable]
+) -> Iterator[list[T]]:
     """Yield batches of one group each, as soon as they are full; incomplete ones at the end."""
-    waiting: dict[Hashable, list[T]] = {}
+    incomplete: dict[Hashable, list[T]] = {}
     for item in items:
-        batch = waiting.setdefault(group(item), [])
+        batch = incomplete.setdefault(group(item), [])
         batch.append(item)
-        if len(batch) == size:
-            yield waiting.pop(group(item))
-    yield from waiting.values()
+        if len(batch) == batch_size:
+            yield incomplete.pop(group(item))
+    yield from incomplete.values()
 
 
 def digest(*values: Any) -> str:

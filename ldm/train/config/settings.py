@@ -28,7 +28,7 @@ from ldm.train.config.schema import (
     Trainer,
     validate,
 )  # fmt: skip
-from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRate
+from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
 __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
@@ -112,8 +112,8 @@ class Settings:
             changes[section][f"{key}_steps"] = min(count, limit) if limit else count
         return self.change(**changes)
 
-    def learning_rate(self, world_size: int = 1) -> tuple[LearningRate, str]:
-        """Return the learning rate of the run, and a line that explains it.
+    def build_learning_rate(self, world_size: int = 1) -> tuple[LearningRateSchedule, str]:
+        """Return the learning rate schedule of the run, and a line that explains its peak.
 
         Raises:
             ValueError: the config has no `base_learning_rate`.
@@ -128,7 +128,7 @@ class Settings:
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
                 f"(ranks) x {batch_size} (batch_size) x {base:.2e} (base_learning_rate)"
             )
-        return _build_learning_rate(self.optimizer, lr), line
+        return _build_schedule(self.optimizer, lr), line
 
     def to_config(self) -> JsonObject:
         """Return the whole config, with defaults of all keys of `lightning:`."""
@@ -237,13 +237,13 @@ def _read_optimizer(values: JsonMapping) -> Optimizer:
         also=common_keys,
     )
     try:
-        _build_learning_rate(optimizer, 1.0)
+        _build_schedule(optimizer, 1.0)
     except (TypeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{SCHEDULER_CONFIG_KEY}: its numbers cannot be used: {error}") from error
     return optimizer.model_copy(update={"options": options})
 
 
-def _build_learning_rate(optimizer: Optimizer, lr: float) -> LearningRate:
-    return LearningRate(
+def _build_schedule(optimizer: Optimizer, lr: float) -> LearningRateSchedule:
+    return LearningRateSchedule(
         lr, optimizer.lr_warmup_steps, optimizer.lr_scheduler, optimizer.scheduler_config
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ldm.conditioning import Conditioner
 from ldm.evaluation.load import find_clip, load_extractor, load_judge
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.score import ImageSet, compute_scores, list_images, read_features
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Scores a run. All files are opened in advance, so that a wrong one ends the run early.
+    """Scores a run; all files are opened in advance, so that a wrong one ends the run early.
 
     Raises:
         ConfigError: the model is not text to image.
@@ -41,14 +40,15 @@ class Evaluator:
     def __init__(self, run: Run, options: Evaluation) -> None:
         self.run = run
         self.options = options
-        if not isinstance(run.model, LatentDiffusion) or not _reads_text(run.model.conditioner):
+        model = run.model
+        if not isinstance(model, LatentDiffusion) or family_of(model.conditioner) != "text":
             raise ConfigError(f"{WHERE}: only {FAMILIES['text'].title} can be evaluated")
         sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
         self.prompts = [source.text for source in sources]
         self.reference: ImageSet | None = None
         self.extractor = None
         if options.reference is not None:
-            side = run.model.image_size * run.model.downscale
+            side = model.image_size * model.downscale
             self.reference = ImageSet("reference", list_images(options.reference), side=side)
             self.extractor = load_extractor(options.inception, options.resize, run.device)
         clip = find_clip(options.clip)
@@ -77,7 +77,7 @@ class Evaluator:
         run, model = self.run, self.run.model
         assert isinstance(model, LatentDiffusion)
         sampling: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling, "scale": scale}
-        features, values = [], []
+        features, prompt_scores = [], []
         for start in range(0, len(self.prompts), run.batch_size):
             prompts = self.prompts[start : start + run.batch_size]
             # An image depends on its number alone, not on the batch size.
@@ -87,15 +87,13 @@ class Evaluator:
             if self.extractor is not None:
                 features.append(self.extractor.features(images))
             if self.judge is not None:
-                values.append(self.judge.scores(images, prompts))
-        real = None
+                prompt_scores.append(self.judge.scores(images, prompts))
+        reference_features = None
         if self.extractor is not None and self.reference is not None:
-            real = read_features(self.reference, self.extractor, "Reference")
+            reference_features = read_features(self.reference, self.extractor, "Reference")
         estimates = compute_scores(
-            torch.cat(features) if features else None, real, torch.cat(values) if values else None
+            torch.cat(features) if features else None,
+            reference_features,
+            torch.cat(prompt_scores) if prompt_scores else None,
         )
         return {name: estimate.value for name, estimate in estimates.items()}
-
-
-def _reads_text(conditioner: Conditioner) -> bool:
-    return family_of(conditioner) == "text"

@@ -26,7 +26,7 @@ __all__ = ["CsvLogger", "Loggers", "Progress", "read_table"]
 
 log = logging.getLogger(__name__)
 
-# Shown in the progress bar.
+# Numbers in the progress bar, with their formats.
 FORMATS = {
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
@@ -38,10 +38,10 @@ FORMATS = {
 class Logger:
     """Base of the loggers of scalars and images; its methods do nothing."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by name."""
 
-    def image(self, step: int, name: str, path: Path) -> None:
+    def log_image(self, step: int, name: str, path: Path) -> None:
         """Log a PNG."""
 
     def close(self) -> None:
@@ -54,8 +54,8 @@ class Loggers(Logger):
     Args:
         names: "csv", "tensorboard", "wandb"; () on all processes but the first.
         start: step that the run resumes from; later entries are dropped, as they are logged again.
-        wandb: keywords of `wandb.init` (project, name, …).
-        config: config of the run, for wandb.
+        wandb: keywords of `wandb.init` (project, name, …); None = none.
+        config: config of the run, for wandb; None = none.
     Raises:
         ImportError: wandb is selected and not installed.
     """
@@ -81,13 +81,13 @@ class Loggers(Logger):
                 hint = "pip install 'ldm-revived[train]'"
                 log.info("no log for TensorBoard, the package is not installed\nhint: %s", hint)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for logger in self.loggers if values else ():
-            logger.scalars(step, values)
+            logger.log_scalars(step, values)
 
-    def image(self, step: int, name: str, path: Path) -> None:
+    def log_image(self, step: int, name: str, path: Path) -> None:
         for logger in self.loggers:
-            logger.image(step, name, path)
+            logger.log_image(step, name, path)
 
     def close(self) -> None:
         for logger in self.loggers:
@@ -101,7 +101,7 @@ class CsvLogger(Logger):
         self.path = path
         self.columns, _ = read_table(path, until=start)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": str(step), **{key: f"{value:.6g}" for key, value in values.items()}}
         new = [key for key in row if key not in self.columns]
         if new:
@@ -121,12 +121,12 @@ class TensorBoardLogger(Logger):
 
         self.writer = SummaryWriter(str(folder), purge_step=start + 1)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def image(self, step: int, name: str, path: Path) -> None:
+    def log_image(self, step: int, name: str, path: Path) -> None:
         image = pixels.to_tensor(reading.load_image(path))[0]  # (3, H, W) in [-1, 1]
         self.writer.add_image(name, (image + 1) / 2, step)
         self.writer.flush()
@@ -150,10 +150,10 @@ class WandbLogger(Logger):
         self.wandb: Any = wandb
         self.run: Any = wandb.init(dir=str(folder), config=dict(config), **defaults | dict(options))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
-    def image(self, step: int, name: str, path: Path) -> None:
+    def log_image(self, step: int, name: str, path: Path) -> None:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
@@ -166,8 +166,8 @@ class Progress:
     Args:
         start: step that the run resumes from.
         steps: number of steps of the whole run; None = unknown, as it ends by time.
-        every: interval of logging, in steps; until then losses stay on their device, so that the
-            CPU need not wait for a GPU.
+        every: interval of logging, in steps; between, losses stay on their device, so that the CPU
+            does not wait for a GPU.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Progress:
         )
         self._reset()
 
-    def __call__(self, step: int, losses: Mapping[str, Tensor], lr: float, images: int) -> None:
+    def update(self, step: int, losses: Mapping[str, Tensor], lr: float, images: int) -> None:
         """Count a step.
 
         Args:
@@ -209,15 +209,15 @@ class Progress:
         self.steps += 1
         if step % self.every and step != self.bar.total:
             return
-        row = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
-        row |= {
+        means = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
+        means |= {
             "lr": lr,
-            "images_per_second": self.images / (time.monotonic() - self.since),
+            "images_per_second": self.images / (time.monotonic() - self.start_time),
             "memory_gib": _peak_memory_gib(self.device),
         }
-        line = [text.format(row[name]) for name, text in FORMATS.items() if name in row]
+        line = [text.format(means[name]) for name, text in FORMATS.items() if name in means]
         self.bar.set_postfix_str(", ".join(line), refresh=False)
-        self.loggers.scalars(step, row)
+        self.loggers.log_scalars(step, means)
         self._reset()
 
     def close(self) -> None:
@@ -227,30 +227,33 @@ class Progress:
         self.sums: dict[str, Tensor] = {}
         self.images = 0
         self.steps = 0
-        self.since = time.monotonic()
+        self.start_time = time.monotonic()
 
 
 def _peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory of the GPU, else of this process; NaN if unknown."""
+    """Return the peak memory of the GPU, or of this process on a CPU; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource
     except ImportError:  # Windows
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes; the number is in KiB but for macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
-    """Read columns and rows of a table, if it exists; delete rows after step `until`."""
+    """Read columns and rows of a table, (["step"], []) if it does not exist.
+
+    Args:
+        until: rows of later steps are deleted in the file; None = none.
+    """
     if not path.exists():
         return ["step"], []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
-        rows = [
-            row for row in reader if (row.get("step") or "").isdigit()
-        ]  # a crash may truncate rows
+        # A crash may truncate rows.
+        rows = [row for row in reader if (row.get("step") or "").isdigit()]
         columns = list(reader.fieldnames or ["step"])
     earlier = [row for row in rows if until is None or int(row["step"]) <= until]
     if len(earlier) < len(rows):
@@ -260,7 +263,10 @@ def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_when_written(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with (
+        replace_when_written(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

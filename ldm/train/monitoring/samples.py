@@ -53,8 +53,8 @@ def draw_samples(run: Run) -> list[Path]:
     for split, source in sources.items():
         samples = source.fixed_samples(options.images)
         if options.prompts and split == "train" and isinstance(run.model, LatentDiffusion):
-            for index, one in enumerate(samples):
-                one["txt"] = options.prompts[index % len(options.prompts)]
+            for index, item in enumerate(samples):
+                item["txt"] = options.prompts[index % len(options.prompts)]
         grids = []
         for is_ema in (True, False) if run.state.ema.decay else (False,):
             label = "EMA weights" if is_ema else "raw weights"
@@ -68,7 +68,7 @@ def draw_samples(run: Run) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _label_grids(grids).save(path)
             if "txt" in samples[0]:
-                texts = [f"{one['txt']}\n" for one in samples]
+                texts = [f"{item['txt']}\n" for item in samples]
                 path.with_suffix(".txt").write_text("".join(texts), "utf-8")
             paths.append(path)
     return paths
@@ -76,29 +76,37 @@ def draw_samples(run: Run) -> list[Path]:
 
 def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
     """Sample a grid, in batches of the training's size, which fit into memory."""
-    model, n, size = run.model, len(samples), run.batch_size
-    image = torch.stack([one["jpg"] for one in samples])  # (n, 3, H, W)
-    starts = range(0, n, size)
+    model, n, batch_size = run.model, len(samples), run.batch_size
+    images = torch.stack([item["jpg"] for item in samples])  # (n, 3, H, W)
+    starts = range(0, n, batch_size)
     if not isinstance(model, LatentDiffusion):
-        batches = [image[k : k + size].to(run.device) for k in starts]
+        batches = [images[k : k + batch_size].to(run.device) for k in starts]
         decoded = [model.decode(model.encode(x).mode()).cpu() for x in batches]
-        return pixels.make_grid(pixels.to_pil(torch.cat([image, *decoded])), columns=n)
+        return pixels.make_grid(pixels.to_pil(torch.cat([images, *decoded])), columns=n)
     columns = max(1, round(n**0.5))
-    drawn = torch.cat([sample_images(run, model, samples[k : k + size], k) for k in starts])
+    sampled = [sample_images(run, model, samples[k : k + batch_size], k) for k in starts]
+    cells = torch.cat(sampled)
     if _shows_images(run, model):
-        columns, drawn = 2 * columns, torch.stack([image, drawn], 1).flatten(0, 1)
-    return pixels.make_grid(pixels.to_pil(drawn), columns)
+        columns, cells = 2 * columns, torch.stack([images, cells], 1).flatten(0, 1)
+    return pixels.make_grid(pixels.to_pil(cells), columns)
 
 
 def sample_images(
     run: Run, model: LatentDiffusion, samples: Sequence[Sample], seed: int = 0
 ) -> Tensor:
-    """Sample images (n, 3, H, W) in [-1, 1] on the CPU, conditioned on samples of the data."""
+    """Sample images (n, 3, H, W) in [-1, 1] on the CPU, conditioned on samples of the data.
+
+    Args:
+        seed: of the first image; the next ones count on.
+    """
     batch = collate(list(samples))
     height, width = batch["jpg"].shape[-2:]
     latent_size = (height // model.downscale, width // model.downscale)
     batch = model.prepare(to_device(batch, model.device), latent_size)
-    cond, uncond = model.condition(batch), model.condition(batch, _unconditional_drop(run, model))
+    cond, uncond = (
+        model.condition(batch),
+        model.condition(batch, _unconditional_dropout(run, model)),
+    )
     options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
     if run.timesteps is not None:  # start at the highest noise level that is trained
         strength = run.timesteps[1] / len(model.schedule)
@@ -116,7 +124,8 @@ def _shows_images(run: Run, model: LatentDiffusion) -> bool:
     return run.timesteps is not None or bool(model.conditioner.keys - TEXT_AND_NUMBERS)
 
 
-def _unconditional_drop(run: Run, model: LatentDiffusion) -> Drop:
+def _unconditional_dropout(run: Run, model: LatentDiffusion) -> Drop:
+    """Return the probabilities of dropping conditions that make the unconditional ones."""
     objective: JsonMapping = {**run.settings.objective}
     if ZERO_SIZES in objective.get("legacy", ()):
         return dict.fromkeys(model.conditioner.keys, 1.0)
@@ -127,11 +136,13 @@ def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Stack grids, each below its label."""
     font = ImageFont.load_default(size=12)
     width = max(max(grid.width, int(font.getlength(text)) + 8) for text, grid in grids)
-    sheet = Image.new("RGB", (width, sum(grid.height + LABEL_HEIGHT for _, grid in grids)), "white")
-    pen = ImageDraw.Draw(sheet)
+    stacked = Image.new(
+        "RGB", (width, sum(grid.height + LABEL_HEIGHT for _, grid in grids)), "white"
+    )
+    draw = ImageDraw.Draw(stacked)
     top = 0
     for label, grid in grids:
-        pen.text((4, top + 2), label, "black", font)
-        sheet.paste(grid, (0, top + LABEL_HEIGHT))
+        draw.text((4, top + 2), label, "black", font)
+        stacked.paste(grid, (0, top + LABEL_HEIGHT))
         top += grid.height + LABEL_HEIGHT
-    return sheet
+    return stacked

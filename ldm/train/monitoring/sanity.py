@@ -38,21 +38,27 @@ HINT = "\nhint: lightning.trainer.sanity=false skips this check"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of a model and of the baseline on one batch."""
+    """Losses of a model and of the baseline on one batch.
 
-    parameterization: str  # of the config
+    Args:
+        parameterization: that of the config.
+        ratios: loss / baseline loss, as if the model predicted eps, v or x0.
+        std: standard deviation of the latents.
+    """
+
+    parameterization: str
     loss: float
     baseline_loss: float
-    ratios: Mapping[str, float]  # loss / baseline loss, as if the model predicted eps, v, x0
-    std: float  # standard deviation of the latents
+    ratios: Mapping[str, float]
+    std: float
 
     @property
     def nearest(self) -> str:
         """The parameterization that the prediction fits best."""
         return min(self.ratios, key=lambda name: self.ratios[name])
 
-    def problem(self) -> str | None:
-        """Return a one-line description of the problem; None if there is none."""
+    def find_problem(self) -> str | None:
+        """Return a description of the problem in one line; None if there is none."""
         numbers = (
             f"(loss {self.loss:.3f}, baseline {self.baseline_loss:.3f}, latents with std "
             f"{self.std:.2f})"
@@ -84,13 +90,13 @@ def check_initial_weights(
     Args:
         samples: samples of the training data with images ("jpg") of one size.
         batch_size: samples that fit into memory.
-        timesteps: see `Diffusion`.
+        timesteps: range [first, end) of timesteps; None = all.
     Raises:
         ValueError: the weights do not fit the config; the message says what may be wrong.
     """
     with eval_mode(model):
         if isinstance(model, AutoencoderKL):
-            image = torch.stack([one["jpg"] for one in samples[:batch_size]])
+            image = torch.stack([sample["jpg"] for sample in samples[:batch_size]])
             problem = find_autoencoder_problem(model, image)
         else:
             generator = torch.Generator().manual_seed(seed)
@@ -103,7 +109,7 @@ def check_initial_weights(
                 result.loss,
                 result.baseline_loss,
             )
-            problem = result.problem()
+            problem = result.find_problem()
     if problem:
         raise ValueError(problem + HINT)
 
@@ -117,7 +123,11 @@ def compare_with_baseline(
     batch_size: int = SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> Comparison:
-    """Compare losses of a model and of the baseline, on noisy latents of some samples."""
+    """Compare losses of a model and of the baseline, on noisy latents of some samples.
+
+    Args:
+        timesteps: range [first, end) of timesteps; None = all.
+    """
     t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
@@ -128,15 +138,16 @@ def compare_with_baseline(
     z, noise, prediction = (torch.cat(values) for values in zip(*outputs, strict=True))
     losses: dict[str, float] = {}
     baselines: dict[str, float] = {}
-    # Its scale is irrelevant: the best multiple is fitted.
+    # The noisy latents, but for a scale, which the baseline fits.
     x = z + model.schedule.t_to_sigma(t).to(z).view(-1, 1, 1, 1) * noise
-    own = model.parameterization
-    for name in (own,) if own == "edm" else (p for p in PARAMETERIZATIONS if p != "edm"):
+    configured = model.parameterization
+    names = ["edm"] if configured == "edm" else [p for p in PARAMETERIZATIONS if p != "edm"]
+    for name in names:
         target = replace(model.denoiser, parameterization=name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
         baselines[name] = float(_baseline_loss(x, target))
     ratios = {name: losses[name] / baselines[name] for name in losses}
-    return Comparison(own, losses[own], baselines[own], ratios, float(z.std()))
+    return Comparison(configured, losses[configured], baselines[configured], ratios, float(z.std()))
 
 
 def _predict(

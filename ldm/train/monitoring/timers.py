@@ -5,15 +5,17 @@ import time
 from collections import deque
 from statistics import median
 
-__all__ = ["Every", "StepTimer"]
+__all__ = ["Interval", "StepTimer"]
 
 
-class Every:
-    """Returns True when an action is due.
+class Interval:
+    """Tells, at each step, whether an action is due.
 
     Args:
-        minutes, steps: intervals; None or 0 = never.
-        early: whether also at steps 1, 2, 4, 8 …."""
+        minutes: interval; None or 0 = never.
+        steps: interval; None or 0 = never.
+        early: whether the action is also due at steps 1, 2, 4, 8 ….
+    """
 
     def __init__(
         self, *, minutes: float | None = None, steps: float | None = None, early: bool = False
@@ -21,14 +23,14 @@ class Every:
         self.minutes = minutes or math.inf
         self.steps = steps
         self.early = early
-        self.last = time.monotonic()
+        self.last_time = time.monotonic()
 
-    def __call__(self, step: int) -> bool:
-        is_time = time.monotonic() - self.last >= 60 * self.minutes
-        is_early = self.early and step & (step - 1) == 0
+    def is_due(self, step: int) -> bool:
+        is_time = time.monotonic() - self.last_time >= 60 * self.minutes
+        is_early = self.early and step & (step - 1) == 0  # a power of two
         is_step = self.steps is not None and self.steps > 0 and step % self.steps == 0
         if is_time or is_early or is_step:
-            self.last = time.monotonic()
+            self.last_time = time.monotonic()
         return is_time or is_early or is_step
 
 
@@ -51,7 +53,7 @@ class StepTimer:
     def stop(self) -> float:
         """Return the seconds since `start` or the last `stop`."""
         seconds = time.monotonic() - self.began
-        usual = median(self.durations) if len(self.durations) >= 5 else math.inf
+        typical = median(self.durations) if len(self.durations) >= 5 else math.inf
         self.durations.append(seconds)
         self.start()
-        return min(seconds, self.MAX_RATIO * usual)
+        return min(seconds, self.MAX_RATIO * typical)

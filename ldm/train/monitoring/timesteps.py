@@ -26,7 +26,8 @@ class TimestepLog:
     """Running means of the loss in bins of timesteps; each `write` halves the weight of the past.
 
     Args:
-        timesteps: length of the noise schedule.
+        timesteps: number of timesteps of the noise schedule.
+        bins: number of bins that they are divided into.
         start: step that the run resumes from.
     """
 
@@ -104,14 +105,14 @@ class TimestepLog:
         steps = sorted(self.curves)[-MAX_CURVES:]
         middles = torch.tensor([sum(self._timestep_range(k)) / 2 for k in range(self.bins)])
         for index, step in enumerate(steps):
-            age = (index + 1) / len(steps)
+            recency = (index + 1) / len(steps)  # 1: the last step
             is_last = step == steps[-1]
             finite = self.curves[step].isfinite()
             axes.plot(
                 middles[finite],
                 self.curves[step][finite],
                 marker=".",
-                color=(0.1, 0.3, 0.7, 0.15 + 0.85 * age**2),
+                color=(0.1, 0.3, 0.7, 0.15 + 0.85 * recency**2),
                 linewidth=2 if is_last else 1,
                 label=f"step {step}" if is_last or index == 0 else None,
             )

@@ -48,15 +48,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
     It does not use `inference_mode`, as gathered weights of sharded models serve training again.
     """
-    training = [part for part in module.modules() if part.training]
+    training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         reshard(module)
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:

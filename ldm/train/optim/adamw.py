@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 __all__ = ["AdamW"]
 
-REGISTER = 32  # elements that the widest vector register holds
+REGISTER = 32  # a multiple of the elements that a vector register holds
 
 
 class AdamW(torch.optim.AdamW):
@@ -28,24 +28,25 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            rows: list[list[Tensor]] = []  # (weight, gradient, mean, mean square, step) each
+            # Arguments of the kernel: (weight, gradient, mean, mean square, step) each.
+            updates: list[list[Tensor]] = []
             padded: list[tuple[Tensor, Tensor]] = []  # (remainder, its padded copy)
             for tensors in self._tensors_with_gradients(group):
                 if _fits_kernel(*tensors[:2]):
-                    rows.append(tensors)
+                    updates.append(tensors)
                     continue
                 *elementwise, step = tensors
                 flat = [_flatten(x, like=tensors[0]) for x in elementwise]
-                end = flat[0].numel() // REGISTER * REGISTER
+                end = flat[0].numel() // REGISTER * REGISTER  # of what fills registers
                 if end:
-                    rows.append([*(x[:end] for x in flat), step])
-                    step = step.clone()  # the kernel increments the step once per row
+                    updates.append([*(x[:end] for x in flat), step])
+                    step = step.clone()  # the kernel increments the step once per update
                 if end < flat[0].numel():
                     copies = [F.pad(x[end:], (0, REGISTER - len(x[end:]))) for x in flat]
-                    rows.append([*copies, step])
+                    updates.append([*copies, step])
                     padded += [(x[end:], copy) for x, copy in zip(flat, copies, strict=True)]
-            if rows:
-                weights, gradients, means, squares, steps = map(list, zip(*rows, strict=True))
+            if updates:
+                weights, gradients, means, squares, steps = map(list, zip(*updates, strict=True))
                 adamw(
                     weights,
                     gradients,
@@ -79,7 +80,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def _fits_kernel(weight: Tensor, gradient: Tensor) -> bool:
-    """Return whether the kernel needs no padding, as both have full registers and one order."""
+    """Return whether the kernel needs no padding: registers are full, and the layouts equal."""
     is_whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER == 0
     return is_whole and weight.stride() == gradient.stride()
 

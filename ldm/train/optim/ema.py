@@ -15,9 +15,9 @@ class EMA:
     """shadow = decay shadow + (1 - decay) weights, over the trainable parameters of a module.
 
     Args:
+        module: its trainable parameters are averaged, which may be sharded.
         decay: after n updates, the smaller one of this and (1 + n) / (10 + n) is used.
-        device: device of the EMA; None = that of the weights. That of sharded weights is sharded in
-            the same way.
+        device: device of the EMA; None = that of the weights.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         """Update the EMA by the weights of `module`."""
         self.updates += 1
-        # The warm-up is the original's: without it, initial weights would stay in for 1e4 steps.
+        # The warmup is the original's: without it, initial weights would count for 1e4 steps.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(module.named_parameters())
         shadow = list(self.shadow.values())
@@ -41,23 +41,23 @@ class EMA:
 
     @contextmanager
     def apply_to(self, module: nn.Module, *, enabled: bool = True) -> Iterator[None]:
-        """Swap the EMA weights into `module` within the context."""
+        """Replace the weights of `module` by the EMA within the context, if `enabled`."""
         if not enabled:
             yield
             return
         reshard(module)  # FSDP may hold gathered weights after a forward pass
         parameters = dict(module.named_parameters())
-        # Values are copied, not tensors exchanged: optimizer and shards refer to the tensors.
+        # Values are copied, as optimizer and shards refer to the tensors.
         backup = {name: parameters[name].detach().clone() for name in self.shadow}
-        _copy(self.shadow, parameters)
+        _copy_values(self.shadow, parameters)
         try:
             yield
         finally:
             reshard(module)
-            _copy(backup, parameters)
+            _copy_values(backup, parameters)
 
 
 @torch.no_grad()
-def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _copy_values(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         parameters[name].copy_(value)

@@ -21,7 +21,7 @@ __all__ = ["Muon", "make_optimizer"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients: singular values go to about 1
 NEWTON_SCHULZ_STEPS = 5
-MIN_SIDE = 16  # smaller matrices are updated by AdamW
+MIN_SIDE = 16  # matrices with a smaller side are updated by AdamW
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
 Options = JsonObject
 Group = JsonObject  # a parameter group with its options
@@ -39,7 +39,7 @@ def make_optimizer(
         options: keywords of that optimizer.
     Raises:
         UnknownName: the name is unknown.
-        ImportError: a package is missing.
+        ImportError: "adamw8bit" without bitsandbytes.
     """
     check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
@@ -52,8 +52,8 @@ def make_optimizer(
     if name == "muon":
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         for n, p in named:
-            is_wide = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= MIN_SIDE
-            groups[is_wide and "embedding" not in n].append(p)
+            is_large = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= MIN_SIDE
+            groups[is_large and "embedding" not in n].append(p)
         return Muon(
             [{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr, **options
         )
@@ -82,9 +82,10 @@ def _make_adamw8bit(
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for parameter groups with `matrix`, AdamW for the others.
+    """Muon for parameter groups whose "matrix" is true, AdamW for the others.
 
     Args:
+        params: parameter groups.
         lr: for both; Muon's updates are scaled to the RMS of AdamW's (arXiv:2502.16982).
         momentum: for matrices.
         betas: for AdamW.
@@ -117,17 +118,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Approximate U V^T of matrix = U S V^T, (m, n), float32.
+    """Approximate U V^T of a matrix (m, n) = U S V^T, in float32.
 
-    Five steps X <- p(X X^T) X with a polynomial p. The factors p(X X^T) are multiplied first, as
-    m x m matrices (m <= n); only X X^T (in float32, for small singular values) and the last product
-    involve the long side.
+    Five Newton-Schulz steps X <- p(X X^T) X with a polynomial p. The factors p(X X^T), m x m with
+    m <= n, are multiplied first; only X X^T (in float32, for small singular values) and the last
+    product, in bfloat16, involve the long side.
     """
     a, b, c = QUINTIC
     x = matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     x = x.mT if is_tall else x
-    # The iteration needs singular values up to 1; the Frobenius norm is no less than they are.
+    # The iteration needs singular values up to 1; the Frobenius norm is an upper bound of them.
     x = x / (x.norm() + 1e-7)
     gram = x @ x.mT  # (m, m)
     identity = torch.eye(len(gram), device=x.device)
@@ -147,10 +148,10 @@ def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     if not state:
         state["mean"] = torch.zeros_like(grad)
     state["mean"].lerp_(grad, 1 - group["momentum"])
-    look_ahead = grad.lerp(state["mean"], group["momentum"])  # Nesterov's
-    matrix = look_ahead.full_tensor() if isinstance(look_ahead, DTensor) else look_ahead
+    nesterov = grad.lerp(state["mean"], group["momentum"])
+    matrix = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
     matrix = matrix.flatten(1)  # (m, n)
-    # The root mean square of an update is then 0.2, about AdamW's: one rate suits both.
+    # The root mean square of an update is then 0.2, about AdamW's: one learning rate suits both.
     scale = 0.2 * max(matrix.shape) ** 0.5
     update: Tensor = (orthogonalize(matrix) * scale).view(grad.shape)
     if not isinstance(grad, DTensor):

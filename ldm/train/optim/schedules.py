@@ -2,11 +2,12 @@
 
     LambdaLinearScheduler, LambdaWarmUpCosineScheduler2: cycles, with one list entry per cycle
         step n of a cycle < warm_up_steps:   f_start -> f_max, linear
-        later:                               f_max -> f_min at the end of the cycle; for
-            LambdaLinearScheduler on a line that has f_max at step 0, so it drops after the warm-up
-    LambdaWarmUpCosineScheduler: one warm-up lr_start -> lr_max, then a half cosine to lr_min
+        later:                               f_max -> f_min at the end of the cycle; a half cosine,
+            or for LambdaLinearScheduler the line from f_max at step 0 of the cycle, so that the
+            value jumps down after the warmup
+    LambdaWarmUpCosineScheduler: one warmup lr_start -> lr_max, then a half cosine to lr_min
 
-Their values are multipliers of the learning rate.
+All of these values, lr_… included, are multipliers of the learning rate.
 """
 
 import math
@@ -18,37 +19,48 @@ from itertools import accumulate
 from ldm.runtime.errors import check_name, check_names, unknown_name
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["SCHEDULER_CONFIG_KEY", "LearningRate", "build_lr_multiplier"]
+__all__ = ["SCHEDULER_CONFIG_KEY", "LearningRateSchedule", "build_lr_multiplier"]
 
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 LINEAR = "LambdaLinearScheduler"
 SINGLE_COSINE = "LambdaWarmUpCosineScheduler"
-CYCLE_KEYS = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
-KEYS = {
-    LINEAR: CYCLE_KEYS,
+CYCLE_PARAMETERS = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
+PARAMETERS = {  # by class
+    LINEAR: CYCLE_PARAMETERS,
     SINGLE_COSINE: ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
-    "LambdaWarmUpCosineScheduler2": CYCLE_KEYS,
+    "LambdaWarmUpCosineScheduler2": CYCLE_PARAMETERS,
 }
 SCHEDULER_CONFIG_KEY = "model.params.scheduler_config"
 
 
 @dataclass(frozen=True)
-class LearningRate:
-    """The learning rate as a function of the step and of the progress of the run."""
+class LearningRateSchedule:
+    """The learning rate as a function of the step and of the progress of the run.
+
+    Args:
+        lr: the peak, which the schedule multiplies.
+        warmup_steps: steps of a linear warmup.
+        scheduler: "constant"; or "linear" or "cosine", which end at 0.
+        scheduler_config: of the original, instead of warmup and scheduler; None = those.
+    Raises:
+        ValueError: the scheduler is unknown, or the `scheduler_config` is invalid.
+    """
 
     lr: float
-    warmup_steps: float = 0  # linear
-    scheduler: str = "constant"  # "linear" and "cosine" end at 0
-    scheduler_config: JsonMapping | None = None  # of the original, instead of the two above
+    warmup_steps: float = 0
+    scheduler: str = "constant"
+    scheduler_config: JsonMapping | None = None
 
     def __post_init__(self) -> None:
         check_name("lr_scheduler", self.scheduler, LR_SCHEDULERS)
-        self(0, 0.0)  # raises early for a wrong `scheduler_config`
+        self(0, 0.0)  # raises for an invalid `scheduler_config`
 
     def __call__(self, step: int, progress: float) -> float:
         """Return the rate at a step, counted from 0.
 
-        The decay depends on `progress` (0 … 1) of the run, which may be limited by time.
+        Args:
+            progress: completed fraction (0 … 1) of the run, which may be limited by time instead of
+                steps; a `scheduler_config` does not use it.
         """
         if self.scheduler_config:
             return self.lr * build_lr_multiplier(self.scheduler_config)(step)
@@ -58,25 +70,26 @@ class LearningRate:
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps)) * factors[self.scheduler]
 
 
-def build_lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
-    """Build the schedule of a `scheduler_config`: step -> multiplier of the learning rate.
+def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]:
+    """Build the function step -> multiplier of the learning rate of a `scheduler_config`.
 
     Raises:
         ValueError: the scheduler or a parameter is unknown, or a parameter is missing.
     """
-    name = str(spec.get("target", "")).rpartition(".")[2]
-    if name not in KEYS:
-        raise unknown_name("scheduler", spec.get("target"), KEYS, SCHEDULER_CONFIG_KEY)
-    params = dict(spec.get("params") or {})
+    name = str(scheduler_config.get("target", "")).rpartition(".")[2]
+    if name not in PARAMETERS:
+        target = scheduler_config.get("target")
+        raise unknown_name("scheduler", target, PARAMETERS, SCHEDULER_CONFIG_KEY)
+    params = dict(scheduler_config.get("params") or {})
     params.pop("verbosity_interval", None)
-    check_names(f"parameter of {name}", params, KEYS[name], SCHEDULER_CONFIG_KEY)
-    missing = [f"`{key}`" for key in KEYS[name] if key not in params]
+    check_names(f"parameter of {name}", params, PARAMETERS[name], SCHEDULER_CONFIG_KEY)
+    missing = [f"`{key}`" for key in PARAMETERS[name] if key not in params]
     if missing:
         raise ValueError(f"{SCHEDULER_CONFIG_KEY}: {name} needs {', '.join(missing)}")
-    values = [params[key] for key in KEYS[name]]
+    values = [params[key] for key in PARAMETERS[name]]
     if name == SINGLE_COSINE:
         values = [[value] for value in values]
-    if len({len(column) for column in values}) != 1:
+    if len({len(per_cycle) for per_cycle in values}) != 1:
         raise ValueError(
             f"{SCHEDULER_CONFIG_KEY}: the lists of {name} must be equally long, one value per cycle"
         )
@@ -86,14 +99,14 @@ def build_lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
     def multiplier(step: int) -> float:
         # A cycle includes its last step; after the last cycle, its final value stays.
         k = min(bisect_left(ends, step), len(ends) - 1)
-        warm_up, low, high, start, length = cycles[k]
+        warmup, f_min, f_max, f_start, length = cycles[k]
         n = min(step - (ends[k] - length), length)
-        if n < warm_up:
-            return float(start + (high - start) * n / warm_up)
+        if n < warmup:
+            return float(f_start + (f_max - f_start) * n / warmup)
         if name == LINEAR:
-            remaining = (length - n) / length  # as in the original, without regard to the warm-up
+            fraction = (length - n) / length  # as in the original, without regard to the warmup
         else:
-            remaining = 0.5 * (1 + math.cos(math.pi * min(1.0, (n - warm_up) / (length - warm_up))))
-        return float(low + (high - low) * remaining)
+            fraction = 0.5 * (1 + math.cos(math.pi * min(1.0, (n - warmup) / (length - warmup))))
+        return float(f_min + (f_max - f_min) * fraction)
 
     return multiplier

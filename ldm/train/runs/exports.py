@@ -4,7 +4,7 @@
              raw   the raw weights
              both  the raw weights, and the EMA as `model_ema.*`, as in the original
     dtype    half or full
-    export   safetensors and/or ckpt
+    export   formats: safetensors, ckpt
 
 Metadata are the config, the step and the origin of the weights. LoRA and embeddings are written by
 `Adaptation.write`.
@@ -68,12 +68,12 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
         state |= _gather_ema_weights(run)
     if not run.ranks.is_first:
         return []
-    wide = [name for name, value in state.items() if value.dtype == torch.float32 and value.ndim]
-    if wide and options.dtype == "half":
-        names = ", ".join(f"`{name}`" for name in wide[:3])
+    float32 = [n for n, value in state.items() if value.dtype == torch.float32 and value.ndim]
+    if float32 and options.dtype == "half":
+        names = ", ".join(f"`{name}`" for name in float32[:3])
         message = "%d tensors stay in float32, their numbers are too large for half precision: %s"
-        log.warning(message, len(wide), names)
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
+        log.warning(message, len(float32), names)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in options.export]
     for path in paths:
         write_checkpoint(path, state | _make_buffers(run, state), _make_metadata(run))
     return paths
@@ -104,7 +104,7 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     if monitor not in losses:
         raise ValueError(f"lightning.callbacks.monitor: `{monitor}` is none of {', '.join(losses)}")
     value = losses[monitor]
-    title = monitor.removeprefix("val/").replace("/", "_")
+    title = monitor.removeprefix("val/").replace("/", "_")  # in the names of the files
 
     def is_among_best() -> bool:
         best = _find_best(run.checkpoints, title)
@@ -136,7 +136,7 @@ def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
 
 def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     """Copy the weights of the whole model to the CPU, under the original's names."""
-    images: Iterator[Tensor] = (one["jpg"] for one in _statistics_samples(run))
+    images: Iterator[Tensor] = (sample["jpg"] for sample in _statistics_samples(run))
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
         weights = gather(run.task.weights_to_export(images), keep=run.ranks.is_first)
@@ -164,8 +164,8 @@ def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
 def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
     """Return `model_ema.*` as in the original: names without dots, decay, number of updates."""
     ema = run.state.ema
-    engine = has_engine_names(run.model.state_dict())
-    averaged = {original_name(name, engine=engine) for name in ema.shadow}
+    is_engine = has_engine_names(run.model.state_dict())
+    averaged = {original_name(name, engine=is_engine) for name in ema.shadow}
     state = {
         ema_name(name): value
         for name, value in _gather_weights(run, ema=True).items()

@@ -24,10 +24,10 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     scale that was measured for them is loaded, too.
 
     Args:
-        params: `model.params` of the config. The original's options are supported:
-            `load_only_unet`; `ignore_keys`, prefixes of names not to load; `finetune_keys`, weights
+        params: `model.params` of the config. These of the original's options are supported:
+            `load_only_unet`; `ignore_keys`: prefixes of names not to load; `finetune_keys`: weights
             that may have fewer input channels in the file (default: the UNet's first), with zeros
-            for the new ones; `make_it_fit`, weights may have other shapes, see `resize_weight`.
+            for the new ones; `make_it_fit`: weights may have other shapes, see `resize_weight`.
     Returns:
         Whether the model itself was loaded, so that this is a fine-tune.
     Raises:
@@ -72,8 +72,12 @@ def set_scale_by_std(model: LatentDiffusion, images: Tensor, generator: torch.Ge
 def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened_keys: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Load `ckpt_path`, or its part `prefix` if it has a whole model.
+    """Load the weights in `ckpt_path`.
 
+    Args:
+        params: `ckpt_path`, `ignore_keys` and `make_it_fit`.
+        prefix: of the module's weights in a file of a whole model, which has others, too.
+        widened_keys: weights that may have fewer input channels in the file.
     Returns:
         The buffers of the whole file, such as `scale_factor`.
     """
@@ -89,9 +93,9 @@ def _load(
         name = name.removeprefix(prefix)
         if name in state and name in current and _has_fewer_inputs(state[name], current[name]):
             # New input channels have no effect yet: the fine-tune starts as the old model.
-            wide = torch.zeros_like(current[name])
-            wide[:, : state[name].shape[1]] = state[name]
-            state[name] = wide
+            widened = torch.zeros_like(current[name])
+            widened[:, : state[name].shape[1]] = state[name]
+            state[name] = widened
     if params.get("make_it_fit"):
         state = {
             n: resize_weight(v, current[n].shape) if n in current else v for n, v in state.items()
@@ -104,8 +108,8 @@ def _load(
 
 def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:
     """Return whether two weights (out, in, …) differ only in that `old` has fewer inputs."""
-    is_same = old.shape[:1] + old.shape[2:] == new.shape[:1] + new.shape[2:]
-    return is_same and old.shape[1:2] < new.shape[1:2]
+    is_same_otherwise = old.shape[:1] + old.shape[2:] == new.shape[:1] + new.shape[2:]
+    return is_same_otherwise and old.shape[1:2] < new.shape[1:2]
 
 
 def resize_weight(old: Tensor, shape: torch.Size) -> Tensor:

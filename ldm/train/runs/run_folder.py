@@ -42,7 +42,11 @@ LAUNCH = ".launch.json"  # torchruns that started the run, and the state that th
 
 @dataclass(frozen=True)
 class ExistingRun:
-    """An existing run, and the state to resume from; None if it has none yet."""
+    """An existing run.
+
+    Args:
+        state: the state to resume from; None if it has none yet.
+    """
 
     folder: Path
     state: Path | None
@@ -61,10 +65,10 @@ def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRu
     path = Path(request.resume).expanduser() if request.resume else None
     if torchruns and request.train:
         candidates = [_find_run_folder(path), _find_run_folder(logdir / path)] if path else []
-        for folder in (*candidates, *(launch.parent for launch in logdir.glob(f"*/{LAUNCH}"))):
-            launch_ = _read_launch(folder)
-            if not {*torchruns}.isdisjoint(launch_.get("starters", ())):
-                return ExistingRun(folder.resolve(), _state_since(folder, launch_))
+        for folder in (*candidates, *(file.parent for file in logdir.glob(f"*/{LAUNCH}"))):
+            launch = _read_launch(folder)
+            if not {*torchruns}.isdisjoint(launch.get("starters", ())):
+                return ExistingRun(folder.resolve(), _state_since(folder, launch))
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             log.warning("no run of this torchrun was found to go on with; wrappers must `exec`")
     if path:
@@ -97,8 +101,8 @@ def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObje
     texts = [_read_config_text(file) for file in files]
     for path in (Path(file).expanduser() for file in files):
         if path.is_dir():  # start from its weights, whatever the other files say
-            start = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
-            texts.append(format_yaml(start))
+            overlay = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
+            texts.append(format_yaml(overlay))
     where, sections = " + ".join(map(str, files)), ("data", "lightning")
     return parse_yaml(texts, request.overrides, where=where, sections=sections, rename=rename_keys)
 
@@ -130,15 +134,15 @@ def save_config(folder: Path, raw: JsonMapping) -> None:
     """Write the config into a run folder, unless the newest one there is the same."""
     from ldm.loading.config import format_yaml
 
-    others = {key: value for key, value in raw.items() if key != "lightning"}
-    parts = {"project": others, "lightning": {"lightning": raw.get("lightning", {})}}
-    texts = {kind: format_yaml(part) for kind, part in parts.items()}
+    project = {key: value for key, value in raw.items() if key != "lightning"}
+    configs = {"project": project, "lightning": {"lightning": raw.get("lightning", {})}}
+    texts = {name: format_yaml(config) for name, config in configs.items()}
     if [path.read_text("utf-8") for path in _find_configs(folder)] == list(texts.values()):
         return
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     now = datetime.now().strftime(TIME)
-    for kind, text in texts.items():
-        (folder / "configs" / f"{now}-{kind}.yaml").write_text(text, "utf-8")
+    for name, text in texts.items():
+        (folder / "configs" / f"{now}-{name}.yaml").write_text(text, "utf-8")
 
 
 def link_name(request: TrainRequest, folder: Path) -> None:
@@ -226,7 +230,8 @@ def _list_runs(logdir: Path, name: str) -> list[Path]:
 
 def _find_configs(folder: Path) -> list[Path]:
     """Return the newest project and lightning files of a run."""
-    files = [sorted((folder / "configs").glob(f"*-{k}.yaml")) for k in ("project", "lightning")]
+    names = ("project", "lightning")
+    files = [sorted((folder / "configs").glob(f"*-{name}.yaml")) for name in names]
     return [paths[-1] for paths in files if paths]
 
 

@@ -1,8 +1,8 @@
 """Resume states on disk: checkpoints/state-00001000/, written atomically.
 
-Each process writes its part of a state into a hidden folder, which is flushed and then renamed: if
-a process dies or the disk fills up, earlier states are untouched, and no incomplete state has the
-name of a complete one. Any number of processes can resume from it.
+Each process writes its shards of a state into a hidden folder, which is flushed and then renamed:
+if a process dies or the disk fills up, earlier states are untouched, and no incomplete state has
+the name of a complete one. Any number of processes can resume from it.
 """
 
 import json
@@ -63,14 +63,14 @@ class States:
             OSError: it cannot be written; raised on all processes. Earlier states are kept.
         """
         path = self.folder / f"state-{state.step:08}"
-        part = self.folder / f".{path.name}.part"
-        self.ranks.run_on_first(lambda: _make_empty(part))
+        temporary = self.folder / f".{path.name}.part"
+        self.ranks.run_on_first(lambda: _make_empty(temporary))
         try:
-            self._write(state, part)
-            self.ranks.run_on_first(lambda: self._commit(state, part, path))
+            self._write(state, temporary)
+            self.ranks.run_on_first(lambda: self._commit(state, temporary, path))
         except OSError:
             if self.ranks.is_first:
-                shutil.rmtree(part, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         state.is_saved = True
         return path
@@ -92,8 +92,8 @@ class States:
         state.load_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
         state.is_saved = path.parent == self.folder
 
-    def _write(self, state: State, part: Path) -> None:
-        writer = FileSystemWriter(part, sync_files=True)
+    def _write(self, state: State, temporary: Path) -> None:
+        writer = FileSystemWriter(temporary, sync_files=True)
         is_alone = self.ranks.world_size == 1
         try:
             with warnings.catch_warnings():
@@ -104,13 +104,13 @@ class States:
             cause = next((failure[0] for failure in failures.values()), error)
             raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
 
-    def _commit(self, state: State, part: Path, path: Path) -> None:
-        (part / NUMBERS).write_text(json.dumps(state.numbers()), "utf-8")
-        flush_to_disk(part / NUMBERS)
-        flush_to_disk(part)
+    def _commit(self, state: State, temporary: Path, path: Path) -> None:
+        (temporary / NUMBERS).write_text(json.dumps(state.numbers()), "utf-8")
+        flush_to_disk(temporary / NUMBERS)
+        flush_to_disk(temporary)
         if path.exists():  # the same step saved again, with other seconds
             path.replace(path.with_name(f".{path.name}.old"))
-        part.replace(path)
+        temporary.replace(path)
         flush_to_disk(self.folder)
         # Later states belong to a branch that was abandoned when an older state was resumed.
         states = list_states(self.folder)
@@ -122,9 +122,9 @@ class States:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _make_empty(part: Path) -> None:
+def _make_empty(temporary: Path) -> None:
     """Create an empty folder, after cleaning up interrupted attempts."""
-    folder = part.parent
+    folder = temporary.parent
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(".state-*.old"):  # moved aside for a new state, which may be missing
         path = folder / old.name.removeprefix(".").removesuffix(".old")
@@ -132,7 +132,7 @@ def _make_empty(part: Path) -> None:
             old.replace(path)
     for old in folder.glob(".state-*"):
         shutil.rmtree(old, ignore_errors=True)
-    part.mkdir()
+    temporary.mkdir()
 
 
 def _read_shapes(path: Path) -> Shapes:
@@ -151,8 +151,8 @@ def _read_shapes(path: Path) -> Shapes:
     return shapes
 
 
-def _check_shapes(path: Path, model: Shapes, saved: Shapes) -> None:
-    for name, (shape, _) in model.items():
+def _check_shapes(path: Path, expected: Shapes, saved: Shapes) -> None:
+    for name, (shape, _) in expected.items():
         if name not in saved:
             raise ValueError(f"`{path}` is of another model or trainer: `{name}` is missing")
         if saved[name][0] != shape:

@@ -26,7 +26,7 @@ from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = ["TARGETS", "Adaptation"]
 
-# Sets of layers, as patterns of their diffusers names.
+# Sets of layers by name, as patterns of the layers' diffusers names.
 TARGETS = {
     "attention": r"unet\..*\.attn[12]\..*",
     "transformer": r"unet\..*attentions\..*",  # the layers that kohya's scripts train
@@ -42,9 +42,9 @@ class Adaptation(Task):
     Args:
         task: provides the loss and the model, which is frozen.
         lora: {rank, alpha (default: rank), targets}, or empty for none.
-        textual_inversion: {token, vectors (number, 1), init}, or empty for none. Each text encoder
-            has vectors of its own, initially those of the words `init`, or the mean of all token
-            embeddings.
+        textual_inversion: {token, vectors (number, default: 1), init}, or empty for none. Each text
+            encoder has separate vectors, initially those of the words `init`, or the mean of all
+            token embeddings.
     """
 
     def __init__(self, task: Diffusion, lora: JsonMapping, textual_inversion: JsonMapping) -> None:
@@ -66,19 +66,19 @@ class Adaptation(Task):
             if not encoders:
                 raise ValueError("lightning.textual_inversion: the model has no text encoder")
             self.token = textual_inversion["token"].lower()
-            for number, text in enumerate(encoders, 1):
-                initial = _initial_vectors(text, textual_inversion.get("init"))
-                rows = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
+            for number, encoder in enumerate(encoders, 1):
+                initial = _initial_vectors(encoder, textual_inversion.get("init"))  # (k, D)
+                indices = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
                 name = "vectors" if number == 1 else f"vectors_{number}"
-                self.vectors[name] = nn.Parameter(initial[rows])
-            self.trainable["word"] = self.vectors
+                self.vectors[name] = nn.Parameter(initial[indices])
+            self.trainable["word"] = self.vectors  # its name in state files
             self.attach_vectors()
 
     def attach_vectors(self) -> None:
         """Add the token and its vectors to each text encoder."""
         encoders = self.model.conditioner.find_all(TextEncoder)
-        for text, vectors in zip(encoders, self.vectors.values(), strict=True):
-            text.added_embeddings[self.token] = vectors
+        for encoder, vectors in zip(encoders, self.vectors.values(), strict=True):
+            encoder.added_embeddings[self.token] = vectors
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         if self.token and not self._has_checked_captions:
@@ -95,16 +95,17 @@ class Adaptation(Task):
         return self.task.weights_to_export(images)
 
     def write(self, path: Path, metadata: Mapping[str, str | int]) -> None:
-        """Write the LoRA in kohya's format to PATH, and in diffusers' format to PATH-diffusers.
+        """Write the LoRA and the embedding.
 
-        The embedding is written to PATH, or to PATH-word if there is a LoRA.
+        A LoRA is written to PATH in kohya's format, and to PATH-diffusers in diffusers' format. The
+        embedding is written to PATH, or to PATH-word if there is a LoRA.
         """
         if self.lora is not None:
             write_lora(self.lora, path, self.model, "kohya", metadata)
-            diffusers_path = _with_suffix(path, "diffusers")
+            diffusers_path = _add_to_stem(path, "diffusers")
             write_lora(self.lora, diffusers_path, self.model, "diffusers", metadata)
         if self.token:
-            embedding_path = path if self.lora is None else _with_suffix(path, "word")
+            embedding_path = path if self.lora is None else _add_to_stem(path, "word")
             vectors = list(self.vectors.values())
             write_embeddings(embedding_path, {self.token: vectors}, metadata, self.model)
 
@@ -127,14 +128,14 @@ def _build_lora(
     return LoRA(layers)
 
 
-def _initial_vectors(text: TextEncoder, init: str | None) -> Tensor:
-    """Return the vectors (k, D) of the tokens of `init`; None: the mean of all tokens, (1, D)."""
+def _initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
+    """Return the vectors (k, D) of the tokens of `init`, or (1, D), the mean of all tokens."""
     if init is None:
-        return text.token_embeddings().mean(0, keepdim=True)
+        return encoder.token_embeddings().mean(0, keepdim=True)
     if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
         raise ValueError(f"{INIT}: `{init}` has no words")
-    if text.token_ids is not None and not text.token_ids.is_meta:
-        vocabulary = set(text.token_ids.tolist())
+    if encoder.token_ids is not None and not encoder.token_ids.is_meta:
+        vocabulary = set(encoder.token_ids.tolist())
         missing = [
             f"`{word}`"
             for word in init.split()
@@ -142,8 +143,8 @@ def _initial_vectors(text: TextEncoder, init: str | None) -> Tensor:
         ]
         if missing:
             raise ValueError(f"{INIT}: not in the vocabulary of the model: {', '.join(missing)}")
-    return text.token_embeddings(init)
+    return encoder.token_embeddings(init)
 
 
-def _with_suffix(path: Path, name: str) -> Path:
+def _add_to_stem(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}-{name}{path.suffix}")

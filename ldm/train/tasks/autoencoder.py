@@ -39,23 +39,25 @@ __all__ = [
     "psnr",
 ]
 
-MAX_D_WEIGHT = 1e4  # of the discriminator's adaptive weight, the original's `d_weight`
-WORST_DIVISOR = 500  # the largest 1 / 500 of the errors of an image is its peak error
+# Of the adaptive weight of the GAN loss, the original's `d_weight`: maximum, and a summand of its
+# denominator.
+MAX_D_WEIGHT = 1e4
+D_WEIGHT_EPS = 1e-4
+PEAK_DIVISOR = 500  # the peak error of an image is the mean of the largest 1 / 500 of its errors
 MAX_ACTIVATION = 6.0  # largest normalized activation without penalty
-EPS = 1e-4  # added to the denominator of d_weight
-# penalty of logits that should be negative
+# By `disc_loss`: penalty of logits that should be negative.
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda logits: F.relu(1 + logits),
     "vanilla": F.softplus,
 }
-Section = Mapping[str, Any]  # of a config
+ConfigSection = Mapping[str, Any]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def build_autoencoder_task(
     model: AutoencoderKL,
-    params: Section,
-    objective: Section,
+    params: ConfigSection,
+    objective: ConfigSection,
     *,
     load_weights: bool = True,
 ) -> "Reconstruction | Adversarial":
@@ -67,8 +69,8 @@ def build_autoencoder_task(
         load_weights: whether to load LPIPS; False if only sizes matter.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
-    losses = instantiate(spec, where="model.params.lossconfig")
-    is_adversarial = isinstance(losses, LossConfig)
+    config = instantiate(spec, where="model.params.lossconfig")
+    is_adversarial = isinstance(config, LossConfig)
     parameters = fields(Adversarial if is_adversarial else Reconstruction)
     keywords = [field.name for field in parameters if field.kw_only]
     check_names("keyword", objective, keywords, "lightning.objective")
@@ -79,28 +81,38 @@ def build_autoencoder_task(
     if not isinstance(perceptual, Mapping) or list(perceptual) != ["ckpt_path"]:
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
     if not load_weights:
-        return Adversarial(model, losses, perceptual=LPIPS(), **options)
+        return Adversarial(model, config, perceptual=LPIPS(), **options)
     initial = _read_loss_weights(params)
     path = perceptual["ckpt_path"]
     network = read_lpips(path) if path else build_lpips(initial)
-    task = Adversarial(model, losses, perceptual=network, **options)
-    task.load_losses(initial)
+    task = Adversarial(model, config, perceptual=network, **options)
+    task.load_loss_weights(initial)
     return task
 
 
 @dataclass(eq=False)
 class Reconstruction(Task):
-    """Training of an AutoencoderKL on pixel errors of images in [-1, 1]."""
+    """Training of an AutoencoderKL on pixel errors of images in [-1, 1].
+
+    Args:
+        l1: weight of the mean absolute error.
+        l2: weight of the mean squared error.
+        gradient: weight of the absolute error of the image gradient (edges).
+        kl: weight of the KL divergence from a standard normal distribution, in nats per image.
+        peak: weight of the mean of the largest 1 / 500 of absolute errors.
+        outlier: weight of `_outlier_loss`, against huge activations in the decoder.
+        trained: "all", or "decoder", which does not change the latents.
+    """
 
     model: AutoencoderKL
     _: KW_ONLY
-    l1: float = 1.0  # weight of the mean absolute error
-    l2: float = 1.0  # weight of the mean squared error
-    gradient: float = 0.5  # weight of the absolute error of the image gradient (edges)
-    kl: float = 1e-6  # weight of the KL divergence from a standard normal, in nats per image
-    peak: float = 0.0  # weight of the peak error: mean of the largest 1 / 500 of absolute errors
-    outlier: float = 0.0  # weight of `_outlier_loss`, against huge activations in the decoder
-    trained: str = "all"  # or "decoder", which does not change the latents
+    l1: float = 1.0
+    l2: float = 1.0
+    gradient: float = 0.5
+    kl: float = 1e-6
+    peak: float = 0.0
+    outlier: float = 0.0
+    trained: str = "all"
 
     def __post_init__(self) -> None:
         self.trainable = self.model
@@ -118,12 +130,12 @@ class Reconstruction(Task):
         loss = loss + self.gradient * edges + self.kl * kl
         if self.peak:
             errors = error.abs().flatten(1)
-            worst = errors.topk(max(1, errors.shape[1] // WORST_DIVISOR)).values
-            loss = loss + self.peak * worst.mean()
+            largest = errors.topk(max(1, errors.shape[1] // PEAK_DIVISOR)).values
+            loss = loss + self.peak * largest.mean()
         if self.outlier:
             loss = loss + self.outlier * _outlier_loss(maxima)
-        quality = psnr(reconstruction.detach().float(), image).mean()
-        return {"loss": loss, "psnr": quality, "kl": kl.detach()}
+        mean_psnr = psnr(reconstruction.detach().float(), image).mean()
+        return {"loss": loss, "psnr": mean_psnr, "kl": kl.detach()}
 
     @torch.inference_mode()
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -139,20 +151,31 @@ class Reconstruction(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Parameters of the original's `lossconfig`."""
+    """Parameters of the original's `lossconfig`.
 
-    disc_start: int  # first step with the discriminator
-    logvar_init: float = 0.0  # initial log variance of the error
-    kl_weight: float = 1.0  # of the KL divergence, in nats per image
-    pixelloss_weight: float = 1.0  # unused, as in the original
+    Args:
+        disc_start: first step with the discriminator.
+        logvar_init: initial log variance of the error.
+        kl_weight: weight of the KL divergence, in nats per image.
+        pixelloss_weight: unused, as in the original.
+        disc_factor: weight of both GAN losses; 0 disables them.
+        disc_weight: gradient norm of the GAN loss at the last layer, relative to that of nll.
+        perceptual_weight: weight of LPIPS, relative to the absolute error.
+        disc_loss: "hinge" or "vanilla".
+    """
+
+    disc_start: int
+    logvar_init: float = 0.0
+    kl_weight: float = 1.0
+    pixelloss_weight: float = 1.0
     disc_num_layers: int = 3
     disc_in_channels: int = 3
-    disc_factor: float = 1.0  # weight of both GAN losses; 0 disables them
-    disc_weight: float = 1.0  # gradient norm of the GAN loss at the last layer, relative to nll's
-    perceptual_weight: float = 1.0  # of LPIPS, relative to the absolute error
+    disc_factor: float = 1.0
+    disc_weight: float = 1.0
+    perceptual_weight: float = 1.0
     use_actnorm: bool = False
     disc_conditional: bool = False
-    disc_loss: str = "hinge"  # or "vanilla"
+    disc_loss: str = "hinge"
 
     def __post_init__(self) -> None:
         if self.use_actnorm or self.disc_conditional:
@@ -166,34 +189,41 @@ class Adversarial(Task):
 
     Errors are summed over an image, not averaged: hence the small weights and learning rates of
     the original's configs.
+
+    Args:
+        config: weights and options of the losses.
+        perceptual: LPIPS; None if its weight is 0.
+        trained: "all", or "decoder", which does not change the latents.
+        learn_logvar: whether to train the log variance of the error.
+        export_losses: whether to export weights of the losses as `loss.*`.
     """
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
     model: AutoencoderKL
-    losses: LossConfig
+    config: LossConfig
     _: KW_ONLY
-    perceptual: LPIPS | None = None  # may be None if its weight is 0
-    trained: str = "all"  # or "decoder"
-    learn_logvar: bool = False  # whether to train the log variance of the error
-    export_losses: bool = False  # whether to export weights of the losses as `loss.*`
+    perceptual: LPIPS | None = None
+    trained: str = "all"
+    learn_logvar: bool = False
+    export_losses: bool = False
 
     def __post_init__(self) -> None:
-        model, losses = self.model, self.losses
-        if losses.perceptual_weight and self.perceptual is None:
+        model, config = self.model, self.config
+        if config.perceptual_weight and self.perceptual is None:
             raise ValueError(
-                f"perceptual_weight {losses.perceptual_weight:g} needs the weights of LPIPS: "
+                f"perceptual_weight {config.perceptual_weight:g} needs the weights of LPIPS: "
                 f"`lightning.objective.perceptual.ckpt_path` must name {LPIPS_FILES}; or set "
                 "`model.params.lossconfig.params.perceptual_weight=0`"
             )
         _freeze_encoder(model, self.trained)
         device = model.quant_conv.weight.device
         if self.perceptual is not None:
-            self.perceptual = _move(self.perceptual, device) if losses.perceptual_weight else None
+            self.perceptual = _move(self.perceptual, device) if config.perceptual_weight else None
         discriminator = PatchDiscriminator(
-            in_channels=losses.disc_in_channels, layers=losses.disc_num_layers
+            in_channels=config.disc_in_channels, layers=config.disc_num_layers
         )
         self.discriminator: PatchDiscriminator = _move(discriminator, device)
-        logvar = torch.tensor(losses.logvar_init, device=device)
+        logvar = torch.tensor(config.logvar_init, device=device)
         self.logvar = nn.Parameter(logvar, requires_grad=self.learn_logvar)
         self.trainable = model
         if self.learn_logvar:
@@ -203,14 +233,14 @@ class Adversarial(Task):
     @property
     def trains_discriminator(self) -> bool:
         # Before disc_start its loss is 0, so that training it has no effect.
-        return self.losses.disc_factor > 0 and self.step >= self.losses.disc_start
+        return self.config.disc_factor > 0 and self.step >= self.config.disc_start
 
     @property
     def _disc_factor(self) -> float:
-        return self.losses.disc_factor if self.trains_discriminator else 0.0
+        return self.config.disc_factor if self.trains_discriminator else 0.0
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Compute the losses of the autoencoder; the names of their parts are the original's.
+        """Compute the losses of the autoencoder; the names of their terms are the original's.
 
             loss = nll + kl_weight kl + disc_factor d_weight g,    g = -mean(logits)
 
@@ -219,10 +249,10 @@ class Adversarial(Task):
         weighted sum of these gradients is backpropagated from there.
         """
         image = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
-        losses = self.losses
-        inputs: list[Tensor] = []  # of the last layer
-        last = self.model.decoder.conv_out
-        with last.register_forward_pre_hook(lambda _, args: inputs.extend(args)):
+        config = self.config
+        last_inputs: list[Tensor] = []  # [input of the last layer]
+        last_layer = self.model.decoder.conv_out
+        with last_layer.register_forward_pre_hook(lambda _, args: last_inputs.extend(args)):
             reconstruction, posterior = self.model(image, generator)
         leaf = reconstruction.detach().float()  # (B, 3, H, W)
         leaf.requires_grad_(torch.is_grad_enabled())
@@ -231,18 +261,18 @@ class Adversarial(Task):
         kl = posterior.kl().float().mean()
         factor = self._disc_factor
         d_weight = torch.zeros_like(kl)
-        gradients: list[tuple[Tensor, Tensor | float]] = [(kl, losses.kl_weight)]
+        gradients: list[tuple[Tensor, Tensor | float]] = [(kl, config.kl_weight)]
         if torch.is_grad_enabled():  # not in validation
             learned = [self.logvar] if self.learn_logvar else []
             grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *learned])
-            if losses.disc_factor > 0:
+            if config.disc_factor > 0:
                 (grad_g,) = torch.autograd.grad(g, leaf)
-                ratio = self._gradient_ratio(inputs[0].detach(), leaf.detach(), grad, grad_g)
-                d_weight = losses.disc_weight * ratio
+                ratio = self._gradient_ratio(last_inputs[0].detach(), leaf.detach(), grad, grad_g)
+                d_weight = config.disc_weight * ratio
                 grad = grad + factor * d_weight * grad_g
             gradients += [(reconstruction, grad), *zip(learned, logvar_grads, strict=True)]
-        total = nll + losses.kl_weight * kl + factor * d_weight * g
-        parts = {
+        total = nll + config.kl_weight * kl + factor * d_weight * g
+        terms = {
             "nll_loss": nll,
             "rec_loss": rec,
             "kl_loss": kl,
@@ -252,7 +282,7 @@ class Adversarial(Task):
             "logvar": self.logvar.clone(),
             "psnr": psnr(leaf, image).mean(),
         }
-        logged = {name: value.detach() for name, value in parts.items()}
+        logged = {name: value.detach() for name, value in terms.items()}
         return {"loss": _attach_gradients(total, gradients), **logged}
 
     def discriminator_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
@@ -262,15 +292,15 @@ class Adversarial(Task):
             reconstruction, _ = self.model(image, generator)
         real = self.discriminator(image).float()  # (B, 1, h, w)
         fake = self.discriminator(reconstruction.float()).float()  # (B, 1, h, w)
-        penalty = DISC_LOSSES[self.losses.disc_loss]
+        penalty = DISC_LOSSES[self.config.disc_loss]
         loss = self._disc_factor * 0.5 * (penalty(-real).mean() + penalty(fake).mean())
-        parts = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-        return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
+        terms = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
-    def load_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Load discriminator and logvar, if `losses` (from `loss_weights`) has them."""
+    def load_loss_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load discriminator and logvar, if `weights` (from `loss_weights`) has them."""
         prefix = "discriminator."
-        state = {n.removeprefix(prefix): v for n, v in losses.items() if n.startswith(prefix)}
+        state = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
         if state and {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(
@@ -279,8 +309,8 @@ class Adversarial(Task):
             )
         if state:
             self.discriminator.load_state_dict(state)
-        if "logvar" in losses:
-            self.logvar.data.copy_(losses["logvar"])
+        if "logvar" in weights:
+            self.logvar.data.copy_(weights["logvar"])
 
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights unchanged, with `loss.*` if `export_losses`."""
@@ -298,32 +328,37 @@ class Adversarial(Task):
         error = (image - reconstruction).abs()  # (B, 3, H, W)
         if self.perceptual is not None:
             distance = self.perceptual(image, reconstruction).float()  # (B, 1, 1, 1)
-            error = error + self.losses.perceptual_weight * distance
+            error = error + self.config.perceptual_weight * distance
         nll = error / self.logvar.exp() + self.logvar
         return error.mean(), nll.sum() / len(image)
 
     def _gradient_ratio(
-        self, h: Tensor, reconstruction: Tensor, grad: Tensor, grad_g: Tensor
+        self, last_input: Tensor, reconstruction: Tensor, grad_nll: Tensor, grad_g: Tensor
     ) -> Tensor:
         """Return |grad nll| / |grad g| with respect to the weights of the last layer.
 
-        h: input of the last layer. grad, grad_g: gradients of nll and g with respect to the
-        reconstruction.
+        Args:
+            last_input: input of the last layer.
+            reconstruction: output of the decoder.
+            grad_nll: gradient of nll with respect to the reconstruction.
+            grad_g: gradient of g with respect to the reconstruction.
         """
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
+        # The derivative of the tanh that may follow the last layer.
         slope = 1 - reconstruction.square() if decoder.tanh_out else torch.ones_like(reconstruction)
         nll_norm, g_norm = (
-            conv2d_weight(h.float(), shape, slope * d, padding=1).norm() for d in (grad, grad_g)
+            conv2d_weight(last_input.float(), shape, slope * grad_output, padding=1).norm()
+            for grad_output in (grad_nll, grad_g)
         )
-        ratio: Tensor = (nll_norm / (g_norm + EPS)).clamp(max=MAX_D_WEIGHT)
+        ratio: Tensor = (nll_norm / (g_norm + D_WEIGHT_EPS)).clamp(max=MAX_D_WEIGHT)
         return ratio
 
 
 def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio (B,) of images in [-1, 1], in decibels."""
     error = (reconstruction.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3))
-    # At most 126 dB, where nothing differs.
+    # At most 126 dB, for equal images.
     return 10 * torch.log10(4 / error.clamp(min=1e-12))
 
 
@@ -375,15 +410,15 @@ def _outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
     return torch.stack([F.relu(maximum / MAX_ACTIVATION - 1).mean() for maximum in maxima]).mean()
 
 
-def _freeze_encoder(model: AutoencoderKL, parts: str) -> None:
+def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
     """Freeze the encoder if only the decoder is trained."""
-    check_name("value of trained", parts, ("all", "decoder"), "lightning.objective")
-    if parts == "decoder":
+    check_name("value of trained", trained, ("all", "decoder"), "lightning.objective")
+    if trained == "decoder":
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
 
 
-def _read_loss_weights(params: Section) -> dict[str, Tensor]:
+def _read_loss_weights(params: ConfigSection) -> dict[str, Tensor]:
     """Read `loss.*` of the initial checkpoint, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}
@@ -393,6 +428,10 @@ def _read_loss_weights(params: Section) -> dict[str, Tensor]:
 
 
 def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
-    """Return a scalar equal to `value`, with given gradients with respect to tensors."""
+    """Return a scalar equal to `value` whose backward pass gives each tensor its gradient.
+
+    Args:
+        gradients: pairs of tensor and gradient with respect to it.
+    """
     linear = torch.stack([(tensor * gradient).sum() for tensor, gradient in gradients]).sum()
     return value.detach() + (linear - linear.detach())

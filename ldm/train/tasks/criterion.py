@@ -1,4 +1,4 @@
-"""The loss of a denoiser: weighting by noise level, and the original's terms."""
+"""The loss of a denoising network: weighting by noise level, and the original's terms."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -17,29 +17,42 @@ WEIGHTINGS = ("eps", "v", "edm", "unit")
 
 @dataclass(eq=False, repr=False)
 class Criterion(nn.Module):
-    """The loss of prediction errors; a module, as `logvar` may be learned.
+    """The loss of the prediction errors of a denoising network.
 
         loss = l_simple_weight mean(l / exp(logvar_t) + logvar_t) + original_elbo_weight mean(w_t l)
 
-    where l is the error per sample, times `weights`, and w is `Schedule.vlb_weights`.
+    where l is the mean squared (or absolute) error of each sample times `weights`, and w is
+    `Schedule.vlb_weights`. It is a module, as `logvar` may be learned.
 
+    Args:
+        schedule: noise schedule of the model.
+        parameterization: what the network predicts: "eps", "v", "x0" or "edm".
+        weighting: name in WEIGHTINGS of the weights of the denoised latent's error; None = weight 1
+            of the prediction's error.
+        sigma_data: standard deviation of the latents, for the weighting "edm".
+        model_sigma_data: the same, for the parameterization "edm".
+        min_snr_gamma: cap of the SNR (arXiv:2303.09556), instead of a weighting; None = no cap.
+        loss_type: "l2", squared error, or "l1", absolute error.
+        learn_logvar: whether to train `logvar`, one number for each timestep.
+        logvar_init: initial `logvar` of all timesteps.
     Raises:
         UnknownName: the loss type or the weighting is unknown.
-        ArgumentError: `original_elbo_weight` for a continuous schedule or "edm".
+        ArgumentError: `original_elbo_weight` with a continuous schedule or the parameterization
+            "edm".
     """
 
     schedule: NoiseSchedule
-    parameterization: str  # prediction type of the error
+    parameterization: str
     _: KW_ONLY
-    weighting: str | None = None  # of the denoised latent's error, in WEIGHTINGS; None: none
-    sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for the weighting "edm"
-    model_sigma_data: float = SIGMA_DATA  # the same, for the parameterization "edm"
-    min_snr_gamma: float | None = None  # cap of SNR (arXiv:2303.09556), instead of a weighting
-    loss_type: str = "l2"  # squared error; or "l1", absolute error
+    weighting: str | None = None
+    sigma_data: float = SIGMA_DATA
+    model_sigma_data: float = SIGMA_DATA
+    min_snr_gamma: float | None = None
+    loss_type: str = "l2"
     l_simple_weight: float = 1.0
     original_elbo_weight: float = 0.0
     learn_logvar: bool = False
-    logvar_init: float = 0.0  # initial `logvar` of all timesteps
+    logvar_init: float = 0.0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -51,7 +64,7 @@ class Criterion(nn.Module):
             self.vlb_weights = self.schedule.vlb_weights(self.parameterization).float()
         elif self.original_elbo_weight:
             raise ArgumentError(
-                "original_elbo_weight needs a model with timesteps, of eps, v or x0"
+                "original_elbo_weight needs discrete timesteps, and a prediction of eps, v or x0"
             )
         logvar = torch.full((len(self.schedule),), float(self.logvar_init))  # (T,)
         self.logvar = nn.Parameter(logvar, requires_grad=self.learn_logvar)
@@ -77,32 +90,34 @@ class Criterion(nn.Module):
             error: (B, C, h, w), prediction minus target.
             t: (B,) timesteps of the schedule, on the CPU.
         Returns:
-            "loss", its detached parts, and per sample (B,) the unweighted "losses" and the nearest
-            timesteps "t", int64.
+            "loss"; its detached terms; and per sample (B,) the unweighted "losses", and the index
+            "t", int64, of the nearest level of the schedule.
         """
-        values = error.abs() if self.loss_type == "l1" else error.square()
-        unweighted = values.mean(dim=(1, 2, 3))  # (B,)
-        losses = self.weights(t).to(unweighted) * unweighted
-        rows = _nearest_rows(self.schedule, t)
-        logvar = self.logvar[rows.to(self.logvar.device)].to(losses.device)  # (B,)
-        gamma = (losses / logvar.exp() + logvar).mean()  # the original's name
-        result = {"loss": self.l_simple_weight * gamma, "loss_simple": unweighted.detach().mean()}
+        elementwise = error.abs() if self.loss_type == "l1" else error.square()
+        unweighted = elementwise.mean(dim=(1, 2, 3))  # (B,)
+        weighted = self.weights(t).to(unweighted) * unweighted
+        indices = _nearest_indices(self.schedule, t)
+        logvar = self.logvar[indices.to(self.logvar.device)].to(weighted.device)  # (B,)
+        simple = (weighted / logvar.exp() + logvar).mean()
+        # The names are those of the original's logs.
+        result = {"loss": self.l_simple_weight * simple, "loss_simple": unweighted.detach().mean()}
         if self.vlb_weights is not None:
-            vlb = (self.vlb_weights[rows].to(losses) * losses).mean()
+            vlb = (self.vlb_weights[indices].to(weighted) * weighted).mean()
             result["loss"] = result["loss"] + self.original_elbo_weight * vlb
             result["loss_vlb"] = vlb.detach()
         if self.learn_logvar:
-            result |= {"loss_gamma": gamma.detach(), "logvar": self.logvar.detach().mean()}
-        return {**result, "t": rows, "losses": unweighted.detach()}
+            result |= {"loss_gamma": simple.detach(), "logvar": self.logvar.detach().mean()}
+        return {**result, "t": indices, "losses": unweighted.detach()}
 
 
 def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
     """Compute weights (B,) of the squared error of the denoised latent at sigma (B,).
 
-    "eps", "v" and "edm" are weight 1 for a prediction of that type (arXiv:2206.00364, eq. 8).
+    "eps", "v" and "edm" amount to weight 1 of the error of a prediction of that type
+    (arXiv:2206.00364, eq. 8).
 
     Args:
-        name: name in WEIGHTINGS; "unit" is 1.
+        name: name in WEIGHTINGS; "unit" is weight 1.
         sigma_data: standard deviation of the latents, for "edm".
     """
     if name == "unit":
@@ -110,11 +125,11 @@ def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -
     return sigma**-2 + {"eps": 0.0, "v": 1.0, "edm": sigma_data**-2}[name]
 
 
-def _nearest_rows(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Return the nearest rows (B,) int64 of timesteps in tables over the schedule."""
+def _nearest_indices(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Return the indices (B,) int64 of the schedule's levels nearest to timesteps t (B,)."""
     if not t.is_floating_point():
         return t
-    # Continuous timesteps have no row of their own.
+    # Continuous timesteps are divided into as many equal intervals.
     first, last = schedule.t_range
-    steps = len(schedule) - 1
-    return ((t - first) / (last - first) * steps).round().long().clamp(0, steps)
+    last_index = len(schedule) - 1
+    return ((t - first) / (last - first) * last_index).round().long().clamp(0, last_index)

@@ -24,36 +24,50 @@ LEGACY_TRAINING = (*LEGACY_DROPOUT, ZERO_SIZES)
 
 @dataclass(eq=False)
 class Diffusion(Task):
-    """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen."""
+    """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen.
+
+    Args:
+        conditioning_dropout_prob: probability of dropping the caption, for classifier-free
+            guidance; or probabilities by batch key; None = the `ucg_rate` of each encoder.
+        prior_loss_weight: weight of the loss of "prior" samples, the class images of DreamBooth
+            (arXiv:2208.12242).
+        noise_levels: keywords of `LogNormal`; None = uniform timesteps, or the defaults of
+            `LogNormal` for continuous schedules.
+        timesteps: range [first, end) to train on, (0, 200) for SDXL's refiner; None = all.
+        noise_bias: timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
+            noise, where the caption matters most.
+        noise_offset: standard deviation of extra noise that is constant over each channel, so that
+            the model learns to change the mean of an image; usually 0.1 (Guttenberg 2023).
+        noise_offset_by: "channel", or "sample": the same constant in all channels.
+        input_perturbation: standard deviation of extra noise in the input, not the target; usually
+            0.1 (arXiv:2301.11706).
+        scale_by_std: whether to export the measured `scale_factor`.
+        legacy: the original's behaviors, names in LEGACY_TRAINING.
+        disable_first_stage_autocast: whether to encode images in full precision.
+        criterion_options: keywords of `Criterion`.
+    """
 
     is_shardable: ClassVar[bool] = True
     model: LatentDiffusion
     _: KW_ONLY
-    # Probability of dropping the caption, for classifier-free guidance; or probabilities by batch
-    # key; or None for the `ucg_rate` of each encoder.
     conditioning_dropout_prob: float | Mapping[str, float] | None = 0.1
-    # weight of the loss of "prior" samples, the class images of DreamBooth (arXiv:2208.12242)
     prior_loss_weight: float = 1.0
-    # Keywords of `LogNormal`; None = uniform timesteps, or its defaults for continuous schedules.
     noise_levels: Mapping[str, float] | None = None
-    timesteps: Sequence[int] | None = None  # range [first, end), (0, 200) for SDXL's refiner
-    # Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high noise, where
-    # the caption matters most.
+    timesteps: Sequence[int] | None = None
     noise_bias: float = 1.0
-    # Standard deviation of extra noise that is constant over each channel, so that the model learns
-    # to change the mean of an image; usually 0.1 (Guttenberg 2023).
     noise_offset: float = 0.0
-    noise_offset_by: str = "channel"  # or "sample": the same constant in all channels
-    # standard deviation of extra noise in the input, not the target; usually 0.1 (arXiv:2301.11706)
+    noise_offset_by: str = "channel"
     input_perturbation: float = 0.0
-    scale_by_std: bool = False  # whether to export the measured `scale_factor`
-    legacy: Sequence[str] = ()  # the original's behaviors, names in LEGACY_TRAINING
-    disable_first_stage_autocast: bool = False  # encode images in full precision
-    criterion_options: JsonMapping = field(default_factory=dict)  # keywords of `Criterion`
+    scale_by_std: bool = False
+    legacy: Sequence[str] = ()
+    disable_first_stage_autocast: bool = False
+    criterion_options: JsonMapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model, levels = self.model, self.noise_levels
-        self.levels = None if levels is None else LogNormal(**levels)
+        model = self.model
+        self.sigma_distribution = None
+        if self.noise_levels is not None:
+            self.sigma_distribution = LogNormal(**self.noise_levels)
         self.criterion = Criterion(
             model.schedule,
             model.parameterization,
@@ -109,13 +123,13 @@ class Diffusion(Task):
         elif "z_std" in batch:
             z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
 
-        # All draws are from one generator: another order would give other numbers for a seed.
-        # Draw timesteps and noise.
+        # Draw timesteps and noise. All draws are from one generator: another order would give other
+        # numbers for a seed.
         t = draw_timesteps(
             model.schedule,
             len(z),
             generator,
-            levels=self.levels,
+            sigma_distribution=self.sigma_distribution,
             bias=self.noise_bias,
             limits=self.timesteps,
         )  # (B,)
@@ -135,6 +149,7 @@ class Diffusion(Task):
         return nullcontext()
 
     def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw the noise to predict, and the noise to add to latents z (B, C, h, w)."""
         # On the CPU, so that a seed means the same noise on every device.
         noise = torch.randn(z.shape, generator=generator)
         if self.noise_offset:

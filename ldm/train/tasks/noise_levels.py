@@ -17,14 +17,19 @@ __all__ = ["LogNormal", "draw_timesteps", "spread_quantiles", "spread_timesteps"
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Log-normal distribution of sigma (arXiv:2206.00364, table 1)."""
+    """Log-normal distribution of sigma (arXiv:2206.00364, table 1).
 
-    mean: float = -1.2  # of ln sigma
-    std: float = 1.2  # of ln sigma
+    Args:
+        mean: mean of ln sigma.
+        std: standard deviation of ln sigma.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
 
     def sigmas(self, quantiles: Tensor) -> Tensor:
         """Return sigmas, float64, at these quantiles (0 … 1) of the distribution."""
-        # The normal quantiles of 0 and 1 are infinite.
+        # The quantiles 0 and 1 of a normal distribution are infinite.
         normal: Tensor = torch.special.ndtri(quantiles.double().clamp(1e-6, 1 - 1e-6))
         return (self.mean + self.std * normal).exp()
 
@@ -34,23 +39,23 @@ def draw_timesteps(
     n: int,
     generator: torch.Generator,
     *,
-    levels: LogNormal | None = None,
+    sigma_distribution: LogNormal | None = None,
     bias: float = 1.0,
     limits: Sequence[int] | None = None,
 ) -> Tensor:
     """Draw n timesteps (n,) of a schedule.
 
     Args:
-        levels: distribution of sigma; None = uniform timesteps, or the default LogNormal if the
-            schedule is continuous.
+        sigma_distribution: None = uniform timesteps, or the default LogNormal if the schedule is
+            continuous.
         bias: see `noise_bias` of `Diffusion`; for discrete timesteps only.
         limits: range [first, end) of timesteps; None = all.
     """
-    if levels is None and isinstance(schedule, Schedule):
+    if sigma_distribution is None and isinstance(schedule, Schedule):
         first, end = limits or (0, len(schedule))
         return spread_timesteps(n, end - first, generator, bias) + first
     quantiles = spread_quantiles(n, generator)
-    return schedule.sigma_to_t((levels or LogNormal()).sigmas(quantiles))
+    return schedule.sigma_to_t((sigma_distribution or LogNormal()).sigmas(quantiles))
 
 
 def spread_timesteps(
@@ -58,7 +63,7 @@ def spread_timesteps(
 ) -> Tensor:
     """Draw n timesteps (n,) int64 in 0 … timesteps - 1, with the `noise_bias` of `Diffusion`."""
     quantiles = spread_quantiles(n, generator)
-    # The largest quantile may be rounded to 1.
+    # A quantile close to 1 may be rounded to 1.
     return (quantiles ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
 

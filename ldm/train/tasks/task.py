@@ -18,14 +18,23 @@ LossFunction: TypeAlias = Callable[[Batch, torch.Generator], Losses]
 
 
 class Task(ABC):
-    """A model, its trained part, and the losses of a batch."""
+    """A model, the networks to train, and the losses of a batch.
 
-    model: LatentDiffusion | AutoencoderKL  # for sampling, validation and exports
-    trainable: nn.Module  # holds all trained parameters, maybe also frozen ones
-    discriminator: nn.Module | None = None  # trained against the model
-    step: int = 0  # current step, set by the training loop
-    betas: ClassVar[tuple[float, float] | None] = None  # default of Adam; None = torch's
-    is_shardable: ClassVar[bool] = False  # whether FSDP is supported
+    Attributes:
+        model: the whole model, for sampling, validation and exports.
+        trainable: holds all trained parameters, perhaps also frozen ones.
+        discriminator: network to train against the model; None = none.
+        step: current step, set by the training loop.
+        betas: default of AdamW; None = torch's.
+        is_shardable: whether FSDP is supported.
+    """
+
+    model: LatentDiffusion | AutoencoderKL
+    trainable: nn.Module
+    discriminator: nn.Module | None = None
+    step: int = 0
+    betas: ClassVar[tuple[float, float] | None] = None
+    is_shardable: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
