@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
-from ldm.train.tasks.autoencoder import EPS, MAX_D_WEIGHT
+from ldm.train.tasks.autoencoder import D_WEIGHT_EPS, MAX_D_WEIGHT
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
@@ -92,7 +92,7 @@ class LPIPSWithDiscriminator(nn.Module):
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
             for loss in (nll_loss, g_loss)
         )
-        ratio = (nll_norm / (g_norm + EPS)).clamp(0.0, MAX_D_WEIGHT).detach()
+        ratio = (nll_norm / (g_norm + D_WEIGHT_EPS)).clamp(0.0, MAX_D_WEIGHT).detach()
         weight: Tensor = ratio * self.discriminator_weight
         return weight
 
