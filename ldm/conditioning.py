@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 __all__ = [
     "LEGACY_DROPOUT", "AnyCond", "Batch", "Composition", "Cond", "Conditioner", "Config", "Drop",
     "Encoder", "EncoderOptions", "PrepareOptions", "ScheduledCond", "Slot",
-    "repeat_to_equal_length", "zero_rows",
+    "repeat_to_equal_length", "zero_samples",
 ]  # fmt: skip
 
 Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
@@ -29,21 +29,30 @@ Config = Mapping[str, Any]  # parameters as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
 Join = Literal["tokens", "features"]
 Drop = float | Mapping[str, float] | None  # see `Conditioner.forward`
-LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")
+LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")  # see `Conditioner.forward`
 TOKEN_SLOTS = {"crossattn", "context_mask"}  # slots with tokens along axis 1
-SECOND_PROMPT = "txt_2"  # batch key of a prompt of its own for the encoder `text_2`
+SECOND_PROMPT = "txt_2"  # batch key of SDXL's second prompt, read by the encoder `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 
 @dataclass(frozen=True)
 class Cond:
-    """The condition of a batch. An empty slot is None; all others have the same batch size."""
+    """The condition of a batch. An empty slot is None; all others have the same batch size.
+
+    Args:
+        crossattn: Tokens for cross-attention, (B, N, D).
+        concat: Channels concatenated to the noisy latent, (B, C, h, w).
+        vector: Features added to the time embedding, (B, D) or (B,).
+        context_mask: Tokens of `crossattn` to keep, bool (B, N); None for all.
+        perturbed: Samples with perturbed self-attention, for guidance, bool (B,); None for no
+            samples.
+    """
 
     crossattn: Tensor | None = None
     concat: Tensor | None = None
     vector: Tensor | None = None
-    context_mask: Tensor | None = None  # tokens of `crossattn` to keep, bool (B, N); None for all
-    perturbed: Tensor | None = None  # rows for perturbed-attention guidance, bool (B,)
+    context_mask: Tensor | None = None
+    perturbed: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
@@ -59,8 +68,8 @@ class Cond:
     def __len__(self) -> int:
         return next((len(value) for value in self.tensors().values()), 0)
 
-    def __getitem__(self, rows: slice) -> "Cond":
-        return Cond(**{name: value[rows] for name, value in self.tensors().items()})
+    def __getitem__(self, samples: slice) -> "Cond":
+        return Cond(**{name: value[samples] for name, value in self.tensors().items()})
 
     def cat(self, other: "Cond") -> "Cond":
         """Concatenate two conditions of the same slots along the batch axis.
@@ -76,14 +85,14 @@ class Cond:
         return Cond(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
     def repeat(self, n: int) -> "Cond":
-        """Repeat each row n times: rows 0, 0, 1, 1, … for n = 2."""
+        """Repeat each sample n times: samples 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
 
     def join(self, other: "Cond", crossattn: Join = "tokens") -> "Cond":
-        """Concatenate with another condition of the same rows: channels, features of the vector.
+        """Add another condition of the same samples: concatenate slots that both have, on axis 1.
 
         Args:
-            crossattn: Axis of the contexts, "tokens" (axis 1) or "features" (axis 2).
+            crossattn: Axis of `crossattn`, "tokens" (1) or "features" (2).
         """
         joined = self.tensors()
         for slot, value in other.tensors().items():
@@ -96,19 +105,28 @@ class Cond:
             joined[slot] = value
         return Cond(**joined)
 
-    def zero_rows(self, rows: Tensor) -> "Cond":
-        """Set the rows to zero where a mask (B,) is true."""
-        return Cond(**{slot: zero_rows(value, rows) for slot, value in self.tensors().items()})
+    def zero_samples(self, mask: Tensor) -> "Cond":
+        """Set the samples to zero where a mask (B,) is true."""
+        return Cond(**{slot: zero_samples(value, mask) for slot, value in self.tensors().items()})
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Conditions of several prompts per sample: their guidance is summed (arXiv:2206.01714)."""
+    """Conditions of several prompts per sample: their guidance is summed.
 
-    cond: Cond  # a row per prompt, M rows in all
-    rows: Tensor  # index of the sample of each row, int64 (M,)
-    weights: Tensor  # guidance weight of each row, (M,)
-    samples: int  # number of samples, B
+    Liu et al. 2022 (arXiv:2206.01714).
+
+    Args:
+        cond: Conditions of all prompts, M in all.
+        rows: Index of the sample of each prompt, int64 (M,).
+        weights: Guidance weight of each prompt, (M,).
+        samples: Number of samples, B.
+    """
+
+    cond: Cond
+    rows: Tensor
+    weights: Tensor
+    samples: int
 
     def __len__(self) -> int:
         return self.samples
@@ -118,7 +136,7 @@ class Composition:
 
         Args:
             uncond: Predictions u (B, C, h, w) for the negative prompts.
-            predictions: Predictions c (M, C, h, w).
+            predictions: Predictions c (M, C, h, w) for the prompts, with weights w.
         """
         rows = self.rows.to(uncond.device)
         weights = self.weights.to(uncond).view(-1, *[1] * (uncond.dim() - 1))
@@ -127,18 +145,21 @@ class Composition:
 
 @dataclass(frozen=True)
 class ScheduledCond:
-    """Conditions that change during sampling (prompt editing)."""
+    """Conditions that change during sampling (prompt editing).
 
-    # (last step, condition), in order; steps are counted from 0
+    Args:
+        entries: (last step, condition), in order; steps are counted from 0.
+    """
+
     entries: tuple[tuple[int, "Cond | Composition"], ...]
 
     def __len__(self) -> int:
         return len(self.entries[0][1])
 
     def at(self, step: int) -> "Cond | Composition":
-        """Return the condition of a step, counted from 0."""
-        later = (cond for last, cond in self.entries if last >= step)
-        return next(later, self.entries[-1][1])
+        """Return the condition of a step, counted from 0; after the last one, that of the last."""
+        conditions = (cond for last_step, cond in self.entries if last_step >= step)
+        return next(conditions, self.entries[-1][1])
 
 
 AnyCond = Cond | Composition | ScheduledCond
@@ -157,19 +178,24 @@ def repeat_to_equal_length(values: Sequence[Tensor]) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def zero_rows(value: Tensor, rows: Tensor) -> Tensor:
-    """Set the rows of a tensor (B, …) to zero where a mask (B,) is true."""
-    return value.masked_fill(rows.to(value.device).view(-1, *[1] * (value.dim() - 1)), 0)
+def zero_samples(value: Tensor, mask: Tensor) -> Tensor:
+    """Set the samples of a tensor (B, …) to zero where a mask (B,) is true."""
+    return value.masked_fill(mask.to(value.device).view(-1, *[1] * (value.dim() - 1)), 0)
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Arguments of `Encoder.prepare` besides the batch."""
+    """Arguments of `Encoder.prepare` besides the batch.
 
-    size: tuple[int, int]  # (h, w) of the latent
-    # image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior
+    Args:
+        size: (h, w) of the latent.
+        encode: Image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior.
+        generator: Random generator; None for torch's global one.
+    """
+
+    size: tuple[int, int]
     encode: Callable[[Tensor], Tensor]
-    generator: torch.Generator | None = None  # random generator; None for torch's global one
+    generator: torch.Generator | None = None
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Draw standard normal noise, on the generator's device."""
@@ -185,29 +211,45 @@ class PrepareOptions:
 
 
 class EncoderOptions(TypedDict, total=False):
-    """Options of encoders for training and guidance."""
+    """Options of encoders for training and guidance, under sgm's names.
 
-    ucg_rate: float  # probability of dropping a sample in training, see `Conditioner.forward`
-    legacy_ucg_value: object  # replacement of a dropped sample, instead of zeros or `null`
-    is_trainable: bool  # False freezes the encoder
-    null: object  # see `Encoder`
+    Args:
+        ucg_rate: Probability of dropping a sample in training, see `Conditioner.forward`.
+        legacy_ucg_value: Replacement of a dropped sample, instead of zeros or `null`.
+        is_trainable: False freezes the encoder.
+        null: See `Encoder`.
+    """
+
+    ucg_rate: float
+    legacy_ucg_value: object
+    is_trainable: bool
+    null: object
 
 
 class Encoder(nn.Module):
     """Turns one entry of a batch into a slot of a `Cond`: `encoder(batch[encoder.key])`.
 
-    `forward` returns a tensor, or a `Cond` if it fills several slots; here, it
-    returns the entry unchanged.
+    `forward` returns a tensor, or a `Cond` if it fills several slots. That of this class returns
+    the entry unchanged.
+
+    Attributes:
+        key: Batch key of the input.
+        slot: Slot of `Cond`, for an output that is a tensor.
+        droppable: Whether classifier-free guidance replaces samples by `null`.
+        null: The unconditional sample, such as ""; None for outputs of zeros.
+        cache_key: Batch key to store in latent caches, of an image or of what `prepare` computes
+            without randomness; None to store nothing.
+        generation: 1 or 2, if this is the text encoder of that Stable Diffusion; None for others.
+        ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
 
-    key: str  # batch key of the input
-    slot: Slot  # of `Cond`, for an output that is a tensor
-    droppable: ClassVar[bool] = False  # classifier-free guidance replaces samples by `null`
-    null: object = None  # the unconditional sample, such as ""; None for outputs of zeros
-    # Batch key to store in latent caches: computed by `prepare` without randomness, or an image.
+    key: str
+    slot: Slot
+    droppable: ClassVar[bool] = False
+    null: object = None
     cache_key: str | None = None
-    generation: ClassVar[int | None] = None  # Stable Diffusion 1 or 2, if this is its text encoder
-    ucg_rate: float = 0.0  # this and the next two: see `EncoderOptions`
+    generation: ClassVar[int | None] = None
+    ucg_rate: float = 0.0
     legacy_ucg_value: object = None
     is_trainable: bool = True
 
@@ -222,7 +264,7 @@ class Encoder(nn.Module):
         return ()
 
     def forward(self, samples: Any) -> Any:
-        """Encode samples; here they are returned as they are."""
+        """Encode samples; this class returns them unchanged."""
         return samples
 
     def condition(self, samples: Any) -> Cond:
@@ -231,18 +273,19 @@ class Encoder(nn.Module):
         return output if isinstance(output, Cond) else Cond(**{self.slot: output})
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Compute entries that this encoder needs and the batch lacks.
+        """Compute entries that this encoder needs and that are not in the batch.
 
-        Slow or random steps belong here, not in `forward`, so that they are the same for the
-        conditional and the unconditional batch.
+        Slow or random steps belong here, not in `forward`, so that they run once, with the same
+        result for the conditional and the unconditional batch.
         """
         return {}
 
 
 class Conditioner(nn.Module):
-    """Encoders by name; that of the prompt (or of an image in its place) is `text`.
+    """Runs encoders, and joins their outputs.
 
-    Names are attribute names, so that weights are called `conditioner.text.…`.
+    Encoders are attributes, so that weights are called `conditioner.text.…`. That of the prompt, or
+    of an image in its place, is `text`.
 
     Args:
         join: Axis along which contexts are concatenated, see `Cond.join`. Vectors are concatenated
@@ -265,6 +308,7 @@ class Conditioner(nn.Module):
 
     @property
     def encoders(self) -> dict[str, Encoder]:
+        """Encoders by name, in order."""
         return {k: v for k, v in self.named_children() if isinstance(v, Encoder)}
 
     @property
@@ -272,20 +316,20 @@ class Conditioner(nn.Module):
         """Batch keys that the encoders read."""
         return frozenset(encoder.key for encoder in self.encoders.values())
 
-    def find_all(self, kind: type[EncoderT]) -> list[EncoderT]:
+    def find_all(self, encoder_class: type[EncoderT]) -> list[EncoderT]:
         """Return the encoders of a class, in order."""
-        return [e for e in self.encoders.values() if isinstance(e, kind)]
+        return [e for e in self.encoders.values() if isinstance(e, encoder_class)]
 
-    def find(self, kind: type[EncoderT]) -> EncoderT | None:
+    def find(self, encoder_class: type[EncoderT]) -> EncoderT | None:
         """Return the first encoder of a class, or None."""
-        return next(iter(self.find_all(kind)), None)
+        return next(iter(self.find_all(encoder_class)), None)
 
-    def get(self, kind: type[EncoderT]) -> EncoderT:
+    def get(self, encoder_class: type[EncoderT]) -> EncoderT:
         """Return the first encoder of a class, or raise a ValueError that lists all encoders."""
-        encoder = self.find(kind)
+        encoder = self.find(encoder_class)
         if encoder is None:
             names = ", ".join(type(e).__name__ for e in self.encoders.values()) or "none"
-            raise ValueError(f"this model has no {kind.__name__}, its encoders: {names}")
+            raise ValueError(f"this model has no {encoder_class.__name__}, its encoders: {names}")
         return encoder
 
     def forward(
@@ -300,14 +344,15 @@ class Conditioner(nn.Module):
         `text_2` reads `txt_2` instead if the batch has it.
 
         Args:
-            drop: Probability of dropping a sample, that is of replacing it by the encoder's `null`;
-                for all `droppable` encoders, or by batch key, such as {"txt": 0.1}. None: the
-                `ucg_rate` of each encoder, and zeros unless it has a `legacy_ucg_value`. Encoders
-                of one batch key drop the same samples.
-            generator: Random generator for `drop`.
-            legacy: Quirks of `generative-models`, names in LEGACY_DROPOUT: "independent-dropout"
-                drops each tensor independently, "mutating-legacy-ucg" lets later encoders see
-                the replacement.
+            drop: Probability of dropping a sample, that is of replacing it by the encoder's `null`,
+                or its output by zeros if that is None; for all `droppable` encoders, or by batch
+                key, such as {"txt": 0.1}. None: the `ucg_rate` of each encoder, with its
+                `legacy_ucg_value`, if any, in place of `null`. Encoders of one batch key drop the
+                same samples.
+            generator: Random generator for `drop`; None for torch's global one.
+            legacy: Quirks of sgm (`generative-models`), names in LEGACY_DROPOUT:
+                "independent-dropout" drops each output independently, "mutating-legacy-ucg" lets
+                later encoders of a batch key see the replacement.
         """
         cond, dropout = Cond(), _Dropout(drop, generator, legacy)
         entries = dict(batch)
@@ -328,35 +373,37 @@ class _Dropout:
     drop: Drop
     generator: torch.Generator | None
     legacy: Collection[str]
-    draws: dict[str, Tensor] = field(default_factory=dict)  # (B,) in [0, 1), by batch key
+    draws: dict[str, Tensor] = field(default_factory=dict)  # uniform in [0, 1), (B,), by batch key
 
     def replace(self, encoder: Encoder, samples: Any) -> tuple[Any, Any]:
-        """Return the samples for later encoders of the batch key, and for this one."""
+        """Return the samples for later encoders of the batch key, and those for this one."""
         rate, null = self._rate(encoder), self._replacement(encoder)
         if not rate or null is None:
             return samples, samples
-        dropped = self._draw(encoder.key, len(samples)) < rate
-        pairs = zip(samples, dropped, strict=True)
-        replaced = [null if is_dropped else sample for sample, is_dropped in pairs]
+        is_dropped = self._draw(encoder.key, len(samples)) < rate
+        pairs = zip(samples, is_dropped, strict=True)
+        replaced = [null if drop else sample for sample, drop in pairs]
         if "mutating-legacy-ucg" not in self.legacy:
             return samples, replaced
-        # There, the next encoder of the key draws anew, for samples that are replaced already.
+        # As in sgm, the next encoder of the key draws again, and drops from the replaced samples.
         del self.draws[encoder.key]
         return replaced, replaced
 
     def zero(self, encoder: Encoder, cond: Cond) -> Cond:
+        """Zero the outputs of dropped samples, unless `replace` has replaced the samples."""
         rate = self._rate(encoder)
         if not rate or self._replacement(encoder) is not None:
             return cond
         if "independent-dropout" not in self.legacy:
-            return cond.zero_rows(self._draw(encoder.key, len(cond)) < rate)
-        keep = torch.full((len(cond),), 1 - rate)
-        return Cond(
-            **{
-                slot: zero_rows(value, torch.bernoulli(keep, generator=self.generator) == 0)
-                for slot, value in cond.tensors().items()
-            }
-        )
+            return cond.zero_samples(self._draw(encoder.key, len(cond)) < rate)
+        keep_probability = torch.full((len(cond),), 1 - rate)  # drawn as in sgm
+        slots = {
+            slot: zero_samples(
+                value, torch.bernoulli(keep_probability, generator=self.generator) == 0
+            )
+            for slot, value in cond.tensors().items()
+        }
+        return Cond(**slots)
 
     def _rate(self, encoder: Encoder) -> float:
         if self.drop is None:
@@ -371,8 +418,8 @@ class _Dropout:
             return encoder.legacy_ucg_value
         return encoder.null
 
-    def _draw(self, key: str, n: int) -> Tensor:
+    def _draw(self, key: str, batch_size: int) -> Tensor:
         if key not in self.draws:
             # Once per batch key, so that two encoders of a prompt drop the same samples.
-            self.draws[key] = torch.rand(n, generator=self.generator)
+            self.draws[key] = torch.rand(batch_size, generator=self.generator)
         return self.draws[key]

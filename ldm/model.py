@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Cond, Conditioner, Drop, PrepareOptions
-from ldm.diffusion.denoiser import SIGMA_DATA, Denoiser, scalings
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, SIGMA_DATA, Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -26,12 +26,12 @@ from ldm.nets.lora import MergedChanges
 from ldm.nets.tiled import apply_tiled
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
 from ldm.nets.unet import UNet
-from ldm.runtime.errors import ArgumentError
+from ldm.runtime.errors import ArgumentError, check_name
 from ldm.runtime.offload import offload
 
 __all__ = ["Defaults", "LatentDiffusion", "LatentSpace"]
 
-SCALE_TOLERANCE = 0.01  # relative difference of scale factors
+SCALE_TOLERANCE = 0.01  # relative difference of scale factors, which files round
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Defaults:
 
     Args:
         scale: Guidance scale; 1 disables guidance.
-        scheduler: Spacing of timesteps or sigmas; None for the sampler's default.
-        eta: Stochasticity, 0 is deterministic DDIM; None for the sampler's default.
+        sampler: Name in `ldm.SAMPLERS`.
+        scheduler: Choice of noise levels, see `NoiseSchedule.step_sigmas`; None for the sampler's
+            default.
+        eta: Amount of noise between steps, 0 is deterministic; None for the sampler's default.
         max_steps, max_scale: Upper limits of a few-step (distilled) model; None for no limit.
     """
 
@@ -73,8 +75,8 @@ class LatentSpace:
     def matches(self, other: "LatentSpace") -> bool:
         """Return whether the models can exchange latents."""
         ratio = other.scale_factor / self.scale_factor
-        same = replace(other, scale_factor=self.scale_factor)
-        return self == same and abs(ratio - 1) <= SCALE_TOLERANCE
+        is_equal = replace(other, scale_factor=self.scale_factor) == self
+        return is_equal and abs(ratio - 1) <= SCALE_TOLERANCE
 
 
 class LatentDiffusion(nn.Module):
@@ -82,7 +84,7 @@ class LatentDiffusion(nn.Module):
 
     Args:
         parameterization: What `unet` predicts, "eps", "v", "x0" or "edm".
-        sigma_data: Standard deviation of z, for "edm".
+        sigma_data: Standard deviation of z, which only "edm" uses.
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
         latent_mean, latent_std: (C,), z = (latent - mean) / std * scale_factor; None for 0 and 1.
         image_size: Side of the latents that the model was trained with, in latent pixels, or
@@ -113,7 +115,9 @@ class LatentDiffusion(nn.Module):
         defaults: Defaults = Defaults(),
     ) -> None:
         super().__init__()
-        scalings(parameterization, torch.ones(()))  # raises for an unknown one
+        check_name(
+            "parameterization", parameterization, PARAMETERIZATIONS, argument="parameterization"
+        )
         if schedule.zero_snr and parameterization == "eps":
             raise ArgumentError(
                 "rescale_betas_zero_snr needs parameterization `v` or `x0`, got `eps`: at zero "
@@ -126,7 +130,7 @@ class LatentDiffusion(nn.Module):
         self.parameterization = parameterization
         self.sigma_data = sigma_data
         self.scale_factor = scale_factor
-        # not buffers: state dicts of the original have none
+        # Not buffers, as the state dicts of the original do not have them.
         self.latent_mean = _channel_values(latent_mean)
         self.latent_std = _channel_values(latent_std)
         self.upcast_autoencoder = upcast_autoencoder
@@ -176,13 +180,14 @@ class LatentDiffusion(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the UNet's weights."""
         return next(self.unet.parameters()).dtype
 
     def offload(self, device: torch.device) -> None:
         """Run on a device too small for the whole model, one network at a time.
 
         Text encoders, UNet and autoencoder stay on the CPU; the one that runs has a copy on the
-        device until another one runs. Other encoders stay on the device.
+        device until another one runs. Other encoders are moved to the device.
         """
         for encoder in self.conditioner.encoders.values():
             if isinstance(encoder, TextEncoder):
@@ -194,7 +199,11 @@ class LatentDiffusion(nn.Module):
         self._offload_device = device
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""
+        """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample.
+
+        Args:
+            generator: Random generator; None for torch's global one.
+        """
         return self.normalize(self.autoencoder.encode(image).sample(generator).float())
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -237,6 +246,7 @@ class LatentDiffusion(nn.Module):
         Args:
             batch: Images, masks, texts … by batch key.
             size: (h, w) of the latent.
+            generator: Random generator; None for torch's global one.
         """
         options = PrepareOptions(size, lambda image: self.encode(image, generator), generator)
         prepared = dict(batch)
@@ -251,7 +261,7 @@ class LatentDiffusion(nn.Module):
         generator: torch.Generator | None = None,
         legacy: Collection[str] = (),
     ) -> Cond:
-        """Encode a batch, such as {"txt": ["a red apple", …]}; see Conditioner.forward."""
+        """Encode a batch, such as {"txt": ["a red apple", …]}; see `Conditioner.forward`."""
         cond: Cond = self.conditioner(batch, drop, generator, legacy)
         return cond
 

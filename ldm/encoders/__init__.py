@@ -1,5 +1,16 @@
 """Encoders of conditions: each turns one entry of a batch into one slot of `Cond`.
 
+Reading order:
+
+    tokenizer                 text -> token ids
+    towers                    CLIP's transformers
+    chunks, weighting         long and weighted prompts
+    text                      text encoders
+    image                     image encoders, noise augmentation of embeddings
+    lowres, depth, dpt        images concatenated to the latent
+    sizes, labels             numbers, class labels, tensors as they are
+    safety                    the safety checker, which is not a condition
+
 open_clip (for its vocabulary) and timm are imported only here. Nothing is downloaded, and all
 encoders can be built on the meta device.
 """

@@ -21,16 +21,22 @@ __all__ = ["COMMA", "Chunk", "Splitter", "Unit", "split_at_commas"]
 COMMA = 267  # id of `,</w>`
 BACKTRACK = 20  # maximum number of tokens after the last comma to move to the next chunk (A1111)
 INVERSION = -1  # in place of any (negative) id of a textual inversion
-WORD_LIMIT = 8  # words of so many tokens are split (ComfyUI)
+MAX_WORD_TOKENS = 7  # words with more tokens are split (ComfyUI)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Tokens that stay together."""
+    """Tokens that stay together.
+
+    Args:
+        ids: Token ids.
+        weight: Weight of the tokens.
+        piece: Index of their piece in the text, for compel's weighting.
+    """
 
     ids: tuple[int, ...]
     weight: float = 1.0
-    piece: int = 0  # index of their piece in the text, for compel's weighting
+    piece: int = 0
 
 
 Chunk = list[Unit]
@@ -38,11 +44,16 @@ Chunk = list[Unit]
 
 @dataclass(frozen=True)
 class Splitter:
-    """Splits texts into chunks for one text encoder."""
+    """Splits texts into chunks for one text encoder.
+
+    Args:
+        added: Tokens of textual inversions.
+        length: Tokens of a chunk with its start and end tokens, 77.
+    """
 
     variant: tokenizer.Variant
-    added: tokenizer.AddedTokens  # tokens of textual inversions
-    length: int  # length of a chunk with its start and end tokens, 77
+    added: tokenizer.AddedTokens
+    length: int
 
     def split(self, text: Text, syntax: str) -> list[Chunk]:
         """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax.
@@ -50,22 +61,23 @@ class Splitter:
         Raises:
             ArgumentError: A textual inversion has more vectors than a chunk has tokens.
         """
-        size = self.length - 2
+        chunk_size = self.length - 2
         sections: list[Chunk] = []
-        first = 0
+        piece_count = 0
         for section in text:
-            units = list(_make_units(section, first, syntax, self.variant, self.added))
-            sections.append(units)
-            first += len(section)
+            sections.append(list(self._make_units(section, piece_count, syntax)))
+            piece_count += len(section)
         units = [unit for section in sections for unit in section]
         longest = max((len(unit.ids) for unit in units), default=0)
-        if longest > size:
+        if longest > chunk_size:
             raise ArgumentError(
-                f"a textual inversion of {longest} vectors does not fit into {size} tokens"
+                f"a textual inversion of {longest} vectors does not fit into {chunk_size} tokens"
             )
         if syntax.startswith("a1111"):
-            return split_at_commas(sections, size)
-        return _split_at_sentences(units, size) if syntax == "compel" else _fill(units, size)
+            return split_at_commas(sections, chunk_size)
+        if syntax == "compel":
+            return _split_at_sentences(units, chunk_size)
+        return _fill(units, chunk_size)
 
     def to_ids(self, chunk: Chunk) -> list[int]:
         """Return the token ids of a chunk, with start token, end token and padding."""
@@ -82,26 +94,21 @@ class Splitter:
         pieces = [-1, *(unit.piece for unit in chunk for _ in unit.ids)]
         return pieces + [-1] * (self.length - len(pieces))
 
-
-def _make_units(
-    section: Section,
-    first: int,
-    syntax: str,
-    variant: tokenizer.Variant,
-    added: tokenizer.AddedTokens,
-) -> Iterator[Unit]:
-    groups = {ids[0]: tuple(ids) for ids in added.values() if ids}
-    for number, piece in enumerate(section, first):
-        for word in _split_comfy_words(piece, added) if syntax == "comfy" else [piece.text]:
-            ids = tokenizer.encode(word, variant, added)
-            if syntax == "comfy" and 0 < len(ids) < WORD_LIMIT and min(ids) >= 0:
-                yield Unit(tuple(ids), piece.weight, number)
-                continue
-            position = 0
-            while position < len(ids):
-                group = groups.get(ids[position], (ids[position],))
-                yield Unit(group, piece.weight, number)
-                position += len(group)
+    def _make_units(self, section: Section, first_piece: int, syntax: str) -> Iterator[Unit]:
+        """Yield the units of a section, whose pieces are counted from `first_piece`."""
+        inversions = {ids[0]: tuple(ids) for ids in self.added.values() if ids}
+        is_comfy = syntax == "comfy"
+        for index, piece in enumerate(section, first_piece):
+            for word in _split_comfy_words(piece, self.added) if is_comfy else [piece.text]:
+                ids = tokenizer.encode(word, self.variant, self.added)
+                if is_comfy and 0 < len(ids) <= MAX_WORD_TOKENS and min(ids) >= 0:
+                    yield Unit(tuple(ids), piece.weight, index)
+                    continue
+                position = 0
+                while position < len(ids):
+                    unit_ids = inversions.get(ids[position], (ids[position],))
+                    yield Unit(unit_ids, piece.weight, index)
+                    position += len(unit_ids)
 
 
 def _split_comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
@@ -115,18 +122,22 @@ def _split_comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
 
 
 def split_at_commas(
-    sections: Sequence[Chunk], size: int = 75, backtrack: int = BACKTRACK
+    sections: Sequence[Chunk], chunk_size: int = 75, backtrack: int = BACKTRACK
 ) -> list[Chunk]:
-    """Fill chunks; where one overflows soon after a comma, split it after that comma."""
+    """Fill chunks as A1111; where one overflows soon after a comma, split it after that comma.
+
+    Args:
+        sections: Units between two BREAKs, which begin a new chunk.
+        backtrack: Maximum number of tokens after the comma.
+    """
     chunks: list[Chunk] = []
     for number, section in enumerate(sections):
         chunk: Chunk = []
         comma = None  # unit index of the last comma in the chunk
         for unit in section:
-            length = _length(chunk)
-            if length + len(unit.ids) > size:
-                is_token = unit.ids[0] >= 0 and unit.ids[0] != COMMA
-                if comma is not None and is_token and _length(chunk[comma:]) <= backtrack:
+            if _count_tokens(chunk) + len(unit.ids) > chunk_size:
+                is_word = unit.ids[0] >= 0 and unit.ids[0] != COMMA
+                if comma is not None and is_word and _count_tokens(chunk[comma:]) <= backtrack:
                     chunks.append(chunk[: comma + 1])
                     chunk = chunk[comma + 1 :]
                 else:
@@ -142,25 +153,26 @@ def split_at_commas(
     return chunks
 
 
-def _fill(units: Sequence[Unit], size: int) -> list[Chunk]:
+def _fill(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
     chunks: list[Chunk] = [[]]
     for unit in units:
-        if _length(chunks[-1]) + len(unit.ids) > size:
+        if _count_tokens(chunks[-1]) + len(unit.ids) > chunk_size:
             chunks.append([])
         chunks[-1].append(unit)
     return chunks
 
 
-def _split_at_sentences(units: Sequence[Unit], size: int) -> list[Chunk]:
+def _split_at_sentences(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
     """Split after the last period that fits, else the last of `,.;:`, else a word, as compel."""
     chunks: list[Chunk] = []
     rest = list(units)
-    while _length(rest) > size:
-        fitting = bisect_right(list(accumulate(len(unit.ids) for unit in rest)), size)
+    while _count_tokens(rest) > chunk_size:
+        # Number of units that fit.
+        fitting = bisect_right(list(accumulate(len(unit.ids) for unit in rest)), chunk_size)
         last_ids = [max(unit.ids[-1], INVERSION) for unit in rest[:fitting]]
         ends = (
             end
-            for symbols in _split_ids()
+            for symbols in _find_split_ids()
             for end in range(fitting, 0, -1)
             if last_ids[end - 1] in symbols
         )
@@ -171,13 +183,13 @@ def _split_at_sentences(units: Sequence[Unit], size: int) -> list[Chunk]:
 
 
 @cache
-def _split_ids() -> tuple[frozenset[int], ...]:
+def _find_split_ids() -> tuple[frozenset[int], ...]:
     """Return the ids after which to split, in order of preference."""
     ids, _ = tokenizer.load_vocabulary()
-    symbols = [ids[symbol + "</w>"] for symbol in ".,;:"]
-    words = (number for symbol, number in ids.items() if symbol.endswith("</w>"))
-    return frozenset(symbols[:1]), frozenset(symbols), frozenset([*words, INVERSION])
+    period, *others = (ids[symbol + "</w>"] for symbol in ".,;:")
+    word_ends = (i for symbol, i in ids.items() if symbol.endswith("</w>"))
+    return frozenset([period]), frozenset([period, *others]), frozenset([*word_ends, INVERSION])
 
 
-def _length(units: Sequence[Unit]) -> int:
+def _count_tokens(units: Sequence[Unit]) -> int:
     return sum(len(unit.ids) for unit in units)

@@ -55,6 +55,7 @@ class DPT(nn.Module):
         for i, channels in enumerate(level_channels, start=1):
             scratch[f"layer{i}_rn"] = Conv2d(channels, features, 3, padding=1, bias=False)
             scratch[f"refinenet{i}"] = FeatureFusion(features)
+        # indices of MiDaS' files, of which 1, 3 and 5 are without weights
         scratch["output_conv"] = nn.Sequential(
             Conv2d(features, features // 2, 3, padding=1),
             nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=True),
@@ -82,13 +83,13 @@ class DPT(nn.Module):
     def _feature_maps(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps at 1/4, 1/8, 1/16 and 1/32 of the image's size."""
         vit: Any = self.pretrained["model"]
-        cnn = vit.patch_embed.backbone
-        first = cnn.stages[0](cnn.stem(x))  # (B, C_0, H/4, W/4)
-        second = cnn.stages[1](first)  # (B, C_1, H/8, W/8)
-        grid = vit.patch_embed.proj(cnn.stages[2](second))  # (B, D, h, w) at 1/16
-        size = grid.shape[-2:]
+        resnet = vit.patch_embed.backbone
+        first = resnet.stages[0](resnet.stem(x))  # (B, C_0, H/4, W/4)
+        second = resnet.stages[1](first)  # (B, C_1, H/8, W/8)
+        patches = vit.patch_embed.proj(resnet.stages[2](second))  # (B, D, h, w) at 1/16
+        size = patches.shape[-2:]
         cls = vit.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
-        tokens = torch.cat([cls, rearrange(grid, "b d h w -> b (h w) d")], dim=1)
+        tokens = torch.cat([cls, rearrange(patches, "b d h w -> b (h w) d")], dim=1)
         tokens = tokens + _resize_positions(vit.pos_embed, size)  # (B, 1 + h w, D)
         outputs = []
         for i, block in enumerate(vit.blocks[: self.hooks[1] + 1]):
@@ -155,6 +156,6 @@ def _reassemble(layers: nn.ModuleDict, tokens: Tensor, size: torch.Size) -> Tens
 def _resize_positions(positions: Tensor, size: torch.Size) -> Tensor:
     """Resize the position embedding of a square grid (1, 1 + n n, D) to (1, 1 + h w, D)."""
     side = round((positions.shape[1] - 1) ** 0.5)
-    grid = rearrange(positions[:, 1:], "b (h w) d -> b d h w", h=side)
-    grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
-    return torch.cat([positions[:, :1], rearrange(grid, "b d h w -> b (h w) d")], dim=1)
+    maps = rearrange(positions[:, 1:], "b (h w) d -> b d h w", h=side)
+    maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return torch.cat([positions[:, :1], rearrange(maps, "b d h w -> b (h w) d")], dim=1)

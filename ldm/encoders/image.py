@@ -45,7 +45,7 @@ VISION_DEFAULTS = {
     "mlp_ratio": 4.0,
 }  # fmt: skip
 
-Blur = Literal["wide", "narrow"]
+Blur = Literal["wide", "narrow"]  # see `preprocess`
 BLURS = ("wide", "narrow")
 Images = Tensor | Sequence[Tensor]  # (B, 3, H, W) in [-1, 1], or a list of (3, H, W)
 
@@ -170,9 +170,9 @@ class CLIPImage(CLIPVision, Encoder):
     def forward(self, images: Tensor | Sequence[Tensor | None]) -> Tensor:
         """Encode images (3, H, W) in [-1, 1] as tokens (B, 1, D), None as zeros."""
         tokens = torch.zeros(len(images), 1, self.width, device=self.model.visual.proj.device)
-        rows = [k for k, image in enumerate(images) if image is not None]
-        if rows:
-            tokens[rows, 0] = self.embed([image for image in images if image is not None])
+        indices = [k for k, image in enumerate(images) if image is not None]
+        if indices:
+            tokens[indices, 0] = self.embed([image for image in images if image is not None])
         return tokens  # (B, 1, D)
 
 
@@ -181,10 +181,14 @@ class EmbeddingNoise(nn.Module):
 
     Args:
         timestep_dim: Features of an embedding, D.
-        noise_schedule_config: See `register_schedule`.
+        noise_schedule_config: See `register_schedule`; None for its defaults.
         max_noise_level: Noise levels are 0 … max_noise_level - 1.
         clip_stats_path: File with mean and standard deviation of the embeddings, read by the
             loader; None for mean 0 and standard deviation 1.
+
+    Attributes:
+        statistics: Mean and standard deviation of the embeddings, (1, D) each; None if the file is
+            not loaded.
     """
 
     def __init__(
@@ -218,7 +222,11 @@ class EmbeddingNoise(nn.Module):
         )
 
     def get_statistics(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the embeddings, (1, D) each."""
+        """Return mean and standard deviation of the embeddings, (1, D) each.
+
+        Raises:
+            MissingArgument: They are not loaded.
+        """
         if self.statistics is None:
             raise MissingArgument(
                 f"the statistics of CLIP's embeddings, `{self.clip_stats_path}`, are missing: put "
@@ -288,13 +296,14 @@ class ImageEmbedding(Encoder):
         self.cache_key = embedding_key
 
     def embed(self, images: Images) -> Tensor:
+        """Embed images, see `CLIPVision.embed`."""
         return self.clip.embed(images)
 
     def forward(self, vectors: Tensor | Sequence[Tensor | None]) -> Tensor:
         """Return vectors of `prepare`, (B, 2 D) float32, with zeros for None."""
         device = self.clip.model.visual.proj.device
         zeros = torch.zeros(2 * self.noise.width, device=device)
-        return torch.stack([zeros if row is None else row.to(zeros) for row in vectors])
+        return torch.stack([zeros if vector is None else vector.to(zeros) for vector in vectors])
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Make `embedding` from images and `noise_level`, int or (B,), random if missing."""
@@ -321,7 +330,7 @@ def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
 
 
 def _choose_gaussian(factor: float, blur: Blur) -> tuple[float, int]:
-    """Choose sigma and number of taps of the Gaussian for downscaling by `factor`."""
+    """Choose sigma and number of taps of the Gaussian for downscaling by `factor`, as kornia."""
     if blur == "wide":
         sigma = max(factor, 1.0)
         taps = int(4 * sigma)
@@ -337,6 +346,7 @@ def _gaussian_blur(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
     offsets = torch.arange(-half, half + 1, device=image.device)
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
     shape = (1, 1, taps, 1) if dim == -2 else (1, 1, 1, taps)
+    # Not F.pad, which reflects at most length - 1 pixels: sides may have 1 or 2.
     period = max(2 * (length - 1), 1)
     indices = torch.arange(-half, length + half, device=image.device) % period
     image = image.index_select(dim, torch.minimum(indices, period - indices))

@@ -71,7 +71,7 @@ class LowRes(Encoder):
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Make `lowres` and `noise_level` from the image without noise.
 
-        The batch may have `noise_level`, one or (B,); else it is random, as in training.
+        The batch may have `noise_level`, a number or (B,); else it is random, as in training.
         """
         if self.key in batch:
             return {}
@@ -118,7 +118,7 @@ class LowResLatent(Encoder):
 
     slot: Slot = "concat"
     key = "lowres_latent"
-    NOISE_KINDS = ("gaussian", "fake")
+    NOISE_KINDS = ("gaussian", "fake")  # see `add_noise`
 
     def forward(self, latent: Tensor) -> Tensor:
         return upsample_nearest(latent)  # (B, C, 2h, 2w)
@@ -127,7 +127,8 @@ class LowResLatent(Encoder):
         """Add noise to a latent (B, C, h, w), and divide by sqrt(1 + sigma²) to keep the variance.
 
         Args:
-            noise: Standard normal noise; None ("fake" noise) leaves the latent unchanged.
+            noise: Standard normal noise; None leaves the latent unchanged: "fake" noise, of which
+                the network is told the sigma only.
         """
         return latent if noise is None else (latent + sigma * noise) / (1 + sigma**2) ** 0.5
 
@@ -145,11 +146,11 @@ class NoiseSigma(Encoder):
 class PatchesToChannels(Encoder):
     """An image split into patch x patch tiles, stacked as channels: (B, patch² C, h, w).
 
-    Not `pixel_unshuffle`: a channel is a contiguous part of the image.
+    Unlike in `pixel_unshuffle`, a channel is a contiguous region of the image.
 
     Args:
         key: Batch key of the image, (B, C, patch h, patch w).
-        patch: Tiles along each side.
+        patch: Number of tiles along each side.
     """
 
     slot: Slot = "concat"
@@ -161,8 +162,9 @@ class PatchesToChannels(Encoder):
         self.patch = patch
 
     def forward(self, image: Tensor) -> Tensor:
-        p = self.patch
-        return rearrange(image, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=p, p2=p)
+        return rearrange(
+            image, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=self.patch, p2=self.patch
+        )
 
 
 class MaskedImage(Encoder):
@@ -173,7 +175,7 @@ class MaskedImage(Encoder):
     cache_key = "masked"
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Make `masked` from `mask` (B, 1, H, W) and `masked_image` or `jpg` (B, 3, H, W)."""
+        """Make `masked` from `mask` (B, 1, H, W) and `masked_image`, else `jpg` (B, 3, H, W)."""
         if self.key in batch:
             return {}
         image = batch.get("masked_image")

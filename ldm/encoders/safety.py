@@ -23,16 +23,21 @@ from ldm.imaging.pixels import resize_and_center_crop
 
 __all__ = ["SafetyChecker", "Verdict"]
 
-SPECIAL_CARE = 0.01
-DECIMALS = 3
+ADJUSTMENT = 0.01  # added to scores after a match of a concept for special care
+DECIMALS = 3  # that scores are rounded to
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The scores of an image: cosine similarity minus threshold, above 0 = matched."""
+    """The scores of an image: cosine similarity minus threshold, above 0 for a match.
 
-    scores: tuple[float, ...]  # of the concepts, which flag the image
-    special_scores: tuple[float, ...]  # of the concepts for special care, which do not
+    Args:
+        scores: Of the concepts, each of which flags the image if it matches.
+        special_scores: Of the concepts for special care, which do not.
+    """
+
+    scores: tuple[float, ...]
+    special_scores: tuple[float, ...]
 
     @property
     def concepts(self) -> list[int]:
@@ -46,6 +51,7 @@ class Verdict:
 
     @property
     def is_flagged(self) -> bool:
+        """Whether any concept matches."""
         return bool(self.concepts)
 
 
@@ -71,7 +77,7 @@ class SafetyChecker(nn.Module):
         """Score images, one by one, so that results do not depend on the batch."""
         device = self.visual.proj.device
         embeddings = [self.visual(self.preprocess(image).to(device)) for image in images]
-        return [verdict for row in embeddings for verdict in self.judge_embeddings(row)]
+        return [verdict for e in embeddings for verdict in self.judge_embeddings(e)]
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resize the shorter side to S, center-crop and normalize: (1, 3, S, S) float32."""
@@ -82,22 +88,23 @@ class SafetyChecker(nn.Module):
 
     def judge_embeddings(self, embeddings: Tensor) -> list[Verdict]:
         """Score images by their embeddings (B, D)."""
-        vectors = (self.special_care_embeds, self.concept_embeds)
         special, concepts = (
-            F.normalize(embeddings.float()) @ F.normalize(vector.float()).mT for vector in vectors
-        )
-        rows = zip(special.tolist(), concepts.tolist(), strict=True)
-        return [self._judge_cosines(*cosines) for cosines in rows]
+            F.normalize(embeddings.float()) @ F.normalize(concept_embeddings.float()).mT
+            for concept_embeddings in (self.special_care_embeds, self.concept_embeds)
+        )  # (B, 3) and (B, 17)
+        pairs = zip(special.tolist(), concepts.tolist(), strict=True)
+        return [self._judge_cosines(*cosines) for cosines in pairs]
 
     def _judge_cosines(self, special: list[float], concepts: list[float]) -> Verdict:
-        special_scores, added = [], 0.0
-        for cosine, limit in zip(special, self.special_care_embeds_weights.tolist(), strict=True):
-            special_scores.append(round(cosine - limit + added, DECIMALS))
+        special_scores, adjustment = [], 0.0
+        thresholds = self.special_care_embeds_weights.tolist()
+        for cosine, threshold in zip(special, thresholds, strict=True):
+            special_scores.append(round(cosine - threshold + adjustment, DECIMALS))
             if special_scores[-1] > 0:
-                added = SPECIAL_CARE
-        limits = self.concept_embeds_weights.tolist()
+                adjustment = ADJUSTMENT
+        thresholds = self.concept_embeds_weights.tolist()
         scores = [
-            round(cosine - limit + added, DECIMALS)
-            for cosine, limit in zip(concepts, limits, strict=True)
+            round(cosine - threshold + adjustment, DECIMALS)
+            for cosine, threshold in zip(concepts, thresholds, strict=True)
         ]
         return Verdict(tuple(scores), tuple(special_scores))

@@ -28,7 +28,7 @@ from ldm.conditioning import (
     EncoderOptions,
     Slot,
     repeat_to_equal_length,
-    zero_rows,
+    zero_samples,
 )
 from ldm.encoders import tokenizer
 from ldm.encoders.chunks import Chunk, Splitter
@@ -39,14 +39,20 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 
 class TextSize(NamedTuple):
-    """Size of a text encoder: features per token, attention heads, blocks."""
+    """Size of a text encoder.
+
+    Args:
+        width: Features per token.
+        heads: Attention heads.
+        layers: Blocks.
+    """
 
     width: int
     heads: int
     layers: int
 
 
-# By name of the model; `-quickgelu` may follow it.
+# Text encoders of open_clip by name, which `-quickgelu` may follow.
 TEXT_SIZES = {
     "ViT-B-32": TextSize(512, 8, 12),
     "ViT-B-16": TextSize(512, 8, 12),
@@ -90,7 +96,7 @@ def clip_skip(number: int) -> Iterator[None]:
     """Within the context, skip last layers of text encoders with `takes_clip_skip`.
 
     Args:
-        number: 1 runs all layers, 2 all but the last …; the final norm follows.
+        number: 1 runs all layers, 2 all but the last …; the final norm follows in each case.
     """
     token = _clip_skip.set(number)
     try:
@@ -110,9 +116,19 @@ class ContextCache(Protocol):
 class TextEncoder(Encoder):
     """Prompts -> context (B, N, D); base class of the text encoders.
 
-    With `always_return_pooled`, the output is a `Cond` of the context and a vector (B, D), the
-    output of the last block at the first end token; with `always_return_mask`, also a mask without
-    the tokens after that one. A prompt that is None gives zeros.
+    A prompt that is None gives zeros.
+
+    Attributes:
+        length: Tokens per prompt, 77.
+        always_return_pooled: Whether the output is a `Cond` of the context and a vector (B, P), the
+            output of the last block at the first end token.
+        always_return_mask: Whether it also has a mask without the tokens after that one.
+        token_ids: CLIP's ids of the tokens that a pruned token embedding holds, (rows - 1,) sorted:
+            row i holds token `token_ids[i - 1]`, row 0 stands for every other token. None if it is
+            not pruned.
+        added_embeddings: Textual inversions, lower-case token -> vectors (n, D); not part of the
+            state dict.
+        cache: Outputs by prompt, used while the encoder is frozen and has no LoRA; None for none.
     """
 
     slot: Slot = "crossattn"
@@ -120,18 +136,15 @@ class TextEncoder(Encoder):
     droppable = True
     null: object = ""
     tokenizer_variant: ClassVar[tokenizer.Variant]
-    length: int  # tokens per prompt, 77
+    length: int
     always_return_pooled: bool
     always_return_mask: bool = False
-    # CLIP's ids of the tokens that a pruned token embedding holds, (rows - 1,) sorted: row i holds
-    # token `token_ids[i - 1]`, row 0 every other token. None if not pruned.
     token_ids: Tensor | None
 
     def __init__(self, **options: Unpack[EncoderOptions]) -> None:
         super().__init__(**options)
-        # Textual inversions, lower-case token -> vectors (n, D); not part of the state dict.
         self.added_embeddings: dict[str, Tensor] = {}
-        self.cache: ContextCache | None = None  # used while frozen and without LoRA
+        self.cache: ContextCache | None = None
         self.register_buffer("token_ids", None)
 
     @property
@@ -146,9 +159,9 @@ class TextEncoder(Encoder):
 
     @property
     def takes_clip_skip(self) -> bool:
-        """Whether the context is the output of the last layer, so that CLIP skip applies.
+        """Whether CLIP skip applies, as the context is the output of the last layer.
 
-        Stable Diffusion 2 and SDXL use the penultimate layer anyway.
+        It does not for Stable Diffusion 2 and SDXL, which use the penultimate layer anyway.
         """
         return False
 
@@ -192,28 +205,32 @@ class TextEncoder(Encoder):
         output: Tensor | Cond = self(self.tokenize(texts).to(self.embedding_table.device))
         return output
 
-    def encode_tokens(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor | Cond:
+    def encode_tokens(self, tokens: Tensor, is_masked: Tensor | None = None) -> Tensor | Cond:
         """Encode token ids (B, N).
 
         Args:
-            hidden: Tokens to mask in attention, bool (B, N); never the first of a row.
+            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
+                to mask none.
         """
         ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
-        context, pooled = self.run_tower(self._to_rows(tokens), self._added_table(), ends, hidden)
+        context, pooled = self.run_tower(
+            self._to_rows(tokens), self._added_table(), ends, is_masked
+        )
         if not self.always_return_mask:
             return _as_output(context, pooled)
         mask = torch.arange(tokens.shape[1], device=ends.device) <= ends[:, None]  # (B, N)
         return Cond(crossattn=context, vector=pooled, context_mask=mask)
 
     def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor, hidden: Tensor | None = None
+        self, rows: Tensor, added: Tensor | None, ends: Tensor, is_masked: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return context and pooled output, if any, of rows (B, N) of the token embedding.
+        """Return context and pooled output, if any.
 
         Args:
-            added: Vectors of added embeddings, see `embed_tokens`.
+            rows: Rows (B, N) of the token embedding, see `token_ids`.
+            added: Vectors (n, D) of added embeddings, for negative rows; None for none.
             ends: Positions (B,) of the first end tokens.
-            hidden: See `encode_tokens`.
+            is_masked: See `encode_tokens`.
         """
         raise NotImplementedError
 
@@ -233,7 +250,9 @@ class TextEncoder(Encoder):
         if not missing.any():
             return output
         return (
-            zero_rows(output, missing) if isinstance(output, Tensor) else output.zero_rows(missing)
+            zero_samples(output, missing)
+            if isinstance(output, Tensor)
+            else output.zero_samples(missing)
         )
 
     def chunks(self, prompt: Prompt) -> list[list[Chunk]]:
@@ -246,27 +265,28 @@ class TextEncoder(Encoder):
 
         Of several texts (prompt editing, AND), these are of the one with the most chunks.
         """
-        prompts = (entry for one in prompt.compositions for _, entry in one.entries)
-        texts = [chunks for entry in prompts for chunks in self.chunks(entry)]
-        counts = (sum(len(unit.ids) for chunk in chunks for unit in chunk) for chunks in texts)
-        size = self.length - 2
-        pairs = [(size * max(len(chunks), 1), count)
-                 for chunks, count in zip(texts, counts, strict=True)]  # fmt: skip
-        limit, count = max(pairs, default=(size, 0))
-        return count, limit
+        chunk_size = self.length - 2
+        capacity, count = chunk_size, 0
+        for composition in prompt.compositions:
+            for _, entry in composition.entries:
+                for chunks in self.chunks(entry):
+                    tokens = sum(len(unit.ids) for chunk in chunks for unit in chunk)
+                    text = (chunk_size * max(len(chunks), 1), tokens)
+                    capacity, count = max((capacity, count), text)
+        return count, capacity
 
     def _encode_parsed(self, prompts: Sequence[str | Prompt | None]) -> Tensor | Cond:
         if self.always_return_mask or self.context_length != self.length:
             raise ArgumentError("this text encoder takes prompts of syntax plain only", "syntax")
         encoder = PromptEncoder(self.encode_tokens, self._splitter, self.embedding_table.device)
-        rows = [
+        outputs = [
             encoder.encode(prompt)
             if isinstance(prompt, Prompt)
             else split_output(self.forward([prompt]))
             for prompt in prompts
         ]
-        contexts = repeat_to_equal_length([context for context, _ in rows])
-        pooled = [vector for _, vector in rows if vector is not None]
+        contexts = repeat_to_equal_length([context for context, _ in outputs])
+        pooled = [vector for _, vector in outputs if vector is not None]
         return _as_output(torch.cat(contexts), torch.cat(pooled) if pooled else None)
 
     @property
@@ -275,11 +295,11 @@ class TextEncoder(Encoder):
 
     @property
     def context_length(self) -> int:
-        """Vectors in the context of a plain prompt, N."""
+        """Number of tokens in the context of a plain prompt, N."""
         return self.length
 
     def token_embeddings(self, text: str | None = None) -> Tensor:
-        """Return the embeddings (n, D) of the n tokens of a text, or the whole table."""
+        """Return the embeddings (n, D) of the n tokens of a text; None for the whole table."""
         table = self.embedding_table.detach()
         if text is None:
             return table
@@ -291,11 +311,13 @@ class TextEncoder(Encoder):
         ids = self.token_ids
         if ids is None:
             return tokens
-        # Beyond the greatest id the last one is compared, which differs: row 0.
+        # For tokens beyond the greatest id, searchsorted returns len(ids), which is no index: they
+        # are compared with the last id instead, differ, and get row 0.
         indices = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
         return torch.where(ids[indices] == tokens, indices + 1, tokens.clamp(max=0))
 
     def _added_tokens(self) -> dict[str, list[int]]:
+        """Return the ids of added embeddings: -1, -2, … for the rows of `_added_table`."""
         ids = (-1 - row for row in itertools.count())
         return {
             token: list(itertools.islice(ids, len(vectors)))
@@ -313,7 +335,8 @@ class TextEncoder(Encoder):
         if self.skipped_blocks:
             return None
         is_trained = any(weight.requires_grad for weight in self.parameters())
-        if is_trained or any(module._forward_hooks for module in self.modules()):  # LoRA
+        has_lora = any(module._forward_hooks for module in self.modules())
+        if is_trained or has_lora:
             return None
         return [cache[text] for text in texts]
 
@@ -324,7 +347,7 @@ def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
     Spare rows get ids beyond CLIP's vocabulary, which never occur.
 
     Raises:
-        ValueError: there are more tokens than rows.
+        ValueError: There are more tokens than rows.
     """
     assert encoder.token_ids is not None
     ids = encoder.tokenize(sorted(set(texts))).unique()
@@ -341,8 +364,8 @@ class OpenCLIPText(TextEncoder):
     Args:
         arch: Name in TEXT_SIZES, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
-        layer: "last", or "penultimate" for all blocks but the last.
-        compact_vocab: Rows of a pruned token embedding, see `token_ids`.
+        layer: "last", or "penultimate" for the output of the last block but one.
+        compact_vocab: Rows of a pruned token embedding, see `token_ids`; None if it is not pruned.
         always_return_pooled: Whether to return a pooled output as well, projected to `embed_dim`.
         legacy: Whether the final norm follows `layer`, as in Stable Diffusion 2.
     """
@@ -404,16 +427,15 @@ class OpenCLIPText(TextEncoder):
         return self.model.token_embedding.weight
 
     def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor, hidden: Tensor | None = None
+        self, rows: Tensor, added: Tensor | None, ends: Tensor, is_masked: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        pooled_at = ends if self.always_return_pooled else None
         output: tuple[Tensor, Tensor | None] = self.model(
             rows,
             self.num_blocks - self.skipped_blocks,
             added,
-            norm=self.legacy,
-            ends=pooled_at,
-            hidden=hidden,
+            normalize=self.legacy,
+            ends=ends if self.always_return_pooled else None,
+            is_masked=is_masked,
         )
         return output
 
@@ -424,8 +446,9 @@ class CLIPText(TextEncoder):
     Args:
         version: Name in CLIP_SIZES; any other selects the sizes of ViT-L/14.
         layer: "last"; "pooled" for the vector at the first end token alone, (B, 1, D); "hidden" for
-            the output of block `layer_idx` (0 is the embedding), without the final norm.
-        layer_idx: Hidden state, -layers - 1 … layers.
+            the hidden state `layer_idx`, without the final norm.
+        layer_idx: Index of the hidden state, -layers - 1 … layers; 0 is the embedding. Only for
+            layer "hidden".
         arch: Overrides of the sizes of `version`, by transformers' names (`hidden_size` …).
         always_return_pooled: Whether to return a pooled output as well.
         always_return_mask: Whether to return a mask of the tokens up to the first end token.
@@ -481,15 +504,15 @@ class CLIPText(TextEncoder):
         return self.tower.token_embedding.weight
 
     def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor, hidden: Tensor | None = None
+        self, rows: Tensor, added: Tensor | None, ends: Tensor, is_masked: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         context, pooled = self.tower(
             rows,
             self.num_blocks - self.skipped_blocks,
             added,
-            norm=self.layer != "hidden",
+            normalize=self.layer != "hidden",
             ends=ends if self.always_return_pooled else None,
-            hidden=hidden,
+            is_masked=is_masked,
         )
         if self.layer == "pooled":
             context = select_tokens(context, ends)[:, None]  # (B, 1, D)
@@ -503,10 +526,11 @@ def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
         width, heads, layers = TEXT_SIZES[_check_choice(name, TEXT_SIZES, "arch")]
         size: dict[str, Any] = {"width": width, "heads": heads, "layers": layers}
         return size | {"quick_gelu": name != arch, "embed_dim": width, "context_length": 77}
-    outer = {key: value for key, value in arch.items() if key not in ("text_cfg", "vision_cfg")}
+    config = {key: value for key, value in arch.items() if key not in ("text_cfg", "vision_cfg")}
+    # open_clip's defaults of CLIPTextCfg
     size = {"width": 512, "heads": 8, "layers": 12, "context_length": 77}
     allowed = (*size, "vocab_size", "mlp_ratio", "embed_dim", "quick_gelu")
-    for key, value in (outer | dict(arch.get("text_cfg", {}))).items():
+    for key, value in (config | dict(arch.get("text_cfg", {}))).items():
         size[_check_choice(key, allowed, "text_cfg key")] = value
     return {"embed_dim": size["width"]} | size
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-START, END = 49406, 49407
+START, END = 49406, 49407  # ids of the special tokens
 AddedTokens = Mapping[str, Sequence[int]]  # lower-case token -> its (negative) ids
 NO_TOKENS: AddedTokens = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -35,13 +35,20 @@ MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of the tokenizer."""
+    """A variant of the tokenizer.
 
-    start: str  # text of the special tokens, which prompts may contain
+    Args:
+        start, end: Text of the special tokens, which prompts may contain.
+        pad: Id of the padding.
+        unescape: Whether to decode HTML entities in texts with "<", too, where ftfy keeps them.
+        split_first: Whether the text is split at special tokens before it is cleaned.
+    """
+
+    start: str
     end: str
-    pad: int  # id of the padding
-    unescape: bool  # whether to decode HTML entities in texts with "<", which ftfy keeps
-    split_first: bool  # whether the text is split at special tokens before it is cleaned
+    pad: int
+    unescape: bool
+    split_first: bool
 
 
 OPEN_CLIP = Variant("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)
@@ -65,16 +72,13 @@ def tokenize(
 def encode(text: str, variant: Variant, added: AddedTokens = NO_TOKENS) -> list[int]:
     """Convert one text to token ids, without start token, end token and padding."""
     if added:
-        names = "|".join(_added_patterns(added))
-        pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
+        pattern = "|".join(_added_patterns(added))
+        pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
         return [i for p in pieces for i in added.get(p.lower()) or encode(p, variant)]
-    words, specials = _patterns(variant)
-    pieces = specials.split(text) if variant.split_first else [text]
-    ids: list[int] = []
-    for piece in pieces:
-        for word in words.findall(_clean(piece, variant)):
-            ids.extend(_encode_word(word, variant))
-    return ids
+    word_pattern, special_pattern = _compile_patterns(variant)
+    pieces = special_pattern.split(text) if variant.split_first else [text]
+    words = (word for piece in pieces for word in word_pattern.findall(_clean(piece, variant)))
+    return [i for word in words for i in _encode_word(word, variant)]
 
 
 def find_truncated_text(
@@ -100,11 +104,11 @@ def has_weight_syntax(prompt: str) -> bool:
 
 @cache
 def load_vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Load {symbol: id} without special tokens, and {pair to merge: rank}."""
+    """Load {symbol: id} without special tokens, and {pair of symbols to merge: rank}."""
     with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
         merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
-    letters = list(_letters().values())
+    letters = list(_byte_letters().values())
     symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     ids = {symbol: k for k, symbol in enumerate(symbols)}
     return ids, {pair: rank for rank, pair in enumerate(merges)}
@@ -130,7 +134,7 @@ def _clean(text: str, variant: Variant) -> str:
 
 
 @cache
-def _patterns(variant: Variant) -> tuple[Any, Any]:
+def _compile_patterns(variant: Variant) -> tuple[Any, Any]:
     """Compile patterns for words, and for special tokens (as a group, which `split` keeps)."""
     import regex
 
@@ -145,9 +149,9 @@ def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
     if word in (variant.start, variant.end):
         return (START if word == variant.start else END,)
     ids, ranks = load_vocabulary()
-    letters = _letters()
+    letters = _byte_letters()
     symbols = [letters[byte] for byte in word.encode("utf-8")]
-    symbols[-1] += "</w>"
+    symbols[-1] += "</w>"  # marks the end of a word
     while len(symbols) > 1:
         pairs = set(pairwise(symbols))
         best = min(pairs, key=lambda pair: ranks.get(pair, MERGES))
@@ -158,6 +162,7 @@ def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Merge all occurrences of a pair, from left to right."""
     merged: list[str] = []
     left = None
     for symbol in symbols:
@@ -171,12 +176,12 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 @cache
-def _letters() -> dict[int, str]:
+def _byte_letters() -> dict[int, str]:
     """Map each byte to the printable character that represents it, in order of ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
+    unprintable = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + k) for k, byte in enumerate(others)}
+    return letters | {byte: chr(256 + k) for k, byte in enumerate(unprintable)}
 
 
 def _merges_path() -> Path:

@@ -53,8 +53,8 @@ class OpenCLIPTower(nn.Module):
     ) -> None:
         super().__init__()
         activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
-        hidden = int(width * mlp_ratio)
-        blocks = [OpenCLIPBlock(width, heads, hidden, activation) for _ in range(layers)]
+        mlp_width = int(width * mlp_ratio)
+        blocks = [OpenCLIPBlock(width, heads, mlp_width, activation) for _ in range(layers)]
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
@@ -68,6 +68,7 @@ class OpenCLIPTower(nn.Module):
         return cast("Sequence[OpenCLIPBlock]", self.transformer["resblocks"])
 
     def reset_parameters(self) -> None:
+        """Draw initial weights, unless on the meta device."""
         if self.positional_embedding.is_meta:
             return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -78,28 +79,38 @@ class OpenCLIPTower(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        count: int,
+        num_blocks: int,
         added: Tensor | None = None,
         *,
-        norm: bool = True,
+        normalize: bool = True,
         ends: Tensor | None = None,
-        hidden: Tensor | None = None,
+        is_masked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the first `count` blocks on tokens (B, N).
+        """Run the first `num_blocks` blocks on tokens (B, N).
 
         Args:
-            added: See `embed_tokens`.
-            norm: Whether the final norm follows.
+            added: Vectors of added embeddings, see `embed_tokens`; None for none.
+            normalize: Whether the final norm follows.
             ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
-                the projection, are the pooled output (B, embed_dim).
-            hidden: Tokens to mask in attention, bool (B, N); never the first of a row.
+                the projection, are the pooled output (B, embed_dim); None for no such output.
+            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
+                to mask none.
+
+        Returns:
+            Vectors of the tokens (B, N, width), and the pooled output, if any.
         """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         x = x + self.positional_embedding[: x.shape[1]]
-        x, last = run_text_blocks(
-            self.blocks, count, x, self.ln_final, norm=norm, ends=ends, hidden=hidden
+        x, pooled = run_text_blocks(
+            self.blocks,
+            num_blocks,
+            x,
+            self.ln_final,
+            normalize=normalize,
+            ends=ends,
+            is_masked=is_masked,
         )
-        return x, None if last is None else last @ self.text_projection
+        return x, None if pooled is None else pooled @ self.text_projection
 
 
 class VisionTower(nn.Module):
@@ -122,8 +133,8 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
-        hidden = int(width * mlp_ratio)
-        blocks = [OpenCLIPBlock(width, heads, hidden, activation) for _ in range(layers)]
+        mlp_width = int(width * mlp_ratio)
+        blocks = [OpenCLIPBlock(width, heads, mlp_width, activation) for _ in range(layers)]
         self.image_size = image_size
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(
@@ -141,6 +152,7 @@ class VisionTower(nn.Module):
         return cast("Sequence[OpenCLIPBlock]", self.transformer["resblocks"])
 
     def reset_parameters(self) -> None:
+        """Draw initial weights, unless on the meta device."""
         if self.proj.is_meta:
             return
         for weight in (self.class_embedding, self.positional_embedding, self.proj):
@@ -171,18 +183,20 @@ class OpenCLIPBlock(CheckpointedLayer):
     """Pre-norm attention and MLP with open_clip's parameter names."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, activation: Callable[[Tensor], Tensor]
+        self, width: int, heads: int, mlp_width: int, activation: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(width)
         self.attn = FusedAttention(width, heads)
         self.ln_2 = LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": Linear(width, hidden), "c_proj": Linear(hidden, width)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": Linear(width, mlp_width), "c_proj": Linear(mlp_width, width)}
+        )
         self.activation = activation
 
     def compute(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)
-        h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, hidden)
+        h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, mlp_width)
         x = x + self.mlp["c_proj"](h)
         return x  # (B, N, D)
 
@@ -195,7 +209,7 @@ class FusedAttention(Layer):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.in_proj = Product()
+        self.in_proj = FunctionalLinear()
         self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -205,7 +219,7 @@ class FusedAttention(Layer):
         return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
 
 
-class Product(nn.Module):
+class FunctionalLinear(nn.Module):
     """x W^T + b with the caller's parameters: a module, so that LoRAs can hook it."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -253,31 +267,41 @@ class CLIPTower(nn.Module):
         return cast(nn.Embedding, self.embeddings["token_embedding"])
 
     def reset_parameters(self) -> None:
+        """Draw initial weights, unless on the meta device."""
         if self.final_layer_norm.weight.is_meta:
             return
         for weight in self.embeddings.parameters():
             nn.init.normal_(weight, std=0.02)
         for block in self.blocks:
             attn, mlp = block.self_attn, block.mlp
-            inputs = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
-            _init_block(len(self.blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
+            qkv_weights = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
+            _init_block(len(self.blocks), qkv_weights, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
     def forward(
         self,
         tokens: Tensor,
-        count: int,
+        num_blocks: int,
         added: Tensor | None = None,
         *,
-        norm: bool = True,
+        normalize: bool = True,
         ends: Tensor | None = None,
-        hidden: Tensor | None = None,
+        is_masked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the first `count` blocks, as OpenCLIPTower; no projection follows."""
+        """Run the first `num_blocks` blocks on tokens (B, N); see `OpenCLIPTower.forward`.
+
+        The pooled output is not projected, (B, hidden_size).
+        """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
         x = x + positions[: x.shape[1]]
         return run_text_blocks(
-            self.blocks, count, x, self.final_layer_norm, norm=norm, ends=ends, hidden=hidden
+            self.blocks,
+            num_blocks,
+            x,
+            self.final_layer_norm,
+            normalize=normalize,
+            ends=ends,
+            is_masked=is_masked,
         )
 
 
@@ -288,7 +312,7 @@ class CLIPBlock(CheckpointedLayer):
         self,
         width: int,
         heads: int,
-        hidden: int,
+        mlp_width: int,
         activation: Callable[[Tensor], Tensor],
         eps: float,
     ) -> None:
@@ -296,12 +320,12 @@ class CLIPBlock(CheckpointedLayer):
         self.layer_norm1 = LayerNorm(width, eps=eps)
         self.self_attn = SplitAttention(width, heads)
         self.layer_norm2 = LayerNorm(width, eps=eps)
-        self.mlp = nn.ModuleDict({"fc1": Linear(width, hidden), "fc2": Linear(hidden, width)})
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, mlp_width), "fc2": Linear(mlp_width, width)})
         self.activation = activation
 
     def compute(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, N, D)
-        h = self.activation(self.mlp["fc1"](self.layer_norm2(x)))  # (B, N, hidden)
+        h = self.activation(self.mlp["fc1"](self.layer_norm2(x)))  # (B, N, mlp_width)
         x = x + self.mlp["fc2"](h)
         return x  # (B, N, D)
 
@@ -329,48 +353,53 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
     if added is None:
         return cast(Tensor, embedding(tokens))
     x: Tensor = embedding(tokens.clamp(min=0))  # (B, N, D)
-    new = added.to(x)[(-1 - tokens).clamp(min=0)]
-    return torch.where((tokens < 0)[..., None], new, x)  # (B, N, D)
+    added_x = added.to(x)[(-1 - tokens).clamp(min=0)]
+    return torch.where((tokens < 0)[..., None], added_x, x)  # (B, N, D)
 
 
 def run_text_blocks(
     blocks: Sequence[CheckpointedLayer],
-    count: int,
+    num_blocks: int,
     x: Tensor,
     final_norm: LayerNorm,
     *,
-    norm: bool,
+    normalize: bool,
     ends: Tensor | None,
-    hidden: Tensor | None = None,
+    is_masked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x (B, N, D) after `count` blocks, and after all blocks the vectors (B, D) at `ends`.
+    """Run `num_blocks` blocks on x (B, N, D), and the others for a pooled output.
 
     Args:
-        norm: Whether the final norm follows the `count` blocks; it always follows all of them.
-        hidden: Tokens to mask in attention, bool (B, N).
+        normalize: Whether the final norm follows the `num_blocks` blocks; it always precedes the
+            pooled output.
+        ends: Positions (B,) of the pooled output; None for none.
+        is_masked: Tokens to mask in attention, bool (B, N); None for none.
+
+    Returns:
+        x (B, N, D) after `num_blocks` blocks, and the vectors (B, D) at `ends` after all blocks.
     """
-    x = run_causal(blocks[:count], x, hidden)
-    last = None
+    x = run_causal(blocks[:num_blocks], x, is_masked)
+    pooled = None
     if ends is not None:
-        last = select_tokens(final_norm(run_causal(blocks[count:], x, hidden)), ends)
-    return final_norm(x) if norm else x, last
+        pooled = select_tokens(final_norm(run_causal(blocks[num_blocks:], x, is_masked)), ends)
+    return final_norm(x) if normalize else x, pooled
 
 
 def run_causal(
-    blocks: Sequence[CheckpointedLayer], x: Tensor, hidden: Tensor | None = None
+    blocks: Sequence[CheckpointedLayer], x: Tensor, is_masked: Tensor | None = None
 ) -> Tensor:
-    """Run blocks on x (B, N, D); a token attends to those up to itself that are not hidden."""
+    """Run blocks on x (B, N, D); a token attends to those up to itself that are not masked."""
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-    if hidden is not None:
-        mask = mask & ~hidden[:, None, None, :]  # (B, 1, N, N)
+    if is_masked is not None:
+        mask = mask & ~is_masked[:, None, None, :]  # (B, 1, N, N)
     for block in blocks:
         x = block(x, mask)
     return x  # (B, N, D)
 
 
 def select_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """Return the vectors (B, D) of x (B, N, D) at one position (B,) of each row."""
+    """Return the vectors (B, D) of x (B, N, D) at one position (B,) of each sample."""
     return x[torch.arange(len(x), device=x.device), positions]
 
 
@@ -382,13 +411,13 @@ def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:
 
 
 def _init_block(
-    layers: int, inputs: Sequence[Tensor], hidden: nn.Module, outputs: Sequence[nn.Module]
+    num_blocks: int, qkv_weights: Sequence[Tensor], mlp_in: nn.Module, outputs: Sequence[nn.Module]
 ) -> None:
-    """Initialize one of `layers` blocks, given the inputs and outputs of its residual branches."""
-    width = inputs[0].shape[1]
+    """Initialize one of `num_blocks` blocks; `outputs` are the last layers of both branches."""
+    width = qkv_weights[0].shape[1]
     # Standard deviations of OpenAI's CLIP: a deeper tower adds less in each residual branch.
-    nn.init.normal_(cast(Linear, hidden).weight, std=(2 * width) ** -0.5)
-    for weight in inputs:
+    nn.init.normal_(cast(Linear, mlp_in).weight, std=(2 * width) ** -0.5)
+    for weight in qkv_weights:
         nn.init.normal_(weight, std=width**-0.5)
     for linear in outputs:
-        nn.init.normal_(cast(Linear, linear).weight, std=(2 * width * layers) ** -0.5)
+        nn.init.normal_(cast(Linear, linear).weight, std=(2 * width * num_blocks) ** -0.5)

@@ -14,18 +14,24 @@ from ldm.prompts.prompt import Part, Prompt, Text
 
 __all__ = ["PromptEncoder", "split_output"]
 
-ROUNDING = 1e-6  # means below it, relative to the standard deviation, count as 0
+ROUNDING = 1e-6  # means below it, as a multiple of the standard deviation, count as 0
 MIN_WEIGHT = 1e-5  # compel's; its factor tan((1 - weight) pi / 2) is infinite at weight 0
 
 
 @dataclass
 class PromptEncoder:
-    """Makes contexts of parsed prompts."""
+    """Makes contexts of parsed prompts.
 
-    # (ids (k, N), hidden) -> output of the text encoder; `hidden`, bool (k, N), masks tokens
+    Args:
+        run: The text encoder: (ids (k, N), is_masked (k, N) or None) -> its output; see
+            `TextEncoder.encode_tokens`.
+        splitter: Splits texts into chunks.
+        device: Device of the text encoder.
+    """
+
     run: Callable[[Tensor, Tensor | None], Tensor | Cond]
-    splitter: Splitter  # splits texts into chunks
-    device: torch.device  # of the text encoder
+    splitter: Splitter
+    device: torch.device
 
     def encode(self, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
         """Return context (1, k N, D) and pooled output (1, P), if any, of a prompt of k chunks."""
@@ -33,7 +39,7 @@ class PromptEncoder:
         return torch.cat([z for z, _ in outputs]).flatten(0, 1)[None], outputs[0][1]
 
     def _encode_part(self, part: Part, syntax: str) -> tuple[Tensor, Tensor | None]:
-        """Return the chunks (k, N, D) and the pooled output (1, P) of a weighted mean of texts."""
+        """Return the chunks (k, N, D) and the pooled output (1, P) of a weighted sum of texts."""
         outputs = [self._encode_text(text, syntax) for text in part.texts]
         z, pooled = outputs[0]
         if part.mix != (1.0,):
@@ -47,6 +53,7 @@ class PromptEncoder:
         return z, pooled
 
     def _encode_text(self, text: Text, syntax: str) -> tuple[Tensor, Tensor | None]:
+        """Return the weighted chunks (k, N, D), and the pooled output (1, P) of the first."""
         chunks = self.splitter.split(text, syntax)
         ids = torch.tensor([self.splitter.to_ids(chunk) for chunk in chunks], device=self.device)
         weights = torch.tensor(
@@ -69,24 +76,28 @@ class PromptEncoder:
     def _blend_with_masked(
         self, z: Tensor, ids: Tensor, weights: Tensor, chunks: Sequence[Chunk], text: Text
     ) -> Tensor:
-        """Weight as compel: blend with outputs in which pieces of weight below 1 are masked."""
-        pieces = torch.tensor([self.splitter.pieces(chunk) for chunk in chunks])
-        z_sum, total = self._scale_from_empty(z, weights), 1.0
-        for number, piece in enumerate(piece for section in text for piece in section):
-            places = (pieces.flatten() == number).nonzero()
-            if piece.weight >= 1 or not len(places):
+        """Weight as compel: blend with outputs in which pieces of weight below 1 are masked.
+
+        A piece of weight w is masked in an output that gets the blend weight tan((1 - w) pi / 2).
+        """
+        piece_indices = torch.tensor([self.splitter.pieces(chunk) for chunk in chunks])  # (k, N)
+        z_sum, weight_sum = self._scale_from_empty(z, weights), 1.0
+        for index, piece in enumerate(piece for section in text for piece in section):
+            positions = (piece_indices.flatten() == index).nonzero()
+            if piece.weight >= 1 or not len(positions):
                 continue
-            hidden = torch.zeros(pieces.numel(), dtype=torch.bool)
-            hidden[int(places[0]) : int(places[-1]) + 1] = True
-            hidden = hidden.view_as(pieces)
-            hidden[:, 0] = hidden[:, -1] = False
-            masked, _ = split_output(self.run(ids, hidden.to(self.device)))
-            factor = math.tan((1 - max(piece.weight, MIN_WEIGHT)) * math.pi / 2)
-            z_sum = z_sum + factor * self._scale_from_empty(masked, weights)
-            total += factor
-        return z_sum / total
+            is_masked = torch.zeros(piece_indices.numel(), dtype=torch.bool)
+            is_masked[int(positions[0]) : int(positions[-1]) + 1] = True
+            is_masked = is_masked.view_as(piece_indices)
+            is_masked[:, 0] = is_masked[:, -1] = False  # a piece may reach over special tokens
+            masked_z, _ = split_output(self.run(ids, is_masked.to(self.device)))
+            blend_weight = math.tan((1 - max(piece.weight, MIN_WEIGHT)) * math.pi / 2)
+            z_sum = z_sum + blend_weight * self._scale_from_empty(masked_z, weights)
+            weight_sum += blend_weight
+        return z_sum / weight_sum
 
     def _scale_from_empty(self, z: Tensor, weights: Tensor) -> Tensor:
+        """Return empty + weight (z - empty) per token, exactly z at weight 1."""
         empty = self._empty.float()
         return torch.where(weights == 1, z.float(), empty + (z.float() - empty) * weights)
 
