@@ -81,8 +81,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, spellings = _build_parser(prog)
-    own, trainer = _split(arguments, spellings)
-    args = parser.parse_intermixed_args(own)
+    our_arguments, trainer = _split(arguments, spellings)
+    args = parser.parse_intermixed_args(our_arguments)
     resume = trainer.pop("resume_from_checkpoint", args.resume)
     if trainer:
         _check_trainer_options(trainer, spellings)
@@ -183,7 +183,7 @@ def _run(
             raise ValueError("--validate needs held-out data, `data.params.validation`")
         yield from (f"{name} {value:.6f}" for name, value in losses.items())
     elif run.ranks.is_first:
-        exports = [run.checkpoints / f"last.{kind}" for kind in ("safetensors", "ckpt")]
+        exports = [run.checkpoints / f"last.{suffix}" for suffix in ("safetensors", "ckpt")]
         paths = [str(path) for path in exports if path.exists()]
         yield from paths if paths and (request.train or existing) else ["the config is valid"]
     run.ranks.stop()
@@ -254,27 +254,27 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
 
 def _split(arguments: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """Separate our own arguments, with all values explicit, from those of Lightning's Trainer."""
-    own: list[str] = []
+    ours: list[str] = []
     trainer: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
         name, equals, value = argument.partition("=")
         if not argument.startswith("-") or NUMBER.fullmatch(argument):
-            own.append(argument)
+            ours.append(argument)
             continue
         option = _find_option(name, spellings)
         if option and option not in IMPLICIT:
-            own.append(argument)
+            ours.append(argument)
             continue
         if not equals:
-            has_value = bool(rest) and _may_be_value(option, rest[0])
-            value = rest.pop(0) if has_value else IMPLICIT.get(option, "true")
+            has_value = bool(pending) and _may_be_value(option, pending[0])
+            value = pending.pop(0) if has_value else IMPLICIT.get(option, "true")
         if option:
-            own.append(f"{option}={value}")
+            ours.append(f"{option}={value}")
         else:
             trainer[name.lstrip("-")] = value
-    return own, trainer
+    return ours, trainer
 
 
 def _find_option(name: str, spellings: dict[str, str]) -> str:

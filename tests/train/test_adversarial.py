@@ -67,8 +67,8 @@ def lpips(recorded: Gold) -> LPIPS:
 
 def test_lpips_is_the_originals(recorded: Gold, lpips: LPIPS) -> None:
     x = recorded.tensors["shared/x"]
-    wanted = recorded.outputs("lpips_alone")["lpips"]
-    torch.testing.assert_close(lpips.train()(x, x.flip(0)), wanted, atol=1e-7, rtol=TOLERANCE)
+    expected = recorded.outputs("lpips_alone")["lpips"]
+    torch.testing.assert_close(lpips.train()(x, x.flip(0)), expected, atol=1e-7, rtol=TOLERANCE)
 
 
 NAMES = [

@@ -28,7 +28,7 @@ TOWERS: dict[str, Any] = {
 
 def model_of(tower: str = "open_clip") -> LatentDiffusion:
     torch.manual_seed(0)
-    kind, arch = TOWERS[tower]
+    encoder_class, arch = TOWERS[tower]
     unet = UNet(
         in_channels=4, model_channels=64, out_channels=4, num_res_blocks=1, channel_mult=[1, 2],
         attention_resolutions=[1, 2], num_head_channels=16, use_spatial_transformer=True,
@@ -39,7 +39,7 @@ def model_of(tower: str = "open_clip") -> LatentDiffusion:
     model = LatentDiffusion(
         unet=unet,
         autoencoder=AutoencoderKL(ddconfig=layout, embed_dim=4),
-        conditioner=Conditioner(text=kind(arch=arch, freeze=False)),
+        conditioner=Conditioner(text=encoder_class(arch=arch, freeze=False)),
         schedule=Schedule(make_betas()),
     )
     for p in model.unet.parameters():  # the last layers start at zero, and would hide the others
@@ -64,11 +64,11 @@ def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast
     """Bit by bit: the same operations are done twice, dropout draws the same numbers."""
     plain, saving = model_of(tower), model_of(tower)
     assert set_gradient_checkpointing(saving) > 10
-    ours, theirs = gradients(saving, autocast), gradients(plain, autocast)
-    assert ours.keys() == theirs.keys()
-    assert {name.split(".")[0] for name in ours} == {"unet", "conditioner"}
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
+    actual, expected = gradients(saving, autocast), gradients(plain, autocast)
+    assert actual.keys() == expected.keys()
+    assert {name.split(".")[0] for name in actual} == {"unet", "conditioner"}
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:
@@ -101,12 +101,12 @@ def test_the_autoencoder_can_save_memory_too() -> None:
 
 def test_channels_last_gives_the_same_gradients() -> None:
     """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory's order."""
-    plain, turned = model_of().eval(), model_of().eval()
-    configure_model(turned, Trainer(channels_last=True))
-    assert turned.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
-    ours, theirs = gradients(turned, False), gradients(plain, False)
-    for name, value in theirs.items():
-        assert (ours[name] - value).norm() <= 1e-3 * value.norm(), name
+    plain, converted = model_of().eval(), model_of().eval()
+    configure_model(converted, Trainer(channels_last=True))
+    assert converted.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+    actual, expected = gradients(converted, False), gradients(plain, False)
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 1e-3 * value.norm(), name
 
 
 @pytest.mark.slow
@@ -119,6 +119,6 @@ def test_a_compiled_model_keeps_its_names_and_its_gradients(
     plain, compiled = model_of().eval(), model_of().eval()
     configure_model(compiled, Trainer(compile=True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    ours, theirs = gradients(compiled, False), gradients(plain, False)
-    for name, value in theirs.items():
-        assert (ours[name] - value).norm() <= 1e-3 * value.norm(), name
+    actual, expected = gradients(compiled, False), gradients(plain, False)
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 1e-3 * value.norm(), name

@@ -160,7 +160,7 @@ def test_a_folder_replaces_a_data_set_that_was_never_published() -> None:
     path = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
     photo = "{name: photo, size: 256, crop: random}"
     overrides = ["root=photos", f"transform={photo}"]
-    raw = read_yaml(path, [f"data.params.train.{one}" for one in overrides])
+    raw = read_yaml(path, [f"data.params.train.{override}" for override in overrides])
     raw["data"]["params"]["validation"] = None
     assert read_data(raw["data"]).train == parse(f"{{root: photos, transform: {photo}}}")
     with pytest.raises(ValueError, match="ImageNetSRTrain` cannot be read here"):

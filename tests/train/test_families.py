@@ -82,14 +82,14 @@ CACHED: dict[str, dict[str, Any]] = {
 
 
 def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
-    name, channels, records, own = FAMILIES[task]
+    name, channels, conditions, overrides = FAMILIES[task]
     raw = tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
-    model = raw["model"]["params"] | own | params
+    model = raw["model"]["params"] | overrides | params
     model["unet_config"]["params"]["in_channels"] = channels
     model["unet_config"]["params"] |= VECTORS.get(task, {})
     raw["model"] |= {"target": DDPM + name, "params": model}
     train = raw["data"]["params"]["train"]
-    train["transform"]["records"] = records
+    train["transform"]["records"] = conditions
     raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants_per_image": 1}
     return raw
 
@@ -104,8 +104,8 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     source: Any = run.source
     sample = source.dataset[0, 0]
     from_metadata = {"txt", "aesthetic_score"}
-    kept = {name: tuple(sample[name].shape) for name in sample.keys() - from_metadata}
-    assert kept == {"z": (4, 8, 8), "z_std": (4, 8, 8)} | CACHED[task]
+    shapes = {name: tuple(sample[name].shape) for name in sample.keys() - from_metadata}
+    assert shapes == {"z": (4, 8, 8), "z_std": (4, 8, 8)} | CACHED[task]
     first: Any = run.model.unet.input_blocks[0][0]  # type: ignore[union-attr]
     before = first.weight[:, -1].detach().clone()
     train(run)
@@ -152,10 +152,10 @@ def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> N
     first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
     raw["lightning"]["trainer"]["seed"] = 5
     run: Any = run_of(raw, tmp_path / "run")
-    theirs: Any = text.model
+    expected: Any = text.model
     for name, equal in (("unet.out.2.weight", True), ("autoencoder.decoder.conv_in.weight", False)):
-        ours, other = run.model.get_parameter(name), theirs.get_parameter(name)
-        assert torch.allclose(ours, other, atol=1e-3) == equal, name
+        actual, other = run.model.get_parameter(name), expected.get_parameter(name)
+        assert torch.allclose(actual, other, atol=1e-3) == equal, name
     assert run.model.scale_factor == pytest.approx(0.3)  # not measured anew
 
 

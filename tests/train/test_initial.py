@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 def test_weights_of_another_width_equal_the_originals() -> None:
     golden = gold("misc_cond")
     narrow, wide = golden.inputs("make_it_fit"), golden.outputs("make_it_fit")
-    ours = resize_weight(narrow["conv_in_4ch"], wide["conv_in_7ch"].shape)
-    torch.testing.assert_close(ours, wide["conv_in_7ch"], rtol=1e-6, atol=0)
+    actual = resize_weight(narrow["conv_in_4ch"], wide["conv_in_7ch"].shape)
+    torch.testing.assert_close(actual, wide["conv_in_7ch"], rtol=1e-6, atol=0)
 
 
 def test_weights_of_another_model_are_refused_in_one_line() -> None:

@@ -34,28 +34,28 @@ def test_inputs_equal_the_originals(
     model = model_of(golden, CONFIGS.get(case, case))
     if hasattr(model.conditioner, "depth"):
         model.conditioner.depth.eps = 0.001  # type: ignore[union-attr]
-    info, wanted = golden.case(case)["info"], golden.outputs(case)
+    info, expected = golden.case(case)["info"], golden.outputs(case)
     batch = {name: picture(name, value) for name, value in golden.inputs(case).items()}
     replay(golden.rng(case), monkeypatch)
-    made = inputs(model, {**batch, "txt": info["txt"]}, DROPS.get(case, {}))
-    assert made.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(made[name], value, msg=f"{case} {name}", **CLOSE)
+    actual = inputs(model, {**batch, "txt": info["txt"]}, DROPS.get(case, {}))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=f"{case} {name}", **CLOSE)
 
 
 def test_the_first_stage_equals_the_originals(
     golden: Gold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, wanted = model_of(golden, "base_eps"), golden.outputs("base_first_stage")
+    model, expected = model_of(golden, "base_eps"), golden.outputs("base_first_stage")
     image = picture("jpg", golden.inputs("base_first_stage")["jpg"])
     replay(golden.rng("base_first_stage"), monkeypatch)
     z = model.encode(image)
-    torch.testing.assert_close(z, wanted["z"], **CLOSE)
+    torch.testing.assert_close(z, expected["z"], **CLOSE)
     mode = model.autoencoder.encode(image).mode() * model.scale_factor
-    torch.testing.assert_close(mode, wanted["z_mode"], **CLOSE)
-    torch.testing.assert_close(model.decode(mode), wanted["dec"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mode, expected["z_mode"], **CLOSE)
+    torch.testing.assert_close(model.decode(mode), expected["dec"], rtol=1e-4, atol=1e-4)
     nothing = model.condition({"txt": [""] * 3}).crossattn
-    torch.testing.assert_close(nothing, wanted["uc"], **CLOSE)
+    torch.testing.assert_close(nothing, expected["uc"], **CLOSE)
 
 
 def inputs(
@@ -66,8 +66,10 @@ def inputs(
         z = model.encode(batch["jpg"])
         cond = model.condition(model.prepare(batch, (z.shape[-2], z.shape[-1])), drop)
     names = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
-    made = {names[slot]: value for slot, value in cond.tensors().items()}
-    return {"z": z, **made} if len(made) > 1 else {"z": z, "c": made["c_crossattn"]}
+    conditions = {names[slot]: value for slot, value in cond.tensors().items()}
+    return (
+        {"z": z, **conditions} if len(conditions) > 1 else {"z": z, "c": conditions["c_crossattn"]}
+    )
 
 
 def picture(name: str, value: Tensor) -> Tensor:

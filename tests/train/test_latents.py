@@ -37,9 +37,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def model() -> Any:
     raw = read_yaml(ROOT / "configs/train/tiny.yaml")["model"]
     torch.manual_seed(0)
-    made: Any = instantiate(raw, where="model")
-    made.conditioner.text.token_ids += 300  # a vocabulary
-    return made.eval()
+    model: Any = instantiate(raw, where="model")
+    model.conditioner.text.token_ids += 300  # a vocabulary
+    return model.eval()
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def made(model: Any, photos: Path, cache: Path, **options: Any) -> int:
-    """How many latents had to be made."""
+def count_encoded(model: Any, photos: Path, cache: Path, **options: Any) -> int:
+    """Cache the latents; return how many had to be encoded."""
     before = len(Store(cache, "latents"))
     folder = Folder(root=photos, transform=PhotoTransform(**{"size": 16, "flip": 0.5} | options))
     cache_latents(model, folder, cache, variants_per_image=2, batch_size=4)
@@ -91,22 +91,22 @@ def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: P
 
 def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert made(model, photos, cache) == 12
-    assert made(model, photos, cache) == 0
+    assert count_encoded(model, photos, cache) == 12
+    assert count_encoded(model, photos, cache) == 0
     (photos / "1.txt").write_text("another caption")
-    assert made(model, photos, cache) == 0
+    assert count_encoded(model, photos, cache) == 0
     with Image.open(photos / "1.png") as picture:
         picture.putpixel((0, 0), (1, 2, 3))
         picture.save(photos / "1.png")
-    assert made(model, photos, cache) == 2
+    assert count_encoded(model, photos, cache) == 2
     shutil.copy(photos / "0.png", photos / "7.png")  # the same bytes under another name
-    assert made(model, photos, cache) == 0
-    assert made(model, photos, cache, crop="random") == 12
-    assert made(model, photos, cache, flip=0.0) == 12
-    assert made(model, photos, cache, buckets={"step": 8}) == 12
+    assert count_encoded(model, photos, cache) == 0
+    assert count_encoded(model, photos, cache, crop="random") == 12
+    assert count_encoded(model, photos, cache, flip=0.0) == 12
+    assert count_encoded(model, photos, cache, buckets={"step": 8}) == 12
     with torch.no_grad():
         model.autoencoder.quant_conv.bias[0] += 1
-    assert made(model, photos, cache) == 12
+    assert count_encoded(model, photos, cache) == 12
 
 
 class OriginalSize(Encoder):
@@ -157,16 +157,16 @@ def test_an_interrupted_filling_goes_on(
 
     monkeypatch.setattr(model.autoencoder, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        made(model, photos, tmp_path / "cache")
-    assert made(model, photos, tmp_path / "cache") == 4  # of 12, 8 were kept
+        count_encoded(model, photos, tmp_path / "cache")
+    assert count_encoded(model, photos, tmp_path / "cache") == 4  # of 12, 8 were kept
     assert calls == [4, 4, 4, 4]
 
 
 def test_a_damaged_file_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
-    made(model, photos, tmp_path / "cache")
+    count_encoded(model, photos, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("latents-*.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    assert made(model, photos, tmp_path / "cache") == 12
+    assert count_encoded(model, photos, tmp_path / "cache") == 12
 
 
 def test_latents_come_in_buckets_and_broken_pictures_are_named(
@@ -268,9 +268,9 @@ def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
             raise KeyboardInterrupt
         return [{"z": torch.tensor(number)} for number in numbers]
 
-    wanted = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
+    items = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
     with pytest.raises(KeyboardInterrupt):
-        Store(tmp_path, "x").fill(wanted, make, batch_size=4, group=lambda n: n % 20)
+        Store(tmp_path, "x").fill(items, make, batch_size=4, group=lambda n: n % 20)
     assert len(Store(tmp_path, "x")) > 60
 
 
@@ -291,19 +291,19 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
     torch.testing.assert_close(text.encode(["picture 1", ""]), context, rtol=1e-3, atol=1e-3)
     (photos / "1.txt").write_text("another")
     assert cache() == 8
-    kept = text.cache["picture 1"]["context"].float()[None]
-    assert torch.equal(text.encode("picture 1"), kept)
+    cached = text.cache["picture 1"]["context"].float()[None]
+    assert torch.equal(text.encode("picture 1"), cached)
     with torch.no_grad():
         text.model.ln_final.bias += 1
-    assert torch.equal(text.encode("picture 1"), kept)  # until the encoder is modified
+    assert torch.equal(text.encode("picture 1"), cached)  # until the encoder is modified
     hook = text.model.ln_final.register_forward_hook(lambda *_: None)
-    assert not torch.equal(text.encode("picture 1"), kept)
+    assert not torch.equal(text.encode("picture 1"), cached)
     hook.remove()
     text.added_embeddings["<x>"] = torch.zeros(1, 32)
-    assert not torch.equal(text.encode("picture 1"), kept)
+    assert not torch.equal(text.encode("picture 1"), cached)
     text.added_embeddings.clear()
     text.requires_grad_(True)
-    assert not torch.equal(text.encode("picture 1"), kept)
+    assert not torch.equal(text.encode("picture 1"), cached)
     text.requires_grad_(False)
     assert cache() == 15
 
@@ -325,11 +325,11 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
     assert not torch.equal(conditioner(batch | {"txt": ["picture 7", ""]}).vector, cached.vector)
 
 
-@pytest.mark.parametrize("kind", ["root", "shards"])
-def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("location", ["root", "shards"])
+def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, location: str) -> None:
     model.conditioner.text.requires_grad_(False)
-    place = str(photos) if kind == "root" else packed(photos, tmp_path)
-    train: Any = {kind: place, "transform": {"name": "photo", "size": 16}}
+    place = str(photos) if location == "root" else packed(photos, tmp_path)
+    train: Any = {location: place, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = Data(batch_size=3, train=train, **caches)
     source, _ = open_sources(model, data, 0)

@@ -61,8 +61,8 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
             gradient = unet.get_parameter(weight.removeprefix(PREFIX)).grad
             torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-5)
         else:
-            ours = losses[key.rsplit("/", 1)[-1]]
-            torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-6, msg=key)
+            actual = losses[key.rsplit("/", 1)[-1]]
+            torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def criterion_of(params: dict[str, Any]) -> Criterion:
@@ -97,9 +97,9 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
         optimizer.step()
         ema.update(unet)
         for name in ("time_embed.0.weight", "out.2.weight", "middle_block.1.norm.weight"):
-            ours = unet.get_parameter(name).detach()
-            theirs = recorded[f"step{step}/{PREFIX}{name}"]
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            actual = unet.get_parameter(name).detach()
+            expected = recorded[f"step{step}/{PREFIX}{name}"]
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
             average = recorded[f"step{step}/model_ema.diffusion_model{name.replace('.', '')}"]
             torch.testing.assert_close(ema.shadow[name], average, rtol=1e-4, atol=1e-4)
 

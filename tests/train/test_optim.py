@@ -82,8 +82,8 @@ def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
     third.module.load_state_dict(parts.module.state_dict())
     third.load_optimizer_state(tensors)
     step(third, 2)
-    for ours, theirs in zip(third.module.parameters(), whole.module.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(third.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("n", [3, 40, 1001, 4096])
@@ -95,10 +95,10 @@ def test_a_weight_becomes_the_same_however_its_tensor_is_split(n: int) -> None:
     torch.testing.assert_close(whole, plain, rtol=1e-6, atol=1e-6)
 
 
-def adamw_steps(sizes: list[int], kind: type[torch.optim.Optimizer]) -> Tensor:
+def adamw_steps(sizes: list[int], optimizer_class: type[torch.optim.Optimizer]) -> Tensor:
     rng = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(x) for x in torch.randn(sum(sizes), generator=rng).split(sizes)]
-    optimizer = kind(weights, lr=1e-2)
+    optimizer = optimizer_class(weights, lr=1e-2)
     for _ in range(3):
         gradients = torch.randn(sum(sizes), generator=rng).split(sizes)
         for p, gradient in zip(weights, gradients, strict=True):
@@ -125,9 +125,11 @@ def test_muon_does_the_same_with_sharded_weights(group: None) -> None:
     for seed in range(2):
         step(alone, seed)
         step(sharded, seed)
-    for ours, theirs in zip(sharded.module.parameters(), alone.module.parameters(), strict=True):
-        assert isinstance(ours, DTensor)
-        assert torch.equal(ours.full_tensor(), theirs)
+    for actual, expected in zip(
+        sharded.module.parameters(), alone.module.parameters(), strict=True
+    ):
+        assert isinstance(actual, DTensor)
+        assert torch.equal(actual.full_tensor(), expected)
 
 
 def needs(name: str) -> None:

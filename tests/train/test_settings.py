@@ -157,6 +157,13 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
     assert (result.callbacks.save_top_k, result.callbacks.monitor) == (3, None)
 
 
+@pytest.mark.parametrize("count", ["0", "null", "{4: 2}"])
+def test_an_invalid_accumulation_is_refused_by_its_name(count: str) -> None:
+    trainer = f"{{trainer: {{val_check_interval: 100, accumulate_grad_batches: {count}}}}}"
+    with pytest.raises(ValueError, match=r"^lightning\.trainer\.accumulate_grad_batches: `"):
+        settings(trainer)
+
+
 @pytest.mark.parametrize("interval", ["check_val_every_n_epoch: 1", "val_check_interval: 100"])
 def test_no_validation_batches_switch_validation_off(interval: str) -> None:
     callbacks = settings(f"{{trainer: {{limit_val_batches: 0, {interval}}}}}").callbacks
@@ -233,11 +240,11 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
     rate, _ = result.build_learning_rate()
     assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
     optimizer = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
-    ours = read_settings(
+    actual = read_settings(
         {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
     )
-    assert ours.build_learning_rate()[0](2, 0.5) == pytest.approx(0.5)
-    assert any("replaces" in note for note in ours.notes)
+    assert actual.build_learning_rate()[0](2, 0.5) == pytest.approx(0.5)
+    assert any("replaces" in note for note in actual.notes)
 
 
 SECTIONS = {
@@ -268,8 +275,8 @@ def test_a_key_under_both_names_is_refused() -> None:
 
 
 def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
-    for section, kind in SECTIONS.items():
-        for key in kind.model_fields:
+    for section, schema_class in SECTIONS.items():
+        for key in schema_class.model_fields:
             message = rf"lightning\.{section}(\.{key}: `| needs)"
             with pytest.raises(ValueError, match=message):
                 read_settings({"lightning": {section: {key: [{}]}}})
@@ -279,8 +286,8 @@ def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
     assert {*schema.list_fields(schema.Reconstruction)} == keywords - {"model", "config"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
-    given = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
-    assert {*schema.list_fields(schema.Denoising)} == keywords - given
+    positional = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
+    assert {*schema.list_fields(schema.Denoising)} == keywords - positional
 
 
 @pytest.mark.parametrize(

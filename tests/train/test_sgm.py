@@ -305,8 +305,8 @@ def test_steps_of_adamw_with_an_average_equal_the_originals(
         if weight:
             weight = next(iter(rename_weights({weight: value}))).removeprefix("unet.")
             average = ema.shadow[weight]
-            ours = model.unet.get_parameter(weight) if kind == "weight" else average
-            check_scaled(ours, value, key)
+            actual = model.unet.get_parameter(weight) if kind == "weight" else average
+            check_scaled(actual, value, key)
 
 
 def check_scaled(value: Tensor | None, recorded: Tensor, key: str) -> None:

@@ -54,17 +54,17 @@ def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "place", "message"),
+    ("split", "place", "message"),
     [
         ("train", "nope", "there is no folder `.*nope`"),
         ("validation", "", "`.*` has no metadata.jsonl, metadata.csv or images"),
     ],
 )
 def test_a_folder_without_pictures_is_named_with_its_key(
-    part: str, place: str, message: str, tmp_path: Path
+    split: str, place: str, message: str, tmp_path: Path
 ) -> None:
-    data = section(**{part: {**TRAIN, "root": tmp_path / place}})
-    with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{part}\.root: {message}$"):
+    data = section(**{split: {**TRAIN, "root": tmp_path / place}})
+    with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{split}\.root: {message}$"):
         open_sources(nn.Identity(), data, 23)
 
 

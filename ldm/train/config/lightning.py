@@ -7,7 +7,7 @@
     model.params: scheduler_config, use_ema, ucg_training, monitor     how the model is trained;
                   and for `sgm`: see `sgm.py`
 
-Our own keys are kept. Ignored keys of the trainer and the callbacks are listed as notes.
+Our keys are kept. Ignored keys of the trainer and the callbacks are listed as notes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, list_fields
 from ldm.train.config.sgm import is_engine, translate_training
 
-__all__ = ["KNOWN_KEYS", "SECTIONS", "read_gpus", "section", "translate"]
+__all__ = ["KNOWN_KEYS", "SECTIONS", "get_section", "read_gpus", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 # Ignored arguments of Lightning's Trainer, and why.
@@ -115,12 +115,12 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     Raises:
         ValueError: a value cannot be translated.
     """
-    lightning = section(raw, "lightning")
+    lightning = get_section(raw, "lightning")
     names = [name for name in lightning if name not in SECTIONS]
-    result = _Translation({name: dict(section(raw, f"lightning.{name}")) for name in names})
+    result = _Translation({name: dict(get_section(raw, f"lightning.{name}")) for name in names})
     _translate_trainer(result)
     _translate_callbacks(raw, result)
-    _translate_modelcheckpoint(section(raw, "lightning.modelcheckpoint.params"), result)
+    _translate_modelcheckpoint(get_section(raw, "lightning.modelcheckpoint.params"), result)
     if lightning.get("logger") is not None:
         _translate_logger(lightning["logger"], result)
     if lightning.get("strategy") is not None:
@@ -131,7 +131,7 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     return result.sections, result.notes
 
 
-def section(raw: JsonMapping, where: str) -> JsonMapping:
+def get_section(raw: JsonMapping, where: str) -> JsonMapping:
     """Return the section `where`, "model.params", of a config; {} if there is none.
 
     Raises:
@@ -198,6 +198,8 @@ def _translate_trainer(result: _Translation) -> None:
         result.add("callbacks", validate_epochs=interval)
     elif interval is not None:
         accumulation = trainer.get("accumulate_grad_batches", 1)
+        if not isinstance(accumulation, int) or accumulation < 1:  # refused later, by its name
+            accumulation = 1
         result.add("callbacks", validate_steps=max(1, int(interval) // accumulation))
     elif arguments["check_val_every_n_epoch"] is not None:
         result.add("callbacks", validate_epochs=arguments["check_val_every_n_epoch"])
@@ -224,7 +226,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
         if name in BUILT_IN_CALLBACKS:
             result.ignore("lightning.callbacks", [key], ": it is built in")
             continue
-        params = dict(section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
+        params = dict(get_section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
         if name == "image_logger":
             _translate_image_logger(params, result)
         else:
@@ -296,7 +298,7 @@ def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> N
 
 def _translate_model(raw: JsonMapping, result: _Translation) -> None:
     """Translate training options among the parameters of the original's model class."""
-    params = section(raw, "model.params")
+    params = get_section(raw, "model.params")
     if params.get("scheduler_config") is not None:
         if "lr_scheduler" in result.sections.get("optimizer", {}):
             result.notes.append(
@@ -304,10 +306,10 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
             )
         else:
             result.add("optimizer", scheduler_config=params["scheduler_config"])
-    is_sgm = is_engine(section(raw, "model"))
+    is_sgm = is_engine(get_section(raw, "model"))
     if is_sgm:
         _translate_engine(params, result)
-    if "optimizer" in section(raw, "lightning"):
+    if "optimizer" in get_section(raw, "lightning"):
         return
     if params.get("use_ema", not is_sgm) is False:
         result.add("optimizer", ema_decay=0.0)
@@ -338,7 +340,7 @@ def _translate_engine(params: JsonMapping, result: _Translation) -> None:
 
 def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
     """Apply the original's defaults with validation data: validate each epoch, keep the best."""
-    data, params = section(raw, "data.params"), section(raw, "model.params")
+    data, params = get_section(raw, "data.params"), get_section(raw, "model.params")
     if not data.get("validation"):
         return
     is_set = result.sections.get("callbacks", {}).keys() & {"validate_steps", "validate_epochs"}

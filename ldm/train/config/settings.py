@@ -153,7 +153,7 @@ def read_settings(raw: JsonMapping) -> Settings:
             is not allowed.
     """
     raw = rename_keys(raw)
-    if data_module := lightning.section(raw, "data"):
+    if data_module := lightning.get_section(raw, "data"):
         raw = {**raw, "data": translate_data_module(data_module)}
     model = validate(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
     validate(ModelParams, _get_values(raw, "model.params"), "model.params")
@@ -212,7 +212,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
     missing = []
     for key in keys:
         section, _, name = key.rpartition(".")
-        if lightning.section(raw, section).get(name) is None:
+        if lightning.get_section(raw, section).get(name) is None:
             missing.append(f"`{key}`")
     if missing:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
@@ -220,7 +220,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
 
 def _get_values(raw: JsonMapping, where: str) -> JsonObject:
     """Return a section without nulls, which count as missing."""
-    return {k: v for k, v in lightning.section(raw, where).items() if v is not None}
+    return {k: v for k, v in lightning.get_section(raw, where).items() if v is not None}
 
 
 def _read_optimizer(values: JsonMapping) -> Optimizer:

@@ -70,7 +70,7 @@ def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRu
             if not {*torchruns}.isdisjoint(launch.get("starters", ())):
                 return ExistingRun(folder.resolve(), _state_since(folder, launch))
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            log.warning("no run of this torchrun was found to go on with; wrappers must `exec`")
+            log.warning("no run of this torchrun was found to resume; wrappers must `exec`")
     if path:
         return _find_by_path(path, logdir)
     if request.resume is None:
