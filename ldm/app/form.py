@@ -42,22 +42,20 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC", "FOLLOWERS", "LORA_SLOTS", "MAX_WEIGHT", "MODEL_VAE", "NO_CHECKER", "NO_IMAGE",
-    "NO_REFINER", "NO_UPSCALER", "SETTINGS", "STEPS", "Field", "TaskForm", "step_noise_fields",
-    "values_from_info",
+    "AUTOMATIC", "FOLLOWERS", "LORA_SLOTS", "MAX_WEIGHT", "MODEL_VAE", "NO_ADDON", "NO_IMAGE",
+    "SETTINGS", "STEPS", "Field", "TaskForm", "step_noise_fields", "values_from_info",
 ]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
-NO_REFINER = NO_CHECKER = NO_UPSCALER = ("None", "")
+NO_ADDON = ("None", "")
 MODEL_VAE = (AUTOMATIC, "")
 LORA_SLOTS = 4  # maximum number of LoRAs, each with a slider for its weight
 MAX_WEIGHT = 2  # of these sliders; the minimum is -MAX_WEIGHT
 # Fields that are set to the defaults of the chosen checkpoint.
 FOLLOWERS = ("scale", "width", "height", "steps", "sampler")
 SAMPLER = "ddim"
-UNSAFE_CHOICES = [("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"), ("Drop", "drop")]
 MAX_SEED = 1 << 31
 STEPS = 25  # for models without a default; the original scripts use 50, which is slow for a page
 # Options, other than prompts, that are fields of all tasks, in their order on the page.
@@ -71,36 +69,6 @@ SETTINGS = (
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
-}  # fmt: skip
-TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
-REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "visible": False}
-SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name)
-               for name, sld in SLD_PRESETS.items())]  # fmt: skip
-SYNTAX_LABELS = {
-    "plain": "Plain", "comfy": "ComfyUI", "compel": "Compel", "a1111": "A1111",
-    **{name: f"A1111, emphasis {mode}" for name, mode in EMPHASIS_MODES.items() if name != "a1111"},
-}  # fmt: skip
-FREEU_CHOICES = [("Off", ""), ("Automatic", "auto"),
-                 *((name.upper(), name) for name in FREEU_PRESETS)]  # fmt: skip
-PLACEHOLDERS = {
-    "sld_concept": "original", "upscaler_steps": "20", "upscaler_scale": "1",
-    "apg": "off; the authors': 0,15,-0.5",
-    "eta": "of the sampler: 0 … 1",
-    "sigmas": "14.6,3.9,1.9,0.96,0.4,0, in place of steps and schedule",
-    "prompt_2": "for the second text encoder; empty: the prompt",
-    "negative_prompt_2": "empty: the negative prompt",
-    "original_size": "of the image", "crop": "0,0",
-    "target_size": "of the image", "negative_original_size": "as above",
-    "negative_crop": "as above", "negative_target_size": "as above",
-    "aesthetic_score": "6", "negative_aesthetic_score": "2.5",
-}  # fmt: skip
-NUMBERS: dict[str, dict[str, Any]] = {
-    "s_tmin": {"step": 0.01}, "s_tmax": {"value": 0, "step": 0.01, "info": "0: no limit"},
-    "s_noise": {"step": 0.001},
-    "rho": {"value": 0, "step": 0.1, "info": "of Karras, Polyexponential and EDM; 0: default"},
-    "pag": {"value": 0, "step": 0.1, "info": "0: off; usual: 3"},
-    "perp_neg": {"value": 0, "step": 0.1, "info": "0: off; usual: 1"},
-    "width": {"step": 8}, "height": {"step": 8}, "vae_tile": TILE, "unet_tile": TILE,
 }  # fmt: skip
 
 
@@ -120,6 +88,89 @@ class Field:
 SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "height": 460,
                "image_mode": "RGBA", "layers": False, "transforms": (),
                "sources": ["upload", "clipboard"]})  # fmt: skip
+
+
+def _dropdown(value: str, *choices: tuple[str, str], **settings: Any) -> Field:
+    return Field("Dropdown", {"choices": choices, "value": value, **settings})
+
+
+def _radio(value: str, *choices: tuple[str, str]) -> Field:
+    return Field("Radio", {"choices": choices, "value": value})
+
+
+def _number(step: float, **settings: Any) -> Field:
+    return Field("Number", {"step": step, **settings})
+
+
+def _textbox(placeholder: str) -> Field:
+    return Field("Textbox", {"value": "", "placeholder": placeholder})
+
+
+SYNTAX_LABELS = {
+    "plain": "Plain", "comfy": "ComfyUI", "compel": "Compel", "a1111": "A1111",
+    **{name: f"A1111, emphasis {mode}" for name, mode in EMPHASIS_MODES.items() if name != "a1111"},
+}  # fmt: skip
+# Options that have no effect without another one, with which they are left out.
+DEPENDENTS = {
+    "refiner": ("refiner_start",),
+    "freeu": ("freeu_version",),
+    "sld": ("sld_concept",),
+    "upscaler": ("upscaler_steps", "upscaler_scale"),
+}
+# Fields of which more than the label is set here, not by their option.
+FIELDS = {
+    "prompt": Field("Textbox", {"lines": 2, "max_lines": 6, "placeholder": EXAMPLE, "value": ""}),
+    "negative_prompt": Field("Textbox", {"lines": 1, "max_lines": 4,
+                                         "placeholder": "Negative prompt"}),
+    "syntax": _dropdown(PLAIN, *((SYNTAX_LABELS[name], name) for name in SYNTAXES),
+                        filterable=False),
+    "prompt_2": _textbox("for the second text encoder; empty: the prompt"),
+    "negative_prompt_2": _textbox("empty: the negative prompt"),
+    "sampler": _dropdown(SAMPLER, *((row.label, name) for name, row in SAMPLERS.items()),
+                         filterable=False),
+    "scheduler": _dropdown(AUTOMATIC, (AUTOMATIC, AUTOMATIC),
+                           *((row.label, name) for name, row in SCHEDULERS.items()),
+                           filterable=False),
+    # As text, since the browser would round large numbers.
+    "seed": Field("Textbox", {"value": "-1", "info": "-1 = random"}),
+    "width": _number(8),
+    "height": _number(8),
+    "eta": _textbox("of the sampler: 0 … 1"),
+    "s_tmin": _number(0.01),
+    "s_tmax": _number(0.01, value=0, info="0: no limit"),
+    "s_noise": _number(0.001),
+    "rho": _number(0.1, value=0, info="of Karras, Polyexponential and EDM; 0: default"),
+    "sigmas": _textbox("14.6,3.9,1.9,0.96,0.4,0, in place of steps and schedule type"),
+    "pag": _number(0.1, value=0, info="0: off; usual: 3"),
+    "apg": _textbox("off; the authors': 0,15,-0.5"),
+    "perp_neg": _number(0.1, value=0, info="0: off; usual: 1"),
+    "freeu": _dropdown("", ("Off", ""), ("Automatic", "auto"),
+                       *((name.upper(), name) for name in FREEU_PRESETS), allow_custom_value=True),
+    "freeu_version": _radio("1", *((name.capitalize(), name) for name in FREEU_VERSIONS)),
+    "sld": _dropdown("", ("Off", ""),
+                     *((f"{name.capitalize()} (after {sld.warmup})", name)
+                       for name, sld in SLD_PRESETS.items()), allow_custom_value=True),
+    "sld_concept": _textbox("original"),
+    "vae_tile": _number(64, value=0, info="pixels; 0: off"),
+    "unet_tile": _number(64, value=0, info="pixels; 0: off"),
+    "safety_checker": _dropdown("", NO_ADDON),
+    "unsafe": _radio("", ("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"),
+                     ("Drop", "drop")),
+    "refiner": _dropdown("", NO_ADDON),
+    "refiner_start": Field("Slider", {"minimum": 0.05, "maximum": 0.95, "step": 0.05,
+                                      "value": 0.8, "visible": False}),
+    "original_size": _textbox("of the image"),
+    "target_size": _textbox("of the image"),
+    "crop": _textbox("0,0"),
+    "aesthetic_score": _textbox("6"),
+    "negative_original_size": _textbox("as above"),
+    "negative_target_size": _textbox("as above"),
+    "negative_crop": _textbox("as above"),
+    "negative_aesthetic_score": _textbox("2.5"),
+    "upscaler": _dropdown("", NO_ADDON),
+    "upscaler_steps": _textbox("20"),
+    "upscaler_scale": _textbox("1"),
+}  # fmt: skip
 
 
 class TaskForm:
@@ -184,15 +235,9 @@ class TaskForm:
         if values["sigmas"]:
             values["steps"] = len(parse_sigmas(values["sigmas"])) - 1
             values["scheduler"] = values["rho"] = None
-        if not values.get("refiner"):
-            values.pop("refiner_start", None)
-        if not values.get("sld"):
-            values.pop("sld_concept", None)
-        if not values.get("upscaler"):
-            values.pop("upscaler_steps", None)
-            values.pop("upscaler_scale", None)
-        if not values.get("freeu"):
-            values.pop("freeu_version", None)
+        for name, dependents in DEPENDENTS.items():
+            if not values.get(name):
+                values = {key: value for key, value in values.items() if key not in dependents}
         if self.task.enlarges:  # by a fixed factor
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
@@ -215,41 +260,11 @@ class TaskForm:
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name in STEP_NOISE:
             settings["visible"] = name in step_noise_fields(SAMPLER)
-        if name in ("refiner", "upscaler"):
-            return Field("Dropdown", settings | {"choices": [NO_REFINER], "value": ""})
-        if name in ("safety_checker", "unsafe"):
-            choices = [NO_CHECKER] if name == "safety_checker" else UNSAFE_CHOICES
-            kind = "Dropdown" if name == "safety_checker" else "Radio"
-            return Field(kind, settings | {"choices": choices, "value": ""})
-        if name == "sld":  # numbers may be entered
-            extra = {"choices": SLD_CHOICES, "value": "", "allow_custom_value": True}
-            return Field("Dropdown", settings | extra)
-        if name == "freeu":
-            extra = {"choices": FREEU_CHOICES, "value": "", "allow_custom_value": True}
-            return Field("Dropdown", settings | extra)
-        if name == "freeu_version":
-            versions = [(key.capitalize(), key) for key in FREEU_VERSIONS]
-            return Field("Radio", settings | {"choices": versions, "value": "1"})
-        if name == "refiner_start":
-            return Field("Slider", settings | REFINER_START)
-        if name in NUMBERS:
-            return Field("Number", settings | NUMBERS[name])
-        if name == "seed":  # as text: the browser would round large numbers
-            return Field("Textbox", settings | {"value": "-1", "info": "-1 = random"})
+        if name in FIELDS:
+            return Field(FIELDS[name].kind, settings | FIELDS[name].settings)
         if name == "scale":
             scale = {"minimum": 1, "maximum": 30, "step": 0.5, "value": self.task.scale}
             return Field("Slider", settings | scale)
-        if name == "syntax":
-            choices = [(SYNTAX_LABELS[choice], choice) for choice in option.choices]
-            return Field("Dropdown", settings | {"choices": choices, "filterable": False})
-        if name in ("sampler", "scheduler"):
-            table = SAMPLERS if name == "sampler" else SCHEDULERS
-            choices = [(row.label, key) for key, row in table.items()]
-            settings["value"] = SAMPLER
-            if name == "scheduler":
-                choices.insert(0, (AUTOMATIC, AUTOMATIC))
-                settings["value"] = AUTOMATIC
-            return Field("Dropdown", settings | {"choices": choices, "filterable": False})
         if option.choices:
             choices = [(choice.capitalize(), choice) for choice in option.choices]
             return Field("Radio", settings | {"choices": choices})
@@ -267,12 +282,8 @@ class TaskForm:
             minimum = 1 if option.parse is parse_count else 0
             return Field("Slider", settings | {"minimum": minimum, "maximum": maximum, "step": 1,
                          "precision": 0, "value": value})  # fmt: skip
-        if name == "prompt":
-            settings |= {"lines": 2, "max_lines": 6, "placeholder": EXAMPLE, "value": ""}
-        elif name == "negative_prompt":
-            settings |= {"lines": 1, "max_lines": 4, "placeholder": option.label}
-        elif not isinstance(default, str):
-            settings |= {"value": "", "placeholder": PLACEHOLDERS.get(name)}
+        if not isinstance(default, str):
+            settings["value"] = ""
         return Field("Textbox", settings)
 
 

@@ -15,9 +15,7 @@ from ldm.app.form import (
     LORA_SLOTS,
     MAX_WEIGHT,
     MODEL_VAE,
-    NO_CHECKER,
-    NO_REFINER,
-    NO_UPSCALER,
+    NO_ADDON,
     TaskForm,
     values_from_info,
 )
@@ -82,9 +80,9 @@ class FormEvents:
         return [
             gr.update(choices=names, value=first),
             self._offer("vae", vae, MODEL_VAE, is_hidden=True),
-            self._offer("refiner", refiner, NO_REFINER),
-            self._offer("safety_checker", checker, NO_CHECKER, is_hidden=True),
-            self._offer("upscaler", upscaler, NO_UPSCALER),
+            self._offer("refiner", refiner, NO_ADDON),
+            self._offer("safety_checker", checker, NO_ADDON, is_hidden=True),
+            self._offer("upscaler", upscaler, NO_ADDON),
             gr.update(choices=tokens, visible=bool(tokens)),
             gr.update(choices=files, value=first if first in files else next(iter(files), None)),
             skipped,
