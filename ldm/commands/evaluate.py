@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.command_line import add_options, hint
@@ -37,8 +37,6 @@ __all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 SCALES = "1.5,2,3,4,5,6,7,8"  # as in the figures of Stable Diffusion 1's and 2's READMEs
 TASK = TASKS["txt2img"]
 # Arguments in errors whose flags are not those of txt2img.
@@ -47,9 +45,9 @@ OWN_FLAGS = ("count", "images", "outdir", "prompts", "reference", "resize", "sam
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = _parser(prog)
+    parser = _build_parser(prog)
     args = parser.parse(argv)
-    return run_command(lambda: _work(args), parser.prog, verbose=args.verbose, hint=_hint)
+    return run_command(lambda: _evaluate(args), parser.prog, verbose=args.verbose, hint=_hint)
 
 
 def _hint(error: BaseException) -> str:
@@ -59,7 +57,7 @@ def _hint(error: BaseException) -> str:
     return hint(error, TASK)
 
 
-def _parser(prog: str | None) -> CommandParser:
+def _build_parser(prog: str | None) -> CommandParser:
     parser = CommandParser(
         prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...]", overrides=True
     )
@@ -139,16 +137,18 @@ def _parser(prog: str | None) -> CommandParser:
     )
     add("--title", metavar="TEXT", help="title of the figure")
     options = TASK.options()
-    add_options(parser.add_group("model"), ModelChoice, options, _all_but(ModelChoice, "ckpt"))
+    add_options(
+        parser.add_group("model"), ModelChoice, options, _list_options_except(ModelChoice, "ckpt")
+    )
     add = parser.add_group("sampling")
     add_options(add, Prompts, options, ("negative_prompt",))
     add_options(add, Output, options, ("n_samples",))
-    add_options(add, Sampling, options, _all_but(Sampling, "scale", "sampler", "steps"))
+    add_options(add, Sampling, options, _list_options_except(Sampling, "scale", "sampler", "steps"))
     add_options(parser.add_group("Stable Diffusion XL"), SDXL, options)
     return parser
 
 
-def _work(args: Namespace) -> None:
+def _evaluate(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_settings, wait_for_images
     from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
@@ -159,11 +159,11 @@ def _work(args: Namespace) -> None:
     out, rank = Path(args.outdir), rank_and_world_size()[0]
     if args.generate and args.images:
         raise ArgumentError("images cannot be given together with generate", "images")
-    sources = _prompts(args)
+    sources = _read_prompts(args)
     settings: list[Setting] = []
     if args.generate:
-        settings = _settings(args, out, sources)
-    reference = _reference(args, sources)
+        settings = _make_settings(args, out, sources)
+    reference = _find_reference(args, sources)
     device = pick_device(args.device)
     extractor = None
     if reference is not None:
@@ -174,9 +174,9 @@ def _work(args: Namespace) -> None:
         if rank > 0:
             return
         wait_for_images(settings, out)
-        sets = [_set_of(setting, out) for setting in settings]
+        sets = [_find_images(setting, out) for setting in settings]
     else:
-        sets = _folders(args, sources) if args.images else find_image_sets(out)
+        sets = _find_folders(args, sources) if args.images else find_image_sets(out)
     if not args.generate and args.count is not None:
         sets = [each.first(args.count) for each in sets]
     if reference is not None and args.reference_size is None:
@@ -189,7 +189,7 @@ def _work(args: Namespace) -> None:
     print("\n".join(map(str, paths)))
 
 
-def _prompts(args: Namespace) -> "list[PromptSource]":
+def _read_prompts(args: Namespace) -> "list[PromptSource]":
     from ldm.evaluation.prompts import draw_prompts, read_prompts
 
     if args.prompts is None:
@@ -200,12 +200,12 @@ def _prompts(args: Namespace) -> "list[PromptSource]":
     return draw_prompts(sources, args.count if args.generate else None, args.seed)
 
 
-def _settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "list[Setting]":
+def _make_settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
 
-    scales = [parse_number(text) for text in _split(args.scales)]
-    steps = [parse_count(text) for text in _split(args.steps)]
-    samplers = _split(args.samplers)
+    scales = [parse_number(text) for text in _split_list(args.scales)]
+    steps = [parse_count(text) for text in _split_list(args.steps)]
+    samplers = _split_list(args.samplers)
     for name in samplers:
         if name not in SAMPLERS:
             raise unknown_name("sampler", name, SAMPLERS, argument="samplers")
@@ -214,7 +214,7 @@ def _settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "lis
     values["from_file"] = str(write_prompts(out, [source.text for source in sources]))
     base = TASK.request(values)
     settings = []
-    labels = _labels(args.ckpt or [None]).items()
+    labels = _make_labels(args.ckpt or [None]).items()
     for (label, ckpt), sampler, count, scale in product(labels, samplers, steps, scales):
         sampling = replace(base.sampling, sampler=sampler, steps=count, scale=scale)
         model = replace(base.model, ckpt=ckpt)
@@ -222,7 +222,7 @@ def _settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "lis
     return settings
 
 
-def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
+def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
     """Return the reference images: those with captions in the prompt file, else all."""
     from ldm.evaluation.score import ImageSet, list_images
 
@@ -241,13 +241,13 @@ def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | No
     return ImageSet("reference", files, side=args.reference_size or None)
 
 
-def _folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
+def _find_folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
     """Return folders of images as sets, with the prompts of the prompt file, if there is one."""
     from ldm.evaluation.score import ImageSet, list_images
 
     prompts = [source.text for source in sources] or None
     sets = []
-    for label, folder in _labels(args.images).items():
+    for label, folder in _make_labels(args.images).items():
         files = list_images(folder or ".")
         if prompts is not None and len(prompts) != len(files):
             message = f"{len(prompts)} prompts for the {len(files)} images of `{folder}`"
@@ -256,18 +256,18 @@ def _folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]"
     return sets
 
 
-def _set_of(setting: "Setting", out: Path) -> "ImageSet":
+def _find_images(setting: "Setting", out: Path) -> "ImageSet":
     from ldm.evaluation.score import ImageSet, list_images
 
     scale = setting.request.sampling.scale
     return ImageSet(setting.series, list_images(setting.folder(out)), scale)
 
 
-def _labels(paths: "Sequence[T]") -> "dict[str, T]":
+def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
     """Return paths by unique labels: their names, "demo" for the demo model (None)."""
-    labels: dict[str, T] = {}
+    labels: dict[str, str | None] = {}
     for path in paths:
-        stem = "demo" if path is None else Path(str(path)).name
+        stem = "demo" if path is None else Path(path).name
         for suffix in (".safetensors", ".ckpt"):
             stem = stem.removesuffix(suffix)
         name, number = stem, 2
@@ -277,11 +277,11 @@ def _labels(paths: "Sequence[T]") -> "dict[str, T]":
     return labels
 
 
-def _split(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _all_but(group: type, *names: str) -> list[str]:
+def _list_options_except(group: type, *names: str) -> list[str]:
     return [name for name in options_of(group) if name not in names]
 
 
