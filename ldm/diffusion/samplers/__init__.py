@@ -6,20 +6,20 @@ D = denoise(x, sigma), the ODE (arXiv:2206.00364, eq. 4) is
 
     dx / dsigma = (x - D) / sigma.
 
-    Args:
-        denoise: (x, sigma) -> estimate of z, in the shape of x.
-        x: z + sigmas[0]·noise, (B, C, h, w) float32.
-        sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
-        callback: Called after step i with (i, x at sigmas[i + 1], denoised).
-        constrain: (x, sigma) -> x, applied before every step, as for inpainting.
-        noise: (like) -> standard normal noise of its shape, the only source of randomness.
-        path: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
-        s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas between which it is
-            added (arXiv:2206.00364, algorithm 2).
-        eta: Amount of noise after steps: 0 is deterministic, 1 adds as much as DDPM.
+Args:
+    denoise: (x, sigma) -> estimate of z, in the shape of x.
+    x: z + sigmas[0]·noise, (B, C, h, w) float32.
+    sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
+    callback: Called after step i with (i, x at sigmas[i + 1], denoised).
+    constrain: (x, sigma) -> x, applied before every step, as for inpainting.
+    noise: (like) -> standard normal noise of its shape, the only source of randomness.
+    path: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
+    s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas between which it is
+        added (arXiv:2206.00364, algorithm 2).
+    eta: Amount of noise after steps: 0 is deterministic, 1 adds as much as DDPM.
 
-    Returns:
-        x at sigmas[-1].
+Returns:
+    x at sigmas[-1].
 
 Before each of n steps with sigma from s_tmin to s_tmax, churn raises sigma by a factor of
 1 + min(s_churn / n, √2 - 1). s_noise of other programs is the standard deviation of `noise`.
