@@ -36,7 +36,7 @@ EMPHASIS_MODES = {
     "a1111_none": "None",
 }
 
-ROUND, SQUARE = 1.1, 1 / 1.1
+ROUND_FACTOR, SQUARE_FACTOR = 1.1, 1 / 1.1
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 EMPHASIS = re.compile(rf"\\[()\[\]\\]|\\|\(|\[|:\s*(?P<weight>{NUMBER})\s*\)|\)|\]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
@@ -57,13 +57,13 @@ def parse(text: str, steps: int, syntax: str = "a1111", *, composes: bool = True
     compositions, notes = [], []
     for part, weight in parts:
         entries, part_notes = expand_schedule(part, steps)
-        prompts = ((last, _prompt(entry, syntax)) for last, entry in entries)
+        prompts = ((last, _build_prompt(entry, syntax)) for last, entry in entries)
         compositions.append(PromptSteps(tuple(prompts), weight))
         notes += part_notes
     return ParsedPrompt(tuple(compositions), tuple(notes))
 
 
-def _prompt(text: str, syntax: str) -> Prompt:
+def _build_prompt(text: str, syntax: str) -> Prompt:
     sections = ((Piece(text),),) if syntax == "a1111_none" else parse_emphasis(text)
     if syntax == "a1111_ignore":  # pieces stay apart: their tokens are those of the others
         sections = tuple(tuple(replace(p, weight=1.0) for p in section) for section in sections)
@@ -101,9 +101,9 @@ def parse_emphasis(text: str) -> Text:
         elif match["weight"] is not None and open_round:
             multiply(open_round.pop(), float(match["weight"]))
         elif token == ")" and open_round:
-            multiply(open_round.pop(), ROUND)
+            multiply(open_round.pop(), ROUND_FACTOR)
         elif token == "]" and open_square:
-            multiply(open_square.pop(), SQUARE)
+            multiply(open_square.pop(), SQUARE_FACTOR)
         elif token.startswith("\\") and len(token) == 2:
             pieces.append((token[1], 1.0))
         else:
@@ -112,9 +112,9 @@ def parse_emphasis(text: str) -> Text:
                     pieces.append((None, 1.0))
                 pieces.append((part, 1.0))
     for first in open_round:
-        multiply(first, ROUND)
+        multiply(first, ROUND_FACTOR)
     for first in open_square:
-        multiply(first, SQUARE)
+        multiply(first, SQUARE_FACTOR)
     sections: list[list[Piece]] = [[]]
     for piece, weight in pieces:
         if piece is None:
@@ -133,10 +133,9 @@ class _Schedules:
 
     text: str
     steps: int
-    first_pass: int | None
     position: int = 0
     changes: set[int] = field(default_factory=set)
-    literal: list[str] = field(default_factory=list)
+    literal_brackets: list[str] = field(default_factory=list)
 
     def parse_all(self) -> Node | None:
         """Parse the whole text; return None if it has a `|` outside of brackets."""
@@ -169,7 +168,7 @@ class _Schedules:
             parsers = {"(": self.parse_round, "[": self.parse_square}
             node = parsers[self.next_char]() if self.next_char in parsers else None
             if node is None:
-                # What was noted on the way does not count, either.
+                # Changes that were recorded on the way do not count, either.
                 self.position, self.changes = start, changes
                 break
             nodes.append(node)
@@ -218,11 +217,9 @@ class _Schedules:
         return lambda step: (before if step <= last else after)(step)
 
     def last_step(self, number: str) -> int:
-        """Return the last step before a switch, counted from the start of this pass."""
-        is_fraction, value = "." in number, float(number)
-        if self.first_pass is not None:
-            value -= 1 if is_fraction else self.first_pass
-        return min(self.steps, int(value * self.steps if is_fraction else value))
+        """Return the last step before a switch: a number with a dot is a fraction of the steps."""
+        step = float(number) * (self.steps if "." in number else 1)
+        return min(self.steps, int(step))
 
     def _note_literal(self) -> None:
         """Record a bracket that looks like a schedule but is read literally."""
@@ -233,30 +230,29 @@ class _Schedules:
                 break
         group = self.text[self.position : end + 1]
         if ":" in re.sub(r"\\.|\([^()]*\)|(?<=.)\[[^][]*\]", "", group):
-            self.literal.append(group)
+            self.literal_brackets.append(group)
 
 
-def expand_schedule(
-    text: str, steps: int, first_pass: int | None = None
-) -> tuple[list[tuple[int, str]], list[str]]:
+def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[str]]:
     """Expand schedules and alternation into (last step, text), in order.
 
     Args:
-        steps: Number of steps of this pass.
-        first_pass: Number of steps of the pass before, if this one follows it at a higher
-            resolution: then fractions above 1, and steps above this number, are for this pass.
+        steps: Number of steps of the run.
 
     Returns:
         The entries, and warnings about text that was read literally.
     """
-    schedules = _Schedules(text, steps, first_pass)
+    schedules = _Schedules(text, steps)
     node = schedules.parse_all()
     if node is None:
         has_brackets = "[" in text
         note = f"a schedule is read as plain text, as `|` stands outside of [ ]: {quote(text)}"
         return [(steps, text)], [note] if has_brackets else []
     ends = sorted({*schedules.changes, steps})
-    notes = [f"not a schedule, read as plain text: {quote(group)}" for group in schedules.literal]
+    notes = [
+        f"not a schedule, read as plain text: {quote(group)}"
+        for group in schedules.literal_brackets
+    ]
     return [(end, node(end)) for end in ends], notes
 
 

@@ -5,12 +5,12 @@ A number replaces the weights of the brackets around it; brackets without a numb
 
 import re
 
-from ldm.prompts.prompt import ParsedPrompt, Part, Piece, Prompt, constant, join_pieces, quote
+from ldm.prompts.prompt import ParsedPrompt, Part, Piece, Prompt, join_pieces, make_constant, quote
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["parse", "parse_weights"]
 
-ROUND = 1.1
+ROUND_FACTOR = 1.1
 TOKENS = re.compile(r"\\[()]|[()]|[^\\()]+|\\")
 WEIGHT = re.compile(r"(.+):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$", re.DOTALL)
 
@@ -22,7 +22,7 @@ def parse(text: str) -> ParsedPrompt:
         ArgumentError: A bracket is not closed, or was not opened.
     """
     section = join_pieces(parse_weights(text))
-    return constant(Prompt("comfy", (Part(((section,),)),)))
+    return make_constant(Prompt("comfy", (Part(((section,),)),)))
 
 
 def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:
@@ -34,7 +34,7 @@ def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:
         elif match := WEIGHT.match(part):
             pieces += parse_weights(match[1], float(match[2]))
         else:
-            pieces += parse_weights(part, weight * ROUND)
+            pieces += parse_weights(part, weight * ROUND_FACTOR)
     return [piece for piece in pieces if piece.text]
 
 

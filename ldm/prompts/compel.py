@@ -27,7 +27,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["parse"]
 
-PLUS, MINUS = 1.1, 0.9
+PLUS_FACTOR, MINUS_FACTOR = 1.1, 0.9
 SYNTAX = r'()",.+\-='
 WORD = re.compile(rf"(?:\\[{SYNTAX}]|[+-](?![\s{SYNTAX}]|$)|[^\s{SYNTAX}])+")
 FREE_WORD = re.compile(r"\S+")
@@ -41,7 +41,7 @@ LORA = re.compile(r"\b(?:use|with)Lora\s*\(")
 
 @dataclass(frozen=True)
 class Swap:
-    """A text that is replaced by another one between two fractions of the steps."""
+    """A text that is replaced by another one between two fractions of the steps, start and end."""
 
     original: tuple[Piece, ...]
     edited: tuple[Piece, ...]
@@ -70,7 +70,7 @@ def parse(text: str, steps: int) -> ParsedPrompt:
     swaps = [item for item in items if isinstance(item, Swap)]
     bounds = {_first_step(fraction, steps) for swap in swaps for fraction in (swap.start, swap.end)}
     ends = sorted(end - 1 for end in bounds if 0 < end < steps)
-    entries = [(end, _prompt(mixtures, end, steps)) for end in [*ends, steps]]
+    entries = [(end, _build_prompt(mixtures, end, steps)) for end in [*ends, steps]]
     return ParsedPrompt((PromptSteps(tuple(entries)),))
 
 
@@ -83,16 +83,20 @@ class _Mixture:
     weight: float = 1.0
 
 
-def _prompt(mixtures: list[_Mixture], step: int, steps: int) -> Prompt:
+def _build_prompt(mixtures: list[_Mixture], step: int, steps: int) -> Prompt:
     parts = [
-        Part(tuple((_section(items, step, steps),) for items in one.items), one.mix, one.weight)
-        for one in mixtures
+        Part(
+            tuple((_build_section(items, step, steps),) for items in mixture.items),
+            mixture.mix,
+            mixture.weight,
+        )
+        for mixture in mixtures
     ]
     return Prompt("compel", tuple(parts))
 
 
-def _section(items: Items, step: int, steps: int) -> Section:
-    """Return the pieces of a step: apply swaps, and join neighbours of equal weight."""
+def _build_section(items: Items, step: int, steps: int) -> Section:
+    """Return the pieces of a step: apply swaps, and join neighbors of equal weight."""
     pieces: list[Piece] = []
     for item in items:
         if isinstance(item, Piece):
@@ -110,6 +114,7 @@ def _section(items: Items, step: int, steps: int) -> Section:
 
 
 def _first_step(fraction: float, steps: int) -> int:
+    """Return the first step at or after a fraction of the steps; 1 is after all of them."""
     # Rounded, as 0.07 of 100 steps is 7.000000000000001 in floats.
     return math.ceil(round(fraction * steps, 6)) if fraction < 1 else steps + 1
 
@@ -138,7 +143,7 @@ def _parse_operators(text: str) -> list[_Mixture]:
     is_closed = options is not None and parser.take(")")
     if not is_closed or options is None or text[parser.position :].strip():
         raise ArgumentError(f"a prompt must end with its .{operator[1]}(…), got {quote(text)}")
-    weights = _weights(options, len(texts), operator[1])
+    weights = _parse_weights(options, len(texts), operator[1])
     if operator[1] != "blend":
         return [_Mixture((items,), weight=w) for items, w in zip(texts, weights, strict=True)]
     if any(isinstance(item, Swap) for items in texts for item in items):
@@ -146,7 +151,7 @@ def _parse_operators(text: str) -> list[_Mixture]:
     return [_Mixture(tuple(texts), tuple(weights))]
 
 
-def _weights(options: list[tuple[str, str]], count: int, operator: str) -> list[float]:
+def _parse_weights(options: list[tuple[str, str]], count: int, operator: str) -> list[float]:
     """Return the weight of each text; those of a blend sum to 1, unless no_normalize is last."""
     is_normalized = operator == "blend"
     if is_normalized and options and options[-1] == ("", "no_normalize"):
@@ -194,9 +199,9 @@ class _Parser:
     def try_each(self, *parsers: Callable[[], Items | None]) -> Items | None:
         """Return the result of the first parser that succeeds at this position."""
         start = self.position
-        for parse_one in parsers:
+        for parse in parsers:
             self.skip_space()
-            items = parse_one()
+            items = parse()
             if items is not None:
                 return items
             self.position = start
@@ -241,7 +246,7 @@ class _Parser:
         return None if word is None else [_piece(word)]
 
     def parse_quoted(self) -> Items | None:
-        content = self._quoted_content()
+        content = self.parse_quotes()
         if content is None:
             return None
         inner = _Parser(content)
@@ -250,10 +255,10 @@ class _Parser:
         return (items or [Piece("")]) if inner.position == len(content) else None
 
     def parse_quoted_prompt(self) -> Items | None:
-        content = self._quoted_content()
+        content = self.parse_quotes()
         return None if content is None else _Parser(content).parse_prompt()
 
-    def _quoted_content(self) -> str | None:
+    def parse_quotes(self) -> str | None:
         """Return the content of quotes; escaped quotes in it stay escaped."""
         token = self.match(QUOTED)
         return None if token is None else token[1:-1]
@@ -273,7 +278,7 @@ class _Parser:
         items = self.parse_target()
         if items is not None and self.take(".attend") and self.take("("):
             self.skip_space()
-            weight = self._weight(with_number=True)
+            weight = self.parse_weight(with_number=True)
             return _scale(items, weight) if weight is not None and self.take(")") else None
         self.position = start
         items, with_number = self.try_each(self.parse_quoted, self.parse_round), True
@@ -281,12 +286,12 @@ class _Parser:
             items, with_number = self.parse_word(), False
         if items is None:
             return None
-        weight = self._weight(with_number)
+        weight = self.parse_weight(with_number)
         return None if weight is None else _scale(items, weight)
 
-    def _weight(self, with_number: bool) -> float | None:
+    def parse_weight(self, with_number: bool) -> float | None:
         if signs := self.match(SIGNS):
-            return float((PLUS if signs[0] == "+" else MINUS) ** len(signs))
+            return float((PLUS_FACTOR if signs[0] == "+" else MINUS_FACTOR) ** len(signs))
         number = self.match(NUMBER) if with_number else None
         return None if number is None else float(number)
 

@@ -91,16 +91,16 @@ class ParsedPrompt:
     @property
     def last_steps(self) -> frozenset[int]:
         """Steps after which a prompt may change."""
-        return frozenset(last for one in self.compositions for last, _ in one.entries[:-1])
+        return frozenset(last for steps in self.compositions for last, _ in steps.entries[:-1])
 
 
-def constant(prompt: Prompt, notes: Iterable[str] = ()) -> ParsedPrompt:
+def make_constant(prompt: Prompt, notes: Iterable[str] = ()) -> ParsedPrompt:
     """Return a parsed prompt that is the same in all steps."""
     return ParsedPrompt((PromptSteps(((0, prompt),)),), tuple(notes))
 
 
 def join_pieces(pieces: Iterable[Piece]) -> Section:
-    """Join neighbouring pieces of equal weight; return one empty piece for no pieces."""
+    """Join neighboring pieces of equal weight; return one empty piece for no pieces."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].weight == piece.weight:

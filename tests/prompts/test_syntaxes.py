@@ -72,14 +72,6 @@ def test_schedules_of_a1111(text, entries):
     assert expand_schedule(text, 10)[0] == entries
 
 
-@pytest.mark.parametrize(
-    ("text", "entries"),
-    [("a [b:c:1.5]", [(3, "a b"), (6, "a c")]), ("[b:c:.5]", [(6, "c")])],
-)
-def test_a_second_pass_has_the_steps_after_the_first(text, entries):
-    assert expand_schedule(text, 6, first_pass=10)[0] == entries
-
-
 @pytest.mark.parametrize("text", ["a [b:c:half]", "[b:c:0.5", "a | b [c:d:3]", "[a:b]"])
 def test_what_is_no_schedule_is_literal_and_said(text):
     entries, notes = expand_schedule(text, 10)
