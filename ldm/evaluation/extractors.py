@@ -40,7 +40,10 @@ class FeatureExtractor(Protocol):
         ...
 
     def describe(self) -> JsonObject:
-        """Return name, hash and choices, to be printed beside the scores."""
+        """Return name, hash (`sha256`) and choices, to be printed beside the scores.
+
+        Features are cached by this description, unless its hash is None.
+        """
         ...
 
     def features(self, images: Images) -> Tensor:
@@ -52,7 +55,7 @@ class PromptJudge(Protocol):
     """Scores how well each image fits its prompt."""
 
     def describe(self) -> JsonObject:
-        """Return name, hash and choices, to be printed beside the scores."""
+        """Return name, hash (`sha256`) and choices; see `FeatureExtractor.describe`."""
         ...
 
     def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
@@ -62,12 +65,17 @@ class PromptJudge(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class InceptionExtractor:
-    """The 2,048 features of FID."""
+    """The 2,048 features of FID.
+
+    Args:
+        resize: name in RESIZES, see `inception_pixels`.
+        sha256: of the weights' file, for reports; None = unknown, then features are not cached.
+    """
 
     dimensions: ClassVar[int] = INCEPTION_FEATURES
     net: Inception
-    resize: str = "clean"  # name in RESIZES, see `inception_pixels`
-    sha256: str | None = None  # of the weights' file, for reports
+    resize: str = "clean"
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         check_name("resize", self.resize, RESIZES, argument="resize")
@@ -83,11 +91,16 @@ class InceptionExtractor:
 
 @dataclass(frozen=True, eq=False)
 class CLIPJudge:
-    """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1."""
+    """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1.
+
+    Args:
+        name: of the model, for reports.
+        sha256: of the weights' file, for reports; None = unknown, then scores are not cached.
+    """
 
     clip: CLIP
-    name: str = "CLIP"  # of the model, for reports
-    sha256: str | None = None  # of the weights' file, for reports
+    name: str = "CLIP"
+    sha256: str | None = None
 
     def describe(self) -> JsonObject:
         activation = self.clip.blocks[0].activation.__name__
@@ -139,11 +152,14 @@ def inception_pixels(image: Image.Image, resize: str) -> Tensor:
 
 
 def clip_pixels(image: Image.Image, side: int = 224) -> Tensor:
-    """Preprocess an image for CLIP: resize the short side (bicubic), center crop, normalize."""
-    width, height = image.size
-    short = min(width, height)
-    size = (int(side * width / short), int(side * height / short))
-    scaled = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    """Preprocess an image for CLIP: resize the shorter side (bicubic), center crop, normalize.
+
+    Returns:
+        (1, 3, side, side).
+    """
+    shorter = min(image.size)
+    width, height = (int(side * length / shorter) for length in image.size)
+    scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((length - side) / 2) for length in scaled.size)
     cropped = scaled.crop((left, top, left + side, top + side))
     x = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255

@@ -41,7 +41,7 @@ OPTIONS_WITHOUT_EFFECT = ("device", "attention", "offload", "outdir", "n_samples
                           "laion400m")  # fmt: skip
 IN_FOLDER_NAMES = ("scale", "sampler", "steps", "ckpt")
 
-CHECKPOINT = "checkpoint_hash"
+CHECKPOINT_HASH = "checkpoint_hash"
 WAIT_TIMEOUT = 1800.0  # seconds without a new image
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of the images in one folder."""
+    """The settings of the images in one folder.
 
-    model: str  # label of the model
-    request: Request  # with `from_file` and a guidance scale
+    Args:
+        model: label of the model.
+        request: a request of prompts from a file, with a guidance scale.
+    """
+
+    model: str
+    request: Request
 
     @property
     def series(self) -> str:
@@ -104,6 +109,7 @@ def generate_settings(
     Args:
         settings: grouped by model.
         load: loads the models of a request.
+        listener: is told the steps of sampling; None = nobody is.
     Raises:
         ArgumentError: there are fewer images than processes, or the folder has images with other
             options.
@@ -133,9 +139,9 @@ def generate_settings(
     log.info("%d images to generate, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
     for model in dict.fromkeys(setting.model for setting in settings):
-        own = [(setting, batches) for setting, batches in plans if setting.model == model]
-        if any(_filter_missing(batch, s, out) for s, batches in own for batch in batches):
-            _generate_model(own, out, load, listener, progress)
+        of_model = [(setting, batches) for setting, batches in plans if setting.model == model]
+        if any(_filter_missing(batch, s, out) for s, batches in of_model for batch in batches):
+            _generate_model(of_model, out, load, listener, progress)
     progress.close()
     if world_size > 1:
         log.info("process %d of %d has generated its images", rank, world_size)
@@ -146,8 +152,9 @@ def _generate_model(
     out: Path,
     load: Callable[[PreparedTask], Models],
     listener: RunListener,
-    progress: "Progress",
+    progress: Progress,
 ) -> None:
+    """Generate the missing images of all settings of one model."""
     prepared = [setting.request.task.prepare(setting.request) for setting, _ in plans]
     models = load(prepared[0])
     size = prepared[0].output_size(models.base)
@@ -205,7 +212,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
         options = _get_shared_options(setting)
         if path.is_file():
             before = json.loads(path.read_text("utf-8"))
-            before.pop(CHECKPOINT, None)
+            before.pop(CHECKPOINT_HASH, None)
             changed = sorted(k for k in options.keys() | before if options.get(k) != before.get(k))
             if changed:
                 name = changed[0]
@@ -225,7 +232,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
 def _check_checkpoint(path: Path, digest: str) -> None:
     """Record the hash of the model with the options; raise if the folder has images of another."""
     options = json.loads(path.read_text("utf-8"))
-    if options.setdefault(CHECKPOINT, digest) != digest:
+    if options.setdefault(CHECKPOINT_HASH, digest) != digest:
         message = f"{path.parent} has images of another model of this name: choose another folder"
         raise ArgumentError(message, "outdir")
     with replace_when_written(path) as part:

@@ -11,7 +11,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 DIRECTIONS = (45, 135, 315, 225, 90, 270, 0, 180)  # degrees, in order of preference
 MARGIN = 1.0  # around labels, in pixels
-MORE = 3  # distances to try after the first free one, for a position that crosses no line
+EXTRA_DISTANCES = 3  # to try after the first free one, for a position that crosses no line
 
 
 def place_labels(
@@ -35,7 +35,7 @@ def place_labels(
     centers = []
     for point, (width, height) in zip(points, sizes, strict=True):
         free: list[tuple[int, XY, Box]] = []  # (line points under it, center, box)
-        last = None
+        last_step = None
         for step in count():
             gap = radius * (1 + step)
             for center in _iter_centers(point, width / 2 + gap, height / 2 + gap):
@@ -44,8 +44,8 @@ def place_labels(
                 if is_inside and not any(_overlaps(box, other) for other in taken):
                     crossed = sum(_overlaps(box, (*p, *p)) for p in line_points)
                     free.append((crossed, center, box))
-            last = step + MORE if free and last is None else last
-            if step == last or any(crossed == 0 for crossed, *_ in free):
+            last_step = step + EXTRA_DISTANCES if free and last_step is None else last_step
+            if step == last_step or any(crossed == 0 for crossed, *_ in free):
                 break
         _, center, box = min(free, key=lambda position: position[0])  # the first of the best
         centers.append(center)

@@ -39,11 +39,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (d,) and unbiased covariance (d, d) of features, float64."""
+    """Mean (d,) and unbiased covariance (d, d) of the features of `count` images, float64."""
 
     mean: Tensor
     covariance: Tensor
-    count: int  # number of images
+    count: int
 
     @classmethod
     def of(cls, features: Tensor) -> "Statistics":
@@ -71,8 +71,8 @@ def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
     root = _square_root(reference.covariance)
 
     def distance(x: Tensor) -> float:
-        own = Statistics.of(x)
-        return _distance(own.mean, own.covariance, reference, root)
+        statistics = Statistics.of(x)
+        return _distance(statistics.mean, statistics.covariance, reference, root)
 
     x = features.double()
     return Estimate(distance(x), estimate_error(distance, x, seed))
@@ -83,24 +83,25 @@ def kid(
     reference: Tensor,
     *,
     subsets: int = 100,
-    size: int = 1000,
+    subset_size: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     """Compute the mean over random subsets of the unbiased MMD² with kernel (x·y / d + 1)³.
 
     Args:
         features, reference: (N, d) and (M, d).
-        size: images per subset of either set, at most N and M.
+        subset_size: images per subset of either set, at most N and M.
     """
     x, y = features.double(), reference.double()
-    size = min(size, len(x), len(y))
-    if size < 2:
+    subset_size = min(subset_size, len(x), len(y))
+    if subset_size < 2:
         raise ArgumentError(f"KID needs at least 2 images of each, got {len(x)} and {len(y)}")
     generator = torch.Generator().manual_seed(seed)
-    if size == len(x) == len(y):
-        subsets = 1
+    if subset_size == len(x) == len(y):
+        subsets = 1  # all subsets are the whole sets
     values = [
-        _squared_mmd(_draw(x, size, generator), _draw(y, size, generator)) for _ in range(subsets)
+        _squared_mmd(_draw(x, subset_size, generator), _draw(y, subset_size, generator))
+        for _ in range(subsets)
     ]
 
     def distance(half: Tensor) -> float:  # without the reference's term, which cancels out
@@ -110,21 +111,21 @@ def kid(
 
 
 def precision_recall(
-    features: Tensor, reference: Tensor, *, neighbours: int = 3
+    features: Tensor, reference: Tensor, *, neighbors: int = 3
 ) -> tuple[Estimate, Estimate]:
     """Compute the fraction of each set, (N, d) and (M, d), in the manifold of the other.
 
     The manifold of a set is the union of balls around its points, whose radius is the distance to
-    the k-th nearest neighbor.
+    the k-th nearest neighbor, k = `neighbors`.
 
     Returns:
         Precision (of the features) and recall (of the reference); NaN for sets that are too small.
     """
-    if min(len(features), len(reference)) <= neighbours:
+    if min(len(features), len(reference)) <= neighbors:
         return Estimate(math.nan, math.nan), Estimate(math.nan, math.nan)
     x, y = features.double(), reference.double()
-    inside_y = _in_manifold(x, y, neighbours)
-    inside_x = _in_manifold(y, x, neighbours)
+    inside_y = _in_manifold(x, y, neighbors)
+    inside_x = _in_manifold(y, x, neighbors)
     return mean_estimate(inside_y.double()), mean_estimate(inside_x.double())
 
 
@@ -189,8 +190,8 @@ def _mean_between(x: Tensor, y: Tensor) -> float:
 def _mean_within(x: Tensor) -> float:
     """Return the mean of the kernel over all pairs of different rows of x (N, d)."""
     n, d = x.shape
-    own = float(_kernel(x.square().sum(dim=1), d).sum())
-    return (_mean_between(x, x) * n * n - own) / (n * (n - 1))
+    diagonal = float(_kernel(x.square().sum(dim=1), d).sum())  # pairs of a row with itself
+    return (_mean_between(x, x) * n * n - diagonal) / (n * (n - 1))
 
 
 def _kernel(products: Tensor, d: int) -> Tensor:
@@ -198,15 +199,16 @@ def _kernel(products: Tensor, d: int) -> Tensor:
 
 
 def _draw(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw rows of x without replacement."""
     return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
 
 
-def _in_manifold(x: Tensor, points: Tensor, neighbours: int) -> Tensor:
+def _in_manifold(x: Tensor, points: Tensor, neighbors: int) -> Tensor:
     """Return for each row of x whether it lies in the manifold of `points`, as bool (N,)."""
     radii = torch.cat(
         [
             # + 1, as the nearest one is the point itself
-            torch.cdist(block, points).kthvalue(neighbours + 1, dim=1).values
+            torch.cdist(block, points).kthvalue(neighbors + 1, dim=1).values
             for block in points.split(BLOCK)
         ]
     )

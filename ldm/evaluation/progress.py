@@ -19,15 +19,15 @@ class Progress:
 
     Args:
         total: number of images.
-        what: title, such as "Sampling".
+        title: what is done, such as "Sampling".
     """
 
-    def __init__(self, total: int, what: str) -> None:
+    def __init__(self, total: int, title: str) -> None:
         self.total = total
-        self.what = what
+        self.title = title
         self.count = 0
         self.start = self.last = time.monotonic()
-        self.bar = tqdm(total=total, desc=what, unit="image", disable=hides_progress())
+        self.bar = tqdm(total=total, desc=title, unit="image", disable=hides_progress())
 
     def add(self, count: int) -> None:
         """Count finished images."""
@@ -37,10 +37,10 @@ class Progress:
         if self.bar.disable and now - self.last > LOG_INTERVAL:
             self.last = now
             seconds = (now - self.start) / self.count
-            left = seconds * (self.total - self.count) / 60
+            minutes_left = seconds * (self.total - self.count) / 60
             log.info(
                 "%s: %d of %d images, %.2f s each, %.0f minutes left",
-                self.what, self.count, self.total, seconds, left,
+                self.title, self.count, self.total, seconds, minutes_left,
             )  # fmt: skip
 
     def close(self) -> None:

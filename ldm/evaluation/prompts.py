@@ -13,10 +13,15 @@ __all__ = ["PromptSource", "draw_prompts", "read_prompts"]
 
 @dataclass(frozen=True)
 class PromptSource:
-    """A prompt, and the image that it describes, if known."""
+    """A prompt, and the image that it describes.
 
-    text: str  # line of a prompt file, including its options
-    image: str | None = None  # file name
+    Args:
+        text: line of a prompt file, including its options.
+        image: file name; None = unknown.
+    """
+
+    text: str
+    image: str | None = None
 
 
 def read_prompts(path: str | Path) -> list[PromptSource]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["format_choices", "format_table", "save_figure", "save_results"]
 
 MARKER_RADIUS = 4.0  # with some space, in points
-FAR = 14.0  # distance of a label from its marker at which a line connects them, in points
+FAR_DISTANCE = 14.0  # of a label from its marker, at which a line connects them, in points
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ def save_figure(
     labels: list[tuple[str, XY]] = []
     lines: list[tuple[XY, XY]] = []
     for series in dict.fromkeys(result.series for result in points):
-        own = sorted((r for r in points if r.series == series), key=lambda r: r.scale or 0)
-        x, y = ([r.scores[score] for r in own] for score in ("prompt_score", "fid"))
+        curve = sorted((r for r in points if r.series == series), key=lambda r: r.scale or 0)
+        x, y = ([r.scores[score] for r in curve] for score in ("prompt_score", "fid"))
         axes.errorbar(
             [e.value for e in x], [e.value for e in y], xerr=[e.error for e in x],
             yerr=[e.error for e in y], marker="o", markersize=4, capsize=2, linewidth=1.2,
@@ -110,15 +110,15 @@ def save_figure(
             ]
         labels += [
             (f"{result.scale:g}", middle)
-            for result, middle in zip(own, middles, strict=True)
+            for result, middle in zip(curve, middles, strict=True)
             if result.scale is not None
         ]
     judge = points[0].choices["judge"]["name"]
     size = points[0].facts.get("size")
-    on = f" on {size[1]}x{size[0]} samples" if size else ""
+    size_note = f" on {size[1]}x{size[0]} samples" if size else ""
     axes.set_xlabel(judge)
     axes.set_ylabel(f"FID ({points[0].choices['features']['name']})")
-    axes.set_title(title or f"FID vs {judge}{on}, N = {points[0].count}", fontsize=11)
+    axes.set_title(title or f"FID vs {judge}{size_note}, N = {points[0].count}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
     _draw_labels(axes, labels, lines)
@@ -155,7 +155,7 @@ def _draw_labels(
     centers = place_labels(points, sizes, (left, bottom, right, top), MARKER_RADIUS * pixels, drawn)
     for (text, point), (x, y), center in zip(labels, points, centers, strict=True):
         offset = ((center[0] - x) / pixels, (center[1] - y) / pixels)
-        is_far = math.hypot(*offset) > FAR
+        is_far = math.hypot(*offset) > FAR_DISTANCE
         axes.annotate(
             text, point, xytext=offset, textcoords="offset points", fontsize=8, ha="center",
             va="center",

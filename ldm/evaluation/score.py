@@ -47,7 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 BATCH_SIZE = 32
-SCALE = "scale-"  # prefix of folder names, before the guidance scale
+SCALE_PREFIX = "scale-"  # of folder names, before the guidance scale
 # Metadata of the first image that the result of its folder includes.
 FACTS = ("checkpoint", "checkpoint_hash", "sampler", "scheduler_in_use", "steps", "scale", "eta",
          "rescale", "guidance_interval", "size", "dtype", "ldm")  # fmt: skip
@@ -57,13 +57,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are scored together."""
+    """Images that are scored together.
 
-    series: str  # name of the line in the figure that the set is a point of
-    files: Sequence[Path]  # in order
-    scale: float | None = None  # guidance scale; None = unknown
-    side: int | None = None  # pixels to resize the short side to, and center-crop; None = keep
-    prompts: Sequence[str] | None = None  # one per file; None = those in the metadata of the files
+    Args:
+        series: name of the curve in the figure that the set is a point of.
+        files: in the order of the prompts.
+        scale: guidance scale; None = unknown.
+        side: pixels to resize the shorter side to, and center-crop; None = keep the size.
+        prompts: one per file; None = those in the metadata of the files.
+    """
+
+    series: str
+    files: Sequence[Path]
+    scale: float | None = None
+    side: int | None = None
+    prompts: Sequence[str] | None = None
 
     @property
     def title(self) -> str:
@@ -93,16 +101,21 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of one set."""
+    """The scores of one set.
+
+    Args:
+        series, scale: see `ImageSet`.
+        count: number of images.
+        scores: by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
+        facts: how the images were generated, from the metadata of the first one.
+        choices: everything that the scores depend on besides the images.
+    """
 
     series: str
     scale: float | None
     count: int
-    scores: dict[str, Estimate]  # by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`
-    facts: JsonObject = field(
-        default_factory=dict
-    )  # of the generation, from the first image's metadata
-    # everything that scores depend on besides the images
+    scores: dict[str, Estimate]
+    facts: JsonObject = field(default_factory=dict)
     choices: JsonObject = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
@@ -127,23 +140,25 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def find_image_sets(out: str | Path) -> list[ImageSet]:
     """List the image sets that `generate_settings` has written into a folder."""
-    folders = Path(out).expanduser().glob(f"*/{SCALE}*/")
+    folders = Path(out).expanduser().glob(f"*/{SCALE_PREFIX}*/")
     sets = [
-        ImageSet(folder.parent.name, list_images(folder), float(folder.name.removeprefix(SCALE)))
+        ImageSet(
+            folder.parent.name, list_images(folder), float(folder.name.removeprefix(SCALE_PREFIX))
+        )
         for folder in folders
     ]
     if not sets:
         raise MissingFile(f"`{out}` has no images of an evaluation")
-    return sorted(sets, key=lambda each: (each.series, each.scale or 0))
+    return sorted(sets, key=lambda images: (images.series, images.scale or 0))
 
 
 def check_counts(sets: Sequence[ImageSet]) -> None:
     """Raise ArgumentError unless all sets have equally many images, on which FID depends."""
     first = sets[0]
-    for other in sets:
-        if len(other.files) != len(first.files):
+    for images in sets:
+        if len(images.files) != len(first.files):
             raise ArgumentError(
-                f"{first.title} has {len(first.files)} images, {other.title} {len(other.files)}: "
+                f"{first.title} has {len(first.files)} images, {images.title} {len(images.files)}: "
                 "scores of different numbers of images cannot be compared",
                 "count",
             )
@@ -158,20 +173,21 @@ def score_sets(
     """Score sets of equally many images.
 
     Args:
-        reference: real images; FID, KID, precision and recall need it and an extractor.
-        judge: scores images and prompts; the prompt score needs it.
+        reference: real images; None = no FID, KID, precision and recall.
+        extractor: features for the same scores; None = none of them.
+        judge: scores images and prompts; None = no prompt score.
     Raises:
         ArgumentError: the sets have different numbers of images.
     """
     check_counts(sets)
-    real: Tensor | None = None
+    reference_features: Tensor | None = None
     choices: JsonObject = {}
     if extractor is not None and reference is not None:
         count, d = len(sets[0].files), extractor.dimensions
         for name, n in (("N", count), ("the number of reference images", len(reference.files))):
             if n <= d:
                 log.warning("%s = %d is not above the %d features: FID means little", name, n, d)
-        real = read_features(reference, extractor, "Reference")
+        reference_features = read_features(reference, extractor, "Reference")
         choices["features"] = extractor.describe()
         choices["reference"] = {
             "count": len(reference.files),
@@ -181,92 +197,106 @@ def score_sets(
     if judge is not None:
         choices["judge"] = judge.describe()
     results = []
-    for each in sets:
+    for images in sets:
         features = None
-        if extractor is not None and real is not None:
-            features = read_features(each, extractor, each.title)
-        values = None if judge is None else _judge_set(each, judge)
-        scores = compute_scores(features, real, values)
-        info = read_info(each.files[0])
+        if extractor is not None and reference_features is not None:
+            features = read_features(images, extractor, images.title)
+        prompt_scores = None if judge is None else _judge_set(images, judge)
+        scores = compute_scores(features, reference_features, prompt_scores)
+        info = read_info(images.files[0])
         facts = {name: info[name] for name in FACTS if name in info}
-        own = {**choices, "sha256": sha256_of_file(*each.files)}
-        results.append(Result(each.series, each.scale, len(each.files), scores, facts, own))
+        choices_of_set = {**choices, "sha256": sha256_of_file(*images.files)}
+        results.append(
+            Result(images.series, images.scale, len(images.files), scores, facts, choices_of_set)
+        )
     return results
 
 
 def compute_scores(
-    features: Tensor | None, reference: Tensor | None, values: Tensor | None
+    features: Tensor | None, reference: Tensor | None, prompt_scores: Tensor | None
 ) -> dict[str, Estimate]:
     """Compute all scores by name; those that need a missing argument are left out.
 
     Args:
         features: features of the generated images, (N, d).
         reference: features of real images, (M, d).
-        values: prompt score of each image, (N,).
+        prompt_scores: prompt score of each image, (N,).
     """
     scores: dict[str, Estimate] = {}
     if features is not None and reference is not None:
         scores["fid"] = fid(features, Statistics.of(reference))
         scores["kid"] = kid(features, reference)
         scores["precision"], scores["recall"] = precision_recall(features, reference)
-    if values is not None:
-        scores["prompt_score"] = mean_estimate(values)
+    if prompt_scores is not None:
+        scores["prompt_score"] = mean_estimate(prompt_scores)
     return scores
 
 
-def read_features(images: ImageSet, extractor: FeatureExtractor, what: str) -> Tensor:
-    """Return the features (N, d) of a set, from the cache if possible."""
+def read_features(images: ImageSet, extractor: FeatureExtractor, title: str) -> Tensor:
+    """Return the features (N, d) of a set, from the cache if possible.
 
-    def compute(rows: range) -> Tensor:
-        return extractor.features([images.load(k) for k in rows])
+    Args:
+        title: title of the progress.
+    """
 
-    return _read_or_compute(images, what, compute, extractor.describe())
+    def compute(indices: range) -> Tensor:
+        return extractor.features([images.load(k) for k in indices])
+
+    return _read_or_compute(images, title, compute, extractor.describe())
 
 
 def fit_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize the short side to `side` pixels (bicubic) and center-crop."""
-    short = min(image.size)
-    width, height = (max(round(length * side / short), side) for length in image.size)
+    """Resize the shorter side to `side` pixels (bicubic) and center-crop."""
+    shorter = min(image.size)
+    width, height = (max(round(length * side / shorter), side) for length in image.size)
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     return scaled.crop((left, top, left + side, top + side))
 
 
 def _judge_set(images: ImageSet, judge: PromptJudge) -> Tensor | None:
-    """Return the prompt score (N,) of each image; None if prompts are unknown."""
+    """Return the prompt score of each image, (N,); None if prompts are unknown."""
     prompts = images.read_prompts()
     if prompts is None:
         log.warning("%s: no prompts are given or recorded: no prompt score", images.title)
         return None
 
-    def compute(rows: range) -> Tensor:
-        return judge.scores([images.load(k) for k in rows], [prompts[k] for k in rows])
+    def compute(indices: range) -> Tensor:
+        return judge.scores([images.load(k) for k in indices], [prompts[k] for k in indices])
 
     return _read_or_compute(images, images.title, compute, judge.describe(), prompts)
 
 
 def _read_or_compute(
     images: ImageSet,
-    what: str,
+    title: str,
     compute: Callable[[range], Tensor],
     description: JsonObject,
     prompts: Sequence[str] = (),
 ) -> Tensor:
-    """Return what `compute` makes of the rows of a set, from the cache if it was kept there."""
+    """Return a value for each image of a set, (N, …), from the cache if it is there.
+
+    Args:
+        compute: (indices of a batch) -> their values.
+        description: of the network; without its hash, values of two networks could be confused, so
+            the cache is not used.
+    """
     count = len(images.files)
     content = [sha256_of_file(*images.files), count, images.side, description, prompts]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path = cache_folder() / "evaluation" / f"{key}.npy"
-    if path.is_file():
+    is_cached = description.get("sha256", "") is not None
+    if is_cached and path.is_file():
         return torch.from_numpy(np.load(path))
-    progress, parts = Progress(count, what), []
+    progress, batches = Progress(count, title), []
     for start in range(0, count, BATCH_SIZE):
-        rows = range(start, min(start + BATCH_SIZE, count))
-        parts.append(compute(rows))
-        progress.add(len(rows))
+        indices = range(start, min(start + BATCH_SIZE, count))
+        batches.append(compute(indices))
+        progress.add(len(indices))
     progress.close()
-    values = torch.cat(parts)
-    _store(path, values)
+    values = torch.cat(batches)
+    if is_cached:
+        _store(path, values)
     return values
 
 

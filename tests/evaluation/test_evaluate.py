@@ -10,7 +10,7 @@ from PIL import Image
 from ldm.commands.main import main
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
-from ldm.evaluation.score import ImageSet, find_image_sets, list_images, score_sets
+from ldm.evaluation.score import ImageSet, find_image_sets, list_images, read_features, score_sets
 from ldm.imaging.metadata import read_info
 from ldm.runtime.errors import ArgumentError, FileFormatError
 
@@ -214,6 +214,15 @@ def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch, caplog)
     content = json.loads(paths[0].read_text())
     assert content["scores"]["fid"]["value"] == results[0].scores["fid"].value
     assert content["count"] == 12
+
+
+def test_features_of_a_network_of_unknown_hash_are_not_cached(folders, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
+    monkeypatch.setattr(Means, "describe", lambda self: {"name": "Inception", "sha256": None})
+    score_sets(find_image_sets(folders / "run"), None, None, Means())
+    images = ImageSet("reference", list_images(folders / "real"))
+    read_features(images, Means(), "Reference")
+    assert not (folders / "cache").exists()
 
 
 def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog):

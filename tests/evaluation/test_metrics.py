@@ -52,7 +52,7 @@ def test_kid_has_the_value_of_clean_fid(samples):
     a, b = samples[0], samples[1][:400]
     theirs = 0.2643463551764813  # kernel_distance(a, b, num_subsets=1, max_subset_size=400)
     assert kid(a, b).value == pytest.approx(theirs, rel=1e-12)
-    subsets = kid(samples[0], samples[1], size=100)
+    subsets = kid(samples[0], samples[1], subset_size=100)
     assert subsets.value == pytest.approx(theirs, abs=4 * subsets.error)
 
 
