@@ -1,4 +1,4 @@
-"""The list of unreadable files of a run, `broken.txt`, and the limit on their number."""
+"""The list of broken (unreadable) files of a run, `broken.txt`, and the limit on their number."""
 
 import math
 from collections import Counter
@@ -18,22 +18,22 @@ class BrokenFiles:
 
     Args:
         path: the list, which all processes of a run append to and read.
-        limit: fraction of all samples that may be unreadable.
+        limit: fraction of all samples that may be broken.
         source: where the samples come from; None = their number is unknown.
     """
 
     def __init__(self, path: Path, limit: float, source: Source | None = None) -> None:
         self.path, self.source = path, source
         self.limit = Fraction(str(limit))  # exact: 0.01 of 100 samples is 1
-        epoch = None if source is None else source.batches_per_epoch(1)
-        self.total = None if epoch is None else int(epoch)  # samples
+        samples = None if source is None else source.batches_per_epoch(1)
+        self.total = None if samples is None else int(samples)  # samples in an epoch
         # Files listed by an earlier session may be repaired by now: they count if found again.
         self.listed_before = self._read_list()
-        self.names: set[str] = set()  # found since, by any process
-        self.counts: Counter[str] | None = None  # of samples by name; None = one each
-        self.damaged = 0  # samples with one of these names
-        self.damaged_here = 0  # samples with one of them that this process has read
-        self.read_here = 0
+        self.names: set[str] = set()  # listed since, by any process
+        self.counts: Counter[str] | None = None  # samples of an epoch by name; None = one each
+        self.broken = 0  # samples of an epoch with one of `names`
+        self.broken_here = 0  # broken samples among the next
+        self.read_here = 0  # samples that this process has read, or tried to
 
     def add(self, names: Sequence[str], read: int) -> None:
         """Add the names that are not listed yet.
@@ -42,21 +42,21 @@ class BrokenFiles:
             names: of one batch, from its "broken".
             read: number of samples of that batch.
         Raises:
-            ValueError: more than the limit of all samples is damaged; or, where their number is
+            ValueError: more than the limit of all samples is broken; or, where their number is
                 unknown, significantly more than the limit among the samples read here.
         """
         if not self.names.issuperset(names):
             self._exchange(names)
-            self._count_damaged()
-        self.damaged_here, self.read_here = self.damaged_here + len(names), self.read_here + read
+            self._count_broken()
+        self.broken_here, self.read_here = self.broken_here + len(names), self.read_here + read
         if self.total is not None:
-            if self.damaged > self.limit * self.total:
-                raise self._too_many(f"{self.damaged} of {self.total} samples")
+            if self.broken > self.limit * self.total:
+                raise self._too_many(f"{self.broken} of {self.total} samples")
             return
         expected = float(self.limit * self.read_here)
         deviation = 3 * math.sqrt(expected)  # three standard deviations of a Poisson variable
-        if self.read_here >= MIN_READ and self.damaged_here > expected + deviation:
-            raise self._too_many(f"{self.damaged_here} of the {self.read_here} samples read")
+        if self.read_here >= MIN_READ and self.broken_here > expected + deviation:
+            raise self._too_many(f"{self.broken_here} of the {self.read_here} samples read")
 
     def _too_many(self, what: str) -> ValueError:
         return ValueError(
@@ -79,11 +79,11 @@ class BrokenFiles:
         text = self.path.read_text("utf-8", errors="surrogateescape")
         return set(text.split("\n")) - {""}
 
-    def _count_damaged(self) -> None:
-        """Count the damaged samples of an epoch, in which a file may be repeated."""
+    def _count_broken(self) -> None:
+        """Count the broken samples of an epoch, in which a file may be repeated."""
         if self.counts is None and self.source is not None:
             self.counts = self.source.counts_by_name()
             if self.counts is not None:
                 self.total = self.counts.total()
         counts = self.counts
-        self.damaged = sum(1 if counts is None else counts[name] for name in self.names)
+        self.broken = sum(1 if counts is None else counts[name] for name in self.names)

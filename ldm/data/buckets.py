@@ -18,14 +18,19 @@ __all__ = ["Buckets"]
 class Buckets:
     """A set of sizes, of at most size x size pixels each.
 
+    Args:
+        size: side of the square bucket, in pixels.
+        step: all sides are multiples of it.
+        shortest: minimum side; None = half of `size`.
+        longest: maximum side; None = twice `size`.
     Raises:
         ArgumentError: `size` is not a multiple of `step`, or no bucket fits the limits.
     """
 
-    size: int  # side of the square bucket, in pixels
-    step: int = 64  # all sides are multiples of it
-    shortest: int | None = None  # minimum side; None = half of `size`
-    longest: int | None = None  # maximum side; None = twice `size`
+    size: int
+    step: int = 64
+    shortest: int | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.size % self.step:
@@ -41,9 +46,9 @@ class Buckets:
         longest = self.longest or 2 * self.size
         sizes = set()
         for side in range(math.ceil(shortest / step) * step, longest + 1, step):
-            other = min(area // side, longest) // step * step
-            if other >= shortest:
-                sizes |= {(side, other), (other, side)}
+            other_side = min(area // side, longest) // step * step
+            if other_side >= shortest:
+                sizes |= {(side, other_side), (other_side, side)}
         return sorted(sizes, key=lambda size: size[0] / size[1])
 
     def index(self, width: int, height: int) -> int:

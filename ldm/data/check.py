@@ -37,21 +37,28 @@ ASPECT_RATIOS = {  # name -> maximum of width / height
     "16:9": 2.0,
     "2:1 and wider": float("inf"),
 }
-BAR_WIDTH = 40  # characters of the longest bar
+BAR_WIDTH = 40  # of the longest bar, in characters
 
 T = TypeVar("T")
 
 
 @dataclass
 class DataReport:
-    """Statistics of a data set."""
+    """Statistics of a data set.
+
+    Args:
+        buckets: the buckets to count.
+        sizes: (width, height) of every readable image, upright.
+        broken: (name, reason) of unreadable samples.
+        no_caption: names of samples without caption.
+        captions: all captions, stripped.
+        digests: SHA-256 of the pixels of every readable image.
+    """
 
     buckets: Buckets
-    # (width, height) of every readable image, upright
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    # (name, reason) of unreadable samples
     broken: list[tuple[str, str]] = field(default_factory=list)
-    no_caption: list[str] = field(default_factory=list)  # names of samples without caption
+    no_caption: list[str] = field(default_factory=list)
     captions: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
 
@@ -59,22 +66,22 @@ class DataReport:
         """Format the report, line by line."""
         total = sum(self.sizes.values())
         yield f"{total:,} images can be read, {len(self.broken):,} are broken"
-        yield from _first_lines(reason for _, reason in self.broken)
+        yield from _format_first(reason for _, reason in self.broken)
         yield f"{_count_repeats(self.digests):,} images are copies of others"
         yield f"{len(self.no_caption):,} have no caption"
-        yield from _first_lines(self.no_caption)
+        yield from _format_first(self.no_caption)
         yield f"{_count_repeats(self.captions):,} captions are copies of others"
         repeated = (f"{n} x `{text}`" for text, n in self.captions.most_common() if n > 1)
-        yield from _first_lines(repeated)
+        yield from _format_first(repeated)
         ends = [*(str(side - 1) for side in SIDES[1:]), "…"]
         sides = {f"{side} – {end}": side for side, end in zip(SIDES, ends, strict=True)}
-        yield from _bars("shorter side, pixels", self._count(_side, sides))
+        yield from _format_bars("shorter side, pixels", self._count(_classify_side, sides))
         ratios = {name: name for name in ASPECT_RATIOS}
-        yield from _bars("width : height", self._count(_aspect_ratio, ratios))
+        yield from _format_bars("width : height", self._count(_classify_aspect_ratio, ratios))
         buckets = {f"{w} x {h}": k for k, (w, h) in enumerate(self.buckets.sizes)}
         counts = self._count(self.buckets.index, buckets)
         used = {name: n for name, n in counts.items() if n}
-        yield from _bars(f"buckets of size {self.buckets.size}", used)
+        yield from _format_bars(f"buckets of size {self.buckets.size}", used)
 
     def add(self, name: str, size: tuple[int, int], digest: str, captions: Sequence[str]) -> None:
         """Count one readable sample."""
@@ -105,13 +112,13 @@ def check(
         MissingFile: a folder or file is missing.
     """
     report = DataReport(Buckets(size, step))
-    loaders = _loaders(data)
+    loaders = _iter_loaders(data)
     total = len(data) if isinstance(data, Folder) else None
     bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
     # Each image is opened without warnings; threads would not put their filters back in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        while part := list(islice(loaders, CHUNK)):
-            for (name, _), facts in zip(part, pool.map(_read_facts, part), strict=True):
+        while chunk := list(islice(loaders, CHUNK)):
+            for (name, _), facts in zip(chunk, pool.map(_read_facts, chunk), strict=True):
                 if isinstance(facts, UnreadableSample):
                     report.broken.append((name, str(facts)))
                 else:
@@ -135,6 +142,7 @@ def open_folder(paths: Sequence[str]) -> Folder | None:
     if len(paths) != 1 or not Path(paths[0]).expanduser().is_dir():
         return None
     folder = Folder(root=paths[0], transform=PhotoTransform())
+    # A file may be several rows, with other captions, or repeat in an epoch.
     folder.rows = list({row["file_name"]: row for row in folder.rows}.values())
     return folder
 
@@ -142,7 +150,7 @@ def open_folder(paths: Sequence[str]) -> Folder | None:
 Loader = tuple[str, Callable[[], Sample]]  # name of a sample, function that reads it
 
 
-def _loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
+def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
     if isinstance(data, Folder):
         yield from ((data.name(index), partial(data.load, index)) for index in range(len(data)))
     else:
@@ -162,28 +170,28 @@ def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | Unre
     return image.size, digest, [caption.strip() for caption in captions]
 
 
-def _side(width: int, height: int) -> int:
+def _classify_side(width: int, height: int) -> int:
     return max(side for side in SIDES if side <= min(width, height))
 
 
-def _aspect_ratio(width: int, height: int) -> str:
-    return next(name for name, most in ASPECT_RATIOS.items() if width / height <= most)
+def _classify_aspect_ratio(width: int, height: int) -> str:
+    return next(name for name, limit in ASPECT_RATIOS.items() if width / height <= limit)
 
 
 def _count_repeats(counts: Counter[str]) -> int:
     return sum(counts.values()) - len(counts)
 
 
-def _first_lines(lines: Iterable[str]) -> Iterator[str]:
+def _format_first(lines: Iterable[str]) -> Iterator[str]:
     lines = iter(lines)
     yield from (f"  {line}" for line in islice(lines, MAX_SHOWN))
-    rest = sum(1 for _ in lines)
-    if rest:
-        yield f"  … and {rest:,} more"
+    remaining = sum(1 for _ in lines)
+    if remaining:
+        yield f"  … and {remaining:,} more"
 
 
-def _bars(title: str, counts: Mapping[str, int]) -> Iterator[str]:
+def _format_bars(title: str, counts: Mapping[str, int]) -> Iterator[str]:
     yield title
-    most = max([1, *counts.values()])
+    highest = max([1, *counts.values()])
     for name, n in counts.items():
-        yield f"  {name:>15} {n:8,} {'#' * round(BAR_WIDTH * n / most)}".rstrip()
+        yield f"  {name:>15} {n:8,} {'#' * round(BAR_WIDTH * n / highest)}".rstrip()

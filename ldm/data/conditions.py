@@ -83,7 +83,7 @@ class LowRes(Condition):
         antialias = mode != "area" and rng.random() < 0.8
         small = F.interpolate(image[None], size, mode=mode, antialias=antialias)  # (1, 3, h, w)
         sigma = rng.uniform(0, self.blur)
-        if sigma > 0.1:
+        if sigma > 0.1:  # less changes nothing
             small = _gaussian_blur(small, sigma)
         return small[0].clamp(-1, 1)
 
@@ -100,6 +100,7 @@ class PseudoDepth(Condition):
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         inside, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)
+        # `elevation` becomes the distance from the edge, 0 … 1 at `ramp_width` and beyond.
         for step in range(self.ramp_width):
             elevation += inside / self.ramp_width
             inside = _erode(inside, square=bool(step % 2))
@@ -111,7 +112,7 @@ class PseudoDepth(Condition):
 
 
 CONDITIONS: dict[str, type[Condition]] = {
-    kind.NAME: kind for kind in (RandomMask, LowRes, PseudoDepth)
+    condition.NAME: condition for condition in (RandomMask, LowRes, PseudoDepth)
 }
 
 

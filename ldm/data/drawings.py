@@ -54,6 +54,7 @@ class EmojiTransform(Transform):
         drop: probability of omitting the style, and that of the color, from the caption.
         drop_object: probability of omitting the object.
         keyword_probability: probability of replacing the object's name by one of its keywords.
+        conditions: see `PhotoTransform`.
     """
 
     NAME = "emoji"
@@ -152,7 +153,7 @@ def _paste_centered(
     image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
 ) -> Image.Image:
     """Scale an RGBA image to `side` and paste it into a square, shifted (down, right)."""
-    # scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges
+    # Scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges.
     small = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     layer = Image.new("RGBA", (size, size))
     margin = (size - side) // 2

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first that exists is read
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-CACHE_BYTES = 2**28  # of image files kept in memory, in bytes
+CACHE_BYTES = 2**28  # size of the image files kept in memory, at most
 
 
 class Folder(ImageDataset):
@@ -42,9 +42,12 @@ class Folder(ImageDataset):
         root: the folder. Rows with `repeats` count as so many samples.
         transform: see `ImageDataset`.
         split: keep the rows with this `split`; None = all.
-        where: keep the rows with these values, {"object": "robot"}.
-        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.
-        text: field of the metadata that holds the caption.
+        where: keep the rows with these values, {"object": "robot"}; None = all.
+        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
+        text: field of the metadata that holds the caption; where it is missing, `caption` does.
+    Raises:
+        ArgumentError: no image has these values, or that field.
+        MissingFile, FileFormatError: see `read_metadata`.
     """
 
     def __init__(
@@ -61,34 +64,34 @@ class Folder(ImageDataset):
         super().__init__(transform, seed)
         self.root = Path(root).expanduser()
         required = {**(where or {}), **({} if split is None else {"split": split})}
-        rows, damaged = _read(self.root)
+        rows, caption_errors = _read(self.root)
         # If `fields` sets the caption, unreadable caption files do not matter.
-        self.damaged = {} if "text" in (fields or {}) else damaged  # reason by file_name
+        self.caption_errors = {} if "text" in (fields or {}) else caption_errors  # by file_name
         rows = [row for row in rows if all(row.get(key) == v for key, v in required.items())]
         if text != "text" and not any(text in row for row in rows):
             raise ArgumentError(f"`{root}`: no image has a `{text}`")
-        fields_of_captions = (text if text in row else "caption" for row in rows)
+        caption_fields = (text if text in row else "caption" for row in rows)
         captioned = (
             {**row, "text": row[field]} if field in row else row
-            for row, field in zip(rows, fields_of_captions, strict=True)
+            for row, field in zip(rows, caption_fields, strict=True)
         )
         self.rows = [
             {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
         ]
         for row in self.rows:
-            get_captions(row)
+            get_captions(row)  # raises FileFormatError
         if not self.rows:
-            only = ", ".join(f"{key} `{value}`" for key, value in required.items())
-            raise ArgumentError(f"`{root}` has no images" + (f" with {only}" if only else ""))
+            filters = ", ".join(f"{key} `{value}`" for key, value in required.items())
+            raise ArgumentError(f"`{root}` has no images" + (f" with {filters}" if filters else ""))
         self._files: dict[str, bytes] = {}  # small data sets are read from disk only once
-        self._free = CACHE_BYTES
+        self._free_bytes = CACHE_BYTES
         self._assign_buckets()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row(self, index: int) -> JsonMapping:
-        if reason := self.damaged.get(self.name(index)):
+        if reason := self.caption_errors.get(self.name(index)):
             raise UnreadableSample(self.name(index), reason)
         return self.rows[index]
 
@@ -99,8 +102,8 @@ class Folder(ImageDataset):
         name = self.name(index)
         if name not in self._files:
             data = (self.root / name).read_bytes()
-            self._free -= len(data)
-            if self._free < 0:
+            self._free_bytes -= len(data)
+            if self._free_bytes < 0:
                 return data
             self._files[name] = data
         return self._files[name]
@@ -128,15 +131,15 @@ def is_hidden(path: str) -> bool:
 
 
 def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
-    """Read the rows, and the reasons why captions of some cannot be read, by `file_name`."""
+    """Read the rows, and why captions of some cannot be read, by `file_name`."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
-    damaged: dict[str, str] = {}
+    caption_errors: dict[str, str] = {}
     files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
     if table := next((files[name] for name in METADATA if name in files), None):
         rows = list(_table_rows(table))
     else:
-        rows = list(_list_images(root, damaged))
+        rows = list(_list_images(root, caption_errors))
         if not rows:
             raise MissingFile(f"`{root}` has no metadata.jsonl, metadata.csv or images")
     for number, row in enumerate(rows, 1):
@@ -144,7 +147,7 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
             _check_row(row, root)
         except (TypeError, ValueError) as error:
             raise FileFormatError(f"`{root}`: row {number} of the metadata {error}") from None
-    return rows, damaged
+    return rows, caption_errors
 
 
 def _check_row(row: JsonObject, root: Path) -> None:
@@ -183,11 +186,11 @@ def _csv_rows(path: Path) -> Iterator[JsonObject]:
 def _json_rows(path: Path) -> Iterator[JsonObject]:
     """Read rows, one a line or in arrays."""
     text, decoder = read_text(path), json.JSONDecoder()
-    line, counted, end = 1, 0, 0
-    while start := re.compile(r"\S").search(text, end):
-        line, counted = line + text.count("\n", counted, start.start()), start.start()
+    line, position, end = 1, 0, 0
+    while match := re.compile(r"\S").search(text, end):
+        line, position = line + text.count("\n", position, match.start()), match.start()
         try:
-            value, end = decoder.raw_decode(text, counted)
+            value, end = decoder.raw_decode(text, position)
         except ValueError as error:
             raise FileFormatError(f"`{path}`, line {line}: {error}") from None
         for row in value if isinstance(value, list) else [value]:
@@ -196,11 +199,13 @@ def _json_rows(path: Path) -> Iterator[JsonObject]:
             yield row
 
 
-def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[JsonObject]:
+def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObject]:
     """List the rows of a folder without metadata, with the caption beside each image.
 
+    Folders in it may have metadata of their own.
+
     Args:
-        damaged: the reasons why captions cannot be read are added to it, by `file_name`.
+        caption_errors: the reasons why captions cannot be read are added to it, by `file_name`.
     """
     images: list[Path] = []
     tables: dict[Path, Path] = {}
@@ -217,13 +222,13 @@ def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[JsonObject]:
         else:
             left_out[suffix or path.name] += 1
     for folder, table in tables.items():
-        for line in _table_rows(table):
-            if isinstance(line.get("file_name"), str):
-                line["file_name"] = f"{folder.relative_to(root).as_posix()}/{line['file_name']}"
-            yield line
-    used = set()
+        for row in _table_rows(table):
+            if isinstance(row.get("file_name"), str):
+                row["file_name"] = f"{folder.relative_to(root).as_posix()}/{row['file_name']}"
+            yield row
+    used = set()  # keys of captions with an image
     for path in sorted(path for path in images if tables.keys().isdisjoint(path.parents)):
-        row: JsonObject = {"file_name": path.relative_to(root).as_posix()}
+        row = {"file_name": path.relative_to(root).as_posix()}
         kohya = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
         if kohya:
             row |= {"repeats": int(kohya[1]), "text": kohya[2]}
@@ -236,7 +241,7 @@ def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[JsonObject]:
                 left_out[".json"] += text is None
                 row |= {} if text is None else {"text": text}
             except (OSError, ValueError) as error:
-                damaged[row["file_name"]] = str(error)
+                caption_errors[row["file_name"]] = str(error)
             texts = [file for file in files if file.suffix.lower() != ".json"]
             left_out["captions of images that have another"] += len(texts[1:])
         yield row

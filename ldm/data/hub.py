@@ -21,10 +21,11 @@ class Hub(ImageDataset):
 
     Args:
         hub: path, or name on the hub.
-        name: configuration of the data set.
+        name: configuration of the data set; None = its default.
+        split: None = the whole table, of a data set without splits.
         image: the column of images.
         text: the column of captions.
-        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.
+        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
         cache: folder for downloads; None = the default of `datasets`.
     Raises:
         ImportError: the package `datasets` is not installed.
@@ -46,7 +47,7 @@ class Hub(ImageDataset):
     ) -> None:
         super().__init__(transform, seed)
         hub = str(Path(hub).expanduser()) if str(hub).startswith("~") else str(hub)
-        self.source, self.image, self.text = Path(hub).name, image, text
+        self.label, self.image, self.text = Path(hub).name, image, text
         self.fields = dict(fields or {})
         self.table = _load_table(hub, name, split, image, cache)
         self.columns = self.table.remove_columns(image)
@@ -64,7 +65,7 @@ class Hub(ImageDataset):
         return self._to_row(self.columns[index])
 
     def name(self, index: int) -> str:
-        return f"{self.source}/{index}"
+        return f"{self.label}/{index}"
 
     def content(self, index: int) -> bytes:
         cell = self.table[index][self.image] or {}
@@ -86,10 +87,8 @@ def _load_table(
         raise ImportError(
             f"`{hub}` needs the package `datasets`: pip install 'ldm-revived[hub]'"
         ) from error
-    path, options = (
-        Path(hub),
-        {"cache_dir": None if cache is None else str(Path(cache).expanduser())},
-    )
+    path = Path(hub)
+    options = {"cache_dir": None if cache is None else str(Path(cache).expanduser())}
     table: Any
     if any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
         table = datasets.load_from_disk(hub)
@@ -106,5 +105,7 @@ def _load_table(
     return table.cast_column(image, datasets.Image(decode=False))
 
 
-def _missing_error(hub: str, what: str, names: Any) -> ArgumentError:
-    return ArgumentError(f"`{hub}` has no {what}, only {', '.join(f'`{name}`' for name in names)}")
+def _missing_error(hub: str, missing: str, names: Any) -> ArgumentError:
+    return ArgumentError(
+        f"`{hub}` has no {missing}, only {', '.join(f'`{name}`' for name in names)}"
+    )

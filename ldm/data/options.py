@@ -4,7 +4,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["rename_options", "to_former_names"]
 
-# kind of object -> {former name: name}
+# what takes the options, as its NAME -> {former name: name}
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "emoji": {
         "any_colour": "random_colour_probability",

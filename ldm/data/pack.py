@@ -26,7 +26,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
     Unreadable images are left out. The output is deterministic.
 
     Args:
-        pattern: of the paths, "data-%06d.tar".
+        pattern: pattern of the paths, "data-%06d.tar".
         count: samples per shard.
     Raises:
         ArgumentError: the pattern has no place for a number.
@@ -40,7 +40,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
             return
         path = Path(pattern % number).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(path) as part, tarfile.open(part, "w") as tar:
+        with replace_when_written(path) as partial, tarfile.open(partial, "w") as tar:
             for index in shard:
                 _add(tar, folder, index)
         yield path

@@ -58,11 +58,12 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MAX_SHARDS = 1_000_000  # per pattern
-COMMON = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "tif", "tiff")
+COMMON_SUFFIXES = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "tif", "tiff")
 # suffixes of images, in order of preference
-SUFFIXES = tuple(dict.fromkeys((*COMMON, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
+SUFFIXES = tuple(dict.fromkeys((*COMMON_SUFFIXES, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
 
-RawSample = dict[str, Any]  # "__key__", "__url__", and the members' bytes by suffix
+# "__key__", "__url__", and the members' bytes by suffix; "__error__" where the shard is damaged
+RawSample = dict[str, Any]
 MakeSample = Callable[[RawSample, Random], Sample]  # raises UnreadableSample
 
 
@@ -74,8 +75,8 @@ class Shards(Source):
         streams: number of streams that share the shards; must not change during a run.
         shuffle: size of the shuffle buffer of each stream, in samples.
         minimum, maximum: bounds of numbers in the .json, {"width": 512}; samples without the number
-            are left out.
-        length: samples in an epoch, if known.
+            are left out. None = no bounds.
+        length: samples in an epoch; None = unknown.
         commands: whether to run `pipe:COMMAND`; never taken from a config.
     Raises:
         ArgumentError: an address or pattern is not supported.
@@ -99,9 +100,9 @@ class Shards(Source):
         self.make_sample: MakeSample = self._decode_and_transform
         self.transform, self.seed, self.length = transform, seed, length
         self.streams, self.shuffle = min(streams, len(self.urls)), shuffle
-        low, high = minimum or {}, maximum or {}
+        lows, highs = minimum or {}, maximum or {}
         self.limits = {
-            key: (low.get(key, -math.inf), high.get(key, math.inf)) for key in {**low, **high}
+            key: (lows.get(key, -math.inf), highs.get(key, math.inf)) for key in {**lows, **highs}
         }
 
     def batches_per_epoch(self, batch_size: int) -> Fraction | None:
@@ -138,27 +139,31 @@ class Shards(Source):
 
     def with_samples(self, make_sample: MakeSample) -> "Shards":
         """Return a copy that makes other samples of the shards; its `fixed_samples` have images."""
-        other = copy(self)
-        other.make_sample = make_sample
-        return other
+        shards = copy(self)
+        shards.make_sample = make_sample
+        return shards
 
-    def read(self, size: int, start: int, step: int) -> Iterator[Batch]:
+    def read(self, batch_size: int, start: int, step: int) -> Iterator[Batch]:
+        # By stream: position of the next batch that its reader yields, and the reader.
         readers: dict[int, tuple[int, Iterator[tuple[int, list[RawSample]]]]] = {}
         for batch_index in itertools.count(start, step):
             turn, shard = divmod(batch_index, len(self.urls))
             stream = shard % self.streams
             position = turn * len(self._shards_of(stream)) + shard // self.streams  # in the stream
-            at, reader = readers.get(stream) or (position, self._stream(stream, size, position))
-            epoch, raws = next(itertools.islice(reader, position - at, None))  # skip other ranks'
+            if stream not in readers:
+                readers[stream] = position, self._read_stream(stream, batch_size, position)
+            next_position, reader = readers[stream]
+            skipped = position - next_position  # batches of other ranks
+            epoch, raws = next(itertools.islice(reader, skipped, None))
             readers[stream] = position + 1, reader
             rng, broken = Random(f"{self.seed} {batch_index}"), list[str]()
             samples = _make_samples(self.make_sample, raws, rng, broken)
             if not samples:  # replaced by the first readable batch of the stream
-                others = (
-                    _make_samples(self.make_sample, other, rng, [])
-                    for other in self._epoch(stream, epoch, size)
+                substitutes = (
+                    _make_samples(self.make_sample, batch, rng, [])
+                    for batch in self._read_epoch(stream, epoch, batch_size)
                 )
-                samples = next(filter(None, others), [])
+                samples = next(filter(None, substitutes), [])
             if not samples:
                 raise ValueError(f"no sample of {len(raws)} can be read: {', '.join(broken)}")
             batch = collate([samples[k % len(samples)] for k in range(len(raws))])
@@ -167,12 +172,14 @@ class Shards(Source):
     def _shards_of(self, stream: int) -> list[str]:
         return self.urls[stream :: self.streams]
 
-    def _stream(self, stream: int, size: int, start: int) -> Iterator[tuple[int, list[RawSample]]]:
+    def _read_stream(
+        self, stream: int, batch_size: int, start: int
+    ) -> Iterator[tuple[int, list[RawSample]]]:
         """Read (epoch, undecoded batch) of a stream without end, from the start-th batch on."""
         epoch = 0
         while True:
             length = 0
-            for position, batch in enumerate(self._epoch(stream, epoch, size)):
+            for position, batch in enumerate(self._read_epoch(stream, epoch, batch_size)):
                 length += 1
                 if position >= start:
                     yield epoch, batch
@@ -181,7 +188,7 @@ class Shards(Source):
             skipped, start = divmod(max(0, start - length), length)
             epoch += 1 + skipped  # epochs are equally long, so those that are over are left out
 
-    def _epoch(self, stream: int, epoch: int, size: int) -> Iterator[list[RawSample]]:
+    def _read_epoch(self, stream: int, epoch: int, batch_size: int) -> Iterator[list[RawSample]]:
         """Read the batches of an epoch of a stream, one bucket each; incomplete ones come last."""
         rng = Random(f"{self.seed} {stream} {epoch}")
         urls = self._shards_of(stream)
@@ -191,7 +198,7 @@ class Shards(Source):
         for raw in _shuffle(raws, self.shuffle, rng):
             bucket = self._bucket(raw)
             by_bucket.setdefault(bucket, []).append(raw)
-            if len(by_bucket[bucket]) == size:
+            if len(by_bucket[bucket]) == batch_size:
                 yield by_bucket.pop(bucket)
         yield from by_bucket.values()
 
@@ -201,7 +208,7 @@ class Shards(Source):
             return 0
         try:
             return buckets.index(*read_size(BytesIO(find_image(raw)[1])))
-        except ValueError:
+        except ValueError:  # it is broken, whatever the bucket
             return buckets.index(1, 1)
 
     def _is_within_limits(self, raw: RawSample) -> bool:
@@ -286,7 +293,7 @@ def find_image(raw: RawSample) -> tuple[str, bytes]:
 
 
 def parse_metadata(raw: RawSample) -> dict[str, Any]:
-    """Return the .json of a sample, with `text` from its .txt if it has one.
+    """Return the .json of a sample, with `text` from its .txt or .caption if it has one.
 
     Raises:
         ValueError: the .json is not an object, or the captions are not texts.
@@ -347,12 +354,12 @@ def _open(url: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _shuffle(raws: Iterable[RawSample], size: int, rng: Random) -> Iterator[RawSample]:
+def _shuffle(raws: Iterable[RawSample], buffer_size: int, rng: Random) -> Iterator[RawSample]:
     """Shuffle samples through a buffer."""
     buffer: list[RawSample] = []
     for raw in raws:
         buffer.append(raw)
-        if len(buffer) > size:
+        if len(buffer) > buffer_size:
             index = rng.randrange(len(buffer))
             buffer[index], buffer[-1] = buffer[-1], buffer[index]
             yield buffer.pop()

@@ -50,7 +50,7 @@ class Source(ABC):
         """Read batches start + rank, start + rank + world_size, … of the endless sequence.
 
         Args:
-            workers: processes that prefetch; 0 = read in this process, on demand.
+            workers: see `prefetch`.
         """
         return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
 
@@ -97,8 +97,8 @@ class DatasetSource(Source):
         indices: Sequence[int] = range(len(self.images))
         if bucket_ids is not None:
             indices = _largest_bucket(bucket_ids)
-        spread = (indices[len(indices) * k // n] for k in range(n))
-        return [read_or_substitute(self.images, 0, index, []) for index in spread]
+        evenly_spaced = (indices[len(indices) * k // n] for k in range(n))
+        return [read_or_substitute(self.images, 0, index, []) for index in evenly_spaced]
 
     def counts_by_name(self) -> Counter[str]:
         return Counter(self.dataset.names())
@@ -107,8 +107,8 @@ class DatasetSource(Source):
         """Return (epoch, index) of the samples of a batch."""
         bucket_ids = self.dataset.bucket_ids
         if bucket_ids is None:
-            numbers = range(batch_index * batch_size, (batch_index + 1) * batch_size)
-            positions = [divmod(number, len(self.dataset)) for number in numbers]
+            sample_numbers = range(batch_index * batch_size, (batch_index + 1) * batch_size)
+            positions = [divmod(number, len(self.dataset)) for number in sample_numbers]
             return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
         epoch, position = divmod(batch_index, int(self.batches_per_epoch(batch_size)))
         order = self._order(epoch, batch_size, partial(bucket_batches, bucket_ids, batch_size))
@@ -166,14 +166,14 @@ def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: l
         ValueError: none of the substitutes can be read.
     """
     tries = 0
-    for other in iter_substitutes(dataset, epoch, index):
+    for substitute in iter_substitutes(dataset, epoch, index):
         tries += 1
         try:
-            return dataset[epoch, other]
+            return dataset[epoch, substitute]
         except UnreadableSample as error:
             broken.append(error.name)
-            last = error
-    raise ValueError(f"none of {tries} samples that were tried can be read, the last: {last}")
+            last_error = error
+    raise ValueError(f"none of {tries} samples that were tried can be read, the last: {last_error}")
 
 
 def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
@@ -186,19 +186,21 @@ def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator
     bucket_ids = dataset.bucket_ids
     rng = Random(f"{epoch} {index}")  # Random takes no pair of numbers
     following = itertools.chain(range(index, len(dataset)), range(index))
-    same_bucket = (
-        other for other in following if bucket_ids is None or bucket_ids[other] == bucket_ids[index]
-    )
+    same_bucket = (k for k in following if bucket_ids is None or bucket_ids[k] == bucket_ids[index])
     yield from itertools.islice(same_bucket, MAX_SUBSTITUTES // 2)
-    rest = list(same_bucket)
-    yield from rng.sample(rest, min(len(rest), MAX_SUBSTITUTES // 2))
-    if bucket_ids is not None and len(rest) <= MAX_SUBSTITUTES // 2:
-        rest = _largest_bucket(bucket_ids, without=bucket_ids[index])
-        yield from rng.sample(rest, min(len(rest), MAX_SUBSTITUTES))
+    remaining = list(same_bucket)
+    yield from rng.sample(remaining, min(len(remaining), MAX_SUBSTITUTES // 2))
+    if bucket_ids is not None and len(remaining) <= MAX_SUBSTITUTES // 2:
+        largest = _largest_bucket(bucket_ids, without=bucket_ids[index])
+        yield from rng.sample(largest, min(len(largest), MAX_SUBSTITUTES))
 
 
 def _largest_bucket(bucket_ids: Sequence[int], without: int | None = None) -> list[int]:
-    """Return the indices of the largest bucket, the first of several; [] if there is none."""
+    """Return the indices of the largest bucket, the first of several; [] if there is none.
+
+    Args:
+        without: a bucket that does not count; None = all count.
+    """
     counts = Counter(bucket for bucket in bucket_ids if bucket != without)
     largest = max(counts, key=lambda bucket: counts[bucket], default=None)
     return [index for index, bucket in enumerate(bucket_ids) if bucket == largest]
@@ -225,6 +227,7 @@ def prefetch(read: ReadBatches, start: int, step: int, workers: int) -> Iterator
 
     Args:
         read: (start, step) -> batches start, start + step, … without end; it is pickled.
+        workers: number of processes; 0 = read in this one, on demand.
     """
     if not workers:
         return read(start, step)

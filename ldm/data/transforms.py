@@ -114,7 +114,9 @@ class PhotoTransform(Transform):
         crop: position of the crop where the aspect ratio differs, "centre" or "random".
         flip: probability of a mirrored image.
         buckets: options of `Buckets`, {} for their defaults; None = squares.
-        tags: options of `TagShuffle`.
+        tags: options of `TagShuffle`, {} for their defaults; None = captions as they are.
+        conditions: options of conditioning images by batch key, see `ldm.data.conditions`; None =
+            none.
         original_size_keys: see `Transform`.
     """
 
@@ -144,7 +146,7 @@ class PhotoTransform(Transform):
         image, scale, (left, top) = self._crop_and_resize(flatten_on_white(image), rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            left = original[0] / scale - image.width - left
+            left = original[0] / scale - image.width - left  # of the mirrored image
         tensor = to_tensor(image)[0]  # (3, H, W)
         return self._with_conditions(
             tensor,
@@ -162,19 +164,24 @@ class PhotoTransform(Transform):
     def _crop_and_resize(
         self, image: Image.Image, rng: Random
     ) -> tuple[Image.Image, float, tuple[float, float]]:
-        """Return the resized crop, source pixels per pixel of it, and its (left, top) resized."""
+        """Crop an image and resize the crop.
+
+        Returns:
+            The resized crop, the factor by which it was scaled down, and its (left, top) in pixels
+            of the resized image.
+        """
         size = (self.size, self.size)
         if self.buckets is not None:
             size = self.buckets.sizes[self.buckets.index(*image.size)]
         scale = min(side / target for side, target in zip(image.size, size, strict=True))
         crop_size = [target * scale for target in size]
         left, top = (
-            (side - part) * (rng.random() if self.crop == "random" else 0.5)
-            for side, part in zip(image.size, crop_size, strict=True)
+            (side - crop_side) * (rng.random() if self.crop == "random" else 0.5)
+            for side, crop_side in zip(image.size, crop_size, strict=True)
         )
         box = (left, top, left + crop_size[0], top + crop_size[1])
-        part = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-        return part, scale, (left / scale, top / scale)
+        crop = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        return crop, scale, (left / scale, top / scale)
 
 
 def get_captions(row: JsonMapping) -> list[str]:
@@ -193,11 +200,17 @@ def get_captions(row: JsonMapping) -> list[str]:
 
 @dataclass(frozen=True)
 class TagShuffle:
-    """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat"."""
+    """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat".
 
-    shuffle: bool = True  # put them into random order
-    drop: float = 0.0  # probability that a tag is left out
-    keep: int = 1  # number of leading tags that stay in place
+    Args:
+        shuffle: whether to put them into random order.
+        drop: probability that a tag is left out.
+        keep: number of leading tags that stay in place.
+    """
+
+    shuffle: bool = True
+    drop: float = 0.0
+    keep: int = 1
 
     def __call__(self, text: str, rng: Random) -> str:
         tags = [tag.strip() for tag in text.split(",") if tag.strip()]
