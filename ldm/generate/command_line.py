@@ -112,7 +112,7 @@ def parse_request(
     try:
         return task.request(values), args
     except ArgumentError as error:
-        parser.error(f"{error}{hint(error, task, parser.given)}")
+        parser.error(f"{error}{hint(error, task, parser.given_flags)}")
 
 
 def to_argv(request: Request) -> list[str]:

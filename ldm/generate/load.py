@@ -24,7 +24,7 @@ from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import find_file
-from ldm.runtime.hashes import known_sha256
+from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["Models", "find_checker", "load_models"]
 
@@ -153,6 +153,6 @@ def _is_small_model(path: str | Path) -> bool:
 def _find_weights(name: str | None, variant: str | None = None) -> Path | None:
     """Find a checkpoint by its path or published name, and log which published one it is."""
     path = find_checkpoint(name, variant=variant) if name else None
-    if path is not None and (published := identify_hash(known_sha256(path))):
+    if path is not None and (published := identify_hash(find_cached_sha256(path))):
         log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     return path

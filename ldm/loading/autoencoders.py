@@ -9,7 +9,7 @@ import re
 from ldm.loading.families import Family
 from ldm.loading.files.checkpoint import Checkpoint
 from ldm.loading.published import identify_hash
-from ldm.runtime.hashes import known_sha256
+from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale", "is_finite_in_half"]
 
@@ -46,6 +46,6 @@ def is_finite_in_half(source: Checkpoint) -> bool:
     """Return whether an autoencoder works in float16, by its config, hash or file name."""
     if UPCAST_KEY in source.metadata:
         return source.metadata[UPCAST_KEY] == "false"
-    published = identify_hash(known_sha256(source.path))
+    published = identify_hash(find_cached_sha256(source.path))
     is_fixed = published is not None and published.name == FIXED
     return is_fixed or FIXED_NAME.search(source.path.stem.lower()) is not None

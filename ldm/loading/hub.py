@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import CachedDict, cache_folder, hash_file, remember_sha256
+from ldm.runtime.hashes import CachedDict, cache_folder, cache_sha256, hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "url_target"]
@@ -129,7 +129,7 @@ def fetch_file(
                 part.unlink()
                 raise DownloadError(_mismatch(f"{repo}/{name}", digest, str(expected)))
             part.replace(target)
-            remember_sha256(target, digest)
+            cache_sha256(target, digest)
         main.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
     return target
 
@@ -161,7 +161,7 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
             part.unlink()
             raise DownloadError(_mismatch(url, digest, sha256))
         part.replace(target)
-        remember_sha256(target, digest)
+        cache_sha256(target, digest)
     return target
 
 

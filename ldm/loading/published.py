@@ -21,7 +21,7 @@ from ldm.loading.hub import (
     url_target,
 )
 from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
-from ldm.runtime.hashes import CachedDict, hash_file, known_sha256, paths_with_sha256
+from ldm.runtime.hashes import CachedDict, find_cached_sha256, find_paths_by_sha256, hash_file
 
 __all__ = [
     "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
@@ -115,7 +115,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
         None if it is not found.
     """
     for path in _candidates(file):
-        digest = hash_file(path) if verify and file.expected_sha256 else known_sha256(path)
+        digest = hash_file(path) if verify and file.expected_sha256 else find_cached_sha256(path)
         if digest is None or file.expected_sha256 in (None, digest):
             return path
     return None
@@ -173,7 +173,7 @@ def _log_hash(file: PublishedFile, digest: str) -> None:
 
 def _candidates(file: PublishedFile) -> Iterator[Path]:
     if file.expected_sha256:
-        yield from paths_with_sha256(file.expected_sha256)
+        yield from find_paths_by_sha256(file.expected_sha256)
     for place in file.places:
         path = url_target(place) if isinstance(place, str) else find_cached_file(*place)
         if path is not None and path.is_file():

@@ -29,7 +29,7 @@ from ldm.loading.weights import Weights, has_transposed_projection, identify_wei
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import MissingArgument, MissingFile
-from ldm.runtime.hashes import hash_file, known_sha256
+from ldm.runtime.hashes import find_cached_sha256, hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
@@ -155,7 +155,7 @@ def inspect_checkpoint(
         raise MissingFile(f"no checkpoint `{path}`")
     size = path.stat().st_size
     needs_hash = size < SMALL or any(file.may_have(size) for file in published_files().values())
-    digest = hash_file(path) if needs_hash else known_sha256(path)
+    digest = hash_file(path) if needs_hash else find_cached_sha256(path)
     report = Report(str(path), size, digest or "")
     if file := identify_hash(report.sha256):
         report = replace(report, published=f"{file.name}, {file.title}")

@@ -28,12 +28,13 @@ class CommandParser(ArgumentParser):
     """A parser with `--verbose`, whose flags may be abbreviated, and written with `_` or `-`.
 
     Args:
-        original: flags of the original scripts; abbreviations of these are preferred to those of
+        original: Flags of the original scripts; abbreviations of these are preferred to those of
             other flags.
-        overrides: whether `key=value` arguments are accepted, as `args.overrides`.
+        overrides: Whether `key=value` arguments are accepted, as `args.overrides`.
 
     Attributes:
-        given: what was parsed last, with its flags as they were declared.
+        actions_by_flag: argparse's action of each flag.
+        given_flags: Flags (and other arguments) that `parse` got last, spelled as declared.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class CommandParser(ArgumentParser):
         self.actions_by_flag: dict[str, Action] = {}
         self.original = frozenset(original) | {"--help"}
         self.takes_overrides = overrides
-        self.given: frozenset[str] = frozenset()
+        self.given_flags: frozenset[str] = frozenset()
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
         self.add_argument(
@@ -70,16 +71,20 @@ class CommandParser(ArgumentParser):
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
-        """Parse arguments (None = those of this process); an error exits with status 2."""
+        """Parse arguments; an error exits with status 2.
+
+        Args:
+            argv: Arguments; None for those of this process.
+        """
         arguments = list(sys.argv[1:] if argv is None else argv)
         end = arguments.index("--") if "--" in arguments else len(arguments)
         completed = [self._complete(argument) for argument in arguments[:end]]
-        self.given = frozenset(argument.partition("=")[0] for argument in completed)
-        args, rest = self.parse_known_args(completed + arguments[end:])
+        self.given_flags = frozenset(argument.partition("=")[0] for argument in completed)
+        args, unparsed = self.parse_known_args(completed + arguments[end:])
         overrides = [
-            argument for argument in rest if "=" in argument and not argument.startswith("-")
+            argument for argument in unparsed if "=" in argument and not argument.startswith("-")
         ]
-        for argument in rest:
+        for argument in unparsed:
             if argument not in overrides or not self.takes_overrides:
                 self._refuse(argument)
         if self.takes_overrides:
@@ -93,9 +98,10 @@ class CommandParser(ArgumentParser):
             return argument
         key = name.replace("-", "_")
         matches: list[str] = []
-        for pool in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
-            exact = [flag for flag in pool if flag.replace("-", "_") == key]
-            matches = exact or [flag for flag in pool if flag.replace("-", "_").startswith(key)]
+        for flags in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
+            exact = [flag for flag in flags if flag.replace("-", "_") == key]
+            matches = exact or [flag for flag in flags if flag.replace("-", "_").startswith(key)]
+            # Several spellings of one action are one match.
             if len({id(self.actions_by_flag[flag]) for flag in matches}) == 1:
                 return matches[0] + equals + value
         if matches:
@@ -103,8 +109,8 @@ class CommandParser(ArgumentParser):
         return argument
 
     def _refuse(self, argument: str) -> NoReturn:
-        near = nearest_name(argument.partition("=")[0], self.actions_by_flag)
-        hint = f", did you mean `{near}`?" if near else ""
+        nearest = nearest_name(argument.partition("=")[0], self.actions_by_flag)
+        hint = f", did you mean `{nearest}`?" if nearest else ""
         self.error(f"unknown argument `{argument}`{hint}")
 
 
@@ -122,10 +128,11 @@ def run_command(
     """Run the main function of a program; print any error as one line on stderr.
 
     Args:
-        work: the main function; returns the exit status, None = 0.
-        prog: name of the program, printed before errors.
-        verbose: whether to log more, and show the traceback of an error.
-        hint: returns a text to append to the message of an error.
+        work: The main function; returns the exit status, None for 0.
+        prog: Name of the program, printed before errors.
+        verbose: Whether to log more, and show the traceback of an error.
+        hint: Returns a text to append to the message of an error.
+
     Returns:
         The exit status: 1 after an error, 130 after Ctrl+C.
     """
@@ -148,7 +155,7 @@ def run_command(
 
 
 def _configure_logging(verbose: bool) -> None:
-    """Send ldm's log to stderr, as stdout is for results."""
+    """Send the log of this package to stderr, as stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("ldm")
@@ -161,5 +168,5 @@ def _configure_logging(verbose: bool) -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], *_: object, **__: object
 ) -> None:
-    kind = "" if category is UserWarning else f"{category.__name__}: "
-    log.warning("%s%s", kind, str(message).splitlines()[0])
+    prefix = "" if category is UserWarning else f"{category.__name__}: "
+    log.warning("%s%s", prefix, str(message).splitlines()[0])

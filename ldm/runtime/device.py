@@ -17,11 +17,11 @@ __all__ = [
     "has_fast_bf16",
     "is_intel",
     "keep_memory",
-    "memory_of",
     "pick_device",
     "pick_dtype",
     "pick_wide_dtype",
     "set_threads",
+    "total_memory",
 ]
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,20 +33,21 @@ def pick_device(name: str | None = None) -> torch.device:
     """Return the named device, or the best available one; with torchrun, each process's own GPU.
 
     Args:
-        name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of cuda, mps, cpu that is
+        name: "cuda", "cuda:1", "mps" or "cpu"; None for the first of cuda, mps and cpu that is
             available.
+
     Raises:
-        ArgumentError: the device is not available.
+        ArgumentError: The device is not available.
     """
     is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kinds = [*(kind for kind in is_available if is_available[kind]), "cpu"]
-    name = name or kinds[0]
+    available = [*(device_type for device_type in is_available if is_available[device_type]), "cpu"]
+    name = name or available[0]
     try:
         device: torch.device | None = torch.device(name)
     except RuntimeError:  # not the name of a device
         device = None
-    if device is None or device.type not in kinds:
-        message = f"device `{name}` is not available here, choose one of {', '.join(kinds)}"
+    if device is None or device.type not in available:
+        message = f"device `{name}` is not available here, choose one of {', '.join(available)}"
         raise ArgumentError(message, "device")
     if device.type == "cuda" and device.index is None:
         # Modulo, as a launcher may show each of its processes one GPU only, under the number 0.
@@ -59,7 +60,7 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
 
     Args:
         precision: "full", "fp16", "bf16", or "autocast": half precision where it is faster.
-        is_small: whether the model is small: "autocast" is then float32.
+        is_small: Whether the model is small: "autocast" is then float32.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
@@ -80,9 +81,9 @@ def set_threads(number: int | None, is_small: bool) -> None:
     """Set the number of CPU threads of this process.
 
     Args:
-        number: None = cores divided by the processes on this machine, at most 4 for small models;
-            unchanged if OMP_NUM_THREADS is set.
-        is_small: whether the model is small.
+        number: None for the cores divided by the processes on this machine, at most 4 for small
+            models; unchanged if OMP_NUM_THREADS is set.
+        is_small: Whether the model is small.
     """
     if number is None and "OMP_NUM_THREADS" not in os.environ:
         limit = SMALL_MODEL_THREADS if is_small else torch.get_num_threads()
@@ -91,7 +92,7 @@ def set_threads(number: int | None, is_small: bool) -> None:
         torch.set_num_threads(number)
 
 
-def memory_of(device: torch.device) -> int:
+def total_memory(device: torch.device) -> int:
     """Return the total memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -102,20 +103,23 @@ def memory_of(device: torch.device) -> int:
 
 
 def free_memory() -> float:
-    """Return the bytes of memory still available to this process, within its container."""
-    free = [float("inf")]
+    """Return the bytes of memory still available to this process, within its container.
+
+    Infinity where the system does not report it.
+    """
+    limits = [float("inf")]
     try:
         for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) << 10)
+                limits.append(int(line.split()[1]) << 10)  # reported in KiB
         limit, used = (
             Path("/sys/fs/cgroup", f"memory.{name}").read_text("utf-8")
             for name in ("max", "current")
         )
-        free.append(int(limit) - int(used))
+        limits.append(int(limit) - int(used))
     except (OSError, ValueError):
         pass  # not on Linux, or a limit of "max"
-    return min(free)
+    return min(limits)
 
 
 def keep_memory() -> bool:
@@ -125,13 +129,12 @@ def keep_memory() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, OSError, TypeError):  # not glibc
         return False
-    trim_threshold, mmap_threshold = -1, -3  # M_… of malloc.h
-    sizes = (1 << 30, 32 << 20)  # older versions refuse more than 32 MiB
-    return any(mallopt(mmap_threshold, size) for size in sizes) and bool(
-        mallopt(trim_threshold, (1 << 31) - 1)
-    )
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    # Older versions refuse more than 32 MiB.
+    is_mmap_set = any(mallopt(mmap_threshold, size) for size in (1 << 30, 32 << 20))
+    return is_mmap_set and bool(mallopt(trim_threshold, (1 << 31) - 1))
 
 
 def has_fast_bf16() -> bool:
@@ -139,7 +142,6 @@ def has_fast_bf16() -> bool:
     return any(feature in _cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
 
 
-@functools.cache
 def has_amx() -> bool:
     """Return whether this CPU has AMX, a unit that multiplies bfloat16 matrices."""
     return " amx_bf16" in _cpu_info()
@@ -150,6 +152,7 @@ def is_intel() -> bool:
     return "GenuineIntel" in _cpu_info()
 
 
+@functools.cache
 def _cpu_info() -> str:
     """Return /proc/cpuinfo; outside Linux the name of the processor, as far as Python knows it."""
     info = Path("/proc/cpuinfo")

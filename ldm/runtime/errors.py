@@ -1,4 +1,4 @@
-"""Define the errors of this package, and describe any error in one line.
+"""Errors of this package, and the description of any error in one line.
 
     LdmError
     ├── ArgumentError (ValueError)            an argument has an invalid value
@@ -8,7 +8,7 @@
     ├── MissingFile (FileNotFoundError)       a file does not exist
     ├── DownloadError (OSError)               a file cannot be downloaded
     ├── ExistingFile (FileExistsError)        a file exists and must not be replaced
-    ├── FileFormatError (ValueError)          a file is damaged, unsafe or of another kind
+    ├── FileFormatError (ValueError)          a file is damaged, unsafe or in another format
     ├── ConfigError (ValueError)              a config is invalid
     ├── WeightsMismatch (ValueError)          names or shapes of weights do not fit a model
     └── NonFinite (ArithmeticError)           a part of a model returned NaN or infinity
@@ -48,7 +48,8 @@ __all__ = [
     "unknown_name",
 ]
 
-MAX_LISTED = 32
+MAX_LISTED = 32  # longest list of allowed names in a message
+# In the messages of torch for CUDA, MPS, and the CPU.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
 
 
@@ -56,8 +57,9 @@ class LdmError(Exception):
     """Base of all errors below.
 
     Args:
-        message: what is wrong, and what is allowed.
-        argument: name of the invalid argument, so that callers can add their flag or field.
+        message: What is wrong, and what is allowed.
+        argument: Name of the invalid argument, so that callers can add their flag or field; None
+            if it is not known.
     """
 
     def __init__(self, message: str, argument: str | None = None) -> None:
@@ -81,8 +83,8 @@ class WrongFamily(ArgumentError):
     """A model is for another task.
 
     Args:
-        message: what kind of model it is.
-        task: the task that it is for; None = no task of this package.
+        message: What the model is for.
+        task: The task that it is for; None: no task of this package.
     """
 
     def __init__(self, message: str, task: str | None = None) -> None:
@@ -98,7 +100,7 @@ class DownloadError(LdmError, OSError):
     """A file cannot be downloaded.
 
     Args:
-        is_local: whether the cause is this machine or its connection, so that another server would
+        is_local: Whether the cause is this machine or its connection, so that another server would
             not help.
     """
 
@@ -112,7 +114,7 @@ class ExistingFile(LdmError, FileExistsError):
 
 
 class FileFormatError(LdmError, ValueError):
-    """A file is damaged, unsafe or of another kind."""
+    """A file is damaged, unsafe or in another format."""
 
 
 class ConfigError(LdmError, ValueError):
@@ -127,8 +129,9 @@ class NonFinite(LdmError, ArithmeticError):
     """A part of the model returned NaN or infinity.
 
     Args:
-        stage: the part as messages name it, such as "the VAE".
-        cause: description of weights that are not finite, so that another dtype would not help.
+        stage: The part as messages name it, such as "the VAE".
+        cause: Description of weights that are not finite, so that another dtype would not help;
+            None if all are.
     """
 
     def __init__(self, stage: str, cause: str | None = None) -> None:
@@ -142,7 +145,7 @@ class Stop(Exception):
     """Raised by a callback to end a run.
 
     Args:
-        latent: latents (B, C, h, w) of unfinished images to decode; None = no images.
+        latent: Latents (B, C, h, w) of unfinished images to decode; None for no images.
     """
 
     def __init__(self, latent: "Tensor | None" = None) -> None:
@@ -152,7 +155,7 @@ class Stop(Exception):
 
 @contextmanager
 def errors_about(argument: str) -> Iterator[None]:
-    """Let errors that are raised inside, and name no argument, name this one."""
+    """Within the context, add the argument's name to errors that do not name one."""
     try:
         yield
     except LdmError as error:
@@ -162,7 +165,7 @@ def errors_about(argument: str) -> Iterator[None]:
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name most similar to `name` (`-` equals `_`); None if none is close."""
-    by_key = {other.replace("-", "_"): other for other in allowed}
+    by_key = {candidate.replace("-", "_"): candidate for candidate in allowed}
     matches = difflib.get_close_matches(name.replace("-", "_"), by_key, n=1, cutoff=0.5)
     return by_key[matches[0]] if matches else None
 
@@ -173,19 +176,21 @@ def unknown_name(
     """Build the error for a name that is not in a list.
 
     Args:
-        kind: what the name is for, such as "sampler".
-        where: file, or file and key, that the name was read from, put before the message.
-        argument: see `LdmError`.
+        kind: What the name is for, such as "sampler".
+        where: File, or file and key, that the name was read from, put before the message; "" for
+            none.
+        argument: See `LdmError`.
+
     Returns:
         UnknownName, whose message has the nearest allowed name, and all of them if they are few.
     """
     names = list(allowed)
-    near = nearest_name(str(name), names)
+    nearest = nearest_name(str(name), names)
     message = f"unknown {kind} `{name}`"
-    if near:
-        message += f", did you mean `{near}`?"
+    if nearest:
+        message += f", did you mean `{nearest}`?"
     if 0 < len(names) <= MAX_LISTED:
-        message += f"{'' if near else ','} choose one of {', '.join(names)}"
+        message += f"{'' if nearest else ','} choose one of {', '.join(names)}"
     return UnknownName(f"{where}: {message}" if where else message, argument)
 
 
@@ -213,7 +218,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on any device."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(phrase in text for phrase in OUT_OF_MEMORY)
     )
 
 
@@ -227,5 +232,5 @@ def explain(error: BaseException) -> str:
     expected = (LdmError, ValueError, KeyError, OSError, ImportError, ArithmeticError)
     if isinstance(error, expected) and text:
         return text
-    first = text.strip().splitlines()[0] if text.strip() else "no message"
-    return f"{type(error).__name__}: {first}"
+    first_line = text.strip().splitlines()[0] if text.strip() else "no message"
+    return f"{type(error).__name__}: {first_line}"

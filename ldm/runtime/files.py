@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import lru_cache
 from pathlib import Path
 
 from ldm.runtime.errors import FileFormatError, MissingFile
@@ -21,20 +20,22 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).resolve().parents[1]
-BLOCK = 1 << 22  # bytes read at once
+BLOCK_SIZE = 1 << 22  # bytes read at once
+
+_digests: dict[tuple[tuple[Path, int, int], ...], str] = {}  # by (path, size, mtime) of the files
 
 
 def find_file(path: str | Path) -> Path:
     """Find a file by its path, else by the path in the project root or the installed package.
 
     Raises:
-        MissingFile: it is not found; the message lists the paths tried.
+        MissingFile: It is not found; the message lists the paths tried.
     """
-    places = [Path(path).expanduser(), PACKAGE.parent / path, PACKAGE / path]
-    for place in places:
-        if place.is_file():
-            return place
-    tried = ", ".join(f"`{place}`" for place in dict.fromkeys(map(str, places)))
+    candidates = [Path(path).expanduser(), PACKAGE.parent / path, PACKAGE / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    tried = ", ".join(f"`{candidate}`" for candidate in dict.fromkeys(map(str, candidates)))
     raise MissingFile(f"no file `{path}` (tried {tried})")
 
 
@@ -42,7 +43,7 @@ def read_text(path: str | Path) -> str:
     """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        FileFormatError: it has another encoding; the message names file and line.
+        FileFormatError: It has another encoding; the message names file and line.
     """
     return decode_text(Path(path).expanduser().read_bytes(), path)
 
@@ -51,19 +52,19 @@ def decode_text(content: bytes, name: str | Path) -> str:
     """Decode the bytes of a text file; encodings and errors as `read_text`.
 
     Args:
-        name: file name, for messages.
+        name: File name, for messages.
     """
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
     try:
         text = content.decode(encoding)
-        wrong = text.find("\0")  # UTF-16 without a mark is valid UTF-8, but full of zeros
+        bad_index = text.find("\0")  # UTF-16 without a mark is valid UTF-8, but full of zeros
     except UnicodeDecodeError as error:
         text = error.object[: error.start].decode(encoding)
-        wrong = len(text)
-    if wrong < 0:
+        bad_index = len(text)
+    if bad_index < 0:
         return io.StringIO(text.replace("\ufeff", ""), newline=None).read()
-    line = text.count("\n", 0, wrong) + 1
+    line = text.count("\n", 0, bad_index) + 1
     message = "neither UTF-8 nor UTF-16 with a byte order mark: save it as UTF-8"
     raise FileFormatError(f"{name}:{line}: {message}")
 
@@ -74,11 +75,20 @@ def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None 
     Cached in this process as long as the files do not change.
 
     Args:
-        progress: called with the number of bytes of each block read.
+        progress: Called with the number of bytes of each block read; None: not called.
     """
-    files = tuple(Path(path).expanduser().resolve() for path in paths)
-    stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _sha256(files, stats, progress)
+    files = [Path(path).expanduser().resolve() for path in paths]
+    key = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    if key not in _digests:
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                while block := file.read(BLOCK_SIZE):
+                    digest.update(block)
+                    if progress is not None:
+                        progress(len(block))
+        _digests[key] = digest.hexdigest()
+    return _digests[key]
 
 
 @contextmanager
@@ -88,27 +98,28 @@ def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Pa
     If the block raises, `path` is unchanged.
 
     Args:
-        sync: whether to wait until the file is on disk, so that it survives a power failure.
+        sync: Whether to wait until the file is on disk, so that it survives a power failure.
     """
     path = Path(path)
-    # In the same folder, as renaming replaces at once within one file system only.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # In the same folder, as a rename is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
+        yield temporary
         if sync:
-            flush_to_disk(part)
+            flush_to_disk(temporary)
         try:
-            part.replace(path)
-        except (PermissionError, FileExistsError):  # Windows, while a program has the old one open
+            temporary.replace(path)
+        except (PermissionError, FileExistsError):
+            # On Windows, a file that a program has open can be renamed, but not replaced.
             old = path.with_name(f".{path.name}.old")
             with suppress(OSError):
                 old.unlink(missing_ok=True)
             path.replace(old)
-            part.replace(path)
+            temporary.replace(path)
             with suppress(OSError):
                 old.unlink()
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     if sync:
         flush_to_disk(path.parent)
 
@@ -123,19 +134,3 @@ def flush_to_disk(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-@lru_cache(maxsize=64)
-def _sha256(
-    files: tuple[Path, ...],
-    stats: tuple[tuple[int, int], ...],
-    progress: Callable[[int], object] | None,
-) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-                if progress is not None:
-                    progress(len(block))
-    return digest.hexdigest()

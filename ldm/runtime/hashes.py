@@ -1,6 +1,6 @@
 """SHA-256 of large files, cached on disk by path, size and modification time.
 
-The cache is in `~/.cache/ldm` ($XDG_CACHE_HOME/ldm, or $LDM_CACHE).
+The cache is in the folder $LDM_CACHE, else $XDG_CACHE_HOME/ldm, else `~/.cache/ldm`.
 """
 
 import json
@@ -13,9 +13,13 @@ from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "CachedDict", "cache_folder", "hash_file", "known_sha256", "paths_with_sha256",
-    "remember_sha256",
-]  # fmt: skip
+    "CachedDict",
+    "cache_folder",
+    "cache_sha256",
+    "find_cached_sha256",
+    "find_paths_by_sha256",
+    "hash_file",
+]
 
 LARGE = 50_000_000  # bytes from which hashing shows a progress bar, and is cached
 
@@ -27,7 +31,13 @@ def cache_folder() -> Path:
 
 
 class CachedDict:
-    """A dict stored as JSON in the cache folder; errors of reading and writing are ignored."""
+    """A dict stored as JSON in the cache folder.
+
+    Errors of reading and writing are ignored: a program works without its cache.
+
+    Args:
+        name: File name.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -44,8 +54,8 @@ class CachedDict:
         """Add or replace an entry."""
         try:
             self._path().parent.mkdir(parents=True, exist_ok=True)
-            with replace_when_written(self._path()) as part:
-                part.write_text(json.dumps({**self.read(), key: value}, indent=1), "utf-8")
+            with replace_when_written(self._path()) as temporary:
+                temporary.write_text(json.dumps({**self.read(), key: value}, indent=1), "utf-8")
         except OSError:
             pass
 
@@ -59,36 +69,37 @@ HASHES = CachedDict("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]
 def hash_file(path: str | Path) -> str:
     """Return the SHA-256 of a file; for large ones from the cache, or with a progress bar."""
     path = Path(path).expanduser()
-    if digest := known_sha256(path):
+    if digest := find_cached_sha256(path):
         return digest
     size = path.stat().st_size
-    label, hidden = f"hashing {path.name}", None if size >= LARGE else True
-    with tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=hidden) as bar:
+    label = f"hashing {path.name}"
+    disable = None if size >= LARGE else True  # None: shown on a terminal only
+    with tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=disable) as bar:
         digest = sha256_of_file(path, progress=bar.update)
     if size >= LARGE:
-        remember_sha256(path, digest)
+        cache_sha256(path, digest)
     return digest
 
 
-def known_sha256(path: str | Path) -> str | None:
-    """Return the cached SHA-256 of a file; None if there is none, or the file has changed."""
+def find_cached_sha256(path: str | Path) -> str | None:
+    """Return the cached SHA-256 of a file; None if it is not cached, or the file has changed."""
     path = Path(path).expanduser().absolute()
     entry = HASHES.read().get(str(path))
-    return entry[2] if entry and path.is_file() and entry[:2] == _state(path) else None
+    return entry[2] if entry and path.is_file() and entry[:2] == _size_and_time(path) else None
 
 
-def paths_with_sha256(digest: str) -> list[Path]:
-    """List cached files with this hash that have not changed since."""
+def find_paths_by_sha256(digest: str) -> list[Path]:
+    """Return the paths of cached files with this hash that have not changed since."""
     paths = [path for path, entry in HASHES.read().items() if entry[2] == digest]
-    return [Path(path) for path in paths if known_sha256(path)]
+    return [Path(path) for path in paths if find_cached_sha256(path)]
 
 
-def remember_sha256(path: str | Path, digest: str) -> None:
+def cache_sha256(path: str | Path, digest: str) -> None:
     """Cache the hash of a file in its current state."""
     path = Path(path).expanduser().absolute()
-    HASHES.set(str(path), [*_state(path), digest])
+    HASHES.set(str(path), [*_size_and_time(path), digest])
 
 
-def _state(path: Path) -> list[int]:
+def _size_and_time(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]

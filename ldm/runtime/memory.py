@@ -15,8 +15,9 @@ class PeakMemoryMode(TorchDispatchMode):
     """A mode that counts the bytes of all live tensor storages created in it.
 
     Attributes:
-        current: bytes of live storages.
-        peak: the maximum of `current`.
+        current: Bytes of live storages.
+        peak: The maximum of `current` so far.
+        sizes: Bytes of each live storage, by address.
     """
 
     def __init__(self) -> None:
@@ -54,13 +55,13 @@ def make_fake(module: nn.Module) -> None:
     On the CPU, because autocast is not applied to meta tensors.
     """
     for submodule in module.modules():
-        for name, p in submodule._parameters.items():
-            if p is not None and p.is_meta:
-                fake = torch.empty(p.shape, dtype=p.dtype)
-                submodule._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
-        for name, value in submodule._buffers.items():
-            if value is not None and value.is_meta:
-                submodule._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+        for name, parameter in submodule._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                submodule._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                submodule._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -24,7 +24,7 @@ from ldm.loading.hub import fetch_url
 from ldm.loading.load import load
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import DownloadError
-from ldm.runtime.hashes import known_sha256
+from ldm.runtime.hashes import find_cached_sha256
 from ldm.train.runs.initial import load_initial_weights
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def test_a_file_is_downloaded_once_and_then_meant_by_its_name(hub, download, tmp
     assert (status, err[0]) == (0, "small: Small, 0.00 GB, licence mit")
     assert path.read_bytes() == CONTENT
     assert not path.is_symlink()
-    assert known_sha256(path) == SHA256
+    assert find_cached_sha256(path) == SHA256
     assert download("small")[:2] == (0, out)
     assert find_checkpoint("small") == path
     assert len(hub.gets) == 1

@@ -1,7 +1,7 @@
 import pytest
 
 from ldm.runtime.errors import FileFormatError
-from ldm.runtime.files import read_text
+from ldm.runtime.files import read_text, sha256_of_file
 
 TEXT = "a fox\nein Füchslein, 狐狸\n"
 
@@ -29,3 +29,13 @@ def test_another_encoding_is_named_with_its_line(tmp_path, content, line):
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match=rf"prompts\.txt:{line}: neither UTF-8"):
         read_text(path)
+
+
+def test_a_hash_is_cached_until_the_file_changes(tmp_path):
+    path, blocks = tmp_path / "model.ckpt", []
+    path.write_bytes(b"a fox")
+    digest = sha256_of_file(path, progress=blocks.append)
+    assert sha256_of_file(path, progress=lambda size: blocks.append(-size)) == digest
+    assert blocks == [5]
+    path.write_bytes(b"two foxes")
+    assert sha256_of_file(path) != digest

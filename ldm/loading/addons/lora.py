@@ -72,7 +72,7 @@ from ldm.runtime.errors import (
 )
 from ldm.runtime.files import read_text
 from ldm.runtime.hashes import hash_file
-from ldm.runtime.offload import recall
+from ldm.runtime.offload import unload_all
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -188,7 +188,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]
         return
     adapters = read_loras(model, pairs)
     merged = model.merged = model.merged or MergedChanges()
-    recall()
+    unload_all()
     for encoder in model.conditioner.find_all(TextEncoder):
         for token in merged.tokens:
             encoder.added_embeddings.pop(token, None)
