@@ -22,7 +22,7 @@ def file(tmp_path):
     return tmp_path / "x.safetensors"
 
 
-def weights_of(model):
+def collect_weights(model):
     return {name: value.clone() for name, value in model.named_parameters()}
 
 
@@ -71,7 +71,7 @@ def test_a_colon_may_be_part_of_the_name():
 
 def test_each_tower_and_block_gets_its_own_number(file):
     model = tiny_model()
-    base, lora = weights_of(model), read_lora(file, model)
+    base, lora = collect_weights(model), read_lora(file, model)
     layers = {id(layer.target.layer): layer for layer in lora.layers.values()
               if layer.target.qkv_index is None}  # fmt: skip
     load_loras(model, [(file, f"0.25:2:{BLOCKS}")])
@@ -111,7 +111,7 @@ def test_diffusers_computes_the_same_with_a_number_for_each_part(tmp_path):
 
 def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
     model = tiny_model()
-    base, lora = weights_of(model), read_lora(file, model)
+    base, lora = collect_weights(model), read_lora(file, model)
     layer = lora.layers["lora_unet_conv_in"]
     load_loras(model, [(file, "1:dyn=1")])
     up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
@@ -140,20 +140,20 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
     state = {**read_checkpoint(other).state, **bundle}
     save_file({name: value.contiguous() for name, value in state.items()}, other)
     model = tiny_model()
-    base, files = weights_of(model), [(file, 0.3), (other, "0.5:1")]
+    base, files = collect_weights(model), [(file, 0.3), (other, "0.5:1")]
     originals = dict(model.named_parameters())
     for loras in ([(file, 1.0)], files, [(other, 0.0)], files):
         ldm.set_loras(model, loras)
     fresh = tiny_model()
     load_loras(fresh, files)
-    assert same(weights_of(model), weights_of(fresh))
+    assert same(collect_weights(model), collect_weights(fresh))
     assert model.provenance["loras"] == fresh.provenance["loras"]
     assert [*model.conditioner.text.added_embeddings] == ["cat"]
     with pytest.raises(FileNotFoundError):
         ldm.set_loras(model, [(tmp_path / "none.safetensors", 1.0)])
-    assert same(weights_of(model), weights_of(fresh))
+    assert same(collect_weights(model), collect_weights(fresh))
     ldm.set_loras(model, [])
-    assert same(weights_of(model), base)
+    assert same(collect_weights(model), base)
     assert dict(model.named_parameters()) == originals  # the same memory
     assert (model.provenance["loras"], model.conditioner.text.added_embeddings) == ([], {})
     with pytest.raises(ValueError, match="was loaded with loras, which cannot be removed"):
@@ -179,16 +179,16 @@ def write_turning(path, kind, seed=0):
 @pytest.mark.parametrize("kind", some(TURNING, "DoRA", "BOFT"))
 def test_the_weight_of_what_turns_weights_is_changed_and_taken_back_bit_by_bit(kind, tmp_path):
     file, model = write_turning(tmp_path / "x.safetensors", kind), tiny_model()
-    base, states = weights_of(model), []
+    base, states = collect_weights(model), []
     for weight in (1.0, 0.3, 0.0, -0.5):
         ldm.set_loras(model, [(file, weight)])
         fresh = tiny_model()
         load_loras(fresh, [(file, weight)])
-        assert same(weights_of(model), weights_of(fresh))
-        states.append(same(weights_of(model), base))
+        assert same(collect_weights(model), collect_weights(fresh))
+        states.append(same(collect_weights(model), base))
     assert states == [False, False, True, False]
     ldm.set_loras(model, [])
-    assert same(weights_of(model), base)
+    assert same(collect_weights(model), base)
 
 
 PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
@@ -210,8 +210,8 @@ def test_two_files_that_turn_a_weight_do_so_in_the_order_given_which_is_said(
         expected = tiny_model()
         for one in [(file, 0.5), (first, 1.0), (second, 0.7)]:
             load_loras(expected, [one])
-        results.append(weights_of(model))
-        for name, value in weights_of(expected).items():
+        results.append(collect_weights(model))
+        for name, value in collect_weights(expected).items():
             torch.testing.assert_close(results[-1][name], value, rtol=0, atol=1e-5)
     name = "unet.middle_block.0.in_layers.2.weight"
     assert (results[0][name] - results[1][name]).abs().max() > 0.01
@@ -222,4 +222,4 @@ def test_set_loras_follows_a_model_that_was_converted(file):
     ldm.set_loras(model, [(file, 1.0)])
     model.half()
     ldm.set_loras(model, [])
-    assert same(weights_of(model), weights_of(tiny_model().half()))
+    assert same(collect_weights(model), collect_weights(tiny_model().half()))

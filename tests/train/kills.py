@@ -26,7 +26,7 @@ CADENCE = 3  # steps between states
 SEED = 7
 
 
-def go_on(folder: Path, steps: int) -> Run:
+def resume_and_train(folder: Path, steps: int) -> Run:
     """Resume the newest state, and train."""
     run = make_run(folder, "auto-32-map", steps, f"lightning.callbacks.save_steps={CADENCE}")
     if run.states.newest():
@@ -40,11 +40,11 @@ def kill_attempt(folder: Path, rng: random.Random, *, while_saving: bool) -> Non
     child = os.fork()
     if not child:
         try:
-            go_on(folder, 10**9)
+            resume_and_train(folder, 10**9)
         finally:
             os._exit(1)
     if while_saving:
-        while not begun_states(folder, start) and time.time() < start + 120:
+        while not list_unfinished_states(folder, start) and time.time() < start + 120:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.15))
     else:
@@ -53,16 +53,16 @@ def kill_attempt(folder: Path, rng: random.Random, *, while_saving: bool) -> Non
     os.waitpid(child, 0)
 
 
-def begun_states(folder: Path, start: float) -> list[Path]:
+def list_unfinished_states(folder: Path, start: float) -> list[Path]:
     """The states that are being written, or were when the process died, since a time."""
     try:
-        parts = folder.glob("checkpoints/.state-*.part")
-        return [path for path in parts if path.stat().st_ctime > start]
+        folders = folder.glob("checkpoints/.state-*.part")
+        return [path for path in folders if path.stat().st_ctime > start]
     except FileNotFoundError:
         return []
 
 
-def last_steps(folder: Path) -> tuple[int, int]:
+def read_last_steps(folder: Path) -> tuple[int, int]:
     """The last step of log.csv, which has a row for every step, and that of the states."""
     log, states = folder / "log.csv", list_states(folder / "checkpoints")
     rows = log.read_text().splitlines()[1:] if log.exists() else []
@@ -79,11 +79,11 @@ def main() -> int:
     for number in range(count):
         start = time.time()
         kill_attempt(folder / "killed", rng, while_saving=number % 3 == 2)
-        half_written += bool(begun_states(folder / "killed", start))
-        logged, saved = last_steps(folder / "killed")
+        half_written += bool(list_unfinished_states(folder / "killed", start))
+        logged, saved = read_last_steps(folder / "killed")
         most_lost = max(most_lost, logged - saved)
-    killed = go_on(folder / "killed", saved + CADENCE)
-    is_same = digest(killed) == digest(go_on(folder / "whole", saved + CADENCE))
+    killed = resume_and_train(folder / "killed", saved + CADENCE)
+    is_same = digest(killed) == digest(resume_and_train(folder / "whole", saved + CADENCE))
     sys.stdout.write(
         f"{count} kills, {half_written} with a state half written, {saved + CADENCE} steps: at "
         f"most {most_lost} lost, {'the same' if is_same else 'OTHER'} weights\n"

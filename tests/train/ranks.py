@@ -23,7 +23,7 @@ from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from loading.tinyfamilies import small
-from train.tinyrun import EMOJI, run_of, tiny_config
+from train.tinyrun import EMOJI, build_run_from, tiny_config
 
 STEPS = 2
 
@@ -50,7 +50,7 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
     config = tiny_config(f"data.params.train={section}", *lightning, *overrides)
     if data == "xl":
         config["model"] = small("xl")["model"] | {"base_learning_rate": 1e-3}
-    return run_of(config, folder)
+    return build_run_from(config, folder)
 
 
 def digest(run: Run) -> str:

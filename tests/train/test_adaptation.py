@@ -22,7 +22,7 @@ from ldm.train.build import build_diffusion
 from ldm.train.loop import train
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
-from train.tinyrun import tiny_run
+from train.tinyrun import build_tiny_run
 
 # The base model has learned nothing, which the sanity check would say.
 SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
@@ -38,18 +38,18 @@ WORD += [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the tiny model, which adaptations start from."""
-    run = tiny_run(tmp_path_factory.mktemp("base"), *SHORT, "lightning.optimizer.ema_decay=0")
+    run = build_tiny_run(tmp_path_factory.mktemp("base"), *SHORT, "lightning.optimizer.ema_decay=0")
     train(run)
     return run.checkpoints / "last.safetensors"
 
 
-def adapted(folder: Path, base: Path, *overrides: str) -> Run:
-    return tiny_run(folder, *SHORT, f"model.params.ckpt_path={base}", *overrides)
+def build_adapted_run(folder: Path, base: Path, *overrides: str) -> Run:
+    return build_tiny_run(folder, *SHORT, f"model.params.ckpt_path={base}", *overrides)
 
 
 @pytest.mark.usefixtures("no_states")
 def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path) -> None:
-    run = adapted(tmp_path / "lora", base, *LORA)
+    run = build_adapted_run(tmp_path / "lora", base, *LORA)
     frozen = {name: value.clone() for name, value in run.model.state_dict().items()}
     train(run)
     assert all(torch.equal(value, frozen[name]) for name, value in run.model.state_dict().items())
@@ -67,7 +67,9 @@ def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path
 
 @pytest.mark.usefixtures("no_states")
 def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
-    run = adapted(tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat")
+    run = build_adapted_run(
+        tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat"
+    )
     text: Any = run.model.conditioner.text
     start = text.token_embeddings("a cat")
     assert torch.equal(text.added_embeddings["<thing>"], start[[0, 1, 0]])
@@ -82,11 +84,13 @@ def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_both_at_once_are_exported_and_resumed(base: Path, tmp_path: Path) -> None:
-    whole = adapted(tmp_path / "run", base, *LORA, *WORD, "lightning.callbacks.save_steps=1")
+    whole = build_adapted_run(
+        tmp_path / "run", base, *LORA, *WORD, "lightning.callbacks.save_steps=1"
+    )
     train(whole)
     names = sorted(path.name for path in whole.checkpoints.glob("*.*"))
     assert names == ["last-diffusers.safetensors", "last-word.safetensors", "last.safetensors"]
-    second = adapted(tmp_path / "resumed", base, *LORA, *WORD)
+    second = build_adapted_run(tmp_path / "resumed", base, *LORA, *WORD)
     second.resume(whole.checkpoints / "state-00000001")
     train(second)
     weights = (dict(run.task.trainable.state_dict()) for run in (second, whole))
@@ -109,7 +113,7 @@ def test_both_at_once_are_exported_and_resumed(base: Path, tmp_path: Path) -> No
 )
 def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        train(tiny_run(tmp_path, *SHORT, *overrides))
+        train(build_tiny_run(tmp_path, *SHORT, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,7 @@ def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
     prior = [f"data.params.prior.root={tmp_path / 'class'}", "data.params.prior.count=3"]
     prior += ["data.params.prior.prompt=a dog", "data.params.prior.transform.name=photo"]
     prior += ["data.params.prior.transform.size=32", "lightning.objective.prior_loss_weight=0.5"]
-    run = adapted(tmp_path / "run", base, *prior)
+    run = build_adapted_run(tmp_path / "run", base, *prior)
     source: Any = run.source
     batch = collate([source.dataset[0, index] for index in range(4)])
     assert batch["prior"]["txt"] == ["a dog"] * 4

@@ -21,7 +21,7 @@ from ldm.train.tasks.autoencoder import (
     Reconstruction,
     build_autoencoder_task,
 )
-from train.tinyrun import EMOJI, run_of
+from train.tinyrun import EMOJI, build_run_from
 
 # Of the largest value. The original's own gradients move by 1.4e-6 without oneDNN. Ours are taken
 # in two pieces, which sums in another order, by whichever kernels are fastest here: measured 2.8e-6
@@ -32,16 +32,16 @@ PIXELS = {"disc_start": 2, "perceptual_weight": 0.0, "kl_weight": 1e-6}
 LPIPS_LOSS = "ldm.modules.losses.LPIPSWithDiscriminator"
 
 
-def tiny(**layout: bool) -> AutoencoderKL:
+def build_tiny(**layout: bool) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(ddconfig=LAYOUT | layout, embed_dim=4)
 
 
-def images() -> dict[str, Tensor]:
+def make_batch() -> dict[str, Tensor]:
     return {"jpg": torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1}
 
 
-def seeded() -> torch.Generator:
+def make_generator() -> torch.Generator:
     return torch.Generator().manual_seed(2)
 
 
@@ -106,15 +106,15 @@ def test_losses_are_the_originals(name, recorded, model, lpips, monkeypatch) -> 
 @pytest.mark.parametrize("tanh_out", [False, True])
 def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_out: bool) -> None:
     """The gradients of the sum equal the sum of the gradients of its parts."""
-    model = tiny(tanh_out=tanh_out)
+    model = build_tiny(tanh_out=tanh_out)
     adversarial = Adversarial(model, LossConfig(**PIXELS, disc_weight=0.5), learn_logvar=True)
     adversarial.step = 2
-    losses = adversarial.loss(images(), seeded())
+    losses = adversarial.loss(make_batch(), make_generator())
     losses["loss"].backward()
     weights = [model.decoder.conv_out.weight, model.encoder.conv_in.weight, adversarial.logvar]
 
-    reconstruction, posterior = model(images()["jpg"], seeded())
-    rec = (images()["jpg"] - reconstruction).abs()
+    reconstruction, posterior = model(make_batch()["jpg"], make_generator())
+    rec = (make_batch()["jpg"] - reconstruction).abs()
     nll = (rec / adversarial.logvar.exp() + adversarial.logvar).sum() / 2
     nll = nll + 1e-6 * posterior.kl().mean()
     g = -adversarial.discriminator(reconstruction).mean()
@@ -128,21 +128,21 @@ def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_ou
 
 
 def test_without_gradients_the_discriminator_has_no_weight() -> None:
-    adversarial = Adversarial(tiny(), LossConfig(**PIXELS))
+    adversarial = Adversarial(build_tiny(), LossConfig(**PIXELS))
     with torch.inference_mode():
-        losses = adversarial.loss(images(), seeded())
+        losses = adversarial.loss(make_batch(), make_generator())
     assert losses["loss"].isfinite()
     assert losses["d_weight"] == 0
 
 
 def test_the_discriminator_learns_to_tell_them_apart() -> None:
-    adversarial = Adversarial(tiny(), LossConfig(**PIXELS, disc_num_layers=1))
+    adversarial = Adversarial(build_tiny(), LossConfig(**PIXELS, disc_num_layers=1))
     optimizer = torch.optim.Adam(
         adversarial.discriminator.parameters(), 1e-3, betas=adversarial.betas
     )
     apart = []
     for adversarial.step in range(10):
-        losses = adversarial.discriminator_loss(images(), seeded())
+        losses = adversarial.discriminator_loss(make_batch(), make_generator())
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -154,26 +154,26 @@ def test_the_discriminator_learns_to_tell_them_apart() -> None:
 
 @pytest.mark.parametrize("is_adversarial", [False, True])
 def test_training_the_decoder_alone_keeps_latents(is_adversarial: bool) -> None:
-    model = tiny()
+    model = build_tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    z = model.encode(images()["jpg"]).mode()
+    z = model.encode(make_batch()["jpg"]).mode()
     config = {"target": LPIPS_LOSS, "params": PIXELS} if is_adversarial else None
     task = build_autoencoder_task(model, {"lossconfig": config}, {"trained": "decoder"})
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        task.loss(images(), seeded())["loss"].backward()
+        task.loss(make_batch(), make_generator())["loss"].backward()
         optimizer.step()
-    exported = task.weights_to_export(iter(images()["jpg"]))
+    exported = task.weights_to_export(iter(make_batch()["jpg"]))
     changed = {name.split(".")[0] for name in before if not exported[name].equal(before[name])}
     assert changed == {"decoder", "post_quant_conv"}
-    assert model.encode(images()["jpg"]).mode().equal(z)
+    assert model.encode(make_batch()["jpg"]).mode().equal(z)
 
 
 def test_the_config_chooses_the_losses() -> None:
-    assert isinstance(build_autoencoder_task(tiny(), {}, {"l1": 2.0}), Reconstruction)
+    assert isinstance(build_autoencoder_task(build_tiny(), {}, {"l1": 2.0}), Reconstruction)
     spec = {"target": LPIPS_LOSS, "params": {**PIXELS, "disc_start": 50001}}
-    adversarial = build_autoencoder_task(tiny(), {"lossconfig": spec}, {})
+    adversarial = build_autoencoder_task(build_tiny(), {"lossconfig": spec}, {})
     assert isinstance(adversarial, Adversarial)
     assert adversarial.config.disc_start == 50001
     assert sum(p.numel() for p in adversarial.discriminator.parameters()) == 2765633
@@ -196,24 +196,26 @@ def test_the_config_chooses_the_losses() -> None:
 def test_what_does_not_fit_is_named(losses, options, message) -> None:
     spec = {"target": LPIPS_LOSS, "params": losses}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        build_autoencoder_task(tiny(), {"lossconfig": spec}, options)
+        build_autoencoder_task(build_tiny(), {"lossconfig": spec}, options)
 
 
 def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recorded, lpips) -> None:
     """`loss.*` in it gives LPIPS, discriminator and variance; the model's loader passes it by."""
     spec = {"target": LPIPS_LOSS, "params": {"disc_start": 1, "logvar_init": 0.4}}
-    first = Adversarial(tiny(), LossConfig(**spec["params"]), perceptual=lpips, export_losses=True)
+    first = Adversarial(
+        build_tiny(), LossConfig(**spec["params"]), perceptual=lpips, export_losses=True
+    )
     path = tmp_path / "kl.ckpt"
     state = restore_names(first.weights_to_export(iter(())))
     names = {name.removeprefix("loss.") for name in state if name.startswith("loss.")}
     assert names == set(recorded.meta["loss_manifest"])
     write_checkpoint(path, state)
     spec["params"]["logvar_init"] = 0.0
-    second = build_autoencoder_task(tiny(), {"lossconfig": spec, "ckpt_path": str(path)}, {})
+    second = build_autoencoder_task(build_tiny(), {"lossconfig": spec, "ckpt_path": str(path)}, {})
     for one, two in ((first.discriminator, second.discriminator), (lpips, second.perceptual)):
         torch.testing.assert_close(dict(two.state_dict()), dict(one.state_dict()), rtol=0, atol=0)
     assert float(second.logvar) == pytest.approx(0.4)
-    assert set(rename_weights(read_checkpoint(path).state)) == set(tiny().state_dict())
+    assert set(rename_weights(read_checkpoint(path).state)) == set(build_tiny().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,10 @@ def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> 
         "lightning.callbacks.images=1", "lightning.trainer.precision=32",
         "lightning.trainer.max_steps=3", "lightning.callbacks.save_steps=2",
     ])  # fmt: skip
-    whole, parts = run_of(config, tmp_path / "whole"), run_of(config, tmp_path / "parts")
+    whole, parts = (
+        build_run_from(config, tmp_path / "whole"),
+        build_run_from(config, tmp_path / "parts"),
+    )
     name = "rival.weights.main.0.weight"
     initial = whole.state.tensors()[name].clone()
     train(whole)

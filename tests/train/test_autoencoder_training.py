@@ -15,7 +15,7 @@ EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 LAYOUT = {"ch": 32, "z_channels": 4, "num_res_blocks": 1, "ch_mult": (1, 1), "resolution": 32}
 
 
-def tiny() -> AutoencoderKL:
+def build_tiny() -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(ddconfig=LAYOUT, embed_dim=4)
 
@@ -23,7 +23,7 @@ def tiny() -> AutoencoderKL:
 def test_reconstructions_get_better() -> None:
     folder = Folder(root=EMOJI, transform=EmojiTransform(size=16))
     batch = next(DatasetSource(folder).batches(4))
-    task = Reconstruction(tiny())
+    task = Reconstruction(build_tiny())
     optimizer = make_optimizer(task.trainable, 3e-3, name="muon")
     generator = torch.Generator().manual_seed(0)
     quality = []
@@ -39,7 +39,7 @@ def test_reconstructions_get_better() -> None:
 @torch.no_grad()
 def test_the_worst_values_of_an_image_can_count_more() -> None:
     batch = {"jpg": torch.rand(2, 3, 32, 32) * 2 - 1}
-    model = tiny()
+    model = build_tiny()
     plain, weighted = (
         Reconstruction(model, peak=peak).loss(batch, torch.Generator().manual_seed(0))["loss"]
         for peak in (0.0, 2.0)
@@ -51,27 +51,27 @@ def test_the_worst_values_of_an_image_can_count_more() -> None:
 
 def test_a_spike_in_the_decoder_can_cost_something() -> None:
     batch = {"jpg": torch.rand(2, 3, 32, 32) * 2 - 1}
-    model = tiny()
+    model = build_tiny()
 
-    def penalty() -> torch.Tensor:
+    def compute_penalty() -> torch.Tensor:
         plain, weighted = (
             Reconstruction(model, outlier=weight).loss(batch, torch.Generator().manual_seed(0))
             for weight in (0.0, 1.0)
         )
         return weighted["loss"] - plain["loss"]
 
-    assert penalty() < 0.01
+    assert compute_penalty() < 0.01
     spike = torch.zeros(1, 1, 16, 16)
     spike[..., 0, 15] = 1e3
     model.decoder.conv_in.register_forward_hook(lambda *args: args[-1] + spike)
-    penalty().backward()
+    compute_penalty().backward()
     # A single pixel of 256 that has all of the variance is 16 standard deviations away.
-    assert 0.3 < penalty() < 16 / 6 - 1
+    assert 0.3 < compute_penalty() < 16 / 6 - 1
 
 
 @torch.no_grad()
 def test_normalised_latents_are_standard_and_decode_to_the_same() -> None:
-    model, image = tiny().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
+    model, image = build_tiny().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
     posterior = model.encode(image)
     z, decoded = posterior.mode(), model.decode(posterior.mode())
     normalize_latents(model, z)

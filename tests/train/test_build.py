@@ -26,7 +26,7 @@ TOWERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model_of(tower: str = "open_clip") -> LatentDiffusion:
+def build_model(tower: str = "open_clip") -> LatentDiffusion:
     torch.manual_seed(0)
     encoder_class, arch = TOWERS[tower]
     unet = UNet(
@@ -47,7 +47,7 @@ def model_of(tower: str = "open_clip") -> LatentDiffusion:
     return model.train()
 
 
-def gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
+def compute_gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
     """Of one batch, with dropout."""
     task, batch = Diffusion(model), {"z": torch.ones(2, 4, 8, 8), "txt": ["a cat", "a dog"]}
     torch.manual_seed(1)
@@ -62,9 +62,9 @@ def gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("autocast", some([False, True], False))
 def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast: bool) -> None:
     """Bit by bit: the same operations are done twice, dropout draws the same numbers."""
-    plain, saving = model_of(tower), model_of(tower)
+    plain, saving = build_model(tower), build_model(tower)
     assert set_gradient_checkpointing(saving) > 10
-    actual, expected = gradients(saving, autocast), gradients(plain, autocast)
+    actual, expected = compute_gradients(saving, autocast), compute_gradients(plain, autocast)
     assert actual.keys() == expected.keys()
     assert {name.split(".")[0] for name in actual} == {"unet", "conditioner"}
     for name, value in expected.items():
@@ -74,7 +74,7 @@ def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast
 def test_checkpointing_keeps_fewer_activations() -> None:
     numbers = []
     for on in (False, True):
-        model = model_of()
+        model = build_model()
         set_gradient_checkpointing(model, on)
         sizes: list[int] = []
 
@@ -91,7 +91,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
 def test_the_autoencoder_can_save_memory_too() -> None:
     losses = []
     for on in (False, True):
-        autoencoder = model_of().autoencoder.requires_grad_(True)
+        autoencoder = build_model().autoencoder.requires_grad_(True)
         assert set_gradient_checkpointing(autoencoder, on) == 10
         loss = autoencoder.decode(torch.ones(1, 4, 4, 4)).square().mean()
         loss.backward()
@@ -101,10 +101,10 @@ def test_the_autoencoder_can_save_memory_too() -> None:
 
 def test_channels_last_gives_the_same_gradients() -> None:
     """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory's order."""
-    plain, converted = model_of().eval(), model_of().eval()
+    plain, converted = build_model().eval(), build_model().eval()
     configure_model(converted, Trainer(channels_last=True))
     assert converted.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
-    actual, expected = gradients(converted, False), gradients(plain, False)
+    actual, expected = compute_gradients(converted, False), compute_gradients(plain, False)
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 1e-3 * value.norm(), name
 
@@ -116,9 +116,9 @@ def test_a_compiled_model_keeps_its_names_and_its_gradients(
 ) -> None:
     """Tolerance: fused operations round less often. Dropout is off: it draws other numbers."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # others may be half written
-    plain, compiled = model_of().eval(), model_of().eval()
+    plain, compiled = build_model().eval(), build_model().eval()
     configure_model(compiled, Trainer(compile=True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    actual, expected = gradients(compiled, False), gradients(plain, False)
+    actual, expected = compute_gradients(compiled, False), compute_gradients(plain, False)
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 1e-3 * value.norm(), name

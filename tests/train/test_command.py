@@ -52,7 +52,7 @@ def restore_logging() -> Iterator[None]:
     log.handlers, log.level = handlers, level
 
 
-def tiny(tmp_path: Path, *words: str) -> TrainRequest:
+def parse_tiny(tmp_path: Path, *words: str) -> TrainRequest:
     return parse(["-b", TINY, "-t", "-l", str(tmp_path), *words])
 
 
@@ -187,7 +187,7 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
 
 
 def test_a_run_folder_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:
-    first, second = (start_run(tiny(tmp_path, "-f", "_a")) for _ in range(2))
+    first, second = (start_run(parse_tiny(tmp_path, "-f", "_a")) for _ in range(2))
     names = {run_folder.TIMESTAMP.sub("", folder.name) for folder in (first, second)}
     assert names == {"tiny_a"}
     assert first != second
@@ -200,7 +200,7 @@ def test_a_folder_in_the_place_of_the_link_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "tiny").mkdir()
-    start_run(tiny(tmp_path))
+    start_run(parse_tiny(tmp_path))
     assert not (tmp_path / "tiny").is_symlink()
     assert "is not a link" in caplog.text
 
@@ -216,7 +216,7 @@ def test_a_diffusers_folder_brings_its_config_and_weights(tmp_path: Path) -> Non
 
 
 def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
-    request = tiny(tmp_path, "lightning.trainer.max_steps=2", "data.params.batch_size=3")
+    request = parse_tiny(tmp_path, "lightning.trainer.max_steps=2", "data.params.batch_size=3")
     folder = start_run(request, state=2)
     again = parse(["-t", "-r", str(folder), "lightning.trainer.max_steps=5"])
     raw = read_config(again, find_run(again))
@@ -259,9 +259,9 @@ def test_the_config_of_a_run_of_version_0_1_is_read(name: str) -> None:
 
 
 def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> None:
-    old = start_run(tiny(tmp_path), state=1)
-    start_run(tiny(tmp_path))  # died before its first state
-    new = start_run(tiny(tmp_path, "-n", "other_tiny"), state=3)
+    old = start_run(parse_tiny(tmp_path), state=1)
+    start_run(parse_tiny(tmp_path))  # died before its first state
+    new = start_run(parse_tiny(tmp_path, "-n", "other_tiny"), state=3)
     earlier = save_state(new, 2)
     (new / "checkpoints/last.ckpt").touch()
     expected = {
@@ -275,7 +275,9 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
     }
     for resume, (folder, step) in expected.items():
         state = folder / f"checkpoints/state-{step:08}"
-        assert find_run(tiny(tmp_path, f"--resume={resume}")) == ExistingRun(folder, state), resume
+        assert find_run(parse_tiny(tmp_path, f"--resume={resume}")) == ExistingRun(folder, state), (
+            resume
+        )
 
 
 @pytest.mark.parametrize(
@@ -288,15 +290,15 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
     ],
 )
 def test_what_cannot_be_resumed_says_why(tmp_path: Path, resume: str, message: str) -> None:
-    run = start_run(tiny(tmp_path))
+    run = start_run(parse_tiny(tmp_path))
     (run / "checkpoints").mkdir()
     (run / "checkpoints/epoch=000001.ckpt").touch()
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        find_run(tiny(tmp_path, f"--resume={resume.format(run=run)}"))
+        find_run(parse_tiny(tmp_path, f"--resume={resume.format(run=run)}"))
 
 
 def test_after_an_elastic_restart_the_same_run_is_resumed(tmp_path: Path) -> None:
-    request = tiny(tmp_path)
+    request = parse_tiny(tmp_path)
     run = start_run(request, "id node1 7", "id node2 7")
     start_run(request, "id node3 7", state=9)
     assert find_run(request) is None
@@ -307,13 +309,13 @@ def test_after_an_elastic_restart_the_same_run_is_resumed(tmp_path: Path) -> Non
     assert find_run(request, torchruns) == ExistingRun(run, four)
     prepare_folder(request, find_run(request, torchruns), torchruns)
     for words in ([], ["-r"], ["-r", str(four)], ["-r", "tiny"]):  # where `tiny` is another by now
-        assert find_run(tiny(tmp_path, *words), ["id node4 7"]) == ExistingRun(run, four)
+        assert find_run(parse_tiny(tmp_path, *words), ["id node4 7"]) == ExistingRun(run, four)
 
 
 def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: Path) -> None:
-    folder = start_run(tiny(tmp_path), state=4)
+    folder = start_run(parse_tiny(tmp_path), state=4)
     two = save_state(folder, 2)
-    request = tiny(tmp_path, "-r", str(two))
+    request = parse_tiny(tmp_path, "-r", str(two))
     prepare_folder(request, find_run(request, ["id"]), ["id"])
     assert find_run(request, ["id"]) == ExistingRun(folder, two)
     three = save_state(folder, 3)

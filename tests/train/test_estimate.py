@@ -16,7 +16,7 @@ from quick import some
 ROOT = Path(__file__).parents[2]
 
 
-def memory(*overrides: str, processes: int = 1) -> estimate.Memory:
+def estimate_memory(*overrides: str, processes: int = 1) -> estimate.Memory:
     raw = read_yaml(ROOT / "configs/train/tiny.yaml", overrides)
     return estimate.estimate(read_settings(raw), processes)
 
@@ -40,7 +40,7 @@ def test_the_peak_counts_storages_that_are_alive() -> None:
 @pytest.mark.parametrize("parameterization", some(["v", "eps"], "v"))
 def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     model = f"model.params.parameterization={parameterization}"
-    whole = memory("lightning.optimizer.name=adamw", model)
+    whole = estimate_memory("lightning.optimizer.name=adamw", model)
     assert whole.gradients == whole.ema == 4 * whole.trainable
     assert whole.optimizer == 8 * whole.trainable
     assert whole.weights == 4 * whole.parameters
@@ -50,18 +50,20 @@ def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> estimate.Memory:
-    return memory()
+    return estimate_memory()
 
 
 @pytest.mark.slow
 def test_checkpointing_and_small_batches_keep_fewer_activations(whole: estimate.Memory) -> None:
-    small = memory("lightning.trainer.gradient_checkpointing=true", "data.params.batch_size=4")
+    small = estimate_memory(
+        "lightning.trainer.gradient_checkpointing=true", "data.params.batch_size=4"
+    )
     assert small.activations < 0.75 * whole.activations
 
 
 @pytest.mark.slow
 def test_gradients_of_a_token_go_through_the_frozen_unet(whole: estimate.Memory) -> None:
-    token = memory("lightning.textual_inversion.token=<x>")
+    token = estimate_memory("lightning.textual_inversion.token=<x>")
     assert token.trainable == 32
     assert token.activations > 0.5 * whole.activations
 
@@ -93,12 +95,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_settings_lower_the_memory() -> None:
-    whole = memory("lightning.optimizer.name=adamw")
-    split = memory("lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", processes=4)
+    whole = estimate_memory("lightning.optimizer.name=adamw")
+    split = estimate_memory(
+        "lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", processes=4
+    )
     assert split.optimizer == whole.optimizer // 4
     assert split.total < whole.total
-    assert memory("lightning.trainer.ema_device=cpu").ema == 0
-    lora = memory("lightning.lora.rank=2")
+    assert estimate_memory("lightning.trainer.ema_device=cpu").ema == 0
+    lora = estimate_memory("lightning.lora.rank=2")
     assert lora.trainable < 0.05 * lora.parameters
     assert lora.optimizer < 0.2 * lora.weights
 

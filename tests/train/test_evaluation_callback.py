@@ -9,7 +9,7 @@ from ldm.encoders.towers import CLIP
 from ldm.runtime.errors import ConfigError, FileFormatError
 from ldm.train.loop import train
 from ldm.train.monitoring.evaluation import Evaluator
-from train.tinyrun import EMOJI, tiny_run
+from train.tinyrun import EMOJI, build_tiny_run
 
 EVALUATION = "lightning.callbacks.evaluation."
 
@@ -33,7 +33,7 @@ def overrides(tmp_path):
 
 @pytest.mark.usefixtures("no_states")
 def test_scores_of_each_scale_are_logged(tmp_path, overrides):
-    run = tiny_run(tmp_path / "run", *overrides)
+    run = build_tiny_run(tmp_path / "run", *overrides)
     train(run)
     with (run.folder / "log.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["eval/prompt_score_scale_3"]]
@@ -51,7 +51,7 @@ def test_scores_of_each_scale_are_logged(tmp_path, overrides):
     ],
 )
 def test_wrong_file_ends_the_run_before_its_first_step(tmp_path, overrides, override, message):
-    run = tiny_run(tmp_path / "run", *overrides, EVALUATION + override)
+    run = build_tiny_run(tmp_path / "run", *overrides, EVALUATION + override)
     assert run.settings.callbacks.evaluation is not None
     with pytest.raises((ConfigError, FileFormatError, ValueError, OSError), match=message):
         Evaluator(run, run.settings.callbacks.evaluation)

@@ -18,7 +18,7 @@ from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from ldm.train.runs.exports import export, export_best, export_step
-from train.tinyrun import EMOJI, tiny_run
+from train.tinyrun import EMOJI, build_tiny_run
 
 HELD_OUT = f"{{root: {EMOJI}, split: heldout, transform: {{name: emoji, size: 32}}}}"
 
@@ -26,7 +26,7 @@ HELD_OUT = f"{{root: {EMOJI}, split: heldout, transform: {{name: emoji, size: 32
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two steps of the tiny model, with images held out."""
-    run = tiny_run(
+    run = build_tiny_run(
         tmp_path_factory.mktemp("run"),
         f"data.params.validation={HELD_OUT}",
         "lightning.callbacks.sampling={steps: 2}",
@@ -134,7 +134,7 @@ def test_an_export_in_half_precision_keeps_what_is_too_large(
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     overrides = ("lightning.lora.rank=2", "lightning.textual_inversion.token=emoji")
-    return tiny_run(tmp_path_factory.mktemp("adapted"), *overrides)
+    return build_tiny_run(tmp_path_factory.mktemp("adapted"), *overrides)
 
 
 def test_loras_and_embeddings_have_the_config_of_their_training(adapted: Run) -> None:

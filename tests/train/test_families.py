@@ -14,7 +14,7 @@ from ldm.train.loop import train
 from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import Diffusion
 from quick import some
-from train.tinyrun import run_of, tiny_config, tiny_run
+from train.tinyrun import build_run_from, build_tiny_run, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_states")
 DDPM = "ldm.models.diffusion.ddpm."
@@ -81,7 +81,7 @@ CACHED: dict[str, dict[str, Any]] = {
 }
 
 
-def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
+def make_config(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     name, channels, conditions, overrides = FAMILIES[task]
     raw = tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
     model = raw["model"]["params"] | overrides | params
@@ -96,8 +96,8 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", some(FAMILIES, "unclip"))
 def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
-    raw = raw_of(task, tmp_path)
-    run = run_of(raw, tmp_path / "run")
+    raw = make_config(task, tmp_path)
+    run = build_run_from(raw, tmp_path / "run")
     if task == "unclip":
         assert isinstance(run.task, Diffusion)
         assert run.task.conditioning_dropout_prob == {"txt": 0.1, "embedding": 0.25}
@@ -122,10 +122,12 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
 
 
 def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> None:
-    text = tiny_run(tmp_path / "text")
+    text = build_tiny_run(tmp_path / "text")
     export(text)
     weights = text.checkpoints / "last.safetensors"
-    wide = run_of(raw_of("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "wide")
+    wide = build_run_from(
+        make_config("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "wide"
+    )
     models: list[Any] = [load(ckpt=weights), wide.model]
     z, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     depth = {"depth": torch.rand(1, 1, 8, 8)}
@@ -140,18 +142,18 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
 
 
 def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> None:
-    text = tiny_run(tmp_path / "text")
+    text = build_tiny_run(tmp_path / "text")
     export(text)
     weights = str(tmp_path / "measured.ckpt")
     measured = read_checkpoint(text.checkpoints / "last.safetensors").state | {
         "scale_factor": torch.tensor(0.3)
     }
     torch.save({"state_dict": measured}, weights)
-    raw = raw_of("vary", tmp_path, ckpt_path=weights, load_only_unet=True, scale_by_std=True)
+    raw = make_config("vary", tmp_path, ckpt_path=weights, load_only_unet=True, scale_by_std=True)
     first = raw["model"]["params"]["first_stage_config"]["params"]
     first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
     raw["lightning"]["trainer"]["seed"] = 5
-    run: Any = run_of(raw, tmp_path / "run")
+    run: Any = build_run_from(raw, tmp_path / "run")
     expected: Any = text.model
     for name, equal in (("unet.out.2.weight", True), ("autoencoder.decoder.conv_in.weight", False)):
         actual, other = run.model.get_parameter(name), expected.get_parameter(name)
@@ -161,4 +163,4 @@ def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> N
 
 def test_weights_to_widen_need_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`finetune_keys` needs a `ckpt_path`"):
-        run_of(raw_of("inpaint", tmp_path, finetune_keys=["any"]), tmp_path)
+        build_run_from(make_config("inpaint", tmp_path, finetune_keys=["any"]), tmp_path)

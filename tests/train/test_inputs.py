@@ -35,9 +35,9 @@ def test_inputs_equal_the_originals(
     if hasattr(model.conditioner, "depth"):
         model.conditioner.depth.eps = 0.001  # type: ignore[union-attr]
     info, expected = golden.case(case)["info"], golden.outputs(case)
-    batch = {name: picture(name, value) for name, value in golden.inputs(case).items()}
+    batch = {name: to_image(name, value) for name, value in golden.inputs(case).items()}
     replay(golden.rng(case), monkeypatch)
-    actual = inputs(model, {**batch, "txt": info["txt"]}, DROPS.get(case, {}))
+    actual = prepare_inputs(model, {**batch, "txt": info["txt"]}, DROPS.get(case, {}))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=f"{case} {name}", **CLOSE)
@@ -47,7 +47,7 @@ def test_the_first_stage_equals_the_originals(
     golden: Gold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, expected = model_of(golden, "base_eps"), golden.outputs("base_first_stage")
-    image = picture("jpg", golden.inputs("base_first_stage")["jpg"])
+    image = to_image("jpg", golden.inputs("base_first_stage")["jpg"])
     replay(golden.rng("base_first_stage"), monkeypatch)
     z = model.encode(image)
     torch.testing.assert_close(z, expected["z"], **CLOSE)
@@ -58,7 +58,7 @@ def test_the_first_stage_equals_the_originals(
     torch.testing.assert_close(nothing, expected["uc"], **CLOSE)
 
 
-def inputs(
+def prepare_inputs(
     model: LatentDiffusion, batch: dict[str, Any], drop: dict[str, float]
 ) -> dict[str, Tensor]:
     """z and the conditions, under the original's names."""
@@ -72,7 +72,7 @@ def inputs(
     )
 
 
-def picture(name: str, value: Tensor) -> Tensor:
+def to_image(name: str, value: Tensor) -> Tensor:
     """As our batches have it: channels first; `midas_in` already is."""
     return value if name == "midas_in" else value.permute(0, 3, 1, 2)
 

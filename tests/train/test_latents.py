@@ -182,7 +182,7 @@ def test_latents_come_in_buckets_and_broken_pictures_are_named(
     assert {name for batch in seen for name in batch.get("broken", [])} == {"2.png", "8.png"}
 
 
-def packed(photos: Path, place: Path) -> list[str]:
+def pack_photos(photos: Path, place: Path) -> list[str]:
     """Shards of 4 and 2 pictures."""
     return [
         *map(str, pack(Folder(root=photos, transform=PhotoTransform()), f"{place}/%d.tar", count=4))
@@ -198,7 +198,7 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     )
     model.autoencoder.encode = None  # nothing is made anew
     shards = cache_latents(
-        model, Shards(packed(photos, tmp_path), photo), cache, variants_per_image=2
+        model, Shards(pack_photos(photos, tmp_path), photo), cache, variants_per_image=2
     )
     batches = shards.batches(2, workers=1)
     for batch in (next(batches) for _ in range(6)):
@@ -211,7 +211,7 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
 def test_shards_are_read_only_when_something_has_changed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, cache, read = packed(photos, tmp_path), tmp_path / "cache", []
+    files, cache, read = pack_photos(photos, tmp_path), tmp_path / "cache", []
     raws = Shards.raw_samples
     monkeypatch.setattr(Shards, "raw_samples", lambda shards: read.append(1) or raws(shards))
     model.conditioner.text.requires_grad_(False)
@@ -229,7 +229,7 @@ def test_shards_are_read_only_when_something_has_changed(
     Image.new("RGB", (16, 16)).save(photos / "3.png")
     (photos / "5.png").unlink()
     (photos / "2.txt").write_text("another")
-    packed(photos, tmp_path)
+    pack_photos(photos, tmp_path)
     assert fill() == (2, 7, 8)
     next(cache.glob("latents-*.pt")).unlink()
     assert fill()[0] == 1
@@ -328,7 +328,7 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("location", ["root", "shards"])
 def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, location: str) -> None:
     model.conditioner.text.requires_grad_(False)
-    place = str(photos) if location == "root" else packed(photos, tmp_path)
+    place = str(photos) if location == "root" else pack_photos(photos, tmp_path)
     train: Any = {location: place, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = Data(batch_size=3, train=train, **caches)

@@ -13,7 +13,7 @@ from ldm.train import loop
 from ldm.train.loop import save, train
 from ldm.train.run import Run
 from ldm.train.runs.exports import export
-from train.tinyrun import run_of, tiny_config, tiny_run, weights_of
+from train.tinyrun import build_run_from, build_tiny_run, collect_weights, tiny_config
 
 STEPS = "lightning.trainer.max_steps="
 SAVE_STEPS = "lightning.callbacks.save_steps="
@@ -22,14 +22,14 @@ SAVE_STEPS = "lightning.callbacks.save_steps="
 @pytest.fixture(scope="module")
 def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 4 steps, with states of the last two; tests must not change it."""
-    run = tiny_run(tmp_path_factory.mktemp("run"), STEPS + "4", SAVE_STEPS + "3")
+    run = build_tiny_run(tmp_path_factory.mktemp("run"), STEPS + "4", SAVE_STEPS + "3")
     train(run)
     return run
 
 
 def resume_copy(run: Run, folder: Path, *overrides: str) -> Run:
     """A run in another folder, resumed from the newest state."""
-    second = tiny_run(folder, *overrides)
+    second = build_tiny_run(folder, *overrides)
     second.resume(run.states.newest())
     return second
 
@@ -50,17 +50,17 @@ def file_contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(four_steps: Run, tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, STEPS + "4")
+    run = build_tiny_run(tmp_path, STEPS + "4")
     run.resume(four_steps.checkpoints / "state-00000003")
     assert run.state.step == 3
     train(run)
-    torch.testing.assert_close(weights_of(run), weights_of(four_steps), rtol=0, atol=0)
+    torch.testing.assert_close(collect_weights(run), collect_weights(four_steps), rtol=0, atol=0)
 
 
 def test_a_signal_stops_the_run_after_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, train_step = tiny_run(tmp_path), loop.train_step
+    run, train_step = build_tiny_run(tmp_path), loop.train_step
 
     def interrupt(*args: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
@@ -74,12 +74,12 @@ def test_a_signal_stops_the_run_after_the_step(
 
 @pytest.mark.usefixtures("no_states")
 def test_steps_without_finite_gradients_are_skipped(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, STEPS + "3")
+    run = build_tiny_run(tmp_path, STEPS + "3")
     fail_at(run, {1})
     before = run.model.state_dict()["unet.out.2.weight"].clone()
     train(run)
     assert (run.state.step, run.state.skipped) == (3, 1)
-    assert all(value.isfinite().all() for value in weights_of(run).values())
+    assert all(value.isfinite().all() for value in collect_weights(run).values())
     assert not torch.equal(before, run.model.state_dict()["unet.out.2.weight"])
 
 
@@ -92,10 +92,12 @@ def test_a_diverging_run_stops_with_its_state_and_batch_on_disk(
         train(run)
     (batch,) = torch.load(tmp_path / "not-finite-rank0.pt", weights_only=True)
     assert len(batch["txt"]) == run.batch_size
-    again = tiny_run(tmp_path)
+    again = build_tiny_run(tmp_path)
     again.resume()
     assert again.state.step == 7
-    assert torch.equal(weights_of(again)["unet.out.2.weight"], weights_of(run)["unet.out.2.weight"])
+    assert torch.equal(
+        collect_weights(again)["unet.out.2.weight"], collect_weights(run)["unet.out.2.weight"]
+    )
 
 
 @pytest.mark.slow
@@ -105,7 +107,7 @@ def test_states_of_a_diverging_run_never_replace_good_ones(four_steps: Run, tmp_
     good = tmp_path / "checkpoints/state-00000004"
     content = file_contents(good)
     overrides = ("lightning.trainer.nan_limit=3", "model.base_learning_rate=1.0e+38")
-    again = tiny_run(tmp_path, SAVE_STEPS + "1", *overrides)
+    again = build_tiny_run(tmp_path, SAVE_STEPS + "1", *overrides)
     again.resume()
     with pytest.raises(FloatingPointError, match="has earlier states"):
         train(again)
@@ -169,7 +171,7 @@ def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
     autoencoder["params"]["ddconfig"] |= {"ch_mult": [1, 1], "resolution": 16}
     config["model"] = {**autoencoder, "base_learning_rate": 1e-3}
     config["data"]["params"]["train"]["transform"] |= {"size": 16, "shift": 1}
-    run = run_of(config, tmp_path)
+    run = build_run_from(config, tmp_path)
     train(run)
     model = run.model
     assert isinstance(model, AutoencoderKL)

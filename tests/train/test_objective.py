@@ -27,7 +27,7 @@ SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)
 PREFIX = "model.diffusion_model."
 
 
-def unet_of(golden: Gold, key: str) -> Any:
+def build_unet(golden: Gold, key: str) -> Any:
     unet = instantiate(golden.meta[key]["params"]["unet_config"])
     unet.load_state_dict(golden.weights(unet.state_dict(), PREFIX))
     return unet
@@ -44,8 +44,8 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
     golden = gold("train_losses")
     shared, recorded = golden.under("shared/"), golden.outputs(f"{name}_{mode}")
     params = golden.case(f"{name}_{mode}")["info"]["options"]
-    unet = unet_of(golden, f"config_{name}").train(mode == "train")
-    criterion = criterion_of(params)
+    unet = build_unet(golden, f"config_{name}").train(mode == "train")
+    criterion = build_criterion(params)
     cond, noise = Cond(crossattn=shared["c"]), shared["noise"]
     denoiser = Denoiser(unet, SCHEDULE, params.get("parameterization", "eps"))
     losses = criterion(denoiser.error(shared["x_start"], cond, shared["t"], noise), shared["t"])
@@ -65,7 +65,7 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
             torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-6, msg=key)
 
 
-def criterion_of(params: dict[str, Any]) -> Criterion:
+def build_criterion(params: dict[str, Any]) -> Criterion:
     """What a YAML of the original with these parameters asks for."""
     options = diffusion_options(params, {})
     return Criterion(SCHEDULE, params.get("parameterization", "eps"), **options)
@@ -75,17 +75,17 @@ def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
     golden = gold("train_losses")
     shared = golden.under("shared/")
     t, noise = golden.rng("forward_rng")
-    denoiser = Denoiser(unet_of(golden, "config_eps_l2"), SCHEDULE)
+    denoiser = Denoiser(build_unet(golden, "config_eps_l2"), SCHEDULE)
     with torch.no_grad():
         error = denoiser.error(shared["x_start"], Cond(crossattn=shared["c"]), t, noise)
-        loss = criterion_of({})(error, t)["loss"]
+        loss = build_criterion({})(error, t)["loss"]
     torch.testing.assert_close(loss, golden.outputs("forward_rng")["loss"], rtol=1e-5, atol=1e-6)
 
 
 def test_two_steps_of_adamw_equal_the_originals() -> None:
     golden = gold("train_step")
     inputs, recorded = golden.inputs("adamw"), golden.outputs("adamw")
-    unet, criterion = unet_of(golden, "config"), criterion_of({})
+    unet, criterion = build_unet(golden, "config"), build_criterion({})
     denoiser, ema = Denoiser(unet, SCHEDULE), EMA(unet)
     optimizer = make_optimizer(unet, 1e-3)
     for step in range(2):
@@ -134,13 +134,13 @@ class Recorder(nn.Module):
         return self.bias.expand_as(z_t)
 
 
-def task_of(**options: Any) -> Diffusion:
+def build_task(**options: Any) -> Diffusion:
     parts: dict[str, Any] = {"unet": Recorder(), "autoencoder": PixelSpace()}
     model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **parts)
     return build_diffusion(model, **options)
 
 
-def input_noise(task: Diffusion) -> tuple[Tensor, float]:
+def record_input_noise(task: Diffusion) -> tuple[Tensor, float]:
     """The noise in the network's input, for latents of zeros, and the loss of predicting 0."""
     losses = task.loss({"z": torch.zeros(16, 4, 16, 16)}, torch.Generator().manual_seed(3))
     unet: Any = task.model.unet
@@ -150,25 +150,25 @@ def input_noise(task: Diffusion) -> tuple[Tensor, float]:
 
 def test_offset_noise_moves_whole_channels() -> None:
     """The mean of a channel has variance 1 / 256 from the noise, plus offset squared."""
-    plain, _ = input_noise(task_of())
-    moved, loss = input_noise(task_of(noise_offset=0.5))
+    plain, _ = record_input_noise(build_task())
+    moved, loss = record_input_noise(build_task(noise_offset=0.5))
     assert plain.mean(dim=(2, 3)).std() == pytest.approx(1 / 16, rel=0.2)
     assert moved.mean(dim=(2, 3)).std() == pytest.approx((1 / 256 + 0.25) ** 0.5, rel=0.2)
     assert loss == pytest.approx(moved.square().mean().item(), rel=1e-4)  # part of the target
 
 
 def test_input_perturbation_is_in_the_input_but_not_in_the_target() -> None:
-    plain, loss = input_noise(task_of())
-    perturbed, same_loss = input_noise(task_of(input_perturbation=0.3))
+    plain, loss = record_input_noise(build_task())
+    perturbed, same_loss = record_input_noise(build_task(input_perturbation=0.3))
     assert (perturbed - plain).std() == pytest.approx(0.3, rel=0.05)
     assert same_loss == pytest.approx(loss, rel=1e-6)
 
 
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="offset_nose"):
-        task_of(offset_nose=0.1)
+        build_task(offset_nose=0.1)
     with pytest.raises(ValueError, match="unknown loss_type `l3`"):
-        task_of(loss_type="l3")
+        build_task(loss_type="l3")
 
 
 def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
@@ -190,18 +190,18 @@ def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
 
 
 def test_logvar_is_learned_and_exported_if_asked_for() -> None:
-    task = task_of(learn_logvar=True, logvar_init=-0.3)
+    task = build_task(learn_logvar=True, logvar_init=-0.3)
     task.loss({"z": torch.ones(2, 4, 8, 8)}, torch.Generator().manual_seed(0))["loss"].backward()
     assert (task.trainable["criterion"].logvar.grad != 0).sum() == 2
     assert task.weights_to_export([])["logvar"].shape == (1000,)
-    assert "logvar" not in task_of(logvar_init=0.5).weights_to_export([])
-    assert "criterion" not in task_of(logvar_init=0.5).trainable
+    assert "logvar" not in build_task(logvar_init=0.5).weights_to_export([])
+    assert "criterion" not in build_task(logvar_init=0.5).trainable
 
 
 def test_a_measured_scale_equals_the_originals() -> None:
     """The latent that the recording measures, without an autoencoder around it."""
     recorded = gold("misc_cond").outputs("scale_by_std")
-    task = task_of(scale_by_std=True)
+    task = build_task(scale_by_std=True)
     set_scale_by_std(task.model, recorded["z"], torch.Generator())
     assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)
     exported = task.weights_to_export([])["scale_factor"]

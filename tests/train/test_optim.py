@@ -70,14 +70,14 @@ def test_an_optimizer_fits_a_line(name: str) -> None:
 def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
     """Three steps equal two, a state of tensors by name, and a third."""
     needs(name)
-    whole, parts = network(name), network(name)
+    whole, parts = build_network(name), build_network(name)
     for seed in range(3):
         step(whole, seed)
     for seed in range(2):
         step(parts, seed)
     shapes = {n: (x.shape, x.dtype) for n, x in parts.optimizer_state().items()}
     tensors = {name: value.clone() for name, value in parts.optimizer_state().items()}
-    third = network(name)
+    third = build_network(name)
     assert {n: (x.shape, x.dtype) for n, x in third.empty_optimizer_state(shapes).items()} == shapes
     third.module.load_state_dict(parts.module.state_dict())
     third.load_optimizer_state(tensors)
@@ -121,7 +121,7 @@ def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
 
 
 def test_muon_does_the_same_with_sharded_weights(group: None) -> None:
-    alone, sharded = network("muon"), network("muon", is_sharded=True)
+    alone, sharded = build_network("muon"), build_network("muon", is_sharded=True)
     for seed in range(2):
         step(alone, seed)
         step(sharded, seed)
@@ -137,7 +137,7 @@ def needs(name: str) -> None:
         pytest.importorskip("bitsandbytes")
 
 
-def network(name: str, is_sharded: bool = False) -> TrainedNetwork:
+def build_network(name: str, is_sharded: bool = False) -> TrainedNetwork:
     torch.manual_seed(0)
     layer = nn.Linear(80, 64)  # more than 4096 weights, fewer stay in 32 bits
     if is_sharded:
@@ -145,11 +145,11 @@ def network(name: str, is_sharded: bool = False) -> TrainedNetwork:
     return TrainedNetwork(layer, make_optimizer(layer, 1e-2, name=name), lambda *_: {})
 
 
-def step(network: TrainedNetwork, seed: int) -> None:
+def step(build_network: TrainedNetwork, seed: int) -> None:
     x = torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))
-    network.optimizer.zero_grad()
-    network.module(x).square().mean().backward()
-    network.optimizer.step()
+    build_network.optimizer.zero_grad()
+    build_network.module(x).square().mean().backward()
+    build_network.optimizer.step()
 
 
 def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:

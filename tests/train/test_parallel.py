@@ -27,21 +27,25 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/train/ranks.py"
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
-def environments(processes: int) -> list[dict[str, str]]:
+def make_environments(processes: int) -> list[dict[str, str]]:
     """By which processes find each other, as torchrun and Slurm set them."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     shared |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     shared |= {"WORLD_SIZE": str(processes)}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def start(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
+def start_processes(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
     """Start ranks.py in several processes."""
     return [
         subprocess.Popen(
@@ -49,24 +53,24 @@ def start(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
             env={**os.environ, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )
-        for environment in environments(processes)
+        for environment in make_environments(processes)
     ]  # fmt: skip
 
 
-def ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str]]:
+def run_ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str]]:
     """Return the two hashes of each case; processes are forked from one that has imported all."""
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["train.ranks", "torch._dynamo"])
     with ProcessPoolExecutor(processes, context) as pool:
-        work = [pool.submit(run_cases, env, folder, cases) for env in environments(processes)]
+        work = [pool.submit(run_cases, env, folder, cases) for env in make_environments(processes)]
         return work[0].result(timeout=900)
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:
     """The second step is taken from the state of the first, which ddp has saved, with fsdp."""
-    (_, saved), (loaded, _) = ranks(2, tmp_path, "save:ddp-32-map", "go:fsdp-32-map").values()
+    (_, saved), (loaded, _) = run_ranks(2, tmp_path, "save:ddp-32-map", "go:fsdp-32-map").values()
     assert saved == loaded
     accumulate = "lightning.trainer.accumulate_grad_batches=2"
     one = make_run(tmp_path / "one", "auto-32-map", STEPS, accumulate)
@@ -77,7 +81,7 @@ def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_ends_when_another_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
+    port = find_free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -111,7 +115,7 @@ def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_others(tmp_path: Path) -> None:
-    first, second = start(2, str(tmp_path), "forever:ddp-32-map")
+    first, second = start_processes(2, str(tmp_path), "forever:ddp-32-map")
     while len(list(tmp_path.glob("*.pid"))) < 2 and first.poll() is None:
         time.sleep(0.1)
     second.send_signal(signal.SIGSTOP)  # no connection breaks, but its heartbeat ends
@@ -160,7 +164,7 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
     kinds = ("32-map", f"bf16-{shards}/*.tar")
     cases = [f"{strategy}-{kind}" for strategy in strategies for kind in kinds]
-    for case, (straight, interrupted) in ranks(processes, tmp_path, *cases).items():
+    for case, (straight, interrupted) in run_ranks(processes, tmp_path, *cases).items():
         assert straight == interrupted, case
 
 
@@ -168,8 +172,8 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
 def test_a_sharded_sdxl_goes_on_as_one_process(tmp_path: Path) -> None:
     """Its optimizer has states for the UNet alone: both text encoders are frozen."""
     save, go = "save:fsdp-32-xl", "go:fsdp-32-xl"
-    hashes = ranks(2, tmp_path, save, go)
-    assert ranks(1, tmp_path, go)[go][0] == hashes[go][0] == hashes[save][1]
+    hashes = run_ranks(2, tmp_path, save, go)
+    assert run_ranks(1, tmp_path, go)[go][0] == hashes[go][0] == hashes[save][1]
     two, one = (torch.load(tmp_path / f"went-on-{n}.pt")["weights"] for n in (2, 1))
     assert {name.split(".")[0] for name in two} == {"unet", "conditioner"}
     check_close(two, one)
@@ -181,9 +185,9 @@ def test_a_state_of_four_processes_is_the_same_on_two_and_one(
     strategy: str, tmp_path: Path
 ) -> None:
     save, go = (f"{verb}:{strategy}-32-map" for verb in ("save", "go"))
-    hashes = ranks(4, tmp_path, save, go)
+    hashes = run_ranks(4, tmp_path, save, go)
     saved = hashes[save][1]
-    assert [hashes[go][0], *(ranks(n, tmp_path, go)[go][0] for n in (2, 1))] == [saved] * 3
+    assert [hashes[go][0], *(run_ranks(n, tmp_path, go)[go][0] for n in (2, 1))] == [saved] * 3
     after = [torch.load(tmp_path / f"went-on-{n}.pt") for n in (4, 2, 1)]
     for other in after[1:]:
         assert other["losses"] == pytest.approx(after[0]["losses"], rel=1e-5)

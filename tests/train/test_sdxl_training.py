@@ -21,7 +21,7 @@ from ldm.train.run import Run
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import LogNormal
 from loading.tinyfamilies import small, write
-from train.tinyrun import run_of
+from train.tinyrun import build_run_from
 
 pytestmark = pytest.mark.usefixtures("no_states")
 DATA = """
@@ -55,14 +55,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(family: str, photos: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+def make_config(family: str, photos: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     text = DATA.replace("PHOTOS", str(photos)).replace("CACHE", str(folder.parent))
     model = small(family)["model"] | {"base_learning_rate": 1e-3}
     return {"model": model, **parse_yaml(text, overrides)}
 
 
 def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
-    return run_of(config_of(family, photos, folder, *overrides), folder)
+    return build_run_from(make_config(family, photos, folder, *overrides), folder)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_lora_and_a_token_of_both_text_encoders_are_trained_and_used(
     for encoder, value in zip(encoders, vectors, strict=True):
         assert not torch.equal(value, encoder.token_embeddings("cat").expand(3, -1))
 
-    model = run_of_base(tmp_path)
+    model = make_base_run(tmp_path)
     load_embeddings(model, [run.checkpoints / "last-word.safetensors"])
     for encoder, value in zip(model.conditioner.find_all(TextEncoder), vectors, strict=True):
         assert torch.equal(next(iter(encoder.added_embeddings.values())), value)
@@ -168,9 +168,9 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
     folder = tmp_path / "class"
     prior = f"{{root: {folder}, prompt: a dog, count: 2, transform: {{name: photo, size: 64}}}}"
     overrides = ["data.params.train.transform.buckets=null", f"data.params.prior={prior}"]
-    raw = config_of("xl", photos, tmp_path / "run", *overrides, "lightning.callbacks.images=0")
+    raw = make_config("xl", photos, tmp_path / "run", *overrides, "lightning.callbacks.images=0")
     raw["model"]["params"]["image_size"] = 8
-    run = run_of(raw, tmp_path / "run")
+    run = build_run_from(raw, tmp_path / "run")
     assert len(list(folder.glob("*.png"))) == 2
     source: Any = run.source
     prior_sample = source.dataset[0, 0]["prior"]
@@ -229,7 +229,7 @@ def test_a_training_config_of_generative_models_is_run_as_it_stands(
     photos: Path, tmp_path: Path
 ) -> None:
     """Without `lightning.optimizer`, so as the original trains."""
-    raw = config_of("xl-v", photos, tmp_path / "run", "data.params.texts=null")
+    raw = make_config("xl-v", photos, tmp_path / "run", "data.params.texts=null")
     embedders = raw["model"]["params"]["conditioner_config"]["params"]["emb_models"]
     for embedder in embedders:
         embedder["ucg_rate"] = 0.5
@@ -244,7 +244,7 @@ def test_a_training_config_of_generative_models_is_run_as_it_stands(
     }
     raw["lightning"] = {"trainer": {"max_steps": 1, "sanity": False}}
     raw["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
-    run = run_of(raw, tmp_path / "run")
+    run = build_run_from(raw, tmp_path / "run")
     assert isinstance(run.task, Diffusion)
     assert (run.task.conditioning_dropout_prob, run.task.sigma_distribution) == (None, LogNormal())
     assert run.state.ema.decay == 0
@@ -252,7 +252,7 @@ def test_a_training_config_of_generative_models_is_run_as_it_stands(
     assert run.state.skipped == 0
 
 
-def run_of_base(folder: Path) -> Any:
+def make_base_run(folder: Path) -> Any:
     path = folder / "base.safetensors"
     write("xl", path)
     return ldm.load(None, path)

@@ -56,11 +56,11 @@ SD2 = """
 """
 
 
-def settings(text: str = "", *, model: str = "{}") -> Settings:
+def read(text: str = "", *, model: str = "{}") -> Settings:
     return read_settings(parse_yaml(f"model: {model}\nlightning: {text}\n"))
 
 
-def linear(**changes: Any) -> dict[str, Any]:
+def make_linear_config(**changes: Any) -> dict[str, Any]:
     params = {"warm_up_steps": [4], "f_min": [0.2], "f_max": [1.0], "f_start": [0.0]}
     params |= {"cycle_lengths": [10]} | changes
     return {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params}
@@ -94,7 +94,7 @@ def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
 
 
 def test_arguments_of_lightning_get_our_names() -> None:
-    result = settings(
+    result = read(
         "{trainer: {precision: 16, gpus: '0,1,', max_steps: -1, max_epochs: 3, "
         "gradient_clip_val: 0, strategy: ddp_find_unused_parameters_false, max_time: {hours: 2}, "
         "val_check_interval: 100, accumulate_grad_batches: 4, limit_val_batches: 5, "
@@ -129,15 +129,13 @@ def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
 
 def test_captions_are_dropped_as_the_model_config_says() -> None:
     model = "{params: {unet_config: {}, ucg_training: {txt: {p: 0.2, val: ''}}}}"
-    assert settings(model=model).objective == {"conditioning_dropout_prob": 0.2}
-    assert settings(model="{params: {unet_config: {}}}").objective == {
-        "conditioning_dropout_prob": 0.0
-    }
-    assert settings("{optimizer: {}, trainer: {max_steps: 1}}", model=model).objective == {}
+    assert read(model=model).objective == {"conditioning_dropout_prob": 0.2}
+    assert read(model="{params: {unet_config: {}}}").objective == {"conditioning_dropout_prob": 0.0}
+    assert read("{optimizer: {}, trainer: {max_steps: 1}}", model=model).objective == {}
 
 
 def test_callbacks_are_known_by_their_class() -> None:
-    result = settings(
+    result = read(
         "{callbacks: {grids: {target: main.ImageLogger, params: {batch_frequency: 7}}, "
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
@@ -146,7 +144,7 @@ def test_callbacks_are_known_by_their_class() -> None:
 
 
 def test_epochs_become_steps_once_their_length_is_known() -> None:
-    result = settings("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
+    result = read("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
                     "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
     with pytest.raises(ValueError, match="no known length, give `max_steps`"):
         result.convert_epochs(None)
@@ -161,26 +159,24 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
 def test_an_invalid_accumulation_is_refused_by_its_name(count: str) -> None:
     trainer = f"{{trainer: {{val_check_interval: 100, accumulate_grad_batches: {count}}}}}"
     with pytest.raises(ValueError, match=r"^lightning\.trainer\.accumulate_grad_batches: `"):
-        settings(trainer)
+        read(trainer)
 
 
 @pytest.mark.parametrize("interval", ["check_val_every_n_epoch: 1", "val_check_interval: 100"])
 def test_no_validation_batches_switch_validation_off(interval: str) -> None:
-    callbacks = settings(f"{{trainer: {{limit_val_batches: 0, {interval}}}}}").callbacks
+    callbacks = read(f"{{trainer: {{limit_val_batches: 0, {interval}}}}}").callbacks
     assert (callbacks.validate_steps, callbacks.validate_epochs) == (None, None)
 
 
 def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
-    result = settings("{trainer: {limit_val_batches: 0.5, profiler: simple, min_steps: 3}}")
+    result = read("{trainer: {limit_val_batches: 0.5, profiler: simple, min_steps: 3}}")
     assert result.callbacks.validate_batches == 8
     ignored = [note.split()[0].rpartition(".")[2] for note in result.notes if "ignored" in note]
     assert ignored == ["profiler", "min_steps", "limit_val_batches"]
 
 
 def test_a_fast_dev_run_has_as_many_steps_as_it_says() -> None:
-    limits = [
-        settings(f"{{trainer: {{fast_dev_run: {n}}}}}").trainer.max_steps for n in ("true", 5)
-    ]
+    limits = [read(f"{{trainer: {{fast_dev_run: {n}}}}}").trainer.max_steps for n in ("true", 5)]
     assert limits == [1, 5]
 
 
@@ -189,7 +185,7 @@ def test_what_the_original_monitors_is_monitored() -> None:
         {{model: {{params: {{unet_config: {{}}, monitor: val/loss_simple_ema}}}},
           data: {{params: {{train: {{}}, validation: {held_out}}}}}, lightning: {lightning}}}"""
 
-    def monitored(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
+    def read_monitoring(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
         result = read_settings(parse_yaml(text.format(held_out=held_out, lightning=lightning)))
         return [
             result.callbacks.save_top_k,
@@ -197,26 +193,28 @@ def test_what_the_original_monitors_is_monitored() -> None:
             result.callbacks.validate_epochs,
         ]
 
-    assert monitored("{root: x}") == [3, "val/loss_simple_ema", 1]
-    assert monitored() == [0, None, None]
+    assert read_monitoring("{root: x}") == [3, "val/loss_simple_ema", 1]
+    assert read_monitoring() == [0, None, None]
     fewer = "{modelcheckpoint: {params: {save_top_k: 1, monitor: val/loss_simple}}}"
-    assert monitored("{root: x}", fewer) == [1, "val/loss_simple", 1]
+    assert read_monitoring("{root: x}", fewer) == [1, "val/loss_simple", 1]
     none = "{modelcheckpoint: {params: {save_top_k: 0}}}"
-    assert monitored("{root: x}", none) == [0, "val/loss_simple_ema", 1]
+    assert read_monitoring("{root: x}", none) == [0, "val/loss_simple_ema", 1]
     highest = "{modelcheckpoint: {params: {mode: max, monitor: val/psnr}}}"
-    assert monitored("{}", highest) == [0, None, None]
+    assert read_monitoring("{}", highest) == [0, None, None]
 
 
 def test_a_linear_schedule_warms_up_and_falls_in_cycles() -> None:
-    once = build_lr_multiplier(linear())
+    once = build_lr_multiplier(make_linear_config())
     assert [once(n) for n in (0, 2, 4, 5, 10, 99)] == pytest.approx([0, 0.5, 0.68, 0.6, 0.2, 0.2])
     twice = build_lr_multiplier(
-        linear(warm_up_steps=[0, 5], f_min=[0.0, 0.5], f_max=[1.0, 0.5], f_start=[0.0, 0.1],
-               cycle_lengths=[10, 20])
+        make_linear_config(warm_up_steps=[0, 5], f_min=[0.0, 0.5], f_max=[1.0, 0.5],
+                           f_start=[0.0, 0.1], cycle_lengths=[10, 20])
     )  # fmt: skip
     assert [twice(n) for n in (0, 9, 10, 11, 20)] == pytest.approx([1.0, 0.1, 0.0, 0.18, 0.5])
     forever = build_lr_multiplier(
-        linear(warm_up_steps=[10_000], f_start=[1e-6], f_min=[1.0], cycle_lengths=[10**13])
+        make_linear_config(
+            warm_up_steps=[10_000], f_start=[1e-6], f_min=[1.0], cycle_lengths=[10**13]
+        )
     )
     assert [forever(n) for n in (0, 5000, 10_000, 10**6)] == pytest.approx([1e-6, 0.5, 1, 1], 1e-6)
 
@@ -228,13 +226,13 @@ def test_a_cosine_schedule_ends_at_its_smallest_rate() -> None:
     at = build_lr_multiplier({"target": target, "params": params})
     rates = [at(n) for n in (0, 500, 1000, 25_500, 50_000, 60_000)]
     assert rates == pytest.approx([1e-3, 0.0505, 0.1, 0.05005, 1e-4, 1e-4])
-    lists = linear(warm_up_steps=[2], f_min=[0.0], cycle_lengths=[12])["params"]
+    lists = make_linear_config(warm_up_steps=[2], f_min=[0.0], cycle_lengths=[12])["params"]
     round_ = build_lr_multiplier({"target": target + "2", "params": lists})
     assert [round_(n) for n in (1, 2, 7, 12)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
 
 
 def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
-    model = {"base_learning_rate": 1.0, "params": {"scheduler_config": linear()}}
+    model = {"base_learning_rate": 1.0, "params": {"scheduler_config": make_linear_config()}}
     raw = {"model": model, "data": {"params": {"batch_size": 2}}}
     result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
     rate, _ = result.build_learning_rate()
@@ -271,7 +269,7 @@ def test_former_names_of_keys_are_read() -> None:
 def test_a_key_under_both_names_is_refused() -> None:
     message = r"^lightning\.optimizer\.warm_up is the former name of `lr_warmup_steps`: give one .*"
     with pytest.raises(ValueError, match=message):
-        settings("{trainer: {max_steps: 1}, optimizer: {warm_up: 1, lr_warmup_steps: 1}}")
+        read("{trainer: {max_steps: 1}, optimizer: {warm_up: 1, lr_warmup_steps: 1}}")
 
 
 def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
@@ -339,7 +337,7 @@ def test_a_wrong_value_is_named_with_its_key(override: str, message: str) -> Non
 
 
 def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
-    result = settings("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
+    result = read("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
                     "lora: {targets: text}, callbacks: {export: ckpt, loggers: csv, prompts: a cat,"
                     " save_steps: off, image_minutes: .inf}}")  # fmt: skip
     assert repr(result.trainer.max_steps) == "1000000"
@@ -354,8 +352,8 @@ def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None
 def test_times_are_read_as_lightning_writes_them() -> None:
     times = {"01:10:00": 4200, "01:00:00:00": 86400, "90": 90, "90.5": 90.5}
     for text, seconds in times.items():
-        assert settings(f"{{trainer: {{max_time: '{text}'}}}}").trainer.max_time == seconds
-        assert settings(f"{{trainer: {{max_time: {seconds}}}}}").trainer.max_time == seconds
+        assert read(f"{{trainer: {{max_time: '{text}'}}}}").trainer.max_time == seconds
+        assert read(f"{{trainer: {{max_time: {seconds}}}}}").trainer.max_time == seconds
 
 
 @pytest.mark.parametrize("path", some(CONFIGS, *FILES), ids=lambda path: path.stem)
@@ -380,6 +378,6 @@ def test_missing_keys_are_named_at_once() -> None:
     ],
 )
 def test_a_wrong_schedule_is_named(changes: dict[str, Any], message: str) -> None:
-    raw = {"model": {"params": {"scheduler_config": linear(**changes)}}}
+    raw = {"model": {"params": {"scheduler_config": make_linear_config(**changes)}}}
     with pytest.raises(ValueError, match=f"^model.params.scheduler_config: .*{message}"):
         read_settings(raw)

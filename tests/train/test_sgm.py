@@ -70,12 +70,12 @@ SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)
 LOSS = "model.params.loss_fn_config.params."
 
 
-def settings(*overrides: str) -> Settings:
+def read_training(*overrides: str) -> Settings:
     return read_settings(parse_yaml(TRAINING, overrides))
 
 
 def test_an_example_of_generative_models_is_understood() -> None:
-    result = settings()
+    result = read_training()
     assert result.objective == {
         "conditioning_dropout_prob": None, "loss_type": "l2", "weighting": "eps",
         "noise_levels": None,
@@ -137,9 +137,9 @@ def test_an_example_of_generative_models_is_understood() -> None:
 def test_what_the_engine_says_of_training_holds(
     overrides: list[str], section: str, values: dict[str, Any]
 ) -> None:
-    read = getattr(settings(*overrides), section)
-    read = read if isinstance(read, dict) else vars(read)
-    assert {key: read[key] for key in values} == values
+    result = getattr(read_training(*overrides), section)
+    result = result if isinstance(result, dict) else vars(result)
+    assert {key: result[key] for key in values} == values
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_the_engine_says_of_training_holds(
 )
 def test_what_is_not_supported_is_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        settings(override)
+        read_training(override)
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ TRAIN = {"root": EMOJI, "split": "train", "transform": {"name": "emoji", "size":
 SHARDS = {"shards": "x-*.tar", "transform": {"name": "emoji", "size": 16}}
 
 
-def section(**params: Any) -> Data:
+def make_data(**params: Any) -> Data:
     return read_data({"params": {"batch_size": 4, "train": TRAIN, **params}})
 
 
 def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
-    data = section(validation={**TRAIN, "split": "heldout"})
+    data = make_data(validation={**TRAIN, "split": "heldout"})
     train, held_out = open_sources(nn.Identity(), data, 23)
     assert held_out is not None
     assert (train.batches_per_epoch(1), held_out.batches_per_epoch(1)) == (23, 1)
@@ -50,7 +50,7 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
 )
 def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_sources(nn.Identity(), section(**params), 23)
+        open_sources(nn.Identity(), make_data(**params), 23)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
 def test_a_folder_without_pictures_is_named_with_its_key(
     split: str, place: str, message: str, tmp_path: Path
 ) -> None:
-    data = section(**{split: {**TRAIN, "root": tmp_path / place}})
+    data = make_data(**{split: {**TRAIN, "root": tmp_path / place}})
     with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{split}\.root: {message}$"):
         open_sources(nn.Identity(), data, 23)
 
@@ -78,7 +78,7 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_pat
     train = {"root": tmp_path, "transform": {"name": "photo", "size": 16}}
     caches = {key: {"cache": str(tmp_path / key)} for key in ("latents", "texts")}
     for extras in ({}, {"latents": caches["latents"]}, caches):
-        source, _ = open_sources(model, section(train=train, **extras), 23)
+        source, _ = open_sources(model, make_data(train=train, **extras), 23)
         batch = next(source.batches(3))
         assert set(batch["txt"]) == {"a", "c"}
         assert batch["broken"] == ["b.png"]
@@ -88,19 +88,21 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
     folder = Folder(root=EMOJI, transform=EmojiTransform(), split="train")
     list(pack(folder, str(tmp_path / "%06d.tar"), count=8))
     train, _ = open_sources(
-        nn.Identity(), section(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}), 23
+        nn.Identity(),
+        make_data(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}),
+        23,
     )
     assert next(train.batches(4))["jpg"].shape == (4, 3, 16, 16)
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
-    open_sources(model, section(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
+    open_sources(model, make_data(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
     shown, text = model.conditioner.text.token_ids.clone(), model.conditioner.text
     text.token_ids.copy_(torch.arange(len(shown)))
-    open_sources(model, section(), 23)
+    open_sources(model, make_data(), 23)
     assert torch.equal(text.token_ids, shown)  # the words of a folder are those of its shards
 
 
 def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     photos = {**TRAIN, "split": None, "transform": {"name": "photo", "size": 16}}
-    open_sources(model, section(train=photos), 23)
+    open_sources(model, make_data(train=photos), 23)
     assert "24 of 24 images" in caplog.text

@@ -26,16 +26,16 @@ def tiny_config(*overrides: str) -> dict[str, Any]:
     return read_yaml(TINY, [*QUICK, *overrides])
 
 
-def run_of(config: dict[str, Any], folder: Path) -> Run:
+def build_run_from(config: dict[str, Any], folder: Path) -> Run:
     cpu = torch.device("cpu")
     return build_run(read_settings(config), folder, config_text=format_yaml(config), device=cpu)
 
 
-def tiny_run(folder: Path, *overrides: str) -> Run:
-    return run_of(tiny_config(*overrides), folder)
+def build_tiny_run(folder: Path, *overrides: str) -> Run:
+    return build_run_from(tiny_config(*overrides), folder)
 
 
-def weights_of(run: Run) -> dict[str, torch.Tensor]:
+def collect_weights(run: Run) -> dict[str, torch.Tensor]:
     """Raw and EMA weights."""
     ema = {f"ema.{name}": value for name, value in run.state.ema.shadow.items()}
     return run.task.trainable.state_dict() | ema
