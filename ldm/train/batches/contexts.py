@@ -22,6 +22,8 @@ __all__ = ["CachedContexts", "cache_contexts"]
 LATER_OPTIONS = {
     ("always_return_pooled", False), ("always_return_mask", False), ("legacy", True)
 }  # fmt: skip
+# Class -> its former name, which keys retain for the same reason.
+FORMER_CLASSES = {"FunctionalLinear": "Product"}
 
 
 class CachedContexts:
@@ -106,4 +108,5 @@ def _plain_options(module: nn.Module) -> dict[str, object]:
         and k not in EncoderOptions.__annotations__
         and (k, v) not in LATER_OPTIONS
     }
-    return {"class": type(module).__name__, **options, "training": False}
+    name = type(module).__name__
+    return {"class": FORMER_CLASSES.get(name, name), **options, "training": False}
