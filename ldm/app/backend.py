@@ -32,7 +32,7 @@ from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
 from ldm.generate.groups import SDXL, ModelChoice, Sampling, UpscalerChoice
 from ldm.generate.load import Models, load_models
-from ldm.generate.options import options_of, parse_weighted_file
+from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import FILE_KEYS, Info, describe_run
 from ldm.generate.replay import (
     compare_infos,
@@ -157,7 +157,7 @@ class Backend:
         info = read_info(path)
         if info and "task" not in info:
             raise ArgumentError('made by another program: use "Send to" to copy its parameters')
-        request = self._recorded_request(info, Path(path).name)
+        request = self._build_recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
         models = self._load(prepared, progress, threads=info["threads"])
@@ -265,32 +265,17 @@ class Backend:
         self.limits.check_output(factor * width, factor * height, is_upscaled)
         return models
 
-    def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
-        """Return the request that made an image, with the server's own files."""
+    def _build_recorded_request(self, info: dict[str, Any], name: str) -> Request:
+        """Build the request that made an image, with the server's own files.
+
+        Args:
+            name: name of the image file, for messages.
+        """
         recorded = read_request(info, name).with_values(line_values(info))
         if recorded.model.overrides or info["overrides"]:
             raise ArgumentError("it was made with overrides: use `ldm replay`")
         entry = self._find_recorded_model(info, recorded.task)
-        inputs = options_of(recorded.task.inputs)
-        allowed = {name for name, (option, _) in inputs.items() if not option.is_path}
-        allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
-        allowed |= options_of(UpscalerChoice).keys()
-        allowed -= {"refiner", "upscaler"}
-        values = {key: value for key, value in recorded.get_values().items() if key in allowed}
-        for key, files in info.get("inputs", {}).items():
-            paths = [str(self.uploads.find(file["sha256"])) for file in files]
-            option, _ = inputs.get(key, (None, None))
-            if paths and not (option and option.is_input_file and option.label):
-                raise ArgumentError(f"it was made with a file as `{key}`: use `ldm replay`")
-            if paths and option:
-                values[key] = paths if option.is_list else paths[0]
-        values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
-        earlier = info.get("earlier", ())
-        values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
-        values |= recorded_defaults(info, recorded)
-        if "upscaling" in recorded.task.groups():
-            values["upscaler"] = self._find_recorded_addon("upscaler", info, "a file in its folder")
-        request = recorded.task.request(values)
+        request = recorded.task.request(self._find_recorded_values(info, recorded))
         names = {file: name for name, (file, _) in self.library.loras.items()}
         recorded_loras = info.get("loras", ())
         files = _find_files(recorded_loras, names, "--lora")
@@ -307,6 +292,29 @@ class Backend:
         choice = replace(request.model, embedding=tuple(embeddings), vae=vae)
         sdxl = replace(request.sdxl, refiner=refiner)
         return replace(request, model=choice, sdxl=sdxl)
+
+    def _find_recorded_values(self, info: dict[str, Any], recorded: Request) -> dict[str, Value]:
+        """Return the options of an image that a visitor may set, with the server's own files."""
+        input_options = options_of(recorded.task.inputs)
+        allowed = {name for name, (option, _) in input_options.items() if not option.is_path}
+        allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
+        allowed |= options_of(UpscalerChoice).keys()
+        allowed -= {"refiner", "upscaler"}
+        values = {key: value for key, value in recorded.get_values().items() if key in allowed}
+        for key, files in info.get("inputs", {}).items():
+            paths = [str(self.uploads.find(file["sha256"])) for file in files]
+            option, _ = input_options.get(key, (None, None))
+            if paths and not (option and option.is_input_file and option.label):
+                raise ArgumentError(f"it was made with a file as `{key}`: use `ldm replay`")
+            if paths and option:
+                values[key] = paths if option.is_list else paths[0]
+        values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
+        earlier = info.get("earlier", ())
+        values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
+        values |= recorded_defaults(info, recorded)
+        if "upscaling" in recorded.task.groups():
+            values["upscaler"] = self._find_recorded_addon("upscaler", info, "a file in its folder")
+        return values
 
 
 @lru_cache(maxsize=1)
