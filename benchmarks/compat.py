@@ -1,12 +1,12 @@
-"""Sampling through the original's classes against the same network of plain torch layers.
+"""Sampling by the original's classes, timed against diffusers.
 
     python benchmarks/compat.py                 # Stable Diffusion 1 at 256x256, 3 steps
-    python benchmarks/compat.py --channels 64   # a narrow one: what Python costs
+    python benchmarks/compat.py --channels 64   # few channels: mostly Python's overhead
     python benchmarks/compat.py --device cuda --dtype float16 --side 64 --steps 20
 
-Both are `UNet2DConditionModel` of diffusers and `UNetModel`, which share their weights, and both
-are sampled by `DDIMSampler`, with guidance. Runs alternate; `ratio` is the baseline's time by ours,
-the median of neighbouring runs with its range. At least 0.95 is wanted.
+`UNetModel` is sampled by `DDIMSampler`, and `UNet2DConditionModel` of diffusers, with the same
+weights, by `DDIMScheduler`, both with guidance. Runs alternate; `ratio` is the time of diffusers
+divided by that of the original's classes, the median of pairs of runs with its range.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--channels", type=int, default=320, help="of the first level")
-    add("--side", type=int, default=32, help="of the latent")
+    add("--channels", type=int, default=320, help="channels of the first level")
+    add("--side", type=int, default=32, help="height and width of the latent")
     add("--steps", type=int, default=4)
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=torch.get_num_threads())
@@ -47,13 +47,16 @@ def main() -> None:
     runs = build(args)
     x, y = (run().float() for run in runs)  # the warm-up
     difference = ((x - y).norm() / y.norm()).item()
-    # Other processes disturb CPU time least.
+    # CPU time where it can be used: other processes disturb it least.
     is_single = args.threads == 1 and args.device.type == "cpu"
     clock = time.process_time if is_single else time.perf_counter
     times = [[measure_seconds(run, clock) for run in runs] for _ in range(args.rounds)]
-    ratios = [theirs / ours for ours, theirs in times]
-    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    print(f"old classes {ours:.2f} s, plain torch layers {theirs:.2f} s, {args.steps} steps")
+    ratios = [baseline / old for old, baseline in times]
+    old_median, baseline_median = map(statistics.median, zip(*times, strict=True))
+    print(
+        f"original's classes {old_median:.2f} s, diffusers {baseline_median:.2f} s, "
+        f"{args.steps} steps"
+    )
     print(
         f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} ... {max(ratios):.3f}), "
         f"relative difference {difference:.1e}"
@@ -61,7 +64,7 @@ def main() -> None:
 
 
 def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
-    """Returns one run of sampling by the old classes, and one by diffusers."""
+    """Return a function that samples by the original's classes, and one by diffusers."""
     from ldm.models.diffusion.ddim import DDIMSampler
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -72,13 +75,13 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
     for parameter in unet.parameters():
         if parameter.count_nonzero() == 0:
             torch.nn.init.normal_(parameter, std=0.02)
-    widths = [args.channels * mult for mult in SD1["channel_mult"]]
+    channels = [args.channels * mult for mult in SD1["channel_mult"]]
     with torch.device("meta"):
-        twin = diffusers.UNet2DConditionModel(
-            block_out_channels=widths, cross_attention_dim=SD1["context_dim"]
+        diffusers_unet = diffusers.UNet2DConditionModel(
+            block_out_channels=channels, cross_attention_dim=SD1["context_dim"]
         )
     state = unet.state_dict()
-    twin.load_state_dict(scatter_weights(unet_keys(state), state), assign=True)
+    diffusers_unet.load_state_dict(scatter_weights(unet_keys(state), state), assign=True)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
         clip_sample=False, set_alpha_to_one=False,
@@ -104,22 +107,22 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
         z = x
         scheduler.set_timesteps(args.steps, device=args.device)
         for t in scheduler.timesteps:
-            output = twin(torch.cat([z, z]), t, context).sample
-            unconditional, conditional = output.chunk(2)
-            guided = unconditional + SCALE * (conditional - unconditional)
+            output = diffusers_unet(torch.cat([z, z]), t, context).sample
+            uncond, cond = output.chunk(2)
+            guided = uncond + SCALE * (cond - uncond)
             z = scheduler.step(guided, t, z).prev_sample
         return z
 
-    def wait(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run_and_wait() -> Tensor:
+    def synchronized(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run_and_synchronize() -> Tensor:
             out = run()
             if args.device.type == "cuda":
                 torch.cuda.synchronize(args.device)
             return out
 
-        return run_and_wait
+        return run_and_synchronize
 
-    return [wait(sample_by_old_classes), wait(sample_by_diffusers)]
+    return [synchronized(sample_by_old_classes), synchronized(sample_by_diffusers)]
 
 
 def measure_seconds(run: Callable[[], Tensor], clock: Callable[[], float]) -> float:

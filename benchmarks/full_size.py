@@ -1,15 +1,15 @@
-"""Runs every model family at its true size on the CPU: checkpoint, script, image.
+"""Every model family at its published size on the CPU: checkpoint, script, image.
 
     python benchmarks/full_size.py                         # all families, fp16 files
     python benchmarks/full_size.py depth unclip-l --precision full --steps 4
     python benchmarks/full_size.py upscaler --side 512     # 512 to 2048, in tiles
     python benchmarks/full_size.py sdxl --side 256 --precision fp16    # base and refiner
 
-Random weights are written to temporary files (2 to 7 GB) in the original's layout, the family's
-script runs on them in a new process, and the size of the image is checked and that it is not blank.
-`peak` is the largest resident size of that process, the mapped file included: in fp16, as the file
-is, weights are not copied, and 13.1 GiB for base and refiner of SDXL are 1.4 GiB of own memory.
-Unknown flags are passed to the script.
+Random weights are written to temporary files (2 to 7 GB) in the original's layout; then the
+family's script runs on them in a new process, and its image must have the expected size and not be
+blank. `peak` is the largest resident size of that process, memory-mapped files included: of the
+13.1 GiB for base and refiner of SDXL in fp16, 1.4 GiB are memory of the process. Unknown flags are
+passed to the script.
 """
 
 import argparse
@@ -32,13 +32,18 @@ KARLO = ("--prior", "prior-ckpt-step=01000000-of-01000000.ckpt")
 
 @dataclass(frozen=True)
 class Case:
-    """A run of one family; sides in pixels."""
+    """A run of one family.
+
+    Args:
+        input_side: Height and width of the input or, without one, of the output, in pixels.
+        scale: Size of the output relative to the input.
+    """
 
     script: str
     config: str
     flags: tuple[str, ...] = ()
     input_side: int = 512
-    scale: int = 1  # of the output
+    scale: int = 1
 
 
 CASES = {
@@ -67,12 +72,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("family", nargs="*", help=f"out of {', '.join(CASES)} (all)")
+    add("family", nargs="*", help=f"among {', '.join(CASES)} (all)")
     add("--steps", type=int, default=2, help="sampling steps (%(default)s)")
-    add("--precision", default="autocast", help="as the scripts take it (%(default)s)")
-    add("--side", type=int, help="of the input image (the family's own)")
-    args, further_flags = parser.parse_known_args()
-    args.further_flags = further_flags
+    add("--precision", default="autocast", help="the scripts' flag (%(default)s)")
+    add("--side", type=int, help="height and width of the input image (by family)")
+    args, script_flags = parser.parse_known_args()
+    args.script_flags = script_flags
     for name in args.family:
         if name not in CASES:
             parser.error(f"unknown family `{name}`, choose among {', '.join(CASES)}")
@@ -83,7 +88,7 @@ def main() -> None:
 
 
 def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
-    """Runs one family; returns its row.
+    """Run one family; return its row.
 
     Raises:
         SystemExit: if the script fails, or its image has another size or is blank.
@@ -104,7 +109,7 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
     flags += ["--n_iter", 1, "--steps", args.steps, "--precision", args.precision, *case.flags]
     if case.script in ("txt2img", "unclip"):
         flags += ["--H", input_side, "--W", input_side]
-    script = [ROOT / f"scripts/{case.script}.py", *flags, "--skip_grid", *args.further_flags]
+    script = [ROOT / f"scripts/{case.script}.py", *flags, "--skip_grid", *args.script_flags]
     seconds, cpu, peak = harness.run(ROOT, *script, folder=folder)
     with Image.open(folder / "samples/00000.png") as image:
         pixels = np.asarray(image.convert("RGB"), np.float32)
@@ -119,9 +124,9 @@ def find_config(name: str) -> Path:
 
 
 def write_checkpoint(file: Path, config: Path, *flags: str) -> None:
-    """Writes random weights in float16."""
-    write = ["benchmarks/make_checkpoint.py", file, "--dtype", "float16", "--config", config]
-    harness.run(ROOT, *write, *flags)
+    """Write a checkpoint of random weights in float16."""
+    command = ["benchmarks/make_checkpoint.py", file, "--dtype", "float16", "--config", config]
+    harness.run(ROOT, *command, *flags)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All checks that need a GPU, in about ten minutes; prints one table at the end.
+"""All checks that need a GPU, in about ten minutes, with one table of results at the end.
 
     pip install -e '.[test,benchmarks,train]' && pip install xformers
     python benchmarks/gpu.py                       # exit code 1 if a step fails
@@ -10,14 +10,14 @@ networks   run.py in float16 and bfloat16 against diffusers: the lowest ratio
 training   train.py, SD 2 in bfloat16 against diffusers
 attention  xformers against SDPA on the shapes of SD 2: the lowest and highest ratio
            (their outputs are compared by the tests)
-offload    an image of SDXL at 1024 x 1024 with 8 GB of the GPU's memory: peak and prediction
+offload    an image of SDXL at 1024 x 1024 in 8 GB of the GPU's memory: peak and estimate
 nccl       one step of the demo's UNet with DistributedDataParallel, its gradients against those of
-           a step without; NCCL is initialised with one GPU, too
+           a step without; with one GPU as well, where it initialises NCCL
 trainer    scripts/train.py by torchrun on all GPUs
 
-A step that takes longer than its limit is ended; the others still run. Nothing is installed; what
-is missing is skipped, and the table says so. With --device cpu gloo stands for NCCL, SDPA is
-compared with the written-out formula and the tests are only collected.
+A step that exceeds its time limit is stopped; the others still run. Nothing is installed: a step
+whose package is missing is skipped, and the table says so. With --device cpu, gloo replaces NCCL,
+SDPA is compared with the formula in plain torch, and the tests are only collected.
 """
 
 import argparse
@@ -38,20 +38,21 @@ from harness import ROOT
 from torch import nn
 from torch.utils.benchmark import Timer
 
-# (heads, tokens, keys, features per head): attention of SD 2's UNet at 64x64, and of its VAE.
+# (heads, queries, keys, features per head): attention of SD 2's UNet at 64x64, and of its VAE
 SHAPES = [(5, 4096, 4096, 64), (10, 1024, 1024, 64), (20, 256, 256, 64), (5, 4096, 77, 64)]
 SHAPES += [(1, 4096, 4096, 512)]
 TINY_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
-CARD, STEPS = 8e9, 4  # bytes and steps of the offloaded model
+MEMORY_LIMIT = 8e9  # bytes of the GPU, for the offloaded model
+STEPS = 4  # of its image
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 
 def steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
-    """Returns command line and time limit in seconds of each step; its last line is the result."""
+    """Return command and time limit in seconds of each step, whose last line is its result."""
     is_cpu = device == "cpu"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     torchrun += [f"--nproc-per-node={2 if is_cpu else torch.cuda.device_count()}"]
-    own = ["benchmarks/gpu.py", "--device", device, "--step"]
+    this_script = ["benchmarks/gpu.py", "--device", device, "--step"]
     networks = ["benchmarks/run.py", "--device", device]
     training = ["benchmarks/train.py", "--device", device]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "tests"]
@@ -68,9 +69,9 @@ def steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
         "tests": (tests, 90),
         "networks": (networks, 200),
         "training": (training, 90),
-        "attention": ([*own, "attention"], 60),
-        "offload": ([*own, "offload"], 240),
-        "nccl": ([*torchrun, *own, "nccl"], 60),
+        "attention": ([*this_script, "attention"], 60),
+        "offload": ([*this_script, "offload"], 240),
+        "nccl": ([*torchrun, *this_script, "nccl"], 60),
         "trainer": ([*torchrun, *trainer], 60),
     }
 
@@ -86,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.step:
-        return OWN_STEPS[args.step](device)
+        return STEP_FUNCTIONS[args.step](device)
     is_cpu = args.device == "cpu"
     if not is_cpu and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu runs the steps at tiny sizes")
@@ -95,7 +96,7 @@ def main() -> None:
         for name in args.only:
             print(f"== {name}", flush=True)
             rows.append((name, *execute(*steps(args.device, folder)[name])))
-    print(f"\n{'CPU, nothing of the GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
+    print(f"\n{'CPU: no GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
     print(f"{'step':10} {'result':8} {'seconds':>7}  worst / ratio")
     for name, state, seconds, last in rows:
         print(f"{name:10} {state:8} {seconds:7.0f}  {last}")
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 def execute(command: list[str], limit: int) -> tuple[str, float, str]:
-    """Runs a step, showing its output; returns its state, seconds and last line."""
+    """Run a step, showing its output; return its state, seconds and last line."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command],
@@ -118,7 +119,7 @@ def execute(command: list[str], limit: int) -> tuple[str, float, str]:
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # workers, too
+        os.killpg(process.pid, signal.SIGKILL)  # with its workers
         output, _ = process.communicate()
         output += f"\nstopped after {limit} s"
     print(output, flush=True)
@@ -129,7 +130,7 @@ def execute(command: list[str], limit: int) -> tuple[str, float, str]:
 
 @torch.no_grad()
 def compare_attention(device: torch.device) -> None:
-    """Times xformers against SDPA; on a CPU SDPA against the written-out formula."""
+    """Time xformers against SDPA; on a CPU SDPA against the formula in plain torch."""
     from ldm.nets.attention import attention
 
     is_cpu = device.type == "cpu"
@@ -140,12 +141,12 @@ def compare_attention(device: torch.device) -> None:
     ratios = []
     for dtype in [torch.float32] if is_cpu else [torch.float16, torch.bfloat16]:
         for heads, n, m, d in TINY_SHAPES if is_cpu else SHAPES:
-            sizes = [(2, heads, n, d), (2, heads, m, d), (2, heads, m, d)]
-            q, k, v = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+            shapes = [(2, heads, n, d), (2, heads, m, d), (2, heads, m, d)]
+            q, k, v = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
             seconds = {}
             for name in (backend, baseline):
-                call = {"attention": attention, "q": q, "k": k, "v": v, "name": name}
-                timer = Timer("attention(q, k, v, backend=name)", globals=call)
+                variables = {"attention": attention, "q": q, "k": k, "v": v, "name": name}
+                timer = Timer("attention(q, k, v, backend=name)", globals=variables)
                 seconds[name] = timer.blocked_autorange(min_run_time=0.5).median
             ratios.append(seconds[baseline] / seconds[backend])
             print(f"{dtype} {heads} x {n} x {m} x {d}: {ratios[-1]:.2f}")
@@ -153,7 +154,7 @@ def compare_attention(device: torch.device) -> None:
 
 
 def offload_model(device: torch.device) -> None:
-    """Makes an image of SDXL on a GPU that may use 8 GB; on a CPU one of the demo model."""
+    """Make an image of SDXL in 8 GB of GPU memory, or on a CPU of the demo model."""
     import ldm
     from ldm.pipelines.memory import estimate_memory
 
@@ -162,20 +163,20 @@ def offload_model(device: torch.device) -> None:
         model, size = ldm.load(), (64, 64)
     else:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(CARD / total, device)
-        model = random_model(ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml")
-    predicted = estimate_memory(model, size).with_offload / 2**30
+        torch.cuda.set_per_process_memory_fraction(MEMORY_LIMIT / total, device)
+        model = build_random_model(ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml")
+    estimate = estimate_memory(model, size).with_offload / 2**30
     model.offload(device)
-    for _ in range(2):  # the first includes the start of CUDA
+    for _ in range(2):  # the first includes the initialisation of CUDA
         start = time.perf_counter()
         ldm.txt2img(model, ["a"], size=size, steps=STEPS, seeds=0, scale=5.0)
         seconds = time.perf_counter() - start
     peak = 0.0 if is_cpu else torch.cuda.max_memory_allocated(device) / 2**30
-    print(f"{seconds:.1f} s for {STEPS} steps, peak {peak:.2f} GiB, predicted {predicted:.2f}")
+    print(f"{seconds:.1f} s for {STEPS} steps, peak {peak:.2f} GiB, estimated {estimate:.2f}")
 
 
-def random_model(config: Path) -> Any:
-    """Returns a model of random weights in float16, its autoencoder in bfloat16, on the CPU."""
+def build_random_model(config: Path) -> Any:
+    """Build a model with random weights in float16, its autoencoder in bfloat16, on the CPU."""
     from make_checkpoint import random_weights
 
     from ldm.loading.build import build_on_meta, fill_weights
@@ -189,7 +190,7 @@ def random_model(config: Path) -> Any:
 
 
 def distributed_step(device: torch.device) -> None:
-    """One step on a part of the batch per process; gradients are those of the whole batch."""
+    """Train one step on two samples per process, and check the gradients of the whole batch."""
     import ldm
 
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
@@ -206,11 +207,12 @@ def distributed_step(device: torch.device) -> None:
     (unet(x, t, context) - target).square().mean().backward()
     expected = [p.grad for p in unet.parameters()]
     unet.zero_grad()
-    part = slice(2 * rank, 2 * rank + 2)
+    samples = slice(2 * rank, 2 * rank + 2)
     replica = nn.parallel.DistributedDataParallel(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
-    (replica(x[part], t[part], context[part]) - target[part]).square().mean().backward()
-    difference = [p.grad - e for p, e in zip(unet.parameters(), expected, strict=True)]
+    output = replica(x[samples], t[samples], context[samples])
+    (output - target[samples]).square().mean().backward()
+    difference = [p.grad - grad for p, grad in zip(unet.parameters(), expected, strict=True)]
     error = (nn.utils.get_total_norm(difference) / nn.utils.get_total_norm(expected)).item()
     optimizer.step()
     backend = dist.get_backend()
@@ -221,7 +223,11 @@ def distributed_step(device: torch.device) -> None:
         print(f"{backend}, {world_size} processes, gradients differ by {error:.1e}")
 
 
-OWN_STEPS = {"attention": compare_attention, "offload": offload_model, "nccl": distributed_step}
+STEP_FUNCTIONS = {
+    "attention": compare_attention,
+    "offload": offload_model,
+    "nccl": distributed_step,
+}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What guidance methods and stochastic samplers cost, beside diffusers or another revision.
+"""Time of guidance methods and stochastic samplers, against diffusers or another revision.
 
-    python benchmarks/guidance.py                        # beside diffusers
+    python benchmarks/guidance.py                        # against diffusers
     git worktree add /tmp/before main && python benchmarks/guidance.py --against /tmp/before
 
-A stage samples a latent with a network of Stable Diffusion 1, whose weights are random:
-`plain` by DDIM with guidance, `pag` and `freeu` the same with those, the
-others by samplers that add noise. Both sides evaluate the network equally often; texts are encoded
-before, nothing is decoded. Where both draw the same noise their latents must agree. `ratio` is the
-baseline's time by ours, as in `run.py`. For DPM++ SDE it is diffusers' single-step solver, as its
-other one needs torchsde.
+A stage samples a latent with a UNet of Stable Diffusion 1 with random weights: `plain` by DDIM with
+guidance, `pag` and `freeu` with these as well, the others by samplers that add noise. Both
+implementations evaluate the UNet equally often; text encoder and decoder are not timed. Where both
+draw the same noise, their latents must agree. `ratio` is the baseline's time divided by ours, as in
+`run.py`. DPM++ SDE is compared with diffusers' single-step solver, as its other one needs torchsde.
 """
 
 import argparse
@@ -22,11 +21,13 @@ import torch
 from harness import ROOT, Result, Side, Worker
 from torch import Tensor
 
-STEPS, SCALE, PAG = 4, 7.5, 3.0
+STEPS = 4
+SCALE = 7.5
+PAG_SCALE = 3.0
 FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
 SAME_NOISE = ("plain", "pag", "freeu")
-ADDED = ("pag", "freeu")  # stages that older revisions do not have
-# Sampler of ours -> scheduler of diffusers, its settings, and steps of ours and of it.
+NEW_STAGES = ("pag", "freeu")  # that older revisions do not have
+# Our sampler -> scheduler of diffusers, its settings, and the number of steps of both
 SDE: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "dpmpp_sde": (
         "DPMSolverSinglestepScheduler",
@@ -48,7 +49,7 @@ SDE: dict[str, tuple[str, dict[str, Any], int, int]] = {
     ),
 }
 STAGES = (*SAME_NOISE, *SDE)
-LIMIT = 1e-3  # of the difference of latents, by their largest value
+MAX_ERROR = 1e-3  # difference of latents, relative to their largest value
 Call = Callable[[], Tensor]
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser = harness.parser(__doc__, dtypes=["float32"], threads=1)
     add = parser.add_argument
     add("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    add("--side", type=int, default=32, help="of the latent (%(default)s)")
+    add("--side", type=int, default=32, help="height and width of the latent (%(default)s)")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     harness.setup(args)
@@ -65,7 +66,7 @@ def main() -> None:
     print(harness.machine(args), flush=True)
     pair = harness.sides(args)
     if args.against != "diffusers":
-        args.stage = [stage for stage in args.stage if stage not in ADDED]
+        args.stage = [stage for stage in args.stage if stage not in NEW_STAGES]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def write_model(folder: Path) -> None:
-    """Writes config, checkpoint and diffusers' folder of a model that is small but for its UNet."""
+    """Write config, checkpoint and diffusers folder of a model that is small but for its UNet."""
     from ldm.loading.config import format_yaml, read_yaml
 
     raw = read_yaml(ROOT / "configs/stable-diffusion/v1-inference.yaml")
@@ -93,7 +94,7 @@ def write_model(folder: Path) -> None:
 
 
 def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> dict[str, Any]:
-    """Compares one stage; prints and returns the row."""
+    """Compare one stage; print and return the row."""
 
     def start(side: Side) -> Worker:
         words = ("--stage", stage, "--folder", args.folder, "--side", args.side)
@@ -104,7 +105,7 @@ def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> di
             return {}
         ours, theirs = (torch.load(r["output"], weights_only=True) for r in (result, other))
         error = float((ours - theirs).abs().max() / theirs.abs().max())
-        if not error < LIMIT:
+        if not error < MAX_ERROR:
             raise SystemExit(f"{stage}: the latents differ by {error:.1e}")
         return {"error": error}
 
@@ -117,7 +118,7 @@ def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> di
 
 @torch.no_grad()
 def work(args: argparse.Namespace) -> None:
-    """The worker: samples once as a warm-up, writes the latent, serves timed calls."""
+    """In the worker: sample once as a warm-up, write the latent, serve timed calls."""
     make = {"ours": ours, "diffusers": diffusers}[args.worker]
     call = make(args.stage[0], args)
     output = call()
@@ -127,7 +128,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def ours(stage: str, args: argparse.Namespace) -> Call:
-    """Returns a run of ours."""
+    """Load our model; return a function that samples by it."""
     import ldm
 
     paths = (args.folder / f"model.{suffix}" for suffix in ("yaml", "safetensors"))
@@ -137,7 +138,7 @@ def ours(stage: str, args: argparse.Namespace) -> Call:
     if stage == "pag":
         from ldm.diffusion.guidance import Guidance, PerturbedAttention
 
-        options["guidance"] = PerturbedAttention(PAG, Guidance())
+        options["guidance"] = PerturbedAttention(PAG_SCALE, Guidance())
     if stage == "freeu":
         options |= {"freeu": FREEU, "freeu_version": "diffusers"}
     if stage in SDE:
@@ -146,14 +147,14 @@ def ours(stage: str, args: argparse.Namespace) -> Call:
 
 
 def diffusers(stage: str, args: argparse.Namespace) -> Call:
-    """Returns a run of diffusers' pipeline."""
+    """Load the pipeline of diffusers; return a function that samples by it."""
     import diffusers as package
 
     name = "StableDiffusionPAGPipeline" if stage == "pag" else "StableDiffusionPipeline"
     pipe = getattr(package, name).from_pretrained(args.folder / "model", local_files_only=True)
     pipe = pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    steps, options = STEPS, {"pag_scale": PAG} if stage == "pag" else {}
+    steps, options = STEPS, {"pag_scale": PAG_SCALE} if stage == "pag" else {}
     if stage == "freeu":
         b1, b2, s1, s2 = FREEU
         pipe.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
@@ -171,7 +172,7 @@ def diffusers(stage: str, args: argparse.Namespace) -> Call:
 
 
 def noise(side: int) -> Tensor:
-    """Returns the noise to start from."""
+    """Return the initial noise."""
     return torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 

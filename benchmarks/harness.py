@@ -1,4 +1,4 @@
-"""Compares two implementations, each in a process of its own, timed in alternating order."""
+"""Compares the time of two implementations, each in its own process, in alternating order."""
 
 import argparse
 import json
@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Last, so that PYTHONPATH decides whose `ldm` a worker measures.
 sys.path.append(str(ROOT))
 
-MIN_SECONDS = 0.2  # per sample; shorter calls are repeated
-
+MIN_SECONDS = 0.2  # per measurement; shorter calls are repeated
 
 Result = dict[str, Any]  # what a worker reports after its warm-up
 
@@ -37,7 +36,7 @@ class Side:
 
 
 def parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.ArgumentParser:
-    """Returns a parser with the flags that all comparisons share."""
+    """Return a parser with the flags that all comparisons share."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,13 +46,13 @@ def parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.Argumen
     add("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1 …")
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=threads)
-    add("--json", type=Path, metavar="FILE", help="write all samples there")
+    add("--json", type=Path, metavar="FILE", help="write all measurements there")
     add("--worker", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
     return parser
 
 
 def sides(args: argparse.Namespace) -> tuple[Side, Side]:
-    """Returns our side and the baseline that `--against` names."""
+    """Return our side and the baseline, which `--against` names."""
     if args.against == "diffusers":
         return Side("ours"), Side("diffusers")
     root = Path(args.against).resolve()
@@ -63,19 +62,23 @@ def sides(args: argparse.Namespace) -> tuple[Side, Side]:
 
 
 def setup(args: argparse.Namespace) -> None:
-    """Sets threads, and exact float32 on GPUs, so that outputs can be compared."""
+    """Set threads, and exact float32 on GPUs, so that outputs can be compared."""
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False
 
 
 class Worker:
-    """A process that runs `serve` for a side: `script --worker …` with further arguments."""
+    """A process that runs `serve` for a side: `script --worker …` with more arguments.
 
-    def __init__(self, side: Side, script: Path, args: argparse.Namespace, *words: object) -> None:
+    Attributes:
+        peak: Largest memory of the process so far, in GiB.
+    """
+
+    def __init__(self, side: Side, script: Path, args: argparse.Namespace, *more: object) -> None:
         common = ["--worker", side.worker, "--device", args.device, "--threads", args.threads]
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # lives as long as the worker
         self.process = subprocess.Popen(
-            [sys.executable, str(script), *map(str, [*common, *words])],
+            [sys.executable, str(script), *map(str, [*common, *more])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -86,11 +89,11 @@ class Worker:
 
     @cached_property
     def first(self) -> Result:
-        """What the worker reported after its warm-up; waits for it."""
+        """The worker's result after its warm-up, which is waited for."""
         return self._read()
 
-    def sample(self) -> float:
-        """Returns the seconds of one call."""
+    def measure(self) -> float:
+        """Measure the seconds of one call."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -99,14 +102,14 @@ class Worker:
         return float(result["seconds"])
 
     def cpu_seconds(self) -> float:
-        """Returns the CPU time so far of the process and those that it waited for."""
+        """Return the CPU time so far of the process and its ended children."""
         fields = (
             Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(")")[2].split()
         )
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -123,7 +126,7 @@ class Worker:
 
 
 def serve(first: Result, call: Callable[[], object], device: torch.device) -> None:
-    """The worker's side: reports `first`, then times `call` for every line that comes in."""
+    """In the worker: report `first`, then time `call` for each line of standard input."""
     print(json.dumps(first), flush=True)
     now = clock(device)
     for _ in sys.stdin:
@@ -142,31 +145,34 @@ def compare(
     rounds: int,
     at_once: bool = True,
 ) -> dict[str, Any]:
-    """Takes samples of both sides in the order A B, B A, A B …
+    """Measure both sides in the order A B, B A, A B …
 
     Args:
-        check: compares what the two workers reported; exits if they disagree.
-        at_once: whether memory suffices for both workers; if not, each turn starts a worker and
-            takes three samples.
+        start: Starts the worker of a side.
+        pair: Ours and the baseline.
+        check: Compares the results of both workers after their warm-up, and exits if they disagree.
+        rounds: Number of measurements of each side.
+        at_once: Whether both workers fit into memory; if not, each turn starts a worker and makes
+            three measurements.
 
     Returns:
-        The result of `check` with samples, ratios (baseline / ours), peak memory in GiB and
-        `others`, the share of the CPUs that other processes took.
+        The result of `check`, with `seconds` and `peaks` (GiB) of both sides, `ratios` (baseline /
+        ours), and `others`, the fraction of the CPUs that other processes used.
     """
     workers = [start(side) if at_once else None for side in pair]
-    results = [worker.first if worker else {} for worker in workers]  # all warm before timing
+    results = [worker.first if worker else {} for worker in workers]  # warm before timing
     row: dict[str, Any] = {}
     seconds: tuple[list[float], list[float]] = ([], [])
     peaks, others, available = [0.0, 0.0], 0.0, 0.0
-    for number in range(rounds):
-        for i in (0, 1) if number % 2 == 0 else (1, 0):
+    for index in range(rounds):
+        for i in (0, 1) if index % 2 == 0 else (1, 0):
             worker = workers[i] or start(pair[i])
             results[i] = worker.first
-            if number == 0 and i == 1:
+            if index == 0 and i == 1:
                 row |= check(results[0], results[1])
-            busy, begin = busy_seconds() - worker.cpu_seconds(), time.perf_counter()
-            seconds[i].extend(worker.sample() for _ in range(1 if at_once else 3))
-            others += busy_seconds() - worker.cpu_seconds() - busy
+            others_before, begin = busy_seconds() - worker.cpu_seconds(), time.perf_counter()
+            seconds[i].extend(worker.measure() for _ in range(1 if at_once else 3))
+            others += busy_seconds() - worker.cpu_seconds() - others_before
             available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
             peaks[i] = max(peaks[i], worker.peak)
             if not at_once:
@@ -179,7 +185,7 @@ def compare(
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Returns the line of a comparison."""
+    """Format the result of a comparison as a line."""
     ours, baseline = map(statistics.median, row["seconds"])
     low, high = min(row["ratios"]), max(row["ratios"])
     return (
@@ -190,7 +196,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Prints the lowest ratio and writes the rows."""
+    """Print the lowest ratio and writes the rows."""
     lowest = min(rows, key=lambda row: row["ratio"])
     print(f"lowest ratio {lowest['ratio']:.2f}: {lowest['stage']} {lowest['dtype']}")
     if args.json:
@@ -198,13 +204,18 @@ def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float, float, float]:
-    """Runs Python with the `ldm` of a checkout, in a folder (the checkout).
+    """Run Python with the `ldm` of a checkout.
+
+    Args:
+        root: The checkout.
+        command: Arguments of Python.
+        folder: Working directory; None for the checkout.
 
     Returns:
-        Seconds, CPU seconds, and GiB of the largest resident size.
+        Seconds, CPU seconds, and the largest resident size in GiB.
 
     Raises:
-        SystemExit: if it fails, with what it wrote.
+        SystemExit: It failed; with its output.
     """
     words, start = [sys.executable, *map(str, command)], time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
@@ -220,9 +231,9 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Returns the environment of a process that imports the `ldm` of a checkout.
+    """Return the environment of a process that imports the `ldm` of a checkout.
 
-    glibc keeps freed memory, as our command line has it do, on both sides.
+    On both sides glibc keeps freed memory, as it does under the command `ldm`.
     """
     keep_memory = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
@@ -230,7 +241,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Returns a clock: CPU time if one thread works there, else wall time, GPU work included."""
+    """Return a clock: CPU time for a single thread, else wall time, with the work of a GPU."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return cpu_seconds
     if device.type == "cpu":
@@ -244,13 +255,13 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def cpu_seconds() -> float:
-    """Returns the CPU time of this process and of those that it waited for."""
+    """Return the CPU time of this process and its ended children."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def peak(device: torch.device) -> float:
-    """Returns GiB: the largest resident size, or what torch allocated of a GPU."""
+    """Return the largest memory so far in GiB: resident size, or torch's allocations on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
@@ -258,7 +269,7 @@ def peak(device: torch.device) -> float:
 
 
 def machine(args: argparse.Namespace) -> str:
-    """Returns processor, threads, version of torch, and the baseline."""
+    """Describe processor, threads, version of torch, and baseline."""
     if args.device.type == "cuda":
         name = torch.cuda.get_device_name(args.device)
     else:
@@ -269,7 +280,7 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def busy_seconds() -> float:
-    """Time of all CPUs that was not idle since the machine started."""
+    """Return the CPU seconds of all processes since the machine started."""
     fields = Path("/proc/stat").read_text("utf-8").split("\n")[0].split()[1:]
     user, nice, system, _, _, irq, soft_irq = map(int, fields[:7])
     return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")

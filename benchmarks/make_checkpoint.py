@@ -1,12 +1,12 @@
-"""Writes a full-size checkpoint of random weights in the original's layout, in seconds.
+"""Write a full-size checkpoint of random weights in the original's layout, in seconds.
 
     python benchmarks/make_checkpoint.py /tmp/sd2.ckpt                                # 5.2 GB
     python benchmarks/make_checkpoint.py /tmp/sd2-fp16.safetensors --dtype float16    # 2.6 GB
     python benchmarks/make_checkpoint.py /tmp/unclip-l.safetensors --karlo \\
         --config configs/stable-diffusion/v2-1-stable-unclip-l-inference.yaml
 
-Names and shapes come from the config, values from one block of normal numbers, scaled so that
-activations stay finite. Needs as much memory as the file is large.
+Names and shapes follow from the config. Values are slices of one block of normal numbers, which is
+fast, scaled so that activations stay finite. The file has to fit into memory.
 """
 
 import argparse
@@ -61,16 +61,16 @@ def main() -> None:
 
 
 def random_weights(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Replaces the tensors on the meta device by random weights; the others stay."""
+    """Replace the tensors on the meta device by random weights, and keep the others."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(1 << 22, generator=generator)
 
-    def draw(name: str, like: Tensor) -> Tensor:
+    def draw(name: str, weight: Tensor) -> Tensor:
         start = int(torch.randint(len(block) // 2, (), generator=generator))
-        repeats = math.ceil(like.numel() / (len(block) - start))
-        values = block[start:].repeat(repeats)[: like.numel()].view(like.shape)
-        if like.dim() > 1:
-            return values / math.sqrt(like[0].numel())
+        repeats = math.ceil(weight.numel() / (len(block) - start))
+        values = block[start:].repeat(repeats)[: weight.numel()].view(weight.shape)
+        if weight.dim() > 1:
+            return values / math.sqrt(weight[0].numel())
         return 1 + 0.02 * values if name.endswith("weight") else 0.02 * values
 
     return {

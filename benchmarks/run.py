@@ -1,28 +1,28 @@
-"""Our networks against diffusers' or against another revision: same weights, same inputs.
+"""Time of our networks against diffusers' or another revision: same weights, same inputs.
 
-    python benchmarks/run.py --quick                       # UNet 32x32, decoding 256: a minute
-    python benchmarks/run.py --dtype float32 bfloat16      # UNet 64x64, decoding 512
+    python benchmarks/run.py --quick                       # latents of 32x32: a minute
+    python benchmarks/run.py --dtype float32 bfloat16      # latents of 64x64
     python benchmarks/run.py --stage load load-ckpt load-xl import --dtype float16
     python benchmarks/run.py --device cuda --dtype float16 bfloat16
     git worktree add /tmp/before main && python benchmarks/run.py --against /tmp/before
 
-Weights are random, of the sizes of Stable Diffusion 2. Each side has a process of its own. Outputs
-must agree: in float32 within 1e-5 of each other (relative L2); in 16 bits our error, against the
-baseline in float32, may be at most 1.2 times that of the baseline. Then come samples of ours, the
-baseline, the baseline, ours …; `ratio` is the baseline's time by ours, the median of neighbouring
-samples with its range.
+Networks have the sizes of Stable Diffusion 2 and random weights. Each side runs in its own process.
+Outputs must agree: in float32 their difference is at most 1e-5 (relative L2); in 16 bits our error,
+relative to the baseline in float32, is at most 1.2 times the baseline's. Measurements alternate:
+ours, the baseline, the baseline, ours …; `ratio` is the baseline's time divided by ours, the median
+of pairs of measurements with its range.
 
-Stages that end in -xl are networks of SDXL. With the UNet's weights in both processes and their
-forms in ours, 20 GB are needed in bfloat16; with `--one-at-a-time` half of that, or the same for
-float32: each turn starts a worker and takes three samples.
+Stages that end in -xl are networks of SDXL. In bfloat16 they need 20 GB: both processes hold the
+UNet's weights, ours also in packed form. With `--one-at-a-time` they need half of that, or in
+float32 as much: each turn starts a worker and makes three measurements.
 
-`share` is the rate of our side, counted FLOP of the stage by its median time, as a share of the
-fastest large matrix product of this machine in the same dtype, which is printed first. It makes
-ratios from different processors comparable. Algorithms that save products (Winograd) may exceed
-100 %.
+`share` is our rate, the FLOP of a stage divided by its median time, relative to that of the fastest
+large matrix product of this machine in the same dtype, which is printed first. So processors can be
+compared. It may exceed 100 %, as Winograd convolution saves products.
 
-With one thread time is CPU time. `others` is the share of the CPUs that other processes took: above
-5 % do not trust wall times. On a GPU memory is torch's, and float32 is exact (no TF32).
+With one thread, times are CPU times. `others` is the fraction of the CPUs that other processes use:
+above 5 %, wall times are unreliable. On a GPU, memory is what torch allocated, and float32 is exact
+(no TF32).
 """
 
 import argparse
@@ -45,17 +45,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 XL = "-xl"  # ends the stages of Stable Diffusion XL
 SD2_NETWORKS = ("unet", "vae", "text")
-NETWORKS = (*SD2_NETWORKS, *(f"{part}{XL}" for part in SD2_NETWORKS))
-# Other stages, and the file that they load.
-OTHERS = {
+NETWORKS = (*SD2_NETWORKS, *(f"{network}{XL}" for network in SD2_NETWORKS))
+# The other stages -> the file that they load
+FILES = {
     "load": "sd2.safetensors",
     "load-ckpt": "sd2.ckpt",
     f"load{XL}": "sdxl.safetensors",  # 6.9 GB
     "import": "",
 }
 CONFIG = ROOT / "configs/stable-diffusion/v2-inference.yaml"
-UNETS = [("ours", "unet"), ("ours", f"unet{XL}")]  # which sampling calls many times
-MAX_DIFFERENCE, MAX_ERROR_RATIO = 1e-5, 1.2
+# (worker, stage) of the networks that sampling calls many times, with cached weights
+UNETS = [("ours", "unet"), ("ours", f"unet{XL}")]
+MAX_DIFFERENCE = 1e-5  # in float32, relative L2
+MAX_ERROR_RATIO = 1.2  # of our error to the baseline's, in 16 bits
 
 Call = Callable[..., Any]
 
@@ -64,7 +66,7 @@ def main() -> None:
     dtypes = ["float32", "bfloat16", "float16"]
     parser = harness.parser(__doc__, dtypes=dtypes, threads=torch.get_num_threads())
     add = parser.add_argument
-    add("--stage", nargs="+", choices=[*NETWORKS, *OTHERS], default=list(SD2_NETWORKS))
+    add("--stage", nargs="+", choices=[*NETWORKS, *FILES], default=list(SD2_NETWORKS))
     add("--one-at-a-time", action="store_true", help="never hold both sides in memory")
     add("--quick", action="store_true", help="small images, at most 2 rounds")
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -78,10 +80,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        for name in {"sd2.safetensors", *(OTHERS.get(stage) for stage in args.stage)} - {"", None}:
+        for name in {"sd2.safetensors", *(FILES.get(stage) for stage in args.stage)} - {"", None}:
             file, config = args.folder / name, sdxl.CONFIG if "sdxl" in name else CONFIG
-            words = ["--dtype", "float16", "--config", config]
-            harness.run(ROOT, "benchmarks/make_checkpoint.py", file, *words)
+            options = ["--dtype", "float16", "--config", config]
+            harness.run(ROOT, "benchmarks/make_checkpoint.py", file, *options)
             if "sdxl" in name:
                 sdxl.write_configs(file)
         if args.against == "diffusers":
@@ -89,30 +91,30 @@ def main() -> None:
                 ROOT, "scripts/convert.py", args.folder / "sd2.safetensors", args.folder / "sd2"
             )
         for dtype in args.dtype:
-            rate, product = matmul_rate(getattr(torch, dtype), args.device)
+            rate, product = measure_matmul_rate(getattr(torch, dtype), args.device)
             print(f"{dtype}: fastest matrix product {rate / 1e9:.0f} GFLOP/s ({product})")
             rows += [compare(args, stage, dtype, rate) for stage in args.stage]
     harness.finish(args, rows)
 
 
 def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> dict[str, Any]:
-    """Compares one stage in one dtype; prints and returns the row."""
+    """Compare one stage in one dtype; print and return the row."""
     is_network, is_half = stage in NETWORKS, dtype != "float32"
     ours, baseline = harness.sides(args)
 
     def start(side: Side, dtype: str = dtype) -> Worker:
-        words = ["--stage", stage, "--dtype", dtype, "--folder", args.folder]
-        words += ["--quick"] if args.quick else []
-        return Worker(side, Path(__file__), args, *words)
+        options = ["--stage", stage, "--dtype", dtype, "--folder", args.folder]
+        options += ["--quick"] if args.quick else []
+        return Worker(side, Path(__file__), args, *options)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         if not is_network:
             return {}
         x, y = read_output(result), read_output(other)
         if not is_half:
-            errors, limit = {"error": distance(x, y)}, MAX_DIFFERENCE
+            errors, limit = {"error": relative_error(x, y)}, MAX_DIFFERENCE
         else:
-            errors = {"error": distance(x, exact), "baseline_error": distance(y, exact)}
+            errors = {"error": relative_error(x, exact), "baseline_error": relative_error(y, exact)}
             limit = MAX_ERROR_RATIO * errors["baseline_error"]
         if not errors["error"] <= limit:
             raise SystemExit(f"{stage} {dtype}: error {errors['error']:.1e}, limit {limit:.1e}")
@@ -130,8 +132,8 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> di
     if is_network:
         row["flop"] = count_flop(stage, args)
         row["share"] = row["flop"] / statistics.median(row["seconds"][0]) / rate
-        reference = f" (baseline {row['baseline_error']:.1e})" if is_half else ""
-        line += f"  error {row['error']:.1e}{reference}"
+        baseline_error = f" (baseline {row['baseline_error']:.1e})" if is_half else ""
+        line += f"  error {row['error']:.1e}{baseline_error}"
         line += f"  {row['flop'] / 1e9:.0f} GFLOP  share {row['share']:.0%}"
     print(line, flush=True)
     return row
@@ -139,7 +141,7 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> di
 
 @torch.no_grad()
 def work(args: argparse.Namespace) -> None:
-    """The worker: calls twice as a warm-up, writes the output of a network, serves timed calls."""
+    """In the worker: call twice as a warm-up, write a network's output, serve timed calls."""
     (stage,), (name,), device = args.stage, args.dtype, args.device
     dtype, inputs, result = getattr(torch, name), list[Tensor](), Result()
     network, call = {"ours": ours, "diffusers": diffusers}[args.worker](stage, args.folder, dtype)
@@ -159,7 +161,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def cached_weights() -> AbstractContextManager[None]:
-    """Returns the block that the sampling loop runs a UNet in; older revisions need none."""
+    """Return the context in which sampling runs a UNet; older revisions have none."""
     from ldm.nets import cpu
 
     block: AbstractContextManager[None] = getattr(cpu, "cache_weights", nullcontext)()
@@ -167,14 +169,14 @@ def cached_weights() -> AbstractContextManager[None]:
 
 
 def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
-    """Returns our network, if any, and the call to time; public names only, as revisions differ."""
-    import ldm
+    """Return our network, if any, and the call to time."""
+    import ldm  # public names only, as another revision may have no others
 
     if stage in NETWORKS and stage.endswith(XL):
         return sdxl.ours(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("import ldm; ldm.load; ldm.txt2img")
-    file = folder / OTHERS.get(stage, "sd2.safetensors")
+    file = folder / FILES.get(stage, "sd2.safetensors")
     if stage not in NETWORKS:
         config = sdxl.CONFIG if stage.endswith(XL) else CONFIG
         return None, lambda: ldm.load(config, file, dtype=dtype)
@@ -186,7 +188,7 @@ def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None
 
 
 def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
-    """Returns the network of diffusers or transformers, if any, and the call to time."""
+    """Return the network of diffusers or transformers, if any, and the call to time."""
     from diffusers import (
         AutoencoderKL,
         StableDiffusionPipeline,
@@ -200,19 +202,21 @@ def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module |
     if stage == "import":
         return None, lambda: run_python("from diffusers import StableDiffusionPipeline")
     if stage not in NETWORKS:
-        file = folder / OTHERS[stage]
+        file = folder / FILES[stage]
         options: dict[str, Any] = {"config": str(file.with_suffix("")), "local_files_only": True}
-        kind_of_pipeline: Any = StableDiffusionXLPipeline
+        pipeline_class: Any = StableDiffusionXLPipeline
         if not stage.endswith(XL):
-            kind_of_pipeline, options["safety_checker"] = StableDiffusionPipeline, None
-        from_file: Call = kind_of_pipeline.from_single_file
+            pipeline_class, options["safety_checker"] = StableDiffusionPipeline, None
+        from_file: Call = pipeline_class.from_single_file
         return None, lambda: from_file(str(file), torch_dtype=dtype, **options)
-    part, kind = {
+    component, network_class = {
         "unet": ("unet", UNet2DConditionModel),
         "vae": ("vae", AutoencoderKL),
         "text": ("text_encoder", CLIPTextModel),
     }[stage]
-    network: Any = kind.from_pretrained(folder / "sd2", subfolder=part, torch_dtype=torch.float16)
+    network: Any = network_class.from_pretrained(
+        folder / "sd2", subfolder=component, torch_dtype=torch.float16
+    )
     if stage == "text":
         return network, lambda tokens: network(tokens).last_hidden_state
     call = network.decode if stage == "vae" else network
@@ -220,23 +224,23 @@ def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module |
 
 
 def run_python(code: str) -> None:
-    """Runs Python code in a new process."""
+    """Run Python code in a new process."""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def read_output(result: Result) -> Tensor:
-    """Returns the output that a worker wrote."""
+    """Read the output that a worker wrote."""
     output: Tensor = torch.load(result["output"], weights_only=True)
     return output
 
 
 def example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
-    """Returns the inputs of a stage; the UNet's batch of 2 is one image with guidance."""
+    """Return the inputs of a stage; a UNet's batch of 2 is one image with guidance."""
     torch.manual_seed(0)
     side = 32 if args.quick else 64
     if stage.endswith(XL):
-        part = stage.removesuffix(XL)
-        return sdxl.inputs(part, 2 * side if part == "vae" else side)
+        name = stage.removesuffix(XL)
+        return sdxl.example_inputs(name, 2 * side if name == "vae" else side)
     if stage == "unet":
         return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 1024)]
     if stage == "vae":
@@ -245,7 +249,7 @@ def example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
 
 
 def count_flop(stage: str, args: argparse.Namespace) -> int:
-    """Counts the floating point operations of a stage, on the meta device: nothing is computed."""
+    """Count the floating point operations of a stage, on the meta device: nothing is computed."""
     network, call = ours(stage, args.folder, torch.float32)
     assert network is not None
     network.to("meta", torch.float32)
@@ -255,10 +259,10 @@ def count_flop(stage: str, args: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """Measures the fastest large matrix product: FLOP per second, and which one it was.
+def measure_matmul_rate(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+    """Measure the fastest large matrix product; return its FLOP per second and its name.
 
-    On a CPU torch's product (MKL or another BLAS) and oneDNN's, as a 1x1 convolution, are tried.
+    On a CPU these are torch's product (MKL or another BLAS), and oneDNN's as a 1x1 convolution.
     """
     is_cpu = device.type == "cpu"
     now, rates = harness.clock(device), dict[str, float]()
@@ -281,8 +285,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
     return rates[name], f"{name}, best of 10"
 
 
-def distance(x: Tensor, y: Tensor) -> float:
-    """Relative L2 distance."""
+def relative_error(x: Tensor, y: Tensor) -> float:
+    """Return the relative L2 error of x against y."""
     return ((x - y).norm() / y.norm()).item()
 
 

@@ -1,6 +1,6 @@
-"""Networks of Stable Diffusion XL with random weights: ours, and those of diffusers with the same.
+"""Networks of Stable Diffusion XL with random weights: ours, and diffusers' with the same.
 
-Each is built alone, in memory: no process holds the whole model.
+Each is built by itself, so that no process holds the whole model.
 """
 
 from collections.abc import Callable
@@ -51,66 +51,67 @@ BIG_G = {
     "pad_token_id": 0,
 }
 SIZES = (1024, 1024, 0, 0, 1024, 1024)  # original size, crop, target size
-END = 49407
+END = 49407  # CLIP's end token
 
 Call = Callable[..., Tensor]
 
 
 def write_configs(file: Path) -> None:
-    """Writes the folder that diffusers loads a single file with: JSONs and tokenizers alone."""
+    """Write the folder of configs and tokenizers that diffusers needs to load a single file."""
     folder = file.with_suffix("")
     write_texts(folder, plan_conversion(file, folder, config=CONFIG).texts)
 
 
-def ours(part: str) -> tuple[nn.Module, Call]:
-    """Returns our "unet", "vae" or "text" (the tower bigG) in float16, and the call to time."""
+def ours(name: str) -> tuple[nn.Module, Call]:
+    """Return our "unet", "vae" or "text" (ViT-bigG) in float16, and the call to time."""
     model: Any = build_on_meta(translate_config(read_yaml(CONFIG)), where=str(CONFIG))
     conditioner = model.conditioner
-    network: Any = {"unet": model.unet, "vae": model.autoencoder, "text": conditioner.text_2}[part]
+    network: Any = {"unet": model.unet, "vae": model.autoencoder, "text": conditioner.text_2}[name]
     state = random_weights(network.state_dict(), torch.float16)
     network.load_state_dict(state, assign=True)
     network.eval()
-    if part == "vae":
+    if name == "vae":
         return network, network.decode
-    if part == "unet":
+    if name == "unet":
         return network, network
 
     def encode(tokens: Tensor) -> Tensor:
         cond = network(tokens)
-        return join(cond.crossattn, cond.vector)
+        return concat(cond.crossattn, cond.vector)
 
     return network, encode
 
 
-def diffusers(part: str) -> tuple[nn.Module, Call]:
-    """Returns the network of diffusers or transformers, and the call to time."""
+def diffusers(name: str) -> tuple[nn.Module, Call]:
+    """Return the network of diffusers or transformers, and the call to time."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    state = ours(part)[0].state_dict()
-    keys = {"unet": unet_keys, "vae": vae_keys, "text": text_keys}[part](state)
+    state = ours(name)[0].state_dict()
+    keys = {"unet": unet_keys, "vae": vae_keys, "text": text_keys}[name](state)
     weights = scatter_weights(keys, state)
     network: Any
     with torch.device("meta"):
-        if part == "unet":
+        if name == "unet":
             network = UNet2DConditionModel(**UNET)
-        elif part == "vae":
+        elif name == "vae":
             network = AutoencoderKL(**VAE)
         else:
             network = CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G))
             weights["text_projection.weight"] = state["model.text_projection"].mT.contiguous()
-    names = network.state_dict().keys()
-    network.load_state_dict({k: v for k, v in weights.items() if k in names}, assign=True)
+    allowed = network.state_dict().keys()
+    network.load_state_dict({k: v for k, v in weights.items() if k in allowed}, assign=True)
     network.eval()
-    if part == "vae":
+    if name == "vae":
         return network, lambda z: network.decode(z, return_dict=False)[0]
-    if part == "text":
-        for buffer in (m for m in network.modules() if hasattr(m, "position_ids")):
-            buffer.position_ids = torch.arange(77).expand(1, -1)
+    if name == "text":
+        # A buffer that is not in the state dict, so that it is still on the meta device
+        for module in (m for m in network.modules() if hasattr(m, "position_ids")):
+            module.position_ids = torch.arange(77).expand(1, -1)
 
         def encode(tokens: Tensor) -> Tensor:
             output = network(tokens, output_hidden_states=True)
-            return join(output.hidden_states[-2], output.text_embeds)
+            return concat(output.hidden_states[-2], output.text_embeds)
 
         return network, encode
 
@@ -123,11 +124,11 @@ def diffusers(part: str) -> tuple[nn.Module, Call]:
     return network, denoise
 
 
-def inputs(part: str, side: int) -> list[Tensor]:
-    """Returns the inputs of a part; `side` of the latent for the UNet, which gets two of them."""
-    if part == "vae":
+def example_inputs(name: str, side: int) -> list[Tensor]:
+    """Return the inputs of a network, for latents of height and width `side`."""
+    if name == "vae":
         return [torch.randn(1, 4, side, side)]
-    if part == "text":
+    if name == "text":
         tokens = torch.randint(1, END - 1, (2, 77))
         tokens[:, 20] = END
         return [tokens]
@@ -136,6 +137,6 @@ def inputs(part: str, side: int) -> list[Tensor]:
     return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 2048), y]
 
 
-def join(context: Tensor, pooled: Tensor) -> Tensor:
-    """Returns both outputs of a text tower as one tensor, (B, 78, D)."""
+def concat(context: Tensor, pooled: Tensor) -> Tensor:
+    """Concatenate both outputs of a text encoder to one tensor, (B, 78, D)."""
     return torch.cat([context, pooled[:, None]], dim=1)

@@ -1,18 +1,19 @@
-"""A training step against diffusers' `train_text_to_image` or another revision: time and memory.
+"""Time and memory of a training step, against diffusers' `train_text_to_image` or another revision.
 
-    python benchmarks/train.py                                   # tiny and demo size: two minutes
+    python benchmarks/train.py                                   # sizes tiny and demo: two minutes
     python benchmarks/train.py --size sd2 --dtype float32 bfloat16 --no-ema
     python benchmarks/train.py --device cuda --size sd2 --dtype bfloat16 --side 64
     python benchmarks/train.py --against /tmp/before             # another checkout
 
 Both sides train the same UNet from the same weights on given latents and text embeddings: noise,
-forward, mean squared error, backward, gradient clipping, AdamW, EMA. The baseline follows the
-example of diffusers with its defaults, on UNet2DConditionModel, DDPMScheduler and EMAModel;
-bfloat16 is autocast over float32 weights on both sides. Another checkout runs its own train.py.
+forward, mean squared error, backward, gradient clipping, AdamW, EMA. The baseline is diffusers'
+example with its defaults: UNet2DConditionModel, DDPMScheduler, EMAModel; bfloat16 is autocast with
+float32 weights on both sides. Another checkout runs its own train.py.
 
-The loss of one batch must agree, within 1e-4 in float32 and 2 % in bfloat16. Three steps warm up,
-then come samples of ours, the baseline, the baseline, ours …; see run.py for what is printed. On
-a CPU two models of 865 million parameters do not fit side by side: there the workers take turns.
+The losses of one batch must agree, within 1e-4 in float32 and 2 % in bfloat16. After three steps of
+warm-up measurements alternate: ours, the baseline, the baseline, ours …; run.py describes what is
+printed. On a CPU two models of size sd2 (865 million parameters each) do not fit into memory: one
+worker runs at a time.
 """
 
 import argparse
@@ -42,10 +43,10 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Size:
-    """The config of a UNet, and the batch size and latent side that it is trained on."""
+    """The config of a UNet, the batch size, and height and width of the latents."""
 
     config: str
-    batch: int
+    batch_size: int
     side: int
 
 
@@ -58,7 +59,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents (B, 4, h, w), text embeddings (B, 77, D); noise and timesteps of the checked loss."""
+    """Latents (B, 4, h, w), contexts (B, 77, D), and noise and timesteps of the checked loss."""
 
     z: Tensor
     context: Tensor
@@ -73,8 +74,8 @@ def main() -> None:
     parser = harness.parser(__doc__, dtypes=TOLERANCE, threads=1)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
-    add("--no-ema", action="store_true", help="EMA takes 3.5 GB at size sd2")
-    add("--side", type=int, help="of the latent (the size's own)")
+    add("--no-ema", action="store_true", help="train without EMA, which has 3.5 GB at size sd2")
+    add("--side", type=int, help="height and width of the latents (by size)")
     args = parser.parse_args()
     harness.setup(args)
     if args.worker:
@@ -85,12 +86,12 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
-    """Compares one size in one dtype; prints and returns the row."""
+    """Compare one size in one dtype; print and return the row."""
 
     def start(side: Side) -> Worker:
-        words = ["--size", size, "--dtype", dtype, *(["--no-ema"] if args.no_ema else [])]
-        words += ["--side", args.side] if args.side else []
-        return Worker(side, side.root / "benchmarks/train.py", args, *words)
+        options = ["--size", size, "--dtype", dtype, *(["--no-ema"] if args.no_ema else [])]
+        options += ["--side", args.side] if args.side else []
+        return Worker(side, side.root / "benchmarks/train.py", args, *options)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         loss, baseline = result["loss"], other["loss"]
@@ -101,33 +102,34 @@ def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
     at_once = size != "sd2" or args.device.type == "cuda"
     row: dict[str, Any] = {"stage": f"train {size}", "dtype": dtype, "ema": not args.no_ema}
     row |= harness.compare(start, harness.sides(args), check, rounds=args.rounds, at_once=at_once)
-    row["batch"] = SIZES[size].batch
+    row["batch"] = SIZES[size].batch_size
     ema = "without EMA" if args.no_ema else "with EMA"
     print(f"{size:5} {dtype:8} batch {row['batch']}  {harness.describe(row)}  {ema}", flush=True)
     return row
 
 
 def work(args: argparse.Namespace) -> None:
-    """The worker: the checked loss, warm-up steps, then timed steps."""
+    """In the worker: compute the checked loss, warm up, serve timed steps."""
     size, device, dtype = SIZES[args.size[0]], args.device, getattr(torch, args.dtype[0])
     torch.manual_seed(0)
     model = build_model(size).to(device)
     side = args.side or size.side
-    z, noise = torch.randn(2, size.batch, 4, side, side)
-    t = torch.linspace(50, 950, size.batch).long()
-    context = torch.randn(size.batch, 77, model.unet.context_dim)
+    z, noise = torch.randn(2, size.batch_size, 4, side, side)
+    t = torch.linspace(50, 950, size.batch_size).long()
+    context = torch.randn(size.batch_size, 77, model.unet.context_dim)
     batch = Batch(z.to(device), context.to(device), noise.to(device), t.to(device))
     loss, step = {"ours": ours, "diffusers": diffusers}[args.worker](model, batch, not args.no_ema)
     del model
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        checked = float(loss().detach())  # under no_grad weights would be packed for inference
+        # Not under no_grad, which would pack the weights for inference
+        checked_loss = float(loss().detach())
         for _ in range(WARM_UP_STEPS):
             step()
-        harness.serve({"loss": checked}, step, device)
+        harness.serve({"loss": checked_loss}, step, device)
 
 
-class GivenEmbeddings(Encoder):
-    """Stands for a text encoder: returns the embeddings in the batch."""
+class PrecomputedContext(Encoder):
+    """Stands in for a text encoder: returns the contexts of the batch."""
 
     slot, key = "crossattn", "txt"
 
@@ -136,34 +138,38 @@ class GivenEmbeddings(Encoder):
 
 
 def build_model(size: Size) -> Any:
-    """Returns a model with the UNet and the noise schedule of a config."""
+    """Build a model with the UNet and the noise schedule of a config, and random weights."""
     spec = translate_config(read_yaml(ROOT / size.config))["params"]
     with torch.device("meta"):
         unet: Any = instantiate(spec["unet"], where="unet")
-    fill(unet.to_empty(device="cpu"))
-    set_gradient_checkpointing(unet, enabled=False)  # as the baseline; SD 2's config asks for it
+    fill_weights(unet.to_empty(device="cpu"))
+    # As in the baseline; the config of SD 2 enables it.
+    set_gradient_checkpointing(unet, enabled=False)
     schedule = instantiate(spec["schedule"], where="schedule")
-    predicts, conditioner = spec["parameterization"], Conditioner(text=GivenEmbeddings())
-    parts = {"unet": unet, "conditioner": conditioner, "autoencoder": PixelSpace()}
-    return LatentDiffusion(**parts, schedule=schedule, parameterization=predicts).train()
+    model = LatentDiffusion(
+        unet=unet,
+        conditioner=Conditioner(text=PrecomputedContext()),
+        autoencoder=PixelSpace(),
+        schedule=schedule,
+        parameterization=spec["parameterization"],
+    )
+    return model.train()
 
 
-def fill(unet: nn.Module) -> None:
-    """Fills in weights of the scale of an initialisation, none of them zero, in little time."""
+def fill_weights(unet: nn.Module) -> None:
+    """Fill in random weights, none of them zero, faster than by initialising."""
     block = torch.randn(1 << 20)
     for p in unet.parameters():
         values = block.repeat(-(-p.numel() // len(block)))[: p.numel()].view(p.shape)
         p.data = values / p[0].numel() ** 0.5 if p.dim() > 1 else 1 + 0.1 * values
 
 
-def ours(model: Any, batch: Batch, ema: bool) -> Step:
-    """Returns loss and step of our training loop."""
-    task, generator = (
-        Diffusion(model, conditioning_dropout_prob=0.0),
-        torch.Generator().manual_seed(0),
-    )
+def ours(model: Any, batch: Batch, use_ema: bool) -> Step:
+    """Return loss and step of our training loop."""
+    task = Diffusion(model, conditioning_dropout_prob=0.0)
+    generator = torch.Generator().manual_seed(0)
     optimizer = make_optimizer(task.trainable, 1e-5)
-    average = EMA(task.trainable) if ema else None
+    ema = EMA(task.trainable) if use_ema else None
     cond = Cond(crossattn=batch.context)
 
     def loss() -> Tensor:
@@ -178,14 +184,14 @@ def ours(model: Any, batch: Batch, ema: bool) -> Step:
         if norm > 1.0:
             torch._foreach_mul_(gradients, 1.0 / (norm + 1e-6))
         optimizer.step()
-        if average is not None:
-            average.update(task.trainable)
+        if ema is not None:
+            ema.update(task.trainable)
 
     return loss, step
 
 
-def diffusers(model: Any, batch: Batch, ema: bool) -> Step:
-    """Returns loss and step of diffusers' examples/text_to_image, without accelerate."""
+def diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
+    """Return loss and step of diffusers' examples/text_to_image, without accelerate."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
 
@@ -202,7 +208,7 @@ def diffusers(model: Any, batch: Batch, ema: bool) -> Step:
         trained_betas=model.schedule.betas.cpu().numpy(), prediction_type=prediction_type
     )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
-    average = EMAModel(unet.parameters(), decay=0.9999) if ema else None
+    ema = EMAModel(unet.parameters(), decay=0.9999) if use_ema else None
 
     def loss(noise: Tensor, t: Tensor) -> Tensor:
         noisy = scheduler.add_noise(batch.z, noise, t)
@@ -218,8 +224,8 @@ def diffusers(model: Any, batch: Batch, ema: bool) -> Step:
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if average is not None:
-            average.step(unet.parameters())
+        if ema is not None:
+            ema.step(unet.parameters())
 
     return lambda: loss(batch.noise, batch.t), step
 

@@ -1,10 +1,10 @@
-"""Measure how well the demo model follows prompts; write a table and a grid of images.
+"""Measure how well the demo model follows prompts, and write a table and a grid of images.
 
     python examples/emoji/make_emoji_data.py data/emoji --objects 300
     python examples/emoji/evaluate_demo.py --data data/emoji
 
-Prompts name an object, a style and a random background: pairs that were trained on, and pairs that
-were held out. The judges are trained on real images first, once, which takes some minutes.
+Prompts name an object, a style and a random background, for trained and for held-out pairs of
+object and style. The first run trains the classifiers on real images, which takes some minutes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from judges import Gallery, Judges, background
+from judges import Gallery, Judges, classify_background
 from ldm.data.drawings import COLORS, EmojiTransform, format_caption
 from ldm.data.folder import Folder
 from ldm.imaging import pixels
@@ -28,14 +28,15 @@ from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 
-ALIKE = ("flat", "soft gradient", "3d")  # styles that share one drawing, so an easy composition
+# Styles of one artist with nearly the same drawings: a held-out one is easy to guess.
+SIMILAR_STYLES = ("flat", "soft gradient", "3d")
 
-Prompt = dict[str, Any]  # a row of the metadata with `colour` and `prompt`
+Prompt = dict[str, Any]  # a row of the metadata, with `colour` and `prompt`
 
 
 @dataclass(frozen=True)
 class Score:
-    """Fractions of the images that are right, 0 to 1, and their number."""
+    """Number of images, and fractions (0 … 1) of them that are right in a respect."""
 
     count: int
     background: float
@@ -56,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ckpt", help="weights (default: the demo model's)")
     parser.add_argument("--seen", type=int, default=400, help="prompts of trained pairs")
     parser.add_argument("--heldout", type=int, default=370, help="prompts of held-out pairs")
-    parser.add_argument("--objects", type=int, default=300, help="the model knows the first N")
+    parser.add_argument("--objects", type=int, default=300, help="objects of the model's training")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
-    parser.add_argument("--scale", type=float, default=3.0, help="guidance")
-    parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="kept here")
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale")
+    parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="classifiers")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -89,30 +90,31 @@ def evaluate(
     groups: dict[str, list[Prompt]],
     **options: Any,
 ) -> tuple[dict[str, Score], dict[str, Tensor]]:
-    """Generate images of all prompts and score them beside three controls.
+    """Generate images of all prompts, and score them beside three controls.
 
-    The controls are real images, real ones through the autoencoder (what a perfect UNet would
-    score), and the generated ones against each other's prompts.
+    The controls are real images, reconstructions of these by the autoencoder (the score of a
+    perfect UNet), and generated images with the prompts of others.
 
     Args:
-        groups: prompts by name of the group, see `choose_prompts`.
-        options: of `generate`.
+        groups: Prompts by name of the group, see `choose_prompts`.
+        options: Keywords of `generate`.
+
     Returns:
         Scores by name, and the generated images of each group.
     """
     scores, images = {}, {}
     score_of = partial(score, judges, Gallery(folder, judges.objects))
     for name, prompts in groups.items():
-        real = real_images(folder, prompts)
+        real = load_real_images(folder, prompts)
         scores[f"{name}: real"] = score_of(real, prompts)
         scores[f"{name}: real, through the autoencoder"] = score_of(
             _reconstruct(model, real), prompts
         )
         images[name] = generate(model, prompts, **options)
         scores[f"{name}: generated"] = score_of(images[name], prompts)
-        rest = [k for k, row in enumerate(prompts) if row["style"] not in ALIKE]
-        scores[f"{name}: generated, without {', '.join(ALIKE)}"] = score_of(
-            images[name][rest], [prompts[k] for k in rest]
+        others = [k for k, row in enumerate(prompts) if row["style"] not in SIMILAR_STYLES]
+        scores[f"{name}: generated, without {', '.join(SIMILAR_STYLES)}"] = score_of(
+            images[name][others], [prompts[k] for k in others]
         )
         scores[f"{name}: generated, prompts shuffled"] = score_of(images[name], shuffle(prompts))
     return scores, images
@@ -126,11 +128,11 @@ def choose_prompts(
     *,
     seed: int = 0,
 ) -> list[Prompt]:
-    """Rows of a split, each with a random `colour` and its `prompt`.
+    """Choose rows of a split, and add a random `colour` and the `prompt` to each.
 
     Args:
-        objects: only these; None = all.
-        count: so many at random; None = all.
+        objects: Names of the objects; None for all.
+        count: Number of random rows; None for all.
     """
     rng = Random(seed)
     rows = [row for row in folder.rows if row["split"] == split]
@@ -149,19 +151,19 @@ def generate(
     model: LatentDiffusion,
     prompts: Sequence[Prompt],
     *,
-    batch: int = 25,
+    batch_size: int = 25,
     advance: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """One image per prompt, (N, 3, H, W); the seed of the k-th is k.
+    """Generate an image of each prompt, (N, 3, H, W), of the k-th with seed k.
 
     Args:
-        advance: called with the number of images of each batch.
-        options: of `txt2img`: steps, scale, sampler …
+        advance: Called with the number of images after each batch; None for no progress.
+        options: Keywords of `txt2img`: steps, scale, sampler …
     """
     images = []
-    for start in range(0, len(prompts), batch):
-        texts = [row["prompt"] for row in prompts[start : start + batch]]
+    for start in range(0, len(prompts), batch_size):
+        texts = [row["prompt"] for row in prompts[start : start + batch_size]]
         seeds = list(range(start, start + len(texts)))
         images.append(txt2img(model, texts, seeds=seeds, **options).cpu())
         if advance:
@@ -169,8 +171,8 @@ def generate(
     return torch.cat(images)
 
 
-def real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
-    """The real images that the prompts describe, placed as in training: (N, 3, H, W)."""
+def load_real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
+    """Load the real images of the prompts, with the transform of training: (N, 3, H, W)."""
     assert isinstance(folder.transform, EmojiTransform), "judges know emoji only"
     index = {row["file_name"]: k for k, row in enumerate(folder.rows)}
     rng = Random(seed)
@@ -182,10 +184,10 @@ def real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0) -> 
 
 
 def score(judges: Judges, gallery: Gallery, images: Tensor, prompts: Sequence[Prompt]) -> Score:
-    """How many of the images show what their prompts ask for."""
-    objects, styles = judges.judge(images)
+    """Measure how many of the images show what their prompts ask for."""
+    objects, styles = judges.classify(images)
     object_labels, style_labels = judges.labels(prompts)
-    colours = zip(background(images), prompts, strict=True)
+    colours = zip(classify_background(images), prompts, strict=True)
     colour = torch.tensor([name == row["colour"] for name, row in colours])
     style = styles[:, 0] == style_labels
     top1 = objects[:, 0] == object_labels
@@ -197,15 +199,15 @@ def score(judges: Judges, gallery: Gallery, images: Tensor, prompts: Sequence[Pr
 
 
 def shuffle(prompts: Sequence[Prompt], *, seed: int = 0) -> list[Prompt]:
-    """The same prompts in another order, none in its own place."""
-    order = list(prompts)
-    Random(seed).shuffle(order)
-    position = {id(row): k for k, row in enumerate(order)}
-    return [order[(position[id(row)] + 1) % len(order)] for row in prompts]
+    """Return the prompts in a random order in which none stays at its position."""
+    cycle = list(prompts)
+    Random(seed).shuffle(cycle)
+    position = {id(row): k for k, row in enumerate(cycle)}
+    return [cycle[(position[id(row)] + 1) % len(cycle)] for row in prompts]
 
 
 def format_table(scores: dict[str, Score]) -> str:
-    """The scores as a Markdown table."""
+    """Format scores as a Markdown table."""
     lines = [
         "| images | n | background | style | object | object in top 5 | all three "
         "| nearest drawing: style | object |",
@@ -219,8 +221,9 @@ def format_table(scores: dict[str, Score]) -> str:
 
 @torch.inference_mode()
 def _reconstruct(model: LatentDiffusion, images: Tensor) -> Tensor:
-    parts = [model.autoencoder.decode(model.autoencoder.encode(x).mode()) for x in images.split(16)]
-    return torch.cat(parts).clamp(-1, 1)
+    autoencoder = model.autoencoder
+    decoded = [autoencoder.decode(autoencoder.encode(x).mode()) for x in images.split(16)]
+    return torch.cat(decoded).clamp(-1, 1)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The demo model over guidance scales: distance to real drawings against what prompts ask for.
+"""Evaluate the demo model over guidance scales: distance to real drawings against prompt score.
 
     python examples/emoji/make_emoji_data.py data/emoji --objects 300
     python examples/emoji/evaluate_scales.py --data data/emoji
 
-The figure of Stable Diffusion 2's README with judges of its own: features and the prompt score come
-from the classifiers in `judges.py` in place of Inception and CLIP. It takes about 90 minutes on one
-CPU core for 512 images a scale, and may be interrupted: the same command goes on.
+The result is a figure like that in Stable Diffusion 2's README, with features and prompt scores of
+the classifiers in `judges.py` instead of Inception and CLIP. It takes about 90 minutes on one CPU
+core for 512 images a scale; the same command continues an interrupted run.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate_demo import Prompt, choose_prompts, real_images
-from judges import SIDE, Judges, background
+from evaluate_demo import Prompt, choose_prompts, load_real_images
+from judges import SIDE, Judges, classify_background
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.evaluation.generate import Setting, generate_settings, write_prompts
@@ -33,17 +33,18 @@ from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.types import JsonObject
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-COMPONENTS = 64  # of the features of each classifier
-OTHER_SEED = 1  # of the reference's backgrounds, so that they are not those of the prompts
+COMPONENTS = 64  # principal components of the features of each classifier
+REFERENCE_SEED = 1  # of the reference's backgrounds, which differ from those of the prompts
 
 
 class JudgeFeatures:
-    """The first principal components of the last hidden layers of both classifiers.
+    """Principal components of the last hidden layers of both classifiers.
 
-    Those of real images; each classifier's features are divided by the root of their variance.
+    Features of each classifier are divided by their standard deviation on real images.
 
     Args:
-        sha256: of the file of the judges, to be printed.
+        real: Real images, which give the components.
+        sha256: SHA-256 of the file of the classifiers, for the report.
     """
 
     dimensions = 2 * COMPONENTS
@@ -53,38 +54,37 @@ class JudgeFeatures:
         self.sha256 = sha256
         self.bases = []
         for x in self._hidden(real):
-            centred = x - x.mean(dim=0)
-            _, _, rows = torch.linalg.svd(centred, full_matrices=False)
-            self.bases.append(
-                (x.mean(dim=0), rows[:COMPONENTS] / centred.square().sum(1).mean().sqrt())
-            )
+            mean = x.mean(dim=0)
+            _, _, components = torch.linalg.svd(x - mean, full_matrices=False)
+            deviation = (x - mean).square().sum(1).mean().sqrt()
+            self.bases.append((mean, components[:COMPONENTS] / deviation))
 
     def describe(self) -> JsonObject:
         return {"name": "features of the judges", "components": COMPONENTS, "sha256": self.sha256}
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         hidden = zip(self._hidden(images), self.bases, strict=True)
-        return torch.cat([(x - mean) @ rows.mT for x, (mean, rows) in hidden], dim=1)
+        return torch.cat([(x - mean) @ basis.mT for x, (mean, basis) in hidden], dim=1)
 
     @torch.inference_mode()
     def _hidden(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """The object's features (N, 768) and the style's (N, 128), float64."""
-        objects, styles = self.judges.by_object, self.judges.by_style
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        """Return features of the object (N, 768) and of the style (N, 128), float64."""
+        objects: list[Tensor] = []
+        styles: list[Tensor] = []
         for start in range(0, len(images), 64):
             x = torch.cat([to_tensor(image) for image in images[start : start + 64]])
             small = F.interpolate(x, (SIDE, SIDE), mode="area")
-            parts[0].append(objects.hidden(small))
-            parts[1].append(styles.hidden(x).mean(dim=(2, 3)))
-        return torch.cat(parts[0]).double(), torch.cat(parts[1]).double()
+            objects.append(self.judges.by_object.hidden(small))
+            styles.append(self.judges.by_style.hidden(x).mean(dim=(2, 3)))
+        return torch.cat(objects).double(), torch.cat(styles).double()
 
 
 class EmojiJudge:
-    """1 for an image with the background, the object and the style that its prompt asks for.
+    """Scores 1 for an image with the background, object and style of its prompt, else 0.
 
     Args:
-        prompts: rows with `prompt`, and what it asks for.
-        sha256: of the file of the judges, to be printed.
+        prompts: Rows of `choose_prompts`.
+        sha256: SHA-256 of the file of the classifiers, for the report.
     """
 
     def __init__(self, judges: Judges, prompts: Sequence[Prompt], sha256: str) -> None:
@@ -98,9 +98,9 @@ class EmojiJudge:
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         rows = [self.rows[prompt] for prompt in prompts]
         x = torch.cat([to_tensor(image) for image in images])
-        objects, styles = (ranked[:, 0] for ranked in self.judges.judge(x))
+        objects, styles = (ranked[:, 0] for ranked in self.judges.classify(x))
         object_labels, style_labels = self.judges.labels(rows)
-        colours = zip(background(x), rows, strict=True)
+        colours = zip(classify_background(x), rows, strict=True)
         colour = torch.tensor([name == row["colour"] for name, row in colours])
         return (colour & (objects == object_labels) & (styles == style_labels)).double()
 
@@ -114,11 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="guidance scales")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--ckpt", help="weights (default: the demo model's)")
-    parser.add_argument("--objects", type=int, default=300, help="the model knows the first N")
-    parser.add_argument("--precision", default="bf16", help="as that of txt2img")
+    parser.add_argument("--objects", type=int, default=300, help="objects of the model's training")
+    parser.add_argument("--precision", default="bf16", help="as for `ldm txt2img`")
     parser.add_argument("--batch", type=int, default=8, help="batch size")
-    parser.add_argument("--score", type=int, metavar="N", help="make nothing, score the first N")
-    parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="kept here")
+    parser.add_argument("--score", type=int, metavar="N", help="only score the first N images")
+    parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="classifiers")
     parser.add_argument("--out", type=Path, default=Path("outputs/scales"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judges, [reference.load(k) for k in range(len(reference.files))], sha256
     )
     judge = EmojiJudge(judges, prompts, sha256)
-    sets = [each.first(args.score) for each in find_image_sets(args.out)]
+    sets = [image_set.first(args.score) for image_set in find_image_sets(args.out)]
     results = score_sets(sets, reference, extractor, judge)
     save_results(results, args.out)
     save_figure(
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
-    """Make the images of all scales that are missing."""
+    """Generate the missing images of all scales."""
     values = {
         "from_file": str(write_prompts(args.out, [row["prompt"] for row in prompts])),
         "ckpt": args.ckpt,
@@ -165,8 +165,8 @@ def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
 
 
 def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageSet:
-    """Write real images of all pairs of the training, each on a random background."""
-    rows = choose_prompts(folder, "train", objects, seed=OTHER_SEED)
+    """Write real images of all trained pairs of object and style, on random backgrounds."""
+    rows = choose_prompts(folder, "train", objects, seed=REFERENCE_SEED)
     out.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(rows), 64), "Reference"):
         missing = [
@@ -175,10 +175,10 @@ def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageS
             if not (out / f"{k:05d}.png").exists()
         ]
         if missing:
-            images = real_images(folder, [rows[k] for k in missing], seed=start)
+            images = load_real_images(folder, [rows[k] for k in missing], seed=start)
             for k, image in zip(missing, to_pil(images), strict=True):
-                with replace_when_written(out / f"{k:05d}.png") as part:
-                    image.save(part, "PNG")
+                with replace_when_written(out / f"{k:05d}.png") as temporary:
+                    image.save(temporary, "PNG")
     return ImageSet("reference", list_images(out))
 
 

@@ -3,8 +3,8 @@
     python examples/emoji/evaluate_tasks.py inpaint --data data/emoji
     python examples/emoji/evaluate_tasks.py upscale --data data/emoji-512
 
-Held-out images get a hole, or are reduced to a quarter of their size; a model and simple baselines
-restore them. A table goes to stdout; OUT/TASK.png shows inputs, results and originals.
+Held-out images are masked, or downscaled to a quarter of each side, and restored by a model and by
+simple baselines. A table is printed; OUT/TASK.png shows inputs, results and originals.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines import inpaint, upscale
 from ldm.runtime.files import find_file
 
-SHOWN = 12  # rows of OUT/TASK.png
+GRID_ROWS = 12  # of OUT/TASK.png
 
 Sample = dict[str, Any]
 Images = dict[str, Tensor]  # by name, (1, 3, H, W) each
@@ -35,7 +35,7 @@ Images = dict[str, Tensor]  # by name, (1, 3, H, W) each
 
 @dataclass(frozen=True)
 class Task:
-    """What one task is measured with: a shipped model, its guidance and the data's transform."""
+    """Settings of a task: checkpoint, guidance scale, and keywords of the data's transform."""
 
     checkpoint: str
     scale: float
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         qualities, images = compare_inpainting(model, load(), samples, **options)
     else:
         qualities, images = compare_upscaling(model, samples, **options)
-    rows = [torch.cat(list(row.values())) for row in images[:SHOWN]]
+    rows = [torch.cat(list(row.values())) for row in images[:GRID_ROWS]]
     args.out.mkdir(parents=True, exist_ok=True)
     grid = pixels.make_grid(pixels.to_pil(torch.cat(rows)), len(rows[0]))
     grid.save(args.out / f"{args.task}.png")
@@ -107,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare_inpainting(
     model: LatentDiffusion, text_model: LatentDiffusion, samples: Iterable[Sample], **options: Any
 ) -> tuple[dict[str, Quality], list[Images]]:
-    """Fill the hole by `model`, by a text-to-image model, and with the mean of the known pixels.
+    """Inpaint by `model`, by a text-to-image model, and with the mean of the unmasked pixels.
 
     Args:
-        samples: with `jpg`, `mask` and `txt`.
-        options: of `inpaint`.
+        samples: Samples with `jpg`, `mask` and `txt`.
+        options: Keywords of `inpaint`.
+
     Returns:
         Quality by method, and the images of every sample.
     """
@@ -132,11 +133,12 @@ def compare_inpainting(
 def compare_upscaling(
     model: LatentDiffusion, samples: Iterable[Sample], **options: Any
 ) -> tuple[dict[str, Quality], list[Images]]:
-    """Enlarge the low-resolution image four times by `model`, and by bicubic interpolation.
+    """Upscale low-resolution images by 4, by `model` and by bicubic interpolation.
 
     Args:
-        samples: with `jpg`, `lr` and `txt`.
-        options: of `upscale`.
+        samples: Samples with `jpg`, `lr` and `txt`.
+        options: Keywords of `upscale`.
+
     Returns:
         Quality by method, and the images of every sample.
     """
@@ -153,7 +155,7 @@ def compare_upscaling(
 
 
 def format_table(qualities: dict[str, Quality]) -> str:
-    """The qualities as a Markdown table."""
+    """Format qualities as a Markdown table."""
     lines = ["| method | n | PSNR | edge error | contrast |", "|---|---|---|---|---|"]
     lines += [
         f"| {name} | {q.count} | {q.psnr:.1f} dB | {q.edge_error:.2f} | {q.contrast:.2f} |"
@@ -165,33 +167,36 @@ def format_table(qualities: dict[str, Quality]) -> str:
 def _compare(
     restore: Callable[[Sample], Images], samples: Iterable[Sample]
 ) -> tuple[dict[str, Quality], list[Images]]:
-    shown: list[Images] = []
+    all_images: list[Images] = []
     sums: dict[str, Tensor] = {}
     for sample in samples:
         original = sample["jpg"][None]  # (1, 3, H, W)
         mask = sample.get("mask", torch.ones_like(original[0, :1]))[None]
         images = restore(sample)
-        shown.append({**images, "original": original})
+        all_images.append({**images, "original": original})
         for name, image in images.items():
             if name != "input":
                 sums[name] = sums.get(name, torch.zeros(5)) + _errors(image, original, mask)
-    return {name: _quality(total) for name, total in sums.items()}, shown
+    return {name: _quality(total) for name, total in sums.items()}, all_images
 
 
 def _errors(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """1, squared error, error of the edges, size of the edges, size of the original's edges."""
-    square = ((image - original).square() * mask).sum() / (3 * mask.sum())
+    """Return 1, the mean squared error, the error of edges, edges, and edges of the original.
+
+    Edges are differences of neighbouring pixels, of which absolute values are summed.
+    """
+    mse = ((image - original).square() * mask).sum() / (3 * mask.sum())
     edges, original_edges = ([x.diff(dim=d) for d in (2, 3)] for x in (image, original))
     pairs = zip(edges, original_edges, strict=True)
     error = sum(float((ours - theirs).abs().sum()) for ours, theirs in pairs)
-    sizes = (sum(float(part.abs().sum()) for part in parts) for parts in (edges, original_edges))
-    return torch.tensor([1.0, float(square), error, *sizes])
+    sums = (sum(float(x.abs().sum()) for x in tensors) for tensors in (edges, original_edges))
+    return torch.tensor([1.0, float(mse), error, *sums])
 
 
 def _quality(total: Tensor) -> Quality:
-    count, square, error, size, original_size = total.tolist()
-    psnr = 10 * torch.log10(torch.tensor(4 * count / square))
-    return Quality(int(count), float(psnr), error / original_size, size / original_size)
+    count, mse, error, edges, original_edges = total.tolist()
+    psnr = 10 * torch.log10(torch.tensor(4 * count / mse))  # the range of values is 2
+    return Quality(int(count), float(psnr), error / original_edges, edges / original_edges)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Judges of generated emoji: a rule for the background, and two opinions on style and object.
+"""Recognize background, style and object of generated emoji: by nearest drawing and by classifiers.
 
-The gallery compares an image with every real drawing, the right one too, and needs no training. It
-is stricter than a classifier: a new drawing in the right style may be nearer to another object's.
+The gallery compares an image with all real drawings, held-out ones included, and needs no training.
+It is stricter than a classifier: a new drawing in the right style may be nearer to that of another
+object.
 
-The classifiers learn from real images of the training split only, on every background, moved,
-scaled and blurred. The one for objects sees the full image at half size; the one for styles sees
-only patches, because one that sees full images memorises them and takes an unseen drawing for the
-most similar one that it knows. Their accuracy on real images of held-out pairs, which they never
-saw, bounds what a perfect model could score.
+The classifiers are trained on real images of the training split only, with random backgrounds,
+shifts, scales and blur. That of objects gets the full image at half size. That of styles gets only
+patches: on full images it would memorize drawings, and classify an unseen one by the most similar
+of them. The accuracy on real images of held-out pairs bounds what a perfect model could score.
 """
 
 import logging
@@ -29,63 +29,66 @@ from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.optim.schedules import LearningRateSchedule
 
-__all__ = ["Classifier", "Gallery", "Judges", "Texture", "background"]
+__all__ = ["Gallery", "Judges", "ObjectClassifier", "StyleClassifier", "classify_background"]
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]  # of the metadata
+Row = dict[str, Any]  # metadata of an image: a line of `metadata.jsonl`
 
-SIDE = 64  # pixels that a judge sees
-INSIDE = 52  # of them for the drawing, as in the training of the model
-SIDES = (48, 50, INSIDE, 54, 56)  # of them for the drawing, in the training of a classifier
-PATCHES = (56, 64, 72)  # of a drawing of 104, scaled to 64
-BORDER = 6  # pixels of a 128-pixel image that are surely background
+# Height and width in pixels
+SIDE = 64  # of the input of a classifier
+DRAWING_SIDE = 52  # of the drawing in it, as in the training of the model
+DRAWING_SIDES = (48, 50, DRAWING_SIDE, 54, 56)  # of the drawing, in the training of the classifier
+PATCH_DRAWING_SIDE = 104  # of a drawing that patches are cut from
+PATCH_SIDES = (56, 64, 72)  # of the patches, which are scaled to SIDE
+BORDER = 6  # pixels at each border of a 128-pixel image that are always background
 
 
-class Classifier(nn.Module):
+class ObjectClassifier(nn.Module):
     """image (B, 3, 64, 64) in [-1, 1] -> scores (B, classes)."""
 
     def __init__(self, classes: int, width: int = 32) -> None:
         super().__init__()
-        widths = (3, width, 2 * width, 4 * width, 6 * width)
+        channels = (3, width, 2 * width, 4 * width, 6 * width)
         layers: list[nn.Module] = []
-        for k, (before, after) in enumerate(pairwise(widths)):
+        for k, (in_channels, out_channels) in enumerate(pairwise(channels)):
             kernel = 5 if k == 0 else 3
-            layers += [Conv2d(before, after, kernel, stride=2, padding=kernel // 2)]
-            layers += [GroupNorm(after), nn.SiLU()]
-            layers += [Conv2d(after, after, 3, padding=1), GroupNorm(after), nn.SiLU()]
+            layers += [Conv2d(in_channels, out_channels, kernel, stride=2, padding=kernel // 2)]
+            layers += [GroupNorm(out_channels), nn.SiLU()]
+            layers += [Conv2d(out_channels, out_channels, 3, padding=1)]
+            layers += [GroupNorm(out_channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
-        self.head = Linear(4 * widths[-1], classes)
+        self.head = Linear(4 * channels[-1], classes)
 
     def forward(self, image: Tensor) -> Tensor:
         h = F.dropout(self.hidden(image), 0.3, self.training)
         return self.head(h)  # (B, classes)
 
     def hidden(self, image: Tensor) -> Tensor:
-        """The last hidden layer, (B, 24 width)."""
+        """Return the features of the last hidden layer, (B, 24 width)."""
         h = self.layers(image)  # (B, C, 4, 4)
         return F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, 4 C)
 
 
-class Texture(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean over patches of 33."""
+class StyleClassifier(nn.Module):
+    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean over patches of 33 pixels."""
 
     def __init__(self, classes: int, width: int = 32) -> None:
         super().__init__()
-        widths = (3, width, 2 * width, 3 * width, 4 * width)
+        channels = (3, width, 2 * width, 3 * width, 4 * width)
         strides = (2, 2, 1, 2)
         self.layers = nn.ModuleList(
-            Conv2d(before, after, 5 if before == 3 else 3, stride=stride)
-            for (before, after), stride in zip(pairwise(widths), strides, strict=True)
+            Conv2d(in_channels, out_channels, 5 if in_channels == 3 else 3, stride=stride)
+            for (in_channels, out_channels), stride in zip(pairwise(channels), strides, strict=True)
         )
-        self.head = Conv2d(widths[-1], classes, 3)
+        self.head = Conv2d(channels[-1], classes, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         h = F.dropout(self.hidden(image), 0.2, self.training)
         return self.head(h).mean(dim=(2, 3))  # (B, classes)
 
     def hidden(self, image: Tensor) -> Tensor:
-        """The last hidden layer, (B, 4 width, h, w)."""
+        """Return the features of the last hidden layer, (B, 4 width, h, w)."""
         h = image
         for layer in self.layers:
             h = F.silu(layer(h))  # (B, C, h, w)
@@ -98,116 +101,127 @@ class Judges:
 
     def __init__(self, objects: Sequence[str], styles: Sequence[str]) -> None:
         self.objects, self.styles = list(objects), list(styles)
-        self.by_object, self.by_style = Classifier(len(objects)), Texture(len(styles))
+        self.by_object, self.by_style = ObjectClassifier(len(objects)), StyleClassifier(len(styles))
 
     @classmethod
     def load_or_train(
         cls, folder: Folder, path: Path, *, objects: Sequence[str] | None = None, steps: int = 2500
     ) -> "Judges":
-        """Judges for the images of a folder; trained once, then kept in `path`.
+        """Load the classifiers for the images of a folder, or train them and write `path`.
 
         Args:
-            objects: those to classify; None = all. Styles are learned from all images.
+            objects: Names of the objects to classify; None for all. Styles are learned from all
+                images.
+            steps: Training steps of each classifier.
         """
         names = objects or sorted({row["object"] for row in folder.rows})
         judges = cls(names, sorted({row["style"] for row in folder.rows}))
-        nets = nn.ModuleDict({"object": judges.by_object, "style": judges.by_style})
+        networks = nn.ModuleDict({"object": judges.by_object, "style": judges.by_style})
         if path.exists():
-            nets.load_state_dict(torch.load(path, weights_only=True))
+            networks.load_state_dict(torch.load(path, weights_only=True))
         else:
-            judges.learn_objects(folder, steps)
-            judges.learn_styles(folder, steps)
+            judges.train_objects(folder, steps)
+            judges.train_styles(folder, steps)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(nets.state_dict(), path)
-        nets.eval()
+            torch.save(networks.state_dict(), path)
+        networks.eval()
         return judges
 
-    def learn_objects(self, folder: Folder, steps: int) -> None:
-        """Train on full images of the training split at half size."""
+    def train_objects(self, folder: Folder, steps: int) -> None:
+        """Train the classifier of objects on full images of the training split at half size."""
         objects = set(self.objects)
-        rows = _training_rows(folder, lambda row: row["object"] in objects)
-        banks = [_bank(folder, rows, side) for side in SIDES]
-        labels, _ = self.labels([folder.rows[k] for k in rows])
-        _fit(self.by_object, partial(_draw_full, banks), labels, steps, "objects")
+        indices = _find_training_rows(folder, lambda row: row["object"] in objects)
+        drawings = [_load_drawings(folder, indices, side) for side in DRAWING_SIDES]
+        labels, _ = self.labels([folder.rows[k] for k in indices])
+        _fit(self.by_object, partial(_augment_full, drawings), labels, steps, "objects")
 
-    def learn_styles(self, folder: Folder, steps: int) -> None:
-        """Train on patches of images of the training split, mirrored or not."""
-        rows = _training_rows(folder, lambda row: True)
-        labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in rows])
-        draw = partial(_draw_patches, _bank(folder, rows, 104))
-        _fit(self.by_style, draw, labels, steps, "styles")
+    def train_styles(self, folder: Folder, steps: int) -> None:
+        """Train the classifier of styles on patches of images of the training split."""
+        indices = _find_training_rows(folder, lambda row: True)
+        labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in indices])
+        drawings = _load_drawings(folder, indices, PATCH_DRAWING_SIDE)
+        _fit(self.by_style, partial(_augment_patches, drawings), labels, steps, "styles")
 
     def labels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """The classes of rows or prompts: objects (B,), styles (B,)."""
+        """Return the classes of rows or prompts: objects (B,), styles (B,)."""
         objects = torch.tensor([self.objects.index(row["object"]) for row in rows])
         return objects, torch.tensor([self.styles.index(row["style"]) for row in rows])
 
     @torch.inference_mode()
-    def judge(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes of images (B, 3, 128, 128), best first: objects (B, all), styles (B, all)."""
+    def classify(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Rank the classes of images (B, 3, 128, 128), best first.
+
+        Returns:
+            Indices of objects (B, objects) and of styles (B, styles).
+        """
         scores = [
             (self.by_object(F.interpolate(x, (SIDE, SIDE), mode="area")), self.by_style(x))
             for x in image.split(64)
         ]
-        objects, styles = (torch.cat(parts) for parts in zip(*scores, strict=True))
+        objects, styles = (torch.cat(batches) for batches in zip(*scores, strict=True))
         return objects.argsort(dim=1, descending=True), styles.argsort(dim=1, descending=True)
 
 
 class Gallery:
-    """Every real drawing of some objects, held-out ones too, to find the nearest of an image.
+    """All real drawings of some objects, held-out ones included, to find the nearest of an image.
 
     Args:
-        folder: of the drawings.
-        objects: their names.
+        folder: The data set.
+        objects: Names of the objects.
     """
 
     def __init__(self, folder: Folder, objects: Sequence[str]) -> None:
-        rows = [k for k, row in enumerate(folder.rows) if row["object"] in set(objects)]
-        edge = (SIDE - INSIDE) // 2
-        self.drawings = F.pad(_bank(folder, rows, INSIDE), (edge, edge, edge, edge))
-        self.objects = [folder.rows[k]["object"] for k in rows]
-        self.styles = [folder.rows[k]["style"] for k in rows]
+        names = set(objects)
+        indices = [k for k, row in enumerate(folder.rows) if row["object"] in names]
+        margin = (SIDE - DRAWING_SIDE) // 2
+        drawings = _load_drawings(folder, indices, DRAWING_SIDE)
+        self.drawings = F.pad(drawings, (margin, margin, margin, margin))
+        self.objects = [folder.rows[k]["object"] for k in indices]
+        self.styles = [folder.rows[k]["style"] for k in indices]
 
     @torch.inference_mode()
     def distances(self, image: Tensor, colours: Sequence[str]) -> Tensor:
-        """Squared distances of images (B, 3, H, W) to all drawings: (B, drawings).
+        """Compute the squared distances of images (B, 3, H, W) to all drawings, (B, drawings).
 
-        The image is moved by up to one pixel of 64 each way, to where it is nearest.
+        Each is the smallest over shifts of the image by up to one of 64 pixels in each direction.
 
         Args:
-            colours: names of the backgrounds on which the drawings are put, one per image.
+            colours: Name of the drawings' background for each image.
         """
         result = torch.empty(len(image), len(self.drawings))
         small = F.interpolate(image.float(), (SIDE, SIDE), mode="area")
         for colour in sorted(set(colours)):
             indices = [k for k, name in enumerate(colours) if name == colour]
-            plain = torch.tensor(COLORS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
-            real = _over(self.drawings, plain).flatten(1)  # (drawings, 3 * 64 * 64)
-            moved = F.unfold(F.pad(small[indices], (1, 1, 1, 1), mode="replicate"), SIDE)
-            flat = moved.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
+            colours_rgb = torch.tensor(COLORS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
+            real = _composite(self.drawings, colours_rgb).flatten(1)  # (drawings, 3 * 64 * 64)
+            shifted = F.unfold(F.pad(small[indices], (1, 1, 1, 1), mode="replicate"), SIDE)
+            flat = shifted.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
+            # |a - b|² = |a|² - 2 a b + |b|², of all pairs
             distance = flat.square().sum(1)[:, None] - 2 * flat @ real.mT + real.square().sum(1)
             result[indices] = distance.unflatten(0, (-1, 9)).amin(1)
         return result
 
     def nearest(self, image: Tensor, prompts: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Whether the nearest drawing is of the right object; of its drawings, of the right style.
+        """Return whether the nearest drawing shows the object, and the nearest of it the style.
 
         Args:
-            prompts: one per image, with `object`, `style` and `colour`.
+            prompts: Prompt of each image, with `object`, `style` and `colour`.
+
         Returns:
-            Two bool tensors (B,), for the object and for the style.
+            Two bool tensors (B,), for object and style.
         """
         distances = self.distances(image, [row["colour"] for row in prompts])
         objects, styles = [], []
         for row, distance in zip(prompts, distances, strict=True):
-            own = [k for k, name in enumerate(self.objects) if name == row["object"]]
+            of_object = [k for k, name in enumerate(self.objects) if name == row["object"]]
+            nearest_of_object = of_object[int(distance[of_object].argmin())]
             objects.append(self.objects[int(distance.argmin())] == row["object"])
-            styles.append(self.styles[own[int(distance[own].argmin())]] == row["style"])
+            styles.append(self.styles[nearest_of_object] == row["style"])
         return torch.tensor(objects), torch.tensor(styles)
 
 
-def background(image: Tensor) -> list[str]:
-    """The name of the colour nearest to the median of the border, for images (B, 3, H, W)."""
+def classify_background(image: Tensor) -> list[str]:
+    """Name the colour nearest to the median of the border, for each image of (B, 3, H, W)."""
     width = max(1, BORDER * image.shape[-1] // 128)
     mask = torch.ones(image.shape[-2:], dtype=torch.bool)
     mask[width:-width, width:-width] = False
@@ -217,39 +231,39 @@ def background(image: Tensor) -> list[str]:
     return [list(COLORS)[k] for k in nearest.tolist()]
 
 
-def _bank(folder: Folder, rows: Sequence[int], side: int) -> Tensor:
-    """(N, 4, side, side) uint8 drawings with premultiplied alpha."""
-    bank = torch.empty(len(rows), 4, side, side, dtype=torch.uint8)
-    for position, index in enumerate(rows):
+def _load_drawings(folder: Folder, indices: Sequence[int], side: int) -> Tensor:
+    """Load drawings as (N, 4, side, side) uint8, RGBA with premultiplied alpha."""
+    drawings = torch.empty(len(indices), 4, side, side, dtype=torch.uint8)
+    for k, index in enumerate(indices):
         image = folder.load(index)["image"].convert("RGBa")
         small = image.resize((side, side), Image.Resampling.LANCZOS)
-        bank[position] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-    return bank
+        drawings[k] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    return drawings
 
 
-def _training_rows(folder: Folder, is_used: Callable[[Row], bool]) -> list[int]:
+def _find_training_rows(folder: Folder, is_used: Callable[[Row], bool]) -> list[int]:
     rows = enumerate(folder.rows)
     return [k for k, row in rows if row["split"] == "train" and is_used(row)]
 
 
 def _fit(
-    net: nn.Module,
-    draw: Callable[[Tensor, torch.Generator], Tensor],
+    network: nn.Module,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
     labels: Tensor,
     steps: int,
     name: str,
 ) -> None:
-    """Minimise the cross entropy of net(draw(rows, generator)) and the labels of the rows."""
+    """Train a classifier by cross entropy on images of `augment(indices, generator)`."""
     generator = torch.Generator().manual_seed(0)
     learning_rate = LearningRateSchedule(1e-3, warmup_steps=100, scheduler="linear")
-    optimizer = make_optimizer(net.train(), 1e-3, name="muon", weight_decay=1e-2)
+    optimizer = make_optimizer(network.train(), 1e-3, name="muon", weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, step / steps)
-        rows = torch.randint(len(labels), (64,), generator=generator)
+        indices = torch.randint(len(labels), (64,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            scores = net(draw(rows, generator))
-        loss = F.cross_entropy(scores.float(), labels[rows], label_smoothing=0.1)
+            scores = network(augment(indices, generator))
+        loss = F.cross_entropy(scores.float(), labels[indices], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -257,42 +271,46 @@ def _fit(
             log.info("%s: step %d of %d, loss %.3f", name, step, steps, float(loss.detach()))
 
 
-def _draw_full(banks: Sequence[Tensor], rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Full drawings of a random scale, moved by up to 4 pixels: (B, 3, 64, 64)."""
-    which = int(torch.randint(len(banks), (), generator=generator))
-    drawings = banks[which][rows]
+def _augment_full(
+    drawings_by_side: Sequence[Tensor], indices: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Return full drawings (B, 3, 64, 64) of a random size, shifted by up to 4 pixels."""
+    k = int(torch.randint(len(drawings_by_side), (), generator=generator))
+    drawings = drawings_by_side[k][indices]
     side = drawings.shape[-1]
     top, left = (torch.randint(-4, 5, (2,), generator=generator) + (SIDE - side) // 2).tolist()
-    around = (left, SIDE - side - left, top, SIDE - side - top)
-    return _soften(_on_colours(F.pad(drawings, around), generator), generator)
+    padding = (left, SIDE - side - left, top, SIDE - side - top)
+    return _blur_half(_on_random_colours(F.pad(drawings, padding), generator), generator)
 
 
-def _draw_patches(bank: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Random parts of drawings, mirrored or not: (B, 3, 64, 64)."""
-    side = PATCHES[int(torch.randint(len(PATCHES), (), generator=generator))]
-    top, left = torch.randint(0, bank.shape[-1] - side + 1, (2,), generator=generator).tolist()
-    image = _on_colours(bank[rows, :, top : top + side, left : left + side], generator)
+def _augment_patches(drawings: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random patch of each drawing, (B, 3, 64, 64), all flipped or none."""
+    side = PATCH_SIDES[int(torch.randint(len(PATCH_SIDES), (), generator=generator))]
+    top, left = torch.randint(0, drawings.shape[-1] - side + 1, (2,), generator=generator).tolist()
+    patches = drawings[indices, :, top : top + side, left : left + side]
+    image = _on_random_colours(patches, generator)
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
     image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    return _soften(image, generator)
+    return _blur_half(image, generator)
 
 
-def _on_colours(drawings: Tensor, generator: torch.Generator) -> Tensor:
-    """Drawings as `_over` takes them -> (B, 3, h, w) on random named colours."""
+def _on_random_colours(drawings: Tensor, generator: torch.Generator) -> Tensor:
+    """Composite drawings (B, 4, h, w) on random named colours: (B, 3, h, w)."""
     table = torch.tensor(list(COLORS.values())) / 127.5 - 1
-    return _over(drawings, table[torch.randint(len(table), (len(drawings),), generator=generator)])
+    indices = torch.randint(len(table), (len(drawings),), generator=generator)
+    return _composite(drawings, table[indices])
 
 
-def _over(drawings: Tensor, colours: Tensor) -> Tensor:
-    """(B, 4, h, w) uint8 with premultiplied alpha -> (B, 3, h, w) on colours (B, 3) in [-1, 1]."""
+def _composite(drawings: Tensor, colours: Tensor) -> Tensor:
+    """Composite drawings of `_load_drawings` on colours (B, 3) in [-1, 1]: (B, 3, h, w)."""
     rgb, alpha = drawings[:, :3] / 127.5, drawings[:, 3:] / 255
     return colours[:, :, None, None] * (1 - alpha) + rgb - alpha
 
 
-def _soften(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images, blurred by a random amount."""
-    soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+def _blur_half(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur about half of the images by random amounts."""
+    blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     weight = torch.rand(len(image), 1, 1, 1, generator=generator)
     weight = weight * (torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5)
-    return torch.lerp(image, soft, weight)
+    return torch.lerp(image, blurred, weight)

@@ -2,12 +2,12 @@
 
     python examples/emoji/make_emoji_data.py data/emoji --objects 300
 
-Fetches npm packages under permissive licences (Iconify's sets, LobeHub's 3d images, Emojibase's
-names) into a cache folder and rasterises them; needs npm and `pip install resvg-py`. Packages are
-joined by Unicode code point, or by the slug of the name where a package has no code points. The
-result is a folder `images/<style>/<id>.png` (RGBA) with `metadata.jsonl` and `NOTICE`, as
-`ldm.data.folder` reads it. Held-out (object, style) pairs form a Latin square: every second fully
-drawn object has one style less in training.
+It fetches npm packages under permissive licences (Iconify's sets, LobeHub's 3d images, Emojibase's
+names) into a cache folder and rasterizes them, with npm and resvg-py (`pip install resvg-py`).
+Drawings of an object are matched by Unicode code point, or by the slug of its name in packages
+without code points. The result is a folder of `images/<style>/<id>.png` (RGBA), `metadata.jsonl`
+and `NOTICE`, as `ldm.data.folder` reads it. Of every second object with all styles one pair of
+object and style is held out; the styles take turns.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STYLES = {
     "emojione": "@iconify-json/emojione",
     "3d": "@lobehub/fluent-emoji-3d",
 }
-# npm package: version, licence, what it is, repository on GitHub
+# npm package -> version, licence, author, repository on GitHub
 PACKAGES = {
     "@iconify-json/noto": (
         "1.2.9", "Apache-2.0", "Noto Emoji by Google", "googlefonts/noto-emoji",
@@ -72,11 +72,11 @@ LICENCES = {
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
     "MIT": "https://opensource.org/license/mit",
 }
-# Emojibase's group numbers; people, symbols and flags stay out. The weight says how many objects of
-# a subgroup are taken in each round of the ranking; faces are so alike that they come last.
+# Emojibase's numbers of the groups; people, symbols and flags are not used.
 GROUPS = {0: "faces", 3: "animals", 4: "food", 5: "travel", 6: "activities", 7: "objects"}
+# Objects of a subgroup in each round of the ranking
 WEIGHTS = {"faces": 1, "animals": 3, "food": 3, "travel": 2, "activities": 2, "objects": 1}
-# What people ask for first: leads the ranking, in this order.
+# Objects that people are likely to try: first in the ranking, in this order
 COMMON = """
 cat face, dog face, lion, tiger face, horse face, cow face, pig face, mouse face, rabbit face, fox,
 bear, panda, koala, monkey face, chicken, penguin, owl, frog, turtle, snake, fish, tropical fish,
@@ -98,13 +98,15 @@ face, smiling face with sunglasses, smiling face with heart-eyes, thinking face,
 alien, robot, skull, pile of poo, red heart
 """
 CLOCK = re.compile(r"o’clock|-thirty|o'clock")
-RANKED = 128  # pixels at which objects are compared
-DISTINCT = 0.07  # least root mean square distance between two objects, averaged over the styles
+RANKING_SIZE = 128  # pixels of the drawings that are compared
+# Of two objects' thumbnails in [0, 1], the mean over styles of their root mean square difference:
+# below this they count as similar.
+MIN_DISTANCE = 0.07
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of metadata.jsonl."""
+    """A line of metadata.jsonl."""
 
     file_name: str
     id: str
@@ -124,17 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("out", type=Path, help="folder to write")
     add("--packages", type=Path, default=Path("data/npm"), help="npm cache folder")
-    add("--objects", type=int, help="keep the first N of the ranking (all: about 1000)")
-    add("--size", type=int, default=128, help="side of the images in pixels")
+    add("--objects", type=int, help="number of objects to keep (all: about 1000)")
+    add("--size", type=int, default=128, help="height and width of the images in pixels")
     args = parser.parse_args(argv)
     rows = build(install(args.packages), args.out, objects=args.objects, size=args.size)
     objects = {row.id for row in rows}
     held_out = [row for row in rows if row.split == "heldout"]
-    print(f"{args.out}: {len(rows)} pictures, {len(objects)} objects, {len(held_out)} held out")
+    print(f"{args.out}: {len(rows)} images, {len(objects)} objects, {len(held_out)} held out")
 
 
 def install(folder: Path) -> Path:
-    """Fetch the packages with npm, unless they are there; return the folder that holds them."""
+    """Fetch missing packages with npm, and return their folder `node_modules`."""
     modules = folder / "node_modules"
     if all((modules / name).is_dir() for name in PACKAGES):
         return modules
@@ -145,14 +147,16 @@ def install(folder: Path) -> Path:
     return modules
 
 
-def build(modules: Path, out: Path, objects: int | None = None, size: int = RANKED) -> list[Row]:
+def build(
+    modules: Path, out: Path, objects: int | None = None, size: int = RANKING_SIZE
+) -> list[Row]:
     """Write the data set and return its metadata.
 
     Args:
-        modules: node_modules folder with the packages of PACKAGES.
-        out: folder to write; images/, metadata.jsonl, NOTICE.
-        objects: keep the first so many of the ranking (fully drawn and distinct first); None = all.
-        size: side of the square images, pixels; what would have to be enlarged is left out.
+        modules: Folder `node_modules` with the packages of PACKAGES.
+        out: Folder to write.
+        objects: Number of objects to keep, first ones of the ranking; None for all.
+        size: Height and width of the images in pixels; smaller ones are left out.
     """
     packages = {style: _Package(modules / name) for style, name in STYLES.items()}
     slugs: dict[str, set[str]] = {}
@@ -173,7 +177,7 @@ def build(modules: Path, out: Path, objects: int | None = None, size: int = RANK
     rows = []
     for row in _describe(entries, drawings):
         image = drawings[row.id][row.style]
-        if size != RANKED:  # all were drawn to be compared, only these are written
+        if size != RANKING_SIZE:
             image = packages[row.style].draw(by_id[row.id], slugs.get(row.id, set()), size)
         if image is not None:
             path = out / row.file_name
@@ -202,8 +206,8 @@ class _Package:
             self.chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
         self.by_code = {_without_selector(code): name for code, name in self.chars.items()}
 
-    def draw(self, entry: Entry, slugs: set[str], size: int = RANKED) -> Image.Image | None:
-        """RGBA image of the object; None where the package does not have it (at this size)."""
+    def draw(self, entry: Entry, slugs: set[str], size: int = RANKING_SIZE) -> Image.Image | None:
+        """Draw an object as RGBA image; None if the package does not have it at this size."""
         if not self.icons:
             return self._load_asset(entry["id"], size)
         for name in (self.by_code.get(entry["id"]), *sorted(slugs), _slug(entry["label"])):
@@ -226,7 +230,7 @@ class _Package:
 
         width, height = icon.get("width", self.side), icon.get("height", self.side)
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        # "currentColor" of the line style is black
+        # color: for the "currentColor" of the style "black line"
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{box}" width="{size}" height="{size}" '
@@ -254,7 +258,11 @@ def _read_names(modules: Path) -> Iterator[Entry]:
 
 
 def _rank(entries: list[Entry], drawings: Drawings) -> list[Entry]:
-    """Fully drawn and distinct objects first; among them the common, then short and old names."""
+    """Sort objects: with all styles and distinct, similar to an earlier one, others.
+
+    Within these, those of COMMON are first; then subgroups take turns, short and old names first.
+    Faces, which are much alike, are last.
+    """
     common = {" ".join(label.split()): rank for rank, label in enumerate(COMMON.split(","))}
     queue = sorted(
         (entry for entry in entries if entry["label"] in common), key=lambda e: common[e["label"]]
@@ -263,45 +271,45 @@ def _rank(entries: list[Entry], drawings: Drawings) -> list[Entry]:
     for entry in sorted(entries, key=lambda e: (len(e["label"].split()), e["version"], e["order"])):
         if entry["label"] not in common:
             subgroups.setdefault(entry["subgroup"], []).append(entry)
-    faces = [part for part in subgroups.values() if part[0]["group"] == "faces"]
-    others = [part for part in subgroups.values() if part[0]["group"] != "faces"]
+    faces = [entries for entries in subgroups.values() if entries[0]["group"] == "faces"]
+    others = [entries for entries in subgroups.values() if entries[0]["group"] != "faces"]
     queue += [*_take_turns(others), *_take_turns(faces)]
     distinct: list[Entry] = []
-    alike: list[Entry] = []
-    partial: list[Entry] = []
-    compared: list[np.ndarray] = []
+    similar: list[Entry] = []
+    incomplete: list[Entry] = []
+    earlier: list[np.ndarray] = []
     for entry in queue:
         styles = drawings[entry["id"]]
         if len(styles) < len(STYLES):
-            partial.append(entry)
+            incomplete.append(entry)
             continue
         thumbnails = np.stack([_thumbnail(styles[style]) for style in STYLES])
-        distances = [np.sqrt(((thumbnails - x) ** 2).mean((1, 2))).mean() for x in compared]
-        (distinct if min(distances, default=1.0) >= DISTINCT else alike).append(entry)
-        compared.append(thumbnails)
-    return distinct + alike + partial
+        distances = [np.sqrt(((thumbnails - x) ** 2).mean((1, 2))).mean() for x in earlier]
+        (distinct if min(distances, default=1.0) >= MIN_DISTANCE else similar).append(entry)
+        earlier.append(thumbnails)
+    return distinct + similar + incomplete
 
 
-def _take_turns(parts: list[list[Entry]]) -> Iterator[Entry]:
-    """Entries of several subgroups in turn, as many of each per round as WEIGHTS says."""
-    while any(parts):
-        for part in filter(None, parts):
-            weight = WEIGHTS[part[0]["group"]]
-            yield from part[:weight]
-            del part[:weight]
+def _take_turns(subgroups: list[list[Entry]]) -> Iterator[Entry]:
+    """Yield entries of subgroups in turn, by WEIGHTS in each round; empties the lists."""
+    while any(subgroups):
+        for entries in filter(None, subgroups):
+            weight = WEIGHTS[entries[0]["group"]]
+            yield from entries[:weight]
+            del entries[:weight]
 
 
 def _describe(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
     counts = Counter(keyword for entry in entries for keyword in set(entry["keywords"]))
-    fully_drawn = 0
+    complete = 0  # objects with all styles so far
     for rank, entry in enumerate(entries):
         styles = drawings[entry["id"]]
         held_out = None
         if len(styles) == len(STYLES):
-            if fully_drawn % 2 == 1:
-                held_out = list(STYLES)[fully_drawn // 2 % len(STYLES)]
-            fully_drawn += 1
-        # a keyword may stand for the name only where it means this object alone
+            if complete % 2 == 1:
+                held_out = list(STYLES)[complete // 2 % len(STYLES)]
+            complete += 1
+        # Captions use keywords in place of the name, so only those of a single object.
         keywords = [k for k in entry["keywords"] if counts[k] == 1 and k != entry["label"]]
         for style in styles:
             yield Row(
@@ -318,7 +326,7 @@ def _describe(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:
-    """(256, 3) small version on gray, in [0, 1], by which objects are compared."""
+    """Return 16 x 16 pixels on gray, (256, 3) in [0, 1], by which objects are compared."""
     gray = Image.new("RGBA", image.size, (128, 128, 128, 255))
     gray.alpha_composite(image)
     small = gray.convert("RGB").resize((16, 16), Image.Resampling.BOX)
@@ -326,8 +334,8 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 
 def _without_selector(code: str) -> str:
-    """Code points in lower case without the variation selector, joined by hyphens."""
-    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+    """Return code points, joined by hyphens, in lower case without the variation selector."""
+    return "-".join(point for point in code.lower().split("-") if point != "fe0f")
 
 
 def _slug(label: str) -> str:
@@ -336,7 +344,7 @@ def _slug(label: str) -> str:
 
 def _notice() -> str:
     lines = [
-        "The pictures in this folder were drawn by others; their licences ask to name them:",
+        "The images in this folder are works of others, whose licences require attribution:",
         "",
     ]
     styles = {package: style for style, package in STYLES.items()}
@@ -344,7 +352,7 @@ def _notice() -> str:
         lines.append(f"{styles.get(package, 'captions')}: {author}, https://github.com/{home}")
         lines.append(f"    npm package {package} {version}, {licence}")
     lines += ["", *(f"{name}: {url}" for name, url in LICENCES.items()), ""]
-    lines += ["The pictures were rasterised and scaled; nothing else was changed.", ""]
+    lines += ["The images were rasterized and scaled, and are otherwise unchanged.", ""]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import evaluate_demo
-from judges import Gallery, Judges, background
+from judges import Gallery, Judges, classify_background
 from ldm.data.drawings import COLORS, EmojiTransform
 from ldm.data.folder import Folder
 
@@ -25,7 +25,7 @@ def prompts(folder):
 
 @pytest.fixture(scope="module")
 def images(folder, prompts):
-    return evaluate_demo.real_images(folder, prompts)
+    return evaluate_demo.load_real_images(folder, prompts)
 
 
 def test_the_background_is_read_from_the_border():
@@ -33,7 +33,7 @@ def test_the_background_is_read_from_the_border():
     image = colours.repeat(1, 1, 64, 64)
     image += 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     image[..., 8:56, 8:56] = torch.rand(len(image), 3, 48, 48)
-    assert background(image) == list(COLORS)
+    assert classify_background(image) == list(COLORS)
 
 
 def test_prompts_name_object_style_and_colour(folder):
@@ -58,7 +58,7 @@ class Perfect(Judges):
         super().__init__(sorted(objects), sorted(styles))
         self.answers = self.labels(prompts)
 
-    def judge(self, image):
+    def classify(self, image):
         objects, styles = self.answers
         ranks = torch.stack([(objects + k) % 3 for k in range(3)], dim=1)
         return ranks, torch.stack([(styles + k) % 8 for k in range(8)], dim=1)
@@ -86,7 +86,7 @@ def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
     path = tmp_path / "judges.pt"
     judges = Judges.load_or_train(folder, path, steps=1)
     image = torch.zeros(2, 3, 128, 128)
-    objects, styles = judges.judge(image)
+    objects, styles = judges.classify(image)
     assert objects.shape == (2, 3)
     assert styles.shape == (2, 8)
     again = Judges.load_or_train(folder, path, steps=1)

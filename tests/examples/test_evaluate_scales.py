@@ -16,7 +16,7 @@ FLAGS = ["--data", str(EMOJI), "--count", "4", "--steps", "1", "--batch", "4"]
 @pytest.fixture
 def judges(monkeypatch, tmp_path):
     """Where judges are kept, which are not trained."""
-    for name in ("learn_objects", "learn_styles"):
+    for name in ("train_objects", "train_styles"):
         monkeypatch.setattr(Judges, name, lambda *args: None)
     monkeypatch.setattr(evaluate_scales, "COMPONENTS", 2)
     monkeypatch.setattr(evaluate_scales.JudgeFeatures, "dimensions", 4)

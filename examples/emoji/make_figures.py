@@ -1,9 +1,9 @@
-"""Make the sheets of images in the documentation: docs/demo.jpg, docs/tasks.jpg, docs/adapters.jpg.
+"""Make the figures of the documentation: docs/demo.jpg, docs/tasks.jpg, docs/adapters.jpg.
 
-    python examples/emoji/make_pictures.py demo tasks adapters
+    python examples/emoji/make_figures.py demo tasks adapters
 
-`demo` needs nothing but the demo model. `tasks` needs the data sets, and the runs `depth` and
-`variation` of README.md; `adapters` needs the runs `lora`, `textual-inversion` and `dreambooth`.
+`demo` needs the demo model only, `tasks` the data sets and the training runs `depth` and
+`variation` of README.md, `adapters` the runs `lora`, `textual-inversion` and `dreambooth`.
 """
 
 import argparse
@@ -25,9 +25,12 @@ from ldm.pipelines import depth2img, inpaint, txt2img, upscale, vary
 from ldm.runtime.files import find_file
 
 OPTIONS: dict[str, Any] = {"steps": 50, "scale": 3.0}
-TITLE, FONT, GAP = 22, 14, 10  # pixels: height of a title, of its font, between panels
+# In pixels
+TITLE_HEIGHT = 22
+FONT_SIZE = 14  # of the titles
+GAP = 10  # between panels
 
-# (object, style, background) of docs/demo.jpg; the seeds are 0, 1, 2 …
+# (object, style, background) of docs/demo.jpg; seeds are 0, 1, 2 …
 DEMO = (
     ("automobile", "black line", "white"),
     ("eggplant", "flat", "pink"),
@@ -54,6 +57,7 @@ DEMO = (
     ("wine glass", "noto", "yellow"),
     ("crescent moon", "soft gradient", "blue"),
 )
+# (method, object, run folder) of docs/adapters.jpg
 ADAPTERS = (
     ("LoRA", "robot", "logs/lora"),
     ("textual inversion", "polar bear", "logs/textual-inversion"),
@@ -63,7 +67,7 @@ ADAPTERS = (
 
 @dataclass(frozen=True)
 class Panel:
-    """Images (B, 3, H, W) in [-1, 1] side by side, under a title."""
+    """A row of images (B, 3, H, W) in [-1, 1] under a title."""
 
     title: str
     images: Tensor
@@ -73,74 +77,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
-    parser.add_argument("names", nargs="+", choices=list(SHEETS), metavar="NAME",
-                        help=", ".join(SHEETS))  # fmt: skip
-    parser.add_argument("--data", type=Path, default=Path("data"), help="has emoji and emoji-512")
+    parser.add_argument("names", nargs="+", choices=list(FIGURES), metavar="NAME",
+                        help=", ".join(FIGURES))  # fmt: skip
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder of emoji and emoji-512"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
     args = parser.parse_args(argv)
     for name in args.names:
-        sheet = SHEETS[name](args.data)
-        sheet.save(args.out / f"{name}.jpg", quality=90, optimize=True)
+        figure = FIGURES[name](args.data)
+        figure.save(args.out / f"{name}.jpg", quality=90, optimize=True)
         print(args.out / f"{name}.jpg")
 
 
 def make_demo(data: Path) -> Image.Image:
-    """What the demo model makes of DEMO."""
+    """Draw images of DEMO by the demo model."""
     prompts = [format_caption(*words) for words in DEMO]
     images = txt2img(load(), prompts, seeds=list(range(len(prompts))), **OPTIONS)
     return pixels.make_grid(pixels.to_pil(images), 8)
 
 
 def make_tasks(data: Path) -> Image.Image:
-    """One row for each task: what goes in and what comes out."""
+    """Draw a row of inputs and results for each task."""
     model = load()
     prompts = [format_caption("panda", "flat", "pink"), format_caption("tomato", "noto", "yellow")]
     images = [txt2img(model, [prompt] * 3, seeds=[0, 1, 2], **OPTIONS) for prompt in prompts]
     rows = [[Panel(f"text to image: {' | '.join(prompts)}", torch.cat(images))]]
-    for make in (_inpainting, _upscaling, _depth, _variations):
+    for make in (_make_inpainting, _make_upscaling, _make_depth, _make_variations):
         title, images = make(data)
         rows.append([Panel(title, torch.cat(images))])
-    return draw_sheet(rows)
+    return draw_figure(rows)
 
 
 def make_adapters(data: Path) -> Image.Image:
-    """Objects that the demo model was not trained on, before and after three kinds of training."""
+    """Draw objects that are new to the demo model, before and after training by three methods."""
     base = load()
-    lora, embedding, dreambooth = (_checkpoint(run) for _, _, run in ADAPTERS)
+    lora, embedding, dreambooth = (_find_checkpoint(run) for _, _, run in ADAPTERS)
     trained = (load(loras=[(lora, 1.0)]), load(embeddings=[embedding]), load(ckpt=dreambooth))
     rows = []
     for (method, name, _), model in zip(ADAPTERS, trained, strict=True):
-        word = "<polar-bear>" if method == "textual inversion" else name
+        token = "<polar-bear>" if method == "textual inversion" else name
         panels = []
-        for title, network, words in (
+        for title, panel_model, object_name in (
             (f"{name}: before", base, name),
-            (f"after: {method}", model, word),
+            (f"after: {method}", model, token),
         ):
-            prompts = [format_caption(words, "3d", "blue")] * 4
-            panels.append(Panel(title, txt2img(network, prompts, seeds=[0, 1, 2, 3], **OPTIONS)))
+            prompts = [format_caption(object_name, "3d", "blue")] * 4
+            images = txt2img(panel_model, prompts, seeds=[0, 1, 2, 3], **OPTIONS)
+            panels.append(Panel(title, images))
         rows.append(panels)
-    return draw_sheet(rows)
+    return draw_figure(rows)
 
 
-SHEETS: dict[str, Callable[[Path], Image.Image]] = {
+FIGURES: dict[str, Callable[[Path], Image.Image]] = {
     "demo": make_demo,
     "tasks": make_tasks,
     "adapters": make_adapters,
 }
 
 
-def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Draw rows of panels on white; all rows have as many panels, of images of one size."""
-    sheets = [[_draw_panel(panel) for panel in row] for row in rows]
-    width = max(sum(sheet.width + GAP for sheet in row) - GAP for row in sheets)
-    height = sum(row[0].height for row in sheets)
+def draw_figure(rows: Sequence[Sequence[Panel]]) -> Image.Image:
+    """Draw rows of panels, of images of equal size in a row, on white."""
+    panels = [[_draw_panel(panel) for panel in row] for row in rows]
+    width = max(sum(panel.width + GAP for panel in row) - GAP for row in panels)
+    height = sum(row[0].height for row in panels)
     image = Image.new("RGB", (width, height), "white")
     top = 0
-    for row in sheets:
+    for row in panels:
         left = 0
-        for sheet in row:
-            image.paste(sheet, (left, top))
-            left += sheet.width + GAP
+        for panel in row:
+            image.paste(panel, (left, top))
+            left += panel.width + GAP
         top += row[0].height
     return image
 
@@ -148,29 +155,29 @@ def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
 def _draw_panel(panel: Panel) -> Image.Image:
     images = pixels.to_pil(panel.images)
     grid = pixels.make_grid(images, len(images))
-    sheet = Image.new("RGB", (grid.width, grid.height + TITLE), "white")
-    font = ImageFont.load_default(FONT)
-    ImageDraw.Draw(sheet).text((2, 2), panel.title, fill="black", font=font)
-    sheet.paste(grid, (0, TITLE))
-    return sheet
+    image = Image.new("RGB", (grid.width, grid.height + TITLE_HEIGHT), "white")
+    font = ImageFont.load_default(FONT_SIZE)
+    ImageDraw.Draw(image).text((2, 2), panel.title, fill="black", font=font)
+    image.paste(grid, (0, TITLE_HEIGHT))
+    return image
 
 
-def _inpainting(data: Path) -> tuple[str, list[Tensor]]:
+def _make_inpainting(data: Path) -> tuple[str, list[Tensor]]:
     model = load(ckpt=find_file("checkpoints/demo-inpainting.safetensors"))
     transform = EmojiTransform(conditions={"mask": {"full_probability": 0.0}})
     images = []
-    for sample in _samples(data / "emoji", transform, ("duck", "violin", "strawberry")):
+    for sample in _load_samples(data / "emoji", transform, ("duck", "violin", "strawberry")):
         image, mask = sample["jpg"][None], sample["mask"][None]
         result = inpaint(model, [sample["txt"]], image, mask, seeds=0, **OPTIONS)
         images += [torch.where(mask > 0, -0.5, image), result]
     return "inpainting: input, result", images
 
 
-def _upscaling(data: Path) -> tuple[str, list[Tensor]]:
+def _make_upscaling(data: Path) -> tuple[str, list[Tensor]]:
     model = load(ckpt=find_file("checkpoints/demo-upscaler.safetensors"))
     transform = EmojiTransform(size=512, conditions={"lr": {"factor": 4}})
     images = []
-    for sample in _samples(data / "emoji-512", transform, ("rabbit face", "bus", "dog face")):
+    for sample in _load_samples(data / "emoji-512", transform, ("rabbit face", "bus", "dog face")):
         small = sample["lr"][None]
         result = upscale(model, [sample["txt"]], small, seeds=0, steps=25, scale=1.0)
         bicubic = F.interpolate(small, scale_factor=4.0, mode="bicubic").clamp(-1, 1)
@@ -178,10 +185,10 @@ def _upscaling(data: Path) -> tuple[str, list[Tensor]]:
     return "4x upscaling: bicubic, result (a sixteenth of the image)", images
 
 
-def _depth(data: Path) -> tuple[str, list[Tensor]]:
-    model = load(ckpt=_checkpoint("logs/depth"))
+def _make_depth(data: Path) -> tuple[str, list[Tensor]]:
+    model = load(ckpt=_find_checkpoint("logs/depth"))
     images = []
-    for sample in _samples(data / "emoji", EmojiTransform(conditions={"depth": {}}),
+    for sample in _load_samples(data / "emoji", EmojiTransform(conditions={"depth": {}}),
                            ("duck", "cat face")):  # fmt: skip
         image, depth = sample["jpg"][None], sample["depth"][None]
         prompts = [format_caption(sample["object"], "noto", "blue")] * 2
@@ -191,27 +198,29 @@ def _depth(data: Path) -> tuple[str, list[Tensor]]:
     return "depth to image (recipe): depth map, results", images
 
 
-def _variations(data: Path) -> tuple[str, list[Tensor]]:
-    model = load(ckpt=_checkpoint("logs/variation"))
+def _make_variations(data: Path) -> tuple[str, list[Tensor]]:
+    model = load(ckpt=_find_checkpoint("logs/variation"))
     images = []
-    for sample in _samples(data / "emoji", EmojiTransform(), ("ear of corn", "cyclone")):
+    for sample in _load_samples(data / "emoji", EmojiTransform(), ("ear of corn", "cyclone")):
         image = sample["jpg"][None]
         images += [image, vary(model, [""] * 2, [image], seeds=[0, 1], **OPTIONS)]
     return "variations (recipe): image, results", images
 
 
-def _samples(root: Path, transform: EmojiTransform, objects: Sequence[str]) -> list[dict[str, Any]]:
-    """The held-out drawing of each object, or else its first."""
+def _load_samples(
+    root: Path, transform: EmojiTransform, objects: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Load the held-out drawing of each object, or else its first."""
     folder = Folder(root=root, transform=transform)
     samples = []
     for name in objects:
-        found = [k for k, row in enumerate(folder.rows) if row["object"] == name]
-        found.sort(key=lambda k: folder.rows[k]["split"] != "heldout")
-        samples.append({**folder[0, found[0]], "object": name})
+        indices = [k for k, row in enumerate(folder.rows) if row["object"] == name]
+        indices.sort(key=lambda k: folder.rows[k]["split"] != "heldout")
+        samples.append({**folder[0, indices[0]], "object": name})
     return samples
 
 
-def _checkpoint(run: str) -> Path:
+def _find_checkpoint(run: str) -> Path:
     path = Path(run) / "checkpoints/last.safetensors"
     if not path.exists():
         raise SystemExit(f"{path} is missing: see examples/emoji/README.md for its training")
