@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
-from ldm.diffusion import names
 from ldm.diffusion.brownian import BrownianPaths
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import (
@@ -25,8 +24,8 @@ from ldm.diffusion.guidance import (
     follow_schedule,
 )
 from ldm.diffusion.guidance_embedding import embed_guidance
-from ldm.diffusion.names import FreeUFactors
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.names import SAMPLERS, FreeUFactors
+from ldm.diffusion.samplers import SAMPLERS as SAMPLER_FUNCTIONS
 from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
@@ -170,21 +169,13 @@ def sample(
         warn_caller(reason)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
     shape = (len(cond), model.channels, *latent_size(model, size, x_T if z is None else z))
-    first = 0
     if z_t is not None:
-        x = z_t.to(model.device, torch.float32) * _std(sigmas[0])
+        x, first = z_t.to(model.device, torch.float32) * _std(sigmas[0]), 0
     else:
         if x_T is None:
             x_T = noise(torch.empty(shape, device=model.device))
         x_T = x_T.to(model.device, torch.float32)
-        if z is None:
-            x = x_T * _std(sigmas[0])
-        else:
-            first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
-            sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
-            x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
-            # A quirk adds the noise of another level than the run begins at.
-            x = x * (_std(sigmas[first]) / std)
+        x, first = _add_start_noise(z, x_T, sigmas, quirks, strength, steps)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
     if z_t is None and (reason := explain_high_start(sampler, scheduler, float(sigmas[0]))):
         warn_caller(reason)
@@ -192,14 +183,14 @@ def sample(
     if freeu is not None:
         network = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
         denoiser = replace(denoiser, network=network)
-    denoiser = _in_tiles(denoiser, unet_tile)
+    denoiser = _run_in_tiles(denoiser, unet_tile)
     unconds: deque[Tensor] = deque(maxlen=1)  # the latest unconditional estimate of z
-    sampler_options = _sampler_options(
+    sampler_options = _get_sampler_options(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
     )
     if brownian and sampler_options["noise"] is not None:
-        sampler_options["path"] = _brownian_path(seeds, len(cond), sigmas, s_noise)
-    if names.SAMPLERS[sampler].takes_uncond:
+        sampler_options["path"] = _make_path_noise(seeds, len(cond), sigmas, s_noise)
+    if SAMPLERS[sampler].takes_uncond:
         sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
     guide: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
         add_guidance,
@@ -215,11 +206,11 @@ def sample(
         guide = partial(embed_guidance, denoiser, scale=scale, dim=model.guidance_embed_dim)
     counter = StepCounter(first_step)
     with circular_padding(tiling):
-        x = SAMPLERS[sampler](
+        x = SAMPLER_FUNCTIONS[sampler](
             follow_schedule(guide, cond, uncond, counter),
             x,
             sigmas,
-            callback=_with_steps(callback, len(sigmas) - 1, counter),
+            callback=_wrap_callback(callback, len(sigmas) - 1, counter),
             constrain=constrain,
             **sampler_options,
         )
@@ -260,6 +251,24 @@ def invert(
     return x / _std(sigmas[-1])
 
 
+def _add_start_noise(
+    z: Tensor | None, x_T: Tensor, sigmas: Tensor, quirks: Quirks, strength: float, steps: int
+) -> tuple[Tensor, int]:
+    """Return the x that a run begins with, and the index of its noise level in sigmas.
+
+    Args:
+        z: the latent to start from; None = start from pure noise.
+        steps: requested number of steps.
+    """
+    if z is None:
+        return x_T * _std(sigmas[0]), 0
+    first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
+    sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
+    x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
+    # With a quirk, z was noised to another level; its VP-scaled latent counts as one of the first.
+    return x * (_std(sigmas[first]) / std), first
+
+
 def _check_embedded_guidance(
     guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None
 ) -> None:
@@ -282,7 +291,7 @@ def _variant_name(model: LatentDiffusion) -> str:
     return f"`{variant['file']}`" if variant else file_name(model)
 
 
-def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
+def _run_in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
     """Run the denoiser's network on overlapping tiles and blend the results."""
     if tile is None:
         return denoiser
@@ -293,7 +302,7 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
     return replace(denoiser, network=network)
 
 
-def _sampler_options(
+def _get_sampler_options(
     schedule: NoiseSchedule,
     sampler: str,
     step_noise: StepNoise,
@@ -307,7 +316,7 @@ def _sampler_options(
         always_draws: draw noise even where eta is 0, as the original did.
         is_continued: whether another model samples on from the result.
     """
-    traits, s_noise, s_tmax = names.SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
+    traits, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
     options: dict[str, object] = {}
     if traits.takes_noise or traits.takes_churn:
@@ -326,7 +335,7 @@ def _sampler_options(
     return options
 
 
-def _brownian_path(
+def _make_path_noise(
     seeds: int | Sequence[int] | Noise | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
     """Return (like, sigma, sigma_next) -> noise between two levels, on a path for each row."""
@@ -337,7 +346,7 @@ def _brownian_path(
     return lambda like, sigma, sigma_next: s_noise * paths(like, sigma, sigma_next)
 
 
-def _with_steps(
+def _wrap_callback(
     callback: Callback | None, steps: int, counter: StepCounter
 ) -> Callable[[int, Tensor, Tensor], None]:
     """Add the number of steps to the callback's arguments, and advance the counter."""
