@@ -1,4 +1,4 @@
-"""Models of the recorded pictures: weights by the recipe, depth by a formula."""
+"""Models of the recorded images: weights by the recipe, depth by a formula."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every task against the pictures that the original's scripts made, on tiny models."""
+"""Every task against the images that the original's scripts made, on tiny models."""
 
 import numpy as np
 import pytest
@@ -39,14 +39,14 @@ def start_code(info, h, w):
 @pytest.mark.parametrize("name", ["inp0", "inp1"])
 def test_inpaint(name):
     file = gold("e2e_inpaint")
-    info, given = file.case(name)["info"], file.inputs(name)
+    info, inputs = file.case(name)["info"], file.inputs(name)
     model = model_of(file, "inpaint")
     torch.manual_seed(info["torch_seed_before"])
     images = inpaint(
         model,
         [info["prompt"]] * info["num_samples"],
-        image_of(given["image"]),
-        given["mask"][None, None].float() / 255,
+        image_of(inputs["image"]),
+        inputs["mask"][None, None].float() / 255,
         composite=False,
         x_T=start_code(info, info["h"] // 8, info["w"] // 8),
         steps=info["ddim_steps"],

@@ -40,15 +40,15 @@ def base():
     return model_of(gold("e2e_txt2img"), "base_eps")
 
 
-def cond_of(model, given: dict[str, Tensor], prefix: str = "") -> Cond:
-    sigma = given["low_res_sigma"]
+def cond_of(model, inputs: dict[str, Tensor], prefix: str = "") -> Cond:
+    sigma = inputs["low_res_sigma"]
     assert len(set(sigma.tolist())) == 1 or prefix == ""
-    scaled = given["low_res"] / (1 + sigma**2).sqrt()[:, None, None, None]
+    scaled = inputs["low_res"] / (1 + sigma**2).sqrt()[:, None, None, None]
     return Cond(
-        crossattn=given[f"{prefix}hidden"],
+        crossattn=inputs[f"{prefix}hidden"],
         concat=model.conditioner.get(LowResLatent)(scaled),
-        vector=torch.cat([given[f"{prefix}pooled"], sigma[:, None]], dim=1),
-        context_mask=given[f"{prefix}padding"] == 0,
+        vector=torch.cat([inputs[f"{prefix}pooled"], sigma[:, None]], dim=1),
+        context_mask=inputs[f"{prefix}padding"] == 0,
     )
 
 
@@ -64,34 +64,34 @@ def test_text_is_not_normed_and_its_padding_masked(model):
 @pytest.mark.parametrize("name", ["den_level0", "den_level"])
 def test_denoiser(model, name):
     file = gold("seed_x2_unet")
-    given, expected = file.inputs(name), file.outputs(name)["denoised"]
+    inputs, expected = file.inputs(name), file.outputs(name)["denoised"]
     with torch.no_grad():
-        denoised = model.denoiser(given["x"], given["sigma"], cond_of(model, given))
+        denoised = model.denoiser(inputs["x"], inputs["sigma"], cond_of(model, inputs))
     assert_close(denoised, expected, noise=noise_of(file, name, "denoised"))
 
 
 def test_guidance(model):
     file, name = gold("seed_x2_unet"), "cfg_2.5"
-    given, expected = file.inputs(name), file.outputs(name)["denoised"]
-    conds = cond_of(model, given, "c_"), cond_of(model, given, "uc_")
+    inputs, expected = file.inputs(name), file.outputs(name)["denoised"]
+    conds = cond_of(model, inputs, "c_"), cond_of(model, inputs, "uc_")
     denoise = add_guidance(model.denoiser, *conds, 2.5)
     with torch.no_grad():
-        denoised = denoise(given["x"], float(given["sigma"][0]))
+        denoised = denoise(inputs["x"], float(inputs["sigma"][0]))
     assert_close(denoised, expected, noise=noise_of(file, name, "denoised"))
 
 
 def test_loss_with_variance(model):
     """§1.6 of the contract: the fifth channel is the log variance of the error."""
     file, name = gold("seed_x2_unet"), "loss_variance"
-    given, expected = file.inputs(name), file.outputs(name)
-    sigma, cond = given["sigma"], cond_of(model, given)
+    inputs, expected = file.inputs(name), file.outputs(name)
+    sigma, cond = inputs["sigma"], cond_of(model, inputs)
     column = sigma[:, None, None, None]
-    x = given["clean"] + column * given["noise"]
+    x = inputs["clean"] + column * inputs["noise"]
     z_t = torch.cat([x / (1 + column**2).sqrt(), cond.concat], dim=1)
     prediction, log_variance = model.unet.predict_with_variance(
         z_t, sigma.log() / 4, cond.crossattn, cond.vector, cond.context_mask
     )
-    error = prediction - model.denoiser.target(given["clean"], given["noise"], sigma.log() / 4)
+    error = prediction - model.denoiser.target(inputs["clean"], inputs["noise"], sigma.log() / 4)
     loss = ((error.square().mean((1, 2, 3)) * (-log_variance).exp()) + log_variance) / 2
     loss.mean().backward()
     assert_close(loss.detach(), expected["loss"])
@@ -111,7 +111,7 @@ def test_loss_with_variance(model):
 )  # fmt: skip
 def test_notebook(model, name, monkeypatch):
     file = gold("seed_x2_sample")
-    info, given = file.case(name)["info"], file.inputs(name)
+    info, inputs = file.case(name)["info"], file.inputs(name)
     tolerance = info["tol_scale"]
     settings = {"rtol": 0.05 * tolerance, "atol": tolerance / 127.5, "pcoeff": 0.2, "icoeff": 0.4}
     adaptive = functools.partial(ldm.SAMPLERS["dpm_adaptive"], **settings)
@@ -120,12 +120,12 @@ def test_notebook(model, name, monkeypatch):
         model,
         [info["prompt"]],
         [info["uncond"]],
-        given["low_res"],
+        inputs["low_res"],
         noise=draws_of(file, name),
         noise_sigma=info["noise_aug_level"],
         noise_kind=info["noise_aug_type"],
         scale=info["scale"],
-        x_T=given["noise"],
+        x_T=inputs["noise"],
         steps=info["steps"],
         sampler=SAMPLERS[info["sampler"]],
         **({"eta": info["eta"]} if info["sampler"] != "k_euler" else {}),
@@ -143,23 +143,23 @@ def test_notebook(model, name, monkeypatch):
 def test_diffusers(model, name, monkeypatch):
     """Its pipeline, by `legacy`; guidance above 1 is the same in both."""
     file = gold("seed_x2_diffusers")
-    info, given, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
+    info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
     if info["interpolation_type"] == "linear":
         betas = make_betas("linear", linear_start=0.00085, linear_end=0.012)
         schedule = Schedule(betas, log_time=True, quantize_time=False)
         monkeypatch.setattr(model, "schedule", schedule)
-    image = given.get("image")
+    image = inputs.get("image")
     latents: list[Tensor] = []
     images = ldm.upscale_latent(
         model,
         as_list(info["prompt"]),
         None if image is None else to_tensor(Image.fromarray(image.numpy())),
-        latent=given.get("low_res"),
+        latent=inputs.get("low_res"),
         negative_prompt=info["negative_prompt"] or "",
         scale=info["guidance_scale"],
         steps=info["steps"],
         scheduler="normal" if info["interpolation_type"] == "linear" else "time_uniform",
-        x_T=given["latents"],
+        x_T=inputs["latents"],
         seeds=draws_of(file, name),
         callback=lambda step, steps, x, denoised: latents.append(x),
         legacy=["unmasked"],

@@ -113,7 +113,7 @@ def test_latents(file, name):
 
 
 def run_upscaling(sr, name):
-    info, given = sr.case(name)["info"], sr.inputs(name)
+    info, inputs = sr.case(name)["info"], sr.inputs(name)
     unet = "unet_with_level" if info["class_embedding"] else "unet"
     encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
     model = build(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
@@ -121,14 +121,14 @@ def run_upscaling(sr, name):
     return upscale_rgbd(
         model,
         [info["prompt"]],
-        given["pre_rgb"],
-        (given["pre_depth"] + 1) / 2,
+        inputs["pre_rgb"],
+        (inputs["pre_depth"] + 1) / 2,
         noise_level=info["noise_level"],
         negative_prompt=info["negative_prompt"] or "",
         scale=info["guidance_scale"],
         steps=info["steps"],
         sampler="ddim",
-        x_T=given["latents"],
+        x_T=inputs["latents"],
         seeds=lambda like: next(draws),
     )
 
@@ -143,13 +143,13 @@ def test_upscale_rgbd(sr, name):
 @pytest.mark.parametrize("name", ["sr_plain", "sr_level", "sr_float"])
 def test_image_and_depth_are_enlarged_as_recorded(sr, name):
     """Colours are equal; depth is, in float, and by one of 65535 where it was rounded."""
-    given = sr.inputs(name)
-    image = to_tensor(Image.fromarray(given["rgb"].numpy()))
-    depth = given["depth"][None, None].float() / 65535
+    inputs = sr.inputs(name)
+    image = to_tensor(Image.fromarray(inputs["rgb"].numpy()))
+    depth = inputs["depth"][None, None].float() / 65535
     larger, levels = enlarge(image, depth, tuple(sr.case(name)["info"]["target_res"]))
-    assert torch.equal(larger, given["pre_rgb"])
+    assert torch.equal(larger, inputs["pre_rgb"])
     error = 1e-6 if name == "sr_float" else 4e-5
-    torch.testing.assert_close(2 * levels - 1, given["pre_depth"], atol=error, rtol=0)
+    torch.testing.assert_close(2 * levels - 1, inputs["pre_depth"], atol=error, rtol=0)
 
 
 def test_a_panorama_has_no_seam(file):

@@ -13,7 +13,7 @@ from ldm.pipelines.preview import fit_preview
 EMOJI = Path(__file__).parents[1] / "data/emoji/images"
 
 
-def test_previews_of_real_pictures_explain_most_of_their_variance():
+def test_previews_of_real_images_explain_most_of_their_variance():
     model = ldm.load()
     paths = sorted(EMOJI.glob("*/*.png"))[::3]
     image = torch.cat([to_tensor(load_image(path)) for path in paths])  # (8, 3, 64, 64)
@@ -23,4 +23,4 @@ def test_previews_of_real_pictures_explain_most_of_their_variance():
     small = F.adaptive_avg_pool2d(image, z.shape[-2:])
     left = (shown - small).square().mean() / (small - small.mean()).square().mean()
     assert shown.shape == small.shape
-    assert left < 0.15  # 0.09; a map fitted to the very pictures leaves 0.08
+    assert left < 0.15  # 0.09; a map fitted to the very images leaves 0.08

@@ -26,10 +26,10 @@ def model():
 
 def latents(model, prompts, **options) -> list[torch.Tensor]:
     """Return x after each step."""
-    found: list[torch.Tensor] = []
-    options = {**FEW, **options, "callback": lambda step, steps, x, denoised: found.append(x)}
+    xs: list[torch.Tensor] = []
+    options = {**FEW, **options, "callback": lambda step, steps, x, denoised: xs.append(x)}
     ldm.txt2img(model, prompts, **options)
-    return found
+    return xs
 
 
 def encode(model, texts: list[str], steps: int = 4):
@@ -135,16 +135,16 @@ def test_a_batch_has_the_images_of_its_prompts(model):
 
 def test_fractions_are_of_the_steps_that_run(model):
     image, z = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 16, 16)
-    found = []
+    runs = []
     for text in ("a cat", "a [cat:dog:0.5]"):
         xs: list[torch.Tensor] = []
         ldm.img2img(
             model, [text], image, z=z, strength=0.5, syntax="a1111", seeds=1, steps=8, scale=3.0,
             callback=lambda step, steps, x, denoised, xs=xs: xs.append(x),
         )  # fmt: skip
-        found.append(xs)
-    assert len(found[0]) == 4
-    changes = [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+        runs.append(xs)
+    assert len(runs[0]) == 4
+    changes = [torch.equal(a, b) for a, b in zip(*runs, strict=True)]
     assert changes == [True, True, True, False]
 
 

@@ -68,11 +68,11 @@ def test_presets_and_concepts_are_those_of_the_packages():
 def test_the_rule_is_the_recorded_one_bit_for_bit(preset, size):
     name = f"rule_{preset}{size}"
     file = recorded("seed_sld")
-    info, given, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
+    info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
     guidance = SafeGuidance(SLD.of(numbers(info["parameters"])), "")
     denoiser = Toy("eps").denoiser
     for i in range(info["steps"]):
-        uncond, cond, concept = (given[f"eps_{part}"][i] for part in ("uncond", "text", "safe"))
+        uncond, cond, concept = (inputs[f"eps_{part}"][i] for part in ("uncond", "text", "safe"))
         evaluation = Evaluation(
             denoiser, uncond, 3.7, info["guidance_scale"], uncond, cond, (concept,)
         )

@@ -57,9 +57,9 @@ def test_the_negative_prompt_matters_only_under_guidance(model):
 
 
 def test_the_callback_sees_every_step_and_can_stop(model):
-    seen = []
-    run(model, ["a"], steps=7, callback=lambda step, steps, x, denoised: seen.append((step, steps)))
-    assert seen == [(i, 7) for i in range(7)]
+    counts = []
+    run(model, ["a"], steps=7, callback=lambda step, steps, *_: counts.append((step, steps)))
+    assert counts == [(i, 7) for i in range(7)]
 
     def stop(step, steps, x, denoised):
         raise Stop
@@ -74,7 +74,7 @@ def test_sizes_are_any_multiple_of_the_downscaling(model):
         run(model, ["a"], size=(60, 64))
 
 
-def test_tiles_blend_into_nearly_the_whole_picture(model):
+def test_tiles_blend_into_nearly_the_whole_image(model):
     """Tiles differ by their own GroupNorm statistics; there must be no hole and no shift."""
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.no_grad():
@@ -130,17 +130,21 @@ def test_cfg_pp_computes_the_unconditional_estimate_at_any_scale(model):
     def image(sampler, **options):
         return run(model, ["a"], seeds=7, sampler=sampler, **options)
 
-    one = image("euler_cfg_pp", scale=1)
-    assert torch.equal(one, image("euler_cfg_pp", scale=None))
-    assert not torch.allclose(one, image("euler", scale=1), atol=1e-3)
-    assert not torch.equal(one, image("euler_cfg_pp", scale=1, negative_prompt="blurry"))
+    at_scale_1 = image("euler_cfg_pp", scale=1)
+    assert torch.equal(at_scale_1, image("euler_cfg_pp", scale=None))
+    assert not torch.allclose(at_scale_1, image("euler", scale=1), atol=1e-3)
+    assert not torch.equal(at_scale_1, image("euler_cfg_pp", scale=1, negative_prompt="blurry"))
 
 
 def test_own_levels_are_run(model):
-    own = model.schedule.step_sigmas(3, "karras").tolist()
+    sigmas = model.schedule.step_sigmas(3, "karras").tolist()
     images = [
         run(model, ["a"], seeds=7, sampler="euler", **options)
-        for options in ({"scheduler": "karras"}, {"sigmas": own}, {"sigmas": torch.tensor(own)})
+        for options in (
+            {"scheduler": "karras"},
+            {"sigmas": sigmas},
+            {"sigmas": torch.tensor(sigmas)},
+        )
     ]
     assert torch.equal(images[0], images[1])
     torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-3)

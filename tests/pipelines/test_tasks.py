@@ -55,7 +55,7 @@ def mask():
     return mask
 
 
-def test_strength_1_forgets_the_picture(models, image):
+def test_strength_1_forgets_the_image(models, image):
     """What is left is txt2img from the same noise, the first that was drawn after the latent's."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     options = {**QUICK, "x_T": noise}
@@ -68,17 +68,17 @@ def coded(model, image):
         return model.decode(model.encode(image)).clamp(-1, 1)
 
 
-def test_strength_0_keeps_the_picture(sure, image):
-    kept = img2img(sure, ["a"], image, strength=0.0, **QUICK)
-    assert (kept - coded(sure, image)).abs().mean() < 0.2  # a little noise is left by the grid
+def test_strength_0_keeps_the_image(sure, image):
+    result = img2img(sure, ["a"], image, strength=0.0, **QUICK)
+    assert (result - coded(sure, image)).abs().mean() < 0.2  # a little noise is left by the grid
 
 
 @pytest.mark.parametrize(("strength", "run"), [(0.8, 8), (0.33, 3), (0.01, 1), (1.0, 10), (0, 0)])
-def test_strength_is_the_share_of_steps(models, image, strength, run):
-    seen = []
-    options = {"steps": 10, "scale": 1, "callback": lambda i, n, *_: seen.append((i, n))}
+def test_strength_is_the_fraction_of_steps(models, image, strength, run):
+    counts = []
+    options = {"steps": 10, "scale": 1, "callback": lambda i, n, *_: counts.append((i, n))}
     img2img(models["text"], ["a"], image, strength=strength, **options)
-    assert seen == [(i, run) for i in range(run)]
+    assert counts == [(i, run) for i in range(run)]
 
 
 @pytest.mark.parametrize("sampler", some(ldm.SAMPLERS, "ddim", "plms", "dpmpp_3m_sde", "restart"))
@@ -90,7 +90,7 @@ def test_img2img_works_with_every_sampler(sure, image, sampler):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 53), (9, 100)])
-def test_pictures_of_any_size_keep_it(models, size):
+def test_images_of_any_size_keep_it(models, size):
     image = torch.zeros(1, 3, *size)
     assert img2img(models["text"], ["a"], image, **QUICK).shape == (1, 3, *size)
     assert inpaint(models["inpaint"], ["a"], image, image[:, :1] + 1, **QUICK).shape[2:] == size
@@ -124,7 +124,7 @@ def test_known_pixels_come_back_bit_exact(models, image, mask, name):
 
 
 def test_an_ordinary_model_paints_to_fit_what_is_known(sure, image, mask):
-    """Without compositing: the known part is nearer to the picture than txt2img's is."""
+    """Without compositing: the known part is nearer to the image than txt2img's is."""
     known, options = (mask == 0).expand_as(image), {**QUICK, "steps": 8, "scale": 1}
     held = inpaint(sure, ["a"], image, mask, composite=False, **options)
     free = txt2img(sure, ["a"], size=(64, 64), **options)
@@ -141,13 +141,13 @@ def test_depth_of_one_s_own_comes_before_the_estimate(models, image):
     model = models["depth"]
     with torch.no_grad():
         estimate = model.conditioner.depth.estimate(image)
-    own, other = (
+    same_depth, other_depth = (
         depth2img(model, ["a"], image, depth=d, **QUICK)
         for d in (estimate * 7 + 3, torch.rand(1, 1, 20, 30))
     )
-    same = depth2img(model, ["a"], image, **QUICK)
-    torch.testing.assert_close(own, same, rtol=0, atol=1e-3)
-    assert not torch.allclose(other, same, atol=1e-2)
+    estimated = depth2img(model, ["a"], image, **QUICK)
+    torch.testing.assert_close(same_depth, estimated, rtol=0, atol=1e-3)
+    assert not torch.allclose(other_depth, estimated, atol=1e-2)
 
 
 def test_noise_levels_of_the_upscaler_are_checked(models, image):
@@ -183,7 +183,7 @@ def test_patches_of_a_local_function_give_the_whole():
         )
 
 
-def test_pictures_are_mixed_by_weight(models, image):
+def test_images_are_mixed_by_weight(models, image):
     model, other = models["unclip"], -image.flip(-1)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     options = {**QUICK, "size": (64, 64), "x_T": noise}
@@ -195,7 +195,7 @@ def test_pictures_are_mixed_by_weight(models, image):
     assert not torch.allclose(scaled[0], first, atol=1e-2)
 
 
-def test_every_picture_may_have_its_noise_and_the_mix_too(models, image):
+def test_every_image_may_have_its_noise_and_the_mix_too(models, image):
     model, options = models["unclip"], {**QUICK, "size": (64, 64)}
     pair = [image, image.flip(-1)]
     plain = unclip(model, ["a"], pair, **options)
@@ -221,12 +221,12 @@ def test_what_does_not_fit_a_mix_is_one_line(models, image, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_embeddings_stand_for_pictures(models, image):
+def test_embeddings_stand_for_images(models, image):
     model, options = models["unclip"], {**QUICK, "size": (64, 64)}
     with torch.no_grad():
         embedding = model.conditioner.image.embed(image)
-    seen = unclip(model, ["a"], embeddings=[embedding], **options)
-    assert torch.equal(seen, unclip(model, ["a"], [image], **options))
+    result = unclip(model, ["a"], embeddings=[embedding], **options)
+    assert torch.equal(result, unclip(model, ["a"], [image], **options))
 
 
 def test_the_prior_imagines_what_unclip_sees(models):
@@ -237,11 +237,11 @@ def test_the_prior_imagines_what_unclip_sees(models):
     prior = Prior(clip_dim=32, xf_width=32, xf_layers=1, xf_heads=2).eval()
     embeddings = sample_prior(model, prior, ["a", "b"], steps=3)
     assert embeddings.shape == (2, 32)
-    made = unclip(model, ["a", "b"], embeddings=[embeddings], **QUICK, size=(64, 64))
-    assert made.isfinite().all()
+    images = unclip(model, ["a", "b"], embeddings=[embeddings], **QUICK, size=(64, 64))
+    assert images.isfinite().all()
 
 
-def test_a_model_that_sees_in_place_of_reading_varies_a_picture(models, image):
+def test_a_model_that_sees_in_place_of_reading_varies_an_image(models, image):
     text = gold("e2e_img2img")
     config = copy.deepcopy(text.meta["config_base_eps"])
     arch = text.meta["tiny_arch"]
@@ -254,12 +254,12 @@ def test_a_model_that_sees_in_place_of_reading_varies_a_picture(models, image):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     options = {**QUICK, "size": (64, 64)}
-    first, other = (vary(model, [""] * 2, [picture], **options) for picture in (image, -image))
+    first, other = (vary(model, [""] * 2, [x], **options) for x in (image, -image))
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
 
 
-def test_prepared_records_are_the_same_with_and_without_a_prompt(models, image):
+def test_prepared_batches_are_the_same_with_and_without_a_prompt(models, image):
     generator = torch.Generator().manual_seed(0)
     model = models["upscale"]
     batch = model.prepare({"lr": image, "noise_level": 20}, (64, 64), generator)
