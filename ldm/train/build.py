@@ -28,8 +28,8 @@ __all__ = [
     "build_diffusion",
     "build_state",
     "build_task",
+    "collect_diffusion_options",
     "configure_model",
-    "diffusion_options",
     "set_gradient_checkpointing",
 ]
 
@@ -80,7 +80,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
         raise ValueError(
             f"`{type(model).__name__}` cannot be trained, only LatentDiffusion and AutoencoderKL"
         )
-    task = build_diffusion(model, **diffusion_options(params, settings.objective))
+    task = build_diffusion(model, **collect_diffusion_options(params, settings.objective))
     lora, inversion = settings.lora, settings.textual_inversion
     if lora is None and inversion is None:
         return task
@@ -95,7 +95,7 @@ def build_diffusion(model: LatentDiffusion, **options: Any) -> Diffusion:
     return Diffusion(model, criterion_options=criterion, **options)
 
 
-def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
+def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
     """Collect the keywords of `build_diffusion` from a config.
 
     Args:

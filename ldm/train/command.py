@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, spellings = _build_parser(prog)
-    our_arguments, trainer = _split(arguments, spellings)
+    our_arguments, trainer = _split_arguments(arguments, spellings)
     args = parser.parse_intermixed_args(our_arguments)
     resume = trainer.pop("resume_from_checkpoint", args.resume)
     if trainer:
@@ -121,12 +121,12 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
     existing = launch.choose_on_first_rank(
         lambda torchruns: run_folder.find_run(request, torchruns)
     )
-    settings = _read(request, existing)
+    settings = _read_settings(request, existing)
     launch.launch(settings.devices, request.processes, request.argv)
     yield from _run(request, settings, existing)
 
 
-def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
+def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
     """Read and check the settings, before any process is started or folder created."""
     from ldm.train.config.settings import check_complete, read_settings
 
@@ -142,7 +142,7 @@ def _describe(request: TrainRequest) -> Iterator[str]:
     """Yield the whole config, and an estimate of the memory that it needs."""
     from ldm.train import estimate
 
-    settings = _read(request, run_folder.find_run(request))
+    settings = _read_settings(request, run_folder.find_run(request))
     processes = launch.count_processes(settings.devices, request.processes)
     yield from estimate.describe(settings, processes=processes)
 
@@ -252,7 +252,9 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
     return parser, spellings
 
 
-def _split(arguments: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+def _split_arguments(
+    arguments: Sequence[str], spellings: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
     """Separate our own arguments, with all values explicit, from those of Lightning's Trainer."""
     ours: list[str] = []
     trainer: dict[str, str] = {}

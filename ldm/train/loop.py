@@ -27,7 +27,7 @@ from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
 from ldm.train.monitoring import sanity
 from ldm.train.monitoring.evaluation import Evaluator
-from ldm.train.monitoring.logs import Loggers, Progress
+from ldm.train.monitoring.logs import Loggers, ProgressBar
 from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.timers import Interval, StepTimer
 from ldm.train.monitoring.timesteps import TimestepLog
@@ -110,7 +110,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     actions = _list_actions(run, loggers, timesteps)
     run.task.trainable.train()
     timer = StepTimer()
-    progress = Progress(
+    progress = ProgressBar(
         loggers,
         ranks,
         run.device,
@@ -269,7 +269,7 @@ def _clip_gradients(network: TrainedNetwork, scale: float, max_norm: float | Non
     """
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
     # On all processes: the norm of sharded gradients is that of all shards together.
-    total = parallel.gather({"norm": nn.utils.get_total_norm(gradients)})["norm"]
+    total = parallel.gather_shards({"norm": nn.utils.get_total_norm(gradients)})["norm"]
     norm = float(total) / scale
     factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # as clip_grad_norm_
     if math.isfinite(norm) and factor / scale != 1:

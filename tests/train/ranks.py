@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.train.distributed.parallel import gather
+from ldm.train.distributed.parallel import gather_shards
 from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
@@ -56,7 +56,7 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
 def digest(run: Run) -> str:
     """Hash weights, EMA, moments and numbers: the same for the same values, however sharded."""
     sha256 = hashlib.sha256()
-    for name, value in sorted(gather(run.state.tensors()).items()):
+    for name, value in sorted(gather_shards(run.state.tensors()).items()):
         sha256.update(name.encode() + value.detach().contiguous().numpy().tobytes())
     numbers = {k: v for k, v in run.state.numbers().items() if k not in ("seconds", "parts")}
     sha256.update(repr(sorted(numbers.items())).encode())
@@ -94,7 +94,7 @@ def run_verb(folder: Path, case: str, verb: str) -> tuple[str, str]:
         (folder / f"{run.ranks.rank}.pid").touch()
     before = digest(run)
     train(run)
-    weights = gather(run.task.trainable.state_dict())
+    weights = gather_shards(run.task.trainable.state_dict())
     if verb == "go" and run.ranks.is_first:
         with (run.folder / "log.csv").open() as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]

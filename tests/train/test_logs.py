@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.monitoring import timers
-from ldm.train.monitoring.logs import CsvLogger, Loggers, Progress
+from ldm.train.monitoring.logs import CsvLogger, Loggers, ProgressBar
 from ldm.train.monitoring.timers import Interval
 from ldm.train.monitoring.timesteps import TimestepLog
 
@@ -43,7 +43,7 @@ def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> 
 
 def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     loggers = Loggers(tmp_path, ["csv"])
-    progress = Progress(loggers, Ranks(), torch.device("cpu"), start=3, steps=8, every=4)
+    progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), start=3, steps=8, every=4)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
         losses = {"loss": torch.tensor(loss), "losses": torch.ones(2)}
         progress.update(step, losses, 1e-3, images=2)

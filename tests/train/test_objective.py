@@ -14,13 +14,13 @@ from ldm.encoders.text import collect_vocabulary
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train.build import build_diffusion, diffusion_options
+from ldm.train.build import build_diffusion, collect_diffusion_options
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial import set_scale_by_std
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
-from ldm.train.tasks.noise_levels import spread_timesteps
+from ldm.train.tasks.noise_levels import draw_stratified_timesteps
 from quick import some
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
@@ -67,7 +67,7 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
 
 def build_criterion(params: dict[str, Any]) -> Criterion:
     """What a YAML of the original with these parameters asks for."""
-    options = diffusion_options(params, {})
+    options = collect_diffusion_options(params, {})
     return Criterion(SCHEDULE, params.get("parameterization", "eps"), **options)
 
 
@@ -174,18 +174,18 @@ def test_an_unknown_option_is_refused() -> None:
 def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
     params = {"loss_type": "l1", "logvar_init": 0.5, "ckpt_path": None}
     options = {"loss_type": "l1", "logvar_init": 0.5, "min_snr_gamma": 5}
-    assert diffusion_options(params, {"min_snr_gamma": 5}) == options
-    assert diffusion_options(params, {"loss_type": "l2"})["loss_type"] == "l2"
+    assert collect_diffusion_options(params, {"min_snr_gamma": 5}) == options
+    assert collect_diffusion_options(params, {"loss_type": "l2"})["loss_type"] == "l2"
     unclip = {"embedding_dropout": 0.25, "ucg_training": {"txt": {"p": 0.2, "val": ""}}}
-    assert diffusion_options(unclip, {}) == {
+    assert collect_diffusion_options(unclip, {}) == {
         "conditioning_dropout_prob": {"txt": 0.2, "embedding": 0.25}
     }
-    assert diffusion_options(unclip, {"conditioning_dropout_prob": 0.3}) == {
+    assert collect_diffusion_options(unclip, {"conditioning_dropout_prob": 0.3}) == {
         "conditioning_dropout_prob": {"txt": 0.3, "embedding": 0.25}
     }
     unset = {"conditioning_dropout_prob": None}
-    assert diffusion_options(unclip, unset) == diffusion_options(unclip, {})
-    drop = diffusion_options({"embedding_dropout": 0.25}, {})["conditioning_dropout_prob"]
+    assert collect_diffusion_options(unclip, unset) == collect_diffusion_options(unclip, {})
+    drop = collect_diffusion_options({"embedding_dropout": 0.25}, {})["conditioning_dropout_prob"]
     assert drop == {"txt": 0.1, "embedding": 0.25}
 
 
@@ -211,7 +211,7 @@ def test_a_measured_scale_equals_the_originals() -> None:
 
 
 def test_timesteps_are_spread_over_the_range() -> None:
-    t = spread_timesteps(50, 1000, torch.Generator().manual_seed(0))
+    t = draw_stratified_timesteps(50, 1000, torch.Generator().manual_seed(0))
     assert sorted((t // 20).tolist()) == list(range(50))
     assert t.tolist() != sorted(t.tolist())
 

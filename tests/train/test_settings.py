@@ -282,10 +282,10 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
 
 def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
-    assert {*schema.list_fields(schema.Reconstruction)} == keywords - {"model", "config"}
+    assert {*schema.list_fields(schema.AutoencoderObjective)} == keywords - {"model", "config"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
     positional = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
-    assert {*schema.list_fields(schema.Denoising)} == keywords - positional
+    assert {*schema.list_fields(schema.DiffusionObjective)} == keywords - positional
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from goldfile import Gold, gold
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.loading.config import instantiate, parse_yaml
 from ldm.loading.weight_names import rename_weights, restore_names
-from ldm.train.build import diffusion_options
+from ldm.train.build import collect_diffusion_options
 from ldm.train.config.settings import Settings, read_settings
 from ldm.train.config.sgm import translate_training
 from ldm.train.optim.ema import EMA
@@ -231,7 +231,7 @@ def engine_loss(
     chances = iter(dropped)
     monkeypatch.setattr(torch, "bernoulli", lambda *_, **__: next(chances))
     params = golden.meta[f"config_{name}"]["params"]
-    options = diffusion_options(params, translate_training(params)["objective"])
+    options = collect_diffusion_options(params, translate_training(params)["objective"])
     levels, drop = options.pop("noise_levels"), options.pop("conditioning_dropout_prob", 0.0)
     t = level
     if levels is not None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from ldm.data.options import rename_options
 from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import Data, validate
+from ldm.train.config.schema import Data, validate_section
 
 __all__ = ["read_data", "translate_data_module"]
 
@@ -69,7 +69,7 @@ def read_data(section: JsonMapping) -> Data:
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
         raise _cannot_read("data", target)
-    data = validate(Data, params, "data.params")
+    data = validate_section(Data, params, "data.params")
     if data.prior and "shards" in data.train:
         raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
     splits: JsonObject = {

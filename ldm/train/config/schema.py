@@ -1,7 +1,7 @@
 """The sections of a config that training reads, validated by pydantic.
 
 Values may be written as is usual in YAML: `1.0e+6` for an integer, `off` for 0, a single name for a
-list. `validate` reports an error in one line:
+list. `validate_section` reports an error in one line:
 
     lightning.callbacks.images: `-3` should be greater than or equal to 0
 """
@@ -34,26 +34,26 @@ from ldm.train.tasks.diffusion import LEGACY_TRAINING
 
 __all__ = [
     "OPTIONS",
-    "Batches",
+    "AutoencoderObjective",
     "CachedLatents",
     "CachedTexts",
     "Callbacks",
     "ClassImages",
     "CriterionOptions",
     "Data",
-    "Denoising",
+    "DiffusionObjective",
     "Evaluation",
     "LightningTrainer",
+    "Loader",
     "Lora",
     "Model",
     "ModelParams",
     "Optimizer",
-    "Reconstruction",
     "TextualInversion",
     "Trainer",
     "list_fields",
     "parse_duration",
-    "validate",
+    "validate_section",
 ]
 
 T = TypeVar("T")
@@ -322,7 +322,7 @@ class NoiseLevels(TypedDict, total=False):
 
 
 @with_config(STRICT)
-class Denoising(CriterionOptions, total=False):
+class DiffusionObjective(CriterionOptions, total=False):
     """`lightning.objective` of a latent diffusion model: keywords of `Diffusion`."""
 
     # of conditions, by batch key or of the caption; null: each encoder's `ucg_rate`
@@ -341,7 +341,7 @@ class Denoising(CriterionOptions, total=False):
 
 
 @with_config(STRICT)
-class Reconstruction(TypedDict, total=False):
+class AutoencoderObjective(TypedDict, total=False):
     """`lightning.objective` of an autoencoder: keywords of the tasks in `tasks.autoencoder`."""
 
     # weights of the losses, see `tasks.autoencoder.Reconstruction`
@@ -398,7 +398,7 @@ class Model(Section):
     params: JsonObject = {}
 
 
-class Batches(BaseModel):
+class Loader(BaseModel):
     """Loader settings in `data.params`, with defaults for configs without data."""
 
     model_config = OPEN
@@ -433,7 +433,7 @@ class ClassImages(BaseModel):
     transform: JsonObject
 
 
-class Data(Batches):
+class Data(Loader):
     """`data.params`; see `open_images` for the keys of `train` and `validation`."""
 
     model_config = STRICT
@@ -469,7 +469,7 @@ def list_fields(section: type) -> list[str]:
     return list(get_type_hints(section))
 
 
-def validate(
+def validate_section(
     section: type[T],
     values: object,
     where: str,

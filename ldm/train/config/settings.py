@@ -15,18 +15,18 @@ from ldm.train.config.datamodules import translate_data_module
 from ldm.train.config.renamed import rename_keys
 from ldm.train.config.schema import (
     OPTIONS,
-    Batches,
+    AutoencoderObjective,
     Callbacks,
-    Denoising,
+    DiffusionObjective,
     LightningTrainer,
+    Loader,
     Lora,
     Model,
     ModelParams,
     Optimizer,
-    Reconstruction,
     TextualInversion,
     Trainer,
-    validate,
+    validate_section,
 )  # fmt: skip
 from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
@@ -70,10 +70,10 @@ class Settings:
 
     raw: JsonMapping
     model: Model
-    data: Batches
+    data: Loader
     trainer: Trainer
     optimizer: Optimizer
-    objective: Denoising | Reconstruction
+    objective: DiffusionObjective | AutoencoderObjective
     callbacks: Callbacks
     devices: Devices = Devices()
     lora: Lora | None = None
@@ -155,11 +155,11 @@ def read_settings(raw: JsonMapping) -> Settings:
     raw = rename_keys(raw)
     if data_module := lightning.get_section(raw, "data"):
         raw = {**raw, "data": translate_data_module(data_module)}
-    model = validate(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
-    validate(ModelParams, _get_values(raw, "model.params"), "model.params")
-    data = validate(Batches, _get_values(raw, "data.params"), "data.params")
+    model = validate_section(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
+    validate_section(ModelParams, _get_values(raw, "model.params"), "model.params")
+    data = validate_section(Loader, _get_values(raw, "data.params"), "data.params")
     where = "lightning.trainer"
-    lightning_trainer = validate(LightningTrainer, _get_values(raw, where), where)
+    lightning_trainer = validate_section(LightningTrainer, _get_values(raw, where), where)
     sections, notes = lightning.translate(raw)
     for name in sections:
         if name not in SECTIONS:
@@ -184,7 +184,7 @@ def read_settings(raw: JsonMapping) -> Settings:
 
     def read(schema_class: type[T], section: str) -> T:
         also = lightning.KNOWN_KEYS.get(section, ())
-        return validate(schema_class, values[section], f"lightning.{section}", also=also)
+        return validate_section(schema_class, values[section], f"lightning.{section}", also=also)
 
     return Settings(
         raw=raw,
@@ -193,7 +193,9 @@ def read_settings(raw: JsonMapping) -> Settings:
         trainer=read(Trainer, "trainer"),
         optimizer=_read_optimizer(values["optimizer"]),
         objective=(
-            read(Reconstruction, "objective") if is_autoencoder else read(Denoising, "objective")
+            read(AutoencoderObjective, "objective")
+            if is_autoencoder
+            else read(DiffusionObjective, "objective")
         ),
         callbacks=read(Callbacks, "callbacks"),
         devices=Devices(
@@ -228,8 +230,8 @@ def _read_optimizer(values: JsonMapping) -> Optimizer:
     where, common_keys = "lightning.optimizer", schema.list_fields(Optimizer)
     common_keys.remove("options")
     common = {key: value for key, value in values.items() if key in common_keys}
-    optimizer = validate(Optimizer, common, where)
-    options: JsonObject = validate(
+    optimizer = validate_section(Optimizer, common, where)
+    options: JsonObject = validate_section(
         OPTIONS[optimizer.name],
         {key: value for key, value in values.items() if key not in common_keys},
         where,

@@ -86,7 +86,7 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
     from ldm.train.distributed import parallel
 
     ranks = parallel.connect(pick_device(None))
-    torchrun_ids = sorted({*ranks.gather(torchrun_id)} - {""})
+    torchrun_ids = sorted({*ranks.gather_texts(torchrun_id)} - {""})
     choice = ranks.run_on_first(lambda: choose(torchrun_ids))
     if ranks.heartbeat is not None:
         ranks.heartbeat.stop()  # the run has a heartbeat of its own

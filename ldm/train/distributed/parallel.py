@@ -37,7 +37,7 @@ __all__ = [
     "LossModule",
     "Ranks",
     "connect",
-    "gather",
+    "gather_shards",
     "is_sharded",
     "reshard",
     "shard",
@@ -94,7 +94,7 @@ class Ranks:
             raise results[0]
         return results[0]  # type: ignore[return-value]
 
-    def gather(self, text: str) -> list[str]:
+    def gather_texts(self, text: str) -> list[str]:
         """Return the texts of all processes, on all."""
         texts = [text] * self.world_size
         if self.world_size > 1:
@@ -299,7 +299,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(submodule, FSDPModule) for submodule in module.modules())
 
 
-def gather(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+def gather_shards(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
     """Gather sharded tensors to the CPU, on processes with `keep`; all processes must call it."""
     tensors = {}
     for name, value in state.items():

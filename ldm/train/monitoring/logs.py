@@ -22,7 +22,7 @@ from ldm.runtime.files import replace_when_written
 from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import Ranks
 
-__all__ = ["CsvLogger", "Loggers", "Progress", "read_table"]
+__all__ = ["CsvLogger", "Loggers", "ProgressBar", "read_table"]
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class WandbLogger(Logger):
         self.run.finish()
 
 
-class Progress:
+class ProgressBar:
     """A progress bar with losses, learning rate, images per second and memory, also logged.
 
     Args:

@@ -28,7 +28,7 @@ from ldm.loading.weight_names import has_engine_names, original_name, restore_na
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.version import __version__
-from ldm.train.distributed.parallel import gather
+from ldm.train.distributed.parallel import gather_shards
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
 
@@ -139,7 +139,7 @@ def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     images: Iterator[Tensor] = (sample["jpg"] for sample in _statistics_samples(run))
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
-        weights = gather(run.task.weights_to_export(images), keep=run.ranks.is_first)
+        weights = gather_shards(run.task.weights_to_export(images), keep=run.ranks.is_first)
         return {
             name: _cast(name, value, dtype).to("cpu", copy=True)
             for name, value in restore_names(weights).items()

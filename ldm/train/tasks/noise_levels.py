@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 
-__all__ = ["LogNormal", "draw_timesteps", "spread_quantiles", "spread_timesteps"]
+__all__ = ["LogNormal", "draw_stratified_quantiles", "draw_stratified_timesteps", "draw_timesteps"]
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ def draw_timesteps(
     """
     if sigma_distribution is None and isinstance(schedule, Schedule):
         first, end = limits or (0, len(schedule))
-        return spread_timesteps(n, end - first, generator, bias) + first
-    quantiles = spread_quantiles(n, generator)
+        return draw_stratified_timesteps(n, end - first, generator, bias) + first
+    quantiles = draw_stratified_quantiles(n, generator)
     return schedule.sigma_to_t((sigma_distribution or LogNormal()).sigmas(quantiles))
 
 
-def spread_timesteps(
+def draw_stratified_timesteps(
     n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
 ) -> Tensor:
     """Draw n timesteps (n,) int64 in 0 … timesteps - 1, with the `noise_bias` of `Diffusion`."""
-    quantiles = spread_quantiles(n, generator)
+    quantiles = draw_stratified_quantiles(n, generator)
     # A quantile close to 1 may be rounded to 1.
     return (quantiles ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
 
-def spread_quantiles(n: int, generator: torch.Generator) -> Tensor:
+def draw_stratified_quantiles(n: int, generator: torch.Generator) -> Tensor:
     """Draw n numbers (n,) in [0, 1), one from each n-quantile, in random order."""
     return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
