@@ -56,14 +56,7 @@ class Cond:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
-        slots = {
-            "crossattn": self.crossattn,
-            "concat": self.concat,
-            "vector": self.vector,
-            "context_mask": self.context_mask,
-            "perturbed": self.perturbed,
-        }
-        return {name: value for name, value in slots.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __len__(self) -> int:
         return next((len(value) for value in self.tensors().values()), 0)

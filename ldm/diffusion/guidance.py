@@ -346,17 +346,10 @@ def add_guidance(
         joined = functools.reduce(Cond.cat, conditions)
         return _append_perturbed(joined, prompts) if perturbs else joined
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        has_guidance = low <= sigma <= high
-        current_scale = scale(sigma) if callable(scale) else scale
-        if not has_guidance:
-            current_scale = 1.0
-        is_guided = current_scale != 1 or (on_uncond is not None and has_guidance)
-        perturbs = has_guidance and guidance.perturbs
-        has_uncond = is_guided or on_uncond is not None or isinstance(cond, Composition)
-        if not has_uncond and not perturbs:
-            guidance.count(guided=False)
-            return denoiser(x, sigma, prompts)
+    def predict(
+        x: Tensor, sigma: float, *, has_uncond: bool, is_guided: bool, perturbs: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Return the predictions of an `Evaluation`: uncond, cond, further and perturbed."""
         x_cond = x[cond.rows.to(x.device)] if isinstance(cond, Composition) else x
         inputs = [x, x_cond] if has_uncond else [x_cond]
         inputs += [x] * len(further) if is_guided else []
@@ -370,13 +363,28 @@ def add_guidance(
             pred_cond = cond.compose(pred_uncond, pred_cond)
             if pred_perturbed is not None:
                 pred_perturbed = cond.compose(pred_uncond, pred_perturbed)
+        return pred_uncond, pred_cond, tuple(pred_further), pred_perturbed
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        has_guidance = low <= sigma <= high
+        current_scale = scale(sigma) if callable(scale) else scale
+        if not has_guidance:
+            current_scale = 1.0
+        is_guided = current_scale != 1 or (on_uncond is not None and has_guidance)
+        perturbs = has_guidance and guidance.perturbs
+        has_uncond = is_guided or on_uncond is not None or isinstance(cond, Composition)
+        if not has_uncond and not perturbs:
+            guidance.count(guided=False)
+            return denoiser(x, sigma, prompts)
+        predictions = predict(
+            x, sigma, has_uncond=has_uncond, is_guided=is_guided, perturbs=perturbs
+        )
+        pred_uncond, pred_cond, _, _ = predictions
         prediction = pred_cond
         if is_guided or perturbs:
-            evaluation = Evaluation(
-                denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(pred_further),
-                pred_perturbed,
-            )  # fmt: skip
-            prediction = guidance.combine(evaluation)
+            prediction = guidance.combine(
+                Evaluation(denoiser, x, sigma, current_scale, *predictions)
+            )
         guidance.count(guided=is_guided or perturbs)
         if on_uncond is not None:
             on_uncond(denoiser.convert_prediction(x, sigma, pred_uncond))

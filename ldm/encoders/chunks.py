@@ -131,7 +131,7 @@ def split_at_commas(
         backtrack: Maximum number of tokens after the comma.
     """
     chunks: list[Chunk] = []
-    for number, section in enumerate(sections):
+    for index, section in enumerate(sections):
         chunk: Chunk = []
         comma = None  # unit index of the last comma in the chunk
         for unit in section:
@@ -147,7 +147,7 @@ def split_at_commas(
             if unit.ids == (COMMA,):
                 comma = len(chunk)
             chunk.append(unit)
-        is_last = number == len(sections) - 1
+        is_last = index == len(sections) - 1
         if chunk or not is_last or not chunks:
             chunks.append(chunk)
     return chunks
@@ -165,11 +165,11 @@ def _fill(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
 def _split_at_sentences(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
     """Split after the last period that fits, else the last of `,.;:`, else a word, as compel."""
     chunks: list[Chunk] = []
-    rest = list(units)
-    while _count_tokens(rest) > chunk_size:
+    remaining = list(units)
+    while _count_tokens(remaining) > chunk_size:
         # Number of units that fit.
-        fitting = bisect_right(list(accumulate(len(unit.ids) for unit in rest)), chunk_size)
-        last_ids = [max(unit.ids[-1], INVERSION) for unit in rest[:fitting]]
+        fitting = bisect_right(list(accumulate(len(unit.ids) for unit in remaining)), chunk_size)
+        last_ids = [max(unit.ids[-1], INVERSION) for unit in remaining[:fitting]]
         ends = (
             end
             for symbols in _find_split_ids()
@@ -177,9 +177,9 @@ def _split_at_sentences(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
             if last_ids[end - 1] in symbols
         )
         end = next(ends, fitting)
-        chunks.append(rest[:end])
-        rest = rest[end:]
-    return [*chunks, rest] if rest or not chunks else chunks
+        chunks.append(remaining[:end])
+        remaining = remaining[end:]
+    return [*chunks, remaining] if remaining or not chunks else chunks
 
 
 @cache

@@ -92,13 +92,14 @@ _clip_skip: ContextVar[int] = ContextVar("clip_skip", default=1)
 
 
 @contextmanager
-def clip_skip(number: int) -> Iterator[None]:
+def clip_skip(skip: int) -> Iterator[None]:
     """Within the context, skip last layers of text encoders with `takes_clip_skip`.
 
     Args:
-        number: 1 runs all layers, 2 all but the last …; the final norm follows in each case.
+        skip: 1 runs all layers, 2 all but the last …, as in A1111; the final norm follows in each
+            case.
     """
-    token = _clip_skip.set(number)
+    token = _clip_skip.set(skip)
     try:
         yield
     finally:

@@ -218,11 +218,10 @@ class ResBlock(CheckpointedLayer):
         h: Tensor = conv(self.resample(silu(norm(x))))  # (B, C_out, h, w)
         emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
         if self.use_scale_shift_norm:
-            norm, *rest = self.out_layers
+            norm, silu, dropout, conv = self.out_layers
             scale, shift = emb.chunk(2, dim=1)
             h = norm(h) * (1 + scale) + shift
-            for layer in rest:
-                h = layer(h)
+            h = conv(dropout(silu(h)))
         else:
             h = self.out_layers(h + emb)
         skip: Tensor = self.skip_connection(self.resample(x))  # (B, C_out, h, w)

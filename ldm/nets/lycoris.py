@@ -180,22 +180,22 @@ def _low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
 
 
 def _hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
-    def factor(number: int) -> Tensor:
-        a, b = adapter[f"hada_w{number}_a"], adapter[f"hada_w{number}_b"]
+    def factor(index: int) -> Tensor:
+        a, b = adapter[f"hada_w{index}_a"], adapter[f"hada_w{index}_b"]
         if "hada_t1" not in adapter:
             return a @ b
-        return torch.einsum(TUCKER, adapter[f"hada_t{number}"], a, b)
+        return torch.einsum(TUCKER, adapter[f"hada_t{index}"], a, b)
 
     return factor(1) * factor(2)
 
 
 def _kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
-    def factor(number: int) -> Tensor:
-        name = f"lokr_w{number}"
+    def factor(index: int) -> Tensor:
+        name = f"lokr_w{index}"
         if name in adapter:
             return adapter[name]
         a, b = adapter[f"{name}_a"], adapter[f"{name}_b"]
-        if number == 2 and "lokr_t2" in adapter:
+        if index == 2 and "lokr_t2" in adapter:
             return torch.einsum(TUCKER, adapter["lokr_t2"], a, b)
         return a @ b.flatten(1)
 

@@ -374,7 +374,7 @@ class UNet(nn.Module):
     def _cast(self, x: Context) -> Context:
         if x is None:
             return None
-        return x.to(self.dtype) if isinstance(x, Tensor) else [part.to(self.dtype) for part in x]
+        return x.to(self.dtype) if isinstance(x, Tensor) else [c.to(self.dtype) for c in x]
 
     def _check_settings(self) -> None:
         levels = len(self.channel_mult)

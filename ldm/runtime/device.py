@@ -77,19 +77,19 @@ def pick_wide_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def set_threads(number: int | None, is_small: bool) -> None:
+def set_threads(threads: int | None, is_small: bool) -> None:
     """Set the number of CPU threads of this process.
 
     Args:
-        number: None for the cores divided by the processes on this machine, at most 4 for small
+        threads: None for the cores divided by the processes on this machine, at most 4 for small
             models; unchanged if OMP_NUM_THREADS is set.
         is_small: Whether the model is small.
     """
-    if number is None and "OMP_NUM_THREADS" not in os.environ:
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
         limit = SMALL_MODEL_THREADS if is_small else torch.get_num_threads()
-        number = max(1, min(torch.get_num_threads() // local_processes(), limit))
-    if number is not None:
-        torch.set_num_threads(number)
+        threads = max(1, min(torch.get_num_threads() // local_processes(), limit))
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def total_memory(device: torch.device) -> int:

@@ -40,8 +40,8 @@ def dpm_fast(
     """
     start, end = _find_ends(sigmas)
     evaluations = len(sigmas) - 1
-    rest = evaluations % 3
-    orders = [3] * (evaluations // 3) + [rest] if rest else [3] * (evaluations // 3 - 1) + [2, 1]
+    full_steps, remainder = divmod(evaluations, 3)
+    orders = [3] * full_steps + [remainder] if remainder else [3] * (full_steps - 1) + [2, 1]
     logs = torch.linspace(math.log(start), math.log(end), len(orders) + 1, dtype=torch.float64)
     levels = [start, *logs[1:-1].exp().tolist(), end]
     for i, order in enumerate(orders):

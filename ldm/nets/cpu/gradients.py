@@ -150,8 +150,8 @@ def _spread_to_taps(grad_output: Tensor, dim: int) -> tuple[Tensor, Tensor, Tens
     return _shift(even, dim - 1, -1) + odd, even + odd, even + _shift(odd, dim - 1, 1)
 
 
-def _shift(x: Tensor, dim: int, by: int) -> Tensor:
-    """Shift x by one to higher (1) or lower (-1) indices, and fill with zeros."""
+def _shift(x: Tensor, dim: int, step: int) -> Tensor:
+    """Shift x by one to higher (step 1) or lower (-1) indices, and fill with zeros."""
     zeros = torch.zeros_like(x.narrow(dim, 0, 1))
-    rest = x.narrow(dim, 0 if by == 1 else 1, x.shape[dim] - 1)
-    return torch.cat((zeros, rest) if by == 1 else (rest, zeros), dim)
+    shifted = x.narrow(dim, 0 if step == 1 else 1, x.shape[dim] - 1)
+    return torch.cat((zeros, shifted) if step == 1 else (shifted, zeros), dim)
