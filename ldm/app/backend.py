@@ -24,7 +24,7 @@ from ldm.app.catalogue import (
     read_catalogue,
 )
 from ldm.app.jobs import GALLERY_LIMIT
-from ldm.app.library import ADDONS, Library, without_folders
+from ldm.app.library import ADDONS, Library, remove_folders
 from ldm.app.limits import Limits
 from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
@@ -123,7 +123,7 @@ class Backend:
             values["upscaler"] = addons["upscaler"]
         if values.get("scale") is None:
             values["scale"] = self.library.find_defaults(task, name)["scale"]
-        request = self._with_model(task.request(values), entry, loras)
+        request = self._set_model(task.request(values), entry, loras)
         if entry.is_sdxl:
             sdxl = replace(request.sdxl, refiner=addons.get("refiner"))
             request = replace(request, sdxl=sdxl)
@@ -224,7 +224,7 @@ class Backend:
             names.sort(key=lambda name: short_hash(models[name].path) != info["checkpoint_hash"])
         return self.library.find_model(next(iter(names), info["checkpoint"]), task)
 
-    def _with_model(
+    def _set_model(
         self, request: Request, entry: CatalogueEntry, loras: Sequence[tuple[str, float | str]]
     ) -> Request:
         choice = replace(
@@ -255,7 +255,7 @@ class Backend:
             )
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
-            raise ValueError(without_folders(str(error), files)) from error
+            raise ValueError(remove_folders(str(error), files)) from error
         for key in FILE_KEYS:
             for file in recorded_files(models.base.provenance, key):
                 file["path"] = Path(file["path"]).name  # as it is saved in images
@@ -288,7 +288,7 @@ class Backend:
         )
         vae = self._find_recorded_addon("vae", info, "a file in the folder vae")
         refiner = self._find_recorded_addon("refiner", info, "a file in its folder")
-        request = self._with_model(request, entry, loras)
+        request = self._set_model(request, entry, loras)
         choice = replace(request.model, embedding=tuple(embeddings), vae=vae)
         sdxl = replace(request.sdxl, refiner=refiner)
         return replace(request, model=choice, sdxl=sdxl)

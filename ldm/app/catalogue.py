@@ -33,9 +33,9 @@ __all__ = [
     "Catalogue",
     "CatalogueEntry",
     "check_lora",
-    "file_stats",
     "list_addons",
     "list_checkpoints",
+    "list_file_stats",
     "lora_fits",
     "read_catalogue",
 ]  # fmt: skip
@@ -117,12 +117,12 @@ def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
 
 def lora_fits(lora: str | Path, entry: CatalogueEntry) -> bool:
     """Return whether a LoRA has the layers and shapes of a model."""
-    return _lora_fits(lora, entry.path, (file_stats(lora), file_stats(entry.path)))
+    return _lora_fits(lora, entry.path, (list_file_stats(lora), list_file_stats(entry.path)))
 
 
 def check_lora(lora: str | Path, checkpoint: Path) -> None:
     """Raise the error that loading reports for a LoRA that does not fit a model."""
-    entry = _read_entry(checkpoint, file_stats(checkpoint))
+    entry = _read_entry(checkpoint, list_file_stats(checkpoint))
     if isinstance(entry, CatalogueEntry) and not lora_fits(lora, entry):
         _read_changes(lora, entry)
 
@@ -135,7 +135,7 @@ def read_catalogue(folder: str | Path) -> Catalogue:
     catalogue, in_folder = Catalogue(), list_checkpoints(folder)
     published = filter(None, map(find_on_disk, published_files().values()))
     for name, path in ({path.name: path for path in published} | in_folder).items():
-        entry = _read_entry(path, file_stats(path))
+        entry = _read_entry(path, list_file_stats(path))
         if isinstance(entry, CatalogueEntry):
             catalogue.models[name] = entry
         elif name in in_folder:
@@ -143,7 +143,7 @@ def read_catalogue(folder: str | Path) -> Catalogue:
     return catalogue
 
 
-def file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
+def list_file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
     """Return (path, bytes, mtime in ns) of a file, or of all files in a folder; () for None."""
     if path is None:
         return ()
@@ -172,7 +172,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
             return f"`{path}` is not a complete model"
         params = spec["params"]
         conditioner = build_on_meta(_without_midas(params["conditioner"]), where=path.name)
-        downscale = _downscale(build_on_meta(params["autoencoder"], where=path.name))
+        downscale = _get_downscale(build_on_meta(params["autoencoder"], where=path.name))
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
     family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
@@ -210,14 +210,14 @@ def _without_midas(spec: JsonObject) -> JsonObject:
     return {**spec, "params": {**spec["params"], "depth": depth}}
 
 
-def _downscale(autoencoder: nn.Module) -> int:
+def _get_downscale(autoencoder: nn.Module) -> int:
     """Return pixels per latent pixel; 8 for autoencoders of other classes, as all published."""
     return autoencoder.downscale if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
 
 
 @lru_cache(maxsize=1024)
 def _lora_fits(lora: str | Path, path: Path, stats: object) -> bool:
-    entry = _read_entry(path, file_stats(path))
+    entry = _read_entry(path, list_file_stats(path))
     if not isinstance(entry, CatalogueEntry):
         return False
     try:

@@ -42,8 +42,19 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC", "FOLLOWERS", "LORA_SLOTS", "MAX_WEIGHT", "MODEL_VAE", "NO_ADDON", "NO_IMAGE",
-    "SETTINGS", "STEPS", "Field", "TaskForm", "step_noise_fields", "values_from_info",
+    "AUTOMATIC",
+    "FOLLOWERS",
+    "LORA_SLOTS",
+    "MAX_WEIGHT",
+    "MODEL_VAE",
+    "NO_ADDON",
+    "NO_IMAGE",
+    "SETTINGS",
+    "STEPS",
+    "Field",
+    "TaskForm",
+    "get_field_values",
+    "list_step_noise_fields",
 ]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
@@ -185,7 +196,7 @@ class TaskForm:
         self.limits = limits
         options = {name: row for name, row in task.options().items() if row[0].label}
         inputs = [name for name in options_of(task.inputs) if name in options]
-        self.images = {name: _image_field(options[name][0]) for name in inputs
+        self.images = {name: _make_image_field(options[name][0]) for name in inputs
                        if options[name][0].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
@@ -214,7 +225,7 @@ class TaskForm:
         """Return all fields by name."""
         return {**self.own_fields, **self.common_fields}
 
-    def values(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
+    def parse(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
         """Convert the values of fields to values of options.
 
         Args:
@@ -228,7 +239,7 @@ class TaskForm:
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
         defaults = {name: default for name, (_, default) in self.task.options().items()}
-        shown = step_noise_fields(values["sampler"])
+        shown = list_step_noise_fields(values["sampler"])
         values |= {name: defaults[name] for name in STEP_NOISE if name not in shown}
         if values["scheduler"] not in TAKES_RHO:
             values["rho"] = None
@@ -244,7 +255,7 @@ class TaskForm:
             if name in values and default is None:
                 values[name] = values[name] or None  # 0 and "" mean "not given"
             elif name in self.options and option.is_list:
-                values[name] = _as_list(values[name])
+                values[name] = _split_values(values[name])
         for name in self.images:
             if name == "sketch":
                 values |= _read_sketch(values.pop("sketch"), uploads)
@@ -259,7 +270,7 @@ class TaskForm:
     def _field(self, name: str, option: Option, default: Value) -> Field:
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name in STEP_NOISE:
-            settings["visible"] = name in step_noise_fields(SAMPLER)
+            settings["visible"] = name in list_step_noise_fields(SAMPLER)
         if name in FIELDS:
             return Field(FIELDS[name].kind, settings | FIELDS[name].settings)
         if name == "scale":
@@ -287,7 +298,7 @@ class TaskForm:
         return Field("Textbox", settings)
 
 
-def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
+def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the shared fields for an image, as far as its info contains them."""
     recorded = info.get("request")
     request = recorded if isinstance(recorded, Mapping) else {}
@@ -296,7 +307,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     eta = eta_of(info)
     values["eta"] = "" if eta is None else f"{eta:g}"
     values["scheduler"] = info.get("scheduler") or AUTOMATIC
-    values["rho"], values["sigmas"] = info.get("rho") or 0, _as_text(info.get("sigmas"))
+    values["rho"], values["sigmas"] = info.get("rho") or 0, _format_value(info.get("sigmas"))
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip
     values["tiling"] = info.get("tiling") or "none"
@@ -304,9 +315,9 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     values["syntax"] = info.get("syntax") or PLAIN
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
-    values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
+    values |= {name: _format_value(info.get(name)) for name in options_of(SDXL)}
     texts = ("sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
-    values |= {name: _as_text(info.get(name)) for name in texts}
+    values |= {name: _format_value(info.get(name)) for name in texts}
     values |= {name: info.get(name) or 0 for name in ("pag", "perp_neg")}
     values["freeu_version"] = info.get("freeu_version") or "1"
     strength = info.get("refiner_strength")
@@ -324,7 +335,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def step_noise_fields(sampler: str) -> set[str]:
+def list_step_noise_fields(sampler: str) -> set[str]:
     """Return the fields for noise before and between steps that a sampler takes."""
     row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
@@ -333,20 +344,20 @@ def step_noise_fields(sampler: str) -> set[str]:
     return churn | noise | path | ({"eta"} if row.eta is not None else set())
 
 
-def _as_text(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "" if value is None else str(value)
 
 
-def _image_field(option: Option) -> Field:
+def _make_image_field(option: Option) -> Field:
     if option.is_list:
         return Field("Gallery", {"label": option.label, "type": "filepath", "height": 240,
                      "interactive": True, "columns": 3})  # fmt: skip
     return Field("Image", {"label": option.label, **IMAGE_BOX})
 
 
-def _as_list(value: object) -> list[object]:
+def _split_values(value: object) -> list[object]:
     """Split a text such as `2, 1`; make a list of the value of a slider."""
     if isinstance(value, str):
         return [*value.replace(",", " ").split()]

@@ -17,7 +17,7 @@ from ldm.app.form import (
     MODEL_VAE,
     NO_ADDON,
     TaskForm,
-    values_from_info,
+    get_field_values,
 )
 from ldm.app.view import show_error, show_token_count
 from ldm.diffusion.names import SAMPLERS
@@ -211,7 +211,7 @@ class FormEvents:
                 fills are dropped, so that a value of the image that happens to equal one of them
                 does not follow the image's LoRAs.
         """
-        values = values_from_info(info) if info else {}
+        values = get_field_values(info) if info else {}
         slots = [gr.skip()] * (1 + LORA_SLOTS)
         if info:
             for kind in ("refiner", "upscaler"):

@@ -118,7 +118,7 @@ class JobEvents:
         by_name = dict(zip(names, weights_and_fields[LORA_SLOTS:], strict=True))
         form = self.forms[task]
         entered = {k: by_name.get(f"{task}.{k}", by_name.get(k)) for k in form.fields()}
-        values = form.values(entered, self.backend.uploads)
+        values = form.parse(entered, self.backend.uploads)
         values["lora"] = [
             f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
         ]
@@ -128,7 +128,7 @@ class JobEvents:
     async def follow(self, owner: str, job: Job | None) -> AsyncIterator[list[Any]]:
         """Yield updates of FOLLOWED until a job has ended; the job runs without the page, too."""
         if job is None:
-            yield _update()
+            yield _make_updates()
             return
         count = 0
         shown: str | None = None
@@ -151,7 +151,7 @@ class JobEvents:
                 if progress.has_failed:
                     updates["error"] = show_error(progress.message)
             if status != shown or is_over:
-                yield _update(**updates)
+                yield _make_updates(**updates)
             if is_over:
                 return
             shown = status
@@ -159,7 +159,7 @@ class JobEvents:
 
     async def follow_all(self, owner: str) -> AsyncIterator[list[Any]]:
         """Yield updates with the images of a visitor, and of all jobs that have not ended."""
-        yield _update(**self._show_gallery(owner))
+        yield _make_updates(**self._show_gallery(owner))
         for job in self.jobs.list_jobs(owner):
             async for updates in self.follow(owner, job):
                 yield updates
@@ -190,8 +190,8 @@ class JobEvents:
 
     def _show_gallery(self, owner: str) -> dict[str, Any]:
         """Return updates of the gallery, infos, chosen image and its description."""
-        files = (info for info in self.jobs.gallery(owner) if Path(info["path"]).is_file())
-        infos = [view for info in files for view in _with_depth(info)]
+        files = (info for info in self.jobs.list_images(owner) if Path(info["path"]).is_file())
+        infos = [view for info in files for view in _add_depth(info)]
         if not infos:
             return {}
         images = [
@@ -236,12 +236,12 @@ class JobEvents:
         return str(archive)
 
 
-def _update(**updates: Any) -> list[Any]:
+def _make_updates(**updates: Any) -> list[Any]:
     """Return an update of each of FOLLOWED."""
     return [updates.get(name, gr.skip()) for name in FOLLOWED]
 
 
-def _with_depth(info: JsonObject) -> list[JsonObject]:
+def _add_depth(info: JsonObject) -> list[JsonObject]:
     """Return the info of an image, then that of its depth if it has one."""
     depth = depth_path(info["path"])
     has_depth = "depth_range" in info and depth.is_file()

@@ -60,7 +60,7 @@ class Jobs:
         self._galleries: dict[str, list[Info]] = {}
         self._lock = threading.Lock()
 
-    def gallery(self, owner: str) -> list[Info]:
+    def list_images(self, owner: str) -> list[Info]:
         """Return the images of a visitor: the newest run first, each run in its own order."""
         return self._galleries.setdefault(owner, self.first_images())
 
@@ -111,7 +111,7 @@ class Jobs:
                     self._jobs.remove(job)
 
     def _add_image(self, owner: str, position: int, info: Info) -> None:
-        gallery = self.gallery(owner)
+        gallery = self.list_images(owner)
         gallery.insert(position, info)
         del gallery[GALLERY_LIMIT:]
 

@@ -108,7 +108,7 @@ class Layout:
         form = self.forms[name]
         with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
             for key, field in form.own_fields.items():
-                self.fields[f"{name}.{key}"] = _component(field)
+                self.fields[f"{name}.{key}"] = _make_component(field)
             if form.images:
                 self.images[name] = self.fields[f"{name}.{next(iter(form.images))}"]
             if "sketch" in form.images:
@@ -119,12 +119,12 @@ class Layout:
 
     def _build_replay(self) -> None:
         with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
-            self.images["replay"] = _component(Field("Image", {"label": "Image", **IMAGE_BOX}))
+            self.images["replay"] = _make_component(Field("Image", {"label": "Image", **IMAGE_BOX}))
             self.facts = gr.Textbox(
                 label="Parameters", lines=4, elem_id="facts", interactive=False, buttons=["copy"]
             )
             with gr.Row(elem_id="file-send"):
-                self.file_sends = {name: _send_button(name, "file-send") for name in TASKS}
+                self.file_sends = {name: _make_send_button(name, "file-send") for name in TASKS}
             self.replay = gr.Button("Reproduce", variant="primary", elem_id="go-replay")
         self._follow_tab(tab, "replay")
 
@@ -142,14 +142,14 @@ class Layout:
             with gr.Column(scale=5, min_width=260):
                 for name, elem_id in {"prompt": "prompt", "negative_prompt": "negative"}.items():
                     with gr.Column(elem_classes="counted"):
-                        self.fields[name] = _component(fields[name], elem_id=elem_id)
+                        self.fields[name] = _make_component(fields[name], elem_id=elem_id)
                         self.counts[name] = gr.HTML(elem_id=f"{elem_id}-tokens")
             with gr.Column(scale=1, min_width=180):
                 self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Row(elem_classes="tools"):
                     self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="stop")
                     self.paste = gr.Button("↙ Paste", size="sm", elem_id="paste")
-                self.fields["syntax"] = _component(fields["syntax"], elem_id="syntax")
+                self.fields["syntax"] = _make_component(fields["syntax"], elem_id="syntax")
 
     def _build_settings(self) -> None:
         fields = self.forms["txt2img"].settings
@@ -163,11 +163,11 @@ class Layout:
             for names in rows.values():
                 with gr.Row():
                     for name in names:
-                        self.fields[name] = _component(fields[name], min_width=150)
+                        self.fields[name] = _make_component(fields[name], min_width=150)
                 if names[0] == "scheduler":
                     self._build_size(fields)
             with gr.Row(elem_classes="tools"):
-                self.fields["seed"] = _component(fields["seed"], min_width=120)
+                self.fields["seed"] = _make_component(fields["seed"], min_width=120)
                 self.any_seed = gr.Button("⚂", elem_classes="icon", elem_id="any-seed")
                 self.last_seed = gr.Button("♻", elem_classes="icon", elem_id="reuse-seed")
             with gr.Row():
@@ -189,31 +189,31 @@ class Layout:
             self._build_upscaling()
             with gr.Accordion("Advanced", open=False), gr.Row():
                 for name in advanced:
-                    self.fields[name] = _component(fields[name], min_width=150)
+                    self.fields[name] = _make_component(fields[name], min_width=150)
 
     def _build_sdxl(self) -> None:
         fields = self.forms["txt2img"].sdxl
         with gr.Accordion("SDXL", open=True, visible=False, elem_id="sdxl") as self.sdxl:
             for name in ("refiner", "refiner_start"):
-                self.fields[name] = _component(fields[name])
+                self.fields[name] = _make_component(fields[name])
             with gr.Accordion("Second prompts, sizes and scores", open=False):
                 for names in SDXL_ROWS:
                     with gr.Row():
                         for name in names:
-                            self.fields[name] = _component(fields[name], min_width=150)
+                            self.fields[name] = _make_component(fields[name], min_width=150)
 
     def _build_upscaling(self) -> None:
         fields = self.forms["txt2img"].upscaling
         accordion = gr.Accordion("Twice the size", open=False, visible=False, elem_id="upscaling")
         with accordion as self.upscaling, gr.Row():
             for name, field in fields.items():
-                self.fields[name] = _component(field, min_width=150)
+                self.fields[name] = _make_component(field, min_width=150)
 
     def _build_size(self, fields: dict[str, Field]) -> None:
         with gr.Row(elem_id="size", elem_classes="tools"):
-            self.fields["width"] = _component(fields["width"], min_width=100)
+            self.fields["width"] = _make_component(fields["width"], min_width=100)
             swap = gr.Button("⇅", elem_classes="icon", elem_id="swap")
-            self.fields["height"] = _component(fields["height"], min_width=100)
+            self.fields["height"] = _make_component(fields["height"], min_width=100)
         size = [self.fields["width"], self.fields["height"]]
         swap.click(None, size, size, js="(width, height) => [height, width]")
 
@@ -241,7 +241,7 @@ class Layout:
                     buttons=["copy"],
                 )  # fmt: skip
                 with gr.Row(elem_id="send"):
-                    self.sends = {name: _send_button(name) for name in self.images}
+                    self.sends = {name: _make_send_button(name) for name in self.images}
                 with gr.Row(elem_classes="tools"):
                     self.reuse = gr.Button("Reuse all", size="sm", elem_id="reuse-all")
                     self.reuse_seed = gr.Button("Reuse seed", size="sm", elem_id="reuse-seed-2")
@@ -254,7 +254,7 @@ class Layout:
         tab.select(None, None, self.task, js=js)
 
 
-def _component(field: Field, **settings: Any) -> Any:
+def _make_component(field: Field, **settings: Any) -> Any:
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
     component = getattr(gr, field.kind)(**field.settings, **brush, **settings)
     if field.kind == "Image":  # pass the path, as errors of our reader are clearer than gradio's
@@ -270,7 +270,7 @@ def _skip_checks(component: Any) -> Any:
     return component
 
 
-def _send_button(name: str, prefix: str = "send") -> gr.Button:
+def _make_send_button(name: str, prefix: str = "send") -> gr.Button:
     title = TASKS[name].title if name in TASKS else INFO_TABS[name]
     is_enabled = prefix != "send"
     return gr.Button(title, size="sm", interactive=is_enabled, elem_id=f"{prefix}-{name}")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ldm.app.catalogue import (
     CatalogueEntry,
-    file_stats,
     list_addons,
     list_checkpoints,
+    list_file_stats,
     lora_fits,
     read_catalogue,
 )
@@ -34,7 +34,7 @@ from ldm.prompts.syntax import PLAIN, parse_prompt
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["ADDONS", "Library", "without_folders"]
+__all__ = ["ADDONS", "Library", "remove_folders"]
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ class Library:
         list_checkpoints(models)  # raises for a missing folder
         self.folder = Path(models).expanduser()
         self._given_embeddings = tuple(embeddings)
-        self._given_loras = _loras_by_name(loras)
-        self._given_previews = _existing_files(previews, "preview")
+        self._given_loras = _index_loras(loras)
+        self._given_previews = _check_files(previews, "preview")
 
     @property
     def loras(self) -> dict[str, tuple[str, float | str]]:
@@ -100,7 +100,7 @@ class Library:
 
     def list_tokens(self) -> list[str]:
         """Return the tokens of all embeddings."""
-        return sorted({token for tokens in self._embeddings() for token in tokens})
+        return sorted({token for tokens in self._read_all_embeddings() for token in tokens})
 
     def count_tokens(
         self, model: str | None, prompt: str, syntax: str = PLAIN, *, is_negative: bool = False
@@ -116,7 +116,7 @@ class Library:
         text = entry.text_encoder
         text.added_embeddings = {
             token.lower(): vectors
-            for tokens in self._embeddings()
+            for tokens in self._read_all_embeddings()
             for token, towers in tokens.items()
             for vectors in towers
             if vectors.shape[1] == text.width
@@ -234,7 +234,7 @@ class Library:
             text += f", there is no model `{name}`"
         if names := self.list_models(task.name):
             return f"{text}; available: {', '.join(names)}"
-        return f"{text}; none is available: {_download_hint(task)}"
+        return f"{text}; none is available: {_describe_download(task)}"
 
     def list_skipped_files(self) -> list[str]:
         """Return a line about each checkpoint in the folder that cannot be used."""
@@ -246,7 +246,7 @@ class Library:
         if path is None or path.is_dir():
             return "choose a checkpoint"
         lines = "\n".join(inspect_checkpoint(path).lines())
-        return without_folders(lines, [str(path)])
+        return remove_folders(lines, [str(path)])
 
     def find_model(self, name: str | None, task: Task) -> CatalogueEntry:
         """Return a model by its name.
@@ -298,8 +298,8 @@ class Library:
     def _get_entry(self, model: str | None) -> CatalogueEntry | None:
         return read_catalogue(self.folder).models.get(model or "")
 
-    def _embeddings(self) -> list[Mapping[str, list[Tensor]]]:
-        return [_read_embeddings(file, file_stats(file)) for file in self.list_embeddings()]
+    def _read_all_embeddings(self) -> list[Mapping[str, list[Tensor]]]:
+        return [_read_embeddings(file, list_file_stats(file)) for file in self.list_embeddings()]
 
     def list_embeddings(self) -> list[str]:
         """Return the files of all embeddings."""
@@ -307,7 +307,7 @@ class Library:
         return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
 
 
-def without_folders(message: str, files: Iterable[str]) -> str:
+def remove_folders(message: str, files: Iterable[str]) -> str:
     for file in files:
         message = message.replace(file, Path(file).name)
     return message
@@ -321,12 +321,12 @@ def _read_embeddings(file: str, states: object) -> Mapping[str, list[Tensor]]:
         return {}
 
 
-def _download_hint(task: Task) -> str:
+def _describe_download(task: Task) -> str:
     name = task.example_flags.split()[1]
     return f"`ldm download {name}` gets one" if "." not in name else f"see {task.example_flags}"
 
 
-def _loras_by_name(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[str, float | str]]:
+def _index_loras(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[str, float | str]]:
     """Return (file, weight) of each LoRA by its stem, the name on the page."""
     by_name = {Path(file).stem: (file, weight) for file, weight in loras}
     if len(by_name) < len(loras):
@@ -338,7 +338,7 @@ def _loras_by_name(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[
     return by_name
 
 
-def _existing_files(files: Iterable[str], option: str) -> list[Path]:
+def _check_files(files: Iterable[str], option: str) -> list[Path]:
     paths = [Path(file).expanduser() for file in files]
     for path in paths:
         if not path.exists():

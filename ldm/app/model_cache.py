@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.app.catalogue import file_stats
+from ldm.app.catalogue import list_file_stats
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.addons.lora import set_loras
 from ldm.loading.load import load
@@ -44,7 +44,7 @@ class ModelCache:
         Only LoRAs of a cached model are replaced, see `set_loras`.
         """
         loras = tuple(options.pop("loras", ()))
-        states = [file_stats(file) for file in (ckpt, *options.get("embeddings", ()))]
+        states = [list_file_stats(file) for file in (ckpt, *options.get("embeddings", ()))]
         base = options.get("base")  # identified by its provenance, as its repr is not unique
         named = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), tuple(states), repr(sorted(named.items())))

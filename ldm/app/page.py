@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.app.backend import Backend
-from ldm.app.form import FOLLOWERS, step_noise_fields
+from ldm.app.form import FOLLOWERS, list_step_noise_fields
 from ldm.app.form_events import FormEvents
 from ldm.app.job_events import FOLLOWED, JobEvents
 from ldm.app.jobs import Job, Jobs
@@ -121,7 +121,7 @@ class Page:
         self._submit_and_follow(sketch.then, submit, [ui.task, *form])
         submit = partial(events.submit_depth, names)
         self._submit_and_follow(ui.estimate.click, submit, form).then(
-            _last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
+            _get_last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
         )
         self._submit_and_follow(ui.replay.click, events.submit_replay, [ui.images["replay"]])
         ui.stop.click(events.stop_job, ui.owner, [ui.live, ui.stop, ui.queue], **QUIET)
@@ -176,7 +176,7 @@ class Page:
         ui.offers.select(lambda name: name, ui.offers, ui.checkpoint, **QUIET)
         ui.loras.change(events.name_weights, ui.loras, ui.weights, **QUIET)
         fields["sampler"].change(
-            lambda name: [gr.update(visible=field in step_noise_fields(name))
+            lambda name: [gr.update(visible=field in list_step_noise_fields(name))
                           for field in STEP_NOISE],
             fields["sampler"], [fields[name] for name in STEP_NOISE], **QUIET,
         )  # fmt: skip
@@ -206,7 +206,7 @@ class Page:
         ui.gallery.select(jobs.choose, ui.infos, [ui.chosen, ui.about], **QUIET)
         seed = ui.fields["seed"]
         for button in (ui.last_seed, ui.reuse_seed):
-            button.click(_seed_of, [ui.chosen, seed], seed, **QUIET)
+            button.click(_get_seed, [ui.chosen, seed], seed, **QUIET)
         image = [ui.chosen, ui.checkpoint, ui.defaults]
         ui.reuse.click(form.fill, image, ui.filled_fields, **QUIET)
         ui.paste.click(
@@ -262,10 +262,10 @@ class Page:
         event.then(self.job_events.follow_all, ui.owner, self._followed, show_progress="hidden")
 
 
-def _seed_of(info: JsonObject | None, seed: str) -> str:
+def _get_seed(info: JsonObject | None, seed: str) -> str:
     return str(info["seed"]) if info and "seed" in info else seed
 
 
-def _last_path(job: Job | None) -> Any:
+def _get_last_path(job: Job | None) -> Any:
     images = job.progress.images if job else []
     return images[-1]["path"] if images else gr.skip()

@@ -93,7 +93,7 @@ def run(backend, task, answers, model=None):
     """The job of a task, when it has ended."""
 
     def work(progress):
-        values = TaskForm(TASKS[task], LIMITS).values(answers, backend.uploads)
+        values = TaskForm(TASKS[task], LIMITS).parse(answers, backend.uploads)
         name = model or f"{MODELS[task]}.safetensors"
         return backend.generate(backend.make_request(TASKS[task], name, values), progress)
 
@@ -205,7 +205,7 @@ def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
 
 def test_an_estimated_depth_map_is_taken_back(backend, answers):
     task, job = TASKS["depth2img"], Progress()
-    values = TaskForm(task, LIMITS).values(answers("depth2img"), backend.uploads)
+    values = TaskForm(task, LIMITS).parse(answers("depth2img"), backend.uploads)
     backend.estimate_depth(backend.make_request(task, "depth.safetensors", values), job)
     map_ = job.images[0]["path"]
     with Image.open(map_) as image:
@@ -531,7 +531,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
 
     def request(**more):
-        values = TaskForm(task, LIMITS).values(answers("txt2img", **more), backend.uploads)
+        values = TaskForm(task, LIMITS).parse(answers("txt2img", **more), backend.uploads)
         return backend.make_request(task, "base.safetensors", values)
 
     progress = Progress()
@@ -555,8 +555,8 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(answers, tmp_path, monke
     write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", CHOICE, LIMITS)
     jobs = Page(backend).job_events
-    assert jobs.jobs.gallery("me") == []
-    values = TaskForm(TASKS["txt2img"], LIMITS).values(answers("txt2img"), backend.uploads)
+    assert jobs.jobs.list_images("me") == []
+    values = TaskForm(TASKS["txt2img"], LIMITS).parse(answers("txt2img"), backend.uploads)
     request = backend.make_request(TASKS["txt2img"], "ldm3d-4c.safetensors", values)
     job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
     while not job.is_over:

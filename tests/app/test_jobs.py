@@ -86,7 +86,7 @@ def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
     for seeds in ([1, 2], [3, 4]):
         finish(jobs.submit("me", "", work(seeds)))
     finish(jobs.submit("you", "", work([5])))
-    assert [info["seed"] for info in jobs.gallery("me")] == [3, 4, 1, 2]
+    assert [info["seed"] for info in jobs.list_images("me")] == [3, 4, 1, 2]
 
 
 def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images(jobs):

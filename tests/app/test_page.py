@@ -519,7 +519,9 @@ def test_with_others_a_visitor_sees_no_older_images(tmp_path, is_shared):
     page = pytest.importorskip("ldm.app.page", reason="needs gradio")
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
     backend = Backend(Library(tmp_path), tmp_path, ModelChoice(), Limits())
-    seeds = [info["seed"] for info in page.Page(backend, is_shared=is_shared).jobs.gallery("me")]
+    seeds = [
+        info["seed"] for info in page.Page(backend, is_shared=is_shared).jobs.list_images("me")
+    ]
     assert seeds == ([] if is_shared else [7])
 
 

@@ -111,7 +111,7 @@ def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
     assert list(backend.library.list_addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
-    values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
+    values = TaskForm(TXT2IMG, Limits()).parse(form_values(**changes), backend.uploads)
     progress = Progress()
     backend.generate(backend.make_request(TXT2IMG, BASE, values), progress)
     info = progress.images[0]
@@ -133,14 +133,14 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
     ],
 )
 def test_what_does_not_fit_is_refused(backend, model, changes, message):
-    values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
+    values = TaskForm(TXT2IMG, Limits()).parse(form_values(**changes), backend.uploads)
     with pytest.raises(ValueError, match=message):
         backend.make_request(TXT2IMG, model, values)
 
 
 def test_fields_of_sdxl_do_nothing_for_other_models(backend):
     changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
-    values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
+    values = TaskForm(TXT2IMG, Limits()).parse(form_values(**changes), backend.uploads)
     plain = backend.make_request(TXT2IMG, "demo.safetensors", values)
     assert plain.sdxl == TXT2IMG.request().sdxl
     alone = backend.make_request(TXT2IMG, BASE, values | {"refiner": ""})

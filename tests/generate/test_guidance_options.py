@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.app.form import values_from_info
+from ldm.app.form import get_field_values
 from ldm.commands.main import main
 from ldm.diffusion.names import FREEU_PRESETS
 from ldm.generate.command_line import parse_request
@@ -31,7 +31,7 @@ def test_a_png_says_how_it_was_guided_and_can_be_made_again(
     png = tmp_path / "samples" / "00000.png"
     info = read_info(png)
     assert {name: info[name] for name in expected} == expected
-    values = values_from_info(info)
+    values = get_field_values(info)
     shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v
              for name, v in expected.items()}  # fmt: skip
     assert {name: values[name] for name in shown} == shown
