@@ -26,9 +26,10 @@ from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.evaluation.generate import Setting, generate_settings, write_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
-from ldm.evaluation.score import ImageSet, find_image_sets, list_images, score_sets
+from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
 from ldm.generate.tasks import TASKS
 from ldm.imaging.pixels import to_pil, to_tensor
+from ldm.imaging.reading import list_images
 from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.types import JsonObject
 

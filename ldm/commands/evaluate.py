@@ -224,7 +224,8 @@ def _make_settings(args: Namespace, out: Path, sources: "list[PromptSource]") ->
 
 def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
     """Return the reference images: those with captions in the prompt file, else all."""
-    from ldm.evaluation.score import ImageSet, list_images
+    from ldm.evaluation.score import ImageSet
+    from ldm.imaging.reading import list_images
 
     if args.reference is None:
         log.warning("no reference images: FID, KID, precision and recall are not computed")
@@ -243,7 +244,8 @@ def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet
 
 def _find_folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
     """Return folders of images as sets, with the prompts of the prompt file, if there is one."""
-    from ldm.evaluation.score import ImageSet, list_images
+    from ldm.evaluation.score import ImageSet
+    from ldm.imaging.reading import list_images
 
     prompts = [source.text for source in sources] or None
     sets = []
@@ -257,7 +259,8 @@ def _find_folders(args: Namespace, sources: "list[PromptSource]") -> "list[Image
 
 
 def _find_images(setting: "Setting", out: Path) -> "ImageSet":
-    from ldm.evaluation.score import ImageSet, list_images
+    from ldm.evaluation.score import ImageSet
+    from ldm.imaging.reading import list_images
 
     scale = setting.request.sampling.scale
     return ImageSet(setting.series, list_images(setting.folder(out)), scale)

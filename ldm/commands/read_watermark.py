@@ -26,7 +26,7 @@ def _report(path: Path, as_json: bool, with_absent: bool) -> bool:
     """Print the watermarks of a file; return whether there is one."""
     try:
         with open_image(path) as image:
-            is_small, findings = not can_hold(image), identify(image)
+            is_small, findings = not can_hold(image.size), identify(image)
     except (OSError, ValueError) as error:  # missing, or not an image
         print(f"{path}: {error}", file=sys.stderr)
         return False

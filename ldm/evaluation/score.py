@@ -27,7 +27,7 @@ from ldm.evaluation.metrics import (
 )
 from ldm.evaluation.progress import Progress
 from ldm.imaging.metadata import read_info
-from ldm.imaging.reading import IMAGE_SUFFIXES, load_image
+from ldm.imaging.reading import list_images, load_image
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.hashes import cache_folder
@@ -41,7 +41,6 @@ __all__ = [
     "compute_scores",
     "find_image_sets",
     "fit_square",
-    "list_images",
     "read_features",
     "score_sets",
 ]  # fmt: skip
@@ -121,21 +120,6 @@ class Result:
     def to_json(self) -> JsonObject:
         """Return the result as JSON."""
         return {**asdict(self), "ldm": __version__}
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """List the images of a folder, sorted by name.
-
-    Raises:
-        MissingFile: there is no such folder, or no image in it.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise MissingFile(f"no folder `{folder}`")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise MissingFile(f"`{folder}` has no images")
-    return files
 
 
 def find_image_sets(out: str | Path) -> list[ImageSet]:

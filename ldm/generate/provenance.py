@@ -21,13 +21,14 @@ from ldm.generate.options import options_of
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
-from ldm.imaging.watermark import MIN_PIXELS
+from ldm.imaging.watermark import can_hold
 from ldm.loading.files.checkpoint import short_hash
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 from ldm.pipelines.freeu import find_factors
 from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.sampling_options import default_scheduler
+from ldm.pipelines.sdxl import REFINER_STRENGTH
 from ldm.runtime.files import sha256_of_file
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -36,7 +37,6 @@ Info = JsonObject  # JSON
 
 FLOAT_WATERMARK = "dwtDct (floats)"  # embedded before pixels are rounded to integers
 
-REFINER_STRENGTH = 0.15  # default of the pipelines
 # Keys of the info that may explain why a reproduced image differs.
 ENVIRONMENT = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
@@ -209,7 +209,7 @@ def describe_depth(depth: Image.Image) -> Info:
 
 def watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
     """Return the watermark method for images of a size (height, width); None = no watermark."""
-    if request.output.no_watermark or size[0] * size[1] < MIN_PIXELS:
+    if request.output.no_watermark or not can_hold(size[::-1]):
         return None
     if payload == "SDXL" and "float-watermark" in request.sampling.legacy:
         return FLOAT_WATERMARK

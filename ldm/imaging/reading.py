@@ -35,6 +35,7 @@ __all__ = [
     "decode_stored",
     "flatten_on_white",
     "is_colored",
+    "list_images",
     "load_image",
     "load_stored",
     "open_image",
@@ -249,6 +250,24 @@ def open_image(
     except Exception as error:  # Pillow's readers raise errors of any kind on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"`{name}` is damaged: {reason}") from error
+
+
+def list_images(folder: str | Path, argument: str | None = None) -> list[Path]:
+    """List the image files of a folder, sorted by name, without hidden ones.
+
+    Args:
+        argument: name of the argument that `folder` comes from, for errors; None = unknown.
+    Raises:
+        MissingFile: there is no such folder, or no image in it.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise MissingFile(f"no folder `{folder}`", argument)
+    files = (path for path in folder.glob("[!.]*") if path.is_file())
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise MissingFile(f"`{folder}` has no images", argument)
+    return images
 
 
 def read_size(file: str | Path | BytesIO) -> tuple[int, int]:

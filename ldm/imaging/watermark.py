@@ -113,7 +113,7 @@ def embed_or_warn(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
     """Embed a payload; warn if the image is too small, or the payload cannot be read back."""
-    if not can_hold(image):
+    if not can_hold(image.size):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
     marked = embed(image, payload, method)
@@ -122,9 +122,9 @@ def embed_or_warn(
     return marked
 
 
-def can_hold(image: Image.Image) -> bool:
-    """Return whether the image is large enough for a watermark."""
-    width, height = image.size
+def can_hold(size: tuple[int, int]) -> bool:
+    """Return whether an image of this size (width, height) is large enough for a watermark."""
+    width, height = size
     return width * height >= MIN_PIXELS and min(width, height) >= 8
 
 
@@ -151,7 +151,7 @@ def agreement(
 def identify(image: Image.Image) -> list[Finding]:
     """Return the findings for all payloads and methods, best first; [] for too small images."""
     findings = []
-    for method in METHODS if can_hold(image) else ():
+    for method in METHODS if can_hold(image.size) else ():
         votes = _read_votes(image, method)
         for name, payload in PAYLOADS.items():
             bits = _to_bits(payload)
@@ -321,7 +321,7 @@ def _to_bits(payload: bytes | Sequence[int]) -> np.ndarray:
 
 
 def _check(image: Image.Image, method: Method) -> None:
-    if not can_hold(image):
+    if not can_hold(image.size):
         size = f"{image.width}x{image.height}"
         raise ArgumentError(f"image too small for a watermark: {size}, needs 256x256 pixels")
     if method not in METHODS:

@@ -18,11 +18,20 @@ from ldm.pipelines.families import family_of, file_name, is_sdxl
 from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["Handover", "SDXLOptions", "Sizes", "check_sdxl", "check_size", "size_conditions"]
+__all__ = [
+    "REFINER_STRENGTH",
+    "Handover",
+    "SDXLOptions",
+    "Sizes",
+    "check_sdxl",
+    "check_size",
+    "size_conditions",
+]
 
 log = logging.getLogger(__name__)
 
 REFINER_MULTIPLE = 64  # pixels: the autoencoder downscales by 8, the refiner's UNet by 8 more
+REFINER_STRENGTH = 0.15  # as in sgm's demo
 AESTHETIC_SCORES = (6.0, 2.5)  # of prompt and negative prompt
 API_SCORES = (5.0, 5.0)  # sgm's `SamplingPipeline`
 # (height, width) of the aspect ratio buckets that sgm's demo offers for the base model.
@@ -115,7 +124,7 @@ class Handover:
         start: instead of it, the fraction of the timesteps that the base takes; None = `strength`.
     """
 
-    strength: float = 0.15
+    strength: float = REFINER_STRENGTH
     start: float | None = None
 
     def __post_init__(self) -> None:

@@ -10,8 +10,9 @@ from PIL import Image
 from ldm.commands.main import main
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
-from ldm.evaluation.score import ImageSet, find_image_sets, list_images, read_features, score_sets
+from ldm.evaluation.score import ImageSet, find_image_sets, read_features, score_sets
 from ldm.imaging.metadata import read_info
+from ldm.imaging.reading import list_images
 from ldm.runtime.errors import ArgumentError, FileFormatError
 
 PROMPTS = ["a cat", "a dog", "a red apple", "a fish", "a cow"]

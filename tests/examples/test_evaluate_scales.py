@@ -7,7 +7,7 @@ import pytest
 
 import evaluate_scales
 from judges import Judges
-from ldm.evaluation.score import list_images
+from ldm.imaging.reading import list_images
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 FLAGS = ["--data", str(EMOJI), "--count", "4", "--steps", "1", "--batch", "4"]

@@ -14,6 +14,7 @@ from ldm.imaging.reading import (
     decode_image,
     decode_stored,
     flatten_on_white,
+    list_images,
     load_image,
     read_size,
 )
@@ -247,3 +248,12 @@ def test_a_png_with_other_colours_than_srgb_is_named(tmp_path, caplog, code, not
     path.write_bytes(data[:33] + chunk + data[33:])
     load_image(path)
     assert (f"has {note} colours" in caplog.text) if note else not caplog.text
+
+
+def test_the_images_of_a_folder_are_listed_without_hidden_files(tmp_path):
+    for name in ("b.png", "a.JPG", "._a.JPG", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.png").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png"]
+    with pytest.raises(FileNotFoundError, match="has no images"):
+        list_images(tmp_path / "c.png")

@@ -25,7 +25,7 @@ DEPTH = "_depth"  # suffix of the file name of an image's depth
 
 __all__ = [
     "DEPTH", "FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "RGBDInputs",
-    "Task", "fit_image", "list_images",
+    "Task", "fit_image",
 ]  # fmt: skip
 
 
@@ -149,21 +149,6 @@ class ImageInputs(Inputs):
     # fmt: on
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, sorted by name.
-
-    Raises:
-        MissingFile: there are none.
-    """
-    from ldm.imaging.reading import IMAGE_SUFFIXES
-
-    files = (path for path in folder.glob("[!.]*") if path.is_file())
-    paths = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise MissingFile(f"no images in `{folder}`", "indir")
-    return paths
-
-
 @dataclass(frozen=True)
 class RGBDInputs(ImageInputs):
     """The input image and, for LDM3D, its depth."""
@@ -199,7 +184,9 @@ class FolderInputs(RGBDInputs):
 
     def list_folder(self, folder: Path) -> list["FolderInputs"]:
         """Return the inputs for each image in a folder."""
-        paths = list_images(folder)
+        from ldm.imaging.reading import list_images
+
+        paths = list_images(folder, "indir")
         if self.depth is None:
             return [replace(self, init_img=str(path)) for path in paths]
         paths = [path for path in paths if not path.stem.endswith(DEPTH)]

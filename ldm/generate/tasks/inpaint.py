@@ -13,7 +13,6 @@ from ldm.generate.tasks.base import (
     PreparedImageTask,
     Task,
     fit_image,
-    list_images,
 )
 from ldm.runtime.errors import MissingFile
 
@@ -52,7 +51,9 @@ class InpaintInputs(FolderInputs):
     # fmt: on
 
     def list_folder(self, folder: Path) -> list[FolderInputs]:
-        paths = list_images(folder)
+        from ldm.imaging.reading import list_images
+
+        paths = list_images(folder, "indir")
         masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
         endings = (MASK,) if self.depth is None else (MASK, DEPTH)
         images = [path for path in paths if not path.stem.endswith(endings)]

@@ -10,8 +10,9 @@ import torch
 
 from ldm.evaluation.load import find_clip, load_extractor, load_judge
 from ldm.evaluation.prompts import draw_prompts, read_prompts
-from ldm.evaluation.score import ImageSet, compute_scores, list_images, read_features
+from ldm.evaluation.score import ImageSet, compute_scores, read_features
 from ldm.imaging.pixels import to_pil
+from ldm.imaging.reading import list_images
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 from ldm.pipelines.families import FAMILIES, family_of
