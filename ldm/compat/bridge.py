@@ -82,6 +82,10 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
     if family is None or not isinstance(model.autoencoder, AutoencoderKL):
         encoders = ", ".join(sorted(names)) or "none"
         raise WrongFamily(f"no class of the original has these encoders: {encoders}")
+    if not isinstance(model.schedule, Schedule) or not model.schedule.uses_plain_timesteps:
+        raise WrongFamily("the original's classes have plain timesteps only, this model others")
+    if model.latent_mean is not None or model.latent_std is not None:
+        raise WrongFamily("the original's classes have no mean and standard deviation of latents")
     more: dict[str, Any] = {} if family.config_key is None else {family.config_key: PLACEHOLDER}
     old = family.old_class(
         unet_config=dict(PLACEHOLDER),
@@ -236,6 +240,9 @@ def _old_text(encoder: Encoder) -> nn.Module:
         raise WrongFamily(f"the text encoder is a {type(encoder).__name__}, of no old class")
     if encoder.token_ids is not None:
         raise WrongFamily("a text encoder with a pruned vocabulary has no counterpart")
+    if encoder.added_embeddings:
+        tokens = ", ".join(encoder.added_embeddings)
+        raise WrongFamily(f"textual inversions have no counterpart, this model has: {tokens}")
     _share(old, encoder.state_dict())
     return old
 
@@ -260,6 +267,10 @@ def _modern_text(old: nn.Module | None) -> CLIPText | OpenCLIPText:
     else:
         raise WrongFamily(f"a text encoder of class {type(old).__name__} cannot be bridged")
     _share(encoder, old.state_dict())
+    if isinstance(old, old_encoders.FrozenCLIPEmbedder):  # textual inversions of a program
+        table = encoder.embedding_table
+        for token, token_id in old.tokenizer.added_tokens_encoder.items():
+            encoder.added_embeddings[token.lower()] = table[token_id : token_id + 1]
     return encoder
 
 

@@ -127,7 +127,8 @@ class Sampler:
             callback: Called with the number of each step, from 0.
             img_callback: Called with the estimate of x0 and the number of each step.
             normals_sequence: Ignored, as in the original.
-            mask: (B, 1, h, w); 1 keeps `x0`, with the noise of each step. None changes all.
+            mask: (B, 1, h, w), 1 where `x0` is kept; None keeps nothing.
+            temperature: Factor of the noise between steps.
             x_T: Initial noise; None draws it.
             unconditional_conditioning: Negative condition; None disables guidance.
             dynamic_threshold: Largest root mean square of x0, see `norm_thresholding`; PLMS only.
@@ -269,6 +270,10 @@ class TableSampler(Sampler):
         device = self.model.betas.device
         img = torch.randn(shape, device=device) if x_T is None else x_T
         run_timesteps = self.choose_timesteps(timesteps, ddim_use_original_steps)
+        if ucg_schedule is not None and len(ucg_schedule) != len(run_timesteps):
+            raise ValueError(
+                f"ucg_schedule must have {len(run_timesteps)} entries, got {len(ucg_schedule)}"
+            )
         intermediates = {"x_inter": [img], "pred_x0": [img]}
         old_eps: list[Tensor] = []
         for i in range(len(run_timesteps)):

@@ -231,6 +231,11 @@ def test_callbacks_and_overridden_steps_are_called():
     assert Sampler.steps == 5
 
 
+def test_guidance_scales_must_be_as_many_as_the_steps():
+    with pytest.raises(ValueError, match="ucg_schedule must have 5 entries, got 4"):
+        DDIMSampler(build_recorded("ddim_eps")).sample(5, 2, SHAPE, ucg_schedule=[1.0] * 4)
+
+
 def test_thresholds_of_pixels_and_appended_axes():
     x = torch.tensor([3.0, 0.5]).reshape(1, 1, 1, 2).repeat(1, 4, 1, 1)
     assert spatial_norm_thresholding(x, 1.0)[0, 0, 0].tolist() == pytest.approx([1.0, 0.5])

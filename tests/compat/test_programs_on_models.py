@@ -5,11 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from compathelp import tiny_config
 from torch import nn
 
 import ldm
 from compat.oldmodels import build, build_recorded, recorded
 from ldm.compat.bridge import from_modern, to_modern
+from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import (
@@ -397,6 +399,31 @@ def test_models_without_a_counterpart_are_refused():
     concat = build(recorded("conditioning_routes").meta["config_concat"])
     with pytest.raises(WrongFamily, match="LatentDiffusion with conditioning_key `concat`"):
         to_modern(concat)
+
+
+def test_settings_without_a_counterpart_are_refused(monkeypatch):
+    modern = model_of(recorded("e2e_txt2img"), "base_v")
+    text = modern.conditioner.text
+    flipped = Schedule(modern.schedule.betas, flip_time=True)
+    for owner, name, value, message in (
+        (modern, "schedule", flipped, "plain timesteps"),
+        (modern, "latent_std", torch.ones(1, 4, 1, 1), "standard deviation of latents"),
+        (text, "added_embeddings", {"<dog>": torch.zeros(1, 4)}, "this model has: <dog>"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(WrongFamily, match=message):
+                from_modern(modern)
+
+
+def test_tokens_that_a_program_has_added_are_bridged():
+    old = instantiate_from_config(tiny_config()).eval()
+    encoder = old.cond_stage_model
+    encoder.tokenizer.add_tokens("<thing>")
+    encoder.transformer.resize_token_embeddings(len(encoder.tokenizer))
+    c = old.get_learned_conditioning(["a <thing>"])
+    back = to_modern(old)
+    assert torch.allclose(back.condition({"txt": ["a <thing>"]}).crossattn, c, atol=1e-6)
 
 
 def test_modules_take_attributes_of_programs():
