@@ -95,7 +95,7 @@ MemoryEfficientCrossAttention = CrossAttention
 
 
 class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
-    """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
+    """Self-attention, cross-attention, feed-forward, each with LayerNorm and residual connection.
 
     Attributes:
         checkpoint: Whether activations are recomputed in the backward pass; programs set it.
@@ -149,7 +149,7 @@ class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
 
 
 class SpatialTransformer(Relabelled, transformer.SpatialTransformer):
-    """Transformer blocks over the positions of a feature map, as a residual."""
+    """Transformer blocks over the positions of a feature map, with a residual connection."""
 
     in_channels: int
 

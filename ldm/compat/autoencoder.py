@@ -25,7 +25,7 @@ class AutoencoderKL(TrainedModule):
         embed_dim: Channels of the latent.
         ckpt_path, ignore_keys: See `init_from_ckpt`; None for random weights.
         image_key: Batch key of the images.
-        colorize_nlabels: Channels of label maps that `to_rgb` shows; None to learn it then.
+        colorize_nlabels: Channels of label maps, for `to_rgb`; None for those of its first input.
         monitor: Logged value by which Lightning chooses checkpoints; None for no attribute.
         ema_decay: Decay of the EMA of the weights; None for no EMA.
         learn_logvar: Whether to train the log variance of the loss.

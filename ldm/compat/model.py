@@ -59,11 +59,12 @@ class Downsample(Resampler, autoencoder.Downsample):
 
 
 class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
-    """Twice norm, SiLU and conv; plus the input (by a convolution if channels change).
+    """Norm, SiLU and convolution, twice, with a residual connection.
 
     Args:
         out_channels: None for `in_channels`.
-        conv_shortcut: Whether that convolution is 3x3, else 1x1.
+        conv_shortcut: Whether the residual connection of blocks that change the number of
+            channels is a 3x3 convolution, else 1x1.
         temb_channels: Features of the embedding that is added between both convolutions; 0 for
             none.
     """
@@ -108,7 +109,7 @@ class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
 
 
 class AttnBlock(Relabelled, autoencoder.AttnBlock):
-    """Single-head self-attention over all positions, as a residual."""
+    """Single-head self-attention over all positions, with a residual connection."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels)

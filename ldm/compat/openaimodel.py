@@ -2,7 +2,8 @@
 
 Classes derive from those of `ldm.nets` and hold torch's own layers. They look layers, methods and
 functions of this module up at each call, so that those that programs put in their place are used.
-Among these is `th`: programs replace it by an object whose `cat` takes maps of different sizes.
+Among these is `th`: programs replace it by an object whose `cat` takes feature maps of different
+sizes.
 """
 
 import math as math
@@ -124,11 +125,11 @@ class Upsample(Resampler, blocks.Upsample):
 
 
 class Downsample(Resampler, blocks.Downsample):
-    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, or the mean of 2x2 pixels."""
+    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else average pooling."""
 
 
 class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
-    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
+    """Residual block: norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv.
 
     Args:
         out_channels: None for `channels`. The others: see `ldm.nets.blocks.ResBlock`.
@@ -210,7 +211,7 @@ class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
 
 
 class AttentionBlock(Relabelled, transformer.AttentionBlock):
-    """Self-attention over all positions, as a residual; see `ldm.nets.transformer`."""
+    """Self-attention over all positions, with a residual connection."""
 
     def __init__(
         self,
