@@ -98,155 +98,6 @@ class Scheduler:
     rho: float | None = None
 
 
-@dataclass(frozen=True)
-class SLD:
-    """Hyperparameters of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
-
-    Args:
-        warmup: Number of evaluations of the network before it acts; delta in the paper.
-        scale: Factor from the difference in eps to the strength of guidance, which is at most 1;
-            s_S in the paper.
-        threshold: Elements of eps with a greater difference are not changed; lambda in the paper.
-        momentum_scale: s_m in the paper.
-        momentum_beta: beta_m in the paper, 0 … 1.
-
-    Raises:
-        ArgumentError: A number is out of range.
-    """
-
-    warmup: int
-    scale: float
-    threshold: float
-    momentum_scale: float
-    momentum_beta: float
-
-    def __post_init__(self) -> None:
-        numbers = [self.scale, self.threshold, self.momentum_scale]
-        if not all(map(math.isfinite, numbers)) or min(self.warmup, self.scale) < 0:
-            raise ArgumentError("sld: numbers must be finite, warmup and scale not negative", "sld")
-        if not 0 <= self.momentum_beta <= 1:
-            raise ArgumentError(f"sld: beta must be in 0 … 1, got {self.momentum_beta}", "sld")
-
-    @classmethod
-    def of(cls, value: "str | Sequence[float] | SLD") -> "SLD":
-        """Return the hyperparameters of a preset, or of five numbers in the order of the arguments.
-
-        Raises:
-            ArgumentError: The preset is unknown, or these are not five numbers in range.
-        """
-        if isinstance(value, SLD):
-            return value
-        if isinstance(value, str):
-            check_name("preset of sld", value, SLD_PRESETS, argument="sld")
-            return SLD_PRESETS[value]
-        warmup, *numbers = _check_numbers("sld", value, fields(cls))
-        if warmup % 1:  # NaN for infinity and NaN
-            raise ArgumentError(f"sld: warmup {warmup} is not a whole number", "sld")
-        return cls(int(warmup), *numbers)
-
-
-@dataclass(frozen=True)
-class APG:
-    """Hyperparameters of adaptive projected guidance (arXiv:2410.02416); see `ProjectedGuidance`.
-
-    The defaults are the authors' for Stable Diffusion XL.
-
-    Args:
-        eta: Factor of the component of the update parallel to the estimate; 1 keeps it.
-        norm: Largest norm of an update, r in the paper; 0 for no limit.
-        momentum: Factor of the running sum of updates, beta in the paper, in (-1, 1).
-
-    Raises:
-        ArgumentError: A number is out of range, or they have no effect: (1, 0, 0).
-    """
-
-    eta: float = 0.0
-    norm: float = 15.0
-    momentum: float = -0.5
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.eta) or not 0 <= self.norm < math.inf:
-            raise ArgumentError("apg: numbers must be finite, norm not negative", "apg")
-        if not -1 < self.momentum < 1:
-            raise ArgumentError(f"apg: momentum must be in -1 … 1, got {self.momentum:g}", "apg")
-        if (self.eta, self.norm, self.momentum) == (1, 0, 0):
-            raise ArgumentError("apg with eta 1, norm 0 and momentum 0 has no effect", "apg")
-
-    @classmethod
-    def of(cls, value: "Sequence[float] | APG") -> "APG":
-        """Return the hyperparameters of three numbers, in the order of the arguments."""
-        return value if isinstance(value, APG) else cls(*_check_numbers("apg", value, fields(cls)))
-
-
-@dataclass(frozen=True)
-class FreeUFactors:
-    """Factors of FreeU (arXiv:2309.11497), 0 … 10.
-
-    Args:
-        b1, b2: Of half of the backbone's channels, in the output blocks of the lowest resolution
-            and in those of the next one.
-        s1, s2: Of the low frequencies of skip connections, in the same blocks.
-
-    Raises:
-        ArgumentError: A number is out of range, or all are 1.
-    """
-
-    b1: float
-    b2: float
-    s1: float
-    s2: float
-
-    def __post_init__(self) -> None:
-        numbers = (self.b1, self.b2, self.s1, self.s2)
-        if not all(0 <= number <= 10 for number in numbers):
-            raise ArgumentError("freeu: factors must be in 0 … 10", "freeu")
-        if set(numbers) == {1}:
-            raise ArgumentError("freeu with factors of 1 has no effect", "freeu")
-
-    @classmethod
-    def of(cls, value: "str | Sequence[float] | FreeUFactors", automatic: str) -> "FreeUFactors":
-        """Return the factors of a preset, or of four numbers in the order of the arguments.
-
-        Args:
-            automatic: The preset for "auto".
-        """
-        if isinstance(value, FreeUFactors):
-            return value
-        if isinstance(value, str):
-            if value not in (choices := ["auto", *FREEU_PRESETS]):
-                raise unknown_name("preset of freeu", value, choices, argument="freeu")
-            return FREEU_PRESETS[automatic if value == "auto" else value]
-        return cls(*_check_numbers("freeu", value, fields(cls)))
-
-
-def check_guidance_options(given: Collection[str], scale: float | None) -> None:
-    """Raise ArgumentError for guidance methods that exclude each other or need another scale.
-
-    Args:
-        given: Names of all options that have a value.
-        scale: Guidance scale; None: not known.
-    """
-    methods = [name for name in EXCLUSIVE_GUIDANCE if name in given]
-    if len(methods) > 1:
-        message = f"{methods[0]} and {methods[1]} are both guidance methods: give one"
-        raise ArgumentError(message, methods[1])
-    if scale == 1 and (idle := [name for name in methods if name != "sld"]):
-        raise ArgumentError(f"{idle[0]} needs a guidance scale other than 1", idle[0])
-    if "freeu_version" in given and "freeu" not in given:
-        raise ArgumentError("freeu_version needs freeu", "freeu_version")
-
-
-def _check_numbers(
-    option: str, numbers: Sequence[float], args: Sequence["Field[object]"]
-) -> Sequence[float]:
-    """Return the numbers as floats; raise ArgumentError unless there is one for each argument."""
-    if len(numbers) != len(args):
-        names = ", ".join(arg.name for arg in args)
-        message = f"{option} takes {len(args)} numbers ({names}), got {len(numbers)}"
-        raise ArgumentError(message, option)
-    return [float(number) for number in numbers]
-
-
 SAMPLERS = {
     "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0, a1111_scheduler="uniform"),
     "plms": Sampler("plms", "PLMS", wide_scheduler="uniform", a1111_scheduler="uniform"),
@@ -373,6 +224,156 @@ SCHEDULERS = {
     "lcm_a1111": Scheduler("lcm_a1111_sigmas", "LCM as in A1111"),
     "tcd": Scheduler("tcd_sigmas", "TCD", max_steps=50),
 }
+
+
+@dataclass(frozen=True)
+class SLD:
+    """Hyperparameters of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
+
+    Args:
+        warmup: Number of evaluations of the network before it acts; delta in the paper.
+        scale: Factor from the difference in eps to the strength of guidance, which is at most 1;
+            s_S in the paper.
+        threshold: Elements of eps with a greater difference are not changed; lambda in the paper.
+        momentum_scale: s_m in the paper.
+        momentum_beta: beta_m in the paper, 0 … 1.
+
+    Raises:
+        ArgumentError: A number is out of range.
+    """
+
+    warmup: int
+    scale: float
+    threshold: float
+    momentum_scale: float
+    momentum_beta: float
+
+    def __post_init__(self) -> None:
+        numbers = [self.scale, self.threshold, self.momentum_scale]
+        if not all(map(math.isfinite, numbers)) or min(self.warmup, self.scale) < 0:
+            raise ArgumentError("sld: numbers must be finite, warmup and scale not negative", "sld")
+        if not 0 <= self.momentum_beta <= 1:
+            raise ArgumentError(f"sld: beta must be in 0 … 1, got {self.momentum_beta}", "sld")
+
+    @classmethod
+    def parse(cls, value: "str | Sequence[float] | SLD") -> "SLD":
+        """Return the hyperparameters of a preset, or of five numbers in the order of the arguments.
+
+        Raises:
+            ArgumentError: The preset is unknown, or these are not five numbers in range.
+        """
+        if isinstance(value, SLD):
+            return value
+        if isinstance(value, str):
+            check_name("preset of sld", value, SLD_PRESETS, argument="sld")
+            return SLD_PRESETS[value]
+        warmup, *numbers = _check_numbers("sld", value, fields(cls))
+        if warmup % 1:  # NaN for infinity and NaN
+            raise ArgumentError(f"sld: warmup {warmup} is not a whole number", "sld")
+        return cls(int(warmup), *numbers)
+
+
+@dataclass(frozen=True)
+class APG:
+    """Hyperparameters of adaptive projected guidance (arXiv:2410.02416); see `ProjectedGuidance`.
+
+    The defaults are the authors' for Stable Diffusion XL.
+
+    Args:
+        eta: Factor of the component of the update parallel to the estimate; 1 keeps it.
+        norm: Largest norm of an update, r in the paper; 0 for no limit.
+        momentum: Factor of the running sum of updates, beta in the paper, in (-1, 1).
+
+    Raises:
+        ArgumentError: A number is out of range, or they have no effect: (1, 0, 0).
+    """
+
+    eta: float = 0.0
+    norm: float = 15.0
+    momentum: float = -0.5
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.eta) or not 0 <= self.norm < math.inf:
+            raise ArgumentError("apg: numbers must be finite, norm not negative", "apg")
+        if not -1 < self.momentum < 1:
+            raise ArgumentError(f"apg: momentum must be in -1 … 1, got {self.momentum:g}", "apg")
+        if (self.eta, self.norm, self.momentum) == (1, 0, 0):
+            raise ArgumentError("apg with eta 1, norm 0 and momentum 0 has no effect", "apg")
+
+    @classmethod
+    def parse(cls, value: "Sequence[float] | APG") -> "APG":
+        """Return the hyperparameters of three numbers, in the order of the arguments."""
+        return value if isinstance(value, APG) else cls(*_check_numbers("apg", value, fields(cls)))
+
+
+@dataclass(frozen=True)
+class FreeUFactors:
+    """Factors of FreeU (arXiv:2309.11497), 0 … 10.
+
+    Args:
+        b1, b2: Of half of the backbone's channels, in the output blocks of the lowest resolution
+            and in those of the next one.
+        s1, s2: Of the low frequencies of skip connections, in the same blocks.
+
+    Raises:
+        ArgumentError: A number is out of range, or all are 1.
+    """
+
+    b1: float
+    b2: float
+    s1: float
+    s2: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.b1, self.b2, self.s1, self.s2)
+        if not all(0 <= number <= 10 for number in numbers):
+            raise ArgumentError("freeu: factors must be in 0 … 10", "freeu")
+        if set(numbers) == {1}:
+            raise ArgumentError("freeu with factors of 1 has no effect", "freeu")
+
+    @classmethod
+    def parse(cls, value: "str | Sequence[float] | FreeUFactors", automatic: str) -> "FreeUFactors":
+        """Return the factors of a preset, or of four numbers in the order of the arguments.
+
+        Args:
+            automatic: The preset for "auto".
+        """
+        if isinstance(value, FreeUFactors):
+            return value
+        if isinstance(value, str):
+            if value not in (choices := ["auto", *FREEU_PRESETS]):
+                raise unknown_name("preset of freeu", value, choices, argument="freeu")
+            return FREEU_PRESETS[automatic if value == "auto" else value]
+        return cls(*_check_numbers("freeu", value, fields(cls)))
+
+
+def check_guidance_options(given: Collection[str], scale: float | None) -> None:
+    """Raise ArgumentError for guidance methods that exclude each other or need another scale.
+
+    Args:
+        given: Names of all options that have a value.
+        scale: Guidance scale; None: not known.
+    """
+    methods = [name for name in EXCLUSIVE_GUIDANCE if name in given]
+    if len(methods) > 1:
+        message = f"{methods[0]} and {methods[1]} are both guidance methods: give one"
+        raise ArgumentError(message, methods[1])
+    if scale == 1 and (idle := [name for name in methods if name != "sld"]):
+        raise ArgumentError(f"{idle[0]} needs a guidance scale other than 1", idle[0])
+    if "freeu_version" in given and "freeu" not in given:
+        raise ArgumentError("freeu_version needs freeu", "freeu_version")
+
+
+def _check_numbers(
+    option: str, numbers: Sequence[float], args: Sequence["Field[object]"]
+) -> Sequence[float]:
+    """Return the numbers as floats; raise ArgumentError unless there is one for each argument."""
+    if len(numbers) != len(args):
+        names = ", ".join(arg.name for arg in args)
+        message = f"{option} takes {len(args)} numbers ({names}), got {len(numbers)}"
+        raise ArgumentError(message, option)
+    return [float(number) for number in numbers]
+
 
 # Safe latent diffusion: presets, and the unsafe concept of the authors' package and of diffusers.
 SLD_PRESETS = {

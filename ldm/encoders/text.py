@@ -107,7 +107,7 @@ def clip_skip(skip: int) -> Iterator[None]:
 
 
 class ContextCache(Protocol):
-    """Outputs by prompt: `context` (N, D), and `pooled` (D,) if there is one."""
+    """Outputs by prompt: `context` (N, D), and `pooled` (P,) if there is one."""
 
     def __contains__(self, text: object) -> bool: ...
 
@@ -272,8 +272,8 @@ class TextEncoder(Encoder):
             for _, entry in composition.entries:
                 for chunks in self.chunks(entry):
                     tokens = sum(len(unit.ids) for chunk in chunks for unit in chunk)
-                    text = (chunk_size * max(len(chunks), 1), tokens)
-                    capacity, count = max((capacity, count), text)
+                    candidate = (chunk_size * max(len(chunks), 1), tokens)
+                    capacity, count = max((capacity, count), candidate)
         return count, capacity
 
     def _encode_parsed(self, prompts: Sequence[str | Prompt | None]) -> Tensor | Cond:
@@ -312,8 +312,8 @@ class TextEncoder(Encoder):
         ids = self.token_ids
         if ids is None:
             return tokens
-        # For tokens beyond the greatest id, searchsorted returns len(ids), which is no index: they
-        # are compared with the last id instead, differ, and get row 0.
+        # For tokens beyond the greatest id, searchsorted returns len(ids), which is out of range:
+        # they are compared with the last id instead, differ, and get row 0.
         indices = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
         return torch.where(ids[indices] == tokens, indices + 1, tokens.clamp(max=0))
 
@@ -331,15 +331,14 @@ class TextEncoder(Encoder):
     def _cached_entries(self, texts: Sequence[str]) -> list[Mapping[str, Tensor]] | None:
         """Read the cache, or return None if it is incomplete or the encoder is modified."""
         cache = self.cache
-        if cache is None or self.added_embeddings or any(text not in cache for text in texts):
+        if cache is None or any(text not in cache for text in texts):
             return None
-        if self.skipped_blocks:
+        # A mask is not cached.
+        if self.added_embeddings or self.skipped_blocks or self.always_return_mask:
             return None
         is_trained = any(weight.requires_grad for weight in self.parameters())
         has_lora = any(module._forward_hooks for module in self.modules())
-        if is_trained or has_lora:
-            return None
-        return [cache[text] for text in texts]
+        return None if is_trained or has_lora else [cache[text] for text in texts]
 
 
 def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
@@ -352,11 +351,10 @@ def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
     """
     assert encoder.token_ids is not None
     ids = encoder.tokenize(sorted(set(texts))).unique()
-    rows = len(encoder.token_ids)
-    if len(ids) > rows:
+    spare_rows = len(encoder.token_ids) - len(ids)
+    if spare_rows < 0:
         raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
-    spare = torch.arange(rows - len(ids)) + VOCAB
-    return torch.cat([ids, spare])
+    return torch.cat([ids, torch.arange(spare_rows) + VOCAB])
 
 
 class OpenCLIPText(TextEncoder):

@@ -224,7 +224,7 @@ def parse_sld(argument: str) -> str | tuple[float, ...]:
     if not numbers and "," in argument:
         raise ArgumentError(f"`{argument}` is not five numbers")
     value = numbers or argument
-    SLD.of(value)
+    SLD.parse(value)
     return value
 
 
@@ -233,7 +233,7 @@ def parse_apg(argument: str) -> tuple[float, ...]:
     numbers = _numbers(argument)
     if not numbers:
         raise ArgumentError(f"`{argument}` is not ETA,NORM,MOMENTUM: three numbers")
-    APG.of(numbers)
+    APG.parse(numbers)
     return numbers
 
 
@@ -243,7 +243,7 @@ def parse_freeu(argument: str) -> str | tuple[float, ...]:
     if not numbers and "," in argument:
         raise ArgumentError(f"`{argument}` is not B1,B2,S1,S2: four numbers")
     value = numbers or argument
-    FreeUFactors.of(value, next(iter(FREEU_PRESETS)))
+    FreeUFactors.parse(value, next(iter(FREEU_PRESETS)))
     return value
 
 

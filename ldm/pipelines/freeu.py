@@ -22,7 +22,7 @@ def find_factors(
     """
     text = model.conditioner.text
     generation = 1 if text is None else text.generation or 1
-    return FreeUFactors.of(value, "sdxl" if is_sdxl(model) else f"sd{generation}")
+    return FreeUFactors.parse(value, "sdxl" if is_sdxl(model) else f"sd{generation}")
 
 
 def make_freeu(

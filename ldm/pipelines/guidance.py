@@ -99,7 +99,7 @@ def _make_safe(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
         if concept is not None:
             raise ArgumentError("sld_concept needs sld", "sld_concept")
         return None
-    settings = SLD.of(sld)
+    settings = SLD.parse(sld)
     if "sld-off" in quirks and settings.scale <= 1:  # diffusers takes that as "off"
         return None
     concept = "original" if concept is None else concept
@@ -108,7 +108,7 @@ def _make_safe(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
 
 def _make_projected(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
     apg = options.get("apg")
-    return None if apg is None else ProjectedGuidance(APG.of(apg))
+    return None if apg is None else ProjectedGuidance(APG.parse(apg))
 
 
 def _make_perp_neg(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:

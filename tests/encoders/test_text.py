@@ -138,6 +138,12 @@ def test_texts_and_tokens_give_the_same_context(build, arch):
     assert torch.equal(encoder.encode("a cat"), encoder(["a cat"]))
 
 
+def test_an_encoder_with_a_mask_does_not_read_a_cache_without():
+    encoder = CLIPText(arch=CLIP_ARCH, always_return_pooled=True, always_return_mask=True)
+    encoder.cache = {"a cat": {"context": torch.zeros(77, 32), "pooled": torch.zeros(32)}}
+    assert encoder(["a cat"]).context_mask.sum() == 4  # start, two words, end
+
+
 @pytest.mark.parametrize(
     ("build", "options"),
     [

@@ -56,7 +56,7 @@ def model():
 
 def test_presets_and_concepts_are_those_of_the_packages():
     meta = recorded("seed_sld").meta
-    presets = {name.lower(): SLD.of(numbers(row)) for name, row in meta["presets"].items()}
+    presets = {name.lower(): SLD.parse(numbers(row)) for name, row in meta["presets"].items()}
     assert presets == SLD_PRESETS
     assert {
         name: meta[f"safety_concept_{name}"] for name in ("original", "diffusers")
@@ -69,7 +69,7 @@ def test_the_rule_is_the_recorded_one_bit_for_bit(preset, size):
     name = f"rule_{preset}{size}"
     file = recorded("seed_sld")
     info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
-    guidance = SafeGuidance(SLD.of(numbers(info["parameters"])), "")
+    guidance = SafeGuidance(SLD.parse(numbers(info["parameters"])), "")
     denoiser = Toy("eps").denoiser
     for i in range(info["steps"]):
         uncond, cond, concept = (inputs[f"eps_{part}"][i] for part in ("uncond", "text", "safe"))
