@@ -254,7 +254,9 @@ def _image_size(data: Mapping[str, Any]) -> int:
     train = data.get("train") or {}
     for section in (train, train.get("params") or {}, train.get("transform") or {}):
         if "size" in section:
-            size = section["size"]
+            # The `crop` of drawings is a number of pixels, that of photos a word.
+            crop = section.get("crop")
+            size = crop if isinstance(crop, int) else section["size"]
             return int(max(size) if isinstance(size, list) else size)
     return IMAGE_SIZE
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ldm.train.optim.ema import EMA
+from ldm.train.optim.optimizers import STATE_KEYS
 from ldm.train.tasks.task import LossFunction
 
 __all__ = ["LossScale", "State", "TrainedNetwork"]
@@ -51,11 +52,18 @@ class TrainedNetwork:
         }
 
     def empty_optimizer_state(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Allocate an `optimizer_state` of these shapes, sharded as the parameters are."""
+        """Allocate an `optimizer_state` of these shapes, sharded as the parameters are.
+
+        Entries of other parameters, or of another optimizer, are left out.
+        """
         parameters = dict(self.module.named_parameters())
+        state_keys = STATE_KEYS[type(self.optimizer).__name__]
         state: dict[str, Tensor] = {}
         for name, (shape, dtype) in shapes.items():
-            p = parameters[name.rpartition(".")[0]]
+            parameter_name, _, key = name.rpartition(".")
+            if parameter_name not in parameters or key not in state_keys:
+                continue
+            p = parameters[parameter_name]
             if shape == p.shape:
                 state[name] = torch.zeros_like(p, dtype=dtype)
             else:  # a step count, or Adafactor's rows and columns

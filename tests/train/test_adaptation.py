@@ -82,6 +82,16 @@ def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     assert (text.tokenize(["a <thing>"]) < 0).sum() == 3
 
 
+def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None:
+    run = build_adapted_run(tmp_path / "large", base, *LORA)
+    run.states.save(run.state)
+    smaller = build_adapted_run(
+        tmp_path / "small", base, *LORA, "lightning.lora.targets=[attention]"
+    )
+    with pytest.raises(ValueError, match=r"another model or optimizer: `average\.lora\.lora_te_"):
+        smaller.resume(run.states.newest())
+
+
 @pytest.mark.slow
 def test_both_at_once_are_exported_and_resumed(base: Path, tmp_path: Path) -> None:
     whole = build_adapted_run(

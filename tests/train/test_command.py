@@ -346,6 +346,11 @@ def test_processes_are_counted_over_all_nodes() -> None:
     assert launch.count_processes(Devices(), per_node=4) == 4
 
 
+def test_all_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert launch.count_processes(Devices(-1)) == 3
+
+
 def torchrun(
     monkeypatch: pytest.MonkeyPatch, devices: Devices, *, available: int, per_node: int = 0
 ) -> list[str]:

@@ -48,6 +48,11 @@ def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     assert 5e6 < whole.activations < 5e7
 
 
+def test_a_crop_in_pixels_is_the_training_resolution() -> None:
+    assert estimate._image_size({"train": {"transform": {"size": 64, "crop": 32}}}) == 32
+    assert estimate._image_size({"train": {"transform": {"size": 64, "crop": "random"}}}) == 64
+
+
 @pytest.fixture(scope="module")
 def whole() -> estimate.Memory:
     return estimate_memory()

@@ -154,6 +154,16 @@ def test_a_state_that_would_run_code_is_refused(four_steps: Run, tmp_path: Path)
         run.resume()
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_state_of_another_optimizer_is_refused(
+    four_steps: Run, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"of another model or optimizer: `model\.optimizer\..*mean"
+    ):
+        resume_copy(four_steps, tmp_path, f"lightning.optimizer.name={name}")
+
+
 @pytest.mark.usefixtures("no_states")
 def test_a_run_ends_by_time(four_steps: Run, tmp_path: Path) -> None:
     time = "lightning.trainer.max_time=0.2"

@@ -32,9 +32,8 @@ HOST:29500 -m {program} …"""
 
 def count_processes(devices: "Devices", per_node: int = 0) -> int:
     """Count the processes on all nodes; `per_node` 0: one for each GPU."""
-    gpus = devices.gpus
-    count = len(gpus) if isinstance(gpus, list) else max(1, gpus or 1)
-    return max(rank_and_world_size()[1], (per_node or count) * devices.num_nodes)
+    count = per_node or max(1, len(_list_gpus(devices.gpus)))
+    return max(rank_and_world_size()[1], count * devices.num_nodes)
 
 
 def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
@@ -50,16 +49,12 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
         return
     import torch
 
-    available, gpus = torch.cuda.device_count(), devices.gpus
-    if isinstance(gpus, list):
-        indices = gpus
-    else:
-        indices = list(range(available if gpus == -1 else gpus or 0))
+    available, indices = torch.cuda.device_count(), _list_gpus(devices.gpus)
     count = per_node or max(1, len(indices))
     if devices.num_nodes > 1:
         raise ValueError(NODES.format(nodes=devices.num_nodes, count=count, program=PROGRAM))
     if available:
-        if gpus is not None:
+        if devices.gpus is not None:
             _set_visible_devices(indices, available)
     elif len(indices) > 1 and not per_node:
         raise ValueError(
@@ -105,6 +100,17 @@ def _torchrun_id() -> str:
     except (OSError, IndexError):  # not Linux
         start = ""
     return f"{launch_id} {platform.node()} {parent} {start}" if launch_id else ""
+
+
+def _list_gpus(gpus: list[int] | int | None) -> list[int]:
+    """Return the indices of GPUs, of which -1 are all that are available."""
+    if isinstance(gpus, list):
+        return gpus
+    if gpus == -1:
+        import torch
+
+        return list(range(torch.cuda.device_count()))
+    return list(range(gpus or 0))
 
 
 def _set_visible_devices(indices: Sequence[int], available: int) -> None:

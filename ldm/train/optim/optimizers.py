@@ -17,12 +17,19 @@ from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonObject
 from ldm.train.optim.adamw import AdamW
 
-__all__ = ["Muon", "make_optimizer"]
+__all__ = ["STATE_KEYS", "Muon", "make_optimizer"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients: singular values go to about 1
 NEWTON_SCHULZ_STEPS = 5
 MIN_SIDE = 16  # matrices with a smaller side are updated by AdamW
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
+# Class of an optimizer -> keys that its state of a parameter may have.
+STATE_KEYS = {
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamW8bit": {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
+    "Adafactor": {"step", "row_var", "col_var", "variance"},
+    "Muon": {"step", "mean", "square"},
+}
 Options = JsonObject
 Group = JsonObject  # a parameter group with its options
 Moments = dict[str, Tensor]

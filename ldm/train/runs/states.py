@@ -152,6 +152,10 @@ def _read_shapes(path: Path) -> Shapes:
 
 
 def _check_shapes(path: Path, expected: Shapes, saved: Shapes) -> None:
+    if unexpected := sorted(saved.keys() - expected.keys()):
+        raise ValueError(
+            f"`{path}` is of another model or optimizer: `{unexpected[0]}` is unexpected"
+        )
     for name, (shape, _) in expected.items():
         if name not in saved:
             raise ValueError(f"`{path}` is of another model or trainer: `{name}` is missing")
