@@ -126,10 +126,10 @@ def generate_settings(
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
         loras = setting.request.model.lora
-        for job in (job for batch in batches for job in batch):
-            names = [*job.values, *(["a LoRA"] if job.loras != loras else [])]
+        for spec in (spec for batch in batches for spec in batch):
+            names = [*spec.values, *(["a LoRA"] if spec.loras != loras else [])]
             if names:
-                message = f"`{job.prompt}` has {', '.join(names)}"
+                message = f"`{spec.prompt}` has {', '.join(names)}"
                 raise ArgumentError(
                     f"{message}: per-prompt options are not allowed in an evaluation", "from_file"
                 )
@@ -253,7 +253,7 @@ def _get_shared_options(setting: Setting) -> JsonObject:
 
 def _filter_missing(batch: Batch, setting: Setting, out: Path) -> Batch:
     folder = setting.folder(out)
-    return [job for job in batch if not _path(folder, job.index).exists()]
+    return [spec for spec in batch if not _path(folder, spec.index).exists()]
 
 
 def _path(folder: Path, index: int) -> Path:

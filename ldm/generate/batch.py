@@ -79,8 +79,8 @@ def generate_images(
     request, model = prepared.request, models.base
     keywords = _sampling_keywords(request, model) | _sdxl_keywords(request, batch, models)
     keywords |= {
-        "negative_prompt": [job.negative_prompt for job in batch],
-        "seeds": [job.seed for job in batch],
+        "negative_prompt": [spec.negative_prompt for spec in batch],
+        "seeds": [spec.seed for spec in batch],
         "x_T": start_noise(request, model, prepared.output_size(model), batch),
         "callback": callback,
         "on_latent": on_latent,
@@ -90,7 +90,7 @@ def generate_images(
         keywords["upscaling"] = Upscaling(
             models.upscaler, choice.upscaler_steps, choice.upscaler_scale
         )
-    prompts = [job.prompt for job in batch]
+    prompts = [spec.prompt for spec in batch]
     return prepared.generate(model, prompts, cast(TaskOptions, keywords))
 
 
@@ -121,8 +121,8 @@ def _latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
 def _sdxl_keywords(request: Request, batch: Batch, models: Models) -> dict[str, object]:
     """Return the keywords for SDXL that have a value."""
     keywords = {**vars(request.sdxl), "refiner": models.refiner}
-    pairs = [(job.prompt_2, job.prompt) for job in batch]
-    negative_pairs = [(job.negative_prompt_2, job.negative_prompt) for job in batch]
+    pairs = [(spec.prompt_2, spec.prompt) for spec in batch]
+    negative_pairs = [(spec.negative_prompt_2, spec.negative_prompt) for spec in batch]
     keywords["prompt_2"] = _second_prompts(pairs)
     keywords["negative_prompt_2"] = _second_prompts(negative_pairs)
     return {name: value for name, value in keywords.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Plan a run: its images, their batches, seeds, prompts and own options.
+"""Plan a run: its images, their seeds, prompts and options, in batches.
 
 Prompts are first expanded (`wildcards`), then LoRA tags are extracted from them (`lora_tags`).
 """
@@ -24,9 +24,9 @@ from ldm.runtime.ranks import rank_and_world_size
 if TYPE_CHECKING:
     from ldm.generate.wildcards import DynamicPrompts
 
-__all__ = ["Batch", "Job", "LineOptions", "line_options", "looks_dynamic", "plan_batches"]
+__all__ = ["Batch", "ImageSpec", "LineOptions", "line_options", "looks_dynamic", "plan_batches"]
 
-SEEDS = 1 << 64  # seeds are reduced modulo this, the range of torch's generator
+SEED_RANGE = 1 << 64  # of torch's generators; seeds are reduced modulo this
 
 DYNAMIC = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
 
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageSpec:
     """One image to make.
 
     Args:
         index: position in the run, from 0, counted over all processes.
-        seed: seed of its noise.
-        start_seed: seed of its initial noise (shared with `fixed_code`).
+        seed: seed of the noise between steps, and of dynamic prompts.
+        initial_noise_seed: seed of the initial noise; `fixed_code` repeats it in each batch.
         prompt_2, negative_prompt_2: for the second text encoder; None = the same prompts.
         values: options set by its line of the prompt file, the same for a whole batch.
         loras: files and weights of its LoRAs, the same for a whole batch.
@@ -50,29 +50,30 @@ class Job:
     prompt: str
     negative_prompt: str
     seed: int
-    start_seed: int
+    initial_noise_seed: int
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
     values: Mapping[str, Value] = field(default_factory=dict)
     loras: Loras = ()
 
 
-Batch = list[Job]
+Batch = list[ImageSpec]
 LineOptions = tuple[tuple[str, Value], ...]  # (name, value) of options set by a line, hashable
 
 
 def plan_batches(
-    request: Request, list_files: Callable[[], Mapping[str, str]] | None = None
+    request: Request, list_lora_files: Callable[[], Mapping[str, str]] | None = None
 ) -> list[Batch]:
     """Return the batches of this process.
 
-    A run is `n_iter` iterations over the lines of the prompt file, each line `repeat` times (or
-    over `n_samples` times the prompt), in batches of `n_samples` images that have the same
-    iteration, options and LoRAs; of one image where the sampler adapts to the batch. Image k has
-    seed + k; if its line has a seed, the r-th image of the line has that seed + r.
+    Each of `n_iter` iterations makes every line of the prompt file `repeat` times, or the prompt
+    `n_samples` times. Neighbouring images of an iteration with the same options and LoRAs are
+    divided into batches of `n_samples`; a sampler that adapts its steps has batches of one image,
+    since its result depends on the batch. Image k of the run has the seed seed + k. If its line has
+    seeds of its own, the images of the line have these, then count on from the last one.
 
     Args:
-        list_files: returns the LoRA files that prompts may name; None = `list_loras`.
+        list_lora_files: returns the LoRA files that prompts may name; None = `list_loras`.
     Raises:
         ArgumentError: a mistake in the prompt file or in a prompt, or options that legacy `noise`
             or a guidance method does not allow.
@@ -80,25 +81,27 @@ def plan_batches(
     """
     # With a folder of inputs, its images are divided among the processes, not the batches.
     rank, world_size = (0, 1) if request.inputs.is_folder else rank_and_world_size()
-    lines = _prompt_lines(request)
+    lines = _read_lines(request)
     if "noise" in request.sampling.legacy:
         _check_legacy_noise(request, lines, world_size)
-    planner = _Planner(request, list_files)
+    planner = _Planner(request, list_lora_files)
     batches: list[Batch] = []
     for iteration in range(request.output.n_iter):
-        jobs = planner.make_jobs(lines, iteration)
-        _check_negative_prompts(request, jobs)
-        for _, group in groupby(jobs, key=lambda job: (job.values, job.loras)):
-            alike = list(group)
-            sampler = alike[0].values.get("sampler", request.sampling.sampler)
-            is_alone = sampler in SAMPLERS and SAMPLERS[sampler].adapts_steps
-            size = 1 if is_alone else request.output.n_samples
-            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
-    # Each process plans the whole run, so that index and seed do not depend on their number.
-    own = batches[rank::world_size]
+        specs = planner.make_specs(lines, iteration)
+        _check_perp_neg(request, specs)
+        for _, group in groupby(specs, key=lambda spec: (spec.values, spec.loras)):
+            similar = list(group)
+            sampler = similar[0].values.get("sampler", request.sampling.sampler)
+            adapts_steps = sampler in SAMPLERS and SAMPLERS[sampler].adapts_steps
+            batch_size = 1 if adapts_steps else request.output.n_samples
+            starts = range(0, len(similar), batch_size)
+            batches += [similar[start : start + batch_size] for start in starts]
+    # Each process plans the whole run: index and seed do not depend on the number of processes.
+    batches_of_rank = batches[rank::world_size]
     if world_size > 1:
-        log.info("process %d of %d: %d of %d batches", rank, world_size, len(own), len(batches))
-    return own
+        counts = len(batches_of_rank), len(batches)
+        log.info("rank %d of %d processes: %d of %d batches", rank, world_size, *counts)
+    return batches_of_rank
 
 
 def line_options(batch: Batch) -> LineOptions:
@@ -107,11 +110,11 @@ def line_options(batch: Batch) -> LineOptions:
 
 
 def looks_dynamic(prompt: str) -> bool:
-    """Return whether a prompt seems to contain dynamic prompts, such as {a|b}."""
+    """Return whether a prompt contains what looks like dynamic prompts, such as {a|b}."""
     return DYNAMIC.search(prompt) is not None
 
 
-def _prompt_lines(request: Request) -> list[PromptLine]:
+def _read_lines(request: Request) -> list[PromptLine]:
     """Return the lines of one iteration."""
     path = request.prompts.from_file
     if path is None:
@@ -125,11 +128,11 @@ def _prompt_lines(request: Request) -> list[PromptLine]:
     return lines
 
 
-def _check_negative_prompts(request: Request, jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        weight = job.values.get("perp_neg", request.sampling.perp_neg)
-        if weight is not None and not job.negative_prompt and not job.negative_prompt_2:
-            message = f"perp_neg needs a negative prompt: `{job.prompt}` has none"
+def _check_perp_neg(request: Request, specs: Sequence[ImageSpec]) -> None:
+    for spec in specs:
+        perp_neg = spec.values.get("perp_neg", request.sampling.perp_neg)
+        if perp_neg is not None and not spec.negative_prompt and not spec.negative_prompt_2:
+            message = f"perp_neg needs a negative prompt: `{spec.prompt}` has none"
             raise ArgumentError(message, "perp_neg")
 
 
@@ -144,71 +147,73 @@ def _check_legacy_noise(request: Request, lines: list[PromptLine], world_size: i
     if message is not None:
         raise ArgumentError(f"legacy `noise` {message}", "legacy")
     if request.task.noise_from_numpy and not 0 <= request.sampling.seed < 1 << 32:
-        raise ArgumentError("legacy `noise` takes seeds 0 … 4294967295 here", "seed")
+        raise ArgumentError("legacy `noise` takes seeds 0 … 4294967295 for this task", "seed")
 
 
 def _load_dynamic_prompts(prompts: Prompts) -> "DynamicPrompts | None":
     if not prompts.dynamic_prompts and prompts.wildcards is None:
         return None
-    from ldm.generate.wildcards import DynamicPrompts  # whose package takes 0.3 s
+    from ldm.generate.wildcards import DynamicPrompts  # importing its package takes 0.3 s
 
     return DynamicPrompts(prompts.wildcards)
 
 
 class _Planner:
-    """Makes the jobs of a run from its prompt lines."""
+    """Makes the specs of a run from its prompt lines."""
 
     def __init__(
-        self, request: Request, list_files: Callable[[], Mapping[str, str]] | None
+        self, request: Request, list_lora_files: Callable[[], Mapping[str, str]] | None
     ) -> None:
         prompts = request.prompts
         self.request = request
-        self.list_files = cache(list_files or (lambda: list_loras(request.model)))
-        self.dynamic = _load_dynamic_prompts(prompts)
+        self.list_lora_files = cache(list_lora_files or (lambda: list_loras(request.model)))
+        self.dynamic_prompts = _load_dynamic_prompts(prompts)
 
-    def make_jobs(self, lines: Sequence[PromptLine], iteration: int) -> list[Job]:
-        """Return the jobs of one iteration over the lines."""
+    def make_specs(self, lines: Sequence[PromptLine], iteration: int) -> list[ImageSpec]:
+        """Return the specs of one iteration over the lines."""
         repeat = 1 if self.request.prompts.from_file is None else self.request.prompts.repeat
-        total = repeat * sum(line.count for line in lines)
-        jobs: list[Job] = []
+        images_per_iteration = repeat * sum(line.count for line in lines)
+        specs: list[ImageSpec] = []
         for line in lines:
-            count = repeat * line.count
-            for k in range(count):
-                index = iteration * total + len(jobs)
+            images = repeat * line.count
+            for k in range(images):
+                index = iteration * images_per_iteration + len(specs)
                 seed = self.request.sampling.seed + index
                 if line.seeds:
-                    nth = iteration * count + k
+                    nth = iteration * images + k  # image of the line
                     last = len(line.seeds) - 1
                     seed = line.seeds[min(nth, last)] + max(nth - last, 0)
-                jobs.append(self._make_job(line, index, len(jobs), seed % SEEDS))
-        return jobs
+                specs.append(self._make_spec(line, index, len(specs), seed % SEED_RANGE))
+        return specs
 
-    def _make_job(self, line: PromptLine, index: int, position: int, seed: int) -> Job:
+    def _make_spec(self, line: PromptLine, index: int, position: int, seed: int) -> ImageSpec:
         request = self.request
-        start_seed = seed
+        initial_noise_seed = seed
         if request.sampling.fixed_code:
-            start_seed = request.sampling.seed + position % request.output.n_samples
-        given: dict[str, str | None] = {
+            initial_noise_seed = request.sampling.seed + position % request.output.n_samples
+        templates: dict[str, str | None] = {
             "prompt": line.prompt,
             "negative_prompt": request.prompts.negative_prompt,
             "prompt_2": request.sdxl.prompt_2,
             "negative_prompt_2": request.sdxl.negative_prompt_2,
             **line.texts,
         }
-        texts = {
-            name: text if text is None or self.dynamic is None else self.dynamic.expand(text, seed)
-            for name, text in given.items()
-        }
+        texts = {name: self._expand(text, seed) for name, text in templates.items()}
         prompt = texts["prompt"] or ""
-        loras = find_loras(prompt, request.model.lora, self.list_files)
-        return Job(
+        loras = find_loras(prompt, request.model.lora, self.list_lora_files)
+        return ImageSpec(
             index,
             split_tags(prompt)[0],
             texts["negative_prompt"] or "",
             seed,
-            start_seed % SEEDS,
+            initial_noise_seed % SEED_RANGE,
             texts["prompt_2"],
             texts["negative_prompt_2"],
             line.values,
             loras,
         )
+
+    def _expand(self, text: str | None, seed: int) -> str | None:
+        if text is None or self.dynamic_prompts is None:
+            return text
+        return self.dynamic_prompts.expand(text, seed)

@@ -39,11 +39,11 @@ def find_prompt_warnings(
     if not model.conditioner.find_all(TextEncoder):
         return []
     warnings: list[str] = []
-    negatives = (job.negative_prompt for batch in batches for job in batch)
+    negatives = (spec.negative_prompt for batch in batches for spec in batch)
     if tagged := next((text for text in negatives if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
     expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
-    prompts = (job.prompt for batch in batches for job in batch)
+    prompts = (spec.prompt for batch in batches for spec in batch)
     dynamic = next(filter(looks_dynamic, prompts), None)
     if dynamic is not None and not expands:
         warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
@@ -61,13 +61,13 @@ def find_prompt_warnings(
 
 def _prompts(batches: Sequence[Batch]) -> list[str]:
     """Return the different prompts of both text encoders that are not empty."""
-    texts = (text for batch in batches for job in batch for text in (job.prompt, job.prompt_2))
+    texts = (text for batch in batches for spec in batch for text in (spec.prompt, spec.prompt_2))
     return list(dict.fromkeys(filter(None, texts)))
 
 
 def _negative_prompts(batches: Sequence[Batch]) -> list[str]:
     """Return the different negative prompts of both text encoders that are not empty."""
-    pairs = ((job.negative_prompt, job.negative_prompt_2) for batch in batches for job in batch)
+    pairs = ((spec.negative_prompt, spec.negative_prompt_2) for batch in batches for spec in batch)
     return list(dict.fromkeys(text for pair in pairs for text in pair if text))
 
 

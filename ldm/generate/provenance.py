@@ -182,19 +182,19 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
         row: index of the image in the batch.
     """
     batch = batches[number]
-    job = batch[row]
+    spec = batch[row]
     info: Info = {
-        "index": job.index,
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "seed": job.seed,
+        "index": spec.index,
+        "prompt": spec.prompt,
+        "negative_prompt": spec.negative_prompt,
+        "seed": spec.seed,
         "row": row,
         "rows": len(batch),
     }
-    texts = {"prompt_2": job.prompt_2, "negative_prompt_2": job.negative_prompt_2}
+    texts = {"prompt_2": spec.prompt_2, "negative_prompt_2": spec.negative_prompt_2}
     info |= {name: text for name, text in texts.items() if text is not None}
     if request.sampling.fixed_code:
-        info["start_seed"] = job.start_seed
+        info["start_seed"] = spec.initial_noise_seed
     if "noise" in request.sampling.legacy:
         # One generator draws for the whole run: earlier batches are needed to reach its state.
         info["seed"] = request.sampling.seed

@@ -13,7 +13,7 @@ from ldm.generate.batch import Callback, begin, generate_images
 from ldm.generate.load import Models
 from ldm.generate.options import Value, options_of
 from ldm.generate.output import add_watermark, to_images
-from ldm.generate.plan import Job
+from ldm.generate.plan import ImageSpec
 from ldm.generate.provenance import ENVIRONMENT, FILE_KEYS
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged
@@ -83,12 +83,12 @@ def eta_of(values: JsonMapping) -> float | None:
     return None if eta == 0 and "s_churn" not in values else eta
 
 
-def read_job(info: JsonMapping) -> Job:
-    """Return the job of an image from its info."""
+def read_spec(info: JsonMapping) -> ImageSpec:
+    """Return the spec of an image from its info."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
     second = info.get("prompt_2"), info.get("negative_prompt_2")
-    return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start, *second)
+    return ImageSpec(info["index"], info["prompt"], info["negative_prompt"], seed, start, *second)
 
 
 def check_inputs(info: JsonMapping) -> None:
@@ -141,11 +141,11 @@ def remake_image(
     Returns:
         (image, depth); depth is None for models without.
     """
-    job, request, model = read_job(info), prepared.request, models.base
+    spec, request, model = read_spec(info), prepared.request, models.base
     begin(prepared, model)
     for rows in info.get("earlier", ()):  # they drew from the same generator
-        generate_images(prepared, [job] * rows, models, callback)
-    images = generate_images(prepared, [job] * info["rows"], models, callback)
+        generate_images(prepared, [spec] * rows, models, callback)
+    images = generate_images(prepared, [spec] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
     original = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
     shown, depth = hide_flagged(original, next(iter(split_depth(image)), None), info)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.generate.plan import SEEDS, Batch
+from ldm.generate.plan import SEED_RANGE, Batch
 from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
 from ldm.pipelines import seeded_noise
@@ -15,7 +15,7 @@ __all__ = ["seed_globally", "start_noise"]
 def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
     """With the quirk "noise", set torch's generator to the original's state before sampling."""
     if "noise" in request.sampling.legacy:
-        torch.manual_seed(request.sampling.seed % SEEDS)
+        torch.manual_seed(request.sampling.seed % SEED_RANGE)
         if request.sampling.fixed_code:
             # Drawn for the state after it: the original draws its start code at this place.
             shape = (request.output.n_samples, *_latent_shape(model, size))
@@ -33,14 +33,14 @@ def start_noise(
         values = np.random.RandomState(sampling.seed).randn(len(batch), *shape)
         return torch.from_numpy(values).float()
     if is_legacy and sampling.fixed_code:
-        generator = torch.Generator(model.device).manual_seed(sampling.seed % SEEDS)
+        generator = torch.Generator(model.device).manual_seed(sampling.seed % SEED_RANGE)
         # For a full batch, as the original: a last one that is shorter has the first rows of it.
         shape_of_all = (request.output.n_samples, *shape)
         noise = torch.randn(shape_of_all, generator=generator, device=model.device)
         return noise[: len(batch)]
-    if any(job.start_seed != job.seed for job in batch):
+    if any(spec.initial_noise_seed != spec.seed for spec in batch):
         like = torch.empty((len(batch), *shape), device=model.device)
-        return seeded_noise([job.start_seed for job in batch])(like)
+        return seeded_noise([spec.initial_noise_seed for spec in batch])(like)
     return None
 
 
