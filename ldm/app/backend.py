@@ -31,9 +31,9 @@ from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
 from ldm.generate.groups import SDXL, ModelChoice, Sampling, UpscalerChoice
+from ldm.generate.info import Info, describe_run
 from ldm.generate.load import Models, load_models
 from ldm.generate.options import Value, options_of, parse_weighted_file
-from ldm.generate.provenance import FILE_KEYS, Info, describe_run
 from ldm.generate.replay import (
     compare_infos,
     compare_results,
@@ -46,6 +46,7 @@ from ldm.generate.replay import (
 from ldm.generate.request import Request
 from ldm.generate.run import run_request
 from ldm.generate.tasks import PreparedTask, Task
+from ldm.generate.tasks.depth2img import Depth2Img
 from ldm.imaging.mesh import can_save_meshes, save_mesh
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder, depth_path
@@ -145,7 +146,7 @@ class Backend:
             progress,
             load=load,
             without_folders=True,
-            list_loras=self.library.list_lora_files,
+            list_lora_files=self.library.list_lora_files,
         )
         count = len(progress.images)
         images = "1 image" if count == 1 else f"{count} images"
@@ -180,7 +181,8 @@ class Backend:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})
             prepared = request.task.prepare(request)
-            prepared.begin(self._load(prepared, progress).base)
+            assert isinstance(prepared, Depth2Img)
+            prepared.estimate_depth(self._load(prepared, progress).base)
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
@@ -256,9 +258,6 @@ class Backend:
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
             raise ValueError(remove_folders(str(error), files)) from error
-        for key in FILE_KEYS:
-            for file in recorded_files(models.base.provenance, key):
-                file["path"] = Path(file["path"]).name  # as it is saved in images
         height, width = prepared.output_size(models.base)
         factor = 1 if models.upscaler is None else FACTOR
         is_upscaled = request.task.enlarges or factor > 1

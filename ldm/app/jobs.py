@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ldm.app.progress import Progress
-from ldm.generate.provenance import Info
+from ldm.generate.info import Info
 from ldm.runtime.errors import ArgumentError, Stop, explain
 
 __all__ = ["Job", "Jobs"]

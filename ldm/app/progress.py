@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
+from ldm.generate.info import Info
 from ldm.generate.listener import RunListener
-from ldm.generate.provenance import Info
 from ldm.imaging.pixels import make_grid, to_pil
 from ldm.model import LatentDiffusion
 from ldm.pipelines.preview import fit_preview

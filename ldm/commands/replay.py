@@ -52,15 +52,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _replay(args: Namespace, changes: dict[str, Any]) -> int:
+    from ldm.generate.info import describe_run
     from ldm.generate.load import load_models
-    from ldm.generate.provenance import describe_run
     from ldm.generate.replay import (
         check_inputs,
         compare_infos,
         compare_results,
-        locate_model,
         read_request,
         remake_image,
+        restore_request,
     )
     from ldm.imaging.metadata import fingerprint, read_info, write_png
     from ldm.imaging.reading import open_image
@@ -72,7 +72,7 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
         print(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
         return 0
     check_inputs(info)
-    request = locate_model(info, request, changes)
+    request = restore_request(info, request, changes)
     prepared = request.task.prepare(request)
     models = load_models(request, threads=info["threads"])
     image, depth = remake_image(prepared, models, info)

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.evaluation.progress import Progress
-from ldm.generate.batch import generate_batch
+from ldm.generate.batch import generate_with_fallback
+from ldm.generate.info import Info, describe_image, describe_run, dtype_name
 from ldm.generate.listener import RunListener
 from ldm.generate.load import Models, load_models
 from ldm.generate.output import add_watermark, to_images
 from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.prompt_file import read_prompt_file
-from ldm.generate.provenance import Info, describe_image, describe_run
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.metadata import fingerprint, write_png
@@ -126,10 +126,12 @@ def generate_settings(
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
         loras = setting.request.model.lora
-        for spec in (spec for batch in batches for spec in batch):
-            names = [*spec.values, *(["a LoRA"] if spec.loras != loras else [])]
+        for batch in batches:
+            names = [name for name, _ in batch.line_options]
+            if batch.loras != loras:
+                names.append("a LoRA")
             if names:
-                message = f"`{spec.prompt}` has {', '.join(names)}"
+                message = f"`{batch.images[0].prompt}` has {', '.join(names)}"
                 raise ArgumentError(
                     f"{message}: per-prompt options are not allowed in an evaluation", "from_file"
                 )
@@ -178,13 +180,13 @@ def _generate(
     run_info: Info,
     folder: Path,
 ) -> None:
-    images = generate_batch(prepared, batch, models, listener.on_step)
-    run_info["dtype"] = str(models.base.dtype).removeprefix("torch.")
+    images = generate_with_fallback(prepared, batch, models, listener)
+    run_info["dtype"] = dtype_name(models.base)
     folder.mkdir(parents=True, exist_ok=True)
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
         info = run_info | describe_image(prepared.request, [batch], 0, row)
         info["sha256_unmarked"] = fingerprint(image)
-        with replace_when_written(_path(folder, batch[row].index)) as part:
+        with replace_when_written(_path(folder, batch.images[row].index)) as part:
             write_png(part, add_watermark(image, info), info)
 
 
@@ -253,7 +255,8 @@ def _get_shared_options(setting: Setting) -> JsonObject:
 
 def _filter_missing(batch: Batch, setting: Setting, out: Path) -> Batch:
     folder = setting.folder(out)
-    return [spec for spec in batch if not _path(folder, spec.index).exists()]
+    images = [spec for spec in batch.images if not _path(folder, spec.index).exists()]
+    return replace(batch, images=images)
 
 
 def _path(folder: Path, index: int) -> Path:

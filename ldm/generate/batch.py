@@ -1,6 +1,5 @@
-"""Make the images of one batch: options of the request -> keywords of the task's pipeline."""
+"""Make the images of one batch: options of the request -> arguments of the task's pipeline."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -8,10 +7,12 @@ import torch
 from torch import Tensor
 
 from ldm.generate.defaults import resolve_sampling
+from ldm.generate.info import dtype_name
+from ldm.generate.listener import RunListener
 from ldm.generate.load import Models
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
-from ldm.generate.start_noise import seed_globally, start_noise
+from ldm.generate.start_noise import save_generators, seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
 from ldm.model import LatentDiffusion
 from ldm.pipelines.guidance import GuidanceOptions
@@ -22,46 +23,45 @@ from ldm.pipelines.task import check_clip_skip
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import NonFinite
 
-__all__ = ["begin", "generate_batch", "generate_images"]
-
-log = logging.getLogger(__name__)
+__all__ = ["generate_batch", "generate_with_fallback", "start_task"]
 
 OnLatent = Callable[[Tensor], object]  # see `DecodingOptions`
 
 
-def begin(prepared: PreparedTask, model: LatentDiffusion) -> None:
-    """Do what needs the model before the first batch of a task."""
+def start_task(prepared: PreparedTask, model: LatentDiffusion) -> None:
+    """Let a task use the model before its first batch, and seed torch for legacy `noise`."""
     prepared.begin(model)
     seed_globally(prepared.request, model, prepared.output_size(model))
 
 
-def generate_batch(
+def generate_with_fallback(
     prepared: PreparedTask,
     batch: Batch,
     models: Models,
-    callback: Callback,
+    listener: RunListener,
     on_latent: OnLatent | None = None,
 ) -> Tensor:
-    """Make a batch; if it contains NaN in half precision, switch to float32 and make it again.
+    """Make a batch; where half precision overflows, make it again and go on in float32.
 
-    See `generate_images`.
+    See `generate_batch`.
 
     Raises:
-        NonFinite: an image contains NaN even in float32.
+        NonFinite: the model returned NaN or infinity in float32, too, or its weights contain them.
     """
+    restore_generators = save_generators(models.base)
     try:
-        return generate_images(prepared, batch, models, callback, on_latent)
+        return generate_batch(prepared, batch, models, listener.on_step, on_latent)
     except NonFinite as error:
-        if models.base.dtype == torch.float32 or error.cause:
+        if models.base.dtype == torch.float32 or error.cause:  # a cause that float32 keeps
             raise
-        dtype = str(models.base.dtype).removeprefix("torch.")
-        log.warning("%s in %s: continuing in float32", error, dtype)
+        listener.warn(f"{error} in {dtype_name(models.base)}: continuing in float32")
     # Not in the handler: the error holds the frames, and with them the tensors, of what failed.
-    models.float()
-    return generate_images(prepared, batch, models, callback, on_latent)
+    models.to_float32()
+    restore_generators()  # from which legacy `noise` draws
+    return generate_batch(prepared, batch, models, listener.on_step, on_latent)
 
 
-def generate_images(
+def generate_batch(
     prepared: PreparedTask,
     batch: Batch,
     models: Models,
@@ -77,59 +77,59 @@ def generate_images(
         (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with depth.
     """
     request, model = prepared.request, models.base
-    keywords = _sampling_keywords(request, model) | _sdxl_keywords(request, batch, models)
-    keywords |= {
-        "negative_prompt": [spec.negative_prompt for spec in batch],
-        "seeds": [spec.seed for spec in batch],
+    arguments = _sampling_arguments(request, model) | _sdxl_arguments(request, batch, models)
+    arguments |= {
+        "negative_prompt": [spec.negative_prompt for spec in batch.images],
+        "seeds": [spec.seed for spec in batch.images],
         "x_T": start_noise(request, model, prepared.output_size(model), batch),
         "callback": callback,
         "on_latent": on_latent,
     }
     if models.upscaler is not None:
         choice = request.upscaling
-        keywords["upscaling"] = Upscaling(
+        arguments["upscaling"] = Upscaling(
             models.upscaler, choice.upscaler_steps, choice.upscaler_scale
         )
-    prompts = [spec.prompt for spec in batch]
-    return prepared.generate(model, prompts, cast(TaskOptions, keywords))
+    prompts = [spec.prompt for spec in batch.images]
+    return prepared.generate(model, prompts, cast(TaskOptions, arguments))
 
 
-def _sampling_keywords(request: Request, model: LatentDiffusion) -> dict[str, object]:
-    """Return the keywords that hold for all batches, by the options of the same names."""
+def _sampling_arguments(request: Request, model: LatentDiffusion) -> dict[str, object]:
+    """Return the arguments that are the same for all images, most by the names of their options."""
     sampling = resolve_sampling(request, model.defaults)
     values = vars(sampling)
-    keywords = {name: values[name] for name in SamplingOptions.__annotations__ if name in values}
-    keywords |= {
+    arguments = {name: values[name] for name in SamplingOptions.__annotations__ if name in values}
+    arguments |= {
         "scale": sampling.scale,
         "tile": _latent_pixels(sampling.vae_tile, model),
         "unet_tile": _latent_pixels(sampling.unet_tile, model),
     }
-    # Models that read no prompt take none of the following.
+    # Left out unless set: tasks whose models read no prompt do not take them.
     guidance = {name: values[name] for name in GuidanceOptions.__annotations__}
-    keywords |= {name: value for name, value in guidance.items() if value is not None}
+    arguments |= {name: value for name, value in guidance.items() if value is not None}
     if request.prompts.syntax != PLAIN:
-        keywords["syntax"] = request.prompts.syntax
+        arguments["syntax"] = request.prompts.syntax
     if sampling.clip_skip > 1 and check_clip_skip(model, sampling.clip_skip) is None:
-        keywords["clip_skip"] = sampling.clip_skip
-    return keywords
+        arguments["clip_skip"] = sampling.clip_skip
+    return arguments
 
 
 def _latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
     return None if pixels is None else max(pixels // model.downscale, 1)
 
 
-def _sdxl_keywords(request: Request, batch: Batch, models: Models) -> dict[str, object]:
-    """Return the keywords for SDXL that have a value."""
-    keywords = {**vars(request.sdxl), "refiner": models.refiner}
-    pairs = [(spec.prompt_2, spec.prompt) for spec in batch]
-    negative_pairs = [(spec.negative_prompt_2, spec.negative_prompt) for spec in batch]
-    keywords["prompt_2"] = _second_prompts(pairs)
-    keywords["negative_prompt_2"] = _second_prompts(negative_pairs)
-    return {name: value for name, value in keywords.items() if value is not None}
+def _sdxl_arguments(request: Request, batch: Batch, models: Models) -> dict[str, object]:
+    """Return the arguments for SDXL that have a value."""
+    arguments = {**vars(request.sdxl), "refiner": models.refiner}
+    pairs = [(spec.prompt_2, spec.prompt) for spec in batch.images]
+    negative_pairs = [(spec.negative_prompt_2, spec.negative_prompt) for spec in batch.images]
+    arguments["prompt_2"] = _second_prompts(pairs)
+    arguments["negative_prompt_2"] = _second_prompts(negative_pairs)
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _second_prompts(pairs: Sequence[tuple[str | None, str]]) -> list[str] | None:
-    """Return the prompt of the second text encoder for each image; None if all equal the first's.
+    """Return the prompt of the second text encoder for each image; None if no image has its own.
 
     Args:
         pairs: (prompt of the second encoder, prompt of the first) of each image; None = the same.

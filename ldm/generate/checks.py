@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.defaults import resolve_sampling
-from ldm.generate.plan import Batch, LineOptions, line_options
+from ldm.generate.plan import Batch, LineOptions
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.generate.tasks.base import RGBDInputs
@@ -38,7 +38,7 @@ from ldm.runtime.files import find_file, read_text
 
 __all__ = [
     "check_depth", "check_files", "check_loras", "check_steps",
-    "find_few_steps_warnings", "find_option_warnings", "warn_about_ignored_options",
+    "find_few_steps_warnings", "find_option_warnings", "log_advice",
 ]  # fmt: skip
 
 SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in the index of a diffusers folder
@@ -49,41 +49,41 @@ log = logging.getLogger(__name__)
 def find_few_steps_warnings(
     tasks: Mapping[LineOptions, PreparedTask], batches: Sequence[Batch]
 ) -> list[str]:
-    """Return warnings about steps and scales that do not suit models for few steps.
+    """Return warnings about steps and scales that do not suit few-step (distilled) models.
 
     Called before weights are read.
 
     Args:
-        tasks: the tasks of a run, see `run_request`.
+        tasks: prepared task by line options.
     """
     warnings = []
-    for options, loras in dict.fromkeys((line_options(batch), batch[0].loras) for batch in batches):
+    for options, loras in dict.fromkeys((batch.line_options, batch.loras) for batch in batches):
         request = tasks[options].request
         choice = replace(request.model, lora=loras)
-        warnings.append(_explain_few_steps(replace(request, model=choice)))
+        warnings.append(_few_steps_warning(replace(request, model=choice)))
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _explain_few_steps(request: Request) -> str | None:
-    """Say, before weights are read, why steps and scale do not suit a model for few steps.
+def _few_steps_warning(request: Request) -> str | None:
+    """Say why steps and scale do not suit a few-step model, by its name and metadata alone.
 
     Returns:
-        None if they do, or if neither name nor metadata tell that it is one.
+        None if they do, or if the model does not seem to be one.
     """
     choice, sampling = request.model, request.sampling
-    is_asked = sampling.steps or sampling.scale is not None or sampling.sigmas
-    if not is_asked or not any(map(supports_variants, request.task.families)):
+    sets_steps_or_scale = sampling.steps or sampling.scale is not None or sampling.sigmas
+    if not sets_steps_or_scale or not any(map(supports_variants, request.task.families)):
         return None
     if choice.ckpt is None and choice.config is not None:
         return None
     try:
         found = find_variant_early(_find_ckpt(request), choice.lora, choice.variant)
-    except (OSError, ValueError):  # which loading will name
+    except (OSError, ValueError):  # which loading reports
         return None
     if found is None:
         return None
-    own = resolve_sampling(request, found.defaults)
-    return explain_excess(found.defaults, f"`{found.path.name}`", own.steps, own.scale)
+    resolved = resolve_sampling(request, found.defaults)
+    return explain_excess(found.defaults, f"`{found.path.name}`", resolved.steps, resolved.scale)
 
 
 def check_steps(tasks: Mapping[LineOptions, PreparedTask]) -> None:
@@ -107,7 +107,7 @@ def _check_steps(request: Request) -> None:
         return
     try:
         schedule = find_schedule_early(_find_ckpt(request), choice.config, choice.overrides)
-    except (OSError, ValueError):  # which loading will name
+    except (OSError, ValueError):  # which loading reports
         return
     default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None
     if schedule is not None:
@@ -123,8 +123,12 @@ def _find_ckpt(request: Request) -> Path:
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
-    """Raise what a LoRA of a later image would, where images have their own, before the first."""
-    choices = dict.fromkeys(batch[0].loras for batch in batches)
+    """Read the LoRAs of all images now if they differ, so that a wrong one fails before the first.
+
+    Raises:
+        ValueError, OSError: see `read_changes`.
+    """
+    choices = dict.fromkeys(batch.loras for batch in batches)
     if len(choices) > 1:
         for file, weight in dict.fromkeys(lora for loras in choices for lora in loras):
             read_changes(file, model, weight)
@@ -133,7 +137,7 @@ def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
 def find_option_warnings(
     tasks: Mapping[LineOptions, PreparedTask], model: LatentDiffusion
 ) -> list[str]:
-    """Return warnings about sampling options that do not suit the model.
+    """Return warnings about options that do not suit the model, or have no effect on it.
 
     Raises:
         ArgumentError: there are not as many layers as clip skip needs.
@@ -141,21 +145,22 @@ def find_option_warnings(
     requests = [prepared.request for prepared in tasks.values()]
     skip = max(request.sampling.clip_skip for request in requests)
     warnings = [
+        *(warning for request in requests for warning in _ignored_options(request, model)),
         check_clip_skip(model, skip),
-        *(_explain_start(request, model) for request in requests),
+        *(_high_start_warning(request, model) for request in requests),
     ]
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _explain_start(request: Request, model: LatentDiffusion) -> str | None:
-    """Say why the sampler cannot begin where the scheduler of a run does; None if it can.
+def _high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
+    """Warn if the first sigma of the scheduler is too high for the sampler.
 
-    Runs from an image begin lower, which `sample` judges.
+    Runs from an image begin at a lower sigma, which `sample` checks.
     """
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
-    is_whole = request.get_values().get("strength", 1.0) == 1.0
-    if not is_whole or SAMPLERS[sampling.sampler].wide_scheduler is None:
+    starts_from_noise = request.get_values().get("strength", 1.0) == 1.0
+    if not starts_from_noise or SAMPLERS[sampling.sampler].wide_scheduler is None:
         return None
     options: SamplingOptions = {
         "steps": sampling.steps, "sampler": sampling.sampler, "scheduler": sampling.scheduler,
@@ -174,40 +179,47 @@ def check_files(
     """
     weights = _identify(ckpt)
     _check_families(request.task, ckpt, _family(weights), refiner, upscaler)
-    if ckpt is not None and (channels := _pixel_channels(ckpt, weights)) is not None:
+    if ckpt is not None and (channels := _image_channels(ckpt, weights)) is not None:
         check_depth(request, f"`{ckpt.name}`", channels)
 
 
 def _check_families(
-    task: Task, ckpt: Path | None, base: Family | None, refiner: Path | None, upscaler: Path | None
+    task: Task,
+    ckpt: Path | None,
+    ckpt_family: Family | None,
+    refiner: Path | None,
+    upscaler: Path | None,
 ) -> None:
     """Raise ArgumentError if a file is of another family than its use needs.
 
     Args:
-        base: family of `ckpt`; None = unknown.
+        ckpt_family: None = unknown.
     """
-    other, second = _family(_identify(refiner)), _family(_identify(upscaler))
-    if upscaler is not None and second is not None and second.task != "upscale_latent":
-        message = f"`{upscaler.name}` is {second.title}, not an x2 latent upscaler"
+    refiner_family = _family(_identify(refiner))
+    upscaler_family = _family(_identify(upscaler))
+    is_xl = ckpt_family is not None and ckpt_family.is_xl
+    if upscaler is not None and upscaler_family and upscaler_family.task != "upscale_latent":
+        message = f"`{upscaler.name}` is {upscaler_family.title}, not an x2 latent upscaler"
         raise ArgumentError(message, "upscaler")
-    if upscaler is not None and (refiner is not None or (base is not None and base.is_xl)):
+    if upscaler is not None and (refiner is not None or is_xl):
         raise ArgumentError(
             "the x2 latent upscaler is for latents of Stable Diffusion 1 and 2, not XL", "upscaler"
         )
-    if ckpt is not None and base is not None:
-        name = next(name for name, family in FAMILIES.items() if family.function == base.task)
+    if ckpt is not None and ckpt_family is not None:
+        name = next(n for n, family in FAMILIES.items() if family.function == ckpt_family.task)
         if name not in task.families:
             raise wrong_family(f"`{ckpt.name}`", name)
-        if refiner is not None and not base.is_xl:
-            message = f"`{ckpt.name}` is {base.title}: a refiner needs Stable Diffusion XL"
+        if refiner is not None and not is_xl:
+            message = f"`{ckpt.name}` is {ckpt_family.title}: a refiner needs Stable Diffusion XL"
             raise ArgumentError(message, "refiner")
-    if refiner is not None and other is not None and other.task != "img2img":
-        message = f"`{refiner.name}` is {other.title}, not the refiner of Stable Diffusion XL"
-        raise ArgumentError(message, "refiner")
+    # The refiner's task on its own is image to image.
+    if refiner is not None and refiner_family is not None and refiner_family.task != "img2img":
+        message = f"`{refiner.name}` is {refiner_family.title}, not the refiner of"
+        raise ArgumentError(f"{message} Stable Diffusion XL", "refiner")
 
 
 def _identify(path: Path | None) -> Weights | None:
-    """Return the weights of a .safetensors in the original's layout; None for other files."""
+    """Return the weights of a single-file .safetensors checkpoint; None for other files."""
     if path is None or path.suffix != ".safetensors" or not path.is_file():
         return None
     return identify_weights(open_checkpoint(path))
@@ -220,7 +232,7 @@ def _family(weights: Weights | None) -> Family | None:
     return weights.family
 
 
-def _pixel_channels(path: Path, weights: Weights | None) -> int | None:
+def _image_channels(path: Path, weights: Weights | None) -> int | None:
     """Return the channels of a model's images (`ldm.imaging.rgbd`); None if unknown yet."""
     config = path / "vae/config.json"
     if config.is_file():
@@ -230,49 +242,54 @@ def _pixel_channels(path: Path, weights: Weights | None) -> int | None:
     return None if weight is None else weight.shape[1]
 
 
-def check_depth(request: Request, model: str, channels: int) -> None:
+def check_depth(request: Request, model_name: str, channels: int) -> None:
     """Raise ArgumentError or MissingArgument unless depth options suit a model.
 
     Args:
-        model: its name in messages.
-        channels: channels of its images.
+        model_name: in messages.
+        channels: of the model's images: 3, with depth (LDM3D) 4 or 6.
     """
     inputs, has_depth = request.inputs, channels != 3
     if request.output.glb and not has_depth:
         raise ArgumentError(
-            f"{model} makes images without depth: no 3D mesh can be made of them", "glb"
+            f"{model_name} makes images without depth: no 3D mesh can be made of them", "glb"
         )
     if not isinstance(inputs, RGBDInputs) or inputs.init_img is None:
         return
     if inputs.depth is not None and not has_depth:
-        raise ArgumentError(f"{model} makes images without depth, leave it out", "depth")
+        raise ArgumentError(f"{model_name} makes images without depth, leave it out", "depth")
     if inputs.depth is None and has_depth:
-        raise MissingArgument(f"{model} also needs the depth of the image", "depth")
+        raise MissingArgument(f"{model_name} also needs the depth of the image", "depth")
 
 
-def warn_about_ignored_options(request: Request, model: LatentDiffusion) -> None:
-    """Log options that have no effect on a model, or not the one that is expected."""
+def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
+    """Return warnings about options that have no effect on a model, or not the expected one."""
     choice, sampling = request.model, request.sampling
+    warnings = []
     if sampling.used_eta != sampling.eta:
-        log.warning("sampler `dpm` is deterministic: eta %g is ignored", sampling.eta)
+        warnings.append(f"sampler `dpm` is deterministic: eta {sampling.eta:g} is ignored")
     if choice.channels not in (None, model.channels):
-        log.warning("`C` %d is ignored: the model has %d", choice.channels, model.channels)
+        warnings.append(f"`C` {choice.channels} is ignored: the model has {model.channels}")
     if choice.factor not in (None, model.downscale):
-        log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
+        warnings.append(f"`f` {choice.factor} is ignored: the model has {model.downscale}")
+    sampler = SAMPLERS.get(sampling.sampler or "")
+    if sampler and sampler.takes_uncond and (sampling.scale or 0) > 2 * (sampler.scale or 1):
+        warnings.append(
+            f"sampler `{sampling.sampler}` is made for guidance scales about 1,"
+            f" not {sampling.scale:g}"
+        )
+    if sampling.freeu is not None and request.sdxl.refiner is not None:
+        warnings.append("freeu changes the base, not its refiner")
+    ignored = ("torchscript", "ipex", "laion400m")
+    values = request.get_values()
+    return warnings + [f"`{name}` has no effect" for name in ignored if values[name]]
+
+
+def log_advice(request: Request, model: LatentDiffusion) -> None:
+    """Log options that may suit the model better."""
+    sampling = request.sampling
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
         log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
-    row = SAMPLERS.get(sampling.sampler or "")
-    if row and row.takes_uncond and (sampling.scale or 0) > 2 * (row.scale or 1):
-        log.warning(
-            "sampler `%s` is made for guidance scales about 1, not %g",
-            sampling.sampler, sampling.scale,
-        )  # fmt: skip
-    if sampling.freeu is not None and request.sdxl.refiner is not None:
-        log.warning("freeu changes the base, not its refiner")
-    values = request.get_values()
-    for name in ("torchscript", "ipex", "laion400m"):
-        if values[name]:
-            log.warning("`%s` has no effect", name)
     native = model.image_size * model.downscale
     is_text_v = request.task.families == ("text",) and model.parameterization == "v"
     if native == 512 and is_text_v and sampling.size == (None, None):

@@ -10,7 +10,7 @@ from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.sampling_options import default_scheduler
 
-__all__ = ["describe_variant", "resolve_sampling"]
+__all__ = ["log_variant", "resolve_sampling"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     )
 
 
-def describe_variant(request: Request, model: LatentDiffusion) -> None:
+def log_variant(request: Request, model: LatentDiffusion) -> None:
     """Log the kind of a few-step model, and how it will be sampled."""
     found = model.provenance.get("variant")
     if found is None:

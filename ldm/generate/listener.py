@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
@@ -11,7 +12,10 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.runtime.types import JsonObject
 
-__all__ = ["Console", "RunListener", "hides_progress", "print_line"]
+__all__ = ["FILE_PATHS", "Console", "RunListener", "hides_progress"]
+
+# Keys of an info for the files of an image.
+FILE_PATHS = ("path", "depth_path", "relief_path", "latent_path")
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +24,23 @@ class RunListener:
     """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
 
     Attributes:
-        stopped_at: the step after which `on_step` raised Stop with a latent; None = it did not.
+        stopped_at: the step after which `on_step` raised Stop with a latent, which is decoded and
+            marked as unfinished; None = it did not.
     """
 
     stopped_at: int | None = None
 
     def begin(self, model: LatentDiffusion, total: int) -> None:
-        """Handle the start of a run of `total` images."""
+        """Handle the start of a run of `total` images, of all input images together."""
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         """Handle a finished step, with the arguments of `ldm.sample`'s callback."""
 
     def add_image(self, info: JsonObject) -> None:
         """Handle a finished image; `info["path"]` is None if it was not saved."""
+
+    def add_grid(self, path: Path) -> None:
+        """Handle the saved grid of a run."""
 
     def warn(self, message: str) -> None:
         """Handle a warning for the user."""
@@ -54,12 +62,16 @@ class Console(RunListener):
 
     def add_image(self, info: JsonObject) -> None:
         if self.as_json:
-            is_unicode = sys.stdout.encoding.lower().startswith("utf")
-            print_line(json.dumps(info, ensure_ascii=not is_unicode))
+            is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+            _print_line(json.dumps(info, ensure_ascii=not is_unicode))
         elif info["path"] is not None:
-            for key in ("path", "depth_path", "relief_path", "latent_path"):
+            for key in FILE_PATHS:
                 if key in info:
-                    print_line(info[key])
+                    _print_line(info[key])
+
+    def add_grid(self, path: Path) -> None:
+        if not self.as_json:
+            _print_line(str(path))
 
 
 def hides_progress() -> bool:
@@ -67,7 +79,7 @@ def hides_progress() -> bool:
     return not sys.stderr.isatty() or rank_and_world_size()[0] > 0
 
 
-def print_line(line: str) -> None:
+def _print_line(line: str) -> None:
     """Print a line to stdout without breaking progress bars."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()

@@ -8,8 +8,8 @@ from typing import Any
 
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.text import TextEncoder
-from ldm.generate.checks import check_depth, check_files, warn_about_ignored_options
-from ldm.generate.defaults import describe_variant
+from ldm.generate.checks import check_depth, check_files, log_advice
+from ldm.generate.defaults import log_variant
 from ldm.generate.request import Request
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
 from ldm.loading.load import (
@@ -28,7 +28,7 @@ from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["Models", "find_checker", "load_models"]
 
-SMALL_MODEL = 200e6  # bytes of weights below which half precision and many threads are slower
+SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
 
 OWN_CHECKER = "own"  # value of `safety_checker` for the one in the --ckpt folder
 
@@ -44,8 +44,8 @@ class Models:
     safety_checker: SafetyChecker | None = None
     upscaler: LatentDiffusion | None = None
 
-    def float(self) -> None:
-        """Convert the weights to float32."""
+    def to_float32(self) -> None:
+        """Convert the weights to float32, but for the safety checker's."""
         for model in filter(None, (self.base, self.refiner, self.upscaler)):
             model.float()
 
@@ -57,18 +57,19 @@ def load_models(
     load: Callable[..., LatentDiffusion] = load_from_files,
     load_checker: Callable[..., SafetyChecker] = load_safety_checker,
 ) -> Models:
-    """Load the models, and warn about options that have no effect on them.
+    """Load the models of a request; sets the threads and the attention backend of the process.
 
     Args:
         threads: number of CPU threads; None = chosen by the size of the model.
         load: replaces `ldm.load`, with its arguments.
         load_checker: replaces `load_safety_checker`, with its arguments.
     Raises:
+        ArgumentError: a file is of the wrong family, or an option does not suit the model.
         ValueError, FileNotFoundError: see `ldm.load`.
     """
     choice, task = request.model, request.task
-    files = file_variant(choice.variant)
-    ckpt, refiner = _find_weights(choice.ckpt, files), _find_weights(request.sdxl.refiner)
+    ckpt = _find_weights(choice.ckpt, file_variant(choice.variant))
+    refiner = _find_weights(request.sdxl.refiner)
     upscaler = _find_weights(request.upscaling.upscaler)
     check_files(request, ckpt, refiner, upscaler)
     if request.uses_demo_model:
@@ -88,7 +89,7 @@ def load_models(
     checker_file = find_checker(request)
     checker_device = "cpu" if choice.offload else device
     checker = load_checker(checker_file, device=checker_device) if checker_file else None
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "offload": choice.offload}
+    placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": choice.offload}
     model = load(
         choice.config,
         ckpt,
@@ -100,24 +101,23 @@ def load_models(
         vae=choice.vae,
         text_encoder=choice.text_encoder,
         variant=choice.variant,
-        **where,
+        **placement,
         **request.inputs.get_model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
-    describe_variant(request, model)
+    log_variant(request, model)
     check_depth(request, file_name(model), model.autoencoder.in_channels)
-    warn_about_ignored_options(request, model)
+    log_advice(request, model)
+    refiner_model = upscaler_model = None
     if upscaler is not None:
-        second = load(None, upscaler, base=model, **where)
-        Upscaling(second).check(model)
-        return Models(model, safety_checker=checker, upscaler=second)
-    if request.sdxl.refiner is None:
-        return Models(model, safety_checker=checker)
-    if not is_sdxl(model):
-        message = f"a refiner is for Stable Diffusion XL, which {file_name(model)} is not"
-        raise ArgumentError(message, "refiner")
-    embeddings = _refiner_embeddings(model)
-    return Models(model, load(None, refiner, embeddings=embeddings, **where), checker)
+        upscaler_model = load(None, upscaler, base=model, **placement)
+        Upscaling(upscaler_model).check(model)
+    if refiner is not None:
+        if not is_sdxl(model):
+            message = f"a refiner is for Stable Diffusion XL, which {file_name(model)} is not"
+            raise ArgumentError(message, "refiner")
+        refiner_model = load(None, refiner, embeddings=_refiner_embeddings(model), **placement)
+    return Models(model, refiner_model, checker, upscaler_model)
 
 
 def find_checker(request: Request) -> Path | None:
@@ -132,7 +132,7 @@ def find_checker(request: Request) -> Path | None:
     folder = Path(request.model.ckpt or "").expanduser()
     if request.model.ckpt is None or not (folder / COMPONENT).is_dir():
         model = f"`{folder.name}`" if request.model.ckpt else "the demo model"
-        raise MissingFile(f"{model} contains no safety checker", COMPONENT)
+        raise MissingFile(f"{model} contains no safety checker", "safety_checker")
     return find_safety_checker(folder)
 
 
@@ -144,10 +144,10 @@ def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
 
 
 def _is_small_model(path: str | Path) -> bool:
-    """Return whether the weights of a file or diffusers folder are as small as the demo model's."""
+    """Return whether the weights of a file or diffusers folder have less than SMALL_MODEL_BYTES."""
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
-    return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL
+    return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL_BYTES
 
 
 def _find_weights(name: str | None, variant: str | None = None) -> Path | None:

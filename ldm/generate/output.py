@@ -9,11 +9,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.generate.listener import RunListener, print_line
+from ldm.generate.info import (
+    FLOAT_WATERMARK,
+    INTEGER_WATERMARK,
+    Info,
+    describe_depth,
+    watermark_method,
+)
+from ldm.generate.listener import FILE_PATHS, RunListener
 from ldm.generate.load import Models
-from ldm.generate.provenance import FLOAT_WATERMARK, Info, describe_depth, watermark_method
 from ldm.generate.request import Request
-from ldm.generate.safety import check_images, hide_flagged, report
+from ldm.generate.safety import hide_flagged, log_safety, safety_infos
 from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.output import OutputFolder, depth_path
@@ -25,7 +31,7 @@ from ldm.runtime.types import JsonMapping
 
 __all__ = ["ImageWriter", "add_watermark", "to_images"]
 
-GRID_LIMIT = 1024  # images in a grid, all of which are kept in memory
+GRID_LIMIT = 1024  # most images in a grid: they are kept in memory
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +98,9 @@ class ImageWriter:
         depths = split_depth(images)
         truncate = "truncate" in self.request.sampling.legacy
         originals = to_images(images, infos[0], truncate=truncate)
-        verdicts = check_images(self.models.safety_checker, originals, output.unsafe)
+        safety = safety_infos(self.models.safety_checker, originals, output.unsafe)
         for row, original in enumerate(originals):
-            info = infos[row] | verdicts[row]
+            info = infos[row] | safety[row]
             image, depth = hide_flagged(original, depths[row] if depths else None, info)
             if depth is not None:
                 info |= describe_depth(depth)
@@ -104,7 +110,7 @@ class ImageWriter:
                 info |= self._save_image(image, info, None if is_hidden else protected, depth)
                 if latents is not None and not is_hidden:
                     info |= self._save_latent(info, latents[row])
-            report(info, self.listener)
+            log_safety(info, self.listener)
             self.listener.add_image(info)
             if image is not None and self._makes_grid and len(self._grid_images) < GRID_LIMIT:
                 cell = image if depth is None else place_beside(image, depth)
@@ -117,7 +123,7 @@ class ImageWriter:
         protected: ProtectedPixels | None,
         depth: Image.Image | None,
     ) -> Info:
-        """Save an image with its info and depth; return their paths as entries of the info."""
+        """Save an image with info, depth and mesh; return entries of the info about the files."""
         unmarked = {"sha256_unmarked": fingerprint(image)}
         marked = add_watermark(image, info, protected)
         path = self._folder.save_sample(marked, info | unmarked, depth)
@@ -129,14 +135,14 @@ class ImageWriter:
         if self.request.output.glb:
             mesh = path.with_suffix(".glb")
             triangles = save_mesh(mesh, image, depth)
-            log.info("relief %s: %d triangles", mesh, triangles)
+            log.info("mesh %s: %d triangles", mesh, triangles)
             entries |= {"relief_path": str(mesh), "triangles": triangles}
         return entries
 
-    def _save_latent(self, info: Info, z: Tensor) -> Info:
+    def _save_latent(self, info: Info, latent: Tensor) -> Info:
         """Save a latent (C, h, w) beside its image; return its path as an entry of the info."""
         path = Path(info["path"]).with_suffix(SUFFIX)
-        save_latent(path, z, self.models.base, info)
+        save_latent(path, latent, self.models.base, info)
         return {"latent_path": str(path)}
 
     def save_grid(self) -> None:
@@ -151,17 +157,13 @@ class ImageWriter:
             {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
             for _, info in self._grid_images
         ]
-        # What all images share; files that lie beside the first one are not the grid's.
-        info = {key: value for key, value in first.items() if not key.endswith("path")}
-        size = (grid.height, grid.width)
-        info |= {
-            "task": "grid",
-            "watermark": watermark_method(self.request, size, first["payload"]),
-            "images": cells,
-        }
-        path = self._folder.save_grid(add_watermark(grid, info), info)
-        if not output.json:
-            print_line(str(path))
+        # The first image's info, as in A1111's grids, without the files of that image.
+        info = {key: value for key, value in first.items() if key not in FILE_PATHS}
+        method = watermark_method(self.request, (grid.height, grid.width), first["payload"])
+        if method == FLOAT_WATERMARK:  # the pixels of a grid are integers
+            method = INTEGER_WATERMARK
+        info |= {"task": "grid", "watermark": method, "images": cells}
+        self.listener.add_grid(self._folder.save_grid(add_watermark(grid, info), info))
 
 
 def _pad_to_one_size(images: list[Image.Image]) -> list[Image.Image]:

@@ -6,7 +6,7 @@ Prompts are first expanded (`wildcards`), then LoRA tags are extracted from them
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +24,7 @@ from ldm.runtime.ranks import rank_and_world_size
 if TYPE_CHECKING:
     from ldm.generate.wildcards import DynamicPrompts
 
-__all__ = ["Batch", "ImageSpec", "LineOptions", "line_options", "looks_dynamic", "plan_batches"]
+__all__ = ["Batch", "ImageSpec", "LineOptions", "looks_dynamic", "plan_batches"]
 
 SEED_RANGE = 1 << 64  # of torch's generators; seeds are reduced modulo this
 
@@ -42,8 +42,6 @@ class ImageSpec:
         seed: seed of the noise between steps, and of dynamic prompts.
         initial_noise_seed: seed of the initial noise; `fixed_code` repeats it in each batch.
         prompt_2, negative_prompt_2: for the second text encoder; None = the same prompts.
-        values: options set by its line of the prompt file, the same for a whole batch.
-        loras: files and weights of its LoRAs, the same for a whole batch.
     """
 
     index: int
@@ -53,12 +51,26 @@ class ImageSpec:
     initial_noise_seed: int
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
-    values: Mapping[str, Value] = field(default_factory=dict)
+
+
+LineOptions = tuple[tuple[str, Value], ...]  # (name, value) of options set by a line, hashable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images to make at once.
+
+    Args:
+        line_options: options that their line of the prompt file sets.
+        loras: files and weights of their LoRAs.
+    """
+
+    images: Sequence[ImageSpec]
+    line_options: LineOptions = ()
     loras: Loras = ()
 
-
-Batch = list[ImageSpec]
-LineOptions = tuple[tuple[str, Value], ...]  # (name, value) of options set by a line, hashable
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def plan_batches(
@@ -87,26 +99,23 @@ def plan_batches(
     planner = _Planner(request, list_lora_files)
     batches: list[Batch] = []
     for iteration in range(request.output.n_iter):
-        specs = planner.make_specs(lines, iteration)
-        _check_perp_neg(request, specs)
-        for _, group in groupby(specs, key=lambda spec: (spec.values, spec.loras)):
-            similar = list(group)
-            sampler = similar[0].values.get("sampler", request.sampling.sampler)
+        for group in planner.make_groups(lines, iteration):
+            options = dict(group.line_options)
+            _check_perp_neg(group, options.get("perp_neg", request.sampling.perp_neg))
+            sampler = options.get("sampler", request.sampling.sampler)
             adapts_steps = sampler in SAMPLERS and SAMPLERS[sampler].adapts_steps
             batch_size = 1 if adapts_steps else request.output.n_samples
-            starts = range(0, len(similar), batch_size)
-            batches += [similar[start : start + batch_size] for start in starts]
+            for start in range(0, len(group), batch_size):
+                images = group.images[start : start + batch_size]
+                batches.append(replace(group, images=images))
+    if "noise" in request.sampling.legacy and len({batch.loras for batch in batches}) > 1:
+        raise ArgumentError("legacy `noise` needs the same LoRAs for all images", "legacy")
     # Each process plans the whole run: index and seed do not depend on the number of processes.
     batches_of_rank = batches[rank::world_size]
     if world_size > 1:
         counts = len(batches_of_rank), len(batches)
         log.info("rank %d of %d processes: %d of %d batches", rank, world_size, *counts)
     return batches_of_rank
-
-
-def line_options(batch: Batch) -> LineOptions:
-    """Return the options that the line of a batch sets; () = none."""
-    return tuple(batch[0].values.items())
 
 
 def looks_dynamic(prompt: str) -> bool:
@@ -128,9 +137,8 @@ def _read_lines(request: Request) -> list[PromptLine]:
     return lines
 
 
-def _check_perp_neg(request: Request, specs: Sequence[ImageSpec]) -> None:
-    for spec in specs:
-        perp_neg = spec.values.get("perp_neg", request.sampling.perp_neg)
+def _check_perp_neg(group: Batch, perp_neg: float | None) -> None:
+    for spec in group.images:
         if perp_neg is not None and not spec.negative_prompt and not spec.negative_prompt_2:
             message = f"perp_neg needs a negative prompt: `{spec.prompt}` has none"
             raise ArgumentError(message, "perp_neg")
@@ -169,11 +177,11 @@ class _Planner:
         self.list_lora_files = cache(list_lora_files or (lambda: list_loras(request.model)))
         self.dynamic_prompts = _load_dynamic_prompts(prompts)
 
-    def make_specs(self, lines: Sequence[PromptLine], iteration: int) -> list[ImageSpec]:
-        """Return the specs of one iteration over the lines."""
+    def make_groups(self, lines: Sequence[PromptLine], iteration: int) -> list[Batch]:
+        """Return the images of one iteration over the lines, grouped by line options and LoRAs."""
         repeat = 1 if self.request.prompts.from_file is None else self.request.prompts.repeat
         images_per_iteration = repeat * sum(line.count for line in lines)
-        specs: list[ImageSpec] = []
+        specs: list[tuple[LineOptions, Loras, ImageSpec]] = []
         for line in lines:
             images = repeat * line.count
             for k in range(images):
@@ -183,10 +191,21 @@ class _Planner:
                     nth = iteration * images + k  # image of the line
                     last = len(line.seeds) - 1
                     seed = line.seeds[min(nth, last)] + max(nth - last, 0)
-                specs.append(self._make_spec(line, index, len(specs), seed % SEED_RANGE))
-        return specs
+                spec, loras = self._make_spec(line, index, len(specs), seed % SEED_RANGE)
+                specs.append((tuple(line.values.items()), loras, spec))
+        return [
+            Batch([spec for _, _, spec in group], *key)
+            for key, group in groupby(specs, key=lambda entry: entry[:2])
+        ]
 
-    def _make_spec(self, line: PromptLine, index: int, position: int, seed: int) -> ImageSpec:
+    def _make_spec(
+        self, line: PromptLine, index: int, position: int, seed: int
+    ) -> tuple[ImageSpec, Loras]:
+        """Return an image and its LoRAs, those of the run and those that its prompt names.
+
+        Args:
+            position: in the iteration.
+        """
         request = self.request
         initial_noise_seed = seed
         if request.sampling.fixed_code:
@@ -201,7 +220,7 @@ class _Planner:
         texts = {name: self._expand(text, seed) for name, text in templates.items()}
         prompt = texts["prompt"] or ""
         loras = find_loras(prompt, request.model.lora, self.list_lora_files)
-        return ImageSpec(
+        spec = ImageSpec(
             index,
             split_tags(prompt)[0],
             texts["negative_prompt"] or "",
@@ -209,9 +228,8 @@ class _Planner:
             initial_noise_seed % SEED_RANGE,
             texts["prompt_2"],
             texts["negative_prompt_2"],
-            line.values,
-            loras,
         )
+        return spec, loras
 
     def _expand(self, text: str | None, seed: int) -> str | None:
         if text is None or self.dynamic_prompts is None:

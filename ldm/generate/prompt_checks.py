@@ -1,4 +1,4 @@
-"""Check the prompts of a run: their syntax, and what a model would read otherwise than meant."""
+"""Check the prompts of a run: their syntax, and text that is truncated or read literally."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.prompts import QUOTED_WORDS, StepPrompts, find_lost_text, parse_constant
 from ldm.prompts import PLAIN, parse_prompt
 
-__all__ = ["check_prompts", "find_prompt_warnings"]
+__all__ = ["find_prompt_warnings", "find_syntax_warnings"]
 
 
-def check_prompts(batches: Sequence[Batch], request: Request) -> list[str]:
+def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str]:
     """Return warnings about parts of prompts that look like syntax, but are read literally.
 
     Raises:
@@ -39,18 +39,20 @@ def find_prompt_warnings(
     if not model.conditioner.find_all(TextEncoder):
         return []
     warnings: list[str] = []
-    negatives = (spec.negative_prompt for batch in batches for spec in batch)
+    prompts, negatives = _prompts(batches), _negative_prompts(batches)
     if tagged := next((text for text in negatives if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
+    second = (spec.prompt_2 for batch in batches for spec in batch.images if spec.prompt_2)
+    if tagged := next((text for text in second if remove_tags(text) != text), None):
+        warnings.append(f"a LoRA in the second prompt is read as plain text: `{tagged}`")
     expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
-    prompts = (spec.prompt for batch in batches for spec in batch)
-    dynamic = next(filter(looks_dynamic, prompts), None)
+    dynamic = next(filter(looks_dynamic, [*prompts, *negatives]), None)
     if dynamic is not None and not expands:
         warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
     if request.prompts.syntax != PLAIN:
         return warnings
     constants = _constant_texts(request).values()
-    texts = list(dict.fromkeys([*constants, *_prompts(batches), *_negative_prompts(batches)]))
+    texts = list(dict.fromkeys([*constants, *prompts, *negatives]))
     if lost := find_lost_text(model, texts):
         warnings.append(lost)
     if weighted := next(filter(has_weight_syntax, texts), None):
@@ -60,15 +62,17 @@ def find_prompt_warnings(
 
 
 def _prompts(batches: Sequence[Batch]) -> list[str]:
-    """Return the different prompts of both text encoders that are not empty."""
-    texts = (text for batch in batches for spec in batch for text in (spec.prompt, spec.prompt_2))
+    """Return the distinct prompts for both text encoders, without empty ones."""
+    specs = (spec for batch in batches for spec in batch.images)
+    texts = (text for spec in specs for text in (spec.prompt, spec.prompt_2))
     return list(dict.fromkeys(filter(None, texts)))
 
 
 def _negative_prompts(batches: Sequence[Batch]) -> list[str]:
-    """Return the different negative prompts of both text encoders that are not empty."""
-    pairs = ((spec.negative_prompt, spec.negative_prompt_2) for batch in batches for spec in batch)
-    return list(dict.fromkeys(text for pair in pairs for text in pair if text))
+    """Return the distinct negative prompts for both text encoders, without empty ones."""
+    specs = (spec for batch in batches for spec in batch.images)
+    texts = (text for spec in specs for text in (spec.negative_prompt, spec.negative_prompt_2))
+    return list(dict.fromkeys(filter(None, texts)))
 
 
 def _constant_texts(request: Request) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Read the info of an image back: its request, and the image itself again; compare the results.
+"""Make an image again from its info, and compare it with the file.
 
-info in the PNG -> read_request -> locate_model -> remake_image -> compare_results
+info in the PNG -> read_request -> restore_request -> remake_image -> compare_results
 """
 
 from collections.abc import Callable, Mapping
@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.generate.batch import Callback, begin, generate_images
+from ldm.generate.batch import generate_batch, start_task
+from ldm.generate.info import COMPARED_KEYS, FILE_KEYS
 from ldm.generate.load import Models
 from ldm.generate.options import Value, options_of
 from ldm.generate.output import add_watermark, to_images
-from ldm.generate.plan import ImageSpec
-from ldm.generate.provenance import ENVIRONMENT, FILE_KEYS
+from ldm.generate.plan import Batch, ImageSpec
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS, PreparedTask, Task
@@ -23,19 +23,28 @@ from ldm.imaging.rgbd import split_depth
 from ldm.loading.files.checkpoint import short_hash
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
+from ldm.pipelines.sampling_options import Callback
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import find_file, sha256_of_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "check_inputs", "compare_images", "compare_infos", "compare_results", "eta_of", "line_values",
-    "locate_model", "read_request", "recorded_defaults", "recorded_files", "remake_image",
+    "check_inputs",
+    "compare_infos",
+    "compare_results",
+    "eta_of",
+    "line_values",
+    "read_request",
+    "recorded_defaults",
+    "recorded_files",
+    "remake_image",
+    "restore_request",
 ]  # fmt: skip
 
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
 # Key of an info without "request" (version 0.1) -> option, where they differ.
-FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
+V0_1_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 
 def read_request(info: JsonMapping, where: str) -> Request:
@@ -53,12 +62,12 @@ def read_request(info: JsonMapping, where: str) -> Request:
         raise ArgumentError(f"{where} is a grid, replay its images: {names}, …")
     if info.get("unfinished"):
         raise ArgumentError(f"{where} is unfinished: it was stopped at step {info['unfinished']}")
-    missing = [key for key in ("prompt", "seed", "rows", *ENVIRONMENT) if key not in info]
+    missing = [key for key in ("prompt", "seed", "rows", *COMPARED_KEYS) if key not in info]
     task = TASKS.get(str(info.get("task")))
     if task is None or missing:
         what = f"`{missing[0]}` is missing" if missing else f"unknown task `{info.get('task')}`"
         raise ArgumentError(f"{where}: {what}: it was not written by this program")
-    values = info.get("request") or _former_values(task, info)
+    values = info.get("request") or _values_of_v0_1(task, info)
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
     values = {**values, "eta": eta_of(values), **_input_paths(task, info)}
@@ -83,7 +92,7 @@ def eta_of(values: JsonMapping) -> float | None:
     return None if eta == 0 and "s_churn" not in values else eta
 
 
-def read_spec(info: JsonMapping) -> ImageSpec:
+def _read_spec(info: JsonMapping) -> ImageSpec:
     """Return the spec of an image from its info."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
@@ -98,13 +107,16 @@ def check_inputs(info: JsonMapping) -> None:
             _check_unchanged(file, sha256_of_file, "sha256")
 
 
-def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
-    """Return the request with current paths of the model's files, and the defaults of that time.
+def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
+    """Return the request for one image: its line's options, and models as they were then.
+
+    Files are looked for at their recorded paths. That of the checkpoint may be another one of the
+    same name, which `compare_infos` tells.
 
     Args:
         changes: options that replace the recorded ones.
     Raises:
-        MissingFile, ArgumentError: a file is missing or has changed.
+        MissingFile, ArgumentError: a file is missing, or one besides the checkpoint has changed.
     """
     request = request.with_values(line_values(info))
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
@@ -112,7 +124,10 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     values["device"] = _recorded_device(info["device"])
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
-    values |= {"safety_checker": None, "unsafe": None}  # the info contains the result
+    values |= {
+        "safety_checker": None,
+        "unsafe": None,
+    }  # `remake_image` follows the recorded verdict
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options():
             continue
@@ -121,9 +136,9 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
             _check_unchanged(file, short_hash, "hash", name)
         paths = [(file["path"], file["weight"]) if "weight" in file else file["path"]
                  for file in files]  # fmt: skip
-        values[name] = _as_option(request.task, name, paths)
+        values[name] = _list_or_first(request.task, name, paths)
     if not {"ckpt", "config"} & changes.keys():
-        values["ckpt"] = _find_checkpoint(info, request)
+        values["ckpt"] = _find_recorded_checkpoint(info, request)
     return request.with_values({**values, **changes})
 
 
@@ -141,11 +156,12 @@ def remake_image(
     Returns:
         (image, depth); depth is None for models without.
     """
-    spec, request, model = read_spec(info), prepared.request, models.base
-    begin(prepared, model)
+    spec, request, model = _read_spec(info), prepared.request, models.base
+    start_task(prepared, model)
     for rows in info.get("earlier", ()):  # they drew from the same generator
-        generate_images(prepared, [spec] * rows, models, callback)
-    images = generate_images(prepared, [spec] * info["rows"], models, callback)
+        generate_batch(prepared, Batch([spec] * rows), models, callback)
+    # Other images of its batch only matter by their number, on which kernels and draws depend.
+    images = generate_batch(prepared, Batch([spec] * info["rows"]), models, callback)
     image = images[info["row"] : info["row"] + 1]
     original = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
     shown, depth = hide_flagged(original, next(iter(split_depth(image)), None), info)
@@ -173,9 +189,11 @@ def recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:
 
 def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
     """List differences that may explain another result: `torch: 2.10.0 then, 2.11.0 now`."""
-    names = {"checkpoint_hash": "another checkpoint"}
-    pairs = {names.get(key, key): (then[key], now[key]) for key in ENVIRONMENT}
-    pairs |= {key: (_contents(then, key), _contents(now, key)) for key in FILE_KEYS}
+    names = {"checkpoint_hash": "checkpoint"}
+    pairs = {names.get(key, key): (then[key], now[key]) for key in COMPARED_KEYS}
+    pairs |= {
+        key: (_hashes_and_weights(then, key), _hashes_and_weights(now, key)) for key in FILE_KEYS
+    }
     return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
 
 
@@ -192,15 +210,15 @@ def compare_results(
         None if neither image nor depth differ.
     """
     if info.get("image") == "depth" and new_depth is not None:
-        return compare_images(old, new_depth)
-    difference = compare_images(old, new)
+        return _compare_images(old, new_depth)
+    difference = _compare_images(old, new)
     if difference is None and new_depth is not None:
         is_same = fingerprint(new_depth) == info.get("sha256_depth")
         return None if is_same else "the depth differs, the colours do not"
     return difference
 
 
-def compare_images(old: Image.Image, new: Image.Image) -> str | None:
+def _compare_images(old: Image.Image, new: Image.Image) -> str | None:
     """Describe by how much two images differ; None = they are equal."""
     if old.size != new.size:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
@@ -213,14 +231,13 @@ def compare_images(old: Image.Image, new: Image.Image) -> str | None:
     fraction = (difference.max(-1) > 0).mean()
     most, mean = difference.max(), difference.mean()
     white = 65535 if is_depth else 255
-    return (
-        f"{fraction:.2%} of the pixels differ, by {most} of {white} at most, {mean:.4f} on average"
-    )
+    differing = f"{fraction:.2%} of the pixels differ"
+    return f"{differing}, by {most} of {white} at most, {mean:.4f} on average"
 
 
-def _former_values(task: Task, info: JsonMapping) -> JsonObject:
+def _values_of_v0_1(task: Task, info: JsonMapping) -> JsonObject:
     """Return values of options from an info without "request" (version 0.1)."""
-    names = {**{name: name for name in task.options()}, **FORMER_KEYS}
+    names = {**{name: name for name in task.options()}, **V0_1_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
     values = {
         name: info[key]
@@ -239,17 +256,17 @@ def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
     """Return the options that name input files, with the recorded absolute paths."""
     files = {name: info.get("inputs", {}).get(name) for name in options_of(task.inputs)}
     return {
-        name: _as_option(task, name, [file["path"] for file in recorded])
+        name: _list_or_first(task, name, [file["path"] for file in recorded])
         for name, recorded in files.items()
         if recorded
     }
 
 
-def _as_option(task: Task, name: str, values: list[Value]) -> Value:
+def _list_or_first(task: Task, name: str, values: list[Value]) -> Value:
     return values if task.options()[name][0].is_list else next(iter(values), None)
 
 
-def _contents(info: JsonMapping, key: str) -> list[str]:
+def _hashes_and_weights(info: JsonMapping, key: str) -> list[str]:
     files = recorded_files(info, key)
     return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
 
@@ -273,7 +290,7 @@ def _recorded_device(device: str) -> str | None:
         return None
 
 
-def _find_checkpoint(info: JsonMapping, request: Request) -> str | None:
+def _find_recorded_checkpoint(info: JsonMapping, request: Request) -> str | None:
     """Find the checkpoint at its recorded path, or by its name in `checkpoints`."""
     name = Path(info["checkpoint"]).name
     if request.uses_demo_model and name == Path(DEMO_CHECKPOINT).name:

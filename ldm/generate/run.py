@@ -9,40 +9,31 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.generate.batch import begin, generate_batch
-from ldm.generate.checks import (
-    check_loras,
-    check_steps,
-    find_few_steps_warnings,
-    find_option_warnings,
-)
-from ldm.generate.defaults import describe_variant
+from ldm.generate.batch import generate_with_fallback, start_task
+from ldm.generate.checks import check_loras, find_few_steps_warnings, find_option_warnings
+from ldm.generate.defaults import log_variant
+from ldm.generate.info import Info, describe_image, describe_run, dtype_name, result_size
 from ldm.generate.listener import RunListener, hides_progress
 from ldm.generate.load import Models, load_models
+from ldm.generate.lora_tags import Loras
 from ldm.generate.output import ImageWriter
-from ldm.generate.plan import Batch, LineOptions, line_options, plan_batches
-from ldm.generate.prompt_checks import check_prompts, find_prompt_warnings
-from ldm.generate.provenance import Info, describe_image, describe_run
+from ldm.generate.plan import Batch, LineOptions, plan_batches
+from ldm.generate.prompt_checks import find_prompt_warnings, find_syntax_warnings
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.mesh import check_can_save_meshes
 from ldm.loading.addons.lora import set_loras
-from ldm.model import LatentDiffusion
 from ldm.runtime.errors import Stop
-from ldm.runtime.types import JsonMapping
 
 __all__ = ["run_request"]
 
 log = logging.getLogger(__name__)
 
-# The prepared tasks of a run, by the options that a line of the prompt file sets; the first, under
-# (), is that of the run itself.
-Tasks = Mapping[LineOptions, PreparedTask]
+Tasks = Mapping[LineOptions, PreparedTask]  # (): of a line without options
 
 
 def run_request(
@@ -51,51 +42,56 @@ def run_request(
     *,
     load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     without_folders: bool = False,
-    list_loras: Callable[[], Mapping[str, str]] | None = None,
+    list_lora_files: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Make and save all images of a request.
 
     Args:
         listener: informed about progress, images and warnings.
         load: loads the models.
-        without_folders: record file names, not whole paths, in the images' metadata.
-        list_loras: returns the LoRA files that prompts may name; see `plan_batches`.
+        without_folders: see `describe_run`.
+        list_lora_files: see `plan_batches`.
     Raises:
         ValueError, OSError: an argument or file is invalid; raised before the model is loaded
             where possible.
-        NonFinite: an image contains NaN even in float32.
+        NonFinite: the model returned NaN or infinity, in float32, too.
+        Stop: the listener stopped the run; finished images and their grid are saved.
     """
-    batches = plan_batches(request, list_loras)
-    literal_syntax = check_prompts(batches, request)
+    batches = plan_batches(request, list_lora_files)
+    syntax_warnings = find_syntax_warnings(batches, request)
     if request.output.glb:
         check_can_save_meshes()
+    inputs_of_images = request.inputs.split_by_image()
     models: Models | None = None
-    messages: list[str] = []
-    for inputs in request.inputs.split_by_image():
+    said: list[str] = []
+    for inputs in inputs_of_images:
         tasks = _prepare(replace(request, inputs=inputs), batches)
-        if models is None:
-            check_steps(tasks)
-            early = find_few_steps_warnings(tasks, batches)
-            _warn(listener, early)
-            models = load(_with_loras(tasks[()], batches))
+        if models is None:  # only now, as loading takes longer than reading a wrong input
+            said = find_few_steps_warnings(tasks, batches)
+            _warn(listener, said)
+            models = load(_with_common_loras(tasks[()], batches))
             check_loras(models.base, batches)
             late = [
-                *literal_syntax,
+                *syntax_warnings,
                 *find_prompt_warnings(batches, request, models.base),
                 *find_option_warnings(tasks, models.base),
             ]
             _warn(listener, late)
-            messages = early + late
+            said += late
+            listener.begin(models.base, len(inputs_of_images) * sum(map(len, batches)))
         with warnings.catch_warnings():
-            for message in messages:  # of which the pipelines would warn again
+            for message in said:  # which the pipelines would repeat
                 warnings.filterwarnings("ignore", re.escape(message))
-            _generate_batches(tasks, batches, models, listener, without_folders)
+            _InputRun(tasks, batches, models, listener, without_folders).make_images()
+    log.info(
+        "Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", request.output.outdir
+    )
 
 
 def _prepare(request: Request, batches: Sequence[Batch]) -> Tasks:
     """Read the inputs of a request, and those of each line that sets options."""
     tasks: dict[LineOptions, PreparedTask] = {(): request.task.prepare(request)}
-    for options in dict.fromkeys(map(line_options, batches)):
+    for options in dict.fromkeys(batch.line_options for batch in batches):
         if options not in tasks:
             changed = request.with_values(dict(options))
             tasks[options] = changed.task.prepare(changed)
@@ -107,10 +103,13 @@ def _warn(listener: RunListener, messages: Sequence[str]) -> None:
         listener.warn(message)
 
 
-def _with_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTask:
-    """Return the task with the LoRAs that all batches have in common, to load them at once."""
+def _with_common_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTask:
+    """Return the task with the LoRAs of the batches if all have the same, else without any.
+
+    In the latter case `_InputRun` sets those of each batch.
+    """
     request = prepared.request
-    choices = {batch[0].loras for batch in batches} or {request.model.lora}
+    choices = {batch.loras for batch in batches} or {request.model.lora}
     loras = next(iter(choices)) if len(choices) == 1 else ()
     if loras == request.model.lora:
         return prepared
@@ -119,84 +118,91 @@ def _with_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTas
     return changed
 
 
-def _generate_batches(
-    tasks: Tasks,
-    batches: list[Batch],
-    models: Models,
-    listener: RunListener,
-    without_folders: bool,
-) -> None:
-    """Make each batch and save its images; the grid is saved even if a later batch fails."""
-    request, model = tasks[()].request, models.base
-    total = sum(map(len, batches))
-    writer = ImageWriter(request, models, listener, total)
-    infos: dict[tuple[LineOptions, object], Info] = {}
-    has_own_loras = len({batch[0].loras for batch in batches}) > 1
-    latents: list[Tensor] = []  # of a batch, if they are to be saved
-    on_latent = latents.append if request.output.save_latents else None
-    listener.begin(model, total)
-    try:
-        for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
-            options, loras = line_options(batch), batch[0].loras
-            prepared = tasks[options]
-            if has_own_loras:
-                set_loras(model, loras)
-            if not any(options == earlier for earlier, _ in infos):
-                begin(prepared, model)
-            if (options, loras) not in infos:
-                info = _describe(prepared, models, request, options, without_folders)
-                if info["size"] not in [other["size"] for other in infos.values()]:
-                    _check_watermark(info, request)
-                infos[options, loras] = info
-                if has_own_loras:
-                    describe_variant(prepared.request, model)
-            info = infos[options, loras]
-            images = generate_batch(prepared, batch, models, listener.on_step, on_latent)
-            info["dtype"] = str(model.dtype).removeprefix("torch.")
-            if listener.stopped_at is not None:
-                info["unfinished"] = listener.stopped_at
-            rows = range(len(batch))
-            image_infos = [info | describe_image(request, batches, number, row) for row in rows]
-            latent = latents[-1] if latents else None
-            writer.save(images, image_infos, prepared.protected_pixels(), latent)
-            latents.clear()
-            if listener.stopped_at is not None:
-                raise Stop
-    finally:
-        writer.save_grid()
-    log.info(
-        "Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", request.output.outdir
-    )
-
-
-def _describe(
-    prepared: PreparedTask,
-    models: Models,
-    request: Request,
-    options: LineOptions,
-    without_folders: bool,
-) -> Info:
-    """Return the info of the images of a line with the LoRAs that the model has now.
+class _InputRun:
+    """The part of a run for one input image, or the whole run of a task without.
 
     Args:
-        request: of the whole run.
-        options: those that the line sets.
+        without_folders: see `describe_run`.
     """
-    size = prepared.output_size(models.base)
-    info = describe_run(prepared.request, models, size, without_folders)
-    info["loras"] = _describe_loras(models.base, without_folders)
-    if options:
-        info |= {"request": request.to_json(without_folders), "line": dict(options)}
-    return info
 
+    def __init__(
+        self,
+        tasks: Tasks,
+        batches: Sequence[Batch],
+        models: Models,
+        listener: RunListener,
+        without_folders: bool,
+    ) -> None:
+        self.tasks = tasks
+        self.batches = batches
+        self.models = models
+        self.listener = listener
+        self.without_folders = without_folders
+        self.request = tasks[()].request
+        self._sets_loras = len({batch.loras for batch in batches}) > 1
+        self._started: set[LineOptions] = set()
+        self._infos: dict[tuple[LineOptions, Loras], Info] = {}
 
-def _check_watermark(info: Info, request: Request) -> None:
-    if info["watermark"] is None and not request.output.no_watermark:
-        log.warning("images of %dx%d are too small for a watermark: saved without", *info["size"])
+    def make_images(self) -> None:
+        """Make and save the images of each batch; if one fails, still save the grid so far."""
+        total = sum(map(len, self.batches))
+        writer = ImageWriter(self.request, self.models, self.listener, total)
+        bar = tqdm(self.batches, "Sampling", disable=hides_progress())
+        try:
+            for batch_index, batch in enumerate(bar):
+                prepared = self._start(batch)
+                info = self._describe(batch)
+                latents: list[Tensor] = []  # two, if half precision overflowed after the first
+                on_latent = latents.append if self.request.output.save_latents else None
+                images = generate_with_fallback(
+                    prepared, batch, self.models, self.listener, on_latent
+                )
+                info["dtype"] = dtype_name(self.models.base)
+                if self.listener.stopped_at is not None:
+                    info["unfinished"] = self.listener.stopped_at
+                infos = [
+                    info | describe_image(self.request, self.batches, batch_index, row)
+                    for row in range(len(batch))
+                ]
+                latent = latents[-1] if latents else None
+                writer.save(images, infos, prepared.protected_pixels(), latent)
+                if self.listener.stopped_at is not None:
+                    raise Stop
+        finally:
+            writer.save_grid()
 
+    def _start(self, batch: Batch) -> PreparedTask:
+        """Set the LoRAs of a batch, and return its task, ready for the model."""
+        if self._sets_loras:
+            set_loras(self.models.base, batch.loras)
+        prepared = self.tasks[batch.line_options]
+        if batch.line_options not in self._started:
+            start_task(prepared, self.models.base)
+            self._started.add(batch.line_options)
+        return prepared
 
-def _describe_loras(model: LatentDiffusion, without_folders: bool) -> list[JsonMapping]:
-    loras: list[JsonMapping] = model.provenance.get("loras", [])
-    if not without_folders:
-        return loras
-    return [{**lora, "path": Path(lora["path"]).name} for lora in loras]
+    def _describe(self, batch: Batch) -> Info:
+        """Return the info of the images with the same options and LoRAs as those of a batch."""
+        key = batch.line_options, batch.loras
+        if key not in self._infos:
+            prepared = self.tasks[batch.line_options]
+            size = prepared.output_size(self.models.base)
+            info = describe_run(prepared.request, self.models, size, self.without_folders)
+            if batch.line_options:
+                values = self.request.to_json(self.without_folders)
+                info |= {"request": values, "line": dict(batch.line_options)}
+            self._log_new(info, prepared.request)
+            self._infos[key] = info
+        return self._infos[key]
+
+    def _log_new(self, info: Info, request: Request) -> None:
+        """Log what a line changes: sizes without watermark, and few-step LoRAs."""
+        size = result_size(info)
+        is_new = size not in [result_size(other) for other in self._infos.values()]
+        if is_new and info["watermark"] is None and not self.request.output.no_watermark:
+            height, width = size
+            log.warning(
+                "images of %dx%d are too small for a watermark: saved without", width, height
+            )
+        if self._sets_loras:
+            log_variant(request, self.models.base)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from PIL import Image, ImageFilter
 
 from ldm.encoders.safety import SafetyChecker, Verdict
+from ldm.generate.info import Info
 from ldm.generate.listener import RunListener
-from ldm.generate.provenance import Info
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["check_images", "hide_flagged", "report"]
+__all__ = ["hide_flagged", "log_safety", "safety_infos"]
 
 BLUR = 1 / 16  # standard deviation, as a fraction of the image's longer side
-RESULTS = {None: "it is kept", "black": "it is saved all black", "blur": "it is saved blurred",
-           "drop": "it is not saved"}  # fmt: skip
+ACTIONS = {None: "kept", "black": "replaced by black", "blur": "blurred",
+           "drop": "dropped"}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def check_images(
+def safety_infos(
     checker: SafetyChecker | None, images: Sequence[Image.Image], unsafe_action: str | None
 ) -> list[Info]:
     """Return the entry of each image for its info: scores, and the action if it is flagged.
@@ -36,7 +36,7 @@ def check_images(
 def hide_flagged(
     image: Image.Image, depth: Image.Image | None, info: JsonMapping
 ) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return image and depth as they may be shown by the info: (None, None) if they are dropped.
+    """Replace an image and its depth as the info says: (None, None) if they are dropped.
 
     A blackened or blurred image has a depth of 0 everywhere.
     """
@@ -49,13 +49,13 @@ def hide_flagged(
         hidden = image.filter(ImageFilter.GaussianBlur(max(image.size) * BLUR))
     else:
         hidden = Image.new(image.mode, image.size)
-    return hidden, depth and Image.new(depth.mode, depth.size)
+    return hidden, None if depth is None else Image.new(depth.mode, depth.size)
 
 
-def report(info: JsonMapping, listener: RunListener) -> None:
-    """Log the scores of an image: cosine similarity minus threshold, flagged above 0.
+def log_safety(info: JsonMapping, listener: RunListener) -> None:
+    """Log the score of an image nearest to its threshold, or warn of those that flag it.
 
-    Warns if it is flagged.
+    A score is a cosine similarity minus its threshold; above 0 the image is flagged.
     """
     safety = info.get("safety")
     if not safety:
@@ -71,7 +71,7 @@ def report(info: JsonMapping, listener: RunListener) -> None:
     concepts = ", ".join(f"{k} ({scores[k]:+.3f})" for k in safety["concepts"])
     listener.warn(
         f"safety checker: image {info['index']} is flagged by concept {concepts}: "
-        f"{RESULTS[safety['action']]}"
+        f"{ACTIONS[safety['action']]}"
     )
 
 

@@ -1,5 +1,7 @@
 """Draw the initial noise of a batch, where it does not come from the seed of each image."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,15 +11,15 @@ from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
 from ldm.pipelines import seeded_noise
 
-__all__ = ["seed_globally", "start_noise"]
+__all__ = ["save_generators", "seed_globally", "start_noise"]
 
 
 def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
-    """With the quirk "noise", set torch's generator to the original's state before sampling."""
+    """With legacy `noise`, set torch's generator to the original's state before sampling."""
     if "noise" in request.sampling.legacy:
         torch.manual_seed(request.sampling.seed % SEED_RANGE)
         if request.sampling.fixed_code:
-            # Drawn for the state after it: the original draws its start code at this place.
+            # Only to advance the generator: the original draws its start code here.
             shape = (request.output.n_samples, *_latent_shape(model, size))
             torch.randn(shape, device=model.device)
 
@@ -25,7 +27,7 @@ def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int
 def start_noise(
     request: Request, model: LatentDiffusion, size: tuple[int, int], batch: Batch
 ) -> Tensor | None:
-    """Draw the x_T (B, C, h, w) of a batch; None = it is drawn from the seed of each image."""
+    """Draw the x_T (B, C, h, w) of a batch; None = the pipeline draws it."""
     sampling, shape = request.sampling, _latent_shape(model, size)
     is_legacy = "noise" in sampling.legacy
     # The original's demos of these tasks draw in numpy, in float64.
@@ -34,16 +36,30 @@ def start_noise(
         return torch.from_numpy(values).float()
     if is_legacy and sampling.fixed_code:
         generator = torch.Generator(model.device).manual_seed(sampling.seed % SEED_RANGE)
-        # For a full batch, as the original: a last one that is shorter has the first rows of it.
-        shape_of_all = (request.output.n_samples, *shape)
-        noise = torch.randn(shape_of_all, generator=generator, device=model.device)
+        # For a full batch, as in the original; a shorter last batch takes its first rows.
+        full_shape = (request.output.n_samples, *shape)
+        noise = torch.randn(full_shape, generator=generator, device=model.device)
         return noise[: len(batch)]
-    if any(spec.initial_noise_seed != spec.seed for spec in batch):
+    if any(spec.initial_noise_seed != spec.seed for spec in batch.images):
         like = torch.empty((len(batch), *shape), device=model.device)
-        return seeded_noise([spec.initial_noise_seed for spec in batch])(like)
+        return seeded_noise([spec.initial_noise_seed for spec in batch.images])(like)
     return None
 
 
 def _latent_shape(model: LatentDiffusion, size: tuple[int, int]) -> tuple[int, int, int]:
     height, width = (-(-side // model.downscale) for side in size)
     return model.channels, height, width
+
+
+def save_generators(model: LatentDiffusion) -> Callable[[], None]:
+    """Return a function that sets torch's global generators back to their present states."""
+    state = torch.get_rng_state()
+    is_cuda = model.device.type == "cuda"
+    device_state = torch.cuda.get_rng_state(model.device) if is_cuda else None
+
+    def restore() -> None:
+        torch.set_rng_state(state)
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, model.device)
+
+    return restore

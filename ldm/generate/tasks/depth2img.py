@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ldm.generate.groups import ModelFiles
 from ldm.generate.options import option, parse_fraction
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task
+from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task, fit_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,26 +46,46 @@ class Depth2Img(PreparedImageTask):
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
+        self._estimate: Tensor | None = None
         if inputs.depth_map is not None:
-            self.depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
+            self.depth = self._fit(load_depth(inputs.depth_map, inverted=inputs.depth_inverted))
 
-    def begin(self, model: "LatentDiffusion") -> None:
+    def _fit(self, depth: "Tensor") -> "Tensor":
+        """Crop or pad a depth map (1, 1, H, W) as the image was, if its aspect ratio differs."""
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        height, width = self.image.shape[-2:]
+        if depth.shape[-2] * width == depth.shape[-1] * height:
+            return depth
+        fitted = fit_image(self.request, Image.fromarray(depth[0, 0].numpy()))
+        return torch.tensor(np.asarray(fitted))[None, None].clamp(0, 1)
+
+    def estimate_depth(self, model: "LatentDiffusion") -> "Tensor":
+        """Estimate the depth (1, 1, H', W'), and save it if asked for.
+
+        Raises:
+            NonFinite: it overflows in half precision; the batch is then made again in float32.
+        """
+        from ldm import pipelines
         from ldm.imaging.depth import save_depth
-        from ldm.pipelines import estimate_depth
+        from ldm.pipelines.finite import check_finite
 
-        if self.depth is not None and self.inputs.save_depth is None:
-            return
-        estimate = estimate_depth(model, self.image)
+        estimate = check_finite(pipelines.estimate_depth(model, self.image), "the depth network")
         if self.inputs.save_depth is not None:
             save_depth(self.inputs.save_depth, estimate)
-        if self.depth is None and estimate.isfinite().all():  # else again, in float32
-            self.depth = estimate
+        return estimate
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
         from ldm import pipelines
 
+        if self._estimate is None and (self.depth is None or self.inputs.save_depth is not None):
+            self._estimate = self.estimate_depth(model)
+        if self.depth is None:
+            self.depth = self._estimate
         return pipelines.depth2img(
             model, prompts, self.image, depth=self.depth, strength=self.inputs.strength,
             **options,

@@ -8,6 +8,7 @@ are listed in `imaging.metadata`.
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,12 +34,18 @@ from ldm.runtime.files import sha256_of_file
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
-Info = JsonObject  # JSON
+__all__ = [
+    "COMPARED_KEYS", "FILE_KEYS", "FLOAT_WATERMARK", "INTEGER_WATERMARK", "Info", "describe_depth",
+    "describe_image", "describe_run", "dtype_name", "result_size", "watermark_method",
+]  # fmt: skip
+
+Info = JsonObject  # the metadata of one image, or of all images of a run
 
 FLOAT_WATERMARK = "dwtDct (floats)"  # embedded before pixels are rounded to integers
+INTEGER_WATERMARK = "dwtDct"
 
 # Keys of the info that may explain why a reproduced image differs.
-ENVIRONMENT = (
+COMPARED_KEYS = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
     "threads", "torch", "ldm",
 )  # fmt: skip
@@ -54,20 +61,24 @@ def describe_run(
     size: tuple[int, int],
     without_folders: bool = False,
 ) -> Info:
-    """Return the info that all images of a run share.
+    """Return the info that images with the same options and LoRAs share.
 
     Args:
-        without_folders: see `Request.to_json`.
+        size: (height, width) of the base model's images in pixels.
+        without_folders: record names of files, not whole paths; but of input images, which `replay`
+            must find. See also `Request.to_json`.
     """
     model, choice = models.base, request.model
-    factor = 1 if models.upscaler is None else FACTOR
-    result_size = (factor * size[0], factor * size[1])
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     checkpoint = model.provenance["checkpoint"]
-    own, values = options_of(request.task.inputs), request.get_values()
-    files = {name: _as_list(values[name]) for name, (row, _) in own.items() if row.is_input_file}
-    return {
+    input_options, values = options_of(request.task.inputs), request.get_values()
+    files = {
+        name: _as_list(values[name])
+        for name, (option, _) in input_options.items()
+        if option.is_input_file
+    }
+    info = {
         "task": request.task.name,
         "sampler": sampling.sampler,
         "scheduler": sampling.scheduler,
@@ -79,7 +90,7 @@ def describe_run(
         **{name: value for name in STEP_NOISE if (value := vars(sampling)[name]) is not None},
         "scale": sampling.scale,
         "size": list(size),
-        **{name: values[name] for name in own if name not in files},
+        **{name: values[name] for name in input_options if name not in files},
         "inputs": {
             name: [
                 {"path": str(Path(path).resolve()), "sha256": sha256_of_file(path)}
@@ -87,16 +98,15 @@ def describe_run(
             ]
             for name, paths in files.items()
         },
-        **_describe_sdxl(request, models, without_folders),
-        **_describe_upscaler(request, models, without_folders),
+        **_describe_sdxl(request, models),
+        **_describe_upscaler(request, models),
         **_describe_guidance(sampling, model),
-        **_describe_checker(request, without_folders),
+        **_describe_checker(request),
         **({"clip_skip": sampling.clip_skip} if sampling.clip_skip > 1 else {}),
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
         "syntax": request.prompts.syntax,
-        "watermark": watermark_method(request, result_size, watermark_payload(model)),
         "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": short_hash(checkpoint),
@@ -110,16 +120,43 @@ def describe_run(
         "config_hash": model.provenance["config_hash"],
         "overrides": list(choice.overrides),
         "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model),
         "attention": choice.attention,
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "torch": torch.__version__,
         "ldm": __version__,
         "request": request.to_json(without_folders),
     }
+    info["watermark"] = watermark_method(request, result_size(info), info["payload"])
+    return _remove_folders(info) if without_folders else info
 
 
-def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> Info:
+def _remove_folders(info: Info) -> Info:
+    """Reduce the paths of recorded files to their names, except those of inputs."""
+
+    def reduce(value: Any) -> Any:
+        if isinstance(value, list):
+            return [reduce(entry) for entry in value]
+        if not isinstance(value, dict) or "path" not in value:
+            return value
+        return {**value, "path": Path(value["path"]).name}
+
+    return {key: value if key == "inputs" else reduce(value) for key, value in info.items()}
+
+
+def result_size(info: Info) -> tuple[int, int]:
+    """Return (height, width) of the images of a run: an upscaler doubles "size", the base's."""
+    height, width = info["size"]
+    factor = FACTOR if "upscaler" in info else 1
+    return factor * height, factor * width
+
+
+def dtype_name(model: LatentDiffusion) -> str:
+    """Return the name of a model's data type, such as float16."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _describe_sdxl(request: Request, models: Models) -> Info:
     """Return the options of SDXL that are set, and the file of the refiner."""
     info: Info = {
         name: list(value) if isinstance(value, tuple) else value
@@ -127,35 +164,34 @@ def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> I
         if value is not None
     }
     if models.refiner is not None:
-        path = Path(models.refiner.provenance["checkpoint"]).resolve()
-        shown = path.name if without_folders else str(path)
-        info["refiner"] = {"path": shown, "hash": short_hash(path)}
+        info["refiner"] = _describe_file(models.refiner.provenance["checkpoint"])
         if request.sdxl.refiner_start is None:
             info.setdefault("refiner_strength", REFINER_STRENGTH)
     return info
 
 
-def _describe_checker(request: Request, without_folders: bool) -> Info:
+def _describe_checker(request: Request) -> Info:
     """Return the file of the safety checker."""
     path = find_checker(request)
-    if path is None:
-        return {}
-    shown = path.name if without_folders else str(path.resolve())
-    return {"safety_checker": {"path": shown, "hash": short_hash(path)}}
+    return {} if path is None else {"safety_checker": _describe_file(path)}
 
 
-def _describe_upscaler(request: Request, models: Models, without_folders: bool) -> Info:
-    """Return file, steps and scale of the x2 latent upscaler; "size" is that of the base."""
+def _describe_upscaler(request: Request, models: Models) -> Info:
+    """Return file, steps and scale of the x2 latent upscaler."""
     model, choice = models.upscaler, request.upscaling
     if model is None:
         return {}
-    path = Path(model.provenance["checkpoint"]).resolve()
     steps, scale = choice.upscaler_steps, choice.upscaler_scale
     return {
-        "upscaler": {"path": path.name if without_folders else str(path), "hash": short_hash(path)},
+        "upscaler": _describe_file(model.provenance["checkpoint"]),
         "upscaler_steps": model.defaults.steps if steps is None else steps,
         "upscaler_scale": model.defaults.scale if scale is None else scale,
     }
+
+
+def _describe_file(file: str | Path) -> Info:
+    path = Path(file).resolve()
+    return {"path": str(path), "hash": short_hash(path)}
 
 
 def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:
@@ -174,15 +210,15 @@ def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:
     return info | {name: value for name, value in scales.items() if value is not None}
 
 
-def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:
+def describe_image(request: Request, batches: Sequence[Batch], batch_index: int, row: int) -> Info:
     """Return the info of a single image: prompts, seed, and its place in the batch.
 
     Args:
-        number: index of the batch.
+        batch_index: in the run.
         row: index of the image in the batch.
     """
-    batch = batches[number]
-    spec = batch[row]
+    batch = batches[batch_index]
+    spec = batch.images[row]
     info: Info = {
         "index": spec.index,
         "prompt": spec.prompt,
@@ -198,7 +234,7 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
     if "noise" in request.sampling.legacy:
         # One generator draws for the whole run: earlier batches are needed to reach its state.
         info["seed"] = request.sampling.seed
-        info["earlier"] = [len(batch) for batch in batches[:number]]
+        info["earlier"] = [len(batch) for batch in batches[:batch_index]]
     return info
 
 
@@ -213,11 +249,11 @@ def watermark_method(request: Request, size: tuple[int, int], payload: str) -> s
         return None
     if payload == "SDXL" and "float-watermark" in request.sampling.legacy:
         return FLOAT_WATERMARK
-    return "dwtDct" if "watermark" in request.sampling.legacy else "dwtDctSvd"
+    return INTEGER_WATERMARK if "watermark" in request.sampling.legacy else "dwtDctSvd"
 
 
 def watermark_payload(model: LatentDiffusion) -> str:
-    """Return the name in PAYLOADS of the original scripts' watermark for a model's generation."""
+    """Return the name in PAYLOADS of what the original scripts embed for this kind of model."""
     if is_sdxl(model):
         return "SDXL"
     text = model.conditioner.text
