@@ -33,7 +33,8 @@ from ldm.encoders.safety import SafetyChecker
 from ldm.generate.groups import SDXL, ModelChoice, Sampling, UpscalerChoice
 from ldm.generate.info import Info, describe_run
 from ldm.generate.load import Models, load_models
-from ldm.generate.options import Value, options_of, parse_weighted_file
+from ldm.generate.option_parsers import parse_lora
+from ldm.generate.options import Value, options_of
 from ldm.generate.replay import (
     compare_infos,
     compare_results,
@@ -112,7 +113,7 @@ class Backend:
         words = values.get("lora") or ()
         if not isinstance(words, Sequence):
             raise ArgumentError("lora is not a list", "lora")
-        loras = self.library.find_lora_files(parse_weighted_file(str(word)) for word in words)
+        loras = self.library.find_lora_files(parse_lora(str(word)) for word in words)
         addons = self.library.find_addon_files(values)
         ignored = {"lora", "unsafe", *ADDONS}
         ignored |= options_of(UpscalerChoice if entry.is_sdxl else SDXL).keys()

@@ -26,14 +26,8 @@ from ldm.diffusion.names import (
 from ldm.diffusion.scheduler_options import TAKES_RHO
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
-from ldm.generate.options import (
-    Option,
-    Value,
-    options_of,
-    parse_count,
-    parse_fraction,
-    parse_sigmas,
-)
+from ldm.generate.option_parsers import parse_count, parse_fraction, parse_sigmas
+from ldm.generate.options import Option, Value, options_of
 from ldm.generate.replay import eta_of
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
@@ -285,7 +279,7 @@ class TaskForm:
             return Field("Slider", settings | {"minimum": 0, "maximum": 1, "step": 0.01})
         limits = {"steps": self.limits.steps, "n_samples": self.limits.batch,
                   "n_iter": self.limits.batches}  # fmt: skip
-        maximum = limits.get(name, option.maximum)
+        maximum = limits.get(name, option.slider_max)
         if maximum is not None:
             value = default if isinstance(default, int | float) else 0
             if name in limits:

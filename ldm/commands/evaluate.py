@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.command_line import add_options, hint
 from ldm.generate.groups import SDXL, ModelChoice, Output, Prompts, Sampling
-from ldm.generate.options import options_of, parse_count, parse_natural, parse_number
+from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
+from ldm.generate.options import options_of
 from ldm.generate.tasks import TASKS
 from ldm.runtime.command import CommandParser, run_command
 from ldm.runtime.errors import ArgumentError, LdmError, unknown_name

@@ -23,7 +23,7 @@ from ldm.commands.extract_lora import (
     rank_hint,
     save_lora,
 )
-from ldm.generate.options import parse_weighted_file
+from ldm.generate.option_parsers import parse_lora
 from ldm.runtime.command import CommandParser, run_command
 
 __all__ = ["main"]
@@ -56,7 +56,7 @@ def _merge(args: Namespace) -> None:
 
     check_target(args)
     rule = make_rank_rule(args)
-    files = [parse_weighted_file(text) for text in args.files]
+    files = [parse_lora(text) for text in args.files]
     model = model_of_lora(files[0][0], args.model)
     with tqdm(unit="layer", disable=None) as bar:
         joined = join_loras(files, model, rule, progress=bar.update)

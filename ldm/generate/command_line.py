@@ -1,4 +1,4 @@
-"""Convert between command lines and requests; the only module that knows flags.
+"""Convert between command lines and requests: the only module that parses argv for a task.
 
 build_parser     task -> parser, with a flag for every option
 parse_request    argv -> Request
@@ -79,17 +79,17 @@ def add_options(
         option, default = options[name]
         if not option.flags:
             continue
-        settings: dict[str, Any] = {"dest": name, "help": option.help}
+        kwargs: dict[str, Any] = {"dest": name, "help": option.help}
         if option.is_switch:
-            settings["action"] = "store_false" if default else "store_true"
+            kwargs["action"] = "store_false" if default else "store_true"
         else:
-            settings |= {"type": _argparse_type(option), "metavar": option.metavar}
-            settings |= {"default": default, "action": _Append if option.is_list else _Store}
+            kwargs |= {"type": _argparse_type(option), "metavar": option.metavar}
+            kwargs |= {"default": default, "action": _Append if option.is_list else _Store}
             if option.choices:
-                settings["choices"] = option.choices
+                kwargs["choices"] = option.choices
             if option.const is not None:
-                settings |= {"nargs": "?", "const": option.const}
-        add(*option.flags, **settings)
+                kwargs |= {"nargs": "?", "const": option.const}
+        add(*option.flags, **kwargs)
         for flag, value in option.shortcuts.items():
             add(flag, dest=name, action=_Store, nargs=0, const=value, default=default,
                 help=f"{option.flags[0]} {value}")  # fmt: skip
@@ -140,7 +140,8 @@ def find_flag(argument: str, task: Task | None = None, given: Container[str] = (
     Args:
         given: flags on the command line, preferred to their synonyms.
     """
-    for options in (each.options() for each in ([task] if task else TASKS.values())):
+    for candidate in [task] if task else TASKS.values():
+        options = candidate.options()
         name = argument if argument in options else argument.removesuffix("s")  # "loras": --lora
         if name in options and (flags := options[name][0].flags):
             return next((flag for flag in flags if flag in given), flags[0])
@@ -187,16 +188,14 @@ class _Store(Action):
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
     ) -> None:
-        value, arguments = (
-            (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
-        )
+        value, given = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
         key = f"{self.dest}_flag"
-        before = vars(namespace).get(key, arguments)
-        is_other_flag = before.split()[0] != arguments.split()[0]
+        given_before = vars(namespace).get(key, given)
+        is_other_flag = given_before.split()[0] != given.split()[0]
         if self.dest == "sampler" and is_other_flag and getattr(namespace, self.dest) != value:
-            parser.error(f"{arguments} contradicts {before}")
+            parser.error(f"{given} contradicts {given_before}")
         setattr(namespace, self.dest, value)
-        setattr(namespace, key, arguments)
+        setattr(namespace, key, given)
 
 
 class _Append(Action):

@@ -19,10 +19,10 @@ from ldm.diffusion.names import (
 )
 from ldm.diffusion.scheduler_options import TAKES_RHO, check_rho
 from ldm.diffusion.step_noise import StepNoise
-from ldm.generate.options import (
-    COMMON_QUIRKS,
+from ldm.generate.option_parsers import (
     QUIRKS,
-    option,
+    SCRIPT_QUIRKS,
+    expand_file,
     parse_apg,
     parse_corner,
     parse_count,
@@ -31,14 +31,14 @@ from ldm.generate.options import (
     parse_integer,
     parse_interval,
     parse_legacy,
+    parse_lora,
     parse_number,
     parse_positive,
     parse_sigmas,
     parse_size,
     parse_sld,
-    parse_weighted_file,
-    read_argument,
 )
+from ldm.generate.options import option
 from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError
 
@@ -126,7 +126,7 @@ class ModelChoice:
         help="kind of few-step (distilled) model or LoRA, if not recognised by its name: lcm, tcd,"
         " hyper, hyper-cfg, hyper-1step, lightning, lightning-x0, turbo, or base for an ordinary"
         " model; or the variant of the files of a diffusers folder: fp16")
-    lora: tuple[tuple[str, float | str], ...] = option((), "--lora", parse=parse_weighted_file,
+    lora: tuple[tuple[str, float | str], ...] = option((), "--lora", parse=parse_lora,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
         help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; WEIGHT is a number,"
         " TEXT:UNET for text encoders and UNet, or te=N:unet=N:dyn=RANK:lbw=BLOCKS; may be given"
@@ -176,14 +176,14 @@ class Sampling:
         label="Schedule rho", help="exponent of the scheduler (default:"
         f" {', '.join(f'{name} {SCHEDULERS[name].rho:g}' for name in TAKES_RHO)})")
     sigmas: tuple[float, ...] | None = option(None, "--sigmas", parse=parse_sigmas,
-        read=read_argument, metavar="LIST", label="Sigmas",
+        read=expand_file, metavar="LIST", label="Sigmas",
         help="custom noise levels, descending, such as 14.6,3.9,1.9,0.96,0.4,0, or @FILE with them,"
         " instead of steps and scheduler")
     eta: float | None = option(None, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
         label="Eta", help="amount of noise between steps, 0 (deterministic) … 1; the gamma of tcd"
         " (default: ddim 0, tcd 0.3, others 1)")
     s_churn: float = option(0.0, "--s-churn", "--s_churn", parse=parse_number, metavar="S",
-        label="Sigma churn", maximum=100,
+        label="Sigma churn", slider_max=100,
         help="amount of noise before the steps of euler, heun and dpm2: s_churn of Karras et al.,"
         " 0 … number of steps (default: %(default)s)")
     s_tmin: float = option(0.0, "--s-tmin", "--s_tmin", parse=parse_number, metavar="SIGMA",
@@ -199,8 +199,8 @@ class Sampling:
         " form and dpmpp_3m_sde")
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
-        help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, few-step"
-        " models 1, demo model 2, for inpaint 3)")
+        help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL and LDM3D 5,"
+        " most few-step models and CFG++ samplers 1, demo models 1 … 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
         help="rescale the contrast of guided predictions, against over-exposure at high scales:"
@@ -212,7 +212,7 @@ class Sampling:
         metavar="PRESET", label="Safe latent diffusion",
         help=f"guide away from unsafe content: {', '.join(SLD_PRESETS)}, or"
         " WARMUP,SCALE,THRESHOLD,MOMENTUM,BETA (default: off)")
-    sld_concept: str | None = option(None, "--sld-concept", read=read_argument, metavar="TEXT",
+    sld_concept: str | None = option(None, "--sld-concept", read=expand_file, metavar="TEXT",
         label="Unsafe concept",
         help="what --sld guides away from: a text, @FILE with one, or a predefined text: original"
         " (the authors') or diffusers (default: original)")
@@ -238,7 +238,7 @@ class Sampling:
         label="FreeU version", help="; ".join(f"{k}: {text}" for k, text in FREEU_VERSIONS.items())
         + " (default: 1)")
     clip_skip: int = option(1, "--clip-skip", parse=parse_count, metavar="N", label="Clip skip",
-        maximum=12, help="layer of Stable Diffusion 1's text encoder to use, from the end: 1 the"
+        slider_max=12, help="layer of Stable Diffusion 1's text encoder to use, from the end: 1 the"
         " last, 2 the last but one (default: %(default)s)")
     seed: int = option(42, "--seed", parse=parse_integer, metavar="N", label="Seed",
         help="image k of the run has seed + k (default: %(default)s)")
@@ -260,9 +260,9 @@ class Sampling:
         label="Tiling", help="make images seamless (tileable) by circular padding: x joins left"
         " and right, for panoramas, y top and bottom, xy both, for textures; xy without a value"
         " (default: %(default)s)")
-    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=COMMON_QUIRKS,
-        metavar="NAMES", help="reproduce quirks of the original scripts: all or some of "
-        + ",".join(QUIRKS))
+    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=SCRIPT_QUIRKS,
+        metavar="NAMES", help="reproduce quirks of the original: names of "
+        + ",".join(QUIRKS) + "; without a value those of its scripts")
     # fmt: on
 
     def __post_init__(self) -> None:

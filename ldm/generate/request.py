@@ -17,11 +17,14 @@ from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from ldm.generate.tasks.base import Task
 
 __all__ = ["Request"]
 
 InputsType = TypeVar("InputsType", bound=Inputs)
+Group = TypeVar("Group", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Request:
         sampling = self.sampling
         if sampling.sigmas is not None:
             steps = len(sampling.sigmas) - 1
+            # The task's default may be in the request although nobody asked for it.
             _, default = self.task.options()["steps"]
             if sampling.steps not in (default, steps):
                 raise ArgumentError(f"sigmas have {steps} steps, not {sampling.steps}", "steps")
@@ -117,6 +121,7 @@ def _file_names(value: Value) -> Value:
     return Path(value).name if isinstance(value, str) else value
 
 
-def _replace_fields(group: Value, values: Mapping[str, Value]) -> Value:
-    own = {f.name: values[f.name] for f in fields(group) if f.name in values}
-    return replace(group, **own)
+def _replace_fields(group: Group, values: Mapping[str, Value]) -> Group:
+    """Copy a group with those values that are its options."""
+    changes = {f.name: values[f.name] for f in fields(group) if f.name in values}
+    return replace(group, **changes)

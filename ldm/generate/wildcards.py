@@ -17,17 +17,17 @@ from pyparsing import ParseException
 
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 
-__all__ = ["DynamicPrompts", "is_dynamic"]
+__all__ = ["DynamicPrompts"]
 
 MARKS = ("{", "__", "${", "%{")
 # Further special characters of the package, and their placeholders while it expands a prompt.
-LITERALS = {"#": "\ue000", "%": "\ue001"}
+PLACEHOLDERS = {"#": "\ue000", "%": "\ue001"}
 
 logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # it warns before we raise
 
 
-def is_dynamic(prompt: str) -> bool:
-    """Return whether a prompt has the syntax of dynamic prompts."""
+def may_be_dynamic(prompt: str) -> bool:
+    """Return whether a prompt contains marks of dynamic prompts."""
     return any(mark in prompt for mark in MARKS)
 
 
@@ -52,22 +52,25 @@ class DynamicPrompts:
         Raises:
             ArgumentError: the prompt does not parse, or names an unknown wildcard.
         """
-        if not is_dynamic(prompt):
+        if not may_be_dynamic(prompt):
             return prompt
         template = prompt
-        for character, stand_in in LITERALS.items():
+        for character, placeholder in PLACEHOLDERS.items():
             if f"{character}{{" not in template:
-                template = template.replace(character, stand_in)
+                template = template.replace(character, placeholder)
         try:
             with warnings.catch_warnings():
                 # It uses old names of pyparsing.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 text: str = self._generator.generate(template, 1, seeds=[seed])[0]
-        except (ParseException, StopIteration, RecursionError) as error:
+        except RecursionError as error:
+            message = f"`{prompt}` does not end: wildcards contain each other"
+            raise ArgumentError(message, "dynamic_prompts") from error
+        except (ParseException, StopIteration) as error:
             message = f"`{prompt}` is not a dynamic prompt: brackets or `__` are not closed"
             raise ArgumentError(message, "dynamic_prompts") from error
-        for character, stand_in in LITERALS.items():
-            text = text.replace(stand_in, character)
+        for character, placeholder in PLACEHOLDERS.items():
+            text = text.replace(placeholder, character)
         return text
 
 

@@ -14,7 +14,8 @@ from ldm.commands.main import main
 from ldm.generate.command_line import build_parser, parse_request, to_argv
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import ModelChoice
-from ldm.generate.options import COMMON_QUIRKS, options_of
+from ldm.generate.option_parsers import SCRIPT_QUIRKS
+from ldm.generate.options import options_of
 from ldm.generate.replay import read_request
 from ldm.generate.tasks import TASKS
 from ldm.model import Defaults
@@ -55,7 +56,7 @@ def parse(task, *words):
         ("txt2img", "--from-file prompts.txt --repeat 3",
          {"from_file": "prompts.txt", "repeat": 3}),
         ("txt2img", "--torchscript --ipex --laion400m", {"torchscript": True, "ipex": True}),
-        ("txt2img", "--legacy", {"legacy": COMMON_QUIRKS}),
+        ("txt2img", "--legacy", {"legacy": SCRIPT_QUIRKS}),
         ("txt2img", "--legacy steps,plms_v", {"legacy": ("plms-v", "steps")}),
         ("txt2img", "--eta 0.5 --grid-spacing karras --tile",
          {"eta": 0.5, "scheduler": "karras", "vae_tile": 512}),

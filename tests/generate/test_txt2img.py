@@ -105,14 +105,14 @@ def test_json_has_one_line_per_picture(run):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a --seed x", "prompts.txt:1: seed `x` is not a number"),
+        ("a --seed x", "prompts.txt:1: seed `x` is not an integer"),
         ("a --seed", "prompts.txt:1: --seed needs a value"),
         ("a --steps 0", "prompts.txt:1: steps: `0` is not a positive whole number"),
         ("a --seed 1 --foo 2", "prompts.txt:1: `--foo` is not an option that a line may set"),
         ("a --t 0.5", "prompts.txt:1: `--t` is not an option that a line may set"),
         ("a --w 100", "prompts.txt:1: width 100 is not a positive multiple of 8"),
         ("a --ss eulr", "prompts.txt:1: unknown sampler `eulr`, did you mean `euler`?"),
-        ("a --negative-prompt 'b", "prompts.txt:1: no closing quotation"),
+        ("a --negative-prompt 'b", "prompts.txt:1: missing closing quote"),
         ("", "prompts.txt is empty"),
     ],
 )

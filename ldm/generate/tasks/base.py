@@ -51,7 +51,7 @@ class PreparedTask:
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
-        """Make one batch of images, (B, 3, H, W) in [-1, 1], one for each prompt.
+        """Make one batch of images, (B, 3, H, W) in [-1, 1]; with depth (B, 4, H, W).
 
         Args:
             options: keyword arguments of the pipeline.
@@ -59,7 +59,7 @@ class PreparedTask:
         raise NotImplementedError
 
     def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
-        """Return (image, mask "L"): where the mask is 0, results keep the pixels of the image."""
+        """Return (image, mask "1"): where the mask is False, results keep the image's pixels."""
         return None
 
 
@@ -254,7 +254,7 @@ def _image_path(request: Request) -> str:
 
 
 def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
-    """Resize an image to the requested size."""
+    """Resize an image to the requested size; with legacy `size` to its own, in multiples of 64."""
     from ldm.imaging.pixels import resize_to, resize_to_multiple
 
     if "size" in request.sampling.legacy and not request.task.enlarges:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.generate.groups import ModelFiles
-from ldm.generate.options import option, parse_fraction
+from ldm.generate.option_parsers import parse_fraction
+from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task, fit_image
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_fraction
+from ldm.generate.option_parsers import parse_fraction
+from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_box, parse_fraction, parse_natural, parse_number
+from ldm.generate.option_parsers import parse_box, parse_fraction, parse_natural, parse_number
+from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import (
     DEPTH,
@@ -40,10 +41,11 @@ class InpaintInputs(FolderInputs):
     mask_box: tuple[int, int, int, int] | None = option(None, "--mask-box", parse=parse_box,
         metavar="L,T,R,B", label="Mask box", help="repaint this box, in pixels")
     mask_grow: int = option(0, "--mask-grow", parse=parse_natural, metavar="N",
-        label="Mask expand (px)", maximum=64,
+        label="Mask expand (px)", slider_max=64,
         help="expand the mask by this many pixels (default: %(default)s)")
     mask_blur: float = option(0.0, "--mask-blur", parse=parse_number, metavar="R",
-        label="Mask blur (px)", maximum=64, help="radius of the mask blur (default: %(default)s)")
+        label="Mask blur (px)", slider_max=64,
+        help="radius of the mask blur (default: %(default)s)")
     no_composite: bool = option(False, "--no-composite",
         help="do not paste the unmasked pixels of the image back over the decoded ones")
     indir: str | None = option(None, "--indir", metavar="DIR",

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from ldm.generate.groups import Inputs, ModelFiles
-from ldm.generate.options import option, parse_count, parse_natural, parse_number
+from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
+from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import PreparedTask, Task
 from ldm.prompts import PLAIN
@@ -32,7 +33,7 @@ class UnclipInputs(Inputs):
         metavar="W", label="Image weights",
         help="weight of each image, then of the prior (default: equal weights)")
     noise_level: tuple[int, ...] = option((), "--noise-level", parse=parse_natural, is_list=True,
-        metavar="N", label="Noise level (0 – 999)", maximum=999,
+        metavar="N", label="Noise level (0 – 999)", slider_max=999,
         help="timestep of the noise on the embeddings, 0 to 999, for all or for each (default: 0)")
     mix_noise_level: int | None = option(None, "--mix-noise-level", parse=parse_natural,
         metavar="N", label="Mix noise level",

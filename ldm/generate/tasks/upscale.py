@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_fraction, parse_natural, parse_size
+from ldm.generate.option_parsers import parse_fraction, parse_natural, parse_size
+from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, PreparedTask, Task
 from ldm.runtime.errors import ArgumentError
@@ -28,7 +29,7 @@ class UpscaleInputs(FolderInputs):
     init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
         label="Image", help="input image, resized to --H x --W; for the x2 latent upscaler also a"
         " latent of --save-latents, or a folder of them, each to OUTDIR/NAME.png")
-    noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", maximum=349,
+    noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", slider_max=349,
         label="Noise level (0 – 349)",
         help="timestep of the noise on the image, 0 to 349: more noise, more invented detail"
         " (default: %(default)s)")
