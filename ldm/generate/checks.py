@@ -11,7 +11,7 @@ from ldm.generate.defaults import resolve_sampling
 from ldm.generate.plan import Batch, LineOptions
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask, Task
-from ldm.generate.tasks.base import RGBDInputs
+from ldm.generate.tasks.images import RGBDInputs
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.families import PIXELS, Family
 from ldm.loading.load import (

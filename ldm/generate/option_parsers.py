@@ -131,7 +131,7 @@ def parse_freeu(argument: str) -> str | tuple[float, ...]:
     if not numbers and "," in argument:
         raise ArgumentError(f"`{argument}` is not B1,B2,S1,S2: four numbers")
     value = numbers or argument
-    FreeUFactors.parse(value, next(iter(FREEU_PRESETS)))  # raises ArgumentError, as any preset would
+    FreeUFactors.parse(value, next(iter(FREEU_PRESETS)))  # raises ArgumentError
     return value
 
 

@@ -1,18 +1,13 @@
 """Base classes of tasks: Task describes one, PreparedTask has read its inputs from disk."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typing_extensions import Self
-
 from ldm.generate.groups import SDXL, Inputs, ModelChoice, Output, Prompts, Sampling, UpscalerChoice
-from ldm.generate.options import Option, Value, option, options_of
+from ldm.generate.options import Option, Value, options_of
 from ldm.generate.request import Request
-from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
-from ldm.runtime.ranks import rank_and_world_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,12 +16,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.options import TaskOptions
 
-DEPTH = "_depth"  # suffix of the file name of an image's depth
-
-__all__ = [
-    "DEPTH", "FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "RGBDInputs",
-    "Task", "fit_image",
-]  # fmt: skip
+__all__ = ["PreparedTask", "Task"]
 
 
 class PreparedTask:
@@ -134,148 +124,3 @@ def _options(
     for name, default in defaults:
         options[name] = (options[name][0], default)
     return options
-
-
-@dataclass(frozen=True)
-class ImageInputs(Inputs):
-    """The input image."""
-
-    # fmt: off
-    init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
-        label="Image", help="input image, resized to --H x --W")
-    resize_mode: str = option("crop", "--resize-mode", choices=("crop", "stretch", "pad"),
-        label="Resize mode", help="for images of another aspect ratio: crop, stretch, or pad by"
-        " repeating the edge (default: %(default)s)")
-    # fmt: on
-
-
-@dataclass(frozen=True)
-class RGBDInputs(ImageInputs):
-    """The input image and, for LDM3D, its depth."""
-
-    # fmt: off
-    depth: str | None = option(None, "--depth", metavar="FILE", is_input_file=True,
-        label="Depth (for LDM3D)",
-        help="for LDM3D: depth of the input image, of the same size, white is near; 8 or 16 bits,"
-        " or floats in 0 … 1")
-    # fmt: on
-
-
-@dataclass(frozen=True)
-class FolderInputs(RGBDInputs):
-    """An input image, or a folder of them; with `depth`, that of X.png is X_depth.png."""
-
-    # fmt: off
-    indir: str | None = option(None, "--indir", metavar="DIR",
-        help="process all images in a folder, each to OUTDIR/NAME.png; --depth is then a folder"
-        " with NAME_depth.png")
-    # fmt: on
-
-    def split_by_image(self) -> Sequence["FolderInputs"]:
-        """Return the inputs for each image of the folder that this process works on.
-
-        Raises:
-            MissingFile: the folder has no images.
-        """
-        if self.indir is None:
-            return [self]
-        rank, world_size = rank_and_world_size()
-        return self.list_folder(Path(self.indir).expanduser())[rank::world_size]
-
-    def list_folder(self, folder: Path) -> list["FolderInputs"]:
-        """Return the inputs for each image in a folder."""
-        from ldm.imaging.reading import list_images
-
-        paths = list_images(folder, "indir")
-        if self.depth is None:
-            return [replace(self, init_img=str(path)) for path in paths]
-        paths = [path for path in paths if not path.stem.endswith(DEPTH)]
-        return [self.replace_image(path) for path in paths]
-
-    def replace_image(self, path: Path) -> Self:
-        """Return the inputs for an image of the folder, with its depth if there is a folder of it.
-
-        Raises:
-            MissingFile: the depth of the image is missing.
-        """
-        depth = Path(self.depth or "") / f"{path.stem}{DEPTH}.png"
-        if self.depth is not None and not depth.is_file():
-            raise MissingFile(f"no depth `{depth}` for the image `{path}`", "depth")
-        return replace(self, init_img=str(path), depth=self.depth and str(depth))
-
-    @property
-    def is_folder(self) -> bool:
-        return self.indir is not None
-
-    @property
-    def output_name(self) -> str | None:
-        return Path(self.init_img).stem if self.is_folder and self.init_img else None
-
-
-def read_image(request: Request) -> "Image.Image":
-    """Load the input image at the requested size.
-
-    Raises:
-        MissingArgument: no image is given.
-        ValueError, FileNotFoundError: the file is missing or not an image.
-    """
-    from ldm.imaging.reading import load_image
-
-    return fit_image(request, load_image(_image_path(request)))
-
-
-def read_depth(request: Request) -> "Tensor | None":
-    """Load the depth of the input image at the requested size, (1, 1, H, W) in [0, 1].
-
-    Raises:
-        ArgumentError: it has another size than the image.
-    """
-    import numpy as np
-    import torch
-
-    from ldm.imaging.depth import load_relative_depth
-    from ldm.imaging.reading import read_size
-
-    inputs = request.inputs
-    if not isinstance(inputs, RGBDInputs) or inputs.depth is None:
-        return None
-    depth, size = load_relative_depth(inputs.depth), read_size(_image_path(request))
-    if depth.size != size:
-        sizes = ("{}x{}".format(*pair) for pair in (depth.size, size))
-        raise ArgumentError("the depth is {}, the image {}".format(*sizes), "depth")
-    return torch.tensor(np.asarray(fit_image(request, depth)))[None, None].clamp(0, 1)
-
-
-def _image_path(request: Request) -> str:
-    path = request.inputs_as(ImageInputs).init_img
-    if path is None:
-        raise MissingArgument("an input image is missing", "init_img")
-    return path
-
-
-def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
-    """Resize an image to the requested size; with legacy `size` to its own, in multiples of 64."""
-    from ldm.imaging.pixels import resize_to, resize_to_multiple
-
-    if "size" in request.sampling.legacy and not request.task.enlarges:
-        return resize_to_multiple(image, 64)
-    mode = request.inputs_as(ImageInputs).resize_mode
-    return resize_to(image, request.sampling.size, mode)
-
-
-class PreparedImageTask(PreparedTask):
-    """A prepared task with one input image.
-
-    Attributes:
-        image: (1, 3, H, W) in [-1, 1].
-        depth: (1, 1, H, W) in [0, 1]; None = not given.
-    """
-
-    def __init__(self, request: Request) -> None:
-        from ldm.imaging.pixels import to_tensor
-
-        super().__init__(request)
-        self.image, self.depth = to_tensor(read_image(request)), read_depth(request)
-
-    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
-        return self.image.shape[-2], self.image.shape[-1]

@@ -7,7 +7,8 @@ from ldm.generate.groups import ModelFiles
 from ldm.generate.option_parsers import parse_fraction
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task, fit_image
+from ldm.generate.tasks.base import Task
+from ldm.generate.tasks.images import ImageInputs, PreparedImageTask, fit_image
 
 if TYPE_CHECKING:
     from torch import Tensor

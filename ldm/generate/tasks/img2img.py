@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from ldm.generate.option_parsers import parse_fraction
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task
+from ldm.generate.tasks.base import Task
+from ldm.generate.tasks.images import FolderInputs, PreparedImageTask
 
 if TYPE_CHECKING:
     from torch import Tensor

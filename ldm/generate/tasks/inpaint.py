@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING
 from ldm.generate.option_parsers import parse_box, parse_fraction, parse_natural, parse_number
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import (
-    DEPTH,
-    FolderInputs,
-    PreparedImageTask,
-    Task,
-    fit_image,
-)
+from ldm.generate.tasks.base import Task
+from ldm.generate.tasks.images import DEPTH, FolderInputs, PreparedImageTask, fit_image
 from ldm.runtime.errors import MissingFile
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ldm.generate.option_parsers import parse_fraction, parse_natural, parse_size
 from ldm.generate.options import option
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, PreparedTask, Task
+from ldm.generate.tasks.base import PreparedTask, Task
+from ldm.generate.tasks.images import FolderInputs, PreparedImageTask
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import rank_and_world_size
 
