@@ -144,7 +144,7 @@ def test_another_checkpoint_of_the_same_name_is_reported(
 ) -> None:
     """The shipped models have other decoders than in version 0.1."""
     assert run_command("replay", moved(DATA / "images/mask.png", tmp_path)) == 1
-    assert "\n  another checkpoint: 49eec7a0b8 then, " in capsys.readouterr().out
+    assert "\n  checkpoint: 49eec7a0b8 then, " in capsys.readouterr().out
 
 
 def test_adapters_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.generate.batch import generate_with_fallback, start_task
-from ldm.generate.checks import check_loras, find_few_steps_warnings, find_option_warnings
+from ldm.generate.checks import (
+    check_loras,
+    check_steps,
+    find_few_steps_warnings,
+    find_option_warnings,
+)
 from ldm.generate.defaults import log_variant
 from ldm.generate.info import Info, describe_image, describe_run, dtype_name, result_size
 from ldm.generate.listener import RunListener, hides_progress
@@ -67,6 +72,7 @@ def run_request(
     for inputs in inputs_of_images:
         tasks = _prepare(replace(request, inputs=inputs), batches)
         if models is None:  # only now, as loading takes longer than reading a wrong input
+            check_steps(tasks)
             said = find_few_steps_warnings(tasks, batches)
             _warn(listener, said)
             models = load(_with_common_loras(tasks[()], batches))

@@ -81,10 +81,10 @@ def test_a_file_may_end_in_a_partial_batch(tmp_path):
     file.write_text(f"\ufeffa fox\n\n{last}\n", "utf-8")
     batches = plan("--from-file", str(file), "--repeat=2", "--n_samples=4", "--n_iter=2")
     assert [len(batch) for batch in batches] == [4, 2] * 2
-    jobs = [job for batch in batches for job in batch]
-    assert [job.prompt for job in jobs] == ["a fox", "a fox", "", "", *["it's a cat"] * 2] * 2
-    assert [job.seed for job in jobs] == [42, 43, 44, 45, 7, 8, 48, 49, 50, 51, 9, 10]
-    assert [job.negative_prompt for job in jobs] == ([""] * 4 + ["blue, dull"] * 2) * 2
+    specs = [spec for batch in batches for spec in batch.images]
+    assert [spec.prompt for spec in specs] == ["a fox", "a fox", "", "", *["it's a cat"] * 2] * 2
+    assert [spec.seed for spec in specs] == [42, 43, 44, 45, 7, 8, 48, 49, 50, 51, 9, 10]
+    assert [spec.negative_prompt for spec in specs] == ([""] * 4 + ["blue, dull"] * 2) * 2
 
 
 def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_each_image_draws_by_its_own_seed(tmp_path):
     (tmp_path / "colour.txt").write_text("red\ngreen\nblue\n")
     prompt = "a {big|small|tiny} __colour__ fox, 50% C#"
     batches = plan("--prompt", prompt, "--wildcards", str(tmp_path), "--n_samples=4", "--n_iter=4")
-    texts = {job.seed: job.prompt for batch in batches for job in batch}
+    texts = {spec.seed: spec.prompt for batch in batches for spec in batch.images}
     assert len({*texts.values()}) > 4
     assert all(text.endswith(" fox, 50% C#") and "{" not in text for text in texts.values())
     later = plan("--prompt", prompt, "--wildcards", str(tmp_path), "--seed=50", "--n_samples=1")
@@ -125,7 +125,7 @@ def test_each_image_draws_by_its_own_seed(tmp_path):
 def test_images_of_a_sampler_that_adapts_to_the_batch_are_made_one_by_one(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb --sampler dpm_adaptive\nc")
     batches = plan("--from-file", str(tmp_path / "prompts.txt"), "--repeat=3", "--n_iter=1")
-    prompts = [[job.prompt for job in batch] for batch in batches]
+    prompts = [[spec.prompt for spec in batch.images] for batch in batches]
     assert prompts == [["a"] * 3, ["b"], ["b"], ["b"], ["c"] * 3]
     assert len(plan("--sampler", "dpm_adaptive", "--n_samples=2", "--n_iter=1")) == 2
 

@@ -110,7 +110,7 @@ def test_scores_are_reported_and_the_image_is_kept(made, tmp_path):
 def test_a_flagged_image_is_hidden_and_says_so(made, action, capsys):
     plain, _ = made()
     hidden, err = made("--unsafe", action)
-    assert err.count("saved all black" if action == "black" else "saved blurred") == 2
+    assert err.count("replaced by black" if action == "black" else ": blurred") == 2
     now, before = (pixels(infos[0]["path"]) for infos in (hidden, plain))
     if action == "black":
         assert not now.any()
