@@ -191,7 +191,7 @@ def test_processes_share_a_run(run, tmp_path, monkeypatch, names):
         for name, value in zip(names, (rank, 2), strict=True):
             monkeypatch.setenv(name, str(value))
         _, out, err = run(*flags)
-        assert f"process {rank} of 2: {2 - rank} of 3 batches" in err
+        assert f"rank {rank} of 2 processes: {2 - rank} of 3 batches" in err
         shared += [pixels(path).tobytes() for path in out]
     assert sorted(shared) == sorted(whole)
     status, _, err = run("--legacy")
