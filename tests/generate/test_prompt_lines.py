@@ -118,7 +118,7 @@ def test_each_image_draws_by_its_own_seed(tmp_path):
     assert len({*texts.values()}) > 4
     assert all(text.endswith(" fox, 50% C#") and "{" not in text for text in texts.values())
     later = plan("--prompt", prompt, "--wildcards", str(tmp_path), "--seed=50", "--n_samples=1")
-    assert later[0][0].prompt == texts[50]
+    assert later[0].images[0].prompt == texts[50]
     assert DynamicPrompts(tmp_path).expand(prompt, 0) == DynamicPrompts(tmp_path).expand(prompt, 0)
 
 
