@@ -57,10 +57,10 @@ def backend_with(files, outdir, **options):
 
 
 @pytest.fixture
-def answers(photo):
+def fill_form(photo):
     """What a user fills in for a task; the defaults of the form otherwise."""
 
-    def answers(task, **changes):
+    def fill_form(task, **changes):
         fields = TaskForm(TASKS[task], LIMITS).fields()
         filled = {name: field.settings.get("value") for name, field in fields.items()}
         own = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
@@ -75,7 +75,7 @@ def answers(photo):
         own["sketch"] = sketch(photo, (8, 8, 30, 40))
         return filled | {name: own[name] for name in own.keys() & fields.keys()} | changes
 
-    return answers
+    return fill_form
 
 
 def sketch(photo, box=None):
@@ -89,11 +89,11 @@ def sketch(photo, box=None):
     return [(str(photo), None), (str(path), None)]
 
 
-def run(backend, task, answers, model=None):
+def run(backend, task, inputs, model=None):
     """The job of a task, when it has ended."""
 
     def work(progress):
-        values = TaskForm(TASKS[task], LIMITS).parse(answers, backend.uploads)
+        values = TaskForm(TASKS[task], LIMITS).parse(inputs, backend.uploads)
         name = model or f"{MODELS[task]}.safetensors"
         return backend.generate(backend.make_request(TASKS[task], name, values), progress)
 
@@ -125,8 +125,8 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
 
 
 @pytest.mark.parametrize("task", some(TASKS, "txt2img", "inpaint"))
-def test_every_task_makes_images_that_it_makes_again(backend, files, answers, task):
-    job = run(backend, task, answers(task))
+def test_every_task_makes_images_that_it_makes_again(backend, files, fill_form, task):
+    job = run(backend, task, fill_form(task))
     assert not job.has_failed, job.message
     path = job.images[0]["path"]
     assert Path(path).parent == backend.outdir / "samples"
@@ -137,15 +137,15 @@ def test_every_task_makes_images_that_it_makes_again(backend, files, answers, ta
 
 
 @pytest.mark.filterwarnings("ignore::ldm.prompts.PromptWarning")  # as `ldm app` does
-def test_seeds_are_exact_and_a_long_prompt_is_said_behind_the_result(backend, answers):
+def test_seeds_are_exact_and_a_long_prompt_is_said_behind_the_result(backend, fill_form):
     beyond = str(2**64 - 1)  # what a browser counts
-    job = run(backend, "txt2img", answers("txt2img", prompt="very " * 80, seed=beyond))
+    job = run(backend, "txt2img", fill_form("txt2img", prompt="very " * 80, seed=beyond))
     assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
     assert job.images[0]["seed"] == 2**64 - 1
     assert replay(backend, job.images[0]["path"]) == "identical"
 
 
-def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, answers, tmp_path):
+def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, fill_form, tmp_path):
     (tmp_path / "vae").mkdir()
     for file in files["base_v"][1::2]:
         shutil.copy(file, tmp_path)
@@ -153,18 +153,18 @@ def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, answers, tmp_
     write_checkpoint(tmp_path / "vae/other.ckpt", state)
     backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
     plain, other = (
-        run(backend, "txt2img", answers("txt2img", vae=vae)).images[0] for vae in ("", "other")
+        run(backend, "txt2img", fill_form("txt2img", vae=vae)).images[0] for vae in ("", "other")
     )
     assert other["vae"]["path"] == "other.ckpt"
     assert (pixels(plain["path"]) != pixels(other["path"])).any()
     assert replay(backend, other["path"]) == "identical"
-    job = run(backend, "txt2img", answers("txt2img", vae="../base_v"))
+    job = run(backend, "txt2img", fill_form("txt2img", vae="../base_v"))
     assert "unknown VAE `../base_v`" in job.message
 
 
 @pytest.mark.slow
 def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
-    files, answers, tmp_path
+    files, fill_form, tmp_path
 ):
     (tmp_path / "safety_checker").mkdir()
     for file in files["base_v"][1::2]:
@@ -172,45 +172,45 @@ def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
     checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
     backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
     chosen = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
-    job = run(backend, "txt2img", answers("txt2img", **chosen))
+    job = run(backend, "txt2img", fill_form("txt2img", **chosen))
     assert "image 0 is flagged by concept 2" in job.message
     assert "replaced by black" in job.message
     assert not pixels(job.images[0]["path"]).any()
     assert job.images[0]["sld"] == "max"
     assert replay(backend, job.images[0]["path"]) == "identical"
-    job = run(backend, "txt2img", answers("txt2img", **chosen | {"unsafe": "drop"}))
+    job = run(backend, "txt2img", fill_form("txt2img", **chosen | {"unsafe": "drop"}))
     assert [image["path"] for image in job.images] == [None]
-    job = run(backend, "txt2img", answers("txt2img", safety_checker=str(checker)))
+    job = run(backend, "txt2img", fill_form("txt2img", safety_checker=str(checker)))
     assert "unknown safety checker" in job.message
 
 
 def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(3, width)})
-    taught = backend_with(files, tmp_path, embeddings=[str(tmp_path)])
+    with_embeddings = backend_with(files, tmp_path, embeddings=[str(tmp_path)])
     assert backend.library.count_tokens("base_v.safetensors", "a cat") == (2, 75, "")
-    assert taught.library.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
+    assert with_embeddings.library.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
     assert backend.library.count_tokens("absent.safetensors", "a cat") == (0, 0, "")
     long = "a (cat:1.2) BREAK " + "very " * 80
     assert backend.library.count_tokens("base_v.safetensors", long, "a1111") == (82, 225, "")
     assert backend.library.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
 
 
-def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
-    job = run(backend, "inpaint", answers("inpaint"), model="base_v.safetensors")
+def test_known_pixels_of_a_sketch_stay(backend, fill_form, photo):
+    job = run(backend, "inpaint", fill_form("inpaint"), model="base_v.safetensors")
     same = (pixels(job.images[0]["path"]) == pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
 
 
-def test_an_estimated_depth_map_is_taken_back(backend, answers):
+def test_an_estimated_depth_map_is_taken_back(backend, fill_form):
     task, job = TASKS["depth2img"], Progress()
-    values = TaskForm(task, LIMITS).parse(answers("depth2img"), backend.uploads)
+    values = TaskForm(task, LIMITS).parse(fill_form("depth2img"), backend.uploads)
     backend.estimate_depth(backend.make_request(task, "depth.safetensors", values), job)
     map_ = job.images[0]["path"]
     with Image.open(map_) as image:
         assert image.mode.startswith("I")
-    job = run(backend, "depth2img", answers("depth2img", depth_map=map_))
+    job = run(backend, "depth2img", fill_form("depth2img", depth_map=map_))
     assert job.images[0]["inputs"]["depth_map"], job.message
 
 
@@ -232,15 +232,15 @@ def test_an_estimated_depth_map_is_taken_back(backend, answers):
     ],
 )  # fmt: skip
 def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(
-    backend, answers, task, changes, message
+    backend, fill_form, task, changes, message
 ):
-    job = run(backend, task, answers(task, **changes))
+    job = run(backend, task, fill_form(task, **changes))
     assert job.has_failed
     assert message in job.message
 
 
-def test_an_empty_mask_is_refused(backend, answers, photo):
-    job = run(backend, "inpaint", answers("inpaint", sketch=sketch(photo)))
+def test_an_empty_mask_is_refused(backend, fill_form, photo):
+    job = run(backend, "inpaint", fill_form("inpaint", sketch=sketch(photo)))
     assert job.message == "The mask is empty. Draw over the area to repaint."
 
 
@@ -249,28 +249,28 @@ def test_an_empty_mask_is_refused(backend, answers, photo):
     [(b"", "an empty file"), (b"<html>", "a web page"), ("cut", "damaged"), (HUGE, "pixels")],
 )
 def test_bad_uploads_are_named_in_one_line_without_the_path(
-    backend, answers, photo, tmp_path, content, reason
+    backend, fill_form, photo, tmp_path, content, reason
 ):
     bad = tmp_path / "holiday.png"
     bad.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
-    job = run(backend, "img2img", answers("img2img", init_img=str(bad)))
+    job = run(backend, "img2img", fill_form("img2img", init_img=str(bad)))
     assert re.match("`holiday.png` (is|has) ", job.message)
     assert reason in job.message
     assert "\n" not in job.message
 
 
-def test_too_large_an_image_says_how_to_scale_it(backend, answers, tmp_path):
+def test_too_large_an_image_says_how_to_scale_it(backend, fill_form, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     large = {"init_img": str(tmp_path / "large.png")}
-    job = run(backend, "img2img", answers("img2img", **large))
+    job = run(backend, "img2img", fill_form("img2img", **large))
     assert "300x200 is too large, sides up to 256 are allowed: set width or height" in job.message
-    assert not run(backend, "img2img", answers("img2img", **large, width=64)).has_failed
+    assert not run(backend, "img2img", fill_form("img2img", **large, width=64)).has_failed
 
 
 @pytest.mark.parametrize(
     "name", [None, "../base_v.safetensors", "inpaint.safetensors", "absent.safetensors"]
 )
-def test_models_are_those_of_the_folder_that_serve_the_task(backend, answers, name):
+def test_models_are_those_of_the_folder_that_serve_the_task(backend, fill_form, name):
     with pytest.raises(
         ValueError,
         match=r"txt2img needs a text.*; available: base_eps.safetensors, base_v.safetensors",
@@ -278,7 +278,7 @@ def test_models_are_those_of_the_folder_that_serve_the_task(backend, answers, na
         backend.make_request(TASKS["txt2img"], name, {})
 
 
-LIES = [
+FORGED = [
     ({"checkpoint": "/etc/passwd"}, "no model `/etc/passwd`"),
     ({"inputs": {"init_img": [{"path": "/etc/passwd", "sha256": "0" * 64}]}}, "upload it"),
     ({"request": {"overrides": ["model.params.x=1"]}}, "use `ldm replay`"),
@@ -294,48 +294,52 @@ LIES = [
 ]
 
 
-def merge(info, lie):
-    own = lie.get("request")
-    return info | lie | ({"request": info["request"] | own} if isinstance(own, dict) else {})
+def change_info(info, changes):
+    request = changes.get("request")
+    if isinstance(request, dict):
+        changes = changes | {"request": info["request"] | request}
+    return info | changes
 
 
 @pytest.fixture(scope="module")
-def honest():
-    """Images by their task, which `liar` copies."""
+def originals():
+    """Images by their task, which `replay_forged` copies."""
     return {}
 
 
 @pytest.fixture
-def liar(backend, answers, honest, tmp_path):
+def replay_forged(backend, fill_form, originals, tmp_path):
     """Writes an image of a task whose info was changed; returns its replay."""
 
-    def liar(task, **lie):
-        if task not in honest:
-            honest[task] = run(backend, task, answers(task)).images[0]["path"]
-        path = honest[task]
+    def replay_forged(task, **changes):
+        if task not in originals:
+            originals[task] = run(backend, task, fill_form(task)).images[0]["path"]
+        path = originals[task]
         with Image.open(path) as image:
-            write_png(tmp_path / "lie.png", image, merge(read_info(path), lie))
-        return replay(backend, tmp_path / "lie.png")
+            write_png(tmp_path / "forged.png", image, change_info(read_info(path), changes))
+        return replay(backend, tmp_path / "forged.png")
 
-    return liar
+    return replay_forged
 
 
-@pytest.mark.parametrize(("lie", "message"), LIES)
-def test_an_image_that_lies_about_its_making_reads_no_file_and_takes_no_time(liar, lie, message):
-    assert message in liar("txt2img", **lie)
+@pytest.mark.parametrize(("changes", "message"), FORGED)
+def test_a_forged_info_reads_no_file_and_takes_no_time(replay_forged, changes, message):
+    assert message in replay_forged("txt2img", **changes)
 
 
 @pytest.mark.parametrize("option", ["save_depth", "midas"])
-def test_an_image_does_not_name_where_an_upload_is_written_or_loaded(backend, liar, photo, option):
+def test_an_image_does_not_name_where_an_upload_is_written_or_loaded(
+    backend, replay_forged, photo, option
+):
     upload = Path(backend.uploads.add(photo))
     content = upload.read_bytes()
     inputs = {option: [{"path": str(upload), "sha256": upload.stem}]}
-    assert f"with a file as `{option}`" in liar("depth2img", inputs=inputs)
+    assert f"with a file as `{option}`" in replay_forged("depth2img", inputs=inputs)
     assert upload.read_bytes() == content
 
 
-def test_a_config_that_an_image_names_is_not_read(liar):
-    assert liar("txt2img", config="/etc/passwd") == "identical"
+def test_a_config_that_an_image_names_is_not_read(replay_forged):
+    assert replay_forged("txt2img", config="/etc/passwd") == "identical"
 
 
 def test_images_of_other_programs_are_not_replayed(backend, photo):
@@ -343,24 +347,25 @@ def test_images_of_other_programs_are_not_replayed(backend, photo):
 
 
 @pytest.mark.slow
-def test_models_stay_in_memory_between_tasks(files, answers, tmp_path):
+def test_models_stay_in_memory_between_tasks(files, fill_form, tmp_path):
     backend = backend_with(files, tmp_path / "out")
-    run(backend, "txt2img", answers("txt2img"))
-    run(backend, "img2img", answers("img2img"), model="base_v.safetensors")
+    run(backend, "txt2img", fill_form("txt2img"))
+    run(backend, "img2img", fill_form("img2img"), model="base_v.safetensors")
     assert backend._models.count == 1
-    run(backend, "inpaint", answers("inpaint"))
+    run(backend, "inpaint", fill_form("inpaint"))
     assert backend._models.count == 2
 
 
 @pytest.mark.slow
-def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, answers, tmp_path):
+def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, fill_form, tmp_path):
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     lora = random_lora(tmp_path / "1.safetensors", model, 1)
     backend = backend_with(files, tmp_path / "out", loras=[(str(lora), 0.5)])
     assert backend.library.list_fitting_loras("base_v.safetensors") == ["1"]
     assert backend.library.list_fitting_loras("upscale.safetensors") == []
     styled, plain = (
-        run(backend, "txt2img", answers("txt2img", lora=lora)).images[0] for lora in (["1:0.8"], [])
+        run(backend, "txt2img", fill_form("txt2img", lora=lora)).images[0]
+        for lora in (["1:0.8"], [])
     )
     assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
@@ -408,7 +413,7 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
 
 
 def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
-    files, answers, tmp_path, monkeypatch
+    files, fill_form, tmp_path, monkeypatch
 ):
     """Also one that the prompt names."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -419,7 +424,7 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
     backend = backend_with(files, tmp_path / "out", loras=given)
     monkeypatch.setattr("ldm.app.model_cache.ModelCache.__call__", pytest.fail)
     for changes in ({"lora": ["xl:1"]}, {"prompt": "a fox <lora:xl:1>"}):
-        job = run(backend, "txt2img", answers("txt2img", **changes))
+        job = run(backend, "txt2img", fill_form("txt2img", **changes))
         assert "`xl.safetensors` is a LoRA for Stable Diffusion XL, the model is" in job.message
 
 
@@ -434,15 +439,15 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
         (["style"], "`style.pt` is"),
     ],
 )
-def test_loras_are_those_that_were_offered(files, answers, tmp_path, chosen, message):
+def test_loras_are_those_that_were_offered(files, fill_form, tmp_path, chosen, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
     backend = backend_with(files, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
-    job = run(backend, "txt2img", answers("txt2img", lora=chosen))
+    job = run(backend, "txt2img", fill_form("txt2img", lora=chosen))
     assert message in job.message
     assert str(tmp_path) not in job.message
 
 
-def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, answers, tmp_path):
+def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, fill_form, tmp_path):
     folder = tmp_path / "models"
     (folder / "wildcards").mkdir(parents=True)
     (folder / "wildcards/animal.txt").write_text("fox\nhare")
@@ -453,13 +458,13 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, answers, t
     lora = random_lora(folder / "loras/style.safetensors", ldm.load(*files["base_v"][3::-2]), 1)
     backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
     prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
-    chosen = answers("txt2img", prompt=prompt, dynamic_prompts=True)
+    chosen = fill_form("txt2img", prompt=prompt, dynamic_prompts=True)
     info = run(backend, "txt2img", chosen).images[0]
     assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
     assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
     assert replay(backend, info["path"]) == "identical"
     assert backend.library.count_tokens("base_v.safetensors", "a fox <lora:style:1>")[0] == 2
-    job = run(backend, "txt2img", answers("txt2img", prompt="a <lora:stlye:1>"))
+    job = run(backend, "txt2img", fill_form("txt2img", prompt="a <lora:stlye:1>"))
     assert job.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
 
 
@@ -477,19 +482,19 @@ def test_loras_are_there_when_the_app_starts(files, tmp_path, loras, message):
 
 @pytest.mark.slow
 def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
-    backend, files, answers, tmp_path
+    backend, files, fill_form, tmp_path
 ):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
-    taught = backend_with(files, tmp_path / "out", embeddings=[str(tmp_path)])
+    with_embeddings = backend_with(files, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
     plain, learned = (
-        run(each, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
-        for each in (backend, taught)
+        run(each, "txt2img", fill_form("txt2img", prompt="a cat")).images[0]["path"]
+        for each in (backend, with_embeddings)
     )
     assert (pixels(plain) != pixels(learned)).any()
-    assert replay(taught, plain) == replay(taught, learned) == "identical"
+    assert replay(with_embeddings, plain) == replay(with_embeddings, learned) == "identical"
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
-    assert "`cat.safetensors`, which is not here" in replay(taught, learned)
+    assert "`cat.safetensors`, which is not here" in replay(with_embeddings, learned)
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(backend):
@@ -518,7 +523,7 @@ def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
 
 @pytest.mark.slow
 def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(
-    files, answers, tmp_path
+    files, fill_form, tmp_path
 ):
     folder = tmp_path / "models"
     folder.mkdir()
@@ -531,7 +536,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
 
     def request(**more):
-        values = TaskForm(task, LIMITS).parse(answers("txt2img", **more), backend.uploads)
+        values = TaskForm(task, LIMITS).parse(fill_form("txt2img", **more), backend.uploads)
         return backend.make_request(task, "base.safetensors", values)
 
     progress = Progress()
@@ -549,14 +554,14 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
 
 
 @pytest.mark.slow
-def test_a_finished_run_with_depth_is_shown_as_a_relief(answers, tmp_path, monkeypatch):
+def test_a_finished_run_with_depth_is_shown_as_a_relief(fill_form, tmp_path, monkeypatch):
     pytest.importorskip("trimesh")
     (tmp_path / "models").mkdir()
     write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", CHOICE, LIMITS)
     jobs = Page(backend).job_events
     assert jobs.jobs.list_images("me") == []
-    values = TaskForm(TASKS["txt2img"], LIMITS).parse(answers("txt2img"), backend.uploads)
+    values = TaskForm(TASKS["txt2img"], LIMITS).parse(fill_form("txt2img"), backend.uploads)
     request = backend.make_request(TASKS["txt2img"], "ldm3d-4c.safetensors", values)
     job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
     while not job.is_over:
