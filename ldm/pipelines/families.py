@@ -62,7 +62,8 @@ def family_of(conditioner: Conditioner) -> str | None:
     """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
     keys = conditioner.keys - SIZE_KEYS
     families = FAMILIES.items()
-    return next((name for name, row in families if row.keys == keys - row.optional_keys), None)
+    fits = (name for name, family in families if family.keys == keys - family.optional_keys)
+    return next(fits, None)
 
 
 def is_sdxl(model: LatentDiffusion) -> bool:

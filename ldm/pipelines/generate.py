@@ -80,7 +80,7 @@ def generate(
         unconditional_inputs: those that differ for the unconditional prediction; None = none do.
         tile: side in latent pixels of the decoder's tiles; None = decode whole.
         scale, noise, z, strength, size, constrain: see `sample`.
-        constrain_refiner: `constrain` for the steps of a refiner.
+        constrain_refiner: `constrain` for the steps of a refiner; None = no constraint.
         upscaling: upscaler that doubles the latents before they are decoded; None = none.
         options: see `sample` and `SDXLOptions`.
     Returns:

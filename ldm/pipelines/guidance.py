@@ -67,22 +67,22 @@ def check_guidance(
         scale: Guidance scale; None for the model's default.
         keywords: All keywords of a task, by name.
     """
-    given = {name: value for name, value in keywords.items() if value is not None}
-    methods = [name for name in GuidanceOptions.__annotations__ if name in given]
+    values = {name: value for name, value in keywords.items() if value is not None}
+    methods = [name for name in GuidanceOptions.__annotations__ if name in values]
     scale = model.defaults.scale if scale is None else scale
-    check_guidance_options(given, None if callable(scale) else scale)
-    if "freeu" in given:
-        version = cast(str | None, given.get("freeu_version"))
-        make_freeu(model, cast(str | Sequence[float], given["freeu"]), version)
+    check_guidance_options(values, None if callable(scale) else scale)
+    if "freeu" in values:
+        version = cast(str | None, values.get("freeu_version"))
+        make_freeu(model, cast(str | Sequence[float], values["freeu"]), version)
     if not methods:
         return
-    quirks = Quirks.of(model, cast(Iterable[str], given.get("legacy", ())))
-    make_guidance(cast(GuidanceOptions, given), quirks)
+    quirks = Quirks.of(model, cast(Iterable[str], values.get("legacy", ())))
+    make_guidance(cast(GuidanceOptions, values), quirks)
     if not isinstance(model.unet, UNet):
         raise ArgumentError(f"{methods[0]} is not for the x2 latent upscaler", methods[0])
     if "perp_neg" in methods:
         # Each is a text or a list of texts: `any` is false if all are empty.
-        negatives = (given.get(f"negative_prompt{suffix}", "") for suffix in ("", "_2"))
+        negatives = (values.get(f"negative_prompt{suffix}", "") for suffix in ("", "_2"))
         if not any(map(any, cast(Iterable[Iterable[str]], negatives))):
             raise ArgumentError("perp_neg needs a negative prompt", "perp_neg")
         if quirks.ignores_negative(after_base=False):

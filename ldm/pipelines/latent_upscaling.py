@@ -58,9 +58,9 @@ class Upscaling:
             )
 
 
-def check_noise(model: LatentDiffusion, sigma: float, kind: str) -> None:
+def check_noise(model: LatentDiffusion, sigma: float, noise_kind: str) -> None:
     """Raise ArgumentError for noise of the small latent that an upscaler does not support."""
-    check_name("kind of noise", kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
+    check_name("kind of noise", noise_kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
     if not sigma >= 0:
         raise ArgumentError(f"noise_sigma must be 0 or more, got {sigma}", "noise_sigma")
     assert isinstance(model.unet, LatentUpscalerUNet)

@@ -102,7 +102,8 @@ def sample(
         z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
         strength: fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
-        z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise.
+        z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise;
+            None = start from z or from pure noise.
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
         steps: number of steps, 1 … T; None = the model's default.
         sampler: a name in SAMPLERS; None = the model's default.
@@ -131,10 +132,10 @@ def sample(
         further: conditions of `guidance.texts`, with a row for each row of `cond`.
         seeds: one per row, or the first of consecutive ones; None = drawn from torch's generator.
             The noise of a row depends on its own seed only.
-        noise: (like) -> standard normal noise in its shape, instead of `seeds`.
+        noise: (like) -> standard normal noise in its shape; None = that of `seeds`.
         callback: called with (step, steps, x, denoised) after each step; may raise Stop with a
-            latent, which tasks then decode.
-        constrain: (x, sigma) -> x, applied before every step.
+            latent, which tasks then decode. None = nothing is called.
+        constrain: (x, sigma) -> x, applied before every step; None = x stays as it is.
         first_step: number of the first step, for conditions that depend on the step.
         unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
         tiling: axes along which edges wrap around, by circular padding: "x" for panoramas, "y",

@@ -142,9 +142,9 @@ def explain_excess(
         steps: None = unknown, not checked.
         scale: guidance scale; None, or a function of sigma, is not checked.
     """
-    most, limit = defaults.max_steps, defaults.max_scale
+    max_steps, limit = defaults.max_steps, defaults.max_scale
     excess = []
-    if most is not None and steps is not None and steps > most:
+    if max_steps is not None and steps is not None and steps > max_steps:
         excess.append(f"{steps} steps")
     if limit is not None and isinstance(scale, int | float) and scale > limit:
         excess.append(f"guidance scale {scale:g}")

@@ -85,20 +85,20 @@ class SDXLOptions(TypedDict, total=False):
 def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
     """Raise ArgumentError for options that have no effect on this model, or a wrong refiner."""
     refiner = options.get("refiner")
-    given = [name for name, value in options.items() if value is not None]
-    if given and not is_sdxl(model):
+    names = [name for name, value in options.items() if value is not None]
+    if names and not is_sdxl(model):
         raise ArgumentError(
-            f"{given[0]} is for Stable Diffusion XL, which {file_name(model)} is not", given[0]
+            f"{names[0]} is for Stable Diffusion XL, which {file_name(model)} is not", names[0]
         )
     for name in ("prompt_2", "negative_prompt_2"):
-        if name in given and "text_2" not in model.conditioner.encoders:
+        if name in names and "text_2" not in model.conditioner.encoders:
             raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
     for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if name in given and refiner is None and family_of(model.conditioner) != "refiner":
+        if name in names and refiner is None and family_of(model.conditioner) != "refiner":
             raise ArgumentError(f"{name} is for the refiner, the base does not read it", name)
     if refiner is None:
         for name in ("refiner_strength", "refiner_start"):
-            if name in given:
+            if name in names:
                 raise ArgumentError(f"{name} needs a refiner", name)
         return
     if family_of(refiner.conditioner) != "refiner":
@@ -110,7 +110,7 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
         raise ArgumentError(
             f"{file_name(model)} is a refiner itself: leave out `refiner`", "refiner"
         )
-    if "refiner_strength" in given and "refiner_start" in given:
+    if "refiner_strength" in names and "refiner_start" in names:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
     Handover.of(options)
 

@@ -12,16 +12,7 @@ Tasks of models that read images in place of a prompt are in `variations`.
 
 Images are (1, 3, H, W) in [-1, 1], of any size: they are padded to whole latent pixels, and the
 result is cropped again. Tasks that sample return (B, C, H, W) float32 in [-1, 1], one image per
-prompt, with C = 3 if there is no depth, and take:
-
-    negative_prompt   one for all prompts, or one for each
-    scale             guidance scale; 1 = no guidance, None = the model's default
-    tile              side in latent pixels of overlapping tiles to decode; None = decode whole
-    on_latent         called with the final latents before they are decoded
-    options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …,
-                      and of `GuidanceOptions`: other guidance methods;
-                      txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
-                      sizes, a second prompt
+prompt, with C = 3 if there is no depth. Arguments that several have are documented at `txt2img`.
 
 Images of LDM3D have depth in additional channels, see `ldm.imaging.rgbd`: input images have these
 channels, or come with `depth` (1, 1, H, W) in [0, 1], larger is nearer.
@@ -89,12 +80,19 @@ def txt2img(
     """Make one image per prompt.
 
     Args:
+        negative_prompt: one for all prompts, or one for each.
+        scale: guidance scale; 1 = no guidance, None = the model's default.
         size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
             training size.
+        tile: side in latent pixels of overlapping tiles to decode; None = decode whole.
         upscaling: a model that doubles the latents, such as
             `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`; None = none.
-        options: keywords of `sample`; for SDXL those of `SDXLOptions`, such as
+        options: keywords of `sample`; `on_latent`, see `DecodingOptions`; `syntax` and `clip_skip`,
+            see `PromptOptions`; other guidance methods, see `GuidanceOptions`; for SDXL those of
+            `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
+    Returns:
+        (B, C, H, W) float32 in [-1, 1]; C = 3, or more for models with depth.
     """
     noise = make_noise(prompts, options)
     return generate(
@@ -129,7 +127,7 @@ def img2img(
         source_prompt: description of the image for the inversion, in the syntax of prompts, but
             without schedules and AND.
         depth: (1, 1, H, W) in [0, 1], larger is nearer, for LDM3D; None = a channel of the image.
-        upscaling: see `txt2img`.
+        negative_prompt, scale, tile, upscaling, options: see `txt2img`.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
@@ -171,6 +169,7 @@ def inpaint(
         strength: fraction of the steps to run; 1 = start from pure noise.
         composite: whether to blend result and image by the mask, so that pixels stay where it is 0.
         depth: see `img2img`.
+        negative_prompt, scale, tile, options: see `txt2img`.
     """
     image, mask = add_depth(model, image, depth), mask.float()
     noise = make_noise(prompts, options)
@@ -222,6 +221,7 @@ def depth2img(
     Args:
         strength: 0 keeps the image, 1 keeps only its depth.
         depth: (1, 1, H, W), of any size and range, larger is nearer; None = estimate it.
+        negative_prompt, scale, tile, options: see `txt2img`.
     """
     noise = make_noise(prompts, options)
     n = len(as_list(prompts))
@@ -262,6 +262,7 @@ def upscale(
         noise_level: timestep of the noise added to the image; more noise, more invented detail.
         tile: side of overlapping tiles, in pixels of the input, for the decoder and, without
             `unet_tile`, the UNet; None = the training size.
+        negative_prompt, scale, options: see `txt2img`.
     Raises:
         ArgumentError: the model was not trained at the noise level.
     """
@@ -302,6 +303,7 @@ def upscale_rgbd(
         depth: (1, 1, H, W) in [0, 1], larger is nearer; None = a channel of the image.
         noise_level: input of models with an embedding of it, although no noise is added; ignored by
             others.
+        negative_prompt, scale, tile, options: see `txt2img`.
     Returns:
         (B, 4, H, W).
     Raises:
@@ -343,13 +345,15 @@ def upscale_latent(
     """Double the size of an image, or of the latent of one.
 
     Args:
-        image: (1, 3, h, w) in [-1, 1].
-        latent: instead of the image, (1 | B, 4, h / 8, w / 8) of the autoencoder of Stable
-            Diffusion 1 or 2, multiplied by its `scale_factor`.
+        image: (1, 3, h, w) in [-1, 1]; None = `latent`.
+        latent: (1 | B, 4, h / 8, w / 8) of the autoencoder of Stable Diffusion 1 or 2, multiplied
+            by its `scale_factor`; None = that of the image.
         noise_sigma: sigma of the noise added to the small latent, 0 … 0.6; more noise, more
             invented detail.
         noise_kind: "gaussian", or "fake": the network gets `noise_sigma`, but no noise is added.
-        scale: guidance scale; 1 = no guidance, 0 = the negative prompt only.
+        scale: guidance scale; 1 = no guidance, 0 = the negative prompt only, None = the model's
+            default.
+        negative_prompt, tile, options: see `txt2img`.
     Raises:
         MissingArgument: there is neither an image nor a latent.
         ArgumentError: a latent of another shape, or a noise level that the model does not support.

@@ -17,6 +17,7 @@ from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 from ldm.pipelines import karlo
+from ldm.pipelines.families import file_name
 from ldm.pipelines.generate import generate, make_noise
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
@@ -25,6 +26,7 @@ from ldm.pipelines.quirks import Noise
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
+from ldm.runtime.warn import warn_caller
 
 __all__ = ["sample_prior", "unclip", "vary"]
 
@@ -55,6 +57,7 @@ def unclip(
             more variation.
         mix_level: timestep of the noise on the mean; None = no noise.
         scale: guidance scale; None = 10.
+        negative_prompt, size, tile, options: see `txt2img`.
     Raises:
         MissingArgument: there is neither an image nor an embedding.
         ArgumentError: there are not as many weights, or noise levels, as images and embeddings.
@@ -102,7 +105,11 @@ def vary(
         images: see `unclip`.
         weights: see `unclip`.
         scale: guidance scale; None = 3.
+        negative_prompt: ignored with a warning, as the model does not read text.
+        size, tile, options: see `txt2img`.
     """
+    if any(as_list(negative_prompt)):
+        warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
     scale = 3.0 if scale is None else scale
     noise = make_noise(prompts, options)
     n = len(as_list(prompts))

@@ -257,6 +257,8 @@ def test_a_model_that_sees_in_place_of_reading_varies_an_image(models, image):
     first, other = (vary(model, [""] * 2, [x], **options) for x in (image, -image))
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
+    with pytest.warns(UserWarning, match="does not read a negative prompt: ignored"):
+        vary(model, [""], [image], negative_prompt="blurry", **options)
 
 
 def test_prepared_batches_are_the_same_with_and_without_a_prompt(models, image):
