@@ -58,9 +58,9 @@ class BrokenFiles:
         if self.read_here >= MIN_READ and self.broken_here > expected + deviation:
             raise self._too_many(f"{self.broken_here} of the {self.read_here} samples read")
 
-    def _too_many(self, what: str) -> ValueError:
+    def _too_many(self, count: str) -> ValueError:
         return ValueError(
-            f"{what} cannot be read, more than a fraction of {float(self.limit):g}"
+            f"{count} cannot be read, more than a fraction of {float(self.limit):g}"
             f" (trainer.max_unreadable_fraction); they are listed in `{self.path}`"
         )
 

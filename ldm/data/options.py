@@ -18,17 +18,17 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-def rename_options(kind: str, options: JsonMapping) -> JsonObject:
+def rename_options(owner: str, options: JsonMapping) -> JsonObject:
     """Return the options under their present names; of duplicates, the later wins.
 
     Args:
-        kind: what takes the options, a key of RENAMED_OPTIONS.
+        owner: what takes the options, a key of RENAMED_OPTIONS.
     """
-    names = RENAMED_OPTIONS.get(kind, {})
+    names = RENAMED_OPTIONS.get(owner, {})
     return {names.get(name, name): value for name, value in options.items()}
 
 
-def to_former_names(kind: str, options: JsonMapping) -> JsonObject:
+def to_former_names(owner: str, options: JsonMapping) -> JsonObject:
     """Return the options under their former names, which keys of latent caches retain."""
-    names = {name: former for former, name in RENAMED_OPTIONS.get(kind, {}).items()}
+    names = {name: former for former, name in RENAMED_OPTIONS.get(owner, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}

@@ -89,8 +89,8 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
         if before == list(lines):
             return path
     out.mkdir(parents=True, exist_ok=True)
-    with replace_when_written(path) as part:
-        part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    with replace_when_written(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     return path
 
 
@@ -125,19 +125,8 @@ def generate_settings(
     requests = [_limit_batches(setting.request, limit) for setting in settings]
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
-        loras = setting.request.model.lora
-        for batch in batches:
-            names = [name for name, _ in batch.line_options]
-            if batch.loras != loras:
-                names.append("a LoRA")
-            if names:
-                message = f"`{batch.images[0].prompt}` has {', '.join(names)}"
-                raise ArgumentError(
-                    f"{message}: per-prompt options are not allowed in an evaluation", "from_file"
-                )
-    total = sum(
-        len(_filter_missing(batch, each, out)) for each, batches in plans for batch in batches
-    )
+        _check_prompts(setting, batches)
+    total = sum(len(_filter_missing(batch, s, out)) for s, batches in plans for batch in batches)
     log.info("%d images to generate, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
     for model in dict.fromkeys(setting.model for setting in settings):
@@ -149,6 +138,19 @@ def generate_settings(
         log.info("process %d of %d has generated its images", rank, world_size)
 
 
+def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:
+    """Raise ArgumentError for a prompt with options of its own."""
+    for batch in batches:
+        names = [name for name, _ in batch.line_options]
+        if batch.loras != setting.request.model.lora:
+            names.append("a LoRA")
+        if names:
+            message = f"`{batch.images[0].prompt}` has {', '.join(names)}"
+            raise ArgumentError(
+                f"{message}: per-prompt options are not allowed in an evaluation", "from_file"
+            )
+
+
 def _generate_model(
     plans: Sequence[tuple[Setting, list[Batch]]],
     out: Path,
@@ -157,15 +159,15 @@ def _generate_model(
     progress: Progress,
 ) -> None:
     """Generate the missing images of all settings of one model."""
-    prepared = [setting.request.task.prepare(setting.request) for setting, _ in plans]
-    models = load(prepared[0])
-    size = prepared[0].output_size(models.base)
-    infos = [describe_run(each.request, models, size, without_folders=True) for each in prepared]
+    tasks = [setting.request.task.prepare(setting.request) for setting, _ in plans]
+    models = load(tasks[0])
+    size = tasks[0].output_size(models.base)
+    infos = [describe_run(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
         _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
-    prepared[0].begin(models.base)
+    tasks[0].begin(models.base)
     for number in range(len(plans[0][1])):
-        for (setting, batches), task, info in zip(plans, prepared, infos, strict=True):
+        for (setting, batches), task, info in zip(plans, tasks, infos, strict=True):
             batch = _filter_missing(batches[number], setting, out)
             if batch:
                 _generate(task, batch, models, listener, info, setting.folder(out))
@@ -186,8 +188,8 @@ def _generate(
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
         info = run_info | describe_image(prepared.request, [batch], 0, row)
         info["sha256_unmarked"] = fingerprint(image)
-        with replace_when_written(_path(folder, batch.images[row].index)) as part:
-            write_png(part, add_watermark(image, info), info)
+        with replace_when_written(_path(folder, batch.images[row].index)) as partial:
+            write_png(partial, add_watermark(image, info), info)
 
 
 def _limit_batches(request: Request, limit: int | None) -> Request:
@@ -227,8 +229,8 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
                 )
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(path) as part:
-            part.write_text(json.dumps(options, indent=1), "utf-8")
+        with replace_when_written(path) as partial:
+            partial.write_text(json.dumps(options, indent=1), "utf-8")
 
 
 def _check_checkpoint(path: Path, digest: str) -> None:
@@ -237,8 +239,8 @@ def _check_checkpoint(path: Path, digest: str) -> None:
     if options.setdefault(CHECKPOINT_HASH, digest) != digest:
         message = f"{path.parent} has images of another model of this name: choose another folder"
         raise ArgumentError(message, "outdir")
-    with replace_when_written(path) as part:
-        part.write_text(json.dumps(options, indent=1), "utf-8")
+    with replace_when_written(path) as partial:
+        partial.write_text(json.dumps(options, indent=1), "utf-8")
 
 
 def _get_shared_options(setting: Setting) -> JsonObject:

@@ -65,12 +65,13 @@ def format_table(results: Sequence[Result]) -> str:
 
 
 def format_choices(result: Result) -> list[str]:
-    """Return what the scores depend on besides the images, a line for each part."""
-    return [
-        f"{name}: {', '.join(f'{key} {value}' for key, value in part.items() if value is not None)}"
-        for name, part in result.choices.items()
-        if isinstance(part, dict)
-    ]
+    """Return what the scores depend on besides the images, a line for each network or set."""
+    lines = []
+    for name, choices in result.choices.items():
+        if isinstance(choices, dict):
+            values = (f"{key} {value}" for key, value in choices.items() if value is not None)
+            lines.append(f"{name}: {', '.join(values)}")
+    return lines
 
 
 def save_figure(
@@ -78,6 +79,8 @@ def save_figure(
 ) -> list[Path]:
     """Plot FID against the prompt score as SVG and PNG: a line per series, a marker per scale.
 
+    Args:
+        title: None = a title that names the scores and the number of images.
     Returns:
         The paths; [] if there is nothing to plot or matplotlib is not installed.
     """
@@ -124,9 +127,9 @@ def save_figure(
     _draw_labels(axes, labels, lines)
     paths = [out / f"{name}.svg", out / f"{name}.png"]
     for path in paths:
-        with replace_when_written(path) as part:
+        with replace_when_written(path) as partial:
             metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(part, format=path.suffix[1:], dpi=110, metadata=metadata)
+            figure.savefig(partial, format=path.suffix[1:], dpi=110, metadata=metadata)
     return paths
 
 
@@ -170,5 +173,5 @@ def _format_cell(estimate: Estimate | None, factor: float, decimals: int) -> str
 
 
 def _write(path: Path, text: str) -> None:
-    with replace_when_written(path) as part:
-        part.write_text(text, "utf-8")
+    with replace_when_written(path) as partial:
+        partial.write_text(text, "utf-8")

@@ -287,7 +287,7 @@ def _read_or_compute(
 def _store(path: Path, values: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(path) as part, part.open("wb") as file:
+        with replace_when_written(path) as partial, partial.open("wb") as file:
             np.save(file, values.cpu().numpy())
     except OSError as error:
         log.warning("features are not cached: %s", error)

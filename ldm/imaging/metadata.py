@@ -353,15 +353,15 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     """
     is_ours = version.startswith("ldm")
     name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
-    schedulers = {row.label: key for key, row in SCHEDULERS.items()}
-    # In A1111 that is k-diffusion's; version 0.1 of ours wrote "Uniform" for its own.
+    schedulers = {scheduler.label: key for key, scheduler in SCHEDULERS.items()}
+    # "Uniform" is k-diffusion's in A1111; our version 0.1 wrote it for the original's.
     schedulers["Uniform"] = "uniform" if is_ours else "normal"
     for label in schedulers:
         if name.endswith(f" {label}"):
             name, schedule = name.removesuffix(f" {label}"), label
     values = {}
     if name:
-        labels = {row.label: key for key, row in SAMPLERS.items()}
+        labels = {sampler.label: key for key, sampler in SAMPLERS.items()}
         values["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
     traits = SAMPLERS.get(values.get("sampler", ""))
     ignores_schedule = values.get("sampler") in OWN_STEPS or name == DDIM_CFG_PP

@@ -53,13 +53,13 @@ def parse(text: str, steps: int, syntax: str = "a1111", *, composes: bool = True
         syntax: A key of EMPHASIS_MODES.
         composes: Whether AND composes prompts; in negative prompts it is a plain word.
     """
-    parts = split_composition(text) if composes else [(text, 1.0)]
+    prompts_and_weights = split_composition(text) if composes else [(text, 1.0)]
     compositions, notes = [], []
-    for part, weight in parts:
-        entries, part_notes = expand_schedule(part, steps)
+    for prompt, weight in prompts_and_weights:
+        entries, new_notes = expand_schedule(prompt, steps)
         prompts = ((last, _build_prompt(entry, syntax)) for last, entry in entries)
         compositions.append(PromptSteps(tuple(prompts), weight))
-        notes += part_notes
+        notes += new_notes
     return ParsedPrompt(tuple(compositions), tuple(notes))
 
 
@@ -107,10 +107,10 @@ def parse_emphasis(text: str) -> Text:
         elif token.startswith("\\") and len(token) == 2:
             pieces.append((token[1], 1.0))
         else:
-            for number, part in enumerate(BREAK.split(token)):
+            for number, section in enumerate(BREAK.split(token)):
                 if number:
                     pieces.append((None, 1.0))
-                pieces.append((part, 1.0))
+                pieces.append((section, 1.0))
     for first in open_round:
         multiply(first, ROUND_FACTOR)
     for first in open_square:

@@ -66,8 +66,8 @@ def parse(text: str, steps: int) -> ParsedPrompt:
     if LORA.search(text):
         raise ArgumentError(f"withLora is not supported, pass LoRAs separately: {quote(text)}")
     mixtures = _parse_operators(re.sub(r",(\S)", r", \1", text))
-    items = [item for mixture in mixtures for part in mixture.items for item in part]
-    swaps = [item for item in items if isinstance(item, Swap)]
+    texts = [items for mixture in mixtures for items in mixture.items]
+    swaps = [item for items in texts for item in items if isinstance(item, Swap)]
     bounds = {_first_step(fraction, steps) for swap in swaps for fraction in (swap.start, swap.end)}
     ends = sorted(end - 1 for end in bounds if 0 < end < steps)
     entries = [(end, _build_prompt(mixtures, end, steps)) for end in [*ends, steps]]
@@ -126,8 +126,8 @@ def _check_brackets(text: str) -> None:
         if depth < 0:
             break
     if depth:
-        what = "`(` is not closed" if depth > 0 else "`)` without `(`"
-        raise ArgumentError(rf"{what} in {quote(text)}: `\(` and `\)` are plain brackets")
+        problem = "`(` is not closed" if depth > 0 else "`)` without `(`"
+        raise ArgumentError(rf"{problem} in {quote(text)}: `\(` and `\)` are plain brackets")
 
 
 def _parse_operators(text: str) -> list[_Mixture]:
@@ -214,24 +214,24 @@ class _Parser:
             self.skip_space()
             if self.position == len(self.text):
                 return items
-            part = self.try_each(
+            parsed = self.try_each(
                 self.parse_swap, self.parse_attention, self.parse_quoted, self.parse_round
             )
-            if part is None:
-                part = [_piece(self.match(FREE_WORD) or "")]
-            items += part
+            if parsed is None:
+                parsed = [_piece(self.match(FREE_WORD) or "")]
+            items += parsed
 
     def parse_fragment(self, *others: Callable[[], Items | None]) -> Items:
         """Parse as much valid syntax as possible."""
         items: Items = []
         while True:
-            part = self.try_each(
+            parsed = self.try_each(
                 self.parse_attention, self.parse_swap, self.parse_round, self.parse_quoted,
                 self.parse_word, *others,
             )  # fmt: skip
-            if part is None:
+            if parsed is None:
                 return items
-            items += part
+            items += parsed
 
     def parse_sentence(self) -> Items:
         """Parse a fragment with commas and periods."""
