@@ -8,6 +8,9 @@ import torch
 
 import ldm
 from ldm.commands.main import main
+from ldm.generate.info import describe_run
+from ldm.generate.load import load_models
+from ldm.generate.replay import read_request
 from ldm.imaging.metadata import format_parameters, read_info
 from ldm.loading.addons.embeddings import write_embeddings
 from picturehelp import random_lora
@@ -87,6 +90,9 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
     ]
     assert info["sha256"] != read_info(plain)["sha256"]
     assert main(["replay", path, "--ckpt", str(tiny.ckpt)]) == 0
+    request = read_request(info, path).with_values({"embedding": [str(folder)]})
+    shown = describe_run(request, load_models(request), (64, 64), without_folders=True)
+    assert [file["path"] for file in shown["embeddings"]] == ["cat.safetensors"]
     status, err = shot("--embedding", str(folder / "wide.safetensors"))
     assert status == 1
     assert f"`<wide>` has vectors of width {width + 1}" in err

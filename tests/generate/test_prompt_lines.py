@@ -17,6 +17,7 @@ from ldm.generate.tasks import TASKS
 from ldm.generate.wildcards import DynamicPrompts
 from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.runtime.errors import ArgumentError
 from picturehelp import random_lora
 
 QUICK = ["--steps=1", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
@@ -128,6 +129,14 @@ def test_images_of_a_sampler_that_adapts_to_the_batch_are_made_one_by_one(tmp_pa
     prompts = [[spec.prompt for spec in batch.images] for batch in batches]
     assert prompts == [["a"] * 3, ["b"], ["b"], ["b"], ["c"] * 3]
     assert len(plan("--sampler", "dpm_adaptive", "--n_samples=2", "--n_iter=1")) == 2
+
+
+def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a <lora:style>\nb")
+    words = ["--from-file", str(tmp_path / "prompts.txt"), "--legacy", "noise"]
+    request, _ = parse_request(TASKS["txt2img"], words)
+    with pytest.raises(ArgumentError, match="legacy `noise` needs the same LoRAs for all images"):
+        plan_batches(request, lambda: {"style": "style.safetensors"})
 
 
 @pytest.mark.parametrize(

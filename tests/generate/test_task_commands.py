@@ -11,6 +11,8 @@ import ldm
 from goldfile import gold
 from ldm.commands.main import main
 from ldm.encoders.depth import MiDaSDepth
+from ldm.generate.command_line import parse_request
+from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
@@ -163,6 +165,17 @@ def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch
 
 
 @pytest.mark.slow
+def test_a_depth_map_is_cropped_like_its_image(tmp_path):
+    ramp = np.linspace(0, 255, 128, dtype=np.uint8)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / "depth.png")
+    Image.fromarray(ramp).convert("RGB").save(tmp_path / "image.png")
+    words = ["--init-img", str(tmp_path / "image.png"), "--depth-map", str(tmp_path / "depth.png")]
+    request, _ = parse_request(TASKS["depth2img"], [*words, "--H", "64", "--W", "64"])
+    prepared = request.task.prepare(request)
+    image = (prepared.image[:, :1] + 1) / 2
+    torch.testing.assert_close(prepared.depth, image, rtol=0, atol=0.02)  # 8 bits: observed 0.004
+
+
 def test_depth_is_estimated_once_saved_and_taken_back(run, tmp_path, photo, monkeypatch):
     map_, estimate, sizes = tmp_path / "depth.png", MiDaSDepth.estimate, []
 
