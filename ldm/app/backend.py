@@ -58,7 +58,7 @@ from ldm.loading.files.checkpoint import short_hash
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 from ldm.pipelines.latent_upscaling import FACTOR
-from ldm.runtime.device import pick_device, total_memory
+from ldm.runtime.device import get_total_memory, pick_device
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.types import JsonMapping
 
@@ -245,7 +245,7 @@ class Backend:
     ) -> Models:
         request = prepared.request
         if self._models is None:
-            memory = self.memory or total_memory(pick_device(request.model.device)) / 2
+            memory = self.memory or get_total_memory(pick_device(request.model.device)) / 2
             self._models = ModelCache(memory, _load_with_fitting_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
         # As the image records, for the same rounding; but it may record any number.

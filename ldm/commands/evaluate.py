@@ -27,7 +27,7 @@ from ldm.generate.options import options_of
 from ldm.generate.tasks import TASKS
 from ldm.runtime.command import CommandParser, run_command
 from ldm.runtime.errors import ArgumentError, LdmError, unknown_name
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
     from ldm.evaluation.generate import Setting
@@ -157,7 +157,7 @@ def _evaluate(args: Namespace) -> None:
     from ldm.runtime.device import pick_device
 
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
-    out, rank = Path(args.outdir), rank_and_world_size()[0]
+    out, rank = Path(args.outdir), get_rank_and_world_size()[0]
     if args.generate and args.images:
         raise ArgumentError("images cannot be given together with generate", "images")
     sources = _read_prompts(args)

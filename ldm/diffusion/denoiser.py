@@ -2,7 +2,7 @@
 
     D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(x / std(sigma), t),        x = z + sigma noise
 
-The prediction types eps, v, x0 and edm differ by c_skip and c_out, see `scalings`; the training
+The prediction types eps, v, x0 and edm differ by c_skip and c_out, see `get_scalings`; the training
 target is the prediction for which D equals z. The input of the network has the same variance at
 every level: std is the standard deviation of x, sqrt(1 + sigma²), so that
 
@@ -24,13 +24,13 @@ from ldm.conditioning import Cond
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.runtime.errors import unknown_name
 
-__all__ = ["PARAMETERIZATIONS", "Denoiser", "scalings"]
+__all__ = ["PARAMETERIZATIONS", "Denoiser", "get_scalings"]
 
 PARAMETERIZATIONS = ("eps", "v", "x0", "edm")
 SIGMA_DATA = 0.5  # default of EDM
 
 
-def scalings(
+def get_scalings(
     parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DATA
 ) -> tuple[Tensor, Tensor]:
     """Compute c_skip and c_out at noise levels `sigma`, in the same shape."""
@@ -49,7 +49,7 @@ def scalings(
     )
 
 
-def input_std(parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
+def get_input_std(parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
     """Compute the standard deviation of x at `sigma`, by which the network's input is divided."""
     variance = sigma_data**2 if parameterization == "edm" else 1
     return (variance + sigma**2).sqrt()
@@ -98,7 +98,7 @@ class Denoiser:
         """
         sigma = self._level(sigma)
         t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
-        z_t = x / input_std(self.parameterization, _to_column(sigma, x), self.sigma_data)
+        z_t = x / get_input_std(self.parameterization, _to_column(sigma, x), self.sigma_data)
         return self._run_network(z_t, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Denoiser:
         return self.predict(z + _to_column(sigma, z) * noise, sigma, cond)
 
     def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return scalings(self.parameterization, sigma, self.sigma_data)
+        return get_scalings(self.parameterization, sigma, self.sigma_data)
 
     def _level(self, sigma: Tensor | float) -> Tensor | float:
         return self.schedule.nearest_sigma(sigma) if self.nearest else sigma

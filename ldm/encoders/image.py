@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.encoders.lowres import register_schedule
-from ldm.encoders.text import open_clip_kwargs
+from ldm.encoders.text import get_open_clip_kwargs
 from ldm.encoders.towers import CLIP
 from ldm.nets.blocks import timestep_embedding
 from ldm.runtime.errors import ArgumentError, MissingArgument, check_name, check_names
@@ -125,7 +125,7 @@ class OpenCLIPImage(CLIPVision):
         antialias: bool = True,
         blur: Blur = "wide",
     ) -> None:
-        text = open_clip_kwargs(arch) | {"layers": 0}
+        text = get_open_clip_kwargs(arch) | {"layers": 0}
         if version == "openai":
             text["quick_gelu"] = True
         clip = CLIP(text, _vision_kwargs(arch))
@@ -159,7 +159,7 @@ class CLIPImage(CLIPVision, Encoder):
     ) -> None:
         if isinstance(model, str):
             model = model.replace("/", "-").replace("@336px", "-336")
-        text = open_clip_kwargs(model) | {"quick_gelu": True}
+        text = get_open_clip_kwargs(model) | {"quick_gelu": True}
         if not text_tower:
             text["layers"] = 0
         clip = CLIP(text, _vision_kwargs(model))

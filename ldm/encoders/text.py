@@ -391,7 +391,7 @@ class OpenCLIPText(TextEncoder):
             raise ArgumentError("always_return_pooled needs `legacy: false`")
         # Caches of contexts are keyed by the plain attributes: their names, in order of assignment.
         self.layer = _check_choice(layer, self.LAYERS)
-        kwargs = open_clip_kwargs(arch)
+        kwargs = get_open_clip_kwargs(arch)
         if version == "openai":
             kwargs["quick_gelu"] = True
         if compact_vocab is not None:
@@ -518,7 +518,7 @@ class CLIPText(TextEncoder):
         return context, pooled
 
 
-def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
+def get_open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
     """Return the arguments of OpenCLIPTower for a name in TEXT_SIZES or an open_clip config."""
     if isinstance(arch, str):
         name = arch.removesuffix("-quickgelu")

@@ -30,7 +30,7 @@ from ldm.generate.tasks import PreparedTask
 from ldm.imaging.metadata import fingerprint, write_png
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import read_text, replace_when_written
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.runtime.types import JsonObject
 
 __all__ = ["Setting", "generate_settings", "wait_for_images", "write_prompts"]
@@ -116,7 +116,7 @@ def generate_settings(
         NonFinite: an image is NaN even in float32.
     """
     listener = listener or RunListener()
-    rank, world_size = rank_and_world_size()
+    rank, world_size = get_rank_and_world_size()
     _check_options(settings, out)
     # Images of a sampler with adaptive steps depend on the others of their batch, so it needs batch
     # size 1, and all settings share the batches.
@@ -200,7 +200,7 @@ def _limit_batches(request: Request, limit: int | None) -> Request:
     Raises:
         ArgumentError: there are fewer images than processes.
     """
-    _, world_size = rank_and_world_size()
+    _, world_size = get_rank_and_world_size()
     count = _count_images(request)
     if count < world_size:
         raise ArgumentError(f"{count} images, {world_size} processes: start fewer", "prompts")

@@ -30,7 +30,7 @@ from ldm.imaging.metadata import read_info
 from ldm.imaging.reading import list_images, load_image
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
-from ldm.runtime.hashes import cache_folder
+from ldm.runtime.hashes import get_cache_folder
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
@@ -268,7 +268,7 @@ def _read_or_compute(
     count = len(images.files)
     content = [sha256_of_file(*images.files), count, images.side, description, prompts]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    path = cache_folder() / "evaluation" / f"{key}.npy"
+    path = get_cache_folder() / "evaluation" / f"{key}.npy"
     is_cached = description.get("sha256", "") is not None
     if is_cached and path.is_file():
         return torch.from_numpy(np.load(path))

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.model import LatentDiffusion
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.runtime.types import JsonObject
 
 __all__ = ["FILE_PATHS", "Console", "RunListener", "hides_progress"]
@@ -76,7 +76,7 @@ class Console(RunListener):
 
 def hides_progress() -> bool:
     """Return whether stderr is not a terminal, or this is not the first process."""
-    return not sys.stderr.isatty() or rank_and_world_size()[0] > 0
+    return not sys.stderr.isatty() or get_rank_and_world_size()[0] > 0
 
 
 def _print_line(line: str) -> None:

@@ -19,7 +19,7 @@ from ldm.generate.options import Value
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
 from ldm.generate.request import Request
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
     from ldm.generate.wildcards import DynamicPrompts
@@ -92,7 +92,7 @@ def plan_batches(
         MissingFile: the folder of LoRAs or wildcards does not exist.
     """
     # With a folder of inputs, its images are divided among the processes, not the batches.
-    rank, world_size = (0, 1) if request.inputs.is_folder else rank_and_world_size()
+    rank, world_size = (0, 1) if request.inputs.is_folder else get_rank_and_world_size()
     lines = _read_lines(request)
     if "noise" in request.sampling.legacy:
         _check_legacy_noise(request, lines, world_size)

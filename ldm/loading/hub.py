@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import CachedDict, cache_folder, cache_sha256, hash_file
+from ldm.runtime.hashes import CachedDict, cache_sha256, get_cache_folder, hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "url_target"]
@@ -136,7 +136,7 @@ def fetch_file(
 
 def url_target(url: str) -> Path:
     """Return the path to which `fetch_url` downloads a URL."""
-    return cache_folder() / "files" / url.rpartition("/")[2]
+    return get_cache_folder() / "files" / url.rpartition("/")[2]
 
 
 def fetch_url(url: str, size: int, sha256: str) -> Path:

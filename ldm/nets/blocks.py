@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.nets import cpu
-from ldm.nets.circular import circular_axes, crop, wrap
+from ldm.nets.circular import crop, get_circular_axes, wrap
 
 GROUPS = 32  # of every GroupNorm
 
@@ -57,7 +57,7 @@ class Conv2d(nn.Conv2d, Layer):
     dilation: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not circular_axes() or self.padding == (0, 0):
+        if not get_circular_axes() or self.padding == (0, 0):
             return cpu.conv2d(x, self)
         # x is wrapped by whole strides, which keeps the output pixels in place. The layer pads by
         # zeros beyond that: output pixels that see them, `excess` at each side, are cut off.

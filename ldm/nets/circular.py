@@ -1,7 +1,9 @@
 """Circular padding, for seamless (tileable) images: convolutions wrap around the edges.
 
-with circular_padding("x"):
-    z = unet(…)     # the first column is next to the last one
+    with circular_padding("x"):
+        z = unet(…)     # the first column is next to the last one
+
+The axis "x" joins left and right, "y" top and bottom.
 """
 
 from collections.abc import Iterator
@@ -14,15 +16,15 @@ from torch import Tensor
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["circular_axes", "circular_padding", "crop", "pad_end", "pad_reflect", "wrap"]
+__all__ = ["circular_padding", "crop", "get_circular_axes", "pad_end", "pad_reflect", "wrap"]
 
 DIMS = {"x": 3, "y": 2}
 
 _axes: ContextVar[frozenset[str]] = ContextVar("axes", default=frozenset())
 
 
-def circular_axes() -> frozenset[str]:
-    """Return the circular axes: "x" joins left and right, "y" top and bottom."""
+def get_circular_axes() -> frozenset[str]:
+    """Return the axes, "x" and "y", that are circular in the present context."""
     return _axes.get()
 
 
@@ -46,7 +48,7 @@ def circular_padding(tiling: str, *, replace: bool = False) -> Iterator[None]:
 
 def wrap(x: Tensor, padding: int) -> Tensor:
     """Pad both sides of x (B, C, h, w) along circular axes, by pixels of the opposite edge."""
-    for axis in circular_axes():
+    for axis in get_circular_axes():
         side = x.shape[DIMS[axis]]
         indices = torch.arange(-padding, side + padding, device=x.device) % side
         x = x.index_select(DIMS[axis], indices)
@@ -55,14 +57,14 @@ def wrap(x: Tensor, padding: int) -> Tensor:
 
 def crop(x: Tensor, padding: int) -> Tensor:
     """Remove `padding` pixels from both sides of x (B, C, h, w) along circular axes."""
-    for axis in circular_axes():
+    for axis in get_circular_axes():
         x = x.narrow(DIMS[axis], padding, x.shape[DIMS[axis]] - 2 * padding)
     return x
 
 
 def pad_reflect(x: Tensor, padding: int) -> Tensor:
     """Pad all sides of x (B, C, h, w), circularly along circular axes, else by reflection."""
-    pad_x, pad_y = (0 if axis in circular_axes() else padding for axis in ("x", "y"))
+    pad_x, pad_y = (0 if axis in get_circular_axes() else padding for axis in ("x", "y"))
     x = wrap(x, padding)
     return F.pad(x, (pad_x, pad_x, pad_y, pad_y), "reflect") if pad_x or pad_y else x
 
@@ -70,7 +72,7 @@ def pad_reflect(x: Tensor, padding: int) -> Tensor:
 def pad_end(x: Tensor) -> Tensor:
     """Pad x (B, C, h, w) by a column at the right and a row at the bottom, circular or zeros."""
     for axis, pad in {"x": (0, 1), "y": (0, 0, 0, 1)}.items():
-        if axis in circular_axes():
+        if axis in get_circular_axes():
             x = torch.cat([x, x.narrow(DIMS[axis], 0, 1)], dim=DIMS[axis])
         else:
             x = F.pad(x, pad)

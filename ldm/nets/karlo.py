@@ -84,7 +84,7 @@ class Prior(Layer):
             self.prd_emb.expand(len(x), -1, -1),  # the learned query
         ]
         h = torch.cat(tokens, dim=1) + self.positional_embedding  # (B, N + 4, W)
-        mask = _attention_mask(context, h.shape[1])  # (B, 1, N + 4, N + 4)
+        mask = _build_mask(context, h.shape[1])  # (B, 1, N + 4, N + 4)
         for block in cast(nn.ModuleList, self.transformer["resblocks"]):
             h = block(h, mask)
         return self.out_proj(self.final_ln(h[:, -1])).to(x.dtype)  # (B, D)
@@ -114,7 +114,7 @@ class PriorBlock(Layer):
         return x  # (B, N, W)
 
 
-def _attention_mask(context: Tensor, length: int) -> Tensor:
+def _build_mask(context: Tensor, length: int) -> Tensor:
     """Build a mask (B, 1, N, N): tokens attend to themselves and to earlier non-padding ones."""
     visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
     ones = torch.ones(length, length, dtype=torch.bool, device=context.device)

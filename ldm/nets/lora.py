@@ -167,6 +167,7 @@ class LoRA(nn.ModuleDict):
 
     @property
     def layers(self) -> dict[str, LoRALayer]:
+        """Layers by name."""
         return {name: cast(LoRALayer, layer) for name, layer in self.items()}
 
     def attach(self) -> None:
@@ -183,12 +184,6 @@ class LoRA(nn.ModuleDict):
         """Undo `attach`."""
         while self.hooks:
             self.hooks.pop().remove()
-
-    def scale(self, strength: float) -> "LoRA":
-        """Set the strength of all layers: 1 as trained, 0 without effect."""
-        for lora in self.layers.values():
-            lora.strength = strength
-        return self
 
 
 class MergedChanges:

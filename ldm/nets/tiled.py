@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.nets.circular import circular_axes, circular_padding
+from ldm.nets.circular import circular_padding, get_circular_axes
 
 __all__ = ["apply_tiled"]
 
@@ -29,7 +29,7 @@ def apply_tiled(
     height, width = x.shape[-2:]
     if max(height, width) <= tile:
         return function(x)
-    axes = circular_axes()
+    axes = get_circular_axes()
     # Along an axis where tiles are smaller than x, the function must not wrap around their edges.
     tile_axes = [a for a, side in (("x", width), ("y", height)) if a in axes and side <= tile]
     output = weight_sum = torch.zeros(())
@@ -42,7 +42,7 @@ def apply_tiled(
                 output = tile_output.new_zeros(*tile_output.shape[:2], *size)
                 weight_sum = tile_output.new_zeros(size)
             overlap = tile * factor // 4
-            ramps = (_ramp(side, overlap) for side in tile_output.shape[-2:])
+            ramps = (_make_ramp(side, overlap) for side in tile_output.shape[-2:])
             # Weights of overlapping tiles need not add up to 1: their sum is divided out.
             weight = torch.outer(*ramps).to(tile_output)
             area = (..., _scale_indices(rows, factor)[:, None], _scale_indices(columns, factor))
@@ -67,7 +67,7 @@ def _scale_indices(indices: Tensor, factor: int) -> Tensor:
     return (indices[:, None] * factor + torch.arange(factor)).flatten()
 
 
-def _ramp(length: int, overlap: int) -> Tensor:
+def _make_ramp(length: int, overlap: int) -> Tensor:
     """Return weights (length,) > 0, rising over the first and falling over the last `overlap`."""
     up = (torch.arange(length) + 0.5) / max(overlap, 1)
     return torch.minimum(up, up.flip(0)).clamp(max=1.0)

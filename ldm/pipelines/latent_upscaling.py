@@ -18,7 +18,7 @@ from ldm.diffusion.guidance import Scale
 from ldm.diffusion.names import SAMPLERS
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
-from ldm.nets.circular import circular_axes
+from ldm.nets.circular import get_circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Noise, Quirks
@@ -87,7 +87,7 @@ def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
     assert isinstance(model.unet, LatentUpscalerUNet)
     multiple = model.unet.size_multiple // FACTOR
     for axis, side in (("y", height), ("x", width)):
-        if axis in circular_axes() and side != _round_up(side, multiple):
+        if axis in get_circular_axes() and side != _round_up(side, multiple):
             pixels = multiple * model.downscale
             raise ArgumentError(
                 f"with tiling the x2 latent upscaler takes sides that are multiples of {pixels} "

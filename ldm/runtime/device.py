@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.ranks import local_processes, local_rank
+from ldm.runtime.ranks import get_local_rank, get_local_world_size
 
 __all__ = [
-    "free_memory",
+    "get_free_memory",
+    "get_total_memory",
     "has_amx",
     "has_fast_bf16",
     "is_intel",
@@ -21,7 +22,6 @@ __all__ = [
     "pick_dtype",
     "pick_wide_dtype",
     "set_threads",
-    "total_memory",
 ]
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ def pick_device(name: str | None = None) -> torch.device:
         raise ArgumentError(message, "device")
     if device.type == "cuda" and device.index is None:
         # Modulo, as a launcher may show each of its processes one GPU only, under the number 0.
-        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+        device = torch.device("cuda", get_local_rank() % torch.cuda.device_count())
     return device
 
 
@@ -87,12 +87,12 @@ def set_threads(threads: int | None, is_small: bool) -> None:
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         limit = SMALL_MODEL_THREADS if is_small else torch.get_num_threads()
-        threads = max(1, min(torch.get_num_threads() // local_processes(), limit))
+        threads = max(1, min(torch.get_num_threads() // get_local_world_size(), limit))
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def total_memory(device: torch.device) -> int:
+def get_total_memory(device: torch.device) -> int:
     """Return the total memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -102,7 +102,7 @@ def total_memory(device: torch.device) -> int:
         return ASSUMED_MEMORY
 
 
-def free_memory() -> float:
+def get_free_memory() -> float:
     """Return the bytes of memory still available to this process, within its container.
 
     Infinity where the system does not report it.

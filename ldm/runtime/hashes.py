@@ -14,17 +14,17 @@ from ldm.runtime.types import JsonObject
 
 __all__ = [
     "CachedDict",
-    "cache_folder",
     "cache_sha256",
     "find_cached_sha256",
     "find_paths_by_sha256",
+    "get_cache_folder",
     "hash_file",
 ]
 
 LARGE = 50_000_000  # bytes from which hashing shows a progress bar, and is cached
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Return the folder of the cache; it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("LDM_CACHE") or f"{base}/ldm").expanduser()
@@ -60,7 +60,7 @@ class CachedDict:
             pass
 
     def _path(self) -> Path:
-        return cache_folder() / self.name
+        return get_cache_folder() / self.name
 
 
 HASHES = CachedDict("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]

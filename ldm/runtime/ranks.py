@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["local_processes", "local_rank", "rank_and_world_size"]
+__all__ = ["get_local_rank", "get_local_world_size", "get_rank_and_world_size"]
 
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
@@ -11,7 +11,7 @@ LAUNCHERS = (
 )
 
 
-def rank_and_world_size() -> tuple[int, int]:
+def get_rank_and_world_size() -> tuple[int, int]:
     """Return (rank, world size) under torchrun or Slurm, else (0, 1)."""
     for rank, world_size in LAUNCHERS:
         if rank in os.environ and world_size in os.environ:
@@ -19,11 +19,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def local_rank() -> int:
+def get_local_rank() -> int:
     """Return the rank among the processes of this machine."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
-def local_processes() -> int:
+def get_local_world_size() -> int:
     """Return the number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 1)))

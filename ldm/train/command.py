@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.runtime.errors import explain, unknown_name
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.train.distributed import launch
 from ldm.train.request import TrainRequest
 from ldm.train.runs import run_folder
@@ -195,7 +195,7 @@ def _configure_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("ldm")
     log.handlers = [handler]
-    log.setLevel(logging.INFO if rank_and_world_size()[0] == 0 else logging.WARNING)
+    log.setLevel(logging.INFO if get_rank_and_world_size()[0] == 0 else logging.WARNING)
 
 
 def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:

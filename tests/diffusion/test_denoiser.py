@@ -6,7 +6,7 @@ from torch import Tensor
 
 from goldfile import gold
 from ldm.conditioning import Cond
-from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, input_std, scalings
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, get_input_std, get_scalings
 from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.schedule import (
     ContinuousSchedule,
@@ -116,11 +116,13 @@ def test_scalings_are_the_recorded_ones(name):
     file = gold("sdxl_denoiser")
     (parameterization, schedule), sigma = SCALINGS[name], file.inputs(name)["sigma"]
     numbers = file.case(name)["info"]["params"]
-    c_skip, c_out = scalings(parameterization, sigma, **numbers)
+    c_skip, c_out = get_scalings(parameterization, sigma, **numbers)
     expected = file.outputs(name)
     torch.testing.assert_close(c_skip, expected["c_skip"])
     torch.testing.assert_close(c_out, expected["c_out"])
-    torch.testing.assert_close(1 / input_std(parameterization, sigma, **numbers), expected["c_in"])
+    torch.testing.assert_close(
+        1 / get_input_std(parameterization, sigma, **numbers), expected["c_in"]
+    )
     if isinstance(schedule, ContinuousSchedule):
         torch.testing.assert_close(schedule.sigma_to_t(sigma).float(), expected["c_noise"])
 

@@ -446,7 +446,9 @@ def test_files_with_weights_are_merged_and_noted(model, tmp_path):
     for adapter, file in zip(made, files, strict=True):
         write_lora(adapter, file, model)
     for adapter, weight in zip(made, (0.8, -0.3), strict=True):
-        adapter.scale(weight).attach()
+        for layer in adapter.layers.values():
+            layer.strength = weight
+        adapter.attach()
     attached = outputs(model)
     for adapter in made:
         adapter.detach()

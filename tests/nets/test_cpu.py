@@ -11,9 +11,9 @@ from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, DoublingConv2d, GroupNorm, Linear, Upsample
 from ldm.nets.cpu import layers, products, support, weight_cache, winograd
 
-pytestmark = pytest.mark.skipif(not support.fast_dtypes(), reason="this CPU has no fast paths")
+pytestmark = pytest.mark.skipif(not support.get_fast_dtypes(), reason="this CPU has no fast paths")
 needs_bfloat16 = pytest.mark.skipif(
-    torch.bfloat16 not in support.fast_dtypes(), reason="needs a CPU that multiplies bfloat16"
+    torch.bfloat16 not in support.get_fast_dtypes(), reason="needs a CPU that multiplies bfloat16"
 )
 # Relative; observed are 1.4e-6 at most, and 7.3e-3 by Winograd in bfloat16, 2.8e-3 elsewhere.
 LIMITS = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
@@ -181,7 +181,7 @@ def test_nothing_is_cached_without_memory_for_it_or_for_weights_of_inference_mod
     layer, x = conv()
     with torch.inference_mode():
         uncounted, _ = conv()
-    monkeypatch.setattr(weight_cache, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(weight_cache, "get_free_memory", lambda: 1 << 20)
     with torch.inference_mode(), cpu.cache_weights():
         for each in (layer, uncounted):
             for _ in range(2):
@@ -193,7 +193,7 @@ def test_cached_weights_take_at_most_half_of_the_memory_that_was_free(monkeypatc
     (layer, x), (second, _), (third, _) = conv(), conv(), conv()
     layers = [layer, second, third]
     room = 2 * 2 * weight_cache.FORM_SIZE * layer.weight.nbytes
-    monkeypatch.setattr(weight_cache, "free_memory", lambda: room)
+    monkeypatch.setattr(weight_cache, "get_free_memory", lambda: room)
     with torch.no_grad(), cpu.cache_weights():
         for each in layers:
             each(x)

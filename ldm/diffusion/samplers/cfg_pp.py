@@ -12,8 +12,8 @@ from ldm.diffusion.samplers.common import (
     Constrain,
     Denoise,
     Noise,
-    ancestral_step,
-    sigma_pairs,
+    get_ancestral_step,
+    pair_sigmas,
 )
 
 __all__ = ["euler_ancestral_cfg_pp", "euler_cfg_pp"]
@@ -36,11 +36,11 @@ def euler_ancestral_cfg_pp(
         last_uncond: Returns the unconditional estimate of the last evaluation; None without
             guidance: then this is the ancestral Euler method.
     """
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         uncond = last_uncond()
-        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         slope = (x - (denoised if uncond is None else uncond)) / sigma
         x = denoised + slope * sigma_down
         if noise:

@@ -13,11 +13,11 @@ __all__ = [
     "Denoise",
     "IntervalNoise",
     "Noise",
-    "ancestral_step",
+    "choose_noise",
     "churn",
-    "interval_noise",
+    "get_ancestral_step",
     "log_ratio",
-    "sigma_pairs",
+    "pair_sigmas",
     "weighted_sum",
 ]
 
@@ -28,7 +28,7 @@ Callback = Callable[[int, Tensor, Tensor], None]  # (step, x after it, denoised)
 Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> changed x, before each step
 
 
-def sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:
+def pair_sigmas(sigmas: Tensor) -> list[tuple[float, float]]:
     """Return (sigma, next sigma) of each step."""
     return list(pairwise(sigmas.tolist()))
 
@@ -42,11 +42,12 @@ def churn(x: Tensor, sigma: float, factor: float, noise: Noise) -> tuple[Tensor,
     return x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
 
 
-def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
     """Return (sigma_down to step to, sigma_up of the noise to add then).
 
         sigma_up = eta sigma_next sqrt(1 - (sigma_next / sigma)²)
         sigma_down² = sigma_next² - sigma_up²
+
     DDIM (arXiv:2010.02502), eq. 16. With eta 1, x is then distributed as after a step of DDPM.
     """
     sigma_up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
@@ -54,7 +55,7 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, 
     return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
 
 
-def interval_noise(noise: Noise | None, path: IntervalNoise | None) -> IntervalNoise | None:
+def choose_noise(noise: Noise | None, path: IntervalNoise | None) -> IntervalNoise | None:
     """Return the path, else noise that is independent in each step, else None."""
     if path is not None or noise is None:
         return path

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.samplers.common import Callback, Constrain, Denoise, Noise, sigma_pairs
+from ldm.diffusion.samplers.common import Callback, Constrain, Denoise, Noise, pair_sigmas
 
 __all__ = ["lcm", "tcd"]
 
@@ -20,7 +20,7 @@ def lcm(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample a latent consistency model (arXiv:2310.04378): x' = D + sigma' noise."""
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         x = denoised = denoise(x, sigma)
         if noise and sigma_next > 0:
@@ -50,7 +50,7 @@ def tcd(
         scale_time: (sigma, factor) -> the noise level at `factor` times the timestep of sigma, see
             `NoiseSchedule.scale_time`.
     """
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         sigma_down = min(scale_time(sigma_next, 1 - eta), sigma_next)

@@ -17,7 +17,7 @@ from ldm.diffusion.samplers.common import (
     Constrain,
     Denoise,
     Noise,
-    ancestral_step,
+    get_ancestral_step,
     log_ratio,
 )
 
@@ -133,8 +133,8 @@ def _find_ends(sigmas: Tensor) -> tuple[float, float]:
 
 
 def _split_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
-    """Return (sigma_down, at least `end`; sigma_up), see `ancestral_step`."""
-    sigma_down = max(ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
+    """Return (sigma_down, at least `end`; sigma_up), see `get_ancestral_step`."""
+    sigma_down = max(get_ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
     return sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0))
 
 

@@ -10,7 +10,7 @@ from ldm.diffusion.samplers.common import (
     Constrain,
     Denoise,
     log_ratio,
-    sigma_pairs,
+    pair_sigmas,
     weighted_sum,
 )
 
@@ -32,7 +32,7 @@ def plms(
     weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
     weights[4] = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
     slopes: list[Tensor] = []  # newest first
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         slope = (x - denoise(x, sigma)) / sigma
         slopes = [slope, *slopes[:3]]
@@ -63,7 +63,7 @@ def lms(
     """
     levels = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
@@ -87,6 +87,7 @@ def dpmpp_2m(
 
         x' = (sigma' / sigma) x - (e^-h - 1) (D + h / (2 h_last) (D - D_last))
         h = ln(sigma / sigma')
+
     Args:
         lower_order_final: Whether the last of fewer than 15 steps is of order 1 at any sigma; a
             step to 0 always is.
@@ -94,7 +95,7 @@ def dpmpp_2m(
     steps = len(sigmas) - 1
     last = steps - 1 if lower_order_final and steps < 15 else steps
     old_denoised, h_last = None, 0.0
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
@@ -125,7 +126,7 @@ def deis(
     levels = sigmas.tolist()
     steps = len(levels) - 1
     slopes: list[Tensor] = []  # newest first
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
@@ -158,7 +159,7 @@ def unipc(
     steps = len(levels) - 1
     history: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
     x_last, current_order = x, 1
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         if history:

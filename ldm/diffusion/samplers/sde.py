@@ -16,10 +16,10 @@ from ldm.diffusion.samplers.common import (
     Denoise,
     IntervalNoise,
     Noise,
-    ancestral_step,
-    interval_noise,
+    choose_noise,
+    get_ancestral_step,
     log_ratio,
-    sigma_pairs,
+    pair_sigmas,
 )
 
 __all__ = ["dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "dpmpp_sde"]
@@ -40,18 +40,18 @@ def dpmpp_sde(
 
     As `dpmpp_2s_ancestral`, with noise in the middle of each step, too.
     """
-    draw = interval_noise(noise, path)
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    draw = choose_noise(noise, path)
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
-            sigma_down, sigma_up = ancestral_step(sigma, middle, eta)
+            sigma_down, sigma_up = get_ancestral_step(sigma, middle, eta)
             x_middle = denoised + (x - denoised) * (sigma_down / sigma)
             if draw:
                 x_middle = x_middle + draw(x, sigma, middle) * sigma_up
             estimate = denoise(x_middle, middle)
-        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         x = estimate + (x - estimate) * (sigma_down / sigma)
         if draw:
             x = x + draw(x, sigma, sigma_next) * sigma_up
@@ -82,8 +82,8 @@ def dpmpp_2m_sde(
             is 1 / (1 - e^-k) - 1 / k, instead of taking its value at the midpoint, 1 / 2.
     """
     old_denoised, h_last = None, 0.0
-    draw = interval_noise(noise, path)
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    draw = choose_noise(noise, path)
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
@@ -118,8 +118,8 @@ def dpmpp_3m_sde(
     It integrates a parabola through the last three estimates; at first a line, or a constant.
     """
     older: list[tuple[Tensor, float]] = []  # estimates with the length of their step, newest first
-    draw = interval_noise(noise, path)
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    draw = choose_noise(noise, path)
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)

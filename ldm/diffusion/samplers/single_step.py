@@ -11,10 +11,10 @@ from ldm.diffusion.samplers.common import (
     Constrain,
     Denoise,
     Noise,
-    ancestral_step,
     churn,
+    get_ancestral_step,
     log_ratio,
-    sigma_pairs,
+    pair_sigmas,
 )
 
 __all__ = [
@@ -42,7 +42,7 @@ def euler(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Euler's method: step along the slope dx/dsigma = (x - denoised) / sigma."""
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
             x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
@@ -71,10 +71,10 @@ def ddim(
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
     """
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
-        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         x = denoised + (x - denoised) * (sigma_down / sigma)
         if noise:
             x = x + noise(x) * sigma_up
@@ -99,7 +99,7 @@ def heun(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Heun's method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
             x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
@@ -130,7 +130,7 @@ def dpm2(
 
     Euler's method with the slope at the middle of the step in log sigma.
     """
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
             x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
@@ -152,10 +152,10 @@ def dpm2_ancestral(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by ancestral DPM2: `dpm2` to a lower level, then new noise."""
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
-        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         x = _dpm2_step(denoise, x, sigma, sigma_down, denoised)
         if noise:
             x = x + noise(x) * sigma_up
@@ -181,10 +181,10 @@ def dpmpp_2s_ancestral(
         x_m = (sigma_m / sigma) x - (e^-h - 1) D,    h = ln(sigma / sigma_m)
         x' = D(x_m) + (x - D(x_m)) sigma_down / sigma + sigma_up noise
     """
-    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
-        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         if sigma_down > 0:
             middle = math.sqrt(sigma * sigma_down)
             h = log_ratio(sigma, middle)

@@ -12,7 +12,7 @@ from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import PreparedTask
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +70,7 @@ class FolderInputs(RGBDInputs):
         """
         if self.indir is None:
             return [self]
-        rank, world_size = rank_and_world_size()
+        rank, world_size = get_rank_and_world_size()
         return self.list_folder(Path(self.indir).expanduser())[rank::world_size]
 
     def list_folder(self, folder: Path) -> list["FolderInputs"]:

@@ -11,7 +11,7 @@ from ldm.generate.request import Request
 from ldm.generate.tasks.base import PreparedTask, Task
 from ldm.generate.tasks.images import FolderInputs, PreparedImageTask
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ class UpscaleInputs(FolderInputs):
             return super().split_by_image()
         from ldm.loading.files.latents import list_latents
 
-        rank, world_size = rank_and_world_size()
+        rank, world_size = get_rank_and_world_size()
         paths = list_latents(self.init_img)[rank::world_size]
         return [replace(self, init_img=str(path), indir=self.init_img) for path in paths]
 

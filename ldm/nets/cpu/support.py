@@ -34,7 +34,7 @@ def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.cache
-def fast_dtypes() -> tuple[torch.dtype, ...]:
+def get_fast_dtypes() -> tuple[torch.dtype, ...]:
     """Return the dtypes for which this processor has fast matrix products."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
@@ -49,7 +49,7 @@ def _is_plain(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype in fast_dtypes()
+        and x.dtype in get_fast_dtypes()
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and torch.func.debug_unwrap(x) is x

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
-from ldm.runtime.device import free_memory
+from ldm.runtime.device import get_free_memory
 
 FORM_SIZE = 1.8  # memory of a weight's largest form (Winograd's 16 / 9), relative to the weight
 Form = TypeVar("Form", Tensor, list[Tensor])
@@ -26,7 +26,7 @@ class _Cache:
 
     def __init__(self) -> None:
         self.entries: dict[int, _Entry] = {}
-        self.budget = free_memory() / 2  # remaining bytes
+        self.budget = get_free_memory() / 2  # remaining bytes
 
     def has_room(self, weight: Tensor) -> bool:
         return id(weight) in self.entries or FORM_SIZE * weight.nbytes <= self.budget

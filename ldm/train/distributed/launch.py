@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
     from ldm.train.config.settings import Devices
@@ -33,7 +33,7 @@ HOST:29500 -m {program} …"""
 def count_processes(devices: "Devices", per_node: int = 0) -> int:
     """Count the processes on all nodes; `per_node` 0: one for each GPU."""
     count = per_node or max(1, len(_list_gpus(devices.gpus)))
-    return max(rank_and_world_size()[1], count * devices.num_nodes)
+    return max(get_rank_and_world_size()[1], count * devices.num_nodes)
 
 
 def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
     Raises:
         ValueError: there are too few GPUs, or several nodes are requested.
     """
-    if rank_and_world_size()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if get_rank_and_world_size()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     import torch
 
@@ -75,7 +75,7 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
             same when processes are restarted after a failure.
     """
     torchrun_id = _torchrun_id()
-    if rank_and_world_size()[1] == 1:
+    if get_rank_and_world_size()[1] == 1:
         return choose([torchrun_id] if torchrun_id else [])
     from ldm.runtime.device import pick_device
     from ldm.train.distributed import parallel

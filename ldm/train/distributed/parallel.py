@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from ldm.nets.blocks import ResBlock
 from ldm.nets.transformer import TransformerBlock
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.train.tasks.task import Batch, Losses, LossFunction
 
 __all__ = [
@@ -136,7 +136,7 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
         timeout: seconds without a heartbeat after which a process counts as lost, and all others
             exit.
     """
-    rank, world_size = rank_and_world_size()
+    rank, world_size = get_rank_and_world_size()
     if world_size == 1:
         return Ranks()
     host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun sets MASTER_ADDR

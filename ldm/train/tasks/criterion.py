@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.denoiser import SIGMA_DATA, scalings
+from ldm.diffusion.denoiser import SIGMA_DATA, get_scalings
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
@@ -72,7 +72,7 @@ class Criterion(nn.Module):
     def weights(self, t: Tensor) -> Tensor:
         """Compute the weights (B,) float32 of the errors at timesteps t."""
         sigma = self.schedule.t_to_sigma(t)
-        c_out = scalings(self.parameterization, sigma, self.model_sigma_data)[1]
+        c_out = get_scalings(self.parameterization, sigma, self.model_sigma_data)[1]
         # Weights are of the denoised latent's error, which is |c_out| times the prediction's.
         if self.min_snr_gamma is not None:
             weights = (sigma**-2).clamp(max=self.min_snr_gamma) * c_out**2
