@@ -100,7 +100,9 @@ def compare(case: Case, folder: Path, args: argparse.Namespace) -> str:
     implementations.clear()
     gc.collect()
     ours, baseline = map(statistics.median, times)
-    ratios = sorted(theirs / mine for mine, theirs in zip(*times, strict=True))
+    ratios = sorted(
+        baseline_seconds / seconds for seconds, baseline_seconds in zip(*times, strict=True)
+    )
     ratio_range = f"{ratios[0]:.2f} … {ratios[-1]:.2f}"
     return f"{case.title:38} {ours:7.1f}s {baseline:9.1f}s   {baseline / ours:.2f} ({ratio_range})"
 

@@ -47,7 +47,7 @@ STEPS = 4  # of its image
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 
-def steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
+def list_steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
     """Return command and time limit in seconds of each step, whose last line is its result."""
     is_cpu = device == "cpu"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = list(steps("cpu", ""))
+    names = list(list_steps("cpu", ""))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
     parser.add_argument("--step", choices=["attention", "offload", "nccl"], help=argparse.SUPPRESS)
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             print(f"== {name}", flush=True)
-            rows.append((name, *execute(*steps(args.device, folder)[name])))
+            rows.append((name, *execute(*list_steps(args.device, folder)[name])))
     print(f"\n{'CPU: no GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
     print(f"{'step':10} {'result':8} {'seconds':>7}  worst / ratio")
     for name, state, seconds, last in rows:
@@ -110,7 +110,7 @@ def execute(command: list[str], limit: int) -> tuple[str, float, str]:
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=harness.environment(ROOT),
+        env=harness.make_environment(ROOT),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

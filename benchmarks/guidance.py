@@ -54,17 +54,17 @@ Call = Callable[[], Tensor]
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, dtypes=["float32"], threads=1)
+    parser = harness.make_parser(__doc__, dtypes=["float32"], threads=1)
     add = parser.add_argument
     add("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     add("--side", type=int, default=32, help="height and width of the latent (%(default)s)")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    harness.setup(args)
+    harness.configure_torch(args)
     if args.worker:
-        return work(args)
-    print(harness.machine(args), flush=True)
-    pair = harness.sides(args)
+        return run_worker(args)
+    print(harness.describe_machine(args), flush=True)
+    pair = harness.get_sides(args)
     if args.against != "diffusers":
         args.stage = [stage for stage in args.stage if stage not in NEW_STAGES]
     rows = []
@@ -117,23 +117,28 @@ def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> di
 
 
 @torch.no_grad()
-def work(args: argparse.Namespace) -> None:
+def run_worker(args: argparse.Namespace) -> None:
     """In the worker: sample once as a warm-up, write the latent, serve timed calls."""
-    make = {"ours": ours, "diffusers": diffusers}[args.worker]
-    call = make(args.stage[0], args)
+    load = {"ours": load_ours, "diffusers": load_diffusers}[args.worker]
+    call = load(args.stage[0], args)
     output = call()
     with tempfile.NamedTemporaryFile(dir=args.folder, delete=False) as file:
         torch.save(output.float().cpu(), file)
     harness.serve({"output": file.name}, call, args.device)
 
 
-def ours(stage: str, args: argparse.Namespace) -> Call:
+def load_ours(stage: str, args: argparse.Namespace) -> Call:
     """Load our model; return a function that samples by it."""
     import ldm
 
     paths = (args.folder / f"model.{suffix}" for suffix in ("yaml", "safetensors"))
     model = ldm.load(*paths, device=args.device)
-    options: dict[str, Any] = {"steps": STEPS, "scale": SCALE, "seeds": 0, "x_T": noise(args.side)}
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "scale": SCALE,
+        "seeds": 0,
+        "x_T": draw_noise(args.side),
+    }
     cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
     if stage == "pag":
         from ldm.diffusion.guidance import Guidance, PerturbedAttention
@@ -146,7 +151,7 @@ def ours(stage: str, args: argparse.Namespace) -> Call:
     return lambda: ldm.sample(model, cond, uncond, **options)
 
 
-def diffusers(stage: str, args: argparse.Namespace) -> Call:
+def load_diffusers(stage: str, args: argparse.Namespace) -> Call:
     """Load the pipeline of diffusers; return a function that samples by it."""
     import diffusers as package
 
@@ -159,19 +164,19 @@ def diffusers(stage: str, args: argparse.Namespace) -> Call:
         b1, b2, s1, s2 = FREEU
         pipe.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
     if stage in SDE:
-        kind, settings, _, steps = SDE[stage]
+        scheduler_class, settings, _, steps = SDE[stage]
         config = {**pipe.scheduler.config, **settings, "use_karras_sigmas": True}
-        pipe.scheduler = getattr(package, kind).from_config(config)
+        pipe.scheduler = getattr(package, scheduler_class).from_config(config)
     cond, uncond = pipe.encode_prompt("a cat", args.device, 1, True, "")
     return lambda: pipe(
-        prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise(args.side),
+        prompt_embeds=cond, negative_prompt_embeds=uncond, latents=draw_noise(args.side),
         num_inference_steps=steps, guidance_scale=SCALE, height=8 * args.side, width=8 * args.side,
         generator=torch.Generator().manual_seed(0), output_type="latent", return_dict=False,
         **options,
     )[0]  # fmt: skip
 
 
-def noise(side: int) -> Tensor:
+def draw_noise(side: int) -> Tensor:
     """Return the initial noise."""
     return torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 

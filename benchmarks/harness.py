@@ -35,7 +35,7 @@ class Side:
     root: Path = ROOT
 
 
-def parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.ArgumentParser:
+def make_parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.ArgumentParser:
     """Return a parser with the flags that all comparisons share."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,7 +51,7 @@ def parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.Argumen
     return parser
 
 
-def sides(args: argparse.Namespace) -> tuple[Side, Side]:
+def get_sides(args: argparse.Namespace) -> tuple[Side, Side]:
     """Return our side and the baseline, which `--against` names."""
     if args.against == "diffusers":
         return Side("ours"), Side("diffusers")
@@ -61,7 +61,7 @@ def sides(args: argparse.Namespace) -> tuple[Side, Side]:
     return Side("ours"), Side("ours", root)
 
 
-def setup(args: argparse.Namespace) -> None:
+def configure_torch(args: argparse.Namespace) -> None:
     """Set threads, and exact float32 on GPUs, so that outputs can be compared."""
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False
@@ -83,7 +83,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=environment(side.root),
+            env=make_environment(side.root),
         )
         self.peak = 0.0
 
@@ -101,7 +101,7 @@ class Worker:
         self.peak = result["peak"]
         return float(result["seconds"])
 
-    def cpu_seconds(self) -> float:
+    def measure_cpu_seconds(self) -> float:
         """Return the CPU time so far of the process and its ended children."""
         fields = (
             Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(")")[2].split()
@@ -128,13 +128,13 @@ class Worker:
 def serve(first: Result, call: Callable[[], object], device: torch.device) -> None:
     """In the worker: report `first`, then time `call` for each line of standard input."""
     print(json.dumps(first), flush=True)
-    now = clock(device)
+    now = choose_clock(device)
     for _ in sys.stdin:
         calls, seconds, start = 0, 0.0, now()
         while seconds < MIN_SECONDS:
             call()
             calls, seconds = calls + 1, now() - start
-        print(json.dumps({"seconds": seconds / calls, "peak": peak(device)}), flush=True)
+        print(json.dumps({"seconds": seconds / calls, "peak": measure_peak(device)}), flush=True)
 
 
 def compare(
@@ -170,9 +170,12 @@ def compare(
             results[i] = worker.first
             if index == 0 and i == 1:
                 row |= check(results[0], results[1])
-            others_before, begin = busy_seconds() - worker.cpu_seconds(), time.perf_counter()
+            others_before, begin = (
+                measure_busy_seconds() - worker.measure_cpu_seconds(),
+                time.perf_counter(),
+            )
             seconds[i].extend(worker.measure() for _ in range(1 if at_once else 3))
-            others += busy_seconds() - worker.cpu_seconds() - others_before
+            others += measure_busy_seconds() - worker.measure_cpu_seconds() - others_before
             available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
             peaks[i] = max(peaks[i], worker.peak)
             if not at_once:
@@ -220,7 +223,7 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
     words, start = [sys.executable, *map(str, command)], time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
-            words, cwd=folder or root, stdout=log, stderr=log, env=environment(root)
+            words, cwd=folder or root, stdout=log, stderr=log, env=make_environment(root)
         )
         _, process.returncode, usage = os.wait4(process.pid, 0)
         if process.returncode:
@@ -230,7 +233,7 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
-def environment(root: Path) -> dict[str, str]:
+def make_environment(root: Path) -> dict[str, str]:
     """Return the environment of a process that imports the `ldm` of a checkout.
 
     On both sides glibc keeps freed memory, as it does under the command `ldm`.
@@ -240,10 +243,10 @@ def environment(root: Path) -> dict[str, str]:
     return {**os.environ, **keep_memory, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
-def clock(device: torch.device) -> Callable[[], float]:
+def choose_clock(device: torch.device) -> Callable[[], float]:
     """Return a clock: CPU time for a single thread, else wall time, with the work of a GPU."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
-        return cpu_seconds
+        return measure_cpu_seconds
     if device.type == "cpu":
         return time.perf_counter
 
@@ -254,13 +257,13 @@ def clock(device: torch.device) -> Callable[[], float]:
     return synchronized
 
 
-def cpu_seconds() -> float:
+def measure_cpu_seconds() -> float:
     """Return the CPU time of this process and its ended children."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def peak(device: torch.device) -> float:
+def measure_peak(device: torch.device) -> float:
     """Return the largest memory so far in GiB: resident size, or torch's allocations on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -268,7 +271,7 @@ def peak(device: torch.device) -> float:
     return int(match[1]) / 2**20 if match else float("nan")
 
 
-def machine(args: argparse.Namespace) -> str:
+def describe_machine(args: argparse.Namespace) -> str:
     """Describe processor, threads, version of torch, and baseline."""
     if args.device.type == "cuda":
         name = torch.cuda.get_device_name(args.device)
@@ -279,7 +282,7 @@ def machine(args: argparse.Namespace) -> str:
     return f"{name}, {args.threads} threads, torch {torch.__version__}, {against}"
 
 
-def busy_seconds() -> float:
+def measure_busy_seconds() -> float:
     """Return the CPU seconds of all processes since the machine started."""
     fields = Path("/proc/stat").read_text("utf-8").split("\n")[0].split()[1:]
     user, nice, system, _, _, irq, soft_irq = map(int, fields[:7])

@@ -64,19 +64,19 @@ Call = Callable[..., Any]
 
 def main() -> None:
     dtypes = ["float32", "bfloat16", "float16"]
-    parser = harness.parser(__doc__, dtypes=dtypes, threads=torch.get_num_threads())
+    parser = harness.make_parser(__doc__, dtypes=dtypes, threads=torch.get_num_threads())
     add = parser.add_argument
     add("--stage", nargs="+", choices=[*NETWORKS, *FILES], default=list(SD2_NETWORKS))
     add("--one-at-a-time", action="store_true", help="never hold both sides in memory")
     add("--quick", action="store_true", help="small images, at most 2 rounds")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    harness.setup(args)
+    harness.configure_torch(args)
     if args.worker:
-        return work(args)
+        return run_worker(args)
     if args.quick:
         args.rounds = min(args.rounds, 2)
-    print(harness.machine(args), flush=True)
+    print(harness.describe_machine(args), flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
@@ -100,7 +100,7 @@ def main() -> None:
 def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> dict[str, Any]:
     """Compare one stage in one dtype; print and return the row."""
     is_network, is_half = stage in NETWORKS, dtype != "float32"
-    ours, baseline = harness.sides(args)
+    ours, baseline = harness.get_sides(args)
 
     def start(side: Side, dtype: str = dtype) -> Worker:
         options = ["--stage", stage, "--dtype", dtype, "--folder", args.folder]
@@ -140,11 +140,11 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> di
 
 
 @torch.no_grad()
-def work(args: argparse.Namespace) -> None:
+def run_worker(args: argparse.Namespace) -> None:
     """In the worker: call twice as a warm-up, write a network's output, serve timed calls."""
     (stage,), (name,), device = args.stage, args.dtype, args.device
     dtype, inputs, result = getattr(torch, name), list[Tensor](), Result()
-    network, call = {"ours": ours, "diffusers": diffusers}[args.worker](stage, args.folder, dtype)
+    network, call = LOADERS[args.worker](stage, args.folder, dtype)
     if network is not None:
         network.to(device, dtype)
         inputs = [x.to(device) for x in example_inputs(stage, args)]
@@ -168,12 +168,12 @@ def cached_weights() -> AbstractContextManager[None]:
     return block
 
 
-def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
+def load_ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
     """Return our network, if any, and the call to time."""
     import ldm  # public names only, as another revision may have no others
 
     if stage in NETWORKS and stage.endswith(XL):
-        return sdxl.ours(stage.removesuffix(XL))
+        return sdxl.build_ours(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("import ldm; ldm.load; ldm.txt2img")
     file = folder / FILES.get(stage, "sd2.safetensors")
@@ -187,7 +187,7 @@ def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None
     return network, network
 
 
-def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
+def load_diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
     """Return the network of diffusers or transformers, if any, and the call to time."""
     from diffusers import (
         AutoencoderKL,
@@ -198,7 +198,7 @@ def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module |
     from transformers import CLIPTextModel
 
     if stage in NETWORKS and stage.endswith(XL):
-        return sdxl.diffusers(stage.removesuffix(XL))
+        return sdxl.build_diffusers(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("from diffusers import StableDiffusionPipeline")
     if stage not in NETWORKS:
@@ -221,6 +221,9 @@ def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module |
         return network, lambda tokens: network(tokens).last_hidden_state
     call = network.decode if stage == "vae" else network
     return network, lambda *inputs: call(*inputs, return_dict=False)[0]
+
+
+LOADERS = {"ours": load_ours, "diffusers": load_diffusers}
 
 
 def run_python(code: str) -> None:
@@ -250,7 +253,7 @@ def example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
 
 def count_flop(stage: str, args: argparse.Namespace) -> int:
     """Count the floating point operations of a stage, on the meta device: nothing is computed."""
-    network, call = ours(stage, args.folder, torch.float32)
+    network, call = load_ours(stage, args.folder, torch.float32)
     assert network is not None
     network.to("meta", torch.float32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -265,7 +268,7 @@ def measure_matmul_rate(dtype: torch.dtype, device: torch.device) -> tuple[float
     On a CPU these are torch's product (MKL or another BLAS), and oneDNN's as a 1x1 convolution.
     """
     is_cpu = device.type == "cpu"
-    now, rates = harness.clock(device), dict[str, float]()
+    now, rates = harness.choose_clock(device), dict[str, float]()
     for m, n, k in [(2048, 2048, 2048), (8192, 1024, 1024)] if is_cpu else [(8192, 8192, 8192)]:
         x = torch.randn(m, k, device=device, dtype=dtype)
         weight = torch.randn(n, k, device=device, dtype=dtype)

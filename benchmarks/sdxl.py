@@ -62,7 +62,7 @@ def write_configs(file: Path) -> None:
     write_texts(folder, plan_conversion(file, folder, config=CONFIG).texts)
 
 
-def ours(name: str) -> tuple[nn.Module, Call]:
+def build_ours(name: str) -> tuple[nn.Module, Call]:
     """Return our "unet", "vae" or "text" (ViT-bigG) in float16, and the call to time."""
     model: Any = build_on_meta(translate_config(read_yaml(CONFIG)), where=str(CONFIG))
     conditioner = model.conditioner
@@ -82,12 +82,12 @@ def ours(name: str) -> tuple[nn.Module, Call]:
     return network, encode
 
 
-def diffusers(name: str) -> tuple[nn.Module, Call]:
+def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     """Return the network of diffusers or transformers, and the call to time."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    state = ours(name)[0].state_dict()
+    state = build_ours(name)[0].state_dict()
     keys = {"unet": unet_keys, "vae": vae_keys, "text": text_keys}[name](state)
     weights = scatter_weights(keys, state)
     network: Any

@@ -71,16 +71,16 @@ Step = tuple[Callable[[], Tensor], Callable[[], None]]  # the checked loss, one 
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, dtypes=TOLERANCE, threads=1)
+    parser = harness.make_parser(__doc__, dtypes=TOLERANCE, threads=1)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
     add("--no-ema", action="store_true", help="train without EMA, which has 3.5 GB at size sd2")
     add("--side", type=int, help="height and width of the latents (by size)")
     args = parser.parse_args()
-    harness.setup(args)
+    harness.configure_torch(args)
     if args.worker:
-        return work(args)
-    print(harness.machine(args), flush=True)
+        return run_worker(args)
+    print(harness.describe_machine(args), flush=True)
     rows = [compare(args, size, dtype) for size in args.size for dtype in args.dtype]
     harness.finish(args, rows)
 
@@ -101,14 +101,16 @@ def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
 
     at_once = size != "sd2" or args.device.type == "cuda"
     row: dict[str, Any] = {"stage": f"train {size}", "dtype": dtype, "ema": not args.no_ema}
-    row |= harness.compare(start, harness.sides(args), check, rounds=args.rounds, at_once=at_once)
+    row |= harness.compare(
+        start, harness.get_sides(args), check, rounds=args.rounds, at_once=at_once
+    )
     row["batch"] = SIZES[size].batch_size
     ema = "without EMA" if args.no_ema else "with EMA"
     print(f"{size:5} {dtype:8} batch {row['batch']}  {harness.describe(row)}  {ema}", flush=True)
     return row
 
 
-def work(args: argparse.Namespace) -> None:
+def run_worker(args: argparse.Namespace) -> None:
     """In the worker: compute the checked loss, warm up, serve timed steps."""
     size, device, dtype = SIZES[args.size[0]], args.device, getattr(torch, args.dtype[0])
     torch.manual_seed(0)
@@ -118,7 +120,9 @@ def work(args: argparse.Namespace) -> None:
     t = torch.linspace(50, 950, size.batch_size).long()
     context = torch.randn(size.batch_size, 77, model.unet.context_dim)
     batch = Batch(z.to(device), context.to(device), noise.to(device), t.to(device))
-    loss, step = {"ours": ours, "diffusers": diffusers}[args.worker](model, batch, not args.no_ema)
+    loss, step = {"ours": build_ours, "diffusers": build_diffusers}[args.worker](
+        model, batch, not args.no_ema
+    )
     del model
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         # Not under no_grad, which would pack the weights for inference
@@ -164,7 +168,7 @@ def fill_weights(unet: nn.Module) -> None:
         p.data = values / p[0].numel() ** 0.5 if p.dim() > 1 else 1 + 0.1 * values
 
 
-def ours(model: Any, batch: Batch, use_ema: bool) -> Step:
+def build_ours(model: Any, batch: Batch, use_ema: bool) -> Step:
     """Return loss and step of our training loop."""
     task = Diffusion(model, conditioning_dropout_prob=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +194,7 @@ def ours(model: Any, batch: Batch, use_ema: bool) -> Step:
     return loss, step
 
 
-def diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
+def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
     """Return loss and step of diffusers' examples/text_to_image, without accelerate."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel

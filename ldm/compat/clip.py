@@ -207,9 +207,9 @@ class CLIPTextModel(nn.Module):
         if count is None or count == old.num_embeddings:
             return old
         new = nn.Embedding(count, old.embedding_dim).to(old.weight)
-        kept = min(count, old.num_embeddings)
+        rows = min(count, old.num_embeddings)
         with torch.no_grad():
-            new.weight.normal_(std=NEW_TOKEN_STD)[:kept] = old.weight[:kept]
+            new.weight.normal_(std=NEW_TOKEN_STD)[:rows] = old.weight[:rows]
         new.weight.requires_grad = old.weight.requires_grad
         self.set_input_embeddings(new)
         self.config.vocab_size = count
