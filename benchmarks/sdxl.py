@@ -16,7 +16,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import plan_conversion
 from ldm.loading.diffusers.files import write_texts
-from ldm.loading.diffusers.keys import scatter_weights, text_keys, unet_keys, vae_keys
+from ldm.loading.diffusers.keys import locate_text_encoder, locate_unet, locate_vae, scatter_weights
 from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
@@ -88,7 +88,7 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     state = build_ours(name)[0].state_dict()
-    keys = {"unet": unet_keys, "vae": vae_keys, "text": text_keys}[name](state)
+    keys = {"unet": locate_unet, "vae": locate_vae, "text": locate_text_encoder}[name](state)
     weights = scatter_weights(keys, state)
     network: Any
     with torch.device("meta"):

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.towers import VisionTower
-from ldm.loading.diffusers.keys import scatter_weights, vision_keys
+from ldm.loading.diffusers.keys import locate_vision_tower, scatter_weights
 
 
 def write_checker(path):
@@ -18,7 +18,7 @@ def write_checker(path):
             value.data = torch.randn_like(value) if value.dim() > 1 else torch.full_like(value, 2)
     checker.concept_embeds_weights.data[2] = -2
     state = checker.state_dict()
-    locations = vision_keys(f"model.{name}" for name in state)
+    locations = locate_vision_tower(f"model.{name}" for name in state)
     theirs = scatter_weights({n.removeprefix("model."): v for n, v in locations.items()}, state)
     theirs |= {name: value for name, value in state.items() if "embeds" in name}
     save_file({name: value.contiguous() for name, value in theirs.items()}, path)

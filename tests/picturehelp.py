@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.addons.lora_files import write_lora
+from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.nets.lora import LoRA, LoRALayer
 
 QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--precision=full", "--skip_grid"]
@@ -17,7 +18,7 @@ def random_lora(path, model, seed):
     """Writes one that changes every place of a model, so that its pictures differ."""
     torch.manual_seed(seed)
     changes = {}
-    for layer in lora_targets(model):
+    for layer in list_lora_targets(model):
         changes[layer.kohya] = low = LoRALayer(layer.target, 2)
         torch.nn.init.normal_(low.lora_up.weight, std=0.1)
     write_lora(LoRA(changes), path, model)

@@ -54,7 +54,7 @@ from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.reading import open_image
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
-from ldm.loading.files.checkpoint import short_hash
+from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 from ldm.pipelines.latent_upscaling import FACTOR
@@ -224,7 +224,9 @@ class Backend:
         models = read_catalogue(self.library.folder).models
         names = [name for name in models if Path(name).name == info["checkpoint"]]
         if len(names) > 1:
-            names.sort(key=lambda name: short_hash(models[name].path) != info["checkpoint_hash"])
+            names.sort(
+                key=lambda name: compute_short_hash(models[name].path) != info["checkpoint_hash"]
+            )
         return self.library.find_model(next(iter(names), info["checkpoint"]), task)
 
     def _set_model(
@@ -350,7 +352,7 @@ def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
     """
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
         raise ArgumentError(f"its entry for {flag} is damaged")
-    by_hash = {short_hash(file): file for file in files} if recorded else {}
+    by_hash = {compute_short_hash(file): file for file in files} if recorded else {}
     for file in recorded:
         if file["hash"] not in by_hash:
             name = Path(file["path"]).name

@@ -19,8 +19,9 @@ from ldm.loading import legacy
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.layout import INDEX
-from ldm.loading.load import find_variant, read_config, supports_variants
-from ldm.loading.published import find_on_disk, published_files
+from ldm.loading.find_variant import find_variant, supports_variants
+from ldm.loading.model_config import read_config
+from ldm.loading.published import find_on_disk, read_published_files
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import Defaults, LatentDiffusion
@@ -133,7 +134,7 @@ def read_catalogue(folder: str | Path) -> Catalogue:
     Files are read again only when they change.
     """
     catalogue, in_folder = Catalogue(), list_checkpoints(folder)
-    published = filter(None, map(find_on_disk, published_files().values()))
+    published = filter(None, map(find_on_disk, read_published_files().values()))
     for name, path in ({path.name: path for path in published} | in_folder).items():
         entry = _read_entry(path, list_file_stats(path))
         if isinstance(entry, CatalogueEntry):
@@ -183,10 +184,10 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
-    if supports_variants(family) and (found := find_variant(weights)):
+    if supports_variants(family) and (variant := find_variant(weights)):
         has_scheduler = is_sdxl and path.is_dir()
-        defaults = found.defaults_of(defaults, has_scheduler=has_scheduler)
-        image_size = VARIANTS[found.variant].size_xl if is_sdxl else image_size
+        defaults = variant.update_defaults(defaults, has_scheduler=has_scheduler)
+        image_size = VARIANTS[variant.name].image_size_xl if is_sdxl else image_size
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     return CatalogueEntry(
         path=path,

@@ -24,7 +24,7 @@ from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.reading import read_size
-from ldm.loading.load import supports_variants
+from ldm.loading.find_variant import supports_variants
 from ldm.runtime.types import JsonObject
 
 __all__ = ["FormEvents"]

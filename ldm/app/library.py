@@ -20,11 +20,11 @@ from ldm.app.form import STEPS
 from ldm.generate.lora_tags import find_loras, remove_tags
 from ldm.generate.options import Value
 from ldm.generate.tasks import Task
-from ldm.loading.addons.embeddings import embedding_files, read_embeddings
-from ldm.loading.addons.lora import detect_few_steps
+from ldm.loading.addons.embeddings import list_embedding_files, read_embeddings
 from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.addons.safety import COMPONENT
-from ldm.loading.files.checkpoint import short_hash
+from ldm.loading.files.checkpoint import compute_short_hash
+from ldm.loading.find_variant import detect_few_steps
 from ldm.loading.report import inspect_checkpoint
 from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
 from ldm.model import Defaults, LatentDiffusion
@@ -186,7 +186,9 @@ class Library:
                 if recorded.name in (Path(file).name, Path(file).stem)
             ]  # fmt: skip
             if len(names) > 1:
-                names.sort(key=lambda name: short_hash(available[name][0]) != lora.get("hash"))
+                names.sort(
+                    key=lambda name: compute_short_hash(available[name][0]) != lora.get("hash")
+                )
             found.append((next(iter(names), recorded.stem), lora.get("weight", 1.0)))
         return found
 
@@ -303,7 +305,9 @@ class Library:
 
     def list_embeddings(self) -> list[str]:
         """Return the files of all embeddings."""
-        files = [str(file) for path in self._given_embeddings for file in embedding_files(path)]
+        files = [
+            str(file) for path in self._given_embeddings for file in list_embedding_files(path)
+        ]
         return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
 
 

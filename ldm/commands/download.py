@@ -11,7 +11,7 @@ SHA-256 is verified. $HF_ENDPOINT, $HF_TOKEN and $HF_HUB_OFFLINE are respected.
 
 from collections.abc import Iterator, Sequence
 
-from ldm.loading.published import download, find_on_disk, published_files
+from ldm.loading.published import download, find_on_disk, read_published_files
 from ldm.runtime.command import CommandParser, run_command
 
 __all__ = ["main"]
@@ -39,7 +39,7 @@ def _run(names: Sequence[str]) -> None:
 
 def _list_files() -> Iterator[str]:
     yield f"{'name':24} {'what':42} {'size':>8} memory  {'licence':20} on this machine"
-    for file in published_files().values():
+    for file in read_published_files().values():
         words = [f"{file.name:24}", f"{file.title:42}", f"{file.size:>8}", f"{file.memory:.1f} GB",
                  f" {file.licence:20}", str(find_on_disk(file) or "-")]  # fmt: skip
         if not file.sha256:

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "rank_hint", "save_lora"]
 
 FLAGS = {  # that set arguments of the library
-    "rank": "--rank", "share": "--keep-sum", "square_share": "--keep-squares", "ratio": "--ratio",
-    "conv_rank": "--conv-rank", "clamp_quantile": "--clamp-quantile", "model": "--model",
+    "rank": "--rank", "sum_fraction": "--keep-sum", "square_fraction": "--keep-squares",
+    "ratio": "--ratio", "conv_rank": "--conv-rank", "clamp_quantile": "--clamp-quantile",
+    "model": "--model",
 }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def save_lora(
     """Write a LoRA, and other tensors of its file, and print its path."""
     import torch
 
-    from ldm.loading.addons.lora import write_lora
+    from ldm.loading.addons.lora_files import write_lora
     from ldm.loading.modelspec import MERGED_FROM
 
     dtype = getattr(torch, args.dtype)
@@ -137,11 +138,11 @@ def _extract(args: Namespace) -> None:
             config=args.config,
             progress=bar.update,
         )
-    part = f"{result.retained:.1%} of their squared difference"
+    part = f"{result.retained_fraction:.1%} of their squared difference"
     print(f"{len(result.lora.layers)} layers, {part}", file=sys.stderr)
-    if result.left_out:
-        examples = ", ".join(result.left_out[:2])
-        count = len(result.left_out)
+    if result.other_weights:
+        examples = ", ".join(result.other_weights[:2])
+        count = len(result.other_weights)
         print(f"{count} weights differ that are not in it: {examples}", file=sys.stderr)
     names = [Path(path).name for path in (args.tuned, args.base)]
     save_lora(args, result.lora, result.model, names)

@@ -52,19 +52,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _merge(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.loading.addons.lora_tools import join_loras, model_of_lora
+    from ldm.loading.addons.lora_tools import build_model_of_lora, join_loras
 
     check_target(args)
     rule = make_rank_rule(args)
     files = [parse_lora(text) for text in args.files]
-    model = model_of_lora(files[0][0], args.model)
+    model = build_model_of_lora(files[0][0], args.model)
     with tqdm(unit="layer", disable=None) as bar:
         joined = join_loras(files, model, rule, progress=bar.update)
     layers = joined.lora.layers.values()
     ranks = sum(layer.rank for layer in layers)
     text = f"{ranks} ranks in {len(layers)} layers"
     if rule.is_limited:
-        text = f"{ranks} of {joined.ranks} ranks in {len(layers)} layers, "
-        text += f"{joined.retained:.1%} of the squares"
+        text = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, "
+        text += f"{joined.retained_fraction:.1%} of the squares"
     print(text, file=sys.stderr)
-    save_lora(args, joined.lora, model, [Path(path).name for path, _ in files], joined.others)
+    save_lora(
+        args, joined.lora, model, [Path(path).name for path, _ in files], joined.other_tensors
+    )

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from ldm.evaluation.extractors import RESIZES, CLIPJudge, InceptionExtractor
-from ldm.loading.addons.clip import check_clip, clip_name, load_clip
+from ldm.loading.addons.clip import check_clip, get_clip_name, load_clip
 from ldm.loading.addons.inception import load_inception
-from ldm.loading.files.checkpoint import short_hash
-from ldm.loading.published import find_checkpoint, find_on_disk, published_files
+from ldm.loading.files.checkpoint import compute_short_hash
+from ldm.loading.published import find_checkpoint, find_on_disk, read_published_files
 from ldm.runtime.errors import check_name
 from ldm.runtime.hashes import hash_file
 
@@ -57,9 +57,9 @@ def find_clip(file: str | Path | None) -> Path | None:
 def load_judge(path: Path, device: torch.device) -> CLIPJudge:
     """Load CLIP from a file or folder, see `find_clip`."""
     clip = load_clip(path, device=device)
-    digest = short_hash(path) if path.is_dir() else hash_file(path)
-    return CLIPJudge(clip, f"CLIP score ({clip_name(clip)})", digest)
+    digest = compute_short_hash(path) if path.is_dir() else hash_file(path)
+    return CLIPJudge(clip, f"CLIP score ({get_clip_name(clip)})", digest)
 
 
 def _find(file: str | Path | None, name: str) -> Path | None:
-    return find_on_disk(published_files()[name]) if file is None else find_checkpoint(file)
+    return find_on_disk(read_published_files()[name]) if file is None else find_checkpoint(file)

@@ -13,14 +13,14 @@ from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.generate.tasks.images import RGBDInputs
 from ldm.loading.addons.lora import read_changes
-from ldm.loading.families import PIXELS, Family
-from ldm.loading.load import (
-    DEMO_CHECKPOINT,
-    file_variant,
-    find_schedule_early,
+from ldm.loading.families import IMAGE_CONV, Family
+from ldm.loading.find_variant import (
     find_variant_early,
+    select_file_variant,
     supports_variants,
 )
+from ldm.loading.load import DEMO_CHECKPOINT
+from ldm.loading.model_config import find_schedule_early
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
@@ -119,7 +119,7 @@ def _find_ckpt(request: Request) -> Path:
     choice = request.model
     if choice.ckpt is None:
         return find_file(request.task.demo_model or DEMO_CHECKPOINT)
-    return find_checkpoint(choice.ckpt, variant=file_variant(choice.variant))
+    return find_checkpoint(choice.ckpt, variant=select_file_variant(choice.variant))
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
@@ -238,7 +238,7 @@ def _image_channels(path: Path, weights: Weights | None) -> int | None:
     if config.is_file():
         channels = json.loads(read_text(config)).get("in_channels")
         return channels if isinstance(channels, int) else None
-    weight = None if weights is None else weights.state.get(PIXELS)
+    weight = None if weights is None else weights.state.get(IMAGE_CONV)
     return None if weight is None else weight.shape[1]
 
 

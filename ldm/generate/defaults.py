@@ -50,7 +50,7 @@ def log_variant(request: Request, model: LatentDiffusion) -> None:
         "`%s` is %s (by %s): sampler %s, scheduler %s, steps %d, guidance scale %g",
         found["file"],
         VARIANTS[found["name"]].title,
-        found["told_by"],
+        found["evidence"],
         sampling.sampler,
         sampling.scheduler or default_scheduler(model, sampling.sampler),
         sampling.steps,

@@ -23,7 +23,7 @@ from ldm.generate.plan import Batch
 from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.watermark import can_hold
-from ldm.loading.files.checkpoint import short_hash
+from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 from ldm.pipelines.freeu import find_factors
@@ -109,7 +109,7 @@ def describe_run(
         "syntax": request.prompts.syntax,
         "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
-        "checkpoint_hash": short_hash(checkpoint),
+        "checkpoint_hash": compute_short_hash(checkpoint),
         "ema": choice.ema,
         **({"variant": found["name"]} if (found := model.provenance.get("variant")) else {}),
         "vae": model.provenance.get("vae"),
@@ -191,7 +191,7 @@ def _describe_upscaler(request: Request, models: Models) -> Info:
 
 def _describe_file(file: str | Path) -> Info:
     path = Path(file).resolve()
-    return {"path": str(path), "hash": short_hash(path)}
+    return {"path": str(path), "hash": compute_short_hash(path)}
 
 
 def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:

@@ -12,10 +12,8 @@ from ldm.generate.checks import check_depth, check_files, log_advice
 from ldm.generate.defaults import log_variant
 from ldm.generate.request import Request
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
-from ldm.loading.load import (
-    file_variant,
-    load as load_from_files,
-)
+from ldm.loading.find_variant import select_file_variant
+from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
@@ -68,7 +66,7 @@ def load_models(
         ValueError, FileNotFoundError: see `ldm.load`.
     """
     choice, task = request.model, request.task
-    ckpt = _find_weights(choice.ckpt, file_variant(choice.variant))
+    ckpt = _find_weights(choice.ckpt, select_file_variant(choice.variant))
     refiner = _find_weights(request.sdxl.refiner)
     upscaler = _find_weights(request.upscaling.upscaler)
     check_files(request, ckpt, refiner, upscaler)

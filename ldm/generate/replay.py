@@ -20,7 +20,7 @@ from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS, PreparedTask, Task
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.rgbd import split_depth
-from ldm.loading.files.checkpoint import short_hash
+from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.pipelines.sampling_options import Callback
@@ -133,7 +133,7 @@ def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -
             continue
         files = recorded_files(info, key)
         for file in files:
-            _check_unchanged(file, short_hash, "hash", name)
+            _check_unchanged(file, compute_short_hash, "hash", name)
         paths = [(file["path"], file["weight"]) if "weight" in file else file["path"]
                  for file in files]  # fmt: skip
         values[name] = _list_or_first(request.task, name, paths)

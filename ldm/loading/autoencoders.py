@@ -11,25 +11,25 @@ from ldm.loading.files.checkpoint import Checkpoint
 from ldm.loading.published import identify_hash
 from ldm.runtime.hashes import find_cached_sha256
 
-__all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale", "is_finite_in_half"]
+__all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "is_finite_in_half"]
 
-SCALE, SCALE_XL = 0.18215, 0.13025
-# Metadata from the config of a folder.
+SCALE, SCALE_XL = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
+# Metadata keys: of options in the config of a diffusers folder.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
-FIXED = "sdxl-vae-fp16"  # published name of the corrected one
+FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected one
 # In lower-case file names: a corrected autoencoder; one of SDXL; one of SD.
 FIXED_NAME = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
 XL_NAME = re.compile("xl")
 SD_NAME = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
 
 
-def find_scale(source: Checkpoint, family: Family | None) -> tuple[float | None, str]:
+def find_scale_factor(source: Checkpoint, family: Family | None) -> tuple[float | None, str]:
     """Return (scale factor that an autoencoder was trained with, how it is known).
 
     Args:
         family: of the whole model in the file; None for a file of an autoencoder only.
     Returns:
-        The scale factor is None if nothing shows it.
+        (None, "") if nothing shows it.
     """
     if SCALE_KEY in source.metadata:
         return float(source.metadata[SCALE_KEY]), "by its config"
@@ -39,7 +39,7 @@ def find_scale(source: Checkpoint, family: Family | None) -> tuple[float | None,
     for pattern, scale in ((FIXED_NAME, SCALE_XL), (XL_NAME, SCALE_XL), (SD_NAME, SCALE)):
         if pattern.search(name):
             return scale, "by its name"
-    return None, "its own is unknown"
+    return None, ""
 
 
 def is_finite_in_half(source: Checkpoint) -> bool:
@@ -47,5 +47,5 @@ def is_finite_in_half(source: Checkpoint) -> bool:
     if UPCAST_KEY in source.metadata:
         return source.metadata[UPCAST_KEY] == "false"
     published = identify_hash(find_cached_sha256(source.path))
-    is_fixed = published is not None and published.name == FIXED
+    is_fixed = published is not None and published.name == FIXED_VAE
     return is_fixed or FIXED_NAME.search(source.path.stem.lower()) is not None

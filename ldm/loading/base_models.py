@@ -10,12 +10,19 @@ __all__ = ["BASE_MODELS", "BaseModel", "find_base_model"]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model for LoRAs and embeddings."""
+    """A base model for LoRAs and embeddings.
+
+    Args:
+        title: name in messages.
+        context_dim: cross-attention dimension.
+        architecture: value of `modelspec.architecture`.
+        version: value of kohya's `ss_base_model_version`.
+    """
 
     title: str
-    context: int  # cross-attention dimension
-    architecture: str  # value of `modelspec.architecture`
-    version: str  # value of kohya's `ss_base_model_version`
+    context_dim: int
+    architecture: str
+    version: str
 
 
 SD1 = BaseModel("Stable Diffusion 1", 768, "stable-diffusion-v1", "sd_v1")
@@ -25,7 +32,7 @@ SDXL = BaseModel("Stable Diffusion XL", 2048, "stable-diffusion-xl-v1-base", "sd
 REFINER = BaseModel(
     "Stable Diffusion XL refiner", 1280, "stable-diffusion-xl-v1-refiner", "sdxl_refiner_v1-0"
 )
-BASE_MODELS = {base.context: base for base in (SD1, SD2, SDXL, REFINER)}
+BASE_MODELS = {base.context_dim: base for base in (SD1, SD2, SDXL, REFINER)}
 
 
 def find_base_model(model: LatentDiffusion) -> BaseModel | None:

@@ -21,16 +21,21 @@ BASE, MIDDLE = "BASE", "M00"
 NUMBERED = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
 LABELS = {"input": "IN", "output": "OUT"}
 # Parts outside the numbered blocks, by the start of their names.
-FIRST, CENTER, LAST = ("time_embed", "label_emb"), ("middle_block.",), ("out.",)
+FIRST, CENTER, LAST = ("time_embed", "label_emb"), "middle_block.", "out."
 ATTENTION = ".transformer_blocks."
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one UNet."""
+    """The blocks of one UNet.
 
-    names: tuple[str, ...]  # all, in the order BASE, IN00 …, M00, OUT00 …
-    attention: tuple[str, ...]  # BASE and the blocks with transformers: those most LoRAs change
+    Args:
+        names: all, in the order BASE, IN00 …, M00, OUT00 ….
+        attention_names: BASE and the blocks with transformers, which most LoRAs change.
+    """
+
+    names: tuple[str, ...]
+    attention_names: tuple[str, ...]
 
     def find_block(self, name: str) -> str:
         """Return the block of a weight or layer, by our name; its prefix `unet.` is optional."""
@@ -52,7 +57,7 @@ class Blocks:
             text: weights or pairs, separated by commas.
             default: weight of blocks without one in the text.
             argument: name of the argument that the text was passed as, for errors.
-            is_lora: whether the weights may also be those of `attention` alone.
+            is_lora: whether the weights may also be those of `attention_names` alone.
 
         Returns:
             weight by block, all of `names`.
@@ -62,11 +67,13 @@ class Blocks:
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):
-            pairs = [tuple(part.strip() for part in entry.split("=", 1)) for entry in entries]
-            weights = {name.upper(): _number(value, argument) for name, value in pairs}
+            pairs = [entry.split("=", 1) for entry in entries]
+            weights = {n.strip().upper(): _parse_number(w.strip(), argument) for n, w in pairs}
             return {**dict.fromkeys(self.names, default), **self._check_names(weights, argument)}
-        numbers = [_number(entry, argument) for entry in entries]
-        choices = [self.names, self.names[1:], *([self.attention] if is_lora else [])]
+        numbers = [_parse_number(entry, argument) for entry in entries]
+        choices = [self.names, self.names[1:]]
+        if is_lora:
+            choices.append(self.attention_names)
         for names in choices:
             if len(numbers) == len(names):
                 return dict.fromkeys(self.names, default) | dict(zip(names, numbers, strict=True))
@@ -94,14 +101,14 @@ def find_blocks(names: Iterable[str]) -> Blocks:
         elif name.removeprefix("unet.").startswith(CENTER) and ATTENTION in name:
             with_attention.add(MIDDLE)
     numbered = {
-        kind: [f"{LABELS[kind]}{number:02}" for number in range(count)]
-        for kind, count in counts.items()
+        side: [f"{LABELS[side]}{number:02}" for number in range(count)]
+        for side, count in counts.items()
     }
     blocks = (BASE, *numbered["input"], MIDDLE, *numbered["output"])
     return Blocks(blocks, tuple(block for block in blocks if block in with_attention))
 
 
-def _number(text: str, argument: str) -> float:
+def _parse_number(text: str, argument: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.encoders.lowres import LowRes
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import release_pages
 from ldm.loading.legacy import MODEL
-from ldm.model import LatentDiffusion
+from ldm.loading.weight_names import AUTOENCODER
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["build_on_meta", "fill_weights", "meta_device"]
@@ -67,20 +66,20 @@ def fill_weights(
         dtype: of floating-point weights.
         mapped: whether tensors are memory-mapped: pages are then released once they are copied, so
             that the memory peak is the size of the model.
-        autoencoder_dtype: dtype of a whole model's autoencoder; None for `dtype`.
+        autoencoder_dtype: dtype of a whole model's autoencoder; None = `dtype`.
     """
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
-        target = autoencoder_dtype if name.startswith("autoencoder.") else None
-        new = old.to(device, (target or dtype) if old.is_floating_point() else old.dtype)
+        target_dtype = old.dtype
+        if old.is_floating_point():
+            is_autoencoder = name.startswith(AUTOENCODER)
+            target_dtype = (autoencoder_dtype if is_autoencoder else None) or dtype
+        new = old.to(device, target_dtype)
         weights[name] = new
         if mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
-    is_upscaler = isinstance(model, LatentDiffusion) and model.conditioner.find(LowRes) is not None
-    if dtype == torch.float16 and is_upscaler:
-        model.autoencoder.float()  # the upscaler's overflows in float16
 
 
 class _NoInit(TorchFunctionMode):

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.loading import legacy
-from ldm.loading.legacy import known_targets, translate_config
+from ldm.loading.legacy import list_targets, translate_config
 from ldm.runtime.errors import ArgumentError, ConfigError, check_names, unknown_name
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -30,7 +30,7 @@ __all__ = ["format_yaml", "instantiate", "parse_yaml", "read_config_text", "read
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20  # of a file
 MAX_DEPTH = 64  # of mappings, lists and references within each other
 # Errors that constructors raise for invalid parameters.
 PARAMETER_ERRORS = (
@@ -87,7 +87,7 @@ def parse_yaml(
     return deepcopy(_parse(texts, tuple(overrides), where, tuple(sections), rename))
 
 
-@lru_cache(maxsize=32)  # loading a model asks for its config several times
+@lru_cache(maxsize=32)  # loading a model parses its config several times
 def _parse(
     texts: tuple[str, ...],
     overrides: tuple[str, ...],
@@ -116,7 +116,7 @@ def _parse(
             config = OmegaConf.merge(config, values)
         raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: {_one_line(error)}") from error
+        raise ConfigError(f"{where}: {_to_one_line(error)}") from error
     resolved: JsonObject = _Resolver(raw, where).resolve(raw)
     return resolved
 
@@ -139,11 +139,11 @@ class _Resolver:
     def __init__(self, root: Any, where: str) -> None:
         self.root = root
         self.where = where
-        self.budget = MAX_NODES
+        self.values_left = MAX_NODES
 
     def resolve(self, node: Any, depth: int = 0) -> Any:
-        self.budget -= 1
-        if self.budget < 0 or depth > MAX_DEPTH:
+        self.values_left -= 1
+        if self.values_left < 0 or depth > MAX_DEPTH:
             raise ConfigError(
                 f"{self.where}: nested too deeply (perhaps a circular reference), or too large "
                 "once references are followed"
@@ -186,7 +186,7 @@ def instantiate(
     Args:
         allow: packages whose classes may be named in addition to the known ones.
         where: file, or file and key, for messages.
-        skipped: list to which ignored parameters are appended, as `file.key`.
+        skipped: list to which ignored parameters are appended, as `file.key`; None = not wanted.
 
     Raises:
         UnknownName: an unknown target or parameter; the message names the nearest known one.
@@ -218,11 +218,11 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
     """Return the class (or function of ours) behind a dotted name; import nothing else."""
     if target in legacy.CLASSES:
         module, _, name = target.rpartition(".")
-        known: Callable[..., Any] = getattr(import_module(module), name)
-        return known
+        factory: Callable[..., Any] = getattr(import_module(module), name)
+        return factory
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
-        raise unknown_name("target", target, known_targets(), where)
+        raise unknown_name("target", target, list_targets(), where)
     parts = target.split(".")
     if not all(part.isidentifier() and not part.startswith("__") for part in parts):
         raise ConfigError(f"{where}: `{target}` is not the name of a class")
@@ -231,8 +231,8 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}: target `{target}` cannot be found: {error}") from error
-    home = getattr(cls, "__module__", "")
-    if not inspect.isclass(cls) or not f"{home}.".startswith(package + "."):
+    defined_in = getattr(cls, "__module__", "")  # elsewhere, if `module` only imports it
+    if not inspect.isclass(cls) or not f"{defined_in}.".startswith(package + "."):
         raise ConfigError(f"{where}: target `{target}` is not a class of the package `{package}`")
     return cls
 
@@ -240,18 +240,18 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
 def _check_params(factory: Callable[..., Any], params: JsonMapping, where: str) -> None:
     signature = dict(inspect.signature(factory).parameters)
     allowed = list(signature)
-    others = next((name for name, p in signature.items() if p.kind is p.VAR_KEYWORD), None)
-    if others is not None:
-        typed = get_args(signature.pop(others).annotation)  # Unpack[a TypedDict]
-        if not typed:
+    var_keyword = next((n for n, p in signature.items() if p.kind is p.VAR_KEYWORD), None)
+    if var_keyword is not None:
+        typed_dicts = get_args(signature.pop(var_keyword).annotation)  # Unpack[a TypedDict]
+        if not typed_dicts:
             return
-        allowed = [*signature, *typed[0].__annotations__]
+        allowed = [*signature, *typed_dicts[0].__annotations__]
     check_names(f"parameter of {factory.__name__}", params, allowed, where)
     required = (name for name, p in signature.items() if p.default is p.empty)
     if missing := [f"`{name}`" for name in required if name not in params]:
         raise ConfigError(f"{where}: {factory.__name__} needs {', '.join(missing)}")
 
 
-def _one_line(error: BaseException) -> str:
+def _to_one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text[:300] or type(error).__name__

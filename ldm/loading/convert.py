@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
-from ldm.loading.addons.lora import Weight, load_loras
-from ldm.loading.addons.lora_weights import LoRAWeight
+from ldm.loading.addons.lora import load_loras
+from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import (
-    EXTRA_WEIGHTS,
     build_folder,
+    get_weights_path,
     is_diffusers_folder,
-    weights_path,
     write_texts,
 )
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.families import CONFIG_DIR
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
@@ -39,25 +39,21 @@ from ldm.loading.files.checkpoint import (
     write_checkpoint,
 )
 from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
-from ldm.loading.load import check_upscaler, choose_config, probe_weights, read_config
 from ldm.loading.matching import match_weights, translate_names
-from ldm.loading.modelspec import MERGED_FROM, describe_model, kept_metadata
+from ldm.loading.model_config import choose_config, probe_weights, read_config
+from ldm.loading.modelspec import MERGED_FROM, describe_model, filter_metadata
+from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
     AUTOENCODER,
     TEXT,
     has_engine_names,
-    original_name,
-    our_names,
+    pair_names,
     rename_weights,
     restore_names,
+    to_original_name,
 )
-from ldm.loading.weights import (
-    extract_autoencoder,
-    extract_text_encoder,
-    identify_weights,
-    open_checkpoint,
-)
+from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.runtime.errors import (
@@ -72,7 +68,7 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "LORA_PARTS", "SUFFIXES", "Conversion", "check_is_new", "config_text", "convert",
+    "LORA_PARTS", "SUFFIXES", "Conversion", "check_is_new", "convert", "find_config_text",
     "plan_conversion", "to_original_names",
 ]  # fmt: skip
 
@@ -116,7 +112,7 @@ def plan_conversion(
     clip_stats: str | Path | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    loras: Sequence[tuple[str | Path, Weight]] = (),
+    loras: Sequence[tuple[str | Path, LoRAWeightLike]] = (),
 ) -> Conversion:
     """Plan a conversion: read names and configs, write nothing.
 
@@ -148,7 +144,7 @@ def plan_conversion(
     if target.suffix in OTHER_SUFFIXES:
         message = f"`{target}`: a file must end in {' or '.join(SUFFIXES)}, a folder in none"
         raise ArgumentError(message, "target")
-    text = config_text(file, config)
+    text = find_config_text(file, config)
     if text is None and (loras or not is_file):
         message = f"`{file.path}` is of no known family\nhint: pass its config"
         raise MissingArgument(message, "config")
@@ -174,7 +170,7 @@ def plan_conversion(
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
         notes.append(f"added tokens are not written, load them as embeddings: {listed}")
-    source_metadata = kept_metadata(file.metadata, same_weights=not loras)
+    source_metadata = filter_metadata(file.metadata, same_weights=not loras)
     if loras:
         merged_from = [file.path.name, *(Path(lora).name for lora, _ in loras)]
         metadata[MERGED_FROM] = ", ".join(merged_from)
@@ -189,7 +185,7 @@ def plan_conversion(
         if isinstance(model, LatentDiffusion) and isinstance(model.unet, LatentUpscalerUNet):
             check_upscaler(rename_weights(file.state), file.path)
         texts, components = build_folder(file, raw, clip_stats)
-        weights = {weights_path(c, texts, variant): s for c, s in components.items() if s}
+        weights = {get_weights_path(c, texts, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _count_bytes(state, dtype) / 1e9
         notes.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
@@ -260,7 +256,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
         raise ArgumentError(f"`{target}` is {kind}: it is not replaced", "target")
 
 
-def config_text(file: Checkpoint, config: str | Path | None) -> str | None:
+def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     """Return the text of a model's YAML: the given one, that in the file, or that of the family.
 
     For an autoencoder only, it has the content of `first_stage_config`.
@@ -307,18 +303,18 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
         weights.use_ema(expected)
     else:
         weights.check_has_unet(expected)
-    known = dict(our_names(file.state)).values()
+    known = dict(pair_names(file.state)).values()
     rest = {name: value for name, value in file.state.items() if name not in known}
     state = translate_names(model, weights.state, file.path)
     engine = has_engine_names(expected)
-    originals = {original_name(name, engine=engine): value for name, value in state.items()}
+    originals = {to_original_name(name, engine=engine): value for name, value in state.items()}
     return replace(file, state=rest | originals)
 
 
 def _merge_loras(
     file: Checkpoint,
     model: nn.Module | None,
-    loras: Sequence[tuple[str | Path, Weight]],
+    loras: Sequence[tuple[str | Path, LoRAWeightLike]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, list[Tensor]]]:
     """Return the checkpoint with LoRAs merged, a JSON list of all its LoRAs, and their tokens.
@@ -336,7 +332,7 @@ def _merge_loras(
     load_loras(model, loras)
     engine = has_engine_names(before)
     merged = {
-        original_name(name, engine=engine): parameter.detach()
+        to_original_name(name, engine=engine): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter is not before[name]
     }
@@ -361,7 +357,7 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
     tensors = restore_names(extract_autoencoder(open_checkpoint(vae), autoencoder, file.path))
-    names = [old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)]
+    names = [old for ours, old in pair_names(file.state) if ours.startswith(AUTOENCODER)]
     for name in tensors.keys() & set(names):
         tensors[name] = cast_weight(name, tensors[name], file.state[name].dtype)
     state = {name: value for name, value in file.state.items() if name not in names}
@@ -380,7 +376,7 @@ def _replace_text_encoder(
     parts = rename_weights(file.state) | tensors
     if not any(name.startswith(AUTOENCODER) for name in parts):
         tensors |= extract_autoencoder(source, model.autoencoder, file.path)
-    names = [old for ours, old in our_names(file.state) if ours.startswith(TEXT)]
+    names = [old for ours, old in pair_names(file.state) if ours.startswith(TEXT)]
     state = {name: value for name, value in file.state.items() if name not in names}
     engine = has_engine_names(model.state_dict())
     return replace(file, state=state | restore_names(tensors, engine=engine), mapped=False)

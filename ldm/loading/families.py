@@ -22,13 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.loading.files.checkpoint import ema_name
-from ldm.loading.weight_names import original_name
+from ldm.loading.files.checkpoint import to_ema_name
+from ldm.loading.weight_names import strip_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "PIXELS", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
-    "detect_prediction",
-    "probe_prediction", "recognize_family",
+    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
+    "detect_prediction", "probe_prediction", "recognize_family",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
@@ -37,28 +36,38 @@ XL_CONFIG_DIR = "configs/stable-diffusion-xl"
 
 @dataclass(frozen=True)
 class Family:
-    """A published family: its shapes, configs and task."""
+    """A published family: its shapes, configs and task.
+
+    Args:
+        name: name in code.
+        title: name in messages.
+        channels: input channels of the UNet.
+        context: dimension of the context of cross-attention; None = no context.
+        vector: dimension of the vector (class) embedding; None = no such embedding.
+        predicts: "eps", "v" or "edm" if all its models without a marker predict that; None = its
+            models differ.
+        config: name of its YAML without `.yaml`; "" = the family is not supported.
+        config_v: name of the YAML for its v models, if it is another one.
+        task: function of `ldm.pipelines` for it.
+        has_vision_tower: whether it is conditioned on CLIP's vision tower instead of text.
+        num_blocks: number of transformer blocks; None = it does not distinguish the family.
+        marker: name of a tensor that only models of this family have; "" = none.
+        image_channels: channels of the autoencoder's images: 3, or more with depth.
+    """
 
     name: str
-    title: str  # name in messages
-    channels: int  # input channels of the UNet
-    context: int | None  # dimension of the context of cross-attention; None = no context
-    vector: int | None  # dimension of the vector (class) embedding; None = no such embedding
-    # "eps", "v" or "edm" if all its models without a marker predict that; None = it differs
+    title: str
+    channels: int
+    context: int | None
+    vector: int | None
     predicts: str | None
-    config: str  # name of its YAML without `.yaml`; "" = the family is not supported
-    config_v: str = ""  # name of the YAML for its v models, if it is another one
-    task: str = "txt2img"  # function of `ldm.pipelines` for it
-    has_vision_tower: bool = False  # conditioned on CLIP's vision tower instead of text
-    blocks: int | None = None  # number of transformer blocks, if it distinguishes the family
-    marker: str = ""  # name of a tensor that only models of this family have
-    pixels: int = 3  # channels of the autoencoder's images: 3, or more with depth
-
-    @property
-    def traits(self) -> tuple[object, ...]:
-        """Sizes and features to compare with those of weights."""
-        shapes = (self.channels, self.context, self.vector)
-        return (*shapes, self.has_vision_tower, self.pixels)
+    config: str
+    config_v: str = ""
+    task: str = "txt2img"
+    has_vision_tower: bool = False
+    num_blocks: int | None = None
+    marker: str = ""
+    image_channels: int = 3
 
     @property
     def is_xl(self) -> bool:
@@ -78,9 +87,11 @@ FAMILIES = (
            "v1-inpainting-inference", task="inpaint"),
     Family("sd1-variations", "Stable Diffusion 1 image variations", 4, 768, None, "eps",
            "v1-image-variation-inference", task="unclip", has_vision_tower=True),
-    Family("ldm3d", "LDM3D (depth of 3 channels)", 4, 768, None, "eps", "ldm3d", pixels=6),
-    Family("ldm3d-4c", "LDM3D (depth of 1 channel)", 4, 768, None, "eps", "ldm3d-4c", pixels=4),
-    Family("ldm3d-sr", "LDM3D-SR", 8, 768, None, "eps", "ldm3d-sr", task="upscale_rgbd", pixels=4),
+    Family("ldm3d", "LDM3D (depth of 3 channels)", 4, 768, None, "eps", "ldm3d", image_channels=6),
+    Family("ldm3d-4c", "LDM3D (depth of 1 channel)", 4, 768, None, "eps", "ldm3d-4c",
+           image_channels=4),
+    Family("ldm3d-sr", "LDM3D-SR", 8, 768, None, "eps", "ldm3d-sr", task="upscale_rgbd",
+           image_channels=4),
     Family("sd2", "Stable Diffusion 2", 4, 1024, None, None, "v2-inference", "v2-inference-v"),
     Family("sd2-inpainting", "Stable Diffusion 2 inpainting", 9, 1024, None, "eps",
            "v2-inpainting-inference", task="inpaint"),
@@ -94,17 +105,18 @@ FAMILIES = (
            "v2-1-stable-unclip-l-inference", task="unclip"),
     Family("unclip-h", "Stable unCLIP 2.1 (OpenCLIP ViT-H)", 4, 1024, 2048, "v",
            "v2-1-stable-unclip-h-inference", task="unclip"),
-    Family("playground-v2.5", "Playground 2.5", 4, 2048, 2816, "edm", "playground-v2.5", blocks=70,
-           marker="edm_mean"),
-    Family("cosxl", "CosXL", 4, 2048, 2816, "v", "sd_xl_cosxl", blocks=70,
+    Family("playground-v2.5", "Playground 2.5", 4, 2048, 2816, "edm", "playground-v2.5",
+           num_blocks=70, marker="edm_mean"),
+    Family("cosxl", "CosXL", 4, 2048, 2816, "v", "sd_xl_cosxl", num_blocks=70,
            marker="edm_vpred.sigma_max"),
-    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "sd_xl_base", "sd_xl_v", blocks=70),
+    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "sd_xl_base", "sd_xl_v",
+           num_blocks=70),
     Family("sdxl-inpainting", "Stable Diffusion XL inpainting", 9, 2048, 2816, "eps",
            "sd_xl_inpaint", task="inpaint"),
     Family("sdxl-refiner", "Stable Diffusion XL refiner", 4, 1280, 2560, "eps", "sd_xl_refiner",
            task="img2img"),
-    Family("ssd-1b", "SSD-1B", 4, 2048, 2816, "eps", "ssd-1b", blocks=34),
-    Family("segmind-vega", "Segmind Vega", 4, 2048, 2816, "eps", "segmind-vega", blocks=15),
+    Family("ssd-1b", "SSD-1B", 4, 2048, 2816, "eps", "ssd-1b", num_blocks=34),
+    Family("segmind-vega", "Segmind Vega", 4, 2048, 2816, "eps", "segmind-vega", num_blocks=15),
     Family("koala", "a pruned Stable Diffusion XL such as KOALA", 4, 2048, 2816, "eps", "",
            task=""),
     Family("sdxl-pix2pix", "Stable Diffusion XL InstructPix2Pix", 8, 2048, 2816, "eps", "",
@@ -118,31 +130,33 @@ TITLE_BY_WIDTH: dict[object, str] = {
 }  # fmt: skip
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
-PIXELS = "autoencoder.encoder.conv_in.weight"
+IMAGE_CONV = "autoencoder.encoder.conv_in.weight"
 VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-# The original's names and diffusers', without dots, as in `model_ema.*`.
-FIRST = ("input_blocks00weight", "conv_inweight")
-UPSCALER = frozenset({"inner_modelmapping_condweight", "time_projweight"})
-VECTORS = {
+# Names in the UNet, of the original and of diffusers; without dots, as in `model_ema.*`.
+INPUT_CONVS = ("input_blocks00weight", "conv_inweight")
+UPSCALER = frozenset({"inner_modelmapping_condweight", "time_projweight"})  # k-diffusion's first
+# Axis of the vector embedding's dimension, by name of its first layer: (out, in) of a linear layer,
+# (classes, out) of an embedding of a number.
+VECTOR_AXES = {
     "label_emb00weight": 1, "class_embeddinglinear_1weight": 1, "add_embeddinglinear_1weight": 1,
     "label_embweight": 0, "class_embeddingweight": 0,
 }  # fmt: skip
 TO_K = "attn2to_kweight"
-
-
 SD_TURBO = re.compile(r"sd[-_ ]?turbo")
-# Thresholds of the methods "bias" and "probe"; 0.09, as in ComfyUI, is between the values of all
-# published models of SD 2.
+# Thresholds of the methods "bias" and "probe". 0.09, as in ComfyUI, is between the values of all
+# published models of SD 2; -1 is A1111's.
 BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The prediction type by one method: "eps", "v", "x0", or None = unknown.
+    """The prediction type by one method.
 
     Args:
+        method: a name in the docstring of this module.
+        says: "eps", "v", "x0" or "edm"; None = the method does not know it.
         evidence: the value that it is based on, for messages.
     """
 
@@ -187,35 +201,32 @@ def recognize_family(
 
     Args:
         state: weights under our names, or diffusers' names with our prefixes.
-        ema_state: `model_ema.*`, used if `state` has no UNet.
+        ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
         markers: names of marker tensors in the file.
     """
-    unet = {n.removeprefix("unet."): v for n, v in state.items() if n.startswith("unet.")}
+    unet = strip_prefix(state, "unet.")
     if not unet and ema_state:
-        prefix = ema_name(original_name("unet."))
-        unet = {name.removeprefix(prefix): value for name, value in ema_state.items()}
+        unet = strip_prefix(ema_state, to_ema_name(to_original_name("unet.")))
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
     if not UPSCALER.isdisjoint(shapes):
         return next(family for family in FAMILIES if family.name == "x2")
-    first = next((shapes[name] for name in FIRST if name in shapes), None)
-    if first is None or len(first) != 4:
+    conv_shape = next((shapes[name] for name in INPUT_CONVS if name in shapes), None)
+    if conv_shape is None or len(conv_shape) != 4:
         return None
     context = next((shape[1] for name, shape in shapes.items() if name.endswith(TO_K)), None)
-    # (out, in) of a linear layer for an embedding, (n, out) of an embedding for a number.
-    vector = next((shapes[name][axis] for name, axis in VECTORS.items() if name in shapes), None)
-    pixels = state[PIXELS].shape[1] if PIXELS in state else 3
-    traits = (first[1], context, vector, VISION_TOWER in state, pixels)
-    blocks = sum(name.endswith(TO_K) for name in shapes)
-    return next(
-        (
-            family
-            for family in FAMILIES
-            if family.traits == traits
-            and family.blocks in (None, blocks)
+    vector = next((shapes[n][axis] for n, axis in VECTOR_AXES.items() if n in shapes), None)
+    num_blocks = sum(name.endswith(TO_K) for name in shapes)
+    image_channels = state[IMAGE_CONV].shape[1] if IMAGE_CONV in state else 3
+    for family in FAMILIES:
+        if (
+            (family.channels, family.context, family.vector) == (conv_shape[1], context, vector)
+            and family.has_vision_tower == (VISION_TOWER in state)
+            and family.image_channels == image_channels
+            and family.num_blocks in (None, num_blocks)
             and (not family.marker or family.marker in markers)
-        ),
-        None,
-    )
+        ):
+            return family
+    return None
 
 
 def detect_prediction(
@@ -228,23 +239,25 @@ def detect_prediction(
     """Return the prediction type by all methods that do not run the network.
 
     Args:
+        family: None = unknown.
+        state: weights under our names.
         step: training step; None = unknown.
         markers: metadata of the file, with the names of its marker tensors.
         name: name of the file or folder.
     """
-    verdicts = list(_by_marker(markers))
+    verdicts = list(_vote_by_marker(markers))
     if family is not None and family.predicts:
         # Of fine-tunes, too: only the marker counts. But metadata and diffusers' schedulers have no
         # name for EDM's preconditioning, and say "epsilon" or "sample".
         if verdicts and family.predicts != "edm":
-            return _rank(verdicts)
-        return _rank([Verdict("family", family.predicts, family.title)])
+            return _choose_prediction(verdicts)
+        return _choose_prediction([Verdict("family", family.predicts, family.title)])
     if family is not None:
         verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
-        verdicts.append(_by_bias(state))
+        verdicts.append(_vote_by_bias(state))
         if SD_TURBO.search(name.lower()):
             verdicts.append(Verdict("name", "eps", name))
-    return _rank(verdicts)
+    return _choose_prediction(verdicts)
 
 
 @torch.no_grad()
@@ -254,40 +267,43 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
 
     Args:
+        prediction: that of the other methods.
         context: dimension of the context.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)
     tokens = torch.full((1, 2, context), 0.5, device=weight.device, dtype=weight.dtype)
-    answer = unet(x, torch.tensor([999], device=weight.device), context=tokens)
-    shift = float((answer.float() - x.float()).mean())
+    output = unet(x, torch.tensor([999], device=weight.device), context=tokens)
+    shift = float((output.float() - x.float()).mean())
     says = None
     if not math.isnan(shift):
         says = "v" if shift < PROBE_LIMIT else "eps"
     verdict = Verdict("probe", says, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
-    return _rank([*prediction.verdicts, verdict])
+    return _choose_prediction([*prediction.verdicts, verdict])
 
 
-def _by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
-    kind = markers.get("modelspec.prediction_type", "")
+def _vote_by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
+    prediction_type = markers.get("modelspec.prediction_type", "")
     names = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    says = names.get(kind, kind if kind in names.values() else None)
+    says = names.get(prediction_type)
+    if prediction_type in names.values():  # written by other programs
+        says = prediction_type
     if "v_pred" in markers:
-        yield Verdict("marker", "v", f"`{kind or 'v_pred'}`")
+        yield Verdict("marker", "v", f"`{prediction_type or 'v_pred'}`")
     elif says:
-        yield Verdict("marker", says, f"`{kind}`")
+        yield Verdict("marker", says, f"`{prediction_type}`")
 
 
-def _by_bias(state: Mapping[str, Tensor]) -> Verdict:
+def _vote_by_bias(state: Mapping[str, Tensor]) -> Verdict:
     if BIAS not in state:
         return Verdict("bias", None, "no such layer")
-    spread = float(state[BIAS].float().std())
-    says = "v" if spread > BIAS_LIMIT else "eps"
-    return Verdict("bias", says, f"std {spread:.4f}, v above {BIAS_LIMIT}")
+    std = float(state[BIAS].float().std())
+    says = "v" if std > BIAS_LIMIT else "eps"
+    return Verdict("bias", says, f"std {std:.4f}, v above {BIAS_LIMIT}")
 
 
-def _rank(verdicts: list[Verdict]) -> Prediction:
-    """Return the most reliable method that answered: marker, family, step, name, probe, bias."""
+def _choose_prediction(verdicts: list[Verdict]) -> Prediction:
+    """Rank verdicts from the most reliable method to the least; the first that knows it counts."""
     order = ("marker", "family", "step", "name", "probe", "bias")
     ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
     kind = next((verdict.says for verdict in ranked if verdict.says), None)

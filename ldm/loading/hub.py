@@ -5,7 +5,6 @@ versions do not resume downloads of other processes: this module adds both. Does
 """
 
 import errno
-import json
 import logging
 import re
 import shutil
@@ -14,24 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import CachedDict, cache_sha256, get_cache_folder, hash_file
-from ldm.runtime.types import JsonObject
+from ldm.runtime.hashes import CachedDict, cache_folder, cache_sha256, hash_file
 
-__all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "url_target"]
+__all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path"]
 
 log = logging.getLogger(__name__)
 
 PREFIX = "hf:"
 SHA256 = re.compile("[0-9a-f]{64}")
-INDEX = "model_index.json"
 TEXTS = (".json", ".txt")
 WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
-EXTRA_WEIGHTS = "original.safetensors"  # added to diffusers folders by `ldm convert`
-# repo or "repo:variant" -> complete folder, or only checkpoint
-CHOICES = CachedDict("hub_choices.json")
+# Path of the complete folder, or of the only checkpoint, by "OWNER/NAME" or "OWNER/NAME:VARIANT".
+DOWNLOADED = CachedDict("hub_choices.json")
 
 
 def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:
@@ -54,22 +51,22 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
     key = f"{repo}:{variant}" if variant and not file else repo
-    choice = CHOICES.read().get(key)
-    path = find_cached_file(repo, file) if file else choice and Path(choice)
+    downloaded = DOWNLOADED.read().get(key)
+    path = find_cached_file(repo, file) if file else downloaded and Path(downloaded)
     if path and path.exists():
         return path
     if not fetch:
         raise MissingFile(f"`{address}` is not on this machine: ldm download {address}")
     licence, commit, sizes = _list_files(repo)
     if file and file not in sizes:
-        raise DownloadError(f"`{repo}` has no file `{file}`{_examples(sizes)}")
-    names = [file] if file else _files_of_folder(repo, commit, sizes, variant)
+        raise DownloadError(f"`{repo}` has no file `{file}`{_format_examples(sizes)}")
+    names = [file] if file else _list_folder_files(repo, commit, sizes, variant)
     size = sum(sizes[name] or 0 for name in names)
     log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
     paths = [fetch_file(repo, name, commit=commit) for name in names]
     path = paths[0] if len(paths) == 1 else paths[0].parent
     if not file:
-        CHOICES.set(key, str(path))
+        DOWNLOADED.set(key, str(path))
     return path
 
 
@@ -98,7 +95,7 @@ def fetch_file(
     if {"..", ""} & set(re.split(r"[/\\:]", name)):  # it comes from the server
         raise DownloadError(f"`{repo}`: `{name}` is refused as the name of a file")
     url = hf_hub_url(repo, name, revision=commit)
-    with _errors_of_hub(repo):
+    with _convert_hub_errors(repo):
         metadata = get_hf_file_metadata(url)
     etag, commit = metadata.etag or "", metadata.commit_hash or ""  # both become names of files
     is_valid = re.fullmatch(r"[\w-]+", etag) and re.fullmatch(r"\w+", commit)
@@ -106,37 +103,37 @@ def fetch_file(
         raise DownloadError(f"`{repo}`: {constants.ENDPOINT} does not answer as a hub does")
     published = etag if SHA256.fullmatch(etag) else None
     if sha256 and published and sha256 != published:
-        raise DownloadError(_mismatch(f"{repo}/{name}", published, sha256))
+        raise DownloadError(_format_mismatch(f"{repo}/{name}", published, sha256))
     expected = sha256 or published
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     # A file instead of a symbolic link: the hub's layout for systems without such links.
     target = folder / "snapshots" / commit / name
-    part = folder / "blobs" / f"{etag}.incomplete"
+    partial_file = folder / "blobs" / f"{etag}.incomplete"
     lock = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{etag}.lock")
     main = folder / "refs" / "main"
-    for path in (target, part, lock, main):
+    for path in (target, partial_file, lock, main):
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if not target.is_file() or (expected and hash_file(target) != expected):
             source, size = metadata.location, metadata.size
-            headers = _headers(url, source)
-            is_continued = part.is_file()
-            digest = _download(source, part, size, headers, f"{repo}/{name}")
-            if is_continued and expected not in (None, digest):  # the earlier part is damaged
-                part.unlink()
-                digest = _download(source, part, size, headers, f"{repo}/{name}")
+            headers = _make_headers(url, source)
+            is_continued = partial_file.is_file()
+            digest = _download(source, partial_file, size, headers, f"{repo}/{name}")
+            if is_continued and expected not in (None, digest):  # what was there is damaged
+                partial_file.unlink()
+                digest = _download(source, partial_file, size, headers, f"{repo}/{name}")
             if expected not in (None, digest):
-                part.unlink()
-                raise DownloadError(_mismatch(f"{repo}/{name}", digest, str(expected)))
-            part.replace(target)
+                partial_file.unlink()
+                raise DownloadError(_format_mismatch(f"{repo}/{name}", digest, str(expected)))
+            partial_file.replace(target)
             cache_sha256(target, digest)
         main.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
     return target
 
 
-def url_target(url: str) -> Path:
+def get_url_path(url: str) -> Path:
     """Return the path to which `fetch_url` downloads a URL."""
-    return get_cache_folder() / "files" / url.rpartition("/")[2]
+    return cache_folder() / "files" / url.rpartition("/")[2]
 
 
 def fetch_url(url: str, size: int, sha256: str) -> Path:
@@ -150,37 +147,44 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
     """
     from huggingface_hub import constants
 
-    target = url_target(url)
-    part = target.with_name(f"{target.name}.incomplete")
+    target = get_url_path(url)
+    partial_file = target.with_name(f"{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.is_file() or hash_file(target) != sha256:
         if constants.HF_HUB_OFFLINE:
             raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
-        digest = _download(url, part, size, {}, url)
+        digest = _download(url, partial_file, size, {}, url)
         if digest != sha256:
-            part.unlink()
-            raise DownloadError(_mismatch(url, digest, sha256))
-        part.replace(target)
+            partial_file.unlink()
+            raise DownloadError(_format_mismatch(url, digest, sha256))
+        partial_file.replace(target)
         cache_sha256(target, digest)
     return target
 
 
-def _download(url: str, part: Path, size: int, headers: dict[str, str], place: str) -> str:
-    """Download the rest of `part`; return the SHA-256 of the whole file."""
+def _download(url: str, partial_file: Path, size: int, headers: dict[str, str], place: str) -> str:
+    """Download what is missing of a file; return the SHA-256 of the whole file.
+
+    Args:
+        size: size in bytes of the whole file.
+        place: repository and file, or URL, for messages.
+    """
     from huggingface_hub.file_download import http_get
 
-    part.touch()
-    done = part.stat().st_size
-    free = shutil.disk_usage(part.parent).free
+    partial_file.touch()
+    done = partial_file.stat().st_size
+    free = shutil.disk_usage(partial_file.parent).free
     if free < size - done:
         need = f"{(size - done) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        raise DownloadError(f"the disk is full: {need} in `{part.parents[2]}`", is_local=True)
+        raise DownloadError(
+            f"the disk is full: {need} in `{partial_file.parents[2]}`", is_local=True
+        )
     if done:
         log.info("continuing after %.2f of %.2f GB", done / 1e9, size / 1e9)
     while done < size:
-        with _errors_of_hub(place):
+        with _convert_hub_errors(place):
             try:
-                with part.open("ab") as file:
+                with partial_file.open("ab") as file:
                     http_get(
                         url,
                         file,
@@ -191,15 +195,17 @@ def _download(url: str, part: Path, size: int, headers: dict[str, str], place: s
                     )
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in FULL_DISK:
-                    message = f"the disk is full: `{part.parents[2]}`; try again with more space"
+                    message = (
+                        f"the disk is full: `{partial_file.parents[2]}`; try again with more space"
+                    )
                     raise DownloadError(message, is_local=True) from error
-                if part.stat().st_size <= done:  # retry only if there was some progress
+                if partial_file.stat().st_size <= done:  # retry only if there was some progress
                     raise
-        done = part.stat().st_size
-    return hash_file(part)
+        done = partial_file.stat().st_size
+    return hash_file(partial_file)
 
 
-def _headers(url: str, location: str) -> dict[str, str]:
+def _make_headers(url: str, location: str) -> dict[str, str]:
     """Return the headers of a download; the token is sent to the hub, not to its file storage."""
     from huggingface_hub.utils import build_hf_headers
 
@@ -210,7 +216,7 @@ def _headers(url: str, location: str) -> dict[str, str]:
 
 
 @contextmanager
-def _errors_of_hub(place: str) -> Iterator[None]:
+def _convert_hub_errors(place: str) -> Iterator[None]:
     """Convert errors of the hub into a one-line DownloadError."""
     from huggingface_hub import constants, errors
 
@@ -231,14 +237,15 @@ def _errors_of_hub(place: str) -> Iterator[None]:
         raise DownloadError(f"`{place}` does not have this file") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
+        # The hub answers 401 for what does not exist, too.
         is_hidden = status == 401
         what = "is not found, or private" if is_hidden else f"is refused: the server says {status}"
         raise DownloadError(f"`{place}` {what}") from error
     except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
-        kind = type(error).__name__
-        is_local = "Connect" in kind or "Timeout" in kind
+        error_type = type(error).__name__
+        is_local = "Connect" in error_type or "Timeout" in error_type
         what = f"no connection to {constants.ENDPOINT}" if is_local else f"`{place}`"
-        reason = (str(error) or kind).splitlines()[0]
+        reason = (str(error) or error_type).splitlines()[0]
         raise DownloadError(f"{what}: {reason}", is_local=is_local) from error
 
 
@@ -246,14 +253,14 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
     """Return (licence, commit, size of each file) of a repository."""
     from huggingface_hub import HfApi
 
-    with _errors_of_hub(repo):
+    with _convert_hub_errors(repo):
         info = HfApi().model_info(repo, files_metadata=True)
     licence = info.card_data.get("license") if info.card_data else None
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     return str(licence or "not named"), str(info.sha), sizes
 
 
-def _files_of_folder(
+def _list_folder_files(
     repo: str, commit: str, sizes: Iterable[str], variant: str | None
 ) -> list[str]:
     """List the files of a repository to download.
@@ -267,9 +274,9 @@ def _files_of_folder(
         files = [name for name in sizes if name.endswith(WEIGHTS) and "/" not in name]
         files = [name for name in files if name.endswith(WEIGHTS[0])] or files
         if len(files) != 1:
-            raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
+            raise DownloadError(f"`{repo}` is not a diffusers folder{_format_examples(sizes)}")
         return files
-    index: JsonObject = json.loads(fetch_file(repo, INDEX, commit=commit).read_text("utf-8"))
+    index = read_json(fetch_file(repo, INDEX, commit=commit))
     names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
     for component, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and component not in UNUSED_COMPONENTS:
@@ -279,24 +286,25 @@ def _files_of_folder(
 
 
 def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> list[str]:
-    """List the weights of a component: of the requested variant, else none, fp16, or any other.
+    """List the weights of a component: of the requested variant, else of none, fp16 or any other.
 
     Of each variant, .safetensors are preferred to .bin.
     """
-    inside = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
-    chosen = [rf"\.{re.escape(variant)}"] if variant else []
-    for dotted in (*chosen, "", r"\.fp16", r"\.[\w-]+"):
-        for ending in (r"\.safetensors", r"\.bin"):
-            pattern = re.compile(rf"(diffusion_|pytorch_)*model{dotted}(-\d+-of-\d+)?{ending}")
-            if files := [name for name in inside if pattern.fullmatch(name)]:
+    names = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
+    requested = [rf"\.{re.escape(variant)}"] if variant else []
+    for variant_pattern in (*requested, "", r"\.fp16", r"\.[\w-]+"):
+        for suffix in (r"\.safetensors", r"\.bin"):
+            stem = rf"(diffusion_|pytorch_)*model{variant_pattern}(-\d+-of-\d+)?"
+            pattern = re.compile(stem + suffix)
+            if files := [name for name in names if pattern.fullmatch(name)]:
                 return [folder + name for name in files]
     return []
 
 
-def _examples(sizes: Iterable[str]) -> str:
+def _format_examples(sizes: Iterable[str]) -> str:
     names = [name for name in sizes if name.endswith(WEIGHTS)][:6]
     return f"; it has {', '.join(names)}" if names else ", and no checkpoint"
 
 
-def _mismatch(place: str, actual: str, expected: str) -> str:
+def _format_mismatch(place: str, actual: str, expected: str) -> str:
     return f"SHA-256 mismatch for `{place}`: expected {expected}, got {actual}"

@@ -15,7 +15,7 @@ from ldm.loading.families import CONFIG_DIR
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["find_json", "find_sizes", "upscaler_config"]
+__all__ = ["build_upscaler_config", "find_json", "find_unet_params"]
 
 TEMPLATE = f"{CONFIG_DIR}/x2-latent-upscaler.yaml"
 TYPE = "image_v1"
@@ -35,14 +35,14 @@ def find_json(path: Path) -> Path | None:
     return None
 
 
-def upscaler_config(sizes: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
-    """Return our config of the upscaler with the network's arguments from `find_sizes`."""
+def build_upscaler_config(sizes: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
+    """Return our config of the upscaler with the network's arguments from `find_unet_params`."""
     raw = read_yaml(TEMPLATE, overrides)
     raw["model"]["params"]["unet"]["params"] = dict(sizes)
     return raw
 
 
-def find_sizes(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
+def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
     """Return the network's arguments from a JSON of k-diffusion, else from the shapes of weights.
 
     Args:

@@ -17,7 +17,7 @@ from ldm.loading.sgm import ENGINE, translate_engine
 from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["known_targets", "translate_config"]
+__all__ = ["list_targets", "translate_config"]
 
 MODEL = "ldm.model.LatentDiffusion"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
@@ -126,13 +126,13 @@ def translate_config(
 ) -> JsonObject:
     """Return a config of the original as `{"target": …, "params": {…}, "where": …}` of ours.
 
-    `where` is the place in the source, for messages.
+    The `where` of the result is the place in the source, for messages.
 
     Args:
         spec: a whole config (with `model:`) or a part of it (with `target:`); our own class names
             stay.
         where: file, or file and key.
-        skipped: list to which keys that sampling does not need are appended.
+        skipped: list to which keys that sampling does not need are appended; None = not wanted.
 
     Raises:
         ConfigError: it is not a config, or of a family that is not supported.
@@ -154,7 +154,7 @@ def translate_config(
             f"{where}: {UNSUPPORTED_CLASSES[target]} are not supported yet (`{target}`)"
         )
     if target in MODEL_CLASSES:
-        return _Translator(target, params, where, skipped).translate()
+        return _ModelTranslator(target, params, where, skipped).translate()
     if target == ENGINE:
 
         def part(spec: JsonMapping, where: str) -> JsonObject:
@@ -166,7 +166,7 @@ def translate_config(
 
 
 @dataclass
-class _Translator:
+class _ModelTranslator:
     """Translates the parameters of a model class of the original into those of LatentDiffusion."""
 
     target: str
@@ -177,12 +177,12 @@ class _Translator:
     def translate(self) -> JsonObject:
         self._check_params()
         params = self.params
-        encoders = self._text_encoder() | MODEL_CLASSES[self.target].encoders(self)
+        encoders = self._translate_text_encoder() | MODEL_CLASSES[self.target].make_encoders(self)
         parts = {
-            "unet": self.part("unet_config"),
-            "autoencoder": self.part(AUTOENCODER_CONFIG),
+            "unet": self.translate_part("unet_config"),
+            "autoencoder": self.translate_part(AUTOENCODER_CONFIG),
             "conditioner": {"target": "ldm.conditioning.Conditioner", "params": encoders},
-            "schedule": {"target": SCHEDULES + "Schedule", "params": self._schedule_params()},
+            "schedule": {"target": SCHEDULES + "Schedule", "params": self._translate_schedule()},
             "parameterization": params.get("parameterization", "eps"),
             "scale_factor": params.get("scale_factor", 1.0),
         }
@@ -196,31 +196,31 @@ class _Translator:
             parts["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
         return {"target": MODEL, "params": parts, "where": self.where}
 
-    def part(self, key: str) -> JsonObject:
+    def translate_part(self, key: str) -> JsonObject:
         """Return the translated config of a part."""
         where = f"{self.where}.params.{key}"
         return translate_config(self.params[key], where=where, skipped=self.skipped)
 
     def _check_params(self) -> None:
-        name, family = self.target.rpartition(".")[2], MODEL_CLASSES[self.target]
-        takes = {*MODEL_KEYS, *REDUNDANT, *family.needs, *family.takes}
-        ignores = {*TRAINING_ONLY, *family.ignores}
+        name, cls = self.target.rpartition(".")[2], MODEL_CLASSES[self.target]
+        used = {*MODEL_KEYS, *REDUNDANT, *cls.required, *cls.optional}
+        skipped = {*TRAINING_ONLY, *cls.training_only}
         for key in self.params:
-            if key in ignores:
+            if key in skipped:
                 self.skipped.append(f"{self.where}.{key}")
-            elif key not in takes:
-                raise unknown_name(f"parameter of {name}", key, takes | ignores, self.where)
-        for key in ("unet_config", AUTOENCODER_CONFIG, "cond_stage_config", *family.needs):
+            elif key not in used:
+                raise unknown_name(f"parameter of {name}", key, used | skipped, self.where)
+        for key in ("unet_config", AUTOENCODER_CONFIG, "cond_stage_config", *cls.required):
             if key not in self.params:
                 raise ConfigError(f"{self.where}: {name} needs `{key}`")
         conditioning = self.params.get("conditioning_key")
-        if conditioning not in (None, family.conditioning):
+        if conditioning not in (None, cls.conditioning_key):
             raise ConfigError(
                 f"{self.where}: {name} with conditioning_key `{conditioning}` is not supported "
-                f"yet, only `{family.conditioning}`"
+                f"yet, only `{cls.conditioning_key}`"
             )
 
-    def _text_encoder(self) -> JsonObject:
+    def _translate_text_encoder(self) -> JsonObject:
         """Return the text encoder by name; empty for models without one.
 
         `__is_unconditional__` and `__is_first_stage__` are the original's strings for none; with
@@ -229,13 +229,13 @@ class _Translator:
         config = self.params["cond_stage_config"]
         if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
             return {}
-        spec = self.part("cond_stage_config")
+        spec = self.translate_part("cond_stage_config")
         spec["params"] = COND_STAGE_DEFAULTS.get(spec["target"], {}) | spec["params"]
         if self.params.get("cond_stage_trainable"):
             spec["params"].setdefault("freeze", False)
         return {"text": spec}
 
-    def _schedule_params(self) -> JsonObject:
+    def _translate_schedule(self) -> JsonObject:
         betas: Any = self.params.get("given_betas")
         if betas is not None:
             betas = torch.tensor(betas, dtype=torch.float64, device="cpu")
@@ -248,7 +248,7 @@ class _Translator:
         return {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
 
 
-Encoders = dict[str, JsonObject]  # by name in the conditioner
+Encoders = dict[str, JsonObject]  # specs by name in the conditioner
 LEVEL: Encoders = {"level": {"target": LOWRES + "NoiseLevel", "params": {}}}
 
 
@@ -257,48 +257,48 @@ class _ModelClass:
     """A model class of the original.
 
     Args:
-        conditioning: its only supported `conditioning_key`.
-        encoders: returns its encoders besides the text encoder.
-        needs: required parameters: configs of parts.
-        takes: optional parameters.
-        ignores: parameters that are used only in training.
+        conditioning_key: its only supported `conditioning_key`.
+        make_encoders: returns its encoders besides the text encoder.
+        required: required parameters: configs of parts.
+        optional: optional parameters.
+        training_only: parameters that are used only in training.
     """
 
-    conditioning: str
-    encoders: Callable[[_Translator], Encoders] = lambda model: {}
-    needs: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
-    ignores: tuple[str, ...] = ()
+    conditioning_key: str
+    make_encoders: Callable[[_ModelTranslator], Encoders] = lambda model: {}
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    training_only: tuple[str, ...] = ()
 
 
-def _masked_image(model: _Translator) -> Encoders:
+def _make_masked_image(model: _ModelTranslator) -> Encoders:
     return {"masked": {"target": LOWRES + "MaskedImage", "params": {}}}
 
 
-def _depth(model: _Translator) -> Encoders:
-    return {"depth": model.part("depth_stage_config")}
+def _make_depth(model: _ModelTranslator) -> Encoders:
+    return {"depth": model.translate_part("depth_stage_config")}
 
 
-def _low_res(model: _Translator) -> Encoders:
-    low_res = model.part("low_scale_config")
+def _make_low_res(model: _ModelTranslator) -> Encoders:
+    low_res = model.translate_part("low_scale_config")
     if low_res["target"] == LOWRES + "RGBDLatent":  # ours: published as a diffusers folder only
-        has_level = model.part("unet_config")["params"].get("num_classes") is not None
+        has_level = model.translate_part("unet_config")["params"].get("num_classes") is not None
         return {"rgbd": low_res} | (LEVEL if has_level else {})
     low_res["params"]["low_scale_key"] = model.params.get("low_scale_key", "LR")
     return {"lowres": low_res, **LEVEL}
 
 
-def _patches(model: _Translator) -> Encoders:
+def _make_patches(model: _ModelTranslator) -> Encoders:
     (key,) = model.params.get("concat_keys") or ["lr"]
     patch = model.params.get("reshuffle_patch_size") or 1
     params = {"key": key, "patch": patch}
     return {"folded": {"target": LOWRES + "PatchesToChannels", "params": params}}
 
 
-def _image_embedding(model: _Translator) -> Encoders:
+def _make_image_embedding(model: _ModelTranslator) -> Encoders:
     params = {
-        "clip": model.part("embedder_config"),
-        "noise": model.part("noise_aug_config"),
+        "clip": model.translate_part("embedder_config"),
+        "noise": model.translate_part("noise_aug_config"),
         "freeze": model.params.get("freeze_embedder", True),
         "embedding_key": model.params.get("embedding_key", "jpg"),
     }
@@ -309,30 +309,34 @@ DDPM = "ldm.models.diffusion.ddpm."
 MODEL_CLASSES = {
     DDPM + "LatentDiffusion": _ModelClass("crossattn"),
     DDPM + "LatentInpaintDiffusion": _ModelClass(
-        "hybrid", _masked_image, ignores=(*FINETUNE, "masked_image_key")
+        "hybrid", _make_masked_image, training_only=(*FINETUNE, "masked_image_key")
     ),
     DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
-        "hybrid", _depth, needs=("depth_stage_config",), ignores=FINETUNE
+        "hybrid", _make_depth, required=("depth_stage_config",), training_only=FINETUNE
     ),
     DDPM + "LatentUpscaleDiffusion": _ModelClass(
-        "hybrid-adm", _low_res, ("low_scale_config",), ("low_scale_key",), ("noise_level_key",)
+        "hybrid-adm",
+        _make_low_res,
+        required=("low_scale_config",),
+        optional=("low_scale_key",),
+        training_only=("noise_level_key",),
     ),
     DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
         "hybrid",
-        _patches,
-        takes=("concat_keys", "reshuffle_patch_size"),
-        ignores=("finetune_keys", "c_concat_log_start", "c_concat_log_end"),
+        _make_patches,
+        optional=("concat_keys", "reshuffle_patch_size"),
+        training_only=("finetune_keys", "c_concat_log_start", "c_concat_log_end"),
     ),
     DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
         "crossattn-adm",
-        _image_embedding,
-        needs=("embedder_config", "noise_aug_config"),
-        takes=("freeze_embedder", "embedding_key"),
-        ignores=("embedding_dropout",),
+        _make_image_embedding,
+        required=("embedder_config", "noise_aug_config"),
+        optional=("freeze_embedder", "embedding_key"),
+        training_only=("embedding_dropout",),
     ),
 }
 
 
-def known_targets() -> list[str]:
-    """Return every `target` that is recognised, supported or not, for hints."""
+def list_targets() -> list[str]:
+    """Return every `target` that is recognised, supported or not, to suggest the nearest."""
     return [*TARGETS, *MODEL_CLASSES, ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]

@@ -1,10 +1,11 @@
 """Load a model from a config and a weights file.
 
-    weights  = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
-    raw      = read_config(weights, config)            a YAML: given, embedded, or of the family
-    model    = build_on_meta(translate_config(raw))    no memory, no initialisation
-    fill_weights(model, match_weights(model, weights))      strict: every tensor, every shape
-    add_loras(model), load_embeddings(model)           adapters
+    weights = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
+    _, raw  = read_config(weights, config)              a YAML: given, embedded, or of the family
+    model   = build_on_meta(translate_config(raw))      no memory, no initialisation
+    state   = match_weights(model, weights.state, …)    strict: every tensor, every shape
+    fill_weights(model, state)
+    add_loras(model, …), load_embeddings(model, …)
 
 Only `hf:` addresses are downloaded. Where device and dtype stay as in the file, weights stay
 memory-mapped.
@@ -13,82 +14,56 @@ memory-mapped.
 import hashlib
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.diffusion.schedule import NoiseSchedule, Schedule
-from ldm.encoders.text import TextEncoder
+from ldm.diffusion.schedule import Schedule
+from ldm.encoders.lowres import LowRes
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
-from ldm.loading.addons.lora import (
-    LoRAFile,
-    Weight,
-    add_loras,
-    detect_few_steps,
-    read_loras,
-    warn_if_distilled,
-)
+from ldm.loading.addons.lora import add_loras, read_loras
+from ldm.loading.addons.lora_weights import LoRAWeightLike
 from ldm.loading.addons.midas import add_depth_network
-from ldm.loading.autoencoders import find_scale, is_finite_in_half
+from ldm.loading.autoencoders import is_finite_in_half
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
-from ldm.loading.config import instantiate, parse_yaml, read_yaml
-from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder, read_folder_metadata
-from ldm.loading.diffusers.keys import unet_keys
-from ldm.loading.families import Prediction, probe_prediction
-from ldm.loading.files.checkpoint import (
-    CONFIG_KEY,
-    Checkpoint,
-    detect_format,
-    read_checkpoint,
-    short_hash,
-    write_checkpoint,
-)
-from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
-from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
-from ldm.loading.legacy import MODEL, translate_config
-from ldm.loading.matching import guess_kind, match_weights
+from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
+from ldm.loading.families import probe_prediction
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoint
+from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
+from ldm.loading.find_variant import choose_variant, select_file_variant
+from ldm.loading.legacy import translate_config
+from ldm.loading.matching import match_weights
+from ldm.loading.model_config import is_in_doubt, read_config
 from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
-from ldm.loading.sgm import ENGINE
-from ldm.loading.tiny_autoencoder import (
-    TinyWeights,
-    build_tiny_autoencoder,
-    check_latents,
-    read_tiny_autoencoder,
+from ldm.loading.replace_parts import (
+    complete_upscaler,
+    remove_autoencoder,
+    replace_autoencoder,
+    replace_text_encoder,
 )
-from ldm.loading.variants import (
-    ARGUMENT,
-    GUIDANCE_WEIGHT,
-    NO_VARIANT,
-    VARIANTS,
-    Found,
-    detect_variant,
-    set_variant,
-)
-from ldm.loading.weight_names import AUTOENCODER, TEXT, our_names, restore_names
+from ldm.loading.tiny_autoencoder import build_tiny_autoencoder, read_tiny_autoencoder
+from ldm.loading.variants import NO_VARIANT, VARIANTS, set_variant
+from ldm.loading.weight_names import restore_names
 from ldm.loading.weights import (
+    TRANSPOSED,
     Weights,
-    extract_autoencoder,
-    extract_text_encoder,
     has_transposed_projection,
     identify_weights,
     open_checkpoint,
 )
 from ldm.model import LatentDiffusion
-from ldm.nets.autoencoder import PixelSpace
-from ldm.pipelines.families import family_of, file_name, is_sdxl
+from ldm.pipelines.families import is_sdxl
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
     MissingArgument,
     MissingFile,
-    WeightsMismatch,
     WrongFamily,
     errors_about,
     unknown_name,
@@ -96,22 +71,11 @@ from ldm.runtime.errors import (
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = [
-    "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "file_variant",
-    "find_schedule_early", "find_variant", "find_variant_early", "load", "probe_weights",
-    "read_config", "save_model", "supports_variants",
-]  # fmt: skip
+__all__ = ["DEMO_CHECKPOINT", "load", "save_model"]
 
 log = logging.getLogger(__name__)
 
-TRANSPOSED = (
-    "text_projection of the second text encoder looks transposed, as in files copied unconverted "
-    "from a diffusers folder; it is used as it is, and images follow the prompt less well"
-)
-PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
 DEMO_CONFIG, DEMO_CHECKPOINT = "configs/demo/text2img.yaml", "checkpoints/demo.safetensors"
-# Parts that the published file of the x2 latent upscaler does not contain.
-UPSCALER_PARTS = {AUTOENCODER: "autoencoder", TEXT: "text encoder (CLIP ViT-L/14)"}
 # Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. bfloat16 is tried
 # first: most numbers with its 8 bits of precision are exact in float16, too.
 SCHEDULE_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2e-3}
@@ -130,7 +94,7 @@ def load(
     clip_stats: str | Path | None = None,
     midas: str | Path | None = None,
     vae: str | Path | None = None,
-    loras: Iterable[tuple[str | Path, Weight]] = (),
+    loras: Iterable[tuple[str | Path, LoRAWeightLike]] = (),
     text_encoder: str | Path | None = None,
     base: LatentDiffusion | None = None,
     embeddings: Iterable[str | Path] = (),
@@ -178,7 +142,7 @@ def load(
     """
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(loras), tuple(embeddings)
-    weights = identify_weights(_read_variant(ckpt, variant))
+    weights = identify_weights(_open_weights(ckpt, variant))
     config_path, raw = read_config(weights, config, overrides)
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
@@ -186,75 +150,62 @@ def load(
             weights.path, weights.family.title, config_path, weights.prediction,
         )  # fmt: skip
     where = Path(config_path).name
-    misfit = f"`{weights.path}` does not fit {where}"
+    summary = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
-    adapters: list[LoRAFile] = []
-    if isinstance(model, LatentDiffusion):  # refuse what does not fit before weights are read
-        with errors_about("embeddings"):
-            check_embeddings(model, embeddings)
-        with errors_about("loras"):
-            adapters = read_loras(model, loras)
-    found = _choose_variant(model, weights, variant, adapters)
-    if ema:
-        weights.use_ema(model.state_dict())
-    else:
-        weights.check_has_unet(model.state_dict())
-    provenance = {"config": config_path, **_provenance(raw, weights, ema, skipped)}
-    if isinstance(model, LatentDiffusion):
-        model.upcast_autoencoder &= not is_finite_in_half(weights.source)
+    _log_ignored(raw, weights, ema, skipped)
+    if not isinstance(model, LatentDiffusion):
+        _check_options_of_part(weights.path, loras, embeddings, vae, text_encoder)
+        _select_ema(model, weights, ema)
+        _fill(model, weights, summary, device, dtype)
+        return cast(LatentDiffusion, model.eval())
+    with errors_about("embeddings"):  # refuse what does not fit before weights are read
+        check_embeddings(model, embeddings)
+    with errors_about("loras"):
+        adapters = read_loras(model, loras)
+    detected_variant = choose_variant(model, weights, variant, loras)
+    _select_ema(model, weights, ema)
+    provenance = {
+        "config": config_path, "ema": ema, "skipped": skipped, **_describe_origin(raw, weights)
+    }  # fmt: skip
+    model.upcast_autoencoder &= not is_finite_in_half(weights.source)
     with errors_about("vae"):
         tiny = None if vae is None else read_tiny_autoencoder(vae)
         if tiny is not None:
-            provenance["vae"] = _leave_out_autoencoder(model, weights, tiny)
+            provenance["vae"] = remove_autoencoder(model, weights, tiny)
         elif vae is not None:
-            provenance["vae"] = _replace_autoencoder(model, weights, vae)
+            provenance["vae"] = replace_autoencoder(model, weights, vae)
     if text_encoder is not None:
         with errors_about("text_encoder"):
-            provenance["text_encoder"] = _replace_text_encoder(model, weights, text_encoder)
-    if isinstance(model, LatentDiffusion) and weights.family and weights.family.name == "x2":
-        _complete(model, weights, base)
+            provenance["text_encoder"] = replace_text_encoder(model, weights, text_encoder)
+    if weights.family is not None and weights.family.name == "x2":
+        complete_upscaler(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False  # its tensors are in memory
-    state = match_weights(model, weights.state, weights.path, misfit)
-    if has_transposed_projection(state):
-        warnings.warn(f"`{weights.path}`: {TRANSPOSED}", stacklevel=2)
-    for other in (weights.state, weights.source.state, weights.source.ema_state):
-        other.clear()  # so that memory is freed while `state` is emptied
-    overflows = isinstance(model, LatentDiffusion) and model.upcast_autoencoder
     offload = offload and torch.device(device).type != "cpu"
-    fill_weights(
-        model,
-        state,
-        device="cpu" if offload else device,
-        dtype=dtype,
-        mapped=weights.mapped,
-        autoencoder_dtype=pick_wide_dtype(torch.device(device))
-        if overflows and dtype == torch.float16
-        else None,
-    )
-    if isinstance(model, LatentDiffusion):
-        model.provenance = provenance
-        _compare_schedules(model, weights.buffers, misfit)
-        if tiny is not None:
-            place = "cpu" if offload else device
-            model.autoencoder = build_tiny_autoencoder(tiny, model, place, dtype)
-        load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
-        _check_prediction(model, weights, is_config_given=config is not None)
-        if found is not None:
-            is_folder = weights.source.kind == "diffusers"
-            set_variant(model, found, has_scheduler=is_folder and is_sdxl(model))
-        elif variant == NO_VARIANT:
-            model.provenance["variant"] = None
-        add_loras(model, adapters)
-        add_embeddings(model, weights.source.added_tokens, weights.path)
-        load_embeddings(model, embeddings)
-        if offload:
-            model.offload(torch.device(device))
-    elif loras or embeddings:
-        raise WrongFamily("LoRAs and embeddings need a whole model, the config describes a part")
-    return cast(LatentDiffusion, model.eval())
+    fill_device = "cpu" if offload else device
+    autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
+    _fill(model, weights, summary, fill_device, dtype, autoencoder_dtype)
+    model.provenance = provenance
+    if "scale_factor" in weights.buffers:  # stored by models trained with `scale_by_std`
+        model.scale_factor = float(weights.buffers["scale_factor"])
+    _compare_schedules(model, weights.buffers, summary)
+    if tiny is not None:
+        model.autoencoder = build_tiny_autoencoder(tiny, model, fill_device, dtype)
+    load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
+    _check_prediction(model, weights, is_config_given=config is not None)
+    if detected_variant is not None:
+        is_folder = weights.source.format == "diffusers"
+        set_variant(model, detected_variant, has_scheduler=is_folder and is_sdxl(model))
+    elif variant == NO_VARIANT:
+        model.provenance["variant"] = None
+    add_loras(model, adapters)
+    add_embeddings(model, weights.source.added_tokens, weights.path)
+    load_embeddings(model, embeddings)
+    if offload:
+        model.offload(torch.device(device))
+    return model.eval()
 
 
 def save_model(
@@ -268,194 +219,7 @@ def save_model(
     """
     state = restore_names(model.state_dict(), make_buffers(model))
     metadata = describe_model(model, Path(path).stem, metadata=metadata)
-    write_checkpoint(path, state | clip_statistics_tensors(model.conditioner), metadata)
-
-
-def choose_config(weights: Weights) -> str:
-    """Return the path of the YAML of the weights' family; `CONFIG_KEY` if their file contains one.
-
-    Raises:
-        MissingArgument: the family is unknown or not supported.
-    """
-    if CONFIG_KEY in weights.markers:
-        return CONFIG_KEY
-    family = weights.family
-    if family is None or not family.config:
-        if family is None and (kind := guess_kind(weights.source.state)):
-            raise MissingArgument(f"`{weights.path}` is {kind}")
-        looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
-        message = f"`{weights.path}` {looks}\nhint: pass its config"
-        raise MissingArgument(message, "config")
-    path = family.config_path(weights.prediction.kind)
-    if family.name == "x2":
-        path = str(find_json(weights.path) or path)
-    return path
-
-
-def read_config(
-    weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
-) -> tuple[str, JsonObject]:
-    """Return (path or `CONFIG_KEY`, content) of the given config, or of the weights' family."""
-    path = choose_config(weights) if config is None else str(config)
-    if config is not None and not path.endswith(".json"):
-        return path, read_yaml(config, overrides)
-    if (sizes := find_sizes(path, weights.state)) is not None:
-        return path, upscaler_config(sizes, overrides)
-    if path == CONFIG_KEY:
-        raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=path)
-    else:
-        raw = read_yaml(path, overrides)
-        if "ztsnr" in weights.markers and weights.prediction.kind != "eps":
-            raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
-    spec = raw.get("model", raw)
-    if _is_panorama(weights):
-        params = spec["params"]
-        params["image_size"] = [params["image_size"], 2 * params["image_size"]]
-    if spec.get("target") == ENGINE:
-        _apply_buffers(spec["params"], weights)
-    if GUIDANCE_WEIGHT in weights.state:
-        key = "network_config" if spec.get("target") == ENGINE else "unet_config"
-        width = weights.state[GUIDANCE_WEIGHT].shape[1]
-        spec["params"][key]["params"]["time_cond_proj_dim"] = width
-    return path, raw
-
-
-def _is_panorama(weights: Weights) -> bool:
-    """Return whether the weights are LDM3D for panoramas, by the name of their file or folder."""
-    is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
-    names = (*weights.path.parts, weights.markers.get("ldm.source", ""))
-    return is_ldm3d and any(PANORAMA.search(name.lower()) for name in names)
-
-
-def _apply_buffers(params: JsonObject, weights: Weights) -> None:
-    """Set parameters of sgm's `DiffusionEngine` by the buffers of the file."""
-    buffers = weights.buffers
-    for key, table in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
-        if table in buffers:
-            params[key] = buffers[table].flatten().tolist()
-    if "edm_vpred.sigma_max" in buffers:
-        ends = {
-            key: float(buffers[f"edm_vpred.{key}"])
-            for key in ("sigma_min", "sigma_max")
-            if f"edm_vpred.{key}" in buffers
-        }
-        params["sampler_config"]["params"]["discretization_config"]["params"] |= ends
-
-
-def find_variant(weights: Weights) -> Found | None:
-    """Return the variant of weights, and how it was recognised; None for ordinary models."""
-    return detect_variant(weights.path, weights.markers, weights.state)
-
-
-def supports_variants(family: str | None) -> bool:
-    """Return whether there are few-step models of a family, a name in `pipelines.families`."""
-    return family in ("text", "inpainting", "depth", "refiner")
-
-
-def _choose_variant(
-    model: torch.nn.Module, weights: Weights, variant: str | None, loras: Iterable[LoRAFile]
-) -> Found | None:
-    """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
-    is_model = isinstance(model, LatentDiffusion) and supports_variants(
-        family_of(model.conditioner)
-    )
-    if not is_model:
-        return None
-    pairs = [(file.path, file.weight) for file in loras]
-    found = _combine_variants(find_variant(weights), pairs, variant, weights.path)
-    if found is None and variant != NO_VARIANT:
-        warn_if_distilled(pairs)
-    return found
-
-
-def _combine_variants(
-    own: Found | None, loras: Iterable[tuple[str | Path, Weight]], variant: str | None, path: Path
-) -> Found | None:
-    """Return the variant by the argument, a LoRA or the model, the first that tells it.
-
-    Args:
-        own: what tells the model's variant, if anything.
-        path: of the model.
-    Raises:
-        ArgumentError: the variant needs a tensor that the model has not.
-    """
-    if variant == NO_VARIANT:
-        return None
-    if own is not None and VARIANTS[own.variant].marker:
-        return own
-    found = detect_few_steps(loras) or own
-    if variant is not None and file_variant(variant) is None:
-        found = Found(variant, ARGUMENT, found.path if found else path)
-    if found is not None and VARIANTS[found.variant].marker:
-        raise ArgumentError(
-            f"`{path}` does not embed the guidance scale, its variant is not {found.variant}",
-            "variant",
-        )
-    return found
-
-
-def find_variant_early(
-    path: Path, loras: Iterable[tuple[str | Path, Weight]] = (), variant: str | None = None
-) -> Found | None:
-    """Return the variant that `load` will find, by names and metadata; weights are not read.
-
-    None where a tensor may tell more than the name of a file that is slow to open.
-    """
-    if is_diffusers_folder(path):
-        metadata, is_embedded = read_folder_metadata(path)
-        own = detect_variant(path, metadata, [GUIDANCE_WEIGHT] if is_embedded else [])
-    elif _opens_quickly(path):
-        file = read_checkpoint(path)
-        own = detect_variant(path, file.metadata, [name for name, _ in our_names(file.state)])
-    else:
-        own = detect_variant(path, {})
-        if "lcm" in (variant or "") or (own is not None and own.variant == "lcm"):
-            return None
-    return _combine_variants(own, loras, variant, path)
-
-
-def find_schedule_early(
-    path: Path, config: str | Path | None = None, overrides: Iterable[str] = ()
-) -> NoiseSchedule | None:
-    """Return the noise schedule of the model that `load` will build; weights are not read.
-
-    None for a part of a model, and for a file that is slow to open.
-    """
-    if not is_diffusers_folder(path) and not _opens_quickly(path):
-        return None
-    config, raw = read_config(identify_weights(open_checkpoint(path)), config, overrides)
-    spec = translate_config(raw, where=Path(config).name)
-    if spec["target"] != MODEL:
-        return None
-    return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=Path(config).name))
-
-
-def _opens_quickly(path: Path) -> bool:
-    """Return whether a file opens without reading its weights, unlike a pickle before torch 1.6."""
-    return path.is_file() and detect_format(path) != "legacy"
-
-
-def probe_weights(weights: Weights) -> Prediction:
-    """Return the prediction type of weights; in doubt run their UNet once, see `probe_prediction`.
-
-    A UNet that does not fit its family is not run.
-    """
-    family = weights.family
-    if family is None or not _is_in_doubt(weights):
-        return weights.prediction
-    spec = translate_config(read_yaml(family.config_path(None)))
-    unet = build_on_meta(spec["params"]["unet"])
-    try:
-        fill_weights(unet, match_weights(unet, weights.state, weights.path))
-    except WeightsMismatch:
-        return weights.prediction
-    return probe_prediction(unet.eval(), weights.prediction, family.context or 0)
-
-
-def _is_in_doubt(weights: Weights) -> bool:
-    """Return whether fewer than two methods found the prediction type, and the family has both."""
-    family = weights.family
-    return family is not None and family.predicts is None and weights.prediction.votes < 2
+    write_checkpoint(path, state | get_clip_statistics(model.conditioner), metadata)
 
 
 def _choose_files(
@@ -476,147 +240,80 @@ def _choose_files(
     return None, config  # it is a checkpoint: `load("model.safetensors")`
 
 
-def _read_variant(ckpt: str | Path, variant: str | None) -> Checkpoint:
-    """Read weights; a variant that is not in VARIANTS chooses the files of a diffusers folder."""
-    files = file_variant(variant)
-    if files and not is_diffusers_folder(find_checkpoint(ckpt, variant=files)):
-        raise unknown_name("variant", files, (NO_VARIANT, *VARIANTS), argument="variant")
-    return open_checkpoint(ckpt, files)
+def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
+    """Open weights; a variant that is not in VARIANTS chooses the files of a diffusers folder."""
+    file_variant = select_file_variant(variant)
+    if file_variant and not is_diffusers_folder(find_checkpoint(ckpt, variant=file_variant)):
+        raise unknown_name("variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant")
+    return open_checkpoint(ckpt, file_variant)
 
 
-def file_variant(variant: str | None) -> str | None:
-    """Return a variant if it is in file names of diffusers folders (`fp16`), else None."""
-    return None if variant in (NO_VARIANT, *VARIANTS) else variant
-
-
-def _replace_autoencoder(
-    model: torch.nn.Module, weights: Weights, vae: str | Path
-) -> dict[str, str]:
-    """Use the autoencoder of another checkpoint; returns its path and hash."""
-    if not isinstance(model, LatentDiffusion):
+def _check_options_of_part(
+    path: Path,
+    loras: tuple[object, ...],
+    embeddings: tuple[object, ...],
+    vae: str | Path | None,
+    text_encoder: str | Path | None,
+) -> None:
+    """Raise an error for options that need a whole model, as the config describes only a part."""
+    if vae is not None:
         message = "another autoencoder needs a whole model, the config describes only a part"
         raise ArgumentError(message, "vae")
-    source = open_checkpoint(vae)
-    new = extract_autoencoder(source, model.autoencoder, weights.path)
-    _compare_scales(model, source, weights.path)
-    model.upcast_autoencoder &= not is_finite_in_half(source)
-    weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
-    weights.mapped = weights.mapped and source.mapped
-    return {"path": str(source.path.resolve()), "hash": short_hash(source.path)}
+    if text_encoder is not None:
+        raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
+    if loras or embeddings:
+        raise WrongFamily("LoRAs and embeddings need a whole model, the config describes a part")
 
 
-def _leave_out_autoencoder(
-    model: torch.nn.Module, weights: Weights, tiny: TinyWeights
-) -> dict[str, str]:
-    """Do not load the autoencoder if TAESD replaces all of it; return path and hash of TAESD."""
-    if not isinstance(model, LatentDiffusion):
-        message = "another autoencoder needs a whole model, the config describes only a part"
-        raise ArgumentError(message, "vae")
-    check_latents(tiny, model)
-    if tiny.has_encoder:
-        model.autoencoder = PixelSpace()
-        model.upcast_autoencoder = False
-        kept = {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
-        weights.state = kept
-    return {"path": str(tiny.path.resolve()), "hash": short_hash(tiny.path)}
+def _select_ema(model: nn.Module, weights: Weights, ema: bool) -> None:
+    """Replace weights by their EMA, or check that the raw ones are there."""
+    if ema:
+        weights.use_ema(model.state_dict())
+    else:
+        weights.check_has_unet(model.state_dict())
 
 
-def _replace_text_encoder(
-    model: torch.nn.Module, weights: Weights, text_encoder: str | Path
-) -> dict[str, str]:
-    """Use the text encoder of another checkpoint; returns its path and hash."""
-    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
-    if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
-        raise ArgumentError(f"`{weights.path}` has no text encoder to replace", "text_encoder")
-    source = open_checkpoint(text_encoder)
-    new = extract_text_encoder(source, text, weights.path)
-    weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(TEXT)}
-    names = (name for name, _ in our_names(source.state))
-    if _lacks(weights, AUTOENCODER) and any(name.startswith(AUTOENCODER) for name in names):
-        weights.state |= extract_autoencoder(source, model.autoencoder, weights.path)
-    weights.mapped = weights.mapped and source.mapped
-    return {"path": str(source.path.resolve()), "hash": short_hash(source.path)}
+def _choose_autoencoder_dtype(
+    model: LatentDiffusion, device: torch.device, dtype: torch.dtype
+) -> torch.dtype:
+    """Return the dtype of a model's autoencoder: a wider one if it overflows in float16."""
+    if dtype != torch.float16:
+        return dtype
+    if model.conditioner.find(LowRes) is not None:  # the x4 upscaler's overflows
+        return torch.float32
+    return pick_wide_dtype(device) if model.upcast_autoencoder else dtype
 
 
-def _complete(model: LatentDiffusion, weights: Weights, base: LatentDiffusion | None) -> None:
-    """Take autoencoder and text encoder of an x2 latent upscaler from `base` if they are missing.
-
-    A UNet with diffusers' names gets the weights that diffusers leaves out.
-
-    Raises:
-        MissingArgument: a part is missing, and `base` has none of its shape.
-    """
-    expected, theirs = model.state_dict(), {} if base is None else base.state_dict()
-    if "unet.time_proj.weight" in weights.state:
-        known = unet_keys(model.unet.state_dict())
-        for name, value in model.unet.state_dict().items():
-            if name not in known:
-                filled = torch.zeros(value.shape) if value.is_meta else value
-                weights.state.setdefault(f"unet.{name}", filled)
-        weights.mapped = False  # these tensors, and those of `base`, are in memory
-    for prefix in UPSCALER_PARTS:
-        names = [name for name in expected if name.startswith(prefix)]
-        fits = all(n in theirs and theirs[n].shape == expected[n].shape for n in names)
-        if _lacks(weights, prefix) and fits:
-            weights.state |= {name: theirs[name] for name in names}
-            weights.mapped = False
-    check_upscaler(weights.state, weights.path, base)
-
-
-def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | None = None) -> None:
-    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts.
+def _fill(
+    model: nn.Module,
+    weights: Weights,
+    summary: str,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    autoencoder_dtype: torch.dtype | None = None,
+) -> None:
+    """Fill a model on the meta device with weights, which are emptied.
 
     Args:
-        names: our names of the weights.
-        path: their file, for the message.
-        base: the model from which missing parts were to be taken.
+        summary: start of an error message, see `match_weights`.
     """
-    names = list(names)
-    missing = [
-        title
-        for prefix, title in UPSCALER_PARTS.items()
-        if not any(name.startswith(prefix) for name in names)
-    ]
-    if missing:
-        message = f"`{path}` has no {' and no '.join(missing)}"
-        if base is not None:
-            raise MissingArgument(
-                f"{message}, nor has {file_name(base)} one that fits\nhint: give its diffusers "
-                "folder, or convert it with a text encoder first",
-                "upscaler",
-            )
-        hint = "a checkpoint of Stable Diffusion 1 has both: pass it"
-        raise MissingArgument(f"{message}\nhint: {hint}", "text_encoder")
+    state = match_weights(model, weights.state, weights.path, summary)
+    if has_transposed_projection(state):
+        warnings.warn(f"`{weights.path}`: {TRANSPOSED}", stacklevel=3)
+    for source in (weights.state, weights.source.state, weights.source.ema_state):
+        source.clear()  # so that memory is freed while `state` is emptied
+    fill_weights(
+        model,
+        state,
+        device=device,
+        dtype=dtype,
+        mapped=weights.mapped,
+        autoencoder_dtype=autoencoder_dtype,
+    )
 
 
-def _lacks(weights: Weights, prefix: str) -> bool:
-    return not any(name.startswith(prefix) for name in weights.state)
-
-
-def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:
-    """Warn if a replacement autoencoder was trained with another scale factor than the model's.
-
-    The model's is used, as its UNet was trained with it. Most files of autoencoders do not contain
-    theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
-    """
-    scale, reason = find_scale(source, identify_weights(source).family)
-    if (
-        scale is not None and abs(scale / model.scale_factor - 1) > 0.01
-    ):  # they differ by 29 % or more
-        warnings.warn(
-            f"the autoencoder of `{source.path}` has scale factor {scale:g} ({reason}), `{path}` "
-            f"{model.scale_factor:g}, which is used: colours will be wrong, SDXL needs an "
-            "autoencoder of SDXL, SD 1 and 2 need one of theirs",
-            stacklevel=4,
-        )
-    log.info(
-        "autoencoder of `%s`: scale factor %g, with which the UNet of `%s` was trained (%s)",
-        source.path, model.scale_factor, path, reason,
-    )  # fmt: skip
-
-
-def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> JsonObject:
-    """Return where a model comes from: hash of the config, checkpoint, step, raw or EMA weights."""
+def _log_ignored(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> None:
+    """Log which keys of a config, and which weights, are not used."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if weights.source.has_ema and not ema:
@@ -624,40 +321,44 @@ def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str
         params = raw.get("model", raw).get("params") or {}
         asks = "asks" if params.get("use_ema", True) else "does not ask"
         log.info("`%s` also has EMA weights, the config %s for them", weights.path, asks)
+
+
+def _describe_origin(raw: JsonMapping, weights: Weights) -> JsonObject:
+    """Return entries of `provenance`: hash of the config, checkpoint, training step, pipeline."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
     return {
         "config_hash": digest.hexdigest()[:10],
         "checkpoint": str(weights.path),
         "step": weights.source.step,
-        "ema": ema,
-        "skipped": skipped,
         "pipeline": weights.source.metadata.get(PIPELINE_KEY),
     }
 
 
-def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], misfit: str) -> None:
-    """Warn if the noise schedule in the file differs from the config's, which is used."""
-    if "scale_factor" in buffers:  # stored by models trained with `scale_by_std`
-        model.scale_factor = float(buffers["scale_factor"])
-    ours = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
-    for name in sorted(ours.keys() & buffers.keys()):
-        theirs, table = buffers[name], ours[name]
-        if theirs.shape != table.shape:
-            difference = f"has {len(theirs)} steps, the config's {len(table)}"
+def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], summary: str) -> None:
+    """Warn if the noise schedule in the file differs from the config's, which is used.
+
+    Args:
+        summary: start of the warning.
+    """
+    expected = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
+    for name in sorted(expected.keys() & buffers.keys()):
+        stored, table = buffers[name], expected[name]
+        if stored.shape != table.shape:
+            difference = f"has {len(stored)} steps, the config's {len(table)}"
         else:
-            error = float((theirs.float() - table).abs().max() / table.abs().max())
-            if error <= _schedule_tolerance(theirs):
+            error = float((stored.float() - table).abs().max() / table.abs().max())
+            if error <= _find_schedule_tolerance(stored):
                 continue
             difference = f"by {error:.2g} of its largest value"
         warnings.warn(
-            f"{misfit}: its noise schedule differs (`{name}` {difference}); the config's is "
+            f"{summary}: its noise schedule differs (`{name}` {difference}); the config's is "
             "used, check `linear_start`, `linear_end` and `beta_schedule`",
             stacklevel=3,
         )
         return
 
 
-def _schedule_tolerance(table: Tensor) -> float:
+def _find_schedule_tolerance(table: Tensor) -> float:
     """Return the tolerance for the lowest precision to which a table was ever rounded."""
     for dtype, tolerance in SCHEDULE_TOLERANCE.items():
         if torch.equal(table.to(dtype).to(table.dtype), table):
@@ -671,7 +372,7 @@ def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_giv
     With a config that was found, not given, fewer than two votes are too few: the UNet is run, too.
     """
     family, prediction = weights.family, weights.prediction
-    if not is_config_given and family is not None and _is_in_doubt(weights):
+    if not is_config_given and family is not None and is_in_doubt(weights):
         prediction = probe_prediction(model.unet, prediction, family.context or 0)
         if prediction.kind and prediction.kind != model.parameterization:
             model.parameterization = prediction.kind

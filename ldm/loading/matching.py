@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,42 +15,45 @@ from ldm.encoders.towers import VOCAB
 from ldm.loading.diffusers.keys import (
     OLD_VAE_NAMES,
     TEXT_COMPONENTS,
-    component_prefixes,
     gather_weights,
+    get_component_prefixes,
     locate_weights,
 )
 from ldm.loading.families import recognize_family
-from ldm.loading.weight_names import AUTOENCODER, TEXT, TEXT_2, has_engine_names, original_name
+from ldm.loading.weight_names import (
+    AUTOENCODER,
+    TEXT,
+    TEXT_2,
+    has_engine_names,
+    has_prefix,
+    strip_prefix,
+    to_original_name,
+)
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
 __all__ = [
-    "TOKEN_IDS",
-    "TOKEN_TABLE",
-    "check_weights",
-    "drop_1x1",
-    "guess_kind",
-    "match_weights",
+    "TOKEN_IDS", "TOKEN_TABLE", "check_weights", "drop_1x1", "guess_file_type", "match_weights",
     "translate_names",
-]
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
-# Parts that are missing in some files of whole models.
-REMOVABLE_PARTS = {
+# Parts that some files of whole models do not contain, by prefix.
+SEPARABLE_PARTS = {
     AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
 }  # fmt: skip
-# Ends of names that only files of older versions have.
+# Suffixes of names that only files of older versions of transformers and diffusers have.
 UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
 # Of a compact vocabulary: the ids of its tokens in CLIP's vocabulary, and their embeddings.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
 # Names of tensors beside the weights of quantised layers.
 QUANTIZED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
-MAX_LISTED = 10  # names of each kind in a message
-# Kinds of other files, by a pattern of names in them.
-KINDS = {
+MAX_LISTED = 10  # names in each list of a message
+# Files that are not models, by a pattern in the names of their tensors.
+FILE_TYPES = {
     r"lora_|\.lora\.|lokr_|hada_": "a LoRA, which is merged into a model (`loras`)",
     r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
     "(`embeddings`)",
@@ -66,7 +69,7 @@ KINDS = {
 
 
 def match_weights(
-    model: nn.Module, state: Mapping[str, Tensor], file: str | Path, misfit: str | None = None
+    model: nn.Module, state: Mapping[str, Tensor], file: str | Path, summary: str | None = None
 ) -> dict[str, Tensor]:
     """Return the weights of a model, or of a part of one, under its names and in its shapes.
 
@@ -76,7 +79,8 @@ def match_weights(
     Args:
         state: weights of the file under our names; for a part also names without prefix.
         file: path of the file, for messages.
-        misfit: start of the error message; None = "`file` does not fit the config".
+        summary: start of the error message, before the counts; None = "`file` does not fit the
+            config".
 
     Raises:
         WeightsMismatch: names are missing or unexpected, or shapes differ.
@@ -84,24 +88,28 @@ def match_weights(
     expected = model.state_dict()
     state = _fit_text_encoder(model, _select_part(model, state))
     state = translate_names(model, state, file)
-    state |= _unused_weights(model, state, file)
-    others = [n for n in state if n not in expected and not n.startswith(PARTS)]
-    if isinstance(model, LatentDiffusion) and others and expected.keys() <= state.keys():
-        log.warning("`%s`: left out, not of this model: %s", file, _list_groups(others))
-        state = {name: value for name, value in state.items() if name not in others}
-    check_weights(expected, state, misfit or f"`{file}` does not fit the config")
+    state |= _make_unused_weights(model, state, file)
+    foreign = [n for n in state if n not in expected and not n.startswith(PARTS)]
+    if isinstance(model, LatentDiffusion) and foreign and expected.keys() <= state.keys():
+        log.warning("`%s`: left out, not of this model: %s", file, _list_groups(foreign))
+        state = {name: value for name, value in state.items() if name not in foreign}
+    check_weights(expected, state, summary or f"`{file}` does not fit the config")
     return state
 
 
-def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
+def check_weights(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], summary: str
+) -> None:
     """Raise WeightsMismatch unless weights have the expected names and shapes.
 
     The message has counts, some of the original's names, and the likely cause.
 
     Args:
-        misfit: start of the message, such as "`x.ckpt` does not fit x.yaml".
+        expected: weights of the model, for names and shapes.
+        state: weights under our names.
+        summary: start of the message, such as "`x.ckpt` does not fit x.yaml".
     """
-    original = partial(original_name, engine=has_engine_names(expected))
+    original = partial(to_original_name, engine=has_engine_names(expected))
     problems = {
         "missing": [original(name) for name in expected if name not in state],
         "unexpected": [original(name) for name in state if name not in expected],
@@ -119,39 +127,22 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
     if not any(problems.values()):
         return
     counts = ", ".join(f"{len(names)} {problem}" for problem, names in problems.items())
-    lines = [f"{misfit}: {counts}"]
+    lines = [f"{summary}: {counts}"]
     for problem, names in problems.items():
         if names:
             more = ", …" if len(names) > MAX_LISTED else ""
             lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
-    lost = [p for p in REMOVABLE_PARTS if _has(expected, p) and not _has(state, p)]
-    absent = [p for p in PARTS if _has(expected, p) and not _has(state, p)]
-    family = recognize_family(state)
-    if any(QUANTIZED.search(name) for name in problems["unexpected"]):
-        lines.append("hint: the weights are quantised, which is not supported")
-    elif TOKEN_IDS in expected and TOKEN_IDS not in state and _has(state, TEXT):
-        lines.append(
-            "hint: the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
-            "use the config of the weights, which a diffusers folder or its conversion contains"
-        )
-    elif family is not None and lost and not problems["unexpected"]:
-        parts = [f"{REMOVABLE_PARTS[part]} (`{original(part)}`)" for part in lost]
-        remedy = "pass one (`vae`)" if lost == [AUTOENCODER] else "take a file of the whole model"
-        lines.append(f"hint: the file has no {' and no '.join(parts)}: {remedy}")
-    elif family is not None:
-        lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
-    elif kind := guess_kind(state):
-        lines.append(f"hint: the file is {kind}")
-    elif absent:
-        names = [f"`{original(part)}`" for part in absent]
-        lines.append(f"hint: the file holds nothing of {', '.join(names)}")
+    if cause := _find_cause(expected, state, problems["unexpected"]):
+        lines.append(f"hint: {cause}")
     raise WeightsMismatch("\n".join(lines))
 
 
-def guess_kind(names: Iterable[str]) -> str | None:
-    """Return the kind of a file that is not a model, by the names in it; None = unknown."""
+def guess_file_type(names: Iterable[str]) -> str | None:
+    """Return the type of a file that is not a model, by the names in it; None = unknown."""
     text = "\n".join(names)
-    return next((k for pattern, k in KINDS.items() if re.search(pattern, text, re.M)), None)
+    return next(
+        (title for pattern, title in FILE_TYPES.items() if re.search(pattern, text, re.M)), None
+    )
 
 
 def translate_names(
@@ -160,42 +151,79 @@ def translate_names(
     """Return weights under our names and in a model's shapes; unknown weights stay as they are.
 
     Args:
+        model: may be on the meta device.
         state: weights under our names, or diffusers' names with our prefixes.
         file: path of the file, for messages.
     """
     expected, renamed = model.state_dict(), dict(state)
     if expected.keys() == state.keys():
-        return {n: _in_shape(n, value, expected[n], file) for n, value in renamed.items()}
-    prefixes = component_prefixes(model)
+        return {n: _fit_shape(n, value, expected[n], file) for n, value in renamed.items()}
+    prefixes = get_component_prefixes(model)
     for component, locations in locate_weights(model).items():
         prefix = prefixes[component]
-        foreign = {n.removeprefix(prefix): n for n in state if n.startswith(prefix)}
-        theirs = {
-            _modern_name(component, name): renamed.pop(old)
-            for name, old in foreign.items()
-            if old not in expected
+        names = [n for n in state if n.startswith(prefix) and n not in expected]
+        component_state = {
+            _to_current_name(component, name.removeprefix(prefix)): renamed.pop(name)
+            for name in names
         }
-        known = {part for location in locations.values() for part in location.names}
-        theirs = {
+        known = {name for location in locations.values() for name in location.names}
+        component_state = {
             name: value
-            for name, value in theirs.items()
+            for name, value in component_state.items()
             if name in known or not name.endswith(UNUSED_WEIGHTS)
         }
-        ours = gather_weights(locations, theirs, expected)
-        taken = {part for name in ours for part in locations[name].names}
-        renamed |= {prefix + name: v for name, v in theirs.items() if name not in taken}
-        renamed |= ours
-    return {n: _in_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
+        gathered = gather_weights(locations, component_state, expected)
+        used = {name for ours in gathered for name in locations[ours].names}
+        renamed |= {prefix + n: value for n, value in component_state.items() if n not in used}
+        renamed |= gathered
+    return {n: _fit_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
+
+
+def _find_cause(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpected: Collection[str]
+) -> str | None:
+    """Return the likely cause why weights do not fit, and what to do; None = unknown.
+
+    Args:
+        unexpected: the original's names of weights that are not expected.
+    """
+
+    def list_missing(prefixes: Iterable[str]) -> list[str]:
+        return [p for p in prefixes if has_prefix(expected, p) and not has_prefix(state, p)]
+
+    original = partial(to_original_name, engine=has_engine_names(expected))
+    separable, family = list_missing(SEPARABLE_PARTS), recognize_family(state)
+    if any(QUANTIZED.search(name) for name in unexpected):
+        return "the weights are quantised, which is not supported"
+    if TOKEN_IDS in expected and TOKEN_IDS not in state and has_prefix(state, TEXT):
+        return (
+            "the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
+            "use the config of the weights, which a diffusers folder or its conversion contains"
+        )
+    if family is not None and separable and not unexpected:
+        titles = [f"{SEPARABLE_PARTS[prefix]} (`{original(prefix)}`)" for prefix in separable]
+        is_autoencoder = separable == [AUTOENCODER]
+        remedy = "pass one (`vae`)" if is_autoencoder else "take a file of the whole model"
+        return f"the file has no {' and no '.join(titles)}: {remedy}"
+    if family is not None:
+        config = f"`{family.config}.yaml`" if family.config else "which is not supported"
+        return f"the weights look like {family.title} ({config})"
+    if file_type := guess_file_type(state):
+        return f"the file is {file_type}"
+    if missing := list_missing(PARTS):
+        return f"the file holds nothing of {', '.join(f'`{original(p)}`' for p in missing)}"
+    return None
 
 
 def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a part of a model without prefix; of a whole model, all of them."""
     if isinstance(model, LatentDiffusion):
         return dict(state)
-    locations = [where for part in locate_weights(model).values() for where in part.values()]
-    names = [*model.state_dict(), *(name for where in locations for name in where.names)]
+    components = locate_weights(model).values()
+    locations = [location for component in components for location in component.values()]
+    names = [*model.state_dict(), *(name for location in locations for name in location.names)]
     prefix = next((p for p in ("", *PARTS[:2], TEXT) if any(p + n in state for n in names)), "")
-    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return strip_prefix(state, prefix)
 
 
 def _fit_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,17 +238,17 @@ def _fit_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
         state = {name: value for name, value in state.items() if name not in blocks}
     if TOKEN_IDS in expected and TOKEN_IDS not in state and TOKEN_TABLE in state:
         table = state[TOKEN_TABLE]
-        unknown = table.mode(dim=0).values
+        unknown = table.mode(dim=0).values  # the row of tokens that are not in the vocabulary
         ids = (table != unknown).any(dim=1).nonzero().flatten()
-        free = len(expected[TOKEN_IDS]) - len(ids)
-        if free >= 0:
-            state[TOKEN_IDS] = torch.cat([ids, len(table) + torch.arange(free)])
-            rows = [unknown[None], table[ids], unknown.expand(free, -1)]
+        unused = len(expected[TOKEN_IDS]) - len(ids)  # rows of the model without a token
+        if unused >= 0:
+            state[TOKEN_IDS] = torch.cat([ids, len(table) + torch.arange(unused)])
+            rows = [unknown[None], table[ids], unknown.expand(unused, -1)]
             state[TOKEN_TABLE] = torch.cat(rows)
     return state
 
 
-def _unused_weights(
+def _make_unused_weights(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
     """Return zeros for unused weights that other programs leave out.
@@ -245,8 +273,11 @@ def _unused_weights(
     return missing
 
 
-def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
-    """Return a weight in the model's shape if only 1x1 kernels differ; cut off added tokens."""
+def _fit_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
+    """Return a weight in the model's shape if only 1x1 kernels differ, without added tokens.
+
+    Other weights stay as they are: `check_weights` reports their shapes.
+    """
     if expected is None or value.shape == expected.shape:
         return value
     if drop_1x1(value.shape) == drop_1x1(expected.shape):
@@ -260,11 +291,11 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
 
 
 def drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape without a 1x1 kernel, which some files omit."""
+    """Return a shape (out, in, 1, 1) as (out, in), as some files have it; others unchanged."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 
-def _modern_name(component: str, name: str) -> str:
+def _to_current_name(component: str, name: str) -> str:
     """Convert a name of older versions of diffusers or transformers to the current one."""
     if component in TEXT_COMPONENTS:
         name = name.removeprefix("model.").removeprefix("transformer.")
@@ -273,10 +304,6 @@ def _modern_name(component: str, name: str) -> str:
         for new, old in OLD_VAE_NAMES.items():
             name = name.replace(f".{old}.", f".{new}.")
     return name
-
-
-def _has(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def _list_groups(names: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from ldm.loading.config import parse_yaml
 from ldm.loading.convert import (
     LORA_PARTS,
     Conversion,
-    config_text,
+    find_config_text,
     to_original_names,
 )
 from ldm.loading.families import Family
@@ -34,33 +34,41 @@ from ldm.loading.files.checkpoint import (
     release_pages,
 )
 from ldm.loading.legacy import translate_config
-from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, kept_metadata
-from ldm.loading.weight_names import AUTOENCODER, our_names
+from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, filter_metadata
+from ldm.loading.weight_names import AUTOENCODER, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from ldm.runtime.version import __version__
 
-__all__ = ["RECIPE", "ReadModel", "check_fits", "plan_merge", "read_model"]
+__all__ = ["RECIPE", "ModelFile", "check_fits", "plan_merge", "read_model_file"]
 
 SUFFIXES = (".safetensors", ".ckpt")
-RECIPE = "ldm.merge"  # metadata key of what was merged how
-UNET, FIRST = "unet.", "unet.input_blocks.0.0.weight"
+RECIPE = "ldm.merge"  # metadata key: JSON of rule, models and weights
+UNET, INPUT_CONV = "unet.", "unet.input_blocks.0.0.weight"
 TOKEN_IDS = ".token_ids"  # end of the name of a compact vocabulary's ids
-LATENT_CHANNELS = 4
-# Metadata about the making of A, which are not valid for the result.
+LATENT_CHANNELS = 4  # all input channels of a text-to-image model
+# Metadata about the training or conversion of A, which are not valid for the result.
 HISTORY = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
 
 
 @dataclass(frozen=True, eq=False)
-class ReadModel:
-    """A model in a file: a mapping of its weights by our names, with its config."""
+class ModelFile:
+    """A model in a file: a mapping of its weights by our names, with its config.
 
-    file: Checkpoint  # with the names of the original's layout
-    names: dict[str, str]  # our name -> name in `file`
-    model: LatentDiffusion  # on the meta device
+    Args:
+        file: the weights, with the original's names.
+        names: name in `file` by our name.
+        model: on the meta device.
+        family: None = unknown.
+        config: text of its YAML.
+    """
+
+    file: Checkpoint
+    names: dict[str, str]
+    model: LatentDiffusion
     family: Family | None
-    config: str  # text of its YAML
+    config: str
 
     @property
     def title(self) -> str:
@@ -115,8 +123,8 @@ def plan_merge(
         raise ArgumentError(f"`{target}`: must end in {' or '.join(SUFFIXES)}", "target")
     if weight is None:
         weight = 0.5 if subtract is None else 1.0
-    a, b = (read_model(path, config, ema=ema) for path in (model, other))
-    c = None if subtract is None else read_model(subtract, config, ema=ema)
+    a, b = (read_model_file(path, config, ema=ema) for path in (model, other))
+    c = None if subtract is None else read_model_file(subtract, config, ema=ema)
     others = [m for m in (b, c) if m is not None]
     if ema and not any(m.file.has_ema for m in (a, *others)):
         raise ArgumentError("no model has EMA weights", "ema")
@@ -126,30 +134,35 @@ def plan_merge(
     weights = dict.fromkeys(blocks.names, weight)
     if block_weights is not None:
         weights = blocks.parse_weights(block_weights, weight, "block_weights")
-    parts = (*LORA_PARTS, AUTOENCODER) if merge_vae else LORA_PARTS
+    prefixes = (*LORA_PARTS, AUTOENCODER) if merge_vae else LORA_PARTS
     state: dict[str, Tensor | ComputedTensor] = dict(a.file.state)
-    changed = [name for name in a.names if name.startswith(parts) and a[name].is_floating_point()]
-    merged = [name for name in changed if all(name in m for m in others)]
+    candidates = [n for n in a.names if n.startswith(prefixes) and a[n].is_floating_point()]
+    merged = [name for name in candidates if all(name in m for m in others)]
     for name in merged:
-        if w := weights[blocks.find_block(name)]:
+        if w := weights[blocks.find_block(name)]:  # of weight 0: A's tensor, not copied
             compute = partial(_merge, name, a, b, c, w)
             state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
     paths = [m.file.path.name for m in (a, *others)]
-    notes = [_summary(paths, subtract is not None, weight, block_weights)]
-    notes += _list_missing(changed, parts, others)
+    notes = [_format_summary(paths, subtract is not None, weight, block_weights)]
+    notes += _list_missing(candidates, prefixes, others)
     size = f"{len(state)} tensors, {len(merged)} of them merged"
-    metadata = _metadata(a, others, weights if block_weights else {BASE: weight})
+    metadata = _make_metadata(a, others, weights if block_weights else {BASE: weight})
     metadata = describe_model(a.model, target.stem, metadata=metadata)
     return Conversion(
         a.file, target, {"": state}, {}, metadata, dtype, (*notes, f"{target.name:60} {size}")
     )
 
 
-def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> ReadModel:
-    """Read names and config of a whole model, with `ema` of its EMA weights, if it has any."""
+def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -> ModelFile:
+    """Read names and config of a whole model.
+
+    Args:
+        config: the YAML; None = find it as `load` does.
+        ema: whether to use its EMA weights, if it has any.
+    """
     file = open_checkpoint(path)
     family = identify_weights(file).family
-    text = config_text(file, config)
+    text = find_config_text(file, config)
     if text is None:
         message = f"`{file.path}` is of no known family\nhint: pass its config"
         raise MissingArgument(message, "config")
@@ -157,10 +170,10 @@ def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> Rea
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: it cannot be merged")
     file = to_original_names(file, model, ema=ema and file.has_ema)
-    return ReadModel(file, dict(our_names(file.state)), model, family, text)
+    return ModelFile(file, dict(pair_names(file.state)), model, family, text)
 
 
-def check_fits(a: ReadModel, b: ReadModel) -> None:
+def check_fits(a: ModelFile, b: ModelFile) -> None:
     """Raise WeightsMismatch unless b is of a's family, or a text-to-image model with fewer inputs.
 
     For an inpainting model a, b may be the text-to-image model of the same generation.
@@ -176,63 +189,68 @@ def check_fits(a: ReadModel, b: ReadModel) -> None:
         examples = ", ".join(f"`{name}`" for name in misfits[:3])
         message = f"{theirs} does not fit {ours}: {len(misfits)} weights of the UNet differ in"
         raise WeightsMismatch(f"{message} shape or are in one of them only: {examples}")
-    kinds = [m.model.parameterization for m in (a, b)]
-    if kinds[0] != kinds[1]:
-        raise WeightsMismatch(f"{theirs} predicts {kinds[1]}, {ours} predicts {kinds[0]}")
+    predictions = [m.model.parameterization for m in (a, b)]
+    if predictions[0] != predictions[1]:
+        message = f"{theirs} predicts {predictions[1]}, {ours} predicts {predictions[0]}"
+        raise WeightsMismatch(message)
     if type(a.model.schedule) is not type(b.model.schedule):
         raise WeightsMismatch(f"{theirs} has another kind of noise schedule than {ours}")
     for name in a.names:
         if name in b and name.startswith(LORA_PARTS):
-            shape, other = tuple(a[name].shape), tuple(b[name].shape)
-            if shape != other and name != FIRST:
-                message = f"{theirs} does not fit {ours}: `{name}` is {other}, not {shape}"
+            shapes = [tuple(m[name].shape) for m in (a, b)]
+            if shapes[0] != shapes[1] and name != INPUT_CONV:
+                message = f"{theirs} does not fit {ours}: `{name}` is {shapes[1]}, not {shapes[0]}"
                 raise WeightsMismatch(message)
             if name.endswith(TOKEN_IDS) and not a[name].equal(b[name]):
                 raise WeightsMismatch(f"{theirs} has another vocabulary than {ours}")
 
 
-def _has_same_shape(name: str, a: ReadModel, b: ReadModel) -> bool:
+def _has_same_shape(name: str, a: ModelFile, b: ModelFile) -> bool:
+    """Return whether shapes are equal, but for the inputs of an inpainting and a text model."""
     ours, theirs = a[name].shape, b[name].shape
-    if name != FIRST:
+    if name != INPUT_CONV or ours == theirs:
         return ours == theirs
-    rest = ours[0], *ours[2:]
     is_text_model = theirs[1] == LATENT_CHANNELS and ours[1] > LATENT_CHANNELS
-    return ours == theirs or (is_text_model and rest == (theirs[0], *theirs[2:]))
+    return is_text_model and (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
 
 
-def _merge(name: str, a: ReadModel, b: ReadModel, c: ReadModel | None, weight: float) -> Tensor:
+def _merge(name: str, a: ModelFile, b: ModelFile, c: ModelFile | None, weight: float) -> Tensor:
     """Return a merged weight, float32; input channels that b does not have are a's."""
     models = [m for m in (a, b, c) if m is not None]
-    ours, *theirs = (m[name].float() for m in models)
-    rest = None
-    if name == FIRST:
-        count = theirs[0].shape[1]
-        rest = ours[:, count:]
-        ours, *theirs = (value[:, :count] for value in (ours, *theirs))
+    merged, *others = (m[name].float() for m in models)
+    own_inputs = None
+    if name == INPUT_CONV:
+        count = others[0].shape[1]
+        own_inputs = merged[:, count:]
+        merged, *others = (value[:, :count] for value in (merged, *others))
     if c is None:
-        new = (1 - weight) * ours + weight * theirs[0]
+        merged = (1 - weight) * merged + weight * others[0]
     else:
-        new = ours + weight * (theirs[0] - theirs[1])
-    if rest is not None:
-        new = torch.cat([new, rest], 1)
+        merged = merged + weight * (others[0] - others[1])
+    if own_inputs is not None:
+        merged = torch.cat([merged, own_inputs], 1)
     for m in models:
         m.release(m[name])
-    return new
+    return merged
 
 
-def _summary(paths: list[str], is_difference: bool, weight: float, blocks: str | None) -> str:
+def _format_summary(
+    paths: list[str], is_difference: bool, weight: float, blocks: str | None
+) -> str:
     number = f"{weight:g}" if blocks is None else f"{weight:g}, by block {blocks}"
     if is_difference:
         return f"{paths[0]} + w ({paths[1]} - {paths[2]}), w = {number}"
     return f"(1 - w) {paths[0]} + w {paths[1]}, w = {number}"
 
 
-def _list_missing(names: list[str], parts: tuple[str, ...], others: list[ReadModel]) -> list[str]:
+def _list_missing(
+    names: list[str], prefixes: tuple[str, ...], others: list[ModelFile]
+) -> list[str]:
     """Return lines about weights that are not merged, as another model does not have them."""
     notes = []
     for m in others:
-        for part in parts:
-            missing = [name for name in names if name.startswith(part) and name not in m]
+        for prefix in prefixes:
+            missing = [name for name in names if name.startswith(prefix) and name not in m]
             if missing:
                 examples = ", ".join(missing[:2])
                 path = m.file.path.name
@@ -240,14 +258,14 @@ def _list_missing(names: list[str], parts: tuple[str, ...], others: list[ReadMod
     return notes
 
 
-def _metadata(
-    a: ReadModel, others: list[ReadModel], weights: Mapping[str, float]
+def _make_metadata(
+    a: ModelFile, others: list[ModelFile], weights: Mapping[str, float]
 ) -> dict[str, str | int]:
     models = [m.file for m in (a, *others)]
     names = [file.path.name for file in models]
     metadata: dict[str, str | int] = {
         name: value
-        for name, value in kept_metadata(a.file.metadata, same_weights=False).items()
+        for name, value in filter_metadata(a.file.metadata, same_weights=False).items()
         if name not in HISTORY
     }
     licenses = dict.fromkeys(f.metadata[LICENSE] for f in models if f.metadata.get(LICENSE))

@@ -15,7 +15,7 @@ from ldm.loading.files.checkpoint import TENSOR_HASH
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import family_of, is_sdxl
 
-__all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "kept_metadata"]
+__all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "filter_metadata"]
 
 PREFIX = "modelspec."
 MERGED_FROM = f"{PREFIX}merged_from"
@@ -51,7 +51,7 @@ def describe_model(
     is_original = not kind or kind == "textual-inversion" or is_sdxl(model)
     fields = {
         "sai_model_spec": VERSION,
-        "architecture": _architecture(model, kind),
+        "architecture": _get_architecture(model, kind),
         "implementation": ORIGINAL if is_original else DIFFUSERS,
         "title": title,
         "resolution": f"{width}x{height}",
@@ -64,7 +64,7 @@ def describe_model(
     return {TENSOR_HASH: "", **spec, **metadata}
 
 
-def kept_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
+def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
     """Return the metadata of a file that stay valid for a file made from it.
 
     Args:
@@ -80,7 +80,7 @@ def kept_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[st
     }
 
 
-def _architecture(model: LatentDiffusion, kind: str) -> str:
+def _get_architecture(model: LatentDiffusion, kind: str) -> str:
     base = find_base_model(model)
     suffix = f"/{kind}" if kind else SUFFIXES.get(family_of(model.conditioner) or "")
     return "" if base is None or suffix is None else f"{base.architecture}{suffix}"

@@ -18,37 +18,47 @@ from ldm.loading.hub import (
     fetch_url,
     find_cached_file,
     find_or_fetch,
-    url_target,
+    get_url_path,
 )
 from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
 from ldm.runtime.hashes import CachedDict, find_cached_sha256, find_paths_by_sha256, hash_file
 
 __all__ = [
     "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
-    "published_files",
+    "read_published_files",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-Place = tuple[str, str] | str
+Place = tuple[str, str] | str  # (repository, file) on the hub, or a URL
 TABLE = Path(__file__).with_name("published.csv")
-# Name of a row without SHA-256 -> SHA-256 of its first download on this machine.
-FIRST = CachedDict("first_downloads.json")
+# SHA-256 of the first download on this machine, by name of a row without a published SHA-256.
+FIRST_DOWNLOADS = CachedDict("first_downloads.json")
 ROUNDING = 0.01  # relative error of rounded sizes
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A row of the table."""
+    """A row of the table.
 
-    name: str  # name that `ckpt` accepts instead of a path
+    Args:
+        name: name that `ckpt` accepts instead of a path.
+        title: what it is, for lists.
+        licence: its licence, as the hub names it.
+        memory: of the weights in half precision, GB.
+        bytes: size of the file, with a `~` if it is rounded; "" = unknown.
+        sha256: None = none was published.
+        places: where to download it, in the order to try; rows with a URL have exact `bytes` and
+            `sha256`.
+    """
+
+    name: str
     title: str
     licence: str
-    memory: float  # of the weights in half precision, GB
-    bytes: str  # size of the file, with a `~` if it is rounded; "" = unknown
-    sha256: str | None  # None = none was published
-    # (repository, file) on the hub, or a URL (with exact `bytes` and `sha256`), in the order to try
-    places: tuple["Place", ...]
+    memory: float
+    bytes: str
+    sha256: str | None
+    places: tuple[Place, ...]
 
     @property
     def size(self) -> str:
@@ -65,11 +75,11 @@ class PublishedFile:
     @property
     def expected_sha256(self) -> str | None:
         """The published SHA-256, else that of the first download on this machine."""
-        return self.sha256 or FIRST.read().get(self.name)
+        return self.sha256 or FIRST_DOWNLOADS.read().get(self.name)
 
 
 @lru_cache(maxsize=1)
-def published_files() -> dict[str, PublishedFile]:
+def read_published_files() -> dict[str, PublishedFile]:
     """Return the rows of the table by name."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = [_parse_row(**row) for row in csv.DictReader(file)]
@@ -83,7 +93,7 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
 
     Args:
         fetch: whether to download a `hf:` address that is not in the cache.
-        variant: variant of the files of a `hf:` folder, such as `fp16`.
+        variant: variant of the files of a `hf:` folder, such as `fp16`; None = see `find_or_fetch`.
     Raises:
         MissingFile: a published file is not on this machine, or its name is misspelt.
         DownloadError: a `hf:` address cannot be downloaded.
@@ -93,12 +103,12 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
         return path
     if name.startswith(PREFIX):
         return find_or_fetch(name, fetch=fetch, variant=variant)
-    files = published_files()
+    files = read_published_files()
     if name in files:
-        if found := find_on_disk(files[name], verify=True):
-            return found
-        row = files[name]
-        what = f"`{name}` ({row.title}, {row.size}) is not on this machine"
+        file = files[name]
+        if local_path := find_on_disk(file, verify=True):
+            return local_path
+        what = f"`{name}` ({file.title}, {file.size}) is not on this machine"
         raise MissingFile(f"{what}: ldm download {name}")
     near = nearest_name(name, files)
     if near and not path.suffix and len(path.parts) == 1:
@@ -114,7 +124,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
     Returns:
         None if it is not found.
     """
-    for path in _candidates(file):
+    for path in _list_candidates(file):
         digest = hash_file(path) if verify and file.expected_sha256 else find_cached_sha256(path)
         if digest is None or file.expected_sha256 in (None, digest):
             return path
@@ -123,7 +133,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
 
 def identify_hash(sha256: str | None) -> PublishedFile | None:
     """Return the published file with this SHA-256; None if there is none."""
-    rows = published_files().values()
+    rows = read_published_files().values()
     return next((row for row in rows if sha256 and row.sha256 == sha256), None)
 
 
@@ -136,7 +146,7 @@ def download(name: str) -> Path:
     """
     if name.startswith(PREFIX):
         return find_or_fetch(name)
-    files = published_files()
+    files = read_published_files()
     check_name("model", name, files)
     file = files[name]
     if path := find_on_disk(file, verify=True):
@@ -168,14 +178,14 @@ def _log_hash(file: PublishedFile, digest: str) -> None:
         log.info("SHA-256 %s is the published one", digest)
         return
     log.info("SHA-256 %s; none was published, so that the file is unverified", digest)
-    FIRST.set(file.name, digest)
+    FIRST_DOWNLOADS.set(file.name, digest)
 
 
-def _candidates(file: PublishedFile) -> Iterator[Path]:
+def _list_candidates(file: PublishedFile) -> Iterator[Path]:
     if file.expected_sha256:
         yield from find_paths_by_sha256(file.expected_sha256)
     for place in file.places:
-        path = url_target(place) if isinstance(place, str) else find_cached_file(*place)
+        path = get_url_path(place) if isinstance(place, str) else find_cached_file(*place)
         if path is not None and path.is_file():
             yield path
 

@@ -11,21 +11,21 @@ from torch import Tensor
 from ldm.loading.build import build_on_meta
 from ldm.loading.families import Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
-from ldm.loading.files.pickles import foreign_imports, pickle_imports
+from ldm.loading.files.pickles import list_foreign_imports, list_pickle_imports
+from ldm.loading.find_variant import find_variant
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import (
-    TRANSPOSED,
-    UPSCALER_PARTS,
-    choose_config,
-    find_variant,
-    probe_weights,
-    read_config,
-)
 from ldm.loading.matching import translate_names
+from ldm.loading.model_config import choose_config, probe_weights, read_config
 from ldm.loading.modelspec import PREFIX
-from ldm.loading.published import find_checkpoint, identify_hash, published_files
-from ldm.loading.weight_names import has_engine_names, original_name
-from ldm.loading.weights import Weights, has_transposed_projection, identify_weights
+from ldm.loading.published import find_checkpoint, identify_hash, read_published_files
+from ldm.loading.replace_parts import UPSCALER_PARTS
+from ldm.loading.weight_names import has_engine_names, has_prefix, to_original_name
+from ldm.loading.weights import (
+    TRANSPOSED,
+    Weights,
+    has_transposed_projection,
+    identify_weights,
+)
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import MissingArgument, MissingFile
@@ -35,8 +35,9 @@ from ldm.runtime.types import JsonObject
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
 ADAPTER = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # prefix of kohya's layer names
-LONGEST = 80  # characters of a value to show
-SMALL = 1_000_000_000  # bytes; the hash of a larger file is computed only if it may be published
+MAX_VALUE_LENGTH = 80  # characters of a metadata value to show
+# Bytes; the hash of a larger file, which takes seconds, is computed only if it may be published.
+MAX_SIZE_TO_HASH = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,56 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of an inspection of one file."""
+    """The result of an inspection of one file; None = unknown, where nothing else is said.
+
+    Args:
+        path: path of the file.
+        bytes: its size.
+        sha256: "" if it was not computed, as no published file has this size.
+        published: name and title of the published file with this hash.
+        kind: format, "zip", "legacy" or "safetensors".
+        refused: why the file cannot be read; None = it can.
+        family: name of the family.
+        title: name of the family in messages.
+        task: function of `ldm.pipelines` for it.
+        config: path of the config that the weights are compared with, or `CONFIG_KEY`.
+        prediction: prediction type.
+        parts: groups of tensors by prefix.
+        has_ema: whether it has EMA weights.
+        step: training step.
+        extras: names of the entries beside the weights.
+        metadata: text entries.
+        pickle_names: names that its pickle would import.
+        foreign_names: those of them that weights do not need.
+        missing: the original's names of weights that the config needs and the file does not have;
+            None = not compared.
+        unexpected: names in the file that the config does not need; None = not compared.
+        variant: few-step variant, and how it was recognised; None = none.
+        note: why weights and config were not compared, or what looks wrong.
+    """
 
     path: str
     bytes: int
-    sha256: str  # "" if it was not computed, as no published file has this size
-    published: str | None = None  # the name of the published file with this hash, and its title
+    sha256: str
+    published: str | None = None
     kind: str | None = None
-    refused: str | None = None  # why the file cannot be read; None = it can
+    refused: str | None = None
     family: str | None = None
-    title: str | None = None  # name of the family in messages
-    task: str | None = None  # function of `ldm.pipelines` for it
+    title: str | None = None
+    task: str | None = None
     config: str | None = None
     prediction: Prediction | None = None
     parts: list[Part] = field(default_factory=list)
     has_ema: bool = False
     step: int | None = None
-    extras: list[str] = field(default_factory=list)  # names of the entries beside the weights
+    extras: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
-    pickle_names: list[str] = field(default_factory=list)  # names that its pickle would import
-    foreign_names: list[str] = field(default_factory=list)  # those of them weights do not need
-    # names that the config needs and the file does not have; None if not compared
+    pickle_names: list[str] = field(default_factory=list)
+    foreign_names: list[str] = field(default_factory=list)
     missing: list[str] | None = None
-    unexpected: list[str] | None = None  # names in the file that the config does not need
-    variant: str | None = None  # kind of a few-step model, and how it was recognised
-    note: str = ""  # why weights and config were not compared, or what looks wrong
+    unexpected: list[str] | None = None
+    variant: str | None = None
+    note: str = ""
 
     @property
     def model_spec(self) -> dict[str, str]:
@@ -123,7 +149,7 @@ class Report:
         for i, part in enumerate(self.parts):
             dtypes = ", ".join(part.dtypes)
             count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
-            yield f"{'parts' if not i else '':12}{part.name:20}{part.prefix:25}{count}  {dtypes}"
+            yield f"{'' if i else 'parts':12}{part.name:20}{part.prefix:25}{count}  {dtypes}"
         if self.parts:
             yield f"EMA         {'yes, `ema` takes it' if self.has_ema else 'no'}"
             yield f"step        {'unknown' if self.step is None else self.step}"
@@ -154,16 +180,19 @@ def inspect_checkpoint(
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
     size = path.stat().st_size
-    needs_hash = size < SMALL or any(file.may_have(size) for file in published_files().values())
+    needs_hash = size < MAX_SIZE_TO_HASH or any(
+        file.may_have(size) for file in read_published_files().values()
+    )
     digest = hash_file(path) if needs_hash else find_cached_sha256(path)
     report = Report(str(path), size, digest or "")
     if file := identify_hash(report.sha256):
         report = replace(report, published=f"{file.name}, {file.title}")
     try:
-        kind = detect_format(path)
-        report = replace(report, kind=kind)
-        if kind != "safetensors":
-            names, foreign = pickle_imports(path, kind), foreign_imports(path, kind)
+        file_format = detect_format(path)
+        report = replace(report, kind=file_format)
+        if file_format != "safetensors":
+            names = list_pickle_imports(path, file_format)
+            foreign = list_foreign_imports(path, file_format)
             report = replace(report, pickle_names=names, foreign_names=foreign)
         weights = identify_weights(read_checkpoint(path))
     except ValueError as error:
@@ -189,7 +218,7 @@ def inspect_checkpoint(
 def _shorten(text: str) -> str:
     """Return a text in one line, shortened: thumbnails have thousands of characters."""
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
+    return line if len(line) <= MAX_VALUE_LENGTH else f"{line[:MAX_VALUE_LENGTH]} …"
 
 
 def _format_size(nbytes: int) -> str:
@@ -197,36 +226,37 @@ def _format_size(nbytes: int) -> str:
 
 
 def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
-    groups: dict[str, list[Tensor]] = {}
+    groups: dict[str, list[Tensor]] = {}  # by prefix of our names
     engine = has_engine_names(state)
-    for name, value in state.items():
+    for name, tensor in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
-        network = ADAPTER.match(name)
-        part = network[0] if network else ".".join(name.split(".")[:depth]) + "."
-        groups.setdefault(part, []).append(value)
-    for part, values in groups.items():
-        dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in values)
-        name, prefix = part[:-1], original_name(part, engine=engine)
-        yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
+        adapter = ADAPTER.match(name)
+        prefix = adapter[0] if adapter else ".".join(name.split(".")[:depth]) + "."
+        groups.setdefault(prefix, []).append(tensor)
+    for prefix, tensors in groups.items():
+        dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        original = to_original_name(prefix, engine=engine)
+        parameters = sum(tensor.numel() for tensor in tensors)
+        yield Part(prefix[:-1], original, len(tensors), parameters, dict(dtypes))
 
 
 def _describe_variant(weights: Weights) -> str | None:
-    family, found = weights.family, find_variant(weights)
-    if found is None or family is None:
+    variant = find_variant(weights)
+    if variant is None or weights.family is None:
         return None
-    return f"{found.variant}, by {found.told_by}"
+    return f"{variant.name}, by {variant.evidence}"
 
 
 def _compare(report: Report, weights: Weights, config: str | Path | None) -> Report:
-    """Add the config to a report, how weights fit it, and the family by its encoders."""
+    """Add to a report the config, how weights fit it, and a family that its encoders show."""
     try:
-        source = choose_config(weights) if config is None else str(config)
+        config_path = choose_config(weights) if config is None else str(config)
     except MissingArgument as error:
-        kind = str(error).splitlines()[0]
-        return replace(report, note=f"no config to compare with: {kind}")
-    report = replace(report, config=source)
+        reason = str(error).splitlines()[0]
+        return replace(report, note=f"no config to compare with: {reason}")
+    report = replace(report, config=config_path)
     try:
-        where = Path(source).name
+        where = Path(config_path).name
         _, raw = read_config(weights, config)
         model = build_on_meta(translate_config(raw, where=where), where=where)
     except ValueError as error:
@@ -235,16 +265,16 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
         family = FAMILIES.get(family_of(model.conditioner) or "")
         if family is not None:
             report = replace(report, title=family.title, task=family.function)
-    names, state = model.state_dict(), translate_names(model, weights.state, weights.path)
+    expected, state = model.state_dict(), translate_names(model, weights.state, weights.path)
     if weights.family is not None and weights.family.name == "x2":
-        lost = [part for part in UPSCALER_PARTS if not any(n.startswith(part) for n in state)]
-        titles = " and ".join(UPSCALER_PARTS[part] for part in lost)
-        note = f"needs {titles} from another file, such as Stable Diffusion 1" if lost else ""
+        missing = [prefix for prefix in UPSCALER_PARTS if not has_prefix(state, prefix)]
+        titles = " and ".join(UPSCALER_PARTS[prefix] for prefix in missing)
+        note = f"needs {titles} from another file, such as Stable Diffusion 1" if missing else ""
         report = replace(report, note=note)
-        names = {n: v for n, v in names.items() if not n.startswith(tuple(lost))}
-    engine = has_engine_names(names)
+        expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
+    engine = has_engine_names(expected)
     return replace(
         report,
-        missing=[original_name(name, engine=engine) for name in names if name not in state],
-        unexpected=[original_name(name, engine=engine) for name in state if name not in names],
+        missing=[to_original_name(n, engine=engine) for n in expected if n not in state],
+        unexpected=[to_original_name(n, engine=engine) for n in state if n not in expected],
     )

@@ -10,7 +10,7 @@ Both generations of these configs are supported. These parameters are additions 
 `ldm.model.Defaults`), and the conditioner's `force_uc_zero_embeddings`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ldm.diffusion.schedule import Schedule, betas_from_sigmas, make_betas
 from ldm.runtime.errors import ConfigError, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["ENGINE", "encoder_names", "translate_engine"]
+__all__ = ["ENGINE", "name_encoders", "translate_engine"]
 
 ENGINE = "sgm.models.diffusion.DiffusionEngine"
 PARTS = ("network_config", "denoiser_config", "first_stage_config")
@@ -30,23 +30,24 @@ TRAINING_ONLY = {
     "en_and_decode_n_samples_a_time", "input_key", "log_keys", "loss_fn_config", "no_cond_log",
     "optimizer_config", "scheduler_config", "use_ema",
 }  # fmt: skip
-OWN = {"defaults", "image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
-TAKES = {
-    *PARTS, *OWN, "conditioner_config", "disable_first_stage_autocast", "network_wrapper",
+ADDITIONS = {"defaults", "image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
+PARAMETERS = {
+    *PARTS, *ADDITIONS, "conditioner_config", "disable_first_stage_autocast", "network_wrapper",
     "sampler_config", "scale_factor",
 }  # fmt: skip
 WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
-# (prediction type, whether the network's timestep is 0.25 ln sigma).
+# By class: (prediction type, whether the network's timestep is 0.25 ln sigma).
 SCALINGS = {
     "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
     "VScalingWithEDMcNoise": ("v", True),
     "X0Scaling": ("x0", False),  # ours
 }  # fmt: skip
-DENOISER_TAKES = {
+DENOISER_PARAMETERS = {
     "DiscreteDenoiser": {"scaling_config", "weighting_config", "num_idx", "discretization_config",
                          "do_append_zero", "quantize_c_noise", "flip"},
     "Denoiser": {"scaling_config", "weighting_config"},
 }  # fmt: skip
+# Defaults of LegacyDDPMDiscretization and EDMDiscretization.
 LINEAR = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
 EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 CONDITIONER = "ldm.conditioning.Conditioner"
@@ -54,7 +55,8 @@ SIZES = "ldm.encoders.sizes.SizeEmbedding"
 MASKED = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
 EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
-SIDE, SIDE_WITH_SIZES = 64, 128  # latent pixels
+# Latent pixels; models that read sizes are SDXL.
+IMAGE_SIZE, IMAGE_SIZE_XL = 64, 128
 
 
 def translate_engine(
@@ -73,8 +75,10 @@ def translate_engine(
     for key in params:
         if key in TRAINING_ONLY:
             skipped.append(f"{where}.{key}")
-        elif key not in TAKES:
-            raise unknown_name("parameter of DiffusionEngine", key, TAKES | TRAINING_ONLY, where)
+        elif key not in PARAMETERS:
+            raise unknown_name(
+                "parameter of DiffusionEngine", key, PARAMETERS | TRAINING_ONLY, where
+            )
     for key in PARTS:
         if key not in params:
             raise ConfigError(f"{where}: DiffusionEngine needs `{key}`")
@@ -83,7 +87,7 @@ def translate_engine(
         raise ConfigError(f"{where}: {message}")
     unet = translate(params["network_config"], f"{where}.network_config")
     unet["params"] = {"legacy": False} | unet["params"]
-    conditioner = _Embedders(params, f"{where}.conditioner_config", translate).conditioner()
+    conditioner = _Embedders(params, f"{where}.conditioner_config", translate).translate()
     encoders = conditioner["params"].values()
     channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
     if channels[0] == 2 * channels[1] + 1:  # inpainting, as YAMLs of other programs mark it
@@ -93,10 +97,10 @@ def translate_engine(
         "unet": unet,
         "autoencoder": translate(params["first_stage_config"], f"{where}.first_stage_config"),
         "conditioner": conditioner,
-        **_Levels(params, f"{where}.denoiser_config").read(),
+        **_Denoiser(params, f"{where}.denoiser_config").translate(),
         "scale_factor": params.get("scale_factor", 1.0),
         "upcast_autoencoder": params.get("disable_first_stage_autocast", False),
-        "image_size": params.get("image_size", SIDE_WITH_SIZES if has_sizes else SIDE),
+        "image_size": params.get("image_size", IMAGE_SIZE_XL if has_sizes else IMAGE_SIZE),
     }
     for key in ("latent_mean", "latent_std"):
         if key in params:
@@ -104,7 +108,7 @@ def translate_engine(
     return parts
 
 
-def encoder_names(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
+def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
     """Return our names in the conditioner for embedders by index in the list.
 
     Args:
@@ -127,71 +131,80 @@ class _Embedders:
 
     engine: JsonMapping
     where: str
-    translate: Callable[[JsonMapping, str], JsonObject]
+    translate_part: Callable[[JsonMapping, str], JsonObject]
 
-    def conditioner(self) -> JsonObject:
+    def translate(self) -> JsonObject:
         config = self.engine.get("conditioner_config") or {"params": {"emb_models": []}}
         params = config.get("params") or {}
-        known = ("emb_models", "force_uc_zero_embeddings")
-        check_names("parameter of GeneralConditioner", params, known, self.where)
-        models = params.get("emb_models") or []
-        if not isinstance(models, list):
+        allowed = ("emb_models", "force_uc_zero_embeddings")
+        check_names("parameter of GeneralConditioner", params, allowed, self.where)
+        embedders = params.get("emb_models") or []
+        if not isinstance(embedders, list):
             raise ConfigError(f"{self.where}: `emb_models` must be a list")
-        specs = {i: self._embedder(model, f"{self.where}.{i}") for i, model in enumerate(models)}
-        keys = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
-        encoders = {name: specs[i] for i, name in encoder_names(keys).items()}
+        specs = {
+            index: self._translate_embedder(embedder, f"{self.where}.{index}")
+            for index, embedder in enumerate(embedders)
+        }
+        targets = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
+        encoders = {name: specs[i] for i, name in name_encoders(targets).items()}
         texts = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
-        # The original samples models of two text encoders without negative prompt (`is_legacy`).
+        # The original samples models of two text encoders with zeros for an empty negative prompt.
         zeroed = params.get("force_uc_zero_embeddings", ["txt"] if len(texts) > 1 else [])
-        for spec, model in zip(specs.values(), models, strict=True):
-            if _input_key(model, self.where) in zeroed:
+        for spec, embedder in zip(specs.values(), embedders, strict=True):
+            if _get_input_key(embedder, self.where) in zeroed:
                 spec["params"]["null"] = None
         return {"target": CONDITIONER, "params": {"join": "features", **encoders}}
 
-    def _embedder(self, model: JsonMapping, where: str) -> JsonObject:
-        known = ("target", "params", "input_key", "input_keys", *EMBEDDER_OPTIONS)
-        check_names("key of an embedder", model, known, where)
-        key = _input_key(model, where)
-        core = {name: model[name] for name in ("target", "params") if name in model}
-        spec = self.translate(core, where)
+    def _translate_embedder(self, embedder: JsonMapping, where: str) -> JsonObject:
+        allowed = ("target", "params", "input_key", "input_keys", *EMBEDDER_OPTIONS)
+        check_names("key of an embedder", embedder, allowed, where)
+        key = _get_input_key(embedder, where)
+        config = {name: embedder[name] for name in ("target", "params") if name in embedder}
+        spec = self.translate_part(config, where)
         spec["params"] = dict(spec["params"])
         if spec["target"] in TEXT_ENCODERS:
             if key != "txt":
                 raise ConfigError(f"{where}: text encoders read `txt`, not `{key}`")
         else:
             spec["params"]["key"] = key
-        spec["params"]["is_trainable"] = bool(model.get("is_trainable", False))
+        spec["params"]["is_trainable"] = bool(embedder.get("is_trainable", False))
         for name in EMBEDDER_OPTIONS[1:]:
-            if model.get(name) is not None:
-                spec["params"][name] = model[name]
+            if embedder.get(name) is not None:
+                spec["params"][name] = embedder[name]
         return spec
 
 
-def _input_key(model: JsonMapping, where: str) -> str:
-    keys = [model["input_key"]] if "input_key" in model else list(model.get("input_keys") or [])
+def _get_input_key(embedder: JsonMapping, where: str) -> str:
+    keys = list(embedder.get("input_keys") or [])
+    if "input_key" in embedder:
+        keys = [embedder["input_key"]]
     if len(keys) != 1:
         raise ConfigError(f"{where}: an embedder needs one `input_key`, got {keys or 'none'}")
     return str(keys[0])
 
 
 @dataclass
-class _Levels:
+class _Denoiser:
     """Translates the denoiser of an engine: noise schedule, prediction type, default options."""
 
     engine: JsonMapping
     where: str
 
-    def read(self) -> JsonObject:
+    def translate(self) -> JsonObject:
         denoiser = self.engine["denoiser_config"]
-        name = _class_name(denoiser, DENOISER_TAKES, self.where)
+        name = _get_class_name(denoiser, DENOISER_PARAMETERS, self.where)
         params = denoiser.get("params") or {}
-        check_names(f"parameter of {name}", params, DENOISER_TAKES[name], self.where)
+        check_names(f"parameter of {name}", params, DENOISER_PARAMETERS[name], self.where)
         scaling = params.get("scaling_config") or {}
-        prediction, log_time = SCALINGS[_class_name(scaling, SCALINGS, self.where)]
+        prediction, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, self.where)]
         sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
-        table = name == "DiscreteDenoiser"
-        schedule = self._table(params, log_time) if table else self._range(log_time)
-        defaults = {"scale": 5.0, "scheduler": "sgm_uniform" if table else "karras"}
+        # 5 is the guidance scale of diffusers' SDXL pipelines.
+        if name == "DiscreteDenoiser":
+            schedule = self._make_discrete_schedule(params, log_time)
+            defaults = {"scale": 5.0, "scheduler": "sgm_uniform"}
+        else:
+            schedule = self._make_continuous_schedule(log_time)
+            defaults = {"scale": 5.0, "scheduler": "karras"}
         defaults |= self.engine.get("defaults") or {}
         return {
             "schedule": schedule,
@@ -200,9 +213,11 @@ class _Levels:
             "defaults": {"target": "ldm.model.Defaults", "params": defaults},
         }
 
-    def _table(self, params: JsonMapping, log_time: bool) -> JsonObject:
+    def _make_discrete_schedule(self, params: JsonMapping, log_time: bool) -> JsonObject:
         config = params.get("discretization_config") or {}
-        name = _class_name(config, ("LegacyDDPMDiscretization", "EDMDiscretization"), self.where)
+        name = _get_class_name(
+            config, ("LegacyDDPMDiscretization", "EDMDiscretization"), self.where
+        )
         numbers = dict(config.get("params") or {})
         steps = params.get("num_idx", 1000)
         options = {
@@ -213,9 +228,11 @@ class _Levels:
             "append_zero": params.get("do_append_zero", False),
         }
         if name == "EDMDiscretization":
-            betas: Any = betas_from_sigmas(_edm_sigmas(steps, **_numbers(numbers, EDM, self.where)))
+            betas: Any = betas_from_sigmas(
+                _compute_edm_sigmas(steps, **_fill_defaults(numbers, EDM, self.where))
+            )
         else:
-            linear = _betas(numbers, self.where)
+            linear = _get_beta_params(numbers, self.where)
             betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
             if steps != linear["timesteps"]:
                 sigmas = Schedule(make_betas(**linear)).step_sigmas(steps, "sgm_uniform")
@@ -223,39 +240,41 @@ class _Levels:
         target = "ldm.diffusion.schedule.Schedule"
         return {"target": target, "params": {"betas": betas, **options}}
 
-    def _range(self, log_time: bool) -> JsonObject:
+    def _make_continuous_schedule(self, log_time: bool) -> JsonObject:
         """Return a continuous schedule with the range of the sampler, as the denoiser has none."""
         sampler = self.engine.get("sampler_config") or {}
         config = (sampler.get("params") or {}).get("discretization_config") or {}
         numbers = dict(config.get("params") or {})
         if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
-            sigmas = Schedule(make_betas(**_betas(numbers, self.where))).sigmas
+            sigmas = Schedule(make_betas(**_get_beta_params(numbers, self.where))).sigmas
             numbers = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-        numbers = _numbers(numbers, EDM, self.where)
+        numbers = _fill_defaults(numbers, EDM, self.where)
         del numbers["rho"]
         target = "ldm.diffusion.schedule.ContinuousSchedule"
         return {"target": target, "params": {**numbers, "log_time": log_time}}
 
 
-def _betas(numbers: JsonMapping, where: str) -> JsonObject:
-    """Return the arguments of `make_betas` for a LegacyDDPMDiscretization."""
-    linear = _numbers(numbers, LINEAR, where)
+def _get_beta_params(numbers: JsonMapping, where: str) -> JsonObject:
+    """Return the arguments of `make_betas` for parameters of a LegacyDDPMDiscretization."""
+    linear = _fill_defaults(numbers, LINEAR, where)
     linear["timesteps"] = int(linear.pop("num_timesteps"))
     return linear
 
 
-def _numbers(numbers: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
+def _fill_defaults(numbers: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
+    """Return parameters with defaults for missing ones; unknown ones are refused."""
     check_names("parameter", numbers, defaults, where)
     return {**defaults, **numbers}
 
 
-def _edm_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> torch.Tensor:
+def _compute_edm_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> torch.Tensor:
     """Compute the ascending levels (steps,) of arXiv:2206.00364, eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.linspace(low, high, steps, dtype=torch.float64, device="cpu") ** rho
 
 
-def _class_name(spec: JsonMapping, allowed: Any, where: str) -> str:
+def _get_class_name(spec: JsonMapping, allowed: Collection[str], where: str) -> str:
+    """Return the class of a target, without its module."""
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in allowed:
         raise unknown_name("target", spec.get("target", ""), allowed, where)

@@ -5,7 +5,6 @@ one file                                encoder.0.weight, decoder.1.weight, …
 diffusers                               encoder.layers.0.weight, decoder.layers.0.weight, …
 """
 
-import json
 import logging
 import re
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor
 from ldm.loading.autoencoders import SCALE_XL, XL_NAME
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.files import read_component
+from ldm.loading.diffusers.layout import read_json
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
@@ -27,7 +27,6 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.runtime.errors import WeightsMismatch
-from ldm.runtime.files import read_text
 
 __all__ = [
     "TinyWeights", "build_tiny_autoencoder", "check_latents", "is_for_xl", "load_preview",
@@ -36,7 +35,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(
+LAYER_NAME = re.compile(
     r"(?:\w*?(?P<network>encoder|decoder)\.)?(?P<diffusers>layers\.)?(?P<layer>\d+)"
     r"(?P<rest>(?:\.conv\.[024])?\.(?:weight|bias))"
 )
@@ -45,7 +44,12 @@ CLASS = "AutoencoderTiny"  # `_class_name` in diffusers' config
 
 @dataclass(frozen=True)
 class TinyWeights:
-    """The weights of TAESD, under the names of `TinyAutoencoder`."""
+    """The weights of TAESD.
+
+    Args:
+        path: their file or folder.
+        state: weights under the names of `TinyAutoencoder`.
+    """
 
     path: Path
     state: dict[str, Tensor]
@@ -65,7 +69,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     path = find_checkpoint(path)
     config = path / "config.json"
     if path.is_dir():
-        if not config.is_file() or json.loads(read_text(config)).get("_class_name") != CLASS:
+        if not config.is_file() or read_json(config).get("_class_name") != CLASS:
             return None
         state = read_component(path, None)
     else:
@@ -73,7 +77,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     if not _is_tiny(state):
         return None
     network = "encoder" if "0.weight" in state else "decoder"
-    weights = TinyWeights(path, {_our_name(name, network): v for name, v in state.items()})
+    weights = TinyWeights(path, {_to_our_name(name, network): v for name, v in state.items()})
     if not any(name.startswith("decoder.") for name in weights.state):
         raise WeightsMismatch(f"`{path}` is only the encoder of TAESD: pass the decoder")
     return weights
@@ -124,10 +128,10 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
     tiny = build_tiny_autoencoder(weights, model, model.device, model.dtype)
 
     @torch.no_grad()
-    def show(z: Tensor) -> Tensor:
+    def decode(z: Tensor) -> Tensor:
         return tiny.decode(model.denormalize(z)).clamp(-1, 1)
 
-    return show
+    return decode
 
 
 def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
@@ -135,14 +139,13 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
 
     Warns if the file name says that they are of another model generation.
     """
-    own = model.autoencoder
-    if (model.channels, model.downscale, own.in_channels) != (4, 8, 3):
+    if (model.channels, model.downscale, model.autoencoder.in_channels) != (4, 8, 3):
         raise WeightsMismatch(
             f"`{weights.path}` is TAESD, for latents of 4 channels and an eighth of the image's "
             f"size: {file_name(model)} has {model.channels} channels, and a size of "
             f"1/{model.downscale}"
         )
-    if _name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
+    if _find_name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
             f"`{weights.path}` is for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its name, "
@@ -153,10 +156,10 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
 
 def is_for_xl(path: Path) -> bool:
     """Return whether TAESD is for SDXL, by its file or folder name, as shapes are the same."""
-    return XL_NAME.search(_name(path)) is not None
+    return XL_NAME.search(_find_name(path)) is not None
 
 
-def _name(path: Path) -> str:
+def _find_name(path: Path) -> str:
     """Return the file or folder name, in lower case, that contains "taesd"; "" if none does."""
     names = (path.stem.lower(), path.parent.name.lower())
     return next((name for name in names if "taesd" in name), "")
@@ -164,16 +167,16 @@ def _name(path: Path) -> str:
 
 def _is_tiny(names: Iterable[str]) -> bool:
     names = list(names)
-    return all(map(NAME.fullmatch, names)) and any(".conv.0." in name for name in names)
+    return all(map(LAYER_NAME.fullmatch, names)) and any(".conv.0." in name for name in names)
 
 
-def _our_name(name: str, network: str) -> str:
+def _to_our_name(name: str, network: str) -> str:
     """Convert a name to that in `TinyAutoencoder`.
 
     Args:
         network: "encoder" or "decoder", for names without it.
     """
-    match = NAME.fullmatch(name)
+    match = LAYER_NAME.fullmatch(name)
     assert match is not None
     network = match["network"] or network
     # diffusers does not count the decoder's first layer, which clamps latents.

@@ -15,40 +15,46 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 
 __all__ = [
-    "ARGUMENT", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS", "Found", "Variant",
-    "detect_lora", "detect_variant", "is_variant_given", "looks_distilled", "name_of_file",
-    "set_variant",
+    "ARGUMENT", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS", "DetectedVariant",
+    "Variant", "detect_lora", "detect_variant", "find_model_name", "is_variant_fixed",
+    "looks_distilled", "set_variant",
 ]  # fmt: skip
 
-NO_VARIANT = "base"
-ARGUMENT = "the argument"  # tells a variant, too
+NO_VARIANT = "base"  # the argument for an ordinary model
+ARGUMENT = "the argument"  # evidence of a variant that the caller has chosen
 SCHEDULER_KEY = "ldm.scheduler"  # in the metadata: the class of a folder's scheduler
 GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of distilled model, or of LoRA that turns any model into one."""
+    """A kind of distilled model, or of LoRA that turns any model into one.
 
-    title: str  # name in messages
-    defaults: Defaults  # of sampling; a file name may contain another number of steps
-    name: str  # pattern for metadata and file names of models, in lower case
-    lora: str  # pattern for those of LoRAs; stricter, as they are often named after their subject
-    marker: str = ""  # name of a tensor that only these models have
-    predicts: str | None = None  # prediction type; None = the family's
-    keeps_scheduler: bool = False  # whether sampler and scheduler of SDXL's diffusers folders fit
-    size_xl: int = 128  # side in latent pixels at which SDXL models of this kind were trained
+    Args:
+        title: name in messages.
+        defaults: of sampling; a file name may contain another number of steps.
+        model_pattern: for metadata and file names of models, in lower case; "(?!)" matches none.
+        lora_pattern: for those of LoRAs; stricter, as they are often named after their subject.
+        marker: name of a tensor that only these models have; "" = none.
+        predicts: prediction type; None = the family's.
+        keeps_scheduler: whether sampler and scheduler of SDXL's diffusers folders fit.
+        image_size_xl: side in latent pixels at which SDXL models of this kind were trained.
+    """
 
-    def defaults_for(self, name: str) -> Defaults:
-        """Return the defaults for a file, whose name may contain the number of steps."""
-        steps = STEPS.search(name.lower())
-        return replace(self.defaults, steps=int(steps[1])) if steps else self.defaults
+    title: str
+    defaults: Defaults
+    model_pattern: str
+    lora_pattern: str
+    marker: str = ""
+    predicts: str | None = None
+    keeps_scheduler: bool = False
+    image_size_xl: int = 128
 
 
 STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 
 
-def _word(word: str) -> str:
+def _word_pattern(word: str) -> str:
     """Return a pattern for a word that starts or ends at a word boundary."""
     return rf"(?<![a-z]){word}|{word}(?![a-z])"
 
@@ -62,7 +68,7 @@ VARIANTS = {
     "lcm": Variant(
         "LCM",
         Defaults(1.0, 4, "lcm", "lcm", max_steps=16, max_scale=2.5),
-        _word("lcm"), r"(?<![a-z])lcm(?![a-z])"),
+        _word_pattern("lcm"), r"(?<![a-z])lcm(?![a-z])"),
     "tcd": Variant(
         "TCD",
         Defaults(1.0, 4, "tcd", "tcd", max_scale=2.5),
@@ -86,122 +92,131 @@ VARIANTS = {
     "lightning": Variant(
         "Lightning",
         Defaults(1.0, 4, "euler", "trailing", max_steps=12, max_scale=2.5),
-        _word("lightning"), r"lightning.*\d[-_ ]?steps?|lightning[-_ ]?lora|xl[-_ ]?lightning",
+        _word_pattern("lightning"),
+        r"lightning.*\d[-_ ]?steps?|lightning[-_ ]?lora|xl[-_ ]?lightning",
         keeps_scheduler=True),
     "turbo": Variant(
         "Turbo",
         Defaults(1.0, 4, "euler_a", "turbo", max_steps=10, max_scale=2.5),
-        _word("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
-        keeps_scheduler=True, size_xl=64),
+        _word_pattern("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
+        keeps_scheduler=True, image_size_xl=64),
 }
 # fmt: on
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-# File names without information: the name of the folder is used.
-NAMELESS = frozenset({"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"})
-# Metadata that may name the variant of a model or a LoRA.
-METADATA = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
+# File names that say nothing about the model: the name of the folder is used.
+GENERIC_NAMES = frozenset(
+    {"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"}
+)
+# Metadata that may name the variant of a model, or of a LoRA.
+MODEL_METADATA = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
 LORA_METADATA = ("modelspec.title", "ss_output_name")
 SCHEDULERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # of diffusers folders
 # All published few-step LoRAs also change the layers of the timestep embedding.
 TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
 TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
-LORA_RANK = 64
+LORA_RANK = 64  # of all published few-step LoRAs
 
 
-class Found(NamedTuple):
-    """A recognised variant.
+class DetectedVariant(NamedTuple):
+    """The variant of a model.
 
-    Attributes:
-        variant: a name in VARIANTS.
-        told_by: how it was recognised, for messages.
-        path: the file or folder of the model or LoRA.
+    Args:
+        name: a name in VARIANTS.
+        evidence: how it was recognised, for messages.
+        path: the file or folder of the model or LoRA that shows it.
     """
 
-    variant: str
-    told_by: str
+    name: str
+    evidence: str
     path: Path
 
     @property
     def defaults(self) -> Defaults:
         """Default sampling options, with the number of steps in the file name."""
-        return VARIANTS[self.variant].defaults_for(name_of_file(self.path))
+        defaults = VARIANTS[self.name].defaults
+        steps = STEPS.search(find_model_name(self.path).lower())
+        return replace(defaults, steps=int(steps[1])) if steps else defaults
 
-    def defaults_of(self, base: Defaults, *, has_scheduler: bool) -> Defaults:
-        """Return the defaults of a model.
+    def update_defaults(self, base: Defaults, *, has_scheduler: bool) -> Defaults:
+        """Return the defaults of a model of this variant.
 
         Args:
-            base: those that it has without being this variant.
-            has_scheduler: it comes from a diffusers folder of SDXL, which says how it is sampled.
+            base: the defaults that it has as an ordinary model.
+            has_scheduler: whether it comes from a diffusers folder of SDXL, whose scheduler
+                determines sampler and scheduler of `base`.
         """
-        if has_scheduler and VARIANTS[self.variant].keeps_scheduler:
+        if has_scheduler and VARIANTS[self.name].keeps_scheduler:
             return replace(self.defaults, sampler=base.sampler, scheduler=base.scheduler)
         return self.defaults
 
 
 def detect_variant(
     path: Path, metadata: Mapping[str, str], tensors: Collection[str] = ()
-) -> Found | None:
+) -> DetectedVariant | None:
     """Return the variant by tensors (our names), metadata, file name or scheduler, or None."""
-    for variant, row in VARIANTS.items():
-        if row.marker and row.marker in tensors:
-            return Found(variant, "its embedding of the guidance scale", path)
-    patterns = {variant: row.name for variant, row in VARIANTS.items()}
-    found = _search(patterns, path, {key: metadata.get(key, "") for key in METADATA})
+    for name, variant in VARIANTS.items():
+        if variant.marker and variant.marker in tensors:
+            return DetectedVariant(name, "its embedding of the guidance scale", path)
+    patterns = {name: variant.model_pattern for name, variant in VARIANTS.items()}
+    detected = _search_names(patterns, path, metadata, MODEL_METADATA)
     scheduler = metadata.get(SCHEDULER_KEY, "")
-    if found is None and scheduler in SCHEDULERS:
-        return Found(SCHEDULERS[scheduler], f"its `{scheduler}`", path)
-    return found
+    if detected is None and scheduler in SCHEDULERS:
+        return DetectedVariant(SCHEDULERS[scheduler], f"its `{scheduler}`", path)
+    return detected
 
 
-def detect_lora(path: Path, metadata: Mapping[str, str]) -> Found | None:
+def detect_lora(path: Path, metadata: Mapping[str, str]) -> DetectedVariant | None:
     """Return the variant that a LoRA makes of a model, by metadata or file name; None = none."""
-    patterns = {variant: row.lora for variant, row in VARIANTS.items()}
-    return _search(patterns, path, {key: metadata.get(key, "") for key in LORA_METADATA})
+    patterns = {name: variant.lora_pattern for name, variant in VARIANTS.items()}
+    return _search_names(patterns, path, metadata, LORA_METADATA)
 
 
 def set_variant(
-    model: LatentDiffusion, found: Found, *, has_scheduler: bool = False
+    model: LatentDiffusion, detected: DetectedVariant, *, has_scheduler: bool = False
 ) -> Callable[[], None]:
     """Set the defaults of a model for few steps, and what it predicts; return what undoes it.
 
     Args:
-        has_scheduler: see `Found.defaults_of`.
+        has_scheduler: see `DetectedVariant.update_defaults`.
     """
-    names = ("defaults", "image_size", "latent_size", "parameterization")
-    before = {name: vars(model)[name] for name in names}
-    told = {"variant": model.provenance["variant"]} if "variant" in model.provenance else {}
-    row = VARIANTS[found.variant]
-    model.defaults = found.defaults_of(model.defaults, has_scheduler=has_scheduler)
+    attributes = ("defaults", "image_size", "latent_size", "parameterization")
+    before = {name: vars(model)[name] for name in attributes}
+    provenance = model.provenance.copy()
+    variant = VARIANTS[detected.name]
+    model.defaults = detected.update_defaults(model.defaults, has_scheduler=has_scheduler)
     if is_sdxl(model):
-        model.image_size = row.size_xl
-        model.latent_size = (row.size_xl, row.size_xl)
-    model.parameterization = row.predicts or model.parameterization
+        model.image_size = variant.image_size_xl
+        model.latent_size = (variant.image_size_xl, variant.image_size_xl)
+    model.parameterization = variant.predicts or model.parameterization
     model.provenance["variant"] = {
-        "name": found.variant, "told_by": found.told_by, "file": found.path.name,
+        "name": detected.name, "evidence": detected.evidence, "file": detected.path.name,
     }  # fmt: skip
 
     def undo() -> None:
         vars(model).update(before)
         del model.provenance["variant"]
-        model.provenance.update(told)
+        if "variant" in provenance:
+            model.provenance["variant"] = provenance["variant"]
 
     return undo
 
 
-def is_variant_given(model: LatentDiffusion) -> bool:
-    """Return whether LoRAs cannot change the variant: it was an argument, or a tensor tells it."""
-    found = model.provenance.get("variant", {})
-    return found is None or found.get("told_by") == ARGUMENT or model.guidance_embed_dim is not None
+def is_variant_fixed(model: LatentDiffusion) -> bool:
+    """Return whether LoRAs cannot change the variant: it was an argument, or shown by a tensor."""
+    if model.guidance_embed_dim is not None:
+        return True
+    variant = model.provenance.get("variant", {})
+    return variant is None or variant.get("evidence") == ARGUMENT  # None: the argument NO_VARIANT
 
 
-def name_of_file(path: Path) -> str:
-    """Return the stem of a file or folder name; of its folder if the name is in NAMELESS.
+def find_model_name(path: Path) -> str:
+    """Return the stem of a file or folder name; of its folder if the name is in GENERIC_NAMES.
 
     In the cache of the Hugging Face hub it is the name of the repository.
     """
     names = [path.stem if path.suffix in SUFFIXES else path.name, *(p.name for p in path.parents)]
-    names = [name for name in names if name not in NAMELESS]
-    if len(names) > 2 and names[1] == "snapshots":
+    names = [name for name in names if name not in GENERIC_NAMES]
+    if len(names) > 2 and names[1] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
         return names[2]
     return names[0] if names else ""
 
@@ -213,11 +228,19 @@ def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
     return has_time and set(ranks) == {LORA_RANK} and not any(map(TEXT_LAYER.search, keys))
 
 
-def _search(patterns: Mapping[str, str], path: Path, metadata: Mapping[str, str]) -> Found | None:
-    sources = {f"metadata `{key}`": text for key, text in metadata.items()}
-    sources["the file's name"] = name_of_file(path)
+def _search_names(
+    patterns: Mapping[str, str], path: Path, metadata: Mapping[str, str], keys: Iterable[str]
+) -> DetectedVariant | None:
+    """Search metadata, then the file name, for the patterns of variants.
+
+    Args:
+        patterns: pattern by variant.
+        keys: keys of the metadata to search.
+    """
+    sources = {f"metadata `{key}`": metadata.get(key, "") for key in keys}
+    sources["the file's name"] = find_model_name(path)
     for source, text in sources.items():
-        for variant, pattern in patterns.items():
+        for name, pattern in patterns.items():
             if re.search(pattern, text.lower()):
-                return Found(variant, source, path)
+                return DetectedVariant(name, source, path)
     return None

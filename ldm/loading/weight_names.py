@@ -18,11 +18,12 @@ from torch import Tensor
 
 __all__ = [
     "AUTOENCODER", "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2",
-    "has_engine_names", "layer_alias", "loss_weights", "original_name", "our_names",
-    "rename_weights", "restore_names", "select_buffers", "without_wrappers",
+    "has_engine_names", "has_prefix", "normalize_layer_name", "pair_names", "remove_wrappers",
+    "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "strip_prefix",
+    "to_original_name",
 ]  # fmt: skip
 
-# (the original's prefix, ours); renaming back takes the first that fits.
+# (the original's prefix, ours); `to_original_name` takes the first that fits.
 PREFIXES = (
     # Of k-diffusion's upscaler.
     ("inner_model.", "unet.inner_model."),
@@ -48,10 +49,10 @@ ENCODER = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
-# A part of a whole model, possibly within another model, or with its prefix twice.
-PART = re.compile(
+# Prefix of a part of a whole model, possibly within another model, or twice.
+PART_PREFIX = re.compile(
     r"(?P<outer>(?:.*?\.)??)"
-    r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<other>first_stage_model|cond_stage_model))\.)+"
+    r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<part>first_stage_model|cond_stage_model))\.)+"
 )
 # Other names of the attention in the autoencoder: of diffusers, and of its versions before 0.15.
 ATTENTION = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
@@ -60,14 +61,14 @@ ATTENTION_WORDS = {
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
 AUTOENCODER, TEXT, TEXT_2 = "autoencoder.", "conditioner.text.", "conditioner.text_2."
-SECOND_TEXT = "2_"  # prefix in `layer_alias`
+SECOND_TEXT = "2_"  # prefix that `normalize_layer_name` gives layers of the second text encoder
 # `transformer.text_model.` of SD 1's text encoder, or parts of it; ComfyUI adds the encoder's name.
 TEXT_MODEL = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
     r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
 )
 
-# Prefixes of layer names in adapters, with `_` for dots; `second` is SDXL's second text encoder.
+# Prefixes of layer names in LoRA files, with `_` for dots; `second` is SDXL's second text encoder.
 LAYER_PREFIX = re.compile(
     r"""( lycoris_ | lora_(?=unet_|te[12]?_) | base_model_model_ | unet_ | te1?_
     | (model_)?diffusion_model_ | cond_stage_model_ | (conditioner_)?embedders_0_
@@ -79,6 +80,8 @@ LAYER_PREFIX = re.compile(
 # Older diffusers' names of a text encoder's attention.
 TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
+# Tensors that are not weights of a model for sampling, by the original's names: noise schedule,
+# constants, markers, EMA, losses, and towers of CLIP that are not used.
 DERIVED_WEIGHTS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
@@ -98,6 +101,7 @@ UPSCALER_UNET = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"
 # A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
+# Those of them that `select_buffers` keeps.
 BUFFERS = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
@@ -106,15 +110,15 @@ LOSS = re.compile(r"(first_stage_model\.)?loss\.(.+)")
 POSITIONS = "transformer.text_model.embeddings.position_embedding.weight"
 
 
-def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove wrapping modules, such as `_orig_mod.`, from names, unless two would become equal."""
-    names = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in state]
+    names = [".".join(word for word in name.split(".") if word not in WRAPPERS) for name in state]
     are_unique = all(names) and len(set(names)) == len(names)
     return dict(zip(names if are_unique else state, state.values(), strict=True))
 
 
-def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (our name, name in the file) of weights, without buffers that are recomputed."""
+def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (our name, name in the file) of weights, without DERIVED_WEIGHTS."""
     names = list(names)
     if UPSCALER_UNET.issubset(names):  # the UNet of a diffusers folder, alone
         yield from ((f"unet.{name}", name) for name in names)
@@ -123,38 +127,49 @@ def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     unused = UNUSED_TEXT_ENCODER if VISION_TOWER in originals else ()
     for original, name in originals.items():
         if not DERIVED_WEIGHTS.fullmatch(original) and not original.startswith(unused):
-            yield _our_name(original), name
+            yield _to_our_name(original), name
 
 
 def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights under our names, without buffers that are recomputed."""
-    return {ours: state[name] for ours, name in our_names(state)}
+    """Return weights under our names, without DERIVED_WEIGHTS."""
+    return {ours: state[name] for ours, name in pair_names(state)}
 
 
-def layer_alias(name: str) -> str:
-    """Return a name that is the same for all names that adapters use for a layer.
+def normalize_layer_name(name: str) -> str:
+    """Convert any name that LoRA files use for a layer to one that all these names have in common.
 
-    It begins with `SECOND_TEXT` for layers of the second text encoder.
+    It has `_` for dots, no prefix of a network, and `SECOND_TEXT` before layers of the second text
+    encoder.
     """
     flat = name.replace(".", "_").replace("_processor_to_out", "_to_out_0")
     flat = TEXT_ATTENTION.sub(r"\1_proj", flat.replace("_processor_", "_"))
     return LAYER_PREFIX.sub(lambda match: SECOND_TEXT if match["second"] else "", flat, count=1)
 
 
-def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of training losses: `discriminator.…`, `perceptual_loss.…`."""
     matches = ((LOSS.fullmatch(name), value) for name, value in state.items())
     return {match[2]: value for match, value in matches if match}
 
 
 def select_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that are not weights: noise schedule, and a measured scale factor."""
+    """Return buffers by the original's names: noise schedule, scale factor, statistics."""
     originals = _strip_outer(list(state))
     return {name: state[old] for name, old in originals.items() if BUFFERS.fullmatch(name)}
 
 
+def has_prefix(names: Iterable[str], prefix: str) -> bool:
+    """Return whether any of the names begins with a prefix."""
+    return any(name.startswith(prefix) for name in names)
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+
+
 def has_engine_names(names: Iterable[str]) -> bool:
-    """Return whether a model with these names of ours has the engine's names in the original."""
+    """Return whether the original of a model, by our names, is an engine of sgm."""
     names = set(names)
     starts = ("conditioner.text_2.", "conditioner.embedder_")
     if any(name.startswith(starts) for name in names):
@@ -163,7 +178,7 @@ def has_engine_names(names: Iterable[str]) -> bool:
     return "unet.label_emb.0.0.weight" in names and not is_unclip
 
 
-def original_name(name: str, *, engine: bool = False) -> str:
+def to_original_name(name: str, *, engine: bool = False) -> str:
     """Convert our name, or the start of one, to the original's, or with `engine` to sgm's."""
     if engine and (match := ENCODER.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
@@ -183,13 +198,13 @@ def restore_names(
     """Return weights under the original's names.
 
     Args:
-        buffers: tensors to put first, under the original's names.
-        engine: see `original_name`; None = determined by the names, for whole models.
+        buffers: tensors to put first, under the original's names; None = none.
+        engine: see `to_original_name`; None = `has_engine_names`, for whole models.
     """
     originals = dict(buffers or {})
     engine = has_engine_names(state) if engine is None else engine
     for name, value in state.items():
-        original = original_name(name, engine=engine)
+        original = to_original_name(name, engine=engine)
         if original.endswith(POSITIONS):
             ids = torch.arange(len(value), device="cpu")[None]
             originals[original.replace("embedding.weight", "ids")] = ids
@@ -198,22 +213,23 @@ def restore_names(
 
 
 def _strip_outer(names: list[str]) -> dict[str, str]:
-    """Return name -> name in the file, for models within others and prefixes that are doubled."""
-    matches = {name: PART.match(name) for name in names}
+    """Return name in the file by name, without outer models and with each prefix once."""
+    matches = {name: PART_PREFIX.match(name) for name in names}
     outer = {match["outer"] for match in matches.values() if match} - {""}
     originals: dict[str, str] = {}
     for name, match in matches.items():
         original = name
         if match:
-            part = "model.diffusion_model" if match["unet"] else match["other"]
-            original = f"{part}.{name[match.end() :]}"
-        elif prefix := max((p for p in outer if name.startswith(p)), key=len, default=""):
-            original = name.removeprefix(prefix)
+            prefix = "model.diffusion_model" if match["unet"] else match["part"]
+            original = f"{prefix}.{name[match.end() :]}"
+        else:
+            outer_prefix = max((p for p in outer if name.startswith(p)), key=len, default="")
+            original = name.removeprefix(outer_prefix)
         originals.setdefault(original if original not in originals else name, name)
     return originals
 
 
-def _our_name(original: str) -> str:
+def _to_our_name(original: str) -> str:
     if match := EMBEDDER.match(original):
         names = {"0": "text", "1": "embedder_1" if match["tower"] is None else "text_2"}
         encoder = names.get(match[1], f"embedder_{match[1]}")

@@ -9,54 +9,63 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, Prediction, detect_prediction, recognize_family
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
-from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.variants import name_of_file
+from ldm.loading.variants import find_model_name
 from ldm.loading.weight_names import (
-    AUTOENCODER,
     MARKERS,
-    TEXT,
     has_engine_names,
-    original_name,
     rename_weights,
     select_buffers,
+    to_original_name,
 )
-from ldm.nets.autoencoder import AutoencoderKL
-from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
+from ldm.runtime.errors import MissingArgument, MissingFile
 from ldm.runtime.files import read_text
 
 __all__ = [
-    "Weights", "extract_autoencoder", "extract_text_encoder", "has_transposed_projection",
-    "identify_weights", "open_checkpoint",
+    "TRANSPOSED", "Weights", "has_transposed_projection", "identify_weights", "open_checkpoint",
 ]  # fmt: skip
 
-# Weights and config in a run folder: the newest file of the first pattern that matches.
+# Weights and config in the folder of a training run of ours or of the original, see `_find_newest`.
 RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
+TRANSPOSED = (
+    "text_projection of the second text encoder looks transposed, as in files copied unconverted "
+    "from a diffusers folder; it is used as it is, and images follow the prompt less well"
+)
 PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
-# Entry [0, 1] of the projection in SDXL base if transposed; untransposed, it is 0.0218. The
+# Entry [0, 1] of the projection in SDXL base if it is transposed; it is 0.0218 otherwise. The
 # tolerance is for fine-tunes.
 TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint under our names, its family and metadata."""
+    """The weights of a checkpoint under our names, its family and metadata.
 
-    source: Checkpoint  # with names as in the file
+    Args:
+        source: the checkpoint, with names as in the file.
+        state: weights by our names.
+        buffers: tensors that are not weights, by the original's names: noise schedule, scale factor
+            (if training measured it), statistics of embeddings or latents.
+        markers: metadata, and names of marker tensors (`v_pred`) as keys with an empty text.
+        family: None = unknown.
+        prediction: prediction type.
+        mapped: whether all tensors are memory-mapped.
+    """
+
+    source: Checkpoint
     state: dict[str, Tensor]
-    # tensors that are not weights: noise schedule, and the scale factor if training measured it
     buffers: dict[str, Tensor]
-    markers: dict[str, str]  # metadata, with names of marker tensors (`v_pred`) as further keys
-    family: Family | None  # None = unknown
+    markers: dict[str, str]
+    family: Family | None
     prediction: Prediction
-    mapped: bool  # whether all tensors are memory-mapped
+    mapped: bool
 
     @property
     def path(self) -> Path:
@@ -67,10 +76,10 @@ class Weights:
         """Replace weights by their EMA, or add them; `names` are the model's."""
         all_names = (*names, *self.state)
         sgm_names = has_engine_names(all_names)
-        originals = {original_name(name, engine=sgm_names): name for name in all_names}
+        originals = {to_original_name(name, engine=sgm_names): name for name in all_names}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
         step = self.source.step
-        name = name_of_file(self.path)
+        name = find_model_name(self.path)
         self.prediction = detect_prediction(self.family, self.state, step, self.markers, name)
 
     def check_has_unet(self, names: Iterable[str]) -> None:
@@ -87,20 +96,21 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     For folders, their config is added to the metadata.
 
     Args:
-        path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a name
-            for `find_checkpoint`.
-        variant: variant in the file names of a diffusers folder, such as `fp16`.
+        path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
+            published name or `hf:` address for `find_checkpoint`.
+        variant: variant in the file names of a diffusers folder, such as `fp16`; None = see
+            `read_folder`.
 
     Raises:
         MissingFile: there is no such file, or no weights in the folder.
         ValueError: the file does not contain weights.
     """
-    found = find_checkpoint(path, variant=variant)
-    if not found.is_dir():
-        return read_checkpoint(found)
-    if is_diffusers_folder(found):
-        return read_folder(found, variant)
-    weights, config = _newest(found, RUN_WEIGHTS), _newest(found, RUN_CONFIGS)
+    local_path = find_checkpoint(path, variant=variant)
+    if not local_path.is_dir():
+        return read_checkpoint(local_path)
+    if is_diffusers_folder(local_path):
+        return read_folder(local_path, variant)
+    weights, config = _find_newest(local_path, RUN_WEIGHTS), _find_newest(local_path, RUN_CONFIGS)
     if weights is None:
         raise MissingFile(
             f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
@@ -117,45 +127,9 @@ def identify_weights(source: Checkpoint) -> Weights:
     state, buffers = rename_weights(source.state), select_buffers(source.state)
     markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
     family = recognize_family(state, source.ema_state, markers)
-    name = name_of_file(source.path)
+    name = find_model_name(source.path)
     prediction = detect_prediction(family, state, source.step, markers, name)
     return Weights(source, state, buffers, markers, family, prediction, source.mapped)
-
-
-def extract_autoencoder(
-    source: Checkpoint, autoencoder: nn.Module, model: str | Path
-) -> dict[str, Tensor]:
-    """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
-
-    Args:
-        autoencoder: autoencoder to fill, for names and shapes.
-        model: the model's file, for messages.
-    Raises:
-        WeightsMismatch: the weights do not fit, or the model has no such autoencoder.
-    """
-    if not isinstance(autoencoder, AutoencoderKL):
-        raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
-    misfit = f"the autoencoder of `{source.path}` does not fit `{model}`"
-    state = match_weights(autoencoder, rename_weights(source.state), source.path, misfit)
-    return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
-
-
-def extract_text_encoder(
-    source: Checkpoint, encoder: nn.Module, model: str | Path
-) -> dict[str, Tensor]:
-    """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
-
-    Args:
-        encoder: text encoder to fill, for names and shapes.
-        model: the model's file, for messages.
-    Raises:
-        WeightsMismatch: the weights do not fit.
-    """
-    prefix = "text_model."  # as transformers has it
-    state = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
-    misfit = f"the text encoder of `{source.path}` does not fit `{model}`"
-    state = match_weights(encoder, rename_weights(state), source.path, misfit)
-    return {f"{TEXT}{name}": value for name, value in state.items()}
 
 
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
@@ -167,13 +141,14 @@ def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
     Args:
         state: weights of a file in the original's layout, under our names.
     """
-    value = next((state[name] for name in PROJECTIONS if name in state), None)
-    if value is None or tuple(value.shape) != (1280, 1280):
+    projection = next((state[name] for name in PROJECTIONS if name in state), None)
+    if projection is None or tuple(projection.shape) != (1280, 1280):
         return False
-    return abs(float(value[0, 1]) - TRANSPOSED_ENTRY) < ENTRY_TOLERANCE
+    return abs(float(projection[0, 1]) - TRANSPOSED_ENTRY) < ENTRY_TOLERANCE
 
 
-def _newest(folder: Path, patterns: Iterable[str]) -> Path | None:
+def _find_newest(folder: Path, patterns: Iterable[str]) -> Path | None:
+    """Return the newest file of the first pattern that matches any."""
     for pattern in patterns:
         if files := list(folder.glob(pattern)):
             return max(files, key=lambda file: file.stat().st_mtime)

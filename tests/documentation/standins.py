@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from checkerhelp import write_checker
-from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.addons.lora_files import write_lora
+from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
@@ -98,12 +99,12 @@ def make_stand_ins(folder: Path) -> None:
     torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
     decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
-    lora = LoRA({layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)})
+    lora = LoRA({layer.kohya: LoRALayer(layer.target, 2) for layer in list_lora_targets(sd1)})
     for layer in lora.layers.values():
         nn.init.normal_(layer.lora_up.weight, std=0.01)
     for name in ("style", "detail", "lcm-lora-sdv1-5"):
         write_lora(lora, folder / f"{name}.safetensors", sd1)
-    name, weight = next((layer.kohya, layer.target.weight) for layer in lora_targets(sd1)
+    name, weight = next((layer.kohya, layer.target.weight) for layer in list_lora_targets(sd1)
                         if layer.kohya.endswith("attn1_to_q"))  # fmt: skip
     factors = {"w1": torch.ones(4, 4), "w2": torch.ones(weight.shape[0] // 4, weight.shape[1] // 4)}
     kronecker = {f"{name}.lokr_{role}": value for role, value in factors.items()}

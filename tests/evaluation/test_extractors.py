@@ -19,7 +19,7 @@ from ldm.evaluation.extractors import (
 )
 from ldm.loading.addons.clip import check_clip, load_clip
 from ldm.loading.addons.inception import load_inception
-from ldm.loading.diffusers.keys import scatter_weights, text_keys, vision_keys
+from ldm.loading.diffusers.keys import locate_text_encoder, locate_vision_tower, scatter_weights
 from ldm.nets.inception import Inception
 from ldm.runtime.errors import FileFormatError, UnknownName
 
@@ -179,7 +179,9 @@ def test_clip_is_read_from_the_archives_of_openai(clip_weights, tmp_path):
 
 def test_a_folder_of_transformers_tells_the_activation(clip_weights, tmp_path):
     names = {f"model.{name}": value for name, value in clip_weights.items()}
-    locations = text_keys(name for name in names if "visual" not in name) | vision_keys(names)
+    locations = locate_text_encoder(
+        name for name in names if "visual" not in name
+    ) | locate_vision_tower(names)
     theirs = {k: v.contiguous() for k, v in scatter_weights(locations, names).items()}
     save_file(theirs | {"logit_scale": clip_weights["logit_scale"]}, tmp_path / "model.safetensors")
     for activation in ("gelu", "quick_gelu"):

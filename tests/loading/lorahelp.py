@@ -10,9 +10,9 @@ from ldm.conditioning import Conditioner
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.loading.addons.lora import lora_targets
-from ldm.loading.diffusers.keys import scatter_weights, text_keys
-from ldm.loading.diffusers.names import unet_layers
+from ldm.loading.addons.lora_targets import list_lora_targets
+from ldm.loading.diffusers.keys import locate_text_encoder, scatter_weights
+from ldm.loading.diffusers.names import rename_unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.nets.lora import LoRA, LoRALayer
@@ -114,7 +114,7 @@ def random_adapter(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0)
     """Of every place there is."""
     torch.manual_seed(seed)
     changes = {}
-    for layer in lora_targets(model):
+    for layer in list_lora_targets(model):
         low = LoRALayer(layer.target, rank, alpha)
         torch.nn.init.normal_(low.lora_up.weight, std=0.05)
         changes[layer.kohya] = low
@@ -141,7 +141,7 @@ def their_pipeline(model: LatentDiffusion, kind: str):
         import diffusers
     unet = diffusers.UNet2DConditionModel(**{**THEIR_UNET, **THEIR_KINDS[kind]}).eval()
     state = model.unet.state_dict()
-    names = unet_layers(state)
+    names = rename_unet_layers(state)
     unet.load_state_dict({names[name]: value for name, value in state.items()})
     encoders = [encoder for name, encoder in model.conditioner.encoders.items() if "text" in name]
     towers = [their_tower(encoder) for encoder in encoders]
@@ -160,7 +160,7 @@ def their_tower(encoder: CLIPText | OpenCLIPText):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     state = encoder.state_dict()
-    theirs = scatter_weights(text_keys(state), state)
+    theirs = scatter_weights(locate_text_encoder(state), state)
     sizes = TEXT if encoder.width == WIDTH else TEXT_2
     options = {**sizes, "eos_token_id": 49407, "projection_dim": encoder.width}
     if isinstance(encoder, CLIPText):

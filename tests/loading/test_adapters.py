@@ -19,11 +19,13 @@ from lorahelp import (
 )
 
 from ldm.encoders.text import OpenCLIPText
-from ldm.loading.addons import lora
-from ldm.loading.addons.lora import load_loras, lora_targets, read_lora, write_lora
+from ldm.loading.addons import lora_files
+from ldm.loading.addons.lora import load_loras, read_lora
+from ldm.loading.addons.lora_files import write_lora
+from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.files.checkpoint import read_checkpoint, short_hash, write_checkpoint
+from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.loading.legacy import translate_config
 from quick import some
 
@@ -79,7 +81,7 @@ def test_dora_of_peft_is_that_of_diffusers(kind, tmp_path):
     write_lora(random_adapter(model, alpha=2), file, model, "diffusers")
     state = read_checkpoint(file).state
     torch.manual_seed(2)
-    for layer in lora_targets(model):
+    for layer in list_lora_targets(model):
         if "attn" in layer.diffusers:
             length = torch.rand(len(layer.target.weight)) + 0.5
             state[f"{layer.diffusers}.lora_magnitude_vector.weight"] = length
@@ -128,7 +130,7 @@ def test_all_kinds_of_one_file_change_their_layers_and_no_others(kind, tmp_path)
 @pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
 def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
     model = build_on_meta(translate_config(read_yaml(yaml)))
-    names = [layer.kohya for layer in lora_targets(model)]
+    names = [layer.kohya for layer in list_lora_targets(model)]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in names) == text
     inside = [name for name in names if "_attentions_" in name]
@@ -275,7 +277,9 @@ def test_a_lora_of_the_base_model_fits_an_inpainting_model(kind, tmp_path):
     before = model.unet.state_dict()["input_blocks.0.0.weight"].clone()
     load_loras(model, [(file, 1.0)])
     delta = model.unet.state_dict()["input_blocks.0.0.weight"] - before
-    name = next(layer.kohya for layer in lora_targets(base) if layer.original == "input_blocks.0.0")
+    name = next(
+        layer.kohya for layer in list_lora_targets(base) if layer.original == "input_blocks.0.0"
+    )
     torch.testing.assert_close(delta[:, :4], adapter[name].delta(), rtol=0, atol=1e-6)
     assert not delta[:, 4:].any()
 
@@ -433,7 +437,9 @@ def test_alpha_is_found_in_notes(tmp_path):
     write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
     state = read_checkpoint(tmp_path / "x.safetensors").state
     notes = {"unet.lora_alpha": 6, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 12}}
-    write_checkpoint(tmp_path / "y.safetensors", state, {lora.METADATA: json.dumps(notes)})
+    write_checkpoint(
+        tmp_path / "y.safetensors", state, {lora_files.ALPHA_METADATA: json.dumps(notes)}
+    )
     adapter = read_lora(tmp_path / "y.safetensors", model)
     assert adapter["lora_unet_conv_in"].alpha == 6
     assert adapter["lora_unet_mid_block_attentions_0_proj_in"].alpha == 12
@@ -457,7 +463,7 @@ def test_files_with_weights_are_merged_and_noted(model, tmp_path):
         torch.testing.assert_close(ours, attached[name], rtol=0, atol=2e-5)
     noted = model.provenance["loras"]
     assert [note["weight"] for note in noted] == [0.8, -0.3]
-    expected = {"path": str(files[1]), "weight": -0.3, "hash": short_hash(files[1])}
+    expected = {"path": str(files[1]), "weight": -0.3, "hash": compute_short_hash(files[1])}
     assert expected.items() <= noted[1].items()
 
 
@@ -570,4 +576,4 @@ def test_what_is_no_lora_is_refused(names, message, tmp_path):
 def test_a_model_without_prompts_has_no_text_layers():
     model = tiny_model()
     del model.conditioner.text
-    assert all(layer.diffusers.startswith("unet.") for layer in lora_targets(model))
+    assert all(layer.diffusers.startswith("unet.") for layer in list_lora_targets(model))

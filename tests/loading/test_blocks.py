@@ -26,13 +26,13 @@ def test_blocks_of_stable_diffusion(blocks):
     numbers = [f"{number:02}" for number in range(12)]
     names = ["BASE", *(f"IN{n}" for n in numbers), "M00", *(f"OUT{n}" for n in numbers)]
     assert list(blocks.names) == names
-    assert list(blocks.attention) == [*ATTENTION.split(), "OUT11"]
+    assert list(blocks.attention_names) == [*ATTENTION.split(), "OUT11"]
 
 
 def test_blocks_of_sdxl():
     blocks = blocks_of(f"{XL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
-    assert list(blocks.attention) == XL_ATTENTION.split()
+    assert list(blocks.attention_names) == XL_ATTENTION.split()
     assert blocks.find_block("unet.out.2.weight") == "OUT08"
     assert blocks.find_block("unet.label_emb.0.0.weight") == "IN00"
 
@@ -67,7 +67,7 @@ def test_numbers_stand_in_the_order_of_the_blocks(blocks):
 
 def test_numbers_of_the_blocks_that_a_plain_lora_changes(blocks):
     weights = blocks.parse_weights(",".join("2" * 17), 0.5, "x", is_lora=True)
-    assert {block for block, weight in weights.items() if weight == 2} == {*blocks.attention}
+    assert {block for block, weight in weights.items() if weight == 2} == {*blocks.attention_names}
     assert {*weights.values()} == {2, 0.5}
 
 

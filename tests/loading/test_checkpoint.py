@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm.loading.files.checkpoint import (
+    compute_short_hash,
     read_checkpoint,
-    short_hash,
     use_ema_weights,
     write_checkpoint,
 )
@@ -94,8 +94,8 @@ def test_content_decides_not_the_ending(tmp_path):
     write_checkpoint(tmp_path / "x.safetensors", STATE)
     (tmp_path / "x.safetensors").rename(tmp_path / "y.ckpt")
     torch.save(STATE, tmp_path / "z.safetensors")
-    assert read_checkpoint(tmp_path / "y.ckpt").kind == "safetensors"
-    assert read_checkpoint(tmp_path / "z.safetensors").kind == "zip"
+    assert read_checkpoint(tmp_path / "y.ckpt").format == "safetensors"
+    assert read_checkpoint(tmp_path / "z.safetensors").format == "zip"
 
 
 def test_what_is_not_plain_weights_is_an_error(tmp_path):
@@ -165,7 +165,7 @@ def test_changed_bytes_never_do_worse_than_an_error(tmp_path):
 
 def test_hashes_follow_the_content_of_files_and_folders(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"abc")
-    assert short_hash(tmp_path / "x.safetensors") == "ba7816bf8f"
-    assert short_hash(tmp_path) == "ba7816bf8f"
+    assert compute_short_hash(tmp_path / "x.safetensors") == "ba7816bf8f"
+    assert compute_short_hash(tmp_path) == "ba7816bf8f"
     (tmp_path / "x.safetensors").write_bytes(b"abcd")
-    assert short_hash(tmp_path / "x.safetensors") == "88d4266fd4"
+    assert compute_short_hash(tmp_path / "x.safetensors") == "88d4266fd4"

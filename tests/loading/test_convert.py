@@ -11,12 +11,12 @@ from tinyfamilies import write
 
 import ldm
 from ldm.commands.convert import main
-from ldm.loading.addons.lora import write_lora
+from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.diffusers.keys import OLD_VAE_NAMES
-from ldm.loading.files.checkpoint import ema_name, read_checkpoint, write_checkpoint
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
+from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
 from ldm.loading.weights import open_checkpoint
 from quick import some
 
@@ -55,7 +55,7 @@ def folder(place, tiny):
 @pytest.fixture
 def with_ema(tmp_path, state, text):
     """The same file with averaged weights beside the raw ones."""
-    ema = {ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
+    ema = {to_ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
     content = state | ema | {"model_ema.decay": torch.tensor(0.9999)}
     torch.save({"state_dict": content, "ldm.config": text}, tmp_path / "both.ckpt")
     return tmp_path / "both.ckpt"

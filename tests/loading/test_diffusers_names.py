@@ -12,7 +12,7 @@ from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import networks
-from ldm.loading.diffusers.index import folder_configs, original_config
+from ldm.loading.diffusers.index import make_folder_configs, make_original_config
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
 from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.legacy import translate_config
@@ -67,7 +67,7 @@ def theirs(component, about):
 
 
 def components(model, spec):
-    files, state = folder_configs(model, spec), model.state_dict()
+    files, state = make_folder_configs(model, spec), model.state_dict()
     located = set()
     for component, locations in locate_weights(model).items():
         path = f"{component}/config.json" if INDEX in files else "config.json"
@@ -96,7 +96,7 @@ def test_autoencoders_have_diffusers_names_and_shapes(name):
     for component, about, ours in components(model, spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
         assert shapes == theirs(component, about)
-        assert networks.vae_params(about) == spec["params"]
+        assert networks.parse_vae_config(about) == spec["params"]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -104,8 +104,8 @@ def test_configs_come_back_as_they_were(name):
     """Nothing but trifles without meaning differs after the way there and back."""
     raw = read_shipped(name)
     spec = translate_config(raw, where=name)
-    files = json.loads(json.dumps(folder_configs(build_on_meta(spec), spec)))
-    again = translate_config(original_config(files), where=name)
+    files = json.loads(json.dumps(make_folder_configs(build_on_meta(spec), spec)))
+    again = translate_config(make_original_config(files), where=name)
     ours, back = build_on_meta(spec), build_on_meta(again)
     if name != "v2-inference-v":  # its YAML says 64, the models were trained at 96
         assert ours.image_size == back.image_size
@@ -114,4 +114,4 @@ def test_configs_come_back_as_they_were(name):
     assert {k: v.shape for k, v in ours.state_dict().items() if "clip.model.trans" not in k} == {
         k: v.shape for k, v in back.state_dict().items() if "clip.model.trans" not in k
     }
-    assert json.loads(json.dumps(folder_configs(back, again))) == files
+    assert json.loads(json.dumps(make_folder_configs(back, again))) == files

@@ -16,7 +16,7 @@ from tinyfamilies import PROMPT, WIDTH, write
 import ldm
 from ldm.encoders.image import preprocess
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.files import EXTRA_WEIGHTS
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.weights import open_checkpoint
 from ldm.pipelines import sample, vary
 from quick import some

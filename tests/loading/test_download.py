@@ -131,11 +131,11 @@ def table(hub, monkeypatch, tmp_path):
         header = "name,title,licence,memory,bytes,sha256,places"
         row = f"small,Small,mit,0.1,~2000000,{sha256},{FIRST} {SECOND}"
         published.TABLE.write_text(f"{header}\n{row}\n")
-        published.published_files.cache_clear()
+        published.read_published_files.cache_clear()
 
     write(SHA256)
     yield write
-    published.published_files.cache_clear()
+    published.read_published_files.cache_clear()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.addons.embeddings import load_embeddings, read_embeddings, write_embeddings
-from ldm.loading.diffusers.encoders import tokenizer_files
+from ldm.loading.diffusers.encoders import make_tokenizer_files
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def tokenizer_of(encoder, folder):
     from transformers import CLIPTokenizer
 
     folder.mkdir()
-    for name, content in tokenizer_files(encoder).items():
+    for name, content in make_tokenizer_files(encoder).items():
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / name).write_text(text, "utf-8")
     return CLIPTokenizer.from_pretrained(folder)

@@ -19,15 +19,16 @@ from ldm.loading.families import detect_prediction, probe_prediction, recognize_
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
-    ema_name,
+    compute_short_hash,
     read_checkpoint,
     release_pages,
-    short_hash,
+    to_ema_name,
     write_checkpoint,
 )
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import choose_config, save_model
+from ldm.loading.load import save_model
 from ldm.loading.matching import match_weights
+from ldm.loading.model_config import choose_config
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.loading.weights import identify_weights
 
@@ -192,7 +193,7 @@ def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
 
 
 def ema_of(state):
-    return {ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
+    return {to_ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
 
 
 def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
@@ -338,7 +339,7 @@ def test_the_autoencoder_of_another_file_is_taken(tmp_path, tiny_yaml, tiny_file
     model = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "vae.ckpt")
     assert same(model, tiny_state | {prefix + name: value for name, value in other.items()})
     path = tmp_path / "vae.ckpt"
-    assert model.provenance["vae"] == {"path": str(path), "hash": short_hash(path)}
+    assert model.provenance["vae"] == {"path": str(path), "hash": compute_short_hash(path)}
     save_model(model, tmp_path / "whole.safetensors")
     again = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "whole.safetensors")
     assert same(again, restore_names(model.state_dict()))
@@ -383,7 +384,7 @@ SHIPPED = [f for f in families.FAMILIES if not f.is_xl]  # test_sdxl has the oth
 
 @pytest.mark.parametrize("family", SHIPPED, ids=lambda f: f.name)
 def test_families_are_recognised(family):
-    others = {families.PIXELS: torch.zeros(128, family.pixels, 3, 3)}
+    others = {families.IMAGE_CONV: torch.zeros(128, family.image_channels, 3, 3)}
     if family.has_vision_tower:
         others[families.VISION_TOWER] = torch.zeros(1)
     assert recognize_family(full(family.config) | others) is family

@@ -7,16 +7,17 @@ from tinyfamilies import write
 
 from ldm.commands.extract_lora import main as extract
 from ldm.commands.merge_lora import main as merge
-from ldm.loading.addons.lora import load_loras, read_lora, write_lora
+from ldm.loading.addons.lora import load_loras, read_lora
+from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_tools import (
     RankRule,
+    build_model_of_lora,
     decompose,
     extract_lora,
     join_loras,
-    model_of_lora,
 )
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.loading.weight_names import original_name, restore_names
+from ldm.loading.weight_names import restore_names, to_original_name
 from ldm.nets.lora import merge_changes
 from ldm.runtime.errors import LdmError
 from quick import some
@@ -58,11 +59,11 @@ def deltas(lora):
 def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
     tuned, base = files / f"{family}-tuned.safetensors", files / f"{family}.safetensors"
     result = extract_lora(tuned, base, FULL, conv_rule=FULL, clamp_quantile=1)
-    assert result.retained == pytest.approx(1)
-    assert all("embedding" in name or "projection" in name for name in result.left_out)
+    assert result.retained_fraction == pytest.approx(1)
+    assert all("embedding" in name or "projection" in name for name in result.other_weights)
     merge_changes(result.lora.layers.values())
     target = read_checkpoint(tuned).state
-    left_out = {original_name(name, engine=family == "xl") for name in result.left_out}
+    left_out = {to_original_name(name, engine=family == "xl") for name in result.other_weights}
     for name, value in restore_names(result.model.state_dict()).items():
         if _is_tuned(name, value) and name not in left_out:
             torch.testing.assert_close(value, target[name], rtol=0, atol=2e-6)  # seen 4e-7
@@ -72,7 +73,7 @@ def test_extraction_is_kohyas_rule(files):
     base = files / "sd1.safetensors"
     result = extract_lora(files / "sd1-tuned.safetensors", base, RankRule(rank=4))
     assert not any("resnets" in name and "conv1" in name for name in result.lora.layers)
-    assert 0.1 < result.retained < 0.5
+    assert 0.1 < result.retained_fraction < 0.5
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     weight = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     new, old = (read_checkpoint(files / f"sd1{end}.safetensors").state for end in ("-tuned", ""))
@@ -82,7 +83,9 @@ def test_extraction_is_kohyas_rule(files):
     unclamped = extract_lora(
         files / "sd1-tuned.safetensors", base, RankRule(rank=4), clamp_quantile=1
     )
-    assert result.retained < unclamped.retained  # what the clamp takes away is told
+    assert (
+        result.retained_fraction < unclamped.retained_fraction
+    )  # what the clamp takes away is told
     signs = (layer.lora_down.weight * down).sum(1).sign()  # which the SVD leaves open
     up, down = up * signs, down * signs[:, None]
     limit = torch.cat([up.flatten(), down.flatten()]).quantile(0.99)
@@ -96,9 +99,9 @@ def test_extraction_is_kohyas_rule(files):
     [
         ({"rank": 2}, 2),
         ({"rank": 9}, 4),
-        ({"share": 0.7}, 2),
-        ({"square_share": 0.9}, 3),
-        ({"square_share": 1.0}, 4),
+        ({"sum_fraction": 0.7}, 2),
+        ({"square_fraction": 0.9}, 3),
+        ({"square_fraction": 1.0}, 4),
         ({"ratio": 2}, 3),
         ({"rank": 2, "ratio": 2}, 2),
     ],
@@ -120,7 +123,7 @@ def test_a_smaller_lora_is_the_nearest_one_of_its_rank(tmp_path):
         best = (u[:, :2] * s[:2] @ v[:2]).view(delta.shape)
         torch.testing.assert_close(after[name], best, rtol=0, atol=1e-5)
         kept, total = kept + float(s[:2].square().sum()), total + float(s.square().sum())
-    assert smaller.retained == pytest.approx(kept / total, rel=1e-4)
+    assert smaller.retained_fraction == pytest.approx(kept / total, rel=1e-4)
     assert smaller.ranks == sum(min(6, *delta.flatten(1).shape) for delta in before.values())
 
 
@@ -174,7 +177,7 @@ def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     )
     files = [(paths[0], "0.5:-0.8"), (paths[1], 0.3)]
     joined = join_loras(files, model)
-    write_lora(joined.lora, paths[2], model, others=joined.others)
+    write_lora(joined.lora, paths[2], model, others=joined.other_tensors)
     theirs, ours = tiny_model("sd1"), model
     theirs.load_state_dict(model.state_dict())
     load_loras(ours, [(paths[2], 1.0)])
@@ -192,7 +195,7 @@ def test_a_resized_loha_is_the_nearest_lora_of_its_rank(tmp_path):
     torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
     assert (small.ranks, set(small.others)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
     kept = float(s[:2].square().sum() / s.square().sum())
-    assert small.retained == pytest.approx(kept, rel=1e-4)
+    assert small.retained_fraction == pytest.approx(kept, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,7 @@ def test_textual_inversions_stay_in_a_joined_file(tmp_path):
     bundle = {"bundle_emb.cat.emb_params": torch.ones(2, 24)}
     write_checkpoint(source, read_checkpoint(source).state | bundle)
     joined = join_loras([(source, 1.0)], model)
-    write_lora(joined.lora, target, model, others=joined.others)
+    write_lora(joined.lora, target, model, others=joined.other_tensors)
     load_loras(model, [(target, 1.0)])
     assert torch.equal(model.conditioner.text.added_embeddings["cat"], torch.ones(2, 24))
 
@@ -265,7 +268,7 @@ def test_the_family_of_a_file_is_recognised(tmp_path):
     state = {f"{name}.lora_down.weight": torch.ones(2, 768)}
     state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
     write_checkpoint(tmp_path / "x.safetensors", state)
-    model = model_of_lora(tmp_path / "x.safetensors")
+    model = build_model_of_lora(tmp_path / "x.safetensors")
     assert list(read_lora(tmp_path / "x.safetensors", model).layers) == [name]
 
 

@@ -6,7 +6,8 @@ from lorahelp import outputs, random_adapter, their_outputs, their_pipeline, tin
 from safetensors.torch import save_file
 
 import ldm
-from ldm.loading.addons.lora import load_loras, read_lora, write_lora
+from ldm.loading.addons.lora import load_loras, read_lora
+from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.nets.lora import LoRA

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tinyfamilies import write
 
 from ldm.commands.convert import main as convert
-from ldm.loading.addons.lora import lora_targets
-from ldm.loading.addons.lora_tools import model_of_lora
+from ldm.loading.addons.lora_targets import list_lora_targets
+from ldm.loading.addons.lora_tools import build_model_of_lora
 from ldm.loading.files.checkpoint import write_checkpoint
 
 RANK = 4
@@ -167,7 +167,9 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
     write(family, base)
     assert convert([str(base), str(tmp_path / "theirs")]) == 0
     networks = networks_of(tmp_path / "theirs", towers.values())
-    names = {layer.kohya: layer.diffusers for layer in lora_targets(model_of_lora(file, base))}
+    names = {
+        layer.kohya: layer.diffusers for layer in list_lora_targets(build_model_of_lora(file, base))
+    }
     layers = {kohya: layer_of(networks, name) for kohya, name in (names | NORMS[family]).items()}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     state, kinds = random_file(file, layers, choices)

@@ -8,7 +8,7 @@ from tinyfamilies import write
 
 from ldm.commands.merge import main
 from ldm.loading.convert import convert
-from ldm.loading.files.checkpoint import ema_name, read_checkpoint, write_checkpoint
+from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
 from ldm.loading.merge import plan_merge
 from ldm.runtime.errors import LdmError
 
@@ -91,7 +91,7 @@ def test_each_block_has_its_number(folder, tmp_path):
 
 def test_averages_are_merged_if_asked_and_left_out(folder, tmp_path):
     file = read_checkpoint(folder / "sd1.safetensors")
-    ema = {ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
+    ema = {to_ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
     path, other = tmp_path / "a.safetensors", folder / "b.safetensors"
     write_checkpoint(path, file.state | ema, file.metadata)
     name, theirs = f"{UNET}out.2.weight", read_checkpoint(other).state

@@ -8,10 +8,10 @@ from lorahelp import random_adapter, tiny_model
 from tinyfamilies import write
 
 from ldm.loading.addons.embeddings import write_embeddings
-from ldm.loading.addons.lora import write_lora
+from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.loading.modelspec import kept_metadata
+from ldm.loading.modelspec import filter_metadata
 from ldm.loading.report import inspect_checkpoint
 
 AUTHOR = {"modelspec.title": "Barns", "modelspec.author": "Ann", "modelspec.license": "CC0-1.0"}
@@ -52,7 +52,7 @@ def test_a_conversion_keeps_what_the_author_says_and_hashes_the_tensors_anew(mod
 
 def test_of_changed_weights_the_licence_alone_holds():
     metadata = {**AUTHOR, "ss_network_dim": "4", "ldm.config": "model: x"}
-    kept = kept_metadata(metadata, same_weights=False)
+    kept = filter_metadata(metadata, same_weights=False)
     assert kept == {"modelspec.license": "CC0-1.0", "ldm.config": "model: x"}
 
 

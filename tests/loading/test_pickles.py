@@ -12,7 +12,7 @@ import torch
 
 from ldm.loading.files import pickles
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.files.pickles import foreign_imports
+from ldm.loading.files.pickles import list_foreign_imports
 
 
 def test_hostile_files_are_refused_and_nothing_runs(tmp_path):
@@ -51,7 +51,7 @@ def test_the_refusal_names_what_the_pickle_names(tmp_path, envelope):
 def test_names_are_found_however_they_are_written(tmp_path, name):
     body = payloads.tricks(tmp_path / "marker")[name]
     path = payloads.zipped(tmp_path / "x.ckpt", payloads.document(body, 4))
-    assert "os.system" in foreign_imports(path, "zip")
+    assert "os.system" in list_foreign_imports(path, "zip")
 
 
 def test_stand_ins_keep_nothing():
@@ -119,7 +119,7 @@ def test_lightning_files_load_without_lightning(tmp_path, pretend, home, old):
     sys.modules.pop(module)
     file = read_checkpoint(path)
     assert file.step == 470000
-    assert file.kind == ("legacy" if old else "zip")
+    assert file.format == ("legacy" if old else "zip")
     assert torch.equal(file.state["model.a.weight"], STATE["model.a.weight"])
     assert "callbacks" in file.extras
 

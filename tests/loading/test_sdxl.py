@@ -16,9 +16,11 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from ldm.loading.find_variant import find_variant
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import find_variant, read_config, save_model
+from ldm.loading.load import save_model
 from ldm.loading.matching import match_weights
+from ldm.loading.model_config import read_config
 from ldm.loading.report import inspect_checkpoint
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.loading.weights import has_transposed_projection, identify_weights
@@ -267,7 +269,7 @@ def test_a_variant_sets_the_defaults(tmp_path, tiny):
     assert astuple(turbo.defaults)[:4] == (1.0, 8, "euler_a", "turbo")
     assert turbo.latent_size == (64, 64)
     assert turbo.provenance["variant"] == {
-        "name": "turbo", "told_by": "the argument", "file": path.name,
+        "name": "turbo", "evidence": "the argument", "file": path.name,
     }  # fmt: skip
     with pytest.raises(UnknownName, match="did you mean `turbo`"):
         ldm.load(path, variant="tubro")
@@ -308,7 +310,7 @@ def test_the_scale_of_the_model_stays_with_another_autoencoder(tmp_path, tiny, n
 
 
 def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
-    monkeypatch.setattr(report, "SMALL", 0)
+    monkeypatch.setattr(report, "MAX_SIZE_TO_HASH", 0)
     found = inspect_checkpoint(tiny)
     assert found.sha256 == ""
     assert "no published file has this size" in "\n".join(found.lines())
@@ -383,7 +385,7 @@ def test_files_of_other_tools_are_understood(tmp_path, tiny, write):
 def test_a_distilled_unet_is_recognised(full):
     name = "model.diffusion_model.time_embedding.cond_proj.weight"
     weights = identify_weights(checkpoint(full, "sd_xl_base", **{name: torch.zeros(320, 256)}))
-    assert find_variant(weights).variant == "lcm-full"
+    assert find_variant(weights).name == "lcm-full"
     unet = translate_config(read_config(weights)[1])["params"]["unet"]
     assert unet["params"]["time_cond_proj_dim"] == 256
     assert restore_names({"unet.time_embed_cond.weight": torch.zeros(1)}).keys() == {name}

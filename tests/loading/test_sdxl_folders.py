@@ -10,7 +10,7 @@ import torch
 import ldm
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.files import EXTRA_WEIGHTS
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.runtime.errors import FileFormatError, MissingFile, UnknownName
 from quick import some

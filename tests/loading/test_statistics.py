@@ -7,7 +7,7 @@ from ldm.conditioning import Conditioner
 from ldm.encoders.image import EmbeddingNoise, ImageEmbedding, OpenCLIPImage
 from ldm.loading.addons.karlo import load_prior
 from ldm.loading.files.clip_statistics import (
-    clip_statistics_tensors,
+    get_clip_statistics,
     load_clip_statistics,
     read_clip_statistics,
 )
@@ -35,7 +35,7 @@ def test_a_given_file_comes_before_the_checkpoint_and_that_before_its_folder(tmp
     (tmp_path / "stats.th").unlink()  # the tensors are pages of it
     torch.save((MEAN * 0, STD), tmp_path / "stats.th")
     made.image.noise.set_statistics(MEAN, STD)
-    tables = clip_statistics_tensors(made)
+    tables = get_clip_statistics(made)
     made = conditioner()
     load_clip_statistics(made, tmp_path / "model.ckpt", None, tables)
     assert known(made)
@@ -55,10 +55,10 @@ def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
 
 def test_models_without_statistics_have_no_tensors_of_them(tmp_path):
     made = conditioner()
-    assert clip_statistics_tensors(made) == {}
+    assert get_clip_statistics(made) == {}
     made.image.noise.set_statistics(MEAN, STD)
     made.image.noise.clip_stats_path = None  # trained with mean 0 and deviation 1
-    assert clip_statistics_tensors(made) == clip_statistics_tensors(Conditioner()) == {}
+    assert get_clip_statistics(made) == get_clip_statistics(Conditioner()) == {}
     load_clip_statistics(Conditioner(), tmp_path / "model.ckpt", "absent.th")  # does nothing
 
 

@@ -13,11 +13,12 @@ from ldm.generate.checks import find_few_steps_warnings
 from ldm.generate.plan import plan_batches
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
-from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.addons.lora_files import write_lora
+from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.files import EXTRA_WEIGHTS
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.loading.load import find_variant_early
+from ldm.loading.find_variant import find_variant_early
 from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora, detect_variant
 from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
@@ -42,7 +43,7 @@ QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid"]
 )
 def test_names_of_models(name, variant, steps):
     found = detect_variant(Path(name), {})
-    assert (found and found.variant) == variant
+    assert (found and found.name) == variant
     assert found is None or found.defaults.steps == steps
 
 
@@ -64,7 +65,7 @@ def test_names_of_models(name, variant, steps):
 )  # fmt: skip
 def test_names_of_loras(path, variant, steps, sampler):
     found = detect_lora(Path(path), {})
-    assert (found and found.variant) == variant
+    assert (found and found.name) == variant
     assert found is None or (found.defaults.steps, found.defaults.sampler) == (steps, sampler)
     assert detect_lora(Path("x.safetensors"), {"ss_output_name": Path(path).parts[0]}) or not found
 
@@ -89,7 +90,7 @@ def test_a_tensor_tells_a_model_that_embeds_the_scale(tmp_path):
 def lora(tmp_path_factory):
     """A LoRA of the demo model, named as that of LCM is."""
     model = ldm.load()
-    layers = {layer.kohya: LoRALayer(layer.target, 1) for layer in lora_targets(model)[:3]}
+    layers = {layer.kohya: LoRALayer(layer.target, 1) for layer in list_lora_targets(model)[:3]}
     path = tmp_path_factory.mktemp("loras") / "lcm-lora-sdv1-5.safetensors"
     write_lora(LoRA(layers), path, model)
     return path
@@ -126,7 +127,7 @@ def test_the_scheduler_of_a_folder_tells_the_variant(tiny_folder, name, variant)
     path = tiny_folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
     model = ldm.load(tiny_folder)
-    assert model.provenance["variant"]["told_by"] == f"its `{name}`"
+    assert model.provenance["variant"]["evidence"] == f"its `{name}`"
     assert model.defaults == VARIANTS[variant].defaults
     assert ldm.load(tiny_folder, variant="base").defaults.steps == 50
 
@@ -208,6 +209,6 @@ def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):
     torch.save({"state_dict": embedded}, path)
     found = find_variant_early(path)
     assert found is not None
-    assert found.variant == "lcm-full"
+    assert found.name == "lcm-full"
     torch.save({"state_dict": embedded}, path, _use_new_zipfile_serialization=False)
     assert find_variant_early(path) is None

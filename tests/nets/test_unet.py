@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from goldfile import gold
 from ldm.loading.build import meta_device
-from ldm.loading.diffusers.keys import scatter_weights, unet_keys
-from ldm.loading.diffusers.names import unet_layers
+from ldm.loading.diffusers.keys import locate_unet, scatter_weights
+from ldm.loading.diffusers.names import rename_unet_layers
 from ldm.nets.blocks import timestep_embedding
 from ldm.nets.unet import UNet
 from quick import some
@@ -236,7 +236,7 @@ def test_diffusers_computes_the_same(diffusers, family):
     ours, theirs, y = TWINS[family]
     unet = tiny_unet(**{"attention_resolutions": [1], **ours})
     other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
-    other.load_state_dict(scatter_weights(unet_keys(unet.state_dict()), unet.state_dict()))
+    other.load_state_dict(scatter_weights(locate_unet(unet.state_dict()), unet.state_dict()))
     x, t, context = tiny_inputs()
     for z in (x, x[:, :, :7, :5]):
         with torch.no_grad():
@@ -248,7 +248,7 @@ def test_diffusers_adds_the_same_guidance_embedding(diffusers):
     unet = tiny_unet(attention_resolutions=[1], time_cond_proj_dim=6)
     other = diffusers.UNet2DConditionModel(**DIFFUSERS, **HEADS, time_cond_proj_dim=6).eval()
     names = {"time_embed_cond.weight": "time_embedding.cond_proj.weight"}
-    names |= unet_layers(unet.state_dict().keys() - names)
+    names |= rename_unet_layers(unet.state_dict().keys() - names)
     other.load_state_dict({names[k]: v for k, v in unet.state_dict().items()})
     x, t, context = tiny_inputs()
     embedding = torch.linspace(-1, 1, 12).view(2, 6)

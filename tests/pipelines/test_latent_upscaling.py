@@ -14,7 +14,7 @@ from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.lowres import LowResLatent
 from ldm.imaging.pixels import to_tensor, to_uint8
-from ldm.loading.addons.lora import lora_targets
+from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.pipelines.latent_upscaling import double_latent
 from ldm.pipelines.prompts import as_list
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
@@ -276,4 +276,4 @@ def test_tiles_of_the_unet_have_sides_that_it_takes_and_offloading_changes_nothi
 
 def test_a_lora_is_refused(model):
     with pytest.raises(WeightsMismatch, match="a LoRA is not for the x2 latent upscaler"):
-        lora_targets(model)
+        list_lora_targets(model)

@@ -9,7 +9,7 @@ import torch
 from ldm.conditioning import Cond
 from ldm.encoders.chunks import COMMA, Unit, split_at_commas
 from ldm.encoders.text import TextEncoder
-from ldm.loading.diffusers.encoders import tokenizer_files
+from ldm.loading.diffusers.encoders import make_tokenizer_files
 from ldm.prompts import parse_prompt
 from ldm.prompts.a1111 import parse_emphasis
 from loading.lorahelp import KINDS, their_tower, tiny_model
@@ -196,7 +196,7 @@ def compel_of(kind: str, encoder: TextEncoder, folder: Path):
     """Compel's encoder with the weights of ours."""
     from transformers import CLIPTokenizer
 
-    for name, content in tokenizer_files(encoder).items():
+    for name, content in make_tokenizer_files(encoder).items():
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / name).write_text(text, "utf-8")
     layers = compel_module("embeddings_provider").ReturnedEmbeddingsType

@@ -9,7 +9,7 @@ import ldm
 from goldfile import gold
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.weight_names import original_name
+from ldm.loading.weight_names import to_original_name
 from ldm.loading.weights import open_checkpoint
 from ldm.train.runs.initial import load_initial_weights, resize_weight
 from loading import tinyfamilies
@@ -48,7 +48,7 @@ def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
     params = {"ckpt_path": str(tmp_path / "folder"), "first_stage_config": first_stage}
     assert load_initial_weights(model, params)
     for name in ("unet.out.2.weight", "autoencoder.decoder.conv_in.weight"):
-        assert torch.equal(model.get_parameter(name), state[original_name(name)])
+        assert torch.equal(model.get_parameter(name), state[to_original_name(name)])
 
 
 def test_a_folder_of_another_program_fits_the_config_of_its_file(tmp_path: Path) -> None:

@@ -15,25 +15,25 @@ from torch import Tensor
 from ldm.encoders.image import VISION, VISION_DEFAULTS
 from ldm.encoders.towers import CLIP
 from ldm.loading.build import fill_weights, meta_device
-from ldm.loading.config import parse_yaml
 from ldm.loading.diffusers.encoders import is_openai_clip
 from ldm.loading.diffusers.files import read_component
-from ldm.loading.diffusers.keys import gather_weights, text_keys, vision_keys
+from ldm.loading.diffusers.keys import gather_weights, locate_text_encoder, locate_vision_tower
+from ldm.loading.diffusers.layout import read_json
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import TEXT, rename_weights
+from ldm.loading.weight_names import TEXT, rename_weights, strip_prefix
 from ldm.runtime.errors import FileFormatError
-from ldm.runtime.files import read_text
 
-__all__ = ["check_clip", "clip_name", "load_clip"]
+__all__ = ["check_clip", "get_clip_name", "load_clip"]
 
 # In an unCLIP checkpoint, under our names: a CLIP; that of ViT-H has a text tower without blocks,
 # which are in the text encoder.
 UNCLIP, TEXT_ENCODER = "conditioner.image.clip.model.", f"{TEXT}model."
-THEIR_PROJECTION, TOWERS = "visual_projection.weight", ("text", "vision")  # of transformers
-IMAGE_PROJECTION, FIRST_BLOCK = "visual.proj", "transformer.resblocks.0.ln_1.weight"
-PARTS = ("visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
+TRANSFORMERS_PROJECTION = "visual_projection.weight"
+IMAGE_PROJECTION, FIRST_BLOCK = "visual.proj", "transformer.resblocks.0.ln_1.weight"  # open_clip
+# Prefixes of the weights of `CLIP`.
+PREFIXES = ("visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
          "text_projection", "logit_scale")  # fmt: skip
 LAION = re.compile(r"laion|datacomp|open_?clip", re.IGNORECASE)
 OPENAI_WIDTHS = (512, 768)  # embeddings of ViT-B and ViT-L; the larger ones are LAION's
@@ -49,24 +49,25 @@ def load_clip(
     """Load both towers in float32; sizes are inferred from the weights.
 
     Args:
+        path: a file or folder, see the docstring of this module, or a published name.
         quick_gelu: whether the activation is OpenAI's quick GELU, which weights do not show; None =
             for OpenAI's sizes, unless the file name says that the model is LAION's.
     Raises:
         FileFormatError: the file does not contain both towers.
         MissingFile: there is no such file.
     """
-    clip, state, mapped = _build(path, quick_gelu)
+    clip, state, mapped = _build_clip(path, quick_gelu)
     fill_weights(clip, state, device=device, mapped=mapped)
     return clip.eval()
 
 
 def check_clip(path: str | Path) -> str:
     """Check that `load_clip` can load a file, without its memory; return the name of its size."""
-    clip, _, _ = _build(path, None)
-    return clip_name(clip)
+    clip, _, _ = _build_clip(path, None)
+    return get_clip_name(clip)
 
 
-def clip_name(clip: CLIP) -> str:
+def get_clip_name(clip: CLIP) -> str:
     """Return open_clip's name of a size, such as "ViT-g-14"."""
     visual = clip.visual
     patch, _ = visual.conv1.kernel_size
@@ -78,64 +79,67 @@ def clip_name(clip: CLIP) -> str:
     return sizes.get((width, len(visual.blocks), patch, visual.image_size), f"ViT-{width}-{patch}")
 
 
-def _build(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, Tensor], bool]:
+def _build_clip(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, Tensor], bool]:
     """Return a CLIP on the meta device, its weights, and whether these are memory-mapped."""
     path = find_checkpoint(path)
     if path.is_dir():
         state, mapped = read_component(path, None), True
-        quick_gelu = _activation_of_folder(path) if quick_gelu is None else quick_gelu
+        quick_gelu = _read_activation(path) if quick_gelu is None else quick_gelu
     else:
         file = read_checkpoint(path)
         state, mapped = file.state, file.mapped
     is_unclip = False
-    if THEIR_PROJECTION in state:
-        state = _translate(state)
+    if TRANSFORMERS_PROJECTION in state:
+        state = _to_open_clip_names(state)
     elif IMAGE_PROJECTION not in state:
-        state, is_unclip = _unclip_towers(state), True
-    state = _towers(state, path)
+        state, is_unclip = _extract_unclip_towers(state), True
+    state = _select_towers(state, path)
     if quick_gelu is None:
         is_openai = state["text_projection"].shape[1] in OPENAI_WIDTHS
         quick_gelu = is_openai and (is_unclip or not LAION.search(path.name))
     with meta_device():
-        clip = CLIP(_text_size(state) | {"quick_gelu": quick_gelu}, _vision_size(state))
+        clip = CLIP(_infer_text_size(state) | {"quick_gelu": quick_gelu}, _infer_vision_size(state))
     check_weights(clip.state_dict(), state, f"`{path}` does not fit CLIP")
     return clip, state, mapped
 
 
-def _activation_of_folder(path: Path) -> bool | None:
-    """Return whether the config of a transformers folder has OpenAI's activation; None without."""
+def _read_activation(path: Path) -> bool | None:
+    """Return whether a folder's config has OpenAI's activation; None for a folder without one."""
     if not (path / "config.json").is_file():
         return None
-    config: dict[str, Any] = parse_yaml(read_text(path / "config.json"), where="config.json")
+    config = read_json(path / "config.json")
+    # Older versions of transformers wrote both, with the values that count in the second.
     text = (config.get("text_config") or {}) | (config.get("text_config_dict") or {})
     return is_openai_clip(text, f"{path.name}/config.json")
 
 
-def _translate(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of transformers' CLIPModel under open_clip's names."""
-    counts = [_count_blocks(theirs, f"{tower}_model.encoder.layers.") for tower in TOWERS]
-    with meta_device():  # for its names
-        text = {"width": 64, "heads": 1, "layers": counts[0], "embed_dim": 1}
-        vision = {"width": 64, "heads": 1, "layers": counts[1], "image_size": 1, "patch_size": 1}
+    text_layers = _count_blocks(state, "text_model.encoder.layers.")
+    vision_layers = _count_blocks(state, "vision_model.encoder.layers.")
+    with meta_device():  # for its names; its sizes do not matter
+        size = {"width": 64, "heads": 1}
+        text = {**size, "layers": text_layers, "embed_dim": 1}
+        vision = {**size, "layers": vision_layers, "image_size": 1, "patch_size": 1}
         names = CLIP(text, vision).state_dict()
-    own = text_keys(name for name in names if not name.startswith("visual."))
-    own |= vision_keys(names)
-    weights = gather_weights(own, theirs, names)
-    return weights | {"logit_scale": theirs["logit_scale"]} if "logit_scale" in theirs else weights
+    locations = locate_text_encoder(name for name in names if not name.startswith("visual."))
+    locations |= locate_vision_tower(names)
+    weights = gather_weights(locations, state, names)
+    return weights | {"logit_scale": state["logit_scale"]} if "logit_scale" in state else weights
 
 
-def _unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _extract_unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CLIP's weights in an unCLIP checkpoint, under open_clip's names."""
     weights = rename_weights(state)
-    towers, text = _part(weights, UNCLIP), _part(weights, TEXT_ENCODER)
-    norm, other = towers.get("ln_final.weight"), text.get("ln_final.weight")
-    is_same_tower = norm is not None and other is not None and norm.shape == other.shape
+    towers, text = strip_prefix(weights, UNCLIP), strip_prefix(weights, TEXT_ENCODER)
+    norm, text_norm = towers.get("ln_final.weight"), text.get("ln_final.weight")
+    is_same_tower = norm is not None and text_norm is not None and norm.shape == text_norm.shape
     if is_same_tower and FIRST_BLOCK not in towers:
         towers |= text
     return towers
 
 
-def _towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _select_towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return the weights of both towers only; raise FileFormatError if one is missing."""
     needed = (IMAGE_PROJECTION, FIRST_BLOCK, "text_projection", "token_embedding.weight")
     if any(name not in state for name in needed):
@@ -143,14 +147,10 @@ def _towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             f"`{path}` does not contain CLIP's image and text tower: use a file of open_clip, "
             "OpenAI or transformers' CLIPModel, or an unCLIP checkpoint"
         )
-    return {name: value for name, value in state.items() if name.startswith(PARTS)}
+    return {name: value for name, value in state.items() if name.startswith(PREFIXES)}
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
-
-
-def _text_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _infer_text_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
     vocabulary, width = state["token_embedding.weight"].shape
     return {
         "width": width,
@@ -159,11 +159,11 @@ def _text_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "embed_dim": state["text_projection"].shape[1],
         "context_length": len(state["positional_embedding"]),
         "vocab_size": vocabulary,
-        "mlp_ratio": _mlp_ratio(state, "transformer.resblocks.0."),
+        "mlp_ratio": _compute_mlp_ratio(state, "transformer.resblocks.0."),
     }
 
 
-def _vision_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _infer_vision_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width, _, patch, _ = state["visual.conv1.weight"].shape
     patches = len(state["visual.positional_embedding"]) - 1
     return {
@@ -172,14 +172,14 @@ def _vision_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "width": width,
         "layers": _count_blocks(state, "visual.transformer.resblocks."),
         "heads": max(width // HEAD_WIDTHS.get(width, 64), 1),
-        "mlp_ratio": _mlp_ratio(state, "visual.transformer.resblocks.0."),
+        "mlp_ratio": _compute_mlp_ratio(state, "visual.transformer.resblocks.0."),
     }
 
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    return len({name.split(".")[0] for name in _part(state, prefix)})
+    return len({name.split(".")[0] for name in strip_prefix(state, prefix)})
 
 
-def _mlp_ratio(state: Mapping[str, Tensor], block: str) -> float:
+def _compute_mlp_ratio(state: Mapping[str, Tensor], block: str) -> float:
     hidden, width = state[f"{block}mlp.c_fc.weight"].shape
-    return (hidden + 0.5) / width  # the towers round down
+    return (hidden + 0.5) / width  # as the towers round `width * mlp_ratio` down

@@ -23,28 +23,30 @@ from torch import Tensor
 from ldm.encoders.text import TextEncoder
 from ldm.imaging.reading import open_image
 from ldm.loading.families import TITLE_BY_WIDTH
-from ldm.loading.files.checkpoint import read_checkpoint, short_hash, write_checkpoint
+from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.loading.modelspec import describe_model
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
 
 __all__ = [
-    "BUNDLE", "add_embeddings", "check_embeddings", "embedding_files", "load_embeddings",
+    "BUNDLE", "add_embeddings", "check_embeddings", "list_embedding_files", "load_embeddings",
     "read_bundle", "read_embeddings", "write_embeddings",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-ENDINGS = (".pt", ".bin", ".safetensors")
-PNG, PNG_KEY, PNG_TENSOR = ".png", "sd-ti-embedding", "TORCHTENSOR"  # of A1111
+SUFFIXES = (".pt", ".bin", ".safetensors")
+# Of A1111: key of the text in a PNG, and of tensors in its JSON.
+PNG, PNG_KEY, PNG_TENSOR = ".png", "sd-ti-embedding", "TORCHTENSOR"
 MAX_TOKENS = 76  # in a file: no prompt could use more
 PARAMETERS = "string_to_param."
 ONLY_TOKEN_KEY = "emb_params"  # vectors of the only token, which is named after the file
 XL_KEYS = ("clip_l", "clip_g")  # the same, for each text encoder of SDXL
-FORMER_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # of diffusers
+# Keys of diffusers' training script.
+DIFFUSERS_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
-BUNDLE = "bundle_emb."
-TITLES = TITLE_BY_WIDTH | {1280: "SDXL"}
+BUNDLE = "bundle_emb."  # prefix of embeddings in LoRA files
+TITLES = TITLE_BY_WIDTH | {1280: "SDXL"}  # of models, by the width of their last text encoder
 
 
 def load_embeddings(
@@ -63,9 +65,9 @@ def load_embeddings(
     """
     files = []
     for path in map(Path, paths):
-        if not (found := embedding_files(path)):
+        if not (candidates := list_embedding_files(path)):
             log.warning("`%s` has no textual inversions", path)
-        for file in found:
+        for file in candidates:
             try:
                 tokens = read_embeddings(file)
                 add_embeddings(model, tokens, file)
@@ -75,7 +77,9 @@ def load_embeddings(
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
             words = [token.lower() for token in tokens]
-            files.append({"path": str(file.resolve()), "words": words, "hash": short_hash(file)})
+            files.append(
+                {"path": str(file.resolve()), "words": words, "hash": compute_short_hash(file)}
+            )
     if files:
         model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
     _warn_of_missing_vectors(model, [word for file in files for word in file["words"]])
@@ -124,10 +128,11 @@ def _find_encoders(
         # The last is for SDXL's second text encoder; the first, CLIP-L, is also that of SD 1.
         width = vectors[-1].shape[1]
         if width not in widths:
-            ours = f"{' or '.join(map(str, widths))} ({TITLES.get(widths[-1], 'another model')})"
+            expected = " or ".join(map(str, widths))
             raise WeightsMismatch(
                 f"`{file}`: `{token}` has vectors of width {width} "
-                f"({TITLES.get(width, 'another model')}), the text encoder takes {ours}"
+                f"({TITLES.get(width, 'another model')}), the text encoder takes {expected} "
+                f"({TITLES.get(widths[-1], 'another model')})"
             )
     return encoders
 
@@ -137,16 +142,16 @@ def _warn_of_missing_vectors(model: LatentDiffusion, tokens: Iterable[str]) -> N
     encoders = model.conditioner.find_all(TextEncoder)
     for token in dict.fromkeys(tokens):
         widths = [encoder.width for encoder in encoders if token in encoder.added_embeddings]
-        others = [encoder.width for encoder in encoders if token not in encoder.added_embeddings]
-        if widths and others:
+        missing = [encoder.width for encoder in encoders if token not in encoder.added_embeddings]
+        if widths and missing:
             log.warning(
                 "`%s` has vectors for the text encoder of width %d only (%s): that of width %d "
                 "reads it as plain text",
-                token, widths[0], TITLES.get(widths[0], "another model"), others[0],
+                token, widths[0], TITLES.get(widths[0], "another model"), missing[0],
             )  # fmt: skip
 
 
-def embedding_files(path: str | Path) -> list[Path]:
+def list_embedding_files(path: str | Path) -> list[Path]:
     """Return the file at a path; of a folder, the textual inversions in it and its subfolders."""
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -154,7 +159,7 @@ def embedding_files(path: str | Path) -> list[Path]:
     # Unlike Path.rglob, this leaves hidden files out and follows links.
     paths = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
     files = [file for file in paths if file.is_file()]
-    return sorted(f for f in files if f.suffix.lower() in ENDINGS or _read_png_text(f))
+    return sorted(f for f in files if f.suffix.lower() in SUFFIXES or _read_png_text(f))
 
 
 def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
@@ -163,7 +168,7 @@ def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
     if path.suffix.lower() == PNG:
         return _read_png(path)
     file = read_checkpoint(path)
-    return _parse(file.state, file.metadata.get(TOKEN_KEY, path.stem), path)
+    return _parse_tokens(file.state, file.metadata.get(TOKEN_KEY, path.stem), path)
 
 
 def _read_png(path: Path) -> dict[str, list[Tensor]]:
@@ -179,7 +184,7 @@ def _read_png(path: Path) -> dict[str, list[Tensor]]:
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"`{path}`: the textual inversion in it is damaged") from error
-    return _parse(tensors, str(content.get("name") or path.stem), path)
+    return _parse_tokens(tensors, str(content.get("name") or path.stem), path)
 
 
 def _read_png_text(path: Path) -> str:
@@ -199,16 +204,16 @@ def read_bundle(path: Path) -> dict[str, list[Tensor]]:
     for name, value in read_checkpoint(path).state.items():
         if not name.startswith(BUNDLE):
             continue
-        token, dot, param = name.removeprefix(BUNDLE).rpartition(f".{PARAMETERS}")
+        token, dot, key = name.removeprefix(BUNDLE).rpartition(f".{PARAMETERS}")
         if dot:
-            param = PARAMETERS + param
+            key = PARAMETERS + key
         else:
-            token, _, param = name.removeprefix(BUNDLE).rpartition(".")
-        bundles.setdefault(token or param, {})[param] = value
+            token, _, key = name.removeprefix(BUNDLE).rpartition(".")
+        bundles.setdefault(token or key, {})[key] = value
     return {
         token: vectors
         for bundle, tensors in bundles.items()
-        for token, vectors in _parse(tensors, bundle, path).items()
+        for token, vectors in _parse_tokens(tensors, bundle, path).items()
     }
 
 
@@ -224,27 +229,34 @@ def write_embeddings(
 
     Args:
         tokens: vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
-        metadata: entries of the file.
-        model: model that they were trained for, whose base model goes into the metadata.
+        metadata: entries of the file; None = none besides those that are computed.
+        model: model that they were trained for, whose base model goes into the metadata; None =
+            unknown.
     """
     state: dict[str, Tensor] = {}
-    about: dict[str, str | int] = {
+    entries: dict[str, str | int] = {
         "modelspec.trigger_phrase": ", ".join(tokens),
         **(metadata or {}),
     }
-    metadata = describe_model(model, Path(path).stem, "textual-inversion", about)
+    entries = describe_model(model, Path(path).stem, "textual-inversion", entries)
     for token, value in tokens.items():
         vectors = [value] if isinstance(value, Tensor) else value
         names = [token] if len(vectors) == 1 else XL_KEYS
         state |= {name: v.detach().cpu() for name, v in zip(names, vectors, strict=True)}
         if len(vectors) > 1:
-            metadata[TOKEN_KEY] = token
-    write_checkpoint(path, state, metadata)
+            entries[TOKEN_KEY] = token
+    write_checkpoint(path, state, entries)
 
 
-def _parse(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
-    """Return the vectors by token; `name` is the token if `state` has only one, unnamed."""
-    state = {FORMER_XL_KEYS.get(key, key): value for key, value in state.items()}
+def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
+    """Return the vectors (n, D) by token, for one or two text encoders.
+
+    Args:
+        state: tensors of a file.
+        name: the token, if the file does not name its only one.
+        path: the file, for messages.
+    """
+    state = {DIFFUSERS_XL_KEYS.get(key, key): value for key, value in state.items()}
     xl_vectors = [state[key] for key in XL_KEYS if key in state]
     params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}
     if xl_vectors:

@@ -12,44 +12,52 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.loading.addons.lora import (
-    Weight,
-    find_base,
-    lora_targets,
-    read_bundled_embeddings,
-    read_named_changes,
-)
-from ldm.loading.build import build_on_meta, meta_device
+from ldm.loading.addons.lora import build_lora_layer, read_named_changes
+from ldm.loading.addons.lora_files import find_base, read_bundled_embeddings
+from ldm.loading.addons.lora_targets import list_lora_targets
+from ldm.loading.addons.lora_weights import LoRAWeightLike
+from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import LORA_PARTS
 from ldm.loading.families import FAMILIES
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
-from ldm.loading.merge import ReadModel, check_fits, read_model
+from ldm.loading.merge import ModelFile, check_fits, read_model_file
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
 
-__all__ = ["Extraction", "Joined", "RankRule", "extract_lora", "join_loras", "model_of_lora"]
+__all__ = [
+    "ExtractedLoRA", "JoinedLoRA", "RankRule", "build_model_of_lora", "extract_lora", "join_loras",
+]  # fmt: skip
 
-ZERO = 1e-7  # of singular values, relative to the largest
+ZERO = 1e-7  # singular values up to this, relative to the largest, are rounding errors
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """Limits for the singular values that a layer keeps; the strictest one applies."""
+    """Limits for the singular values that a layer keeps: the strictest applies; None = no limit.
 
-    rank: int | None = None  # maximum number
-    share: float | None = None  # fraction of their sum to keep, 0 … 1 (kohya's `sv_cumulative`)
-    # fraction of the sum of their squares, 0 … 1: 1 - squared relative error (kohya's `sv_fro`)
-    square_share: float | None = None
-    # keep values of at least the largest divided by this (kohya's `sv_ratio`)
+    Args:
+        rank: maximum number.
+        sum_fraction: fraction of their sum to keep, above 0 to 1 (kohya's `sv_cumulative`).
+        square_fraction: fraction of the sum of their squares to keep, above 0 to 1: 1 - squared
+            relative error (kohya's `sv_fro`).
+        ratio: keep values of at least the largest divided by this, at least 1 (kohya's `sv_ratio`).
+    """
+
+    rank: int | None = None
+    sum_fraction: float | None = None
+    square_fraction: float | None = None
     ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ArgumentError(f"rank {self.rank}: must be at least 1", "rank")
-        for name, value in (("share", self.share), ("square_share", self.square_share)):
+        for name, value in (
+            ("sum_fraction", self.sum_fraction),
+            ("square_fraction", self.square_fraction),
+        ):
             if value is not None and not 0 < value <= 1:
                 raise ArgumentError(f"{name} {value}: must be above 0 and at most 1", name)
         if self.ratio is not None and not self.ratio >= 1:
@@ -58,48 +66,59 @@ class RankRule:
     @property
     def is_limited(self) -> bool:
         """Whether any limit is set."""
-        return self != FULL
+        return self != NO_LIMITS
 
     def count(self, values: Tensor) -> int:
         """Return how many of the singular values (n,), descending, to keep: at least 1."""
         counts = [len(values) if self.rank is None else self.rank]
-        for share, numbers in ((self.share, values), (self.square_share, values.square())):
-            if share is not None:
-                sums = numbers.cumsum(0)
-                counts.append(int((sums < share * sums[-1]).sum()) + 1)
+        for fraction, summands in (
+            (self.sum_fraction, values),
+            (self.square_fraction, values.square()),
+        ):
+            if fraction is not None:
+                sums = summands.cumsum(0)
+                counts.append(int((sums < fraction * sums[-1]).sum()) + 1)
         if self.ratio is not None:
             counts.append(int((values >= values[0] / self.ratio).sum()))
         return max(1, min(len(values), *counts))
 
 
-FULL = RankRule()
+NO_LIMITS = RankRule()
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedLoRA:
     """Several LoRAs joined into one.
 
     Args:
-        others: Other tensors, by their names in files: additions to norms and biases, textual
+        lora: the layers.
+        other_tensors: tensors by their names in files: additions to norms and biases, textual
             inversions.
-        ranks: Sum of the layers' ranks before they were limited.
-        retained: Fraction of the sum of squared singular values that the limits keep.
+        total_rank: sum of the layers' ranks before they were limited.
+        retained_fraction: of the sum of squared singular values, what the limits keep.
     """
 
     lora: LoRA
-    others: dict[str, Tensor]
-    ranks: int
-    retained: float
+    other_tensors: dict[str, Tensor]
+    total_rank: int
+    retained_fraction: float
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """A LoRA extracted from the difference of two models."""
+class ExtractedLoRA:
+    """A LoRA extracted from the difference of two models.
+
+    Args:
+        lora: the layers.
+        model: the base model, of which only the weights that LoRAs change are loaded.
+        retained_fraction: of the squared difference of its layers, what it reproduces.
+        other_weights: names of other weights that differ between the models.
+    """
 
     lora: LoRA
     model: LatentDiffusion
-    retained: float  # fraction of the squared difference of its layers that it reproduces
-    left_out: tuple[str, ...]  # names of other weights that differ between the models
+    retained_fraction: float
+    other_weights: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -113,7 +132,7 @@ def extract_lora(
     ema: bool = False,
     config: str | Path | None = None,
     progress: Callable[[int], object] = lambda count: None,
-) -> Extraction:
+) -> ExtractedLoRA:
     """Extract a LoRA that makes the model `base` similar to `tuned`, of the same family.
 
     Layers that do not differ are left out.
@@ -132,51 +151,51 @@ def extract_lora(
     if not 0.5 < clamp_quantile <= 1:
         message = f"clamp_quantile {clamp_quantile}: must be above 0.5 and at most 1"
         raise ArgumentError(message, "clamp_quantile")
-    models = [read_model(path, config, ema=ema) for path in (tuned, base)]
+    models = [read_model_file(path, config, ema=ema) for path in (tuned, base)]
     check_fits(models[1], models[0])
-    differing = _differing_weights(*models)
+    differing = _list_differing_weights(*models)
     networks = [_fill_mapped(model, models[1]) for model in models]
     layers: dict[str, LoRALayer] = {}
-    missing = total = 0.0
-    for new, old in zip(*map(lora_targets, networks), strict=True):
+    squared_error = squared_delta = 0.0
+    for new, old in zip(*map(list_lora_targets, networks), strict=True):
         progress(1)
-        rows = new.target.weight
-        used = conv_rule if rows[0, 0].numel() > 1 else rule
-        if used is None:
+        weights = (new.target.weight, old.target.weight)
+        layer_rule = conv_rule if weights[0][0, 0].numel() > 1 else rule
+        if layer_rule is None:
             continue
-        delta = rows.float() - old.target.weight.float()
-        for model, weight in zip(models, (rows, old.target.weight), strict=True):
+        delta = weights[0].float() - weights[1].float()
+        for model, weight in zip(models, weights, strict=True):
             model.release(weight)
         if not delta.any():
             continue
         up, values, down = decompose(delta.flatten(1))
-        count = used.count(values)
+        count = layer_rule.count(values)
         up, down = up[:, :count] * values[:count], down[:count]
         if clamp_quantile < 1:
-            limit = _quantile(torch.cat([up.flatten(), down.flatten()]), clamp_quantile)
+            limit = _compute_quantile(torch.cat([up.flatten(), down.flatten()]), clamp_quantile)
             up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
-        missing += float((delta.flatten(1) - (up @ down).to(delta)).square().sum())
-        total += float(delta.square().sum())
-        layers[old.kohya] = _build_layer(old.target, up, down)
+        squared_error += float((delta.flatten(1) - (up @ down).to(delta)).square().sum())
+        squared_delta += float(delta.square().sum())
+        layers[old.kohya] = build_lora_layer(old.target, down.float(), up.float())
     if not layers:
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
     changed = {layer.target for layer in layers.values()}
-    return Extraction(
+    return ExtractedLoRA(
         LoRA(layers),
         networks[1],
-        1 - missing / total,
-        tuple(_left_out(differing, networks[1], changed)),
+        1 - squared_error / squared_delta,
+        tuple(_exclude_targets(differing, networks[1], changed)),
     )
 
 
 @torch.no_grad()
 def join_loras(
-    files: Iterable[tuple[str | Path, Weight]],
+    files: Iterable[tuple[str | Path, LoRAWeightLike]],
     model: LatentDiffusion,
-    rule: RankRule = FULL,
+    rule: RankRule = NO_LIMITS,
     *,
     progress: Callable[[int], object] = lambda count: None,
-) -> Joined:
+) -> JoinedLoRA:
     """Join (file, weight) pairs into one LoRA with the effect of all together; alpha = rank.
 
     The ranks of plain LoRAs add up, as their matrices are concatenated: adding `up` and `down`
@@ -192,8 +211,8 @@ def join_loras(
         ValueError: As `read_changes`.
     """
     names: dict[Target, str] = {}
-    groups: dict[Target, list[Addition]] = {}
-    others: dict[str, Tensor] = {}
+    additions: dict[Target, list[Addition]] = {}
+    other_tensors: dict[str, Tensor] = {}
     for path, weight in files:
         for name, change in read_named_changes(path, model, weight):
             if not isinstance(change, Addition):
@@ -203,30 +222,30 @@ def join_loras(
                     "checkpoint, `extract-lora` to make a LoRA of that one's difference"
                 )
             names[change.target] = name
-            groups.setdefault(change.target, []).append(change)
-        others |= read_bundled_embeddings(path)
+            additions.setdefault(change.target, []).append(change)
+        other_tensors |= read_bundled_embeddings(path)
     layers: dict[str, LoRALayer] = {}
-    ranks, kept, total = 0, 0.0, 0.0
-    for target, group in groups.items():
+    total_rank, retained, total = 0, 0.0, 0.0
+    for target, target_additions in additions.items():
         progress(1)
         if target.weight.dim() == 1:
-            others[f"{names[target]}.{_vector_role(target)}"] = sum_additions(group)
+            name = f"{names[target]}.{_get_vector_role(target)}"
+            other_tensors[name] = sum_additions(target_additions)
             continue
-        up, values, down = _decompose_sum(group, is_limited=rule.is_limited)
+        up, values, down = _decompose_sum(target_additions, is_limited=rule.is_limited)
         count = min(rule.count(values), int(values.count_nonzero()))
         if count:
-            layers[names[target]] = _build_layer(
-                target, up[:, :count] * values[:count], down[:count]
-            )
-        ranks += len(values)
-        kept += float(values[:count].square().sum())
+            up, down = up[:, :count] * values[:count], down[:count]
+            layers[names[target]] = build_lora_layer(target, down.float(), up.float())
+        total_rank += len(values)
+        retained += float(values[:count].square().sum())
         total += float(values.square().sum())
-    if not layers and not others:
+    if not layers and not other_tensors:
         raise WeightsMismatch("all layers of the LoRA are zero")
-    return Joined(LoRA(layers), others, ranks, kept / total if total else 1.0)
+    return JoinedLoRA(LoRA(layers), other_tensors, total_rank, retained / total if total else 1.0)
 
 
-def model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDiffusion:
+def build_model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDiffusion:
     """Return the model that a LoRA file is for, on the meta device.
 
     Args:
@@ -234,7 +253,7 @@ def model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDif
             LoRA.
     """
     if base is not None:
-        return read_model(base, None, ema=False).model
+        return read_model_file(base, None, ema=False).model
     name = find_base(path)
     family = next((family for family in FAMILIES if family.title == name), None)
     if family is None:
@@ -285,14 +304,14 @@ def _decompose_sum(
     return left @ u, values, v @ right.T
 
 
-def _vector_role(target: Target) -> str:
+def _get_vector_role(target: Target) -> str:
     """Return the name in files for an addition to a bias, or to the weight of a norm."""
     if not isinstance(target.layer, (nn.GroupNorm, nn.LayerNorm)):
         return "diff_b"
     return "w_norm" if target.name == "weight" else "b_norm"
 
 
-def _fill_mapped(model: ReadModel, base: ReadModel) -> LatentDiffusion:
+def _fill_mapped(model: ModelFile, base: ModelFile) -> LatentDiffusion:
     """Return the model with the weights that LoRAs change, memory-mapped.
 
     A file of a UNet only is completed by the text encoders of the base.
@@ -306,12 +325,12 @@ def _fill_mapped(model: ReadModel, base: ReadModel) -> LatentDiffusion:
     return network
 
 
-def _differing_weights(tuned: ReadModel, base: ReadModel) -> list[str]:
+def _list_differing_weights(tuned: ModelFile, base: ModelFile) -> list[str]:
     names = [name for name in base.names if name in tuned and base[name].is_floating_point()]
     return [name for name in names if not _is_same(tuned, base, name)]
 
 
-def _is_same(tuned: ReadModel, base: ReadModel, name: str) -> bool:
+def _is_same(tuned: ModelFile, base: ModelFile, name: str) -> bool:
     new, old = tuned[name], base[name]
     is_same = new.shape == old.shape and new.float().equal(old.float())
     tuned.release(new)
@@ -319,7 +338,9 @@ def _is_same(tuned: ReadModel, base: ReadModel, name: str) -> bool:
     return is_same
 
 
-def _left_out(names: Iterable[str], model: LatentDiffusion, targets: set[Target]) -> Iterable[str]:
+def _exclude_targets(
+    names: Iterable[str], model: LatentDiffusion, targets: set[Target]
+) -> Iterable[str]:
     """Return the weights in `names` that none of the targets changes."""
     changed = {
         (
@@ -336,21 +357,9 @@ def _left_out(names: Iterable[str], model: LatentDiffusion, targets: set[Target]
     return (name for name in names if parameters.get(name) not in changed)
 
 
-def _quantile(values: Tensor, share: float) -> float:
-    """Return a quantile as `torch.quantile` does, which is limited to 16 million numbers."""
-    place = share * (len(values) - 1)
-    below = values.kthvalue(int(place) + 1).values
-    above = values.kthvalue(min(int(place) + 2, len(values))).values
-    return float(below.lerp(above, place - int(place)))
-
-
-def _build_layer(target: Target, up: Tensor, down: Tensor) -> LoRALayer:
-    with meta_device():
-        layer = LoRALayer(target, rank=len(down))
-    state = {
-        "lora_down.weight": down.float().reshape(layer.lora_down.weight.shape),
-        "lora_up.weight": up.float().reshape(layer.lora_up.weight.shape),
-        "alpha": torch.tensor(float(len(down))),
-    }
-    layer.load_state_dict(state, assign=True)
-    return layer.requires_grad_(False)
+def _compute_quantile(values: Tensor, q: float) -> float:
+    """Compute a quantile as `torch.quantile` does, which is limited to 16 million numbers."""
+    position = q * (len(values) - 1)
+    below = values.kthvalue(int(position) + 1).values
+    above = values.kthvalue(min(int(position) + 2, len(values))).values
+    return float(below.lerp(above, position - int(position)))

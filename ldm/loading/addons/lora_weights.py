@@ -17,7 +17,7 @@ from typing import Union
 from ldm.loading.blocks import BASE, Blocks
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["LoRAWeight", "split_weight"]
+__all__ = ["LoRAWeight", "LoRAWeightLike", "split_weight"]
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 PART = rf"(?:{NUMBER}|[^:=,]*,[^:]*|(?:te|unet|dyn|lbw)=[^:]*)"
@@ -44,7 +44,7 @@ class LoRAWeight:
 
     @classmethod
     def parse(cls, value: Union[float, str, "LoRAWeight"]) -> "LoRAWeight":
-        """Return the weight for a number, or for a text as at the top of this file.
+        """Return the weight for a number, or for a text as in the docstring of this module.
 
         Raises:
             ArgumentError: the text is not a valid weight.
@@ -68,8 +68,8 @@ class LoRAWeight:
                 )
                 raise ArgumentError(message, "lora")
             parts[name] = number
-        text = _number(parts.get("te"), value, 1.0)
-        unet = _number(parts.get("unet"), value, text)
+        text = _parse_number(parts.get("te"), value, 1.0)
+        unet = _parse_number(parts.get("unet"), value, text)
         rank = parts.get("dyn")
         if rank is not None and not (rank.isdigit() and int(rank) > 0):
             raise ArgumentError(f"`{value}`: dyn `{rank}` is not a positive whole number", "lora")
@@ -99,6 +99,9 @@ class LoRAWeight:
         return {b: w * (self.text if b == BASE else self.unet) for b, w in weights.items()}
 
 
+LoRAWeightLike = float | str | LoRAWeight  # what `LoRAWeight.parse` takes
+
+
 def split_weight(argument: str) -> tuple[str, str]:
     """Split NAME[:WEIGHT] into name and weight; a colon may also be part of the name.
 
@@ -110,7 +113,7 @@ def split_weight(argument: str) -> tuple[str, str]:
     return (match[1], match[2].removeprefix(":")) if match else ("", "")
 
 
-def _number(text: str | None, weight: str, default: float) -> float:
+def _parse_number(text: str | None, weight: str, default: float) -> float:
     if text is None:
         return default
     if not re.fullmatch(NUMBER, text, re.IGNORECASE):

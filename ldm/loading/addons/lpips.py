@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.weight_names import loss_weights
+from ldm.loading.weight_names import select_loss_weights
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
@@ -38,7 +38,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     state: dict[str, Tensor] = {}
     for path in paths:
         content = read_checkpoint(find_file(path)).state
-        state |= loss_weights(content) or {PREFIX + name: v for name, v in content.items()}
+        state |= select_loss_weights(content) or {PREFIX + name: v for name, v in content.items()}
     if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)
         raise FileFormatError(f"{names}: weights of LPIPS are missing, it needs {LPIPS_FILES}")
@@ -46,15 +46,15 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
 
 
 def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
-    """Return LPIPS from weights of losses (see `loss_weights`); None if some are missing."""
+    """Return LPIPS from weights of losses (see `select_loss_weights`); None if any are missing."""
     state = {_rename(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
     if not state:
         return None
     net = LPIPS()
-    own_state = net.state_dict()
-    constants = {name: value for name, value in own_state.items() if "scaling_layer" in name}
-    state = constants | {name: value for name, value in state.items() if name in own_state}
-    if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in own_state.items()}:
+    expected = net.state_dict()
+    constants = {name: value for name, value in expected.items() if "scaling_layer" in name}
+    state = constants | {name: value for name, value in state.items() if name in expected}
+    if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in expected.items()}:
         return None
     net.load_state_dict(state)
     return net

@@ -1,7 +1,6 @@
 """Load the safety checker of Stable Diffusion 1 from a file or a diffusers folder."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,21 +8,20 @@ from torch import Tensor
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.towers import VisionTower
 from ldm.loading.build import fill_weights, meta_device
-from ldm.loading.config import parse_yaml
 from ldm.loading.diffusers.files import read_component
-from ldm.loading.diffusers.keys import gather_weights, vision_keys
+from ldm.loading.diffusers.keys import gather_weights, locate_vision_tower
+from ldm.loading.diffusers.layout import read_json
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint
-from ldm.loading.matching import check_weights, guess_kind
+from ldm.loading.matching import check_weights, guess_file_type
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import FileFormatError, MissingFile
-from ldm.runtime.files import read_text
 
 __all__ = ["COMPONENT", "find_safety_checker", "load_safety_checker"]
 
 COMPONENT = "safety_checker"  # its folder in the folder of a pipeline
-MARK = "concept_embeds"
-HEAD_WIDTH = 64
+MARKER = "concept_embeds"
+HEAD_WIDTH = 64  # of CLIP ViT-L
 
 
 def find_safety_checker(path: str | Path) -> Path:
@@ -34,12 +32,13 @@ def find_safety_checker(path: str | Path) -> Path:
     Raises:
         MissingFile: there is none.
     """
-    found = find_checkpoint(path)
-    if found.is_dir() and (found / COMPONENT).is_dir():
-        found = found / COMPONENT
-    if not found.exists() or (found.is_dir() and not (found / "config.json").is_file()):
+    local_path = find_checkpoint(path)
+    if (local_path / COMPONENT).is_dir():
+        local_path /= COMPONENT
+    has_config = (local_path / "config.json").is_file()
+    if not local_path.exists() or (local_path.is_dir() and not has_config):
         raise MissingFile(f"no safety checker in `{path}`", COMPONENT)
-    return found
+    return local_path
 
 
 def load_safety_checker(
@@ -58,48 +57,49 @@ def load_safety_checker(
     path = find_safety_checker(path)
     if path.is_dir():
         state, mapped = read_component(path, None), True
-        heads = heads or _heads_of_folder(path)
+        heads = heads or _read_heads(path)
     else:
         file = read_checkpoint(path)
         state, mapped = file.state, file.mapped
-        _check_kind(path, file)
-    state = {_usual_name(name): value for name, value in state.items()}
+        _check_type(path, file)
+    state = {_to_current_name(name): value for name, value in state.items()}
     state.pop("vision_model.embeddings.position_ids", None)
-    misfit = f"`{path}` is not a complete safety checker"
+    summary = f"`{path}` is not a complete safety checker"
     with meta_device():
-        checker = _build(state, heads, misfit)
+        checker = _build_checker(state, heads, summary)
     expected = checker.state_dict()
-    locations = vision_keys(expected)
-    ours = gather_weights(locations, state, expected)
-    taken = {part for name in ours for part in locations[name].names}
-    ours |= {name: value for name, value in state.items() if name not in taken}
-    check_weights(expected, ours, misfit)
-    fill_weights(checker, ours, device=device, dtype=torch.float32, mapped=mapped)
+    locations = locate_vision_tower(expected)
+    weights = gather_weights(locations, state, expected)
+    gathered = {their_name for name in weights for their_name in locations[name].names}
+    weights |= {name: value for name, value in state.items() if name not in gathered}
+    check_weights(expected, weights, summary)
+    fill_weights(checker, weights, device=device, dtype=torch.float32, mapped=mapped)
     return checker.eval().requires_grad_(False)
 
 
-def _check_kind(path: Path, file: Checkpoint) -> None:
+def _check_type(path: Path, file: Checkpoint) -> None:
     """Raise FileFormatError if a file is not a safety checker."""
-    if any(name.endswith(MARK) for name in file.state):
+    if any(name.endswith(MARKER) for name in file.state):
         return
     family = identify_weights(file).family
-    kind = family.title if family else guess_kind(file.state) or "another model"
-    raise FileFormatError(f"`{path}` is {kind}, not a safety checker")
+    title = family.title if family else guess_file_type(file.state) or "another model"
+    raise FileFormatError(f"`{path}` is {title}, not a safety checker")
 
 
-def _usual_name(name: str) -> str:
+def _to_current_name(name: str) -> str:
     """Return a name without the prefixes of older versions of transformers and pipelines."""
     name = name.removeprefix(f"{COMPONENT}.")
     return name.removeprefix("vision_model.") if name.startswith("vision_model.vision_") else name
 
 
-def _heads_of_folder(path: Path) -> int | None:
-    config: dict[str, Any] = parse_yaml(read_text(path / "config.json"), where="config.json")
-    vision = config.get("vision_config") or {}
-    return (vision | (config.get("vision_config_dict") or {})).get("num_attention_heads")
+def _read_heads(path: Path) -> int | None:
+    config = read_json(path / "config.json")
+    # Older versions of transformers wrote both, with the values that count in the second.
+    vision = (config.get("vision_config") or {}) | (config.get("vision_config_dict") or {})
+    return vision.get("num_attention_heads")
 
 
-def _build(state: dict[str, Tensor], heads: int | None, misfit: str) -> SafetyChecker:
+def _build_checker(state: dict[str, Tensor], heads: int | None, summary: str) -> SafetyChecker:
     """Build the checker with sizes inferred from its weights."""
     try:
         width = len(state["vision_model.embeddings.class_embedding"])
@@ -107,9 +107,9 @@ def _build(state: dict[str, Tensor], heads: int | None, misfit: str) -> SafetyCh
         positions = len(state["vision_model.embeddings.position_embedding.weight"])
         hidden = len(state["vision_model.encoder.layers.0.mlp.fc1.bias"])
         embed_dim = len(state["visual_projection.weight"])
-        concepts, special = len(state[MARK]), len(state["special_care_embeds"])
+        concepts, special = len(state[MARKER]), len(state["special_care_embeds"])
     except KeyError as error:
-        raise FileFormatError(f"{misfit}: `{error.args[0]}` is missing") from error
+        raise FileFormatError(f"{summary}: `{error.args[0]}` is missing") from error
     visual = VisionTower(
         image_size=patch * round((positions - 1) ** 0.5),
         patch_size=patch,

@@ -17,51 +17,41 @@ from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "added_tokens",
-    "depth_config",
-    "depth_params",
-    "depth_processor_config",
-    "image_processor_config",
-    "is_openai_clip",
-    "text_config",
-    "text_files",
-    "text_params",
-    "tokenizer_files",
-    "vision_config",
-    "vision_params",
-    "xl_text_params",
+    "is_openai_clip", "make_depth_config", "make_depth_processor_config",
+    "make_image_processor_config", "make_text_config", "make_text_files", "make_tokenizer_files",
+    "make_vision_config", "parse_depth_config", "parse_text_config", "parse_vision_config",
+    "parse_xl_text_config", "read_added_tokens",
 ]  # fmt: skip
 
-Config = JsonMapping
+Config = JsonMapping  # of transformers
 
+# The only supported value of options of transformers' DPT.
 DEPTH_REQUIRED_VALUES = {
     "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
     "readout_type": "project", "neck_ignore_stages": [0, 1], "is_hybrid": True,
 }  # fmt: skip
 ACTIVATIONS = ("quick_gelu", "gelu")
+# Common options of image processors; 3 is PIL's bicubic filter.
 PROCESSOR = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True,
 }  # fmt: skip
 
 
-def text_config(encoder: TextEncoder) -> JsonObject:
-    """Return the config of a text encoder with only the blocks that are used.
+def make_text_config(encoder: TextEncoder) -> JsonObject:
+    """Return transformers' config of a text encoder, with only the blocks that are run.
 
-    SDXL's have all blocks; diffusers' pipeline takes the last hidden state but one.
+    Those of SDXL have all blocks, as diffusers' pipeline takes the hidden state before the last.
     """
-    kind = "CLIPTextModel"
+    class_name = "CLIPTextModel"
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
-        block, num_blocks, norm = (
-            encoder.model.blocks[0],
-            encoder.num_blocks,
-            encoder.model.ln_final,
-        )
+        block, num_blocks = encoder.model.blocks[0], encoder.num_blocks
+        norm = encoder.model.ln_final
         heads, hidden = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
         projection = encoder.model.text_projection.shape[1]
         if encoder.always_return_pooled:
-            kind, num_blocks = "CLIPTextModelWithProjection", len(encoder.model.blocks)
+            class_name, num_blocks = "CLIPTextModelWithProjection", len(encoder.model.blocks)
     elif isinstance(encoder, CLIPText) and (
         encoder.layer == "last"
         or (encoder.layer == "hidden" and encoder.blocks_run >= len(encoder.tower.blocks) - 1)
@@ -75,7 +65,7 @@ def text_config(encoder: TextEncoder) -> JsonObject:
             what += f" with `layer: {encoder.layer}`"
         raise ConfigError(f"transformers' CLIPTextModel does not support {what}")
     return {
-        "architectures": [kind],
+        "architectures": [class_name],
         "model_type": "clip_text_model",
         "vocab_size": VOCAB,
         "hidden_size": encoder.width,
@@ -83,7 +73,7 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         "num_hidden_layers": num_blocks,
         "num_attention_heads": heads,
         "max_position_embeddings": encoder.length,
-        "hidden_act": _activation(block),
+        "hidden_act": _get_activation(block),
         "layer_norm_eps": norm.eps,
         "projection_dim": projection,
         "bos_token_id": tokenizer.START,
@@ -92,28 +82,28 @@ def text_config(encoder: TextEncoder) -> JsonObject:
     }
 
 
-def text_files(encoder: TextEncoder, component: str = "text_encoder") -> JsonObject:
-    """Return config and tokenizer of a text encoder, by their paths in the folder."""
+def make_text_files(encoder: TextEncoder, component: str = "text_encoder") -> JsonObject:
+    """Return config and tokenizer files of a text encoder, by their paths in the folder."""
     tokenizer_folder = component.replace("text_encoder", "tokenizer")
-    files = {f"{tokenizer_folder}/{n}": file for n, file in tokenizer_files(encoder).items()}
-    return {f"{component}/config.json": text_config(encoder), **files}
+    files = {f"{tokenizer_folder}/{n}": file for n, file in make_tokenizer_files(encoder).items()}
+    return {f"{component}/config.json": make_text_config(encoder), **files}
 
 
-def xl_text_params(config: Config, *, pooled: bool) -> JsonObject:
+def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
     """Return the parameters of SDXL's text encoder: CLIPText, or OpenCLIPText with `pooled`."""
     layers = config["num_hidden_layers"]
     if not pooled:
-        return {"layer": "hidden", "layer_idx": layers - 1, **_openai_arch(config)}
+        return {"layer": "hidden", "layer_idx": layers - 1, **_parse_openai_arch(config)}
     width, embed = config["hidden_size"], config["projection_dim"]
     size = TextSize(width, config["num_attention_heads"], layers)
     name = next((name for name, known in TEXT_SIZES.items() if known == size), None)
     is_quick = is_openai_clip(config, "text_encoder_2/config.json")
-    arch_2: Any = name
+    arch: Any = name
     if name is None or embed != width or is_quick or config["intermediate_size"] != 4 * width:
-        arch_2 = {"embed_dim": embed, "text_cfg": _text_cfg(config, layers)}
-        arch_2 |= {"quick_gelu": True} if is_quick else {}
+        arch = {"embed_dim": embed, "text_cfg": _make_text_cfg(config, layers)}
+        arch |= {"quick_gelu": True} if is_quick else {}
     return {
-        "arch": arch_2,
+        "arch": arch,
         "freeze": True,
         "layer": "penultimate",
         "always_return_pooled": True,
@@ -121,14 +111,14 @@ def xl_text_params(config: Config, *, pooled: bool) -> JsonObject:
     }
 
 
-def _openai_arch(config: Config) -> JsonObject:
+def _parse_openai_arch(config: Config) -> JsonObject:
     """Return the keyword `arch` of CLIPText: sizes other than those of ViT-L/14."""
     defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
     arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
     return {"arch": arch} if arch else {}
 
 
-def _text_cfg(config: Config, layers: int) -> JsonObject:
+def _make_text_cfg(config: Config, layers: int) -> JsonObject:
     return {
         "width": config["hidden_size"],
         "heads": config["num_attention_heads"],
@@ -138,7 +128,7 @@ def _text_cfg(config: Config, layers: int) -> JsonObject:
     }
 
 
-def text_params(config: Config) -> JsonObject:
+def parse_text_config(config: Config) -> JsonObject:
     """Return the parameters of our text encoder: CLIPText for quick GELU, else OpenCLIPText.
 
     OpenCLIP's last block, which Stable Diffusion 2 does not use, is usually missing in a folder;
@@ -146,7 +136,7 @@ def text_params(config: Config) -> JsonObject:
     there, `layer` is `last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
-        return _openai_arch(config)
+        return _parse_openai_arch(config)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     names = {size: name for name, size in TEXT_SIZES.items()}
@@ -157,15 +147,16 @@ def text_params(config: Config) -> JsonObject:
     name = names.get(TextSize(width, heads, layers))
     if name is not None:
         return params if name == "ViT-H-14" else params | {"arch": name}
-    return params | {"arch": {"embed_dim": width, "text_cfg": _text_cfg(config, layers)}}
+    return params | {"arch": {"embed_dim": width, "text_cfg": _make_text_cfg(config, layers)}}
 
 
-def tokenizer_files(encoder: TextEncoder) -> JsonObject:
+def make_tokenizer_files(encoder: TextEncoder) -> JsonObject:
     """Return the files of CLIP's tokenizer (JSON or text by name) with the encoder's padding."""
     ids, ranks = tokenizer.load_vocabulary()
-    start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' names in both variants
-    symbols = {number: symbol for symbol, number in ids.items()}
-    pad = symbols.get(encoder.tokenizer_variant.pad, end)
+    # Open_clip calls them otherwise, transformers for open_clip's models as CLIP does.
+    start, end = tokenizer.CLIP.start, tokenizer.CLIP.end
+    tokens = {number: token for token, number in ids.items()}
+    pad = tokens.get(encoder.tokenizer_variant.pad, end)
     specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     tokenizer_config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
     return {
@@ -176,7 +167,7 @@ def tokenizer_files(encoder: TextEncoder) -> JsonObject:
     }
 
 
-def added_tokens(files: JsonMapping, folder: str) -> dict[str, int]:
+def read_added_tokens(files: JsonMapping, folder: str) -> dict[str, int]:
     """Return the ids of a tokenizer's added tokens, from files of any version of transformers."""
     table = files.get(f"{folder}/tokenizer_config.json", {}).get("added_tokens_decoder", {})
     tokens = {entry["content"]: int(number) for number, entry in table.items()}
@@ -185,7 +176,7 @@ def added_tokens(files: JsonMapping, folder: str) -> dict[str, int]:
     return tokens | dict(files.get(f"{folder}/added_tokens.json", {}))
 
 
-def vision_config(visual: VisionTower) -> JsonObject:
+def make_vision_config(visual: VisionTower) -> JsonObject:
     """Return the config of a vision tower."""
     block = visual.blocks[0]
     return {
@@ -198,12 +189,12 @@ def vision_config(visual: VisionTower) -> JsonObject:
         "image_size": visual.image_size,
         "patch_size": visual.conv1.kernel_size[0],
         "projection_dim": visual.proj.shape[1],
-        "hidden_act": _activation(block),
+        "hidden_act": _get_activation(block),
         "layer_norm_eps": visual.ln_post.eps,
     }
 
 
-def vision_params(config: Config) -> JsonObject:
+def parse_vision_config(config: Config) -> JsonObject:
     """Return the parameters of CLIPImage for quick GELU, else of OpenCLIPImage."""
     width, embed = config["hidden_size"], config["projection_dim"]
     where = "image_encoder/config.json"
@@ -223,7 +214,7 @@ def vision_params(config: Config) -> JsonObject:
     return {key: {"embed_dim": embed, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}
 
 
-def image_processor_config(size: int) -> JsonObject:
+def make_image_processor_config(size: int) -> JsonObject:
     """Return the preprocessor config: resize to a square without cropping, as the original."""
     return PROCESSOR | {
         "image_processor_type": "CLIPImageProcessor",
@@ -235,7 +226,7 @@ def image_processor_config(size: int) -> JsonObject:
     }
 
 
-def depth_config(encoder: MiDaSDepth) -> JsonObject:
+def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
     """Return transformers' config of the depth network."""
     dpt = encoder.model
     assert dpt is not None
@@ -273,7 +264,7 @@ def depth_config(encoder: MiDaSDepth) -> JsonObject:
     )
 
 
-def depth_params(config: Config) -> JsonObject:
+def parse_depth_config(config: Config) -> JsonObject:
     """Return the parameters of our MiDaSDepth."""
     where = "depth_estimator/config.json"
     validate_config(config, where, DEPTH_REQUIRED_VALUES)
@@ -290,7 +281,7 @@ def depth_params(config: Config) -> JsonObject:
     return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
 
 
-def depth_processor_config(side: int) -> JsonObject:
+def make_depth_processor_config(side: int) -> JsonObject:
     """Return the preprocessor config: resize to the square size that transformers' DPT supports."""
     return PROCESSOR | {
         "image_processor_type": "DPTImageProcessor",
@@ -309,5 +300,5 @@ def is_openai_clip(config: Config, where: str) -> bool:
     return bool(activation == "quick_gelu")
 
 
-def _activation(block: OpenCLIPBlock | CLIPBlock) -> str:
+def _get_activation(block: OpenCLIPBlock | CLIPBlock) -> str:
     return "quick_gelu" if block.activation is quick_gelu else "gelu"

@@ -1,10 +1,10 @@
 """Convert between a model's config and the JSONs of a diffusers folder.
 
-    folder_configs(model, spec)   -> {"unet/config.json": {…}, …, "model_index.json": {…}}
-    original_config(files)        these files -> a config with the original's keys
+    make_folder_configs(model, spec)   -> {"unet/config.json": {…}, …, "model_index.json": {…}}
+    make_original_config(files)        these files -> a config with the original's keys
 
-`original_config` fills the published YAML of the family with the folder's numbers, so that programs
-for the original's configs can read it.
+`make_original_config` fills the published YAML of the family with the folder's numbers, so that
+programs for the original's configs can read it.
 """
 
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers
 from ldm.loading.diffusers.latent_upscaler import (
-    folder_configs_x2,
     is_x2_folder,
-    original_config_x2,
+    make_folder_configs_x2,
+    make_original_config_x2,
 )
 from ldm.loading.diffusers.xl import (
-    folder_configs_xl,
     is_xl_folder,
     is_xl_model,
-    original_config_xl,
+    make_folder_configs_xl,
+    make_original_config_xl,
 )
 from ldm.loading.families import CONFIG_DIR, recognize_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
@@ -35,7 +35,7 @@ from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.runtime.errors import FileFormatError, WrongFamily
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["Files", "folder_configs", "original_config"]
+__all__ = ["Files", "make_folder_configs", "make_original_config"]
 
 Files = JsonObject  # path in the folder -> JSON, or text
 
@@ -89,31 +89,33 @@ PIPELINE_OF_COMPONENT = {
 V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
 
-def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
+def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     """Return all files of a folder except weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
-        return {"config.json": networks.vae_config(params, None, 512)}
+        return {"config.json": networks.make_vae_config(params, None, 512)}
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
     if is_xl_model(model):
-        return folder_configs_xl(model, spec)
+        return make_folder_configs_xl(model, spec)
     if isinstance(model.unet, LatentUpscalerUNet):
-        return folder_configs_x2(model, spec)
-    side = _training_size(model)
+        return make_folder_configs_x2(model, spec)
+    side = _get_training_size(model)
     height, width = model.latent_size
     files: Files = {
-        layout.UNET: networks.unet_config(model.unet, side if height == width else [height, width]),
-        layout.VAE: networks.vae_config(vae, model.scale_factor, side * model.downscale),
-        layout.SCHEDULER: schedulers.ddim_config(
+        layout.UNET: networks.make_unet_config(
+            model.unet, side if height == width else [height, width]
+        ),
+        layout.VAE: networks.make_vae_config(vae, model.scale_factor, side * model.downscale),
+        layout.SCHEDULER: schedulers.make_ddim_config(
             params["schedule"]["params"]["betas"],
             model.parameterization,
             zero_snr=model.schedule.zero_snr,
         ),
     }
-    kind = _pipeline_of_model(model)
-    files |= _encoder_configs(model, params["conditioner"]["params"], kind)
+    kind = _find_model_pipeline(model)
+    files |= _make_encoder_configs(model, params["conditioner"]["params"], kind)
     pipeline = PIPELINES[kind]
     components = {path.split("/")[0] for path in files} - {"feature_extractor"}  # set below
     index: Files = {
@@ -130,18 +132,18 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     return files | {layout.INDEX: index}
 
 
-def original_config(files: Files, folder: str = "the folder") -> JsonObject:
+def make_original_config(files: Files, folder: str = "the folder") -> JsonObject:
     """Return the config with the original's keys; `folder` is its path for messages."""
     if layout.INDEX not in files:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
-        autoencoder["params"] = networks.vae_params(files["config.json"])
+        autoencoder["params"] = networks.parse_vae_config(files["config.json"])
         return {"model": autoencoder}
     if is_xl_folder(files):
-        return original_config_xl(files, folder)
+        return make_original_config_xl(files, folder)
     if is_x2_folder(files):
-        return original_config_x2(files, folder)
-    kind = _pipeline_of_folder(files)
+        return make_original_config_x2(files, folder)
+    kind = _find_folder_pipeline(files)
     encoder = IMAGE if kind in ("image", "variations") else layout.TEXT
     is_openai = encoders.is_openai_clip(files[encoder], encoder)
     template = PIPELINES[kind].openai if is_openai else PIPELINES[kind].open_clip
@@ -150,11 +152,11 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
         raise WrongFamily(f"no original config matches `{name}` with the encoder in {encoder}")
     raw = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
     params = raw["model"]["params"]
-    unet = networks.unet_params(files[layout.UNET])
+    unet = networks.parse_unet_config(files[layout.UNET])
     params["unet_config"]["params"] = unet
-    params[AUTOENCODER_CONFIG]["params"] |= networks.vae_params(files[layout.VAE])
-    params |= schedulers.beta_params(files[layout.SCHEDULER], layout.SCHEDULER)
-    params["parameterization"] = schedulers.parameterization(
+    params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(files[layout.VAE])
+    params |= schedulers.parse_betas(files[layout.SCHEDULER], layout.SCHEDULER)
+    params["parameterization"] = schedulers.parse_prediction_type(
         files[layout.SCHEDULER], layout.SCHEDULER
     )
     if schedulers.is_trailing(files[layout.SCHEDULER]):  # its timestep spacing
@@ -163,49 +165,49 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]
     if layout.TEXT in files:
-        params["cond_stage_config"]["params"] = encoders.text_params(files[layout.TEXT])
+        params["cond_stage_config"]["params"] = encoders.parse_text_config(files[layout.TEXT])
     _set_encoder_params(files, params, kind)
     return raw
 
 
-def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> Files:
+def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> Files:
     conditioner, files = model.conditioner, Files()
     image = conditioner.find(ImageEmbedding)
     tower = None if image is None else image.clip.model.visual
     if kind == "variations":
         tower = conditioner.get(CLIPImage).model.visual
     else:
-        files |= encoders.text_files(conditioner.get(TextEncoder))
+        files |= encoders.make_text_files(conditioner.get(TextEncoder))
     if tower is not None:
-        files[IMAGE] = encoders.vision_config(tower)
-        files[PROCESSOR] = encoders.image_processor_config(tower.image_size)
+        files[IMAGE] = encoders.make_vision_config(tower)
+        files[PROCESSOR] = encoders.make_image_processor_config(tower.image_size)
     if image is not None:
         name = layout.CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
-        files[EMBEDDING_NOISE] = _noise_config(specs["image"]["params"]["noise"])
+        files[EMBEDDING_NOISE] = _make_noise_config(specs["image"]["params"]["noise"])
     if kind in ("lowres", "rgbd"):  # the pipeline of rgbd requires it, unused
-        files[LOW_RES_NOISE] = _noise_config(specs[kind])
+        files[LOW_RES_NOISE] = _make_noise_config(specs[kind])
     if kind == "depth":
-        files[DEPTH] = encoders.depth_config(conditioner.get(MiDaSDepth))
-        files[PROCESSOR] = encoders.depth_processor_config(files[DEPTH]["image_size"])
+        files[DEPTH] = encoders.make_depth_config(conditioner.get(MiDaSDepth))
+        files[PROCESSOR] = encoders.make_depth_processor_config(files[DEPTH]["image_size"])
     return files
 
 
 def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
     """Set parameters of a config from the encoders' files."""
     if kind == "depth":
-        params["depth_stage_config"]["params"] = encoders.depth_params(files[DEPTH])
+        params["depth_stage_config"]["params"] = encoders.parse_depth_config(files[DEPTH])
     if kind in ("lowres", "rgbd"):
         low_res = params["low_scale_config"].setdefault("params", {})
         low_res["max_noise_level"] = files[layout.INDEX].get("max_noise_level", 350)
     if kind == "lowres":
-        noise = schedulers.beta_params(files[LOW_RES_NOISE], LOW_RES_NOISE)
+        noise = schedulers.parse_betas(files[LOW_RES_NOISE], LOW_RES_NOISE)
         low_res["noise_schedule_config"] = noise
     if kind == "variations":
-        params["cond_stage_config"]["params"] = encoders.vision_params(files[IMAGE])
+        params["cond_stage_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
     if kind == "image":
-        params["embedder_config"]["params"] = encoders.vision_params(files[IMAGE])
-        betas = schedulers.beta_params(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
+        params["embedder_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
+        betas = schedulers.parse_betas(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
         width = files[IMAGE]["projection_dim"]
         params["noise_aug_config"]["params"] |= {
             "timestep_dim": width,
@@ -213,7 +215,7 @@ def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
         }
 
 
-def _pipeline_of_model(model: LatentDiffusion) -> str:
+def _find_model_pipeline(model: LatentDiffusion) -> str:
     """Return the key in PIPELINES for the encoders of a model."""
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
@@ -229,7 +231,7 @@ def _text_kind(is_rgbd: bool) -> str:
     return "text-rgbd" if is_rgbd else "text"
 
 
-def _pipeline_of_folder(files: Files) -> str:
+def _find_folder_pipeline(files: Files) -> str:
     """Return the key in PIPELINES for the components of a folder."""
     components = {path.split("/")[0] for path in files}
     is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
@@ -249,7 +251,7 @@ def _pipeline_of_folder(files: Files) -> str:
     return "masked" if is_inpainting else _text_kind(is_rgbd)
 
 
-def _training_size(model: LatentDiffusion) -> int:
+def _get_training_size(model: LatentDiffusion) -> int:
     """Return the side in latent pixels at which a model was trained."""
     family = recognize_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":
@@ -257,9 +259,9 @@ def _training_size(model: LatentDiffusion) -> int:
     return model.image_size
 
 
-def _noise_config(spec: JsonMapping) -> Files:
+def _make_noise_config(spec: JsonMapping) -> Files:
     """Return the config of the noise schedule of a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")
-    config = schedulers.betas_config({"params": params})
+    config = schedulers.make_betas_config({"params": params})
     return {"_class_name": "DDPMScheduler", "clip_sample": False, **config}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.encoders.image import CLIPImage
 from ldm.encoders.text import OpenCLIPText, TextEncoder
-from ldm.loading.diffusers.names import replace_all, text_layers, unet_layers
+from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers, replace_all
 from ldm.loading.weight_names import TEXT
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
@@ -27,9 +27,9 @@ from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.unet import UNet
 
 __all__ = [
-    "OLD_VAE_NAMES", "TEXT_COMPONENTS", "Location", "component_prefixes", "depth_keys",
-    "gather_weights", "locate_weights", "scatter_weights", "text_component", "text_keys",
-    "unet_keys", "vae_keys", "vision_keys",
+    "OLD_VAE_NAMES", "TEXT_COMPONENTS", "Location", "gather_weights", "get_component_prefixes",
+    "get_text_component", "locate_depth_network", "locate_text_encoder", "locate_unet",
+    "locate_vae", "locate_vision_tower", "locate_weights", "scatter_weights",
 ]  # fmt: skip
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2")
@@ -91,15 +91,16 @@ MIDAS = (
     (r"resConfUnit([12])\.conv([12])", r"residual_layer\1.convolution\2"),
 )
 
-# Of the x2 latent upscaler: layers outside of the levels, and parts of layers in the levels.
+# Of the x2 latent upscaler: names of layers outside of the levels, and of layers in them by type of
+# their block: residual block, self-attention or cross-attention.
 INNER = "inner_model."
 UPSCALER_LAYER = re.compile(rf"{re.escape(INNER)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
-UPSCALER_ENDS = {
+UPSCALER_OUTER_LAYERS = {
     "proj_in": "conv_in", "proj_out": "conv_out", "timestep_embed": "time_proj",
     "mapping.0": "time_embedding.linear_1", "mapping.2": "time_embedding.linear_2",
     "mapping_cond": "time_embedding.cond_proj",
 }  # fmt: skip
-UPSCALER_PARTS = {
+UPSCALER_BLOCK_LAYERS = {
     "resnets": {
         "main.0.mapper": "norm1.linear", "main.2": "conv1", "main.4.mapper": "norm2.linear",
         "main.6": "conv2", "skip": "conv_shortcut",
@@ -113,7 +114,8 @@ UPSCALER_PARTS = {
         "kv_proj": "attn2.to_k attn2.to_v", "out_proj": "attn2.to_out.0",
     },
 }  # fmt: skip
-UPSCALER_MARKS = {
+# A weight by which the type of a block is recognised.
+UPSCALER_MARKERS = {
     "resnets": "main.2.weight", "self": "qkv_proj.weight", "cross": "kv_proj.weight"
 }  # fmt: skip
 Form = Literal["same", "flat", "vector", "transposed"]
@@ -121,10 +123,15 @@ Form = Literal["same", "flat", "vector", "transposed"]
 
 @dataclass(frozen=True)
 class Location:
-    """The location of a tensor of ours in a component: one tensor, or three to concatenate."""
+    """The location of a tensor of ours in a component: one tensor, or several to concatenate.
 
-    names: tuple[str, ...]  # names of diffusers' tensors
-    # "flat": our 1x1 convolution is a matrix in diffusers; "vector": our column is a vector
+    Args:
+        names: names of diffusers' tensors.
+        form: "flat" if our 1x1 convolution is a matrix in diffusers, "vector" if our column is a
+            vector, "transposed" or "same".
+    """
+
+    names: tuple[str, ...]
     form: Form = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -137,9 +144,14 @@ class Location:
             value = value.T
         return zip(self.names, value.chunk(len(self.names)), strict=True)
 
-    def join(self, theirs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Return our tensor from diffusers' tensors; a copy only if there are several."""
-        parts = [theirs[name] for name in self.names]
+    def join(self, component: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """Return our tensor from diffusers' tensors; a copy only if there are several.
+
+        Args:
+            component: tensors by diffusers' names.
+            shape: shape of our tensor.
+        """
+        parts = [component[name] for name in self.names]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
             value = value.T
@@ -153,27 +165,32 @@ def scatter_weights(
 ) -> dict[str, Tensor]:
     """Return views of our tensors under diffusers' names, without those that have no location."""
     return {
-        their_name: part
+        their_name: tensor
         for name, value in state.items()
         if name in locations
-        for their_name, part in locations[name].split(value)
+        for their_name, tensor in locations[name].split(value)
     }
 
 
 def gather_weights(
     locations: Mapping[str, Location],
-    theirs: Mapping[str, Tensor],
+    component: Mapping[str, Tensor],
     model_state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return diffusers' tensors under our names and in the model's shapes; skip missing ones."""
+    """Return diffusers' tensors under our names and in the model's shapes; skip missing ones.
+
+    Args:
+        component: tensors by diffusers' names.
+        model_state: weights of the model, for shapes.
+    """
     return {
-        name: location.join(theirs, model_state[name].shape)
+        name: location.join(component, model_state[name].shape)
         for name, location in locations.items()
-        if all(part in theirs for part in location.names)
+        if all(their_name in component for their_name in location.names)
     }
 
 
-def component_prefixes(model: nn.Module) -> dict[str, str]:
+def get_component_prefixes(model: nn.Module) -> dict[str, str]:
     """Return the prefix of our names by component, for a model or a part of one."""
     if isinstance(model, AutoencoderKL):
         return {"vae": ""}
@@ -184,13 +201,13 @@ def component_prefixes(model: nn.Module) -> dict[str, str]:
     if isinstance(model.conditioner.text, CLIPImage):
         return {"unet": "unet.", "vae": "autoencoder.", "image_encoder": TEXT}
     return PREFIXES | {
-        text_component(encoder): f"conditioner.{name}."
+        get_text_component(encoder): f"conditioner.{name}."
         for name, encoder in model.conditioner.encoders.items()
         if isinstance(encoder, TextEncoder)
     }
 
 
-def text_component(encoder: TextEncoder) -> str:
+def get_text_component(encoder: TextEncoder) -> str:
     """Return the component of a text encoder; SDXL's second one has a projected output."""
     is_second = isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled
     return TEXT_COMPONENTS[is_second]
@@ -210,53 +227,57 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
     )
     names = [name for name in names if not name.startswith(unused)]
     components = {}
-    for component, prefix in component_prefixes(model).items():
-        own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        if locations := KEYS[component](own):
-            components[component] = {prefix + name: where for name, where in locations.items()}
+    for component, prefix in get_component_prefixes(model).items():
+        inner_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if locations := LOCATE[component](inner_names):
+            components[component] = {prefix + n: location for n, location in locations.items()}
     return components
 
 
-def unet_keys(names: Iterable[str]) -> dict[str, Location]:
+def locate_unet(names: Iterable[str]) -> dict[str, Location]:
     """Locate the UNet's tensors."""
     names = list(names)
     if any(name.startswith(INNER) for name in names):
-        return _upscaler_keys(names)
-    return {ours: Location((theirs,)) for ours, theirs in unet_layers(names).items()}
+        return _locate_upscaler(names)
+    return {ours: Location((theirs,)) for ours, theirs in rename_unet_layers(names).items()}
 
 
-def _upscaler_keys(names: Iterable[str]) -> dict[str, Location]:
+def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
     """Locate the tensors of the x2 latent upscaler; diffusers has no embedding of its noise."""
     locations: dict[str, Location] = {}
-    # By "d" (down) or "u" (up) and level, then by index.
-    layers: dict[tuple[str, int], dict[int, list[str]]] = {}
+    # Names by "d" (down) or "u" (up) and level, then by index of the block.
+    levels: dict[tuple[str, int], dict[int, list[str]]] = {}
     for name in names:
-        layer, _, end = name.removeprefix(INNER).rpartition(".")
+        layer, _, parameter = name.removeprefix(INNER).rpartition(".")
         if match := UPSCALER_LAYER.match(name):
             direction, level, index = match[1], int(match[2]), int(match[3])
-            layers.setdefault((direction, level), {}).setdefault(index, []).append(name)
-        elif layer in UPSCALER_ENDS:
+            levels.setdefault((direction, level), {}).setdefault(index, []).append(name)
+        elif layer in UPSCALER_OUTER_LAYERS:
             form: Form = "vector" if layer == "timestep_embed" else "same"
-            locations[name] = Location((f"{UPSCALER_ENDS[layer]}.{end}",), form)
-    for (direction, level), by_index in layers.items():
-        block = -1
-        for _, own in sorted(by_index.items()):
-            tails = {name: UPSCALER_LAYER.sub("", name) for name in own}
-            kind = next((k for k, mark in UPSCALER_MARKS.items() if mark in tails.values()), None)
-            if kind is None:  # a resampling filter
+            locations[name] = Location((f"{UPSCALER_OUTER_LAYERS[layer]}.{parameter}",), form)
+    for (direction, level), blocks in levels.items():
+        number = -1
+        for _, block_names in sorted(blocks.items()):
+            inner_names = {name: UPSCALER_LAYER.sub("", name) for name in block_names}
+            block_type = next(
+                (t for t, marker in UPSCALER_MARKERS.items() if marker in inner_names.values()),
+                None,
+            )
+            if block_type is None:  # a resampling filter
                 continue
-            block += kind == "resnets"
+            number += block_type == "resnets"  # attentions have that of the resnet before them
             prefix = f"{'down' if direction == 'd' else 'up'}_blocks.{level}"
-            prefix += f".{'resnets' if kind == 'resnets' else 'attentions'}.{block}"
-            for name, tail in tails.items():
-                part, _, end = tail.rpartition(".")
-                form = "flat" if part.endswith("_proj") and end == "weight" else "same"
-                theirs = UPSCALER_PARTS[kind][part].split()
-                locations[name] = Location(tuple(f"{prefix}.{x}.{end}" for x in theirs), form)
+            prefix += f".{'resnets' if block_type == 'resnets' else 'attentions'}.{number}"
+            for name, inner_name in inner_names.items():
+                layer, _, parameter = inner_name.rpartition(".")
+                form = "flat" if layer.endswith("_proj") and parameter == "weight" else "same"
+                their_layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
+                their_names = tuple(f"{prefix}.{layer}.{parameter}" for layer in their_layers)
+                locations[name] = Location(their_names, form)
     return locations
 
 
-def vae_keys(names: Iterable[str]) -> dict[str, Location]:
+def locate_vae(names: Iterable[str]) -> dict[str, Location]:
     """Locate the autoencoder's tensors."""
     names = list(names)
     levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
@@ -270,10 +291,10 @@ def vae_keys(names: Iterable[str]) -> dict[str, Location]:
     return locations
 
 
-def text_keys(names: Iterable[str]) -> dict[str, Location]:
+def locate_text_encoder(names: Iterable[str]) -> dict[str, Location]:
     """Locate a text encoder's tensors."""
     locations = {}
-    for ours, theirs in text_layers(names).items():
+    for ours, theirs in rename_text_layers(names).items():
         if theirs == "text_projection":
             locations[ours] = Location(("text_projection.weight",), "transposed")
         elif theirs.startswith("text_model."):
@@ -281,43 +302,43 @@ def text_keys(names: Iterable[str]) -> dict[str, Location]:
     return locations
 
 
-def vision_keys(names: Iterable[str]) -> dict[str, Location]:
+def locate_vision_tower(names: Iterable[str]) -> dict[str, Location]:
     """Locate a vision tower's tensors, `visual.…` or `model.visual.…`."""
     locations = {}
     for name in names:
-        tower, _, tail = name.removeprefix("model.").partition(".")
+        tower, _, inner_name = name.removeprefix("model.").partition(".")
         if name.endswith("visual.proj"):
             locations[name] = Location(("visual_projection.weight",), "transposed")
         elif tower == "visual":
-            tail = replace_all(VISION, tail)
-            if tail.startswith("transformer."):  # the blocks are named as in a text encoder
-                tail = text_layers([tail])[tail].removeprefix("text_model.")
-            locations[name] = Location(_split_qkv(f"vision_model.{tail}"))
+            theirs = replace_all(VISION, inner_name)
+            if theirs.startswith("transformer."):  # the blocks are named as in a text encoder
+                theirs = rename_text_layers([theirs])[theirs].removeprefix("text_model.")
+            locations[name] = Location(_split_qkv(f"vision_model.{theirs}"))
     return locations
 
 
-def depth_keys(names: Iterable[str]) -> dict[str, Location]:
+def locate_depth_network(names: Iterable[str]) -> dict[str, Location]:
     """Locate the depth network's tensors."""
     locations = {}
     for name in names:
         theirs = replace_all(MIDAS, name.removeprefix("model."))
         if not theirs.startswith("pretrained."):  # the unused head of a classifier
-            parts = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
-            locations[name] = Location(tuple(theirs.replace("qkv", part) for part in parts))
+            layers = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
+            locations[name] = Location(tuple(theirs.replace("qkv", layer) for layer in layers))
     return locations
 
 
 def _split_qkv(name: str) -> tuple[str, ...]:
     """Return the names of queries, keys and values, which are separate layers in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
-    return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv") if match else (name,)
+    return tuple(f"{match[1]}.{x}_proj.{match[2]}" for x in "qkv") if match else (name,)
 
 
-KEYS = {
-    "unet": unet_keys,
-    "vae": vae_keys,
-    "text_encoder": text_keys,
-    "text_encoder_2": text_keys,
-    "image_encoder": vision_keys,
-    "depth_estimator": depth_keys,
+LOCATE = {  # by component
+    "unet": locate_unet,
+    "vae": locate_vae,
+    "text_encoder": locate_text_encoder,
+    "text_encoder_2": locate_text_encoder,
+    "image_encoder": locate_vision_tower,
+    "depth_estimator": locate_depth_network,
 }

@@ -1,7 +1,7 @@
 """Convert configs of the x2 latent upscaler from and to diffusers folders.
 
-    folder_configs_x2(model, spec)   -> every file but weights
-    original_config_x2(files)        -> our config
+    make_folder_configs_x2(model, spec)   -> every file but weights
+    make_original_config_x2(files)        -> our config
 
 diffusers supports only the published layout of the network, and no noise on the small latent.
 """
@@ -17,15 +17,15 @@ from ldm.loading.diffusers.layout import (
     UNET,
     VAE,
     VERSION,
-    require,
+    check_files,
 )
-from ldm.loading.k_diffusion import upscaler_config
+from ldm.loading.k_diffusion import build_upscaler_config
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import HEAD_CHANNELS, LatentUpscalerUNet
 from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["folder_configs_x2", "is_x2_folder", "original_config_x2"]
+__all__ = ["is_x2_folder", "make_folder_configs_x2", "make_original_config_x2"]
 
 REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
@@ -53,17 +53,17 @@ def is_x2_folder(files: JsonMapping) -> bool:
     return bool(files.get(UNET, {}).get("time_embedding_type") == "fourier")
 
 
-def folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
+def make_folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     """Return all files of a folder except weights, for a model and its config."""
     params = spec["params"]
     side = max(model.latent_size)
     files: JsonObject = {
-        UNET: _unet_config(model),
-        VAE: networks.vae_config(
+        UNET: _make_unet_config(model),
+        VAE: networks.make_vae_config(
             params["autoencoder"]["params"], model.scale_factor, side * model.downscale
         ),
-        SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
-        **encoders.text_files(model.conditioner.get(TextEncoder)),
+        SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
+        **encoders.make_text_files(model.conditioner.get(TextEncoder)),
     }
     index = {
         "_class_name": "StableDiffusionLatentUpscalePipeline",
@@ -74,21 +74,21 @@ def folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     return files | {INDEX: index}
 
 
-def original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
+def make_original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
     """Return our config of a folder; `folder` is its path for messages."""
-    require(files, folder, VAE, SCHEDULER, TEXT)
-    raw = upscaler_config(_unet_params(files[UNET]))
+    check_files(files, folder, VAE, SCHEDULER, TEXT)
+    raw = build_upscaler_config(_parse_unet_config(files[UNET]))
     params = raw["model"]["params"]
-    params["autoencoder"]["params"] = networks.vae_params(files[VAE])
+    params["autoencoder"]["params"] = networks.parse_vae_config(files[VAE])
     params["scale_factor"] = files[VAE].get("scaling_factor", params["scale_factor"])
     text = params["conditioner"]["params"]["text"]["params"]
-    text |= encoders.text_params(files[TEXT])
+    text |= encoders.parse_text_config(files[TEXT])
     text["layer_idx"] = files[TEXT]["num_hidden_layers"]
     _set_levels(params, files[SCHEDULER])
     return raw
 
 
-def _unet_config(model: LatentDiffusion) -> JsonObject:
+def _make_unet_config(model: LatentDiffusion) -> JsonObject:
     unet = model.unet
     assert isinstance(unet, LatentUpscalerUNet)
     width, crosses = unet.channels[0], [bool(attends) for attends in unet.cross_attn_depths]
@@ -117,7 +117,7 @@ def _unet_config(model: LatentDiffusion) -> JsonObject:
     }
 
 
-def _unet_params(config: JsonMapping) -> JsonObject:
+def _parse_unet_config(config: JsonMapping) -> JsonObject:
     """Return the parameters of our network."""
     networks.validate_config(config, UNET, REQUIRED_VALUES, KEYS)
     channels, downs = config["block_out_channels"], config["down_block_types"]
@@ -140,12 +140,12 @@ def _unet_params(config: JsonMapping) -> JsonObject:
     }
 
 
-def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
+def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
     is_table = isinstance(model.schedule, Schedule)
     betas = schedule.get("betas", {"params": BETAS})
     return {
         "_class_name": "EulerDiscreteScheduler",
-        **schedulers.betas_config(betas),
+        **schedulers.make_betas_config(betas),
         "prediction_type": PREDICTION_TYPES[0],
         "interpolation_type": "linear" if is_table else "log_linear",
         "timestep_spacing": "linspace",
@@ -161,7 +161,7 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     check_name("interpolation_type", kind, INTERPOLATIONS, SCHEDULER)
     if config.get("trained_betas"):
         raise ConfigError(f"{SCHEDULER}: `trained_betas` are not supported here")
-    betas = schedulers.beta_params(config, SCHEDULER)
+    betas = schedulers.parse_betas(config, SCHEDULER)
     betas["name"] = betas.pop("beta_schedule")
     betas.pop("rescale_betas_zero_snr", None)
     if kind == "linear":

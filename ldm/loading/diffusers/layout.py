@@ -1,14 +1,19 @@
-"""Files of a diffusers folder, and the classes that its index names."""
+"""Files of a diffusers folder, and the classes that its index names. Does not import torch."""
+
+import json
+from pathlib import Path
 
 from ldm.runtime.errors import FileFormatError
-from ldm.runtime.types import JsonMapping
+from ldm.runtime.files import read_text
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CLASSES", "INDEX", "INPAINTING_CHANNELS", "NO_COMPONENT", "SCHEDULER", "TEXT", "TEXT_2",
-    "UNET", "VAE", "VERSION", "WHOLE", "require",
+    "CLASSES", "EXTRA_WEIGHTS", "INDEX", "INPAINTING_CHANNELS", "NO_COMPONENT", "REMEDY",
+    "SCHEDULER", "TEXT", "TEXT_2", "UNET", "VAE", "VERSION", "check_files", "read_json",
 ]  # fmt: skip
 
 INDEX = "model_index.json"
+EXTRA_WEIGHTS = "original.safetensors"  # of ours: tensors that diffusers does not have
 UNET = "unet/config.json"
 VAE = "vae/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -32,11 +37,30 @@ CLASSES = {
 }
 NO_COMPONENT = (None, None)
 INPAINTING_CHANNELS = 9  # of the UNet's input
-WHOLE = "download the folder again, whole"
+REMEDY = "download the folder again, whole"  # for missing files, in messages
+MAX_JSON = 1 << 24  # bytes
 
 
-def require(files: JsonMapping, folder: str, *paths: str) -> None:
+def check_files(files: JsonMapping, folder: str, *paths: str) -> None:
     """Raise FileFormatError unless a folder has these files; `folder` is its path for messages."""
     for path in paths:
         if path not in files:
-            raise FileFormatError(f"`{folder}` has no `{path}`: {WHOLE}")
+            raise FileFormatError(f"`{folder}` has no `{path}`: {REMEDY}")
+
+
+def read_json(path: Path) -> JsonObject:
+    """Read a JSON object: a config of diffusers, transformers or peft.
+
+    Raises:
+        FileFormatError: it is damaged, too long, or not an object.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise FileFormatError(f"`{path}`: {size} bytes are too much for a config")
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise FileFormatError(f"`{path}` is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise FileFormatError(f"`{path}` is not a config: a JSON object is expected")
+    return content

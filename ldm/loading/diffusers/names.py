@@ -9,7 +9,7 @@ LoRA files use these names, too.
 import re
 from collections.abc import Iterable
 
-__all__ = ["replace_all", "text_layers", "unet_layers"]
+__all__ = ["rename_text_layers", "rename_unet_layers", "replace_all"]
 
 # Layers of a residual block, and of a down- or upsampler.
 RESIDUAL = (
@@ -21,7 +21,8 @@ RESIDUAL = (
     (r"^\.skip_connection\b", ".conv_shortcut"),
     (r"^\.op\b", ".conv"),
 )
-OTHER_PREFIXES = {
+# diffusers' prefix by ours, besides the numbered blocks, see `_map_blocks`.
+PREFIXES = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "class_embedding.linear_1",
@@ -42,7 +43,7 @@ XL_PREFIXES = {
 }
 FIRST_TRANSFORMER = "input_blocks.1.1."
 BLOCK = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
-KINDS = {"in_layers": "resnets", "proj_in": "attentions"}
+BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by a layer in them
 TEXT = (
     (r"transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"token_embedding|positional_embedding", r"text_model.embeddings.\g<0>"),
@@ -55,11 +56,11 @@ TEXT = (
 )
 
 
-def unet_layers(names: Iterable[str]) -> dict[str, str]:
+def rename_unet_layers(names: Iterable[str]) -> dict[str, str]:
     """Return diffusers' name by our name, for all layers (or weights) of a UNet."""
     names = list(names)
     is_xl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
-    prefixes = {**OTHER_PREFIXES, **(XL_PREFIXES if is_xl else {}), **_blocks(names)}
+    prefixes = {**PREFIXES, **(XL_PREFIXES if is_xl else {}), **_map_blocks(names)}
     renamed = {}
     for name in names:
         prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)
@@ -67,7 +68,7 @@ def unet_layers(names: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
-def text_layers(names: Iterable[str]) -> dict[str, str]:
+def rename_text_layers(names: Iterable[str]) -> dict[str, str]:
     """Return the name in transformers' CLIP by our name, for layers (or weights) of a text encoder.
 
     OpenCLIP's fused `attn.in_proj` keeps its name: transformers has q_proj, k_proj and v_proj.
@@ -90,7 +91,7 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
     return name
 
 
-def _blocks(names: Iterable[str]) -> dict[str, str]:
+def _map_blocks(names: Iterable[str]) -> dict[str, str]:
     """Return diffusers' prefix by ours, such as `input_blocks.4.1`.
 
     A down- or upsampler ends each level.
@@ -99,12 +100,12 @@ def _blocks(names: Iterable[str]) -> dict[str, str]:
     prefixes = {}
     for direction, side in (("in", "down"), ("out", "up")):
         level, count = 0, 0
-        blocks = [(int(n), int(k), kind) for d, n, k, kind in matches if d == direction]
-        for n, k, kind in sorted(blocks):
+        blocks = [(int(n), int(k), layer) for d, n, k, layer in matches if d == direction]
+        for n, k, layer in sorted(blocks):
             prefix = f"{direction}put_blocks.{n}.{k}"
-            if kind in KINDS:
-                count += kind == "in_layers"  # an attention has the number of the resnet before it
-                prefixes[prefix] = f"{side}_blocks.{level}.{KINDS[kind]}.{count - 1}"
+            if layer in BLOCK_TYPES:
+                count += layer == "in_layers"  # an attention has the number of the resnet before it
+                prefixes[prefix] = f"{side}_blocks.{level}.{BLOCK_TYPES[layer]}.{count - 1}"
             else:
                 prefixes[prefix] = f"{side}_blocks.{level}.{side}samplers.0"
                 level, count = level + 1, 0

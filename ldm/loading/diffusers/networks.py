@@ -1,7 +1,9 @@
 """Convert configs of UNet and autoencoder between our parameters and diffusers' `config.json`.
 
-    unet_config(UNet) -> unet/config.json        unet_params(unet/config.json) -> UNet's parameters
-    vae_config(ddconfig …) -> vae/config.json    vae_params(vae/config.json) -> AutoencoderKL's
+    make_unet_config     UNet                    -> unet/config.json
+    parse_unet_config    unet/config.json        -> parameters of UNet
+    make_vae_config      `embed_dim`, `ddconfig` -> vae/config.json
+    parse_vae_config     vae/config.json         -> parameters of AutoencoderKL
 
 An option that is not supported on both sides raises ConfigError.
 """
@@ -15,13 +17,14 @@ from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "read_equal", "unet_config", "unet_params", "vae_config", "vae_params", "validate_config",
+    "make_unet_config", "make_vae_config", "parse_unet_config", "parse_vae_config", "read_equal",
+    "validate_config",
 ]  # fmt: skip
 
 Config = JsonMapping
 
-# REQUIRED_VALUES: diffusers' options with one supported value; KEYS: those with any value. All
-# others must be null or false.
+# REQUIRED_VALUES: diffusers' options with one supported value. KEYS: those of which more values are
+# supported. All others must be null or false.
 UNET_REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_num_groups": 32,
@@ -54,7 +57,7 @@ RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
 RESOLUTION = 256  # as in original configs; it only determines which levels have attention
 
 
-def unet_config(
+def make_unet_config(
     unet: UNet, sample_size: int | list[int], *, size_width: int | None = None
 ) -> JsonObject:
     """Return the config of a UNet.
@@ -64,6 +67,8 @@ def unet_config(
         size_width: dimension of the embedding of each size in SDXL's vector; None = not SDXL.
     """
     head_dim, width = unet.num_head_channels, unet.model_channels
+    depth = unet.transformer_depth
+    last_depth = depth[-1] if isinstance(depth, Sequence) else depth
     _check_options(
         "UNet",
         {
@@ -72,7 +77,7 @@ def unet_config(
             "`resblock_updown`": unet.resblock_updown,
             "`conv_resample: false`": not unet.conv_resample,
             f"`transformer_depth_middle: {unet.transformer_depth_middle}`": (
-                unet.transformer_depth_middle not in (None, 0, _last(unet.transformer_depth))
+                unet.transformer_depth_middle not in (None, 0, last_depth)
             ),
             "`disable_middle_transformer`": unet.disable_middle_transformer,
             "`num_classes: timestep`": unet.num_classes == "timestep",
@@ -97,11 +102,12 @@ def unet_config(
         "layers_per_block": unet.num_res_blocks,
         "down_block_types": downs,
         "up_block_types": ups[::-1],
-        "attention_head_dim": _scalar_if_uniform(heads),  # the number of heads: a misnomer
+        # diffusers' name is wrong: it is the number of heads.
+        "attention_head_dim": _to_scalar_if_uniform(heads),
         "cross_attention_dim": unet.context_dim,
         "transformer_layers_per_block": unet.transformer_depth,
         "use_linear_projection": unet.use_linear_in_transformer,
-        "only_cross_attention": _scalar_if_uniform(unet.disable_self_attentions or [False]),
+        "only_cross_attention": _to_scalar_if_uniform(unet.disable_self_attentions or [False]),
         "mid_block_only_cross_attention": unet.disable_middle_self_attn,
         "resnet_time_scale_shift": RESNET_TIME_SCALE_SHIFT[unet.use_scale_shift_norm],
         "dropout": unet.dropout,
@@ -120,13 +126,13 @@ def unet_config(
     if unet.transformer_depth_middle == 0:
         config["mid_block_type"] = MIDDLE_WITHOUT_ATTENTION
     if unet.transformer_depth_output is not None:
-        config |= _depths_by_block(unet, has_attention)
+        config |= _make_depths_by_block(unet, has_attention)
     if unet.time_cond_proj_dim is not None:
         config["time_cond_proj_dim"] = unet.time_cond_proj_dim
     return config
 
 
-def unet_params(config: Config) -> JsonObject:
+def parse_unet_config(config: Config) -> JsonObject:
     """Return the parameters of our UNet."""
     where = "unet/config.json"
     validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
@@ -149,8 +155,8 @@ def unet_params(config: Config) -> JsonObject:
         "context_dim": read_equal(config, "cross_attention_dim", where),
         "use_checkpoint": True,
         "legacy": False,
-        **_head_params(config, widths),
-        **_class_embedding_params(config),
+        **_parse_heads(config, widths),
+        **_parse_class_embedding(config),
     }
     only_cross = config.get("only_cross_attention") or False
     by_level = only_cross if isinstance(only_cross, list) else [only_cross] * len(widths)
@@ -161,7 +167,7 @@ def unet_params(config: Config) -> JsonObject:
         params["disable_middle_self_attn"] = True
     if config.get("resnet_time_scale_shift", "default") != "default":
         params["use_scale_shift_norm"] = True
-    params |= _depth_params(config, params["num_res_blocks"])
+    params |= _parse_depths(config, params["num_res_blocks"])
     if config.get("time_cond_proj_dim"):
         params["time_cond_proj_dim"] = config["time_cond_proj_dim"]
     if config.get("dropout"):
@@ -169,7 +175,7 @@ def unet_params(config: Config) -> JsonObject:
     return params
 
 
-def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> JsonObject:
+def make_vae_config(params: Config, scale_factor: float | None, sample_size: int) -> JsonObject:
     """Return the config of an autoencoder.
 
     Args:
@@ -207,7 +213,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
     }
 
 
-def vae_params(config: Config) -> JsonObject:
+def parse_vae_config(config: Config) -> JsonObject:
     """Return the parameters of our AutoencoderKL."""
     where = "vae/config.json"
     validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
@@ -263,6 +269,11 @@ def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
 
 
 def _check_options(network: str, unsupported: Mapping[str, object]) -> None:
+    """Raise ConfigError for the first option that is used.
+
+    Args:
+        unsupported: whether an option is used, by its text for the message.
+    """
     for option, is_used in unsupported.items():
         if is_used:
             raise ConfigError(f"diffusers' {network} does not support {option}")
@@ -274,25 +285,24 @@ def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str])
             raise ConfigError(f"{where}: blocks `{block}` are not supported")
 
 
-def _depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
+def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
     """Return the transformer depths of a UNet whose up blocks differ from its down blocks."""
     downs, outputs = unet.transformer_depth, unet.transformer_depth_output
     if not isinstance(unet.num_res_blocks, int) or isinstance(downs, int) or outputs is None:
         raise ConfigError("diffusers' UNet does not support these transformer depths")
-    n = unet.num_res_blocks + 1
-    ups = [list(outputs[i : i + n]) for i in range(0, len(outputs), n)]
-    attends = list(has_attention)
+    count = unet.num_res_blocks + 1  # blocks of a level; up blocks have one more
+    ups = [list(outputs[i : i + count]) for i in range(0, len(outputs), count)]
     return {
         "transformer_layers_per_block": [
-            depth if has else 1 for depth, has in zip(downs, attends, strict=True)
+            depth if attends else 1 for depth, attends in zip(downs, has_attention, strict=True)
         ],
         "reverse_transformer_layers_per_block": [
-            depth if has else 1 for depth, has in zip(ups, attends[::-1], strict=True)
+            depth if attends else 1 for depth, attends in zip(ups, has_attention[::-1], strict=True)
         ],
     }
 
 
-def _depth_params(config: Config, res_blocks: int) -> JsonObject:
+def _parse_depths(config: Config, res_blocks: int) -> JsonObject:
     """Return the transformer depths: one, one by level, or by block if up blocks differ."""
     middle = config.get("mid_block_type", MIDDLE)
     if middle not in (MIDDLE, MIDDLE_WITHOUT_ATTENTION):
@@ -301,33 +311,29 @@ def _depth_params(config: Config, res_blocks: int) -> JsonObject:
     depths = config.get("transformer_layers_per_block", 1)
     reverse = config.get("reverse_transformer_layers_per_block")
     if reverse is None:
-        uniform = _scalar_if_uniform(depths) if isinstance(depths, list) else depths
+        uniform = _to_scalar_if_uniform(depths) if isinstance(depths, list) else depths
         return params | {"transformer_depth": uniform}
 
-    def by_block(value: Any, block: str, n: int) -> list[int]:
+    def list_depths(value: Any, block: str, count: int) -> list[int]:
         if block not in CROSS_ATTENTION_BLOCKS:
-            return [0] * n
-        return list(value) if isinstance(value, list) else [value] * n
+            return [0] * count
+        return list(value) if isinstance(value, list) else [value] * count
 
     downs = zip(depths, config["down_block_types"], strict=True)
     ups = zip(reverse, config["up_block_types"], strict=True)
-    outputs = [by_block(depth, block, res_blocks + 1) for depth, block in ups]
+    outputs = [list_depths(depth, block, res_blocks + 1) for depth, block in ups]
     return params | {
-        "transformer_depth": [by_block(depth, block, res_blocks) for depth, block in downs],
+        "transformer_depth": [list_depths(depth, block, res_blocks) for depth, block in downs],
         "transformer_depth_output": [depth for level in outputs for depth in level],
     }
 
 
-def _last(value: Any) -> Any:
-    return value[-1] if isinstance(value, Sequence) else value
-
-
-def _scalar_if_uniform(values: Sequence[Any]) -> Any:
+def _to_scalar_if_uniform(values: Sequence[Any]) -> Any:
     """Return the single value if all are equal, else the list."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-def _head_params(config: Config, widths: Sequence[int]) -> dict[str, int]:
+def _parse_heads(config: Config, widths: Sequence[int]) -> dict[str, int]:
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     if isinstance(heads, int):
         return {"num_heads": heads}
@@ -342,14 +348,14 @@ def _head_params(config: Config, widths: Sequence[int]) -> dict[str, int]:
     )
 
 
-def _class_embedding_params(config: Config) -> JsonObject:
-    kind = config.get("class_embed_type")
+def _parse_class_embedding(config: Config) -> JsonObject:
+    class_type = config.get("class_embed_type")
     addition = config.get("addition_embed_type")
     if addition not in (None, "text_time"):
         raise ConfigError(f"unet/config.json: `addition_embed_type: {addition}` is not supported")
-    if kind == "projection" or addition:
+    if class_type == "projection" or addition:
         width = config["projection_class_embeddings_input_dim"]
         return {"num_classes": "sequential", "adm_in_channels": width}
-    if kind is not None:
-        raise ConfigError(f"unet/config.json: `class_embed_type: {kind}` is not supported")
+    if class_type is not None:
+        raise ConfigError(f"unet/config.json: `class_embed_type: {class_type}` is not supported")
     return {"num_classes": config["num_class_embeds"]} if config.get("num_class_embeds") else {}

@@ -10,8 +10,8 @@ from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "beta_params", "betas_config", "ddim_config", "is_trailing", "parameterization",
-    "prediction_type", "scheduler_name", "spacing",
+    "get_timestep_spacing", "is_trailing", "make_betas_config", "make_ddim_config", "parse_betas",
+    "parse_scheduler",
 ]  # fmt: skip
 
 # The original's name by diffusers' name; other noise schedules are written as lists of betas.
@@ -23,11 +23,11 @@ SCHEDULES = {
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # Our scheduler by diffusers' timestep_spacing.
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
-COSINE = 8e-3  # offset of diffusers' cosine schedule, the original's default
-START, END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
+COSINE_OFFSET = 8e-3  # of diffusers' cosine schedule, the original's default
+LINEAR_START, LINEAR_END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 
 
-def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
+def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
     """Return the config of a DDIMScheduler with the steps of our default sampler.
 
     Args:
@@ -35,35 +35,35 @@ def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) ->
     """
     config = {
         "_class_name": "DDIMScheduler",
-        **betas_config(betas),
+        **make_betas_config(betas),
         "clip_sample": False,
         "set_alpha_to_one": zero_snr,
         "steps_offset": 1,
         "timestep_spacing": "trailing" if zero_snr else "leading",
-        "prediction_type": prediction_type(parameterization),
+        "prediction_type": to_prediction_type(parameterization),
     }
     return config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
-def betas_config(betas: Any) -> JsonObject:
-    """Return the options of the noise schedule only; `betas` as in `ddim_config`."""
+def make_betas_config(betas: Any) -> JsonObject:
+    """Return the options of the noise schedule only; `betas` as in `make_ddim_config`."""
     if not isinstance(betas, Tensor):
         params = dict(betas.get("params") or {})
         name = params.get("name", "linear")
-        if name == "cosine" and params.get("cosine_s", COSINE) == COSINE:
+        if name == "cosine" and params.get("cosine_s", COSINE_OFFSET) == COSINE_OFFSET:
             name = "squaredcos_cap_v2"
         if name in SCHEDULES.values():
             return {
                 "num_train_timesteps": params.get("timesteps", 1000),
-                "beta_schedule": _key_of(name, SCHEDULES),
-                "beta_start": params.get("linear_start", START),
-                "beta_end": params.get("linear_end", END),
+                "beta_schedule": _find_key(name, SCHEDULES),
+                "beta_start": params.get("linear_start", LINEAR_START),
+                "beta_end": params.get("linear_end", LINEAR_END),
             }
         betas = make_betas(**params)
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist()}
 
 
-def beta_params(config: JsonMapping, where: str) -> JsonObject:
+def parse_betas(config: JsonMapping, where: str) -> JsonObject:
     """Return the original's parameters for the noise schedule of any scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
@@ -71,22 +71,22 @@ def beta_params(config: JsonMapping, where: str) -> JsonObject:
         params = {
             "timesteps": config.get("num_train_timesteps", 1000),
             "beta_schedule": _read_name(config, "beta_schedule", "linear", SCHEDULES, where),
-            "linear_start": config.get("beta_start", START),
-            "linear_end": config.get("beta_end", END),
+            "linear_start": config.get("beta_start", LINEAR_START),
+            "linear_end": config.get("beta_end", LINEAR_END),
         }
     if config.get("rescale_betas_zero_snr"):
         params["rescale_betas_zero_snr"] = True
     return params
 
 
-def parameterization(config: JsonMapping, where: str) -> str:
+def parse_prediction_type(config: JsonMapping, where: str) -> str:
     """Return the prediction type: "eps", "v" or "x0"."""
     return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
 
 
-def prediction_type(parameterization: str) -> str:
+def to_prediction_type(parameterization: str) -> str:
     """Return diffusers' name of what a network predicts: "eps", "v" or "x0"."""
-    return _key_of(parameterization, PREDICTION_TYPES)
+    return _find_key(parameterization, PREDICTION_TYPES)
 
 
 def is_trailing(config: JsonMapping) -> bool:
@@ -94,19 +94,19 @@ def is_trailing(config: JsonMapping) -> bool:
     return bool(config.get("timestep_spacing") == "trailing")
 
 
-def scheduler_name(config: JsonMapping, default: str) -> str:
+def parse_scheduler(config: JsonMapping, default: str) -> str:
     """Return our scheduler for the timestep spacing in a config."""
     if config.get("use_karras_sigmas"):
         return "karras"
     return _read_name(config, "timestep_spacing", default, SPACINGS, "scheduler_config.json")
 
 
-def spacing(scheduler: str | None) -> str:
+def get_timestep_spacing(scheduler: str | None) -> str:
     """Return diffusers' timestep_spacing for a scheduler; "trailing" is near to `sgm_uniform`."""
     return next((theirs for theirs, ours in SPACINGS.items() if ours == scheduler), "trailing")
 
 
-def _key_of(ours: str, names: Mapping[str, str]) -> str:
+def _find_key(ours: str, names: Mapping[str, str]) -> str:
     return next(theirs for theirs, name in names.items() if name == ours)
 
 

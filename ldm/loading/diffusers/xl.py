@@ -1,7 +1,7 @@
 """Convert configs of SDXL (base, inpainting and refiner) from and to diffusers folders.
 
-    folder_configs_xl(model, spec)   -> every file but weights
-    original_config_xl(files)        -> a config of `generative-models`
+    make_folder_configs_xl(model, spec)   -> every file but weights
+    make_original_config_xl(files)        -> a config of `generative-models`
 
 Each text encoder has its own tokenizer; the refiner has only the second text encoder.
 """
@@ -13,7 +13,7 @@ from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers
-from ldm.loading.diffusers.keys import TEXT_COMPONENTS, text_component
+from ldm.loading.diffusers.keys import TEXT_COMPONENTS, get_text_component
 from ldm.loading.families import XL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
@@ -21,7 +21,7 @@ from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["folder_configs_xl", "is_xl_folder", "is_xl_model", "original_config_xl"]
+__all__ = ["is_xl_folder", "is_xl_model", "make_folder_configs_xl", "make_original_config_xl"]
 
 SCORE = "aesthetic_score"
 TARGETS = "sgm.modules.diffusionmodules."
@@ -39,17 +39,17 @@ def is_xl_folder(files: JsonMapping) -> bool:
     return bool(files.get(layout.UNET, {}).get("addition_embed_type") == "text_time")
 
 
-def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
+def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     """Return all files of a folder except weights, for a model and its translated config."""
     params, conditioner = spec["params"], model.conditioner
-    texts = {text_component(encoder): encoder for encoder in conditioner.find_all(TextEncoder)}
+    texts = {get_text_component(encoder): encoder for encoder in conditioner.find_all(TextEncoder)}
     widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
     if len(widths) != 1 or "text_encoder_2" not in texts:
         raise ConfigError("diffusers' SDXL needs a pooled text encoder, and sizes of one width")
     assert isinstance(model.unet, UNet)
     is_refiner, is_inpainting = SCORE in conditioner.keys, "masked" in conditioner.keys
     side = max(model.latent_size)
-    vae = networks.vae_config(
+    vae = networks.make_vae_config(
         params["autoencoder"]["params"], model.scale_factor, side * model.downscale
     )
     vae["force_upcast"] = model.upcast_autoencoder
@@ -57,13 +57,13 @@ def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
         if values is not None:
             vae[key] = [round(value, 6) for value in values.flatten().tolist()]
     files: JsonObject = {
-        layout.UNET: networks.unet_config(model.unet, side, size_width=widths.pop()),
+        layout.UNET: networks.make_unet_config(model.unet, side, size_width=widths.pop()),
         layout.VAE: vae,
-        layout.SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
+        layout.SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
     }
-    index: JsonObject = {"_class_name": _pipeline(is_refiner, is_inpainting)}
+    index: JsonObject = {"_class_name": _get_pipeline(is_refiner, is_inpainting)}
     for component, encoder in texts.items():
-        files |= encoders.text_files(encoder, component)
+        files |= encoders.make_text_files(encoder, component)
     for component in TEXT_COMPONENTS:
         tokenizer = component.replace("text_encoder", "tokenizer")
         for each in (component, tokenizer):
@@ -83,18 +83,18 @@ def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     }
 
 
-def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
+def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     """Return the config with the original's keys; `folder` is the folder's path, for messages."""
     index = files[layout.INDEX]
-    layout.require(files, folder, layout.TEXT_2)
+    layout.check_files(files, folder, layout.TEXT_2)
     needs_score = bool(index.get("requires_aesthetics_score", False))
     is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
     if not needs_score:
-        layout.require(files, folder, layout.TEXT)
+        layout.check_files(files, folder, layout.TEXT)
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
     raw = read_yaml(f"{XL_CONFIG_DIR}/{'sd_xl_refiner' if layout.TEXT not in files else name}.yaml")
     params = raw["model"]["params"]
-    params["network_config"]["params"] = networks.unet_params(files[layout.UNET])
+    params["network_config"]["params"] = networks.parse_unet_config(files[layout.UNET])
     side = params["network_config"]["params"].pop("image_size", None)
     if side not in (None, SIDE):
         params["image_size"] = side
@@ -104,9 +104,9 @@ def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
         if target == "FrozenCLIPEmbedder":
-            embedder["params"] = encoders.xl_text_params(files[layout.TEXT], pooled=False)
+            embedder["params"] = encoders.parse_xl_text_config(files[layout.TEXT], pooled=False)
         elif target == "FrozenOpenCLIPEmbedder2":
-            embedder["params"] = encoders.xl_text_params(files[layout.TEXT_2], pooled=True)
+            embedder["params"] = encoders.parse_xl_text_config(files[layout.TEXT_2], pooled=True)
         else:
             embedder["params"]["outdim"] = files[layout.UNET]["addition_time_embed_dim"]
     if needs_score and layout.TEXT in files:
@@ -118,7 +118,7 @@ def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
 
 
 def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
-    params[AUTOENCODER_CONFIG]["params"] |= networks.vae_params(config)
+    params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(config)
     params["scale_factor"] = config.get("scaling_factor", 0.18215)
     params["disable_first_stage_autocast"] = bool(config.get("force_upcast", True))
     for ours, theirs in (("latent_mean", "latents_mean"), ("latent_std", "latents_std")):
@@ -129,7 +129,7 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
 def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     """Put noise levels, prediction type and steps of a scheduler into an engine."""
     kind = config.get("_class_name", "")
-    prediction = schedulers.parameterization(config, layout.SCHEDULER)
+    prediction = schedulers.parse_prediction_type(config, layout.SCHEDULER)
     defaults: dict[str, Any] = {}
     if kind.startswith("EDM"):  # its `epsilon` is the network's answer of EDM
         scaling = "VScalingWithEDMcNoise" if prediction == "v" else "EDMScaling"
@@ -140,7 +140,7 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         numbers |= {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
     else:
         scaling = SCALINGS[prediction]
-        betas = schedulers.beta_params(config, layout.SCHEDULER)
+        betas = schedulers.parse_betas(config, layout.SCHEDULER)
         if betas.pop("rescale_betas_zero_snr", False):
             params["rescale_betas_zero_snr"] = True
         if betas.pop("beta_schedule", None) != "linear":
@@ -149,7 +149,7 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         denoiser = params["denoiser_config"]["params"]
         denoiser["num_idx"] = betas["num_timesteps"]
         denoiser["discretization_config"]["params"] = betas
-        defaults["scheduler"] = schedulers.scheduler_name(config, "leading")
+        defaults["scheduler"] = schedulers.parse_scheduler(config, "leading")
     spec: JsonObject = {"target": f"{TARGETS}denoiser_scaling.{scaling}"}
     if scaling == "EDMScaling" and "sigma_data" in config:
         spec["params"] = {"sigma_data": config["sigma_data"]}
@@ -160,11 +160,11 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         params["defaults"] = defaults
 
 
-def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
+def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
     """Return the config of Euler's method, with the steps that the model's defaults name."""
     prediction = "epsilon"  # of EDM, too
     if model.parameterization != "edm":
-        prediction = schedulers.prediction_type(model.parameterization)
+        prediction = schedulers.to_prediction_type(model.parameterization)
     if isinstance(model.schedule, ContinuousSchedule):
         return {
             "_class_name": "EDMEulerScheduler",
@@ -179,9 +179,9 @@ def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObje
     is_ancestral = model.defaults.sampler == "euler_a"
     config = {
         "_class_name": f"Euler{'Ancestral' if is_ancestral else ''}DiscreteScheduler",
-        **schedulers.betas_config(schedule["betas"]),
+        **schedulers.make_betas_config(schedule["betas"]),
         "prediction_type": prediction,
-        "timestep_spacing": schedulers.spacing(model.defaults.scheduler),
+        "timestep_spacing": schedulers.get_timestep_spacing(model.defaults.scheduler),
         "steps_offset": 1,
     }
     if not is_ancestral:
@@ -189,7 +189,7 @@ def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObje
     return config | ({"rescale_betas_zero_snr": True} if model.schedule.zero_snr else {})
 
 
-def _pipeline(is_refiner: bool, is_inpainting: bool) -> str:
+def _get_pipeline(is_refiner: bool, is_inpainting: bool) -> str:
     if is_inpainting:
         return "StableDiffusionXLInpaintPipeline"
     return "StableDiffusionXLImg2ImgPipeline" if is_refiner else "StableDiffusionXLPipeline"

@@ -23,25 +23,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.loading.files.pickles import load_pickle
-from ldm.loading.weight_names import without_wrappers
+from ldm.loading.weight_names import remove_wrappers
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CONFIG_KEY",
-    "TENSOR_HASH",
-    "Checkpoint",
-    "ComputedTensor",
-    "cast_weight",
-    "detect_format",
-    "ema_name",
-    "read_checkpoint",
-    "release_pages",
-    "short_hash",
-    "use_ema_weights",
-    "write_checkpoint",
+    "CONFIG_KEY", "TENSOR_HASH", "Checkpoint", "ComputedTensor", "cast_weight",
+    "compute_short_hash", "detect_format", "opens_quickly", "read_checkpoint", "release_pages",
+    "to_ema_name", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
 CONFIG_KEY = "ldm.config"  # metadata key under which a file carries its own YAML
@@ -61,11 +52,11 @@ OTHER_FORMATS = {  # by the first bytes of the file, in lower case
     "an archive, which must be unpacked first": (b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"),
     "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
 }
-# Entries that hold the weights of a model, possibly nested.
+# Entries that contain the weights of a model, possibly nested.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
 EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
-# (entry, name in it) of k-diffusion's upscaler, which is sampled with its EMA weights.
-K_DIFFUSION = ("model_ema", "inner_model.mapping_cond.weight")
+# Of k-diffusion's upscaler: the entry with its weights, the EMA, and a name in it.
+K_DIFFUSION_ENTRY, K_DIFFUSION_NAME = "model_ema", "inner_model.mapping_cond.weight"
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 # Weights in a folder, by the first pattern that matches: of a pipeline, of a component, as pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
@@ -78,17 +69,29 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file, names as in the file."""
+    """The content of a file or diffusers folder.
+
+    Args:
+        path: path of the file or folder.
+        format: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
+        state: weights by name as in the file, without EMA weights.
+        step: training step; None = unknown.
+        mapped: whether tensors are memory-mapped from the file.
+        extras: names of entries beside the weights (`global_step` …).
+        metadata: text entries beside the weights.
+        ema_state: EMA weights, `model_ema.*`.
+        added_tokens: tokens added to the tokenizers of a folder, with vectors (n, D) for each text
+            encoder.
+    """
 
     path: Path
-    kind: str  # "zip", "legacy" or "safetensors"; "diffusers" for a folder
-    state: dict[str, Tensor]  # weights by name, without EMA weights
-    step: int | None = None  # training step; None = unknown
-    mapped: bool = False  # whether tensors are memory-mapped from the file
-    extras: tuple[str, ...] = ()  # names of entries beside the weights (`global_step` …)
-    metadata: dict[str, str] = field(default_factory=dict)  # text entries beside the weights
-    ema_state: dict[str, Tensor] = field(default_factory=dict)  # EMA weights: `model_ema.*`
-    # tokens added to the tokenizers of a folder, with vectors (n, D) for each text encoder
+    format: str
+    state: dict[str, Tensor]
+    step: int | None = None
+    mapped: bool = False
+    extras: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    ema_state: dict[str, Tensor] = field(default_factory=dict)
     added_tokens: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -99,7 +102,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ComputedTensor:
-    """A tensor that is computed when it is written, so that one at a time is in memory."""
+    """A tensor that is computed when it is written, so that one at a time is in memory.
+
+    Args:
+        shape: of the tensor that `compute` returns.
+        dtype: of that tensor.
+        compute: returns the tensor; called when it is written.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -122,32 +131,32 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         FileFormatError: it is not a checkpoint, or its pickle contains more than plain data.
     """
     path = Path(path).expanduser()
-    kind = detect_format(path)
-    if kind == "safetensors":
+    file_format = detect_format(path)
+    if file_format == "safetensors":
         mapped, (content, metadata) = True, _read_safetensors(path)
     else:
-        content, mapped = load_pickle(path, kind)
+        content, mapped = load_pickle(path, file_format)
         if not isinstance(content, dict):
             what = type(content).__name__
             raise FileFormatError(f"`{path}` holds a {what}, not weights by name")
         metadata = {}
-    tensors, others = _unwrap(content)
-    state = _check_tensors(tensors, path)
-    metadata |= {key: value for key, value in others.items() if isinstance(value, str)}
-    step = others.get("global_step", metadata.get("global_step"))
+    weights, entries = _unwrap(content)
+    state = _check_tensors(weights, path)
+    metadata |= {key: value for key, value in entries.items() if isinstance(value, str)}
+    step = entries.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
     # torch.compile's wrapper `_orig_mod.` has lost its dot, as LitEma removes all dots.
     ema_names = [name for name in state if name.startswith("model_ema.")]
     ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
     for entry in EMA_ENTRIES:
-        ema_weights = without_wrappers(dict(_flatten(others.get(entry), "")))
-        ema_state |= {ema_name(name): value for name, value in ema_weights.items()}
+        ema_weights = remove_wrappers(dict(_flatten(entries.get(entry), "")))
+        ema_state |= {to_ema_name(name): value for name, value in ema_weights.items()}
     step = step if isinstance(step, int) else None
-    return Checkpoint(path, kind, state, step, mapped, tuple(others), metadata, ema_state)
+    return Checkpoint(path, file_format, state, step, mapped, tuple(entries), metadata, ema_state)
 
 
-def ema_name(name: str) -> str:
+def to_ema_name(name: str) -> str:
     """Convert the original's name of a weight to that of its buffer in LitEma, without dots."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
@@ -166,7 +175,7 @@ def use_ema_weights(
         message = f"`{path}` has no EMA weights\nhint: load it without `ema`"
         raise ArgumentError(message, "ema")
     for original, name in names.items():
-        key = ema_name(original)
+        key = to_ema_name(original)
         if key in ema_state:
             state[name] = ema_state[key]
             unused.discard(key)
@@ -191,7 +200,7 @@ def write_checkpoint(
     Args:
         state: names as in the file; see `weight_names.restore_names`.
         metadata: read back as `Checkpoint.metadata`. If TENSOR_HASH is in it, with any value, a
-            `.safetensors` gets the hash of its tensors there.
+            `.safetensors` gets the hash of its tensors there. None = none.
         dtype: to cast floating-point tensors to; None leaves them as they are.
         mapped: whether tensors are memory-mapped; their pages are released once written.
         progress: called with the size in bytes of each tensor once it is written.
@@ -205,21 +214,21 @@ def write_checkpoint(
         name: _TensorToWrite(value, dtype, mapped and isinstance(value, Tensor))
         for name, value in state.items()
     }
-    with replace_when_written(path, sync=True) as part:
+    with replace_when_written(path, sync=True) as temporary:
         try:
             if path.suffix == ".safetensors":
                 texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
-                _write_safetensors(part, tensors, texts, progress, has_hash)
+                _write_safetensors(temporary, tensors, texts, progress, has_hash)
             else:
                 weights = {}
                 for name, tensor in tensors.items():
                     weights[name] = tensor.make_contiguous()
                     progress(weights[name].nbytes)
-                entry = K_DIFFUSION[0] if path.suffix == ".pth" else "state_dict"
-                torch.save({entry: weights, **metadata}, part)
+                entry = K_DIFFUSION_ENTRY if path.suffix == ".pth" else "state_dict"
+                torch.save({entry: weights, **metadata}, temporary)
         except OverflowError as error:
             names = [name for name, tensor in tensors.items() if tensor.overflows]
-            raise _overflow_error(names, dtype) from error
+            raise _make_overflow_error(names, dtype) from error
 
 
 def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -228,13 +237,15 @@ def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ArgumentError: finite numbers would become infinite.
     """
-    if _overflows(value, dtype):
-        raise _overflow_error([name], dtype)
+    if _has_overflow(value, dtype):
+        raise _make_overflow_error([name], dtype)
     return value.to(dtype)
 
 
 def detect_format(path: Path) -> str:
     """Return the format of a file by its first bytes: "zip", "legacy" or "safetensors".
+
+    "legacy" are the pickles that torch.save wrote before version 1.6.
 
     Raises:
         MissingFile: there is no such file.
@@ -259,7 +270,12 @@ def detect_format(path: Path) -> str:
     raise FileFormatError(f"`{path}` is {actual}")
 
 
-def short_hash(path: str | Path) -> str:
+def opens_quickly(path: Path) -> bool:
+    """Return whether a file opens without reading its weights, unlike a pickle before torch 1.6."""
+    return path.is_file() and detect_format(path) != "legacy"
+
+
+def compute_short_hash(path: str | Path) -> str:
     """Return the first ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -273,6 +289,7 @@ def release_pages(tensor: Tensor) -> None:
 
     Only for tensors of a `mapped` checkpoint: other tensors would lose their values.
     """
+    # madvise takes whole pages: only those that belong to this tensor alone.
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
@@ -300,21 +317,21 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 
 
 def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
-    """Return the mapping that contains the weights of a file, and the entries beside it."""
-    others: JsonObject = {}
-    entry, name = K_DIFFUSION
-    if isinstance(content.get(entry), Mapping) and name in content[entry]:
-        kept = (entry, *WRAPPERS, *EMA_ENTRIES)
-        return content[entry], {str(k): v for k, v in content.items() if k not in kept}
-    for _ in range(MAX_DEPTH):  # a hostile one may contain itself
+    """Return (mapping that contains the weights of a file, entries beside it)."""
+    entries: JsonObject = {}
+    ema = content.get(K_DIFFUSION_ENTRY)
+    if isinstance(ema, Mapping) and K_DIFFUSION_NAME in ema:
+        of_weights = (*WRAPPERS, *EMA_ENTRIES)
+        return ema, {str(k): v for k, v in content.items() if k not in of_weights}
+    for _ in range(MAX_DEPTH):  # a malicious one may contain itself
         inner = next((key for key in WRAPPERS if _holds_weights(content.get(key))), None)
         if inner is None:
             break
-        others |= {str(key): value for key, value in content.items() if key != inner}
+        entries |= {str(key): value for key, value in content.items() if key != inner}
         content = content[inner]
-    # Entries beside bare weights: those that contain no tensor (of the root: any prefix will do).
-    others |= {str(k): value for k, value in content.items() if not any(_flatten(value, "."))}
-    return content, others
+    # Entries among bare weights: those without a tensor. `_flatten` needs any prefix.
+    entries |= {str(k): value for k, value in content.items() if not any(_flatten(value, "."))}
+    return content, entries
 
 
 def _holds_weights(node: Any, depth: int = 0) -> bool:
@@ -326,7 +343,7 @@ def _holds_weights(node: Any, depth: int = 0) -> bool:
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
-    """Return the weights by name; raise FileFormatError unless they are plain tensors."""
+    """Return weights by name; raise FileFormatError unless they are dense and real."""
     tensors = dict(_flatten(content, ""))
     for name, value in tensors.items():
         is_special = value.is_quantized or value.is_nested or value.is_complex()
@@ -338,10 +355,11 @@ def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
         raise FileFormatError(
             f"`{path}`: {len(tensors)} tensors are refused, at most {MAX_TENSORS}"
         )
-    return without_wrappers(tensors)
+    return remove_wrappers(tensors)
 
 
 def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of nested mappings and lists; names are joined by dots."""
     if isinstance(node, Tensor):
         yield prefix[:-1], node.detach()
     elif isinstance(node, int | float) and prefix.endswith(".alpha."):  # of a LoRA
@@ -352,11 +370,11 @@ def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tens
             yield from _flatten(value, f"{prefix}{key}.", depth + 1)
 
 
-def _overflows(value: Tensor, dtype: torch.dtype) -> bool:
+def _has_overflow(value: Tensor, dtype: torch.dtype) -> bool:
     return bool((value.isfinite() & ~value.to(dtype).isfinite()).any())
 
 
-def _overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> ArgumentError:
+def _make_overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> ArgumentError:
     listed = ", ".join(f"`{name}`" for name in names[:10])
     message = f"{len(names)} tensors hold numbers too large for {dtype}: {listed}"
     return ArgumentError(f"{message}\nhint: bfloat16 and float32 hold them", "dtype")
@@ -367,7 +385,7 @@ class _TensorToWrite:
     """A tensor that is computed, cast and copied only when it is written."""
 
     source: Tensor | ComputedTensor
-    target: torch.dtype | None
+    target_dtype: torch.dtype | None  # None = that of the source
     mapped: bool
 
     @property
@@ -376,13 +394,13 @@ class _TensorToWrite:
 
     @property
     def dtype(self) -> torch.dtype:
-        if self.target is not None and self.source.is_floating_point():
-            return self.target
+        if self.target_dtype is not None and self.source.is_floating_point():
+            return self.target_dtype
         return self.source.dtype
 
     @property
     def overflows(self) -> bool:
-        return _overflows(self.value, self.dtype)
+        return _has_overflow(self.value, self.dtype)
 
     def make_contiguous(self) -> Tensor:
         """Return the tensor contiguous, and alone in its storage.
@@ -413,8 +431,8 @@ def _write_safetensors(
     """Write length of the header, header, and one tensor after the other."""
     # Widest dtypes first, so that each tensor is aligned to its element size.
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    no_hash = {TENSOR_HASH: _format_hash(b"")} if has_hash else {}
-    header: JsonObject = {"__metadata__": no_hash | dict(metadata)}
+    placeholder = {TENSOR_HASH: _format_hash(b"")} if has_hash else {}
+    header: JsonObject = {"__metadata__": placeholder | dict(metadata)}
     end = 0
     for name in order:
         dtype, shape = state[name].dtype, list(state[name].source.shape)
@@ -425,7 +443,7 @@ def _write_safetensors(
             "dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned to 8 bytes
     digest = hashlib.sha256()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -444,4 +462,5 @@ def _write_safetensors(
 
 
 def _format_hash(digest: bytes) -> str:
+    """Return a digest as ModelSpec has it; an empty one gives zeros of the same length."""
     return f"0x{digest.hex():0<64}"

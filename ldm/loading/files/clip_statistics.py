@@ -16,7 +16,7 @@ from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
 
-__all__ = ["clip_statistics_tensors", "find_near", "load_clip_statistics", "read_clip_statistics"]
+__all__ = ["find_near", "get_clip_statistics", "load_clip_statistics", "read_clip_statistics"]
 
 
 def load_clip_statistics(
@@ -47,7 +47,7 @@ def load_clip_statistics(
         noise.set_statistics(*read_clip_statistics(path))
 
 
-def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
+def get_clip_statistics(conditioner: Conditioner) -> dict[str, Tensor]:
     """Return the statistics of an unCLIP model as tensors to write in its file; {} without any."""
     image = conditioner.find(ImageEmbedding)
     if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:

@@ -24,7 +24,7 @@ import torch
 
 from ldm.runtime.errors import FileFormatError
 
-__all__ = ["foreign_imports", "load_pickle", "pickle_imports"]
+__all__ = ["list_foreign_imports", "list_pickle_imports", "load_pickle"]
 
 MAX_PICKLE = 100_000_000  # bytes
 MAX_MEMBERS = 100_000
@@ -42,6 +42,7 @@ HARMLESS = re.compile(
     rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTIONS.pattern}"
 )
 
+# Names in the training states that published files hold beside weights.
 INERT = (
     "_codecs.encode",
     "argparse.Namespace",
@@ -90,8 +91,8 @@ STAND_INS: list[tuple[type, str]] = [
 STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
-def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
-    """Read a pickled file, of kind "zip" or "legacy", with the restricted unpickler.
+def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
+    """Read a pickled file, of format "zip" or "legacy", with the restricted unpickler.
 
     Returns:
         (content, whether its tensors are memory-mapped).
@@ -105,20 +106,23 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
             f"{torch.__version__}\nhint: a .safetensors file can be read by any"
         )
-    is_script = kind == "zip" and _is_script(path)
-    if kind == "zip":
+    is_script = file_format == "zip" and _is_script(path)
+    if file_format == "zip":
         _check_members(path, is_script)
-    further = _script_stand_ins(path) if is_script else []
+    script_stand_ins = _make_script_stand_ins(path) if is_script else []
     try:
-        with torch.serialization.safe_globals([*STAND_INS, *further]), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals([*STAND_INS, *script_stand_ins]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             # torch.load goes by the suffix .safetensors, and memory-maps only paths.
-            mapped = kind == "zip" and path.suffix != ".safetensors" and not is_script
-            with _without_code(path) if is_script else path.open("rb") as file:
+            mapped = file_format == "zip" and path.suffix != ".safetensors" and not is_script
+            with _copy_without_code(path) if is_script else path.open("rb") as file:
                 source: Any = str(path) if mapped else file
                 content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a malicious file may cause any error in the parser
-        foreign = foreign_imports(path, kind)
+        foreign = list_foreign_imports(path, file_format)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if foreign:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
@@ -127,25 +131,25 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
     return content, mapped
 
 
-def pickle_imports(path: Path, kind: str) -> list[str]:
+def list_pickle_imports(path: Path, file_format: str) -> list[str]:
     """Return the names that the pickles in a file would import, without executing them."""
     names: set[str] = set()
-    if kind == "zip":
+    if file_format == "zip":
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.filename.endswith(".pkl") and member.file_size <= MAX_PICKLE:
                     with archive.open(member) as file:
-                        names.update(_imports(file))
+                        names.update(_list_imports(file))
     else:
         with path.open("rb") as file:
             for _ in range(5):  # magic number, protocol, system, content, names of storages
-                names.update(_imports(file))
+                names.update(_list_imports(file))
     return sorted(names)
 
 
-def foreign_imports(path: Path, kind: str) -> list[str]:
-    """Return the names in `pickle_imports` that weights do not need."""
-    names = pickle_imports(path, kind)
+def list_foreign_imports(path: Path, file_format: str) -> list[str]:
+    """Return the names in `list_pickle_imports` that weights do not need."""
+    names = list_pickle_imports(path, file_format)
     return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
 
 
@@ -159,9 +163,9 @@ def _is_script(path: Path) -> bool:
     return False
 
 
-def _script_stand_ins(path: Path) -> list[tuple[type, str]]:
+def _make_script_stand_ins(path: Path) -> list[tuple[type, str]]:
     """Return a stand-in for each class and function in a TorchScript archive."""
-    names = pickle_imports(path, "zip")
+    names = list_pickle_imports(path, "zip")
     modules = [name for name in names if SCRIPT_MODULE.fullmatch(name)]
     functions = [name for name in names if SCRIPT_FUNCTIONS.fullmatch(name)]
     return [
@@ -171,7 +175,7 @@ def _script_stand_ins(path: Path) -> list[tuple[type, str]]:
 
 
 @contextlib.contextmanager
-def _without_code(path: Path) -> Iterator[IO[bytes]]:
+def _copy_without_code(path: Path) -> Iterator[IO[bytes]]:
     """Yield a temporary copy of a TorchScript archive with its weights only."""
     with tempfile.TemporaryFile() as copy:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as weights:
@@ -215,7 +219,7 @@ def _check_members(path: Path, is_script: bool = False) -> None:
         raise FileFormatError(f"`{path}` is refused: {problem}")
 
 
-def _imports(file: IO[bytes]) -> Iterator[str]:
+def _list_imports(file: IO[bytes]) -> Iterator[str]:
     """Yield the names that a pickle imports, up to where it is malformed."""
     strings: list[str] = []
     memo: dict[Any, str] = {}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ldm.loading.buffers import make_buffers
-from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, ema_name, write_checkpoint
-from ldm.loading.files.clip_statistics import clip_statistics_tensors
+from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, to_ema_name, write_checkpoint
+from ldm.loading.files.clip_statistics import get_clip_statistics
 from ldm.loading.modelspec import describe_model
-from ldm.loading.weight_names import has_engine_names, original_name, restore_names
+from ldm.loading.weight_names import has_engine_names, restore_names, to_original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.version import __version__
@@ -165,9 +165,9 @@ def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
     """Return `model_ema.*` as in the original: names without dots, decay, number of updates."""
     ema = run.state.ema
     is_engine = has_engine_names(run.model.state_dict())
-    averaged = {original_name(name, engine=is_engine) for name in ema.shadow}
+    averaged = {to_original_name(name, engine=is_engine) for name in ema.shadow}
     state = {
-        ema_name(name): value
+        to_ema_name(name): value
         for name, value in _gather_weights(run, ema=True).items()
         if name in averaged
     }
@@ -181,7 +181,7 @@ def _make_buffers(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
-    buffers = make_buffers(model) | clip_statistics_tensors(model.conditioner)
+    buffers = make_buffers(model) | get_clip_statistics(model.conditioner)
     return {name: value for name, value in buffers.items() if name not in state}
 
 

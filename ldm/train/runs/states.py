@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ldm.loading.files.pickles import pickle_imports
+from ldm.loading.files.pickles import list_pickle_imports
 from ldm.runtime.files import flush_to_disk
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.runs.run_folder import list_states
@@ -140,7 +140,7 @@ def _read_shapes(path: Path) -> Shapes:
     index = path / METADATA
     if not index.exists() or not (path / NUMBERS).exists():
         raise ValueError(f"`{path}` is not a state of a run, {METADATA} or {NUMBERS} is missing")
-    for name in pickle_imports(index, "bare"):
+    for name in list_pickle_imports(index, "bare"):
         if not TRUSTED_GLOBALS.fullmatch(name):
             raise ValueError(f"`{index}` is refused: it would call `{name}`")
     shapes: Shapes = {}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ldm.encoders import tokenizer
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import write_embeddings
-from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.addons.lora_files import write_lora
+from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.types import JsonMapping
@@ -120,7 +121,7 @@ def _build_lora(
     patterns = [re.compile(TARGETS[target]) for target in targets]
     layers = {
         layer.kohya: LoRALayer(layer.target, rank, alpha)
-        for layer in lora_targets(model)
+        for layer in list_lora_targets(model)
         if any(pattern.fullmatch(layer.diffusers) for pattern in patterns)
     }
     if not layers:

@@ -21,7 +21,7 @@ from ldm.loading.addons.lpips import LPIPS_FILES, build_lpips, read_lpips
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import loss_weights
+from ldm.loading.weight_names import select_loss_weights
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import GroupNorm
 from ldm.nets.discriminator import PatchDiscriminator
@@ -298,7 +298,7 @@ class Adversarial(Task):
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def load_loss_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Load discriminator and logvar, if `weights` (from `loss_weights`) has them."""
+        """Load discriminator and logvar, if `weights` (from `select_loss_weights`) has them."""
         prefix = "discriminator."
         state = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
@@ -424,7 +424,7 @@ def _read_loss_weights(params: ConfigSection) -> dict[str, Tensor]:
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
     state = read_checkpoint(find_file(find_checkpoint(params["ckpt_path"]))).state
-    return loss_weights({n: v for n, v in state.items() if not n.startswith(ignored)})
+    return select_loss_weights({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 
 def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:

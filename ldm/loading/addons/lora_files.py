@@ -1,0 +1,294 @@
+"""Read LoRA and LyCORIS files in the formats of kohya, diffusers, peft and ComfyUI; write LoRAs.
+
+    kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight, .alpha
+                lora_te_text_model_encoder_layers_0_mlp_fc1.…
+      SDXL      lora_unet_input_blocks_4_1_…, lora_te1_…, lora_te2_…
+    diffusers   unet.down_blocks.0.….to_q.lora_A.weight (or lora.down.weight), lora_B (lora.up)
+                text_encoder.text_model.….mlp.fc1.… (or lora_linear_layer.down.weight)
+      SDXL      text_encoder.…, text_encoder_2.…
+    peft        base_model.model.….lora_A.weight, with alpha in the `adapter_config.json` beside it
+    ComfyUI     the original's names, as `input_blocks.1.1.….to_q.lora_A.weight`
+
+Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
+internally kohya's are used. The only text encoder of SDXL's refiner is the base's second one: names
+of the first or the second text encoder both mean it. A folder stands for all LoRA files in it
+(peft: one per network).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.loading.addons.embeddings import BUNDLE
+from ldm.loading.addons.lora_targets import TargetLayer, list_lora_targets
+from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
+from ldm.loading.diffusers.layout import read_json
+from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from ldm.loading.modelspec import describe_model
+from ldm.loading.weight_names import normalize_layer_name
+from ldm.model import LatentDiffusion
+from ldm.nets.lora import LoRA
+from ldm.nets.lycoris import find_rank, is_complete
+from ldm.runtime.errors import FileFormatError, MissingFile
+from ldm.runtime.hashes import hash_file
+from ldm.runtime.types import JsonObject
+
+__all__ = [
+    "BIASES", "LOW_RANK", "Tensors", "add_alphas", "compute_a1111_hash", "find_base",
+    "guess_family", "list_lora_files", "list_ranks", "read_bundled_embeddings", "read_layers",
+    "write_lora",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+KEY = re.compile(
+    r"""(.+?)(?:
+    [._]lora(?:_linear_layer)?[._](down|up|A|B|mid|magnitude_vector)
+      (?:\.(?!weight|bias)\w+)?(?:\.weight)?
+    | \.(alpha|dora_scale|hada_(?:w\d_[ab]|t\d)|lokr_(?:w\d(?:_[ab])?|t2)|diff|diff_b|w_norm|b_norm
+      |oft_blocks|rescale|on_input|(?:a1|a2|b1|b2)\.weight)
+    )""",
+    re.VERBOSE,
+)
+VECTOR = re.compile(r"(.+)\.weight")  # of (IA)^3, beside `on_input`
+ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}  # where it is not the name
+BIASES = ("diff_b", "b_norm")  # roles of changes of the bias
+LOW_RANK = {"down", "up"}  # roles in a plain LoRA, beside alpha
+DOWN = ("down", "A")  # names of the first matrix, (rank, …)
+INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, features of the input)
+Tensors = dict[str, Tensor]  # of one layer, by their role
+ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
+FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
+UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that KEY does not match
+    "lora_embedding": "LoRA of an embedding",
+    "oft_(R|diag)|boft": "OFT of another form",
+    "ia3_": "(IA)^3 of peft",
+    r"\.bm\.": "GLoRA with biases",
+    r"lora_\w+\.bias$": "LoRA with biases",
+    r"\.modules_to_save\.": "LoRA with whole layers",
+}
+# Title by a pattern in the names; SDXL's transformers have several blocks, those of SD 1 and 2 one.
+FAMILY_BY_NAME = {
+    r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": SDXL.title,
+    r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
+}
+ALPHA_METADATA = "lora_adapter_metadata"  # key of diffusers for a JSON with alpha
+
+
+def list_lora_files(path: str | Path) -> list[Path]:
+    """Return the file at a path, or the LoRA files of diffusers or peft in a folder."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return [path]
+    for ending in (".safetensors", ".bin"):
+        files = [*path.glob(f"*{ending}"), *path.glob(f"*/*{ending}")]
+        if files := sorted(file for file in files if file.stem in FOLDER_FILES):
+            return files
+    raise MissingFile(f"`{path}` holds no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
+
+
+def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tensors]:
+    """Return the tensors of a file by kohya's name of the layer, then by role: "down", "up" ….
+
+    Layers of rank 0 are left out.
+
+    Args:
+        aliases: kohya's name by other names, from `map_aliases`; other layers keep their name.
+    Raises:
+        FileFormatError: it is not a LoRA, of an unsupported type, incomplete or not finite.
+    """
+    layers: dict[str, Tensors] = {}
+    originals: dict[str, Tensors] = {}  # under the original's names
+    unknown = []
+    # Files in peft's folders name layers without the network; the folder says which it is.
+    prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
+    for key, value in file.state.items():
+        match = KEY.fullmatch(key)
+        vector = VECTOR.fullmatch(key)
+        if match is None and vector is not None and f"{vector[1]}.on_input" in file.state:
+            match = vector
+        if match is not None:
+            name = aliases.get(normalize_layer_name(prefix + match[1]), match[1])
+            group = originals if ORIGINAL_BLOCKS.search(match[1]) else layers
+            group.setdefault(name, {})[_get_role(match)] = value
+        elif not key.startswith(BUNDLE):
+            unknown.append(key)
+    if duplicates := originals.keys() & layers.keys():
+        message = "`%s` has %d layers twice: those with the original's names are left out"
+        log.warning(message, file.path, len(duplicates))
+    layers = originals | layers
+    _check_keys(file, layers, unknown)
+    _check_layers(file.path, layers)
+    empty = [name for name, tensors in layers.items() if find_rank(tensors) == 0]
+    if empty:
+        log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
+    return {name: tensors for name, tensors in layers.items() if name not in empty}
+
+
+def add_alphas(
+    layers: Mapping[str, Tensors], file: Checkpoint, targets: Mapping[str, TargetLayer]
+) -> None:
+    """Add the missing alpha of layers, from the metadata of diffusers or the config of peft."""
+    adapters: JsonObject = json.loads(file.metadata.get(ALPHA_METADATA, "{}"))
+    config_path = file.path.with_name("adapter_config.json")
+    configs: dict[str, JsonObject] = {}  # by network: "unet.", "text_encoder."
+    for key, value in adapters.items():
+        network, dot, name = key.partition(".")
+        configs.setdefault(network + dot, {})[name] = value
+    if not adapters and config_path.is_file():
+        configs = {"": read_json(config_path)}
+    for network, config in configs.items():
+        patterns = config.get("alpha_pattern") or {}
+        for kohya, tensors in layers.items():
+            name = targets[kohya].diffusers if kohya in targets else kohya
+            if not name.startswith(network) or "alpha" in tensors:
+                continue
+            matching = [a for n, a in patterns.items() if name.endswith(n.removeprefix("^"))]
+            alpha = matching[-1] if matching else config.get("lora_alpha", config.get("alpha"))
+            rank = find_rank(tensors)
+            if alpha is not None and rank is not None:
+                # rsLoRA divides by the root of the rank.
+                factor = rank**0.5 if config.get("use_rslora") else 1
+                tensors["alpha"] = torch.tensor(float(alpha) * factor)
+
+
+def list_ranks(file: Checkpoint) -> set[int]:
+    """Return the ranks of the plain LoRA's layers in a file."""
+    matches = ((KEY.fullmatch(name), value) for name, value in file.state.items())
+    return {len(value) for match, value in matches if match and match[2] in DOWN}
+
+
+def find_base(path: str | Path) -> str | None:
+    """Return the title of the family that a LoRA was trained for; None if it is not recognised."""
+    layers: dict[str, Tensors] = {}
+    for file in list_lora_files(path):
+        layers |= read_layers(read_checkpoint(file), {})
+    return guess_family(layers)
+
+
+def guess_family(layers: Mapping[str, Tensors]) -> str | None:
+    """Return the family by the cross-attention dimension, else by the names of the layers."""
+    for name, tensors in layers.items():
+        matrix = next((tensors[role] for role in INPUT_ROLES if role in tensors), None)
+        width = None if matrix is None else matrix.shape[1]
+        if normalize_layer_name(name).endswith("attn2_to_k") and width in BASE_MODELS:
+            return BASE_MODELS[width].title
+    names = "\n".join(text for name in layers for text in (name, normalize_layer_name(name)))
+    return next(
+        (f for pattern, f in FAMILY_BY_NAME.items() if re.search(pattern, names, re.M)), None
+    )
+
+
+def read_bundled_embeddings(path: str | Path) -> Tensors:
+    """Return the tensors of textual inversions in a LoRA file or folder, by their names there."""
+    files = map(read_checkpoint, list_lora_files(path))
+    return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE)}
+
+
+def compute_a1111_hash(path: Path) -> str:
+    """Return A1111's twelve hex digits of a LoRA: the SHA-256 of its tensors, or of a .pt."""
+    digest = read_checkpoint(path).metadata.get("sshs_model_hash")
+    if not digest and path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+            digest = hashlib.sha256(file.read()).hexdigest()
+    return str(digest or hash_file(path))[:12]
+
+
+def write_lora(
+    lora: LoRA,
+    path: str | Path,
+    model: LatentDiffusion,
+    style: Literal["kohya", "diffusers"] = "kohya",
+    metadata: Mapping[str, str | int] | None = None,
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a LoRA file, with its base model in the metadata; the weight of the LoRA is not saved.
+
+    Args:
+        style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
+            `up`, as not every version of diffusers reads alpha.
+        metadata: further entries of the file.
+        others: tensors besides the layers, by their names in the file.
+    """
+    entries: dict[str, str | int] = {}
+    if style == "kohya":
+        state = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
+        entries = _describe_network(lora, model)
+    else:
+        names = {layer.kohya: layer.diffusers for layer in list_lora_targets(model)}
+        state = {}
+        for name, layer in lora.layers.items():
+            ratio = float(layer.alpha) / layer.rank
+            up = layer.lora_up.weight.detach().cpu()
+            state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
+            state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
+    state |= others or {}
+    entries |= metadata or {}
+    write_checkpoint(path, state, describe_model(model, Path(path).stem, "lora", entries))
+
+
+def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
+    """Return the metadata that kohya's scripts read."""
+    entries: dict[str, str | int] = {"ss_network_module": "networks.lora"}
+    sizes = {(layer.rank, float(layer.alpha)) for layer in lora.layers.values()}
+    if sizes:
+        rank, alpha = sizes.pop()
+        varies = bool(sizes)
+        entries["ss_network_dim"] = "Dynamic" if varies else rank
+        entries["ss_network_alpha"] = "Dynamic" if varies else str(alpha)
+    if base := find_base_model(model):
+        entries["ss_base_model_version"] = base.version
+    return entries
+
+
+def _get_role(match: re.Match[str]) -> str:
+    """Return the role of a tensor in its layer, by its name."""
+    if match.re is VECTOR:
+        return "weight"
+    return match[3] or ROLES.get(match[2], match[2])
+
+
+def _check_keys(file: Checkpoint, layers: Mapping[str, Tensors], unknown: list[str]) -> None:
+    """Raise FileFormatError for a file without layers, or with keys that are not recognised."""
+    for pattern, title in UNSUPPORTED_TYPES.items():
+        if any(re.search(pattern, key) for key in unknown):
+            raise FileFormatError(f"`{file.path}` is of an unsupported kind: {title}")
+    if not (unknown or layers):
+        raise FileFormatError(f"`{file.path}` has no LoRA layers")
+    if unknown:
+        examples = ", ".join(f"`{key}`" for key in unknown[:3])
+        what = "is of an unsupported kind of LoRA" if layers else "is not a LoRA file"
+        verb = "is" if len(unknown) == 1 else "are"
+        count = f"{len(unknown)} of its {len(file.state)} keys {verb}"
+        raise FileFormatError(f"`{file.path}` {what}: {count} not recognised: {examples}")
+
+
+def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
+    """Raise FileFormatError for layers that are incomplete or not finite."""
+    incomplete = [name for name, tensors in layers.items() if not _is_complete(tensors)]
+    if incomplete:
+        roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
+        count = "1 layer is" if len(incomplete) == 1 else f"{len(incomplete)} layers are"
+        message = f"{count} incomplete: `{incomplete[0]}` has only {roles}"
+        raise FileFormatError(f"`{path}`: {message}")
+    if invalid := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
+        message = f"NaN or infinity in {len(invalid)} of its {len(layers)} layers: `{invalid[0]}`"
+        raise FileFormatError(f"`{path}`: {message}")
+
+
+def _is_complete(tensors: Tensors) -> bool:
+    of_weight = tensors.keys() - {"alpha", "on_input", *BIASES}
+    return is_complete(of_weight) if of_weight else not tensors.keys().isdisjoint(BIASES)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(value.float().isfinite().all()) for value in tensors)

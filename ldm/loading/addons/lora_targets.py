@@ -1,0 +1,113 @@
+"""The layers of a model that LoRA and LyCORIS files may change, with the names that files use."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from ldm.encoders.text import OpenCLIPText, TextEncoder
+from ldm.encoders.towers import FusedAttention
+from ldm.loading.diffusers.keys import get_text_component
+from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers
+from ldm.loading.weight_names import SECOND_TEXT, normalize_layer_name
+from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from ldm.nets.lora import PROJECTION, Target
+from ldm.pipelines.families import is_sdxl
+from ldm.runtime.errors import WeightsMismatch
+
+__all__ = ["UNET_PREFIX", "TargetLayer", "list_lora_targets", "list_lycoris_targets", "map_aliases"]
+
+LayerTypes = tuple[type[nn.Module], ...]
+LORA_LAYERS = (nn.Linear, nn.Conv2d, FusedAttention)
+UNET_PREFIX = "lora_unet_"
+QKV = (".q_proj", ".k_proj", ".v_proj")  # layers in files for OpenCLIP's fused attention
+
+
+class TargetLayer(NamedTuple):
+    """A layer that a LoRA may change, with its names.
+
+    Args:
+        target: the weight in the model.
+        original: name in the UNet; of text encoders, with diffusers' component as a prefix.
+        diffusers: `unet.down_blocks.0.…` or `text_encoder.text_model.…`.
+        kohya: `lora_unet_…` or `lora_te_…`, by which `LoRA.layers` names it.
+    """
+
+    target: Target
+    original: str
+    diffusers: str
+    kohya: str
+
+
+def list_lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
+    """List linear layers and convolutions that a LoRA may change."""
+    return [*_list_unet_targets(model, LORA_LAYERS), *_list_text_targets(model, LORA_LAYERS)]
+
+
+def list_lycoris_targets(model: LatentDiffusion) -> list[TargetLayer]:
+    """List LoRA's target layers, and those of LyCORIS files only: norms, text projections."""
+    types = (*LORA_LAYERS, nn.GroupNorm, nn.LayerNorm)
+    layers = [*_list_unet_targets(model, types), *_list_text_targets(model, types)]
+    return [*layers, *_list_projections(model)]
+
+
+def map_aliases(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[str, str]:
+    """Return kohya's name of each layer by its other names, as `normalize_layer_name` has them."""
+    names = {
+        normalize_layer_name(name): layer.kohya
+        for layer in targets
+        for name in (layer.original, layer.diffusers)
+    }
+    if len(model.conditioner.find_all(TextEncoder)) == 1:
+        # The refiner's text encoder is called the first one or the second one.
+        names |= {alias.removeprefix(SECOND_TEXT): kohya for alias, kohya in names.items()}
+    return names
+
+
+def _list_unet_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
+    if isinstance(model.unet, LatentUpscalerUNet):
+        raise WeightsMismatch("a LoRA is not for the x2 latent upscaler", "lora")
+    for original, diffusers in rename_unet_layers(_list_layers(model.unet, types)).items():
+        # kohya trains SDXL in a UNet with the original's names.
+        kohya = UNET_PREFIX + _flatten_name(original if is_sdxl(model) else diffusers)
+        target = Target(model.unet.get_submodule(original))
+        yield TargetLayer(target, original, f"unet.{diffusers}", kohya)
+
+
+def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
+    for prefix, text in _list_text_encoders(model):
+        component = get_text_component(text)
+        names = [name for name in _list_layers(text, types) if not name.startswith(text.unused)]
+        for original, diffusers in rename_text_layers(names).items():
+            layer = text.get_submodule(original)
+            is_fused = isinstance(layer, FusedAttention)
+            for part, suffix in enumerate(QKV) if is_fused else [(None, "")]:
+                yield TargetLayer(
+                    Target(layer, part),
+                    f"{component}.{original}{suffix}",
+                    f"{component}.{diffusers}{suffix}",
+                    prefix + _flatten_name(diffusers + suffix),
+                )
+
+
+def _list_projections(model: LatentDiffusion) -> Iterator[TargetLayer]:
+    for prefix, text in _list_text_encoders(model):
+        if isinstance(text, OpenCLIPText) and text.always_return_pooled:
+            name = f"{get_text_component(text)}.{PROJECTION}"
+            yield TargetLayer(Target(text.model, name=PROJECTION), name, name, prefix + PROJECTION)
+
+
+def _list_text_encoders(model: LatentDiffusion) -> Iterator[tuple[str, TextEncoder]]:
+    """Yield (kohya's prefix of its layers, text encoder)."""
+    encoders = model.conditioner.find_all(TextEncoder)
+    for number, text in enumerate(encoders, start=1):
+        yield f"lora_te{number}_" if len(encoders) > 1 else "lora_te_", text
+
+
+def _list_layers(network: nn.Module, types: LayerTypes) -> list[str]:
+    return [name for name, layer in network.named_modules() if isinstance(layer, types)]
+
+
+def _flatten_name(name: str) -> str:
+    return name.replace(".", "_")

@@ -1,0 +1,140 @@
+"""Find the few-step variant of a model: by the argument `variant`, its LoRAs, or its weights."""
+
+import logging
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from ldm.loading.addons.lora_files import list_lora_files, list_ranks
+from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
+from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_metadata
+from ldm.loading.files.checkpoint import opens_quickly, read_checkpoint
+from ldm.loading.variants import (
+    ARGUMENT,
+    GUIDANCE_WEIGHT,
+    NO_VARIANT,
+    VARIANTS,
+    DetectedVariant,
+    detect_lora,
+    detect_variant,
+    looks_distilled,
+)
+from ldm.loading.weight_names import pair_names
+from ldm.loading.weights import Weights
+from ldm.model import LatentDiffusion
+from ldm.pipelines.families import family_of
+from ldm.runtime.errors import ArgumentError
+
+__all__ = [
+    "choose_variant", "detect_few_steps", "find_variant", "find_variant_early",
+    "select_file_variant", "supports_variants", "warn_if_distilled",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def find_variant(weights: Weights) -> DetectedVariant | None:
+    """Return the variant that weights alone show; None for ordinary models."""
+    return detect_variant(weights.path, weights.markers, weights.state)
+
+
+def find_variant_early(
+    path: Path, loras: Iterable[tuple[str | Path, LoRAWeightLike]] = (), variant: str | None = None
+) -> DetectedVariant | None:
+    """Return the variant that `load` will find, by names and metadata; weights are not read.
+
+    None where a tensor may show another variant than the name of a file that is slow to open.
+    """
+    if is_diffusers_folder(path):
+        metadata, embeds_guidance = read_folder_metadata(path)
+        detected = detect_variant(path, metadata, [GUIDANCE_WEIGHT] if embeds_guidance else [])
+    elif opens_quickly(path):
+        file = read_checkpoint(path)
+        detected = detect_variant(path, file.metadata, [name for name, _ in pair_names(file.state)])
+    else:
+        detected = detect_variant(path, {})
+        if "lcm" in (variant or "") or (detected is not None and detected.name == "lcm"):
+            return None
+    return _combine_variants(detected, loras, variant, path)
+
+
+def choose_variant(
+    model: LatentDiffusion,
+    weights: Weights,
+    variant: str | None,
+    loras: Collection[tuple[str | Path, LoRAWeightLike]],
+) -> DetectedVariant | None:
+    """Return the variant by the argument, a LoRA or the weights; None for a model without one.
+
+    Args:
+        variant: see `load`.
+        loras: (file, weight) pairs.
+    """
+    if not supports_variants(family_of(model.conditioner)):
+        return None
+    detected = _combine_variants(find_variant(weights), loras, variant, weights.path)
+    if detected is None and variant != NO_VARIANT:
+        warn_if_distilled(loras)
+    return detected
+
+
+def detect_few_steps(
+    loras: Iterable[tuple[str | Path, LoRAWeightLike]],
+) -> DetectedVariant | None:
+    """Return the variant that the first of (file, weight) pairs to show one makes of a model.
+
+    A LoRA that does not change the UNet is not considered.
+    """
+    paths = [path for path, weight in loras if LoRAWeight.parse(weight).unet]
+    files = (read_checkpoint(file) for path in paths for file in list_lora_files(path))
+    return next(filter(None, (detect_lora(file.path, file.metadata) for file in files)), None)
+
+
+def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
+    """Warn of LoRAs that look as if they were for few steps, though nothing shows the variant."""
+    for file in (read_checkpoint(file) for path, _ in loras for file in list_lora_files(path)):
+        if looks_distilled(file.state, list_ranks(file)):
+            log.warning(
+                "`%s` looks like a few-step LoRA, but neither name nor metadata say of which kind: "
+                "set `variant`, for example to lcm",
+                file.path,
+            )
+
+
+def supports_variants(family: str | None) -> bool:
+    """Return whether there are few-step models of a family, a name in `pipelines.families`."""
+    return family in ("text", "inpainting", "depth", "refiner")
+
+
+def select_file_variant(variant: str | None) -> str | None:
+    """Return a variant if it is one of a diffusers folder's files (`fp16`), else None."""
+    return None if variant in (NO_VARIANT, *VARIANTS) else variant
+
+
+def _combine_variants(
+    detected: DetectedVariant | None,
+    loras: Iterable[tuple[str | Path, LoRAWeightLike]],
+    variant: str | None,
+    path: Path,
+) -> DetectedVariant | None:
+    """Return the first variant of: a tensor of the model, the argument, a LoRA, the model's names.
+
+    Args:
+        detected: the variant that the model itself shows; None = none.
+        variant: the argument; NO_VARIANT = an ordinary model.
+        path: of the model.
+    Raises:
+        ArgumentError: the variant needs a tensor that the model does not have.
+    """
+    if variant == NO_VARIANT:
+        return None
+    if detected is not None and VARIANTS[detected.name].marker:
+        return detected
+    detected = detect_few_steps(loras) or detected
+    if variant is not None and select_file_variant(variant) is None:
+        detected = DetectedVariant(variant, ARGUMENT, detected.path if detected else path)
+    if detected is not None and VARIANTS[detected.name].marker:
+        raise ArgumentError(
+            f"`{path}` does not embed the guidance scale, its variant is not {detected.name}",
+            "variant",
+        )
+    return detected

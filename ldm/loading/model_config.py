@@ -1,0 +1,148 @@
+"""Find and read the config of weights, and determine what they predict."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.loading.build import build_on_meta, fill_weights
+from ldm.loading.config import instantiate, parse_yaml, read_yaml
+from ldm.loading.diffusers.files import is_diffusers_folder
+from ldm.loading.families import Prediction, probe_prediction
+from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
+from ldm.loading.k_diffusion import build_upscaler_config, find_json, find_unet_params
+from ldm.loading.legacy import MODEL, translate_config
+from ldm.loading.matching import guess_file_type, match_weights
+from ldm.loading.sgm import ENGINE
+from ldm.loading.variants import GUIDANCE_WEIGHT
+from ldm.loading.weights import Weights, identify_weights, open_checkpoint
+from ldm.runtime.errors import MissingArgument, WeightsMismatch
+from ldm.runtime.types import JsonObject
+
+__all__ = ["choose_config", "find_schedule_early", "is_in_doubt", "probe_weights", "read_config"]
+
+# In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
+PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
+
+
+def choose_config(weights: Weights) -> str:
+    """Return the path of the YAML of the weights' family; `CONFIG_KEY` if their file contains one.
+
+    Raises:
+        MissingArgument: the family is unknown or not supported.
+    """
+    if CONFIG_KEY in weights.markers:
+        return CONFIG_KEY
+    family = weights.family
+    if family is None or not family.config:
+        if family is None and (file_type := guess_file_type(weights.source.state)):
+            raise MissingArgument(f"`{weights.path}` is {file_type}")
+        looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
+        message = f"`{weights.path}` {looks}\nhint: pass its config"
+        raise MissingArgument(message, "config")
+    path = family.config_path(weights.prediction.kind)
+    if family.name == "x2":
+        path = str(find_json(weights.path) or path)
+    return path
+
+
+def read_config(
+    weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
+) -> tuple[str, JsonObject]:
+    """Return (path or `CONFIG_KEY`, content) of a config.
+
+    Args:
+        config: a YAML, which is read as it is, or a JSON of the x2 latent upscaler; None =
+            `choose_config`, adapted to buffers and shapes of the weights.
+        overrides: see `read_yaml`.
+    """
+    path = choose_config(weights) if config is None else str(config)
+    if config is not None and not path.endswith(".json"):
+        return path, read_yaml(config, overrides)
+    if (unet_params := find_unet_params(path, weights.state)) is not None:
+        return path, build_upscaler_config(unet_params, overrides)
+    if path == CONFIG_KEY:
+        raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=path)
+    else:
+        raw = read_yaml(path, overrides)
+        if "ztsnr" in weights.markers and weights.prediction.kind != "eps":
+            raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
+    spec = raw.get("model", raw)
+    if _is_panorama(weights):
+        params = spec["params"]
+        params["image_size"] = [params["image_size"], 2 * params["image_size"]]
+    if spec.get("target") == ENGINE:
+        _apply_buffers(spec["params"], weights)
+    if GUIDANCE_WEIGHT in weights.state:
+        key = "network_config" if spec.get("target") == ENGINE else "unet_config"
+        width = weights.state[GUIDANCE_WEIGHT].shape[1]
+        spec["params"][key]["params"]["time_cond_proj_dim"] = width
+    return path, raw
+
+
+def find_schedule_early(
+    path: Path, config: str | Path | None = None, overrides: Iterable[str] = ()
+) -> NoiseSchedule | None:
+    """Return the noise schedule of the model that `load` will build; weights are not read.
+
+    None for a part of a model, and for a file that is slow to open.
+
+    Args:
+        path: of the checkpoint.
+        config: see `read_config`.
+        overrides: see `read_config`.
+    """
+    if not is_diffusers_folder(path) and not opens_quickly(path):
+        return None
+    config_path, raw = read_config(identify_weights(open_checkpoint(path)), config, overrides)
+    where = Path(config_path).name
+    spec = translate_config(raw, where=where)
+    if spec["target"] != MODEL:
+        return None
+    return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=where))
+
+
+def probe_weights(weights: Weights) -> Prediction:
+    """Return the prediction type of weights; in doubt run their UNet once, see `probe_prediction`.
+
+    A UNet that does not fit its family is not run.
+    """
+    family = weights.family
+    if family is None or not is_in_doubt(weights):
+        return weights.prediction
+    spec = translate_config(read_yaml(family.config_path(None)))
+    unet = build_on_meta(spec["params"]["unet"])
+    try:
+        fill_weights(unet, match_weights(unet, weights.state, weights.path))
+    except WeightsMismatch:
+        return weights.prediction
+    return probe_prediction(unet.eval(), weights.prediction, family.context or 0)
+
+
+def is_in_doubt(weights: Weights) -> bool:
+    """Return whether fewer than two methods know the prediction type, and the family has both."""
+    family = weights.family
+    return family is not None and family.predicts is None and weights.prediction.votes < 2
+
+
+def _is_panorama(weights: Weights) -> bool:
+    """Return whether the weights are LDM3D for panoramas, by the name of their file or folder."""
+    is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
+    names = (*weights.path.parts, weights.markers.get("ldm.source", ""))
+    return is_ldm3d and any(PANORAMA.search(name.lower()) for name in names)
+
+
+def _apply_buffers(params: JsonObject, weights: Weights) -> None:
+    """Set parameters of sgm's `DiffusionEngine` by the buffers of the file."""
+    buffers = weights.buffers
+    for key, name in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
+        if name in buffers:
+            params[key] = buffers[name].flatten().tolist()
+    if "edm_vpred.sigma_max" in buffers:
+        sigma_range = {
+            key: float(buffers[f"edm_vpred.{key}"])
+            for key in ("sigma_min", "sigma_max")
+            if f"edm_vpred.{key}" in buffers
+        }
+        params["sampler_config"]["params"]["discretization_config"]["params"] |= sigma_range

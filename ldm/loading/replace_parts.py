@@ -1,0 +1,197 @@
+"""Take the autoencoder or text encoder of a model from another file or model."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.encoders.text import TextEncoder
+from ldm.loading.autoencoders import find_scale_factor, is_finite_in_half
+from ldm.loading.diffusers.keys import locate_unet
+from ldm.loading.files.checkpoint import Checkpoint, compute_short_hash
+from ldm.loading.matching import match_weights
+from ldm.loading.tiny_autoencoder import TinyWeights, check_latents
+from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, pair_names, rename_weights
+from ldm.loading.weights import Weights, identify_weights, open_checkpoint
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.pipelines.families import file_name
+from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
+
+__all__ = [
+    "UPSCALER_PARTS", "check_upscaler", "complete_upscaler", "extract_autoencoder",
+    "extract_text_encoder", "remove_autoencoder", "replace_autoencoder", "replace_text_encoder",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+# Parts that the published file of the x2 latent upscaler does not contain, by prefix.
+UPSCALER_PARTS = {AUTOENCODER: "autoencoder", TEXT: "text encoder (CLIP ViT-L/14)"}
+# Relative; the scale factors of SD and SDXL differ by 29 % or more.
+SCALE_FACTOR_TOLERANCE = 0.01
+
+
+def replace_autoencoder(
+    model: LatentDiffusion, weights: Weights, vae: str | Path
+) -> dict[str, str]:
+    """Put the autoencoder of another checkpoint into `weights`; return its path and hash."""
+    source = open_checkpoint(vae)
+    autoencoder = extract_autoencoder(source, model.autoencoder, weights.path)
+    _compare_scale_factors(model, source, weights.path)
+    model.upcast_autoencoder &= not is_finite_in_half(source)
+    _replace_weights(weights, source, AUTOENCODER, autoencoder)
+    return _path_and_hash(source.path)
+
+
+def remove_autoencoder(
+    model: LatentDiffusion, weights: Weights, tiny: TinyWeights
+) -> dict[str, str]:
+    """Do not load the autoencoder if TAESD replaces all of it; return path and hash of TAESD."""
+    check_latents(tiny, model)
+    if tiny.has_encoder:
+        model.autoencoder = PixelSpace()
+        model.upcast_autoencoder = False
+        weights.state = {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
+    return _path_and_hash(tiny.path)
+
+
+def replace_text_encoder(
+    model: LatentDiffusion, weights: Weights, text_encoder: str | Path
+) -> dict[str, str]:
+    """Put the text encoder of another checkpoint into `weights`; return its path and hash.
+
+    Takes its autoencoder, too, if `weights` have none.
+    """
+    text = model.conditioner.text
+    if not isinstance(text, TextEncoder):
+        raise ArgumentError(f"`{weights.path}` has no text encoder to replace", "text_encoder")
+    source = open_checkpoint(text_encoder)
+    _replace_weights(weights, source, TEXT, extract_text_encoder(source, text, weights.path))
+    names = (name for name, _ in pair_names(source.state))
+    if not has_prefix(weights.state, AUTOENCODER) and has_prefix(names, AUTOENCODER):
+        weights.state |= extract_autoencoder(source, model.autoencoder, weights.path)
+    return _path_and_hash(source.path)
+
+
+def extract_autoencoder(
+    source: Checkpoint, autoencoder: nn.Module, model: str | Path
+) -> dict[str, Tensor]:
+    """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
+
+    Args:
+        autoencoder: autoencoder to fill, for names and shapes.
+        model: the model's file, for messages.
+    Raises:
+        WeightsMismatch: the weights do not fit, or the model has no such autoencoder.
+    """
+    if not isinstance(autoencoder, AutoencoderKL):
+        raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
+    summary = f"the autoencoder of `{source.path}` does not fit `{model}`"
+    state = match_weights(autoencoder, rename_weights(source.state), source.path, summary)
+    return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
+
+
+def extract_text_encoder(
+    source: Checkpoint, encoder: nn.Module, model: str | Path
+) -> dict[str, Tensor]:
+    """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
+
+    Args:
+        encoder: text encoder to fill, for names and shapes.
+        model: the model's file, for messages.
+    Raises:
+        WeightsMismatch: the weights do not fit.
+    """
+    prefix = "text_model."  # of transformers' CLIPTextModel
+    state = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
+    summary = f"the text encoder of `{source.path}` does not fit `{model}`"
+    state = match_weights(encoder, rename_weights(state), source.path, summary)
+    return {f"{TEXT}{name}": value for name, value in state.items()}
+
+
+def complete_upscaler(
+    model: LatentDiffusion, weights: Weights, base: LatentDiffusion | None
+) -> None:
+    """Take autoencoder and text encoder of an x2 latent upscaler from `base` if they are missing.
+
+    A UNet with diffusers' names gets the weights that diffusers leaves out.
+
+    Args:
+        base: a model whose tensors are shared, not copied; None = all parts must be in `weights`.
+    Raises:
+        MissingArgument: a part is missing, and `base` has none of its shape.
+    """
+    if "unet.time_proj.weight" in weights.state:
+        unet_state = model.unet.state_dict()
+        located = locate_unet(unet_state)
+        for name in unet_state.keys() - located.keys():
+            value = unet_state[name]
+            filled = torch.zeros(value.shape) if value.is_meta else value
+            weights.state.setdefault(f"unet.{name}", filled)
+        weights.mapped = False  # these tensors, and those of `base`, are in memory
+    expected, base_state = model.state_dict(), {} if base is None else base.state_dict()
+    for prefix in UPSCALER_PARTS:
+        names = [name for name in expected if name.startswith(prefix)]
+        fits = all(n in base_state and base_state[n].shape == expected[n].shape for n in names)
+        if fits and not has_prefix(weights.state, prefix):
+            weights.state |= {name: base_state[name] for name in names}
+            weights.mapped = False
+    check_upscaler(weights.state, weights.path, base)
+
+
+def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | None = None) -> None:
+    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts.
+
+    Args:
+        names: our names of the weights.
+        path: their file, for the message.
+        base: the model from which missing parts were to be taken; None = none was given.
+    """
+    names = list(names)
+    missing = [title for prefix, title in UPSCALER_PARTS.items() if not has_prefix(names, prefix)]
+    if missing:
+        message = f"`{path}` has no {' and no '.join(missing)}"
+        if base is not None:
+            raise MissingArgument(
+                f"{message}, nor has {file_name(base)} one that fits\nhint: give its diffusers "
+                "folder, or convert it with a text encoder first",
+                "upscaler",
+            )
+        hint = "a checkpoint of Stable Diffusion 1 has both: pass it"
+        raise MissingArgument(f"{message}\nhint: {hint}", "text_encoder")
+
+
+def _replace_weights(
+    weights: Weights, source: Checkpoint, prefix: str, part: dict[str, Tensor]
+) -> None:
+    """Replace all weights with a prefix by those of a part from another file."""
+    weights.state = part | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
+    weights.mapped = weights.mapped and source.mapped
+
+
+def _path_and_hash(path: Path) -> dict[str, str]:
+    return {"path": str(path.resolve()), "hash": compute_short_hash(path)}
+
+
+def _compare_scale_factors(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:
+    """Warn if a replacement autoencoder was trained with another scale factor than the model's.
+
+    The model's is used, as its UNet was trained with it. Most files of autoencoders do not contain
+    theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
+    """
+    factor, reason = find_scale_factor(source, identify_weights(source).family)
+    if factor is not None and abs(factor / model.scale_factor - 1) > SCALE_FACTOR_TOLERANCE:
+        warnings.warn(
+            f"the autoencoder of `{source.path}` has scale factor {factor:g} ({reason}), `{path}` "
+            f"{model.scale_factor:g}, which is used: colours will be wrong, SDXL needs an "
+            "autoencoder of SDXL, SD 1 and 2 need one of theirs",
+            stacklevel=4,
+        )
+    log.info(
+        "autoencoder of `%s`: used with scale factor %g of `%s`, its own is %s",
+        source.path, model.scale_factor, path,
+        "unknown" if factor is None else f"{factor:g} ({reason})",
+    )  # fmt: skip
