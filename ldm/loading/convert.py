@@ -47,7 +47,9 @@ from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
     AUTOENCODER,
     TEXT,
+    TEXT_2,
     has_engine_names,
+    has_prefix,
     pair_names,
     rename_weights,
     restore_names,
@@ -73,26 +75,36 @@ __all__ = [
 ]  # fmt: skip
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
-OTHER_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")
+OTHER_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")  # refused, as no folder is meant
 K_DIFFUSION_SUFFIX = ".pth"
-UPSCALER_INNER, UPSCALER_NOISE = "inner_model.", "low_res_noise_embed."
+# Prefixes of the original's names in k-diffusion's file of the x2 latent upscaler.
+UPSCALER_PREFIXES = ("inner_model.", "low_res_noise_embed.")
 LORAS = "ldm.loras"  # metadata key under which merged LoRAs are listed
 CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
-LORA_PARTS = ("unet.", "conditioner.text.", "conditioner.text_2.")  # what LoRAs change
+LORA_PARTS = ("unet.", TEXT, TEXT_2)  # prefixes of our names: what LoRAs change
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A planned conversion."""
+    """A planned conversion.
 
-    source: Checkpoint  # where the tensors come from; `source.mapped` is about these
+    Args:
+        source: where the tensors come from; `source.mapped` says whether they are memory-mapped.
+        target: the file or folder to write.
+        weights: tensors, by the path of their file in a folder; "" is the path of a single file.
+        texts: JSONs and texts of a folder by path; {} for a file.
+        metadata: of the file, or of EXTRA_WEIGHTS in a folder.
+        dtype: dtype of floating-point weights; None = unchanged.
+        notes: lines of a summary for the user.
+    """
+
+    source: Checkpoint
     target: Path
-    # tensors, by the path of their file in a folder ("" for a single file)
     weights: Mapping[str, Mapping[str, Tensor | ComputedTensor]]
-    texts: JsonObject = field(default_factory=dict)  # JSONs and texts of a folder by path, or {}
+    texts: JsonObject = field(default_factory=dict)
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
-    notes: tuple[str, ...] = ()  # lines of a summary for the user
+    notes: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -125,11 +137,12 @@ def plan_conversion(
         ema: whether to replace raw weights by their EMA.
         prune: whether to leave EMA weights out of a file, which otherwise has both; folders have
             none.
-        variant: variant in the file names of folders, such as `fp16` (which also sets the dtype).
+        variant: variant in the file names of folders, such as `fp16`, which also sets the dtype for
+            the source of a file; None = see `read_component`.
         clip_stats: see `load`.
-        vae: checkpoint whose autoencoder is used instead.
+        vae: checkpoint whose autoencoder is used instead; None = the source's.
         text_encoder: checkpoint whose text encoder is used instead, and whose autoencoder if the
-            source, an x2 latent upscaler, contains none.
+            source, an x2 latent upscaler, contains none; None = the source's.
         loras: (file, weight) pairs as in `load`, merged into the weights; EMA weights are left out.
 
     Raises:
@@ -150,7 +163,7 @@ def plan_conversion(
         raise MissingArgument(message, "config")
     raw = parse_yaml(text, where="config") if text else {}
     model = build_on_meta(translate_config(raw, where="config")) if text else None
-    metadata = _provenance(file, text, ema)
+    metadata = _make_metadata(file, text, ema)
     file, notes = to_original_names(file, model, ema=ema), []
     if vae is not None:
         with errors_about("vae"):
@@ -178,7 +191,7 @@ def plan_conversion(
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
     if target.suffix == K_DIFFUSION_SUFFIX:
-        weights, metadata = {"": _upscaler_weights(file, target)}, {}
+        weights, metadata = {"": _select_upscaler_weights(file, target)}, {}
     elif is_file:
         weights = {"": {**file.state, **ema_state}}
     else:
@@ -213,14 +226,14 @@ def convert(
     if not conversion.texts:
         write(target, conversion.weights[""], conversion.metadata)
         return target
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        write_texts(part, conversion.texts)
+        write_texts(temporary, conversion.texts)
         for path, state in conversion.weights.items():
-            write(part / path, state, conversion.metadata if path == EXTRA_WEIGHTS else {})
-        _replace_folder(target, part)
+            write(temporary / path, state, conversion.metadata if path == EXTRA_WEIGHTS else {})
+        _replace_folder(target, temporary)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -252,8 +265,8 @@ def _check_target(conversion: Conversion, force: bool) -> None:
     check_is_new(target, force=force)
     is_folder = target.is_dir()
     if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
-        kind = "not a diffusers folder" if is_folder else "a file"
-        raise ArgumentError(f"`{target}` is {kind}: it is not replaced", "target")
+        what = "not a diffusers folder" if is_folder else "a file"
+        raise ArgumentError(f"`{target}` is {what}: it is not replaced", "target")
 
 
 def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
@@ -265,7 +278,7 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
         None for an unknown family.
     """
     weights = identify_weights(file)
-    is_part = not (file.has_ema or any(name.startswith("unet.") for name in weights.state))
+    is_part = not (file.has_ema or has_prefix(weights.state, "unet."))
     is_autoencoder = any(n.removeprefix(AUTOENCODER) == CONV_IN for n in weights.state)
     if config is None and CONFIG_KEY in file.metadata:
         text = file.metadata[CONFIG_KEY]
@@ -303,12 +316,12 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
         weights.use_ema(expected)
     else:
         weights.check_has_unet(expected)
-    known = dict(pair_names(file.state)).values()
-    rest = {name: value for name, value in file.state.items() if name not in known}
+    names_of_weights = set(dict(pair_names(file.state)).values())
+    others = {name: v for name, v in file.state.items() if name not in names_of_weights}
     state = translate_names(model, weights.state, file.path)
     engine = has_engine_names(expected)
     originals = {to_original_name(name, engine=engine): value for name, value in state.items()}
-    return replace(file, state=rest | originals)
+    return replace(file, state=others | originals)
 
 
 def _merge_loras(
@@ -373,8 +386,8 @@ def _replace_text_encoder(
         raise ArgumentError(f"`{file.path}` has no text encoder to replace", "text_encoder")
     source = open_checkpoint(text_encoder)
     tensors = extract_text_encoder(source, text, file.path)
-    parts = rename_weights(file.state) | tensors
-    if not any(name.startswith(AUTOENCODER) for name in parts):
+    state = rename_weights(file.state)
+    if not has_prefix(state, AUTOENCODER):
         tensors |= extract_autoencoder(source, model.autoencoder, file.path)
     names = [old for ours, old in pair_names(file.state) if ours.startswith(TEXT)]
     state = {name: value for name, value in file.state.items() if name not in names}
@@ -382,10 +395,9 @@ def _replace_text_encoder(
     return replace(file, state=state | restore_names(tensors, engine=engine), mapped=False)
 
 
-def _upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
+def _select_upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
     """Return the tensors that k-diffusion's file of the x2 latent upscaler contains."""
-    ours = (UPSCALER_INNER, UPSCALER_NOISE)
-    state = {name: value for name, value in file.state.items() if name.startswith(ours)}
+    state = {n: value for n, value in file.state.items() if n.startswith(UPSCALER_PREFIXES)}
     if not state:
         raise ArgumentError(
             f"`{target}`: only x2 latent upscalers are written as {K_DIFFUSION_SUFFIX}", "target"
@@ -393,7 +405,7 @@ def _upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
     return state
 
 
-def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
+def _make_metadata(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
     """Return metadata about the source, for a file or EXTRA_WEIGHTS in a folder."""
     metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:

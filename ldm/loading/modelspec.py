@@ -20,19 +20,19 @@ __all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "filter_metadat
 PREFIX = "modelspec."
 MERGED_FROM = f"{PREFIX}merged_from"
 VERSION = "1.0.1"
-# Values of `implementation`: whose names the tensors have.
+# Values of `implementation`: the program whose names the tensors have.
 ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
 LICENSE = f"{PREFIX}license"
 PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
 # Suffix of the base model's name, by family; the standard has no names for others.
 SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
-STALE = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH)  # hashes, invalid for new tensors
+STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH)  # of other tensors
 
 
 def describe_model(
     model: nn.Module | None,
     title: str,
-    kind: Literal["", "lora", "textual-inversion"] = "",
+    adapter: Literal["", "lora", "textual-inversion"] = "",
     metadata: Mapping[str, str | int] | None = None,
 ) -> dict[str, str | int]:
     """Return metadata with ModelSpec's fields for a model, or for an adapter for it.
@@ -40,18 +40,20 @@ def describe_model(
     Args:
         model: Model, which may be on the meta device; parts of models get no fields.
         title: Title, unless `metadata` has one.
-        kind: Kind of adapter; "" for the model itself.
-        metadata: Other entries, which replace computed ones, except for the prediction type.
+        adapter: Type of adapter; "" for the model itself.
+        metadata: Other entries, which replace computed ones, except for the prediction type; None =
+            none.
     """
     metadata = dict(metadata or {})
     if not isinstance(model, LatentDiffusion):
         return metadata
     prediction = model.parameterization
     height, width = (side * model.downscale for side in model.latent_size)
-    is_original = not kind or kind == "textual-inversion" or is_sdxl(model)
+    # Our LoRAs for SD 1 and 2 have diffusers' names.
+    is_original = adapter != "lora" or is_sdxl(model)
     fields = {
         "sai_model_spec": VERSION,
-        "architecture": _get_architecture(model, kind),
+        "architecture": _get_architecture(model, adapter),
         "implementation": ORIGINAL if is_original else DIFFUSERS,
         "title": title,
         "resolution": f"{width}x{height}",
@@ -65,7 +67,7 @@ def describe_model(
 
 
 def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
-    """Return the metadata of a file that stay valid for a file made from it.
+    """Return the metadata of a file that are also true of a file made from it.
 
     Args:
         same_weights: whether weights were only renamed or cast, or a component swapped; for changed
@@ -75,12 +77,12 @@ def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[
     return {
         name: value
         for name, value in metadata.items()
-        if name not in STALE
+        if name not in STALE_HASHES
         and (same_weights or name == LICENSE or not name.startswith((PREFIX, "ss_")))
     }
 
 
-def _get_architecture(model: LatentDiffusion, kind: str) -> str:
+def _get_architecture(model: LatentDiffusion, adapter: str) -> str:
     base = find_base_model(model)
-    suffix = f"/{kind}" if kind else SUFFIXES.get(family_of(model.conditioner) or "")
+    suffix = f"/{adapter}" if adapter else SUFFIXES.get(family_of(model.conditioner) or "")
     return "" if base is None or suffix is None else f"{base.architecture}{suffix}"

@@ -52,12 +52,19 @@ NO_EXTRACTOR = {"feature_extractor": layout.NO_COMPONENT}
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """A pipeline of diffusers, and the YAMLs of its families."""
+    """A pipeline of diffusers, and the YAMLs of its families.
 
-    name: str  # class of diffusers
-    openai: str | None  # name of the YAML with OpenAI's CLIP as encoder; None = no such family
-    open_clip: str | None  # name of the YAML with OpenCLIP; None = no such family
-    extras: JsonMapping = field(default_factory=dict)  # entries of the index besides the components
+    Args:
+        name: class of diffusers.
+        openai: name of the YAML with OpenAI's CLIP as encoder; None = no such family.
+        open_clip: name of the YAML with OpenCLIP; None = no such family.
+        extras: entries of the index besides the components.
+    """
+
+    name: str
+    openai: str | None
+    open_clip: str | None
+    extras: JsonMapping = field(default_factory=dict)
 
 
 # By the encoder that identifies the pipeline; "text" without another encoder. masked = inpainting,
@@ -86,7 +93,8 @@ PIPELINE_OF_COMPONENT = {
     "low_res_scheduler": "lowres",
     "image_normalizer": "image",
 }
-V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
+# Side in latent pixels at which SD 2's v models were trained; their original YAML says 64.
+V_MODEL_SIZE = 96
 
 
 def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
@@ -224,10 +232,10 @@ def _find_model_pipeline(model: LatentDiffusion) -> str:
     if len(others) > 1 or not others <= PIPELINES.keys() or "text" not in names:
         raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
     is_rgbd = model.autoencoder.in_channels != 3
-    return others.pop() if others else _text_kind(is_rgbd)
+    return others.pop() if others else _name_text_pipeline(is_rgbd)
 
 
-def _text_kind(is_rgbd: bool) -> str:
+def _name_text_pipeline(is_rgbd: bool) -> str:
     return "text-rgbd" if is_rgbd else "text"
 
 
@@ -248,14 +256,14 @@ def _find_folder_pipeline(files: Files) -> str:
         name = files[layout.INDEX].get("_class_name")
         raise FileFormatError(f"`{name}` is not a supported pipeline (it has {what})")
     is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
-    return "masked" if is_inpainting else _text_kind(is_rgbd)
+    return "masked" if is_inpainting else _name_text_pipeline(is_rgbd)
 
 
 def _get_training_size(model: LatentDiffusion) -> int:
     """Return the side in latent pixels at which a model was trained."""
     family = recognize_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":
-        return max(model.image_size, V_MODEL_SIDE)
+        return max(model.image_size, V_MODEL_SIZE)
     return model.image_size
 
 

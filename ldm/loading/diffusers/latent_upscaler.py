@@ -92,14 +92,14 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
     unet = model.unet
     assert isinstance(unet, LatentUpscalerUNet)
     width, crosses = unet.channels[0], [bool(attends) for attends in unet.cross_attn_depths]
-    layout = (
+    is_published_layout = (
         list(unet.channels) == [width, width, 2 * width, 2 * width],
         len(set(unet.depths)) == 1,
         [bool(attends) for attends in unet.self_attn_depths] == [False, False, False, True],
         unet.mapping_out == 2 * width and width % HEAD_CHANNELS == 0,
         unet.has_variance and unet.input_channels == unet.unet_cond_dim,
     )
-    if not all(layout):
+    if not all(is_published_layout):
         raise ConfigError("diffusers supports only the layout of the published upscaler")
     return {
         "_class_name": "UNet2DConditionModel",
@@ -124,10 +124,10 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
     for block in downs:
         if block not in DOWN.values():
             raise ConfigError(f"{UNET}: blocks `{block}` are not supported")
-    half, levels = config["in_channels"] // 2, len(channels)
+    latent_channels, levels = config["in_channels"] // 2, len(channels)
     return {
-        "input_channels": half,
-        "unet_cond_dim": half,
+        "input_channels": latent_channels,
+        "unet_cond_dim": latent_channels,
         "mapping_out": 2 * channels[0],
         "mapping_cond_dim": config["time_cond_proj_dim"],
         "cross_cond_dim": config["cross_attention_dim"],
@@ -135,7 +135,7 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
         "channels": channels,
         "self_attn_depths": [level == levels - 1 for level in range(levels)],
         "cross_attn_depths": [block == DOWN[True] for block in downs],
-        "has_variance": config["out_channels"] > half,
+        "has_variance": config["out_channels"] > latent_channels,
         "dropout_rate": config.get("dropout", 0.0),
     }
 
@@ -157,14 +157,14 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     """Set the noise schedule in our config from a scheduler's; its default is linear."""
     prediction = config.get("prediction_type")
     check_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)
-    kind = config.get("interpolation_type", "linear")
-    check_name("interpolation_type", kind, INTERPOLATIONS, SCHEDULER)
+    interpolation = config.get("interpolation_type", "linear")
+    check_name("interpolation_type", interpolation, INTERPOLATIONS, SCHEDULER)
     if config.get("trained_betas"):
         raise ConfigError(f"{SCHEDULER}: `trained_betas` are not supported here")
     betas = schedulers.parse_betas(config, SCHEDULER)
     betas["name"] = betas.pop("beta_schedule")
     betas.pop("rescale_betas_zero_snr", None)
-    if kind == "linear":
+    if interpolation == "linear":
         target = f"{Schedule.__module__}."
         params["schedule"] = {
             "target": f"{target}Schedule",
@@ -177,5 +177,5 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         params["defaults"]["params"]["scheduler"] = "normal"
         return
     sigmas = Schedule(make_betas(**betas)).sigmas
-    ends = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-    params["schedule"]["params"] = ends
+    sigma_range = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
+    params["schedule"]["params"] = sigma_range

@@ -26,7 +26,7 @@ __all__ = ["is_xl_folder", "is_xl_model", "make_folder_configs_xl", "make_origin
 SCORE = "aesthetic_score"
 TARGETS = "sgm.modules.diffusionmodules."
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
-SIDE = 128  # default side in latent pixels
+IMAGE_SIZE = 128  # default side in latent pixels
 
 
 def is_xl_model(model: LatentDiffusion) -> bool:
@@ -66,8 +66,8 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
         files |= encoders.make_text_files(encoder, component)
     for component in TEXT_COMPONENTS:
         tokenizer = component.replace("text_encoder", "tokenizer")
-        for each in (component, tokenizer):
-            index[each] = layout.CLASSES[each] if component in texts else layout.NO_COMPONENT
+        for name in (component, tokenizer):
+            index[name] = layout.CLASSES[name] if component in texts else layout.NO_COMPONENT
     zeros = any(encoder.null is None for encoder in texts.values())
     return files | {
         layout.INDEX: index
@@ -96,7 +96,7 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     params = raw["model"]["params"]
     params["network_config"]["params"] = networks.parse_unet_config(files[layout.UNET])
     side = params["network_config"]["params"].pop("image_size", None)
-    if side not in (None, SIDE):
+    if side not in (None, IMAGE_SIZE):
         params["image_size"] = side
     _set_autoencoder(params, files[layout.VAE])
     _set_levels(params, files[layout.SCHEDULER])
@@ -128,10 +128,10 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
 
 def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     """Put noise levels, prediction type and steps of a scheduler into an engine."""
-    kind = config.get("_class_name", "")
+    class_name = config.get("_class_name", "")
     prediction = schedulers.parse_prediction_type(config, layout.SCHEDULER)
     defaults: dict[str, Any] = {}
-    if kind.startswith("EDM"):  # its `epsilon` is the network's answer of EDM
+    if class_name.startswith("EDM"):  # its "epsilon" means EDM's preconditioning
         scaling = "VScalingWithEDMcNoise" if prediction == "v" else "EDMScaling"
         template = read_yaml(f"{XL_CONFIG_DIR}/playground-v2.5.yaml")["model"]["params"]
         params["denoiser_config"] = template["denoiser_config"]
@@ -154,7 +154,7 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     if scaling == "EDMScaling" and "sigma_data" in config:
         spec["params"] = {"sigma_data": config["sigma_data"]}
     params["denoiser_config"]["params"]["scaling_config"] = spec
-    if "Ancestral" in kind:
+    if "Ancestral" in class_name:
         defaults["sampler"] = "euler_a"
     if defaults:
         params["defaults"] = defaults

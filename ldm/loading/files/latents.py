@@ -1,6 +1,6 @@
 """Read and write `.latent` files in ComfyUI's format: one latent, in the autoencoder's scale.
 
-Ours also contain the info of the image, and the kind of the latent.
+Ours also contain the info of the image, and the latent space.
 """
 
 import json
@@ -24,16 +24,23 @@ __all__ = ["SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent
 SUFFIX = ".latent"
 LATENT, VERSION = "latent_tensor", "latent_format_version_0"
 INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the metadata
-FORMER_SCALE = 0.18215  # scale factor of latents in files without a version
+# ComfyUI's files without a version are in the UNet's scale of SD 1 and 2.
+FORMER_SCALE = 0.18215
 
 
 @dataclass(frozen=True, eq=False)
 class StoredLatent:
-    """A latent read from a file."""
+    """A latent read from a file.
+
+    Args:
+        path: path of the file.
+        latent: (1, C, h, w) float32, in the autoencoder's scale.
+        space: models to which it belongs; None = unknown.
+    """
 
     path: str | Path
-    latent: Tensor  # (1, C, h, w) float32, in the autoencoder's scale
-    space: LatentSpace | None  # kind of latent; None = unknown
+    latent: Tensor
+    space: LatentSpace | None
 
     def normalize(self, model: LatentDiffusion) -> Tensor:
         """Return the latent (1, C, h, w) in the scale of a model's UNet.
