@@ -370,7 +370,7 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
     tensors = restore_names(extract_autoencoder(open_checkpoint(vae), autoencoder, file.path))
-    names = [old for ours, old in pair_names(file.state) if ours.startswith(AUTOENCODER)]
+    names = [original for name, original in pair_names(file.state) if name.startswith(AUTOENCODER)]
     for name in tensors.keys() & set(names):
         tensors[name] = cast_weight(name, tensors[name], file.state[name].dtype)
     state = {name: value for name, value in file.state.items() if name not in names}
@@ -389,7 +389,7 @@ def _replace_text_encoder(
     state = rename_weights(file.state)
     if not has_prefix(state, AUTOENCODER):
         tensors |= extract_autoencoder(source, model.autoencoder, file.path)
-    names = [old for ours, old in pair_names(file.state) if ours.startswith(TEXT)]
+    names = [original for name, original in pair_names(file.state) if name.startswith(TEXT)]
     state = {name: value for name, value in file.state.items() if name not in names}
     engine = has_engine_names(model.state_dict())
     return replace(file, state=state | restore_names(tensors, engine=engine), mapped=False)

@@ -166,14 +166,14 @@ def translate_names(
             _to_current_name(component, name.removeprefix(prefix)): renamed.pop(name)
             for name in names
         }
-        known = {name for location in locations.values() for name in location.names}
+        known = {name for location in locations.values() for name in location.keys}
         component_state = {
             name: value
             for name, value in component_state.items()
             if name in known or not name.endswith(UNUSED_WEIGHTS)
         }
         gathered = gather_weights(locations, component_state, expected)
-        used = {name for ours in gathered for name in locations[ours].names}
+        used = {name for ours in gathered for name in locations[ours].keys}
         renamed |= {prefix + n: value for n, value in component_state.items() if n not in used}
         renamed |= gathered
     return {n: _fit_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
@@ -221,7 +221,7 @@ def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
         return dict(state)
     components = locate_weights(model).values()
     locations = [location for component in components for location in component.values()]
-    names = [*model.state_dict(), *(name for location in locations for name in location.names)]
+    names = [*model.state_dict(), *(name for location in locations for name in location.keys)]
     prefix = next((p for p in ("", *PARTS[:2], TEXT) if any(p + n in state for n in names)), "")
     return strip_prefix(state, prefix)
 

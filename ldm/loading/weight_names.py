@@ -155,7 +155,9 @@ def select_loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def select_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return buffers by the original's names: noise schedule, scale factor, statistics."""
     originals = _strip_outer(list(state))
-    return {name: state[old] for name, old in originals.items() if BUFFERS.fullmatch(name)}
+    return {
+        name: state[file_name] for name, file_name in originals.items() if BUFFERS.fullmatch(name)
+    }
 
 
 def has_prefix(names: Iterable[str], prefix: str) -> bool:

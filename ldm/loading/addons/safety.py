@@ -70,7 +70,7 @@ def load_safety_checker(
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
     weights = gather_weights(locations, state, expected)
-    gathered = {their_name for name in weights for their_name in locations[name].names}
+    gathered = {their_name for name in weights for their_name in locations[name].keys}
     weights |= {name: value for name, value in state.items() if name not in gathered}
     check_weights(expected, weights, summary)
     fill_weights(checker, weights, device=device, dtype=torch.float32, mapped=mapped)

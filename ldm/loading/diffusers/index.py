@@ -122,9 +122,9 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
             zero_snr=model.schedule.zero_snr,
         ),
     }
-    kind = _find_model_pipeline(model)
-    files |= _make_encoder_configs(model, params["conditioner"]["params"], kind)
-    pipeline = PIPELINES[kind]
+    pipeline_key = _find_model_pipeline(model)
+    files |= _make_encoder_configs(model, params["conditioner"]["params"], pipeline_key)
+    pipeline = PIPELINES[pipeline_key]
     components = {path.split("/")[0] for path in files} - {"feature_extractor"}  # set below
     index: Files = {
         "_class_name": pipeline.name,
@@ -134,8 +134,8 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     }
     if PROCESSOR in files:
         index["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
-    if kind in ("lowres", "rgbd"):
-        encoder = model.conditioner.get(LowRes if kind == "lowres" else RGBDLatent)
+    if pipeline_key in ("lowres", "rgbd"):
+        encoder = model.conditioner.get(LowRes if pipeline_key == "lowres" else RGBDLatent)
         index["max_noise_level"] = encoder.max_noise_level
     return files | {layout.INDEX: index}
 
@@ -151,10 +151,10 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
         return make_original_config_xl(files, folder)
     if is_x2_folder(files):
         return make_original_config_x2(files, folder)
-    kind = _find_folder_pipeline(files)
-    encoder = IMAGE if kind in ("image", "variations") else layout.TEXT
+    pipeline_key = _find_folder_pipeline(files)
+    encoder = IMAGE if pipeline_key in ("image", "variations") else layout.TEXT
     is_openai = encoders.is_openai_clip(files[encoder], encoder)
-    template = PIPELINES[kind].openai if is_openai else PIPELINES[kind].open_clip
+    template = PIPELINES[pipeline_key].openai if is_openai else PIPELINES[pipeline_key].open_clip
     if template is None:
         name = files[layout.INDEX]["_class_name"]
         raise WrongFamily(f"no original config matches `{name}` with the encoder in {encoder}")
@@ -174,15 +174,15 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     params["channels"] = unet["out_channels"]
     if layout.TEXT in files:
         params["cond_stage_config"]["params"] = encoders.parse_text_config(files[layout.TEXT])
-    _set_encoder_params(files, params, kind)
+    _set_encoder_params(files, params, pipeline_key)
     return raw
 
 
-def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> Files:
+def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, pipeline_key: str) -> Files:
     conditioner, files = model.conditioner, Files()
     image = conditioner.find(ImageEmbedding)
     tower = None if image is None else image.clip.model.visual
-    if kind == "variations":
+    if pipeline_key == "variations":
         tower = conditioner.get(CLIPImage).model.visual
     else:
         files |= encoders.make_text_files(conditioner.get(TextEncoder))
@@ -193,27 +193,27 @@ def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str)
         name = layout.CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
         files[EMBEDDING_NOISE] = _make_noise_config(specs["image"]["params"]["noise"])
-    if kind in ("lowres", "rgbd"):  # the pipeline of rgbd requires it, unused
-        files[LOW_RES_NOISE] = _make_noise_config(specs[kind])
-    if kind == "depth":
+    if pipeline_key in ("lowres", "rgbd"):  # the pipeline of rgbd requires it, unused
+        files[LOW_RES_NOISE] = _make_noise_config(specs[pipeline_key])
+    if pipeline_key == "depth":
         files[DEPTH] = encoders.make_depth_config(conditioner.get(MiDaSDepth))
         files[PROCESSOR] = encoders.make_depth_processor_config(files[DEPTH]["image_size"])
     return files
 
 
-def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
+def _set_encoder_params(files: Files, params: JsonObject, pipeline_key: str) -> None:
     """Set parameters of a config from the encoders' files."""
-    if kind == "depth":
+    if pipeline_key == "depth":
         params["depth_stage_config"]["params"] = encoders.parse_depth_config(files[DEPTH])
-    if kind in ("lowres", "rgbd"):
+    if pipeline_key in ("lowres", "rgbd"):
         low_res = params["low_scale_config"].setdefault("params", {})
         low_res["max_noise_level"] = files[layout.INDEX].get("max_noise_level", 350)
-    if kind == "lowres":
+    if pipeline_key == "lowres":
         noise = schedulers.parse_betas(files[LOW_RES_NOISE], LOW_RES_NOISE)
         low_res["noise_schedule_config"] = noise
-    if kind == "variations":
+    if pipeline_key == "variations":
         params["cond_stage_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
-    if kind == "image":
+    if pipeline_key == "image":
         params["embedder_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
         betas = schedulers.parse_betas(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
         width = files[IMAGE]["projection_dim"]
@@ -245,9 +245,9 @@ def _find_folder_pipeline(files: Files) -> str:
     is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
     if is_rgbd and "low_res_scheduler" in components:
         return "rgbd"
-    for component, kind in PIPELINE_OF_COMPONENT.items():
+    for component, pipeline_key in PIPELINE_OF_COMPONENT.items():
         if component in components:
-            return kind
+            return pipeline_key
     if "image_encoder" in components and "text_encoder" not in components:
         return "variations"
     missing = {"unet", "vae", "text_encoder", "scheduler"} - components

@@ -6,7 +6,7 @@
     conditioner.text.model.logit_scale               nowhere
 
 One mapping serves both directions: our names come from a model on the meta device, so that
-diffusers' names need not be converted to ours.
+diffusers' names (keys) need not be converted to ours.
 """
 
 import re
@@ -126,23 +126,23 @@ class Location:
     """The location of a tensor of ours in a component: one tensor, or several to concatenate.
 
     Args:
-        names: names of diffusers' tensors.
+        keys: names of diffusers' tensors.
         form: "flat" if our 1x1 convolution is a matrix in diffusers, "vector" if our column is a
             vector, "transposed" or "same".
     """
 
-    names: tuple[str, ...]
+    keys: tuple[str, ...]
     form: Form = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, view) of diffusers' tensors in our tensor."""
+        """Yield (key, view) of diffusers' tensors in our tensor."""
         if self.form == "flat":
             value = value.flatten(1)
         elif self.form == "vector":
             value = value.flatten()
         elif self.form == "transposed":
             value = value.T
-        return zip(self.names, value.chunk(len(self.names)), strict=True)
+        return zip(self.keys, value.chunk(len(self.keys)), strict=True)
 
     def join(self, component: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Return our tensor from diffusers' tensors; a copy only if there are several.
@@ -151,7 +151,7 @@ class Location:
             component: tensors by diffusers' names.
             shape: shape of our tensor.
         """
-        parts = [component[name] for name in self.names]
+        parts = [component[key] for key in self.keys]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
             value = value.T
@@ -165,10 +165,10 @@ def scatter_weights(
 ) -> dict[str, Tensor]:
     """Return views of our tensors under diffusers' names, without those that have no location."""
     return {
-        their_name: tensor
+        key: tensor
         for name, value in state.items()
         if name in locations
-        for their_name, tensor in locations[name].split(value)
+        for key, tensor in locations[name].split(value)
     }
 
 
@@ -186,7 +186,7 @@ def gather_weights(
     return {
         name: location.join(component, model_state[name].shape)
         for name, location in locations.items()
-        if all(their_name in component for their_name in location.names)
+        if all(key in component for key in location.keys)
     }
 
 
@@ -239,7 +239,7 @@ def locate_unet(names: Iterable[str]) -> dict[str, Location]:
     names = list(names)
     if any(name.startswith(INNER) for name in names):
         return _locate_upscaler(names)
-    return {ours: Location((theirs,)) for ours, theirs in rename_unet_layers(names).items()}
+    return {name: Location((key,)) for name, key in rename_unet_layers(names).items()}
 
 
 def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
@@ -271,9 +271,9 @@ def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
             for name, inner_name in inner_names.items():
                 layer, _, parameter = inner_name.rpartition(".")
                 form = "flat" if layer.endswith("_proj") and parameter == "weight" else "same"
-                their_layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
-                their_names = tuple(f"{prefix}.{layer}.{parameter}" for layer in their_layers)
-                locations[name] = Location(their_names, form)
+                diffusers_layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
+                keys = tuple(f"{prefix}.{layer}.{parameter}" for layer in diffusers_layers)
+                locations[name] = Location(keys, form)
     return locations
 
 
@@ -284,21 +284,21 @@ def locate_vae(names: Iterable[str]) -> dict[str, Location]:
     locations = {}
     for name in names:
         # Our decoder's levels are counted from the full resolution, diffusers' from the latent's.
-        theirs = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
-        theirs = replace_all(VAE, theirs)
-        is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", theirs)
-        locations[name] = Location((theirs,), "flat" if is_matrix else "same")
+        key = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
+        key = replace_all(VAE, key)
+        is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", key)
+        locations[name] = Location((key,), "flat" if is_matrix else "same")
     return locations
 
 
 def locate_text_encoder(names: Iterable[str]) -> dict[str, Location]:
     """Locate a text encoder's tensors."""
     locations = {}
-    for ours, theirs in rename_text_layers(names).items():
-        if theirs == "text_projection":
-            locations[ours] = Location(("text_projection.weight",), "transposed")
-        elif theirs.startswith("text_model."):
-            locations[ours] = Location(_split_qkv(theirs))
+    for name, key in rename_text_layers(names).items():
+        if key == "text_projection":
+            locations[name] = Location(("text_projection.weight",), "transposed")
+        elif key.startswith("text_model."):
+            locations[name] = Location(_split_qkv(key))
     return locations
 
 
@@ -310,10 +310,10 @@ def locate_vision_tower(names: Iterable[str]) -> dict[str, Location]:
         if name.endswith("visual.proj"):
             locations[name] = Location(("visual_projection.weight",), "transposed")
         elif tower == "visual":
-            theirs = replace_all(VISION, inner_name)
-            if theirs.startswith("transformer."):  # the blocks are named as in a text encoder
-                theirs = rename_text_layers([theirs])[theirs].removeprefix("text_model.")
-            locations[name] = Location(_split_qkv(f"vision_model.{theirs}"))
+            key = replace_all(VISION, inner_name)
+            if key.startswith("transformer."):  # the blocks are named as in a text encoder
+                key = rename_text_layers([key])[key].removeprefix("text_model.")
+            locations[name] = Location(_split_qkv(f"vision_model.{key}"))
     return locations
 
 
@@ -321,10 +321,10 @@ def locate_depth_network(names: Iterable[str]) -> dict[str, Location]:
     """Locate the depth network's tensors."""
     locations = {}
     for name in names:
-        theirs = replace_all(MIDAS, name.removeprefix("model."))
-        if not theirs.startswith("pretrained."):  # the unused head of a classifier
-            layers = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
-            locations[name] = Location(tuple(theirs.replace("qkv", layer) for layer in layers))
+        key = replace_all(MIDAS, name.removeprefix("model."))
+        if not key.startswith("pretrained."):  # the unused head of a classifier
+            layers = ("query", "key", "value") if ".qkv." in key else ("qkv",)
+            locations[name] = Location(tuple(key.replace("qkv", layer) for layer in layers))
     return locations
 
 

@@ -75,12 +75,12 @@ def rename_text_layers(names: Iterable[str]) -> dict[str, str]:
     """
     renamed = {}
     for name in names:
-        theirs = name.removeprefix("model.")
-        if theirs.startswith("transformer.text_model."):
-            theirs = theirs.removeprefix("transformer.")
+        diffusers_name = name.removeprefix("model.")
+        if diffusers_name.startswith("transformer.text_model."):
+            diffusers_name = diffusers_name.removeprefix("transformer.")
         else:
-            theirs = replace_all(TEXT, theirs)
-        renamed[name] = theirs
+            diffusers_name = replace_all(TEXT, diffusers_name)
+        renamed[name] = diffusers_name
     return renamed
 
 

@@ -103,11 +103,11 @@ def parse_scheduler(config: JsonMapping, default: str) -> str:
 
 def get_timestep_spacing(scheduler: str | None) -> str:
     """Return diffusers' timestep_spacing for a scheduler; "trailing" is near to `sgm_uniform`."""
-    return next((theirs for theirs, ours in SPACINGS.items() if ours == scheduler), "trailing")
+    return next((spacing for spacing, name in SPACINGS.items() if name == scheduler), "trailing")
 
 
-def _find_key(ours: str, names: Mapping[str, str]) -> str:
-    return next(theirs for theirs, name in names.items() if name == ours)
+def _find_key(value: str, names: Mapping[str, str]) -> str:
+    return next(key for key, name in names.items() if name == value)
 
 
 def _read_name(

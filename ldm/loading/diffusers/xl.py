@@ -121,9 +121,9 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(config)
     params["scale_factor"] = config.get("scaling_factor", 0.18215)
     params["disable_first_stage_autocast"] = bool(config.get("force_upcast", True))
-    for ours, theirs in (("latent_mean", "latents_mean"), ("latent_std", "latents_std")):
-        if config.get(theirs) is not None:
-            params[ours] = config[theirs]
+    for parameter, key in (("latent_mean", "latents_mean"), ("latent_std", "latents_std")):
+        if config.get(key) is not None:
+            params[parameter] = config[key]
 
 
 def _set_levels(params: JsonObject, config: JsonMapping) -> None:
