@@ -1,10 +1,11 @@
 """Load models from configs and weights, and convert between formats.
 
-`load` is the entry point. It reads a YAML (`config`, with the original's class names translated by
-`legacy` and `sgm`) and weights (`weights`, `files`), recognises published families (`families`) and
-few-step models (`variants`), and adds LoRAs and embeddings (`addons`). `published` and `hub` find
-and download checkpoints by name. `diffusers` reads and writes diffusers folders, `convert` converts
-between formats, `report` describes a file.
+`load` is the entry point. It reads weights (`weights`, `files`), recognises published families
+(`families`), reads the YAML (`model_config`, `config`; `legacy` and `sgm` translate the original's
+class names), finds few-step models (`find_variant`, `variants`), takes parts from other files
+(`replace_parts`), and adds LoRAs and embeddings (`addons`). `published` and `hub` find and download
+checkpoints by name. `diffusers` reads and writes diffusers folders, `convert` converts between
+formats, `report` describes a file.
 
 No code named in a file is executed: targets are looked up in a table, and pickles are read by a
 restricted unpickler. Only `hub` uses the network.

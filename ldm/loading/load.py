@@ -118,12 +118,12 @@ def load(
             checkpoint or a file near it. For unCLIP models.
         midas: file with the depth network; None = from the checkpoint. For depth models.
         vae: a checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD: a file with its
-            decoder only leaves the model's encoder in place.
+            decoder only leaves the model's encoder in place. None = that of `ckpt`.
         text_encoder: a checkpoint whose (first) text encoder is used instead, and whose autoencoder
-            if `ckpt` contains none. The x2 latent upscaler takes both from a checkpoint of Stable
-            Diffusion 1.
+            if `ckpt` contains none; None = that of `ckpt`. The x2 latent upscaler takes both from a
+            checkpoint of Stable Diffusion 1.
         base: a model whose autoencoder and text encoder are shared, not copied, where the
-            checkpoint contains none; for the x2 latent upscaler.
+            checkpoint contains none; for the x2 latent upscaler. None = no parts are shared.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
             `LoRAWeight`, or its text, such as "0.5:1" for text encoders and UNet.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
@@ -215,7 +215,7 @@ def save_model(
 
     Args:
         metadata: entries of the file; with the YAML's text under `ldm.config`, `load` needs no
-            config.
+            config. None = only those of ModelSpec.
     """
     state = restore_names(model.state_dict(), make_buffers(model))
     metadata = describe_model(model, Path(path).stem, metadata=metadata)
@@ -266,7 +266,7 @@ def _check_options_of_part(
 
 
 def _select_ema(model: nn.Module, weights: Weights, ema: bool) -> None:
-    """Replace weights by their EMA, or check that the raw ones are there."""
+    """Replace weights by their EMA if asked to, else check that the raw ones are there."""
     if ema:
         weights.use_ema(model.state_dict())
     else:

@@ -124,7 +124,7 @@ def test_a_smaller_lora_is_the_nearest_one_of_its_rank(tmp_path):
         torch.testing.assert_close(after[name], best, rtol=0, atol=1e-5)
         kept, total = kept + float(s[:2].square().sum()), total + float(s.square().sum())
     assert smaller.retained_fraction == pytest.approx(kept / total, rel=1e-4)
-    assert smaller.ranks == sum(min(6, *delta.flatten(1).shape) for delta in before.values())
+    assert smaller.total_rank == sum(min(6, *delta.flatten(1).shape) for delta in before.values())
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
@@ -193,7 +193,7 @@ def test_a_resized_loha_is_the_nearest_lora_of_its_rank(tmp_path):
     u, s, v = torch.linalg.svd(whole.flatten(1))
     (delta,) = deltas(small.lora).values()
     torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
-    assert (small.ranks, set(small.others)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
+    assert (small.total_rank, set(small.others)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
     kept = float(s[:2].square().sum() / s.square().sum())
     assert small.retained_fraction == pytest.approx(kept, rel=1e-4)
 
