@@ -193,7 +193,7 @@ def test_a_resized_loha_is_the_nearest_lora_of_its_rank(tmp_path):
     u, s, v = torch.linalg.svd(whole.flatten(1))
     (delta,) = deltas(small.lora).values()
     torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
-    assert (small.total_rank, set(small.others)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
+    assert (small.total_rank, set(small.other_tensors)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
     kept = float(s[:2].square().sum() / s.square().sum())
     assert small.retained_fraction == pytest.approx(kept, rel=1e-4)
 
