@@ -95,7 +95,7 @@ def save_lora(
     lora: "LoRA",
     model: "LatentDiffusion",
     merged_from: Sequence[str],
-    others: Mapping[str, "Tensor"] | None = None,
+    other_tensors: Mapping[str, "Tensor"] | None = None,
 ) -> None:
     """Write a LoRA, and other tensors of its file, and print its path."""
     import torch
@@ -104,9 +104,9 @@ def save_lora(
     from ldm.loading.modelspec import MERGED_FROM
 
     dtype = getattr(torch, args.dtype)
-    cast = {name: value.to(dtype) for name, value in (others or {}).items()}
+    cast = {name: value.to(dtype) for name, value in (other_tensors or {}).items()}
     sources: dict[str, str | int] = {MERGED_FROM: ", ".join(merged_from)}
-    write_lora(lora.to(dtype), args.target, model, metadata=sources, others=cast)
+    write_lora(lora.to(dtype), args.target, model, metadata=sources, other_tensors=cast)
     print(args.target)
 
 

@@ -25,20 +25,22 @@ ATTENTION = re.compile(rf"{re.escape(INNER)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|kv
 
 
 def find_json(path: Path) -> Path | None:
-    """Return the JSON beside a file: NAME.json, or config_PREFIX.json with a prefix of its name."""
-    prefix = "config_"
-    for file in sorted(path.parent.glob("*.json")):
-        if file.stem == path.stem:
-            return file
-        if file.stem.startswith(prefix) and path.stem.startswith(file.stem.removeprefix(prefix)):
-            return file
-    return None
+    """Return the JSON beside a file: NAME.json, or config_START.json with the start of its name.
+
+    Of several, the longest start counts: the names of two versions begin alike.
+    """
+    same_name = path.with_suffix(".json")
+    if same_name.is_file():
+        return same_name
+    files = path.parent.glob("config_*.json")
+    matches = [f for f in files if path.stem.startswith(f.stem.removeprefix("config_"))]
+    return max(matches, key=lambda file: len(file.stem), default=None)
 
 
-def build_upscaler_config(sizes: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
-    """Return our config of the upscaler with the network's arguments from `find_unet_params`."""
+def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
+    """Return our config of the upscaler with arguments of the network, as of `find_unet_params`."""
     raw = read_yaml(TEMPLATE, overrides)
-    raw["model"]["params"]["unet"]["params"] = dict(sizes)
+    raw["model"]["params"]["unet"]["params"] = dict(unet_params)
     return raw
 
 
@@ -62,10 +64,10 @@ def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | N
         # k-diffusion's default; the published JSON sets it to false.
         return {"augment_wrapper": True} | model
     has_weights = f"{INNER}proj_in.weight" in state
-    return _read_sizes(state) if config == TEMPLATE and has_weights else None
+    return _infer_unet_params(state) if config == TEMPLATE and has_weights else None
 
 
-def _read_sizes(state: Mapping[str, Tensor]) -> JsonObject:
+def _infer_unet_params(state: Mapping[str, Tensor]) -> JsonObject:
     """Infer the network's arguments from the shapes of weights under our names."""
     widths: dict[int, int] = {}
     depths: dict[int, int] = {}

@@ -177,7 +177,7 @@ def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     )
     files = [(paths[0], "0.5:-0.8"), (paths[1], 0.3)]
     joined = join_loras(files, model)
-    write_lora(joined.lora, paths[2], model, others=joined.other_tensors)
+    write_lora(joined.lora, paths[2], model, other_tensors=joined.other_tensors)
     theirs, ours = tiny_model("sd1"), model
     theirs.load_state_dict(model.state_dict())
     load_loras(ours, [(paths[2], 1.0)])
@@ -220,7 +220,7 @@ def test_textual_inversions_stay_in_a_joined_file(tmp_path):
     bundle = {"bundle_emb.cat.emb_params": torch.ones(2, 24)}
     write_checkpoint(source, read_checkpoint(source).state | bundle)
     joined = join_loras([(source, 1.0)], model)
-    write_lora(joined.lora, target, model, others=joined.other_tensors)
+    write_lora(joined.lora, target, model, other_tensors=joined.other_tensors)
     load_loras(model, [(target, 1.0)])
     assert torch.equal(model.conditioner.text.added_embeddings["cat"], torch.ones(2, 24))
 

@@ -67,7 +67,8 @@ def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
     sizes = raw["model"]["params"]["unet"]["params"]
     assert sizes == {key: expected[key] for key in sizes}
     shutil.copy(files / "x2.pth", tmp_path / "upscaler_2_1_slim.pth")
-    sidecar = tmp_path / "config_upscaler_2.json"
+    (tmp_path / "config_upscaler_2.json").write_text("{}")
+    sidecar = tmp_path / "config_upscaler_2_1.json"  # the longer of two that fit
     sidecar.write_text(json.dumps({"model": expected}))
     source, raw = read_config(identify_weights(open_checkpoint(tmp_path / "upscaler_2_1_slim.pth")))
     assert (source, raw["model"]["params"]["unet"]["params"]) == (str(sidecar), expected)

@@ -209,7 +209,7 @@ def write_lora(
     model: LatentDiffusion,
     style: Literal["kohya", "diffusers"] = "kohya",
     metadata: Mapping[str, str | int] | None = None,
-    others: Mapping[str, Tensor] | None = None,
+    other_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a LoRA file, with its base model in the metadata; the weight of the LoRA is not saved.
 
@@ -217,7 +217,7 @@ def write_lora(
         style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
             `up`, as not every version of diffusers reads alpha.
         metadata: further entries of the file.
-        others: tensors besides the layers, by their names in the file.
+        other_tensors: tensors besides the layers, by their names in the file.
     """
     entries: dict[str, str | int] = {}
     if style == "kohya":
@@ -231,7 +231,7 @@ def write_lora(
             up = layer.lora_up.weight.detach().cpu()
             state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
             state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
-    state |= others or {}
+    state |= other_tensors or {}
     entries |= metadata or {}
     write_checkpoint(path, state, describe_model(model, Path(path).stem, "lora", entries))
 
