@@ -31,6 +31,8 @@ from ldm.loading.matching import match_weights
 from ldm.loading.model_config import choose_config
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.loading.weights import identify_weights
+from ldm.runtime.errors import ArgumentError
+from loading import tinyfamilies
 
 
 @pytest.fixture
@@ -321,6 +323,31 @@ def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_ya
     assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "kl.ckpt"), own)
     torch.save(tiny_state, tmp_path / "whole.ckpt")
     assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "whole.ckpt"), own)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"loras": [("missing.safetensors", 1.0)]}, "LoRAs and embeddings need a whole model"),
+        ({"vae": "missing.ckpt"}, "another autoencoder needs a whole model"),
+        ({"text_encoder": "missing.ckpt"}, "has no text encoder to replace"),
+    ],
+)
+def test_options_of_whole_models_are_refused_for_a_part(
+    tmp_path, tiny_yaml, tiny_file, option, message
+):
+    part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
+    (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
+    with pytest.raises(ArgumentError, match=message):
+        ldm.load(tmp_path / "kl.yaml", tiny_file, **option)
+
+
+def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
+    state = tinyfamilies.write("x4", tmp_path / "x4.safetensors")
+    model = ldm.load(ckpt=tmp_path / "x4.safetensors", dtype=torch.float16)
+    weight = model.autoencoder.decoder.conv_in.weight
+    assert torch.equal(weight, state["first_stage_model.decoder.conv_in.weight"])
+    assert model.unet.out[2].weight.dtype == torch.float16
 
 
 def test_what_is_not_enough_to_load_is_an_error(tiny_yaml, tiny_file):

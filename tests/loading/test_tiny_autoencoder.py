@@ -8,7 +8,7 @@ import ldm
 from ldm.commands.main import main
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder, TinyDecoder, TinyEncoder
-from ldm.runtime.errors import WeightsMismatch
+from ldm.runtime.errors import FileFormatError, WeightsMismatch
 
 PROMPT, QUICK = ["a 3d emoji of a cat face"], {"steps": 2, "seeds": 1}
 
@@ -111,6 +111,13 @@ def test_what_does_not_fit_is_refused(formats, tmp_path):
         ldm.load(vae=tmp_path / "cut.pth")
     with pytest.raises(ValueError, match="TAESD, a small autoencoder"):
         ldm.load(ckpt=formats["decoder"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config_of_its_folder_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(FileFormatError, match=r"config\.json` is (damaged|not a config)"):
+        ldm.load(vae=tmp_path)
 
 
 def test_that_of_another_family_is_named(formats, tmp_path):
