@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import CachedDict, cache_folder, cache_sha256, hash_file
+from ldm.runtime.hashes import CachedDict, cache_sha256, get_cache_folder, hash_file
 
 __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path"]
 
@@ -133,7 +133,7 @@ def fetch_file(
 
 def get_url_path(url: str) -> Path:
     """Return the path to which `fetch_url` downloads a URL."""
-    return cache_folder() / "files" / url.rpartition("/")[2]
+    return get_cache_folder() / "files" / url.rpartition("/")[2]
 
 
 def fetch_url(url: str, size: int, sha256: str) -> Path:
