@@ -4,7 +4,7 @@
 
 A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. DATA is `map`,
 `xl` (the same for a tiny SDXL) or shards. Its result are two hashes of all that is trained.
-`VERB:CASE` calls `run_verb`.
+`ACTION:CASE` calls `run_action`.
 """
 
 import csv
@@ -79,26 +79,26 @@ def interrupt(folder: Path, case: str) -> tuple[str, str]:
     return digest(straight), before
 
 
-def run_verb(folder: Path, case: str, verb: str) -> tuple[str, str]:
-    """save: train a step. go: from what was saved, one more. forever: until stopped.
+def run_action(folder: Path, case: str, action: str) -> tuple[str, str]:
+    """save: train a step. resume: one more step. endless: until stopped.
 
-    A step has as many batches as it had at first, on any number of processes. After `go` losses and
-    weights are in FOLDER/went-on-WORLD.pt; before `forever` FOLDER/RANK.pid is written.
+    A step has as many batches as it had at first, on any number of processes. After `resume` losses
+    and weights are in FOLDER/resumed-WORLD.pt; before `endless` FOLDER/RANK.pid is written.
     """
-    steps = {"save": STEPS // 2, "go": STEPS, "forever": 10**9}[verb]
-    timeout = 5 if verb == "forever" else 60
+    steps = {"save": STEPS // 2, "resume": STEPS, "endless": 10**9}[action]
+    timeout = 5 if action == "endless" else 60
     run = make_run(folder, case, steps, f"lightning.trainer.timeout={timeout}")
-    if verb == "go":
+    if action == "resume":
         run.resume(folder / "checkpoints" / f"state-{STEPS // 2:08}")
-    if verb == "forever":
+    if action == "endless":
         (folder / f"{run.ranks.rank}.pid").touch()
     before = digest(run)
     train(run)
     weights = gather_shards(run.task.trainable.state_dict())
-    if verb == "go" and run.ranks.is_first:
+    if action == "resume" and run.ranks.is_first:
         with (run.folder / "log.csv").open() as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
-        path = folder / f"went-on-{run.ranks.world_size}.pt"
+        path = folder / f"resumed-{run.ranks.world_size}.pt"
         torch.save({"weights": weights, "losses": losses}, path)
     return before, digest(run)
 
@@ -112,8 +112,8 @@ def run_cases(
     torch.set_num_threads(1)
     hashes = {}
     for word in cases:
-        verb, _, case = word.rpartition(":")
-        hashes[word] = run_verb(folder, case, verb) if verb else interrupt(folder, case)
+        action, _, case = word.rpartition(":")
+        hashes[word] = run_action(folder, case, action) if action else interrupt(folder, case)
     return hashes
 
 

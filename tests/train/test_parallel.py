@@ -70,13 +70,15 @@ def run_ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str,
 @pytest.mark.slow
 def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:
     """The second step is taken from the state of the first, which ddp has saved, with fsdp."""
-    (_, saved), (loaded, _) = run_ranks(2, tmp_path, "save:ddp-32-map", "go:fsdp-32-map").values()
+    (_, saved), (loaded, _) = run_ranks(
+        2, tmp_path, "save:ddp-32-map", "resume:fsdp-32-map"
+    ).values()
     assert saved == loaded
     accumulate = "lightning.trainer.accumulate_grad_batches=2"
-    one = make_run(tmp_path / "one", "auto-32-map", STEPS, accumulate)
-    train(one)
-    two = torch.load(tmp_path / "went-on-2.pt")
-    check_close(two["weights"], one.task.trainable.state_dict())
+    single = make_run(tmp_path / "single", "auto-32-map", STEPS, accumulate)
+    train(single)
+    parallel_result = torch.load(tmp_path / "resumed-2.pt")
+    check_close(parallel_result["weights"], single.task.trainable.state_dict())
 
 
 @pytest.mark.slow
@@ -115,7 +117,7 @@ def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_others(tmp_path: Path) -> None:
-    first, second = start_processes(2, str(tmp_path), "forever:ddp-32-map")
+    first, second = start_processes(2, str(tmp_path), "endless:ddp-32-map")
     while len(list(tmp_path.glob("*.pid"))) < 2 and first.poll() is None:
         time.sleep(0.1)
     second.send_signal(signal.SIGSTOP)  # no connection breaks, but its heartbeat ends
@@ -162,8 +164,8 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     shards = tmp_path / "shards"
     folder = Folder(root=ROOT / "tests/data/emoji", transform=PhotoTransform(size=32))
     assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
-    kinds = ("32-map", f"bf16-{shards}/*.tar")
-    cases = [f"{strategy}-{kind}" for strategy in strategies for kind in kinds]
+    variants = ("32-map", f"bf16-{shards}/*.tar")
+    cases = [f"{strategy}-{variant}" for strategy in strategies for variant in variants]
     for case, (straight, interrupted) in run_ranks(processes, tmp_path, *cases).items():
         assert straight == interrupted, case
 
@@ -171,12 +173,12 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
 @pytest.mark.slow
 def test_a_sharded_sdxl_goes_on_as_one_process(tmp_path: Path) -> None:
     """Its optimizer has states for the UNet alone: both text encoders are frozen."""
-    save, go = "save:fsdp-32-xl", "go:fsdp-32-xl"
-    hashes = run_ranks(2, tmp_path, save, go)
-    assert run_ranks(1, tmp_path, go)[go][0] == hashes[go][0] == hashes[save][1]
-    two, one = (torch.load(tmp_path / f"went-on-{n}.pt")["weights"] for n in (2, 1))
-    assert {name.split(".")[0] for name in two} == {"unet", "conditioner"}
-    check_close(two, one)
+    save, resume = "save:fsdp-32-xl", "resume:fsdp-32-xl"
+    hashes = run_ranks(2, tmp_path, save, resume)
+    assert run_ranks(1, tmp_path, resume)[resume][0] == hashes[resume][0] == hashes[save][1]
+    weights = [torch.load(tmp_path / f"resumed-{n}.pt")["weights"] for n in (2, 1)]
+    assert {name.split(".")[0] for name in weights[0]} == {"unet", "conditioner"}
+    check_close(*weights)
 
 
 @pytest.mark.slow
@@ -184,23 +186,25 @@ def test_a_sharded_sdxl_goes_on_as_one_process(tmp_path: Path) -> None:
 def test_a_state_of_four_processes_is_the_same_on_two_and_one(
     strategy: str, tmp_path: Path
 ) -> None:
-    save, go = (f"{verb}:{strategy}-32-map" for verb in ("save", "go"))
-    hashes = run_ranks(4, tmp_path, save, go)
+    save, resume = (f"{action}:{strategy}-32-map" for action in ("save", "resume"))
+    hashes = run_ranks(4, tmp_path, save, resume)
     saved = hashes[save][1]
-    assert [hashes[go][0], *(run_ranks(n, tmp_path, go)[go][0] for n in (2, 1))] == [saved] * 3
-    after = [torch.load(tmp_path / f"went-on-{n}.pt") for n in (4, 2, 1)]
-    for other in after[1:]:
-        assert other["losses"] == pytest.approx(after[0]["losses"], rel=1e-5)
-        check_close(after[0]["weights"], other["weights"])
+    assert [hashes[resume][0], *(run_ranks(n, tmp_path, resume)[resume][0] for n in (2, 1))] == [
+        saved
+    ] * 3
+    of_four, *others = (torch.load(tmp_path / f"resumed-{n}.pt") for n in (4, 2, 1))
+    for result in others:
+        assert result["losses"] == pytest.approx(of_four["losses"], rel=1e-5)
+        check_close(of_four["weights"], result["weights"])
 
 
-def check_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+def check_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Compare weights whose gradients were summed in another order.
 
     Adam divides by their size: where they are about nothing, a weight may go 0.002 (the learning
     rate) this way or that.
     """
-    for name, value in weights.items():
-        difference = (value.float() - others[name].float()).abs()
+    for name, value in actual.items():
+        difference = (value.float() - expected[name].float()).abs()
         assert difference.median() < 1e-5, name
         assert difference.max() < 1e-3, name

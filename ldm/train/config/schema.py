@@ -169,7 +169,7 @@ class Trainer(Section):
     strategy: Annotated[
         Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_shorten_strategy)
     ] = "auto"
-    shard_size: Count | None = None  # of hsdp: ranks that share one copy of the weights; null: all
+    shard_size: Count | None = None  # ranks that share one copy of the weights; hsdp needs it
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
     seed: Annotated[int, Field(ge=-(10**12), le=10**12), TO_INTEGER] = (
         23  # seed * 1_000_003 + epoch fits 64 bits
