@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.compat.diffusion_util import checkpoint as checkpoint, zero_module as zero_module
 from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
-from ldm.compat.util import default as default, exists as exists
+from ldm.compat.util import default as default, exists as exists, to_plain
 from ldm.nets import transformer
 from ldm.nets.attention import attention
 
@@ -165,15 +165,15 @@ class SpatialTransformer(Relabelled, transformer.SpatialTransformer):
         use_linear: bool = False,
         use_checkpoint: bool = True,
     ) -> None:
-        if isinstance(context_dim, Sequence):  # also of OmegaConf
-            context_dim = list(context_dim) if len(context_dim) > 1 else context_dim[0]
+        if isinstance(context_dim, Sequence) and len(context_dim) == 1:
+            context_dim = context_dim[0]
         super().__init__(
             in_channels=in_channels,
             n_heads=n_heads,
             d_head=d_head,
             depth=depth,
             dropout=dropout,
-            context_dim=context_dim,
+            context_dim=to_plain(context_dim),
             disable_self_attn=disable_self_attn,
             use_linear=use_linear,
             use_checkpoint=use_checkpoint,

@@ -16,7 +16,7 @@ from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
 from ldm.compat.names import MISSING_ENCODERS
 from ldm.compat.openaimodel import Timestep
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
-from ldm.compat.util import disabled_train as disabled_train
+from ldm.compat.util import disabled_train as disabled_train, to_plain
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, CLIPVision, OpenCLIPImage, preprocess
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -399,13 +399,6 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
         return self.unscale(z), self.time_embed(noise_level)
 
 
-def _to_dict(config: Any) -> Any:
-    """Convert mappings of OmegaConf to dicts, which open_clip needs."""
-    if not isinstance(config, Mapping):
-        return config
-    return {key: _to_dict(value) for key, value in config.items()}
-
-
 def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
     """Build the text model of open_clip."""
     import open_clip
@@ -415,7 +408,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
         # A program has replaced the function, so as to build a model without weights.
         model, *_ = open_clip.create_model_and_transforms(arch, pretrained=version)
     else:
-        config = open_clip.get_model_config(arch) if isinstance(arch, str) else _to_dict(arch)
+        config = open_clip.get_model_config(arch) if isinstance(arch, str) else to_plain(arch)
         if config is None:
             raise unknown_name("arch", arch, open_clip.list_models())
         if version == "openai":

@@ -1,6 +1,6 @@
 """LatentDiffusion of the original: DDPM in the latents of an autoencoder, with a condition."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from ldm.compat.ddpm_images import ImageLogging
 from ldm.compat.ddpm_patches import Patchwise
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.compat.sampling import Condition, slice_condition
-from ldm.compat.util import disabled_train, instantiate_from_config
+from ldm.compat.util import disabled_train, instantiate_from_config, to_plain
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 TEXT_KEYS = ("caption", "coordinates_bbox", "txt")
@@ -198,10 +198,9 @@ class LatentDiffusion(Patchwise, ImageLogging):
             encoder: Any = self.cond_stage_model
             labels = encoder.get_unconditional_conditioning(batch_size, device=self.device)
             return self.get_learned_conditioning(labels)
+        null_label = to_plain(null_label)
         if isinstance(null_label, Tensor):
             null_label = null_label.to(self.device)
-        elif isinstance(null_label, Sequence) and not isinstance(null_label, str):
-            null_label = list(null_label)  # which may be OmegaConf's
         return _repeat_sample(self.get_learned_conditioning(null_label), batch_size)
 
     @torch.no_grad()

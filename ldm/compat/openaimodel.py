@@ -9,7 +9,7 @@ sizes.
 import math as math
 from abc import abstractmethod as abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from ldm.compat.diffusion_util import (
     zero_module as zero_module,
 )
 from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
-from ldm.compat.util import exists as exists
+from ldm.compat.util import exists as exists, to_plain
 from ldm.nets import blocks, transformer, unet
 
 np = np
@@ -290,10 +290,10 @@ class UNetModel(Relabelled, unet.UNet):
             in_channels=in_channels,
             model_channels=model_channels,
             out_channels=out_channels,
-            num_res_blocks=_to_list(num_res_blocks),
-            attention_resolutions=_to_list(attention_resolutions),
+            num_res_blocks=to_plain(num_res_blocks),
+            attention_resolutions=to_plain(attention_resolutions),
             dropout=dropout,
-            channel_mult=_to_list(channel_mult),
+            channel_mult=to_plain(channel_mult),
             conv_resample=conv_resample,
             dims=dims,
             num_classes=num_classes,
@@ -305,12 +305,12 @@ class UNetModel(Relabelled, unet.UNet):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
             use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=_to_list(transformer_depth),
-            context_dim=_to_list(context_dim),
+            transformer_depth=to_plain(transformer_depth),
+            context_dim=to_plain(context_dim),
             n_embed=n_embed,
             legacy=legacy,
-            disable_self_attentions=_to_list(disable_self_attentions),
-            num_attention_blocks=_to_list(num_attention_blocks),
+            disable_self_attentions=to_plain(disable_self_attentions),
+            num_attention_blocks=to_plain(num_attention_blocks),
             disable_middle_self_attn=disable_middle_self_attn,
             use_linear_in_transformer=use_linear_in_transformer,
             adm_in_channels=adm_in_channels,
@@ -387,13 +387,6 @@ class UNetModel(Relabelled, unet.UNet):
 def _check_dims(dims: int) -> None:
     if dims != 2:
         raise ValueError(f"dims `{dims}` is not supported, only 2 (images)")
-
-
-def _to_list(value: Any) -> Any:
-    """Convert a list of OmegaConf, and those within it, to Python's."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_to_list(entry) for entry in value]
-    return value
 
 
 OLD_CLASSES.update(

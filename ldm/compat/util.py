@@ -33,6 +33,15 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any
     return get_obj_from_str(config["target"])(**config.get("params", {}), **more)
 
 
+def to_plain(value: Any) -> Any:
+    """Convert mappings and lists of OmegaConf, nested ones included, to dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_plain(entry) for entry in value]
+    return value
+
+
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
     """Import an object by its dotted name; `reload` reloads its module first."""
     module, _, name = string.rpartition(".")
