@@ -103,16 +103,18 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_meta_task(settings)
-    ema_params = [p for p in task.trainable.parameters() if p.requires_grad]
-    trainable = [*ema_params, *(p for net in _discriminators(task) for p in net.parameters())]
+    averaged = [p for p in task.trainable.parameters() if p.requires_grad]
+    trainable = [*averaged, *(p for net in _discriminators(task) for p in net.parameters())]
     count = sum(p.numel() for p in trainable)
     numel_by_id = {id(p): p.numel() for net in _networks(task) for p in net.parameters()}
     parameters = sum(numel_by_id.values())
-    # Trained weights, gradients and EMA are float32, 4 bytes each.
-    shard_bytes = 4 * count * _shard_fraction(settings, processes)
-    state_bytes = OPTIMIZER_BYTES[optimizer.name]
+    # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of those
+    # that are trained.
+    fraction = _shard_fraction(settings, processes)
+    shard_bytes = int(4 * count * fraction)
+    optimizer_bytes = OPTIMIZER_BYTES[optimizer.name] * count
     if optimizer.name == "muon":  # vectors are updated by AdamW: 4 more bytes, for a second moment
-        state_bytes += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
+        optimizer_bytes += 4 * sum(p.numel() for p in trainable if p.ndim < 2)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
     cache = {} if cache is None else cache
     key = (settings.data.batch_size, trainer.precision, trainer.gradient_checkpointing)
@@ -121,12 +123,12 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     return Memory(
         parameters=parameters,
         trainable=count,
-        weights=4 * (parameters - count) + int(shard_bytes),
-        gradients=int(shard_bytes),
-        optimizer=int(state_bytes / 4 * shard_bytes),
-        ema=int(shard_bytes * sum(p.numel() for p in ema_params) / max(1, count)) if has_ema else 0,
+        weights=4 * (parameters - count) + shard_bytes,
+        gradients=shard_bytes,
+        optimizer=int(optimizer_bytes * fraction),
+        ema=int(4 * sum(p.numel() for p in averaged) * fraction) if has_ema else 0,
         activations=cache[key],
-        optimizer_step=int(shard_bytes) if optimizer.name.startswith("adamw") else 0,
+        optimizer_step=shard_bytes if optimizer.name.startswith("adamw") else 0,
     )
 
 

@@ -19,6 +19,7 @@ from ldm.train.tasks.criterion import LOSS_TYPES
 __all__ = ["is_engine", "translate_training"]
 
 PARAMS = "model.params"
+# name of a class or parameter -> ours
 WEIGHTINGS = {
     "EpsWeighting": "eps", "VWeighting": "v", "EDMWeighting": "edm", "UnitWeighting": "unit",
 }  # fmt: skip
@@ -36,7 +37,7 @@ SAMPLERS = {
     "LinearMultistepSampler": "lms",
 }
 SCHEDULERS = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "edm"}
-GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}  # guidance scale; None: in its parameters
+GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}  # guidance scale; None = its `scale`
 
 
 def is_engine(model: JsonMapping) -> bool:

@@ -103,10 +103,8 @@ def sample_images(
     height, width = batch["jpg"].shape[-2:]
     latent_size = (height // model.downscale, width // model.downscale)
     batch = model.prepare(to_device(batch, model.device), latent_size)
-    cond, uncond = (
-        model.condition(batch),
-        model.condition(batch, _unconditional_dropout(run, model)),
-    )
+    cond = model.condition(batch)
+    uncond = model.condition(batch, _unconditional_dropout(run, model))
     options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
     if run.timesteps is not None:  # start at the highest noise level that is trained
         strength = run.timesteps[1] / len(model.schedule)

@@ -64,10 +64,8 @@ class Diffusion(Task):
     criterion_options: JsonMapping = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model = self.model
-        self.sigma_distribution = None
-        if self.noise_levels is not None:
-            self.sigma_distribution = LogNormal(**self.noise_levels)
+        model, levels = self.model, self.noise_levels
+        self.sigma_distribution = None if levels is None else LogNormal(**levels)
         self.criterion = Criterion(
             model.schedule,
             model.parameterization,
