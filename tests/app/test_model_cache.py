@@ -120,7 +120,7 @@ def test_tensors_among_the_settings_are_compared(cache):
     assert other.conditioner.text is not one.conditioner.text
 
 
-def test_models_with_other_words_are_other_models(cache, tmp_path):
+def test_models_with_other_embeddings_are_other_models(cache, tmp_path):
     path, options = cache.file("a", lambda: Model(0, Text(0), 0)), {"embeddings": [tmp_path]}
     plain, taught = cache(None, path), cache(None, path, **options)
     assert taught is not plain
@@ -148,7 +148,7 @@ def test_loras_are_set_on_the_model_that_is_there_and_leave_the_parts_that_other
     assert calls == [(plain, (("x", 0.5),)), (plain, (("x", 0.7),)), (plain, ())]
 
 
-def test_a_tower_that_learned_words_is_not_shared(cache):
+def test_a_tower_with_embeddings_is_not_shared(cache):
     one = cache(None, cache.file("a", lambda: Model(0, Text(5), 7)))
     one.conditioner.text.added_embeddings = {"cat": torch.ones(1, 16)}
     two = cache(None, cache.file("b", lambda: Model(1, Text(5), 7)))

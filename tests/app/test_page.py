@@ -108,10 +108,10 @@ def page(app):
         page.urls = []
         page.on("request", lambda request: page.urls.append(request.url))
         visit(page, app[0])
-        assert page.evaluate("document.activeElement.closest('#prompt') !== null")  # F27
-        for name in ("img2img", "inpaint", "upscale"):  # F16: nothing to send yet
+        assert page.evaluate("document.activeElement.closest('#prompt') !== null")
+        for name in ("img2img", "inpaint", "upscale"):  # there is no image to send yet
             assert page.locator(f"#send-{name}").is_disabled()
-        assert setting(page, "Batch size") == "1"  # F17
+        assert read_setting(page, "Batch size") == "1"
         fill(page, prompt=PROMPT)
         page.locator("#prompt textarea").press("Control+Enter")
         wait_for_message(page, "done: 1 image")
@@ -150,7 +150,7 @@ def fill(page, prompt=None, **settings):
             field.press("Tab")
 
 
-def setting(page, label):
+def read_setting(page, label):
     return page.locator("#settings").get_by_label(label).first.input_value()
 
 
@@ -190,11 +190,11 @@ def wait_for_value(page, selector, text):
     page.wait_for_function(script, arg=[selector, text])
 
 
-def statuses(page):
+def list_statuses(page):
     return page.evaluate("window.statuses")
 
 
-def newest(app):
+def find_newest(app):
     return max((app[2] / "samples").glob("*.png"), key=lambda path: path.name)
 
 
@@ -205,16 +205,16 @@ def is_in_window(page, selector):
 
 def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page):
     page.locator("#gallery").get_by_text("seed 7").first.wait_for()
-    info = read_info(newest(app))
+    info = read_info(find_newest(app))
     assert (info["seed"], info["steps"], info["task"]) == (7, 1, "txt2img")
     with page.expect_download() as download:
         page.locator("#gallery [aria-label='Download']").first.click()
-    assert Path(download.value.path()).read_bytes() == newest(app).read_bytes()
+    assert Path(download.value.path()).read_bytes() == find_newest(app).read_bytes()
     assert {url.split("/")[2] for url in page.urls} == {app[0].removeprefix("http://")}
-    assert "Watermark: none" in page.locator("#about textarea").input_value()  # F26
+    assert "Watermark: none" in page.locator("#about textarea").input_value()
     with page.expect_download() as download:
         page.locator("#download-all").click()
-    assert f"samples/{newest(app).name}" in zipfile.ZipFile(download.value.path()).namelist()
+    assert f"samples/{find_newest(app).name}" in zipfile.ZipFile(download.value.path()).namelist()
 
 
 @pytest.mark.parametrize(
@@ -254,15 +254,15 @@ def test_form_gallery_and_run_outlive_a_reload(app, page):
     page.locator("#queue li").wait_for()
     visit(page)
     assert page.locator("#prompt textarea").input_value() == "a fox"
-    assert setting(page, "Sampling steps") == "150"
+    assert read_setting(page, "Sampling steps") == "150"
     wait_for_message(page, "step [0-9]+ of 150")
     page.locator("#queue li").wait_for()
     page.locator("#clear").click()
     page.locator("#queue li").wait_for(state="detached")
     assert "of 8 images are finished, 2 unfinished" in stop(page)
-    assert "stopping after this step" in [message for message, _ in statuses(page)]  # F9
+    assert "stopping after this step" in [message for message, _ in list_statuses(page)]
     wait_for_value(page, "#about textarea", "Seed: 11")
-    assert read_info(newest(app))["unfinished"] >= 1
+    assert read_info(find_newest(app))["unfinished"] >= 1
     assert page.locator("#gallery .thumbnail-small").count() >= 3
 
 
@@ -331,8 +331,8 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     weight.press("Tab")
     fill(page, Width=64, Height=64)
     generate(page)
-    assert [lora["weight"] for lora in read_info(newest(app))["loras"]] == [-0.5]
-    assert "<lora:style:-0.5>" in page.locator("#about textarea").input_value()  # F15
+    assert [lora["weight"] for lora in read_info(find_newest(app))["loras"]] == [-0.5]
+    assert "<lora:style:-0.5>" in page.locator("#about textarea").input_value()
     weight.fill("1")
     weight.press("Tab")
     page.locator("#reuse-all").click()
@@ -344,7 +344,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     page.get_by_role("radio", name="demo-upscaler.safetensors").click()
     page.locator("#lora").wait_for(state="hidden")
     generate(page)
-    info = read_info(newest(app))
+    info = read_info(find_newest(app))
     assert (info["task"], info["size"], info["loras"]) == ("upscale", [256, 256], [])
     open_tab(page, "depth2img")
     page.locator("#note").get_by_text("`ldm download sd-v2-depth`").wait_for()
@@ -370,7 +370,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     wait_for_message(page, "made by another program")
     page.locator("#file-send-txt2img").click()
     wait_for_value(page, "#prompt textarea", "a red fox")
-    values = [setting(page, name) for name in ("Sampling method", "Schedule type", "Seed")]
+    values = [read_setting(page, name) for name in ("Sampling method", "Schedule type", "Seed")]
     assert values == ["Euler a", "Karras", "3735928559"]
     assert page.get_by_label("Prompt syntax").input_value() == "A1111"
     open_tab(page, "replay")
@@ -381,7 +381,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     page.locator("#paste").click()
     wait_for_value(page, "#prompt textarea", PROMPT)
     page.wait_for_function("!document.querySelector('#prompt textarea').value.includes('Steps')")
-    values = [setting(page, name) for name in ("Sampling method", "Schedule type", "Width")]
+    values = [read_setting(page, name) for name in ("Sampling method", "Schedule type", "Width")]
     assert values == ["DDIM", "DDIM uniform", "128"]
 
 
@@ -395,7 +395,7 @@ def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
     fill(page, Height=192)
     area.get_by_label("Pad").check()
     generate(page)
-    info = read_info(newest(app))
+    info = read_info(find_newest(app))
     assert (info["size"], info["resize_mode"]) == ([192, 128], "pad")
 
 
@@ -409,7 +409,6 @@ def test_an_image_is_made_again_from_what_it_says(page):
 
 @pytest.mark.slow
 def test_the_image_is_large_the_preview_in_its_place_and_the_bar_as_far_as_the_message(page):
-    """F18, F19, F4."""
     page.set_viewport_size({"width": 1920, "height": 1080})
     page.mouse.wheel(0, -5000)
     fill(page, **{"Sampling steps": LONG, "Batch count": 2})
@@ -426,7 +425,7 @@ def test_the_image_is_large_the_preview_in_its_place_and_the_bar_as_far_as_the_m
     assert abs(box["y"] - image["y"]) < 4
     assert abs(box["x"] + box["width"] / 2 - image["x"] - image["width"] / 2) < 4
     rows = [(re.match("image 1 of 2, step ([0-9]+) of 150", text), width)
-            for text, width in statuses(page)]  # fmt: skip
+            for text, width in list_statuses(page)]  # fmt: skip
     bars = [(int(match[1]), float(width.rstrip("%"))) for match, width in rows if match]
     assert max(step for step, _ in bars) >= 10
     for step, percent in bars:
@@ -489,7 +488,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     wait_for_message(page, "`holiday.png` is not an image that the browser can show")
     open_tab(page, "txt2img")
     generate(page)
-    before = pixels(newest(app))
+    before = pixels(find_newest(app))
     page.locator("#prompt textarea").fill("something else")
     page.locator("#send-inpaint").click()
     wait_for_value(page, "#prompt textarea", PROMPT)
@@ -507,8 +506,8 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     generate(page)
     page.wait_for_timeout(500)
     assert sum("/upload" in url for url in page.urls) == 3  # image, layer, both: sent once
-    changed = (before != pixels(newest(app))).any(-1)
-    assert read_info(newest(app))["task"] == "inpaint"
+    changed = (before != pixels(find_newest(app))).any(-1)
+    assert read_info(find_newest(app))["task"] == "inpaint"
     assert 0 < changed.mean() < 0.5
     assert not changed[:16].any()
     assert not changed[-16:].any()
