@@ -71,7 +71,9 @@ def sgm_uniform_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 def sgm_uniform_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps like A1111's "SGM Uniform": as `sgm_uniform`, with fractional timesteps."""
-    return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]))
+    return _append_zero(
+        _interpolate_timesteps(schedule, np.linspace(len(schedule) - 1, 0, steps + 1)[:-1])
+    )
 
 
 def leading_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
@@ -120,7 +122,7 @@ def exponential_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) 
 
 def normal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly in time, T-1 to 0, like k-diffusion's `get_sigmas`."""
-    return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps)))
+    return _append_zero(_interpolate_timesteps(schedule, np.linspace(len(schedule) - 1, 0, steps)))
 
 
 def simple_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
@@ -131,7 +133,7 @@ def simple_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 def beta_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Take timesteps at quantiles 1 - i / n of Beta(0.6, 0.6), like ComfyUI (arXiv:2407.12173)."""
-    quantiles = _beta_quantiles(1 - np.arange(steps) / steps)
+    quantiles = _compute_beta_quantiles(1 - np.arange(steps) / steps)
     t = np.rint((len(schedule) - 1) * quantiles).astype(np.int64)
     return _append_zero(schedule.sigmas[torch.from_numpy(t)])
 
@@ -139,7 +141,7 @@ def beta_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 def beta_sigma_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space sigmas, not timesteps, as quantiles of Beta(0.6, 0.6), like A1111 and diffusers."""
     low, high = schedule.sigmas[[0, -1]].tolist()
-    quantiles = torch.from_numpy(_beta_quantiles(np.linspace(1, 0, steps)))
+    quantiles = torch.from_numpy(_compute_beta_quantiles(np.linspace(1, 0, steps)))
     return _append_zero(low + quantiles * (high - low))
 
 
@@ -166,32 +168,32 @@ def ays_a1111_sigmas(
 
 def lcm_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Choose from the 50 timesteps used in the distillation of LCMs (arXiv:2310.04378)."""
-    return _append_zero(_consistency_sigmas(schedule, steps))
+    return _append_zero(_choose_teacher_sigmas(schedule, steps))
 
 
 def lcm_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly over the 50 levels of `lcm`, interpolated, like A1111."""
-    levels = _consistency_sigmas(schedule, min(50, len(schedule))).tolist()
+    levels = _choose_teacher_sigmas(schedule, min(50, len(schedule))).tolist()
     return _append_zero(_interpolate_levels(levels, steps))
 
 
 def tcd_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Choose timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
-    return torch.cat([_consistency_sigmas(schedule, steps), schedule.sigmas[:1]])
+    return torch.cat([_choose_teacher_sigmas(schedule, steps), schedule.sigmas[:1]])
 
 
 ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL)
 ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL)
 
 
-def _consistency_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+def _choose_teacher_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Choose sigmas (n,) of the DDIM steps that consistency models were distilled from."""
     teacher_steps = min(50, len(schedule))  # `original_inference_steps` in diffusers
     indices = teacher_steps - torch.arange(steps) * teacher_steps // steps
     return schedule.sigmas[indices * (len(schedule) // teacher_steps) - 1]
 
 
-def _levels_at(schedule: "NoiseSchedule", t: NDArray[np.float64]) -> Tensor:
+def _interpolate_timesteps(schedule: "NoiseSchedule", t: NDArray[np.float64]) -> Tensor:
     """Return the levels of fractional timesteps, linear in log sigma as in k-diffusion."""
     log_sigmas = schedule.sigmas.log().numpy()
     return torch.as_tensor(np.interp(t, np.arange(len(schedule)), log_sigmas)).exp()
@@ -203,7 +205,9 @@ def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:
     return torch.as_tensor(np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))))
 
 
-def _beta_quantiles(probabilities: NDArray[np.float64], alpha: float = 0.6) -> NDArray[np.float64]:
+def _compute_beta_quantiles(
+    probabilities: NDArray[np.float64], alpha: float = 0.6
+) -> NDArray[np.float64]:
     """Return quantiles of Beta(alpha, alpha), as scipy.stats.beta.ppf without needing scipy.
 
     With x = sin² θ, the density of θ is (sin θ cos θ)^(2 alpha - 1). That of u = θ^(2 alpha) is
@@ -215,10 +219,10 @@ def _beta_quantiles(probabilities: NDArray[np.float64], alpha: float = 0.6) -> N
     ratio = np.ones_like(theta)  # sin θ cos θ / θ
     ratio[1:] = np.sin(theta[1:]) * np.cos(theta[1:]) / theta[1:]
     density = ratio ** (power - 1)
-    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    below /= 2 * below[-1]  # 1/2 at the end, as the distribution is symmetric
+    cdf = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    cdf /= 2 * cdf[-1]  # 1/2 at the end, as the distribution is symmetric
     is_low = probabilities < 0.5
-    u_quantiles = np.interp(np.where(is_low, probabilities, 1 - probabilities), below, u)
+    u_quantiles = np.interp(np.where(is_low, probabilities, 1 - probabilities), cdf, u)
     # Below one half, so that 1 - x of a probability of 0.5 is above it and rounds up, as scipy's.
     x = np.minimum(np.sin(u_quantiles ** (1 / power)) ** 2, 0.5 - 1e-15)
     quantiles: NDArray[np.float64] = np.where(is_low, x, 1 - x)

@@ -65,7 +65,7 @@ def preprocess(
     factors = [length / size for length in image.shape[-2:]]
     if antialias and max(factors) > 1:
         for dim, factor in zip((-2, -1), factors, strict=True):
-            image = _gaussian_blur(image, dim, *_choose_gaussian(factor, blur))
+            image = _blur_axis(image, dim, *_choose_gaussian(factor, blur))
     # Corners are aligned, as in the original's call of kornia.
     image = F.interpolate(image, (size, size), mode="bicubic", align_corners=True)
     mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -128,7 +128,7 @@ class OpenCLIPImage(CLIPVision):
         text = get_open_clip_kwargs(arch) | {"layers": 0}
         if version == "openai":
             text["quick_gelu"] = True
-        clip = CLIP(text, _vision_kwargs(arch))
+        clip = CLIP(text, _get_vision_kwargs(arch))
         super().__init__(clip, freeze=freeze, antialias=antialias, blur=blur)
 
 
@@ -162,7 +162,7 @@ class CLIPImage(CLIPVision, Encoder):
         text = get_open_clip_kwargs(model) | {"quick_gelu": True}
         if not text_tower:
             text["layers"] = 0
-        clip = CLIP(text, _vision_kwargs(model))
+        clip = CLIP(text, _get_vision_kwargs(model))
         super().__init__(clip, freeze=freeze, antialias=antialias, blur=blur)
         self.key = key
         self.cache_key = key
@@ -317,7 +317,7 @@ class ImageEmbedding(Encoder):
         return {self.key: self.noise(embedding, level, options.randn(embedding.shape))}
 
 
-def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
+def _get_vision_kwargs(arch: str | Config) -> dict[str, Any]:
     """Return arguments of VisionTower for a name in VISION or an open_clip config."""
     if isinstance(arch, str):
         config: Config = VISION[arch.removesuffix("-quickgelu")]
@@ -340,7 +340,7 @@ def _choose_gaussian(factor: float, blur: Blur) -> tuple[float, int]:
     return sigma, taps + 1 - taps % 2
 
 
-def _gaussian_blur(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
+def _blur_axis(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
     """Blur along one axis, with reflect padding of any width."""
     half, length = taps // 2, image.shape[dim]
     offsets = torch.arange(-half, half + 1, device=image.device)

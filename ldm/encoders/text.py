@@ -472,7 +472,7 @@ class CLIPText(TextEncoder):
         **options: Unpack[EncoderOptions],
     ) -> None:
         super().__init__(**options)
-        kwargs = _clip_kwargs(version, arch or {})
+        kwargs = _get_clip_kwargs(version, arch or {})
         self.layer = _check_choice(layer, self.LAYERS)  # attributes: see OpenCLIPText
         self.blocks_run = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
         self.length = min(max_length, kwargs["max_position_embeddings"])
@@ -534,7 +534,7 @@ def get_open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
     return {"embed_dim": size["width"]} | size
 
 
-def _clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
+def _get_clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
     size = dict(CLIP_SIZES.get(version, CLIP_LARGE))
     for key in arch.keys() - CLIP_UNUSED:
         size[_check_choice(key, size, "arch key")] = arch[key]

@@ -172,14 +172,14 @@ class _Decomposed(WeightChange):
         return new
 
 
-def _low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _multiply_low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
     up, down = adapter["up"].flatten(1), adapter["down"]
     if "mid" not in adapter:
         return up @ down.flatten(1)
     return torch.einsum("or,rskl,si->oikl", up, adapter["mid"], down.flatten(1))
 
 
-def _hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _multiply_hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
     def factor(index: int) -> Tensor:
         a, b = adapter[f"hada_w{index}_a"], adapter[f"hada_w{index}_b"]
         if "hada_t1" not in adapter:
@@ -189,7 +189,7 @@ def _hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
     return factor(1) * factor(2)
 
 
-def _kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _multiply_kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
     def factor(index: int) -> Tensor:
         name = f"lokr_w{index}"
         if name in adapter:
@@ -205,7 +205,7 @@ def _kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
     return torch.kron(first.reshape(*first.shape[:2], *(1 for _ in kernel)), second)
 
 
-def _difference(adapter: Adapter, shape: torch.Size) -> Tensor:
+def _get_difference(adapter: Adapter, shape: torch.Size) -> Tensor:
     return next(adapter[name] for name in DIFFERENCES if name in adapter)
 
 
@@ -273,18 +273,22 @@ def _names(text: str) -> frozenset[str]:
 
 
 ADAPTERS = (
-    _AdapterType(_sum(_low_rank), _names("up down"), _names("mid")),
-    _AdapterType(_sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b")),
+    _AdapterType(_sum(_multiply_low_rank), _names("up down"), _names("mid")),
+    _AdapterType(_sum(_multiply_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b")),
     _AdapterType(
-        _sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2")
+        _sum(_multiply_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2")
     ),
-    _AdapterType(_sum(_kronecker), _names("lokr_w1 lokr_w2")),
-    _AdapterType(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
-    _AdapterType(_sum(_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
+    _AdapterType(_sum(_multiply_kronecker), _names("lokr_w1 lokr_w2")),
+    _AdapterType(_sum(_multiply_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
     _AdapterType(
-        _sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"), _names("lokr_t2")
+        _sum(_multiply_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")
     ),
-    *(_AdapterType(_sum(_difference), _names(name)) for name in DIFFERENCES),
+    _AdapterType(
+        _sum(_multiply_kronecker),
+        _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"),
+        _names("lokr_t2"),
+    ),
+    *(_AdapterType(_sum(_get_difference), _names(name)) for name in DIFFERENCES),
     _AdapterType(_product(_scale_rows_or_columns), _names("weight")),
     _AdapterType(_product(_add_glora), _names("a1.weight a2.weight b1.weight b2.weight")),
     _AdapterType(_product(_rotate_rows), _names("oft_blocks"), _names("rescale")),

@@ -39,14 +39,18 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         ArgumentError: The device is not available.
     """
-    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [*(device_type for device_type in is_available if is_available[device_type]), "cpu"]
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    available = [device_type for device_type, count in counts.items() if count]
     name = name or available[0]
     try:
         device: torch.device | None = torch.device(name)
     except RuntimeError:  # not the name of a device
         device = None
-    if device is None or device.type not in available:
+    if device is None or (device.index or 0) >= counts.get(device.type, 0):
         message = f"device `{name}` is not available here, choose one of {', '.join(available)}"
         raise ArgumentError(message, "device")
     if device.type == "cuda" and device.index is None:

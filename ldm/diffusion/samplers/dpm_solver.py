@@ -53,9 +53,9 @@ def dpm_fast(
         if order == 1:
             x = x + slope * (sigma_down - sigma)
         elif order == 2:
-            x, _ = _second_order(denoise, x, sigma, sigma_down, slope, 1 / 2)
+            x, _ = _step_second_order(denoise, x, sigma, sigma_down, slope, 1 / 2)
         else:
-            _, x = _third_order(denoise, x, sigma, sigma_down, slope)
+            _, x = _step_third_order(denoise, x, sigma, sigma_down, slope)
         if noise:
             x = x + noise(x) * sigma_up
         if callback:
@@ -102,7 +102,7 @@ def dpm_adaptive(
         sigma_down, sigma_up = _split_step(sigma, sigma_next, end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
-        low, high = _third_order(denoise, x, sigma, sigma_down, slope)
+        low, high = _step_third_order(denoise, x, sigma, sigma_down, slope)
         tolerance = (rtol * torch.maximum(low.abs(), x_low.abs())).clamp(min=atol)
         error = float(((low - high) / tolerance).square().mean().sqrt())
         if not math.isfinite(error):  # shorter steps would not help
@@ -138,7 +138,7 @@ def _split_step(sigma: float, sigma_next: float, end: float, eta: float) -> tupl
     return sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0))
 
 
-def _second_order(
+def _step_second_order(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor, fraction: float
 ) -> tuple[Tensor, Tensor]:
     """Return x at sigma_next, and the change of the slope up to `fraction` of the step.
@@ -153,7 +153,7 @@ def _second_order(
     return x, change
 
 
-def _third_order(
+def _step_third_order(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x at sigma_next by steps of order 2 and 3, which share an evaluation.
@@ -161,7 +161,7 @@ def _third_order(
     DPM-Solver-3 with r_1 = 1/3 and r_2 = 2/3, and DPM-Solver-2 with r_1.
     """
     h = log_ratio(sigma, sigma_next)
-    x_second, change = _second_order(denoise, x, sigma, sigma_next, slope, 1 / 3)
+    x_second, change = _step_second_order(denoise, x, sigma, sigma_next, slope, 1 / 3)
     middle = sigma * math.exp(-2 / 3 * h)
     phi_2 = math.expm1(2 / 3 * h) / (2 / 3 * h) - 1
     x_middle = x + slope * (middle - sigma) - 2 * (middle * phi_2) * change

@@ -68,7 +68,7 @@ def lms(
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         nodes = [levels[i - j] for j in range(len(slopes))]
-        x = x + weighted_sum(_lagrange_integrals(nodes, sigma, sigma_next), slopes)
+        x = x + weighted_sum(_integrate_lagrange(nodes, sigma, sigma_next), slopes)
         if callback:
             callback(i, x, denoised)
     return x
@@ -133,7 +133,7 @@ def deis(
         if sigma_next > 0:
             current_order = min(len(slopes), steps - i) if steps < 15 else len(slopes)
             nodes = [math.log(levels[i - j]) for j in range(current_order)]
-            weights = _exponential_integrals(nodes, math.log(sigma), math.log(sigma_next))
+            weights = _integrate_lagrange_over_log(nodes, math.log(sigma), math.log(sigma_next))
             x = x + weighted_sum(weights, slopes[:current_order])
         else:
             x = denoised
@@ -163,17 +163,17 @@ def unipc(
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         if history:
-            x = _unipc_step(x_last, history, sigma, current_order, denoised)
+            x = _step_unipc(x_last, history, sigma, current_order, denoised)
         history = [(sigma, denoised), *history[: order - 1]]
         x_last = x
         current_order = min(order, len(history), steps - i)
-        x = _unipc_step(x, history, sigma_next, current_order) if sigma_next > 0 else denoised
+        x = _step_unipc(x, history, sigma_next, current_order) if sigma_next > 0 else denoised
         if callback:
             callback(i, x, denoised)
     return x
 
 
-def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[float]:
+def _integrate_lagrange(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials of the nodes over [start, end].
 
     By two Gauss-Legendre points: exact for up to 4 nodes, that is up to degree 3.
@@ -186,7 +186,7 @@ def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[fl
     ]
 
 
-def _exponential_integrals(nodes: list[float], start: float, end: float) -> list[float]:
+def _integrate_lagrange_over_log(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
     # Points and weights of Gauss-Legendre of order 10 are an eigenproblem (Golub and Welsch 1969).
     k = torch.arange(1, 10, dtype=torch.float64)
@@ -202,7 +202,7 @@ def _exponential_integrals(nodes: list[float], start: float, end: float) -> list
     return [float(basis.sum()) for basis in bases]
 
 
-def _unipc_step(
+def _step_unipc(
     x: Tensor,
     history: list[tuple[float, Tensor]],
     sigma_next: float,
@@ -233,11 +233,12 @@ def _unipc_step(
     x = (sigma_next / sigma) * x - shrink * denoised
     if not slopes:
         return x
-    phi, factorial, targets = shrink / -h - 1, 1, []
+    # b_j = q phi_{j+1}(q) j! / B(h) with q = -h
+    q_phi, factorial, targets = shrink / -h - 1, 1, []
     for j in range(1, len(slopes) + 1):
         factorial *= j
-        targets.append(phi * factorial / shrink)
-        phi = phi / -h - 1 / (factorial * (j + 1))
+        targets.append(q_phi * factorial / shrink)
+        q_phi = q_phi / -h - 1 / (factorial * (j + 1))
     if len(slopes) == 1 and order <= 2:  # as in the authors' code, instead of the exact weight
         return x - shrink * 0.5 * slopes[0]
     powers = [[ratio**power for ratio in ratios] for power in range(len(slopes))]

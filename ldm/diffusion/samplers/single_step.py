@@ -135,7 +135,7 @@ def dpm2(
         if s_churn and s_tmin <= sigma <= s_tmax:
             x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
         denoised = denoise(x, sigma)
-        x = _dpm2_step(denoise, x, sigma, sigma_next, denoised)
+        x = _step_dpm2(denoise, x, sigma, sigma_next, denoised)
         if callback:
             callback(i, x, denoised)
     return x
@@ -156,7 +156,7 @@ def dpm2_ancestral(
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
-        x = _dpm2_step(denoise, x, sigma, sigma_down, denoised)
+        x = _step_dpm2(denoise, x, sigma, sigma_down, denoised)
         if noise:
             x = x + noise(x) * sigma_up
         if callback:
@@ -227,7 +227,7 @@ def restart(
     return x
 
 
-def _dpm2_step(
+def _step_dpm2(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
 ) -> Tensor:
     slope = (x - denoised) / sigma

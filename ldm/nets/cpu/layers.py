@@ -61,7 +61,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     if x.dim() != 4 or not applies_to_layer(x, weight):
         return nn.Conv2d.forward(layer, x)
     if not (x.shape[2] % 2 or x.shape[3] % 2):
-        matrices = _winograd_matrices(layer, len(x), x.shape[-2:].numel(), doubled=False)
+        matrices = _transform_for_winograd(layer, len(x), x.shape[-2:].numel(), doubled=False)
         if matrices is not None:
             return winograd.convolve(x, matrices, bias)
     if _is_one_product(layer, _count_pixels(x) // math.prod(layer.stride)):
@@ -92,7 +92,7 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
                 maps = y.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
         elif pixels * weight.numel() >= CONV_WORK:
-            matrices = _winograd_matrices(layer, len(x), 4 * pixels // len(x), doubled=True)
+            matrices = _transform_for_winograd(layer, len(x), 4 * pixels // len(x), doubled=True)
             if matrices is not None:
                 return winograd.convolve(x, matrices, bias)
             return _convolve_phases(x, transform_weight(weight, "phases", _merge_taps), bias)
@@ -135,7 +135,7 @@ def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
     return work >= UPSAMPLED_WORK and taps <= MAX_TAPS and layer.out_channels >= TAPS_CHANNELS
 
 
-def _winograd_matrices(
+def _transform_for_winograd(
     layer: nn.Conv2d, images: int, pixels_per_image: int, *, doubled: bool
 ) -> list[Tensor] | None:
     """Transform the weight; None if Winograd does not pay off. Pixels are those of the output."""

@@ -20,7 +20,7 @@ MANY_ROWS = 512  # on Intel's processors, MKL is faster for more rows
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x W^T + b without gradients; weight: (N, K) of any strides, or packed."""
     if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster(x.shape[:-1].numel())):
-        return _onednn(x, weight, bias)
+        return _multiply_by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -49,11 +49,11 @@ def pack(weight: Tensor) -> Tensor:
 
 def onednn_is_faster(rows: int) -> bool:
     """Return whether oneDNN multiplies this many float32 rows faster than MKL (`F.linear`)."""
-    return rows <= _rows_for_onednn()
+    return rows <= _find_max_onednn_rows()
 
 
 @functools.cache
-def _rows_for_onednn() -> float:
+def _find_max_onednn_rows() -> float:
     # MKL uses AVX-512 on Intel's processors only, and has half of oneDNN's rate on others; on
     # Intel's, oneDNN leads by 5 % with few rows; with AVX2 alone, MKL is as fast or faster.
     # Decided by the processor, not by a measurement, so that results are reproducible.
@@ -62,7 +62,7 @@ def _rows_for_onednn() -> float:
     return MANY_ROWS if is_intel() else math.inf
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Private in torch. The public way to oneDNN in float32, a 1x1 convolution, rearranges its
     # weight in every call and has 70 to 80 % of this rate for the shapes of a text encoder; there
     # is no public way to pack a matrix.
@@ -74,7 +74,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_works() -> bool:
     weight = torch.ones(16, 16)
     try:
-        _onednn(weight, torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS), None)
+        _multiply_by_onednn(
+            weight, torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS), None
+        )
     except (AttributeError, RuntimeError, TypeError):
         return False
     return True
