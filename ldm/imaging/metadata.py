@@ -42,7 +42,7 @@ __all__ = [
     "write_png",
 ]
 
-KEY = "ldm"
+JSON_KEY = "ldm"
 OWN_STEPS = ("ddim", "plms", "unipc")  # samplers for which A1111 ignores the schedule type
 
 
@@ -127,7 +127,7 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
     text = PngInfo()
     # Pillow writes tEXt for Latin-1, else iTXt; neither can encode lone surrogates.
     text.add_text("parameters", format_parameters(info).encode("utf-8", "replace").decode())
-    text.add_text(KEY, json.dumps(entries, default=_to_json))
+    text.add_text(JSON_KEY, json.dumps(entries, default=_to_json))
     image.save(path, "PNG", pnginfo=text)
 
 
@@ -141,7 +141,7 @@ def read_info(path: str | Path) -> JsonObject:
     with open_image(path) as image:
         texts = {**image.info, **getattr(image, "text", {})}
     try:
-        info = json.loads(texts.get(KEY, ""))
+        info = json.loads(texts.get(JSON_KEY, ""))
     except (ValueError, TypeError):
         info = None
     if isinstance(info, dict):
@@ -303,7 +303,7 @@ def parse_parameters(parameters: str) -> JsonObject:
         body, settings = [*body, last], []
     prompt, _, negative = "\n".join(["", *body]).partition("\nNegative prompt:")
     info: JsonObject = {"prompt": prompt[1:], "negative_prompt": negative.strip()}
-    other = {}
+    other_settings = {}
     for name, quoted in settings:
         value = _unquote(quoted)
         try:
@@ -316,27 +316,28 @@ def parse_parameters(parameters: str) -> JsonObject:
             elif name == "Refiner" and (refiner := REFINER_PATTERN.fullmatch(value)):
                 info["refiner"] = {"path": refiner[1], "hash": refiner[2]}
             else:
-                other[name] = value
+                other_settings[name] = value
         except ValueError:
-            other[name] = value
+            other_settings[name] = value
     is_ours = str(info.get("version")).startswith("ldm ")
     modes = {mode: syntax for syntax, mode in EMPHASIS_MODES.items()}
-    a1111 = modes.get(other.get("Emphasis", ""), "a1111")
+    a1111 = modes.get(other_settings.get("Emphasis", ""), "a1111")
     if a1111 != "a1111":
-        del other["Emphasis"]
+        del other_settings["Emphasis"]
     info.setdefault("syntax", "plain" if is_ours else a1111)
     if is_ours:
         tags = LORA_TAGS.findall(info["prompt"])
         info["loras"] = [{"path": name, "weight": _parse_weight(text)} for name, text in tags]
         info["prompt"] = LORA_TAGS.sub("", info["prompt"])
     version = str(info.get("version") or "")
-    if other.get("Sampler") == DDIM_CFG_PP and "scale" in info and not version.startswith("f"):
+    is_forge = version.startswith("f")  # "f2.0.1v1.10.1"
+    if other_settings.get("Sampler") == DDIM_CFG_PP and "scale" in info and not is_forge:
         info["scale"] /= 12.5
-    info |= parse_sampler(other, version)
+    info |= parse_sampler(other_settings, version)
     traits = SAMPLERS.get(info.get("sampler", ""))
     if traits and traits.takes_path and not is_ours:
         info["brownian"] = True  # as in A1111, which uses k-diffusion's samplers
-    return {**info, "other": other} if other else info
+    return {**info, "other": other_settings} if other_settings else info
 
 
 def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:

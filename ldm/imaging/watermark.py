@@ -28,12 +28,12 @@ __all__ = [
     "PAYLOADS",
     "Finding",
     "Method",
-    "agreement",
     "can_hold",
     "embed",
     "embed_floats",
     "embed_or_warn",
     "identify",
+    "measure_agreement",
     "read",
 ]
 
@@ -117,7 +117,7 @@ def embed_or_warn(
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
     marked = embed(image, payload, method)
-    if agreement(marked, payload, method) < 1:
+    if measure_agreement(marked, payload, method) < 1:
         log.warning("the %s watermark cannot be read back from this image", method)
     return marked
 
@@ -140,7 +140,7 @@ def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.nd
     return _take_majority(_read_votes(image, method), length)
 
 
-def agreement(
+def measure_agreement(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> float:
     """Return the fraction of the payload's bits found in an image; about 0.5 without watermark."""

@@ -22,7 +22,7 @@ from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import CallPrompts, as_list, repeat_texts
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_sigmas, latent_size
+from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_size, get_sigmas
 from ldm.pipelines.sdxl import Handover, check_size
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, Stop
@@ -91,7 +91,7 @@ def generate(
     sampling, sdxl = select_sampling(options), select_sdxl(options)
     quirks = Quirks.of(model, sampling.get("legacy", ()))
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
-    height, width = latent_size(model, size, sampling.get("x_T") if z is None else z)
+    height, width = get_latent_size(model, size, sampling.get("x_T") if z is None else z)
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
     if upscaling is not None:
@@ -164,7 +164,7 @@ def _sample_with_refiner(
     quirks = Quirks.of(model, run.get("legacy", ()))
     sigmas = get_sigmas(model, quirks, run)
     first = _first_step(model, quirks, run, len(sigmas) - 1)
-    end = max(handover.index(model.schedule, sigmas, quirks), first)
+    end = max(handover.find_index(model.schedule, sigmas, quirks), first)
     on_step = partial(_shift_steps, run.get("callback"), len(sigmas) - 1 - first)
     base_run: RunOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
     z_t = _sample(model, conds, base_run)
@@ -220,7 +220,7 @@ def _first_step(model: LatentDiffusion, quirks: Quirks, run: RunOptions, total: 
     if run["z"] is None:
         return 0
     default = model.defaults.steps if run.get("sigmas") is None else total
-    return quirks.first_step(run["strength"], run.get("steps") or default, total)[0]
+    return quirks.find_first_step(run["strength"], run.get("steps") or default, total)[0]
 
 
 def _shift_steps(callback: Callback | None, total: int, offset: int) -> Callback | None:

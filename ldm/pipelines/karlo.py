@@ -24,7 +24,7 @@ from ldm.encoders.image import CLIPVision
 from ldm.nets.karlo import Prior
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["encode_texts", "prior_sigmas", "sample_image_embeddings", "sample_prior"]
+__all__ = ["encode_texts", "get_prior_sigmas", "sample_image_embeddings", "sample_prior"]
 
 CLAMP = 10.0  # limit of predicted values, in standard deviations; as in Karlo
 
@@ -91,14 +91,14 @@ def sample_prior(
     Args:
         cond: from `encode_texts`.
         uncond: from `encode_texts`, of negative prompts.
-        steps: number of steps, see `prior_sigmas`.
+        steps: number of steps, see `get_prior_sigmas`.
         scale: guidance scale.
         eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
         noise: (like) -> standard normal noise; called for the initial noise, then for each step.
         sigmas: noise levels (n + 1,), descending; None = those of `steps`.
     """
     schedule = Schedule(make_betas("squaredcos_cap_v2"))
-    sigmas = prior_sigmas(schedule, steps) if sigmas is None else sigmas
+    sigmas = get_prior_sigmas(schedule, steps) if sigmas is None else sigmas
     denoise = add_guidance(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
     shape = (len(cond), prior.out_proj.out_features)
     start = noise(torch.empty(shape, device=prior.out_proj.weight.device))
@@ -111,7 +111,7 @@ def sample_prior(
     )
 
 
-def prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
+def get_prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
     """Return noise levels of at least 2 evenly spaced timesteps, from the last to the first, and 0.
 
     Nichol and Dhariwal 2021 (arXiv:2102.09672), section 4.

@@ -56,7 +56,7 @@ class Quirks:
             enabled -= {"refiner-from-noise"}
         return cls(enabled)
 
-    def sigmas(
+    def get_sigmas(
         self, schedule: NoiseSchedule, steps: int, scheduler: str, rho: float | None = None
     ) -> Tensor:
         """Return the noise levels of a run; as `NoiseSchedule.step_sigmas` without a quirk."""
@@ -64,7 +64,7 @@ class Quirks:
             return _original_uniform_sigmas(schedule, steps)
         return schedule.step_sigmas(steps, scheduler, rho)
 
-    def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
+    def get_denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
         """Return the model's denoiser; with quirks it takes v or x0 predictions for eps."""
         denoiser = replace(model.denoiser, nearest="nearest-sigma" in self)
         v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
@@ -75,7 +75,7 @@ class Quirks:
             )
         return replace(denoiser, parameterization="eps") if v_as_eps or x0_as_eps else denoiser
 
-    def first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
+    def find_first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
         """Return where a run on an image begins.
 
         Args:
@@ -112,7 +112,7 @@ class Quirks:
             for _ in range(len(sigmas)):
                 global_noise(x)
 
-    def inverse_denoise(
+    def build_inverse_denoise(
         self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
     ) -> Denoise:
         """Return `denoise(x, sigma)` for DDIM inversion.

@@ -44,8 +44,8 @@ from ldm.pipelines.sampling_options import (
     default_scale,
     explain_excess,
     explain_high_start,
+    get_latent_size,
     get_sigmas,
-    latent_size,
 )
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
@@ -169,7 +169,7 @@ def sample(
     if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
-    shape = (len(cond), model.channels, *latent_size(model, size, x_T if z is None else z))
+    shape = (len(cond), model.channels, *get_latent_size(model, size, x_T if z is None else z))
     if z_t is not None:
         x, first = z_t.to(model.device, torch.float32) * _std(sigmas[0]), 0
     else:
@@ -180,7 +180,7 @@ def sample(
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
     if z_t is None and (reason := explain_high_start(sampler, scheduler, float(sigmas[0]))):
         warn_caller(reason)
-    denoiser = quirks.denoiser(model, sampler)
+    denoiser = quirks.get_denoiser(model, sampler)
     if freeu is not None:
         network = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
         denoiser = replace(denoiser, network=network)
@@ -245,9 +245,9 @@ def invert(
         z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
     """
     quirks = Quirks(frozenset(legacy))
-    sigmas = quirks.sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
+    sigmas = quirks.get_sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
     sigmas = sigmas[: (steps if until is None else until) + 1]
-    denoise = quirks.inverse_denoise(model, sigmas, cond, uncond, scale)
+    denoise = quirks.build_inverse_denoise(model, sigmas, cond, uncond, scale)
     x = euler(denoise, z.float() * _std(sigmas[0]), sigmas)
     return x / _std(sigmas[-1])
 
@@ -263,7 +263,7 @@ def _add_start_noise(
     """
     if z is None:
         return x_T * _std(sigmas[0]), 0
-    first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
+    first, noise_level = quirks.find_first_step(strength, steps, len(sigmas) - 1)
     sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
     x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
     # With a quirk, z was noised to another level; its VP-scaled latent counts as one of the first.

@@ -23,8 +23,8 @@ __all__ = [
     "default_scheduler",
     "explain_excess",
     "explain_high_start",
+    "get_latent_size",
     "get_sigmas",
-    "latent_size",
 ]
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
@@ -84,10 +84,10 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     scheduler = options.get("scheduler") or default_scheduler(model, sampler)
     if is_sdxl(model) and scheduler in SCHEDULERS:
         scheduler = SCHEDULERS[scheduler].for_sdxl or scheduler
-    sigmas = quirks.sigmas(model.schedule, steps, scheduler, rho)
+    sigmas = quirks.get_sigmas(model.schedule, steps, scheduler, rho)
     max_steps = SCHEDULERS[scheduler].max_steps or len(model.schedule)
     if SAMPLERS[sampler].skips_last_level and sigmas[-1] == 0 and steps < max_steps:
-        sigmas = quirks.sigmas(model.schedule, steps + 1, scheduler, rho)
+        sigmas = quirks.get_sigmas(model.schedule, steps + 1, scheduler, rho)
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     return sigmas
 
@@ -175,7 +175,7 @@ def check_sampling(
     Quirks(frozenset(legacy))  # raises UnknownName
 
 
-def latent_size(
+def get_latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
     """Return the (h, w) of latents: for a size (H, W) in pixels, else of `like`, else the model's.

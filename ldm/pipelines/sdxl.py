@@ -139,11 +139,11 @@ class Handover:
         strength, start = options.get("refiner_strength"), options.get("refiner_start")
         return cls(start=start) if strength is None else cls(strength, start)
 
-    def index(self, schedule: NoiseSchedule, sigmas: Tensor, quirks: Quirks) -> int:
+    def find_index(self, schedule: NoiseSchedule, sigmas: Tensor, quirks: Quirks) -> int:
         """Return the index in sigmas (n + 1,) of the first level of the refiner."""
         steps = len(sigmas) - 1
         if self.start is None:
-            return quirks.first_step(self.strength, steps, steps)[0]
+            return quirks.find_first_step(self.strength, steps, steps)[0]
         last = round(len(schedule) * (1 - self.start))  # lowest timestep of the base
         if last == len(schedule):
             return 0

@@ -56,7 +56,7 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "un
     known_noise = iter([value for key, value in rng if key.endswith("randn_like")])
     step_noise = iter([value for key, value in rng if key.endswith("randn")])
     x_T = shared["x_T"] if "x_T" in kwargs else next(step_noise)
-    sigmas = LEGACY_STEPS.sigmas(denoiser.schedule, info["S"], scheduler)
+    sigmas = LEGACY_STEPS.get_sigmas(denoiser.schedule, info["S"], scheduler)
     spread = [math.sqrt(1 + sigma**2) for sigma in sigmas.tolist()]
 
     def constrain(x: Tensor, sigma: float) -> Tensor:

@@ -54,7 +54,7 @@ def test_buffers_equal_the_recorded_ones():
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 10, 20, 25, 50, 100, 200, 250, 500])
 def test_original_step_counts_are_the_recorded_timesteps(steps):
     expected = gold("schedules").outputs(f"ddim_t_uniform_{steps}")["timesteps"]
-    sigmas = Quirks(frozenset({"steps"})).sigmas(SD, steps, "uniform")
+    sigmas = Quirks(frozenset({"steps"})).get_sigmas(SD, steps, "uniform")
     assert torch.equal(sigmas[:-1].flip(0), SD.sigmas[expected.long()])
     if 1000 % steps == 0:
         assert torch.equal(sigmas, SD.step_sigmas(steps))
@@ -63,7 +63,7 @@ def test_original_step_counts_are_the_recorded_timesteps(steps):
 @pytest.mark.parametrize("steps", [3, 9, 27, 37, 333, 1000])
 def test_counts_that_crash_the_original_are_refused_only_when_asked_for(steps):
     with pytest.raises(ValueError, match=f"the original fails at {steps} steps"):
-        Quirks(frozenset({"steps"})).sigmas(SD, steps, "uniform")
+        Quirks(frozenset({"steps"})).get_sigmas(SD, steps, "uniform")
     assert len(SD.step_sigmas(steps)) == steps + 1
 
 
@@ -115,7 +115,7 @@ def test_img2img_begins_where_the_base_hands_over_to_a_refiner():
             if "n" in info and "strength" in info:
                 n = info["n"]
                 sigmas = SD.step_sigmas(n, "sgm_uniform")
-                first, _ = quirks.first_step(info["strength"], n, n)
+                first, _ = quirks.find_first_step(info["strength"], n, n)
                 own = sigmas[first:] if part == "img2img_" else sigmas[: first + 1]
                 equal_levels(own, expected["sigmas"])
 

@@ -11,12 +11,12 @@ from goldfile import gold
 from ldm.imaging.watermark import (
     METHODS,
     PAYLOADS,
-    agreement,
     can_hold,
     embed,
     embed_floats,
     embed_or_warn,
     identify,
+    measure_agreement,
     read,
     rgb_to_yuv,
     yuv_to_rgb,
@@ -92,7 +92,9 @@ def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
     bits = read(Image.fromarray(expected["saved"].numpy()), 48, "dwtDct")
     assert (bits == expected["decoded"].numpy()).all()
     assert (read(Image.fromarray(saved), 48, "dwtDct") == bits).all()
-    assert agreement(embed(Image.fromarray(pixels), PAYLOADS["SDXL"]), PAYLOADS["SDXL"]) == 1
+    assert (
+        measure_agreement(embed(Image.fromarray(pixels), PAYLOADS["SDXL"]), PAYLOADS["SDXL"]) == 1
+    )
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
@@ -118,7 +120,7 @@ def test_the_package_reads_ours_and_we_read_the_packages(make, payload):
     image = make((256, 256))
     bits = package_read(embed(image, payload), len(payload) * 8, "dwtDctSvd")
     assert np.packbits(bits).tobytes() == payload
-    assert agreement(package_embed(image, payload, "dwtDctSvd"), payload) == 1
+    assert measure_agreement(package_embed(image, payload, "dwtDctSvd"), payload) == 1
 
 
 def test_yuv_equals_opencv_for_every_colour():
@@ -189,7 +191,7 @@ def test_mark_warns_instead_of_failing(caplog):
     with caplog.at_level(logging.WARNING):
         small = noise((64, 64))
         assert embed_or_warn(small, b"SDV2") is small
-        assert agreement(embed_or_warn(flat(), b"SDV2"), b"SDV2") == 1
+        assert measure_agreement(embed_or_warn(flat(), b"SDV2"), b"SDV2") == 1
     assert [record.getMessage() for record in caplog.records] == [
         "64x64 is too small for a watermark, saved without"
     ]

@@ -89,7 +89,7 @@ def test_sizes_follow_the_image_and_negative_ones_the_positive():
 def test_the_handover_is_at_a_step(handover, legacy, index):
     schedule = model("xl").schedule
     sigmas = schedule.step_sigmas(50, "sgm_uniform")
-    assert handover.index(schedule, sigmas, Quirks(frozenset(legacy))) == index
+    assert handover.find_index(schedule, sigmas, Quirks(frozenset(legacy))) == index
 
 
 def test_an_unusual_size_is_logged(caplog):
