@@ -148,6 +148,23 @@ def record_input_noise(task: Diffusion) -> tuple[Tensor, float]:
     return unet.input / std[:, None, None, None], float(losses["loss"].detach())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": (200, 0)}, r"`\[200, 0\]` should be a range \[first, end\) within 0 … 1000"),
+        ({"timesteps": (0, 1001)}, r"`\[0, 1001\]` should be a range"),
+        (
+            {"timesteps": (0, 200), "noise_levels": {}},
+            "`timesteps` and `noise_bias` do not go with",
+        ),
+        ({"noise_bias": 2.0, "noise_levels": {}}, "`timesteps` and `noise_bias` do not go with"),
+    ],
+)
+def test_timesteps_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_task(**options)
+
+
 def test_offset_noise_moves_whole_channels() -> None:
     """The mean of a channel has variance 1 / 256 from the noise, plus offset squared."""
     plain, _ = record_input_noise(build_task())

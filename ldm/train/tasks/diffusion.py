@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ldm.conditioning import LEGACY_DROPOUT
 from ldm.data.source import to_device
+from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import ArgumentError
 from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
@@ -45,6 +47,9 @@ class Diffusion(Task):
         legacy: the original's behaviors, names in LEGACY_TRAINING.
         disable_first_stage_autocast: whether to encode images in full precision.
         criterion_options: keywords of `Criterion`.
+    Raises:
+        ArgumentError: `timesteps` are not a range of the schedule, or `timesteps` or `noise_bias`
+            are given although timesteps are not uniform.
     """
 
     is_shardable: ClassVar[bool] = True
@@ -65,6 +70,7 @@ class Diffusion(Task):
 
     def __post_init__(self) -> None:
         model, levels = self.model, self.noise_levels
+        self._check_timesteps()
         self.sigma_distribution = None if levels is None else LogNormal(**levels)
         self.criterion = Criterion(
             model.schedule,
@@ -108,6 +114,20 @@ class Diffusion(Task):
         if self.scale_by_std:
             state["scale_factor"] = torch.tensor(self.model.scale_factor)
         return state
+
+    def _check_timesteps(self) -> None:
+        schedule, timesteps = self.model.schedule, self.timesteps
+        is_uniform = self.noise_levels is None and isinstance(schedule, Schedule)
+        if not is_uniform and (timesteps is not None or self.noise_bias != 1):
+            raise ArgumentError(
+                "`timesteps` and `noise_bias` do not go with `noise_levels` or a continuous noise "
+                "schedule"
+            )
+        if timesteps is not None and not 0 <= timesteps[0] < timesteps[1] <= len(schedule):
+            raise ArgumentError(
+                f"timesteps: `{list(timesteps)}` should be a range [first, end) within 0 … "
+                f"{len(schedule)}"
+            )
 
     def _loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         model = self.model
