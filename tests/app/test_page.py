@@ -227,7 +227,6 @@ def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page
     ],
 )
 def test_a_number_out_of_range_is_one_line_and_the_page_lives(page, label, value, message):
-    """F1."""
     fill(page, **{label: value})
     generate(page, message)
     assert page.locator("#generate").is_enabled()
@@ -235,7 +234,7 @@ def test_a_number_out_of_range_is_one_line_and_the_page_lives(page, label, value
 
 @pytest.mark.slow
 def test_errors_are_in_sight_wherever_the_page_is_scrolled_to(page):
-    """F2, and no image (F16)."""
+    """Also that of a missing image."""
     page.set_viewport_size({"width": 1366, "height": 768})
     open_tab(page, "img2img")
     page.mouse.wheel(0, 600)
@@ -246,7 +245,7 @@ def test_errors_are_in_sight_wherever_the_page_is_scrolled_to(page):
 
 
 def test_form_gallery_and_run_outlive_a_reload(app, page):
-    """F3; images in the order of their seeds, F11; unfinished ones are kept."""
+    """Images are in the order of their seeds; unfinished ones are kept."""
     settings = {"Sampling steps": LONG, "Batch size": 2, "Batch count": 4, "Seed": 11}
     fill(page, "a fox", **settings, Width=64, Height=64)
     generate(page, "image 1–2 of 8, step [0-9]+ of 150")
@@ -268,7 +267,6 @@ def test_form_gallery_and_run_outlive_a_reload(app, page):
 
 @pytest.mark.slow
 def test_a_queued_run_of_another_browser_is_removed_at_once(app, page):
-    """F8."""
     fill(page, **{"Sampling steps": LONG, "Batch count": 8})
     generate(page, "step [0-9]+ of 150")
     with contextlib.closing(page.context.browser.new_page()) as other:
@@ -282,7 +280,6 @@ def test_a_queued_run_of_another_browser_is_removed_at_once(app, page):
 
 
 def test_tokens_are_counted_and_what_has_no_effect_is_named(page):
-    """F13, F14."""
     count = page.locator("#prompt-tokens")
     count.get_by_text("11/30").wait_for()
     fill(page, "<lora:style:0.8> (blue:1.4)")
@@ -303,7 +300,6 @@ def test_a_slider_says_when_it_changes_a_number(page):
 
 @pytest.mark.slow
 def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
-    """F5, F25."""
     page.locator("#settings").get_by_text("Advanced").click()
     eta, churn = (
         page.get_by_label("Eta", exact=True).first,
@@ -322,7 +318,7 @@ def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
 
 @pytest.mark.slow
 def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page):
-    """F6; a tab names the models that it needs and those at hand, F16."""
+    """A tab names the models that it needs, and those that are there."""
     assert page.locator("#lora .token").count() == 0
     page.locator("#lora input").click()
     page.get_by_role("option", name="style").click()
@@ -355,7 +351,6 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
 
 @pytest.mark.slow
 def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
-    """F7, F21."""
     text = (
         "a red fox\nNegative prompt: blurry\nSteps: 3, Sampler: Euler a, Schedule type: Karras,"
         " CFG scale: 4, Seed: 3735928559, Size: 64x64"
@@ -387,7 +382,6 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
 
 @pytest.mark.slow
 def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
-    """F24."""
     Image.new("RGB", (3000, 2000), "red").save(tmp_path / "photo.png")
     area = open_tab(page, "img2img")
     area.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
@@ -434,7 +428,6 @@ def test_the_image_is_large_the_preview_in_its_place_and_the_bar_as_far_as_the_m
 
 @pytest.mark.slow
 def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
-    """F20."""
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(300)
     boxes = [tab.bounding_box() for tab in page.get_by_role("tab").all()]
@@ -448,7 +441,6 @@ def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
 
 @pytest.mark.slow
 def test_files_that_come_while_the_app_runs_are_found(app, page):
-    """F23, F22."""
     (app[1] / "people").mkdir()
     shutil.copy(app[1] / "demo.safetensors", app[1] / "people/copy.safetensors")
     page.locator("#prompt textarea").fill("kept")
@@ -469,7 +461,6 @@ def test_files_that_come_while_the_app_runs_are_found(app, page):
 
 @pytest.mark.slow
 def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
-    """F10."""
     (tmp_path / "holiday.png").write_text("<html>not found</html>")
     area = open_tab(page, "img2img")
     with page.expect_response(re.compile("/upload")):
@@ -481,7 +472,6 @@ def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
 
 @pytest.mark.slow  # the editor, once its tab was open, keeps a core busy
 def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(app, page, tmp_path):
-    """F10, F12."""
     (tmp_path / "holiday.png").write_text("<html>not found</html>")
     area = open_tab(page, "inpaint")
     area.locator("input[type=file]").first.set_input_files(tmp_path / "holiday.png")
