@@ -8,8 +8,10 @@ from ldm.train.optim.schedules import build_lr_multiplier
 class LearningRateMultiplier:
     """Base class: the multiplier of each step; see `ldm.train.optim.schedules`."""
 
+    target: str  # not the name of the class, which programs may subclass
+
     def __init__(self, **params: object) -> None:
-        self.multiplier = build_lr_multiplier({"target": type(self).__name__, "params": params})
+        self.multiplier = build_lr_multiplier({"target": self.target, "params": params})
 
     def schedule(self, n: int, **ignored: object) -> float:
         """Return the multiplier of step n."""
@@ -21,6 +23,8 @@ class LearningRateMultiplier:
 
 class LambdaWarmUpCosineScheduler(LearningRateMultiplier):
     """Linear warm-up, then a half cosine."""
+
+    target = "LambdaWarmUpCosineScheduler"
 
     def __init__(
         self,
@@ -43,6 +47,8 @@ class LambdaWarmUpCosineScheduler(LearningRateMultiplier):
 class LambdaWarmUpCosineScheduler2(LearningRateMultiplier):
     """Cycles of a linear warm-up and a half cosine; lists have one entry per cycle."""
 
+    target = "LambdaWarmUpCosineScheduler2"
+
     def __init__(
         self,
         warm_up_steps: Sequence[int],
@@ -63,3 +69,5 @@ class LambdaWarmUpCosineScheduler2(LearningRateMultiplier):
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     """Cycles of a linear warm-up and a linear decay."""
+
+    target = "LambdaLinearScheduler"

@@ -30,7 +30,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any
             return None
         raise KeyError("Expected key `target` to instantiate.")
     assert not isinstance(config, str)
-    return get_obj_from_str(config["target"])(**config.get("params", {}), **more)
+    # An empty `params:` in a YAML file is None.
+    return get_obj_from_str(config["target"])(**(config.get("params") or {}), **more)
 
 
 def to_plain(value: Any) -> Any:

@@ -99,6 +99,8 @@ def test_learning_rates_follow_lists_of_cycles():
     factor = LambdaLinearScheduler([10], [1.0], [1.0], [1e-6], [100000])
     assert factor(0) == 1e-6
     assert factor.schedule(10) == factor(5000) == 1.0
+    subclass = type("OfAProgram", (LambdaLinearScheduler,), {})
+    assert subclass([10], [1.0], [1.0], [1e-6], [100000])(5000) == 1.0
     cosine = LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.0, 110)
     assert cosine(5) == 0.5
     assert cosine(60) == pytest.approx(0.55)

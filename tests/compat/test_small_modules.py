@@ -16,6 +16,8 @@ def test_a_config_builds_any_class():
     layer = util.instantiate_from_config(config, out_features=2, bias=False)
     assert type(layer) is nn.Linear
     assert layer.weight.shape == (2, 3)
+    empty = OmegaConf.create("{target: torch.nn.Identity, params: }")
+    assert type(util.instantiate_from_config(empty)) is nn.Identity
     assert util.instantiate_from_config("__is_first_stage__") is None
     assert util.instantiate_from_config("__is_unconditional__") is None
     with pytest.raises(KeyError, match="Expected key `target` to instantiate."):
