@@ -266,6 +266,12 @@ def test_former_names_of_keys_are_read() -> None:
     assert result.raw["data"]["params"]["latents"] == renamed
 
 
+@pytest.mark.parametrize("name", ["lora", "textual_inversion"])
+def test_an_autoencoder_has_no_adapters(name: str) -> None:
+    with pytest.raises(ValueError, match=f"lightning.{name} is for diffusion models only"):
+        read(f"{{{name}: {{rank: 2}}}}", model="{target: ldm.models.autoencoder.AutoencoderKL}")
+
+
 def test_a_key_under_both_names_is_refused() -> None:
     message = r"^lightning\.optimizer\.warm_up is the former name of `lr_warmup_steps`: give one .*"
     with pytest.raises(ValueError, match=message):

@@ -53,6 +53,12 @@ def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
         open_sources(nn.Identity(), make_data(**params), 23)
 
 
+def test_an_autoencoder_cannot_use_caches(tmp_path: Path) -> None:
+    data = make_data(latents={"cache": tmp_path}, texts={"cache": tmp_path})
+    with pytest.raises(ValueError, match="`latents`, `texts` are for diffusion models only"):
+        open_sources(nn.Identity(), data, 23)
+
+
 @pytest.mark.parametrize(
     ("split", "place", "message"),
     [

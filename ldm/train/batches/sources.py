@@ -57,6 +57,11 @@ def open_sources(
             captioned.append(class_images)
         if data.texts:
             cache_contexts(model, captioned, **data.texts.model_dump())
+    else:
+        options = {"latents": data.latents, "texts": data.texts, "prior": data.prior}
+        names = [f"`{name}`" for name, option in options.items() if option]
+        if names:
+            raise ValueError(f"data.params: {', '.join(names)} are for diffusion models only")
     source = _to_source(samples, seed, None if isinstance(images, Shards) else images)
     return source, None if held_out is None else _to_source(held_out, seed)
 

@@ -166,6 +166,9 @@ def read_settings(raw: JsonMapping) -> Settings:
             raise unknown_name("section", name, [*SECTIONS, *lightning.SECTIONS], "lightning")
     is_autoencoder = model.target.endswith("AutoencoderKL")
     values = {name: sections.get(name, {}) for name in SECTIONS}
+    for name in ("lora", "textual_inversion"):
+        if is_autoencoder and values[name]:
+            raise ValueError(f"lightning.{name} is for diffusion models only")
     if "optimizer" not in (raw.get("lightning") or {}):
         values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
         scaling = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
