@@ -261,7 +261,7 @@ class LatentDiffusion(nn.Module):
         generator: torch.Generator | None = None,
         legacy: Collection[str] = (),
     ) -> Cond:
-        """Encode a batch, such as {"txt": ["a red apple", …]}; see `Conditioner.forward`."""
+        """Encode a batch, such as {"txt": ["a red apple", …]}; arguments: `Conditioner.forward`."""
         cond: Cond = self.conditioner(batch, drop, generator, legacy)
         return cond
 

@@ -147,8 +147,8 @@ class Denoiser:
             z: Latents (B, C, h, w).
             t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
             noise: Standard normal noise (B, C, h, w).
-            input_noise: Noise in the network's input where it differs from `noise`, as in input
-                perturbation (arXiv:2301.11706).
+            input_noise: Noise in the network's input, where it differs from `noise` as in input
+                perturbation (arXiv:2301.11706); None for `noise`.
         """
         prediction = self.predict_at(z, cond, t, noise if input_noise is None else input_noise)
         return prediction - self.target(z, noise, t)

@@ -45,7 +45,7 @@ def embed_guidance(
     """Build `denoise(x, sigma)` for a network that takes the guidance scale: one prediction each.
 
     Args:
-        uncond: Ignored, for the signature of `add_guidance`.
+        uncond: Ignored; a parameter for the signature of `add_guidance`.
         scale: Guidance scale, or a function of sigma.
         dim: Features of its embedding.
 

@@ -31,7 +31,7 @@ class MiDaSDepth(Encoder):
 
     Args:
         model_type: Name in ARCHS; None for no network, so that a batch must have depth maps.
-        arch: Overrides of entries of `model_type` in ARCHS.
+        arch: Overrides of entries of `model_type` in ARCHS; None for no overrides.
         eps: Added to max - min before dividing by it; the original's training uses 0.001.
     """
 

@@ -224,6 +224,9 @@ class EmbeddingNoise(nn.Module):
     def get_statistics(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the embeddings, (1, D) each.
 
+        Args:
+            device: None for the device that they are on.
+
         Raises:
             MissingArgument: They are not loaded.
         """

@@ -300,7 +300,7 @@ class TextEncoder(Encoder):
         return self.length
 
     def token_embeddings(self, text: str | None = None) -> Tensor:
-        """Return the embeddings (n, D) of the n tokens of a text; None for the whole table."""
+        """Return the embeddings (n, D) of the n tokens of a text; the whole table for None."""
         table = self.embedding_table.detach()
         if text is None:
             return table
@@ -448,7 +448,8 @@ class CLIPText(TextEncoder):
             the hidden state `layer_idx`, without the final norm.
         layer_idx: Index of the hidden state, -layers - 1 … layers; 0 is the embedding. Only for
             layer "hidden".
-        arch: Overrides of the sizes of `version`, by transformers' names (`hidden_size` …).
+        arch: Overrides of the sizes of `version`, by transformers' names (`hidden_size` …); None
+            for no overrides.
         always_return_pooled: Whether to return a pooled output as well.
         always_return_mask: Whether to return a mask of the tokens up to the first end token.
     """

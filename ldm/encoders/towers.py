@@ -388,7 +388,11 @@ def run_text_blocks(
 def run_causal(
     blocks: Sequence[CheckpointedLayer], x: Tensor, is_masked: Tensor | None = None
 ) -> Tensor:
-    """Run blocks on x (B, N, D); a token attends to those up to itself that are not masked."""
+    """Run blocks on x (B, N, D); a token attends to those up to itself that are not masked.
+
+    Args:
+        is_masked: Bool (B, N); None if no token is masked.
+    """
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     if is_masked is not None:

@@ -38,8 +38,8 @@ def attention(
     Args:
         q: (B, heads, N, d).
         k, v: (B, heads, M, d).
-        mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query.
-            With a mask, SDPA replaces xformers.
+        mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query; None
+            keeps all. With a mask, SDPA replaces xformers.
         backend: One of BACKENDS; None for the default, see above.
 
     Returns:

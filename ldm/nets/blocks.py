@@ -70,7 +70,7 @@ class DoublingConv2d(Conv2d):
     """A convolution after nearest-neighbor upsampling by 2."""
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Convolve `upsample_nearest(x, size)`, for x (B, C, h, w)."""
+        """Convolve `upsample_nearest(x, size)`, for x (B, C, h, w); see there for `size`."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             # One circular pixel of x is two of the output (see Conv2d for the reason to cut them).
@@ -136,7 +136,11 @@ def upsample_nearest(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
 
 
 class Upsample(Layer):
-    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `use_conv`."""
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `use_conv`.
+
+    Args:
+        out_channels: Channels of the convolution's output; None for `channels`.
+    """
 
     def __init__(
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
@@ -152,7 +156,11 @@ class Upsample(Layer):
 
 
 class Downsample(Layer):
-    """Downsampling by 2: a 3x3 convolution of stride 2, or the mean of 2x2 pixels."""
+    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else the mean of 2x2 pixels.
+
+    Args:
+        out_channels: Channels of the convolution's output; None for `channels`.
+    """
 
     def __init__(
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
@@ -172,6 +180,8 @@ class ResBlock(CheckpointedLayer):
     Dhariwal and Nichol 2021 (arXiv:2105.05233).
 
     Args:
+        emb_channels: Features of the time embedding.
+        out_channels: None for `channels`.
         use_conv: Whether the skip connection is a 3x3 convolution, else 1x1, if channels change.
         use_scale_shift_norm: Whether the embedding scales and shifts the second norm, instead of
             being added before it.

@@ -115,7 +115,7 @@ class LatentUpscalerUNet(Layer):
         y: Tensor,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the prediction, and (B,) the log variance of its error that training learned."""
+        """Return the prediction, and (B,) the learned log variance of its error; see `forward`."""
         sides, multiple = x.shape[-2:], self.size_multiple
         if any(side % multiple or side < 2 * multiple for side in sides):
             raise ValueError(

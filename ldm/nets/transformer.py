@@ -43,7 +43,11 @@ class GEGLU(Layer):
 
 
 class FeedForward(Layer):
-    """MLP with one hidden layer of `mult * dim` features, and GEGLU if `glu`, else GELU."""
+    """MLP with one hidden layer of `mult * dim` features, and GEGLU if `glu`, else GELU.
+
+    Args:
+        dim_out: Features of the output; None for `dim`.
+    """
 
     def __init__(
         self,
@@ -96,9 +100,10 @@ class CrossAttention(Layer):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Attend from x (B, N, query_dim) to the context (B, M, context_dim), or to x.
+        """Attend from x (B, N, query_dim) to a context; (B, N, query_dim).
 
         Args:
+            context: (B, M, context_dim); None for x.
             mask: Tokens of the context to keep, bool (B, M); None for all.
         """
         context = x if context is None else context
@@ -166,7 +171,8 @@ class SpatialTransformer(Layer):
 
     Args:
         depth: Number of blocks.
-        context_dim: Features of the context, or a list of one per block.
+        context_dim: Features of the context, or a list of one per block; None: see
+            TransformerBlock.
         disable_self_attn: See TransformerBlock.
         use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). Only
             the shapes of the weights differ.
@@ -209,7 +215,8 @@ class SpatialTransformer(Layer):
         """Attend over the positions of x (B, C, h, w) and to the context.
 
         Args:
-            context: (B, M, D) for all blocks, or a list of one per block.
+            context: (B, M, D) for all blocks, or a list of one per block; None for self-attention
+                in its place.
         """
         h = self.norm(x)  # (B, C, h, w); below, tokens (B, h w, C)
         h = self.proj_in(_to_tokens(h)) if self.use_linear else _to_tokens(self.proj_in(h))

@@ -179,7 +179,7 @@ def unknown_name(
         kind: What the name is for, such as "sampler".
         where: File, or file and key, that the name was read from, put before the message; "" for
             none.
-        argument: See `LdmError`.
+        argument: Name of the invalid argument, see `LdmError`; None if it is not known.
 
     Returns:
         UnknownName, whose message has the nearest allowed name, and all of them if they are few.

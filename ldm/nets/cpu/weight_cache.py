@@ -17,7 +17,7 @@ class _Entry(NamedTuple):
     """The transformed forms of a weight by name."""
 
     weight: Tensor  # keeps the id of the weight from being reused
-    state: tuple[int, int]  # address and version, which torch raises with every write
+    state: tuple[int, int]  # address and version, which every write increments
     forms: dict[str, Tensor | list[Tensor]]
 
 
