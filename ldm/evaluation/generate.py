@@ -101,7 +101,7 @@ def generate_settings(
     load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     listener: RunListener | None = None,
 ) -> None:
-    """Generate the missing images of all settings; each process generates only its share.
+    """Generate the missing images of all settings; each process generates its own batches only.
 
     Each batch of prompts is generated with all settings of a model before the next one, so that all
     have equally many images at any time.
@@ -135,7 +135,7 @@ def generate_settings(
             _generate_model(of_model, out, load, listener, progress)
     progress.close()
     if world_size > 1:
-        log.info("process %d of %d has generated its images", rank, world_size)
+        log.info("rank %d of %d processes has generated its images", rank, world_size)
 
 
 def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:

@@ -84,7 +84,7 @@ def generate(
         upscaling: upscaler that doubles the latents before they are decoded; None = none.
         options: see `sample` and `SDXLOptions`.
     Returns:
-        (B, 3, H, W) float32 in [-1, 1].
+        (B, C, H, W) float32 in [-1, 1]; C = 3, or more for models with depth.
     Raises:
         NonFinite: a part of the model returned NaN or infinity.
     """

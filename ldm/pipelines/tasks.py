@@ -1,11 +1,12 @@
 """Tasks with a prompt, or with a prompt and an image.
 
-    txt2img     prompts                            any text-to-image model
-    img2img     prompts, image                     any text-to-image model
-    inpaint     prompts, image, mask               inpainting models, and text-to-image models
-    depth2img   prompts, image or depth map        depth models
-    upscale     prompts, small image               the x4 upscaler
-    upscale_rgbd  prompts, image, depth            LDM3D-SR
+    txt2img           prompts                      any text-to-image model
+    img2img           prompts, image               any text-to-image model
+    inpaint           prompts, image, mask         inpainting models, and text-to-image models
+    depth2img         prompts, image, depth map    depth models
+    estimate_depth    image                        depth models
+    upscale           prompts, small image         the x4 upscaler
+    upscale_rgbd      prompts, image, depth        LDM3D-SR
     upscale_latent    prompts, image or latent     the x2 latent upscaler
 
 Tasks of models that read images in place of a prompt are in `variations`.
