@@ -30,10 +30,15 @@ LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 @dataclass(frozen=True)
 class Condition(ABC):
-    """Base of the generators of conditioning images; its fields are options in configs."""
+    """Base of the generators of conditioning images; its fields are options in configs.
 
-    NAME: ClassVar[str]  # in configs and batches
-    FORMER_NAME: ClassVar[str]  # former class name, part of the keys of latent caches
+    Attributes:
+        NAME: in configs and batches.
+        FORMER_NAME: former class name, part of the keys of latent caches.
+    """
+
+    NAME: ClassVar[str]
+    FORMER_NAME: ClassVar[str]
 
     @abstractmethod
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
@@ -47,13 +52,18 @@ class Condition(ABC):
 
 @dataclass(frozen=True)
 class RandomMask(Condition):
-    """Random inpainting masks: one to three brush strokes or boxes."""
+    """Random inpainting masks: one to three brush strokes or boxes.
+
+    Args:
+        full_probability: probability of the full image, to learn to generate without context.
+        box_probability: probability of boxes instead of brush strokes.
+    """
 
     NAME = "mask"
     FORMER_NAME = "Mask"
 
-    full_probability: float = 0.15  # of the full image, to learn to generate without context
-    box_probability: float = 0.5  # probability of boxes instead of brush strokes
+    full_probability: float = 0.15
+    box_probability: float = 0.5
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         height, width = image.shape[-2:]
@@ -69,13 +79,17 @@ class RandomMask(Condition):
 
 @dataclass(frozen=True)
 class LowRes(Condition):
-    """The image downscaled by `factor` with a random filter, to imitate various resizers."""
+    """The image downscaled by `factor` with a random filter, to imitate various resizers.
+
+    Args:
+        blur: maximum sigma of the Gaussian blur that follows, in pixels of the small image.
+    """
 
     NAME = "lr"
     FORMER_NAME = "Small"
 
     factor: int = 4
-    blur: float = 0.0  # maximum sigma of the Gaussian blur that follows, in its pixels
+    blur: float = 0.0
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         size = [side // self.factor for side in image.shape[-2:]]
@@ -90,13 +104,18 @@ class LowRes(Condition):
 
 @dataclass(frozen=True)
 class PseudoDepth(Condition):
-    """A dome over the silhouette, blended with the luminance."""
+    """A dome over the silhouette, blended with the luminance.
+
+    Args:
+        ramp_width: distance from the edge to the dome's full height, in pixels.
+        luminance: weight of the luminance, 0 … 1.
+    """
 
     NAME = "depth"
     FORMER_NAME = "Relief"
 
-    ramp_width: int = 24  # distance from the edge to the dome's full height, in pixels
-    luminance: float = 0.25  # weight of the luminance, 0 to 1
+    ramp_width: int = 24
+    luminance: float = 0.25
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         inside, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)

@@ -54,7 +54,7 @@ class EmojiTransform(Transform):
         drop: probability of omitting the style, and that of the color, from the caption.
         drop_object: probability of omitting the object.
         keyword_probability: probability of replacing the object's name by one of its keywords.
-        conditions: see `PhotoTransform`.
+        conditions: see `Transform`.
     """
 
     NAME = "emoji"

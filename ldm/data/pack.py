@@ -47,6 +47,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
 
 
 def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
+    """Add the image, the metadata and the caption of a row, unless the image is unreadable."""
     try:
         folder.load(index)
     except UnreadableSample as error:

@@ -39,13 +39,23 @@ DEFAULT_SCORE = 6.0  # as in sampling
 
 
 class Transform(ABC):
-    """Base of the transforms; `conditions` make the conditioning images, by batch key."""
+    """Base of the transforms.
 
-    NAME: ClassVar[str]  # in configs
-    IMAGE_OPTIONS: ClassVar[Sequence[str]]  # attributes that pixels or buckets depend on
-    buckets: Buckets | None = None  # aspect-ratio buckets; None = all images have one size
-    variants: Sequence[str] = ()  # names of versions of every image, such as background colors
-    # keys of the original height and width in the metadata
+    Args:
+        conditions: options of conditioning images by batch key, see `ldm.data.conditions`; None =
+            none.
+    Attributes:
+        NAME: in configs.
+        IMAGE_OPTIONS: attributes that pixels or buckets depend on.
+        buckets: aspect-ratio buckets; None = all images have one size.
+        variants: names of versions of every image, such as background colors.
+        original_size_keys: keys of the original height and width in the metadata.
+    """
+
+    NAME: ClassVar[str]
+    IMAGE_OPTIONS: ClassVar[Sequence[str]]
+    buckets: Buckets | None = None
+    variants: Sequence[str] = ()
     original_size_keys: Sequence[str] = ("original_height", "original_width")
 
     def __init__(self, conditions: JsonMapping | None) -> None:
@@ -115,9 +125,7 @@ class PhotoTransform(Transform):
         flip: probability of a mirrored image.
         buckets: options of `Buckets`, {} for their defaults; None = squares.
         tags: options of `TagShuffle`, {} for their defaults; None = captions as they are.
-        conditions: options of conditioning images by batch key, see `ldm.data.conditions`; None =
-            none.
-        original_size_keys: see `Transform`.
+        conditions, original_size_keys: see `Transform`.
     """
 
     NAME = "photo"

@@ -175,9 +175,10 @@ class _Schedules:
         return _concatenate(nodes)
 
     def take(self, char: str) -> bool:
-        taken = self.next_char == char
-        self.position += taken
-        return taken
+        """Skip a character; return False if it is not next."""
+        is_next = self.next_char == char
+        self.position += is_next
+        return is_next
 
     def parse_round(self) -> Node | None:
         self.take("(")
@@ -187,6 +188,7 @@ class _Schedules:
         return _concatenate([*nodes, _constant(")")]) if self.take(")") else None
 
     def parse_square(self) -> Node | None:
+        """Parse a schedule, alternatives, or `[less]`, which `parse_emphasis` will read."""
         self.take("[")
         first = self.parse_sequence()
         if self.take("]"):
@@ -210,6 +212,7 @@ class _Schedules:
         return (lambda step: nodes[(step - 1) % len(nodes)](step)) if self.take("]") else None
 
     def make_switch(self, before: Node, after: Node, when: re.Match[str]) -> Node:
+        """Build the node of a schedule, whose end `when` matched."""
         self.position = when.end()
         last = self.last_step(when[1])
         if last >= 1:

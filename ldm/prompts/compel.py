@@ -296,6 +296,7 @@ class _Parser:
         return None if number is None else float(number)
 
     def parse_swap(self) -> Items | None:
+        """Parse `target.swap(text, t_start=…, t_end=…)`."""
         original = self.parse_target()
         if original is None or not self.take(".swap") or not self.take("("):
             return None
