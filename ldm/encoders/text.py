@@ -194,17 +194,14 @@ class TextEncoder(Encoder):
 
     def encode(self, texts: Sequence[str] | str) -> Tensor | Cond:
         """Encode texts, or read their outputs from the cache."""
-        entries = self._cached_entries(_as_list(texts))
-        if entries is not None:
-            table = self.embedding_table
-            return _as_output(
-                *(
-                    torch.stack([entry[name] for entry in entries]).to(table.device, table.dtype)
-                    for name in entries[0]
-                )
-            )
-        output: Tensor | Cond = self(self.tokenize(texts).to(self.embedding_table.device))
-        return output
+        table, entries = self.embedding_table, self._cached_entries(_as_list(texts))
+        if entries is None:
+            output: Tensor | Cond = self(self.tokenize(texts).to(table.device))
+            return output
+        names = ("context", "pooled") if "pooled" in entries[0] else ("context",)
+        return _as_output(
+            *(torch.stack([entry[name] for entry in entries]).to(table) for name in names)
+        )
 
     def encode_tokens(self, tokens: Tensor, is_masked: Tensor | None = None) -> Tensor | Cond:
         """Encode token ids (B, N).

@@ -15,6 +15,7 @@ w applies to the result, W + w (R W - W); in lycoris-lora, it applies to each st
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,9 +122,9 @@ def _build(
 class _Sum(Addition):
     """W + w delta."""
 
+    compute: Delta
     target: Target
     adapter: Adapter
-    compute: Delta
     strength: float
 
     def delta(self) -> Tensor:
@@ -138,9 +139,9 @@ class _Sum(Addition):
 class _Product(WeightChange):
     """W + w (f(W) - W), for changes that are a function of the weight."""
 
+    transform: Transform
     target: Target
     adapter: Adapter
-    transform: Transform
     strength: float
 
     def change_weight(self, weight: Tensor) -> Tensor:
@@ -257,39 +258,31 @@ class _AdapterType:
 
     build: Callable[[Target, Adapter, float], WeightChange]
     required: frozenset[str]
-    optional: frozenset[str] = frozenset()
+    optional: frozenset[str]
 
 
-def _sum(compute: Delta) -> Callable[[Target, Adapter, float], WeightChange]:
-    return lambda target, adapter, strength: _Sum(target, adapter, compute, strength)
+def _build_type(
+    change: Callable[..., WeightChange],
+    compute: Delta | Transform,
+    required: str,
+    optional: str = "",
+) -> _AdapterType:
+    """Build a row of ADAPTERS, from names that are separated by spaces."""
+    names = frozenset(required.split()), frozenset(optional.split())
+    return _AdapterType(partial(change, compute), *names)
 
 
-def _product(transform: Transform) -> Callable[[Target, Adapter, float], WeightChange]:
-    return lambda target, adapter, strength: _Product(target, adapter, transform, strength)
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
+HADAMARD = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 ADAPTERS = (
-    _AdapterType(_sum(_multiply_low_rank), _names("up down"), _names("mid")),
-    _AdapterType(_sum(_multiply_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b")),
-    _AdapterType(
-        _sum(_multiply_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2")
-    ),
-    _AdapterType(_sum(_multiply_kronecker), _names("lokr_w1 lokr_w2")),
-    _AdapterType(_sum(_multiply_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
-    _AdapterType(
-        _sum(_multiply_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")
-    ),
-    _AdapterType(
-        _sum(_multiply_kronecker),
-        _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"),
-        _names("lokr_t2"),
-    ),
-    *(_AdapterType(_sum(_get_difference), _names(name)) for name in DIFFERENCES),
-    _AdapterType(_product(_scale_rows_or_columns), _names("weight")),
-    _AdapterType(_product(_add_glora), _names("a1.weight a2.weight b1.weight b2.weight")),
-    _AdapterType(_product(_rotate_rows), _names("oft_blocks"), _names("rescale")),
+    _build_type(_Sum, _multiply_low_rank, "up down", "mid"),
+    _build_type(_Sum, _multiply_hadamard, HADAMARD),
+    _build_type(_Sum, _multiply_hadamard, f"{HADAMARD} hada_t1 hada_t2"),
+    _build_type(_Sum, _multiply_kronecker, "lokr_w1 lokr_w2"),
+    _build_type(_Sum, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
+    _build_type(_Sum, _multiply_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
+    _build_type(_Sum, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
+    *(_build_type(_Sum, _get_difference, name) for name in DIFFERENCES),
+    _build_type(_Product, _scale_rows_or_columns, "weight"),
+    _build_type(_Product, _add_glora, "a1.weight a2.weight b1.weight b2.weight"),
+    _build_type(_Product, _rotate_rows, "oft_blocks", "rescale"),
 )

@@ -112,12 +112,14 @@ class CrossAttention(Layer):
                 f"cross-attention to {self.context_dim} features cannot take {context.shape[-1]}\n"
                 "hint: does the text encoder belong to this UNet (SD 1: 768, SD 2: 1024)?"
             )
-        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            self._split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         h = attention(q, k, v, None if mask is None else mask[:, None, None])  # (B, heads, N, d)
         out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, query_dim)
         return out
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, N, d)
 
 
