@@ -85,7 +85,7 @@ class CrossAttention(Relabelled, transformer.CrossAttention):
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         if mask is not None:
             mask = mask.flatten(1)[:, None, None]
-        q, k, v = self._split(q), self._split(k), self._split(v)
+        q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         h = attention(q, k, v, mask)  # (B, heads, N, d)
         out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, query_dim)
         return out

@@ -169,4 +169,4 @@ def _show_warning(
     message: Warning | str, category: type[Warning], *_: object, **__: object
 ) -> None:
     prefix = "" if category is UserWarning else f"{category.__name__}: "
-    log.warning("%s%s", prefix, str(message).splitlines()[0])
+    log.warning("%s%s", prefix, str(message).partition("\n")[0])
