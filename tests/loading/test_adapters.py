@@ -109,7 +109,7 @@ LYCORIS = {
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_all_kinds_of_one_file_change_their_layers_and_no_others(kind, tmp_path):
+def test_every_format_changes_its_target_layers_only(kind, tmp_path):
     torch.manual_seed(0)
     state = {
         f"{n}.{role}": torch.randn(s) for n, roles in LYCORIS.items() for role, s in roles.items()
@@ -169,7 +169,7 @@ SPELLINGS = [
 ]
 
 
-def test_other_spellings_are_understood(tmp_path):
+def test_names_of_other_programs_are_read(tmp_path):
     model = tiny_model()
     write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
     state = read_checkpoint(tmp_path / "x.safetensors").state
@@ -215,7 +215,7 @@ XL_SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", some(XL_SPELLINGS, "kohya with diffusers' blocks"))
-def test_spellings_of_sdxl_are_understood(spelling, tmp_path):
+def test_names_of_sdxl_loras_are_read(spelling, tmp_path):
     model, file = tiny_model("sdxl"), tmp_path / "x.safetensors"
     write_lora(random_adapter(model), file, model, "diffusers")
     ours = read_lora(file, model).state_dict()
@@ -315,7 +315,7 @@ def sdxl_layers_of_kohya():
     return layers
 
 
-def test_all_layers_that_kohya_trains_of_sdxl_are_understood(tmp_path):
+def test_all_layers_that_kohya_trains_in_sdxl_are_read(tmp_path):
     layers = sdxl_layers_of_kohya()
     counts = {prefix: sum(prefix in name for name in layers) for prefix in ("unet", "te1", "te2")}
     assert counts == {"unet": 722, "te1": 72, "te2": 192}
@@ -400,7 +400,7 @@ def test_a_folder_of_peft_is_merged_into_both_towers(tmp_path):
         read_lora(tmp_path / "empty", model)
 
 
-def test_words_in_a_file_are_taught_and_layers_of_rank_zero_change_nothing(tmp_path):
+def test_bundled_embeddings_are_added_and_layers_of_rank_zero_change_nothing(tmp_path):
     state = low_rank(KOHYA, rank=0)[0] | {f"{KOHYA}.alpha": torch.tensor(0.0)}
     words = {"cat.v1": torch.randn(2, WIDTH), "dog": torch.randn(1, WIDTH)}
     state["bundle_emb.cat.v1.string_to_param.*"] = words["cat.v1"]
@@ -413,7 +413,7 @@ def test_words_in_a_file_are_taught_and_layers_of_rank_zero_change_nothing(tmp_p
     assert same(model.conditioner.text.added_embeddings, words)
 
 
-def test_words_that_do_not_fit_are_named_and_left_out(tmp_path, caplog):
+def test_bundled_embeddings_that_do_not_fit_are_skipped_with_a_warning(tmp_path, caplog):
     state, delta = low_rank(KOHYA)
     state["bundle_emb.cat.emb_params"] = torch.ones(1, 768)
     write_checkpoint(tmp_path / "x.safetensors", state)
@@ -432,7 +432,7 @@ def test_a_sum_too_large_for_the_weights_is_refused(tmp_path):
     assert caught.value.argument == "loras"
 
 
-def test_alpha_is_found_in_notes(tmp_path):
+def test_alpha_is_read_from_metadata(tmp_path):
     model = tiny_model()
     write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
     state = read_checkpoint(tmp_path / "x.safetensors").state
@@ -446,17 +446,17 @@ def test_alpha_is_found_in_notes(tmp_path):
     assert adapter["lora_te_text_model_encoder_layers_0_mlp_fc1"].alpha == 3  # its rank
 
 
-def test_files_with_weights_are_merged_and_noted(model, tmp_path):
-    made = [random_adapter(model, seed=seed) for seed in (1, 2)]
+def test_files_with_weights_are_merged_and_recorded(model, tmp_path):
+    adapters = [random_adapter(model, seed=seed) for seed in (1, 2)]
     files = [tmp_path / "a.safetensors", tmp_path / "b.ckpt"]
-    for adapter, file in zip(made, files, strict=True):
+    for adapter, file in zip(adapters, files, strict=True):
         write_lora(adapter, file, model)
-    for adapter, weight in zip(made, (0.8, -0.3), strict=True):
+    for adapter, weight in zip(adapters, (0.8, -0.3), strict=True):
         for layer in adapter.layers.values():
             layer.strength = weight
         adapter.attach()
     attached = outputs(model)
-    for adapter in made:
+    for adapter in adapters:
         adapter.detach()
     load_loras(model, [(files[0], 0.8), (files[1], -0.3)])
     for name, ours in outputs(model).items():
@@ -524,7 +524,7 @@ def test_a_file_of_an_unknown_family_is_refused_in_one_line(tmp_path):
         read_lora(tmp_path / "x.safetensors", tiny_model())
 
 
-def test_alpha_may_be_a_number_of_any_kind_and_nothing_is_nan(tmp_path):
+def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path):
     state, delta = low_rank(KOHYA)
     for alpha in (2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half()):
         torch.save(state | {f"{KOHYA}.alpha": alpha}, tmp_path / "x.pt")

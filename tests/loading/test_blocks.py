@@ -71,7 +71,7 @@ def test_numbers_of_the_blocks_that_a_plain_lora_changes(blocks):
     assert {*weights.values()} == {2, 0.5}
 
 
-def test_pairs_leave_the_others_as_they_are(blocks):
+def test_name_weight_pairs_leave_other_blocks_unchanged(blocks):
     weights = blocks.parse_weights("in04=0, OUT11 = 1", 0.5, "x")
     assert (weights["IN04"], weights["OUT11"], weights["BASE"], weights["M00"]) == (0, 1, 0.5, 0.5)
 

@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_another_ending_is_refused(tmp_path):
+def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must end in"):
         write_checkpoint(tmp_path / "x.bin", STATE)
 
@@ -82,7 +82,7 @@ def test_another_ending_is_refused(tmp_path):
         ),
     ],
 )
-def test_averages_that_are_absent_or_fit_no_name_are_an_error(tmp_path, averages, message):
+def test_ema_weights_that_are_missing_or_fit_no_name_are_an_error(tmp_path, averages, message):
     torch.save({**STATE, **averages}, tmp_path / "x.ckpt")
     file = read_checkpoint(tmp_path / "x.ckpt")
     assert file.has_ema == (len(averages) > 2)

@@ -103,7 +103,7 @@ def test_half_precision_of_a_config_is_ignored(tiny_yaml):
         ("UNet", {"in_channels": 4}, "UNet needs .*`model_channels`"),
     ],
 )
-def test_what_is_unknown_or_missing_is_named(target, params, message):
+def test_unknown_and_missing_parameters_are_named(target, params, message):
     with pytest.raises(ValueError, match=rf"v\.yaml: {message}"):
         instantiate({"target": f"ldm.nets.unet.{target}", "params": params}, where="v.yaml")
 

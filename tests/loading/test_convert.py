@@ -86,7 +86,7 @@ def vae_of(state):
     return {k.removeprefix(VAE): v for k, v in state.items() if k.startswith(VAE)}
 
 
-def test_a_file_becomes_the_other_kind_and_back(tiny, state, tmp_path, capsys):
+def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path, capsys):
     run(tiny, tmp_path / "x.ckpt")
     assert capsys.readouterr().out.strip() == str(tmp_path / "x.ckpt")
     run(tmp_path / "x.ckpt", tmp_path / "y.safetensors")
@@ -171,7 +171,7 @@ def test_numbers_too_large_for_half_precision_are_named(state, text, tmp_path, c
         pytest.param("averaged", ["--ema"], False, False, marks=pytest.mark.slow),
     ],
 )
-def test_ema_is_kept_merged_or_left_out(
+def test_ema_weights_are_copied_used_or_left_out(
     with_ema, state, tmp_path, capsys, target, flags, is_raw, keeps_ema
 ):
     run(with_ema, tmp_path / target, *flags)
@@ -268,7 +268,7 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     assert same(ldm.load(tmp_path / "kl").state_dict(), vae_of(state))
 
 
-def test_another_autoencoder_takes_the_place_of_the_models_own(tiny, state, text, tmp_path, capsys):
+def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, capsys):
     """Such as one whose decoder was trained on: alone in its file, or within a whole model."""
     vae, x, y = (tmp_path / name for name in ("vae.ckpt", "x.ckpt", "y.safetensors"))
     other = {name: (value + 1).half() for name, value in vae_of(state).items()}
@@ -320,7 +320,7 @@ def test_a_crash_leaves_nothing(tiny, tmp_path, target):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rest_of_another_model_is_left_out(tiny, tmp_path, caplog):
+def test_extra_weights_of_another_model_are_left_out(tiny, tmp_path, caplog):
     run(tiny, tmp_path / "x")
     path = tmp_path / "x/scheduler/scheduler_config.json"
     path.write_text(path.read_text().replace("v_prediction", "epsilon"))
@@ -419,7 +419,7 @@ TOKENS = {
 }
 
 
-def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
+def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, caplog):
     place = shutil.copytree(folder, tmp_path / "x")
     path = place / "text_encoder/model.safetensors"
     content, name = read_checkpoint(path).state, "text_model.embeddings.token_embedding.weight"
@@ -446,7 +446,7 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
 
 
 @pytest.mark.slow
-def test_tokens_of_both_tokenizers_of_sdxl_are_known(tmp_path):
+def test_added_tokens_of_both_tokenizers_of_sdxl_are_read(tmp_path):
     write("xl", tmp_path / "xl.safetensors")
     run(tmp_path / "xl.safetensors", place := tmp_path / "folder")
     name = "text_model.embeddings.token_embedding.weight"
@@ -465,7 +465,7 @@ def test_tokens_of_both_tokenizers_of_sdxl_are_known(tmp_path):
         assert torch.equal(text.added_embeddings["<cat>"], text.embedding_table[:2])
 
 
-def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):
+def test_errors_are_one_line(folder, tmp_path, capsys):
     copy, target = tmp_path / "copy", tmp_path / "x"
     assert "no checkpoint" in fails(capsys, tmp_path / "none.ckpt", target)
     for flag in ("--lora", "--vae", "--text-encoder"):

@@ -31,22 +31,22 @@ FAMILIES = [*TEXT, "sd1-inpainting", "inpainting", "depth", "x4", "unclip-l", "u
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """family -> (original file, what it holds, diffusers folder), each made once."""
-    place, kept = tmp_path_factory.mktemp("families"), {}
+def convert_family(tmp_path_factory):
+    """family -> (original file, its weights, diffusers folder), each written once."""
+    parent, families = tmp_path_factory.mktemp("families"), {}
 
     def make(family):
-        if family not in kept:
-            source, folder = place / f"{family}.safetensors", place / family
+        if family not in families:
+            source, folder = parent / f"{family}.safetensors", parent / family
             state = write(family, source)
             convert(plan_conversion(source, folder))
-            kept[family] = source, state, folder
-        return kept[family]
+            families[family] = source, state, folder
+        return families[family]
 
     return make
 
 
-def opened(folder):
+def open_pipeline(folder):
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
@@ -86,10 +86,10 @@ SLOW = pytest.mark.slow  # as the others, or as goldens of tests/pipelines
 
 
 @pytest.mark.parametrize("family", some(TEXT, "sd2-v"))
-def test_text_to_image(made, family):
-    source, _, folder = made(family)
+def test_text_to_image(convert_family, family):
+    source, _, folder = convert_family(family)
     x = noise(1, 4, 16, 16)
-    theirs = opened(folder)(PROMPT, height=SIDE, width=SIDE, **common(x.clone())).images
+    theirs = open_pipeline(folder)(PROMPT, height=SIDE, width=SIDE, **common(x.clone())).images
     options = {"size": (SIDE, SIDE), "steps": STEPS, "scale": SCALE, "x_T": x}
     agree(ldm.txt2img(ldm.load(source), [PROMPT], **options), theirs)
     agree(ldm.txt2img(ldm.load(folder), [PROMPT], **options), theirs)
@@ -97,13 +97,13 @@ def test_text_to_image(made, family):
 
 @SLOW
 @pytest.mark.parametrize("sampler", ["ddim", "plms"])
-def test_safe_latent_diffusion(made, tmp_path, sampler):
+def test_safe_latent_diffusion(convert_family, tmp_path, sampler):
     """A folder of that class opens, too; PNDM's first steps are PLMS's."""
     from diffusers import PNDMScheduler
     from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
 
-    source, _, folder = made("sd1")
-    parts = {**opened(folder).components, "safety_checker": None, "image_encoder": None}
+    source, _, folder = convert_family("sd1")
+    parts = {**open_pipeline(folder).components, "safety_checker": None, "image_encoder": None}
     pipe = StableDiffusionPipelineSafe(**parts, requires_safety_checker=False)
     if sampler == "plms":
         pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
@@ -130,10 +130,10 @@ PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline
 
 @pytest.mark.parametrize("scale", [SCALE, pytest.param(1.0, marks=SLOW)])
 @pytest.mark.parametrize("family", some(PAG, "sd1"))
-def test_perturbed_attention_guidance(diffusers, made, family, scale):
+def test_perturbed_attention_guidance(diffusers, convert_family, family, scale):
     """Without classifier-free guidance, too."""
-    source, _, folder = made(family)
-    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
+    source, _, folder = convert_family(family)
+    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, open_pipeline)
     pipe = getattr(diffusers, PAG[family])(
         **open_folder(folder).components, pag_applied_layers="mid"
     )
@@ -152,9 +152,9 @@ def test_perturbed_attention_guidance(diffusers, made, family, scale):
 
 @SLOW  # beside the formulas of tests/nets/test_freeu
 @pytest.mark.parametrize("family", ["sd1", "xl"])
-def test_freeu_by_the_level_of_a_block(made, family):
-    source, _, folder = made(family)
-    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
+def test_freeu_by_the_level_of_a_block(convert_family, family):
+    source, _, folder = convert_family(family)
+    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, open_pipeline)
     pipe, x = open_folder(folder), noise(1, 4, *(2 * [side // (8 if family == "xl" else 2)]))
     pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.2, b2=1.4)
     theirs = pipe(PROMPT, height=side, width=side, **common(x.clone())).images
@@ -168,11 +168,11 @@ def test_freeu_by_the_level_of_a_block(made, family):
 
 @SLOW
 @pytest.mark.parametrize("family", ["sd1-inpainting", "inpainting"])
-def test_inpainting(made, family):
-    source, _, folder = made(family)
+def test_inpainting(convert_family, family):
+    source, _, folder = convert_family(family)
     x, image, mask = noise(1, 4, 16, 16), picture(), torch.zeros(1, 1, SIDE, SIDE)
     mask[..., 8:24, 8:24] = 1
-    pipe = opened(folder)
+    pipe = open_pipeline(folder)
     theirs = pipe(PROMPT, image=image, mask_image=mask, strength=1.0, height=SIDE, width=SIDE,
                   **common(x.clone())).images  # fmt: skip
     options = {"steps": STEPS, "scale": SCALE, "x_T": x, "seeds": 5, "composite": False}
@@ -187,16 +187,16 @@ def opened_xl(folder):
     """With the grid of the published folders, which starts with the same noise as ours."""
     from diffusers import EulerDiscreteScheduler
 
-    pipe = opened(folder)
+    pipe = open_pipeline(folder)
     config = {**pipe.scheduler.config, "timestep_spacing": "leading"}
     pipe.scheduler = EulerDiscreteScheduler.from_config(config)
     return pipe
 
 
 @SLOW
-def test_sdxl_base_and_refiner(made):
-    base_file, _, base_folder = made("xl")
-    refiner_file, _, refiner_folder = made("xl-refiner")
+def test_sdxl_base_and_refiner(convert_family):
+    base_file, _, base_folder = convert_family("xl")
+    refiner_file, _, refiner_folder = convert_family("xl-refiner")
     base, refiner, x = ldm.load(base_file), ldm.load(refiner_file), noise(1, 4, 8, 8)
     pipe, sizes = opened_xl(base_folder), {"original_size": (512, 384), "target_size": (96, 80)}
     size = {"height": XL_SIDE, "width": XL_SIDE}
@@ -212,8 +212,8 @@ def test_sdxl_base_and_refiner(made):
 
 
 @pytest.mark.parametrize("family", some(["sd1", "xl"], "sd1"))
-def test_folders_whose_network_predicts_the_image(made, tmp_path, family):
-    _, _, written = made(family)
+def test_folders_whose_network_predicts_the_image(convert_family, tmp_path, family):
+    _, _, written = convert_family(family)
     folder = Path(shutil.copytree(written, tmp_path / family))
     (folder / EXTRA_WEIGHTS).unlink()
     path = folder / "scheduler/scheduler_config.json"
@@ -221,11 +221,11 @@ def test_folders_whose_network_predicts_the_image(made, tmp_path, family):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*predicts")
         model = ldm.load(folder)
-    side, open_folder = (XL_SIDE, opened_xl) if family == "xl" else (SIDE, opened)
+    side, open_folder = (XL_SIDE, opened_xl) if family == "xl" else (SIDE, open_pipeline)
     x = noise(1, 4, *model.latent_size) if family == "sd1" else noise(1, 4, 8, 8)
     theirs = open_folder(folder)(PROMPT, height=side, width=side, **common(x.clone())).images
     ours = (XL_OURS if family == "xl" else {"steps": STEPS, "scale": SCALE}) | {"x_T": x}
-    # Guidance multiplies the rounding of an estimate itself: of SDXL 2.3e-4 was seen.
+    # Guidance multiplies the rounding of an estimate itself: of SDXL 2.3e-4 was image_input.
     agree(ldm.txt2img(model, [PROMPT], size=(side, side), **ours), theirs, 1e-3)
     convert(plan_conversion(folder, tmp_path / "back"))
     again = json.loads((tmp_path / "back/scheduler/scheduler_config.json").read_text())
@@ -233,8 +233,8 @@ def test_folders_whose_network_predicts_the_image(made, tmp_path, family):
 
 
 @SLOW
-def test_sdxl_inpainting(made):
-    source, _, folder = made("xl-inpainting")
+def test_sdxl_inpainting(convert_family):
+    source, _, folder = convert_family("xl-inpainting")
     x, image, mask = noise(1, 4, 8, 8), picture(XL_SIDE), torch.zeros(1, 1, XL_SIDE, XL_SIDE)
     mask[..., 16:48, 8:24] = 1
     theirs = opened_xl(folder)(PROMPT, image=image, mask_image=mask, strength=1.0, height=XL_SIDE,
@@ -244,10 +244,10 @@ def test_sdxl_inpainting(made):
 
 
 @SLOW
-def test_depth(made):
-    source, _, folder = made("depth")
+def test_depth(convert_family):
+    source, _, folder = convert_family("depth")
     model, image, depth = ldm.load(source), picture(), noise(1, SIDE, SIDE, seed=2)
-    pipe = opened(folder)
+    pipe = open_pipeline(folder)
     theirs = pipe(PROMPT, image=image, depth_map=depth, strength=1.0, **common(None)).images
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -257,19 +257,19 @@ def test_depth(made):
     x = pipe.scheduler.add_noise(z, drawn, pipe.scheduler.timesteps[:1])
     prepared = model.prepare({"depth": depth[None]}, (16, 16))
     agree(sampled(model, {"depth": prepared["depth"]}, x), theirs)
-    seen = noise(1, 3, 64, 64)
+    image_input = noise(1, 3, 64, 64)
     with torch.no_grad():
-        ours = model.conditioner.depth.run_network(seen)[:, 0]
-        theirs = pipe.depth_estimator(seen).predicted_depth
+        ours = model.conditioner.depth.run_network(image_input)[:, 0]
+        theirs = pipe.depth_estimator(image_input).predicted_depth
     assert ours.std() > 1e-3
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @SLOW
-def test_upscaling(made):
-    source, _, folder = made("x4")
+def test_upscaling(convert_family):
+    source, _, folder = convert_family("x4")
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture(16)
-    theirs = opened(folder)(PROMPT, image=image, noise_level=20, **common(x.clone())).images
+    theirs = open_pipeline(folder)(PROMPT, image=image, noise_level=20, **common(x.clone())).images
     level, drawn = torch.tensor([20]), noise(1, 3, 16, 16, seed=5)
     records = {"lowres": model.conditioner.lowres.add_noise(2 * image - 1, level, drawn)}
     agree(sampled(model, records | {"noise_level": level}, x), theirs)
@@ -277,13 +277,13 @@ def test_upscaling(made):
 
 @SLOW
 @pytest.mark.parametrize("family", ["unclip-l", "unclip-h"])
-def test_unclip(made, family):
-    source, _, folder = made(family)
-    model, x, seen = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)
-    pipe = opened(folder)
+def test_unclip(convert_family, family):
+    source, _, folder = convert_family(family)
+    model, x, image_input = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)
+    pipe = open_pipeline(folder)
     with torch.no_grad():
-        embedding = model.conditioner.image.clip.model.visual(seen)
-        assert torch.allclose(pipe.image_encoder(seen).image_embeds, embedding, atol=1e-5)
+        embedding = model.conditioner.image.clip.model.visual(image_input)
+        assert torch.allclose(pipe.image_encoder(image_input).image_embeds, embedding, atol=1e-5)
         theirs = pipe(prompt=PROMPT, image_embeds=embedding, noise_level=10, height=SIDE,
                       width=SIDE, **common(x.clone())).images  # fmt: skip
         vector = model.conditioner.image.noise(embedding, 10, noise(1, WIDTH, seed=5))
@@ -295,18 +295,20 @@ def test_unclip(made, family):
 
 
 @SLOW
-def test_variations(made):
-    source, _, folder = made("variations")
+def test_variations(convert_family):
+    source, _, folder = convert_family("variations")
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture()
-    seen = preprocess(2 * image - 1, 28, antialias=False)  # as the original of these models
-    theirs = opened(folder)(image=seen, height=SIDE, width=SIDE, **common(x.clone())).images
+    image_input = preprocess(2 * image - 1, 28, antialias=False)  # as the original of these models
+    theirs = open_pipeline(folder)(
+        image=image_input, height=SIDE, width=SIDE, **common(x.clone())
+    ).images
     options = {"steps": STEPS, "scale": SCALE, "x_T": x, "size": (SIDE, SIDE)}
     agree(vary(model, [""], [2 * image - 1], **options), theirs)
 
 
 @pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
-def test_the_way_back_loses_nothing(made, family):
-    _, state, folder = made(family)
+def test_the_way_back_loses_nothing(convert_family, family):
+    _, state, folder = convert_family(family)
     back = open_checkpoint(folder).state
     assert back.keys() == state.keys()
     assert [k for k in state if not torch.equal(state[k], back[k])] == []
@@ -314,16 +316,16 @@ def test_the_way_back_loses_nothing(made, family):
 
 
 @pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
-def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
-    """Without our rest, and in the words of today's versions: what both layouts hold is equal."""
-    _, state, folder = made(family)
-    opened(folder).save_pretrained(tmp_path)
+def test_folders_saved_by_diffusers_are_read(convert_family, family, tmp_path):
+    """Without our extra weights, in today's names: tensors that both layouts have are equal."""
+    _, state, folder = convert_family(family)
+    open_pipeline(folder).save_pretrained(tmp_path)
     assert not (tmp_path / EXTRA_WEIGHTS).exists()
     back = open_checkpoint(tmp_path).state
-    kept = (
+    extra_names = (
         open_checkpoint(folder / EXTRA_WEIGHTS).state.keys()
         if (folder / EXTRA_WEIGHTS).exists()
         else ()
     )
-    assert [k for k in state if k not in kept and not torch.equal(state[k], back[k])] == []
-    assert all(not back[k].any() for k in back if k in kept and ".resblocks." in k)
+    assert [k for k in state if k not in extra_names and not torch.equal(state[k], back[k])] == []
+    assert all(not back[k].any() for k in back if k in extra_names and ".resblocks." in k)

@@ -204,9 +204,7 @@ def test_another_process_continues_an_interrupted_download(hub, cache):
 
 
 @pytest.mark.usefixtures("table")
-def test_what_arrived_before_a_cut_is_kept_and_only_the_rest_is_fetched(
-    hub, download, cache, monkeypatch
-):
+def test_an_interrupted_download_is_resumed(hub, download, cache, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     hub.files[FIRST], hub.sent = CONTENT, 1_000_000
@@ -295,7 +293,7 @@ def test_a_full_disk_and_a_missing_network_end_it_in_one_line(hub, download, cac
     assert final_files(cache) == []
 
 
-def test_a_row_without_a_hash_is_unverified_and_its_first_hash_kept(hub, table, download, cache):
+def test_a_row_without_a_hash_is_unverified_and_its_first_hash_stored(hub, table, download, cache):
     table("")
     hub.files[FIRST] = CONTENT
     assert f"SHA-256 {SHA256}; none was published" in download("small")[2][-1]
@@ -306,7 +304,7 @@ def test_a_row_without_a_hash_is_unverified_and_its_first_hash_kept(hub, table, 
 
 
 @pytest.mark.usefixtures("table")
-def test_a_changed_file_in_the_cache_is_not_taken_for_the_published_one(hub, download, cache):
+def test_a_changed_file_in_the_cache_is_not_used(hub, download, cache):
     hub.files[FIRST] = CONTENT
     assert download("small")[0] == 0
     final_files(cache)[0].write_bytes(WRONG)

@@ -179,7 +179,7 @@ def test_a_token_of_one_tower_is_said_to_be_text_for_the_other(tmp_path, caplog)
         load_embeddings(model, names)
 
 
-def test_a_reduced_vocabulary_learns_words_too():
+def test_tokens_are_added_to_a_compact_vocabulary():
     arch = {"width": WIDTH, "heads": 3, "layers": 1, "context_length": 12}
     text = OpenCLIPText(arch=arch, compact_vocab=8)
     text.token_ids.copy_(torch.arange(7) + 320)
@@ -190,7 +190,7 @@ def test_a_reduced_vocabulary_learns_words_too():
     assert text.state_dict().keys() == OpenCLIPText(arch=arch, compact_vocab=8).state_dict().keys()
 
 
-def test_words_inside_of_images_are_read(tmp_path):
+def test_embeddings_inside_of_images_are_read(tmp_path):
     """A1111 writes JSON, in base64, into a text of a PNG."""
     model = tiny_model()
     vectors = [[float(k)] * WIDTH for k in range(2)]

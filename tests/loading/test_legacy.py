@@ -56,7 +56,7 @@ def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     return {k: (tuple(map(int, s.split("x"))) if s != "-" else (), d) for k, s, d in rows}
 
 
-def test_all_shipped_configs_are_known():
+def test_all_shipped_configs_are_translated():
     assert {path.stem for path in SHIPPED} == set(MODELS) | set(LISTENS)
 
 
@@ -124,7 +124,7 @@ def test_positions_are_written_back():
         ("encoder.conv_in.weight", "encoder.conv_in.weight"),
     ],
 )  # fmt: skip
-def test_spellings_of_other_tools_are_understood(old, new):
+def test_names_of_other_programs_are_renamed(old, new):
     assert list(rename_weights({old: torch.ones(1)})) == [new]
 
 

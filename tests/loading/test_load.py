@@ -198,7 +198,7 @@ def ema_of(state):
     return {to_ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
 
 
-def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
+def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
     averages = ema_of(tiny_state)
     torch.save(tiny_state | averages, tmp_path / "x.ckpt")
     raw = ldm.load(tiny_yaml, tmp_path / "x.ckpt").state_dict()
@@ -218,7 +218,7 @@ def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
 
 
 @pytest.mark.parametrize("entry", ["ema_state_dict", "ema"])
-def test_averages_may_lie_beside_the_weights(tmp_path, tiny_yaml, tiny_state, entry):
+def test_ema_weights_may_be_another_entry_of_the_file(tmp_path, tiny_yaml, tiny_state, entry):
     averages = {f"module.{n}": v + 1 for n, v in tiny_state.items() if n.startswith("model.")}
     torch.save({"state_dict": tiny_state, entry: averages}, tmp_path / "x.ckpt")
     assert same(ldm.load(tiny_yaml, tmp_path / "x.ckpt"), tiny_state)
@@ -245,14 +245,14 @@ def test_quantised_and_complex_weights_are_refused(
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
 
 
-def test_a_pruned_vocabulary_is_told(tmp_path, tiny_yaml, tiny_state):
+def test_a_pruned_vocabulary_is_named(tmp_path, tiny_yaml, tiny_state):
     torch.save(tiny_state, tmp_path / "x.ckpt")
     pruned = "model.params.cond_stage_config.params.compact_vocab=64"
     with pytest.raises(ValueError, match="hint: the config has a pruned vocabulary"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[pruned])
 
 
-def test_averages_alone_tell_their_family(tmp_path, tiny_yaml):
+def test_the_family_of_ema_weights_alone_is_recognised(tmp_path, tiny_yaml):
     unet = "model.params.unet_config.params.context_dim=768"
     model = instantiate(read_yaml(tiny_yaml, [unet]))
     state = restore_names(model.state_dict())
@@ -305,7 +305,7 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("encoder.conv_in.weight", "holds nothing of `model.diffusion_model.`, "),
     ],
 )
-def test_what_a_file_of_another_kind_is_is_told(tmp_path, tiny_yaml, name, kind):
+def test_the_type_of_another_file_is_named(tmp_path, tiny_yaml, name, kind):
     torch.save({name: torch.ones(1, 1)}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=f"hint: the file (is )?{kind}"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
@@ -359,7 +359,7 @@ def test_what_is_not_enough_to_load_is_an_error(tiny_yaml, tiny_file):
     assert caught.value.argument == "config"
 
 
-def test_the_autoencoder_of_another_file_is_taken(tmp_path, tiny_yaml, tiny_file, tiny_state):
+def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file, tiny_state):
     prefix = "first_stage_model."
     other = {k.removeprefix(prefix): v + 1 for k, v in tiny_state.items() if k.startswith(prefix)}
     write_checkpoint(tmp_path / "vae.ckpt", other)
@@ -443,10 +443,10 @@ EPS[::2] *= -1
 )
 def test_predictions_are_decided_by_several_methods(step, bias, notes, says, disputed):
     state = full("v2-inference") | {families.BIAS: bias}
-    found = detect_prediction(recognize_family(state), state, step=step, markers=notes)
-    assert found.kind == says
-    assert found.disputed == disputed
-    assert found.votes == sum(v is not None for v in (step, bias)) + bool(notes)
+    prediction = detect_prediction(recognize_family(state), state, step=step, markers=notes)
+    assert prediction.kind == says
+    assert prediction.disputed == disputed
+    assert prediction.votes == sum(v is not None for v in (step, bias)) + bool(notes)
 
 
 @pytest.mark.parametrize(

@@ -111,19 +111,19 @@ def test_rules_of_the_rank(rule, count):
 
 
 @pytest.mark.slow  # beside that of a LoHa
-def test_a_smaller_lora_is_the_nearest_one_of_its_rank(tmp_path):
+def test_a_resized_lora_is_the_nearest_of_its_rank(tmp_path):
     model, file = tiny_model("sd1"), tmp_path / "x.safetensors"
     lora = random_adapter(model, rank=6, alpha=3)
     write_lora(lora, file, model)
     smaller = join_loras([(file, 1.0)], model, RankRule(rank=2))
     before, after = deltas(lora), deltas(smaller.lora)
-    kept = total = 0.0
+    retained = total = 0.0
     for name, delta in before.items():
         u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
         best = (u[:, :2] * s[:2] @ v[:2]).view(delta.shape)
         torch.testing.assert_close(after[name], best, rtol=0, atol=1e-5)
-        kept, total = kept + float(s[:2].square().sum()), total + float(s.square().sum())
-    assert smaller.retained_fraction == pytest.approx(kept / total, rel=1e-4)
+        retained, total = retained + float(s[:2].square().sum()), total + float(s.square().sum())
+    assert smaller.retained_fraction == pytest.approx(retained / total, rel=1e-4)
     assert smaller.total_rank == sum(min(6, *delta.flatten(1).shape) for delta in before.values())
 
 
@@ -194,8 +194,8 @@ def test_a_resized_loha_is_the_nearest_lora_of_its_rank(tmp_path):
     (delta,) = deltas(small.lora).values()
     torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
     assert (small.total_rank, set(small.other_tensors)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
-    kept = float(s[:2].square().sum() / s.square().sum())
-    assert small.retained_fraction == pytest.approx(kept, rel=1e-4)
+    retained = float(s[:2].square().sum() / s.square().sum())
+    assert small.retained_fraction == pytest.approx(retained, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -76,19 +76,19 @@ def test_each_tower_and_block_gets_its_own_number(file):
     layers = {id(layer.target.layer): layer for layer in lora.layers.values()
               if layer.target.qkv_index is None}  # fmt: skip
     load_loras(model, [(file, f"0.25:2:{BLOCKS}")])
-    seen = set()
+    applied = set()
     for name, module in model.named_modules():
         if id(module) not in layers:
             continue
         block = ".".join(name.split(".")[:3])
-        number = {"unet.input_blocks.1": 1.0, "unet.middle_block.0": 0.0,
+        weight = {"unet.input_blocks.1": 1.0, "unet.middle_block.0": 0.0,
                   "unet.middle_block.1": 0.0, "unet.middle_block.2": 0.0,
                   "unet.output_blocks.2": 4.0}.get(block, 2.0)  # fmt: skip
-        number = number if name.startswith("unet.") else 0.25
-        expected = base[f"{name}.weight"] + number * layers[id(module)].delta()
+        weight = weight if name.startswith("unet.") else 0.25
+        expected = base[f"{name}.weight"] + weight * layers[id(module)].delta()
         torch.testing.assert_close(module.weight, expected, rtol=0, atol=1e-6)
-        seen.add(number)
-    assert seen == {0.25, 0, 1, 2, 4}
+        applied.add(weight)
+    assert applied == {0.25, 0, 1, 2, 4}
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
 
 
 LAYER = "lora_unet_mid_block_resnets_0_conv1"
-TURNING = {  # of a weight (64, 64, 3, 3)
+ROTATIONS = {  # of a weight (64, 64, 3, 3)
     "DoRA": {"diff": (64, 64, 3, 3), "dora_scale": (64, 1, 1, 1)},
     "OFT": {"oft_blocks": (8, 8, 8)},
     "BOFT": {"oft_blocks": (2, 8, 8, 8)},
@@ -170,16 +170,16 @@ TURNING = {  # of a weight (64, 64, 3, 3)
 }
 
 
-def write_turning(path, kind, seed=0):
+def write_rotation(path, kind, seed=0):
     torch.manual_seed(seed)
-    sizes = {f"{LAYER}.{role}": size for role, size in TURNING[kind].items()}
+    sizes = {f"{LAYER}.{role}": size for role, size in ROTATIONS[kind].items()}
     save_file({name: torch.rand(size) + 0.1 for name, size in sizes.items()}, path)
     return path
 
 
-@pytest.mark.parametrize("kind", some(TURNING, "DoRA", "BOFT"))
-def test_the_weight_of_what_turns_weights_is_changed_and_taken_back_bit_by_bit(kind, tmp_path):
-    file, model = write_turning(tmp_path / "x.safetensors", kind), tiny_model()
+@pytest.mark.parametrize("kind", some(ROTATIONS, "DoRA", "BOFT"))
+def test_a_rotation_is_set_to_another_weight_and_removed_bit_by_bit(kind, tmp_path):
+    file, model = write_rotation(tmp_path / "x.safetensors", kind), tiny_model()
     base, states = collect_weights(model), []
     for weight in (1.0, 0.3, 0.0, -0.5):
         ldm.set_loras(model, [(file, weight)])
@@ -196,11 +196,11 @@ PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
 
 
 @pytest.mark.parametrize("kinds", some(PAIRS, PAIRS[0]))
-def test_two_files_that_turn_a_weight_do_so_in_the_order_given_which_is_said(
+def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
     kinds, file, tmp_path, caplog
 ):
     """After what is added to it, wherever that stands."""
-    paths = [write_turning(tmp_path / f"{n}.safetensors", kind, n) for n, kind in enumerate(kinds)]
+    paths = [write_rotation(tmp_path / f"{n}.safetensors", kind, n) for n, kind in enumerate(kinds)]
     results = []
     for first, second in (paths, paths[::-1]):
         caplog.clear()

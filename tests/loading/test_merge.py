@@ -49,7 +49,7 @@ def merge(folder, target, a, b, c=None, **options):
 @pytest.mark.parametrize(
     ("a", "b"), [("sd1", "b"), pytest.param("xl", "xl-b", marks=pytest.mark.slow)]
 )
-def test_unet_and_text_encoders_are_summed_and_the_rest_stays(folder, a, b, tmp_path):
+def test_unet_and_text_encoders_are_merged_and_other_weights_stay(folder, a, b, tmp_path):
     ours, theirs = state_of(folder, a), state_of(folder, b)
     file = merge(folder, tmp_path / "x.safetensors", a, b, weight=0.3)
     assert file.state.keys() == ours.keys()
@@ -89,7 +89,7 @@ def test_each_block_has_its_number(folder, tmp_path):
         assert torch.equal(file.state[name], value), name
 
 
-def test_averages_are_merged_if_asked_and_left_out(folder, tmp_path):
+def test_ema_weights_are_merged_if_asked_else_left_out(folder, tmp_path):
     file = read_checkpoint(folder / "sd1.safetensors")
     ema = {to_ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
     path, other = tmp_path / "a.safetensors", folder / "b.safetensors"

@@ -80,7 +80,7 @@ def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped, na
 
 
 @pytest.mark.slow
-def test_the_network_is_taken_out_of_another_depth_model(files, whole):
+def test_the_network_is_read_from_another_depth_model(files, whole):
     assert equal(load_depth(files, midas=files / "whole.safetensors"), whole)
 
 

@@ -38,7 +38,7 @@ def model_file(tmp_path_factory):
     return path
 
 
-def test_a_conversion_keeps_what_the_author_says_and_hashes_the_tensors_anew(model_file, tmp_path):
+def test_a_conversion_keeps_the_authors_metadata_and_computes_a_new_hash(model_file, tmp_path):
     path = convert(plan_conversion(model_file, tmp_path / "half.safetensors", dtype=torch.float16))
     spec = spec_of(path)
     assert (spec["title"], spec["author"], spec["license"]) == ("Barns", "Ann", "CC0-1.0")
@@ -50,10 +50,10 @@ def test_a_conversion_keeps_what_the_author_says_and_hashes_the_tensors_anew(mod
     assert "ModelSpec   author              Ann" in list(inspect_checkpoint(path).lines())
 
 
-def test_of_changed_weights_the_licence_alone_holds():
+def test_changed_weights_keep_the_licence_only():
     metadata = {**AUTHOR, "ss_network_dim": "4", "ldm.config": "model: x"}
-    kept = filter_metadata(metadata, same_weights=False)
-    assert kept == {"modelspec.license": "CC0-1.0", "ldm.config": "model: x"}
+    filtered = filter_metadata(metadata, same_weights=False)
+    assert filtered == {"modelspec.license": "CC0-1.0", "ldm.config": "model: x"}
 
 
 @pytest.mark.parametrize(

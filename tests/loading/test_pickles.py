@@ -48,7 +48,7 @@ def test_the_refusal_names_what_the_pickle_names(tmp_path, envelope):
 
 
 @pytest.mark.parametrize("name", ["inst", "stack-global", "stack-global-memo", "newobj"])
-def test_names_are_found_however_they_are_written(tmp_path, name):
+def test_imports_are_listed_for_every_opcode(tmp_path, name):
     body = payloads.tricks(tmp_path / "marker")[name]
     path = payloads.zipped(tmp_path / "x.ckpt", payloads.document(body, 4))
     assert "os.system" in list_foreign_imports(path, "zip")
@@ -56,9 +56,9 @@ def test_names_are_found_however_they_are_written(tmp_path, name):
 
 def test_stand_ins_keep_nothing():
     stand_in = next(cls for cls, name in pickles.STAND_INS if name == "numpy.dtype")
-    made = stand_in("f8", False, True)
-    made.__setstate__({"x": 1})
-    assert vars(made) == {}
+    instance = stand_in("f8", False, True)
+    instance.__setstate__({"x": 1})
+    assert vars(instance) == {}
 
 
 # What is left of old trainers in published files.
@@ -81,15 +81,15 @@ def pretend(monkeypatch):
     def make(module, name):
         def function(*arguments): ...
 
-        made = type(name, (), {}) if name[0].isupper() else function
-        made.__module__, made.__qualname__, made.__name__ = module, name, name
+        imitation = type(name, (), {}) if name[0].isupper() else function
+        imitation.__module__, imitation.__qualname__, imitation.__name__ = module, name, name
         parts = module.split(".")
         for i in range(1, len(parts) + 1):
             part = ".".join(parts[:i])
             if sys.modules.get(part) is None or i == len(parts):
                 monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
-        setattr(sys.modules[module], name, made)
-        return made
+        setattr(sys.modules[module], name, imitation)
+        return imitation
 
     return make
 

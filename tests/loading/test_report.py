@@ -21,7 +21,7 @@ def file(tmp_path, tiny_state):
     return tmp_path / "x.ckpt"
 
 
-def test_parts_averages_and_step_are_reported(file, tiny_yaml, tiny_state):
+def test_parts_ema_and_step_are_reported(file, tiny_yaml, tiny_state):
     report = inspect_checkpoint(file, tiny_yaml)
     parts = {part.name: part for part in report.parts}
     assert set(parts) == {"unet", "autoencoder", "conditioner.text"}
@@ -79,7 +79,7 @@ def test_files_that_are_no_checkpoints_are_one_line(tmp_path, capsys):
     assert "a web page" in capsys.readouterr().out
 
 
-def test_a_lora_is_told_and_converted_as_it_is(tmp_path):
+def test_a_lora_is_named_and_converted_unchanged(tmp_path):
     path = tmp_path / "lora.safetensors"
     write_checkpoint(path, {"lora_unet_x.lora_down.weight": torch.ones(1, 1)})
     assert "is a LoRA, which is merged into a model" in inspect_checkpoint(path).note
@@ -109,7 +109,7 @@ def test_what_holds_no_model_is_named(tmp_path, names, kind):
 
 
 @pytest.mark.parametrize(("name", "task"), [("ldm3d-4c", "txt2img"), ("ldm3d-sr", "upscale_rgbd")])
-def test_models_of_colour_and_depth_are_known(tmp_path, name, task):
+def test_ldm3d_is_reported(tmp_path, name, task):
     write(name, tmp_path / "x.safetensors")
     report = inspect_checkpoint(tmp_path / "x.safetensors")
     assert (report.task, report.missing, report.unexpected) == (task, [], [])

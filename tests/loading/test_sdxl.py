@@ -133,7 +133,7 @@ def test_training_parameters_are_skipped():
          "needs one `input_key`"),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_said(key, change, error, says):
+def test_unsupported_configs_are_errors(key, change, error, says):
     raw = tinyfamilies.small("xl")
     raw["model"]["params"][key] = change
     with pytest.raises(error, match=says):
@@ -253,11 +253,11 @@ def test_models_that_are_not_supported_are_refused_by_name(full, channels, says)
         ("sd_xl_base_1.0", {"modelspec.title": "Stable Diffusion XL 1.0 Base"}, None),
     ],
 )
-def test_variants_are_told_by_metadata_or_name(full, name, metadata, variant):
+def test_variants_are_detected_by_metadata_or_name(full, name, metadata, variant):
     file = checkpoint(full, "sd_xl_base")
     file = replace(file, path=Path(f"{name}.safetensors"), metadata=metadata)
-    found = find_variant(identify_weights(file))
-    assert found and found[:2] == variant if variant else found is None
+    detected = find_variant(identify_weights(file))
+    assert detected and detected[:2] == variant if variant else detected is None
 
 
 def test_a_variant_sets_the_defaults(tmp_path, tiny):
@@ -311,10 +311,10 @@ def test_the_scale_of_the_model_stays_with_another_autoencoder(tmp_path, tiny, n
 
 def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
     monkeypatch.setattr(report, "MAX_SIZE_TO_HASH", 0)
-    found = inspect_checkpoint(tiny)
-    assert found.sha256 == ""
-    assert "no published file has this size" in "\n".join(found.lines())
-    assert (found.missing, found.unexpected) == ([], [])
+    summary = inspect_checkpoint(tiny)
+    assert summary.sha256 == ""
+    assert "no published file has this size" in "\n".join(summary.lines())
+    assert (summary.missing, summary.unexpected) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -325,13 +325,13 @@ def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
         ("first_stage_model.", r"no autoencoder \(`first_stage_model.`\): pass one \(`vae`\)"),
     ],
 )
-def test_a_missing_part_is_said_in_one_line(full, part, says):
+def test_a_missing_part_is_an_error_of_one_line(full, prefix, says):
     model = full("sd_xl_base")
     state = {name: torch.zeros(()).expand(v.shape) for name, v in model.state_dict().items()}
     original = restore_names(state)
-    kept = rename_weights({n: v for n, v in original.items() if not n.startswith(part)})
+    weights = rename_weights({n: v for n, v in original.items() if not n.startswith(prefix)})
     with pytest.raises(WeightsMismatch, match=says):
-        match_weights(model, kept, "x.safetensors")
+        match_weights(model, weights, "x.safetensors")
 
 
 def test_a_transposed_projection_is_reported():
@@ -372,14 +372,14 @@ def write_as_merged(state, model):
 
 @SLOW  # beside the spellings of test_load
 @pytest.mark.parametrize("write", [write_as_components, write_as_playground, write_as_merged])
-def test_files_of_other_tools_are_understood(tmp_path, tiny, write):
+def test_files_of_other_programs_are_read(tmp_path, tiny, write):
     file, model = read_checkpoint(tiny), ldm.load(tiny)
     path = tmp_path / "other.safetensors"
     state = {name: value.contiguous() for name, value in write(file.state, model).items()}
     write_checkpoint(path, state, {"ldm.config": file.metadata["ldm.config"]})
     loaded, state = ldm.load(path).state_dict(), model.state_dict()
-    lost = {name for name in state if not torch.equal(state[name], loaded[name])}
-    assert lost <= {"conditioner.text_2.model.logit_scale"}
+    differing = {name for name in state if not torch.equal(state[name], loaded[name])}
+    assert differing <= {"conditioner.text_2.model.logit_scale"}
 
 
 def test_a_distilled_unet_is_recognised(full):

@@ -63,15 +63,15 @@ def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(convert_family, tmp_
 
 
 @pytest.mark.parametrize("name", some(KINDS, "xl"))
-def test_a_folder_alone_says_what_it_is(convert_family, tmp_path, name):
+def test_a_folder_is_loaded_without_extra_weights(convert_family, tmp_path, name):
     source, _, written = convert_family(name)
     folder = tmp_path / "folder"
     shutil.copytree(written, folder)
     (folder / EXTRA_WEIGHTS).unlink()
     ours, theirs = ldm.load(source), ldm.load(folder)
-    state, again = ours.state_dict(), theirs.state_dict()
-    lost = {name for name in state if not torch.equal(state[name], again[name])}
-    assert all(name.endswith("logit_scale") for name in lost)
+    state, folder_state = ours.state_dict(), theirs.state_dict()
+    differing = {name for name in state if not torch.equal(state[name], folder_state[name])}
+    assert all(name.endswith("logit_scale") for name in differing)
     for attribute in ("parameterization", "scale_factor", "upcast_autoencoder", "latent_size"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
     assert list(theirs.conditioner.encoders) == list(ours.conditioner.encoders)
@@ -123,7 +123,7 @@ def test_a_missing_text_encoder_is_said_in_one_line(folder, component):
         ldm.load(folder)
 
 
-def test_missing_weights_are_said_in_one_line(folder):
+def test_missing_weights_are_an_error_of_one_line(folder):
     (folder / "text_encoder_2/model.safetensors").unlink()
     message = "no weights in `.*text_encoder_2`, only config.json: download the folder again, whole"
     with pytest.raises(MissingFile, match=message):

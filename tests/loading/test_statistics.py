@@ -1,4 +1,4 @@
-"""Karlo's files: statistics of embeddings are found, or missed when they are needed; the prior."""
+"""Karlo's files: statistics of embeddings, the error where they are missing; the prior."""
 
 import pytest
 import torch
@@ -16,49 +16,49 @@ from ldm.nets.karlo import Prior
 MEAN, STD = torch.arange(8.0), torch.arange(8.0) + 1
 
 
-def conditioner():
+def make_conditioner():
     noise = EmbeddingNoise(timestep_dim=8, clip_stats_path="karlo/stats.th")
     clip = OpenCLIPImage(arch={"vision_cfg": {"layers": 0}, "text_cfg": {"width": 8, "heads": 1}})
     return Conditioner(image=ImageEmbedding(clip=clip, noise=noise))
 
 
-def known(conditioner):
+def has_statistics(conditioner):
     mean, std = conditioner.image.noise.statistics
     return torch.equal(mean[0], MEAN) and torch.equal(std[0], STD)
 
 
-def test_a_given_file_comes_before_the_checkpoint_and_that_before_its_folder(tmp_path):
+def test_the_argument_precedes_the_checkpoint_and_that_its_folder(tmp_path):
     torch.save((MEAN, STD), tmp_path / "stats.th")
-    made = conditioner()
-    load_clip_statistics(made, tmp_path / "model.ckpt")
-    assert known(made)
+    module = make_conditioner()
+    load_clip_statistics(module, tmp_path / "model.ckpt")
+    assert has_statistics(module)
     (tmp_path / "stats.th").unlink()  # the tensors are pages of it
     torch.save((MEAN * 0, STD), tmp_path / "stats.th")
-    made.image.noise.set_statistics(MEAN, STD)
-    tables = get_clip_statistics(made)
-    made = conditioner()
-    load_clip_statistics(made, tmp_path / "model.ckpt", None, tables)
-    assert known(made)
+    module.image.noise.set_statistics(MEAN, STD)
+    tables = get_clip_statistics(module)
+    module = make_conditioner()
+    load_clip_statistics(module, tmp_path / "model.ckpt", None, tables)
+    assert has_statistics(module)
     torch.save((MEAN[None], STD[None]), tmp_path / "other.th")
     wrong_tables = {name: value * 0 for name, value in tables.items()}
-    load_clip_statistics(made, tmp_path / "model.ckpt", tmp_path / "other.th", wrong_tables)
-    assert known(made)
+    load_clip_statistics(module, tmp_path / "model.ckpt", tmp_path / "other.th", wrong_tables)
+    assert has_statistics(module)
 
 
-def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
-    made = conditioner()
-    load_clip_statistics(made, tmp_path / "model.ckpt")
+def test_a_missing_file_is_named_when_the_model_is_used(tmp_path):
+    module = make_conditioner()
+    load_clip_statistics(module, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"karlo/stats.th") as caught:
-        made.image.noise(torch.zeros(1, 8), 0, torch.zeros(1, 8))
+        module.image.noise(torch.zeros(1, 8), 0, torch.zeros(1, 8))
     assert "\n" not in str(caught.value)
 
 
 def test_models_without_statistics_have_no_tensors_of_them(tmp_path):
-    made = conditioner()
-    assert get_clip_statistics(made) == {}
-    made.image.noise.set_statistics(MEAN, STD)
-    made.image.noise.clip_stats_path = None  # trained with mean 0 and deviation 1
-    assert get_clip_statistics(made) == get_clip_statistics(Conditioner()) == {}
+    module = make_conditioner()
+    assert get_clip_statistics(module) == {}
+    module.image.noise.set_statistics(MEAN, STD)
+    module.image.noise.clip_stats_path = None  # trained with mean 0 and deviation 1
+    assert get_clip_statistics(module) == get_clip_statistics(Conditioner()) == {}
     load_clip_statistics(Conditioner(), tmp_path / "model.ckpt", "absent.th")  # does nothing
 
 
@@ -76,11 +76,11 @@ def test_a_prior_is_built_to_the_sizes_of_its_file(tmp_path, final):
     state = {f"model.{name}": value for name, value in prior.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "prior.ckpt")
     loaded = load_prior(tmp_path / "prior.ckpt", heads=2)
-    given = torch.randn(1, 8), torch.tensor([3]), torch.randn(1, 7, 8), torch.randn(1, 8)
-    assert torch.equal(loaded(*given), prior.eval()(*given))
+    inputs = torch.randn(1, 8), torch.tensor([3]), torch.randn(1, 7, 8), torch.randn(1, 8)
+    assert torch.equal(loaded(*inputs), prior.eval()(*inputs))
 
 
-def test_another_file_is_no_prior(tmp_path):
+def test_another_file_is_not_a_prior(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="is not the file of a Karlo prior"):
         load_prior(tmp_path / "x.ckpt")

@@ -44,7 +44,7 @@ def assert_equal(ours, theirs, *, but=()):
     assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == list(but)
 
 
-def test_original_pickle_takes_averages_and_parts_of_another_model(model, files):
+def test_original_pickle_uses_ema_weights_and_parts_of_another_model(model, files):
     loaded = load(files / "x2.yaml", files / "x2.pth", base=model)
     assert_equal(loaded, model)
     ours, theirs = loaded.autoencoder, model.autoencoder

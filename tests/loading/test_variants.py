@@ -42,9 +42,9 @@ QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid"]
     ],
 )
 def test_names_of_models(name, variant, steps):
-    found = detect_variant(Path(name), {})
-    assert (found and found.name) == variant
-    assert found is None or found.defaults.steps == steps
+    detected = detect_variant(Path(name), {})
+    assert (detected and detected.name) == variant
+    assert detected is None or detected.defaults.steps == steps
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,15 @@ def test_names_of_models(name, variant, steps):
     ],
 )  # fmt: skip
 def test_names_of_loras(path, variant, steps, sampler):
-    found = detect_lora(Path(path), {})
-    assert (found and found.name) == variant
-    assert found is None or (found.defaults.steps, found.defaults.sampler) == (steps, sampler)
-    assert detect_lora(Path("x.safetensors"), {"ss_output_name": Path(path).parts[0]}) or not found
+    detected = detect_lora(Path(path), {})
+    assert (detected and detected.name) == variant
+    assert detected is None or (detected.defaults.steps, detected.defaults.sampler) == (
+        steps,
+        sampler,
+    )
+    assert (
+        detect_lora(Path("x.safetensors"), {"ss_output_name": Path(path).parts[0]}) or not detected
+    )
 
 
 def test_a_tensor_tells_a_model_that_embeds_the_scale(tmp_path):
@@ -97,7 +102,7 @@ def lora(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_lora_sets_the_defaults_unless_told_otherwise(lora):
+def test_a_lora_sets_the_defaults_unless_a_variant_is_given(lora):
     model = ldm.load(loras=[(lora, 1.0)])
     assert model.defaults == VARIANTS["lcm"].defaults
     assert model.provenance["variant"]["file"] == lora.name
@@ -207,8 +212,8 @@ def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):
     assert "`my-lcm.ckpt` is made for 4 steps" in warning
     embedded = {"model.diffusion_model.time_embedding.cond_proj.weight": torch.zeros(1)}
     torch.save({"state_dict": embedded}, path)
-    found = find_variant_early(path)
-    assert found is not None
-    assert found.name == "lcm-full"
+    detected = find_variant_early(path)
+    assert detected is not None
+    assert detected.name == "lcm-full"
     torch.save({"state_dict": embedded}, path, _use_new_zipfile_serialization=False)
     assert find_variant_early(path) is None

@@ -82,9 +82,9 @@ def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[Ta
         for original, diffusers in rename_text_layers(names).items():
             layer = text.get_submodule(original)
             is_fused = isinstance(layer, FusedAttention)
-            for part, suffix in enumerate(QKV) if is_fused else [(None, "")]:
+            for qkv_index, suffix in enumerate(QKV) if is_fused else [(None, "")]:
                 yield TargetLayer(
-                    Target(layer, part),
+                    Target(layer, qkv_index),
                     f"{component}.{original}{suffix}",
                     f"{component}.{diffusers}{suffix}",
                     prefix + _flatten_name(diffusers + suffix),
