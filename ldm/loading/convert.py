@@ -135,8 +135,7 @@ def plan_conversion(
         config: the YAML of the source; None finds it as `load` does.
         dtype: dtype of floating-point weights; None = unchanged.
         ema: whether to replace raw weights by their EMA.
-        prune: whether to leave EMA weights out of a file, which otherwise has both; folders have
-            none.
+        prune: whether to leave EMA weights out of a file; a folder has none.
         variant: variant in the file names of folders, such as `fp16`, which also sets the dtype for
             the source of a file; None = see `read_component`.
         clip_stats: see `load`.
@@ -149,14 +148,14 @@ def plan_conversion(
         FileNotFoundError: a file is missing.
         ValueError: files do not fit together, or the target's layout does not support the model.
     """
-    if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
-        dtype = torch.float16
-    file = open_checkpoint(source, variant)
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
     if target.suffix in OTHER_SUFFIXES:
         message = f"`{target}`: a file must end in {' or '.join(SUFFIXES)}, a folder in none"
         raise ArgumentError(message, "target")
+    if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
+        dtype = torch.float16
+    file = open_checkpoint(source, variant)
     text = find_config_text(file, config)
     if text is None and (loras or not is_file):
         message = f"`{file.path}` is of no known family\nhint: pass its config"
@@ -164,7 +163,8 @@ def plan_conversion(
     raw = parse_yaml(text, where="config") if text else {}
     model = build_on_meta(translate_config(raw, where="config")) if text else None
     metadata = _make_metadata(file, text, ema)
-    file, notes = to_original_names(file, model, ema=ema), []
+    file = to_original_names(file, model, ema=ema)
+    notes: list[str] = []
     if vae is not None:
         with errors_about("vae"):
             file = _replace_autoencoder(file, model, vae)
@@ -176,17 +176,15 @@ def plan_conversion(
     if loras:
         with errors_about("loras"):
             file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
-        notes.append(
-            f"merged: {', '.join(f'{name} of weight {LoRAWeight.parse(w)}' for name, w in loras)}"
-        )
+        merged = (f"{name} of weight {LoRAWeight.parse(weight)}" for name, weight in loras)
+        notes.append(f"merged: {', '.join(merged)}")
+        merged_from = [file.path.name, *(Path(lora).name for lora, _ in loras)]
+        metadata[MERGED_FROM] = ", ".join(merged_from)
         file.added_tokens.update(tokens)
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
         notes.append(f"added tokens are not written, load them as embeddings: {listed}")
     source_metadata = filter_metadata(file.metadata, same_weights=not loras)
-    if loras:
-        merged_from = [file.path.name, *(Path(lora).name for lora, _ in loras)]
-        metadata[MERGED_FROM] = ", ".join(merged_from)
     metadata = describe_model(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}

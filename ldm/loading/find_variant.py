@@ -43,6 +43,11 @@ def find_variant_early(
     """Return the variant that `load` will find, by names and metadata; weights are not read.
 
     None where a tensor may show another variant than the name of a file that is slow to open.
+
+    Args:
+        path: of the checkpoint.
+        loras: (file, weight) pairs.
+        variant: the argument of `load`; None = not given.
     """
     if is_diffusers_folder(path):
         metadata, embeds_guidance = read_folder_metadata(path)

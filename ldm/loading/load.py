@@ -106,8 +106,8 @@ def load(
         config: a YAML; None recognises the family from the weights. Both None: the demo model.
         ckpt: a .ckpt or .safetensors, the folder of a diffusers pipeline or of a training run, the
             name of a published file that is on this machine (`sd-v2-1`), or an address on the
-            Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`; may be the only argument,
-            `load("folder")`.
+            Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`. None = the demo model, or the
+            checkpoint given as the only argument, `load("folder")`.
         dtype: of all weights; every part computes in the dtype of its weights.
         offload: keep each part on the CPU until it runs, see `LatentDiffusion.offload`; ignored if
             `device` is the CPU.

@@ -216,8 +216,8 @@ def write_lora(
     Args:
         style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
             `up`, as not every version of diffusers reads alpha.
-        metadata: further entries of the file.
-        other_tensors: tensors besides the layers, by their names in the file.
+        metadata: further entries of the file; None = none.
+        other_tensors: tensors besides the layers, by their names in the file; None = none.
     """
     entries: dict[str, str | int] = {}
     if style == "kohya":

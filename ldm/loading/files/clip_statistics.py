@@ -32,7 +32,8 @@ def load_clip_statistics(
     Args:
         ckpt: path of the checkpoint.
         clip_stats: file to read; None = from `buffers`, else from a file near the checkpoint.
-        buffers: buffers of the checkpoint, with `noise_augmentor.data_mean` and `data_std`.
+        buffers: buffers of the checkpoint, with `noise_augmentor.data_mean` and `data_std` if it
+            contains statistics; None = it has no buffers.
     """
     image = conditioner.find(ImageEmbedding)
     if image is None:
