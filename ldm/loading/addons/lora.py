@@ -95,7 +95,7 @@ def read_loras(
 def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
     """Merge LoRAs into a model, add the tokens in their files, and record them in `provenance`."""
     merge_changes(change for file in files for change in file.changes)
-    _record(model, files)
+    _record_loras(model, files)
 
 
 def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
@@ -131,7 +131,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         merged.undo_sampling = None
     merged.merge([change for file in adapters for change in file.changes])
     model.provenance["loras"] = []
-    merged.tokens, merged.state = _record(model, adapters), state
+    merged.tokens, merged.state = _record_loras(model, adapters), state
     if is_variant_fixed(model):
         return
     if variant := detect_few_steps(pairs):
@@ -211,9 +211,9 @@ def _read_file_state(path: Path) -> tuple[str, int]:
     return str(path), max(times, default=0)
 
 
-def _record(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
+def _record_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
     """Record LoRAs in `provenance`, add the tokens in their files, and return these."""
-    _report_order(files)
+    _warn_about_order(files)
     provenance, tokens = [], []
     for path, weight, _ in files:
         lora_files = list_lora_files(path)
@@ -234,7 +234,7 @@ def _record(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
     return tokens
 
 
-def _report_order(files: Sequence[LoRAFile]) -> None:
+def _warn_about_order(files: Sequence[LoRAFile]) -> None:
     """Warn that the order matters, where several files scale or rotate the same weights."""
     counts: Counter[Target] = Counter()
     paths = []
@@ -249,28 +249,27 @@ def _report_order(files: Sequence[LoRAFile]) -> None:
 
 def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> list[WeightChange]:
     """Build the changes of a layer's weight and bias; raise ValueError if shapes do not fit."""
-    of_weight = {role: value for role, value in tensors.items() if role not in BIASES}
     of_bias = {role: value for role, value in tensors.items() if role in BIASES}
-    changes: list[WeightChange] = []
-    for target, of_target in (
-        (layer.target, of_weight),
-        (layer.target._replace(name="bias"), of_bias),
-    ):
-        if not of_target.keys() - {"alpha"}:
-            continue
-        if layer.original == INPUT_CONVOLUTION and "down" in of_target:
-            of_target["down"] = _pad_channels(of_target["down"], target)
-        alpha_tensor, on_input = of_target.pop("alpha", None), of_target.pop("on_input", None)
-        alpha = None if alpha_tensor is None else float(alpha_tensor)
-        change: WeightChange
-        if of_target.keys() == LOW_RANK:
-            change = build_lora_layer(target, of_target["down"], of_target["up"], alpha)
-            change.strength = strength
-        else:
-            adapter = Adapter(of_target, alpha, on_input is not None and bool(on_input))
-            change = build_change(target, adapter, strength)
-        changes.append(change)
+    of_weight = {role: value for role, value in tensors.items() if role not in BIASES}
+    if layer.original == INPUT_CONVOLUTION and "down" in of_weight:
+        of_weight["down"] = _pad_channels(of_weight["down"], layer.target)
+    changes = []
+    if of_weight.keys() - {"alpha"}:
+        changes.append(_build_change(layer.target, of_weight, strength))
+    if of_bias:
+        changes.append(_build_change(layer.target._replace(name="bias"), of_bias, strength))
     return changes
+
+
+def _build_change(target: Target, tensors: Tensors, strength: float) -> WeightChange:
+    """Build the change of one weight; `tensors` is emptied of alpha and `on_input`."""
+    alpha = float(tensors.pop("alpha")) if "alpha" in tensors else None
+    on_input = bool(tensors.pop("on_input", False))
+    if tensors.keys() != LOW_RANK:
+        return build_change(target, Adapter(tensors, alpha, on_input), strength)
+    layer = build_lora_layer(target, tensors["down"], tensors["up"], alpha)
+    layer.strength = strength
+    return layer
 
 
 def _cut_rank(tensors: Tensors, rank: int, path: str | Path) -> Tensors:
