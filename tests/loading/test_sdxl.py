@@ -318,7 +318,7 @@ def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("part", "says"),
+    ("prefix", "says"),
     [
         ("conditioner.embedders.1.", r"no second text encoder \(`conditioner.embedders.1.`\)"),
         ("conditioner.", r"no text encoder \(`conditioner.embedders.0.`\) and no second text"),

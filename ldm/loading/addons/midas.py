@@ -15,14 +15,13 @@ from ldm.loading.matching import check_weights
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import find_file
 
-__all__ = ["FILE", "add_depth_network", "read_midas"]
+__all__ = ["MIDAS_FILE", "add_depth_network", "read_midas"]
 
-FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
+MIDAS_FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
 PREFIX = "conditioner.depth."
-HYBRID_PREFIX = (
-    f"{PREFIX}model.pretrained.model.patch_embed.backbone."  # not in MiDaS's other networks
-)
-PARTS = ("pretrained.", "scratch.")
+# Of weights that only dpt_hybrid has, not MiDaS's other networks.
+HYBRID_PREFIX = f"{PREFIX}model.pretrained.model.patch_embed.backbone."
+NETWORK_PREFIXES = ("pretrained.", "scratch.")
 
 
 def add_depth_network(
@@ -37,18 +36,19 @@ def add_depth_network(
         model_state: of the model, for names and shapes.
         state: weights of the checkpoint.
         ckpt: its path.
-        midas: file that replaces the checkpoint's depth network; None = only if it has none.
+        midas: file with the depth network, used instead of the checkpoint's; None = that of the
+            checkpoint, else the file of MIDAS_FILE.
     Returns:
         Whether weights were added.
     """
     expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
     if not expected or (midas is None and expected.keys() & state.keys()):
         return False
-    path = find_near(ckpt, FILE) if midas is None else find_file(midas)
+    path = find_near(ckpt, MIDAS_FILE) if midas is None else find_file(midas)
     if path is None:
         raise MissingFile(
             f"`{ckpt}` contains no depth network (`depth_model.*`)\n"
-            f"hint: put `{Path(FILE).name}` beside it, or pass the file",
+            f"hint: put `{Path(MIDAS_FILE).name}` beside it, or pass the file",
             "midas",
         )
     network = {name: value for name, value in read_midas(path).items() if name in expected}
@@ -62,13 +62,13 @@ def read_midas(path: str | Path) -> dict[str, Tensor]:
     network = {}
     for name, value in read_checkpoint(path).state.items():
         name = name.removeprefix("depth_model.").removeprefix("model.")
-        if name.startswith(PARTS):
+        if name.startswith(NETWORK_PREFIXES):
             network[f"{PREFIX}model.{name}"] = value
     if not network:
         raise FileFormatError(f"`{path}` is not a file of MiDaS")
     if not any(name.startswith(HYBRID_PREFIX) for name in network):
         raise FileFormatError(
             f"`{path}` is another network of MiDaS; depth models need dpt_hybrid "
-            f"(`{Path(FILE).name}`)"
+            f"(`{Path(MIDAS_FILE).name}`)"
         )
     return network
