@@ -1,4 +1,4 @@
-"""A model of 30 thousand parameters in the original's words, and its weights under old names."""
+"""A model of 30 thousand parameters: its config with the original's classes, and its weights."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Hostile checkpoints, written byte by byte: each would create `marker` if anything in it ran.
+"""Malicious checkpoints, written byte by byte: each would create `marker` if its code were run.
 
-`write_all(folder, marker)` gives {name: file}. Three envelopes (zip, the older pickle, no envelope)
-around calls of functions that attackers use, each by REDUCE; further ways to call; and files that
-are wrong as containers.
+`write_all(folder, marker)` returns files by name: calls of functions that attackers use, each by
+REDUCE, in three formats (zip, the older pickle, a bare pickle); other opcodes that call; and files
+whose container is damaged.
 """
 
 import pickle

@@ -1,4 +1,4 @@
-"""LoRA files; the oracle is diffusers with peft. Measured there: at most 3e-6 apart."""
+"""LoRA files, compared with diffusers and peft; observed error: at most 3e-6."""
 
 import gzip
 import json

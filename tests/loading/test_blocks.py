@@ -1,4 +1,4 @@
-"""Blocks of UNets, and numbers for each."""
+"""Blocks of UNets, and block weights."""
 
 import pytest
 

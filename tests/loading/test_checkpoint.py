@@ -1,4 +1,4 @@
-"""Checkpoint files: both formats there and back, averages, and files that are damaged."""
+"""Checkpoint files: writing and reading both formats, EMA weights, and damaged files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""YAML files: numbers, overrides, references; targets from the table and from nowhere else."""
+"""YAML files: numbers, overrides, references, and the targets that are allowed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Conversion from the command line: what is written, what is refused, what is left untouched."""
+"""Conversion from the command line: files, folders, options, and errors."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Folders that we write open in diffusers, and both sides make the same picture of a family.
+"""Folders that we write open in diffusers, and both programs make the same images.
 
 Weights are random, so a difference of kernels grows: 2e-4 of pixels in [0, 1] is the tolerance, and
 what is measured is below 5e-5.

@@ -1,4 +1,4 @@
-"""Textual inversion; the oracle is transformers' tower with as many more rows."""
+"""Textual inversion, compared with transformers' text encoder with added tokens."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""LDM3D: files and folders, there and back, and the pipeline of diffusers on a folder of ours."""
+"""LDM3D: conversion between files and folders, and diffusers' pipeline on a folder of ours."""
 
 import functools
 

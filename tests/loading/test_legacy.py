@@ -1,4 +1,4 @@
-"""Old names: whole published configs, weights renamed there and back, parameters of families."""
+"""The original's names: published configs, weights renamed in both directions, model classes."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""YAML + file -> model: every kind of file gives the same model, and misfits are said clearly."""
+"""Loading a model: every format of a file gives the same model, and errors name the cause."""
 
 import json
 import re

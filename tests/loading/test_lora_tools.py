@@ -1,4 +1,4 @@
-"""LoRAs out of two models, with less rank, and joined."""
+"""LoRAs extracted from two models, resized, and joined."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights of LoRAs by tower, block and rank, and their change without loading the model again."""
+"""Weights of LoRAs by text encoder, block and rank, and `set_loras`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LyCORIS files that `ldm convert` merges, beside lycoris-lora's merge into diffusers' networks."""
+"""LyCORIS files merged by `ldm convert`, compared with lycoris-lora's merge in diffusers."""
 
 import contextlib
 import importlib

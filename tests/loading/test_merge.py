@@ -1,4 +1,4 @@
-"""Merges of checkpoints: their sums, what stays, what is refused, what the file says of itself."""
+"""Merges of checkpoints: merged and unchanged weights, errors, and metadata."""
 
 import json
 

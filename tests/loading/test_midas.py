@@ -1,4 +1,4 @@
-"""The depth network of a depth model: out of the checkpoint, or out of the file of MiDaS."""
+"""The depth network of a depth model: from the checkpoint, or from the file of MiDaS."""
 
 import json
 import os

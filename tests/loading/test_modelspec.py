@@ -1,4 +1,4 @@
-"""ModelSpec metadata: what describes the weights, what stays of the author's, the hash."""
+"""ModelSpec metadata: fields about the weights, the author's fields, and the hash."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""LPIPS from the files that it is published in."""
+"""LPIPS from the files in which it is published."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Hostile pickles are refused and nothing in them runs; files of old trainers are read."""
+"""Malicious pickles are refused, and their code is not run; files of old trainers are read."""
 
 import argparse
 import pickle

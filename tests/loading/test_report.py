@@ -1,4 +1,4 @@
-"""inspect_checkpoint.py: what is in a file, as text and as JSON, without running it."""
+"""`ldm inspect-checkpoint`: the content of a file as text and JSON, without running code."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""SDXL: its configs and files, of `generative-models` and others, become models."""
+"""SDXL: configs and files of `generative-models` and other programs are loaded."""
 
 import gzip
 from dataclasses import astuple, replace

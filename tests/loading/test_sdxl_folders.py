@@ -1,4 +1,4 @@
-"""Folders of SDXL: single files become them and come back, and diffusers opens what we write."""
+"""Diffusers folders of SDXL: conversion in both directions, and diffusers on what we write."""
 
 import json
 import shutil

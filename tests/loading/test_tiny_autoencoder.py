@@ -1,4 +1,4 @@
-"""TAESD: it computes what diffusers' AutoencoderTiny does, from every format of its files."""
+"""TAESD from every format of its files, compared with diffusers' AutoencoderTiny."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files of the x2 latent upscaler: k-diffusion's pickle and JSON, diffusers' folder, and back."""
+"""Files of the x2 latent upscaler: k-diffusion's pickle and JSON, and diffusers' folder."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Models for few steps: what tells them, and that they are sampled so by every door."""
+"""Few-step models: how they are recognised, and their defaults in commands and Python."""
 
 import json
 import shutil

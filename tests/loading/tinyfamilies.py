@@ -1,4 +1,4 @@
-"""A tiny model of every published family: its own YAML made small, weights by the recipe."""
+"""A tiny model of every published family: its YAML with small sizes, weights by a formula."""
 
 from functools import lru_cache
 from pathlib import Path
