@@ -303,7 +303,7 @@ def _vote_by_bias(state: Mapping[str, Tensor]) -> Verdict:
 
 
 def _choose_prediction(verdicts: list[Verdict]) -> Prediction:
-    """Rank verdicts from the most reliable method to the least; the first that knows it counts."""
+    """Rank verdicts from the most reliable method to the least; the first with an answer counts."""
     order = ("marker", "family", "step", "name", "probe", "bias")
     ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
     kind = next((verdict.says for verdict in ranked if verdict.says), None)

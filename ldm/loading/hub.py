@@ -28,7 +28,7 @@ WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
 # Path of the complete folder, or of the only checkpoint, by "OWNER/NAME" or "OWNER/NAME:VARIANT".
-DOWNLOADED = CachedDict("hub_choices.json")
+DOWNLOADS = CachedDict("hub_choices.json")
 
 
 def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:
@@ -51,7 +51,7 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
     key = f"{repo}:{variant}" if variant and not file else repo
-    downloaded = DOWNLOADED.read().get(key)
+    downloaded = DOWNLOADS.read().get(key)
     path = find_cached_file(repo, file) if file else downloaded and Path(downloaded)
     if path and path.exists():
         return path
@@ -66,7 +66,7 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
     paths = [fetch_file(repo, name, commit=commit) for name in names]
     path = paths[0] if len(paths) == 1 else paths[0].parent
     if not file:
-        DOWNLOADED.set(key, str(path))
+        DOWNLOADS.set(key, str(path))
     return path
 
 

@@ -319,8 +319,8 @@ def _log_ignored(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[st
     if weights.source.has_ema and not ema:
         # The original samples with them where the config says `use_ema` and they exist.
         params = raw.get("model", raw).get("params") or {}
-        asks = "asks" if params.get("use_ema", True) else "does not ask"
-        log.info("`%s` also has EMA weights, the config %s for them", weights.path, asks)
+        verb = "asks" if params.get("use_ema", True) else "does not ask"
+        log.info("`%s` also has EMA weights, the config %s for them", weights.path, verb)
 
 
 def _describe_origin(raw: JsonMapping, weights: Weights) -> JsonObject:
