@@ -18,7 +18,7 @@ GROUPS = 32  # of every GroupNorm
 
 
 class Layer(nn.Module):
-    """A module that returns one tensor; `nn.Module` alone is untyped."""
+    """A module whose calls are typed to return a tensor; those of `nn.Module` return Any."""
 
     __call__: Callable[..., Tensor]
 
