@@ -129,7 +129,7 @@ def encode_steps(prompts: Sequence[StepPrompts | PromptPair], encode: Encode) ->
     """Encode the prompts of a batch, once for each change during the run.
 
     Args:
-        prompts: One for each image.
+        prompts: one for each image.
     """
     changing = [pair for pair in prompts if isinstance(pair, StepPrompts)]
     ends = sorted({step for pair in changing for step in pair.last_steps})

@@ -36,9 +36,9 @@ class Upscaling:
     """An x2 latent upscaler that doubles the latents of another model, and its options.
 
     Args:
-        model: The upscaler.
-        steps: Its sampling steps; None for its default.
-        scale: Its guidance scale; None for its default.
+        model: the upscaler.
+        steps: its sampling steps; None = its default.
+        scale: its guidance scale; None = its default.
     """
 
     model: LatentDiffusion

@@ -29,9 +29,9 @@ class PromptOptions(TypedDict, total=False):
     """Keywords for reading prompts.
 
     Attributes:
-        syntax: Syntax of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
+        syntax: syntax of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
             "plain", in which brackets have no meaning.
-        clip_skip: Layer of the text encoder to use, counted from the end: 1 the last, 2 the last
+        clip_skip: layer of the text encoder to use, counted from the end: 1 the last, 2 the last
             but one, before the final norm. For Stable Diffusion 1; ignored with a warning by other
             models, which have a fixed layer.
     """
@@ -100,7 +100,7 @@ class CallPrompts:
             guidance_texts: `Guidance.texts`.
 
         Raises:
-            ArgumentError: See `parse_pair` and `parse_constant`; or the numbers of texts differ.
+            ArgumentError: see `parse_pair` and `parse_constant`; or the numbers of texts differ.
         """
         n = len(as_list(prompts))
         pairs = _pair_texts(prompts, prompt_2, n, "prompt")
@@ -125,7 +125,7 @@ def parse_pair(
     """Parse the prompts of one image for a run of `steps` steps; plain ones stay as they are.
 
     Raises:
-        ArgumentError: See `ldm.prompts.parse_prompt`; or AND splits the two prompts into different
+        ArgumentError: see `ldm.prompts.parse_prompt`; or AND splits the two prompts into different
             numbers of parts.
     """
     if syntax == PLAIN:
@@ -141,10 +141,10 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
     """Parse a text that is not a prompt of an image, and holds for the whole run.
 
     Args:
-        name: Name of the argument.
+        name: name of the argument.
 
     Raises:
-        ArgumentError: See `ldm.prompts.parse_prompt`; or it changes from step to step, or has AND.
+        ArgumentError: see `ldm.prompts.parse_prompt`; or it changes from step to step, or has AND.
     """
     try:
         pair = parse_pair((text, text), syntax)

@@ -54,16 +54,16 @@ class SDXLOptions(TypedDict, total=False):
     sizes default to those for the prompt.
 
     Attributes:
-        prompt_2: Prompts for the second text encoder; None for `prompts`.
-        negative_prompt_2: Negative prompts for it; None for `negative_prompt`.
-        original_size: (height, width) in pixels before resizing, as a training image; None for the
+        prompt_2: prompts for the second text encoder; None = `prompts`.
+        negative_prompt_2: negative prompts for it; None = `negative_prompt`.
+        original_size: (height, width) in pixels before resizing, as a training image; None = the
             size of the image.
-        crop: (top, left) of the crop in pixels; None for (0, 0).
-        target_size: (height, width) in pixels after resizing; None for the size of the image.
-        aesthetic_score: 1 … 10, for the refiner; None for 6, negative 2.5.
-        refiner: Model that finishes the images, from the noise level where the base stops.
-        refiner_strength: Fraction of the steps that the refiner takes, 0 … 1; None for 0.15.
-        refiner_start: Instead of refiner_strength, the fraction of the timesteps that the base
+        crop: (top, left) of the crop in pixels; None = (0, 0).
+        target_size: (height, width) in pixels after resizing; None = the size of the image.
+        aesthetic_score: 1 … 10, for the refiner; None = 6, of the negative prompt 2.5.
+        refiner: model that finishes the images, from the noise level where the base stops.
+        refiner_strength: fraction of the steps that the refiner takes, 0 … 1; None = 0.15.
+        refiner_start: instead of refiner_strength, the fraction of the timesteps that the base
             takes, 0 … 1, as `denoising_end` in diffusers.
     """
 
