@@ -49,7 +49,7 @@ def photos(tmp_path: Path) -> Path:
     for number in range(6):
         noise = torch.randint(0, 255, (16, 32 if number % 2 else 16, 3), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(root / f"{number}.png")
-        (root / f"{number}.txt").write_text(f"picture {number}")
+        (root / f"{number}.txt").write_text(f"image {number}")
     return root
 
 
@@ -68,7 +68,7 @@ def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: P
     with torch.no_grad():
         z = model.autoencoder.encode(folder[0, 3]["jpg"][None]).mode()[0]
     torch.testing.assert_close(sample["z"], z, rtol=1e-4, atol=1e-4)
-    assert sample["txt"] == "picture 3"
+    assert sample["txt"] == "image 3"
 
 
 def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path
     assert count_encoded(model, photos, cache) == 0
     (photos / "1.txt").write_text("another caption")
     assert count_encoded(model, photos, cache) == 0
-    with Image.open(photos / "1.png") as picture:
-        picture.putpixel((0, 0), (1, 2, 3))
-        picture.save(photos / "1.png")
+    with Image.open(photos / "1.png") as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(photos / "1.png")
     assert count_encoded(model, photos, cache) == 2
     shutil.copy(photos / "0.png", photos / "7.png")  # the same bytes under another name
     assert count_encoded(model, photos, cache) == 0
@@ -183,7 +183,7 @@ def test_latents_come_in_buckets_and_broken_pictures_are_named(
 
 
 def pack_photos(photos: Path, place: Path) -> list[str]:
-    """Shards of 4 and 2 pictures."""
+    """Shards of 4 and 2 images."""
     return [
         *map(str, pack(Folder(root=photos, transform=PhotoTransform()), f"{place}/%d.tar", count=4))
     ]
@@ -247,11 +247,11 @@ def test_damaged_pictures_in_shards_are_named(
     content = shard.read_bytes()
     place = content.index(b"IHDR", content.index(b"000000002.png"))
     content = content[:place] + b"XXXX" + content[place + 4 :]
-    shard.write_bytes(content.replace(b"picture 0", b"picture \xff"))  # a caption that is no text
+    shard.write_bytes(content.replace(b"image 0", b"image \xff"))  # a caption that is no text
     shards = cache_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
     batch = next(shards.batches(6))
     assert sorted(batch["broken"]) == ["0.tar/000000000", "0.tar/000000002"]
-    assert {*batch["txt"]} == {f"picture {n}" for n in (1, 3, 4, 5)}
+    assert {*batch["txt"]} == {f"image {n}" for n in (1, 3, 4, 5)}
     assert batch["z"].shape == (6, 4, 4, 4)
     assert "1 latents could not be computed; they are tried again without `" in caplog.text
 
@@ -286,31 +286,31 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
         cache()
     text.requires_grad_(False)
     with torch.no_grad():
-        context = text.encode(["picture 1", ""])
+        context = text.encode(["image 1", ""])
     assert cache() == 7  # with that of the empty caption
-    torch.testing.assert_close(text.encode(["picture 1", ""]), context, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(text.encode(["image 1", ""]), context, rtol=1e-3, atol=1e-3)
     (photos / "1.txt").write_text("another")
     assert cache() == 8
-    cached = text.cache["picture 1"]["context"].float()[None]
-    assert torch.equal(text.encode("picture 1"), cached)
+    cached = text.cache["image 1"]["context"].float()[None]
+    assert torch.equal(text.encode("image 1"), cached)
     with torch.no_grad():
         text.model.ln_final.bias += 1
-    assert torch.equal(text.encode("picture 1"), cached)  # until the encoder is modified
+    assert torch.equal(text.encode("image 1"), cached)  # until the encoder is modified
     hook = text.model.ln_final.register_forward_hook(lambda *_: None)
-    assert not torch.equal(text.encode("picture 1"), cached)
+    assert not torch.equal(text.encode("image 1"), cached)
     hook.remove()
     text.added_embeddings["<x>"] = torch.zeros(1, 32)
-    assert not torch.equal(text.encode("picture 1"), cached)
+    assert not torch.equal(text.encode("image 1"), cached)
     text.added_embeddings.clear()
     text.requires_grad_(True)
-    assert not torch.equal(text.encode("picture 1"), cached)
+    assert not torch.equal(text.encode("image 1"), cached)
     text.requires_grad_(False)
     assert cache() == 15
 
 
 def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) -> None:
     conditioner = tiny_conditioner()
-    batch = {"txt": ["picture 1", ""], **{key: torch.ones(2, 2) for key in SIZES}}
+    batch = {"txt": ["image 1", ""], **{key: torch.ones(2, 2) for key in SIZES}}
     cond = conditioner(batch)
     for count in (14, 0):  # six captions and the empty one for each tower; then all are found
         before = len(Store(tmp_path, "contexts"))
@@ -322,7 +322,7 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
     cached = conditioner(batch)
     torch.testing.assert_close(cached.crossattn, cond.crossattn, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(cached.vector, cond.vector, rtol=1e-3, atol=1e-3)
-    assert not torch.equal(conditioner(batch | {"txt": ["picture 7", ""]}).vector, cached.vector)
+    assert not torch.equal(conditioner(batch | {"txt": ["image 7", ""]}).vector, cached.vector)
 
 
 @pytest.mark.parametrize("location", ["root", "shards"])

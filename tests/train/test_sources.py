@@ -66,7 +66,7 @@ def test_an_autoencoder_cannot_use_caches(tmp_path: Path) -> None:
         ("validation", "", "`.*` has no metadata.jsonl, metadata.csv or images"),
     ],
 )
-def test_a_folder_without_pictures_is_named_with_its_key(
+def test_a_folder_without_images_is_named_with_its_key(
     split: str, place: str, message: str, tmp_path: Path
 ) -> None:
     data = make_data(**{split: {**TRAIN, "root": tmp_path / place}})
