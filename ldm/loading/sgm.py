@@ -218,8 +218,8 @@ class _Denoiser:
         name = _get_class_name(
             config, ("LegacyDDPMDiscretization", "EDMDiscretization"), self.where
         )
-        numbers = dict(config.get("params") or {})
-        steps = params.get("num_idx", 1000)
+        discretization = dict(config.get("params") or {})
+        num_steps = params.get("num_idx", 1000)
         options = {
             "zero_snr": self.engine.get("rescale_betas_zero_snr", False),
             "log_time": log_time,
@@ -229,13 +229,13 @@ class _Denoiser:
         }
         if name == "EDMDiscretization":
             betas: Any = betas_from_sigmas(
-                _compute_edm_sigmas(steps, **_fill_defaults(numbers, EDM, self.where))
+                _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM, self.where))
             )
         else:
-            linear = _get_beta_params(numbers, self.where)
+            linear = _get_beta_params(discretization, self.where)
             betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
-            if steps != linear["timesteps"]:
-                sigmas = Schedule(make_betas(**linear)).step_sigmas(steps, "sgm_uniform")
+            if num_steps != linear["timesteps"]:  # sgm takes that many of its levels
+                sigmas = Schedule(make_betas(**linear)).step_sigmas(num_steps, "sgm_uniform")
                 betas = betas_from_sigmas(sigmas[:-1].flip(0))
         target = "ldm.diffusion.schedule.Schedule"
         return {"target": target, "params": {"betas": betas, **options}}
@@ -244,33 +244,35 @@ class _Denoiser:
         """Return a continuous schedule with the range of the sampler, as the denoiser has none."""
         sampler = self.engine.get("sampler_config") or {}
         config = (sampler.get("params") or {}).get("discretization_config") or {}
-        numbers = dict(config.get("params") or {})
+        discretization = dict(config.get("params") or {})
         if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
-            sigmas = Schedule(make_betas(**_get_beta_params(numbers, self.where))).sigmas
-            numbers = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-        numbers = _fill_defaults(numbers, EDM, self.where)
-        del numbers["rho"]
+            sigmas = Schedule(make_betas(**_get_beta_params(discretization, self.where))).sigmas
+            discretization = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
+        discretization = _fill_defaults(discretization, EDM, self.where)
+        del discretization["rho"]
         target = "ldm.diffusion.schedule.ContinuousSchedule"
-        return {"target": target, "params": {**numbers, "log_time": log_time}}
+        return {"target": target, "params": {**discretization, "log_time": log_time}}
 
 
-def _get_beta_params(numbers: JsonMapping, where: str) -> JsonObject:
+def _get_beta_params(discretization: JsonMapping, where: str) -> JsonObject:
     """Return the arguments of `make_betas` for parameters of a LegacyDDPMDiscretization."""
-    linear = _fill_defaults(numbers, LINEAR, where)
+    linear = _fill_defaults(discretization, LINEAR, where)
     linear["timesteps"] = int(linear.pop("num_timesteps"))
     return linear
 
 
-def _fill_defaults(numbers: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
+def _fill_defaults(params: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
     """Return parameters with defaults for missing ones; unknown ones are refused."""
-    check_names("parameter", numbers, defaults, where)
-    return {**defaults, **numbers}
+    check_names("parameter", params, defaults, where)
+    return {**defaults, **params}
 
 
-def _compute_edm_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> torch.Tensor:
-    """Compute the ascending levels (steps,) of arXiv:2206.00364, eq. 5."""
+def _compute_edm_sigmas(
+    num_steps: int, sigma_min: float, sigma_max: float, rho: float
+) -> torch.Tensor:
+    """Compute the ascending levels (num_steps,) of arXiv:2206.00364, eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.linspace(low, high, steps, dtype=torch.float64, device="cpu") ** rho
+    return torch.linspace(low, high, num_steps, dtype=torch.float64, device="cpu") ** rho
 
 
 def _get_class_name(spec: JsonMapping, allowed: Collection[str], where: str) -> str:

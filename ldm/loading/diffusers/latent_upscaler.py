@@ -84,7 +84,7 @@ def make_original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
     text = params["conditioner"]["params"]["text"]["params"]
     text |= encoders.parse_text_config(files[TEXT])
     text["layer_idx"] = files[TEXT]["num_hidden_layers"]
-    _set_levels(params, files[SCHEDULER])
+    _set_schedule(params, files[SCHEDULER])
     return raw
 
 
@@ -153,7 +153,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     }
 
 
-def _set_levels(params: JsonObject, config: JsonMapping) -> None:
+def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
     """Set the noise schedule in our config from a scheduler's; its default is linear."""
     prediction = config.get("prediction_type")
     check_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)

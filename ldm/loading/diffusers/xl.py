@@ -99,7 +99,7 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     if side not in (None, IMAGE_SIZE):
         params["image_size"] = side
     _set_autoencoder(params, files[layout.VAE])
-    _set_levels(params, files[layout.SCHEDULER])
+    _set_schedule(params, files[layout.SCHEDULER])
     conditioner = params["conditioner_config"]["params"]
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
@@ -126,7 +126,7 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
             params[parameter] = config[key]
 
 
-def _set_levels(params: JsonObject, config: JsonMapping) -> None:
+def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
     """Put noise levels, prediction type and steps of a scheduler into an engine."""
     class_name = config.get("_class_name", "")
     prediction = schedulers.parse_prediction_type(config, layout.SCHEDULER)
@@ -136,8 +136,8 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         template = read_yaml(f"{XL_CONFIG_DIR}/playground-v2.5.yaml")["model"]["params"]
         params["denoiser_config"] = template["denoiser_config"]
         params["sampler_config"] = template["sampler_config"]
-        numbers = params["sampler_config"]["params"]["discretization_config"]["params"]
-        numbers |= {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
+        discretization = params["sampler_config"]["params"]["discretization_config"]["params"]
+        discretization |= {k: config[k] for k in ("sigma_min", "sigma_max") if k in config}
     else:
         scaling = SCALINGS[prediction]
         betas = schedulers.parse_betas(config, layout.SCHEDULER)
