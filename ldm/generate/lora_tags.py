@@ -1,4 +1,4 @@
-"""`<lora:NAME:WEIGHT>` in prompts, as in A1111: tags that are removed, and add a LoRA each."""
+"""`<lora:NAME:WEIGHT>` in prompts, as in A1111: each adds a LoRA and is removed from the prompt."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -103,7 +103,8 @@ def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}
 
 

@@ -15,8 +15,8 @@ from ldm.runtime.files import read_text
 __all__ = [
     "QUIRKS", "SCRIPT_QUIRKS", "expand_file", "parse_apg", "parse_box", "parse_corner",
     "parse_count", "parse_fraction", "parse_freeu", "parse_integer", "parse_interval",
-    "parse_legacy", "parse_lora", "parse_natural", "parse_number", "parse_positive",
-    "parse_sigmas", "parse_size", "parse_sld",
+    "parse_legacy", "parse_lora", "parse_natural", "parse_nonnegative", "parse_number",
+    "parse_positive", "parse_sigmas", "parse_size", "parse_sld",
 ]  # fmt: skip
 
 Number = TypeVar("Number", int, float)
@@ -54,6 +54,7 @@ parse_natural = _number_parser(_parse_unsigned, lambda n: n >= 0, "a whole numbe
 parse_integer = _number_parser(int, lambda n: True, "a whole number")
 parse_number = _number_parser(float, math.isfinite, "a number")
 parse_fraction = _number_parser(float, lambda x: 0 <= x <= 1, "a number in 0 … 1")
+parse_nonnegative = _number_parser(float, lambda x: 0 <= x < math.inf, "a number >= 0")
 parse_positive = _number_parser(float, lambda x: 0 < x < math.inf, "a number above 0")
 
 

@@ -329,3 +329,25 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
     status, out, err = run("upscale", name, *small, "--precision", "fp16")
     assert status == 0, err
     assert read_info(out[0])["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "message"),
+    [
+        ("inpaint", ["--mask", "PHOTO", "--mask-box", "0,0,8,8"], "not both (--mask-box)"),
+        ("inpaint", ["--mask-box", "0,0,8,8", "--mask-blur", "-1"], "`-1` is not a number >= 0"),
+        (
+            "img2img",
+            ["--indir", "FOLDER"],
+            "give an image or a folder of images, not both (--indir)",
+        ),
+    ],
+)
+def test_inputs_that_exclude_each_other_are_refused(task, flags, message, photo, capsys):
+    words = [{"PHOTO": str(photo), "FOLDER": str(photo.parent)}.get(flag, flag) for flag in flags]
+    try:
+        status = main([task, "--init-img", str(photo), *words])
+    except SystemExit as error:
+        status = error.code
+    assert status
+    assert message in capsys.readouterr().err.splitlines()[-1]

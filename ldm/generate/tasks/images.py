@@ -67,9 +67,12 @@ class FolderInputs(RGBDInputs):
 
         Raises:
             MissingFile: the folder has no images.
+            ArgumentError: there is an input image, too.
         """
         if self.indir is None:
             return [self]
+        if self.init_img is not None:
+            raise ArgumentError("give an image or a folder of images, not both", "indir")
         rank, world_size = get_rank_and_world_size()
         return self.list_folder(Path(self.indir).expanduser())[rank::world_size]
 

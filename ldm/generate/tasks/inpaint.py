@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.generate.option_parsers import parse_box, parse_fraction, parse_natural, parse_number
+from ldm.generate.option_parsers import parse_box, parse_fraction, parse_natural, parse_nonnegative
 from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
 from ldm.generate.tasks.images import DEPTH, FolderInputs, PreparedImageTask, fit_image
-from ldm.runtime.errors import MissingFile
+from ldm.runtime.errors import ArgumentError, MissingFile
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +38,7 @@ class InpaintInputs(FolderInputs):
     mask_grow: int = option(0, "--mask-grow", parse=parse_natural, metavar="N",
         label="Mask expand (px)", slider_max=64,
         help="expand the mask by this many pixels (default: %(default)s)")
-    mask_blur: float = option(0.0, "--mask-blur", parse=parse_number, metavar="R",
+    mask_blur: float = option(0.0, "--mask-blur", parse=parse_nonnegative, metavar="R",
         label="Mask blur (px)", slider_max=64,
         help="radius of the mask blur (default: %(default)s)")
     no_composite: bool = option(False, "--no-composite",
@@ -54,7 +54,7 @@ class InpaintInputs(FolderInputs):
         masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
         endings = (MASK,) if self.depth is None else (MASK, DEPTH)
         images = [path for path in paths if not path.stem.endswith(endings)]
-        for stem in masks.keys() - {image.stem for image in images}:
+        for stem in sorted(masks.keys() - {image.stem for image in images}):
             raise MissingFile(f"no image `{stem}` for the mask `{masks[stem]}`", "indir")
         if not masks:
             raise MissingFile(f"no pairs X.png and X{MASK}.png in `{folder}`", "indir")
@@ -77,6 +77,8 @@ class Inpaint(PreparedImageTask):
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(InpaintInputs)
         assert inputs.init_img is not None  # checked by `read_image`
+        if inputs.mask is not None and inputs.mask_box is not None:
+            raise ArgumentError("give a mask or a mask box, not both", "mask_box")
         mask = make_mask(
             inputs.init_img, inputs.mask, inputs.mask_box, grow=inputs.mask_grow,
             blur=inputs.mask_blur,

@@ -71,7 +71,19 @@ class Unclip(PreparedTask):
 
     def begin(self, model: "LatentDiffusion") -> None:
         from ldm.loading.addons.karlo import load_prior
+        from ldm.pipelines.families import family_of, file_name
 
+        if family_of(model.conditioner) == "variation":
+            inputs = self.inputs
+            of_unclip = {
+                "noise_level": any(inputs.noise_level),
+                "mix_noise_level": inputs.mix_noise_level is not None,
+                "prior": inputs.prior is not None,
+            }
+            for name, is_given in of_unclip.items():
+                if is_given:
+                    message = f"{name} is for unCLIP, which {file_name(model)} is not"
+                    raise ArgumentError(message, name)
         if self.inputs.prior is not None:
             self._prior = load_prior(self.inputs.prior, device=model.device, dtype=model.dtype)
 
