@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ldm.compat.sampling import Condition, DiffusionModel, Sampler, apply_with_guidance
-from ldm.compat.sampling_util import append_dims as expand_dims
 
 ModelFunction = Callable[[Tensor, Tensor], Tensor]
 MODEL_TYPES = {"eps": "noise", "v": "v"}  # `model_type` of `model_wrapper` by parameterization
@@ -211,9 +210,13 @@ class DPM_Solver:
         self.thresholding = thresholding
         self.max_val = max_val
 
+    def noise_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise of x."""
+        return self.model(x, t)
+
     def data_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict x0 of x."""
-        noise = self.model(x, t)
+        noise = self.noise_prediction_fn(x, t)
         alpha, std = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
         x0 = (x - expand_dims(std, x.dim()) * noise) / expand_dims(alpha, x.dim())
         if self.thresholding:
@@ -224,7 +227,8 @@ class DPM_Solver:
 
     def model_fn(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict x0 or the noise, by `predict_x0`."""
-        return self.data_prediction_fn(x, t) if self.predict_x0 else self.model(x, t)
+        predict = self.data_prediction_fn if self.predict_x0 else self.noise_prediction_fn
+        return predict(x, t)
 
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
@@ -264,6 +268,21 @@ class DPM_Solver:
             return self.get_time_steps(skip_type, t_T, t_0, len(orders), device), orders
         ends = torch.tensor([0, *orders]).cumsum(dim=0)
         return self.get_time_steps(skip_type, t_T, t_0, steps, device)[ends], orders
+
+    def denoise_to_zero_fn(self, x: Tensor, s: Tensor) -> Tensor:
+        """Step from time s to time 0: predict x0."""
+        return self.data_prediction_fn(x, s)
+
+    def dpm_solver_first_update(
+        self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor | None = None
+    ) -> Tensor:
+        """Step from time s to t by one model evaluation.
+
+        Args:
+            model_s: The model's output at s; None = evaluate it.
+        """
+        model_s = self.model_fn(x, s) if model_s is None else model_s
+        return self._combine(x, s, t, model_s)
 
     def singlestep_dpm_solver_update(
         self,
@@ -436,7 +455,7 @@ class DPM_Solver:
         else:
             raise ValueError(f"unknown method `{method}`")
         if denoise_to_zero:
-            x = self.data_prediction_fn(x, torch.full((1,), t_0, device=x.device))
+            x = self.denoise_to_zero_fn(x, torch.full((1,), t_0, device=x.device))
         return x
 
     def _lambda_step(self, s: Tensor, t: Tensor) -> Tensor:
@@ -535,6 +554,11 @@ def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:
         weight = (column - knots[right - 1]) / (knots[right] - knots[right - 1])
         columns.append(values[right - 1] + weight * (values[right] - values[right - 1]))
     return torch.stack(columns, dim=1)
+
+
+def expand_dims(v: Tensor, dims: int) -> Tensor:
+    """Append axes of length 1 to v (N,) until it has `dims` axes."""
+    return v.reshape(-1, *(1,) * (dims - 1))
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -24,10 +24,26 @@ class AbstractLowScaleModel(nn.Module):
         if noise_schedule_config is not None:
             self.register_schedule(**noise_schedule_config)
 
-    def register_schedule(self, **config: Any) -> None:
-        """Register the tables of a noise schedule, see `ldm.encoders.lowres.register_schedule`."""
-        self.schedule = register_schedule(self, config)
-        self.num_timesteps = len(self.schedule)
+    def register_schedule(
+        self,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Register the tables of a noise schedule as buffers."""
+        self.num_timesteps = timesteps
+        self.schedule = register_schedule(
+            self,
+            {
+                "beta_schedule": beta_schedule,
+                "timesteps": timesteps,
+                "linear_start": linear_start,
+                "linear_end": linear_end,
+                "cosine_s": cosine_s,
+            },
+        )
 
     def q_sample(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, seed: int | None = None
