@@ -39,7 +39,7 @@ from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.encoders.towers import quick_gelu
 from ldm.loading.build import meta_device
 from ldm.model import LatentDiffusion as ModernModel
-from ldm.nets.autoencoder import AutoencoderKL, Layout
+from ldm.nets.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import WrongFamily
 
@@ -106,7 +106,7 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
     old.model.diffusion_model = _old_unet(model.unet)
     old.first_stage_model = freeze(_old_autoencoder(model.autoencoder))
     old.cond_stage_model = freeze(_old_text(model.conditioner.encoders["text"]))
-    old.num_downs = len(model.autoencoder.layout.ch_mult) - 1
+    old.num_downs = len(model.autoencoder.config.ch_mult) - 1
     family.add_module(old, model.conditioner)
     return old.to(model.device).eval()
 
@@ -194,7 +194,7 @@ def _modern_unet(old: nn.Module) -> UNet:
 def _old_autoencoder(modern: AutoencoderKL) -> old_autoencoder.AutoencoderKL:
     with meta_device():
         old = old_autoencoder.AutoencoderKL(
-            dataclasses.asdict(modern.layout), PLACEHOLDER, modern.embed_dim
+            dataclasses.asdict(modern.config), PLACEHOLDER, modern.embed_dim
         )
     _share(old, modern.state_dict())
     return old
@@ -203,7 +203,7 @@ def _old_autoencoder(modern: AutoencoderKL) -> old_autoencoder.AutoencoderKL:
 def _modern_autoencoder(old: nn.Module) -> AutoencoderKL:
     if not isinstance(old, old_autoencoder.AutoencoderKL):
         raise WrongFamily(f"the autoencoder is a {type(old).__name__}, not an AutoencoderKL")
-    names = [field.name for field in dataclasses.fields(Layout)]
+    names = [field.name for field in dataclasses.fields(AutoencoderConfig)]
     ddconfig = {name: value for name, value in old.ddconfig.items() if name in names}
     with meta_device():
         modern = AutoencoderKL(ddconfig=ddconfig, embed_dim=old.embed_dim)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
 from ldm.nets import autoencoder, blocks
-from ldm.nets.autoencoder import ATTENTION_TYPES, EPS, Layout
+from ldm.nets.autoencoder import ATTENTION_TYPES, NORM_EPS, AutoencoderConfig
 from ldm.runtime.errors import unknown_name
 
 np = np
@@ -30,7 +30,7 @@ def nonlinearity(x: Tensor) -> Tensor:
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
     """Build the norm of the autoencoder."""
-    return nn.GroupNorm(num_groups, in_channels, eps=EPS, affine=True)
+    return nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS, affine=True)
 
 
 class Resampler(Relabelled):
@@ -54,7 +54,7 @@ class Upsample(Resampler, blocks.Upsample):
         return x if self.conv is None else self.conv(x)
 
 
-class Downsample(Resampler, autoencoder.Downsample):
+class Downsample(Resampler, autoencoder.AsymmetricDownsample):
     """Halves the size (rounded down) by stride 2, with padding at the right and bottom only."""
 
 
@@ -134,7 +134,7 @@ def make_attn(
 class Encoder(Relabelled, autoencoder.Encoder):
     """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w).
 
-    Arguments are the fields of `ldm.nets.autoencoder.Layout`, and:
+    Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:
 
     Args:
         double_z: Whether the output is mean and log variance; else it has z_channels.
@@ -159,7 +159,7 @@ class Encoder(Relabelled, autoencoder.Encoder):
         attn_type: str = "vanilla",
         **ignore_kwargs: object,
     ) -> None:
-        layout = Layout(
+        config = AutoencoderConfig(
             ch=ch,
             out_ch=out_ch,
             ch_mult=ch_mult,
@@ -173,9 +173,9 @@ class Encoder(Relabelled, autoencoder.Encoder):
             use_linear_attn=use_linear_attn,
             attn_type=attn_type,
         )
-        super().__init__(layout)
+        super().__init__(config)
         if not double_z:
-            self.conv_out = blocks.Conv2d(layout.channels[-1], z_channels, 3, padding=1)
+            self.conv_out = blocks.Conv2d(config.channels[-1], z_channels, 3, padding=1)
         relabel(self)
         self.resolution = resolution
 
@@ -202,9 +202,9 @@ class Encoder(Relabelled, autoencoder.Encoder):
 
 
 class Decoder(Relabelled, autoencoder.Decoder):
-    """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0] is the last level, of full size.
+    """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0], of full resolution, runs last.
 
-    Arguments are the fields of `ldm.nets.autoencoder.Layout`, and:
+    Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:
 
     Args:
         ignorekwargs: Settings of the encoder, ignored.
@@ -232,7 +232,7 @@ class Decoder(Relabelled, autoencoder.Decoder):
         attn_type: str = "vanilla",
         **ignorekwargs: object,
     ) -> None:
-        layout = Layout(
+        config = AutoencoderConfig(
             ch=ch,
             out_ch=out_ch,
             ch_mult=ch_mult,
@@ -248,7 +248,7 @@ class Decoder(Relabelled, autoencoder.Decoder):
             use_linear_attn=use_linear_attn,
             attn_type=attn_type,
         )
-        super().__init__(layout)
+        super().__init__(config)
         relabel(self)
         self.ch = ch
         self.in_channels = in_channels
@@ -286,8 +286,8 @@ class Decoder(Relabelled, autoencoder.Decoder):
         return torch.tanh(h) if self.tanh_out else h
 
 
-def _levels(modules: nn.ModuleList) -> list[autoencoder.Level]:
-    return cast(list[autoencoder.Level], list(modules))
+def _levels(modules: nn.ModuleList) -> list[autoencoder.ResolutionLevel]:
+    return cast(list[autoencoder.ResolutionLevel], list(modules))
 
 
 OLD_CLASSES.update(
@@ -296,6 +296,6 @@ OLD_CLASSES.update(
         autoencoder.Decoder: Decoder,
         autoencoder.ResnetBlock: ResnetBlock,
         autoencoder.AttnBlock: AttnBlock,
-        autoencoder.Downsample: Downsample,
+        autoencoder.AsymmetricDownsample: Downsample,
     }
 )

@@ -1,9 +1,9 @@
 """The KL autoencoder: image <-> latent, downscaled by 2 ** (levels - 1).
 
-    image (B, 3, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
-    z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image
+    image (B, in_channels, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
+    z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image (B, out_ch, H, W)
 
-Latents here are without the model's scale_factor.
+These latents are not multiplied by the model's scale_factor.
 Rombach et al. 2022 (arXiv:2112.10752), section 3.1.
 """
 
@@ -21,29 +21,29 @@ from ldm.nets.blocks import CheckpointedLayer, Conv2d, GroupNorm, Layer, Upsampl
 from ldm.nets.circular import pad_end
 from ldm.runtime.errors import check_name, check_names
 
-__all__ = ["AutoencoderKL", "DiagonalGaussian", "Layout", "PixelSpace"]
+__all__ = ["AutoencoderConfig", "AutoencoderKL", "DiagonalGaussian", "PixelSpace"]
 
-EPS = 1e-6
+NORM_EPS = 1e-6  # of every GroupNorm
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """`ddconfig` of the YAML: the settings of encoder and decoder.
+class AutoencoderConfig:
+    """Settings of encoder and decoder: `ddconfig` of the original's YAML.
 
-    Level i has ch * ch_mult[i] channels, and maps downscaled by 2 ** i.
+    Level i has ch * ch_mult[i] channels, and feature maps downscaled by 2 ** i.
     """
 
     ch: int  # channels of the first convolution, a multiple of 32
     z_channels: int  # of the decoder's input; the encoder returns twice as many
     num_res_blocks: int  # per level of the encoder; the decoder has one more
-    resolution: int = 256  # side of the images, in pixels, that attn_resolutions refers to
+    resolution: int = 256  # image side for which attn_resolutions lists sides of feature maps
     in_channels: int = 3
     out_ch: int = 3
     ch_mult: Sequence[int] = (1, 2, 4, 8)
     attn_resolutions: Sequence[int] = ()
     dropout: float = 0.0
-    resamp_with_conv: bool = True  # else resampling by mean and nearest neighbor
+    resamp_with_conv: bool = True  # else average pooling, nearest neighbor
     double_z: bool = True  # the encoder predicts mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def channels(self) -> list[int]:
-        """Channels of each level, full size first."""
+        """Channels of each level, full resolution first."""
         return [self.ch * mult for mult in self.ch_mult]
 
     def has_attention(self, level: int) -> bool:
@@ -67,8 +67,8 @@ class Layout:
         return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
 
     @classmethod
-    def from_ddconfig(cls, ddconfig: Mapping[str, Any]) -> "Layout":
-        """Build the layout from a `ddconfig`, whose keys are checked."""
+    def from_ddconfig(cls, ddconfig: Mapping[str, Any]) -> "AutoencoderConfig":
+        """Check the keys of a `ddconfig`, and return its settings."""
         names = [field.name for field in dataclasses.fields(cls)]
         check_names("parameter", ddconfig, names, where="ddconfig")
         return cls(**ddconfig)
@@ -108,7 +108,7 @@ class DiagonalGaussian:
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Compute KL(self || N(0, 1)) in nats, (B,); 0, (1,), if deterministic.
+        """Compute KL(self || N(0, 1)) in nats, (B,); if deterministic, 0 of shape (1,).
 
         1/2 sum of (std² + mean² - 1 - log std²); Kingma and Welling 2013 (arXiv:1312.6114),
         appendix B.
@@ -120,16 +120,18 @@ class DiagonalGaussian:
 
 
 class ResnetBlock(CheckpointedLayer):
-    """Twice norm, SiLU and conv; plus the input, by a 1x1 convolution if channels change.
+    """Norm, SiLU and convolution, twice, with a residual connection.
+
+    The connection is a 1x1 convolution if the number of channels changes.
 
     The residual block of the UNet, without a time embedding.
     """
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(in_channels, eps=EPS)
+        self.norm1 = GroupNorm(in_channels, eps=NORM_EPS)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels, eps=EPS)
+        self.norm2 = GroupNorm(out_channels, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut: nn.Module = nn.Identity()
@@ -144,11 +146,11 @@ class ResnetBlock(CheckpointedLayer):
 
 
 class AttnBlock(Layer):
-    """Single-head self-attention over all positions, as a residual."""
+    """Single-head self-attention over all positions, with a residual connection."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(in_channels, eps=EPS)
+        self.norm = GroupNorm(in_channels, eps=NORM_EPS)
         self.q = Conv2d(in_channels, in_channels, 1)
         self.k = Conv2d(in_channels, in_channels, 1)
         self.v = Conv2d(in_channels, in_channels, 1)
@@ -167,8 +169,11 @@ def _to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()[:, None]  # (B, 1, h w, C)
 
 
-class Downsample(Layer):
-    """Halves the size (rounded down) by stride 2, with padding at the right and bottom only."""
+class AsymmetricDownsample(Layer):
+    """Downsampling by 2, rounded down: a 3x3 convolution of stride 2, or average pooling.
+
+    The convolution pads at the right and bottom only.
+    """
 
     def __init__(self, channels: int, *, use_conv: bool = True) -> None:
         super().__init__()
@@ -180,31 +185,37 @@ class Downsample(Layer):
         return self.conv(pad_end(x))  # (B, C, h / 2, w / 2)
 
 
-class Level(Layer):
-    """Residual blocks (channels[i] -> channels[i + 1]) of one resolution, then resampling."""
+class ResolutionLevel(Layer):
+    """Residual blocks of one resolution, each with attention if the level has it, then resampling.
+
+    Args:
+        block_channels: Channels of the input, and of the output of each residual block.
+    """
 
     def __init__(
         self,
         *,
-        layout: Layout,
+        config: AutoencoderConfig,
         level: int,
-        channels: Sequence[int],
+        block_channels: Sequence[int],
         downsample: bool = False,
         upsample: bool = False,
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels=in_channels, out_channels=out_channels, dropout=layout.dropout)
-            for in_channels, out_channels in itertools.pairwise(channels)
+            ResnetBlock(in_channels=in_channels, out_channels=out_channels, dropout=config.dropout)
+            for in_channels, out_channels in itertools.pairwise(block_channels)
         )
-        attn_channels = channels[1:] if layout.has_attention(level) else []
-        self.attn = nn.ModuleList(AttnBlock(n) for n in attn_channels)
+        attn_channels = block_channels[1:] if config.has_attention(level) else []
+        self.attn = nn.ModuleList(AttnBlock(channels) for channels in attn_channels)
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
         if downsample:
-            self.downsample = Downsample(channels[-1], use_conv=layout.resamp_with_conv)
+            self.downsample = AsymmetricDownsample(
+                block_channels[-1], use_conv=config.resamp_with_conv
+            )
         if upsample:
-            self.upsample = Upsample(channels[-1], use_conv=layout.resamp_with_conv)
+            self.upsample = Upsample(block_channels[-1], use_conv=config.resamp_with_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -215,14 +226,14 @@ class Level(Layer):
         return x
 
 
-class Middle(Layer):
-    """Residual block, attention (unless the layout has none), residual block."""
+class MiddleBlock(Layer):
+    """Residual block, attention (unless attn_type is "none"), residual block."""
 
-    def __init__(self, channels: int, layout: Layout) -> None:
+    def __init__(self, channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
-        dropout = layout.dropout
+        dropout = config.dropout
         self.block_1 = ResnetBlock(in_channels=channels, out_channels=channels, dropout=dropout)
-        self.attn_1 = nn.Identity() if layout.attn_type == "none" else AttnBlock(channels)
+        self.attn_1 = nn.Identity() if config.attn_type == "none" else AttnBlock(channels)
         self.block_2 = ResnetBlock(in_channels=channels, out_channels=channels, dropout=dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,26 +241,26 @@ class Middle(Layer):
 
 
 class Encoder(Layer):
-    """image (B, 3, H, W) -> moments (B, 2 z_channels, h, w)."""
+    """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w)."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        channels = layout.channels
-        self.conv_in = Conv2d(layout.in_channels, layout.ch, 3, padding=1)
+        channels = config.channels
+        self.conv_in = Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(
-                layout=layout,
+            ResolutionLevel(
+                config=config,
                 level=level,
-                channels=[in_channels] + [out_channels] * layout.num_res_blocks,
+                block_channels=[in_channels] + [out_channels] * config.num_res_blocks,
                 downsample=level < len(channels) - 1,
             )
             for level, (in_channels, out_channels) in enumerate(
-                itertools.pairwise([layout.ch, *channels])
+                itertools.pairwise([config.ch, *channels])
             )
         )
-        self.mid = Middle(channels[-1], layout)
-        self.norm_out = GroupNorm(channels[-1], eps=EPS)
-        self.conv_out = Conv2d(channels[-1], 2 * layout.z_channels, 3, padding=1)
+        self.mid = MiddleBlock(channels[-1], config)
+        self.norm_out = GroupNorm(channels[-1], eps=NORM_EPS)
+        self.conv_out = Conv2d(channels[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)  # (B, ch, H, W)
@@ -260,28 +271,28 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """(B, z_channels, h, w) -> image (B, 3, H, W); up[0] is the last level, of full size."""
+    """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0], of full resolution, runs last."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.give_pre_end = layout.give_pre_end
-        self.tanh_out = layout.tanh_out
-        channels = layout.channels
-        self.conv_in = Conv2d(layout.z_channels, channels[-1], 3, padding=1)
-        self.mid = Middle(channels[-1], layout)
+        self.give_pre_end = config.give_pre_end
+        self.tanh_out = config.tanh_out
+        channels = config.channels
+        self.conv_in = Conv2d(config.z_channels, channels[-1], 3, padding=1)
+        self.mid = MiddleBlock(channels[-1], config)
         self.up = nn.ModuleList(
-            Level(
-                layout=layout,
+            ResolutionLevel(
+                config=config,
                 level=level,
-                channels=[in_channels] + [out_channels] * (layout.num_res_blocks + 1),
+                block_channels=[in_channels] + [out_channels] * (config.num_res_blocks + 1),
                 upsample=level > 0,
             )
             for level, (out_channels, in_channels) in enumerate(
                 itertools.pairwise([*channels, channels[-1]])
             )
         )
-        self.norm_out = GroupNorm(channels[0], eps=EPS)
-        self.conv_out = Conv2d(channels[0], layout.out_ch, 3, padding=1)
+        self.norm_out = GroupNorm(channels[0], eps=NORM_EPS)
+        self.conv_out = Conv2d(channels[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))  # (B, C, h, w)
@@ -289,7 +300,7 @@ class Decoder(Layer):
             h = level(h)  # (B, ch ch_mult[i], H / 2^i, W / 2^i)
         if self.give_pre_end:
             return h
-        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_ch, H, W)
         return h.tanh() if self.tanh_out else h
 
 
@@ -297,11 +308,12 @@ class AutoencoderKL(nn.Module):
     """Encoder and decoder, with 1x1 convolutions to and from the latent.
 
     Args:
-        ddconfig: Fields of `Layout`.
+        ddconfig: Fields of `AutoencoderConfig`.
         embed_dim: Channels of the latent.
 
     Attributes:
-        in_channels: Channels of an image: RGB, and 1 or 3 of depth, see `ldm.imaging.rgbd`.
+        in_channels: Channels of an image: 3 (RGB); with depth, 1 or 3 more, see
+            `ldm.imaging.rgbd`.
         downscale: Image pixels per latent pixel along each side.
     """
 
@@ -312,16 +324,16 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
-        layout = Layout.from_ddconfig(ddconfig)
-        self.layout = layout
+        config = AutoencoderConfig.from_ddconfig(ddconfig)
+        self.config = config
         self.embed_dim = embed_dim
-        self.in_channels = layout.in_channels
-        self.z_channels = layout.z_channels
-        self.downscale = 2 ** (len(layout.ch_mult) - 1)
-        self.encoder = Encoder(layout)
-        self.decoder = Decoder(layout)
-        self.quant_conv = Conv2d(2 * layout.z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = Conv2d(embed_dim, layout.z_channels, 1)
+        self.in_channels = config.in_channels
+        self.z_channels = config.z_channels
+        self.downscale = 2 ** (len(config.ch_mult) - 1)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = Conv2d(2 * config.z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = Conv2d(embed_dim, config.z_channels, 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -329,24 +341,28 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, 3, H, W) in [-1, 1] to distributions over (B, embed_dim, h, w)."""
+        """Encode images (B, in_channels, H, W) in [-1, 1].
+
+        Returns:
+            Distributions of latents z (B, embed_dim, h, w).
+        """
         if min(image.shape[-2:]) < self.downscale:
             raise ValueError(
-                f"image of {image.shape[-2]} x {image.shape[-1]} pixels is too small, "
-                f"each side needs at least {self.downscale}"
+                f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
+                f"needs at least {self.downscale}"
             )
         moments = self.quant_conv(self.encoder(image.to(self.dtype)))  # (B, 2 embed_dim, h, w)
         return DiagonalGaussian(moments.to(image.dtype).contiguous())
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode z (B, embed_dim, h, w) to images (B, 3, H, W), about [-1, 1] but not clamped."""
-        image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, 3, H, W)
+        """Decode z (B, embed_dim, h, w) to images (B, out_ch, H, W), about [-1, 1], not clamped."""
+        image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, out_ch, H, W)
         return image.to(z.dtype).contiguous()
 
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Return reconstructions (B, 3, H, W) from posterior samples, and the posterior.
+        """Return reconstructions (B, out_ch, H, W) from posterior samples, and the posterior.
 
         Args:
             generator: Random generator of the samples; None for torch's global one.

@@ -199,8 +199,8 @@ def test_layers_are_those_of_torch_and_classes_have_the_names_of_the_original():
         "Decoder",
         "ResnetBlock",
         "AttnBlock",
-        "Level",
-        "Middle",
+        "ResolutionLevel",
+        "MiddleBlock",
     }
     seen = set()
     for layer in (m for network in (unet, spatial, vae) for m in network.modules()):

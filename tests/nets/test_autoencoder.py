@@ -238,5 +238,5 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 
 def test_an_image_smaller_than_a_latent_pixel_is_refused():
-    with pytest.raises(ValueError, match="3 x 16 pixels is too small, .* at least 4"):
+    with pytest.raises(ValueError, match="16x3 pixels is too small: .* at least 4"):
         tiny_autoencoder().encode(torch.zeros(1, 3, 3, 16))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.nets.autoencoder import Downsample
+from ldm.nets.autoencoder import AsymmetricDownsample
 from ldm.nets.blocks import Conv2d, Upsample
 from ldm.nets.circular import circular_padding
 from ldm.nets.tiled import apply_tiled
@@ -31,7 +31,7 @@ def test_convolutions_wrap_as_torch_does(stride, channels):
     assert not torch.allclose(ours(x), theirs(x), atol=1e-2)
 
 
-@pytest.mark.parametrize("layer", [Downsample(8), Upsample(8)])
+@pytest.mark.parametrize("layer", [AsymmetricDownsample(8), Upsample(8)])
 @torch.no_grad()
 def test_layers_move_with_their_input(layer):
     x = noise(1, 8, 8, 12)

@@ -11,7 +11,7 @@ An option that is not supported on both sides raises ConfigError.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ldm.nets.autoencoder import Layout
+from ldm.nets.autoencoder import AutoencoderConfig
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -183,32 +183,33 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
         scale_factor: None = unknown, for an autoencoder without a model.
         sample_size: side of the image in pixels.
     """
-    layout = Layout.from_ddconfig(params["ddconfig"])
+    ddconfig = AutoencoderConfig.from_ddconfig(params["ddconfig"])
     embed = params["embed_dim"]
     _check_options(
         "AutoencoderKL",
         {
-            f"z_channels {layout.z_channels} with embed_dim {embed}": layout.z_channels != embed,
-            "`resamp_with_conv: false`": not layout.resamp_with_conv,
-            "`give_pre_end`": layout.give_pre_end,
-            "`tanh_out`": layout.tanh_out,
+            f"z_channels {ddconfig.z_channels} with embed_dim {embed}": ddconfig.z_channels
+            != embed,
+            "`resamp_with_conv: false`": not ddconfig.resamp_with_conv,
+            "`give_pre_end`": ddconfig.give_pre_end,
+            "`tanh_out`": ddconfig.tanh_out,
         },
     )
-    levels = range(len(layout.ch_mult))
-    prefixes = ["Attn" if layout.has_attention(level) else "" for level in levels]
+    levels = range(len(ddconfig.ch_mult))
+    prefixes = ["Attn" if ddconfig.has_attention(level) else "" for level in levels]
     if scale_factor is None:  # 0.18215 for the architecture of Stable Diffusion
-        scale_factor = 0.18215 if (len(layout.ch_mult), embed) == (4, 4) else 1.0
+        scale_factor = 0.18215 if (len(ddconfig.ch_mult), embed) == (4, 4) else 1.0
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
-        "in_channels": layout.in_channels,
-        "out_channels": layout.out_ch,
+        "in_channels": ddconfig.in_channels,
+        "out_channels": ddconfig.out_ch,
         "latent_channels": embed,
-        "block_out_channels": layout.channels,
-        "layers_per_block": layout.num_res_blocks,
+        "block_out_channels": ddconfig.channels,
+        "layers_per_block": ddconfig.num_res_blocks,
         "down_block_types": [f"{prefix}DownEncoderBlock2D" for prefix in prefixes],
         "up_block_types": [f"{prefix}UpDecoderBlock2D" for prefix in reversed(prefixes)],
-        "mid_block_add_attention": layout.attn_type != "none",
+        "mid_block_add_attention": ddconfig.attn_type != "none",
         "scaling_factor": scale_factor,
     }
 
