@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 OLD_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     blocks.Linear: nn.Linear,
     blocks.Conv2d: nn.Conv2d,
-    blocks.DoublingConv2d: nn.Conv2d,
+    blocks.UpsampleConv2d: nn.Conv2d,
     blocks.LayerNorm: nn.LayerNorm,
     blocks.GroupNorm: nn.GroupNorm,
 }

@@ -1,4 +1,4 @@
-"""Layers of the UNet and the autoencoder: linear, convolution, norms, residual blocks.
+"""Layers of the UNet and the autoencoder, and the embedding of timesteps.
 
 On CPUs, `ldm.nets.cpu` computes linear layers, convolutions and group norms, with equal results.
 """
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.nets import cpu
 from ldm.nets.circular import crop, get_circular_axes, wrap
 
-GROUPS = 32  # of every GroupNorm
+NORM_GROUPS = 32  # of every GroupNorm
 
 
 class Layer(nn.Module):
@@ -24,9 +24,13 @@ class Layer(nn.Module):
 
 
 class CheckpointedLayer(Layer):
-    """A layer that, with `use_checkpoint`, recomputes its activations in the backward pass.
+    """A layer with gradient checkpointing: activations are recomputed in the backward pass.
 
-    Equal gradients for less memory: Chen et al. 2016 (arXiv:1604.06174).
+    Gradients are equal, and take less memory: Chen et al. 2016 (arXiv:1604.06174).
+
+    Attributes:
+        compute: The forward pass of a subclass, without checkpointing.
+        use_checkpoint: Whether activations are recomputed; initially not.
     """
 
     compute: Callable[..., Tensor]
@@ -66,7 +70,7 @@ class Conv2d(nn.Conv2d, Layer):
         return crop(cpu.conv2d(wrap(x, excess * stride), self), excess)
 
 
-class DoublingConv2d(Conv2d):
+class UpsampleConv2d(Conv2d):
     """A convolution after nearest-neighbor upsampling by 2."""
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -74,7 +78,7 @@ class DoublingConv2d(Conv2d):
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             # One circular pixel of x is two of the output (see Conv2d for the reason to cut them).
-            return crop(cpu.conv2d_doubled(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
+            return crop(cpu.upsample_conv2d(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
         return super().forward(upsample_nearest(x, size))
 
 
@@ -89,18 +93,19 @@ class GroupNorm(nn.GroupNorm, Layer):
     """GroupNorm of 32 groups, with mean and variance in float32 for any dtype."""
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
-        if channels % GROUPS:
+        if channels % NORM_GROUPS:
             raise ValueError(
-                f"width {channels} is not a multiple of {GROUPS}, which every GroupNorm needs\n"
-                "hint: choose model_channels (or ch) and channel_mult so that all widths are"
+                f"{channels} channels are not a multiple of {NORM_GROUPS}, which GroupNorm needs\n"
+                "hint: choose model_channels (or ch) and channel_mult so that all levels have "
+                f"multiples of {NORM_GROUPS}"
             )
-        super().__init__(GROUPS, channels, eps=eps)
+        super().__init__(NORM_GROUPS, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
-            y = cpu.group_norm(x, GROUPS, self.weight, self.bias, self.eps)
+            y = cpu.group_norm(x, NORM_GROUPS, self.weight, self.bias, self.eps)
             return y.to(x.dtype)  # under autocast the kernel returns float32
-        y = F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps)
+        y = F.group_norm(x.float(), NORM_GROUPS, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
 
@@ -114,9 +119,10 @@ def zero_module(module: nn.Module) -> nn.Module:
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
     """Embed timesteps (B,) as [cos(t f_0) … | sin(t f_0) …], (B, dim) float32.
 
-    f_k = max_period ** (-2k / dim); Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
+    f_k = max_period ** (-k / (dim // 2)); for odd dim, the last feature is 0. Vaswani et al. 2017
+    (arXiv:1706.03762), section 3.5.
     """
-    # In float32 whatever the network: angles go to 999, where float16 has steps of 0.5.
+    # In float32 for networks of any dtype: timesteps go to 999, where float16 has steps of 0.5.
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(max_period) * k / half)  # (B, dim // 2)
@@ -146,7 +152,7 @@ class Upsample(Layer):
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
     ) -> None:
         super().__init__()
-        conv = DoublingConv2d(channels, out_channels or channels, 3, padding=1)
+        conv = UpsampleConv2d(channels, out_channels or channels, 3, padding=1)
         self.conv = conv if use_conv else None
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -156,7 +162,7 @@ class Upsample(Layer):
 
 
 class Downsample(Layer):
-    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else the mean of 2x2 pixels.
+    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else average pooling.
 
     Args:
         out_channels: Channels of the convolution's output; None for `channels`.
@@ -175,9 +181,9 @@ class Downsample(Layer):
 
 
 class ResBlock(CheckpointedLayer):
-    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
+    """Norm, SiLU and convolution, twice, with a residual connection and a time embedding.
 
-    Dhariwal and Nichol 2021 (arXiv:2105.05233).
+    The embedding acts before or in the second norm. Dhariwal and Nichol 2021 (arXiv:2105.05233).
 
     Args:
         emb_channels: Features of the time embedding.
@@ -210,8 +216,8 @@ class ResBlock(CheckpointedLayer):
             GroupNorm(channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1)
         )
         self.resample = _build_resampler(channels, up=up, down=down)
-        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, emb_out))
+        emb_out_channels = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, emb_out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.SiLU(),
@@ -224,14 +230,14 @@ class ResBlock(CheckpointedLayer):
             self.skip_connection = Conv2d(channels, out_channels, kernel, padding=kernel // 2)
 
     def compute(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, silu, conv = self.in_layers
-        h: Tensor = conv(self.resample(silu(norm(x))))  # (B, C_out, h, w)
+        in_norm, silu, in_conv = self.in_layers
+        h: Tensor = in_conv(self.resample(silu(in_norm(x))))  # (B, C_out, h, w)
         emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
         if self.use_scale_shift_norm:
-            norm, silu, dropout, conv = self.out_layers
+            out_norm, silu, dropout, out_conv = self.out_layers
             scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-            h = conv(dropout(silu(h)))
+            h = out_norm(h) * (1 + scale) + shift
+            h = out_conv(dropout(silu(h)))
         else:
             h = self.out_layers(h + emb)
         skip: Tensor = self.skip_connection(self.resample(x))  # (B, C_out, h, w)

@@ -34,7 +34,7 @@ class LatentUpscalerUNet(Layer):
     """The network, with the embedding of the low-res latent's noise level.
 
     Its fields are those of `model` in k-diffusion's JSON. Level i has `channels[i]` channels, and
-    maps downscaled by 2 ** i.
+    feature maps downscaled by 2 ** i.
     """
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
@@ -119,7 +119,7 @@ class LatentUpscalerUNet(Layer):
         sides, multiple = x.shape[-2:], self.size_multiple
         if any(side % multiple or side < 2 * multiple for side in sides):
             raise ValueError(
-                f"latent of {sides[0]} x {sides[1]} does not fit this UNet, sides must be "
+                f"a latent of {sides[1]}x{sides[0]} does not fit this UNet: sides must be "
                 f"multiples of {multiple} from {2 * multiple}"
             )
         pooled, low_res_sigma = y[:, :-1], y[:, -1]
@@ -256,7 +256,7 @@ class AdaGroupNorm(Layer):
 
 
 class ResidualBlock(Layer):
-    """Twice norm, GELU and 3x3 convolution; plus the input."""
+    """Norm, GELU and 3x3 convolution, twice, with a residual connection."""
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ class ResidualBlock(Layer):
 
 
 class SelfAttention(Layer):
-    """Self-attention over all positions, as a residual."""
+    """Self-attention over all positions, with a residual connection."""
 
     def __init__(self, emb_channels: int, channels: int) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class SelfAttention(Layer):
 
 
 class TextAttention(Layer):
-    """Attention of all positions to the text, as a residual."""
+    """Attention of all positions to the text, with a residual connection."""
 
     def __init__(self, emb_channels: int, channels: int, context_dim: int) -> None:
         super().__init__()

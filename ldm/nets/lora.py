@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero_module
+from ldm.nets.blocks import Conv2d, Linear, UpsampleConv2d, upsample_nearest, zero_module
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
@@ -146,7 +146,7 @@ class LoRALayer(nn.Module, Addition):
 
     def add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the layer's output plus the addition, as a forward hook of the layer."""
-        x = upsample_nearest(*args) if isinstance(layer, DoublingConv2d) else args[0]
+        x = upsample_nearest(*args) if isinstance(layer, UpsampleConv2d) else args[0]
         y: Tensor = self(x.to(self.lora_down.weight.dtype)).to(output.dtype)
         index, channels = self.target.qkv_index, y.shape[-1]
         if index is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.nets.blocks import Conv2d, DoublingConv2d, Layer
+from ldm.nets.blocks import Conv2d, Layer, UpsampleConv2d
 
 __all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
 
@@ -22,7 +22,7 @@ BLOCKS = 3  # per level
 
 
 class TinyBlock(Layer):
-    """Three 3x3 convolutions as a residual."""
+    """Three 3x3 convolutions, with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class TinyDecoder(nn.Sequential):
         for _ in range(3):
             layers += [TinyBlock() for _ in range(BLOCKS)]
             # In the authors' file, the first of the two indices is an upsampling layer, which
-            # DoublingConv2d includes.
-            layers += [nn.Identity(), DoublingConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)]
+            # UpsampleConv2d includes.
+            layers += [nn.Identity(), UpsampleConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)]
         super().__init__(*layers, TinyBlock(), _conv(out_channels=3))
 
 

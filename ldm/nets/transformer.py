@@ -124,7 +124,7 @@ class CrossAttention(Layer):
 
 
 class TransformerBlock(CheckpointedLayer):
-    """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
+    """Self-attention, cross-attention and feed-forward, pre-norm, with residual connections.
 
     Args:
         context_dim: Features of the context; None if the second attention is also self-attention.
@@ -169,7 +169,7 @@ class TransformerBlock(CheckpointedLayer):
 
 
 class SpatialTransformer(Layer):
-    """TransformerBlocks over the positions of a feature map, as a residual.
+    """TransformerBlocks over the positions of a feature map, with a residual connection.
 
     Args:
         depth: Number of blocks.
@@ -231,7 +231,7 @@ class SpatialTransformer(Layer):
 
 
 class AttentionBlock(CheckpointedLayer):
-    """Self-attention over all positions, as a residual (arXiv:2105.05233).
+    """Self-attention over all positions, with a residual connection (arXiv:2105.05233).
 
     Args:
         num_heads: Number of heads, if `num_head_channels` is -1.
@@ -251,7 +251,7 @@ class AttentionBlock(CheckpointedLayer):
         super().__init__()
         self.heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if channels % self.heads:
-            raise ValueError(f"width {channels} cannot be divided among {self.heads} heads")
+            raise ValueError(f"{channels} channels cannot be divided among {self.heads} heads")
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels)

@@ -71,7 +71,8 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The denoising network. Its arguments are those of `unet_config` in the original's YAML.
 
-    Level i has `channel_mult[i] * model_channels` channels, and maps downscaled by 2 ** i.
+    Level i has `channel_mult[i] * model_channels` channels, and feature maps downscaled by
+    2 ** i.
     """
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
@@ -85,7 +86,7 @@ class UNet(nn.Module):
     attention_resolutions: Collection[int]  # factors 2 ** i of the levels with attention
     dropout: float = 0.0
     channel_mult: Sequence[int] = (1, 2, 4, 8)
-    conv_resample: bool = True  # else resampling by mean and nearest neighbor
+    conv_resample: bool = True  # else average pooling, nearest neighbor
     dims: Literal[2] = 2
     # what `y` is, see `forward`; None: the network takes none
     num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None
@@ -343,7 +344,7 @@ class UNet(nn.Module):
         heads = channels // self.num_head_channels
         if not heads:
             raise ValueError(
-                f"num_head_channels {self.num_head_channels} exceeds the width {channels}"
+                f"num_head_channels {self.num_head_channels} exceeds {channels} channels"
             )
         return heads, channels // heads if self.legacy else self.num_head_channels
 
@@ -401,8 +402,8 @@ class UNet(nn.Module):
         factor = 2 ** (len(self.channel_mult) - 1)
         if rounds_down and (x.shape[-2] % factor or x.shape[-1] % factor):
             raise ValueError(
-                f"latent of {x.shape[-2]} x {x.shape[-1]} does not fit this UNet, "
-                f"both sides must be multiples of {factor}"
+                f"a latent of {x.shape[-1]}x{x.shape[-2]} does not fit this UNet: both sides must "
+                f"be multiples of {factor}"
             )
         if x.shape[1] != self.in_channels:
             raise ValueError(f"this UNet takes {self.in_channels} channels, got {x.shape[1]}")

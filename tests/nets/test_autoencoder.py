@@ -225,7 +225,7 @@ def test_kinds_of_attention():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ch": 48}, "width 48 is not a multiple of 32"),
+        ({"ch": 48}, "48 channels are not a multiple of 32"),
         ({"attn_type": "linear"}, "unknown attn_type `linear`.* choose one of vanilla"),
         ({"use_linear_attn": True}, "use_linear_attn is not supported"),
         ({"double_z": False}, "needs `double_z: true`"),

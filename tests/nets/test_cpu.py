@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.nets import cpu
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, DoublingConv2d, GroupNorm, Linear, Upsample
+from ldm.nets.blocks import Conv2d, GroupNorm, Linear, Upsample, UpsampleConv2d
 from ldm.nets.cpu import layers, products, support, weight_cache, winograd
 
 pytestmark = pytest.mark.skipif(not support.get_fast_dtypes(), reason="this CPU has no fast paths")
@@ -58,8 +58,8 @@ CASES = {
     "without padding": lambda: conv(padding=0, bias=False),
     "groups": lambda: conv(groups=4),
     "reflected": lambda: conv(padding_mode="reflect"),
-    "doubled": lambda: conv(DoublingConv2d, size=(5, 7)),
-    "doubled and narrow": lambda: conv(DoublingConv2d, channels=(16, 24)),
+    "upsampled": lambda: conv(UpsampleConv2d, size=(5, 7)),
+    "upsampled and narrow": lambda: conv(UpsampleConv2d, channels=(16, 24)),
 }
 
 
@@ -100,7 +100,7 @@ def test_layers_equal_torchs(case, layout, dtype):
 @pytest.mark.parametrize("chunk", [1, 4 << 10, 1 << 30])
 def test_winograd_is_the_same_in_chunks(monkeypatch, chunk):
     monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
-    for kind in (Conv2d, DoublingConv2d):
+    for kind in (Conv2d, UpsampleConv2d):
         layer, x = conv(kind, size=(12, 10))
         with torch.no_grad(), cpu.cache_weights():
             assert distance(layer(x), run_plain(layer, x)) < LIMITS[torch.float32]
@@ -115,7 +115,7 @@ def test_winograd_rounds_no_worse_than_the_direct_form():
     assert distance(ours.double(), exact) < 3 * distance(direct.double(), exact)
 
 
-def test_an_odd_size_after_doubling_is_cut_before_the_convolution():
+def test_an_odd_size_after_upsampling_is_cut_before_the_convolution():
     layer, x = Upsample(32).eval(), torch.randn(1, 32, 5, 4)
     with torch.no_grad():
         y = layer(x, (9, 8))
@@ -149,7 +149,7 @@ WRITES = COUNTED_WRITES | {
 }
 
 
-@pytest.mark.parametrize("case", ["linear", "Winograd", "one product", "1x1", "doubled"])
+@pytest.mark.parametrize("case", ["linear", "Winograd", "one product", "1x1", "upsampled"])
 @pytest.mark.parametrize("write", WRITES)
 def test_every_write_to_a_weight_is_seen(case, write):
     """By all calls outside `cache_weights`, and by the next such block."""
@@ -166,7 +166,7 @@ def test_every_write_to_a_weight_is_seen(case, write):
             assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("case", ["Winograd", "doubled", "doubled and narrow"])
+@pytest.mark.parametrize("case", ["Winograd", "upsampled", "upsampled and narrow"])
 @pytest.mark.parametrize("write", COUNTED_WRITES)
 def test_writes_that_torch_counts_are_seen_while_weights_are_cached(case, write):
     layer, x = CASES[case]()
@@ -224,8 +224,8 @@ BACKWARD = {
     "linear without bias": "LinearBackward",
     "one product": "ConvolutionBackward",
     "one product with stride": "ConvolutionBackward",
-    "doubled": "UpsampleConvolutionBackward",
-    "doubled and narrow": "UpsampleConvolutionBackward",
+    "upsampled": "UpsampleConvolutionBackward",
+    "upsampled and narrow": "UpsampleConvolutionBackward",
     "without padding": "ConvolutionBackward0",  # torch's own
 }
 

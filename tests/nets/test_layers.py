@@ -66,8 +66,8 @@ MODULES = {
     "vae_res_small": (autoencoder.ResnetBlock, {"in_channels": 64, "out_channels": 64}),
     "vae_attn": (autoencoder.AttnBlock, {"in_channels": 64}),
     "vae_attn_small": (autoencoder.AttnBlock, {"in_channels": 64}),
-    "vae_down": (autoencoder.Downsample, {"channels": 64}),
-    "vae_down_pool": (autoencoder.Downsample, {"channels": 64, "use_conv": False}),
+    "vae_down": (autoencoder.AsymmetricDownsample, {"channels": 64}),
+    "vae_down_pool": (autoencoder.AsymmetricDownsample, {"channels": 64, "use_conv": False}),
     "vae_up": (Upsample, {"channels": 64}),
     "vae_up_noconv": (Upsample, {"channels": 64, "use_conv": False}),
 }  # fmt: skip
@@ -168,8 +168,11 @@ def test_one_context_serves_all_blocks():
 
 
 WRONG = [
-    (lambda: GroupNorm(48), "width 48 is not a multiple of 32"),
-    (lambda: AttentionBlock(channels=64, num_heads=3), "64 cannot be divided among 3 heads"),
+    (lambda: GroupNorm(48), "48 channels are not a multiple of 32"),
+    (
+        lambda: AttentionBlock(channels=64, num_heads=3),
+        "64 channels cannot be divided among 3 heads",
+    ),
     (lambda: SpatialTransformer(**{**SPATIAL, "context_dim": [24]}, depth=2), "1 entries for 2"),
     (
         lambda: SpatialTransformer(**SPATIAL)(torch.ones(1, 64, 4, 4), [torch.ones(1, 5, 24)] * 3),

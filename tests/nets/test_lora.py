@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.encoders.towers import FusedAttention
-from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear
+from ldm.nets.blocks import Conv2d, Linear, UpsampleConv2d
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_changes
 
 LAYERS = {
@@ -10,7 +10,7 @@ LAYERS = {
     "1x1": lambda: Conv2d(12, 20, 1),
     "3x3": lambda: Conv2d(12, 20, 3, padding=1),
     "halving": lambda: Conv2d(12, 20, 3, stride=2, padding=1),
-    "doubling": lambda: DoublingConv2d(12, 20, 3, padding=1),
+    "upsampled": lambda: UpsampleConv2d(12, 20, 3, padding=1),
     "fused": lambda: FusedAttention(12, 3),
 }
 

@@ -299,9 +299,9 @@ def test_depth_may_differ_by_level():
 
 
 BAD = [
-    ({"model_channels": 48}, "width 48 is not a multiple of 32"),
+    ({"model_channels": 48}, "48 channels are not a multiple of 32"),
     ({"num_head_channels": -1}, "either num_heads or num_head_channels"),
-    ({"num_head_channels": 128}, "num_head_channels 128 exceeds the width 32"),
+    ({"num_head_channels": 128}, "num_head_channels 128 exceeds 32 channels"),
     ({"context_dim": None}, "use_spatial_transformer and context_dim go together"),
     ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks has 3 entries for 2 levels"),
     ({"disable_self_attentions": [True]}, "disable_self_attentions has 1 entries for 2 levels"),
@@ -321,7 +321,7 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 def test_inputs_that_cannot_work_are_refused():
     unet, (x, t, context) = tiny_unet(), tiny_inputs()
-    with pytest.raises(ValueError, match="7 x 8 does not fit this UNet, .* multiples of 2"):
+    with pytest.raises(ValueError, match="8x7 does not fit this UNet: .* multiples of 2"):
         tiny_unet(resblock_updown=True)(x[:, :, :7], t, context)
     with pytest.raises(ValueError, match="takes 4 channels, got 3"):
         unet(x[:, :3], t, context)

@@ -13,7 +13,7 @@ count operations or to batch gradients (`is_grads_batched`), which support only 
 """
 
 from ldm.nets.cpu.group_norm import group_norm
-from ldm.nets.cpu.layers import conv2d, conv2d_doubled, linear
+from ldm.nets.cpu.layers import conv2d, linear, upsample_conv2d
 from ldm.nets.cpu.support import applies, enable
 from ldm.nets.cpu.weight_cache import cache_weights
 from ldm.runtime.device import keep_memory
@@ -22,9 +22,9 @@ __all__ = [
     "applies",
     "cache_weights",
     "conv2d",
-    "conv2d_doubled",
     "enable",
     "group_norm",
     "keep_memory",
     "linear",
+    "upsample_conv2d",
 ]

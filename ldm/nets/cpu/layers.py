@@ -61,7 +61,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     if x.dim() != 4 or not applies_to_layer(x, weight):
         return nn.Conv2d.forward(layer, x)
     if not (x.shape[2] % 2 or x.shape[3] % 2):
-        matrices = _transform_for_winograd(layer, len(x), x.shape[-2:].numel(), doubled=False)
+        matrices = _transform_for_winograd(layer, len(x), x.shape[-2:].numel(), upsampled=False)
         if matrices is not None:
             return winograd.convolve(x, matrices, bias)
     if _is_one_product(layer, _count_pixels(x) // math.prod(layer.stride)):
@@ -82,7 +82,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
+def upsample_conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """Convolve x (B, C, h, w) after nearest-neighbor upsampling by 2: (B, C_out, 2h, 2w)."""
     weight, bias, pixels = layer.weight, layer.bias, _count_pixels(x)
     if _is_3x3(layer) and applies_to_layer(x, weight):
@@ -92,7 +92,7 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
                 maps = y.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
         elif pixels * weight.numel() >= CONV_WORK:
-            matrices = _transform_for_winograd(layer, len(x), 4 * pixels // len(x), doubled=True)
+            matrices = _transform_for_winograd(layer, len(x), 4 * pixels // len(x), upsampled=True)
             if matrices is not None:
                 return winograd.convolve(x, matrices, bias)
             return _convolve_phases(x, transform_weight(weight, "phases", _merge_taps), bias)
@@ -136,7 +136,7 @@ def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
 
 
 def _transform_for_winograd(
-    layer: nn.Conv2d, images: int, pixels_per_image: int, *, doubled: bool
+    layer: nn.Conv2d, images: int, pixels_per_image: int, *, upsampled: bool
 ) -> list[Tensor] | None:
     """Transform the weight; None if Winograd does not pay off. Pixels are those of the output."""
     weight, pixels = layer.weight, images * pixels_per_image
@@ -150,10 +150,10 @@ def _transform_for_winograd(
     packs = is_caching(weight) and not products.has_few_rows(tiles, weight.dtype)
 
     def transform(weight: Tensor) -> list[Tensor]:
-        matrices = winograd.transform_kernel(weight, doubled=doubled).unbind()
+        matrices = winograd.transform_kernel(weight, upsampled=upsampled).unbind()
         return [products.pack(matrix) if packs else matrix for matrix in matrices]
 
-    return transform_weight(weight, "Winograd, doubled" if doubled else "Winograd", transform)
+    return transform_weight(weight, "Winograd, upsampled" if upsampled else "Winograd", transform)
 
 
 def _merge_taps(weight: Tensor) -> list[Tensor]:

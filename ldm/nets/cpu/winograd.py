@@ -21,13 +21,13 @@ from torch import Tensor
 from ldm.nets.cpu.products import multiply_in_any_layout
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-DOUBLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # without the unused row
+UPSAMPLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # without the unused row
 CHUNK_BYTES = 4 << 20  # of V per thread at a time, to stay in cache
 
 
-def transform_kernel(weight: Tensor, *, doubled: bool) -> Tensor:
-    """Compute U of a (C_out, C_in, 3, 3) kernel: 16 (9 if doubled) matrices (C_out, C_in)."""
-    g = torch.tensor(DOUBLED_G if doubled else G)
+def transform_kernel(weight: Tensor, *, upsampled: bool) -> Tensor:
+    """Compute U of a (C_out, C_in, 3, 3) kernel: 16 (9 if upsampled) matrices (C_out, C_in)."""
+    g = torch.tensor(UPSAMPLED_G if upsampled else G)
     matrices = torch.kron(g, g) @ weight.float().reshape(-1, 9).t()
     return matrices.view(-1, *weight.shape[:2]).to(weight.dtype)
 
@@ -43,12 +43,12 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
     Returns:
         (B, C_out, h, w), or (B, C_out, 2h, 2w) after upsampling, channels last.
     """
-    is_doubled = len(matrices) == 9
+    is_upsampled = len(matrices) == 9
     # Along each axis, a tile has n entries of U and V, and the next one begins `step` pixels later.
-    n, step = (3, 1) if is_doubled else (4, 2)
-    transform_input = _transform_doubled_input if is_doubled else _transform_input
+    n, step = (3, 1) if is_upsampled else (4, 2)
+    transform_input = _transform_upsampled_input if is_upsampled else _transform_input
     transform_output: Callable[..., Sequence[Tensor]] = (
-        _transform_doubled_output if is_doubled else _transform_output
+        _transform_upsampled_output if is_upsampled else _transform_output
     )
     batch, in_channels, height, width = x.shape
     out_channels = matrices[0].shape[0]
@@ -98,7 +98,7 @@ def _transform_input(x: Tensor, dim: int) -> Sequence[Tensor]:
     return d0 - d2, d1 + d2, d2 - d1, d1 - d3
 
 
-def _transform_doubled_input(x: Tensor, dim: int) -> Sequence[Tensor]:
+def _transform_upsampled_input(x: Tensor, dim: int) -> Sequence[Tensor]:
     """Compute B^T d along one axis of upsampled x: n + 2 entries -> 3 times n."""
     n = x.shape[dim] - 2
     before, middle, after = (x.narrow(dim, k, n) for k in range(3))
@@ -111,5 +111,5 @@ def _transform_output(m0: Tensor, m1: Tensor, m2: Tensor, m3: Tensor) -> Sequenc
     return first, m1.sub_(m2).sub_(m3)
 
 
-def _transform_doubled_output(m0: Tensor, m1: Tensor, m2: Tensor) -> Sequence[Tensor]:
+def _transform_upsampled_output(m0: Tensor, m1: Tensor, m2: Tensor) -> Sequence[Tensor]:
     return m0 + m1, m1 - m2
