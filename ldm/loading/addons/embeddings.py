@@ -1,7 +1,10 @@
 """Read and write textual inversions: tokens for prompts, with vectors for one or two text encoders.
 
+The file is called a textual inversion, a token with its vectors an embedding.
+
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
-                 is the name of the file, unless the file has several. In a .png: JSON in a text
+                 is the name of the file, unless it has several. In a .png: base64 of JSON, in a
+                 text chunk
     diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors; SDXL: a file per encoder
     SDXL         {"clip_l": (n, 768), "clip_g": (n, 1280)}: kohya, A1111, ComfyUI
     in LoRAs     the same with the prefix `bundle_emb.TOKEN.`
@@ -29,24 +32,26 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
 
 __all__ = [
-    "BUNDLE", "add_embeddings", "check_embeddings", "list_embedding_files", "load_embeddings",
-    "read_bundle", "read_embeddings", "write_embeddings",
+    "BUNDLE_PREFIX", "add_embeddings", "check_embeddings", "list_embedding_files",
+    "load_embeddings", "read_bundle", "read_embeddings", "write_embeddings",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".bin", ".safetensors")
-# Of A1111: key of the text in a PNG, and of tensors in its JSON.
-PNG, PNG_KEY, PNG_TENSOR = ".png", "sd-ti-embedding", "TORCHTENSOR"
-MAX_TOKENS = 76  # in a file: no prompt could use more
-PARAMETERS = "string_to_param."
+PNG_SUFFIX = ".png"
+PNG_TEXT_KEY = "sd-ti-embedding"  # text chunk of A1111's PNGs
+TENSOR_KEY = "TORCHTENSOR"  # A1111's mark of a tensor in JSON
+MAX_TOKENS = 76  # a file with more tensors is of another kind
+STRING_TO_PARAM_PREFIX = "string_to_param."
 ONLY_TOKEN_KEY = "emb_params"  # vectors of the only token, which is named after the file
 XL_KEYS = ("clip_l", "clip_g")  # the same, for each text encoder of SDXL
 # Keys of diffusers' training script.
 DIFFUSERS_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
-BUNDLE = "bundle_emb."  # prefix of embeddings in LoRA files
-TITLES = TITLE_BY_WIDTH | {1280: "SDXL"}  # of models, by the width of their last text encoder
+BUNDLE_PREFIX = "bundle_emb."  # of embeddings in LoRA files
+# Names of model families, by the width of their last text encoder.
+FAMILY_BY_WIDTH = TITLE_BY_WIDTH | {1280: "SDXL"}
 
 
 def load_embeddings(
@@ -54,16 +59,18 @@ def load_embeddings(
 ) -> None:
     """Add the tokens of files, and of files in folders, to a model's text encoders.
 
-    `provenance` records the files.
+    `model.provenance` records the files.
 
     Args:
-        strict: whether to raise for a file that does not fit, else it is skipped; files in folders
-            are always skipped.
+        strict: whether to raise for a file that does not fit, else it is skipped; in folders such
+            files are skipped in any case.
 
     Raises:
-        ValueError: a file is not a textual inversion, or for another text encoder.
+        FileFormatError: a file is not a textual inversion.
+        WeightsMismatch: a file is for another text encoder.
+        WrongFamily: the model has no text encoder.
     """
-    files = []
+    entries = []
     for path in map(Path, paths):
         if not (candidates := list_embedding_files(path)):
             log.warning("`%s` has no textual inversions", path)
@@ -76,38 +83,43 @@ def load_embeddings(
                     raise
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
-            words = [token.lower() for token in tokens]
-            files.append(
-                {"path": str(file.resolve()), "words": words, "hash": compute_short_hash(file)}
+            entries.append(
+                {
+                    "path": str(file.resolve()),
+                    "words": [token.lower() for token in tokens],
+                    "hash": compute_short_hash(file),
+                }
             )
-    if files:
-        model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
-    _warn_of_missing_vectors(model, [word for file in files for word in file["words"]])
+    if entries:
+        model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *entries]
+    _warn_of_missing_vectors(model, [token for entry in entries for token in entry["words"]])
 
 
 def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
     """Raise what `load_embeddings` would raise; the model may be on the meta device."""
     for path in map(Path, paths):
         if not path.expanduser().is_dir():
-            _find_encoders(model, read_embeddings(path), path)
+            _check_tokens(model, read_embeddings(path), path)
 
 
 def add_embeddings(
     model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
 ) -> None:
-    """Add tokens to the text encoders of the width of their vectors.
+    """Add tokens to the text encoders whose width is that of their vectors.
 
     Args:
         tokens: vectors (n, D) for one or two text encoders, by token.
         file: the file that they are from, for messages.
     Raises:
         WeightsMismatch: they are for another text encoder.
+        WrongFamily: the model has no text encoder.
     """
     if not tokens:
         return
-    encoders = _find_encoders(model, tokens, file)
-    for token, vectors in tokens.items():
-        by_width = {value.shape[1]: value for value in vectors}
+    _check_tokens(model, tokens, file)
+    encoders = model.conditioner.find_all(TextEncoder)
+    for token, vectors_by_encoder in tokens.items():
+        by_width = {vectors.shape[1]: vectors for vectors in vectors_by_encoder}
         fitting = [encoder for encoder in encoders if encoder.width in by_width]
         if any(token.lower() in encoder.added_embeddings for encoder in fitting):
             log.warning("`%s` replaces `%s`, which another file had added", file, token)
@@ -116,25 +128,24 @@ def add_embeddings(
     log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
 
 
-def _find_encoders(
+def _check_tokens(
     model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
-) -> list[TextEncoder]:
-    """Return the text encoders; raise WeightsMismatch unless each token fits one of them."""
+) -> None:
+    """Raise WeightsMismatch or WrongFamily unless each token fits one of the text encoders."""
     encoders = model.conditioner.find_all(TextEncoder)
     if not encoders:
-        raise WrongFamily("this model has no text encoder, embeddings cannot be added")
+        raise WrongFamily("this model has no text encoder: embeddings cannot be added")
     widths = [encoder.width for encoder in encoders]
-    for token, vectors in tokens.items():
-        # The last is for SDXL's second text encoder; the first, CLIP-L, is also that of SD 1.
-        width = vectors[-1].shape[1]
+    for token, vectors_by_encoder in tokens.items():
+        # The last vectors show the family: CLIP-L's, the first of SDXL, also fit SD 1.
+        width = vectors_by_encoder[-1].shape[1]
         if width not in widths:
             expected = " or ".join(map(str, widths))
             raise WeightsMismatch(
                 f"`{file}`: `{token}` has vectors of width {width} "
-                f"({TITLES.get(width, 'another model')}), the text encoder takes {expected} "
-                f"({TITLES.get(widths[-1], 'another model')})"
+                f"({FAMILY_BY_WIDTH.get(width, 'another model')}); the text encoder takes "
+                f"{expected} ({FAMILY_BY_WIDTH.get(widths[-1], 'another model')})"
             )
-    return encoders
 
 
 def _warn_of_missing_vectors(model: LatentDiffusion, tokens: Iterable[str]) -> None:
@@ -147,7 +158,7 @@ def _warn_of_missing_vectors(model: LatentDiffusion, tokens: Iterable[str]) -> N
             log.warning(
                 "`%s` has vectors for the text encoder of width %d only (%s): that of width %d "
                 "reads it as plain text",
-                token, widths[0], TITLES.get(widths[0], "another model"), missing[0],
+                token, widths[0], FAMILY_BY_WIDTH.get(widths[0], "another model"), missing[0],
             )  # fmt: skip
 
 
@@ -163,24 +174,24 @@ def list_embedding_files(path: str | Path) -> list[Path]:
 
 
 def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
-    """Return the vectors (n, D), for one or two text encoders, by token of a file."""
+    """Read a file's tokens, each with vectors (n, D) for one or two text encoders."""
     path = Path(path).expanduser()
-    if path.suffix.lower() == PNG:
+    if path.suffix.lower() == PNG_SUFFIX:
         return _read_png(path)
-    file = read_checkpoint(path)
-    return _parse_tokens(file.state, file.metadata.get(TOKEN_KEY, path.stem), path)
+    checkpoint = read_checkpoint(path)
+    return _parse_tokens(checkpoint.state, checkpoint.metadata.get(TOKEN_KEY, path.stem), path)
 
 
 def _read_png(path: Path) -> dict[str, list[Tensor]]:
-    """Return the tokens that A1111 stores in the text of a PNG."""
+    """Return the tokens that A1111 stores in a text chunk of a PNG."""
     text = _read_png_text(path)
     if not text:
-        raise FileFormatError(f"`{path}` is an image without a textual inversion in its text")
+        raise FileFormatError(f"`{path}` is an image without a textual inversion")
     try:
         content = json.loads(base64.b64decode(text))
         tensors = {
-            f"{PARAMETERS}{name}": torch.tensor(value[PNG_TENSOR], dtype=torch.float32)
-            for name, value in content[PARAMETERS.rstrip(".")].items()
+            f"{STRING_TO_PARAM_PREFIX}{name}": torch.tensor(value[TENSOR_KEY], dtype=torch.float32)
+            for name, value in content[STRING_TO_PARAM_PREFIX.rstrip(".")].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"`{path}`: the textual inversion in it is damaged") from error
@@ -189,11 +200,11 @@ def _read_png(path: Path) -> dict[str, list[Tensor]]:
 
 def _read_png_text(path: Path) -> str:
     """Return the text chunk of a PNG with A1111's textual inversion; "" if there is none."""
-    if path.suffix.lower() != PNG:
+    if path.suffix.lower() != PNG_SUFFIX:
         return ""
     try:
         with open_image(path) as image:
-            return str(image.info.get(PNG_KEY, ""))
+            return str(image.info.get(PNG_TEXT_KEY, ""))
     except FileFormatError:
         return ""
 
@@ -202,18 +213,19 @@ def read_bundle(path: Path) -> dict[str, list[Tensor]]:
     """Return the tokens in a LoRA file with their vectors, as `read_embeddings` does."""
     bundles: dict[str, dict[str, Tensor]] = {}
     for name, value in read_checkpoint(path).state.items():
-        if not name.startswith(BUNDLE):
+        if not name.startswith(BUNDLE_PREFIX):
             continue
-        token, dot, key = name.removeprefix(BUNDLE).rpartition(f".{PARAMETERS}")
-        if dot:
-            key = PARAMETERS + key
+        name = name.removeprefix(BUNDLE_PREFIX)
+        token, separator, key = name.rpartition(f".{STRING_TO_PARAM_PREFIX}")
+        if separator:
+            key = STRING_TO_PARAM_PREFIX + key
         else:
-            token, _, key = name.removeprefix(BUNDLE).rpartition(".")
+            token, _, key = name.rpartition(".")
         bundles.setdefault(token or key, {})[key] = value
     return {
-        token: vectors
+        token: vectors_by_encoder
         for bundle, tensors in bundles.items()
-        for token, vectors in _parse_tokens(tensors, bundle, path).items()
+        for token, vectors_by_encoder in _parse_tokens(tensors, bundle, path).items()
     }
 
 
@@ -225,11 +237,11 @@ def write_embeddings(
 ) -> None:
     """Write tokens in the format of diffusers, or one token of SDXL in that of kohya.
 
-    A1111 reads both, and names the token after the file.
+    A1111 reads files of one token in either format, and names the token after the file.
 
     Args:
         tokens: vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
-        metadata: entries of the file; None = none besides those that are computed.
+        metadata: further entries of the file's metadata; None = only those that are computed.
         model: model that they were trained for, whose base model goes into the metadata; None =
             unknown.
     """
@@ -240,10 +252,11 @@ def write_embeddings(
     }
     entries = describe_model(model, Path(path).stem, "textual-inversion", entries)
     for token, value in tokens.items():
-        vectors = [value] if isinstance(value, Tensor) else value
-        names = [token] if len(vectors) == 1 else XL_KEYS
-        state |= {name: v.detach().cpu() for name, v in zip(names, vectors, strict=True)}
-        if len(vectors) > 1:
+        vectors_by_encoder = [value] if isinstance(value, Tensor) else value
+        keys = [token] if len(vectors_by_encoder) == 1 else XL_KEYS
+        for key, vectors in zip(keys, vectors_by_encoder, strict=True):
+            state[key] = vectors.detach().cpu()
+        if len(vectors_by_encoder) > 1:
             entries[TOKEN_KEY] = token
     write_checkpoint(path, state, entries)
 
@@ -258,7 +271,11 @@ def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[st
     """
     state = {DIFFUSERS_XL_KEYS.get(key, key): value for key, value in state.items()}
     xl_vectors = [state[key] for key in XL_KEYS if key in state]
-    params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}
+    params = {
+        n.removeprefix(STRING_TO_PARAM_PREFIX): v
+        for n, v in state.items()
+        if n.startswith(STRING_TO_PARAM_PREFIX)
+    }
     if xl_vectors:
         tokens = {name: xl_vectors}
     elif ONLY_TOKEN_KEY in state:
@@ -267,21 +284,22 @@ def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[st
         tokens = {name: list(params.values())}
     else:
         tokens = {token: [value] for token, value in (params or state).items()}
-    values = [value for vectors in tokens.values() for value in vectors]
+    values = [value for vectors_by_encoder in tokens.values() for value in vectors_by_encoder]
     if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in values):
-        message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"
-        raise FileFormatError(message)
-    for token, vectors in tokens.items():
-        if not all(value.numel() for value in vectors):
+        raise FileFormatError(
+            f"`{path}` is not a textual inversion: its tensors are not vectors of tokens"
+        )
+    for token, vectors_by_encoder in tokens.items():
+        if not all(vectors.numel() for vectors in vectors_by_encoder):
             raise FileFormatError(f"`{path}`: `{token}` has no vectors")
-        if not all(value.isfinite().all() for value in vectors):
+        if not all(vectors.isfinite().all() for vectors in vectors_by_encoder):
             raise FileFormatError(f"`{path}`: the vectors of `{token}` are not finite")
-        counts = [value.numel() // value.shape[-1] for value in vectors]
+        counts = [vectors.numel() // vectors.shape[-1] for vectors in vectors_by_encoder]
         if len(set(counts)) > 1:
             raise FileFormatError(
                 f"`{path}`: `{token}` has {counts[0]} vectors for CLIP-L and {counts[1]} for bigG"
             )
     return {
-        token: [value.reshape(-1, value.shape[-1]).clone() for value in vectors]
-        for token, vectors in tokens.items()
+        token: [vectors.reshape(-1, vectors.shape[-1]).clone() for vectors in vectors_by_encoder]
+        for token, vectors_by_encoder in tokens.items()
     }

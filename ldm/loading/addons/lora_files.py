@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.loading.addons.embeddings import BUNDLE
+from ldm.loading.addons.embeddings import BUNDLE_PREFIX
 from ldm.loading.addons.lora_targets import TargetLayer, list_lora_targets
 from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
 from ldm.loading.diffusers.layout import read_json
@@ -119,7 +119,7 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
             name = aliases.get(normalize_layer_name(prefix + match[1]), match[1])
             group = originals if ORIGINAL_BLOCKS.search(match[1]) else layers
             group.setdefault(name, {})[_get_role(match)] = value
-        elif not key.startswith(BUNDLE):
+        elif not key.startswith(BUNDLE_PREFIX):
             unknown.append(key)
     if duplicates := originals.keys() & layers.keys():
         message = "`%s` has %d layers twice: those with the original's names are left out"
@@ -190,7 +190,7 @@ def guess_family(layers: Mapping[str, Tensors]) -> str | None:
 def read_bundled_embeddings(path: str | Path) -> Tensors:
     """Return the tensors of textual inversions in a LoRA file or folder, by their names there."""
     files = map(read_checkpoint, list_lora_files(path))
-    return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE)}
+    return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE_PREFIX)}
 
 
 def compute_a1111_hash(path: Path) -> str:
