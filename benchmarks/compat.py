@@ -20,7 +20,7 @@ import harness  # noqa: F401  # finds this checkout's `ldm`
 import torch
 from torch import Tensor
 
-from ldm.loading.diffusers.keys import locate_unet, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_unet
 
 SD1 = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": 2, "num_heads": 8,
@@ -81,7 +81,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
             block_out_channels=channels, cross_attention_dim=SD1["context_dim"]
         )
     state = unet.state_dict()
-    diffusers_unet.load_state_dict(scatter_weights(locate_unet(state), state), assign=True)
+    diffusers_unet.load_state_dict(convert_to_diffusers(locate_unet(state), state), assign=True)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
         clip_sample=False, set_alpha_to_one=False,

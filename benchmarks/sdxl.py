@@ -16,7 +16,12 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import plan_conversion
 from ldm.loading.diffusers.files import write_texts
-from ldm.loading.diffusers.keys import locate_text_encoder, locate_unet, locate_vae, scatter_weights
+from ldm.loading.diffusers.locations import (
+    convert_to_diffusers,
+    locate_text_encoder,
+    locate_unet,
+    locate_vae,
+)
 from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
@@ -89,7 +94,7 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
 
     state = build_ours(name)[0].state_dict()
     keys = {"unet": locate_unet, "vae": locate_vae, "text": locate_text_encoder}[name](state)
-    weights = scatter_weights(keys, state)
+    weights = convert_to_diffusers(keys, state)
     network: Any
     with torch.device("meta"):
         if name == "unet":

@@ -199,13 +199,13 @@ def build_diffusers(model: Any, batch: Batch, use_ema: bool) -> Step:
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
 
-    from ldm.loading.diffusers.keys import locate_unet, scatter_weights
+    from ldm.loading.diffusers.locations import convert_to_diffusers, locate_unet
     from ldm.loading.diffusers.networks import make_unet_config
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(make_unet_config(model.unet, 64))
     state = {name: value.detach() for name, value in model.unet.state_dict().items()}
-    unet.load_state_dict(scatter_weights(locate_unet(state), state), assign=True)
+    unet.load_state_dict(convert_to_diffusers(locate_unet(state), state), assign=True)
     unet.requires_grad_(True).train()
     prediction_type = {"eps": "epsilon", "v": "v_prediction"}[model.parameterization]
     scheduler: Any = DDPMScheduler(

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.towers import VisionTower
-from ldm.loading.diffusers.keys import locate_vision_tower, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_vision_tower
 
 
 def write_checker(path):
@@ -19,7 +19,9 @@ def write_checker(path):
     checker.concept_embeds_weights.data[2] = -2
     state = checker.state_dict()
     locations = locate_vision_tower(f"model.{name}" for name in state)
-    theirs = scatter_weights({n.removeprefix("model."): v for n, v in locations.items()}, state)
+    theirs = convert_to_diffusers(
+        {n.removeprefix("model."): v for n, v in locations.items()}, state
+    )
     theirs |= {name: value for name, value in state.items() if "embeds" in name}
     save_file({name: value.contiguous() for name, value in theirs.items()}, path)
     return path

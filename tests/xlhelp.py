@@ -5,7 +5,7 @@ import torch
 from ldm.conditioning import Conditioner
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.loading.diffusers.keys import locate_text_encoder, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_text_encoder
 
 L_WIDTH, G_WIDTH, POOLED_WIDTH, LAYERS = 24, 32, 32, 3
 CLIP_L = {
@@ -46,7 +46,7 @@ def their_towers(conditioner: Conditioner):
     towers = CLIPTextModel(config).eval(), CLIPTextModelWithProjection(config_2).eval()
     for ours, theirs in zip((conditioner.text, conditioner.text_2), towers, strict=True):
         state = ours.state_dict()
-        weights = scatter_weights(locate_text_encoder(state), state)
+        weights = convert_to_diffusers(locate_text_encoder(state), state)
         names = theirs.state_dict().keys()
         if "final_layer_norm.weight" in names:  # transformers 5 has one level less
             weights = {name.removeprefix("text_model."): value for name, value in weights.items()}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ldm.encoders.text import OpenCLIPText
 from ldm.encoders.towers import VOCAB
-from ldm.loading.diffusers.keys import (
+from ldm.loading.diffusers.locations import (
     OLD_VAE_NAMES,
     TEXT_COMPONENTS,
-    gather_weights,
+    convert_from_diffusers,
     get_component_prefixes,
     locate_weights,
 )
@@ -172,7 +172,7 @@ def translate_names(
             for name, value in component_state.items()
             if name in known or not name.endswith(UNUSED_WEIGHTS)
         }
-        gathered = gather_weights(locations, component_state, expected)
+        gathered = convert_from_diffusers(locations, component_state, expected)
         used = {name for ours in gathered for name in locations[ours].keys}
         renamed |= {prefix + n: value for n, value in component_state.items() if n not in used}
         renamed |= gathered

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
 from ldm.loading.autoencoders import find_scale_factor, is_finite_in_half
-from ldm.loading.diffusers.keys import locate_unet
+from ldm.loading.diffusers.locations import locate_unet
 from ldm.loading.files.checkpoint import Checkpoint, compute_short_hash
 from ldm.loading.matching import match_weights
 from ldm.loading.tiny_autoencoder import TinyWeights, check_latents

@@ -14,7 +14,7 @@ from ldm.compat.openaimodel import UNetModel
 from ldm.compat.relabel import relabel
 from ldm.compat.util import get_obj_from_str, instantiate_from_config
 from ldm.loading.build import meta_device
-from ldm.loading.diffusers.keys import locate_unet, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_unet
 from nets import nethelp
 from quick import some
 from recipe import fill, fill_on_demand
@@ -139,7 +139,7 @@ def test_diffusers_computes_the_same(diffusers):
         attention_head_dim=(2, 4),
         use_linear_projection=True,
     ).eval()
-    other.load_state_dict(scatter_weights(locate_unet(unet.state_dict()), unet.state_dict()))
+    other.load_state_dict(convert_to_diffusers(locate_unet(unet.state_dict()), unet.state_dict()))
     x, t, context = tiny_inputs()
     with torch.no_grad():
         expected = other(x, t, context).sample

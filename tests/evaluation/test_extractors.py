@@ -19,7 +19,11 @@ from ldm.evaluation.extractors import (
 )
 from ldm.loading.addons.clip import check_clip, load_clip
 from ldm.loading.addons.inception import load_inception
-from ldm.loading.diffusers.keys import locate_text_encoder, locate_vision_tower, scatter_weights
+from ldm.loading.diffusers.locations import (
+    convert_to_diffusers,
+    locate_text_encoder,
+    locate_vision_tower,
+)
 from ldm.nets.inception import Inception
 from ldm.runtime.errors import FileFormatError, UnknownName
 
@@ -182,7 +186,7 @@ def test_a_folder_of_transformers_tells_the_activation(clip_weights, tmp_path):
     locations = locate_text_encoder(
         name for name in names if "visual" not in name
     ) | locate_vision_tower(names)
-    theirs = {k: v.contiguous() for k, v in scatter_weights(locations, names).items()}
+    theirs = {k: v.contiguous() for k, v in convert_to_diffusers(locations, names).items()}
     save_file(theirs | {"logit_scale": clip_weights["logit_scale"]}, tmp_path / "model.safetensors")
     for activation in ("gelu", "quick_gelu"):
         config = {"text_config": {"hidden_act": activation}}

@@ -11,7 +11,7 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.loading.addons.lora_targets import list_lora_targets
-from ldm.loading.diffusers.keys import locate_text_encoder, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_text_encoder
 from ldm.loading.diffusers.names import rename_unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
@@ -160,7 +160,7 @@ def their_tower(encoder: CLIPText | OpenCLIPText):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     state = encoder.state_dict()
-    theirs = scatter_weights(locate_text_encoder(state), state)
+    theirs = convert_to_diffusers(locate_text_encoder(state), state)
     sizes = TEXT if encoder.width == WIDTH else TEXT_2
     options = {**sizes, "eos_token_id": 49407, "projection_dim": encoder.width}
     if isinstance(encoder, CLIPText):

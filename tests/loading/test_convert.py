@@ -14,8 +14,8 @@ from ldm.commands.convert import main
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.keys import OLD_VAE_NAMES
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
+from ldm.loading.diffusers.locations import OLD_VAE_NAMES
 from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
 from ldm.loading.weights import open_checkpoint
 from quick import some

@@ -13,8 +13,8 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import networks
 from ldm.loading.diffusers.index import make_folder_configs, make_original_config
-from ldm.loading.diffusers.keys import locate_weights, scatter_weights
 from ldm.loading.diffusers.layout import INDEX
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.legacy import translate_config
 from quick import some
 
@@ -71,7 +71,7 @@ def components(model, spec):
     located = set()
     for component, locations in locate_weights(model).items():
         path = f"{component}/config.json" if INDEX in files else "config.json"
-        yield component, files[path], scatter_weights(locations, state)
+        yield component, files[path], convert_to_diffusers(locations, state)
         located |= locations.keys()
     assert all(name.startswith(WITHOUT_PLACE) for name in state.keys() - located)
 

@@ -14,7 +14,7 @@ import ldm
 from ldm.loading import families
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
-from ldm.loading.diffusers.keys import locate_weights, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.families import detect_prediction, probe_prediction, recognize_family
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
@@ -66,7 +66,7 @@ def diffusers_words(model, state):
     """The parts of a pipeline in one file, with the names that diffusers gives to the weights."""
     ours, single = rename_weights(state), {}
     for component, locations in locate_weights(model).items():
-        theirs = scatter_weights(locations, ours)
+        theirs = convert_to_diffusers(locations, ours)
         single |= {f"{component}.{name}": value for name, value in theirs.items()}
     missing = {n: v for n, v in state.items() if re.search("resblocks.1|_projection|_scale", n)}
     return single | missing

@@ -14,7 +14,7 @@ from ldm.loading import report
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
-from ldm.loading.diffusers.keys import locate_weights, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant
 from ldm.loading.legacy import translate_config
@@ -349,7 +349,7 @@ def write_as_components(state, model):
     return {
         f"{component}.{name}": value
         for component, locations in locate_weights(model).items()
-        for name, value in scatter_weights(locations, ours).items()
+        for name, value in convert_to_diffusers(locations, ours).items()
     }
 
 

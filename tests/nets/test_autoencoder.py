@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from goldfile import gold
 from ldm.loading.build import meta_device
-from ldm.loading.diffusers.keys import locate_vae, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_vae
 from ldm.nets.autoencoder import AttnBlock, AutoencoderKL, DiagonalGaussian
 
 SMALL = {
@@ -140,7 +140,7 @@ def test_diffusers_computes_the_same(diffusers):
         layers_per_block=1,
         latent_channels=4,
     ).eval()
-    theirs.load_state_dict(scatter_weights(locate_vae(ours.state_dict()), ours.state_dict()))
+    theirs.load_state_dict(convert_to_diffusers(locate_vae(ours.state_dict()), ours.state_dict()))
     image = torch.rand(2, 3, 32, 24) * 2 - 1
     moments = theirs.encode(image).latent_dist.parameters
     assert_close(ours.encode(image).parameters, moments, tolerance=1e-5)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from goldfile import gold
 from ldm.loading.build import meta_device
-from ldm.loading.diffusers.keys import locate_unet, scatter_weights
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_unet
 from ldm.loading.diffusers.names import rename_unet_layers
 from ldm.nets.blocks import timestep_embedding
 from ldm.nets.unet import UNet
@@ -236,7 +236,7 @@ def test_diffusers_computes_the_same(diffusers, family):
     ours, theirs, y = TWINS[family]
     unet = tiny_unet(**{"attention_resolutions": [1], **ours})
     other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
-    other.load_state_dict(scatter_weights(locate_unet(unet.state_dict()), unet.state_dict()))
+    other.load_state_dict(convert_to_diffusers(locate_unet(unet.state_dict()), unet.state_dict()))
     x, t, context = tiny_inputs()
     for z in (x, x[:, :, :7, :5]):
         with torch.no_grad():

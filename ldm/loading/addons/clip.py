@@ -17,8 +17,12 @@ from ldm.encoders.towers import CLIP
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.encoders import is_openai_clip
 from ldm.loading.diffusers.files import read_component
-from ldm.loading.diffusers.keys import gather_weights, locate_text_encoder, locate_vision_tower
 from ldm.loading.diffusers.layout import read_json
+from ldm.loading.diffusers.locations import (
+    convert_from_diffusers,
+    locate_text_encoder,
+    locate_vision_tower,
+)
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
@@ -124,7 +128,7 @@ def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = CLIP(text, vision).state_dict()
     locations = locate_text_encoder(name for name in names if not name.startswith("visual."))
     locations |= locate_vision_tower(names)
-    weights = gather_weights(locations, state, names)
+    weights = convert_from_diffusers(locations, state, names)
     return weights | {"logit_scale": state["logit_scale"]} if "logit_scale" in state else weights
 
 

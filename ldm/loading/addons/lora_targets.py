@@ -7,7 +7,7 @@ from torch import nn
 
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.encoders.towers import FusedAttention
-from ldm.loading.diffusers.keys import get_text_component
+from ldm.loading.diffusers.locations import get_text_component
 from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers
 from ldm.loading.weight_names import SECOND_TEXT, normalize_layer_name
 from ldm.model import LatentDiffusion

@@ -9,8 +9,8 @@ from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.towers import VisionTower
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.files import read_component
-from ldm.loading.diffusers.keys import gather_weights, locate_vision_tower
 from ldm.loading.diffusers.layout import read_json
+from ldm.loading.diffusers.locations import convert_from_diffusers, locate_vision_tower
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint
 from ldm.loading.matching import check_weights, guess_file_type
 from ldm.loading.published import find_checkpoint
@@ -69,7 +69,7 @@ def load_safety_checker(
         checker = _build_checker(state, heads, summary)
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
-    weights = gather_weights(locations, state, expected)
+    weights = convert_from_diffusers(locations, state, expected)
     gathered = {their_name for name in weights for their_name in locations[name].keys}
     weights |= {name: value for name, value in state.items() if name not in gathered}
     check_weights(expected, weights, summary)

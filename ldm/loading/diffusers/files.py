@@ -24,7 +24,6 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import read_added_tokens
 from ldm.loading.diffusers.index import NORMALIZER, Files, make_folder_configs, make_original_config
-from ldm.loading.diffusers.keys import get_component_prefixes, locate_weights, scatter_weights
 from ldm.loading.diffusers.layout import (
     EXTRA_WEIGHTS,
     INDEX,
@@ -33,6 +32,11 @@ from ldm.loading.diffusers.layout import (
     UNET,
     VAE,
     read_json,
+)
+from ldm.loading.diffusers.locations import (
+    convert_to_diffusers,
+    get_component_prefixes,
+    locate_weights,
 )
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
@@ -167,7 +171,7 @@ def build_folder(
         files["config.json"] |= {"scaling_factor": scale} if scale is not None else {}
     extra, components = dict(state), {}
     for component, locations in locate_weights(model).items():
-        components[component] = scatter_weights(locations, state)
+        components[component] = convert_to_diffusers(locations, state)
         extra = {name: value for name, value in extra.items() if name not in locations}
     if TOKEN_IDS in state:
         text, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"

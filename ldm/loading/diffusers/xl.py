@@ -13,7 +13,7 @@ from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers
-from ldm.loading.diffusers.keys import TEXT_COMPONENTS, get_text_component
+from ldm.loading.diffusers.locations import TEXT_COMPONENTS, get_text_component
 from ldm.loading.families import XL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion

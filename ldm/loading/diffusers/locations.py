@@ -20,25 +20,27 @@ from torch import Tensor, nn
 from ldm.encoders.image import CLIPImage
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers, replace_all
-from ldm.loading.weight_names import TEXT
+from ldm.loading.weight_names import TEXT as TEXT_PREFIX
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.unet import UNet
 
 __all__ = [
-    "OLD_VAE_NAMES", "TEXT_COMPONENTS", "Location", "gather_weights", "get_component_prefixes",
-    "get_text_component", "locate_depth_network", "locate_text_encoder", "locate_unet",
-    "locate_vae", "locate_vision_tower", "locate_weights", "scatter_weights",
+    "OLD_VAE_NAMES", "TEXT_COMPONENTS", "Location", "convert_from_diffusers",
+    "convert_to_diffusers", "get_component_prefixes", "get_text_component",
+    "locate_depth_estimator", "locate_text_encoder", "locate_unet", "locate_vae",
+    "locate_vision_tower", "locate_weights",
 ]  # fmt: skip
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2")
-PREFIXES = {
+# Prefix of our names by component; text encoders are added for a model.
+OUR_PREFIXES = {
     "unet": "unet.", "vae": "autoencoder.",
     "image_encoder": "conditioner.image.clip.", "depth_estimator": "conditioner.depth.",
 }  # fmt: skip
 
-VAE = (
+VAE_RULES = (  # (pattern, replacement), as for `replace_all`
     (r"\bmid\.attn_1\b", "mid_block.attentions.0"),
     (r"\bmid\.block_1\b", "mid_block.resnets.0"),
     (r"\bmid\.block_2\b", "mid_block.resnets.1"),
@@ -52,9 +54,9 @@ VAE = (
     (r"(attentions\.\d+)\.([qkv])\b", r"\1.to_\2"),
     (r"(attentions\.\d+)\.proj_out\b", r"\1.to_out.0"),
 )
-# Names of the autoencoder's attention in diffusers before 0.15, still found in folders.
+# Layers of the autoencoder's attention: name -> name before diffusers 0.15, still found in folders.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-VISION = (
+VISION_TOWER_RULES = (
     (r"^class_embedding", "embeddings.class_embedding"),
     (r"^positional_embedding", "embeddings.position_embedding.weight"),
     (r"^conv1\.", "embeddings.patch_embedding."),
@@ -62,7 +64,7 @@ VISION = (
     (r"^ln_post\.", "post_layernorm."),
 )
 BACKBONE, NECK = "dpt.embeddings.backbone.bit.", "neck.reassemble_stage."
-MIDAS = (
+DEPTH_RULES = (
     (r"pretrained\.model\.patch_embed\.backbone\.", BACKBONE),
     (r"bit\.stem\.conv", "bit.embedder.convolution"),
     (r"bit\.stem\.norm", "bit.embedder.norm"),
@@ -91,15 +93,16 @@ MIDAS = (
     (r"resConfUnit([12])\.conv([12])", r"residual_layer\1.convolution\2"),
 )
 
-# Of the x2 latent upscaler: names of layers outside of the levels, and of layers in them by type of
-# their block: residual block, self-attention or cross-attention.
-INNER = "inner_model."
+INNER = "inner_model."  # prefix of the x2 latent upscaler, as of k-diffusion's wrappers
 UPSCALER_LAYER = re.compile(rf"{re.escape(INNER)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
+# Our layer -> diffusers', outside of the levels.
 UPSCALER_OUTER_LAYERS = {
     "proj_in": "conv_in", "proj_out": "conv_out", "timestep_embed": "time_proj",
     "mapping.0": "time_embedding.linear_1", "mapping.2": "time_embedding.linear_2",
     "mapping_cond": "time_embedding.cond_proj",
 }  # fmt: skip
+# By type of a block (residual block, self-attention or cross-attention): our layer -> diffusers'
+# layers, of which our layer is the concatenation.
 UPSCALER_BLOCK_LAYERS = {
     "resnets": {
         "main.0.mapper": "norm1.linear", "main.2": "conv1", "main.4.mapper": "norm2.linear",
@@ -118,7 +121,7 @@ UPSCALER_BLOCK_LAYERS = {
 UPSCALER_MARKERS = {
     "resnets": "main.2.weight", "self": "qkv_proj.weight", "cross": "kv_proj.weight"
 }  # fmt: skip
-Form = Literal["same", "flat", "vector", "transposed"]
+Form = Literal["same", "matrix", "vector", "transposed"]
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,16 @@ class Location:
 
     Args:
         keys: names of diffusers' tensors.
-        form: "flat" if our 1x1 convolution is a matrix in diffusers, "vector" if our column is a
-            vector, "transposed" or "same".
+        form: what our tensor is in diffusers: "matrix" for a 1x1 convolution, "vector" for a
+            column, "transposed" for a matrix that is multiplied from the other side, or "same".
     """
 
     keys: tuple[str, ...]
     form: Form = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, view) of diffusers' tensors in our tensor."""
-        if self.form == "flat":
+        """Return diffusers' keys and tensors, which are views of our tensor."""
+        if self.form == "matrix":
             value = value.flatten(1)
         elif self.form == "vector":
             value = value.flatten()
@@ -155,12 +158,12 @@ class Location:
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
             value = value.T
-        if self.form in ("flat", "vector") and value.numel() == shape.numel():
+        if self.form in ("matrix", "vector") and value.numel() == shape.numel():
             return value.reshape(shape)
         return value
 
 
-def scatter_weights(
+def convert_to_diffusers(
     locations: Mapping[str, Location], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return views of our tensors under diffusers' names, without those that have no location."""
@@ -172,12 +175,14 @@ def scatter_weights(
     }
 
 
-def gather_weights(
+def convert_from_diffusers(
     locations: Mapping[str, Location],
     component: Mapping[str, Tensor],
     model_state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return diffusers' tensors under our names and in the model's shapes; skip missing ones.
+    """Return diffusers' tensors under our names; names with missing tensors are left out.
+
+    1x1 convolutions and columns get the model's shapes.
 
     Args:
         component: tensors by diffusers' names.
@@ -199,8 +204,9 @@ def get_component_prefixes(model: nn.Module) -> dict[str, str]:
     if not isinstance(model, LatentDiffusion):
         return {}
     if isinstance(model.conditioner.text, CLIPImage):
-        return {"unet": "unet.", "vae": "autoencoder.", "image_encoder": TEXT}
-    return PREFIXES | {
+        # SD Image Variations: this CLIP takes the place of the text encoder.
+        return {"unet": "unet.", "vae": "autoencoder.", "image_encoder": TEXT_PREFIX}
+    return OUR_PREFIXES | {
         get_text_component(encoder): f"conditioner.{name}."
         for name, encoder in model.conditioner.encoders.items()
         if isinstance(encoder, TextEncoder)
@@ -208,9 +214,9 @@ def get_component_prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def get_text_component(encoder: TextEncoder) -> str:
-    """Return the component of a text encoder; SDXL's second one has a projected output."""
-    is_second = isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled
-    return TEXT_COMPONENTS[is_second]
+    """Return the component of a text encoder: the second for SDXL's OpenCLIP."""
+    has_pooled_output = isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled
+    return "text_encoder_2" if has_pooled_output else "text_encoder"
 
 
 def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
@@ -229,7 +235,7 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
     components = {}
     for component, prefix in get_component_prefixes(model).items():
         inner_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        if locations := LOCATE[component](inner_names):
+        if locations := LOCATORS[component](inner_names):
             components[component] = {prefix + n: location for n, location in locations.items()}
     return components
 
@@ -243,7 +249,7 @@ def locate_unet(names: Iterable[str]) -> dict[str, Location]:
 
 
 def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
-    """Locate the tensors of the x2 latent upscaler; diffusers has no embedding of its noise."""
+    """Locate the tensors of the x2 latent upscaler; diffusers has no noise-level embedding."""
     locations: dict[str, Location] = {}
     # Names by "d" (down) or "u" (up) and level, then by index of the block.
     levels: dict[tuple[str, int], dict[int, list[str]]] = {}
@@ -265,12 +271,13 @@ def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
             )
             if block_type is None:  # a resampling filter
                 continue
-            number += block_type == "resnets"  # attentions have that of the resnet before them
+            if block_type == "resnets":  # attentions have the number of the resnet before them
+                number += 1
             prefix = f"{'down' if direction == 'd' else 'up'}_blocks.{level}"
             prefix += f".{'resnets' if block_type == 'resnets' else 'attentions'}.{number}"
             for name, inner_name in inner_names.items():
                 layer, _, parameter = inner_name.rpartition(".")
-                form = "flat" if layer.endswith("_proj") and parameter == "weight" else "same"
+                form = "matrix" if layer.endswith("_proj") and parameter == "weight" else "same"
                 diffusers_layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
                 keys = tuple(f"{prefix}.{layer}.{parameter}" for layer in diffusers_layers)
                 locations[name] = Location(keys, form)
@@ -285,9 +292,9 @@ def locate_vae(names: Iterable[str]) -> dict[str, Location]:
     for name in names:
         # Our decoder's levels are counted from the full resolution, diffusers' from the latent's.
         key = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
-        key = replace_all(VAE, key)
+        key = replace_all(VAE_RULES, key)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", key)
-        locations[name] = Location((key,), "flat" if is_matrix else "same")
+        locations[name] = Location((key,), "matrix" if is_matrix else "same")
     return locations
 
 
@@ -306,39 +313,43 @@ def locate_vision_tower(names: Iterable[str]) -> dict[str, Location]:
     """Locate a vision tower's tensors, `visual.…` or `model.visual.…`."""
     locations = {}
     for name in names:
-        tower, _, inner_name = name.removeprefix("model.").partition(".")
+        network, _, inner_name = name.removeprefix("model.").partition(".")
         if name.endswith("visual.proj"):
             locations[name] = Location(("visual_projection.weight",), "transposed")
-        elif tower == "visual":
-            key = replace_all(VISION, inner_name)
+        elif network == "visual":
+            key = replace_all(VISION_TOWER_RULES, inner_name)
             if key.startswith("transformer."):  # the blocks are named as in a text encoder
                 key = rename_text_layers([key])[key].removeprefix("text_model.")
             locations[name] = Location(_split_qkv(f"vision_model.{key}"))
     return locations
 
 
-def locate_depth_network(names: Iterable[str]) -> dict[str, Location]:
-    """Locate the depth network's tensors."""
+def locate_depth_estimator(names: Iterable[str]) -> dict[str, Location]:
+    """Locate the depth estimator's tensors."""
     locations = {}
     for name in names:
-        key = replace_all(MIDAS, name.removeprefix("model."))
-        if not key.startswith("pretrained."):  # the unused head of a classifier
-            layers = ("query", "key", "value") if ".qkv." in key else ("qkv",)
-            locations[name] = Location(tuple(key.replace("qkv", layer) for layer in layers))
+        key = replace_all(DEPTH_RULES, name.removeprefix("model."))
+        if key.startswith("pretrained."):  # the unused head of a classifier
+            continue
+        if ".qkv." in key:
+            keys = tuple(key.replace("qkv", layer) for layer in ("query", "key", "value"))
+            locations[name] = Location(keys)
+        else:
+            locations[name] = Location((key,))
     return locations
 
 
 def _split_qkv(name: str) -> tuple[str, ...]:
-    """Return the names of queries, keys and values, which are separate layers in transformers."""
+    """Return transformers' q_proj, k_proj and v_proj for a fused in_proj; keep other names."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
     return tuple(f"{match[1]}.{x}_proj.{match[2]}" for x in "qkv") if match else (name,)
 
 
-LOCATE = {  # by component
+LOCATORS = {  # function by component
     "unet": locate_unet,
     "vae": locate_vae,
     "text_encoder": locate_text_encoder,
     "text_encoder_2": locate_text_encoder,
     "image_encoder": locate_vision_tower,
-    "depth_estimator": locate_depth_network,
+    "depth_estimator": locate_depth_estimator,
 }
