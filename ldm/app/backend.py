@@ -50,7 +50,7 @@ from ldm.generate.tasks import PreparedTask, Task
 from ldm.generate.tasks.depth2img import Depth2Img
 from ldm.imaging.mesh import can_save_meshes, save_mesh
 from ldm.imaging.metadata import read_info
-from ldm.imaging.output import OutputFolder, depth_path
+from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.reading import open_image
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
@@ -201,7 +201,7 @@ class Backend:
         Returns:
             None for an image without depth, or if the package trimesh is not installed.
         """
-        path, depth = Path(info["path"]), depth_path(info["path"])
+        path, depth = Path(info["path"]), get_depth_path(info["path"])
         if info.get("image") == "depth" or not depth.is_file() or not can_save_meshes():
             return None
         folder = self.outdir / "served"

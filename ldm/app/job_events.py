@@ -26,7 +26,7 @@ from ldm.app.view import (
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS
 from ldm.imaging.mesh import can_save_meshes
-from ldm.imaging.output import depth_path
+from ldm.imaging.output import get_depth_path
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
 
@@ -243,6 +243,6 @@ def _make_updates(**updates: Any) -> list[Any]:
 
 def _add_depth(info: JsonObject) -> list[JsonObject]:
     """Return the info of an image, then that of its depth if it has one."""
-    depth = depth_path(info["path"])
+    depth = get_depth_path(info["path"])
     has_depth = "depth_range" in info and depth.is_file()
     return [info, info | {"path": str(depth), "image": "depth"}] if has_depth else [info]

@@ -22,7 +22,7 @@ from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged, log_safety, safety_infos
 from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import fingerprint
-from ldm.imaging.output import OutputFolder, depth_path
+from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.pixels import make_grid, to_pil
 from ldm.imaging.rgbd import place_beside, split_color, split_depth
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
@@ -131,7 +131,7 @@ class ImageWriter:
             return {"path": str(path)}
         low, high = info["depth_range"]
         log.info("depth of %s: %d … %d of 65535, larger is nearer", path.name, low, high)
-        entries: Info = {"path": str(path), "depth_path": str(depth_path(path))}
+        entries: Info = {"path": str(path), "depth_path": str(get_depth_path(path))}
         if self.request.output.glb:
             mesh = path.with_suffix(".glb")
             triangles = save_mesh(mesh, image, depth)

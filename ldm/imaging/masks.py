@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 THRESHOLD = 128  # the smallest value that is inpainted
 MAX_LABEL = 32  # highest value that may be a class label (VOC has 20); 255 means "ignored" there
 COLOR_RANGE = 48  # difference of a pixel's channels above which it counts as coloured
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
@@ -37,7 +37,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
         ArgumentError: aspect ratios of mask and image differ.
     """
     stored = load_stored(path)
-    mask = _painted_area(stored)
+    mask = _find_painted_area(stored)
     stored.log_notes()
     if mask.size == size:
         return mask
@@ -93,7 +93,7 @@ def make_mask(
     return result.filter(ImageFilter.GaussianBlur(blur)) if blur else result
 
 
-def _painted_area(stored: StoredImage) -> Image.Image:
+def _find_painted_area(stored: StoredImage) -> Image.Image:
     """Return the painted area of a mask, "L", by the rules at the top of this file."""
     alpha = stored.alpha()
     if alpha is not None:

@@ -15,7 +15,7 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["can_save_meshes", "check_can_save_meshes", "save_mesh"]
 
 HEIGHT = 0.35  # as a fraction of the image's longer side
-POINTS = 256  # of the mesh along the longer side: at most 130,050 triangles
+VERTICES = 256  # along the longer side of the mesh: at most 130,050 triangles
 
 
 def check_can_save_meshes() -> None:
@@ -37,20 +37,21 @@ def save_mesh(path: str | Path, image: Image.Image, depth: Image.Image) -> int:
     """
     import trimesh
 
-    scale = min(1.0, POINTS / max(depth.size))
+    scale = min(1.0, VERTICES / max(depth.size))
     columns, rows = (max(round(side * scale), 2) for side in depth.size)
     heights = Image.fromarray(np.asarray(depth, np.float32) / 65535)
     z = np.asarray(heights.resize((columns, rows), Image.Resampling.BOX))
     v, u = np.meshgrid(np.linspace(0, 1, rows), np.linspace(0, 1, columns), indexing="ij")
     width, height = (side / max(image.size) for side in image.size)
-    points = np.stack([(u - 0.5) * width, (0.5 - v) * height, z * HEIGHT], axis=-1)
-    corners = np.arange(rows * columns).reshape(rows, columns)
-    a, b, c, d = corners[:-1, :-1], corners[:-1, 1:], corners[1:, :-1], corners[1:, 1:]
+    vertices = np.stack([(u - 0.5) * width, (0.5 - v) * height, z * HEIGHT], axis=-1)
+    indices = np.arange(rows * columns).reshape(rows, columns)
+    # The corners of each cell: a b above c d.
+    a, b, c, d = indices[:-1, :-1], indices[:-1, 1:], indices[1:, :-1], indices[1:, 1:]
     triangles = np.stack([np.stack([a, c, b], -1), np.stack([b, c, d], -1)]).reshape(-1, 3)
     material = trimesh.visual.material.PBRMaterial(
         baseColorTexture=image.convert("RGB"), metallicFactor=0.0, roughnessFactor=1.0
     )
     texture = trimesh.visual.TextureVisuals(np.stack([u, 1 - v], -1).reshape(-1, 2), material)
-    mesh = trimesh.Trimesh(points.reshape(-1, 3), triangles, visual=texture, process=False)
+    mesh = trimesh.Trimesh(vertices.reshape(-1, 3), triangles, visual=texture, process=False)
     Path(path).write_bytes(trimesh.exchange.gltf.export_glb(trimesh.Scene(mesh)))
     return len(triangles)

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 JSON_KEY = "ldm"
-OWN_STEPS = ("ddim", "plms", "unipc")  # samplers for which A1111 ignores the schedule type
+FIXED_SCHEDULE_SAMPLERS = ("ddim", "plms", "unipc")  # A1111 ignores the schedule type for these
 
 
 def _parse_pair(text: str) -> list[int]:
@@ -60,10 +60,10 @@ def _join_numbers(numbers: Iterable[float] | None) -> str:
 
 
 def _parse_tiling(text: str) -> str:
-    return "xy" if text == "True" else text  # of A1111
+    return "xy" if text == "True" else text  # A1111 writes only "True"
 
 
-# A1111's name, or ours -> our key and the type of its value
+# Name in A1111's text, or a name of ours -> our key, and the function that parses the value.
 SDXL_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Prompt 2": ("prompt_2", str),
     "Negative prompt 2": ("negative_prompt_2", str),
@@ -232,7 +232,7 @@ def _get_noise_settings(info: JsonMapping) -> dict[str, object]:
     traits, eta = SAMPLERS.get(sampler or ""), info.get("eta")
     settings: dict[str, object] = {}
     if eta is not None and eta != (traits.eta if traits else 0):
-        settings["Eta DDIM" if sampler in OWN_STEPS else "Eta"] = float(eta)
+        settings["Eta DDIM" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta"] = float(eta)
     if info.get("s_churn"):
         settings["Sigma churn"] = float(info["s_churn"])
         settings["Sigma tmin"] = info.get("s_tmin") or None
@@ -285,8 +285,9 @@ def _get_schedule_type(info: JsonMapping) -> str | None:
     """Return A1111's name of the scheduler; for others a name that A1111 does not use."""
     if info.get("sigmas"):
         return None
+    # Version 0.1 wrote "grid".
     name = info.get("scheduler_in_use") or info.get("scheduler") or info.get("grid")
-    if name == "uniform" and info.get("sampler") in OWN_STEPS:
+    if name == "uniform" and info.get("sampler") in FIXED_SCHEDULE_SAMPLERS:
         return None  # A1111 has the same steps for these, with any schedule type
     return SCHEDULERS[name].label if name in SCHEDULERS else None
 
@@ -320,11 +321,11 @@ def parse_parameters(parameters: str) -> JsonObject:
         except ValueError:
             other_settings[name] = value
     is_ours = str(info.get("version")).startswith("ldm ")
-    modes = {mode: syntax for syntax, mode in EMPHASIS_MODES.items()}
-    a1111 = modes.get(other_settings.get("Emphasis", ""), "a1111")
-    if a1111 != "a1111":
+    modes = {mode: name for name, mode in EMPHASIS_MODES.items()}
+    syntax = modes.get(other_settings.get("Emphasis", ""), "a1111")
+    if syntax != "a1111":
         del other_settings["Emphasis"]
-    info.setdefault("syntax", "plain" if is_ours else a1111)
+    info.setdefault("syntax", "plain" if is_ours else syntax)
     if is_ours:
         tags = LORA_TAGS.findall(info["prompt"])
         info["loras"] = [{"path": name, "weight": _parse_weight(text)} for name, text in tags]
@@ -360,22 +361,24 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     for label in schedulers:
         if name.endswith(f" {label}"):
             name, schedule = name.removesuffix(f" {label}"), label
-    values = {}
+    options = {}
     if name:
         labels = {sampler.label: key for key, sampler in SAMPLERS.items()}
-        values["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
-    traits = SAMPLERS.get(values.get("sampler", ""))
-    ignores_schedule = values.get("sampler") in OWN_STEPS or name == DDIM_CFG_PP
+        options["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
+    traits = SAMPLERS.get(options.get("sampler", ""))
+    ignores_schedule = options.get("sampler") in FIXED_SCHEDULE_SAMPLERS or name == DDIM_CFG_PP
     if traits and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
-        number = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
-        is_old = number is not None and (int(number[1]), int(number[2])) < (1, 9)
-        has_own = traits.a1111_scheduler in ("karras", "exponential")
-        values["scheduler"] = "normal" if is_old and has_own else traits.a1111_scheduler
+        match = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
+        is_before_1_9 = match is not None and (int(match[1]), int(match[2])) < (1, 9)
+        # Until then these two were part of the sampler's name; a name without them is "normal".
+        was_in_name = traits.a1111_scheduler in ("karras", "exponential")
+        is_normal = is_before_1_9 and was_in_name
+        options["scheduler"] = "normal" if is_normal else traits.a1111_scheduler
     elif schedule in schedulers:
-        values["scheduler"] = schedulers[schedule]
-    if "scheduler" in values:
+        options["scheduler"] = schedulers[schedule]
+    if "scheduler" in options:
         settings.pop("Schedule type", None)
-    return values
+    return options
 
 
 def _get_sampler_label(name: str) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from ldm.imaging.metadata import write_png
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["OutputFolder", "depth_path"]
+__all__ = ["OutputFolder", "get_depth_path"]
 
 
 class OutputFolder:
@@ -35,7 +35,7 @@ class OutputFolder:
         self.name = name
         self.samples = self.path if name else self.path / "samples"
         self.samples.mkdir(parents=True, exist_ok=True)
-        self._next: dict[Path, int] = {}  # number by folder
+        self._next_numbers: dict[Path, int] = {}  # by folder
 
     def save_sample(
         self, image: Image.Image, info: JsonMapping, depth: Image.Image | None = None
@@ -43,7 +43,7 @@ class OutputFolder:
         """Write the next `samples/NNNNN.png`, or `NAME-N.png`, and return its path.
 
         Args:
-            depth: depth of the image, written beside it, see `depth_path`; None = it has none.
+            depth: depth of the image, written beside it, see `get_depth_path`; None = it has none.
         """
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info, depth)
@@ -51,7 +51,8 @@ class OutputFolder:
         def file_name(number: int) -> str:
             return f"{self.name}-{number}.png" if number else f"{self.name}.png"
 
-        return self._save(self.path, self._next.get(self.path, 0), file_name, image, info, depth)
+        start = self._next_numbers.get(self.path, 0)
+        return self._save(self.path, start, file_name, image, info, depth)
 
     def save_grid(self, image: Image.Image, info: JsonMapping) -> Path:
         """Write the next `grid-NNNN.png`, and return its path."""
@@ -67,7 +68,7 @@ class OutputFolder:
         depth: Image.Image | None = None,
     ) -> Path:
         # Numbers of this run are not used again, even if their files are deleted.
-        start = max(_find_highest_number(folder, prefix) + 1, self._next.get(folder, 0))
+        start = max(_find_highest_number(folder, prefix) + 1, self._next_numbers.get(folder, 0))
         return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info, depth)
 
     def _save(
@@ -84,7 +85,7 @@ class OutputFolder:
             path = folder / file_name(number)
             if _write_new(path, image, info, depth):
                 break
-        self._next[folder] = number + 1
+        self._next_numbers[folder] = number + 1
         return path
 
 
@@ -95,7 +96,7 @@ def _find_highest_number(folder: Path, prefix: str) -> int:
     return max((int(match[1]) for match in matches if match), default=-1)
 
 
-def depth_path(path: str | Path) -> Path:
+def get_depth_path(path: str | Path) -> Path:
     """Return the path of an image's depth: `00000_depth.png` of `00000.png`."""
     return Path(path).with_name(f"{Path(path).stem}_depth.png")
 
@@ -104,9 +105,9 @@ def _write_new(
     path: Path, image: Image.Image, info: JsonMapping, depth: Image.Image | None
 ) -> bool:
     """Write an image, and its depth, if their paths are free; return whether they were."""
-    paths = [path, *([depth_path(path)] if depth is not None else [])]
+    paths = [path, *([get_depth_path(path)] if depth is not None else [])]
     partial = path.with_name(f".{path.name}.part")
-    partial_depth = path.with_name(f".{depth_path(path).name}.part")
+    partial_depth = path.with_name(f".{get_depth_path(path).name}.part")
     try:
         partial.open("xb").close()
     except FileExistsError:
@@ -118,7 +119,7 @@ def _write_new(
             return False
         if depth is not None:
             write_png(partial_depth, depth, {**info, "image": "depth"})
-            os.replace(partial_depth, depth_path(path))
+            os.replace(partial_depth, get_depth_path(path))
         write_png(partial, image, info)
         os.replace(partial, path)
     except BaseException:

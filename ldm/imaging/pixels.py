@@ -117,11 +117,11 @@ def resize_to(
             edge.
     """
     height, width = size
-    if height is None and width is None:
-        return image
     if height is None:
-        height = max(round(image.height * (width or 1) / image.width / 8), 1) * 8
-    if width is None:
+        if width is None:
+            return image
+        height = max(round(image.height * width / image.width / 8), 1) * 8
+    elif width is None:
         width = max(round(image.width * height / image.height / 8), 1) * 8
     if fit == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)

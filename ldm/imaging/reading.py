@@ -60,7 +60,7 @@ FORMATS = tuple(name for name in KNOWN_FORMATS if name in Image.OPEN)  # older o
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
 )
-OTHER_FORMATS = {  # by marks in the first bytes of the file, in lower case
+OTHER_FORMATS = {  # description -> marks in the first bytes of the file, in lower case
     "a web page, not an image": (b"<!doctype", b"<html"),
     "an SVG drawing: convert it to PNG": (b"<svg",),
     "a document, not an image": (b"%pdf", b"%!ps"),
@@ -78,8 +78,9 @@ OTHER_FORMATS = {  # by marks in the first bytes of the file, in lower case
 }
 SRGB_GAMMA = 0.45455  # of the chunk gAMA in a PNG
 Tag = ExifTags.Base  # of TIFF files, too
-# By Pillow's raw mode: factor to 8 bits of a PNG's transparent colour, which Pillow does not scale.
-KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+# Pillow scales the pixels of these PNGs to 8 bits, but not their transparent colour: raw mode ->
+# factor for it.
+TRANSPARENT_COLOR_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 def load_stored(path: str | Path) -> StoredImage:
     """Load an image file with its stored values; errors as `load_image`."""
-    return decode_stored(_find(path).read_bytes(), path)
+    return decode_stored(_find_file(path).read_bytes(), path)
 
 
 def decode_image(data: bytes, name: str | Path) -> Image.Image:
@@ -212,14 +213,14 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
         if file.format == "TIFF" and _is_wide_planar(file):
             raise UnidentifiedImageError
         image = ImageOps.exif_transpose(file)
-        if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_clear(image):
+        if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_invisible(image):
             image = image.convert("RGB")  # some programs leave the unused alpha channel at 0
-        if image.mode[0] not in "IF":
+        if image.mode[0] not in "IF":  # "I", "I;16" and "F" have more than 8 bits
             return StoredImage(name, image, notes=notes)
         values, white = _read_values(file, image)
-        wide = Image.fromarray(values)
-        wide.info = image.info
-        return StoredImage(name, wide, white, notes)
+        float_image = Image.fromarray(values)
+        float_image.info = image.info
+        return StoredImage(name, float_image, white, notes)
 
 
 @contextmanager
@@ -234,7 +235,7 @@ def open_image(
         MissingFile: there is no file.
         FileFormatError: it is not an image, damaged or too large, or Pillow fails in the block.
     """
-    source = file if isinstance(file, BytesIO) else _find(file)
+    source = file if isinstance(file, BytesIO) else _find_file(file)
     name = name or str(file)
     try:
         with warnings.catch_warnings():
@@ -292,7 +293,7 @@ def is_colored(image: Image.Image) -> bool:
     return bool((pixels != pixels[..., :1]).any())
 
 
-def _find(path: str | Path) -> Path:
+def _find_file(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
         raise MissingFile(f"no image `{path}`")
@@ -326,17 +327,18 @@ def _is_wide_planar(file: ImageFile.ImageFile) -> bool:
     return is_planar and max(tags.get(Tag.BitsPerSample, (8,))) > 8
 
 
-def _is_clear(image: Image.Image) -> bool:
+def _is_invisible(image: Image.Image) -> bool:
     return image.getchannel("A").getextrema() == (0, 0)
 
 
 def _scale_transparent_color(file: ImageFile.ImageFile) -> None:
-    """Scale the transparent colour of a PNG to 8 bits, in place; see KEY_SCALES."""
-    key = file.info.get("transparency")
-    scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile and file.format == "PNG" else None
-    if key is not None and scale:
-        scaled = [int(value * scale) for value in (key if isinstance(key, tuple) else (key,))]
-        file.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
+    """Scale the transparent colour of a PNG to 8 bits, in place."""
+    color = file.info.get("transparency")
+    if color is None or not file.tile or file.format != "PNG":
+        return
+    if scale := TRANSPARENT_COLOR_SCALES.get(str(file.tile[0][3])):
+        scaled = [int(value * scale) for value in (color if isinstance(color, tuple) else (color,))]
+        file.info["transparency"] = tuple(scaled) if isinstance(color, tuple) else scaled[0]
 
 
 def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndarray, float | None]:
@@ -355,13 +357,13 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
     if file.mode.startswith("I;16"):
-        scales = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
+        whites = [2 ** tags.get(Tag.BitsPerSample, (16,))[0] - 1]
     elif file.mode == "F":
         is_integral = (finite == finite.round()).all()  # then 8 or 16 bits in a wider container
-        scales = [1, 255, 65535] if is_integral else [1]
-    else:
-        scales = [255, 65535] if tags else [65535]
-    white = next((scale for scale in scales if low >= 0 and high <= scale), None)
+        whites = [1, 255, 65535] if is_integral else [1]
+    else:  # 32 bits of a TIFF, or the 16 bits of another format
+        whites = [255, 65535] if tags else [65535]
+    white = next((value for value in whites if low >= 0 and high <= value), None)
     if tags.get(Tag.PhotometricInterpretation) == 0:  # white is 0, which Pillow leaves as it is
         values = (white or 0) - values
     return values, white

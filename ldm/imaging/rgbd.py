@@ -18,21 +18,21 @@ COLOR_CHANNELS = 3
 WHITE = 65535  # largest value of 16 bits
 
 
-def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
-    """Append the depth to images.
+def join_depth(images: Tensor, depth: Tensor, channels: int) -> Tensor:
+    """Append the depth to images: (B, channels, H, W).
 
     Args:
-        image: (B, 3, H, W) in [-1, 1].
+        images: (B, 3, H, W) in [-1, 1].
         depth: (B, 1, H, W) in [0, 1].
         channels: channels of the result, 4 or 6; the unused channel is -1.
     """
     if channels == COLOR_CHANNELS + 1:
-        return torch.cat([image, depth * 2 - 1], dim=1)
-    # The autoencoder of six channels has 8 bits each: two of them hold a number of 16.
+        return torch.cat([images, depth * 2 - 1], dim=1)
+    # The autoencoder of six channels has 8 bits each: two channels hold the 16 bits of the depth.
     levels = (depth * WHITE).round()
     high = (levels / 256).floor()
-    coded = torch.cat([torch.zeros_like(high), high, levels - 256 * high], dim=1) / 127.5 - 1
-    return torch.cat([image, coded], dim=1)
+    encoded = torch.cat([torch.zeros_like(high), high, levels - 256 * high], dim=1) / 127.5 - 1
+    return torch.cat([images, encoded], dim=1)
 
 
 def split_color(images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def split_depth(images: Tensor) -> list[Image.Image]:
 
 def place_beside(image: Image.Image, depth: Image.Image) -> Image.Image:
     """Return an RGB image with the image on the left and its depth, in 8 bits, on the right."""
-    both = Image.new("RGB", (2 * image.width, image.height))
-    both.paste(image)
-    both.paste(Image.fromarray((np.asarray(depth) >> 8).astype(np.uint8)), (image.width, 0))
-    return both
+    pair = Image.new("RGB", (2 * image.width, image.height))
+    pair.paste(image)
+    pair.paste(Image.fromarray((np.asarray(depth) >> 8).astype(np.uint8)), (image.width, 0))
+    return pair

@@ -85,10 +85,10 @@ def embed(
         ArgumentError: the image is too small or not RGB, or the payload is empty.
         UnknownName: the method is unknown.
     """
-    _check(image, method)
+    _check_image(image, method)
     if image.mode != "RGB":
         raise ArgumentError(f"image has mode `{image.mode}`, a watermark needs `RGB`")
-    write = _write_largest if method == "dwtDct" else _write_singular
+    write = _write_dwt_dct if method == "dwtDct" else _write_dwt_dct_svd
     return Image.fromarray(write(np.asarray(image), _to_bits(payload)))
 
 
@@ -156,9 +156,9 @@ def identify(image: Image.Image) -> list[Finding]:
         for name, payload in PAYLOADS.items():
             bits = _to_bits(payload)
             correct = int((_take_majority(votes, len(bits)) == bits).sum())
-            block_accuracy = float((votes == np.resize(bits, votes.shape)).mean())
+            fraction = float((votes == np.resize(bits, votes.shape)).mean())
             verdict = _judge(correct, len(bits))
-            findings.append(Finding(name, method, correct / len(bits), block_accuracy, verdict))
+            findings.append(Finding(name, method, correct / len(bits), fraction, verdict))
     return sorted(
         findings,
         key=lambda finding: (finding.verdict != "absent", finding.agreement, finding.votes),
@@ -177,7 +177,7 @@ def _judge(correct: int, length: int) -> Literal["found", "damaged", "absent"]:
 
 def _read_votes(image: Image.Image, method: Method) -> np.ndarray:
     """Return the bit that each block carries, (blocks,) bool."""
-    _check(image, method)
+    _check_image(image, method)
     rgb = np.asarray(image.convert("RGB"))
     blocks = _split_blocks(_apply_haar(_crop_to_blocks(rgb_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
     if method == "dwtDct":
@@ -194,7 +194,7 @@ def _take_majority(votes: np.ndarray, length: int) -> np.ndarray:
     return (2 * ones >= np.bincount(index, minlength=length)).astype(np.uint8)
 
 
-def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
+def _write_dwt_dct(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Write `dwtDct` with exactly the package's floating-point operations."""
     y, u, v = rgb_to_yuv(rgb)
     _mark_largest(u, bits)
@@ -212,9 +212,8 @@ def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
     values = flat[block_indices, largest]
     flat[block_indices, largest] = np.copysign(_quantize(np.abs(values), bits), values)
     _put_blocks(low, flat.reshape(blocks.shape))
-    plane[:] = _invert_haar(
-        low, columns, rows, diagonal
-    )  # details swapped, fractions of uint8 cut off
+    # The package's defects: rows and columns are swapped, and fractions are cut off in uint8.
+    plane[:] = _invert_haar(low, columns, rows, diagonal)
 
 
 def _fma(a: np.ndarray, factor: float, b: np.ndarray | np.float32) -> np.ndarray:
@@ -223,7 +222,7 @@ def _fma(a: np.ndarray, factor: float, b: np.ndarray | np.float32) -> np.ndarray
     return np.asarray((product + b).astype(np.float32))
 
 
-def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
+def _write_dwt_dct_svd(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Write `dwtDctSvd`: change only U, by adding to blue and green so that Y and V stay."""
     low = _apply_haar(_crop_to_blocks(rgb_to_yuv(rgb)[1]))[0]
     blocks = _split_blocks(low)
@@ -234,6 +233,7 @@ def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     delta = (delta / 2).repeat(2, 0).repeat(2, 1)[..., None]  # the inverse Haar transform
     out: np.ndarray = rgb.copy()
     area = out[: delta.shape[0], : delta.shape[1]]
+    # The factors of U in green and blue, see `yuv_to_rgb`.
     area[:] = np.rint(area + delta * (0, -6472 / 2**SHIFT, 33292 / 2**SHIFT)).clip(0, 255)
     return out
 
@@ -320,7 +320,7 @@ def _to_bits(payload: bytes | Sequence[int]) -> np.ndarray:
     return bits.astype(np.uint8)
 
 
-def _check(image: Image.Image, method: Method) -> None:
+def _check_image(image: Image.Image, method: Method) -> None:
     if not can_hold(image.size):
         size = f"{image.width}x{image.height}"
         raise ArgumentError(f"image too small for a watermark: {size}, needs 256x256 pixels")
