@@ -1,13 +1,13 @@
 """Noise schedules: the noise levels of a model.
 
-A noise level is given by the timestep `t`, the input of the network, or by `sigma`, the variable of
-the samplers:
+A noise level is given by the timestep `t`, the input of the network, or by `sigma`, the standard
+deviation of the noise, with which samplers work:
 
     z_t = √ᾱ z + √(1-ᾱ) noise,      x = z_t / √ᾱ = z + sigma noise,      sigma = √((1-ᾱ) / ᾱ).
 
 `Schedule` has T levels from betas, at t in 0 … T-1; between two timesteps log ᾱ is linear in t, as
-in DPM-Solver. `ContinuousSchedule` has all levels of a range. The levels of a run are chosen from
-them by `schedulers`.
+in DPM-Solver. `ContinuousSchedule` has a continuous range of levels. `schedulers` choose those of a
+run.
 
 DDPM: Ho et al. 2020 (arXiv:2006.11239). Cosine: Nichol and Dhariwal 2021 (arXiv:2102.09672). EDM:
 Karras et al. 2022 (arXiv:2206.00364). Zero terminal SNR: Lin et al. 2023 (arXiv:2305.08891).
@@ -36,9 +36,9 @@ __all__ = [
     "rescale_zero_terminal_snr",
 ]
 
-# ᾱ of the last timestep, T-1, for zero terminal SNR. Not 0, as samplers need a finite sigma: 4096.
-# √ᾱ is then 2.4e-4, where that of Stable Diffusion is 0.068.
-MIN_ALPHA_CUMPROD = 2.0**-24
+# ᾱ of the last timestep, T-1, for zero terminal SNR. It is not 0, as samplers need a finite sigma,
+# which is 4096 then. √ᾱ is 2.4e-4, next to 0.068 in Stable Diffusion.
+TERMINAL_ALPHA_CUMPROD = 2.0**-24
 
 
 def make_betas(
@@ -53,8 +53,9 @@ def make_betas(
 
     Args:
         name: `linear` is linear in sqrt(beta), as in Stable Diffusion; `sqrt_linear` is linear in
-            beta; `sqrt` is the square root of those (misleading names of the original). `cosine`
-            and `squaredcos_cap_v2` have the square of a cosine as ᾱ.
+            beta; `sqrt` is the square root of linear betas (misleading names of the original).
+            `cosine` and `squaredcos_cap_v2` have the square of a cosine as ᾱ; the offset of the
+            latter is 0.008.
         linear_start, linear_end: First and last beta of `linear` and `sqrt_linear`; for `sqrt`,
             the squares of its first and last beta.
         cosine_s: Offset s of `cosine` (arXiv:2102.09672, eq. 17).
@@ -78,12 +79,12 @@ def make_betas(
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Rescale betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
 
-    √ᾱ is kept at timestep 0, and becomes √MIN_ALPHA_CUMPROD at T-1.
+    √ᾱ is unchanged at timestep 0, and becomes √TERMINAL_ALPHA_CUMPROD at T-1.
     """
     sqrt_alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0).sqrt()  # (T,)
     first, last = sqrt_alphas_cumprod[0], sqrt_alphas_cumprod[-1]
     alphas_cumprod = ((sqrt_alphas_cumprod - last) * first / (first - last)) ** 2
-    alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
+    alphas_cumprod[-1] = TERMINAL_ALPHA_CUMPROD
     return _betas_from_alphas_cumprod(alphas_cumprod)
 
 
@@ -164,18 +165,19 @@ class NoiseSchedule(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Schedule(NoiseSchedule):
-    """The noise levels of T timesteps.
+    """A discrete noise schedule: the levels of T timesteps, from betas.
 
     Example: Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)).
 
     Args:
         betas: (T,) float64 in (0, 1).
-        v_posterior: Weight of beta against the posterior variance in `buffers`.
+        v_posterior: Weight v of beta in `posterior_variance` of `buffers`, 0 … 1; the variance of
+            the posterior has the weight 1 - v.
         zero_snr: Whether to rescale the betas to zero terminal SNR.
         log_time: Whether the timestep input of the network derives from 0.25 ln sigma (EDM),
             instead of from sigma.
-        quantize_time: Whether that input is the index of the nearest level, instead of sigma or
-            0.25 ln sigma itself.
+        quantize_time: Whether that input is the index of a level, instead of sigma or 0.25 ln sigma
+            itself; fractional between two levels, but that of the nearest one with `log_time`.
         flip_time: Whether index 0 is the highest level for the network: sgm's `flip: false`.
         append_zero: Whether sigma 0 is also a level for the network: sgm's `do_append_zero`.
 
@@ -204,13 +206,13 @@ class Schedule(NoiseSchedule):
 
     @property
     def uses_plain_timesteps(self) -> bool:
-        """Whether the network gets t itself, not a variant of sgm's `DiscreteDenoiser`."""
-        is_variant = self.log_time or self.flip_time or self.append_zero
-        return self.quantize_time and not is_variant
+        """Whether the network gets t itself: no option of sgm's `DiscreteDenoiser` is set."""
+        is_changed = self.log_time or self.flip_time or self.append_zero
+        return self.quantize_time and not is_changed
 
     def scale_time(self, sigma: float, factor: float) -> float:
         """Return the noise level at `factor` times the timestep of sigma, rounded down."""
-        # Rounded first, so that a whole timestep which interpolation missed by 1e-12 stays itself.
+        # Rounded to 6 digits first: interpolation may return 498.9999 … for the whole timestep 499.
         t = round(float(self.sigma_to_t(sigma)), 6)
         return float(self.sigmas[math.floor(factor * t)])
 
@@ -228,7 +230,7 @@ class Schedule(NoiseSchedule):
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
         """Convert a noise level to a fractional timestep, clamped to 0 … T-1."""
         log_alphas_cumprod = self.alphas_cumprod.log().flip(0)  # ascending, for np.interp
-        return _interpolate(sigma, log_alphas_cumprod, torch.arange(len(self) - 1, -1, -1))
+        return _interpolate_at_sigma(sigma, log_alphas_cumprod, torch.arange(len(self) - 1, -1, -1))
 
     def network_timestep(self, sigma: Tensor | float) -> Tensor:
         """Convert a noise level to the timestep input of the network.
@@ -242,12 +244,12 @@ class Schedule(NoiseSchedule):
         if not self.quantize_time or self.log_time:
             c_noise = 0.25 * sigma.log() if self.log_time else sigma
             # As in sgm, which looks c_noise up among the sigmas although it is a logarithm.
-            return self._nearest(c_noise) if self.quantize_time else c_noise
+            return self._nearest_index(c_noise) if self.quantize_time else c_noise
         levels = self.network_levels
         indices = torch.arange(len(levels))
         if not self.flip_time:  # to descending levels, that is ascending log ᾱ
             levels, indices = levels.flip(0), indices.flip(0)
-        return _interpolate(sigma, -levels.square().log1p(), indices)
+        return _interpolate_at_sigma(sigma, -levels.square().log1p(), indices)
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """Convert a timestep in 0 … T-1 to a noise level, float64.
@@ -264,11 +266,11 @@ class Schedule(NoiseSchedule):
 
     def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
         """Return the nearest of `network_levels`; of two equally near ones the first."""
-        index = self._nearest(torch.as_tensor(sigma, dtype=torch.float64).cpu())
+        index = self._nearest_index(torch.as_tensor(sigma, dtype=torch.float64).cpu())
         return self.network_levels[index]
 
-    def _nearest(self, value: Tensor) -> Tensor:
-        # In float32, as sgm: which of two neighbors is the nearest may depend on it.
+    def _nearest_index(self, value: Tensor) -> Tensor:
+        # In float32, as sgm: which of two neighbors is nearer may depend on the precision.
         return (value.float()[..., None] - self.network_levels.float()).abs().argmin(dim=-1)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -299,18 +301,20 @@ class Schedule(NoiseSchedule):
         if parameterization == "x0":
             weights = 0.5 * alphas_cumprod.sqrt() / (2 - alphas_cumprod)
         else:
-            variance = self.buffers()["posterior_variance"].double()
-            weights = self.betas**2 / (2 * variance * (1 - self.betas) * (1 - alphas_cumprod))
-        # The posterior of timestep 0 has no variance, so that its weight is infinite. As in the
-        # original, it gets the weight of timestep 1.
+            posterior_variance = self.buffers()["posterior_variance"].double()
+            weights = self.betas**2 / (
+                2 * posterior_variance * (1 - self.betas) * (1 - alphas_cumprod)
+            )
+        # Without `v_posterior`, the posterior of timestep 0 has no variance: for eps its weight is
+        # infinite. As in the original, it gets the weight of timestep 1, for x0, too.
         return torch.cat([weights[1:2], weights[1:]])
 
     def buffers(self) -> dict[str, Tensor]:
         """Compute the twelve tables (T,) float32 in the original's checkpoints, by name."""
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-        posterior = betas * (1 - previous) / (1 - alphas_cumprod)
-        variance = (1 - self.v_posterior) * posterior + self.v_posterior * betas
+        true_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        posterior_variance = (1 - self.v_posterior) * true_variance + self.v_posterior * betas
         tables = {
             "betas": betas,
             "alphas_cumprod": alphas_cumprod,
@@ -320,8 +324,8 @@ class Schedule(NoiseSchedule):
             "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
             "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
             "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
-            "posterior_variance": variance,
-            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance_clipped": posterior_variance.clamp(min=1e-20).log(),
             "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas_cumprod),
             "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
         }
@@ -330,7 +334,7 @@ class Schedule(NoiseSchedule):
 
 @dataclass(frozen=True, eq=False)
 class ContinuousSchedule(NoiseSchedule):
-    """A continuous range of noise levels, as of EDM models (arXiv:2206.00364).
+    """A continuous range of noise levels, as EDM models have (arXiv:2206.00364).
 
     Args:
         sigma_min, sigma_max: Ends of the range.
@@ -365,7 +369,9 @@ class ContinuousSchedule(NoiseSchedule):
         return (4 * t).exp() if self.log_time else t
 
 
-def _interpolate(sigma: Tensor | float, log_alphas_cumprod: Tensor, values: Tensor) -> Tensor:
+def _interpolate_at_sigma(
+    sigma: Tensor | float, log_alphas_cumprod: Tensor, values: Tensor
+) -> Tensor:
     """Interpolate values (n,) at sigma, linearly in log ᾱ (n,), which is ascending."""
     # ᾱ = 1 / (1 + sigma²)
     log_alpha_cumprod = -torch.as_tensor(sigma, dtype=torch.float64).cpu().square().log1p()

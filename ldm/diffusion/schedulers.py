@@ -23,11 +23,11 @@ __all__ = ["SIGMA_FUNCTIONS", "linspace"]
 
 # Sigmas of "Align Your Steps" (arXiv:2404.14507) for ten steps of Stable Diffusion 1 and XL, as
 # published by the authors.
-AYS = (
+AYS_LEVELS = (
     14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092,
     0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582,
 )  # fmt: skip
-AYS_XL = (
+AYS_XL_LEVELS = (
     14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141,
     0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582,
 )  # fmt: skip
@@ -104,7 +104,7 @@ def edm_sigmas(
     sigma_max: float = 14.61,
     rho: float = 3.0,
 ) -> Tensor:
-    """Space steps evenly in sigma^(1/rho), like `karras`, over a range of sgm's demo."""
+    """Space steps evenly in sigma^(1/rho), like `karras`, over the range of sgm's demo."""
     return _append_zero(linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho)
 
 
@@ -116,8 +116,9 @@ def karras_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 7.0) -> Te
 
 def exponential_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) -> Tensor:
     """Space steps evenly in log sigma; with rho other than 1, as the power rho of even spacing."""
-    low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
-    return _append_zero((low + linspace(1, 0, steps) ** rho * (high - low)).exp())
+    log_low, log_high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
+    ramp = linspace(1, 0, steps) ** rho
+    return _append_zero((log_low + ramp * (log_high - log_low)).exp())
 
 
 def normal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
@@ -147,47 +148,49 @@ def beta_sigma_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
 
 def kl_optimal_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly in arctan sigma, like A1111's "KL Optimal" (arXiv:2404.14507)."""
-    low, high = schedule.sigmas[[0, -1]].atan().tolist()
-    return _append_zero(linspace(high, low, steps).tan())
+    atan_low, atan_high = schedule.sigmas[[0, -1]].atan().tolist()
+    return _append_zero(linspace(atan_high, atan_low, steps).tan())
 
 
-def ays_sigmas(schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS) -> Tensor:
+def ays_sigmas(
+    schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS_LEVELS
+) -> Tensor:
     """Take the levels of "Align Your Steps" (arXiv:2404.14507), like ComfyUI: the last becomes 0.
 
-    For other numbers of steps than ten they are interpolated in log sigma.
+    For a number of steps other than ten they are interpolated in log sigma.
     """
     return _append_zero(_interpolate_levels(levels, steps + 1)[:-1])
 
 
 def ays_a1111_sigmas(
-    schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS
+    schedule: "NoiseSchedule", steps: int, levels: Sequence[float] = AYS_LEVELS
 ) -> Tensor:
     """Take the levels of "Align Your Steps" like A1111: all of them, and 0 after the last."""
     return _append_zero(_interpolate_levels(levels, steps))
 
 
 def lcm_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Choose from the 50 timesteps used in the distillation of LCMs (arXiv:2310.04378)."""
-    return _append_zero(_choose_teacher_sigmas(schedule, steps))
+    """Take n of the 50 timesteps used in the distillation of LCMs (arXiv:2310.04378)."""
+    return _append_zero(_take_teacher_sigmas(schedule, steps))
 
 
 def lcm_a1111_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
     """Space steps evenly over the 50 levels of `lcm`, interpolated, like A1111."""
-    levels = _choose_teacher_sigmas(schedule, min(50, len(schedule))).tolist()
+    levels = _take_teacher_sigmas(schedule, min(50, len(schedule))).tolist()
     return _append_zero(_interpolate_levels(levels, steps))
 
 
 def tcd_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Choose timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
-    return torch.cat([_choose_teacher_sigmas(schedule, steps), schedule.sigmas[:1]])
+    """Take timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
+    return torch.cat([_take_teacher_sigmas(schedule, steps), schedule.sigmas[:1]])
 
 
-ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL)
-ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL)
+ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL_LEVELS)
+ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL_LEVELS)
 
 
-def _choose_teacher_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
-    """Choose sigmas (n,) of the DDIM steps that consistency models were distilled from."""
+def _take_teacher_sigmas(schedule: "NoiseSchedule", steps: int) -> Tensor:
+    """Take n sigmas of the DDIM steps that consistency models were distilled from."""
     teacher_steps = min(50, len(schedule))  # `original_inference_steps` in diffusers
     indices = teacher_steps - torch.arange(steps) * teacher_steps // steps
     return schedule.sigmas[indices * (len(schedule) // teacher_steps) - 1]
@@ -210,8 +213,9 @@ def _compute_beta_quantiles(
 ) -> NDArray[np.float64]:
     """Return quantiles of Beta(alpha, alpha), as scipy.stats.beta.ppf without needing scipy.
 
-    With x = sin² θ, the density of θ is (sin θ cos θ)^(2 alpha - 1). That of u = θ^(2 alpha) is
-    smooth, and integrated by the trapezoidal rule up to θ = π/4, x = 1/2.
+    With x = sin² θ, the density of θ is (sin θ cos θ)^(2 alpha - 1), and that of u = θ^(2 alpha) is
+    (sin θ cos θ / θ)^(2 alpha - 1), without a singularity at 0. The latter is integrated by the
+    trapezoidal rule up to θ = π/4, x = 1/2.
     """
     power = 2 * alpha
     u = np.linspace(0, (np.pi / 4) ** power, 1 << 13)
@@ -223,7 +227,8 @@ def _compute_beta_quantiles(
     cdf /= 2 * cdf[-1]  # 1/2 at the end, as the distribution is symmetric
     is_low = probabilities < 0.5
     u_quantiles = np.interp(np.where(is_low, probabilities, 1 - probabilities), cdf, u)
-    # Below one half, so that 1 - x of a probability of 0.5 is above it and rounds up, as scipy's.
+    # Below 0.5, so that the median, 1 - x, is slightly above 0.5 as scipy's, and its timestep is
+    # rounded up.
     x = np.minimum(np.sin(u_quantiles ** (1 / power)) ** 2, 0.5 - 1e-15)
     quantiles: NDArray[np.float64] = np.where(is_low, x, 1 - x)
     return quantiles
