@@ -42,8 +42,10 @@ def dpm_fast(
     evaluations = len(sigmas) - 1
     full_steps, remainder = divmod(evaluations, 3)
     orders = [3] * full_steps + [remainder] if remainder else [3] * (full_steps - 1) + [2, 1]
-    logs = torch.linspace(math.log(start), math.log(end), len(orders) + 1, dtype=torch.float64)
-    levels = [start, *logs[1:-1].exp().tolist(), end]
+    log_sigmas = torch.linspace(
+        math.log(start), math.log(end), len(orders) + 1, dtype=torch.float64
+    )
+    levels = [start, *log_sigmas[1:-1].exp().tolist(), end]
     for i, order in enumerate(orders):
         sigma, sigma_next = levels[i], levels[i + 1]
         x = constrain(x, sigma) if constrain else x
@@ -94,7 +96,8 @@ def dpm_adaptive(
     start, end = _find_ends(sigmas)
     order = 1.5 if eta else 3
     powers = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
-    sigma, h, x_low, steps_done = start, first_step, x, 0  # x_low: the last result of order 2
+    sigma, h, steps_done = start, first_step, 0
+    x_prev = x  # the last accepted result of order 2
     inverse_errors: list[float] = []  # newest first
     while log_ratio(sigma, end) > 1e-5:
         x = constrain(x, sigma) if constrain else x
@@ -102,11 +105,11 @@ def dpm_adaptive(
         sigma_down, sigma_up = _split_step(sigma, sigma_next, end, eta)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
-        low, high = _step_third_order(denoise, x, sigma, sigma_down, slope)
-        tolerance = (rtol * torch.maximum(low.abs(), x_low.abs())).clamp(min=atol)
-        error = float(((low - high) / tolerance).square().mean().sqrt())
+        x_low, x_high = _step_third_order(denoise, x, sigma, sigma_down, slope)
+        tolerance = (rtol * torch.maximum(x_low.abs(), x_prev.abs())).clamp(min=atol)
+        error = float(((x_low - x_high) / tolerance).square().mean().sqrt())
         if not math.isfinite(error):  # shorter steps would not help
-            return high
+            return x_high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
         factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, powers, strict=True))
         factor = 1 + math.atan(factor - 1)  # between 0.2 and 2.6
@@ -115,7 +118,7 @@ def dpm_adaptive(
             inverse_errors = inverse_errors[1:]
             continue
         inverse_errors = inverse_errors[:2]
-        x_low, x, sigma = low, high, sigma_next
+        x_prev, x, sigma = x_low, x_high, sigma_next
         if noise:
             x = x + noise(x) * sigma_up
         if callback:

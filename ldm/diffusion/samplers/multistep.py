@@ -16,6 +16,13 @@ from ldm.diffusion.samplers.common import (
 
 __all__ = ["deis", "dpmpp_2m", "lms", "plms", "unipc"]
 
+# Weights of the last slopes, newest first, by their number.
+ADAMS_BASHFORTH = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
 
 def plms(
     denoise: Denoise,
@@ -25,12 +32,10 @@ def plms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by PLMS (arXiv:2202.09778): Adams–Bashforth of order 4, after one Heun step.
+    """Sample by PLMS (arXiv:2202.09778): one Heun step, then Adams–Bashforth of orders 2, 3 and 4.
 
     As in the original, the weights are those of equal steps, whatever the steps are.
     """
-    weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
-    weights[4] = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -40,7 +45,7 @@ def plms(
             x_next = x + slope * (sigma_next - sigma)
             slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
         elif len(slopes) > 1:
-            slope = weighted_sum(weights[len(slopes)], slopes)
+            slope = weighted_sum(ADAMS_BASHFORTH[len(slopes)], slopes)
         denoised = x - slope * sigma
         x = x + slope * (sigma_next - sigma)
         if callback:
@@ -59,15 +64,18 @@ def lms(
 ) -> Tensor:
     """Sample by the linear multistep method of k-diffusion.
 
-    The polynomial through the last `order` slopes, at most 4, is integrated over sigma.
+    The polynomial through the last slopes is integrated over sigma.
+
+    Args:
+        order: Largest number of slopes, 1 … 4.
     """
-    levels = sigmas.tolist()
+    sigma_list = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
-        nodes = [levels[i - j] for j in range(len(slopes))]
+        nodes = [sigma_list[i - j] for j in range(len(slopes))]
         x = x + weighted_sum(_integrate_lagrange(nodes, sigma, sigma_next), slopes)
         if callback:
             callback(i, x, denoised)
@@ -85,25 +93,25 @@ def dpmpp_2m(
 ) -> Tensor:
     """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
 
-        x' = (sigma' / sigma) x - (e^-h - 1) (D + h / (2 h_last) (D - D_last))
+        x' = (sigma' / sigma) x - (e^-h - 1) (D + h / (2 h_prev) (D - D_prev))
         h = ln(sigma / sigma')
 
     Args:
-        lower_order_final: Whether the last of fewer than 15 steps is of order 1 at any sigma; a
-            step to 0 always is.
+        lower_order_final: Whether the last step is of order 1 if there are fewer than 15. A step to
+            sigma 0 is of order 1 in any case.
     """
     steps = len(sigmas) - 1
-    last = steps - 1 if lower_order_final and steps < 15 else steps
-    old_denoised, h_last = None, 0.0
+    first_order_step = steps - 1 if lower_order_final and steps < 15 else None
+    denoised_prev, h_prev = None, 0.0
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
-        estimate = denoised
-        if old_denoised is not None and sigma_next > 0 and i != last:
-            estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
-        x = (sigma_next / sigma) * x - math.expm1(-h) * estimate
-        old_denoised, h_last = denoised, h
+        extrapolated = denoised
+        if denoised_prev is not None and sigma_next > 0 and i != first_order_step:
+            extrapolated = denoised + (denoised - denoised_prev) * (h / h_prev / 2)
+        x = (sigma_next / sigma) * x - math.expm1(-h) * extrapolated
+        denoised_prev, h_prev = denoised, h
         if callback:
             callback(i, x, denoised)
     return x
@@ -118,13 +126,16 @@ def deis(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DEIS (arXiv:2204.13902): a polynomial in log sigma through the last slopes.
+    """Sample by DEIS (arXiv:2204.13902), with polynomials in log sigma as in diffusers ("logrho").
 
-    It is integrated over sigma, with dsigma = sigma dlog sigma. With fewer than 15 steps the order
-    falls to 1 towards the end.
+    The polynomial through the last slopes is integrated over sigma, with dsigma = sigma dlog sigma.
+    With fewer than 15 steps the order falls to 1 towards the end.
+
+    Args:
+        order: Largest number of slopes.
     """
-    levels = sigmas.tolist()
-    steps = len(levels) - 1
+    sigma_list = sigmas.tolist()
+    steps = len(sigma_list) - 1
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -132,7 +143,7 @@ def deis(
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         if sigma_next > 0:
             current_order = min(len(slopes), steps - i) if steps < 15 else len(slopes)
-            nodes = [math.log(levels[i - j]) for j in range(current_order)]
+            nodes = [math.log(sigma_list[i - j]) for j in range(current_order)]
             weights = _integrate_lagrange_over_log(nodes, math.log(sigma), math.log(sigma_next))
             x = x + weighted_sum(weights, slopes[:current_order])
         else:
@@ -154,18 +165,20 @@ def unipc(
     """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.
 
     The estimate at the predicted x also serves the corrector, so a step takes one evaluation.
+
+    Args:
+        order: Largest number of estimates that the predictor uses.
     """
-    levels = sigmas.tolist()
-    steps = len(levels) - 1
+    steps = len(sigmas) - 1
     history: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
-    x_last, current_order = x, 1
+    x_prev, current_order = x, 1
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         if history:
-            x = _step_unipc(x_last, history, sigma, current_order, denoised)
+            x = _step_unipc(x_prev, history, sigma, current_order, denoised)
         history = [(sigma, denoised), *history[: order - 1]]
-        x_last = x
+        x_prev = x
         current_order = min(order, len(history), steps - i)
         x = _step_unipc(x, history, sigma_next, current_order) if sigma_next > 0 else denoised
         if callback:
@@ -188,16 +201,17 @@ def _integrate_lagrange(nodes: list[float], start: float, end: float) -> list[fl
 
 def _integrate_lagrange_over_log(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
-    # Points and weights of Gauss-Legendre of order 10 are an eigenproblem (Golub and Welsch 1969).
+    # Ten Gauss-Legendre points and their weights, by eigenvalues (Golub and Welsch 1969).
     k = torch.arange(1, 10, dtype=torch.float64)
     off_diagonal = k / (4 * k * k - 1).sqrt()
     matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
     points, vectors = torch.linalg.eigh(matrix)
     middle, half = (start + end) / 2, (end - start) / 2
-    logs = middle + half * points
-    weights = half * 2 * vectors[0].square() * logs.exp()
+    log_sigmas = middle + half * points
+    weights = half * 2 * vectors[0].square() * log_sigmas.exp()
     bases = [
-        math.prod(((logs - m) / (n - m) for m in nodes if m != n), start=weights) for n in nodes
+        math.prod(((log_sigmas - m) / (n - m) for m in nodes if m != n), start=weights)
+        for n in nodes
     ]
     return [float(basis.sum()) for basis in bases]
 
@@ -209,11 +223,12 @@ def _step_unipc(
     order: int,
     denoised_next: Tensor | None = None,
 ) -> Tensor:
-    """Step from the newest level to the next: predict, or correct with the estimate there.
+    """Step from the newest level of `history` to sigma_next, by the predictor or the corrector.
 
         x' = (sigma' / sigma) x - (e^-h - 1) (D + sum of a_m (D_m - D) / r_m)
 
-    with the estimates D_m at ratios r_m of the step; the weights a solve R a = b of the paper.
+    with D at the newest level, and the other estimates D_m at r_m, in units of the step h in log
+    sigma. The weights a solve R a = b of the paper.
 
     Args:
         history: (sigma, estimate) of the last levels, newest first.
@@ -222,26 +237,26 @@ def _step_unipc(
     """
     sigma, denoised = history[0]
     h = log_ratio(sigma, sigma_next)
-    shrink = math.expm1(-h)  # e^-h - 1; also B(h) of bh2
+    h_phi_1 = math.expm1(-h)  # the authors' name; also B(h) of bh2
     ratios = [-log_ratio(level, sigma) / h for level, _ in history[1:order]]
-    slopes = [
+    differences = [
         (estimate - denoised) / ratio
         for ratio, (_, estimate) in zip(ratios, history[1:order], strict=True)
     ]
     if denoised_next is not None:
-        ratios, slopes = [*ratios, 1.0], [*slopes, denoised_next - denoised]
-    x = (sigma_next / sigma) * x - shrink * denoised
-    if not slopes:
+        ratios, differences = [*ratios, 1.0], [*differences, denoised_next - denoised]
+    x = (sigma_next / sigma) * x - h_phi_1 * denoised
+    if not differences:
         return x
-    # b_j = q phi_{j+1}(q) j! / B(h) with q = -h
-    q_phi, factorial, targets = shrink / -h - 1, 1, []
-    for j in range(1, len(slopes) + 1):
+    # b_j = h_phi_k j! / B(h), with h_phi_k = -h phi_{j+1}(-h)
+    h_phi_k, factorial, b = h_phi_1 / -h - 1, 1, []
+    for j in range(1, len(differences) + 1):
         factorial *= j
-        targets.append(q_phi * factorial / shrink)
-        q_phi = q_phi / -h - 1 / (factorial * (j + 1))
-    if len(slopes) == 1 and order <= 2:  # as in the authors' code, instead of the exact weight
-        return x - shrink * 0.5 * slopes[0]
-    powers = [[ratio**power for ratio in ratios] for power in range(len(slopes))]
+        b.append(h_phi_k * factorial / h_phi_1)
+        h_phi_k = h_phi_k / -h - 1 / (factorial * (j + 1))
+    if len(differences) == 1 and order <= 2:  # as in the authors' code, instead of the exact weight
+        return x - h_phi_1 * 0.5 * differences[0]
+    powers = [[ratio**power for ratio in ratios] for power in range(len(differences))]
     matrix = torch.tensor(powers, dtype=torch.float64)
-    target = torch.tensor(targets, dtype=torch.float64)
-    return x - shrink * weighted_sum(torch.linalg.solve(matrix, target).tolist(), slopes)
+    weights = torch.linalg.solve(matrix, torch.tensor(b, dtype=torch.float64)).tolist()
+    return x - h_phi_1 * weighted_sum(weights, differences)

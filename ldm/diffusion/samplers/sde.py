@@ -74,29 +74,29 @@ def dpmpp_2m_sde(
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`.
 
-        x' = e^-k x - (e^-k - 1) (D + weight h / h_last (D - D_last)) + noise
+        x' = e^-k x - (e^-k - 1) (D + weight h / h_prev (D - D_prev)) + noise
 
     Args:
         eta: Amount of new noise: 0 is `dpmpp_2m`.
         heun: Whether to integrate the line through the last two estimates exactly, so that weight
             is 1 / (1 - e^-k) - 1 / k, instead of taking its value at the midpoint, 1 / 2.
     """
-    old_denoised, h_last = None, 0.0
+    denoised_prev, h_prev = None, 0.0
     draw = choose_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
-        estimate = denoised
+        extrapolated = denoised
         eta_h = eta * h if eta else 0.0
-        if old_denoised is not None and sigma_next > 0:
+        if denoised_prev is not None and sigma_next > 0:
             k = h + eta_h
             weight = 1 / -math.expm1(-k) - 1 / k if heun else 1 / 2
-            estimate = denoised + (denoised - old_denoised) * (h / h_last * weight)
-        x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * estimate
+            extrapolated = denoised + (denoised - denoised_prev) * (h / h_prev * weight)
+        x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * extrapolated
         if draw:
             x = x + draw(x, sigma, sigma_next) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
-        old_denoised, h_last = denoised, h
+        denoised_prev, h_prev = denoised, h
         if callback:
             callback(i, x, denoised)
     return x
@@ -117,7 +117,7 @@ def dpmpp_3m_sde(
 
     It integrates a parabola through the last three estimates; at first a line, or a constant.
     """
-    older: list[tuple[Tensor, float]] = []  # estimates with the length of their step, newest first
+    history: list[tuple[Tensor, float]] = []  # (estimate, h) of earlier steps, newest first
     draw = choose_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -125,13 +125,13 @@ def dpmpp_3m_sde(
         h = log_ratio(sigma, sigma_next)
         k = h * (1 + eta)
         x = math.exp(-k) * x - math.expm1(-k) * denoised
-        if sigma_next > 0 and older:
+        if sigma_next > 0 and history:
             phi_2 = math.expm1(-k) / k + 1
-            ratio = older[0][1] / h
-            slope = (denoised - older[0][0]) / ratio
-            if len(older) > 1:
-                ratio_2 = older[1][1] / h
-                older_slope = (older[0][0] - older[1][0]) / ratio_2
+            ratio = history[0][1] / h
+            slope = (denoised - history[0][0]) / ratio
+            if len(history) > 1:
+                ratio_2 = history[1][1] / h
+                older_slope = (history[0][0] - history[1][0]) / ratio_2
                 curvature = (slope - older_slope) / (ratio + ratio_2)
                 slope = slope + ratio * curvature
                 x = x - (phi_2 / k - 0.5) * curvature
@@ -140,7 +140,7 @@ def dpmpp_3m_sde(
             x = x + draw(x, sigma, sigma_next) * (
                 sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0)
             )
-        older = [(denoised, h), *older[:1]]
+        history = [(denoised, h), *history[:1]]
         if callback:
             callback(i, x, denoised)
     return x
