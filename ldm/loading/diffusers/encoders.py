@@ -48,7 +48,7 @@ def make_text_config(encoder: TextEncoder) -> JsonObject:
     if isinstance(encoder, OpenCLIPText):
         block, num_blocks = encoder.model.blocks[0], encoder.num_blocks
         norm = encoder.model.ln_final
-        heads, hidden = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
+        heads, mlp_width = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
         projection = encoder.model.text_projection.shape[1]
         if encoder.always_return_pooled:
             class_name, num_blocks = "CLIPTextModelWithProjection", len(encoder.model.blocks)
@@ -58,18 +58,18 @@ def make_text_config(encoder: TextEncoder) -> JsonObject:
     ):
         block, num_blocks = encoder.tower.blocks[0], len(encoder.tower.blocks)
         norm, projection = encoder.tower.final_layer_norm, encoder.width
-        heads, hidden = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
+        heads, mlp_width = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
     else:
-        what = type(encoder).__name__
+        description = type(encoder).__name__
         if isinstance(encoder, CLIPText):
-            what += f" with `layer: {encoder.layer}`"
-        raise ConfigError(f"transformers' CLIPTextModel does not support {what}")
+            description += f" with `layer: {encoder.layer}`"
+        raise ConfigError(f"transformers' CLIPTextModel does not support {description}")
     return {
         "architectures": [class_name],
         "model_type": "clip_text_model",
         "vocab_size": VOCAB,
         "hidden_size": encoder.width,
-        "intermediate_size": hidden,
+        "intermediate_size": mlp_width,
         "num_hidden_layers": num_blocks,
         "num_attention_heads": heads,
         "max_position_embeddings": encoder.length,
@@ -94,14 +94,15 @@ def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
     layers = config["num_hidden_layers"]
     if not pooled:
         return {"layer": "hidden", "layer_idx": layers - 1, **_parse_openai_arch(config)}
-    width, embed = config["hidden_size"], config["projection_dim"]
+    width, embed_dim = config["hidden_size"], config["projection_dim"]
     size = TextSize(width, config["num_attention_heads"], layers)
     name = next((name for name, known in TEXT_SIZES.items() if known == size), None)
-    is_quick = is_openai_clip(config, "text_encoder_2/config.json")
+    uses_quick_gelu = is_openai_clip(config, "text_encoder_2/config.json")
     arch: Any = name
-    if name is None or embed != width or is_quick or config["intermediate_size"] != 4 * width:
-        arch = {"embed_dim": embed, "text_cfg": _make_text_cfg(config, layers)}
-        arch |= {"quick_gelu": True} if is_quick else {}
+    has_usual_mlp = config["intermediate_size"] == 4 * width
+    if name is None or embed_dim != width or uses_quick_gelu or not has_usual_mlp:
+        arch = {"embed_dim": embed_dim, "text_cfg": _make_text_cfg(config, layers)}
+        arch |= {"quick_gelu": True} if uses_quick_gelu else {}
     return {
         "arch": arch,
         "freeze": True,
@@ -153,7 +154,7 @@ def parse_text_config(config: Config) -> JsonObject:
 def make_tokenizer_files(encoder: TextEncoder) -> JsonObject:
     """Return the files of CLIP's tokenizer (JSON or text by name) with the encoder's padding."""
     ids, ranks = tokenizer.load_vocabulary()
-    # Open_clip calls them otherwise, transformers for open_clip's models as CLIP does.
+    # open_clip has other names for these tokens; transformers uses CLIP's for its models, too.
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end
     tokens = {number: token for token, number in ids.items()}
     pad = tokens.get(encoder.tokenizer_variant.pad, end)
@@ -196,7 +197,7 @@ def make_vision_config(visual: VisionTower) -> JsonObject:
 
 def parse_vision_config(config: Config) -> JsonObject:
     """Return the parameters of CLIPImage for quick GELU, else of OpenCLIPImage."""
-    width, embed = config["hidden_size"], config["projection_dim"]
+    width, embed_dim = config["hidden_size"], config["projection_dim"]
     where = "image_encoder/config.json"
     is_openai = is_openai_clip(config, where)
     vision_cfg = {
@@ -208,10 +209,10 @@ def parse_vision_config(config: Config) -> JsonObject:
         "mlp_ratio": config["intermediate_size"] / width,
     }
     name, key = ("ViT-L-14", "model") if is_openai else ("ViT-H-14", "arch")
-    if vision_cfg == VISION_DEFAULTS | VISION[name] and embed == TEXT_SIZES[name].width:
+    if vision_cfg == VISION_DEFAULTS | VISION[name] and embed_dim == TEXT_SIZES[name].width:
         return {"model": "ViT-L/14"} if is_openai else {}
-    text_cfg = {"width": embed, "heads": 1, "layers": 0}  # the folder has no text encoder
-    return {key: {"embed_dim": embed, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}
+    text_cfg = {"width": embed_dim, "heads": 1, "layers": 0}  # the folder has no text encoder
+    return {key: {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}
 
 
 def make_image_processor_config(size: int) -> JsonObject:
@@ -227,13 +228,13 @@ def make_image_processor_config(size: int) -> JsonObject:
 
 
 def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
-    """Return transformers' config of the depth network."""
+    """Return transformers' config of the depth estimator."""
     dpt = encoder.model
     assert dpt is not None
     vit: Any = dpt.pretrained["model"]
     cnn, block = vit.patch_embed.backbone, vit.blocks[0]
-    widths = [stage["num_chs"] for stage in cnn.feature_info][1:]
-    grid = round((vit.pos_embed.shape[1] - 1) ** 0.5)  # patches along a side
+    channels = [stage["num_chs"] for stage in cnn.feature_info][1:]
+    patches = round((vit.pos_embed.shape[1] - 1) ** 0.5)  # along a side
     return (
         DEPTH_REQUIRED_VALUES
         | {
@@ -244,17 +245,17 @@ def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
             "num_hidden_layers": len(vit.blocks),
             "num_attention_heads": block.attn.num_heads,
             "layer_norm_eps": block.norm1.eps,
-            "image_size": 16 * grid,
+            "image_size": 16 * patches,
             "patch_size": 16,
             "backbone_out_indices": [2, 5, *dpt.hooks],  # the first two are stages, not blocks
-            "backbone_featmap_shape": [1, widths[-1], grid, grid],
-            "neck_hidden_sizes": [*widths[:2], vit.embed_dim, vit.embed_dim],
+            "backbone_featmap_shape": [1, channels[-1], patches, patches],
+            "neck_hidden_sizes": [*channels[:2], vit.embed_dim, vit.embed_dim],
             "fusion_hidden_size": len(dpt.scratch["layer1_rn"].get_parameter("weight")),
             "backbone_config": {
                 "model_type": "bit",
                 "layer_type": "bottleneck",
                 "depths": [len(stage.blocks) for stage in cnn.stages],
-                "hidden_sizes": [*widths, 2 * widths[-1]],
+                "hidden_sizes": [*channels, 2 * channels[-1]],
                 "embedding_size": cnn.stem.conv.out_channels,
                 "global_padding": "SAME",
                 "embedding_dynamic_padding": True,
@@ -281,11 +282,11 @@ def parse_depth_config(config: Config) -> JsonObject:
     return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
 
 
-def make_depth_processor_config(side: int) -> JsonObject:
+def make_depth_processor_config(size: int) -> JsonObject:
     """Return the preprocessor config: resize to the square size that transformers' DPT supports."""
     return PROCESSOR | {
         "image_processor_type": "DPTImageProcessor",
-        "size": {"height": side, "width": side},
+        "size": {"height": size, "width": size},
         "keep_aspect_ratio": False,
         "ensure_multiple_of": 1,
         "image_mean": [0.5, 0.5, 0.5],

@@ -263,7 +263,7 @@ def _read_extra_weights(path: Path, files: Files) -> Checkpoint | None:
     extra = read_checkpoint(path / EXTRA_WEIGHTS)
     if _has_same_config(extra, files):
         return extra
-    log.warning("`%s` is of another model than the folder, and is left out", path / EXTRA_WEIGHTS)
+    log.warning("`%s` belongs to another model than the folder: ignored", path / EXTRA_WEIGHTS)
     return None
 
 
@@ -289,8 +289,8 @@ def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
     """Return the tensors of a component, from one file or several shards.
 
     Args:
-        variant: variant in the file names, such as `fp16`; None = files without one, else fp16, or
-            the first other variant but `non_ema`.
+        variant: variant in the file names, such as `fp16`; None = files without one, else fp16,
+            else the first other variant, `non_ema` last.
     Raises:
         MissingFile: there are no weights of the variant.
     """
@@ -322,11 +322,11 @@ def _read_shards(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 def _list_candidates(folder: Path, variant: str | None) -> Iterator[Path]:
     dot = f".{variant}" if variant else ""
-    for ending in (".safetensors", ".bin"):
+    for suffix in (".safetensors", ".bin"):
         for stem in STEMS:
-            yield folder / f"{stem}{dot}{ending}"
-            yield folder / f"{stem}{ending}.index{dot}.json"
-            yield folder / f"{stem}{dot}{ending}.index.json"
+            yield folder / f"{stem}{dot}{suffix}"
+            yield folder / f"{stem}{suffix}.index{dot}.json"
+            yield folder / f"{stem}{dot}{suffix}.index.json"
 
 
 def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[str, Tensor]:
@@ -341,8 +341,8 @@ def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[
         log.warning("`%s` has %d rows without a token: left out", name, len(table) - VOCAB)
     vectors = {}
     for token in rows:  # `<cat>`, `<cat>_1`, `<cat>_2` are the vectors of one token
-        further_tokens = takewhile(rows.__contains__, (f"{token}_{i}" for i in count(1)))
-        vectors[token] = torch.stack([rows[name] for name in (token, *further_tokens)])
+        numbered_tokens = takewhile(rows.__contains__, (f"{token}_{i}" for i in count(1)))
+        vectors[token] = torch.stack([rows[name] for name in (token, *numbered_tokens)])
     return vectors
 
 

@@ -56,14 +56,14 @@ class _Pipeline:
 
     Args:
         name: class of diffusers.
-        openai: name of the YAML with OpenAI's CLIP as encoder; None = no such family.
-        open_clip: name of the YAML with OpenCLIP; None = no such family.
+        openai_config: name of the YAML with OpenAI's CLIP as encoder; None = no such family.
+        open_clip_config: name of the YAML with OpenCLIP; None = no such family.
         extras: entries of the index besides the components.
     """
 
     name: str
-    openai: str | None
-    open_clip: str | None
+    openai_config: str | None
+    open_clip_config: str | None
     extras: JsonMapping = field(default_factory=dict)
 
 
@@ -101,6 +101,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     """Return all files of a folder except weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
+        # The image size is unknown: Stable Diffusion's. diffusers uses it as the size of tiles.
         return {"config.json": networks.make_vae_config(params, None, 512)}
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
@@ -154,7 +155,8 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     pipeline_key = _find_folder_pipeline(files)
     encoder = IMAGE if pipeline_key in ("image", "variations") else layout.TEXT
     is_openai = encoders.is_openai_clip(files[encoder], encoder)
-    template = PIPELINES[pipeline_key].openai if is_openai else PIPELINES[pipeline_key].open_clip
+    pipeline = PIPELINES[pipeline_key]
+    template = pipeline.openai_config if is_openai else pipeline.open_clip_config
     if template is None:
         name = files[layout.INDEX]["_class_name"]
         raise WrongFamily(f"no original config matches `{name}` with the encoder in {encoder}")
@@ -169,7 +171,7 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     )
     if schedulers.is_trailing(files[layout.SCHEDULER]):  # its timestep spacing
         params["defaults"] = {"scheduler": "trailing"}
-    params["scale_factor"] = files[layout.VAE].get("scaling_factor", 0.18215)
+    params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]
     if layout.TEXT in files:
@@ -228,11 +230,11 @@ def _find_model_pipeline(model: LatentDiffusion) -> str:
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
     names = model.conditioner.encoders
-    others = names.keys() - {"text", "level"}  # the level comes with lowres or rgbd
-    if len(others) > 1 or not others <= PIPELINES.keys() or "text" not in names:
+    keys = names.keys() - {"text", "level"}  # the level comes with lowres or rgbd
+    if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in names:
         raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
     is_rgbd = model.autoencoder.in_channels != 3
-    return others.pop() if others else _name_text_pipeline(is_rgbd)
+    return keys.pop() if keys else _name_text_pipeline(is_rgbd)
 
 
 def _name_text_pipeline(is_rgbd: bool) -> str:

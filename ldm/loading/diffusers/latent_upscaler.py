@@ -39,11 +39,12 @@ KEYS = frozenset({
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "dropout",
     "block_out_channels", "layers_per_block", "cross_attention_dim", "time_cond_proj_dim",
 })  # fmt: skip
-# Block types; key: whether they have cross-attention.
-DOWN = {False: "KDownBlock2D", True: "KCrossAttnDownBlock2D"}
-UP = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
-PREDICTION_TYPES = ("sample", "original_sample")
+# Type of a block by whether it has cross-attention.
+DOWN_BLOCKS = {False: "KDownBlock2D", True: "KCrossAttnDownBlock2D"}
+UP_BLOCKS = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
+PREDICTION_TYPES = ("sample", "original_sample")  # both are x0
 INTERPOLATIONS = ("log_linear", "linear")
+# Stable Diffusion's betas, whose sigmas have the range of the published continuous schedule.
 BETAS = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
 COMPONENTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
@@ -91,15 +92,17 @@ def make_original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
 def _make_unet_config(model: LatentDiffusion) -> JsonObject:
     unet = model.unet
     assert isinstance(unet, LatentUpscalerUNet)
-    width, crosses = unet.channels[0], [bool(attends) for attends in unet.cross_attn_depths]
+    channels, has_cross_attention = unet.channels[0], list(map(bool, unet.cross_attn_depths))
     is_published_layout = (
-        list(unet.channels) == [width, width, 2 * width, 2 * width],
-        len(set(unet.depths)) == 1,
-        [bool(attends) for attends in unet.self_attn_depths] == [False, False, False, True],
-        unet.mapping_out == 2 * width and width % HEAD_CHANNELS == 0,
-        unet.has_variance and unet.input_channels == unet.unet_cond_dim,
+        list(unet.channels) == [channels, channels, 2 * channels, 2 * channels]
+        and len(set(unet.depths)) == 1
+        and list(map(bool, unet.self_attn_depths)) == [False, False, False, True]
+        and unet.mapping_out == 2 * channels
+        and channels % HEAD_CHANNELS == 0
+        and unet.has_variance
+        and unet.input_channels == unet.unet_cond_dim
     )
-    if not all(is_published_layout):
+    if not is_published_layout:
         raise ConfigError("diffusers supports only the layout of the published upscaler")
     return {
         "_class_name": "UNet2DConditionModel",
@@ -109,8 +112,8 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
         "out_channels": unet.input_channels + 1,
         "block_out_channels": list(unet.channels),
         "layers_per_block": unet.depths[0],
-        "down_block_types": [DOWN[attends] for attends in crosses],
-        "up_block_types": [UP[attends] for attends in reversed(crosses)],
+        "down_block_types": [DOWN_BLOCKS[attends] for attends in has_cross_attention],
+        "up_block_types": [UP_BLOCKS[attends] for attends in reversed(has_cross_attention)],
         "cross_attention_dim": unet.cross_cond_dim,
         "time_cond_proj_dim": unet.mapping_cond_dim,
         "dropout": unet.dropout_rate,
@@ -120,9 +123,9 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
 def _parse_unet_config(config: JsonMapping) -> JsonObject:
     """Return the parameters of our network."""
     networks.validate_config(config, UNET, REQUIRED_VALUES, KEYS)
-    channels, downs = config["block_out_channels"], config["down_block_types"]
-    for block in downs:
-        if block not in DOWN.values():
+    channels, down_blocks = config["block_out_channels"], config["down_block_types"]
+    for block in down_blocks:
+        if block not in DOWN_BLOCKS.values():
             raise ConfigError(f"{UNET}: blocks `{block}` are not supported")
     latent_channels, levels = config["in_channels"] // 2, len(channels)
     return {
@@ -134,20 +137,20 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
         "depths": [networks.read_equal(config, "layers_per_block", UNET, 2)] * levels,
         "channels": channels,
         "self_attn_depths": [level == levels - 1 for level in range(levels)],
-        "cross_attn_depths": [block == DOWN[True] for block in downs],
+        "cross_attn_depths": [block == DOWN_BLOCKS[True] for block in down_blocks],
         "has_variance": config["out_channels"] > latent_channels,
         "dropout_rate": config.get("dropout", 0.0),
     }
 
 
 def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
-    is_table = isinstance(model.schedule, Schedule)
+    is_discrete = isinstance(model.schedule, Schedule)
     betas = schedule.get("betas", {"params": BETAS})
     return {
         "_class_name": "EulerDiscreteScheduler",
         **schedulers.make_betas_config(betas),
         "prediction_type": PREDICTION_TYPES[0],
-        "interpolation_type": "linear" if is_table else "log_linear",
+        "interpolation_type": "linear" if is_discrete else "log_linear",
         "timestep_spacing": "linspace",
         "use_karras_sigmas": False,
     }

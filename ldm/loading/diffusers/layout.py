@@ -35,7 +35,7 @@ CLASSES = {
     "low_res_scheduler": ("diffusers", "DDPMScheduler"),
     "depth_estimator": ("transformers", "DPTForDepthEstimation"),
 }
-NO_COMPONENT = (None, None)
+NO_COMPONENT = (None, None)  # in place of the class of a component that a folder does not have
 INPAINTING_CHANNELS = 9  # of the UNet's input
 REMEDY = "download the folder again, whole"  # for missing files, in messages
 MAX_JSON = 1 << 24  # bytes
@@ -56,7 +56,7 @@ def read_json(path: Path) -> JsonObject:
     """
     size = path.stat().st_size
     if size > MAX_JSON:
-        raise FileFormatError(f"`{path}`: {size} bytes are too much for a config")
+        raise FileFormatError(f"`{path}`: {size} bytes is too much for a config")
     try:
         content = json.loads(read_text(path))
     except ValueError as error:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 __all__ = ["rename_text_layers", "rename_unet_layers", "replace_all"]
 
-# Layers of a residual block, and of a down- or upsampler.
-RESIDUAL = (
+# (pattern, replacement) for layers of a residual block, and of a down- or upsampler.
+BLOCK_RULES = (
     (r"^\.in_layers\.0\b", ".norm1"),
     (r"^\.in_layers\.2\b", ".conv1"),
     (r"^\.emb_layers\.1\b", ".time_emb_proj"),
@@ -44,7 +44,7 @@ XL_PREFIXES = {
 FIRST_TRANSFORMER = "input_blocks.1.1."
 BLOCK = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
 BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by a layer in them
-TEXT = (
+TEXT_RULES = (
     (r"transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"token_embedding|positional_embedding", r"text_model.embeddings.\g<0>"),
     ("positional_embedding", "position_embedding.weight"),
@@ -64,7 +64,7 @@ def rename_unet_layers(names: Iterable[str]) -> dict[str, str]:
     renamed = {}
     for name in names:
         prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)
-        renamed[name] = prefixes[prefix] + replace_all(RESIDUAL, name.removeprefix(prefix))
+        renamed[name] = prefixes[prefix] + replace_all(BLOCK_RULES, name.removeprefix(prefix))
     return renamed
 
 
@@ -79,7 +79,7 @@ def rename_text_layers(names: Iterable[str]) -> dict[str, str]:
         if diffusers_name.startswith("transformer.text_model."):
             diffusers_name = diffusers_name.removeprefix("transformer.")
         else:
-            diffusers_name = replace_all(TEXT, diffusers_name)
+            diffusers_name = replace_all(TEXT_RULES, diffusers_name)
         renamed[name] = diffusers_name
     return renamed
 
@@ -94,19 +94,21 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
 def _map_blocks(names: Iterable[str]) -> dict[str, str]:
     """Return diffusers' prefix by ours, such as `input_blocks.4.1`.
 
-    A down- or upsampler ends each level.
+    A down- or upsampler ends each level but the last.
     """
     matches = {match.groups() for match in map(BLOCK.fullmatch, names) if match}
     prefixes = {}
-    for direction, side in (("in", "down"), ("out", "up")):
-        level, count = 0, 0
+    for direction, their_direction in (("in", "down"), ("out", "up")):
+        level, resnets = 0, 0
         blocks = [(int(n), int(k), layer) for d, n, k, layer in matches if d == direction]
         for n, k, layer in sorted(blocks):
             prefix = f"{direction}put_blocks.{n}.{k}"
             if layer in BLOCK_TYPES:
-                count += layer == "in_layers"  # an attention has the number of the resnet before it
-                prefixes[prefix] = f"{side}_blocks.{level}.{BLOCK_TYPES[layer]}.{count - 1}"
+                if layer == "in_layers":  # an attention has the number of the resnet before it
+                    resnets += 1
+                block = f"{BLOCK_TYPES[layer]}.{resnets - 1}"
+                prefixes[prefix] = f"{their_direction}_blocks.{level}.{block}"
             else:
-                prefixes[prefix] = f"{side}_blocks.{level}.{side}samplers.0"
-                level, count = level + 1, 0
+                prefixes[prefix] = f"{their_direction}_blocks.{level}.{their_direction}samplers.0"
+                level, resnets = level + 1, 0
     return prefixes

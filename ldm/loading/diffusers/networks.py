@@ -17,8 +17,8 @@ from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "make_unet_config", "make_vae_config", "parse_unet_config", "parse_vae_config", "read_equal",
-    "validate_config",
+    "DEFAULT_SCALE", "make_unet_config", "make_vae_config", "parse_unet_config",
+    "parse_vae_config", "read_equal", "validate_config",
 ]  # fmt: skip
 
 Config = JsonMapping
@@ -54,6 +54,7 @@ CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
 VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
 RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
+DEFAULT_SCALE = 0.18215  # scaling_factor of a VAE that has none in its config
 RESOLUTION = 256  # as in original configs; it only determines which levels have attention
 
 
@@ -66,7 +67,7 @@ def make_unet_config(
         sample_size: side of the latent, or [height, width].
         size_width: dimension of the embedding of each size in SDXL's vector; None = not SDXL.
     """
-    head_dim, width = unet.num_head_channels, unet.model_channels
+    head_dim, model_channels = unet.num_head_channels, unet.model_channels
     depth = unet.transformer_depth
     last_depth = depth[-1] if isinstance(depth, Sequence) else depth
     _check_options(
@@ -84,24 +85,26 @@ def make_unet_config(
             "`num_attention_blocks`": unet.num_attention_blocks is not None,
             "`num_classes: continuous`": unet.num_classes == "continuous",
             f"`num_head_channels: {head_dim}`": head_dim > 0
-            and width % head_dim
+            and model_channels % head_dim
             and not unet.legacy,
         },
     )
-    widths = [unet.model_channels * mult for mult in unet.channel_mult]
-    has_attention = [2**level in unet.attention_resolutions for level in range(len(widths))]
-    heads = [unet.num_heads if head_dim == -1 else max(1, width // head_dim) for width in widths]
-    downs = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention]
-    ups = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in has_attention]
+    channels = [model_channels * mult for mult in unet.channel_mult]
+    has_attention = [2**level in unet.attention_resolutions for level in range(len(channels))]
+    heads = [unet.num_heads if head_dim == -1 else max(1, n // head_dim) for n in channels]
+    down_blocks = [
+        "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention
+    ]
+    up_blocks = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in has_attention]
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
         "in_channels": unet.in_channels,
         "out_channels": unet.out_channels,
-        "block_out_channels": widths,
+        "block_out_channels": channels,
         "layers_per_block": unet.num_res_blocks,
-        "down_block_types": downs,
-        "up_block_types": ups[::-1],
+        "down_block_types": down_blocks,
+        "up_block_types": up_blocks[::-1],
         # diffusers' name is wrong: it is the number of heads.
         "attention_head_dim": _to_scalar_if_uniform(heads),
         "cross_attention_dim": unet.context_dim,
@@ -136,30 +139,32 @@ def parse_unet_config(config: Config) -> JsonObject:
     """Return the parameters of our UNet."""
     where = "unet/config.json"
     validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
-    widths, downs = config["block_out_channels"], config["down_block_types"]
-    _check_blocks(where, [*downs, *config["up_block_types"]], UNET_BLOCKS)
-    if any(width % widths[0] for width in widths):
-        raise ConfigError(f"{where}: `block_out_channels: {widths}` must be multiples of the first")
+    channels, down_blocks = config["block_out_channels"], config["down_block_types"]
+    _check_blocks(where, [*down_blocks, *config["up_block_types"]], UNET_BLOCKS)
+    if any(n % channels[0] for n in channels):
+        raise ConfigError(
+            f"{where}: `block_out_channels: {channels}` must be multiples of the first"
+        )
     params: JsonObject = {
         "image_size": config.get("sample_size"),
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
-        "model_channels": widths[0],
+        "model_channels": channels[0],
         "attention_resolutions": [
-            2**level for level, block in enumerate(downs) if block in CROSS_ATTENTION_BLOCKS
+            2**level for level, block in enumerate(down_blocks) if block in CROSS_ATTENTION_BLOCKS
         ],
         "num_res_blocks": read_equal(config, "layers_per_block", where, 2),
-        "channel_mult": [width // widths[0] for width in widths],
+        "channel_mult": [n // channels[0] for n in channels],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
         "context_dim": read_equal(config, "cross_attention_dim", where),
         "use_checkpoint": True,
         "legacy": False,
-        **_parse_heads(config, widths),
+        **_parse_heads(config, channels),
         **_parse_class_embedding(config),
     }
     only_cross = config.get("only_cross_attention") or False
-    by_level = only_cross if isinstance(only_cross, list) else [only_cross] * len(widths)
+    by_level = only_cross if isinstance(only_cross, list) else [only_cross] * len(channels)
     if any(by_level):
         params["disable_self_attentions"] = by_level
     middle_only_cross = config.get("mid_block_only_cross_attention")
@@ -184,12 +189,11 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
         sample_size: side of the image in pixels.
     """
     ddconfig = AutoencoderConfig.from_ddconfig(params["ddconfig"])
-    embed = params["embed_dim"]
+    embed_dim, z_channels = params["embed_dim"], ddconfig.z_channels
     _check_options(
         "AutoencoderKL",
         {
-            f"z_channels {ddconfig.z_channels} with embed_dim {embed}": ddconfig.z_channels
-            != embed,
+            f"z_channels {z_channels} with embed_dim {embed_dim}": z_channels != embed_dim,
             "`resamp_with_conv: false`": not ddconfig.resamp_with_conv,
             "`give_pre_end`": ddconfig.give_pre_end,
             "`tanh_out`": ddconfig.tanh_out,
@@ -197,14 +201,14 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
     )
     levels = range(len(ddconfig.ch_mult))
     prefixes = ["Attn" if ddconfig.has_attention(level) else "" for level in levels]
-    if scale_factor is None:  # 0.18215 for the architecture of Stable Diffusion
-        scale_factor = 0.18215 if (len(ddconfig.ch_mult), embed) == (4, 4) else 1.0
+    if scale_factor is None:  # the architecture of Stable Diffusion, or an unknown one
+        scale_factor = DEFAULT_SCALE if (len(ddconfig.ch_mult), embed_dim) == (4, 4) else 1.0
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
         "in_channels": ddconfig.in_channels,
         "out_channels": ddconfig.out_ch,
-        "latent_channels": embed,
+        "latent_channels": embed_dim,
         "block_out_channels": ddconfig.channels,
         "layers_per_block": ddconfig.num_res_blocks,
         "down_block_types": [f"{prefix}DownEncoderBlock2D" for prefix in prefixes],
@@ -218,24 +222,25 @@ def parse_vae_config(config: Config) -> JsonObject:
     """Return the parameters of our AutoencoderKL."""
     where = "vae/config.json"
     validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
-    widths, downs = config["block_out_channels"], config["down_block_types"]
-    _check_blocks(where, downs, VAE_BLOCKS)
-    channels = config["latent_channels"]
+    channels, down_blocks = config["block_out_channels"], config["down_block_types"]
+    _check_blocks(where, down_blocks, VAE_BLOCKS)
+    embed_dim = config["latent_channels"]
+    has_attention = [block.startswith("Attn") for block in down_blocks]
     ddconfig = {
         "double_z": True,
-        "z_channels": channels,
+        "z_channels": embed_dim,
         "resolution": RESOLUTION,
         "in_channels": config.get("in_channels", 3),
         "out_ch": config.get("out_channels", 3),
-        "ch": widths[0],
-        "ch_mult": [width // widths[0] for width in widths],
+        "ch": channels[0],
+        "ch_mult": [n // channels[0] for n in channels],
         "num_res_blocks": read_equal(config, "layers_per_block", where, 1),
-        "attn_resolutions": [RESOLUTION >> i for i, b in enumerate(downs) if b.startswith("Attn")],
+        "attn_resolutions": [RESOLUTION >> i for i, attends in enumerate(has_attention) if attends],
         "dropout": 0.0,
     }
     if not config.get("mid_block_add_attention", True):
         ddconfig["attn_type"] = "none"
-    return {"embed_dim": channels, "ddconfig": ddconfig}
+    return {"embed_dim": embed_dim, "ddconfig": ddconfig}
 
 
 def validate_config(
@@ -288,17 +293,19 @@ def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str])
 
 def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
     """Return the transformer depths of a UNet whose up blocks differ from its down blocks."""
-    downs, outputs = unet.transformer_depth, unet.transformer_depth_output
-    if not isinstance(unet.num_res_blocks, int) or isinstance(downs, int) or outputs is None:
+    down_depths, depths = unet.transformer_depth, unet.transformer_depth_output
+    if not isinstance(unet.num_res_blocks, int) or isinstance(down_depths, int) or depths is None:
         raise ConfigError("diffusers' UNet does not support these transformer depths")
     count = unet.num_res_blocks + 1  # blocks of a level; up blocks have one more
-    ups = [list(outputs[i : i + count]) for i in range(0, len(outputs), count)]
+    up_depths = [list(depths[i : i + count]) for i in range(0, len(depths), count)]
     return {
         "transformer_layers_per_block": [
-            depth if attends else 1 for depth, attends in zip(downs, has_attention, strict=True)
+            depth if attends else 1
+            for depth, attends in zip(down_depths, has_attention, strict=True)
         ],
         "reverse_transformer_layers_per_block": [
-            depth if attends else 1 for depth, attends in zip(ups, has_attention[::-1], strict=True)
+            depth if attends else 1
+            for depth, attends in zip(up_depths, has_attention[::-1], strict=True)
         ],
     }
 
@@ -320,12 +327,14 @@ def _parse_depths(config: Config, res_blocks: int) -> JsonObject:
             return [0] * count
         return list(value) if isinstance(value, list) else [value] * count
 
-    downs = zip(depths, config["down_block_types"], strict=True)
-    ups = zip(reverse, config["up_block_types"], strict=True)
-    outputs = [list_depths(depth, block, res_blocks + 1) for depth, block in ups]
+    down_levels = zip(depths, config["down_block_types"], strict=True)
+    up_levels = zip(reverse, config["up_block_types"], strict=True)
+    up_depths = [list_depths(depth, block, res_blocks + 1) for depth, block in up_levels]
     return params | {
-        "transformer_depth": [list_depths(depth, block, res_blocks) for depth, block in downs],
-        "transformer_depth_output": [depth for level in outputs for depth in level],
+        "transformer_depth": [
+            list_depths(depth, block, res_blocks) for depth, block in down_levels
+        ],
+        "transformer_depth_output": [depth for level in up_depths for depth in level],
     }
 
 
@@ -334,17 +343,17 @@ def _to_scalar_if_uniform(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-def _parse_heads(config: Config, widths: Sequence[int]) -> dict[str, int]:
+def _parse_heads(config: Config, channels: Sequence[int]) -> dict[str, int]:
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     if isinstance(heads, int):
         return {"num_heads": heads}
-    head_dims = {width // count for width, count in zip(widths, heads, strict=True)}
+    head_dims = {n // count for n, count in zip(channels, heads, strict=True)}
     if len(head_dims) == 1:
         return {"num_head_channels": head_dims.pop()}
     if len(set(heads)) == 1:
         return {"num_heads": heads[0]}
     raise ConfigError(
-        f"unet/config.json: {heads} heads for channels {widths} can be expressed neither as "
+        f"unet/config.json: {heads} heads for channels {channels} can be expressed neither as "
         "num_heads nor as num_head_channels"
     )
 

@@ -14,14 +14,15 @@ __all__ = [
     "parse_scheduler",
 ]  # fmt: skip
 
-# The original's name by diffusers' name; other noise schedules are written as lists of betas.
-SCHEDULES = {
+# diffusers' beta_schedule -> the original's; other noise schedules are written as lists of betas.
+BETA_SCHEDULES = {
     "scaled_linear": "linear",
     "linear": "sqrt_linear",
     "squaredcos_cap_v2": "squaredcos_cap_v2",
 }
+# diffusers' prediction_type -> ours.
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# Our scheduler by diffusers' timestep_spacing.
+# diffusers' timestep_spacing -> our scheduler.
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
 COSINE_OFFSET = 8e-3  # of diffusers' cosine schedule, the original's default
 LINEAR_START, LINEAR_END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
@@ -31,7 +32,7 @@ def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = Fals
     """Return the config of a DDIMScheduler with the steps of our default sampler.
 
     Args:
-        betas: of a translated config: a spec of `make_betas`, or a tensor.
+        betas: of a translated config: {"params": arguments of `make_betas`}, or a tensor.
     """
     config = {
         "_class_name": "DDIMScheduler",
@@ -52,10 +53,10 @@ def make_betas_config(betas: Any) -> JsonObject:
         name = params.get("name", "linear")
         if name == "cosine" and params.get("cosine_s", COSINE_OFFSET) == COSINE_OFFSET:
             name = "squaredcos_cap_v2"
-        if name in SCHEDULES.values():
+        if name in BETA_SCHEDULES.values():
             return {
                 "num_train_timesteps": params.get("timesteps", 1000),
-                "beta_schedule": _find_key(name, SCHEDULES),
+                "beta_schedule": _find_key(name, BETA_SCHEDULES),
                 "beta_start": params.get("linear_start", LINEAR_START),
                 "beta_end": params.get("linear_end", LINEAR_END),
             }
@@ -70,7 +71,7 @@ def parse_betas(config: JsonMapping, where: str) -> JsonObject:
     else:
         params = {
             "timesteps": config.get("num_train_timesteps", 1000),
-            "beta_schedule": _read_name(config, "beta_schedule", "linear", SCHEDULES, where),
+            "beta_schedule": _read_name(config, "beta_schedule", "linear", BETA_SCHEDULES, where),
             "linear_start": config.get("beta_start", LINEAR_START),
             "linear_end": config.get("beta_end", LINEAR_END),
         }

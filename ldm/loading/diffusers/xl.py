@@ -23,8 +23,9 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["is_xl_folder", "is_xl_model", "make_folder_configs_xl", "make_original_config_xl"]
 
-SCORE = "aesthetic_score"
-TARGETS = "sgm.modules.diffusionmodules."
+SCORE_KEY = "aesthetic_score"  # batch key
+TARGET_PREFIX = "sgm.modules.diffusionmodules."
+# sgm's class by prediction type.
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
 IMAGE_SIZE = 128  # default side in latent pixels
 
@@ -42,12 +43,12 @@ def is_xl_folder(files: JsonMapping) -> bool:
 def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     """Return all files of a folder except weights, for a model and its translated config."""
     params, conditioner = spec["params"], model.conditioner
-    texts = {get_text_component(encoder): encoder for encoder in conditioner.find_all(TextEncoder)}
+    text_encoders = {get_text_component(e): e for e in conditioner.find_all(TextEncoder)}
     widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
-    if len(widths) != 1 or "text_encoder_2" not in texts:
+    if len(widths) != 1 or "text_encoder_2" not in text_encoders:
         raise ConfigError("diffusers' SDXL needs a pooled text encoder, and sizes of one width")
     assert isinstance(model.unet, UNet)
-    is_refiner, is_inpainting = SCORE in conditioner.keys, "masked" in conditioner.keys
+    is_refiner, is_inpainting = SCORE_KEY in conditioner.keys, "masked" in conditioner.keys
     side = max(model.latent_size)
     vae = networks.make_vae_config(
         params["autoencoder"]["params"], model.scale_factor, side * model.downscale
@@ -61,14 +62,17 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
         layout.VAE: vae,
         layout.SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
     }
-    index: JsonObject = {"_class_name": _get_pipeline(is_refiner, is_inpainting)}
-    for component, encoder in texts.items():
+    index: JsonObject = {"_class_name": _get_pipeline_class(is_refiner, is_inpainting)}
+    for component, encoder in text_encoders.items():
         files |= encoders.make_text_files(encoder, component)
+    # The refiner has no first text encoder, which diffusers' index says.
     for component in TEXT_COMPONENTS:
         tokenizer = component.replace("text_encoder", "tokenizer")
         for name in (component, tokenizer):
-            index[name] = layout.CLASSES[name] if component in texts else layout.NO_COMPONENT
-    zeros = any(encoder.null is None for encoder in texts.values())
+            index[name] = (
+                layout.CLASSES[name] if component in text_encoders else layout.NO_COMPONENT
+            )
+    uses_zeros = any(encoder.null is None for encoder in text_encoders.values())
     return files | {
         layout.INDEX: index
         | {
@@ -76,7 +80,7 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
             "unet": layout.CLASSES["unet"],
             "vae": layout.CLASSES["vae"],
             "scheduler": ("diffusers", files[layout.SCHEDULER]["_class_name"]),
-            "force_zeros_for_empty_prompt": zeros,
+            "force_zeros_for_empty_prompt": uses_zeros,
             "add_watermarker": None,
             **({"requires_aesthetics_score": is_refiner} if is_refiner or is_inpainting else {}),
         }
@@ -110,16 +114,16 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
         else:
             embedder["params"]["outdim"] = files[layout.UNET]["addition_time_embed_dim"]
     if needs_score and layout.TEXT in files:
-        conditioner["emb_models"][-1]["input_key"] = SCORE
-    zeros = index.get("force_zeros_for_empty_prompt", True)
-    if zeros != (layout.TEXT in files):  # the default of `sgm.translate_engine`
-        conditioner["force_uc_zero_embeddings"] = ["txt"] if zeros else []
+        conditioner["emb_models"][-1]["input_key"] = SCORE_KEY
+    uses_zeros = index.get("force_zeros_for_empty_prompt", True)
+    if uses_zeros != (layout.TEXT in files):  # the default of `sgm.translate_engine`
+        conditioner["force_uc_zero_embeddings"] = ["txt"] if uses_zeros else []
     return raw
 
 
 def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(config)
-    params["scale_factor"] = config.get("scaling_factor", 0.18215)
+    params["scale_factor"] = config.get("scaling_factor", networks.DEFAULT_SCALE)
     params["disable_first_stage_autocast"] = bool(config.get("force_upcast", True))
     for parameter, key in (("latent_mean", "latents_mean"), ("latent_std", "latents_std")):
         if config.get(key) is not None:
@@ -127,19 +131,19 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
 
 
 def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
-    """Put noise levels, prediction type and steps of a scheduler into an engine."""
+    """Set an engine's noise schedule, prediction type, and default sampler and scheduler."""
     class_name = config.get("_class_name", "")
-    prediction = schedulers.parse_prediction_type(config, layout.SCHEDULER)
+    prediction_type = schedulers.parse_prediction_type(config, layout.SCHEDULER)
     defaults: dict[str, Any] = {}
     if class_name.startswith("EDM"):  # its "epsilon" means EDM's preconditioning
-        scaling = "VScalingWithEDMcNoise" if prediction == "v" else "EDMScaling"
+        scaling = "VScalingWithEDMcNoise" if prediction_type == "v" else "EDMScaling"
         template = read_yaml(f"{XL_CONFIG_DIR}/playground-v2.5.yaml")["model"]["params"]
         params["denoiser_config"] = template["denoiser_config"]
         params["sampler_config"] = template["sampler_config"]
         discretization = params["sampler_config"]["params"]["discretization_config"]["params"]
         discretization |= {k: config[k] for k in ("sigma_min", "sigma_max") if k in config}
     else:
-        scaling = SCALINGS[prediction]
+        scaling = SCALINGS[prediction_type]
         betas = schedulers.parse_betas(config, layout.SCHEDULER)
         if betas.pop("rescale_betas_zero_snr", False):
             params["rescale_betas_zero_snr"] = True
@@ -150,7 +154,7 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
         denoiser["num_idx"] = betas["num_timesteps"]
         denoiser["discretization_config"]["params"] = betas
         defaults["scheduler"] = schedulers.parse_scheduler(config, "leading")
-    spec: JsonObject = {"target": f"{TARGETS}denoiser_scaling.{scaling}"}
+    spec: JsonObject = {"target": f"{TARGET_PREFIX}denoiser_scaling.{scaling}"}
     if scaling == "EDMScaling" and "sigma_data" in config:
         spec["params"] = {"sigma_data": config["sigma_data"]}
     params["denoiser_config"]["params"]["scaling_config"] = spec
@@ -161,10 +165,10 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
 
 
 def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
-    """Return the config of Euler's method, with the steps that the model's defaults name."""
-    prediction = "epsilon"  # of EDM, too
+    """Return the config of a scheduler for Euler's method, with the model's default spacing."""
+    prediction_type = "epsilon"  # of EDM, too
     if model.parameterization != "edm":
-        prediction = schedulers.to_prediction_type(model.parameterization)
+        prediction_type = schedulers.to_prediction_type(model.parameterization)
     if isinstance(model.schedule, ContinuousSchedule):
         return {
             "_class_name": "EDMEulerScheduler",
@@ -172,7 +176,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
             "sigma_min": model.schedule.sigma_min,
             "sigma_max": model.schedule.sigma_max,
             "sigma_data": 1.0 if model.parameterization == "v" else model.sigma_data,
-            "prediction_type": prediction,
+            "prediction_type": prediction_type,
         }
     if not model.schedule.uses_plain_timesteps or model.parameterization == "edm":
         raise ConfigError("no scheduler of diffusers has the timesteps of this model's denoiser")
@@ -180,7 +184,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     config = {
         "_class_name": f"Euler{'Ancestral' if is_ancestral else ''}DiscreteScheduler",
         **schedulers.make_betas_config(schedule["betas"]),
-        "prediction_type": prediction,
+        "prediction_type": prediction_type,
         "timestep_spacing": schedulers.get_timestep_spacing(model.defaults.scheduler),
         "steps_offset": 1,
     }
@@ -189,7 +193,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     return config | ({"rescale_betas_zero_snr": True} if model.schedule.zero_snr else {})
 
 
-def _get_pipeline(is_refiner: bool, is_inpainting: bool) -> str:
+def _get_pipeline_class(is_refiner: bool, is_inpainting: bool) -> str:
     if is_inpainting:
         return "StableDiffusionXLInpaintPipeline"
     return "StableDiffusionXLImg2ImgPipeline" if is_refiner else "StableDiffusionXLPipeline"
