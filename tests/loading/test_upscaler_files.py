@@ -116,6 +116,18 @@ def test_noise_levels_are_those_of_the_scheduler(files, tmp_path):
     path.write_text(json.dumps(config | {"prediction_type": "epsilon"}))
     with pytest.raises(ValueError, match="unknown prediction_type `epsilon`"):
         load(ckpt=folder)
+    (folder / "original.safetensors").unlink()
+    path.write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(ConfigError, match="`rescale_betas_zero_snr` is not supported here"):
+        load(ckpt=folder)
+
+
+def test_a_folder_cannot_have_another_range_of_sigmas(model, tmp_path):
+    config = tiny_config()
+    config["model"]["params"]["schedule"]["params"]["sigma_max"] = 10.0
+    save_model(model, tmp_path / "x2.safetensors", {"ldm.config": format_yaml(config)})
+    with pytest.raises(ConfigError, match=r"has sigmas 0.02917 … 14.61 only"):
+        convert(plan_conversion(tmp_path / "x2.safetensors", tmp_path / "folder"))
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@
 diffusers supports only the published layout of the network, and no noise on the small latent.
 """
 
+import torch
+
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import TextEncoder
 from ldm.loading.diffusers import encoders, networks, schedulers
@@ -45,7 +47,7 @@ UP_BLOCKS = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
 PREDICTION_TYPES = ("sample", "original_sample")  # both are x0
 INTERPOLATIONS = ("log_linear", "linear")
 # Stable Diffusion's betas, whose sigmas have the range of the published continuous schedule.
-BETAS = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
+BETAS: JsonObject = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
 COMPONENTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
@@ -145,6 +147,11 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
 
 def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
     is_discrete = isinstance(model.schedule, Schedule)
+    if not is_discrete:
+        expected = Schedule(make_betas(**BETAS)).sigmas[[0, -1]]
+        if not torch.allclose(model.schedule.sigmas[[0, -1]], expected, rtol=1e-4):
+            low, high = expected.tolist()
+            raise ConfigError(f"diffusers' upscaler has sigmas {low:.4g} … {high:.4g} only")
     betas = schedule.get("betas", {"params": BETAS})
     return {
         "_class_name": "EulerDiscreteScheduler",
@@ -158,15 +165,15 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
 
 def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
     """Set the noise schedule in our config from a scheduler's; its default is linear."""
-    prediction = config.get("prediction_type")
-    check_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)
+    prediction_type = config.get("prediction_type")
+    check_name("prediction_type", prediction_type, PREDICTION_TYPES, SCHEDULER)
     interpolation = config.get("interpolation_type", "linear")
     check_name("interpolation_type", interpolation, INTERPOLATIONS, SCHEDULER)
-    if config.get("trained_betas"):
-        raise ConfigError(f"{SCHEDULER}: `trained_betas` are not supported here")
+    for key in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(key):
+            raise ConfigError(f"{SCHEDULER}: `{key}` is not supported here")
     betas = schedulers.parse_betas(config, SCHEDULER)
     betas["name"] = betas.pop("beta_schedule")
-    betas.pop("rescale_betas_zero_snr", None)
     if interpolation == "linear":
         target = f"{Schedule.__module__}."
         params["schedule"] = {
