@@ -21,6 +21,7 @@ TEXT = "text_encoder/config.json"
 TEXT_2 = "text_encoder_2/config.json"
 
 VERSION = "0.35.0"  # of diffusers, as written into the index
+# (package, class) by component, as in the index.
 CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),

@@ -147,15 +147,15 @@ class Location:
             value = value.T
         return zip(self.keys, value.chunk(len(self.keys)), strict=True)
 
-    def join(self, component: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    def join(self, component_state: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Return our tensor from diffusers' tensors; a copy only if there are several.
 
         Args:
-            component: tensors by diffusers' names.
+            component_state: tensors by diffusers' names.
             shape: shape of our tensor.
         """
-        parts = [component[key] for key in self.keys]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensors = [component_state[key] for key in self.keys]
+        value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         if self.form == "transposed":
             value = value.T
         if self.form in ("matrix", "vector") and value.numel() == shape.numel():
@@ -177,7 +177,7 @@ def convert_to_diffusers(
 
 def convert_from_diffusers(
     locations: Mapping[str, Location],
-    component: Mapping[str, Tensor],
+    component_state: Mapping[str, Tensor],
     model_state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return diffusers' tensors under our names; names with missing tensors are left out.
@@ -185,13 +185,13 @@ def convert_from_diffusers(
     1x1 convolutions and columns get the model's shapes.
 
     Args:
-        component: tensors by diffusers' names.
+        component_state: tensors by diffusers' names.
         model_state: weights of the model, for shapes.
     """
     return {
-        name: location.join(component, model_state[name].shape)
+        name: location.join(component_state, model_state[name].shape)
         for name, location in locations.items()
-        if all(key in component for key in location.keys)
+        if all(key in component_state for key in location.keys)
     }
 
 
@@ -262,7 +262,7 @@ def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
             form: Form = "vector" if layer == "timestep_embed" else "same"
             locations[name] = Location((f"{UPSCALER_OUTER_LAYERS[layer]}.{parameter}",), form)
     for (direction, level), blocks in levels.items():
-        number = -1
+        resnets = 0
         for _, block_names in sorted(blocks.items()):
             inner_names = {name: UPSCALER_LAYER.sub("", name) for name in block_names}
             block_type = next(
@@ -272,9 +272,9 @@ def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
             if block_type is None:  # a resampling filter
                 continue
             if block_type == "resnets":  # attentions have the number of the resnet before them
-                number += 1
+                resnets += 1
             prefix = f"{'down' if direction == 'd' else 'up'}_blocks.{level}"
-            prefix += f".{'resnets' if block_type == 'resnets' else 'attentions'}.{number}"
+            prefix += f".{'resnets' if block_type == 'resnets' else 'attentions'}.{resnets - 1}"
             for name, inner_name in inner_names.items():
                 layer, _, parameter = inner_name.rpartition(".")
                 form = "matrix" if layer.endswith("_proj") and parameter == "weight" else "same"

@@ -249,6 +249,7 @@ def validate_config(
     """Raise ConfigError if an option in a config is not supported.
 
     Args:
+        where: path of the config in the folder, for messages.
         required: the only supported value by key.
         keys: keys with any value; all others must be null or false. None = ignore all others.
     """
