@@ -25,9 +25,9 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
         inverted: whether white is far in the file.
     """
     stored = _load(path)
-    low, high = stored.finite_range()
+    low, high = stored.find_finite_range()
     stored.log_notes()
-    depth = torch.tensor(stored.luminance())[None, None]
+    depth = torch.tensor(stored.compute_luminance())[None, None]
     # 1e-6 for a map of one value, which becomes 0 everywhere.
     depth = ((depth - low) / torch.tensor(high - low).clamp(min=1e-6)).nan_to_num(0, 1, 0)
     return 1 - depth if inverted else depth
@@ -42,7 +42,7 @@ def load_relative_depth(path: str | Path) -> Image.Image:
     stored = _load(path)
     stored.log_notes()
     white = stored.white if stored.image.mode == "F" else 255.0
-    values = stored.luminance()
+    values = stored.compute_luminance()
     if white is None or not np.isfinite(values).all():
         low, high = values.min(), values.max()
         raise ArgumentError(f"the depth `{path}` has values {low:g} … {high:g}, not 0 … 1", "depth")

@@ -70,7 +70,7 @@ def make_mask(
         ArgumentError: there is no mask, or it is empty.
     """
     source = load_stored(image)
-    alpha = source.alpha()
+    alpha = source.get_alpha()
     if mask is not None:
         result = load_mask(mask, source.image.size)
     elif box is not None:
@@ -95,7 +95,7 @@ def make_mask(
 
 def _find_painted_area(stored: StoredImage) -> Image.Image:
     """Return the painted area of a mask, "L", by the rules at the top of this file."""
-    alpha = stored.alpha()
+    alpha = stored.get_alpha()
     if alpha is not None:
         opacity = np.asarray(alpha)
         # A constant alpha channel, or one without transparency, is not a mask.
@@ -104,7 +104,7 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
             if _is_black_and_white(values[opacity >= THRESHOLD]):
                 return Image.fromarray(np.where(opacity >= THRESHOLD, values, 0).astype(np.uint8))
             stored = StoredImage(stored.name, alpha)
-    values, (low, high) = stored.luminance(), stored.finite_range()
+    values, (low, high) = stored.compute_luminance(), stored.find_finite_range()
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
     if has_two_values or (stored.image.mode in ("P", "PA") and is_colored(stored.image)):
         return Image.fromarray((values > low).astype(np.uint8) * 255)

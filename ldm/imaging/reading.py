@@ -99,29 +99,29 @@ class StoredImage:
     white: float | None = None
     notes: list[str] = field(default_factory=list)
 
-    def luminance(self) -> np.ndarray:
+    def compute_luminance(self) -> np.ndarray:
         """Return luminance (H, W) float32: 0 = black, white = `white`, or 255 for 8 bits."""
         image = self.image if self.image.mode == "F" else _to_rgb(self.image).convert("L")
         return np.asarray(image, np.float32)
 
-    def alpha(self) -> Image.Image | None:
+    def get_alpha(self) -> Image.Image | None:
         """Return the opacity, "L"; None if the file has no transparency."""
         if self.image.mode == "F":
             if "transparency" not in self.image.info:
                 return None
-            is_opaque = self.luminance() != self.image.info["transparency"]
+            is_opaque = self.compute_luminance() != self.image.info["transparency"]
             return Image.fromarray(is_opaque.astype(np.uint8) * 255)
         if not self.image.has_transparency_data:
             return None
         return _to_rgb(self.image).getchannel("A")
 
-    def finite_range(self) -> tuple[float, float]:
+    def find_finite_range(self) -> tuple[float, float]:
         """Return the smallest and the greatest finite luminance; note values that are not finite.
 
         Raises:
             FileFormatError: no value is finite.
         """
-        values = self.luminance()
+        values = self.compute_luminance()
         finite = values[np.isfinite(values)]
         if not finite.size:
             raise FileFormatError(f"`{self.name}` has no finite values")
@@ -135,13 +135,13 @@ class StoredImage:
         """Convert to luminance of 8 bits, "L"."""
         if self.image.mode != "F":
             return _to_rgb(self.image).convert("L")
-        low, high = self.finite_range()
+        low, high = self.find_finite_range()
         if self.white is None:
             self._add_note(f"has values from {low:g} to {high:g}, which become black and white")
             span = max(high - low, 1e-30)  # not 0, for an image of one value
         else:
             low, span = 0.0, self.white
-        levels = np.nan_to_num((self.luminance() - low) * (255 / span), nan=0.0)
+        levels = np.nan_to_num((self.compute_luminance() - low) * (255 / span), nan=0.0)
         return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
 
     def to_srgb(self) -> Image.Image:
@@ -156,7 +156,7 @@ class StoredImage:
                 self._add_note("has a colour profile that is damaged or does not fit, ignored")
         elif "srgb" not in self.image.info:
             rgb = _apply_gamma(rgb, self.image.info.get("gamma", SRGB_GAMMA))
-        alpha = self.alpha()
+        alpha = self.get_alpha()
         if alpha is not None:
             rgb.putalpha(alpha)
         return rgb

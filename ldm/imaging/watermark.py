@@ -206,12 +206,12 @@ def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
     plane = _crop_to_blocks(u)
     low, rows, columns, diagonal = _apply_haar(plane)
     blocks = _split_blocks(low)
-    flat = blocks.reshape(len(blocks), 16)
-    block_indices = np.arange(len(flat))
-    largest = np.abs(flat[:, 1:]).argmax(1) + 1
-    values = flat[block_indices, largest]
-    flat[block_indices, largest] = np.copysign(_quantize(np.abs(values), bits), values)
-    _put_blocks(low, flat.reshape(blocks.shape))
+    coefficients = blocks.reshape(len(blocks), 16)
+    block_indices = np.arange(len(coefficients))
+    largest = np.abs(coefficients[:, 1:]).argmax(1) + 1
+    values = coefficients[block_indices, largest]
+    coefficients[block_indices, largest] = np.copysign(_quantize(np.abs(values), bits), values)
+    _put_blocks(low, coefficients.reshape(blocks.shape))
     # The package's defects: rows and columns are swapped, and fractions are cut off in uint8.
     plane[:] = _invert_haar(low, columns, rows, diagonal)
 
@@ -261,7 +261,7 @@ def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
 
 
 def _apply_haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, and details along rows, columns and the diagonal, of a Haar transform.
+    """Return the low band, and details along rows, columns and the diagonal, of a Haar transform.
 
     The order of sums is PyWavelets', because `dwtDct` truncates fractions in the end.
     """

@@ -217,7 +217,7 @@ def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_and_named(
 
 def test_masks_and_maps_see_the_values_without_profile():
     data = save(GREY, "png", icc_profile=LINEAR_GREY)
-    assert (decode_stored(data, "x").luminance() == RAMP).all()
+    assert (decode_stored(data, "x").compute_luminance() == RAMP).all()
 
 
 @pytest.mark.parametrize("name", REFUSED)
