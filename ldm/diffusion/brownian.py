@@ -2,7 +2,7 @@
 
 The noise of a step from sigma to sigma' is (W(sigma') - W(sigma)) / sqrt(|sigma' - sigma|), where W
 is a Brownian motion that the seed of a sample fixes. So it is the sum of the noise of smaller steps
-on the same way, and images change little with the number of steps.
+over the same interval, and images change little with the number of steps.
 
 W is computed with the numbers of torchsde's `BrownianTree` on the CPU: from its increment over the
 whole range, by halving intervals (a Brownian bridge) down to the level. Li et al. 2020
@@ -39,19 +39,19 @@ class BrownianPaths:
 
     def __call__(self, like: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """Return the noise between two levels, standard normal, of the shape of `like`."""
-        before, after = self._at(sigma, like), self._at(sigma_next, like)
+        before, after = self._get_value(sigma, like), self._get_value(sigma_next, like)
         return (after - before) / math.sqrt(max(abs(sigma - sigma_next), 10**-DIGITS))
 
-    def _at(self, sigma: float, like: Tensor) -> Tensor:
+    def _get_value(self, sigma: float, like: Tensor) -> Tensor:
         if sigma not in self._values:
             if len(self._values) == CACHED_LEVELS:
                 self._values.pop(next(iter(self._values)))
-            paths = [self._path(seed, sigma, like.shape[1:]) for seed in self.seeds]
-            self._values[sigma] = torch.stack(paths).to(like.device)
+            values = [self._compute_value(seed, sigma, like.shape[1:]) for seed in self.seeds]
+            self._values[sigma] = torch.stack(values).to(like.device)
         return self._values[sigma]
 
-    def _path(self, seed: int, sigma: float, shape: torch.Size) -> Tensor:
-        """Return W(sigma) of one path, with W(low) = 0."""
+    def _compute_value(self, seed: int, sigma: float, shape: torch.Size) -> Tensor:
+        """Compute W(sigma) of one path, with W(low) = 0."""
         start, end = round(self.low, DIGITS), round(self.high, DIGITS)
         level = min(max(round(sigma, DIGITS), start), end)
         value = torch.zeros(shape)  # W(start)
@@ -63,16 +63,17 @@ class BrownianPaths:
             middle = round((start + end) / 2, DIGITS)
             before, after = middle - start, end - middle
             std = math.sqrt(before * after / (end - start))
-            half = before / (end - start) * increment + std * _draw(seed, (key, depth), shape)
+            first_half = before / (end - start) * increment + std * _draw(seed, (key, depth), shape)
             key, depth = 2 * key, depth + 1
             if level < middle:
-                end, increment = middle, half
+                end, increment = middle, first_half
             else:
-                start, increment, key, value = middle, increment - half, key + 1, value + half
+                start, increment, key = middle, increment - first_half, key + 1
+                value = value + first_half
         return value
 
 
 def _draw(seed: int, node: tuple[int, ...], shape: torch.Size) -> Tensor:
     """Draw standard normal noise for a node of the tree."""
-    words = np.random.SeedSequence(seed, spawn_key=node, pool_size=POOL_SIZE).generate_state(1)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int(words[0])))
+    seed_words = np.random.SeedSequence(seed, spawn_key=node, pool_size=POOL_SIZE).generate_state(1)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed_words[0])))

@@ -96,14 +96,14 @@ class Denoiser:
             x, sigma, cond: As in `__call__`.
             t: Timestep input of the network, a number or (B,); None for that of sigma.
         """
-        sigma = self._level(sigma)
+        sigma = self._round_sigma(sigma)
         t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
-        z_t = x / get_input_std(self.parameterization, _to_column(sigma, x), self.sigma_data)
+        z_t = x / get_input_std(self.parameterization, _to_broadcastable(sigma, x), self.sigma_data)
         return self._run_network(z_t, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
         """Convert a prediction at x to the estimate of z, (B, C, h, w)."""
-        c_skip, c_out = self._scalings(_to_column(self._level(sigma), x))
+        c_skip, c_out = self._get_scalings(_to_broadcastable(self._round_sigma(sigma), x))
         return c_skip * x + c_out * prediction
 
     def eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -111,13 +111,13 @@ class Denoiser:
 
         eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
         """
-        level = _to_column(self._level(sigma), x)
-        _, c_out = self._scalings(level)
-        return -c_out / level
+        rounded = _to_broadcastable(self._round_sigma(sigma), x)
+        _, c_out = self._get_scalings(rounded)
+        return -c_out / rounded
 
     def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Compute the factor (1, 1, 1, 1) from a difference of predictions to one of estimates."""
-        _, c_out = self._scalings(_to_column(self._level(sigma), x))
+        _, c_out = self._get_scalings(_to_broadcastable(self._round_sigma(sigma), x))
         return c_out
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -129,8 +129,8 @@ class Denoiser:
             z, noise: (B, C, h, w).
             t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
         """
-        sigma = _to_column(self.schedule.t_to_sigma(t), z)
-        c_skip, c_out = self._scalings(sigma)
+        sigma = _to_broadcastable(self.schedule.t_to_sigma(t), z)
+        c_skip, c_out = self._get_scalings(sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
 
     def error(
@@ -156,17 +156,17 @@ class Denoiser:
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """Add noise to latents z at timesteps t (B,), and predict; (B, C, h, w) float32."""
         schedule = self.schedule
-        is_step = not t.is_floating_point() and self.parameterization != "edm"
-        if is_step and isinstance(schedule, Schedule) and schedule.uses_plain_timesteps:
+        is_index = not t.is_floating_point() and self.parameterization != "edm"
+        if is_index and isinstance(schedule, Schedule) and schedule.uses_plain_timesteps:
             # As the original's `q_sample`: dividing z + sigma noise would round differently.
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)
-        return self.predict(z + _to_column(sigma, z) * noise, sigma, cond)
+        return self.predict(z + _to_broadcastable(sigma, z) * noise, sigma, cond)
 
-    def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return get_scalings(self.parameterization, sigma, self.sigma_data)
 
-    def _level(self, sigma: Tensor | float) -> Tensor | float:
+    def _round_sigma(self, sigma: Tensor | float) -> Tensor | float:
         return self.schedule.nearest_sigma(sigma) if self.nearest else sigma
 
     def _run_network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
@@ -175,15 +175,15 @@ class Denoiser:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
         # Timesteps are float32 for networks in half precision, too, which has steps of 0.5 there.
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
-        slots = {"context": cond.crossattn, "y": cond.vector}
+        inputs = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:
-            slots["context_mask"] = cond.context_mask
+            inputs["context_mask"] = cond.context_mask
         if cond.perturbed is not None:
-            slots["perturbed"] = cond.perturbed
-        return self.network(z_t, t, **slots).float()
+            inputs["perturbed"] = cond.perturbed
+        return self.network(z_t, t, **inputs).float()
 
 
-def _to_column(value: Tensor | float, like: Tensor) -> Tensor:
+def _to_broadcastable(value: Tensor | float, like: Tensor) -> Tensor:
     """Reshape one value, or one per sample, to (1 or B, 1, 1, 1) float32, on the device of `like`.
 
     From Python's numbers by way of float64, to round once.

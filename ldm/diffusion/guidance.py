@@ -2,7 +2,7 @@
 
 A method is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
 predictions of one evaluation of the network, may need those for further texts, and may remember
-earlier evaluations. Methods exclude each other, but for perturbed-attention guidance, which adds a
+earlier evaluations. Methods exclude each other, except perturbed-attention guidance, which adds a
 term to any other.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 Scale = float | Callable[[float], float]
-TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny  # against division by 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Evaluation:
     """One evaluation of the network: its predictions (eps, v or x0) at x, (B, C, h, w) each.
 
     Args:
-        denoiser: Its network has made the predictions.
+        denoiser: The denoiser whose network made the predictions.
         x: Input of the denoiser, (B, C, h, w).
         sigma: Noise level of x.
         scale: Guidance scale; 1 with perturbed attention alone.
@@ -280,13 +280,13 @@ def follow_schedule(
     built: dict[tuple[int, int], Denoise] = {}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        current = cond.at(counter.step) if isinstance(cond, ScheduledCond) else cond
-        null = uncond.at(counter.step) if isinstance(uncond, ScheduledCond) else uncond
-        assert not isinstance(null, Composition)
-        key = (id(current), id(null))
+        step_cond = cond.at(counter.step) if isinstance(cond, ScheduledCond) else cond
+        step_uncond = uncond.at(counter.step) if isinstance(uncond, ScheduledCond) else uncond
+        assert not isinstance(step_uncond, Composition)
+        key = (id(step_cond), id(step_uncond))
         if key not in built:
             built.clear()  # joined conditions of earlier steps take memory
-            built[key] = guide(current, null)
+            built[key] = guide(step_cond, step_uncond)
         return built[key](x, sigma)
 
     return denoise
@@ -408,8 +408,8 @@ def _project(x: Tensor, direction: Tensor) -> Tensor:
     return (x * direction).sum(dims, keepdim=True) / square.clamp(min=TINY) * direction
 
 
-def _rescale(prediction: Tensor, pred_cond: Tensor, weight: float) -> Tensor:
+def _rescale(prediction: Tensor, pred_cond: Tensor, strength: float) -> Tensor:
     """Rescale to the standard deviation of `pred_cond` (arXiv:2305.08891, eq. 15 and 16)."""
     dims = tuple(range(1, pred_cond.dim()))
     ratio = pred_cond.std(dims, keepdim=True) / prediction.std(dims, keepdim=True)
-    return prediction * (1 - weight + weight * ratio)
+    return prediction * (1 - strength + strength * ratio)

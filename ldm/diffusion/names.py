@@ -17,7 +17,6 @@ __all__ = [
     "FREEU_PRESETS",
     "FREEU_VERSIONS",
     "LEGACY",
-    "MAX_LEVEL",
     "SAMPLERS",
     "SCHEDULERS",
     "SDXL_LEGACY",
@@ -25,6 +24,7 @@ __all__ = [
     "SLD_CONCEPTS",
     "SLD_PRESETS",
     "TILINGS",
+    "WIDE_SIGMA",
     "FreeUFactors",
     "Sampler",
     "Scheduler",
@@ -35,7 +35,7 @@ __all__ = [
 # Sigma above which x is practically pure noise, as with zero terminal SNR and cosine schedules.
 # Some samplers give broken images from there: those that extrapolate over a whole step, or space
 # few levels up to it.
-MAX_LEVEL = 1000.0
+WIDE_SIGMA = 1000.0
 
 TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
@@ -55,7 +55,7 @@ class Sampler:
         takes_uncond: Whether it takes the unconditional estimate, too.
         scale: Default guidance scale; None: the model's.
         scheduler: Default scheduler; None: the model's.
-        wide_scheduler: Default where the highest level is above MAX_LEVEL; None: as otherwise.
+        wide_scheduler: Default where the highest level is above WIDE_SIGMA; None: as otherwise.
         a1111_scheduler: The scheduler that A1111's "Automatic" stands for.
         adapts_steps: Whether steps depend on the batch: commands and page make images one by one.
         skips_last_level: Whether one more step is planned and the last level before 0 dropped, as

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Scale
-from ldm.diffusion.names import MAX_LEVEL, SAMPLERS, SCHEDULERS, FreeUFactors
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS, WIDE_SIGMA, FreeUFactors
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import Defaults, LatentDiffusion
@@ -99,7 +99,7 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     (arXiv:2305.08891, §3.3), except for samplers that cannot begin there.
     """
     traits = SAMPLERS[sampler]
-    if traits.wide_scheduler and model.schedule.sigmas[-1] > MAX_LEVEL:
+    if traits.wide_scheduler and model.schedule.sigmas[-1] > WIDE_SIGMA:
         return traits.wide_scheduler
     preferred = traits.scheduler or model.defaults.scheduler
     return preferred or ("trailing" if model.schedule.zero_snr else "uniform")
@@ -112,11 +112,11 @@ def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str
         scheduler: the requested scheduler; None = the noise levels were given as `sigmas`.
     """
     remedy = SAMPLERS[sampler].wide_scheduler
-    if remedy in (None, scheduler) or sigma <= MAX_LEVEL:
+    if remedy in (None, scheduler) or sigma <= WIDE_SIGMA:
         return None
     choice = "sigmas" if scheduler is None else f"scheduler `{scheduler}`"
     return (
-        f"sampler `{sampler}` makes broken images from noise levels above {MAX_LEVEL:g}, and "
+        f"sampler `{sampler}` makes broken images from noise levels above {WIDE_SIGMA:g}, and "
         f"{choice} begins at {sigma:.4g}: take scheduler `{remedy}`"
     )
 
