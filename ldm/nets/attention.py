@@ -2,8 +2,8 @@
 
 "xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" computes the formula
 and allocates all N x M scores. The call, `set_backend` or the environment variable LDM_ATTENTION
-selects one, in this order; otherwise it is xformers if its kernel runs on this device and dtype,
-else SDPA.
+selects one, in this order. Otherwise it is xformers if its kernel runs on this device and dtype,
+else SDPA; for bfloat16 on most CPUs, the formula is computed in tiles instead.
 
 The fused kernels compute scores and softmax in float32. "math" casts q and k to float32 first, as
 float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is "fp16".
@@ -95,21 +95,21 @@ def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=q.dtype))
     q, k, v, flat_out = (x.flatten(0, 1) for x in (q, k, v, out))  # (B heads, N or M, d)
     k = k.transpose(1, 2)  # (B heads, d, M)
-    queries = max(1, TILE_BYTES * torch.get_num_threads() // (m * q.element_size()))
-    heads = max(1, queries // n)
-    for first_head in range(0, len(q), heads):
-        h = slice(first_head, first_head + heads)
-        for first_query in range(0, n, queries):
-            i = slice(first_query, first_query + queries)
-            scores = torch.bmm(q[h, i], k[h]).softmax(-1)  # (heads, queries, M)
-            torch.bmm(scores, v[h], out=flat_out[h, i])
+    tile_queries = max(1, TILE_BYTES * torch.get_num_threads() // (m * q.element_size()))
+    tile_heads = max(1, tile_queries // n)
+    for first_head in range(0, len(q), tile_heads):
+        heads = slice(first_head, first_head + tile_heads)
+        for first_query in range(0, n, tile_queries):
+            queries = slice(first_query, first_query + tile_queries)
+            scores = torch.bmm(q[heads, queries], k[heads]).softmax(-1)  # (heads, queries, M)
+            torch.bmm(scores, v[heads], out=flat_out[heads, queries])
     return out
 
 
 def _prefers_tiles(q: Tensor) -> bool:
     # On CPUs without AMX, SDPA computes bfloat16 in float32: tiles take two thirds of its time.
-    pays = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_HEAD_DIM
-    return pays and cpu.applies(q) and not has_amx()
+    is_faster = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_HEAD_DIM
+    return is_faster and cpu.applies(q) and not has_amx()
 
 
 def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

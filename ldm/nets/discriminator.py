@@ -28,19 +28,19 @@ class PatchDiscriminator(Layer):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
-        widths = [channels * min(2**n, MAX_MULT) for n in range(layers + 1)]
+        layer_channels = [channels * min(2**n, MAX_MULT) for n in range(layers + 1)]
         main: list[nn.Module] = [
             nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
             nn.LeakyReLU(SLOPE, inplace=True),
         ]
-        for n, (width, next_width) in enumerate(itertools.pairwise(widths), start=1):
+        for n, (before, after) in enumerate(itertools.pairwise(layer_channels), start=1):
             stride = 2 if n < layers else 1
             main += [
-                nn.Conv2d(width, next_width, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(next_width),
+                nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
-        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.main = nn.Sequential(*main, nn.Conv2d(layer_channels[-1], 1, 4, padding=1))
         for layer in self.main:  # initialized as by Isola et al.
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)

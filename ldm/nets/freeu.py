@@ -37,9 +37,9 @@ class FreeU:
         factor: Tensor | float = b
         if self.by_mean:
             mean = h.float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
-            low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
-            span = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-            factor = ((b - 1) * (mean - low) / span + 1).to(h.dtype)
+            lowest, highest = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
+            span = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
+            factor = ((b - 1) * (mean - lowest) / span + 1).to(h.dtype)
         h = torch.cat([h[:, :half] * factor, h[:, half:]], dim=1)
         return h, scale_low_frequencies(skip, s)
 

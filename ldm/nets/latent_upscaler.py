@@ -9,6 +9,7 @@ Karras et al. 2022 (arXiv:2206.00364); random Fourier features: Tancik et al. 20
 (arXiv:2006.10739).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -182,14 +183,13 @@ class _Levels(Layer):
         super().__init__()
         d_blocks, u_blocks = [], []
         for level, channels in enumerate(config.channels):
-            above = config.channels[max(0, level - 1)]  # channels of the level above
+            outer_channels = config.channels[max(0, level - 1)]  # of the next larger level
             depth, is_last = config.depths[level], level == len(config.channels) - 1
-            ins, outs = [above] + [channels] * (depth - 1), [channels] * depth
-            layers = _build_layers(config, level, ins, outs)
+            layers = _build_layers(config, level, [outer_channels] + [channels] * depth)
             d_blocks.append(nn.ModuleList([FIRDown() if level else nn.Identity(), *layers]))
-            ins, outs = [channels] * depth, [*[channels] * (depth - 1), above]
-            ins[0] *= 1 if is_last else 2  # with the skip connection
-            layers = _build_layers(config, level, ins, outs)
+            up_channels = [channels] * depth + [outer_channels]
+            up_channels[0] *= 1 if is_last else 2  # with the skip connection
+            layers = _build_layers(config, level, up_channels)
             u_blocks.append(nn.ModuleList([*layers, FIRUp() if level else nn.Identity()]))
         self.d_blocks = nn.ModuleList(d_blocks)
         self.u_blocks = nn.ModuleList(reversed(u_blocks))
@@ -207,16 +207,16 @@ class _Levels(Layer):
 
 
 def _build_layers(
-    config: LatentUpscalerUNet, level: int, ins: Sequence[int], outs: Sequence[int]
+    config: LatentUpscalerUNet, level: int, block_channels: Sequence[int]
 ) -> list[nn.Module]:
     """Build the layers of one level, down or up: residual blocks, each with its attention.
 
     Args:
-        ins, outs: Input and output channels of each residual block.
+        block_channels: Channels of the input, and of the output of each residual block.
     """
     layers: list[nn.Module] = []
     emb_channels, hidden_channels = config.mapping_out, config.channels[level]
-    for in_channels, out_channels in zip(ins, outs, strict=True):
+    for in_channels, out_channels in itertools.pairwise(block_channels):
         layers.append(
             ResidualBlock(
                 emb_channels, in_channels, hidden_channels, out_channels, config.dropout_rate

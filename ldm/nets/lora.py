@@ -3,7 +3,7 @@
     attached   y = layer(x) + strength * alpha / rank * up(down(x))     trainable, removable
     merged     W <- W + strength * alpha / rank * up down               no cost at run time
 
-Hu et al. 2021 (arXiv:2106.09685), section 4.1; of convolutions, LoCon: Yeh et al. 2023
+Hu et al. 2021 (arXiv:2106.09685), section 4.1; for convolutions, LoCon: Yeh et al. 2023
 (arXiv:2309.14859). Other adapters, which can only be merged, are in `lycoris`.
 """
 
@@ -158,7 +158,7 @@ class LoRA(nn.ModuleDict):
     """The layers of one LoRA by name; its state dict has the keys of kohya's files.
 
     Attributes:
-        hooks: Of the target layers, while attached.
+        hooks: Handles of the forward hooks of the target layers, while attached.
     """
 
     def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
@@ -220,8 +220,8 @@ class MergedChanges:
             merged = layer.get_parameter(name)
             if (weight.dtype, weight.device) != (merged.dtype, merged.device):
                 # `model.to` was called, which sees the merged weights only.
-                trains = merged.requires_grad
-                weight = nn.Parameter(weight.detach().to(merged), requires_grad=trains)
+                requires_grad = merged.requires_grad
+                weight = nn.Parameter(weight.detach().to(merged), requires_grad=requires_grad)
             layer.register_parameter(name, weight)
         self.originals.clear()
 

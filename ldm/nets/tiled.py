@@ -69,5 +69,5 @@ def _scale_indices(indices: Tensor, factor: int) -> Tensor:
 
 def _make_ramp(length: int, overlap: int) -> Tensor:
     """Return weights (length,) > 0, rising over the first and falling over the last `overlap`."""
-    up = (torch.arange(length) + 0.5) / max(overlap, 1)
-    return torch.minimum(up, up.flip(0)).clamp(max=1.0)
+    rising = (torch.arange(length) + 0.5) / max(overlap, 1)
+    return torch.minimum(rising, rising.flip(0)).clamp(max=1.0)

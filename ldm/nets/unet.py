@@ -292,14 +292,14 @@ class UNet(nn.Module):
         resampler = Upsample if up else Downsample
         return resampler(channels, use_conv=self.conv_resample)
 
-    def _has_attention(self, level: int, i: int) -> bool:
-        count = self.num_attention_blocks
-        return 2**level in self.attention_resolutions and (count is None or i < count[level])
+    def _has_attention(self, level: int, block: int) -> bool:
+        counts = self.num_attention_blocks
+        return 2**level in self.attention_resolutions and (counts is None or block < counts[level])
 
-    def _get_transformer_depth(self, level: int, i: int) -> int:
+    def _get_transformer_depth(self, level: int, block: int) -> int:
         depth = self.transformer_depth
-        by_block = depth if isinstance(depth, int) else depth[level]
-        return by_block if isinstance(by_block, int) else by_block[i]
+        level_depth = depth if isinstance(depth, int) else depth[level]
+        return level_depth if isinstance(level_depth, int) else level_depth[block]
 
     def _build_attention(
         self,
@@ -349,8 +349,10 @@ class UNet(nn.Module):
         return heads, channels // heads if self.legacy else self.num_head_channels
 
     def _build_mlp(self, features: int) -> nn.Sequential:
-        out = self.emb_channels
-        return nn.Sequential(Linear(features, out), nn.SiLU(), Linear(out, out))
+        emb_channels = self.emb_channels
+        return nn.Sequential(
+            Linear(features, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels)
+        )
 
     def _build_label_emb(self) -> nn.Module:
         if isinstance(self.num_classes, int):

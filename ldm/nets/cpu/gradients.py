@@ -92,7 +92,7 @@ class UpsampleConvolution(_Layer):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         batch, _, height, width = x.shape
         # The product of each input pixel with each of the 3x3 taps, (B, h, w, 3, 3, C_out)
-        taps = multiply(_to_pixels(x), _by_tap(weight)).view(batch, height, width, 3, 3, -1)
+        taps = multiply(_to_pixels(x), _group_by_tap(weight)).view(batch, height, width, 3, 3, -1)
         out = x.new_empty(batch, height, 2, width, 2, len(weight))
         # Sum the taps along the width, for even and odd columns, then along the height.
         rows = [_sum_taps(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
@@ -110,7 +110,7 @@ class UpsampleConvolution(_Layer):
         grad_taps = grad_taps.flatten(3).flatten(0, 2)  # (B h w, 9 C_out)
 
         def grad_x() -> Tensor:
-            grad = _multiply_grad(grad_taps, _by_tap(weight).t())  # (B h w, C_in)
+            grad = _multiply_grad(grad_taps, _group_by_tap(weight).t())  # (B h w, C_in)
             maps = grad.view(batch, height, width, in_channels)
             return maps.permute(0, 3, 1, 2).contiguous()
 
@@ -131,7 +131,7 @@ def _to_pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, C_in)
 
 
-def _by_tap(weight: Tensor) -> Tensor:
+def _group_by_tap(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 C_out, C_in)
 
 

@@ -31,7 +31,7 @@ class _Cache:
     def has_room(self, weight: Tensor) -> bool:
         return id(weight) in self.entries or FORM_SIZE * weight.nbytes <= self.budget
 
-    def entry(self, weight: Tensor) -> _Entry:
+    def get_entry(self, weight: Tensor) -> _Entry:
         """Return the entry of a weight, an empty one if the weight was changed."""
         state, entry = (weight.data_ptr(), weight._version), self.entries.get(id(weight))
         if entry is None:
@@ -80,7 +80,7 @@ def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Fo
     cache = _cache.get()
     if cache is None or not is_caching(weight):
         return transform(weight)
-    entry = cache.entry(weight)
+    entry = cache.get_entry(weight)
     if name not in entry.forms:
         entry.forms[name] = transform(weight)
     return cast(Form, entry.forms[name])
