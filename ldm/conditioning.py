@@ -43,8 +43,8 @@ class Cond:
         crossattn: Tokens for cross-attention, (B, N, D).
         concat: Channels concatenated to the noisy latent, (B, C, h, w).
         vector: Features added to the time embedding, (B, D) or (B,).
-        context_mask: Tokens of `crossattn` to keep, bool (B, N); None for all.
-        perturbed: Samples with perturbed self-attention, for guidance, bool (B,); None for no
+        context_mask: Tokens of `crossattn` to keep, bool (B, N); None = all.
+        perturbed: Samples with perturbed self-attention, for guidance, bool (B,); None = no
             samples.
     """
 
@@ -183,7 +183,7 @@ class PrepareOptions:
     Args:
         size: (h, w) of the latent.
         encode: Image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior.
-        generator: Random generator; None for torch's global one.
+        generator: Random generator; None = torch's global one.
     """
 
     size: tuple[int, int]
@@ -229,10 +229,10 @@ class Encoder(nn.Module):
         key: Batch key of the input.
         slot: Slot of `Cond`, for an output that is a tensor.
         droppable: Whether classifier-free guidance replaces samples by `null`.
-        null: The unconditional sample, such as ""; None for outputs of zeros.
+        null: The unconditional sample, such as ""; None = outputs of zeros.
         cache_key: Batch key to store in latent caches, of an image or of what `prepare` computes
             without randomness; None to store nothing.
-        generation: 1 or 2, if this is the text encoder of that Stable Diffusion; None for others.
+        generation: 1 or 2, if this is the text encoder of that Stable Diffusion; None = others.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
 
@@ -342,7 +342,7 @@ class Conditioner(nn.Module):
                 key, such as {"txt": 0.1}. None: the `ucg_rate` of each encoder, with its
                 `legacy_ucg_value`, if any, in place of `null`. Encoders of one batch key drop the
                 same samples.
-            generator: Random generator for `drop`; None for torch's global one.
+            generator: Random generator for `drop`; None = torch's global one.
             legacy: Quirks of sgm (`generative-models`), names in LEGACY_DROPOUT:
                 "independent-dropout" drops each output independently, "mutating-legacy-ucg" lets
                 later encoders of a batch key see the replacement.

@@ -41,10 +41,10 @@ class Defaults:
     Args:
         scale: Guidance scale; 1 disables guidance.
         sampler: Name in `ldm.SAMPLERS`.
-        scheduler: Choice of noise levels, see `NoiseSchedule.step_sigmas`; None for the sampler's
+        scheduler: Choice of noise levels, see `NoiseSchedule.step_sigmas`; None = the sampler's
             default.
-        eta: Amount of noise between steps, 0 is deterministic; None for the sampler's default.
-        max_steps, max_scale: Upper limits of a few-step (distilled) model; None for no limit.
+        eta: Amount of noise between steps, 0 is deterministic; None = the sampler's default.
+        max_steps, max_scale: Upper limits of a few-step (distilled) model; None = no limit.
     """
 
     scale: float = 9.0
@@ -86,7 +86,7 @@ class LatentDiffusion(nn.Module):
         parameterization: What `unet` predicts, "eps", "v", "x0" or "edm".
         sigma_data: Standard deviation of z, which only "edm" uses.
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
-        latent_mean, latent_std: (C,), z = (latent - mean) / std * scale_factor; None for 0 and 1.
+        latent_mean, latent_std: (C,), z = (latent - mean) / std * scale_factor; None = 0 and 1.
         image_size: Side of the latents that the model was trained with, in latent pixels, or
             (height, width).
         upcast_autoencoder: Whether the autoencoder overflows in float16, as that of SDXL.
@@ -202,7 +202,7 @@ class LatentDiffusion(nn.Module):
         """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample.
 
         Args:
-            generator: Random generator; None for torch's global one.
+            generator: Random generator; None = torch's global one.
         """
         return self.normalize(self.autoencoder.encode(image).sample(generator).float())
 
@@ -246,7 +246,7 @@ class LatentDiffusion(nn.Module):
         Args:
             batch: Images, masks, texts … by batch key.
             size: (h, w) of the latent.
-            generator: Random generator; None for torch's global one.
+            generator: Random generator; None = torch's global one.
         """
         options = PrepareOptions(size, lambda image: self.encode(image, generator), generator)
         prepared = dict(batch)

@@ -71,11 +71,11 @@ class Backend:
     """Makes images; the models of all runs are cached.
 
     Args:
-        library: the files that runs may use.
-        outdir: folder for `samples`, `uploads` and `replays`.
-        choice: device, precision and attention of all runs.
-        limits: limits of each run.
-        memory: bytes for loaded models; None = half of the device's memory.
+        library: The files that runs may use.
+        outdir: Folder for `samples`, `uploads` and `replays`.
+        choice: Device, precision and attention of all runs.
+        limits: Limits of each run.
+        memory: Bytes for loaded models; None = half of the device's memory.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Backend:
         """Build the request of a run.
 
         Args:
-            name: name of the model.
-            values: options by name; images are paths of uploads, LoRAs `NAME:WEIGHT`, and files of
+            name: Name of the model.
+            values: Options by name; images are paths of uploads, LoRAs `NAME:WEIGHT`, and files of
                 ADDONS names that the page lists.
         Raises:
-            ArgumentError: the model does not exist or support the task, or a value is invalid.
+            ArgumentError: The model does not exist or support the task, or a value is invalid.
         """
         entry = self.library.find_model(name, task)
         words = values.get("lora") or ()
@@ -199,7 +199,7 @@ class Backend:
         """Save an image with depth as a 3D mesh; return its path and number of triangles.
 
         Returns:
-            None for an image without depth, or if the package trimesh is not installed.
+            None = an image without depth, or if the package trimesh is not installed.
         """
         path, depth = Path(info["path"]), get_depth_path(info["path"])
         if info.get("image") == "depth" or not depth.is_file() or not can_save_meshes():
@@ -214,7 +214,7 @@ class Backend:
         """Return the file, by its hash, of an add-on that made an image; None if it had none.
 
         Args:
-            place: where the file is expected, for the message.
+            place: Where the file is expected, for the message.
         """
         files = map(str, self.library.list_addons(kind).values())
         return next(iter(_find_files(recorded_files(info, kind), files, place)), None)
@@ -271,7 +271,7 @@ class Backend:
         """Build the request that made an image, with the server's own files.
 
         Args:
-            name: name of the image file, for messages.
+            name: Name of the image file, for messages.
         """
         recorded = read_request(info, name).with_values(line_values(info))
         if recorded.model.overrides or info["overrides"]:
@@ -345,10 +345,10 @@ def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
     """Return the files with the hashes recorded in an image.
 
     Args:
-        recorded: entries with `path` and `hash`.
-        flag: flag of the app for such files, for the message.
+        recorded: Entries with `path` and `hash`.
+        flag: Flag of the app for such files, for the message.
     Raises:
-        ArgumentError: no file has a hash.
+        ArgumentError: No file has a hash.
     """
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
         raise ArgumentError(f"its entry for {flag} is damaged")

@@ -58,14 +58,14 @@ class CatalogueEntry:
     """A checkpoint that can be loaded.
 
     Args:
-        config: the YAML beside it; None = inside the file, or of the family.
-        tasks: names of the tasks that it supports.
-        family: name in `ldm.pipelines.families.FAMILIES`; None = unknown.
+        config: The YAML beside it; None = inside the file, or of the family.
+        tasks: Names of the tasks that it supports.
+        family: Name in `ldm.pipelines.families.FAMILIES`; None = unknown.
         size: (height, width) of its images, in pixels.
-        defaults: its default sampling options.
-        is_sdxl: whether it is Stable Diffusion XL or its refiner.
-        spec: the config, translated to our class names.
-        text_encoder: on the meta device; None = none.
+        defaults: Its default sampling options.
+        is_sdxl: Whether it is Stable Diffusion XL or its refiner.
+        spec: The config, translated to our class names.
+        text_encoder: On the meta device; None = none.
     """
 
     path: Path
@@ -93,7 +93,7 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
     Returns:
         path by name: the POSIX path relative to the folder.
     Raises:
-        MissingFile: there is no such folder.
+        MissingFile: There is no such folder.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -161,7 +161,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     """Return the entry of a checkpoint, or what is wrong with it in one line.
 
     Args:
-        stats: of its files; only for the cache, so that changed files are read again.
+        stats: Of its files; only for the cache, so that changed files are read again.
     """
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None

@@ -82,8 +82,8 @@ class Field:
     """A field of the page.
 
     Args:
-        kind: name of the gradio component.
-        settings: its keyword arguments.
+        kind: Name of the gradio component.
+        settings: Its keyword arguments.
     """
 
     kind: str
@@ -182,7 +182,7 @@ class TaskForm:
     """The fields of a task.
 
     Args:
-        limits: maxima of sliders.
+        limits: Maxima of sliders.
     """
 
     def __init__(self, task: Task, limits: Limits) -> None:
@@ -223,9 +223,9 @@ class TaskForm:
         """Convert the values of fields to values of options.
 
         Args:
-            inputs: values of all fields by name.
+            inputs: Values of all fields by name.
         Raises:
-            ValueError, FileNotFoundError: a value or an image is missing or invalid.
+            ValueError, FileNotFoundError: A value or an image is missing or invalid.
         """
         values = dict(inputs)
         if str(values["seed"] or "-").strip().startswith("-"):

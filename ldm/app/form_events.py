@@ -44,7 +44,7 @@ class FormEvents:
         """Restore the form from the browser's storage; return updates of all fields and lists.
 
         Args:
-            fields: names of the fields, see `Layout.stored_fields`.
+            fields: Names of the fields, see `Layout.stored_fields`.
         """
         values: JsonObject = {}
         try:
@@ -94,7 +94,7 @@ class FormEvents:
         """Return an update of a list of add-ons, which begins with none.
 
         Args:
-            is_hidden: whether it is hidden while there are none.
+            is_hidden: Whether it is hidden while there are none.
         """
         names = self.library.list_addons(kind)
         settings: JsonObject = {"visible": bool(names)} if is_hidden else {}
@@ -150,8 +150,8 @@ class FormEvents:
         the sampler, too.
 
         Args:
-            defaults: the defaults that FOLLOWERS were set to last.
-            values: current values of FOLLOWERS; only unchanged ones are updated.
+            defaults: The defaults that FOLLOWERS were set to last.
+            values: Current values of FOLLOWERS; only unchanged ones are updated.
         """
         if task not in TASKS:
             return [defaults, *[gr.skip()] * len(values)]
@@ -207,7 +207,7 @@ class FormEvents:
         the prompt. Tasks of models that take no LoRA leave them out.
 
         Args:
-            defaults: the defaults that FOLLOWERS were set to last. Those of fields that the info
+            defaults: The defaults that FOLLOWERS were set to last. Those of fields that the info
                 fills are dropped, so that a value of the image that happens to equal one of them
                 does not follow the image's LoRAs.
         """

@@ -46,7 +46,7 @@ class JobEvents:
     """Handlers of events. Everything that needs a model is a job; one runs at a time.
 
     Args:
-        forms: the form of each task by its name.
+        forms: The form of each task by its name.
     """
 
     def __init__(self, backend: Backend, jobs: Jobs, forms: dict[str, TaskForm]) -> None:
@@ -58,7 +58,7 @@ class JobEvents:
         """Queue a run with the current values of the form.
 
         Args:
-            names: names of the fields after the weights of LoRAs, see `Layout.fields`.
+            names: Names of the fields after the weights of LoRAs, see `Layout.fields`.
         """
         if task not in TASKS:
             return self._submit(owner, None)

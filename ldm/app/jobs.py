@@ -21,9 +21,9 @@ class Job:
     """A job of a visitor.
 
     Args:
-        owner: id of the visitor.
-        title: its line in the queue.
-        work: makes images; returns the final message.
+        owner: Id of the visitor.
+        title: Its line in the queue.
+        work: Makes images; returns the final message.
     """
 
     owner: str
@@ -42,9 +42,9 @@ class Jobs:
     """The job queue, and the newest images of each visitor.
 
     Args:
-        limit: maximum number of waiting jobs.
-        explain: returns the message for an error.
-        first_images: returns the initial gallery of a visitor, newest first.
+        limit: Maximum number of waiting jobs.
+        explain: Returns the message for an error.
+        first_images: Returns the initial gallery of a visitor, newest first.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Jobs:
         """Add a job to the queue.
 
         Raises:
-            ArgumentError: the queue is full.
+            ArgumentError: The queue is full.
         """
         job = Job(owner, title, work, Progress(on_image=lambda k, i: self._add_image(owner, k, i)))
         with self._lock:

@@ -34,8 +34,8 @@ class Layout:
     """All components, created in the `gr.Blocks` whose context is entered.
 
     Args:
-        forms: the form of each task by its name.
-        device: name of the device, for the title.
+        forms: The form of each task by its name.
+        device: Name of the device, for the title.
     """
 
     def __init__(self, forms: dict[str, TaskForm], device: str) -> None:

@@ -54,13 +54,13 @@ class Library:
     """The files that runs may use, read again when they change.
 
     Args:
-        models: folder of checkpoints.
-        embeddings: files of textual inversions, or folders, besides those in the models folder.
+        models: Folder of checkpoints.
+        embeddings: Files of textual inversions, or folders, besides those in the models folder.
         loras: LoRA files besides those in the folder, and their default weights.
-        previews: files of TAESD for previews, besides those in the folder.
+        previews: Files of TAESD for previews, besides those in the folder.
     Raises:
-        MissingFile: the folder or a LoRA is missing.
-        ArgumentError: two LoRAs have the same name, or a weight is too large.
+        MissingFile: The folder or a LoRA is missing.
+        ArgumentError: Two LoRAs have the same name, or a weight is too large.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Library:
         """Return files and folders that a run may add to a model, by name.
 
         Args:
-            kind: a key of ADDONS.
+            kind: A key of ADDONS.
         """
         if kind in ADDON_FAMILIES:
             models = read_catalogue(self.folder).models.items()
@@ -203,8 +203,8 @@ class Library:
         """Return the values of settings that suit a task, a model, and LoRAs.
 
         Args:
-            loras: their names.
-            prompt: may name others.
+            loras: Their names.
+            prompt: May name others.
         """
         entry = self._get_entry(name)
         height, width = (None, None) if entry is None else entry.size
@@ -254,7 +254,7 @@ class Library:
         """Return a model by its name.
 
         Raises:
-            ArgumentError: there is none, or it does not support the task.
+            ArgumentError: There is none, or it does not support the task.
         """
         if misfit := self.explain_misfit(task, name):
             raise ArgumentError(misfit, "ckpt")
@@ -266,7 +266,7 @@ class Library:
         A name comes from a browser: it is looked up in a list, never used as a path.
 
         Raises:
-            UnknownName: no add-on has this name.
+            UnknownName: No add-on has this name.
         """
         paths = {}
         for kind, title in ADDONS.items():
@@ -283,7 +283,7 @@ class Library:
         """Convert (name, weight) of LoRAs to (file, weight).
 
         Raises:
-            ArgumentError: a LoRA is unknown or chosen twice, or its weight is too large.
+            ArgumentError: A LoRA is unknown or chosen twice, or its weight is too large.
         """
         files: dict[str, float | str] = {}
         for name, weight in choices:

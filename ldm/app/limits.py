@@ -17,10 +17,10 @@ class Limits:
     """Maximum values.
 
     Args:
-        side: height and width of an image in pixels.
-        steps: sampling steps.
-        batch: batch size.
-        batches: batches in a run.
+        side: Height and width of an image in pixels.
+        steps: Sampling steps.
+        batch: Batch size.
+        batches: Batches in a run.
     """
 
     side: int = 2048
@@ -55,7 +55,7 @@ class Limits:
         """Raise ArgumentError if images of this size are too large.
 
         Args:
-            is_upscaled: whether they were upscaled, for which only the number of pixels is limited.
+            is_upscaled: Whether they were upscaled, for which only the number of pixels is limited.
         """
         is_too_large = max(width, height) > self.side
         allowed = f"sides up to {self.side}"

@@ -26,9 +26,9 @@ class ModelCache:
     Encoders and autoencoders of the same structure with equal weights are shared.
 
     Args:
-        limit: maximum bytes of all models together. The least recently used models are dropped
+        limit: Maximum bytes of all models together. The least recently used models are dropped
             before another one is loaded; a model larger than the limit is loaded alone.
-        load: loads a model.
+        load: Loads a model.
     """
 
     def __init__(self, limit: float, load: Callable[..., LatentDiffusion] = load) -> None:

@@ -35,8 +35,8 @@ class Page:
     """The page: connects its components with the handlers of their events.
 
     Args:
-        max_queue: maximum number of waiting jobs.
-        is_shared: whether visitors are different people, who see only their own images.
+        max_queue: Maximum number of waiting jobs.
+        is_shared: Whether visitors are different people, who see only their own images.
     """
 
     layout: Layout
@@ -67,7 +67,7 @@ class Page:
         """Serve the page until interrupted.
 
         Args:
-            listen: whether to accept connections from other machines.
+            listen: Whether to accept connections from other machines.
             auth: USER:PASSWORD; None = no login.
         """
         outdir = self.backend.outdir
@@ -233,8 +233,8 @@ class Page:
         """Connect a button that sends an image with its parameters to a tab.
 
         Args:
-            info: state with the info of the image.
-            source: field with the image; None = the path in the info.
+            info: State with the info of the image.
+            source: Field with the image; None = the path in the info.
         """
         ui = self.layout
         outputs = [*ui.filled_fields, *([ui.images[name]] if name in ui.images else [])]

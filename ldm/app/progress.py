@@ -27,17 +27,17 @@ class Progress(RunListener):
     """Progress of one job.
 
     Args:
-        total: number of images to make.
-        step: finished sampling steps of the current batch.
-        steps: all sampling steps of the current batch.
-        images: infos of finished images.
-        warnings: lines to append to the final message.
-        preview: grid of the current batch.
-        message: the current status, finally the result.
-        has_failed: whether the message is an error.
-        stop: event that stops the job.
-        make_preview: returns, for a model, a function from latents to previews in [-1, 1].
-        on_image: called with (index in the run, info) of each image for the gallery.
+        total: Number of images to make.
+        step: Finished sampling steps of the current batch.
+        steps: All sampling steps of the current batch.
+        images: Infos of finished images.
+        warnings: Lines to append to the final message.
+        preview: Grid of the current batch.
+        message: The current status, finally the result.
+        has_failed: Whether the message is an error.
+        stop: Event that stops the job.
+        make_preview: Returns, for a model, a function from latents to previews in [-1, 1].
+        on_image: Called with (index in the run, info) of each image for the gallery.
     """
 
     total: int = 1

@@ -24,7 +24,7 @@ class Uploads:
         """Store a copy of an image file; return its path.
 
         Raises:
-            ValueError: the file is damaged or not an image.
+            ValueError: The file is damaged or not an image.
         """
         try:
             load_image(path)
@@ -42,7 +42,7 @@ class Uploads:
         """Find the stored file with this hash.
 
         Raises:
-            MissingFile: it was not uploaded.
+            MissingFile: It was not uploaded.
         """
         # Compared with what is there, and not made a path: it may come from an image's text.
         paths = {path.stem: path for path in self.folder.glob("*.png")}

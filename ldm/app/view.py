@@ -27,7 +27,7 @@ def show_progress(progress: Progress | None, ahead: int = 0) -> str:
     """Render progress bar and message of a job; None = no job.
 
     Args:
-        ahead: number of jobs before this one.
+        ahead: Number of jobs before this one.
     """
     if progress is None:
         return '<div class="bar"></div><div class="message"></div>'

@@ -187,7 +187,7 @@ class SpatialTransformer(Relabelled, transformer.SpatialTransformer):
         """Attend over the positions of x (B, C, h, w) and to the context.
 
         Args:
-            context: (B, M, D) for all blocks, or a list of one per block; None for self-attention.
+            context: (B, M, D) for all blocks, or a list of one per block; None = self-attention.
         """
         blocks = self.transformer_blocks
         contexts = context if isinstance(context, (list, tuple)) else [context] * len(blocks)

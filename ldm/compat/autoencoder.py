@@ -23,11 +23,11 @@ class AutoencoderKL(TrainedModule):
         lossconfig: Config of the loss, such as LPIPSWithDiscriminator; of `torch.nn.Identity` for
             use without training.
         embed_dim: Channels of the latent.
-        ckpt_path, ignore_keys: See `init_from_ckpt`; None for random weights.
+        ckpt_path, ignore_keys: See `init_from_ckpt`; None = random weights.
         image_key: Batch key of the images.
-        colorize_nlabels: Channels of label maps, for `to_rgb`; None for those of its first input.
-        monitor: Logged value by which Lightning chooses checkpoints; None for no attribute.
-        ema_decay: Decay of the EMA of the weights; None for no EMA.
+        colorize_nlabels: Channels of label maps, for `to_rgb`; None = those of its first input.
+        monitor: Logged value by which Lightning chooses checkpoints; None = no attribute.
+        ema_decay: Decay of the EMA of the weights; None = no EMA.
         learn_logvar: Whether to train the log variance of the loss.
     """
 

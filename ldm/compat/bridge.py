@@ -59,7 +59,7 @@ class _Family:
         conditioning_key: That of its models.
         build_encoders: Builds these encoders from an old model.
         config_key: Keyword of the constructor of `old_class` for the config of the module that
-            `add_module` replaces; None for none.
+            `add_module` replaces; None = none.
         add_module: Adds that module, from the encoders of a `Conditioner`, to an old model.
     """
 

@@ -54,10 +54,10 @@ class CLIPTextEmbeddings(nn.Module):
         """Embed token ids.
 
         Args:
-            position_ids: (B, N); None for 0 … N-1.
+            position_ids: (B, N); None = 0 … N-1.
             inputs_embeds: Token embeddings (B, N, D); None to compute them from `input_ids`.
             embedding_manager: Textual inversion, called with ids and token embeddings, of which it
-                returns new ones; None for none.
+                returns new ones; None = none.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -172,7 +172,7 @@ class CLIPTextModel(nn.Module):
 
         Args:
             name: As `config` of the constructor; None needs a `config`.
-            config: Overrides `name` for the sizes; None for no override.
+            config: Overrides `name` for the sizes; None = no override.
         """
         source = config or name
         if source is None:
@@ -306,9 +306,9 @@ class CLIPTokenizer:
         Args:
             padding: "max_length", or True for the longest text's length.
             truncation: Whether to truncate texts to `max_length` tokens.
-            max_length: Number of tokens; None for `model_max_length`.
+            max_length: Number of tokens; None = `model_max_length`.
             add_special_tokens: Whether to add start and end token.
-            return_tensors: "pt" for tensors (B, N); None for lists.
+            return_tensors: "pt" for tensors (B, N); None = lists.
             return_length: Whether to add an entry `length`, the lengths with padding.
             ignored: Other keywords of transformers.
         """

@@ -14,7 +14,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
 
     Args:
         num_records: Number of samples.
-        valid_ids: Ids of the samples to use; None for no ids.
+        valid_ids: Ids of the samples to use; None = no ids.
         size: Side of the images in pixels.
     """
 

@@ -93,7 +93,7 @@ class DDIMSampler(TableSampler):
 
         Args:
             t_enc: Number of steps.
-            return_intermediates: About how many intermediate latents to return; None for none.
+            return_intermediates: About how many intermediate latents to return; None = none.
 
         Returns:
             Latents; and `x_encoded` (these again), `intermediate_steps` (numbers of steps), and,

@@ -138,8 +138,8 @@ class AncestralSampling(DDPM):
             mask: 1 keeps `x0`; None changes all.
             temperature: Factor of the noise, or one for each timestep.
             x_T: Initial noise; None draws it.
-            start_T: Timesteps are those below; None for all of the model.
-            log_every_t: Timesteps between the estimates; None for `self.log_every_t`.
+            start_T: Timesteps are those below; None = all of the model.
+            log_every_t: Timesteps between the estimates; None = `self.log_every_t`.
         """
         if batch_size is not None:
             shape = (batch_size, *shape)
@@ -185,7 +185,7 @@ class AncestralSampling(DDPM):
         Args:
             return_intermediates: Whether to return the initial noise and the latents at every
                 `log_every_t`-th timestep as well.
-            timesteps: The timesteps below are run; None for all. The others: see
+            timesteps: The timesteps below are run; None = all. The others: see
                 `progressive_denoising`.
         """
         img = torch.randn(*shape, device=self.betas.device) if x_T is None else x_T
@@ -261,8 +261,8 @@ class AncestralSampling(DDPM):
         """Sample latents by `p_sample_loop`.
 
         Args:
-            cond: Condition of `batch_size` samples or more; None for none.
-            shape: Shape of the batch; None for `batch_size` latents of the model's size.
+            cond: Condition of `batch_size` samples or more; None = none.
+            shape: Shape of the batch; None = `batch_size` latents of the model's size.
             kwargs: Ignored, as in the original.
         """
         if shape is None:

@@ -41,7 +41,7 @@ class DiffusionWrapper(LightningModule):
         diff_model_config: Config of the UNet. With `sequential_crossattn` beside its `target`, the
             contexts are a list of one per block of a transformer, else they are joined.
         conditioning_key: "concat" (channels), "crossattn" (context), "hybrid" (both), "adm" (class
-            labels), "hybrid-adm" or "crossattn-adm"; None for no condition.
+            labels), "hybrid-adm" or "crossattn-adm"; None = no condition.
     """
 
     def __init__(self, diff_model_config: Config, conditioning_key: str | None) -> None:
@@ -93,18 +93,18 @@ class DDPM(TrainedModule):
     Args:
         unet_config, conditioning_key: See `DiffusionWrapper`.
         loss_type: "l1" or "l2".
-        ckpt_path, ignore_keys: See `init_from_ckpt`; None for random weights.
+        ckpt_path, ignore_keys: See `init_from_ckpt`; None = random weights.
         load_only_unet: Whether `ckpt_path` has the weights of the UNet alone.
-        monitor: Logged value by which Lightning chooses checkpoints; None for no attribute.
+        monitor: Logged value by which Lightning chooses checkpoints; None = no attribute.
         given_betas: Betas instead of `beta_schedule` and `timesteps`; None to compute them.
         original_elbo_weight, l_simple_weight: Weights of the variational lower bound and of the
             mean error.
         v_posterior: Weight of beta against the posterior variance.
-        scheduler_config: Config of the learning rate schedule; None for a constant one.
+        scheduler_config: Config of the learning rate schedule; None = a constant one.
         learn_logvar: Whether to learn a log variance of the error of each timestep.
         make_it_fit: Whether to repeat weights of a checkpoint whose layers have fewer channels.
         ucg_training: {batch key: {"p": probability, "val": replacement}}, entries of a batch to
-            replace in training, for classifier-free guidance; None for none.
+            replace in training, for classifier-free guidance; None = none.
         reset_ema: Whether the EMA starts from the weights of the checkpoint.
         reset_num_ema_updates: Whether its warm-up starts again.
     """

@@ -188,7 +188,7 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
 
     Args:
         reshuffle_patch_size: Tiles along each side, see `PatchesToChannels`; None keeps the images.
-        low_scale_config: Config of the noise augmentation model; None for no noise.
+        low_scale_config: Config of the noise augmentation model; None = no noise.
         low_scale_key: Unused, as in the original.
     """
 
@@ -300,7 +300,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         embedder_config: Config of the image encoder.
         embedding_key: Batch key of its images.
         embedding_dropout: Probability of zeros instead of the embedding, in training.
-        noise_aug_config: Config of the noise augmentation model; None for no noise.
+        noise_aug_config: Config of the noise augmentation model; None = no noise.
     """
 
     def __init__(

@@ -69,8 +69,8 @@ class ImageLogging(AncestralSampling):
 
         Args:
             N, n_row: Number of samples of the batch to use, and of those with noise levels shown.
-            ddim_steps: Steps of DDIM; None for ancestral sampling.
-            return_keys: Names of the images to return, if there are any such; None for all.
+            ddim_steps: Steps of DDIM; None = ancestral sampling.
+            return_keys: Names of the images to return, if there are any such; None = all.
             quantize_denoised: Whether to sample with quantized x_0 as well, with a VQ autoencoder.
             inpaint: Whether to inpaint the middle of the images, and to outpaint the rest.
             unconditional_guidance_scale: Above 1, sample with guidance as well.

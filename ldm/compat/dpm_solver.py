@@ -135,12 +135,12 @@ def model_wrapper(
         model: Called with (x, timesteps), or (x, timesteps, condition). Timesteps of a discrete
             schedule are 0 … 999, fractional; those of a continuous one are the times.
         model_type: What the model predicts: "noise", "x_start", "v" or "score".
-        model_kwargs: Keywords for the model; None for none.
+        model_kwargs: Keywords for the model; None = none.
         guidance_type: "uncond" (none), "classifier" or "classifier-free".
-        condition: For the model or the classifier; None for none.
+        condition: For the model or the classifier; None = none.
         unconditional_condition: Negative condition; None disables "classifier-free".
         classifier_fn: (x, timesteps, condition) -> log probabilities, needed by "classifier".
-        classifier_kwargs: Keywords for `classifier_fn`; None for none.
+        classifier_kwargs: Keywords for `classifier_fn`; None = none.
     """
     if model_type not in ("noise", "x_start", "v", "score"):
         raise ValueError(f"unknown model_type `{model_type}`")
@@ -300,7 +300,7 @@ class DPM_Solver:
         Args:
             solver_type: "dpm_solver" or "taylor", how derivatives are estimated.
             r1, r2: Where the second and third evaluation are, as fractions of the step in lambda;
-                None for 1/2 of a step of order 2, 1/3 and 2/3 of one of order 3.
+                None = 1/2 of a step of order 2, 1/3 and 2/3 of one of order 3.
             model_s: Output of the model at s; None computes it.
         """
         model_s = self.model_fn(x, s) if model_s is None else model_s
@@ -408,8 +408,8 @@ class DPM_Solver:
 
         Args:
             steps: Number of model evaluations; ignored by "adaptive".
-            t_start: First time; None for T of the noise schedule.
-            t_end: Last time; None for 1 / total_N of the noise schedule.
+            t_start: First time; None = T of the noise schedule.
+            t_end: Last time; None = 1 / total_N of the noise schedule.
             skip_type: "time_uniform", "logSNR" or "time_quadratic", see `get_time_steps`.
             method: "multistep", "singlestep", "singlestep_fixed" (all steps of one order) or
                 "adaptive".

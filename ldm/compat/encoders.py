@@ -94,7 +94,7 @@ class SpatialRescaler(nn.Module):
         n_stages: Number of steps.
         method: Interpolation mode, as in `torch.nn.functional.interpolate`.
         multiplier: Factor of the size in each step.
-        out_channels: Output channels of a 1x1 convolution at the end; None for no convolution.
+        out_channels: Output channels of a 1x1 convolution at the end; None = no convolution.
     """
 
     METHODS: ClassVar = ["nearest", "linear", "bilinear", "trilinear", "bicubic", "area"]
@@ -157,7 +157,7 @@ class FrozenCLIPEmbedder(FollowsWeights):
         layer: "last"; "pooled" for the vector at the first end token, (B, 1, D); or "hidden" for
             the output of block `layer_idx` (0 is the embedding), without the final norm.
         layer_idx: Hidden state, -layers … layers; None unless `layer` is "hidden".
-        arch: Sizes by transformers' names, not in the original; None for those of `version`.
+        arch: Sizes by transformers' names, not in the original; None = those of `version`.
     """
 
     LAYERS: ClassVar = ["last", "pooled", "hidden"]
@@ -359,7 +359,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
     """Image embeddings (B, D) -> noised embeddings, and embeddings of the noise levels (B, D).
 
     Args:
-        clip_stats_path: File with mean and standard deviation of the embeddings; None for 0 and 1.
+        clip_stats_path: File with mean and standard deviation of the embeddings; None = 0 and 1.
         timestep_dim: D. The others: see `ImageConcatWithNoiseAugmentation`.
     """
 

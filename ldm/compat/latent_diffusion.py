@@ -32,7 +32,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
         num_timesteps_cond: Timesteps of the noise that is added to conditions; None or 1 for none.
         cond_stage_key: Batch key of the condition.
         concat_mode: Whether a `conditioning_key` that is None means "concat", else "crossattn".
-        cond_stage_forward: Method of the encoder to call; None for `encode`.
+        cond_stage_forward: Method of the encoder to call; None = `encode`.
         conditioning_key: See `DiffusionWrapper`, and `concat_mode`.
         scale_by_std: Whether to measure the scale factor on the first batch of a training.
         force_null_conditioning: Whether to keep `conditioning_key` without an encoder; `get_input`
@@ -222,9 +222,9 @@ class LatentDiffusion(Patchwise, ImageLogging):
             return_first_stage_outputs: Whether to return images and their reconstructions.
             force_c_encode: Whether to encode the condition even if its encoder is trained, which
                 `forward` does otherwise.
-            cond_key: Batch key of the condition; None for `cond_stage_key`.
+            cond_key: Batch key of the condition; None = `cond_stage_key`.
             return_original_cond: Whether to return the condition before encoding.
-            bs: Number of samples to use; None for all.
+            bs: Number of samples to use; None = all.
             return_x: Whether to return the images.
 
         Returns:

@@ -116,7 +116,7 @@ class LPIPSWithDiscriminator(nn.Module):
             last_layer: Weight of the decoder's last layer; None omits the GAN loss.
             cond: Channels (B, C, H, W) for the discriminator; None without `disc_conditional`.
             split: Prefix of the names to log.
-            weights: Weights of the errors (B, 3, H, W); None for 1.
+            weights: Weights of the errors (B, 3, H, W); None = 1.
         """
         factor = adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start)
         if optimizer_idx == 1:

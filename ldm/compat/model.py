@@ -62,7 +62,7 @@ class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
     """Norm, SiLU and convolution, twice, with a residual connection.
 
     Args:
-        out_channels: None for `in_channels`.
+        out_channels: None = `in_channels`.
         conv_shortcut: Whether the residual connection of blocks that change the number of
             channels is a 3x3 convolution, else 1x1.
         temb_channels: Features of the embedding that is added between both convolutions; 0 for

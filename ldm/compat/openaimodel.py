@@ -81,7 +81,7 @@ class Resampler(Relabelled):
     """Base class of Upsample and Downsample.
 
     Args:
-        out_channels: None for `channels`.
+        out_channels: None = `channels`.
     """
 
     channels: int
@@ -132,7 +132,7 @@ class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
     """Residual block: norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv.
 
     Args:
-        out_channels: None for `channels`. The others: see `ldm.nets.blocks.ResBlock`.
+        out_channels: None = `channels`. The others: see `ldm.nets.blocks.ResBlock`.
 
     Attributes:
         updown: Whether both branches are resampled, by `h_upd` and `x_upd`.

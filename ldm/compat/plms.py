@@ -73,7 +73,7 @@ class PLMSSampler(TableSampler):
             old_eps: Predicted noise of the up to three steps before, oldest first; None or empty
                 at the first step.
             t_next: The next timesteps (B,), needed at the first step only.
-            dynamic_threshold: See `norm_thresholding`; None for no limit.
+            dynamic_threshold: See `norm_thresholding`; None = no limit.
 
         Returns:
             x at the next timestep, the estimate of x0, and the predicted noise.

@@ -74,7 +74,7 @@ class Sampler:
     """Base class of the samplers.
 
     Args:
-        device: Device of the tables; None for that of the model.
+        device: Device of the tables; None = that of the model.
         kwargs: Ignored, as in the original.
     """
 
@@ -123,7 +123,7 @@ class Sampler:
 
         Args:
             S: Number of steps; the original's choice of timesteps may give a few more.
-            conditioning: Condition of the model; None for none.
+            conditioning: Condition of the model; None = none.
             callback: Called with the number of each step, from 0.
             img_callback: Called with the estimate of x0 and the number of each step.
             normals_sequence: Ignored, as in the original.
@@ -132,8 +132,8 @@ class Sampler:
             x_T: Initial noise; None draws it.
             unconditional_conditioning: Negative condition; None disables guidance.
             dynamic_threshold: Largest root mean square of x0, see `norm_thresholding`; PLMS only.
-                None for no limit.
-            ucg_schedule: Guidance scale of each step, DDIM only; None for the same at all steps.
+                None = no limit.
+            ucg_schedule: Guidance scale of each step, DDIM only; None = the same at all steps.
             kwargs: Ignored, as in the original.
 
         Returns:
@@ -330,7 +330,7 @@ class TableSampler(Sampler):
 
         Args:
             timesteps: Number of them. Of those of `make_schedule` it gives one fewer, as in the
-                original; None for all.
+                original; None = all.
             use_original_steps: Whether to choose among all timesteps of the model, where
                 `timesteps` may also be an array of them.
         """

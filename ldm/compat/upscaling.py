@@ -13,7 +13,7 @@ class AbstractLowScaleModel(nn.Module):
     """Base class of noise augmentation.
 
     Args:
-        noise_schedule_config: Keywords of `register_schedule`; None for no schedule.
+        noise_schedule_config: Keywords of `register_schedule`; None = no schedule.
     """
 
     sqrt_alphas_cumprod: Tensor

@@ -17,9 +17,9 @@ class BrokenFiles:
     """Lists the files that could not be read, one per line, and ends a run with too many.
 
     Args:
-        path: the list, which all processes of a run append to and read.
-        limit: fraction of all samples that may be broken.
-        source: where the samples come from; None = their number is unknown.
+        path: The list, which all processes of a run append to and read.
+        limit: Fraction of all samples that may be broken.
+        source: Where the samples come from; None = their number is unknown.
     """
 
     def __init__(self, path: Path, limit: float, source: Source | None = None) -> None:
@@ -39,10 +39,10 @@ class BrokenFiles:
         """Add the names that are not listed yet.
 
         Args:
-            names: of one batch, from its "broken".
-            read: number of samples of that batch.
+            names: Of one batch, from its "broken".
+            read: Number of samples of that batch.
         Raises:
-            ValueError: more than the limit of all samples is broken; or, where their number is
+            ValueError: More than the limit of all samples is broken; or, where their number is
                 unknown, significantly more than the limit among the samples read here.
         """
         if not self.names.issuperset(names):

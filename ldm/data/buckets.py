@@ -19,10 +19,10 @@ class Buckets:
     """A set of sizes, of at most size x size pixels each.
 
     Args:
-        size: side of the square bucket, in pixels.
-        step: all sides are multiples of it.
-        shortest: minimum side; None = half of `size`.
-        longest: maximum side; None = twice `size`.
+        size: Side of the square bucket, in pixels.
+        step: All sides are multiples of it.
+        shortest: Minimum side; None = half of `size`.
+        longest: Maximum side; None = twice `size`.
     Raises:
         ArgumentError: `size` is not a multiple of `step`, or no bucket fits the limits.
     """

@@ -47,11 +47,11 @@ class DataReport:
     """Statistics of a data set.
 
     Args:
-        buckets: the buckets to count.
+        buckets: The buckets to count.
         sizes: (width, height) of every readable image, upright.
         broken: (name, reason) of unreadable samples.
-        no_caption: names of samples without caption.
-        captions: all captions, stripped.
+        no_caption: Names of samples without caption.
+        captions: All captions, stripped.
         digests: SHA-256 of the pixels of every readable image.
     """
 
@@ -105,11 +105,11 @@ def check(
     """Decode and count everything in a folder, or in shards given by patterns.
 
     Args:
-        size, step: of the buckets to count, see `Buckets`.
-        workers: threads that decode images.
+        size, step: Of the buckets to count, see `Buckets`.
+        workers: Threads that decode images.
     Raises:
-        ValueError: nothing can be read.
-        MissingFile: a folder or file is missing.
+        ValueError: Nothing can be read.
+        MissingFile: A folder or file is missing.
     """
     report = DataReport(Buckets(size, step))
     loaders = _iter_loaders(data)
@@ -131,7 +131,7 @@ def open_folder(paths: Sequence[str]) -> Folder | None:
     """Open a single folder, each image once; return None for shards.
 
     Raises:
-        MissingFile: a path does not exist; patterns and URLs are not checked.
+        MissingFile: A path does not exist; patterns and URLs are not checked.
     """
     for name in paths:
         if (

@@ -33,8 +33,8 @@ class Condition(ABC):
     """Base of the generators of conditioning images; its fields are options in configs.
 
     Attributes:
-        NAME: in configs and batches.
-        FORMER_NAME: former class name, part of the keys of latent caches.
+        NAME: In configs and batches.
+        FORMER_NAME: Former class name, part of the keys of latent caches.
     """
 
     NAME: ClassVar[str]
@@ -55,8 +55,8 @@ class RandomMask(Condition):
     """Random inpainting masks: one to three brush strokes or boxes.
 
     Args:
-        full_probability: probability of the full image, to learn to generate without context.
-        box_probability: probability of boxes instead of brush strokes.
+        full_probability: Probability of the full image, to learn to generate without context.
+        box_probability: Probability of boxes instead of brush strokes.
     """
 
     NAME = "mask"
@@ -82,7 +82,7 @@ class LowRes(Condition):
     """The image downscaled by `factor` with a random filter, to imitate various resizers.
 
     Args:
-        blur: maximum sigma of the Gaussian blur that follows, in pixels of the small image.
+        blur: Maximum sigma of the Gaussian blur that follows, in pixels of the small image.
     """
 
     NAME = "lr"
@@ -107,8 +107,8 @@ class PseudoDepth(Condition):
     """A dome over the silhouette, blended with the luminance.
 
     Args:
-        ramp_width: distance from the edge to the dome's full height, in pixels.
-        luminance: weight of the luminance, 0 … 1.
+        ramp_width: Distance from the edge to the dome's full height, in pixels.
+        luminance: Weight of the luminance, 0 … 1.
     """
 
     NAME = "depth"
@@ -139,7 +139,7 @@ def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str,
     """Build the generators of {name of the condition: its options}.
 
     Raises:
-        UnknownName: a condition or an option is unknown.
+        UnknownName: A condition or an option is unknown.
     """
     conditions: dict[str, Condition] = {}
     for name, spec in specs.items():

@@ -65,7 +65,7 @@ class ImageDataset(SampleDataset):
         """Load the metadata of a sample and its decoded `image`.
 
         Raises:
-            UnreadableSample: the image or the caption is missing or damaged.
+            UnreadableSample: The image or the caption is missing or damaged.
         """
         row = self.row(index)
         try:
@@ -82,7 +82,7 @@ class ImageDataset(SampleDataset):
         """Return the metadata of a sample, with its captions as `text`.
 
         Raises:
-            UnreadableSample: the caption is in a file that cannot be read.
+            UnreadableSample: The caption is in a file that cannot be read.
         """
 
     @abstractmethod
@@ -90,7 +90,7 @@ class ImageDataset(SampleDataset):
         """Read the bytes of an image file; empty where there is none.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: The file cannot be read.
         """
 
     def names(self) -> Iterator[str]:
@@ -132,7 +132,7 @@ class WithClassImages(SampleDataset):
     Ruiz et al. 2022 (arXiv:2208.12242).
 
     Raises:
-        ArgumentError: the class images have several sizes; any of them may join any sample.
+        ArgumentError: The class images have several sizes; any of them may join any sample.
     """
 
     def __init__(self, dataset: SampleDataset, class_images: SampleDataset) -> None:

@@ -21,8 +21,8 @@ class Download(io.RawIOBase):
     Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
     Args:
-        tries: connection attempts per read.
-        pause: seconds before the second attempt, doubled before each further one.
+        tries: Connection attempts per read.
+        pause: Seconds before the second attempt, doubled before each further one.
     """
 
     def __init__(self, url: str, *, tries: int = 6, pause: float = 1.0) -> None:

@@ -46,15 +46,15 @@ class EmojiTransform(Transform):
     The metadata has `object` and `style`, and may have `keywords` of the object.
 
     Args:
-        scale: smallest and largest side of the drawing as a fraction of `size`.
-        shift: maximum offset from the center, in pixels.
-        flip: probability of a mirrored drawing.
-        crop: side of a random crop, in pixels; None = the full image.
-        random_colour_probability: probability of a random background colour, without a name.
-        drop: probability of omitting the style, and that of the color, from the caption.
-        drop_object: probability of omitting the object.
-        keyword_probability: probability of replacing the object's name by one of its keywords.
-        conditions: see `Transform`.
+        scale: Smallest and largest side of the drawing as a fraction of `size`.
+        shift: Maximum offset from the center, in pixels.
+        flip: Probability of a mirrored drawing.
+        crop: Side of a random crop, in pixels; None = the full image.
+        random_colour_probability: Probability of a random background colour, without a name.
+        drop: Probability of omitting the style, and that of the color, from the caption.
+        drop_object: Probability of omitting the object.
+        keyword_probability: Probability of replacing the object's name by one of its keywords.
+        conditions: See `Transform`.
     """
 
     NAME = "emoji"

@@ -39,15 +39,15 @@ class Folder(ImageDataset):
     """The images of a folder with their metadata.
 
     Args:
-        root: the folder. Rows with `repeats` count as so many samples.
-        transform: see `ImageDataset`.
-        split: keep the rows with this `split`; None = all.
-        where: keep the rows with these values, {"object": "robot"}; None = all.
-        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
-        text: field of the metadata that holds the caption; where it is missing, `caption` does.
+        root: The folder. Rows with `repeats` count as so many samples.
+        transform: See `ImageDataset`.
+        split: Keep the rows with this `split`; None = all.
+        where: Keep the rows with these values, {"object": "robot"}; None = all.
+        fields: Values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
+        text: Field of the metadata that holds the caption; where it is missing, `caption` does.
     Raises:
-        ArgumentError: no image has these values, or that field.
-        MissingFile, FileFormatError: see `read_metadata`.
+        ArgumentError: No image has these values, or that field.
+        MissingFile, FileFormatError: See `read_metadata`.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ def read_metadata(root: Path) -> list[JsonObject]:
     """Read the rows of metadata.jsonl or metadata.csv, each with `file_name`; else of all images.
 
     Raises:
-        MissingFile: there is no folder, or nothing in it.
-        FileFormatError: the metadata cannot be read, or a row has no `file_name`.
+        MissingFile: There is no folder, or nothing in it.
+        FileFormatError: The metadata cannot be read, or a row has no `file_name`.
     """
     return _read(root)[0]
 
@@ -205,7 +205,7 @@ def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObj
     Folders in it may have metadata of their own.
 
     Args:
-        caption_errors: the reasons why captions cannot be read are added to it, by `file_name`.
+        caption_errors: The reasons why captions cannot be read are added to it, by `file_name`.
     """
     images: list[Path] = []
     tables: dict[Path, Path] = {}
@@ -267,7 +267,7 @@ def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
     """List all files beneath a folder, those behind symbolic links last, each folder once.
 
     Args:
-        left_out: counts hidden folders and links to folders that were listed.
+        left_out: Counts hidden folders and links to folders that were listed.
     """
     start, queue, visited = Path(os.path.realpath(root)), deque([root]), set[Path]()
     while queue:

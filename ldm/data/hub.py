@@ -20,16 +20,16 @@ class Hub(ImageDataset):
     """An image data set of Hugging Face, with its other columns as metadata.
 
     Args:
-        hub: path, or name on the hub.
-        name: configuration of the data set; None = its default.
+        hub: Path, or name on the hub.
+        name: Configuration of the data set; None = its default.
         split: None = the whole table, of a data set without splits.
-        image: the column of images.
-        text: the column of captions.
-        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
-        cache: folder for downloads; None = the default of `datasets`.
+        image: The column of images.
+        text: The column of captions.
+        fields: Values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
+        cache: Folder for downloads; None = the default of `datasets`.
     Raises:
-        ImportError: the package `datasets` is not installed.
-        ArgumentError: a column or the split is missing.
+        ImportError: The package `datasets` is not installed.
+        ArgumentError: A column or the split is missing.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def rename_options(owner: str, options: JsonMapping) -> JsonObject:
     """Return the options under their present names; of duplicates, the later wins.
 
     Args:
-        owner: what takes the options, a key of RENAMED_OPTIONS.
+        owner: What takes the options, a key of RENAMED_OPTIONS.
     """
     names = RENAMED_OPTIONS.get(owner, {})
     return {names.get(name, name): value for name, value in options.items()}

@@ -26,10 +26,10 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
     Unreadable images are left out. The output is deterministic.
 
     Args:
-        pattern: pattern of the paths, "data-%06d.tar".
-        count: samples per shard.
+        pattern: Pattern of the paths, "data-%06d.tar".
+        count: Samples per shard.
     Raises:
-        ArgumentError: the pattern has no place for a number.
+        ArgumentError: The pattern has no place for a number.
     """
     if not re.fullmatch(r"[^%]*%0?\d*d[^%]*", pattern):
         raise ArgumentError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")

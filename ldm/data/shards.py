@@ -71,16 +71,16 @@ class Shards(Source):
     """A source of the samples in tar files.
 
     Args:
-        shards: paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
-        streams: number of streams that share the shards; must not change during a run.
-        shuffle: size of the shuffle buffer of each stream, in samples.
-        minimum, maximum: bounds of numbers in the .json, {"width": 512}; samples without the number
+        shards: Paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
+        streams: Number of streams that share the shards; must not change during a run.
+        shuffle: Size of the shuffle buffer of each stream, in samples.
+        minimum, maximum: Bounds of numbers in the .json, {"width": 512}; samples without the number
             are left out. None = no bounds.
-        length: samples in an epoch; None = unknown.
-        commands: whether to run `pipe:COMMAND`; never taken from a config.
+        length: Samples in an epoch; None = unknown.
+        commands: Whether to run `pipe:COMMAND`; never taken from a config.
     Raises:
-        ArgumentError: an address or pattern is not supported.
-        MissingFile: a shard is missing.
+        ArgumentError: An address or pattern is not supported.
+        MissingFile: A shard is missing.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> l
     """Expand patterns to paths, URLs and commands.
 
     Raises:
-        ArgumentError: a command is not allowed, or a URL or pattern is not supported.
-        MissingFile: a file is missing.
+        ArgumentError: A command is not allowed, or a URL or pattern is not supported.
+        MissingFile: A file is missing.
     """
     if not shards:
         raise ArgumentError("`shards` names no files")
@@ -246,7 +246,7 @@ def read_shard(url: str) -> Iterator[RawSample]:
     Where a shard is damaged or missing, the last sample has an "__error__" and no image.
 
     Raises:
-        OSError: the server does not answer, or the command fails.
+        OSError: The server does not answer, or the command fails.
     """
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -263,7 +263,7 @@ def decode_sample(raw: RawSample) -> Sample:
     """Decode the metadata and the `image` of a sample.
 
     Raises:
-        UnreadableSample: the image is missing or damaged, or the metadata cannot be read.
+        UnreadableSample: The image is missing or damaged, or the metadata cannot be read.
     """
     name = get_name(raw)
     try:
@@ -282,7 +282,7 @@ def find_image(raw: RawSample) -> tuple[str, bytes]:
     """Return suffix and bytes of the image file in a sample.
 
     Raises:
-        FileFormatError: the sample has no image.
+        FileFormatError: The sample has no image.
     """
     if "__error__" in raw:
         raise FileFormatError(raw["__error__"])
@@ -296,7 +296,7 @@ def parse_metadata(raw: RawSample) -> dict[str, Any]:
     """Return the .json of a sample, with `text` from its .txt or .caption if it has one.
 
     Raises:
-        ValueError: the .json is not an object, or the captions are not texts.
+        ValueError: The .json is not an object, or the captions are not texts.
     """
     row = _read_json(raw)
     row["text"] = row.get("text") or row.get("caption") or ""

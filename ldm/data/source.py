@@ -50,7 +50,7 @@ class Source(ABC):
         """Read batches start + rank, start + rank + world_size, … of the endless sequence.
 
         Args:
-            workers: see `prefetch`.
+            workers: See `prefetch`.
         """
         return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
 
@@ -77,7 +77,7 @@ class DatasetSource(Source):
     The last batch of a bucket (`dataset.bucket_ids`) in an epoch may be smaller.
 
     Args:
-        images: the images that latents were encoded from, for `fixed_samples`; None = `dataset`.
+        images: The images that latents were encoded from, for `fixed_samples`; None = `dataset`.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: l
     """Read a sample, or another one in its place if it cannot be read.
 
     Args:
-        broken: names of broken samples are appended to it.
+        broken: Names of broken samples are appended to it.
     Raises:
-        ValueError: none of the substitutes can be read.
+        ValueError: None of the substitutes can be read.
     """
     tries = 0
     for substitute in iter_substitutes(dataset, epoch, index):
@@ -199,7 +199,7 @@ def _largest_bucket(bucket_ids: Sequence[int], without: int | None = None) -> li
     """Return the indices of the largest bucket, the first of several; [] if there is none.
 
     Args:
-        without: a bucket that does not count; None = all count.
+        without: A bucket that does not count; None = all count.
     """
     counts = Counter(bucket for bucket in bucket_ids if bucket != without)
     largest = max(counts, key=lambda bucket: counts[bucket], default=None)
@@ -227,7 +227,7 @@ def prefetch(read: ReadBatches, start: int, step: int, workers: int) -> Iterator
 
     Args:
         read: (start, step) -> batches start, start + step, … without end; it is pickled.
-        workers: number of processes; 0 = read in this one, on demand.
+        workers: Number of processes; 0 = read in this one, on demand.
     """
     if not workers:
         return read(start, step)

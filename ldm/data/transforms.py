@@ -42,14 +42,14 @@ class Transform(ABC):
     """Base of the transforms.
 
     Args:
-        conditions: options of conditioning images by batch key, see `ldm.data.conditions`; None =
+        conditions: Options of conditioning images by batch key, see `ldm.data.conditions`; None =
             none.
     Attributes:
-        NAME: in configs.
-        IMAGE_OPTIONS: attributes that pixels or buckets depend on.
-        buckets: aspect-ratio buckets; None = all images have one size.
-        variants: names of versions of every image, such as background colors.
-        original_size_keys: keys of the original height and width in the metadata.
+        NAME: In configs.
+        IMAGE_OPTIONS: Attributes that pixels or buckets depend on.
+        buckets: Aspect-ratio buckets; None = all images have one size.
+        variants: Names of versions of every image, such as background colors.
+        original_size_keys: Keys of the original height and width in the metadata.
     """
 
     NAME: ClassVar[str]
@@ -121,11 +121,11 @@ class PhotoTransform(Transform):
     """Scale and crop an image to a square or to the nearest bucket, with its text as the caption.
 
     Args:
-        crop: position of the crop where the aspect ratio differs, "centre" or "random".
-        flip: probability of a mirrored image.
-        buckets: options of `Buckets`, {} for their defaults; None = squares.
-        tags: options of `TagShuffle`, {} for their defaults; None = captions as they are.
-        conditions, original_size_keys: see `Transform`.
+        crop: Position of the crop where the aspect ratio differs, "centre" or "random".
+        flip: Probability of a mirrored image.
+        buckets: Options of `Buckets`, {} for their defaults; None = squares.
+        tags: Options of `TagShuffle`, {} for their defaults; None = captions as they are.
+        conditions, original_size_keys: See `Transform`.
     """
 
     NAME = "photo"
@@ -196,7 +196,7 @@ def get_captions(row: JsonMapping) -> list[str]:
     """Return the captions of a row, of which a transform takes one; [""] if there are none.
 
     Raises:
-        FileFormatError: its `text` is neither a text nor a list of texts.
+        FileFormatError: Its `text` is neither a text nor a list of texts.
     """
     text = row.get("text")
     captions = text if isinstance(text, (list, tuple)) else [text]
@@ -211,9 +211,9 @@ class TagShuffle:
     """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat".
 
     Args:
-        shuffle: whether to put them into random order.
-        drop: probability that a tag is left out.
-        keep: number of leading tags that stay in place.
+        shuffle: Whether to put them into random order.
+        drop: Probability that a tag is left out.
+        keep: Number of leading tags that stay in place.
     """
 
     shuffle: bool = True

@@ -30,8 +30,8 @@ class MiDaSDepth(Encoder):
     """A depth map of the latent's size -> channel (B, 1, h, w), scaled to [-1, 1] per image.
 
     Args:
-        model_type: Name in ARCHS; None for no network, so that a batch must have depth maps.
-        arch: Overrides of entries of `model_type` in ARCHS; None for no overrides.
+        model_type: Name in ARCHS; None = no network, so that a batch must have depth maps.
+        arch: Overrides of entries of `model_type` in ARCHS; None = no overrides.
         eps: Added to max - min before dividing by it; the original's training uses 0.001.
     """
 

@@ -181,10 +181,10 @@ class EmbeddingNoise(nn.Module):
 
     Args:
         timestep_dim: Features of an embedding, D.
-        noise_schedule_config: See `register_schedule`; None for its defaults.
+        noise_schedule_config: See `register_schedule`; None = its defaults.
         max_noise_level: Noise levels are 0 … max_noise_level - 1.
         clip_stats_path: File with mean and standard deviation of the embeddings, read by the
-            loader; None for mean 0 and standard deviation 1.
+            loader; None = mean 0 and standard deviation 1.
 
     Attributes:
         statistics: Mean and standard deviation of the embeddings, (1, D) each; None if the file is
@@ -225,7 +225,7 @@ class EmbeddingNoise(nn.Module):
         """Return mean and standard deviation of the embeddings, (1, D) each.
 
         Args:
-            device: None for the device that they are on.
+            device: None = the device that they are on.
 
         Raises:
             MissingArgument: They are not loaded.

@@ -129,7 +129,7 @@ class TextEncoder(Encoder):
             not pruned.
         added_embeddings: Textual inversions, lower-case token -> vectors (n, D); not part of the
             state dict.
-        cache: Outputs by prompt, used while the encoder is frozen and has no LoRA; None for none.
+        cache: Outputs by prompt, used while the encoder is frozen and has no LoRA; None = none.
     """
 
     slot: Slot = "crossattn"
@@ -226,7 +226,7 @@ class TextEncoder(Encoder):
 
         Args:
             rows: Rows (B, N) of the token embedding, see `token_ids`.
-            added: Vectors (n, D) of added embeddings, for negative rows; None for none.
+            added: Vectors (n, D) of added embeddings, for negative rows; None = none.
             ends: Positions (B,) of the first end tokens.
             is_masked: See `encode_tokens`.
         """

@@ -89,10 +89,10 @@ class OpenCLIPTower(nn.Module):
         """Run the first `num_blocks` blocks on tokens (B, N).
 
         Args:
-            added: Vectors of added embeddings, see `embed_tokens`; None for none.
+            added: Vectors of added embeddings, see `embed_tokens`; None = none.
             normalize: Whether the final norm follows.
             ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
-                the projection, are the pooled output (B, embed_dim); None for no such output.
+                the projection, are the pooled output (B, embed_dim); None = no such output.
             is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
                 to mask none.
 
@@ -372,8 +372,8 @@ def run_text_blocks(
     Args:
         normalize: Whether the final norm follows the `num_blocks` blocks; it always precedes the
             pooled output.
-        ends: Positions (B,) of the pooled output; None for none.
-        is_masked: Tokens to mask in attention, bool (B, N); None for none.
+        ends: Positions (B,) of the pooled output; None = none.
+        is_masked: Tokens to mask in attention, bool (B, N); None = none.
 
     Returns:
         x (B, N, D) after `num_blocks` blocks, and the vectors (B, D) at `ends` after all blocks.

@@ -68,8 +68,8 @@ class InceptionExtractor:
     """The 2,048 features of FID.
 
     Args:
-        resize: name in RESIZES, see `inception_pixels`.
-        sha256: of the weights' file, for reports; None = unknown, then features are not cached.
+        resize: Name in RESIZES, see `inception_pixels`.
+        sha256: Of the weights' file, for reports; None = unknown, then features are not cached.
     """
 
     dimensions: ClassVar[int] = INCEPTION_FEATURES
@@ -94,8 +94,8 @@ class CLIPJudge:
     """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1.
 
     Args:
-        name: of the model, for reports.
-        sha256: of the weights' file, for reports; None = unknown, then scores are not cached.
+        name: Of the model, for reports.
+        sha256: Of the weights' file, for reports; None = unknown, then scores are not cached.
     """
 
     clip: CLIP

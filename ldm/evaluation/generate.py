@@ -52,8 +52,8 @@ class Setting:
     """The settings of the images in one folder.
 
     Args:
-        model: label of the model.
-        request: a request of prompts from a file, with a guidance scale.
+        model: Label of the model.
+        request: A request of prompts from a file, with a guidance scale.
     """
 
     model: str
@@ -76,7 +76,7 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
     Returns:
         Path of the file.
     Raises:
-        ArgumentError: the folder has images of other prompts.
+        ArgumentError: The folder has images of other prompts.
     """
     path = out / "prompts.txt"
     if path.is_file():
@@ -107,13 +107,13 @@ def generate_settings(
     have equally many images at any time.
 
     Args:
-        settings: grouped by model.
-        load: loads the models of a request.
-        listener: is told the steps of sampling; None = nobody is.
+        settings: Grouped by model.
+        load: Loads the models of a request.
+        listener: Is told the steps of sampling; None = nobody is.
     Raises:
-        ArgumentError: there are fewer images than processes, or the folder has images with other
+        ArgumentError: There are fewer images than processes, or the folder has images with other
             options.
-        NonFinite: an image is NaN even in float32.
+        NonFinite: An image is NaN even in float32.
     """
     listener = listener or RunListener()
     rank, world_size = get_rank_and_world_size()
@@ -196,9 +196,9 @@ def _limit_batches(request: Request, limit: int | None) -> Request:
     """Cap the batch size so that there are at least `world_size` batches.
 
     Args:
-        limit: further limit of the batch size; None = none.
+        limit: Further limit of the batch size; None = none.
     Raises:
-        ArgumentError: there are fewer images than processes.
+        ArgumentError: There are fewer images than processes.
     """
     _, world_size = get_rank_and_world_size()
     count = _count_images(request)
@@ -269,7 +269,7 @@ def wait_for_images(settings: Sequence[Setting], out: Path, timeout: float = WAI
     """Wait for the images of other processes, at most `timeout` seconds without a new one.
 
     Raises:
-        TimeoutError: images are missing.
+        TimeoutError: Images are missing.
     """
     folders = [setting.folder(out) for setting in settings]
     total = sum(_count_images(setting.request) for setting in settings)

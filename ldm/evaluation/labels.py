@@ -26,8 +26,8 @@ def place_labels(
     Args:
         points: (x, y) in pixels, as everything here.
         sizes: (width, height) of each label.
-        radius: radius of the markers at the points.
-        lines: lines that labels should not cross, if possible.
+        radius: Radius of the markers at the points.
+        lines: Lines that labels should not cross, if possible.
     """
     taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     line_points = [point for line in lines for point in _sample_line(*line)]

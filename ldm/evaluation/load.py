@@ -27,10 +27,10 @@ def load_extractor(
 
     Args:
         file: None = INCEPTION, if it was downloaded.
-        resize: name in RESIZES.
+        resize: Name in RESIZES.
     Raises:
-        UnknownName: the resize is unknown.
-        FileFormatError: the file is another network.
+        UnknownName: The resize is unknown.
+        FileFormatError: The file is another network.
     """
     check_name("resize", resize, RESIZES, argument="resize")
     path = _find(file, INCEPTION)

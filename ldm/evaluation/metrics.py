@@ -90,7 +90,7 @@ def kid(
 
     Args:
         features, reference: (N, d) and (M, d).
-        subset_size: images per subset of either set, at most N and M.
+        subset_size: Images per subset of either set, at most N and M.
     """
     x, y = features.double(), reference.double()
     subset_size = min(subset_size, len(x), len(y))

@@ -18,8 +18,8 @@ class Progress:
     """A progress bar on a terminal, else a log line each minute with the remaining time.
 
     Args:
-        total: number of images.
-        title: what is done, such as "Sampling".
+        total: Number of images.
+        title: What is done, such as "Sampling".
     """
 
     def __init__(self, total: int, title: str) -> None:

@@ -16,8 +16,8 @@ class PromptSource:
     """A prompt, and the image that it describes.
 
     Args:
-        text: line of a prompt file, including its options.
-        image: file name; None = unknown.
+        text: Line of a prompt file, including its options.
+        image: File name; None = unknown.
     """
 
     text: str
@@ -28,8 +28,8 @@ def read_prompts(path: str | Path) -> list[PromptSource]:
     """Read a prompt file (one prompt per line), or COCO's captions (`captions_val2017.json`).
 
     Raises:
-        ArgumentError: there are no prompts.
-        FileFormatError: a .json file has another format.
+        ArgumentError: There are no prompts.
+        FileFormatError: A .json file has another format.
     """
     path = Path(path).expanduser()
     text = read_text(path)
@@ -45,7 +45,7 @@ def draw_prompts(sources: list[PromptSource], count: int | None, seed: int) -> l
     Args:
         count: None = all, in the order of the file.
     Raises:
-        ArgumentError: there are fewer prompts.
+        ArgumentError: There are fewer prompts.
     """
     if count is None:
         return sources

@@ -59,11 +59,11 @@ class ImageSet:
     """Images that are scored together.
 
     Args:
-        series: name of the curve in the figure that the set is a point of.
-        files: in the order of the prompts.
-        scale: guidance scale; None = unknown.
-        side: pixels to resize the shorter side to, and center-crop; None = keep the size.
-        prompts: one per file; None = those in the metadata of the files.
+        series: Name of the curve in the figure that the set is a point of.
+        files: In the order of the prompts.
+        scale: Guidance scale; None = unknown.
+        side: Pixels to resize the shorter side to, and center-crop; None = keep the size.
+        prompts: One per file; None = those in the metadata of the files.
     """
 
     series: str
@@ -103,11 +103,11 @@ class Result:
     """The scores of one set.
 
     Args:
-        series, scale: see `ImageSet`.
-        count: number of images.
-        scores: by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
-        facts: how the images were generated, from the metadata of the first one.
-        choices: everything that the scores depend on besides the images.
+        series, scale: See `ImageSet`.
+        count: Number of images.
+        scores: By name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
+        facts: How the images were generated, from the metadata of the first one.
+        choices: Everything that the scores depend on besides the images.
     """
 
     series: str
@@ -157,11 +157,11 @@ def score_sets(
     """Score sets of equally many images.
 
     Args:
-        reference: real images; None = no FID, KID, precision and recall.
-        extractor: features for the same scores; None = none of them.
-        judge: scores images and prompts; None = no prompt score.
+        reference: Real images; None = no FID, KID, precision and recall.
+        extractor: Features for the same scores; None = none of them.
+        judge: Scores images and prompts; None = no prompt score.
     Raises:
-        ArgumentError: the sets have different numbers of images.
+        ArgumentError: The sets have different numbers of images.
     """
     check_counts(sets)
     reference_features: Tensor | None = None
@@ -202,9 +202,9 @@ def compute_scores(
     """Compute all scores by name; those that need a missing argument are left out.
 
     Args:
-        features: features of the generated images, (N, d).
-        reference: features of real images, (M, d).
-        prompt_scores: prompt score of each image, (N,).
+        features: Features of the generated images, (N, d).
+        reference: Features of real images, (M, d).
+        prompt_scores: Prompt score of each image, (N,).
     """
     scores: dict[str, Estimate] = {}
     if features is not None and reference is not None:
@@ -220,7 +220,7 @@ def read_features(images: ImageSet, extractor: FeatureExtractor, title: str) -> 
     """Return the features (N, d) of a set, from the cache if possible.
 
     Args:
-        title: title of the progress.
+        title: Title of the progress.
     """
 
     def compute(indices: range) -> Tensor:
@@ -262,7 +262,7 @@ def _read_or_compute(
 
     Args:
         compute: (indices of a batch) -> their values.
-        description: of the network; without its hash, values of two networks could be confused, so
+        description: Of the network; without its hash, values of two networks could be confused, so
             the cache is not used.
     """
     count = len(images.files)

@@ -46,7 +46,7 @@ def generate_with_fallback(
     See `generate_batch`.
 
     Raises:
-        NonFinite: the model returned NaN or infinity in float32, too, or its weights contain them.
+        NonFinite: The model returned NaN or infinity in float32, too, or its weights contain them.
     """
     restore_generators = save_generators(models.base)
     try:
@@ -71,8 +71,8 @@ def generate_batch(
     """Make the images of a batch.
 
     Args:
-        callback: called after each step, see `ldm.sample`; None = not called.
-        on_latent: called with the final latents, see `DecodingOptions`; None = not called.
+        callback: Called after each step, see `ldm.sample`; None = not called.
+        on_latent: Called with the final latents, see `DecodingOptions`; None = not called.
     Returns:
         (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with depth.
     """

@@ -54,7 +54,7 @@ def find_few_steps_warnings(
     Called before weights are read.
 
     Args:
-        tasks: prepared task by line options.
+        tasks: Prepared task by line options.
     """
     warnings = []
     for options, loras in dict.fromkeys((batch.line_options, batch.loras) for batch in batches):
@@ -92,7 +92,7 @@ def check_steps(tasks: Mapping[LineOptions, PreparedTask]) -> None:
     It is not raised where the noise schedule is not known yet: sampling checks the steps, too.
 
     Args:
-        tasks: the tasks of a run, see `run_request`.
+        tasks: The tasks of a run, see `run_request`.
     """
     for prepared in tasks.values():
         _check_steps(prepared.request)
@@ -126,7 +126,7 @@ def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
     """Read the LoRAs of all images now if they differ, so that a wrong one fails before the first.
 
     Raises:
-        ValueError, OSError: see `read_changes`.
+        ValueError, OSError: See `read_changes`.
     """
     choices = dict.fromkeys(batch.loras for batch in batches)
     if len(choices) > 1:
@@ -140,7 +140,7 @@ def find_option_warnings(
     """Return warnings about options that do not suit the model, or have no effect on it.
 
     Raises:
-        ArgumentError: there are not as many layers as clip skip needs.
+        ArgumentError: There are not as many layers as clip skip needs.
     """
     requests = [prepared.request for prepared in tasks.values()]
     skip = max(request.sampling.clip_skip for request in requests)
@@ -246,8 +246,8 @@ def check_depth(request: Request, model_name: str, channels: int) -> None:
     """Raise ArgumentError or MissingArgument unless depth options suit a model.
 
     Args:
-        model_name: in messages.
-        channels: of the model's images: 3, with depth (LDM3D) 4 or 6.
+        model_name: In messages.
+        channels: Of the model's images: 3, with depth (LDM3D) 4 or 6.
     """
     inputs, has_depth = request.inputs, channels != 3
     if request.output.glb and not has_depth:

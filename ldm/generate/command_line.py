@@ -70,8 +70,8 @@ def add_options(
 
     Args:
         add: `add_argument` of a parser or of a group of flags.
-        options: options and their defaults by name.
-        only: names of the options to add; None = all of the group.
+        options: Options and their defaults by name.
+        only: Names of the options to add; None = all of the group.
     """
     for name in options_of(group):
         if only is not None and name not in only:
@@ -101,8 +101,8 @@ def parse_request(
     """Parse a command line into a request; invalid flags exit with status 2 and a one-line error.
 
     Args:
-        argv: arguments without the program's name; None = those of this process.
-        parser: from `build_parser`, possibly with more flags; None = build it.
+        argv: Arguments without the program's name; None = those of this process.
+        parser: From `build_parser`, possibly with more flags; None = build it.
     Returns:
         (request, values of all flags).
     """
@@ -138,7 +138,7 @@ def find_flag(argument: str, task: Task | None = None, given: Container[str] = (
     """Find the flag of an argument of the library; None for `task` searches all tasks.
 
     Args:
-        given: flags on the command line, preferred to their synonyms.
+        given: Flags on the command line, preferred to their synonyms.
     """
     for candidate in [task] if task else TASKS.values():
         options = candidate.options()
@@ -152,7 +152,7 @@ def hint(error: BaseException, task: Task | None = None, given: Container[str] =
     """Return what to do about an error on the command line, to append to its message, or "".
 
     Args:
-        given: see `find_flag`.
+        given: See `find_flag`.
     """
     if is_out_of_memory(error):
         return MEMORY_HINT

@@ -19,7 +19,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
 
     Args:
-        defaults: defaults of the model; without a scale in it, the task sets it.
+        defaults: Defaults of the model; without a scale in it, the task sets it.
     """
     sampling, scale = request.sampling, defaults.scale
     sampler = sampling.sampler or defaults.sampler

@@ -65,7 +65,7 @@ def describe_run(
 
     Args:
         size: (height, width) of the base model's images in pixels.
-        without_folders: record names of files, not whole paths; but of input images, which `replay`
+        without_folders: Record names of files, not whole paths; but of input images, which `replay`
             must find. See also `Request.to_json`.
     """
     model, choice = models.base, request.model
@@ -214,8 +214,8 @@ def describe_image(request: Request, batches: Sequence[Batch], batch_index: int,
     """Return the info of a single image: prompts, seed, and its place in the batch.
 
     Args:
-        batch_index: in the run.
-        row: index of the image in the batch.
+        batch_index: In the run.
+        row: Index of the image in the batch.
     """
     batch = batches[batch_index]
     spec = batch.images[row]

@@ -24,7 +24,7 @@ class RunListener:
     """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
 
     Attributes:
-        stopped_at: the step after which `on_step` raised Stop with a latent, which is decoded and
+        stopped_at: The step after which `on_step` raised Stop with a latent, which is decoded and
             marked as unfinished; None = it did not.
     """
 

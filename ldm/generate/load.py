@@ -58,12 +58,12 @@ def load_models(
     """Load the models of a request; sets the threads and the attention backend of the process.
 
     Args:
-        threads: number of CPU threads; None = chosen by the size of the model.
-        load: replaces `ldm.load`, with its arguments.
-        load_checker: replaces `load_safety_checker`, with its arguments.
+        threads: Number of CPU threads; None = chosen by the size of the model.
+        load: Replaces `ldm.load`, with its arguments.
+        load_checker: Replaces `load_safety_checker`, with its arguments.
     Raises:
-        ArgumentError: a file is of the wrong family, or an option does not suit the model.
-        ValueError, FileNotFoundError: see `ldm.load`.
+        ArgumentError: A file is of the wrong family, or an option does not suit the model.
+        ValueError, FileNotFoundError: See `ldm.load`.
     """
     choice, task = request.model, request.task
     ckpt = _find_weights(choice.ckpt, select_file_variant(choice.variant))
@@ -122,7 +122,7 @@ def find_checker(request: Request) -> Path | None:
     """Find the file or folder of a request's safety checker; None if it asks for none.
 
     Raises:
-        MissingFile: it does not exist.
+        MissingFile: It does not exist.
     """
     name = request.output.safety_checker
     if name != OWN_CHECKER:

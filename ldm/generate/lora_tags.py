@@ -26,7 +26,7 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
     """Split a prompt into (text without tags, names and weights of LoRAs).
 
     Raises:
-        ArgumentError: a weight is invalid, or a tag names a hypernetwork.
+        ArgumentError: A weight is invalid, or a tag names a hypernetwork.
     """
     loras = []
     for kind, content in TAG.findall(prompt):
@@ -49,9 +49,9 @@ def find_loras(prompt: str, loras: Loras, list_files: Callable[[], Mapping[str, 
     """Return the LoRAs of an image: those of the run, and those named in its prompt.
 
     Args:
-        list_files: returns files by name, see `list_loras`; called only if there are tags.
+        list_files: Returns files by name, see `list_loras`; called only if there are tags.
     Raises:
-        ArgumentError: a LoRA is unknown, or given twice.
+        ArgumentError: A LoRA is unknown, or given twice.
     """
     _, tags = split_tags(prompt)
     if not tags:

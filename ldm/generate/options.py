@@ -23,20 +23,20 @@ class Option:
     """How one option is parsed and shown.
 
     Args:
-        flags: spellings on the command line, the preferred one first; () = not a flag.
-        help: text for `--help`; `%(default)s` stands for the default.
-        parse: converts an argument to the value; raises ArgumentError.
-        separator: joins the items of a tuple in one argument.
-        is_list: whether the flag may be given several times; the value is a tuple.
-        is_switch: whether the flag takes no argument; it sets the opposite of the default.
-        const: value of the flag without an argument; None = it needs one.
-        choices: allowed arguments; () = any.
-        shortcuts: flags for single values, such as "--plms" for sampler "plms".
-        metavar: placeholder of the argument in `--help`.
-        is_input_file: whether the value names input files; PNGs record their hashes.
-        label: label of the field on the page; options without a label are not on it.
-        slider_max: largest value of the slider on the page; larger ones are allowed elsewhere.
-        read: converts a command-line argument before `parse`, such as @FILE to its text. Not for
+        flags: Spellings on the command line, the preferred one first; () = not a flag.
+        help: Text for `--help`; `%(default)s` stands for the default.
+        parse: Converts an argument to the value; raises ArgumentError.
+        separator: Joins the items of a tuple in one argument.
+        is_list: Whether the flag may be given several times; the value is a tuple.
+        is_switch: Whether the flag takes no argument; it sets the opposite of the default.
+        const: Value of the flag without an argument; None = it needs one.
+        choices: Allowed arguments; () = any.
+        shortcuts: Flags for single values, such as "--plms" for sampler "plms".
+        metavar: Placeholder of the argument in `--help`.
+        is_input_file: Whether the value names input files; PNGs record their hashes.
+        label: Label of the field on the page; options without a label are not on it.
+        slider_max: Largest value of the slider on the page; larger ones are allowed elsewhere.
+        read: Converts a command-line argument before `parse`, such as @FILE to its text. Not for
             values from the page or a PNG, which must not read the server's files.
     """
 
@@ -91,7 +91,7 @@ def decode_option(name: str, option: Option, default: Value, value: object) -> V
     """Convert a value from a form or JSON, checked as on the command line.
 
     Raises:
-        ArgumentError: the option does not allow the value.
+        ArgumentError: The option does not allow the value.
     """
     if value is None and option.is_list:
         return ()

@@ -64,9 +64,9 @@ class ImageWriter:
     """Saves the images of a run with watermark, info, depth and latent, then a grid of them.
 
     Args:
-        request: of the whole run.
-        listener: informed about each image.
-        total: number of images of the run.
+        request: Of the whole run.
+        listener: Informed about each image.
+        total: Number of images of the run.
     """
 
     def __init__(self, request: Request, models: Models, listener: RunListener, total: int) -> None:
@@ -91,7 +91,7 @@ class ImageWriter:
 
         Args:
             images: (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with depth.
-            infos: one for each image.
+            infos: One for each image.
             latents: (B, C, h, w) to save beside them; None = they are not saved.
         """
         output = self.request.output

@@ -38,10 +38,10 @@ class ImageSpec:
     """One image to make.
 
     Args:
-        index: position in the run, from 0, counted over all processes.
+        index: Position in the run, from 0, counted over all processes.
         seed: seed of the noise between steps, and of dynamic prompts.
         initial_noise_seed: seed of the initial noise; `fixed_code` repeats it in each batch.
-        prompt_2, negative_prompt_2: for the second text encoder; None = the same prompts.
+        prompt_2, negative_prompt_2: For the second text encoder; None = the same prompts.
     """
 
     index: int
@@ -61,8 +61,8 @@ class Batch:
     """Images to make at once.
 
     Args:
-        line_options: options that their line of the prompt file sets.
-        loras: files and weights of their LoRAs.
+        line_options: Options that their line of the prompt file sets.
+        loras: Files and weights of their LoRAs.
     """
 
     images: Sequence[ImageSpec]
@@ -85,11 +85,11 @@ def plan_batches(
     seeds of its own, the images of the line have these, then count on from the last one.
 
     Args:
-        list_lora_files: returns the LoRA files that prompts may name; None = `list_loras`.
+        list_lora_files: Returns the LoRA files that prompts may name; None = `list_loras`.
     Raises:
-        ArgumentError: a mistake in the prompt file or in a prompt, or options that legacy `noise`
+        ArgumentError: A mistake in the prompt file or in a prompt, or options that legacy `noise`
             or a guidance method does not allow.
-        MissingFile: the folder of LoRAs or wildcards does not exist.
+        MissingFile: The folder of LoRAs or wildcards does not exist.
     """
     # With a folder of inputs, its images are divided among the processes, not the batches.
     rank, world_size = (0, 1) if request.inputs.is_folder else get_rank_and_world_size()
@@ -204,7 +204,7 @@ class _Planner:
         """Return an image and its LoRAs, those of the run and those that its prompt names.
 
         Args:
-            position: in the iteration.
+            position: In the iteration.
         """
         request = self.request
         initial_noise_seed = seed

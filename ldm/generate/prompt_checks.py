@@ -18,7 +18,7 @@ def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str
     """Return warnings about parts of prompts that look like syntax, but are read literally.
 
     Raises:
-        ArgumentError: a prompt is invalid in the syntax.
+        ArgumentError: A prompt is invalid in the syntax.
     """
     syntax = request.prompts.syntax
     if syntax == PLAIN:

@@ -49,10 +49,10 @@ class PromptLine:
     """One line of a prompt file.
 
     Args:
-        texts: other prompts that the line sets, by name in PROMPTS.
-        seeds: seeds of its first images; () = not set.
-        count: number of images, before `--repeat`.
-        values: other options that the line sets, by name.
+        texts: Other prompts that the line sets, by name in PROMPTS.
+        seeds: Seeds of its first images; () = not set.
+        count: Number of images, before `--repeat`.
+        values: Other options that the line sets, by name.
     """
 
     prompt: str
@@ -66,10 +66,10 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """Read a prompt file; a blank line is an empty prompt.
 
     Args:
-        task: determines the options that lines may set.
+        task: Determines the options that lines may set.
     Raises:
-        ArgumentError: a line is invalid; the message names file and line.
-        FileFormatError: see `read_text`.
+        ArgumentError: A line is invalid; the message names file and line.
+        FileFormatError: See `read_text`.
     """
     options, names = task.options(), allowed_options(task)
     lines = []

@@ -51,9 +51,9 @@ def read_request(info: JsonMapping, where: str) -> Request:
     """Return the request of the run that made an image.
 
     Args:
-        where: name of the image, for messages.
+        where: Name of the image, for messages.
     Raises:
-        ArgumentError: the info is not that of a single image made by this program.
+        ArgumentError: The info is not that of a single image made by this program.
     """
     if not info:
         raise ArgumentError(f"{where} contains no generation metadata")
@@ -114,9 +114,9 @@ def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -
     same name, which `compare_infos` tells.
 
     Args:
-        changes: options that replace the recorded ones.
+        changes: Options that replace the recorded ones.
     Raises:
-        MissingFile, ArgumentError: a file is missing, or one besides the checkpoint has changed.
+        MissingFile, ArgumentError: A file is missing, or one besides the checkpoint has changed.
     """
     request = request.with_values(line_values(info))
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
@@ -151,8 +151,8 @@ def remake_image(
     """Make one image again, in a batch of the same shape; return it and its depth.
 
     Args:
-        prepared: the task of the run that made it.
-        info: of the image.
+        prepared: The task of the run that made it.
+        info: Of the image.
     Returns:
         (image, depth); depth is None for models without.
     """
@@ -203,9 +203,9 @@ def compare_results(
     """Describe by how much a file differs from its reproduction.
 
     Args:
-        info: of the file.
-        old: content of the file, an image or a depth.
-        new, new_depth: the reproduction; new_depth is None without depth.
+        info: Of the file.
+        old: Content of the file, an image or a depth.
+        new, new_depth: The reproduction; new_depth is None without depth.
     Returns:
         None if neither image nor depth differ.
     """

@@ -32,9 +32,9 @@ class Request:
     """All options of one run.
 
     Args:
-        inputs: the group of the task's inputs.
+        inputs: The group of the task's inputs.
     Raises:
-        ArgumentError: options that are out of range, or that exclude or need each other.
+        ArgumentError: Options that are out of range, or that exclude or need each other.
     """
 
     task: "Task"
@@ -85,8 +85,8 @@ class Request:
         """Copy the request with some options set, each checked as on the command line.
 
         Raises:
-            UnknownName: the task does not have the option.
-            ArgumentError: the option does not allow the value.
+            UnknownName: The task does not have the option.
+            ArgumentError: The option does not allow the value.
         """
         options = self.task.options()
         for name in values:
@@ -101,7 +101,7 @@ class Request:
         """Return `get_values` with tuples as lists, as in JSON.
 
         Args:
-            without_folders: reduce paths to file names, except `config`, which a replay must find.
+            without_folders: Reduce paths to file names, except `config`, which a replay must find.
         """
         values = self.get_values()
         if without_folders:

@@ -52,15 +52,15 @@ def run_request(
     """Make and save all images of a request.
 
     Args:
-        listener: informed about progress, images and warnings.
-        load: loads the models.
-        without_folders: see `describe_run`.
-        list_lora_files: see `plan_batches`.
+        listener: Informed about progress, images and warnings.
+        load: Loads the models.
+        without_folders: See `describe_run`.
+        list_lora_files: See `plan_batches`.
     Raises:
-        ValueError, OSError: an argument or file is invalid; raised before the model is loaded
+        ValueError, OSError: An argument or file is invalid; raised before the model is loaded
             where possible.
-        NonFinite: the model returned NaN or infinity, in float32, too.
-        Stop: the listener stopped the run; finished images and their grid are saved.
+        NonFinite: The model returned NaN or infinity, in float32, too.
+        Stop: The listener stopped the run; finished images and their grid are saved.
     """
     batches = plan_batches(request, list_lora_files)
     syntax_warnings = find_syntax_warnings(batches, request)
@@ -128,7 +128,7 @@ class _InputRun:
     """The part of a run for one input image, or the whole run of a task without.
 
     Args:
-        without_folders: see `describe_run`.
+        without_folders: See `describe_run`.
     """
 
     def __init__(

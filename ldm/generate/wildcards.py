@@ -35,9 +35,9 @@ class DynamicPrompts:
     """Expands dynamic prompts.
 
     Args:
-        folder: Folder of wildcard files, also in subfolders; None for no wildcards.
+        folder: Folder of wildcard files, also in subfolders; None = no wildcards.
     Raises:
-        MissingFile: there is no such folder.
+        MissingFile: There is no such folder.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -50,7 +50,7 @@ class DynamicPrompts:
         """Return a prompt with its choices made by a seed.
 
         Raises:
-            ArgumentError: the prompt does not parse, or names an unknown wildcard.
+            ArgumentError: The prompt does not parse, or names an unknown wildcard.
         """
         if not may_be_dynamic(prompt):
             return prompt

@@ -22,7 +22,7 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     NaN and -inf become 0, inf becomes 1; they do not count for the range.
 
     Args:
-        inverted: whether white is far in the file.
+        inverted: Whether white is far in the file.
     """
     stored = _load(path)
     low, high = stored.find_finite_range()
@@ -37,7 +37,7 @@ def load_relative_depth(path: str | Path) -> Image.Image:
     """Load a depth map without normalizing it: "F" in [0, 1], where 1 is 255, 65535 or 1.0.
 
     Raises:
-        ArgumentError: values are not finite, or floats outside 0 … 1.
+        ArgumentError: Values are not finite, or floats outside 0 … 1.
     """
     stored = _load(path)
     stored.log_notes()

@@ -34,7 +34,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
     Args:
         size: (width, height) of the image.
     Raises:
-        ArgumentError: aspect ratios of mask and image differ.
+        ArgumentError: Aspect ratios of mask and image differ.
     """
     stored = load_stored(path)
     mask = _find_painted_area(stored)
@@ -62,12 +62,12 @@ def make_mask(
     """Make the mask of an image file, "L", white = inpaint.
 
     Args:
-        mask: a file; None = the box, or else the transparent parts of the image.
+        mask: A file; None = the box, or else the transparent parts of the image.
         box: (left, top, right, bottom) in pixels; None = none. Ignored if there is a mask file.
-        grow: pixels by which the mask is dilated.
-        blur: standard deviation of the Gaussian blur of the mask, pixels.
+        grow: Pixels by which the mask is dilated.
+        blur: Standard deviation of the Gaussian blur of the mask, pixels.
     Raises:
-        ArgumentError: there is no mask, or it is empty.
+        ArgumentError: There is no mask, or it is empty.
     """
     source = load_stored(image)
     alpha = source.get_alpha()

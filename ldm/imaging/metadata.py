@@ -120,7 +120,7 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
     """Write an image as a PNG with its info.
 
     Args:
-        info: see the top of this file; `sha256` is added. Sets become lists, other values that
+        info: See the top of this file; `sha256` is added. Sets become lists, other values that
             JSON does not support become strings.
     """
     entries = {**info, "sha256": fingerprint(image)}
@@ -347,8 +347,8 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     A1111 before 1.9 wrote both as "Sampler".
 
     Args:
-        settings: value by A1111's name; changed in place.
-        version: of the program that wrote them; for others than ours, a missing schedule type is
+        settings: Value by A1111's name; changed in place.
+        version: Of the program that wrote them; for others than ours, a missing schedule type is
             A1111's default.
     Returns:
         `sampler` and `scheduler`, as far as they are known.

@@ -25,8 +25,8 @@ class OutputFolder:
     """The folder of a run's images; created at once, so that errors are raised before sampling.
 
     Args:
-        outdir: the folder. Numbers continue after the highest one in it.
-        name: save images in `outdir` itself, as NAME.png, NAME-1.png …; None = in `samples`,
+        outdir: The folder. Numbers continue after the highest one in it.
+        name: Save images in `outdir` itself, as NAME.png, NAME-1.png …; None = in `samples`,
             numbered.
     """
 
@@ -43,7 +43,7 @@ class OutputFolder:
         """Write the next `samples/NNNNN.png`, or `NAME-N.png`, and return its path.
 
         Args:
-            depth: depth of the image, written beside it, see `get_depth_path`; None = it has none.
+            depth: Depth of the image, written beside it, see `get_depth_path`; None = it has none.
         """
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info, depth)

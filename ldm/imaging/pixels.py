@@ -25,11 +25,11 @@ def to_uint8(images: Tensor, truncate: bool = False) -> np.ndarray:
 
     Args:
         images: (B, 3, H, W) in [-1, 1]; other values are clamped.
-        truncate: whether to drop fractions, as the original does, instead of rounding.
+        truncate: Whether to drop fractions, as the original does, instead of rounding.
     Returns:
         (B, H, W, 3) uint8.
     Raises:
-        ValueError: an image contains NaN.
+        ValueError: An image contains NaN.
     """
     unit = ((images.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
     # `clamp` keeps NaN, whose conversion to uint8 is undefined.
@@ -54,11 +54,11 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     """Arrange images of one size in rows, as torchvision's make_grid.
 
     Args:
-        columns: images per row; fewer if there are fewer images.
+        columns: Images per row; fewer if there are fewer images.
     Returns:
         An RGB image with two black pixels around each image; a single image without them.
     Raises:
-        ArgumentError: no images, sizes that differ, or columns below 1.
+        ArgumentError: No images, sizes that differ, or columns below 1.
     """
     if not images or columns < 1:
         raise ArgumentError(f"cannot make a grid of {len(images)} images in {columns} columns")
@@ -82,7 +82,7 @@ def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
     """Resize an image to sides rounded down to multiples, as the original did; may distort it.
 
     Raises:
-        ArgumentError: a side is smaller than `multiple`.
+        ArgumentError: A side is smaller than `multiple`.
     """
     width, height = (side - side % multiple for side in image.size)
     if not width or not height:
@@ -111,9 +111,9 @@ def resize_to(
     """Resize an image to (height, width).
 
     Args:
-        size: a side that is None follows from the other and the aspect ratio, rounded to a multiple
+        size: A side that is None follows from the other and the aspect ratio, rounded to a multiple
             of 8; if both are None, the image is returned as it is.
-        fit: for an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
+        fit: For an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
             edge.
     """
     height, width = size

@@ -88,10 +88,10 @@ class StoredImage:
     """The first page of an image file, upright, with the values stored in the file.
 
     Attributes:
-        name: file name, for messages.
-        image: image of any mode; "F" for values of more than 8 bits.
-        white: the value of white in mode "F"; None = unknown.
-        notes: warnings without the file name, such as "has several pages, the first is used".
+        name: File name, for messages.
+        image: Image of any mode; "F" for values of more than 8 bits.
+        white: The value of white in mode "F"; None = unknown.
+        notes: Warnings without the file name, such as "has several pages, the first is used".
     """
 
     name: str | Path
@@ -119,7 +119,7 @@ class StoredImage:
         """Return the smallest and the greatest finite luminance; note values that are not finite.
 
         Raises:
-            FileFormatError: no value is finite.
+            FileFormatError: No value is finite.
         """
         values = self.compute_luminance()
         finite = values[np.isfinite(values)]
@@ -175,8 +175,8 @@ def load_image(path: str | Path) -> Image.Image:
     """Load an image file as RGB; transparent parts are blended with white.
 
     Raises:
-        MissingFile: there is no file.
-        FileFormatError: the file is not an image, damaged or too large.
+        MissingFile: There is no file.
+        FileFormatError: The file is not an image, damaged or too large.
     """
     stored = load_stored(path)
     image = flatten_on_white(stored.to_srgb())
@@ -193,9 +193,9 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
     """Decode the bytes of an image file to "RGB" or "RGBA" in sRGB, upright.
 
     Args:
-        name: file name, for messages.
+        name: File name, for messages.
     Raises:
-        FileFormatError: the file is not an image, damaged or too large.
+        FileFormatError: The file is not an image, damaged or too large.
     """
     return decode_stored(data, name).to_srgb()
 
@@ -230,10 +230,10 @@ def open_image(
     """Open an image file like `Image.open`, without reading pixels, with one-line errors.
 
     Args:
-        name: file name, for messages; None = its path.
+        name: File name, for messages; None = its path.
     Raises:
-        MissingFile: there is no file.
-        FileFormatError: it is not an image, damaged or too large, or Pillow fails in the block.
+        MissingFile: There is no file.
+        FileFormatError: It is not an image, damaged or too large, or Pillow fails in the block.
     """
     source = file if isinstance(file, BytesIO) else _find_file(file)
     name = name or str(file)
@@ -257,9 +257,9 @@ def list_images(folder: str | Path, argument: str | None = None) -> list[Path]:
     """List the image files of a folder, sorted by name, without hidden ones.
 
     Args:
-        argument: name of the argument that `folder` comes from, for errors; None = unknown.
+        argument: Name of the argument that `folder` comes from, for errors; None = unknown.
     Raises:
-        MissingFile: there is no such folder, or no image in it.
+        MissingFile: There is no such folder, or no image in it.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -345,8 +345,8 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     """Return values of more than 8 bits, (H, W) float32, and the value of white; None = unknown.
 
     Args:
-        file: the file, for its tags.
-        image: its upright image.
+        file: The file, for its tags.
+        image: Its upright image.
     """
     values = np.asarray(image)
     tags = getattr(file, "tag_v2", {})
@@ -381,8 +381,8 @@ def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Imag
     """Convert from a colour profile to sRGB; errors of Pillow are passed on.
 
     Args:
-        image: as stored.
-        rgb: the image as RGB, its profile ignored.
+        image: As stored.
+        rgb: The image as RGB, its profile ignored.
     """
     space, transform = _build_transform(profile)
     if space == "GRAY" and image.mode in ("1", "L", "LA"):

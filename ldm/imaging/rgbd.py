@@ -24,7 +24,7 @@ def join_depth(images: Tensor, depth: Tensor, channels: int) -> Tensor:
     Args:
         images: (B, 3, H, W) in [-1, 1].
         depth: (B, 1, H, W) in [0, 1].
-        channels: channels of the result, 4 or 6; the unused channel is -1.
+        channels: Channels of the result, 4 or 6; the unused channel is -1.
     """
     if channels == COLOR_CHANNELS + 1:
         return torch.cat([images, depth * 2 - 1], dim=1)

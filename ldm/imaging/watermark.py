@@ -59,10 +59,10 @@ class Finding:
     """How well an image agrees with a payload written by a method.
 
     Attributes:
-        payload: name in PAYLOADS.
-        method: a name in METHODS.
-        agreement: fraction of the payload's bits that are correct by the majority of the blocks.
-        votes: fraction of the blocks that carry the correct bit.
+        payload: Name in PAYLOADS.
+        method: A name in METHODS.
+        agreement: Fraction of the payload's bits that are correct by the majority of the blocks.
+        votes: Fraction of the blocks that carry the correct bit.
         verdict: `found` (all bits), `damaged` (too many to be random) or `absent`.
     """
 
@@ -80,10 +80,10 @@ def embed(
 
     Args:
         image: RGB, at least 256 * 256 pixels.
-        payload: bytes, highest bit first, or bits.
+        payload: Bytes, highest bit first, or bits.
     Raises:
-        ArgumentError: the image is too small or not RGB, or the payload is empty.
-        UnknownName: the method is unknown.
+        ArgumentError: The image is too small or not RGB, or the payload is empty.
+        UnknownName: The method is unknown.
     """
     _check_image(image, method)
     if image.mode != "RGB":
@@ -134,8 +134,8 @@ def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.nd
     Returns:
         (length,) uint8 of 0 and 1; `numpy.packbits` converts them to bytes.
     Raises:
-        ArgumentError: the image is too small.
-        UnknownName: the method is unknown.
+        ArgumentError: The image is too small.
+        UnknownName: The method is unknown.
     """
     return _take_majority(_read_votes(image, method), length)
 

@@ -27,7 +27,7 @@ def find_scale_factor(source: Checkpoint, family: Family | None) -> tuple[float 
     """Return (scale factor that an autoencoder was trained with, how it is known).
 
     Args:
-        family: of the whole model in the file; None for a file of an autoencoder only.
+        family: Of the whole model in the file; None = a file of an autoencoder only.
     Returns:
         (None, "") if nothing shows it.
     """

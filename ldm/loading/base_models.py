@@ -13,10 +13,10 @@ class BaseModel:
     """A base model for LoRAs and embeddings.
 
     Args:
-        title: name in messages.
-        context_dim: cross-attention dimension.
-        architecture: value of `modelspec.architecture`.
-        version: value of kohya's `ss_base_model_version`.
+        title: Name in messages.
+        context_dim: Cross-attention dimension.
+        architecture: Value of `modelspec.architecture`.
+        version: Value of kohya's `ss_base_model_version`.
     """
 
     title: str

@@ -30,7 +30,7 @@ class Blocks:
     """The blocks of one UNet.
 
     Args:
-        names: all, in the order BASE, IN00 …, M00, OUT00 ….
+        names: All, in the order BASE, IN00 …, M00, OUT00 ….
         attention_names: BASE and the blocks with transformers, which most LoRAs change.
     """
 
@@ -54,16 +54,16 @@ class Blocks:
         """Parse block weights: of all blocks, of all but BASE, or `NAME=WEIGHT` pairs.
 
         Args:
-            text: weights or pairs, separated by commas.
-            default: weight of blocks without one in the text.
-            argument: name of the argument that the text was passed as, for errors.
-            is_lora: whether the weights may also be those of `attention_names` alone.
+            text: Weights or pairs, separated by commas.
+            default: Weight of blocks without one in the text.
+            argument: Name of the argument that the text was passed as, for errors.
+            is_lora: Whether the weights may also be those of `attention_names` alone.
 
         Returns:
             weight by block, all of `names`.
 
         Raises:
-            ArgumentError: too many or too few weights, an unknown block, or not a number.
+            ArgumentError: Too many or too few weights, an unknown block, or not a number.
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):

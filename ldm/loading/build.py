@@ -62,11 +62,11 @@ def fill_weights(
     """Fill a model on the meta device with weights.
 
     Args:
-        state: weights from `match_weights`; emptied, so that memory is freed on the way.
-        dtype: of floating-point weights.
-        mapped: whether tensors are memory-mapped: pages are then released once they are copied, so
+        state: Weights from `match_weights`; emptied, so that memory is freed on the way.
+        dtype: Of floating-point weights.
+        mapped: Whether tensors are memory-mapped: pages are then released once they are copied, so
             that the memory peak is the size of the model.
-        autoencoder_dtype: dtype of a whole model's autoencoder; None = `dtype`.
+        autoencoder_dtype: Dtype of a whole model's autoencoder; None = `dtype`.
     """
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead

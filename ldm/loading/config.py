@@ -52,8 +52,8 @@ def read_yaml(
 
     Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
-        overlays: files merged over the first, later ones over earlier.
-        sections: top-level keys that overrides may set even if no file has them.
+        overlays: Files merged over the first, later ones over earlier.
+        sections: Top-level keys that overrides may set even if no file has them.
     """
     texts = [read_config_text(file) for file in (path, *overlays)]
     where = " + ".join(map(str, (path, *overlays)))
@@ -80,7 +80,7 @@ def parse_yaml(
     """Parse the text of a YAML file, or of several, like `read_yaml`.
 
     Args:
-        rename: replaces former names of keys, in each text and in the overrides before they are
+        rename: Replaces former names of keys, in each text and in the overrides before they are
             merged; None = names stay.
     """
     texts = (text,) if isinstance(text, str) else tuple(text)
@@ -184,13 +184,13 @@ def instantiate(
     """Build what a `{"target": …, "params": {…}}` describes, nested ones included.
 
     Args:
-        allow: packages whose classes may be named in addition to the known ones.
-        where: file, or file and key, for messages.
-        skipped: list to which ignored parameters are appended, as `file.key`; None = not wanted.
+        allow: Packages whose classes may be named in addition to the known ones.
+        where: File, or file and key, for messages.
+        skipped: List to which ignored parameters are appended, as `file.key`; None = not wanted.
 
     Raises:
-        UnknownName: an unknown target or parameter; the message names the nearest known one.
-        ConfigError: parameters are missing or invalid.
+        UnknownName: An unknown target or parameter; the message names the nearest known one.
+        ConfigError: Parameters are missing or invalid.
     """
     spec = translate_config(spec, where=where, skipped=skipped)
     where, params = spec["where"], dict(spec["params"])

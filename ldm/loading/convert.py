@@ -89,13 +89,13 @@ class Conversion:
     """A planned conversion.
 
     Args:
-        source: where the tensors come from; `source.mapped` says whether they are memory-mapped.
-        target: the file or folder to write.
-        weights: tensors, by the path of their file in a folder; "" is the path of a single file.
+        source: Where the tensors come from; `source.mapped` says whether they are memory-mapped.
+        target: The file or folder to write.
+        weights: Tensors, by the path of their file in a folder; "" is the path of a single file.
         texts: JSONs and texts of a folder by path; {} for a file.
-        metadata: of the file, or of EXTRA_WEIGHTS in a folder.
-        dtype: dtype of floating-point weights; None = unchanged.
-        notes: lines of a summary for the user.
+        metadata: Of the file, or of EXTRA_WEIGHTS in a folder.
+        dtype: Dtype of floating-point weights; None = unchanged.
+        notes: Lines of a summary for the user.
     """
 
     source: Checkpoint
@@ -129,24 +129,24 @@ def plan_conversion(
     """Plan a conversion: read names and configs, write nothing.
 
     Args:
-        source: a file, a diffusers folder, or the folder of a training run.
-        target: path ending in .safetensors or .ckpt for a file in the original's layout, in .pth
+        source: A file, a diffusers folder, or the folder of a training run.
+        target: Path ending in .safetensors or .ckpt for a file in the original's layout, in .pth
             for the UNet of an x2 latent upscaler as k-diffusion has it, else a folder.
-        config: the YAML of the source; None finds it as `load` does.
-        dtype: dtype of floating-point weights; None = unchanged.
-        ema: whether to replace raw weights by their EMA.
-        prune: whether to leave EMA weights out of a file; a folder has none.
-        variant: variant in the file names of folders, such as `fp16`, which also sets the dtype for
+        config: The YAML of the source; None finds it as `load` does.
+        dtype: Dtype of floating-point weights; None = unchanged.
+        ema: Whether to replace raw weights by their EMA.
+        prune: Whether to leave EMA weights out of a file; a folder has none.
+        variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype for
             the source of a file; None = see `read_component`.
-        clip_stats: see `load`.
-        vae: checkpoint whose autoencoder is used instead; None = the source's.
-        text_encoder: checkpoint whose text encoder is used instead, and whose autoencoder if the
+        clip_stats: See `load`.
+        vae: Checkpoint whose autoencoder is used instead; None = the source's.
+        text_encoder: Checkpoint whose text encoder is used instead, and whose autoencoder if the
             source, an x2 latent upscaler, contains none; None = the source's.
         loras: (file, weight) pairs as in `load`, merged into the weights; EMA weights are left out.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: files do not fit together, or the target's layout does not support the model.
+        FileNotFoundError: A file is missing.
+        ValueError: Files do not fit together, or the target's layout does not support the model.
     """
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
@@ -215,8 +215,8 @@ def convert(
     """Write a planned conversion atomically; return the target.
 
     Args:
-        force: whether to replace an existing target, else FileExistsError is raised.
-        progress: called with the size in bytes of each tensor once it is written.
+        force: Whether to replace an existing target, else FileExistsError is raised.
+        progress: Called with the size in bytes of each tensor once it is written.
     """
     target, mapped = conversion.target, conversion.source.mapped
     _check_target(conversion, force)
@@ -273,7 +273,7 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     For an autoencoder only, it has the content of `first_stage_config`.
 
     Returns:
-        None for an unknown family.
+        None = an unknown family.
     """
     weights = identify_weights(file)
     is_part = not (file.has_ema or has_prefix(weights.state, "unet."))
@@ -302,8 +302,8 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     """Return a checkpoint with the original's names of weights.
 
     Args:
-        model: model on the meta device; None = an unknown family, names stay as they are.
-        ema: whether to use the EMA weights.
+        model: Model on the meta device; None = an unknown family, names stay as they are.
+        ema: Whether to use the EMA weights.
     """
     if model is None:
         if ema:

@@ -39,20 +39,20 @@ class Family:
     """A published family: its shapes, configs and task.
 
     Args:
-        name: name in code.
-        title: name in messages.
-        channels: input channels of the UNet.
-        context: dimension of the context of cross-attention; None = no context.
-        vector: dimension of the vector (class) embedding; None = no such embedding.
+        name: Name in code.
+        title: Name in messages.
+        channels: Input channels of the UNet.
+        context: Dimension of the context of cross-attention; None = no context.
+        vector: Dimension of the vector (class) embedding; None = no such embedding.
         predicts: "eps", "v" or "edm" if all its models without a marker predict that; None = its
             models differ.
-        config: name of its YAML without `.yaml`; "" = the family is not supported.
-        config_v: name of the YAML for its v models, if it is another one.
-        task: function of `ldm.pipelines` for it.
-        has_vision_tower: whether it is conditioned on CLIP's vision tower instead of text.
-        num_blocks: number of transformer blocks; None = it does not distinguish the family.
-        marker: name of a tensor that only models of this family have; "" = none.
-        image_channels: channels of the autoencoder's images: 3, or more with depth.
+        config: Name of its YAML without `.yaml`; "" = the family is not supported.
+        config_v: Name of the YAML for its v models, if it is another one.
+        task: Function of `ldm.pipelines` for it.
+        has_vision_tower: Whether it is conditioned on CLIP's vision tower instead of text.
+        num_blocks: Number of transformer blocks; None = it does not distinguish the family.
+        marker: Name of a tensor that only models of this family have; "" = none.
+        image_channels: Channels of the autoencoder's images: 3, or more with depth.
     """
 
     name: str
@@ -155,9 +155,9 @@ class Verdict:
     """The prediction type by one method.
 
     Args:
-        method: a name in the docstring of this module.
+        method: A name in the docstring of this module.
         says: "eps", "v", "x0" or "edm"; None = the method does not know it.
-        evidence: the value that it is based on, for messages.
+        evidence: The value that it is based on, for messages.
     """
 
     method: str
@@ -171,7 +171,7 @@ class Prediction:
 
     Args:
         kind: "eps", "v", "x0" or "edm"; None = unknown.
-        verdicts: verdicts of all methods, the most reliable first.
+        verdicts: Verdicts of all methods, the most reliable first.
     """
 
     kind: str | None
@@ -200,9 +200,9 @@ def recognize_family(
     """Return the family of weights; None if no published family has these shapes.
 
     Args:
-        state: weights under our names, or diffusers' names with our prefixes.
+        state: Weights under our names, or diffusers' names with our prefixes.
         ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
-        markers: names of marker tensors in the file.
+        markers: Names of marker tensors in the file.
     """
     unet = strip_prefix(state, "unet.")
     if not unet and ema_state:
@@ -240,10 +240,10 @@ def detect_prediction(
 
     Args:
         family: None = unknown.
-        state: weights under our names.
-        step: training step; None = unknown.
-        markers: metadata of the file, with the names of its marker tensors.
-        name: name of the file or folder.
+        state: Weights under our names.
+        step: Training step; None = unknown.
+        markers: Metadata of the file, with the names of its marker tensors.
+        name: Name of the file or folder.
     """
     verdicts = list(_vote_by_marker(markers))
     if family is not None and family.predicts:
@@ -267,8 +267,8 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
 
     Args:
-        prediction: that of the other methods.
-        context: dimension of the context.
+        prediction: That of the other methods.
+        context: Dimension of the context.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)

@@ -45,9 +45,9 @@ def find_variant_early(
     None where a tensor may show another variant than the name of a file that is slow to open.
 
     Args:
-        path: of the checkpoint.
+        path: Of the checkpoint.
         loras: (file, weight) pairs.
-        variant: the argument of `load`; None = not given.
+        variant: The argument of `load`; None = not given.
     """
     if is_diffusers_folder(path):
         metadata, embeds_guidance = read_folder_metadata(path)
@@ -71,7 +71,7 @@ def choose_variant(
     """Return the variant by the argument, a LoRA or the weights; None for a model without one.
 
     Args:
-        variant: see `load`.
+        variant: See `load`.
         loras: (file, weight) pairs.
     """
     if not supports_variants(family_of(model.conditioner)):
@@ -124,11 +124,11 @@ def _combine_variants(
     """Return the first variant of: a tensor of the model, the argument, a LoRA, the model's names.
 
     Args:
-        detected: the variant that the model itself shows; None = none.
-        variant: the argument; NO_VARIANT = an ordinary model.
-        path: of the model.
+        detected: The variant that the model itself shows; None = none.
+        variant: The argument; NO_VARIANT = an ordinary model.
+        path: Of the model.
     Raises:
-        ArgumentError: the variant needs a tensor that the model does not have.
+        ArgumentError: The variant needs a tensor that the model does not have.
     """
     if variant == NO_VARIANT:
         return None

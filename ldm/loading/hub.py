@@ -37,13 +37,13 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
     The cache is used without asking the server.
 
     Args:
-        fetch: whether to download files that are not in the cache.
-        variant: variant of the files of a folder, such as `fp16`, in components that have it; None
+        fetch: Whether to download files that are not in the cache.
+        variant: Variant of the files of a folder, such as `fp16`, in components that have it; None
             = files without a variant, if there are any.
     Raises:
-        ArgumentError: the address has another form.
-        MissingFile: it is not in the cache, and `fetch` is False.
-        DownloadError: it cannot be downloaded.
+        ArgumentError: The address has another form.
+        MissingFile: It is not in the cache, and `fetch` is False.
+        DownloadError: It cannot be downloaded.
     """
     owner, _, rest = address.removeprefix(PREFIX).partition("/")
     name, _, file = rest.partition("/")
@@ -84,10 +84,10 @@ def fetch_file(
     """Ask the hub for a file and download it unless the cache has it; resume a partial download.
 
     Args:
-        sha256: expected SHA-256; None = that reported by the hub, if any.
-        commit: commit of the main branch; None = its latest.
+        sha256: Expected SHA-256; None = that reported by the hub, if any.
+        commit: Commit of the main branch; None = its latest.
     Raises:
-        DownloadError: the file is not found, or its checksum differs.
+        DownloadError: The file is not found, or its checksum differs.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
@@ -140,10 +140,10 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
     """Download a file that is not on the hub, unless it exists; resume an interrupted download.
 
     Args:
-        size: size in bytes.
-        sha256: expected SHA-256.
+        size: Size in bytes.
+        sha256: Expected SHA-256.
     Raises:
-        DownloadError: the file is not found, or its checksum differs.
+        DownloadError: The file is not found, or its checksum differs.
     """
     from huggingface_hub import constants
 
@@ -166,8 +166,8 @@ def _download(url: str, partial_file: Path, size: int, headers: dict[str, str], 
     """Download what is missing of a file; return the SHA-256 of the whole file.
 
     Args:
-        size: size in bytes of the whole file.
-        place: repository and file, or URL, for messages.
+        size: Size in bytes of the whole file.
+        place: Repository and file, or URL, for messages.
     """
     from huggingface_hub.file_download import http_get
 

@@ -48,12 +48,12 @@ def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | N
     """Return the network's arguments from a JSON of k-diffusion, else from the shapes of weights.
 
     Args:
-        config: path of the JSON, or of our YAML of the upscaler.
-        state: weights under our names.
+        config: Path of the JSON, or of our YAML of the upscaler.
+        state: Weights under our names.
     Returns:
         None if the config, or the model, is not an x2 latent upscaler.
     Raises:
-        ConfigError: the JSON is for another network.
+        ConfigError: The JSON is for another network.
     """
     if config.endswith(".json"):
         model: JsonObject = read_yaml(config).get("model") or {}

@@ -129,14 +129,14 @@ def translate_config(
     The `where` of the result is the place in the source, for messages.
 
     Args:
-        spec: a whole config (with `model:`) or a part of it (with `target:`); our own class names
+        spec: A whole config (with `model:`) or a part of it (with `target:`); our own class names
             stay.
-        where: file, or file and key.
-        skipped: list to which keys that sampling does not need are appended; None = not wanted.
+        where: File, or file and key.
+        skipped: List to which keys that sampling does not need are appended; None = not wanted.
 
     Raises:
-        ConfigError: it is not a config, or of a family that is not supported.
-        UnknownName: an unknown parameter of a model class.
+        ConfigError: It is not a config, or of a family that is not supported.
+        UnknownName: An unknown parameter of a model class.
     """
     skipped = [] if skipped is None else skipped
     if "model" in spec and "target" not in spec:
@@ -257,11 +257,11 @@ class _ModelClass:
     """A model class of the original.
 
     Args:
-        conditioning_key: its only supported `conditioning_key`.
-        make_encoders: returns its encoders besides the text encoder.
-        required: required parameters: configs of parts.
-        optional: optional parameters.
-        training_only: parameters that are used only in training.
+        conditioning_key: Its only supported `conditioning_key`.
+        make_encoders: Returns its encoders besides the text encoder.
+        required: Required parameters: configs of parts.
+        optional: Optional parameters.
+        training_only: Parameters that are used only in training.
     """
 
     conditioning_key: str

@@ -103,31 +103,31 @@ def load(
     """Load the model that a config describes, with the weights of a checkpoint.
 
     Args:
-        config: a YAML; None recognises the family from the weights. Both None: the demo model.
-        ckpt: a .ckpt or .safetensors, the folder of a diffusers pipeline or of a training run, the
+        config: A YAML; None recognises the family from the weights. Both None: the demo model.
+        ckpt: A .ckpt or .safetensors, the folder of a diffusers pipeline or of a training run, the
             name of a published file that is on this machine (`sd-v2-1`), or an address on the
             Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`. None = the demo model, or the
             checkpoint given as the only argument, `load("folder")`.
-        dtype: of all weights; every part computes in the dtype of its weights.
-        offload: keep each part on the CPU until it runs, see `LatentDiffusion.offload`; ignored if
+        dtype: Of all weights; every part computes in the dtype of its weights.
+        offload: Keep each part on the CPU until it runs, see `LatentDiffusion.offload`; ignored if
             `device` is the CPU.
-        ema: use the EMA weights of a file that has both.
-        overrides: changes to the YAML, such as `model.params.scale_factor=0.13`.
-        allow: packages of your own whose classes the YAML may name.
-        clip_stats: file with mean and standard deviation of CLIP's embeddings; None = from the
+        ema: Use the EMA weights of a file that has both.
+        overrides: Changes to the YAML, such as `model.params.scale_factor=0.13`.
+        allow: Packages of your own whose classes the YAML may name.
+        clip_stats: File with mean and standard deviation of CLIP's embeddings; None = from the
             checkpoint or a file near it. For unCLIP models.
-        midas: file with the depth network; None = from the checkpoint. For depth models.
-        vae: a checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD: a file with its
+        midas: File with the depth network; None = from the checkpoint. For depth models.
+        vae: A checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD: a file with its
             decoder only leaves the model's encoder in place. None = that of `ckpt`.
-        text_encoder: a checkpoint whose (first) text encoder is used instead, and whose autoencoder
+        text_encoder: A checkpoint whose (first) text encoder is used instead, and whose autoencoder
             if `ckpt` contains none; None = that of `ckpt`. The x2 latent upscaler takes both from a
             checkpoint of Stable Diffusion 1.
-        base: a model whose autoencoder and text encoder are shared, not copied, where the
+        base: A model whose autoencoder and text encoder are shared, not copied, where the
             checkpoint contains none; for the x2 latent upscaler. None = no parts are shared.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
             `LoRAWeight`, or its text, such as "0.5:1" for text encoders and UNet.
-        embeddings: files of textual inversions, or folders of them: tokens for prompts.
-        variant: kind of few-step (distilled) model, with its LoRAs: a name in `VARIANTS`, or "base"
+        embeddings: Files of textual inversions, or folders of them: tokens for prompts.
+        variant: Kind of few-step (distilled) model, with its LoRAs: a name in `VARIANTS`, or "base"
             for an ordinary model; sets the model's `defaults`. None = detect it by tensors,
             metadata or file name. Any other name chooses files of a diffusers folder, such as
             `fp16`.
@@ -137,8 +137,8 @@ def load(
         lists the files and settings it was loaded from.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: config, files or options do not fit together.
+        FileNotFoundError: A file is missing.
+        ValueError: Config, files or options do not fit together.
     """
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(loras), tuple(embeddings)
@@ -214,7 +214,7 @@ def save_model(
     """Write a model as .safetensors, .ckpt or .pth, in the layout of the original code.
 
     Args:
-        metadata: entries of the file; with the YAML's text under `ldm.config`, `load` needs no
+        metadata: Entries of the file; with the YAML's text under `ldm.config`, `load` needs no
             config. None = only those of ModelSpec.
     """
     state = restore_names(model.state_dict(), make_buffers(model))
@@ -295,7 +295,7 @@ def _fill(
     """Fill a model on the meta device with weights, which are emptied.
 
     Args:
-        summary: start of an error message, see `match_weights`.
+        summary: Start of an error message, see `match_weights`.
     """
     state = match_weights(model, weights.state, weights.path, summary)
     if has_transposed_projection(state):
@@ -338,7 +338,7 @@ def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], su
     """Warn if the noise schedule in the file differs from the config's, which is used.
 
     Args:
-        summary: start of the warning.
+        summary: Start of the warning.
     """
     expected = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
     for name in sorted(expected.keys() & buffers.keys()):

@@ -77,13 +77,13 @@ def match_weights(
     Weights that belong to no part of the model are left out, with a warning.
 
     Args:
-        state: weights of the file under our names; for a part also names without prefix.
-        file: path of the file, for messages.
-        summary: start of the error message, before the counts; None = "`file` does not fit the
+        state: Weights of the file under our names; for a part also names without prefix.
+        file: Path of the file, for messages.
+        summary: Start of the error message, before the counts; None = "`file` does not fit the
             config".
 
     Raises:
-        WeightsMismatch: names are missing or unexpected, or shapes differ.
+        WeightsMismatch: Names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
     state = _fit_text_encoder(model, _select_part(model, state))
@@ -105,9 +105,9 @@ def check_weights(
     The message has counts, some of the original's names, and the likely cause.
 
     Args:
-        expected: weights of the model, for names and shapes.
-        state: weights under our names.
-        summary: start of the message, such as "`x.ckpt` does not fit x.yaml".
+        expected: Weights of the model, for names and shapes.
+        state: Weights under our names.
+        summary: Start of the message, such as "`x.ckpt` does not fit x.yaml".
     """
     original = partial(to_original_name, engine=has_engine_names(expected))
     problems = {
@@ -151,9 +151,9 @@ def translate_names(
     """Return weights under our names and in a model's shapes; unknown weights stay as they are.
 
     Args:
-        model: may be on the meta device.
-        state: weights under our names, or diffusers' names with our prefixes.
-        file: path of the file, for messages.
+        model: May be on the meta device.
+        state: Weights under our names, or diffusers' names with our prefixes.
+        file: Path of the file, for messages.
     """
     expected, renamed = model.state_dict(), dict(state)
     if expected.keys() == state.keys():
@@ -185,7 +185,7 @@ def _find_cause(
     """Return the likely cause why weights do not fit, and what to do; None = unknown.
 
     Args:
-        unexpected: the original's names of weights that are not expected.
+        unexpected: The original's names of weights that are not expected.
     """
 
     def list_missing(prefixes: Iterable[str]) -> list[str]:

@@ -57,11 +57,11 @@ class ModelFile:
     """A model in a file: a mapping of its weights by our names, with its config.
 
     Args:
-        file: the weights, with the original's names.
-        names: name in `file` by our name.
-        model: on the meta device.
+        file: The weights, with the original's names.
+        names: Name in `file` by our name.
+        model: On the meta device.
         family: None = unknown.
-        config: text of its YAML.
+        config: Text of its YAML.
     """
 
     file: Checkpoint
@@ -105,18 +105,18 @@ def plan_merge(
     Args:
         model: A: a file, a diffusers folder, or the folder of a training run.
         other: B, of the same family.
-        target: path ending in .safetensors or .ckpt.
+        target: Path ending in .safetensors or .ckpt.
         subtract: C, the model that B was fine-tuned from; None = weighted sum.
         weight: w; None = 0.5, or 1 with `subtract`.
         block_weights: w of single blocks, see `Blocks.parse_weights`; `weight` is that of others.
-        merge_vae: whether to merge autoencoders, too.
-        ema: whether to use the EMA weights of models that have them.
-        dtype: dtype of floating-point weights to write; None = as in A.
-        config: the YAML of all models; None finds it as `load` does.
+        merge_vae: Whether to merge autoencoders, too.
+        ema: Whether to use the EMA weights of models that have them.
+        dtype: Dtype of floating-point weights to write; None = as in A.
+        config: The YAML of all models; None finds it as `load` does.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: models differ in family or prediction type.
+        FileNotFoundError: A file is missing.
+        ValueError: Models differ in family or prediction type.
     """
     target = Path(target).expanduser()
     if target.suffix not in SUFFIXES:
@@ -157,8 +157,8 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
     """Read names and config of a whole model.
 
     Args:
-        config: the YAML; None = find it as `load` does.
-        ema: whether to use its EMA weights, if it has any.
+        config: The YAML; None = find it as `load` does.
+        ema: Whether to use its EMA weights, if it has any.
     """
     file = open_checkpoint(path)
     family = identify_weights(file).family

@@ -30,7 +30,7 @@ def choose_config(weights: Weights) -> str:
     """Return the path of the YAML of the weights' family; `CONFIG_KEY` if their file contains one.
 
     Raises:
-        MissingArgument: the family is unknown or not supported.
+        MissingArgument: The family is unknown or not supported.
     """
     if CONFIG_KEY in weights.markers:
         return CONFIG_KEY
@@ -53,9 +53,9 @@ def read_config(
     """Return (path or `CONFIG_KEY`, content) of a config.
 
     Args:
-        config: a YAML, which is read as it is, or a JSON of the x2 latent upscaler; None =
+        config: A YAML, which is read as it is, or a JSON of the x2 latent upscaler; None =
             `choose_config`, adapted to buffers and shapes of the weights.
-        overrides: see `read_yaml`.
+        overrides: See `read_yaml`.
     """
     path = choose_config(weights) if config is None else str(config)
     if config is not None and not path.endswith(".json"):
@@ -89,9 +89,9 @@ def find_schedule_early(
     None for a part of a model, and for a file that is slow to open.
 
     Args:
-        path: of the checkpoint.
-        config: see `read_config`.
-        overrides: see `read_config`.
+        path: Of the checkpoint.
+        config: See `read_config`.
+        overrides: See `read_config`.
     """
     if not is_diffusers_folder(path) and not opens_quickly(path):
         return None

@@ -70,7 +70,7 @@ def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[
     """Return the metadata of a file that are also true of a file made from it.
 
     Args:
-        same_weights: whether weights were only renamed or cast, or a component swapped; for changed
+        same_weights: Whether weights were only renamed or cast, or a component swapped; for changed
             ones only the licence stays valid of ModelSpec's fields, and none of kohya's about
             training (`ss_…`).
     """

@@ -42,13 +42,13 @@ class PublishedFile:
     """A row of the table.
 
     Args:
-        name: name that `ckpt` accepts instead of a path.
-        title: what it is, for lists.
-        licence: its licence, as the hub names it.
-        memory: of the weights in half precision, GB.
-        bytes: size of the file, with a `~` if it is rounded; "" = unknown.
+        name: Name that `ckpt` accepts instead of a path.
+        title: What it is, for lists.
+        licence: Its licence, as the hub names it.
+        memory: Of the weights in half precision, GB.
+        bytes: Size of the file, with a `~` if it is rounded; "" = unknown.
         sha256: None = none was published.
-        places: where to download it, in the order to try; rows with a URL have exact `bytes` and
+        places: Where to download it, in the order to try; rows with a URL have exact `bytes` and
             `sha256`.
     """
 
@@ -92,11 +92,11 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
     An existing path is preferred; other paths are returned unchanged.
 
     Args:
-        fetch: whether to download a `hf:` address that is not in the cache.
-        variant: variant of the files of a `hf:` folder, such as `fp16`; None = see `find_or_fetch`.
+        fetch: Whether to download a `hf:` address that is not in the cache.
+        variant: Variant of the files of a `hf:` folder, such as `fp16`; None = see `find_or_fetch`.
     Raises:
-        MissingFile: a published file is not on this machine, or its name is misspelt.
-        DownloadError: a `hf:` address cannot be downloaded.
+        MissingFile: A published file is not on this machine, or its name is misspelt.
+        DownloadError: A `hf:` address cannot be downloaded.
     """
     path, name = Path(ckpt).expanduser(), ckpt if isinstance(ckpt, str) else ckpt.as_posix()
     if path.exists():
@@ -120,7 +120,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
     """Find a published file on this machine, by its cached hash or in the hub's cache.
 
     Args:
-        verify: whether to compute the hash of a file in the hub's cache, if it is unknown.
+        verify: Whether to compute the hash of a file in the hub's cache, if it is unknown.
     Returns:
         None if it is not found.
     """
@@ -141,8 +141,8 @@ def download(name: str) -> Path:
     """Download a published file, or a `hf:` address, unless it is on this machine.
 
     Raises:
-        UnknownName: the table does not have this name.
-        DownloadError: no place has the file; the reason for each is logged.
+        UnknownName: The table does not have this name.
+        DownloadError: No place has the file; the reason for each is logged.
     """
     if name.startswith(PREFIX):
         return find_or_fetch(name)

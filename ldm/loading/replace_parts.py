@@ -82,10 +82,10 @@ def extract_autoencoder(
     """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
 
     Args:
-        autoencoder: autoencoder to fill, for names and shapes.
-        model: the model's file, for messages.
+        autoencoder: Autoencoder to fill, for names and shapes.
+        model: The model's file, for messages.
     Raises:
-        WeightsMismatch: the weights do not fit, or the model has no such autoencoder.
+        WeightsMismatch: The weights do not fit, or the model has no such autoencoder.
     """
     if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
@@ -100,10 +100,10 @@ def extract_text_encoder(
     """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
 
     Args:
-        encoder: text encoder to fill, for names and shapes.
-        model: the model's file, for messages.
+        encoder: Text encoder to fill, for names and shapes.
+        model: The model's file, for messages.
     Raises:
-        WeightsMismatch: the weights do not fit.
+        WeightsMismatch: The weights do not fit.
     """
     prefix = "text_model."  # of transformers' CLIPTextModel
     state = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
@@ -120,9 +120,9 @@ def complete_upscaler(
     A UNet with diffusers' names gets the weights that diffusers leaves out.
 
     Args:
-        base: a model whose tensors are shared, not copied; None = all parts must be in `weights`.
+        base: A model whose tensors are shared, not copied; None = all parts must be in `weights`.
     Raises:
-        MissingArgument: a part is missing, and `base` has none of its shape.
+        MissingArgument: A part is missing, and `base` has none of its shape.
     """
     if "unet.time_proj.weight" in weights.state:
         unet_state = model.unet.state_dict()
@@ -146,9 +146,9 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
     """Raise MissingArgument unless weights of an x2 latent upscaler have all parts.
 
     Args:
-        names: our names of the weights.
-        path: their file, for the message.
-        base: the model from which missing parts were to be taken; None = none was given.
+        names: Our names of the weights.
+        path: Their file, for the message.
+        base: The model from which missing parts were to be taken; None = none was given.
     """
     names = list(names)
     missing = [title for prefix, title in UPSCALER_PARTS.items() if not has_prefix(names, prefix)]

@@ -45,11 +45,11 @@ class Part:
     """Tensors with a common prefix.
 
     Args:
-        name: our name of the part.
-        prefix: the original's prefix.
-        tensors: number of tensors.
-        parameters: number of their elements.
-        dtypes: number of tensors by dtype.
+        name: Our name of the part.
+        prefix: The original's prefix.
+        tensors: Number of tensors.
+        parameters: Number of their elements.
+        dtypes: Number of tensors by dtype.
     """
 
     name: str
@@ -64,29 +64,29 @@ class Report:
     """The result of an inspection of one file; None = unknown, where nothing else is said.
 
     Args:
-        path: path of the file.
-        bytes: its size.
+        path: Path of the file.
+        bytes: Its size.
         sha256: "" if it was not computed, as no published file has this size.
-        published: name and title of the published file with this hash.
-        kind: format, "zip", "legacy" or "safetensors".
-        refused: why the file cannot be read; None = it can.
-        family: name of the family.
-        title: name of the family in messages.
-        task: function of `ldm.pipelines` for it.
-        config: path of the config that the weights are compared with, or `CONFIG_KEY`.
-        prediction: prediction type.
-        parts: groups of tensors by prefix.
-        has_ema: whether it has EMA weights.
-        step: training step.
-        extras: names of the entries beside the weights.
-        metadata: text entries.
-        pickle_names: names that its pickle would import.
-        foreign_names: those of them that weights do not need.
-        missing: the original's names of weights that the config needs and the file does not have;
+        published: Name and title of the published file with this hash.
+        kind: Format, "zip", "legacy" or "safetensors".
+        refused: Why the file cannot be read; None = it can.
+        family: Name of the family.
+        title: Name of the family in messages.
+        task: Function of `ldm.pipelines` for it.
+        config: Path of the config that the weights are compared with, or `CONFIG_KEY`.
+        prediction: Prediction type.
+        parts: Groups of tensors by prefix.
+        has_ema: Whether it has EMA weights.
+        step: Training step.
+        extras: Names of the entries beside the weights.
+        metadata: Text entries.
+        pickle_names: Names that its pickle would import.
+        foreign_names: Those of them that weights do not need.
+        missing: The original's names of weights that the config needs and the file does not have;
             None = not compared.
-        unexpected: names in the file that the config does not need; None = not compared.
-        variant: few-step variant, and how it was recognised; None = none.
-        note: why weights and config were not compared, or what looks wrong.
+        unexpected: Names in the file that the config does not need; None = not compared.
+        variant: Few-step variant, and how it was recognised; None = none.
+        note: Why weights and config were not compared, or what looks wrong.
     """
 
     path: str
@@ -173,7 +173,7 @@ def inspect_checkpoint(
 
     Args:
         config: YAML to compare with; None = that of the family.
-        probe: whether to run the UNet once (which reads its weights) if the prediction type is in
+        probe: Whether to run the UNet once (which reads its weights) if the prediction type is in
             doubt.
     """
     path = find_checkpoint(path)

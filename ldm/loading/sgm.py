@@ -68,8 +68,8 @@ def translate_engine(
     """Translate the parameters of a DiffusionEngine into those of LatentDiffusion.
 
     Args:
-        where: file and key, for messages.
-        skipped: list to which keys that sampling does not need are appended.
+        where: File and key, for messages.
+        skipped: List to which keys that sampling does not need are appended.
         translate: (config of a part, where) -> translated config.
     """
     for key in params:

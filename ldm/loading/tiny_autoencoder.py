@@ -47,8 +47,8 @@ class TinyWeights:
     """The weights of TAESD.
 
     Args:
-        path: their file or folder.
-        state: weights under the names of `TinyAutoencoder`.
+        path: Their file or folder.
+        state: Weights under the names of `TinyAutoencoder`.
     """
 
     path: Path
@@ -64,7 +64,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     """Return the weights of TAESD in a file or diffusers folder; None if it is something else.
 
     Raises:
-        WeightsMismatch: it contains only the encoder.
+        WeightsMismatch: It contains only the encoder.
     """
     path = find_checkpoint(path)
     config = path / "config.json"
@@ -92,7 +92,7 @@ def build_tiny_autoencoder(
     """Build TAESD for the latents of a model; without an encoder, the model's own one encodes.
 
     Raises:
-        WeightsMismatch: weights are missing, or have other shapes.
+        WeightsMismatch: Weights are missing, or have other shapes.
     """
     # With latents normalized by channel, the model's factor is not the autoencoder's.
     scale = SCALE_XL if model.latent_mean is not None else model.scale_factor
@@ -113,13 +113,13 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
     """Load TAESD for previews: to decode the estimates that a callback receives.
 
     Args:
-        path: a file or diffusers folder of TAESD.
+        path: A file or diffusers folder of TAESD.
 
     Returns:
         A function that decodes latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
 
     Raises:
-        WeightsMismatch: it is not TAESD, or does not fit the model.
+        WeightsMismatch: It is not TAESD, or does not fit the model.
     """
     weights = read_tiny_autoencoder(path)
     if weights is None:

@@ -31,14 +31,14 @@ class Variant:
     """A kind of distilled model, or of LoRA that turns any model into one.
 
     Args:
-        title: name in messages.
-        defaults: of sampling; a file name may contain another number of steps.
-        model_pattern: for metadata and file names of models, in lower case; "(?!)" matches none.
-        lora_pattern: for those of LoRAs; stricter, as they are often named after their subject.
-        marker: name of a tensor that only these models have; "" = none.
-        predicts: prediction type; None = the family's.
-        keeps_scheduler: whether sampler and scheduler of SDXL's diffusers folders fit.
-        image_size_xl: side in latent pixels at which SDXL models of this kind were trained.
+        title: Name in messages.
+        defaults: Of sampling; a file name may contain another number of steps.
+        model_pattern: For metadata and file names of models, in lower case; "(?!)" matches none.
+        lora_pattern: For those of LoRAs; stricter, as they are often named after their subject.
+        marker: Name of a tensor that only these models have; "" = none.
+        predicts: Prediction type; None = the family's.
+        keeps_scheduler: Whether sampler and scheduler of SDXL's diffusers folders fit.
+        image_size_xl: Side in latent pixels at which SDXL models of this kind were trained.
     """
 
     title: str
@@ -121,9 +121,9 @@ class DetectedVariant(NamedTuple):
     """The variant of a model.
 
     Args:
-        name: a name in VARIANTS.
-        evidence: how it was recognised, for messages.
-        path: the file or folder of the model or LoRA that shows it.
+        name: A name in VARIANTS.
+        evidence: How it was recognised, for messages.
+        path: The file or folder of the model or LoRA that shows it.
     """
 
     name: str
@@ -141,8 +141,8 @@ class DetectedVariant(NamedTuple):
         """Return the defaults of a model of this variant.
 
         Args:
-            base: the defaults that it has as an ordinary model.
-            has_scheduler: whether it comes from a diffusers folder of SDXL, whose scheduler
+            base: The defaults that it has as an ordinary model.
+            has_scheduler: Whether it comes from a diffusers folder of SDXL, whose scheduler
                 determines sampler and scheduler of `base`.
         """
         if has_scheduler and VARIANTS[self.name].keeps_scheduler:
@@ -177,7 +177,7 @@ def set_variant(
     """Set the defaults of a model for few steps, and what it predicts; return what undoes it.
 
     Args:
-        has_scheduler: see `DetectedVariant.update_defaults`.
+        has_scheduler: See `DetectedVariant.update_defaults`.
     """
     attributes = ("defaults", "image_size", "latent_size", "parameterization")
     before = {name: vars(model)[name] for name in attributes}
@@ -234,8 +234,8 @@ def _search_names(
     """Search metadata, then the file name, for the patterns of variants.
 
     Args:
-        patterns: pattern by variant.
-        keys: keys of the metadata to search.
+        patterns: Pattern by variant.
+        keys: Keys of the metadata to search.
     """
     sources = {f"metadata `{key}`": metadata.get(key, "") for key in keys}
     sources["the file's name"] = find_model_name(path)

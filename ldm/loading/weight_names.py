@@ -200,8 +200,8 @@ def restore_names(
     """Return weights under the original's names.
 
     Args:
-        buffers: tensors to put first, under the original's names; None = none.
-        engine: see `to_original_name`; None = `has_engine_names`, for whole models.
+        buffers: Tensors to put first, under the original's names; None = none.
+        engine: See `to_original_name`; None = `has_engine_names`, for whole models.
     """
     originals = dict(buffers or {})
     engine = has_engine_names(state) if engine is None else engine

@@ -49,14 +49,14 @@ class Weights:
     """The weights of a checkpoint under our names, its family and metadata.
 
     Args:
-        source: the checkpoint, with names as in the file.
-        state: weights by our names.
-        buffers: tensors that are not weights, by the original's names: noise schedule, scale factor
+        source: The checkpoint, with names as in the file.
+        state: Weights by our names.
+        buffers: Tensors that are not weights, by the original's names: noise schedule, scale factor
             (if training measured it), statistics of embeddings or latents.
-        markers: metadata, and names of marker tensors (`v_pred`) as keys with an empty text.
+        markers: Metadata, and names of marker tensors (`v_pred`) as keys with an empty text.
         family: None = unknown.
-        prediction: prediction type.
-        mapped: whether all tensors are memory-mapped.
+        prediction: Prediction type.
+        mapped: Whether all tensors are memory-mapped.
     """
 
     source: Checkpoint
@@ -96,14 +96,14 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     For folders, their config is added to the metadata.
 
     Args:
-        path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
+        path: A .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
             published name or `hf:` address for `find_checkpoint`.
-        variant: variant in the file names of a diffusers folder, such as `fp16`; None = see
+        variant: Variant in the file names of a diffusers folder, such as `fp16`; None = see
             `read_folder`.
 
     Raises:
-        MissingFile: there is no such file, or no weights in the folder.
-        ValueError: the file does not contain weights.
+        MissingFile: There is no such file, or no weights in the folder.
+        ValueError: The file does not contain weights.
     """
     local_path = find_checkpoint(path, variant=variant)
     if not local_path.is_dir():
@@ -139,7 +139,7 @@ def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
     number that nearly all fine-tunes leave unchanged.
 
     Args:
-        state: weights of a file in the original's layout, under our names.
+        state: Weights of a file in the original's layout, under our names.
     """
     projection = next((state[name] for name in PROJECTIONS if name in state), None)
     if projection is None or tuple(projection.shape) != (1280, 1280):

@@ -33,9 +33,9 @@ class ModelConds(NamedTuple):
     """The encoded conditions of one model.
 
     Attributes:
-        cond: of the prompts.
-        uncond: of the negative prompts; None = the run has no guidance.
-        guidance_conds: of `Guidance.texts`, in their order; [] without guidance.
+        cond: Of the prompts.
+        uncond: Of the negative prompts; None = the run has no guidance.
+        guidance_conds: Of `Guidance.texts`, in their order; [] without guidance.
     """
 
     cond: AnyCond
@@ -48,14 +48,14 @@ class Conditions:
     """What the models of a call are conditioned on, before each encodes it.
 
     Args:
-        prompts: the texts of the call.
-        inputs: values of batch keys besides text, a row per image.
-        unconditional_inputs: those that differ for the unconditional prediction.
-        options: sizes and scores of SDXL.
+        prompts: The texts of the call.
+        inputs: Values of batch keys besides text, a row per image.
+        unconditional_inputs: Those that differ for the unconditional prediction.
+        options: Sizes and scores of SDXL.
         size: (height, width) of the images in pixels.
-        scale: guidance scale; None = the default of each model.
-        guidance: the guidance method; None = classifier-free guidance.
-        sampler: a name in SAMPLERS; None = the default of each model.
+        scale: Guidance scale; None = the default of each model.
+        guidance: The guidance method; None = classifier-free guidance.
+        sampler: A name in SAMPLERS; None = the default of each model.
     """
 
     prompts: CallPrompts
@@ -73,7 +73,7 @@ class Conditions:
         """Encode prompts, negative prompts and texts of guidance, as the model reads them.
 
         Args:
-            after_base: whether the model is a refiner that continues the run of a base model.
+            after_base: Whether the model is a refiner that continues the run of a base model.
         """
         sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
         inputs = {k: value for k, value in self.inputs.items() if k in model.conditioner.keys}
@@ -129,7 +129,7 @@ def encode_steps(prompts: Sequence[StepPrompts | PromptPair], encode: Encode) ->
     """Encode the prompts of a batch, once for each change during the run.
 
     Args:
-        prompts: one for each image.
+        prompts: One for each image.
     """
     changing = [pair for pair in prompts if isinstance(pair, StepPrompts)]
     ends = sorted({step for pair in changing for step in pair.last_steps})
@@ -169,8 +169,8 @@ def _encode_rows(
     """Encode prompts, each with the inputs of its image.
 
     Args:
-        inputs: values by batch key, a row per image.
-        images: index of the image of each prompt.
+        inputs: Values by batch key, a row per image.
+        images: Index of the image of each prompt.
     """
     rows = {key: _select(value, images) for key, value in inputs.items()}
     return check_finite(encode_prompts(model, prompts, rows, sizes), "the text encoder")
@@ -193,8 +193,8 @@ def encode_prompts(
     """Encode prompts and inputs as a condition, a row per prompt; equal prompts are encoded once.
 
     Args:
-        inputs: values of other batch keys, a row per prompt.
-        sizes: values of SDXL's batch keys, the same for all rows; None = the model reads none.
+        inputs: Values of other batch keys, a row per prompt.
+        sizes: Values of SDXL's batch keys, the same for all rows; None = the model reads none.
     """
     distinct = list(dict.fromkeys(prompts))
     repeated_sizes = {key: [value] * len(distinct) for key, value in (sizes or {}).items()}

@@ -20,10 +20,10 @@ class Family:
     """A family of models.
 
     Args:
-        keys: batch keys that the encoders of all its models read, without SIZE_KEYS.
-        title: name in messages.
-        function: the task for it, in `ldm.pipelines`.
-        optional_keys: batch keys that the encoders of some of its models read, too.
+        keys: Batch keys that the encoders of all its models read, without SIZE_KEYS.
+        title: Name in messages.
+        function: The task for it, in `ldm.pipelines`.
+        optional_keys: Batch keys that the encoders of some of its models read, too.
     """
 
     keys: frozenset[str]
@@ -86,8 +86,8 @@ def wrong_family(model: str, family: str) -> WrongFamily:
     """Return the error for a model that a task does not support; it names the task that does.
 
     Args:
-        model: its name in the message.
-        family: its family, a name in FAMILIES.
+        model: Its name in the message.
+        family: Its family, a name in FAMILIES.
     """
     title, function = FAMILIES[family].title, FAMILIES[family].function
     hint = f"use `{function}`"

@@ -19,7 +19,7 @@ def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
     """Return the value; raise NonFinite if it contains NaN or infinity.
 
     Args:
-        stage: part of the model that it comes from, for the error.
+        stage: Part of the model that it comes from, for the error.
     """
     tensors = [value] if isinstance(value, Tensor) else value.tensors().values()
     if not all(tensor.isfinite().all() for tensor in tensors):

@@ -18,7 +18,7 @@ def find_factors(
     """Return factors as given, or those of a preset; "auto" is the preset of the model's family.
 
     Raises:
-        ArgumentError: an unknown preset, or factors out of range.
+        ArgumentError: An unknown preset, or factors out of range.
     """
     text = model.conditioner.text
     generation = 1 if text is None else text.generation or 1
@@ -33,10 +33,10 @@ def make_freeu(
     """Build FreeU with the factors of each output block of the model's UNet.
 
     Args:
-        value: factors, the name of a preset, or "auto".
-        version: a name in FREEU_VERSIONS; None = "1".
+        value: Factors, the name of a preset, or "auto".
+        version: A name in FREEU_VERSIONS; None = "1".
     Raises:
-        ArgumentError: an invalid value, or a UNet without a block that FreeU changes.
+        ArgumentError: An invalid value, or a UNet without a block that FreeU changes.
     """
     factors, version = find_factors(model, value), version or "1"
     check_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")

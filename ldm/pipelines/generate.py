@@ -50,7 +50,7 @@ def make_noise(prompts: str | Sequence[str], options: SamplingOptions) -> Noise:
     """Return the noise source of a call, a row per prompt, for its seeds.
 
     Raises:
-        ArgumentError: there are not as many seeds as prompts.
+        ArgumentError: There are not as many seeds as prompts.
     """
     return noise_source(options.get("seeds"), len(as_list(prompts)), options.get("legacy", ()))
 
@@ -76,17 +76,17 @@ def generate(
     """Encode prompts, sample and decode.
 
     Args:
-        inputs: values of the batch keys that the model reads besides text, a row per prompt.
-        unconditional_inputs: those that differ for the unconditional prediction; None = none do.
-        tile: side in latent pixels of the decoder's tiles; None = decode whole.
-        scale, noise, z, strength, size, constrain: see `sample`.
+        inputs: Values of the batch keys that the model reads besides text, a row per prompt.
+        unconditional_inputs: Those that differ for the unconditional prediction; None = none do.
+        tile: Side in latent pixels of the decoder's tiles; None = decode whole.
+        scale, noise, z, strength, size, constrain: See `sample`.
         constrain_refiner: `constrain` for the steps of a refiner; None = no constraint.
-        upscaling: upscaler that doubles the latents before they are decoded; None = none.
-        options: see `sample` and `SDXLOptions`.
+        upscaling: Upscaler that doubles the latents before they are decoded; None = none.
+        options: See `sample` and `SDXLOptions`.
     Returns:
         (B, C, H, W) float32 in [-1, 1]; C = 3, or more for models with depth.
     Raises:
-        NonFinite: a part of the model returned NaN or infinity.
+        NonFinite: A part of the model returned NaN or infinity.
     """
     sampling, sdxl = select_sampling(options), select_sdxl(options)
     quirks = Quirks.of(model, sampling.get("legacy", ()))
@@ -215,7 +215,7 @@ def _first_step(model: LatentDiffusion, quirks: Quirks, run: RunOptions, total: 
     """Return the index of the first noise level of a run, as `sample` chooses it.
 
     Args:
-        total: number of steps of a run from pure noise.
+        total: Number of steps of a run from pure noise.
     """
     if run["z"] is None:
         return 0

@@ -29,13 +29,13 @@ class GuidanceOptions(TypedDict, total=False):
     At most one of `sld`, `apg` and `perp_neg`; `pag` combines with each, and with CFG.
 
     Attributes:
-        sld: safe latent diffusion: a name in SLD_PRESETS, or five numbers as in `SLD`.
-        sld_concept: what it guides away from: a text, or a name in SLD_CONCEPTS; None =
+        sld: Safe latent diffusion: a name in SLD_PRESETS, or five numbers as in `SLD`.
+        sld_concept: What it guides away from: a text, or a name in SLD_CONCEPTS; None =
             "original". Each model encodes it as it does the prompt, with the same sizes and images.
-        apg: adaptive projected guidance: three numbers as in `APG`.
-        perp_neg: perp-neg: weight of the part of the negative prompt that is perpendicular to the
+        apg: Adaptive projected guidance: three numbers as in `APG`.
+        perp_neg: Perp-neg: weight of the part of the negative prompt that is perpendicular to the
             prompt; 1 as published.
-        pag: perturbed-attention guidance: its scale; 3 as published.
+        pag: Perturbed-attention guidance: its scale; 3 as published.
     """
 
     sld: str | Sequence[float] | SLD | None
@@ -49,7 +49,7 @@ def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
     """Build the guidance, a new object for each run; return None for classifier-free guidance.
 
     Raises:
-        ArgumentError: a value is out of range.
+        ArgumentError: A value is out of range.
     """
     methods = (make(options, quirks) for make in METHODS.values())
     guidance = next((method for method in methods if method is not None), None)
@@ -64,8 +64,8 @@ def check_guidance(
     """Raise ArgumentError for guidance, or FreeU, that a model can't have or that has no effect.
 
     Args:
-        scale: guidance scale; None = the model's default.
-        keywords: all keywords of a task, by name.
+        scale: Guidance scale; None = the model's default.
+        keywords: All keywords of a task, by name.
     """
     values = {name: value for name, value in keywords.items() if value is not None}
     methods = [name for name in GuidanceOptions.__annotations__ if name in values]

@@ -23,7 +23,7 @@ class DecodingOptions(TypedDict, total=False):
     """Keywords of tasks about decoding.
 
     Attributes:
-        on_latent: called with the final latents (B, C, h, w) of the batch before they are decoded,
+        on_latent: Called with the final latents (B, C, h, w) of the batch before they are decoded,
             in the UNet's scale: see `LatentDiffusion.denormalize`.
     """
 
@@ -54,10 +54,10 @@ def decode_latent(
     """Decode z (B, C, h, w) to images (B, 3, H, W), or more channels with depth, in [-1, 1].
 
     Args:
-        tile: side in latent pixels of overlapping tiles to decode; None = decode whole.
-        on_latent: called with z first; None = nothing is called.
+        tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
+        on_latent: Called with z first; None = nothing is called.
     Raises:
-        NonFinite: latents or images contain NaN or infinity.
+        NonFinite: Latents or images contain NaN or infinity.
     """
     check_finite(z, "the UNet")
     if on_latent is not None:
@@ -73,7 +73,7 @@ def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Te
         image: (1, 3, H, W), or with the channels of depth already.
         depth: (1, 1, H, W) in [0, 1], larger is nearer; None = there is none, or the image has it.
     Raises:
-        ArgumentError: the model needs the depth or does not read it, or it differs in size from the
+        ArgumentError: The model needs the depth or does not read it, or it differs in size from the
             image.
     """
     channels = model.autoencoder.in_channels

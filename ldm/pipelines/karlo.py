@@ -44,10 +44,10 @@ def sample_image_embeddings(
     """Sample CLIP image embeddings of texts, (B, D) float32.
 
     Args:
-        clip: the CLIP that the prior was trained with, with its text encoder.
-        negative: negative prompts, one for all texts or one each.
+        clip: The CLIP that the prior was trained with, with its text encoder.
+        negative: Negative prompts, one for all texts or one each.
         mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
-        steps, scale, noise: see `sample_prior`.
+        steps, scale, noise: See `sample_prior`.
     """
     negatives = [negative] * len(texts) if isinstance(negative, str) else negative
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
@@ -62,7 +62,7 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
         crossattn (B, 77, D): token embeddings, zeros after the end token; vector (B, D): CLIP text
             embedding.
     Raises:
-        ArgumentError: the model was saved without the text encoder of its CLIP.
+        ArgumentError: The model was saved without the text encoder of its CLIP.
     """
     model = clip.model
     if not model.blocks:
@@ -89,13 +89,13 @@ def sample_prior(
     """Sample normalized embeddings (B, D), one per row of `cond`, with DDIM.
 
     Args:
-        cond: from `encode_texts`.
-        uncond: from `encode_texts`, of negative prompts.
-        steps: number of steps, see `get_prior_sigmas`.
-        scale: guidance scale.
+        cond: From `encode_texts`.
+        uncond: From `encode_texts`, of negative prompts.
+        steps: Number of steps, see `get_prior_sigmas`.
+        scale: Guidance scale.
         eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
         noise: (like) -> standard normal noise; called for the initial noise, then for each step.
-        sigmas: noise levels (n + 1,), descending; None = those of `steps`.
+        sigmas: Noise levels (n + 1,), descending; None = those of `steps`.
     """
     schedule = Schedule(make_betas("squaredcos_cap_v2"))
     sigmas = get_prior_sigmas(schedule, steps) if sigmas is None else sigmas

@@ -36,9 +36,9 @@ class Upscaling:
     """An x2 latent upscaler that doubles the latents of another model, and its options.
 
     Args:
-        model: the upscaler.
-        steps: its sampling steps; None = its default.
-        scale: its guidance scale; None = its default.
+        model: The upscaler.
+        steps: Its sampling steps; None = its default.
+        scale: Its guidance scale; None = its default.
     """
 
     model: LatentDiffusion
@@ -114,9 +114,9 @@ def double_latent(
     the UNet are enlarged to such sides.
 
     Args:
-        noise_sigma, noise_kind: see `upscale_latent`.
-        scale: guidance scale; 0 = the negative prompt only, None = `default_scale`.
-        options: see `sample`; x_T may be smaller than the padded latents.
+        noise_sigma, noise_kind: See `upscale_latent`.
+        scale: Guidance scale; 0 = the negative prompt only, None = `default_scale`.
+        options: See `sample`; x_T may be smaller than the padded latents.
     """
     n, (height, width) = len(prompts), latent.shape[-2:]
     assert isinstance(model.unet, LatentUpscalerUNet)
@@ -176,7 +176,7 @@ def _start_noise(latent: Tensor, x_T: Tensor | None, noise: Noise) -> Tensor:
     """Return noise of twice the size of a padded latent.
 
     Args:
-        x_T: noise for the top left corner of it, or for all; None = draw all.
+        x_T: Noise for the top left corner of it, or for all; None = draw all.
     """
     n, channels, height, width = latent.shape
     start = latent.new_empty(n, channels, FACTOR * height, FACTOR * width)

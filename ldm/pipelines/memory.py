@@ -25,8 +25,8 @@ class Memory:
     """GPU memory in bytes, without the about 0.5 GiB that PyTorch itself takes.
 
     Args:
-        weights: by part: "unet", "autoencoder" and the names of text encoders.
-        activations: their peak while each part runs, under the same names.
+        weights: By part: "unet", "autoencoder" and the names of text encoders.
+        activations: Their peak while each part runs, under the same names.
     """
 
     weights: dict[str, int]
@@ -50,10 +50,10 @@ def estimate_memory(
     """Estimate the memory for one batch of text to image with guidance.
 
     Args:
-        model: loaded, or on the meta device; meta tensors are replaced by fake ones.
+        model: Loaded, or on the meta device; meta tensors are replaced by fake ones.
         size: (height, width) in pixels.
-        images: batch size.
-        tile: side of the decoder's tiles in latent pixels; None = whole.
+        images: Batch size.
+        tile: Side of the decoder's tiles in latent pixels; None = whole.
     """
     text_encoders = {  # their activations are small beside their weights, and count as 0
         name: encoder
@@ -91,7 +91,7 @@ def run_on_zeros(
     """Run a forward pass of a UNet on latents of a size (h, w) and conditions, all zeros.
 
     Args:
-        is_context_trained: whether the text context requires gradients.
+        is_context_trained: Whether the text context requires gradients.
     """
     if isinstance(unet, LatentUpscalerUNet):
         z = torch.zeros(batch_size, unet.input_channels + unet.unet_cond_dim, *size)

@@ -60,7 +60,7 @@ def check_options(
     """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take.
 
     Args:
-        options: keywords of a task, by name.
+        options: Keywords of a task, by name.
     """
     sampling = select_sampling(options)
     check_sampling(

@@ -29,9 +29,9 @@ class PromptOptions(TypedDict, total=False):
     """Keywords for reading prompts.
 
     Attributes:
-        syntax: syntax of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
+        syntax: Syntax of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
             "plain", in which brackets have no meaning.
-        clip_skip: layer of the text encoder to use, counted from the end: 1 the last, 2 the last
+        clip_skip: Layer of the text encoder to use, counted from the end: 1 the last, 2 the last
             but one, before the final norm. For Stable Diffusion 1; ignored with a warning by other
             models, which have a fixed layer.
     """
@@ -45,8 +45,8 @@ class StepPrompts:
     """The prompts of one image, which may change from step to step.
 
     Args:
-        first: for the first text encoder.
-        second: for the second text encoder.
+        first: For the first text encoder.
+        second: For the second text encoder.
     """
 
     first: ParsedPrompt
@@ -72,9 +72,9 @@ class CallPrompts:
     """The texts of a call, parsed unless their syntax is plain.
 
     Args:
-        prompts: of each image.
-        negatives: negative prompts of each image; empty ones are not parsed.
-        guidance_texts: those of `Guidance.texts` that are not empty, as they are read.
+        prompts: Of each image.
+        negatives: Negative prompts of each image; empty ones are not parsed.
+        guidance_texts: Those of `Guidance.texts` that are not empty, as they are read.
     """
 
     prompts: Sequence[StepPrompts | TextPair]
@@ -95,12 +95,12 @@ class CallPrompts:
         """Parse the texts of a call for a run of `steps` steps.
 
         Args:
-            negative_prompt: one for all prompts, or one for each; so are those of the next two.
-            prompt_2, negative_prompt_2: for the second text encoder; None = as for the first.
+            negative_prompt: One for all prompts, or one for each; so are those of the next two.
+            prompt_2, negative_prompt_2: For the second text encoder; None = as for the first.
             guidance_texts: `Guidance.texts`.
 
         Raises:
-            ArgumentError: see `parse_pair` and `parse_constant`; or the numbers of texts differ.
+            ArgumentError: See `parse_pair` and `parse_constant`; or the numbers of texts differ.
         """
         n = len(as_list(prompts))
         pairs = _pair_texts(prompts, prompt_2, n, "prompt")
@@ -125,7 +125,7 @@ def parse_pair(
     """Parse the prompts of one image for a run of `steps` steps; plain ones stay as they are.
 
     Raises:
-        ArgumentError: see `ldm.prompts.parse_prompt`; or AND splits the two prompts into different
+        ArgumentError: See `ldm.prompts.parse_prompt`; or AND splits the two prompts into different
             numbers of parts.
     """
     if syntax == PLAIN:
@@ -141,10 +141,10 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
     """Parse a text that is not a prompt of an image, and holds for the whole run.
 
     Args:
-        name: name of the argument.
+        name: Name of the argument.
 
     Raises:
-        ArgumentError: see `ldm.prompts.parse_prompt`; or it changes from step to step, or has AND.
+        ArgumentError: See `ldm.prompts.parse_prompt`; or it changes from step to step, or has AND.
     """
     try:
         pair = parse_pair((text, text), syntax)
@@ -174,8 +174,8 @@ def repeat_texts(texts: str | Sequence[str], n: int, argument: str) -> list[str]
     """Return n texts.
 
     Args:
-        texts: one for all, or n.
-        argument: name of the argument that `texts` comes from, for errors.
+        texts: One for all, or n.
+        argument: Name of the argument that `texts` comes from, for errors.
     """
     texts = [texts] * n if isinstance(texts, str) else list(texts)
     if len(texts) != n:

@@ -29,9 +29,9 @@ class Quirks:
     """The quirks that are enabled in a run.
 
     Args:
-        names: names in LEGACY.
+        names: Names in LEGACY.
     Raises:
-        UnknownName: a name is not in LEGACY.
+        UnknownName: A name is not in LEGACY.
     """
 
     names: frozenset[str] = frozenset()
@@ -79,9 +79,9 @@ class Quirks:
         """Return where a run on an image begins.
 
         Args:
-            strength: fraction of the steps to run, 0 … 1.
-            steps: requested number of steps.
-            total: actual number of steps, which the quirk "steps" changes.
+            strength: Fraction of the steps to run, 0 … 1.
+            steps: Requested number of steps.
+            total: Actual number of steps, which the quirk "steps" changes.
         Returns:
             (index of the first sigma, index of the sigma of the noise added to the image).
         """
@@ -140,11 +140,11 @@ def noise_source(
     """Make `noise(like)` for n rows; each call continues the random sequences.
 
     Args:
-        seeds: one for each row, or the first of consecutive ones; None = drawn from torch's
+        seeds: One for each row, or the first of consecutive ones; None = drawn from torch's
             generator; a noise source is returned as it is.
-        legacy: names in LEGACY; "noise" draws all rows from the global generator of the device.
+        legacy: Names in LEGACY; "noise" draws all rows from the global generator of the device.
     Raises:
-        ArgumentError: the number of seeds is not n.
+        ArgumentError: The number of seeds is not n.
     """
     if callable(seeds):
         return seeds

@@ -97,55 +97,55 @@ def sample(
     """Sample a latent for each sample of `cond`.
 
     Args:
-        cond: the condition, which may compose prompts and depend on the step.
-        uncond: the unconditional or negative condition of guidance; None = no guidance.
+        cond: The condition, which may compose prompts and depend on the step.
+        uncond: The unconditional or negative condition of guidance; None = no guidance.
         z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
-        strength: fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
+        strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
         z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise;
             None = start from z or from pure noise.
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
-        steps: number of steps, 1 … T; None = the model's default.
-        sampler: a name in SAMPLERS; None = the model's default.
-        scheduler: a name in SCHEDULERS; None = `default_scheduler`.
-        rho: exponent of schedulers that have one; None = the scheduler's default.
-        sigmas: noise levels of the run, descending; None = those of steps, scheduler and rho.
-        end: index in sigmas of the level to stop at; the result is then noisy. None = the last.
-        eta: amount of noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for
+        steps: Number of steps, 1 … T; None = the model's default.
+        sampler: A name in SAMPLERS; None = the model's default.
+        scheduler: A name in SCHEDULERS; None = `default_scheduler`.
+        rho: Exponent of schedulers that have one; None = the scheduler's default.
+        sigmas: Noise levels of the run, descending; None = those of steps, scheduler and rho.
+        end: Index in sigmas of the level to stop at; the result is then noisy. None = the last.
+        eta: Amount of noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for
             samplers that have it; None = the model's default for its default sampler, else 0 for
             `ddim`, 0.3 for `tcd`, 1 for others.
-        s_churn: amount of noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364,
+        s_churn: Amount of noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364,
             algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
-        s_noise: standard deviation of the noise of churn and between steps.
-        brownian: whether the noise of `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_3m_sde` is a Brownian
+        s_noise: Standard deviation of the noise of churn and between steps.
+        brownian: Whether the noise of `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_3m_sde` is a Brownian
             path over sigma for each of the seeds, as in k-diffusion; else independent of steps.
-        scale: guidance scale; 1 = no guidance, None = `default_scale`. A model that embeds it
+        scale: Guidance scale; 1 = no guidance, None = `default_scale`. A model that embeds it
             evaluates the network once a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
-        freeu: factors of FreeU, the name of a preset, or "auto" for the preset of the model's
+        freeu: Factors of FreeU, the name of a preset, or "auto" for the preset of the model's
             family; None = off.
-        freeu_version: a name in FREEU_VERSIONS; None = "1".
-        guidance: how predictions are combined, a new object for each run; None = classifier-free
+        freeu_version: A name in FREEU_VERSIONS; None = "1".
+        guidance: How predictions are combined, a new object for each run; None = classifier-free
             guidance.
-        further: conditions of `guidance.texts`, with a row for each row of `cond`.
-        seeds: one per row, or the first of consecutive ones; None = drawn from torch's generator.
+        further: Conditions of `guidance.texts`, with a row for each row of `cond`.
+        seeds: One per row, or the first of consecutive ones; None = drawn from torch's generator.
             The noise of a row depends on its own seed only.
         noise: (like) -> standard normal noise in its shape; None = that of `seeds`.
-        callback: called with (step, steps, x, denoised) after each step; may raise Stop with a
+        callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = nothing is called.
         constrain: (x, sigma) -> x, applied before every step; None = x stays as it is.
-        first_step: number of the first step, for conditions that depend on the step.
-        unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
-        tiling: axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
+        first_step: Number of the first step, for conditions that depend on the step.
+        unet_tile: Side in latent pixels of overlapping tiles to run the network on; None = whole.
+        tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
             "xy" for textures, or "none". Tasks apply it to the autoencoder, too.
-        legacy: names in LEGACY.
-        grid: former name of `scheduler`.
+        legacy: Names in LEGACY.
+        grid: Former name of `scheduler`.
     Returns:
         (B, C, h, w) float32.
     Raises:
-        ArgumentError: an unknown name, or a value out of range.
+        ArgumentError: An unknown name, or a value out of range.
     """
     quirks = Quirks.of(model, legacy)
     scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
@@ -237,10 +237,10 @@ def invert(
 
     Args:
         z: (B, C, h, w).
-        steps: number of steps from z to pure noise.
-        until: number of those steps to take; None = all.
-        scheduler: a name in SCHEDULERS; None = "uniform".
-        cond, uncond, scale, legacy: see `sample`.
+        steps: Number of steps from z to pure noise.
+        until: Number of those steps to take; None = all.
+        scheduler: A name in SCHEDULERS; None = "uniform".
+        cond, uncond, scale, legacy: See `sample`.
     Returns:
         z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
     """
@@ -258,8 +258,8 @@ def _add_start_noise(
     """Return the x that a run begins with, and the index of its noise level in sigmas.
 
     Args:
-        z: the latent to start from; None = start from pure noise.
-        steps: requested number of steps.
+        z: The latent to start from; None = start from pure noise.
+        steps: Requested number of steps.
     """
     if z is None:
         return x_T * _std(sigmas[0]), 0
@@ -314,8 +314,8 @@ def _get_sampler_options(
     """Return the keyword arguments of the sampler's function.
 
     Args:
-        always_draws: draw noise even where eta is 0, as the original did.
-        is_continued: whether another model samples on from the result.
+        always_draws: Draw noise even where eta is 0, as the original did.
+        is_continued: Whether another model samples on from the result.
     """
     traits, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)

@@ -63,7 +63,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     `ldm.diffusion.names`.
 
     Raises:
-        ArgumentError: steps, rho or sigmas are out of range, or exclude each other.
+        ArgumentError: Steps, rho or sigmas are out of range, or exclude each other.
     """
     sampler = options.get("sampler") or model.defaults.sampler
     steps, rho = options.get("steps"), options.get("rho")
@@ -109,7 +109,7 @@ def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str
     """Return, in one line, why a sampler cannot begin at a level; None if it can.
 
     Args:
-        scheduler: the requested scheduler; None = the noise levels were given as `sigmas`.
+        scheduler: The requested scheduler; None = the noise levels were given as `sigmas`.
     """
     remedy = SAMPLERS[sampler].wide_scheduler
     if remedy in (None, scheduler) or sigma <= WIDE_SIGMA:
@@ -125,7 +125,7 @@ def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
     """Return the default guidance scale of the sampler, else of the model.
 
     Args:
-        sampler: a name in SAMPLERS; None = the model's default.
+        sampler: A name in SAMPLERS; None = the model's default.
     """
     scale = SAMPLERS[sampler or model.defaults.sampler].scale
     return model.defaults.scale if scale is None else scale
@@ -137,10 +137,10 @@ def explain_excess(
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.
 
     Args:
-        defaults: of the model, or of a LoRA that makes it one.
-        name: the file of the model or LoRA, for the message.
+        defaults: Of the model, or of a LoRA that makes it one.
+        name: The file of the model or LoRA, for the message.
         steps: None = unknown, not checked.
-        scale: guidance scale; None, or a function of sigma, is not checked.
+        scale: Guidance scale; None, or a function of sigma, is not checked.
     """
     max_steps, limit = defaults.max_steps, defaults.max_scale
     excess = []
@@ -181,7 +181,7 @@ def get_latent_size(
     """Return the (h, w) of latents: for a size (H, W) in pixels, else of `like`, else the model's.
 
     Raises:
-        ArgumentError: the size is not a multiple of the downscaling factor.
+        ArgumentError: The size is not a multiple of the downscaling factor.
     """
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])

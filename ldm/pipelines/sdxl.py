@@ -54,16 +54,16 @@ class SDXLOptions(TypedDict, total=False):
     sizes default to those for the prompt.
 
     Attributes:
-        prompt_2: prompts for the second text encoder; None = `prompts`.
-        negative_prompt_2: negative prompts for it; None = `negative_prompt`.
+        prompt_2: Prompts for the second text encoder; None = `prompts`.
+        negative_prompt_2: Negative prompts for it; None = `negative_prompt`.
         original_size: (height, width) in pixels before resizing, as a training image; None = the
             size of the image.
         crop: (top, left) of the crop in pixels; None = (0, 0).
         target_size: (height, width) in pixels after resizing; None = the size of the image.
         aesthetic_score: 1 … 10, for the refiner; None = 6, of the negative prompt 2.5.
-        refiner: model that finishes the images, from the noise level where the base stops.
-        refiner_strength: fraction of the steps that the refiner takes, 0 … 1; None = 0.15.
-        refiner_start: instead of refiner_strength, the fraction of the timesteps that the base
+        refiner: Model that finishes the images, from the noise level where the base stops.
+        refiner_strength: Fraction of the steps that the refiner takes, 0 … 1; None = 0.15.
+        refiner_start: Instead of refiner_strength, the fraction of the timesteps that the base
             takes, 0 … 1, as `denoising_end` in diffusers.
     """
 
@@ -120,8 +120,8 @@ class Handover:
     """Where a base model stops and the refiner begins.
 
     Args:
-        strength: fraction of the steps that the refiner takes.
-        start: instead of it, the fraction of the timesteps that the base takes; None = `strength`.
+        strength: Fraction of the steps that the refiner takes.
+        start: Instead of it, the fraction of the timesteps that the base takes; None = `strength`.
     """
 
     strength: float = REFINER_STRENGTH

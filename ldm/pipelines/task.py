@@ -34,7 +34,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
     for an invalid value.
 
     Args:
-        families: names in FAMILIES of the models that the task works with.
+        families: Names in FAMILIES of the models that the task works with.
     """
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -87,7 +87,7 @@ def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
     """Return a warning if a clip skip has no effect on a model, else None.
 
     Raises:
-        ArgumentError: it is not in 1 … number of layers of the text encoder.
+        ArgumentError: It is not in 1 … number of layers of the text encoder.
     """
     if not isinstance(number, int) or number < 1:
         raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")

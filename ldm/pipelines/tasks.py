@@ -81,14 +81,14 @@ def txt2img(
     """Make one image per prompt.
 
     Args:
-        negative_prompt: one for all prompts, or one for each.
-        scale: guidance scale; 1 = no guidance, None = the model's default.
+        negative_prompt: One for all prompts, or one for each.
+        scale: Guidance scale; 1 = no guidance, None = the model's default.
         size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
             training size.
-        tile: side in latent pixels of overlapping tiles to decode; None = decode whole.
-        upscaling: a model that doubles the latents, such as
+        tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
+        upscaling: A model that doubles the latents, such as
             `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`; None = none.
-        options: keywords of `sample`; `on_latent`, see `DecodingOptions`; `syntax` and `clip_skip`,
+        options: Keywords of `sample`; `on_latent`, see `DecodingOptions`; `syntax` and `clip_skip`,
             see `PromptOptions`; other guidance methods, see `GuidanceOptions`; for SDXL those of
             `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
@@ -123,12 +123,12 @@ def img2img(
 
     Args:
         strength: 0 keeps the image, 1 starts from pure noise.
-        z: latents (B, C, h, w) of the image from `encode_image`; None = encode it.
-        inversion: whether to start from DDIM inversion, which keeps the composition.
-        source_prompt: description of the image for the inversion, in the syntax of prompts, but
+        z: Latents (B, C, h, w) of the image from `encode_image`; None = encode it.
+        inversion: Whether to start from DDIM inversion, which keeps the composition.
+        source_prompt: Description of the image for the inversion, in the syntax of prompts, but
             without schedules and AND.
         depth: (1, 1, H, W) in [0, 1], larger is nearer, for LDM3D; None = a channel of the image.
-        negative_prompt, scale, tile, upscaling, options: see `txt2img`.
+        negative_prompt, scale, tile, upscaling, options: See `txt2img`.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
@@ -167,10 +167,10 @@ def inpaint(
 
     Args:
         mask: (1, 1, H, W) in [0, 1], or bool; repainted where it is at least 0.5.
-        strength: fraction of the steps to run; 1 = start from pure noise.
-        composite: whether to blend result and image by the mask, so that pixels stay where it is 0.
-        depth: see `img2img`.
-        negative_prompt, scale, tile, options: see `txt2img`.
+        strength: Fraction of the steps to run; 1 = start from pure noise.
+        composite: Whether to blend result and image by the mask, so that pixels stay where it is 0.
+        depth: See `img2img`.
+        negative_prompt, scale, tile, options: See `txt2img`.
     """
     image, mask = add_depth(model, image, depth), mask.float()
     noise = make_noise(prompts, options)
@@ -222,7 +222,7 @@ def depth2img(
     Args:
         strength: 0 keeps the image, 1 keeps only its depth.
         depth: (1, 1, H, W), of any size and range, larger is nearer; None = estimate it.
-        negative_prompt, scale, tile, options: see `txt2img`.
+        negative_prompt, scale, tile, options: See `txt2img`.
     """
     noise = make_noise(prompts, options)
     n = len(as_list(prompts))
@@ -260,12 +260,12 @@ def upscale(
 
     Args:
         image: (1, 3, h, w) in [-1, 1].
-        noise_level: timestep of the noise added to the image; more noise, more invented detail.
-        tile: side of overlapping tiles, in pixels of the input, for the decoder and, without
+        noise_level: Timestep of the noise added to the image; more noise, more invented detail.
+        tile: Side of overlapping tiles, in pixels of the input, for the decoder and, without
             `unet_tile`, the UNet; None = the training size.
-        negative_prompt, scale, options: see `txt2img`.
+        negative_prompt, scale, options: See `txt2img`.
     Raises:
-        ArgumentError: the model was not trained at the noise level.
+        ArgumentError: The model was not trained at the noise level.
     """
     noise = make_noise(prompts, options)
     n = len(as_list(prompts))
@@ -302,13 +302,13 @@ def upscale_rgbd(
     Args:
         image: (1, 3, H, W), resized to the size of the result.
         depth: (1, 1, H, W) in [0, 1], larger is nearer; None = a channel of the image.
-        noise_level: input of models with an embedding of it, although no noise is added; ignored by
+        noise_level: Input of models with an embedding of it, although no noise is added; ignored by
             others.
-        negative_prompt, scale, tile, options: see `txt2img`.
+        negative_prompt, scale, tile, options: See `txt2img`.
     Returns:
         (B, 4, H, W).
     Raises:
-        ArgumentError: the model was not trained at the noise level.
+        ArgumentError: The model was not trained at the noise level.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
@@ -352,12 +352,12 @@ def upscale_latent(
         noise_sigma: sigma of the noise added to the small latent, 0 … 0.6; more noise, more
             invented detail.
         noise_kind: "gaussian", or "fake": the network gets `noise_sigma`, but no noise is added.
-        scale: guidance scale; 1 = no guidance, 0 = the negative prompt only, None = the model's
+        scale: Guidance scale; 1 = no guidance, 0 = the negative prompt only, None = the model's
             default.
-        negative_prompt, tile, options: see `txt2img`.
+        negative_prompt, tile, options: See `txt2img`.
     Raises:
-        MissingArgument: there is neither an image nor a latent.
-        ArgumentError: a latent of another shape, or a noise level that the model does not support.
+        MissingArgument: There is neither an image nor a latent.
+        ArgumentError: A latent of another shape, or a noise level that the model does not support.
     """
     noise = make_noise(prompts, options)
     texts = as_list(prompts)
@@ -400,7 +400,7 @@ def _keep_outside(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrai
     """Return (x, sigma) -> x that resets x to the noisy z where a mask (1, 1, H, W) is 0.
 
     Args:
-        factor: downscaling factor of the autoencoder.
+        factor: Downscaling factor of the autoencoder.
     """
     is_outside = ~F.max_pool2d(mask, factor).bool().to(z.device)  # (1, 1, h, w)
     return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)

@@ -50,17 +50,17 @@ def unclip(
     """Make variations of the mean of some images, one per prompt.
 
     Args:
-        images: each (1, 3, H, W).
+        images: Each (1, 3, H, W).
         embeddings: CLIP image embeddings to mix with those of the images, each (1 | B, D).
-        weights: of images, then embeddings; normalized to sum to 1. None = equal weights.
-        noise_levels: timestep of the noise on the embeddings, for all or one for each; more noise,
+        weights: Of images, then embeddings; normalized to sum to 1. None = equal weights.
+        noise_levels: Timestep of the noise on the embeddings, for all or one for each; more noise,
             more variation.
-        mix_level: timestep of the noise on the mean; None = no noise.
-        scale: guidance scale; None = 10.
-        negative_prompt, size, tile, options: see `txt2img`.
+        mix_level: Timestep of the noise on the mean; None = no noise.
+        scale: Guidance scale; None = 10.
+        negative_prompt, size, tile, options: See `txt2img`.
     Raises:
-        MissingArgument: there is neither an image nor an embedding.
-        ArgumentError: there are not as many weights, or noise levels, as images and embeddings.
+        MissingArgument: There is neither an image nor an embedding.
+        ArgumentError: There are not as many weights, or noise levels, as images and embeddings.
     """
     scale = 10.0 if scale is None else scale
     noise = make_noise(prompts, options)
@@ -101,12 +101,12 @@ def vary(
     """Make variations of the mean of some images, by a model that reads images instead of text.
 
     Args:
-        prompts: only their number is used: the number of images to make.
-        images: see `unclip`.
-        weights: see `unclip`.
-        scale: guidance scale; None = 3.
-        negative_prompt: ignored with a warning, as the model does not read text.
-        size, tile, options: see `txt2img`.
+        prompts: Only their number is used: the number of images to make.
+        images: See `unclip`.
+        weights: See `unclip`.
+        scale: Guidance scale; None = 3.
+        negative_prompt: Ignored with a warning, as the model does not read text.
+        size, tile, options: See `txt2img`.
     """
     if any(as_list(negative_prompt)):
         warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
@@ -141,9 +141,9 @@ def sample_prior(
     """Sample CLIP image embeddings (B, D) of prompts with the Karlo prior.
 
     Args:
-        model: unCLIP-L, whose CLIP the prior was trained with.
-        steps: sampling steps of the prior.
-        scale: guidance scale of the prior.
+        model: UnCLIP-L, whose CLIP the prior was trained with.
+        steps: Sampling steps of the prior.
+        scale: Guidance scale of the prior.
     """
     encoder = model.conditioner.get(ImageEmbedding)
     mean, std = encoder.noise.get_statistics()

@@ -49,9 +49,9 @@ def parse(text: str, steps: int, syntax: str = "a1111", *, composes: bool = True
     """Parse a prompt.
 
     Args:
-        steps: number of steps of the run, for schedules.
-        syntax: a key of EMPHASIS_MODES.
-        composes: whether AND composes prompts; in negative prompts it is a plain word.
+        steps: Number of steps of the run, for schedules.
+        syntax: A key of EMPHASIS_MODES.
+        composes: Whether AND composes prompts; in negative prompts it is a plain word.
     """
     prompts_and_weights = split_composition(text) if composes else [(text, 1.0)]
     compositions, notes = [], []
@@ -240,7 +240,7 @@ def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[
     """Expand schedules and alternation into (last step, text), in order.
 
     Args:
-        steps: number of steps of the run.
+        steps: Number of steps of the run.
 
     Returns:
         The entries, and warnings about text that was read literally.

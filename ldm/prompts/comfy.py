@@ -19,7 +19,7 @@ def parse(text: str) -> ParsedPrompt:
     """Parse a prompt.
 
     Raises:
-        ArgumentError: a bracket is not closed, or was not opened.
+        ArgumentError: A bracket is not closed, or was not opened.
     """
     section = join_pieces(parse_weights(text))
     return make_constant(Prompt("comfy", (Part(((section,),)),)))

@@ -57,10 +57,10 @@ def parse(text: str, steps: int) -> ParsedPrompt:
     """Parse a prompt.
 
     Args:
-        steps: number of steps of the run, for `swap`.
+        steps: Number of steps of the run, for `swap`.
 
     Raises:
-        ArgumentError: a bracket is not closed, or an operator has invalid arguments.
+        ArgumentError: A bracket is not closed, or an operator has invalid arguments.
     """
     _check_brackets(text)
     if LORA.search(text):

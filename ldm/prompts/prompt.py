@@ -29,9 +29,9 @@ class Part:
     """A mixture of texts, usually of one.
 
     Args:
-        texts: texts whose contexts are mixed.
-        mix: factor of the context of each text.
-        weight: factor of the mixture's difference from the context of the empty prompt.
+        texts: Texts whose contexts are mixed.
+        mix: Factor of the context of each text.
+        weight: Factor of the mixture's difference from the context of the empty prompt.
     """
 
     texts: tuple[Text, ...]
@@ -44,8 +44,8 @@ class Prompt:
     """A prompt that a text encoder encodes as one context.
 
     Args:
-        syntax: name of the syntax, which determines how chunks and weights are applied.
-        parts: parts whose contexts are concatenated, usually one.
+        syntax: Name of the syntax, which determines how chunks and weights are applied.
+        parts: Parts whose contexts are concatenated, usually one.
     """
 
     syntax: str
@@ -64,7 +64,7 @@ class PromptSteps:
 
     Args:
         entries: (last step, prompt), in order.
-        weight: factor of its difference from the negative prompt.
+        weight: Factor of its difference from the negative prompt.
     """
 
     entries: tuple[tuple[int, Prompt], ...]
@@ -81,8 +81,8 @@ class ParsedPrompt:
     """A parsed text.
 
     Args:
-        compositions: prompts whose guidance is summed, usually one.
-        notes: warnings about text that looks like syntax but was read literally.
+        compositions: Prompts whose guidance is summed, usually one.
+        notes: Warnings about text that looks like syntax but was read literally.
     """
 
     compositions: tuple[PromptSteps, ...]

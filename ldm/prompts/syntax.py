@@ -35,12 +35,12 @@ def parse_prompt(
     """Parse a prompt.
 
     Args:
-        syntax: a name in SYNTAXES other than "plain", which is not parsed.
-        steps: number of steps of the run, for schedules.
-        is_negative: whether it is a negative prompt, in which a1111's AND is a plain word.
+        syntax: A name in SYNTAXES other than "plain", which is not parsed.
+        steps: Number of steps of the run, for schedules.
+        is_negative: Whether it is a negative prompt, in which a1111's AND is a plain word.
 
     Raises:
-        ArgumentError: brackets are not closed, or an operator has invalid arguments.
+        ArgumentError: Brackets are not closed, or an operator has invalid arguments.
     """
     check_syntax(syntax)
     try:

@@ -33,7 +33,7 @@ class CommandParser(ArgumentParser):
         overrides: Whether `key=value` arguments are accepted, as `args.overrides`.
 
     Attributes:
-        actions_by_flag: argparse's action of each flag.
+        actions_by_flag: Argparse's action of each flag.
         given_flags: Flags (and other arguments) that `parse` got last, spelled as declared.
     """
 
@@ -74,7 +74,7 @@ class CommandParser(ArgumentParser):
         """Parse arguments; an error exits with status 2.
 
         Args:
-            argv: Arguments; None for those of this process.
+            argv: Arguments; None = those of this process.
         """
         arguments = list(sys.argv[1:] if argv is None else argv)
         end = arguments.index("--") if "--" in arguments else len(arguments)

@@ -33,7 +33,7 @@ def pick_device(name: str | None = None) -> torch.device:
     """Return the named device, or the best available one; with torchrun, each process's own GPU.
 
     Args:
-        name: "cuda", "cuda:1", "mps" or "cpu"; None for the first of cuda, mps and cpu that is
+        name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of cuda, mps and cpu that is
             available.
 
     Raises:
@@ -85,7 +85,7 @@ def set_threads(threads: int | None, is_small: bool) -> None:
     """Set the number of CPU threads of this process.
 
     Args:
-        threads: None for the cores divided by the processes on this machine, at most 4 for small
+        threads: None = the cores divided by the processes on this machine, at most 4 for small
             models; unchanged if OMP_NUM_THREADS is set.
         is_small: Whether the model is small.
     """

@@ -145,7 +145,7 @@ class Stop(Exception):
     """Raised by a callback to end a run.
 
     Args:
-        latent: Latents (B, C, h, w) of unfinished images to decode; None for no images.
+        latent: Latents (B, C, h, w) of unfinished images to decode; None = no images.
     """
 
     def __init__(self, latent: "Tensor | None" = None) -> None:

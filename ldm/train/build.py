@@ -69,9 +69,9 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     """Build the task that the settings select: diffusion, adaptation or autoencoder.
 
     Args:
-        load_weights: whether to load the networks of the losses; False if only sizes matter.
+        load_weights: Whether to load the networks of the losses; False if only sizes matter.
     Raises:
-        ValueError: the model cannot be trained, or the settings do not fit it.
+        ValueError: The model cannot be trained, or the settings do not fit it.
     """
     params = settings.model.params
     if isinstance(model, AutoencoderKL):
@@ -125,7 +125,7 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
     """Build the initial optimizers and EMA; shard the weights first, if the strategy says so.
 
     Raises:
-        ValueError: the settings do not go together.
+        ValueError: The settings do not go together.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     if trainer.strategy in ("fsdp", "hsdp") and ranks.world_size > 1:

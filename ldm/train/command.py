@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; None = those of this process.
-        prog: name of the program, for messages.
+        argv: Arguments without the program's name; None = those of this process.
+        prog: Name of the program, for messages.
     Returns:
         The exit code: 0, or 1 after an error, which is printed in one line.
     """
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     """Parse a command line; exit with status 2 if argparse refuses it.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: An option is unknown.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, spellings = _build_parser(prog)

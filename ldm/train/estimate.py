@@ -42,10 +42,10 @@ class Memory:
     """Memory of one process of a run, in bytes, and numbers of parameters.
 
     Args:
-        parameters: number of parameters, in all networks.
-        trainable: number of trained parameters.
-        optimizer: bytes of the optimizer's state.
-        optimizer_step: temporary memory of the optimizer, after activations are freed.
+        parameters: Number of parameters, in all networks.
+        trainable: Number of trained parameters.
+        optimizer: Bytes of the optimizer's state.
+        optimizer_step: Temporary memory of the optimizer, after activations are freed.
     """
 
     parameters: int
@@ -95,11 +95,11 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     """Estimate the memory of one process of a run.
 
     Args:
-        processes: number of processes of the run, on all nodes.
-        cache: measured activations, the slow part, shared by several estimates of a run; None =
+        processes: Number of processes of the run, on all nodes.
+        cache: Measured activations, the slow part, shared by several estimates of a run; None =
             they are measured.
     Raises:
-        ValueError: the model cannot be trained.
+        ValueError: The model cannot be trained.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_meta_task(settings)

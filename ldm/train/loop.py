@@ -49,9 +49,9 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     """Train until the end of the run or a signal (see `signals`), then save and export.
 
     Args:
-        on_start: called by the first process before the first step.
+        on_start: Called by the first process before the first step.
     Raises:
-        FloatingPointError: too many steps in a row had non-finite gradients.
+        FloatingPointError: Too many steps in a row had non-finite gradients.
     """
     state, ranks = run.state, run.ranks
     ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))

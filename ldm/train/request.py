@@ -13,16 +13,16 @@ class TrainRequest:
     Args:
         configs: YAML files or diffusers folders; later ones override earlier ones.
         overrides: `key.sub=value`, which override all files.
-        validate: whether to print the losses on held-out data.
-        dry_run: whether to print the whole config and its memory instead.
-        name: name of the run.
-        resume: a run or one of its states; "" = the newest of this name; None = a new run.
-        logdir: folder of runs.
-        processes: number to start on this machine; 0 = one for each GPU of the config.
+        validate: Whether to print the losses on held-out data.
+        dry_run: Whether to print the whole config and its memory instead.
+        name: Name of the run.
+        resume: A run or one of its states; "" = the newest of this name; None = a new run.
+        logdir: Folder of runs.
+        processes: Number to start on this machine; 0 = one for each GPU of the config.
         threads: CPU threads of each process; None = torch's default.
-        allow_commands: whether to run `pipe:COMMAND` addresses of shards.
-        debug: whether to show tracebacks, and open pdb on a terminal.
-        argv: command-line arguments, for other processes of the run.
+        allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
+        debug: Whether to show tracebacks, and open pdb on a terminal.
+        argv: Command-line arguments, for other processes of the run.
     """
 
     configs: tuple[str, ...] = ()

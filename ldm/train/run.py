@@ -38,9 +38,9 @@ class Run:
     """The parts of a training run, of which only `state` changes.
 
     Args:
-        config_text: the config as YAML, for the metadata of exports; "" = none.
-        held_out: validation data; None = none.
-        is_fine_tune: whether the model had weights to start from.
+        config_text: The config as YAML, for the metadata of exports; "" = none.
+        held_out: Validation data; None = none.
+        is_fine_tune: Whether the model had weights to start from.
     """
 
     settings: Settings
@@ -113,9 +113,9 @@ class Run:
         """Load a state, with the number of batches per step that it had.
 
         Args:
-            path: folder of the state; None = the newest of this run.
+            path: Folder of the state; None = the newest of this run.
         Raises:
-            ValueError: there is no state, it is of another model, or its batches per step cannot be
+            ValueError: There is no state, it is of another model, or its batches per step cannot be
                 shared by these processes.
         """
         path = path or self.states.newest()
@@ -144,9 +144,9 @@ def build_run(
     """Build a run from its config; only caches of the data are written.
 
     Args:
-        config_text: the config as YAML, for the metadata of exports.
+        config_text: The config as YAML, for the metadata of exports.
         device: None = a GPU if there is one, else the CPU.
-        allow_commands: whether to run `pipe:COMMAND` addresses of shards.
+        allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
     trainer, params = settings.trainer, settings.model.params
     data = read_data(settings.raw["data"])

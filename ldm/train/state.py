@@ -29,7 +29,7 @@ class TrainedNetwork:
     """A module, its optimizer, and its loss.
 
     Args:
-        loss: with several processes a DistributedDataParallel module.
+        loss: With several processes a DistributedDataParallel module.
     """
 
     module: nn.Module
@@ -116,14 +116,14 @@ class State:
 
     Args:
         discriminator: None if the task has none.
-        batches_per_step: batches of all processes, accumulated ones included.
-        step: number of completed steps.
-        position: batches that all processes together have consumed.
-        seconds: time spent training, over all sessions.
-        skipped: number of steps whose gradients were not finite.
-        bad_steps: number of them in a row, up to the last step; not saved.
+        batches_per_step: Batches of all processes, accumulated ones included.
+        step: Number of completed steps.
+        position: Batches that all processes together have consumed.
+        seconds: Time spent training, over all sessions.
+        skipped: Number of steps whose gradients were not finite.
+        bad_steps: Number of them in a row, up to the last step; not saved.
         is_consistent: False while weights are being updated; not saved.
-        is_saved: whether this state is on disk; not saved.
+        is_saved: Whether this state is on disk; not saved.
     """
 
     model: TrainedNetwork

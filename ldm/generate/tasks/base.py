@@ -23,7 +23,7 @@ class PreparedTask:
     """A task with its inputs read, so that invalid files fail before the model is loaded.
 
     Args:
-        request: request with the inputs of one image.
+        request: Request with the inputs of one image.
     """
 
     def __init__(self, request: Request) -> None:
@@ -44,7 +44,7 @@ class PreparedTask:
         """Make one batch of images, (B, 3, H, W) in [-1, 1]; with depth (B, 4, H, W).
 
         Args:
-            options: keyword arguments of the pipeline.
+            options: Keyword arguments of the pipeline.
         """
         raise NotImplementedError
 
@@ -58,19 +58,19 @@ class Task:
     """The description of a task, for command line, page and PNG metadata.
 
     Args:
-        name: name of the command and script, and in PNG metadata.
-        title: title of its tab on the page.
-        summary: description in `--help`, with examples.
-        inputs: its group of input options.
-        prepare: reads the inputs of a request.
-        families: names in `ldm.pipelines.families.FAMILIES` of models that it works with.
-        defaults: defaults of options that differ for this task.
-        scale: default guidance scale for Stable Diffusion 1 and 2.
-        demo_model: path of the demo model for this task; None = the text-to-image demo model.
-        example_flags: flags for a published model, as an example.
-        noise_from_numpy: whether the original drew the initial noise with numpy.
-        enlarges: whether its images are larger than its input.
-        takes_upscaler: whether it may be followed by an x2 latent upscaler.
+        name: Name of the command and script, and in PNG metadata.
+        title: Title of its tab on the page.
+        summary: Description in `--help`, with examples.
+        inputs: Its group of input options.
+        prepare: Reads the inputs of a request.
+        families: Names in `ldm.pipelines.families.FAMILIES` of models that it works with.
+        defaults: Defaults of options that differ for this task.
+        scale: Default guidance scale for Stable Diffusion 1 and 2.
+        demo_model: Path of the demo model for this task; None = the text-to-image demo model.
+        example_flags: Flags for a published model, as an example.
+        noise_from_numpy: Whether the original drew the initial noise with numpy.
+        enlarges: Whether its images are larger than its input.
+        takes_upscaler: Whether it may be followed by an x2 latent upscaler.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Task:
         """Build a request for this task; options that are not in `values` have their defaults.
 
         Raises:
-            ArgumentError: see `Request.with_values`.
+            ArgumentError: See `Request.with_values`.
         """
         return Request(self, self.inputs()).with_values({**self.defaults, **(values or {})})
 

@@ -68,7 +68,7 @@ class Depth2Img(PreparedImageTask):
         """Estimate the depth (1, 1, H', W'), and save it if asked for.
 
         Raises:
-            NonFinite: it overflows in half precision; the batch is then made again in float32.
+            NonFinite: It overflows in half precision; the batch is then made again in float32.
         """
         from ldm import pipelines
         from ldm.imaging.depth import save_depth

@@ -66,8 +66,8 @@ class FolderInputs(RGBDInputs):
         """Return the inputs for each image of the folder that this process works on.
 
         Raises:
-            MissingFile: the folder has no images.
-            ArgumentError: there is an input image, too.
+            MissingFile: The folder has no images.
+            ArgumentError: There is an input image, too.
         """
         if self.indir is None:
             return [self]
@@ -90,7 +90,7 @@ class FolderInputs(RGBDInputs):
         """Return the inputs for an image of the folder, with its depth if there is a folder of it.
 
         Raises:
-            MissingFile: the depth of the image is missing.
+            MissingFile: The depth of the image is missing.
         """
         depth = Path(self.depth or "") / f"{path.stem}{DEPTH}.png"
         if self.depth is not None and not depth.is_file():
@@ -110,8 +110,8 @@ def read_image(request: Request) -> "Image.Image":
     """Load the input image at the requested size.
 
     Raises:
-        MissingArgument: no image is given.
-        ValueError, FileNotFoundError: the file is missing or not an image.
+        MissingArgument: No image is given.
+        ValueError, FileNotFoundError: The file is missing or not an image.
     """
     from ldm.imaging.reading import load_image
 
@@ -122,7 +122,7 @@ def read_depth(request: Request) -> "Tensor | None":
     """Load the depth of the input image at the requested size, (1, 1, H, W) in [0, 1].
 
     Raises:
-        ArgumentError: it has another size than the image.
+        ArgumentError: It has another size than the image.
     """
     import numpy as np
     import torch

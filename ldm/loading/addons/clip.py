@@ -53,12 +53,12 @@ def load_clip(
     """Load both towers in float32; sizes are inferred from the weights.
 
     Args:
-        path: a file or folder, see the docstring of this module, or a published name.
-        quick_gelu: whether the activation is OpenAI's quick GELU, which weights do not show; None =
+        path: A file or folder, see the docstring of this module, or a published name.
+        quick_gelu: Whether the activation is OpenAI's quick GELU, which weights do not show; None =
             for OpenAI's sizes, unless the file name says that the model is LAION's.
     Raises:
-        FileFormatError: the file does not contain both towers.
-        MissingFile: there is no such file.
+        FileFormatError: The file does not contain both towers.
+        MissingFile: There is no such file.
     """
     clip, state, mapped = _build_clip(path, quick_gelu)
     fill_weights(clip, state, device=device, mapped=mapped)

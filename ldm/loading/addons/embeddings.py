@@ -62,13 +62,13 @@ def load_embeddings(
     `model.provenance` records the files.
 
     Args:
-        strict: whether to raise for a file that does not fit, else it is skipped; in folders such
+        strict: Whether to raise for a file that does not fit, else it is skipped; in folders such
             files are skipped in any case.
 
     Raises:
-        FileFormatError: a file is not a textual inversion.
-        WeightsMismatch: a file is for another text encoder.
-        WrongFamily: the model has no text encoder.
+        FileFormatError: A file is not a textual inversion.
+        WeightsMismatch: A file is for another text encoder.
+        WrongFamily: The model has no text encoder.
     """
     entries = []
     for path in map(Path, paths):
@@ -108,11 +108,11 @@ def add_embeddings(
     """Add tokens to the text encoders whose width is that of their vectors.
 
     Args:
-        tokens: vectors (n, D) for one or two text encoders, by token.
-        file: the file that they are from, for messages.
+        tokens: Vectors (n, D) for one or two text encoders, by token.
+        file: The file that they are from, for messages.
     Raises:
-        WeightsMismatch: they are for another text encoder.
-        WrongFamily: the model has no text encoder.
+        WeightsMismatch: They are for another text encoder.
+        WrongFamily: The model has no text encoder.
     """
     if not tokens:
         return
@@ -240,9 +240,9 @@ def write_embeddings(
     A1111 reads files of one token in either format, and names the token after the file.
 
     Args:
-        tokens: vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
-        metadata: further entries of the file's metadata; None = only those that are computed.
-        model: model that they were trained for, whose base model goes into the metadata; None =
+        tokens: Vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
+        metadata: Further entries of the file's metadata; None = only those that are computed.
+        model: Model that they were trained for, whose base model goes into the metadata; None =
             unknown.
     """
     state: dict[str, Tensor] = {}
@@ -265,9 +265,9 @@ def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[st
     """Return the vectors (n, D) by token, for one or two text encoders.
 
     Args:
-        state: tensors of a file.
-        name: the token, if the file does not name its only one.
-        path: the file, for messages.
+        state: Tensors of a file.
+        name: The token, if the file does not name its only one.
+        path: The file, for messages.
     """
     state = {DIFFUSERS_XL_KEYS.get(key, key): value for key, value in state.items()}
     xl_vectors = [state[key] for key in XL_KEYS if key in state]

@@ -21,8 +21,8 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
     """Load the network in float32.
 
     Raises:
-        FileFormatError: it is another network, such as torchvision's Inception.
-        MissingFile: there is no such file.
+        FileFormatError: It is another network, such as torchvision's Inception.
+        MissingFile: There is no such file.
     """
     file = read_checkpoint(find_checkpoint(path))
     head = file.state.get("fc.weight")

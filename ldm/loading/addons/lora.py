@@ -69,9 +69,9 @@ class LoRAFile(NamedTuple):
     """A LoRA that was read for a model.
 
     Args:
-        path: its file or folder.
-        weight: its weight.
-        changes: the changes that it makes with that weight.
+        path: Its file or folder.
+        weight: Its weight.
+        changes: The changes that it makes with that weight.
     """
 
     path: Path
@@ -107,8 +107,8 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     Args:
         files: (file, weight) pairs, the weight as in `ldm.load`; an empty list removes all LoRAs.
     Raises:
-        ArgumentError: the model was loaded with `loras`, which cannot be removed.
-        ValueError, FileNotFoundError: as `ldm.load`; the model is unchanged.
+        ArgumentError: The model was loaded with `loras`, which cannot be removed.
+        ValueError, FileNotFoundError: As `ldm.load`; the model is unchanged.
     """
     if model.merged is None and model.provenance.get("loras"):
         raise ArgumentError(
@@ -144,8 +144,8 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
     """Return the LoRA in a file or folder, for the layers of a model; not attached, not merged.
 
     Raises:
-        FileFormatError: it is not a LoRA, or of an unsupported kind.
-        WeightsMismatch: it does not fit the model.
+        FileFormatError: It is not a LoRA, or of an unsupported kind.
+        WeightsMismatch: It does not fit the model.
     """
     layers = {}
     for name, change in read_named_changes(path, model):
@@ -163,9 +163,9 @@ def read_changes(
     Changes of weight 0 are left out.
 
     Raises:
-        ArgumentError: the weight is not for this UNet or this kind of file.
-        FileFormatError: it is not such a file, or of an unsupported kind.
-        WeightsMismatch: it does not fit the model.
+        ArgumentError: The weight is not for this UNet or this kind of file.
+        FileFormatError: It is not such a file, or of an unsupported kind.
+        WeightsMismatch: It does not fit the model.
     """
     changes = read_named_changes(path, model, weight)
     return [change for _, change in changes if change.strength]
@@ -296,7 +296,7 @@ def build_lora_layer(
         up: (features of the output, rank), likewise.
         alpha: None = the rank, a scale of 1.
     Raises:
-        ValueError: the shapes do not fit the target.
+        ValueError: The shapes do not fit the target.
     """
     rank, shape = len(down), target.weight.shape
     counts = rank * shape[1:].numel(), rank * shape[0]

@@ -103,7 +103,7 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
     Args:
         aliases: kohya's name by other names, from `map_aliases`; other layers keep their name.
     Raises:
-        FileFormatError: it is not a LoRA, of an unsupported type, incomplete or not finite.
+        FileFormatError: It is not a LoRA, of an unsupported type, incomplete or not finite.
     """
     layers: dict[str, Tensors] = {}
     originals: dict[str, Tensors] = {}  # under the original's names
@@ -216,8 +216,8 @@ def write_lora(
     Args:
         style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
             `up`, as not every version of diffusers reads alpha.
-        metadata: further entries of the file; None = none.
-        other_tensors: tensors besides the layers, by their names in the file; None = none.
+        metadata: Further entries of the file; None = none.
+        other_tensors: Tensors besides the layers, by their names in the file; None = none.
     """
     entries: dict[str, str | int] = {}
     if style == "kohya":

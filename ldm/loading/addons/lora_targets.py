@@ -28,8 +28,8 @@ class TargetLayer(NamedTuple):
     """A layer that a LoRA may change, with its names.
 
     Args:
-        target: the weight in the model.
-        original: name in the UNet; of text encoders, with diffusers' component as a prefix.
+        target: The weight in the model.
+        original: Name in the UNet; of text encoders, with diffusers' component as a prefix.
         diffusers: `unet.down_blocks.0.…` or `text_encoder.text_model.…`.
         kohya: `lora_unet_…` or `lora_te_…`, by which `LoRA.layers` names it.
     """

@@ -39,11 +39,11 @@ class RankRule:
     """Limits for the singular values that a layer keeps: the strictest applies; None = no limit.
 
     Args:
-        rank: maximum number.
-        sum_fraction: fraction of their sum to keep, above 0 to 1 (kohya's `sv_cumulative`).
-        square_fraction: fraction of the sum of their squares to keep, above 0 to 1: 1 - squared
+        rank: Maximum number.
+        sum_fraction: Fraction of their sum to keep, above 0 to 1 (kohya's `sv_cumulative`).
+        square_fraction: Fraction of the sum of their squares to keep, above 0 to 1: 1 - squared
             relative error (kohya's `sv_fro`).
-        ratio: keep values of at least the largest divided by this, at least 1 (kohya's `sv_ratio`).
+        ratio: Keep values of at least the largest divided by this, at least 1 (kohya's `sv_ratio`).
     """
 
     rank: int | None = None
@@ -91,11 +91,11 @@ class JoinedLoRA:
     """Several LoRAs joined into one.
 
     Args:
-        lora: the layers.
-        other_tensors: tensors by their names in files: additions to norms and biases, textual
+        lora: The layers.
+        other_tensors: Tensors by their names in files: additions to norms and biases, textual
             inversions.
-        total_rank: sum of the layers' ranks before they were limited.
-        retained_fraction: of the sum of squared singular values, what the limits keep.
+        total_rank: Sum of the layers' ranks before they were limited.
+        retained_fraction: Of the sum of squared singular values, what the limits keep.
     """
 
     lora: LoRA
@@ -109,10 +109,10 @@ class ExtractedLoRA:
     """A LoRA extracted from the difference of two models.
 
     Args:
-        lora: the layers.
-        model: the base model, of which only the weights that LoRAs change are loaded.
-        retained_fraction: of the squared difference of its layers, what it reproduces.
-        other_weights: names of other weights that differ between the models.
+        lora: The layers.
+        model: The base model, of which only the weights that LoRAs change are loaded.
+        retained_fraction: Of the squared difference of its layers, what it reproduces.
+        other_weights: Names of other weights that differ between the models.
     """
 
     lora: LoRA

@@ -32,7 +32,7 @@ class LoRAWeight:
     Args:
         text: For the text encoders.
         unet: For the UNet.
-        rank: Number of ranks to use, the first ones; None for all.
+        rank: Number of ranks to use, the first ones; None = all.
         blocks: Block weights, which multiply the others, as `Blocks.parse_weights` reads them;
             BASE applies to the text encoders. "" for 1 everywhere.
     """
@@ -47,7 +47,7 @@ class LoRAWeight:
         """Return the weight for a number, or for a text as in the docstring of this module.
 
         Raises:
-            ArgumentError: the text is not a valid weight.
+            ArgumentError: The text is not a valid weight.
         """
         if isinstance(value, LoRAWeight):
             return value

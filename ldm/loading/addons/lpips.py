@@ -32,7 +32,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     """Return LPIPS with the weights of one file, or of several files together.
 
     Raises:
-        FileFormatError: weights are missing.
+        FileFormatError: Weights are missing.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}

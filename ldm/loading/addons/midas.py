@@ -33,10 +33,10 @@ def add_depth_network(
     """Add the weights of the depth network to `state`, in place, if a model needs them.
 
     Args:
-        model_state: of the model, for names and shapes.
-        state: weights of the checkpoint.
-        ckpt: its path.
-        midas: file with the depth network, used instead of the checkpoint's; None = that of the
+        model_state: Of the model, for names and shapes.
+        state: Weights of the checkpoint.
+        ckpt: Its path.
+        midas: File with the depth network, used instead of the checkpoint's; None = that of the
             checkpoint, else the file of MIDAS_FILE.
     Returns:
         Whether weights were added.

@@ -28,9 +28,9 @@ def find_safety_checker(path: str | Path) -> Path:
     """Return the file or folder of a safety checker.
 
     Args:
-        path: the file or folder itself, a published name, or the folder of a pipeline with one.
+        path: The file or folder itself, a published name, or the folder of a pipeline with one.
     Raises:
-        MissingFile: there is none.
+        MissingFile: There is none.
     """
     local_path = find_checkpoint(path)
     if (local_path / COMPONENT).is_dir():
@@ -47,12 +47,12 @@ def load_safety_checker(
     """Load the safety checker, in float32.
 
     Args:
-        path: see `find_safety_checker`.
-        heads: attention heads of CLIP's vision tower; None = from the folder's config, else one per
+        path: See `find_safety_checker`.
+        heads: Attention heads of CLIP's vision tower; None = from the folder's config, else one per
             64 features.
     Raises:
-        MissingFile: there is no such file.
-        FileFormatError, WeightsMismatch: it is another model, or damaged.
+        MissingFile: There is no such file.
+        FileFormatError, WeightsMismatch: It is another model, or damaged.
     """
     path = find_safety_checker(path)
     if path.is_dir():

@@ -94,7 +94,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the weights of a folder under the original's names, with config and added tokens.
 
     Args:
-        variant: see `read_component`.
+        variant: See `read_component`.
     """
     path = Path(path).expanduser()
     candidates = [file for name in CONFIGS for file in sorted(path.glob(f"*/{name}"))]
@@ -158,9 +158,9 @@ def build_folder(
     Tensors that diffusers does not have are in component "", under the original's names.
 
     Args:
-        file: the weights, with the original's names.
-        raw: config of the file.
-        clip_stats: see `load_clip_statistics`.
+        file: The weights, with the original's names.
+        raw: Config of the file.
+        clip_stats: See `load_clip_statistics`.
     """
     derived = _select_derived(file.state)
     model, spec = _build_model(raw, "config", derived)
@@ -192,8 +192,8 @@ def get_weights_path(component: str, files: Files, variant: str | None = None) -
     """Return the path of a component's weights in a folder; "" is the component of extra weights.
 
     Args:
-        files: the JSONs of the folder by path.
-        variant: variant in the file name, such as `fp16`; None = none.
+        files: The JSONs of the folder by path.
+        variant: Variant in the file name, such as `fp16`; None = none.
     """
     if not component:
         return EXTRA_WEIGHTS
@@ -238,7 +238,7 @@ def _build_model(
     """Return (model on the meta device, translated config).
 
     Args:
-        derived: tensors from `_select_derived`, which may contain a measured scale factor.
+        derived: Tensors from `_select_derived`, which may contain a measured scale factor.
     """
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
@@ -289,10 +289,10 @@ def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
     """Return the tensors of a component, from one file or several shards.
 
     Args:
-        variant: variant in the file names, such as `fp16`; None = files without one, else fp16,
+        variant: Variant in the file names, such as `fp16`; None = files without one, else fp16,
             else the first other variant, `non_ema` last.
     Raises:
-        MissingFile: there are no weights of the variant.
+        MissingFile: There are no weights of the variant.
     """
     for file in filter(Path.is_file, _list_candidates(folder, variant)):
         if file.suffix != ".json":

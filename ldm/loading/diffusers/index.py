@@ -55,10 +55,10 @@ class _Pipeline:
     """A pipeline of diffusers, and the YAMLs of its families.
 
     Args:
-        name: class of diffusers.
-        openai_config: name of the YAML with OpenAI's CLIP as encoder; None = no such family.
-        open_clip_config: name of the YAML with OpenCLIP; None = no such family.
-        extras: entries of the index besides the components.
+        name: Class of diffusers.
+        openai_config: Name of the YAML with OpenAI's CLIP as encoder; None = no such family.
+        open_clip_config: Name of the YAML with OpenCLIP; None = no such family.
+        extras: Entries of the index besides the components.
     """
 
     name: str

@@ -53,7 +53,7 @@ def read_json(path: Path) -> JsonObject:
     """Read a JSON object: a config of diffusers, transformers or peft.
 
     Raises:
-        FileFormatError: it is damaged, too long, or not an object.
+        FileFormatError: It is damaged, too long, or not an object.
     """
     size = path.stat().st_size
     if size > MAX_JSON:

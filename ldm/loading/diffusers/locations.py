@@ -129,8 +129,8 @@ class Location:
     """The location of a tensor of ours in a component: one tensor, or several to concatenate.
 
     Args:
-        keys: names of diffusers' tensors.
-        form: what our tensor is in diffusers: "matrix" for a 1x1 convolution, "vector" for a
+        keys: Names of diffusers' tensors.
+        form: What our tensor is in diffusers: "matrix" for a 1x1 convolution, "vector" for a
             column, "transposed" for a matrix that is multiplied from the other side, or "same".
     """
 
@@ -151,8 +151,8 @@ class Location:
         """Return our tensor from diffusers' tensors; a copy only if there are several.
 
         Args:
-            component_state: tensors by diffusers' names.
-            shape: shape of our tensor.
+            component_state: Tensors by diffusers' names.
+            shape: Shape of our tensor.
         """
         tensors = [component_state[key] for key in self.keys]
         value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -185,8 +185,8 @@ def convert_from_diffusers(
     1x1 convolutions and columns get the model's shapes.
 
     Args:
-        component_state: tensors by diffusers' names.
-        model_state: weights of the model, for shapes.
+        component_state: Tensors by diffusers' names.
+        model_state: Weights of the model, for shapes.
     """
     return {
         name: location.join(component_state, model_state[name].shape)

@@ -64,8 +64,8 @@ def make_unet_config(
     """Return the config of a UNet.
 
     Args:
-        sample_size: side of the latent, or [height, width].
-        size_width: dimension of the embedding of each size in SDXL's vector; None = not SDXL.
+        sample_size: Side of the latent, or [height, width].
+        size_width: Dimension of the embedding of each size in SDXL's vector; None = not SDXL.
     """
     head_dim, model_channels = unet.num_head_channels, unet.model_channels
     depth = unet.transformer_depth
@@ -184,9 +184,9 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
     """Return the config of an autoencoder.
 
     Args:
-        params: parameters of our AutoencoderKL.
+        params: Parameters of our AutoencoderKL.
         scale_factor: None = unknown, for an autoencoder without a model.
-        sample_size: side of the image in pixels.
+        sample_size: Side of the image in pixels.
     """
     ddconfig = AutoencoderConfig.from_ddconfig(params["ddconfig"])
     embed_dim, z_channels = params["embed_dim"], ddconfig.z_channels
@@ -249,9 +249,9 @@ def validate_config(
     """Raise ConfigError if an option in a config is not supported.
 
     Args:
-        where: path of the config in the folder, for messages.
-        required: the only supported value by key.
-        keys: keys with any value; all others must be null or false. None = ignore all others.
+        where: Path of the config in the folder, for messages.
+        required: The only supported value by key.
+        keys: Keys with any value; all others must be null or false. None = ignore all others.
     """
     for key, value in config.items():
         if key in required:
@@ -266,7 +266,7 @@ def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
     """Return a number that may be written as a list of equal numbers, one for each level or side.
 
     Raises:
-        ConfigError: the numbers differ.
+        ConfigError: The numbers differ.
     """
     value = config.get(key, default)
     values = value if isinstance(value, list) else [value]
@@ -279,7 +279,7 @@ def _check_options(network: str, unsupported: Mapping[str, object]) -> None:
     """Raise ConfigError for the first option that is used.
 
     Args:
-        unsupported: whether an option is used, by its text for the message.
+        unsupported: Whether an option is used, by its text for the message.
     """
     for option, is_used in unsupported.items():
         if is_used:

@@ -32,7 +32,7 @@ def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = Fals
     """Return the config of a DDIMScheduler with the steps of our default sampler.
 
     Args:
-        betas: of a translated config: {"params": arguments of `make_betas`}, or a tensor.
+        betas: Of a translated config: {"params": arguments of `make_betas`}, or a tensor.
     """
     config = {
         "_class_name": "DDIMScheduler",

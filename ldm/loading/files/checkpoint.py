@@ -72,15 +72,15 @@ class Checkpoint:
     """The content of a file or diffusers folder.
 
     Args:
-        path: path of the file or folder.
+        path: Path of the file or folder.
         format: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
-        state: weights by name as in the file, without EMA weights.
-        step: training step; None = unknown.
-        mapped: whether tensors are memory-mapped from the file.
-        extras: names of entries beside the weights (`global_step` …).
-        metadata: text entries beside the weights.
+        state: Weights by name as in the file, without EMA weights.
+        step: Training step; None = unknown.
+        mapped: Whether tensors are memory-mapped from the file.
+        extras: Names of entries beside the weights (`global_step` …).
+        metadata: Text entries beside the weights.
         ema_state: EMA weights, `model_ema.*`.
-        added_tokens: tokens added to the tokenizers of a folder, with vectors (n, D) for each text
+        added_tokens: Tokens added to the tokenizers of a folder, with vectors (n, D) for each text
             encoder.
     """
 
@@ -105,9 +105,9 @@ class ComputedTensor:
     """A tensor that is computed when it is written, so that one at a time is in memory.
 
     Args:
-        shape: of the tensor that `compute` returns.
-        dtype: of that tensor.
-        compute: returns the tensor; called when it is written.
+        shape: Of the tensor that `compute` returns.
+        dtype: Of that tensor.
+        compute: Returns the tensor; called when it is written.
     """
 
     shape: torch.Size
@@ -127,8 +127,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the weights of a file, without executing pickled code.
 
     Raises:
-        MissingFile: there is no such file.
-        FileFormatError: it is not a checkpoint, or its pickle contains more than plain data.
+        MissingFile: There is no such file.
+        FileFormatError: It is not a checkpoint, or its pickle contains more than plain data.
     """
     path = Path(path).expanduser()
     file_format = detect_format(path)
@@ -167,8 +167,8 @@ def use_ema_weights(
     """Replace weights of `state`, in place, by their EMA; add those that only have an EMA.
 
     Args:
-        names: name in `state` by the original's name.
-        path: the file, for errors.
+        names: Name in `state` by the original's name.
+        path: The file, for errors.
     """
     unused = ema_state.keys() - EMA_COUNTERS
     if not unused:
@@ -198,12 +198,12 @@ def write_checkpoint(
     A `.pth` holds them under `model_ema`, as k-diffusion's upscaler does.
 
     Args:
-        state: names as in the file; see `weight_names.restore_names`.
-        metadata: read back as `Checkpoint.metadata`. If TENSOR_HASH is in it, with any value, a
+        state: Names as in the file; see `weight_names.restore_names`.
+        metadata: Read back as `Checkpoint.metadata`. If TENSOR_HASH is in it, with any value, a
             `.safetensors` gets the hash of its tensors there. None = none.
-        dtype: to cast floating-point tensors to; None leaves them as they are.
-        mapped: whether tensors are memory-mapped; their pages are released once written.
-        progress: called with the size in bytes of each tensor once it is written.
+        dtype: To cast floating-point tensors to; None leaves them as they are.
+        mapped: Whether tensors are memory-mapped; their pages are released once written.
+        progress: Called with the size in bytes of each tensor once it is written.
     """
     path, metadata = Path(path), dict(metadata or {})
     has_hash = metadata.pop(TENSOR_HASH, None) is not None
@@ -235,7 +235,7 @@ def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight in another dtype.
 
     Raises:
-        ArgumentError: finite numbers would become infinite.
+        ArgumentError: Finite numbers would become infinite.
     """
     if _has_overflow(value, dtype):
         raise _make_overflow_error([name], dtype)
@@ -248,8 +248,8 @@ def detect_format(path: Path) -> str:
     "legacy" are the pickles that torch.save wrote before version 1.6.
 
     Raises:
-        MissingFile: there is no such file.
-        FileFormatError: it is not a checkpoint; the message says what it is instead.
+        MissingFile: There is no such file.
+        FileFormatError: It is not a checkpoint; the message says what it is instead.
     """
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
@@ -408,7 +408,7 @@ class _TensorToWrite:
         torch.save would write the whole storage of a view.
 
         Raises:
-            OverflowError: a finite number would become infinite.
+            OverflowError: A finite number would become infinite.
         """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()

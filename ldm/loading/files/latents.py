@@ -33,9 +33,9 @@ class StoredLatent:
     """A latent read from a file.
 
     Args:
-        path: path of the file.
+        path: Path of the file.
         latent: (1, C, h, w) float32, in the autoencoder's scale.
-        space: models to which it belongs; None = unknown.
+        space: Models to which it belongs; None = unknown.
     """
 
     path: str | Path
@@ -46,7 +46,7 @@ class StoredLatent:
         """Return the latent (1, C, h, w) in the scale of a model's UNet.
 
         Raises:
-            ArgumentError: it is from another kind of model.
+            ArgumentError: It is from another kind of model.
         """
         expected = model.latent_space
         channels = self.latent.shape[1]
@@ -72,8 +72,8 @@ def load_latent(path: str | Path) -> StoredLatent:
     """Read a latent from a file.
 
     Raises:
-        MissingFile: there is no such file.
-        FileFormatError: it does not contain exactly one latent.
+        MissingFile: There is no such file.
+        FileFormatError: It does not contain exactly one latent.
     """
     checkpoint = read_checkpoint(path)
     latent = checkpoint.state.get(LATENT)
@@ -100,7 +100,7 @@ def list_latents(folder: str | Path) -> list[Path]:
     """Return the latent files in a folder, sorted by name.
 
     Raises:
-        MissingFile: there are none.
+        MissingFile: There are none.
     """
     paths = sorted(Path(folder).glob(f"[!.]*{SUFFIX}"))
     if not paths:

@@ -98,7 +98,7 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
         (content, whether its tensors are memory-mapped).
 
     Raises:
-        FileFormatError: the file is damaged, or contains more than plain data.
+        FileFormatError: The file is damaged, or contains more than plain data.
     """
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
@@ -192,7 +192,7 @@ def _check_members(path: Path, is_script: bool = False) -> None:
     """Raise FileFormatError for a zip file that torch.save would not write.
 
     Args:
-        is_script: whether it is a TorchScript archive, whose other members are ignored.
+        is_script: Whether it is a TorchScript archive, whose other members are ignored.
     """
     try:
         with zipfile.ZipFile(path) as archive:

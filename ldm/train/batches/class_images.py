@@ -53,9 +53,9 @@ def sample_class_images(
     Existing images are kept and counted.
 
     Args:
-        batch_size: images per call of `txt2img`; None = as many pixels as 8 images of 512x512.
+        batch_size: Images per call of `txt2img`; None = as many pixels as 8 images of 512x512.
     Raises:
-        ArgumentError: images are missing, and the model is not text to image.
+        ArgumentError: Images are missing, and the model is not text to image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing_count = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())

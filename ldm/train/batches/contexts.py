@@ -66,11 +66,11 @@ def cache_contexts(
     """Set each text encoder's cache of outputs for all captions, computing missing ones.
 
     Args:
-        datasets: data sets with the captions.
-        cache: folder of the cache files.
-        batch_size: captions encoded at once.
+        datasets: Data sets with the captions.
+        cache: Folder of the cache files.
+        batch_size: Captions encoded at once.
     Raises:
-        ValueError: the model has no text encoder, or one is trained, or captions are random.
+        ValueError: The model has no text encoder, or one is trained, or captions are random.
     """
     encoders, datasets = model.conditioner.find_all(TextEncoder), list(datasets)
     if not encoders or any(p.requires_grad for encoder in encoders for p in encoder.parameters()):

@@ -31,13 +31,13 @@ def open_images(
     """Open images with their transform.
 
     Args:
-        spec: keywords of `Folder` (with `root`), `Hub` (`hub`) or `Shards` (`shards`); `transform`
+        spec: Keywords of `Folder` (with `root`), `Hub` (`hub`) or `Shards` (`shards`); `transform`
             is a mapping of `name` and the keywords of that transform.
-        where: section of the config, for messages.
-        commands: whether to run `pipe:COMMAND` addresses of shards.
+        where: Section of the config, for messages.
+        commands: Whether to run `pipe:COMMAND` addresses of shards.
     Raises:
-        ValueError: a transform or keyword is unknown.
-        FileNotFoundError: files are missing.
+        ValueError: A transform or keyword is unknown.
+        FileNotFoundError: Files are missing.
     """
     transform = dict(spec["transform"])
     name = transform.pop("name", None)

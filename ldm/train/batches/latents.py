@@ -44,10 +44,10 @@ class LatentInput(NamedTuple):
     """One variant of an image to encode.
 
     Args:
-        load: decodes the image; raises UnreadableSample for a damaged file.
-        file_digest: digest of the file's bytes.
+        load: Decodes the image; raises UnreadableSample for a damaged file.
+        file_digest: Digest of the file's bytes.
         bucket_size: (width, height) of the bucket; None without buckets.
-        variant: number of the variant, from 0.
+        variant: Number of the variant, from 0.
     """
 
     load: Callable[[], Image.Image]
@@ -61,8 +61,8 @@ class LatentCache:
     """Latents of some variants of each image, in a store.
 
     Args:
-        model_digest: digest of everything but the image that latents depend on.
-        variants: number of variants of each image.
+        model_digest: Digest of everything but the image that latents depend on.
+        variants: Number of variants of each image.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
 
@@ -89,10 +89,10 @@ class LatentCache:
         """Return {"z", "z_std", "txt", …} of an image in a random variant.
 
         Args:
-            name: name of the sample, for errors.
-            row: metadata of the sample.
+            name: Name of the sample, for errors.
+            row: Metadata of the sample.
         Raises:
-            UnreadableSample: the image was damaged, so that there is no latent.
+            UnreadableSample: The image was damaged, so that there is no latent.
         """
         variant = rng.randrange(self.variants)
         key = self.key(file_digest, bucket_size, variant)
@@ -214,9 +214,9 @@ def cache_latents(
     Shards are read only if they have changed since they were cached.
 
     Args:
-        cache: folder of the cache files.
+        cache: Folder of the cache files.
         variants_per_image: None = all named variants of the transform, else one.
-        batch_size: images encoded at once.
+        batch_size: Images encoded at once.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
     transform = images.transform

@@ -29,13 +29,13 @@ def open_sources(
     """Open the training data, and the validation data if there is any.
 
     Args:
-        model: the trained model, which computes cached latents and contexts and samples class
+        model: The trained model, which computes cached latents and contexts and samples class
             images; the tokens of a pruned vocabulary are set from the captions.
-        seed: seeds order and augmentation of the samples.
-        commands: whether to run `pipe:COMMAND` addresses of shards; never taken from the config.
+        seed: Seeds order and augmentation of the samples.
+        commands: Whether to run `pipe:COMMAND` addresses of shards; never taken from the config.
     Raises:
-        ValueError: options are unknown or do not fit the model.
-        FileNotFoundError: files are missing.
+        ValueError: Options are unknown or do not fit the model.
+        FileNotFoundError: Files are missing.
     """
     specs = {"train": data.train, "validation": data.validation}
     opened = {

@@ -72,11 +72,11 @@ class Store:
         """Compute and write the missing entries; return the number that could not be computed.
 
         Args:
-            items: pairs of key and input. Of an iterator, only incomplete batches are in memory.
-            compute: up to `batch_size` inputs of one group -> the entry of each, or None if it
+            items: Pairs of key and input. Of an iterator, only incomplete batches are in memory.
+            compute: Up to `batch_size` inputs of one group -> the entry of each, or None if it
                 fails.
-            group: input -> group; entries of a group have the same shapes.
-            unit: unit of the progress bar.
+            group: Input -> group; entries of a group have the same shapes.
+            unit: Unit of the progress bar.
         """
         is_counted = isinstance(items, Collection)
         total = len({key for key, _ in items if key not in self}) if is_counted else None
@@ -148,8 +148,8 @@ def fill_from_shards(
     """Fill a store from shards, unless that was done for the same shards and dependencies.
 
     Args:
-        dependencies: everything but the shards that entries depend on.
-        fill: reads the shards; returns the number of entries that could not be computed.
+        dependencies: Everything but the shards that entries depend on.
+        fill: Reads the shards; returns the number of entries that could not be computed.
     """
     states = [(url, _stat_file(url)) for url in shards.urls]
     fill_digest = digest(*dependencies, sorted(shards.limits.items()), states)

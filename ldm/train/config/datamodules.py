@@ -59,7 +59,7 @@ def read_data(section: JsonMapping) -> Data:
     """Read a data section; ignored keys are logged.
 
     Raises:
-        ValueError: a key or data set is unknown, or a key is missing.
+        ValueError: A key or data set is unknown, or a key is missing.
     """
     target = section.get("target", "main.DataModuleFromConfig")
     values = (section.get("params") or {}).items()

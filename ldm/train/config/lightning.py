@@ -113,7 +113,7 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     Returns:
         The sections, and notes on changed and ignored keys.
     Raises:
-        ValueError: a value cannot be translated.
+        ValueError: A value cannot be translated.
     """
     lightning = get_section(raw, "lightning")
     names = [name for name in lightning if name not in SECTIONS]
@@ -135,7 +135,7 @@ def get_section(raw: JsonMapping, where: str) -> JsonMapping:
     """Return the section `where`, "model.params", of a config; {} if there is none.
 
     Raises:
-        ValueError: it is not a mapping.
+        ValueError: It is not a mapping.
     """
     node = raw
     names = where.split(".")
@@ -156,7 +156,7 @@ def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
     `gpus: 0,1,` and `devices: 0,1,` name two; `gpus: 2` is any two, `gpus: 0` none.
 
     Raises:
-        ValueError: neither a count nor a list.
+        ValueError: Neither a count nor a list.
     """
     value = trainer.get("gpus", trainer.get("devices"))
     if trainer.get("accelerator") == "cpu":

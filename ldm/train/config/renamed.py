@@ -46,10 +46,10 @@ def rename_keys(config: JsonMapping, names: Names = RENAMED_KEYS, where: str = "
     """Return a config, or a section of it, with the present names of all keys.
 
     Args:
-        names: former name -> name; for a section, the same of its keys.
-        where: dotted name of the section, for messages.
+        names: Former name -> name; for a section, the same of its keys.
+        where: Dotted name of the section, for messages.
     Raises:
-        ConfigError: a key is given under both names.
+        ConfigError: A key is given under both names.
     """
     renamed: JsonObject = {}
     for key, value in config.items():

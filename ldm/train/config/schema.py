@@ -75,7 +75,7 @@ def parse_duration(value: object) -> float:
     """Return seconds from "DD:HH:MM:SS", its last fields ("MM:SS"), or {hours: 2, …}.
 
     Raises:
-        ValueError: the value has another form.
+        ValueError: The value has another form.
     """
     fields = str(0 if value is False else value).split(":")  # false: `off`
     try:
@@ -480,11 +480,11 @@ def validate_section(
     """Validate the values of a section.
 
     Args:
-        where: dotted name of the section, for messages.
-        kind: what messages call a key.
-        also: other keys that messages may suggest for an unknown one.
+        where: Dotted name of the section, for messages.
+        kind: What messages call a key.
+        also: Other keys that messages may suggest for an unknown one.
     Raises:
-        ValueError: a key is unknown or a value is not allowed; for the first one, in one line.
+        ValueError: A key is unknown or a value is not allowed; for the first one, in one line.
     """
     try:
         return TypeAdapter(section).validate_python(values)

@@ -48,8 +48,8 @@ class Devices:
     """The devices of a run.
 
     Args:
-        gpus: indices, or a count, -1 = all; None = one process, on the first GPU if there is one.
-        num_nodes: number of machines.
+        gpus: Indices, or a count, -1 = all; None = one process, on the first GPU if there is one.
+        num_nodes: Number of machines.
     """
 
     gpus: list[int] | int | None = None
@@ -61,11 +61,11 @@ class Settings:
     """The settings of one run.
 
     Args:
-        raw: the whole config.
-        objective: keywords of the task.
+        raw: The whole config.
+        objective: Keywords of the task.
         lora: LoRA to train for a frozen model; None = none.
-        textual_inversion: token embedding to train for a frozen model; None = none.
-        notes: lines for the user, on translated and ignored keys.
+        textual_inversion: Token embedding to train for a frozen model; None = none.
+        notes: Lines for the user, on translated and ignored keys.
     """
 
     raw: JsonMapping
@@ -92,9 +92,9 @@ class Settings:
         """Return a copy with all numbers of epochs converted to steps.
 
         Args:
-            steps: steps per epoch; None if the length of the data is unknown.
+            steps: Steps per epoch; None if the length of the data is unknown.
         Raises:
-            ValueError: a number of epochs is set, and the length of the data is unknown.
+            ValueError: A number of epochs is set, and the length of the data is unknown.
         """
         trainer, callbacks = self.trainer, self.callbacks
         changes: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
@@ -116,7 +116,7 @@ class Settings:
         """Return the learning rate schedule of the run, and a line that explains its peak.
 
         Raises:
-            ValueError: the config has no `base_learning_rate`.
+            ValueError: The config has no `base_learning_rate`.
         """
         check_complete(self.raw, "model.base_learning_rate")
         base = self.model.base_learning_rate or 0.0
@@ -149,7 +149,7 @@ def read_settings(raw: JsonMapping) -> Settings:
     """Read and check the settings of a whole config, as `ldm.loading.config` reads it.
 
     Raises:
-        ValueError: a section or key is unknown (the message suggests the nearest one), or a value
+        ValueError: A section or key is unknown (the message suggests the nearest one), or a value
             is not allowed.
     """
     raw = rename_keys(raw)

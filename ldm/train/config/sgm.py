@@ -49,7 +49,7 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
     """Translate the parameters of a DiffusionEngine that concern training.
 
     Raises:
-        ValueError: a class or a parameter is unknown, or not supported.
+        ValueError: A class or a parameter is unknown, or not supported.
     """
     sections: dict[str, JsonObject] = {"trainer": {}, "optimizer": {}, "callbacks": {}}
     sections["objective"] = _translate_loss(params)
@@ -135,7 +135,7 @@ def _read_target(
     """Return the class name in `target`, and a copy of `params` without nulls.
 
     Raises:
-        ValueError: the class is not one of `known`.
+        ValueError: The class is not one of `known`.
     """
     target = spec.get("target") if isinstance(spec, Mapping) else spec
     name = str(target).rpartition(".")[2]

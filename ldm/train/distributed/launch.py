@@ -40,10 +40,10 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
     """Select the GPUs of this process; replace it by torchrun if there are to be several.
 
     Args:
-        per_node: number of processes on this machine; 0: one for each GPU.
-        argv: command-line arguments of the processes.
+        per_node: Number of processes on this machine; 0: one for each GPU.
+        argv: Command-line arguments of the processes.
     Raises:
-        ValueError: there are too few GPUs, or several nodes are requested.
+        ValueError: There are too few GPUs, or several nodes are requested.
     """
     if get_rank_and_world_size()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -71,7 +71,7 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
     """Call `choose` on the first process, and return its result on all.
 
     Args:
-        choose: takes the ids of the torchruns that started the processes, some of which stay the
+        choose: Takes the ids of the torchruns that started the processes, some of which stay the
             same when processes are restarted after a failure.
     """
     torchrun_id = _torchrun_id()

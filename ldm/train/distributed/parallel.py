@@ -57,7 +57,7 @@ class Ranks:
     """The rank of this process, and collectives over all processes.
 
     Args:
-        heartbeat: detects lost processes; None in a single process.
+        heartbeat: Detects lost processes; None in a single process.
     """
 
     rank: int = 0
@@ -81,7 +81,7 @@ class Ranks:
         """Call `function` on the first process, and return its result on all.
 
         Raises:
-            ValueError, OSError: on all processes, if `function` does.
+            ValueError, OSError: On all processes, if `function` does.
         """
         results: list[T | ValueError | OSError | None]
         try:
@@ -133,7 +133,7 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
     """Connect the processes that torchrun or Slurm has started, by environment variables.
 
     Args:
-        timeout: seconds without a heartbeat after which a process counts as lost, and all others
+        timeout: Seconds without a heartbeat after which a process counts as lost, and all others
             exit.
     """
     rank, world_size = get_rank_and_world_size()
@@ -166,7 +166,7 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
     each process requests the session by a new id, and rank 0 replies to that id.
 
     Raises:
-        TimeoutError, DistStoreError: some processes did not start.
+        TimeoutError, DistStoreError: Some processes did not start.
     """
     if rank:
         request = uuid4().hex
@@ -201,8 +201,8 @@ class Heartbeat(threading.Thread):
     watches all others, which watch rank 0, all through torchrun's store.
 
     Args:
-        timeout: seconds without a heartbeat after which a rank counts as lost.
-        session: unique name of this start of the processes.
+        timeout: Seconds without a heartbeat after which a rank counts as lost.
+        session: Unique name of this start of the processes.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float, *, session: str) -> None:
@@ -261,8 +261,8 @@ def shard(
 
     Args:
         strategy: "fsdp" or "hsdp".
-        shard_size: number of processes that share one copy, for "hsdp"; None for "fsdp".
-        device: device type, such as "cuda".
+        shard_size: Number of processes that share one copy, for "hsdp"; None = "fsdp".
+        device: Device type, such as "cuda".
     """
     shape: tuple[int, ...] = (world_size,)
     if strategy == "hsdp":

@@ -34,8 +34,8 @@ class Evaluator:
     """Scores a run; all files are opened in advance, so that a wrong one ends the run early.
 
     Raises:
-        ConfigError: the model is not text to image.
-        ValueError, OSError: a file cannot be read.
+        ConfigError: The model is not text to image.
+        ValueError, OSError: A file cannot be read.
     """
 
     def __init__(self, run: Run, options: Evaluation) -> None:

@@ -53,11 +53,11 @@ class Loggers(Logger):
 
     Args:
         names: "csv", "tensorboard", "wandb"; () on all processes but the first.
-        start: step that the run resumes from; later entries are dropped, as they are logged again.
-        wandb: keywords of `wandb.init` (project, name, …); None = none.
-        config: config of the run, for wandb; None = none.
+        start: Step that the run resumes from; later entries are dropped, as they are logged again.
+        wandb: Keywords of `wandb.init` (project, name, …); None = none.
+        config: Config of the run, for wandb; None = none.
     Raises:
-        ImportError: wandb is selected and not installed.
+        ImportError: Wandb is selected and not installed.
     """
 
     def __init__(
@@ -164,9 +164,9 @@ class ProgressBar:
     """A progress bar with losses, learning rate, images per second and memory, also logged.
 
     Args:
-        start: step that the run resumes from.
-        steps: number of steps of the whole run; None = unknown, as it ends by time.
-        every: interval of logging, in steps; between, losses stay on their device, so that the CPU
+        start: Step that the run resumes from.
+        steps: Number of steps of the whole run; None = unknown, as it ends by time.
+        every: Interval of logging, in steps; between, losses stay on their device, so that the CPU
             does not wait for a GPU.
     """
 
@@ -198,8 +198,8 @@ class ProgressBar:
         """Count a step.
 
         Args:
-            losses: scalars, which are logged; other tensors are ignored.
-            images: number of images of the step, of all processes.
+            losses: Scalars, which are logged; other tensors are ignored.
+            images: Number of images of the step, of all processes.
         """
         self.bar.update()
         for name, value in losses.items():
@@ -246,7 +246,7 @@ def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list
     """Read columns and rows of a table, (["step"], []) if it does not exist.
 
     Args:
-        until: rows of later steps are deleted in the file; None = none.
+        until: Rows of later steps are deleted in the file; None = none.
     """
     if not path.exists():
         return ["step"], []

@@ -97,7 +97,7 @@ def sample_images(
     """Sample images (n, 3, H, W) in [-1, 1] on the CPU, conditioned on samples of the data.
 
     Args:
-        seed: of the first image; the next ones count on.
+        seed: Of the first image; the next ones count on.
     """
     batch = collate(list(samples))
     height, width = batch["jpg"].shape[-2:]

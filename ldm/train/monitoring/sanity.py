@@ -41,9 +41,9 @@ class Comparison:
     """Losses of a model and of the baseline on one batch.
 
     Args:
-        parameterization: that of the config.
-        ratios: loss / baseline loss, as if the model predicted eps, v or x0.
-        std: standard deviation of the latents.
+        parameterization: That of the config.
+        ratios: Loss / baseline loss, as if the model predicted eps, v or x0.
+        std: Standard deviation of the latents.
     """
 
     parameterization: str
@@ -88,11 +88,11 @@ def check_initial_weights(
     """Check on a few samples that the weights of a model fit its config.
 
     Args:
-        samples: samples of the training data with images ("jpg") of one size.
-        batch_size: samples that fit into memory.
-        timesteps: range [first, end) of timesteps; None = all.
+        samples: Samples of the training data with images ("jpg") of one size.
+        batch_size: Samples that fit into memory.
+        timesteps: Range [first, end) of timesteps; None = all.
     Raises:
-        ValueError: the weights do not fit the config; the message says what may be wrong.
+        ValueError: The weights do not fit the config; the message says what may be wrong.
     """
     with eval_mode(model):
         if isinstance(model, AutoencoderKL):
@@ -126,7 +126,7 @@ def compare_with_baseline(
     """Compare losses of a model and of the baseline, on noisy latents of some samples.
 
     Args:
-        timesteps: range [first, end) of timesteps; None = all.
+        timesteps: Range [first, end) of timesteps; None = all.
     """
     t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)

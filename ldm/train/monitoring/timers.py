@@ -12,9 +12,9 @@ class Interval:
     """Tells, at each step, whether an action is due.
 
     Args:
-        minutes: interval; None or 0 = never.
-        steps: interval; None or 0 = never.
-        early: whether the action is also due at steps 1, 2, 4, 8 ….
+        minutes: Interval; None or 0 = never.
+        steps: Interval; None or 0 = never.
+        early: Whether the action is also due at steps 1, 2, 4, 8 ….
     """
 
     def __init__(

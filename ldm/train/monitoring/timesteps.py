@@ -26,9 +26,9 @@ class TimestepLog:
     """Running means of the loss in bins of timesteps; each `write` halves the weight of the past.
 
     Args:
-        timesteps: number of timesteps of the noise schedule.
-        bins: number of bins that they are divided into.
-        start: step that the run resumes from.
+        timesteps: Number of timesteps of the noise schedule.
+        bins: Number of bins that they are divided into.
+        start: Step that the run resumes from.
     """
 
     def __init__(

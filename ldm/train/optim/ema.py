@@ -15,9 +15,9 @@ class EMA:
     """shadow = decay shadow + (1 - decay) weights, over the trainable parameters of a module.
 
     Args:
-        module: its trainable parameters are averaged, which may be sharded.
-        decay: after n updates, the smaller one of this and (1 + n) / (10 + n) is used.
-        device: device of the EMA; None = that of the weights.
+        module: Its trainable parameters are averaged, which may be sharded.
+        decay: After n updates, the smaller one of this and (1 + n) / (10 + n) is used.
+        device: Device of the EMA; None = that of the weights.
     """
 
     def __init__(

@@ -43,9 +43,9 @@ def make_optimizer(
     Args:
         name: "adamw"; "adamw8bit" with moments in 8 bits (arXiv:2110.02861), by bitsandbytes;
             "adafactor" with factored second moments (arXiv:1804.04235); "muon".
-        options: keywords of that optimizer.
+        options: Keywords of that optimizer.
     Raises:
-        UnknownName: the name is unknown.
+        UnknownName: The name is unknown.
         ImportError: "adamw8bit" without bitsandbytes.
     """
     check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
@@ -92,11 +92,11 @@ class Muon(torch.optim.Optimizer):
     """Muon for parameter groups whose "matrix" is true, AdamW for the others.
 
     Args:
-        params: parameter groups.
-        lr: for both; Muon's updates are scaled to the RMS of AdamW's (arXiv:2502.16982).
-        momentum: for matrices.
-        betas: for AdamW.
-        weight_decay: decoupled, for both.
+        params: Parameter groups.
+        lr: For both; Muon's updates are scaled to the RMS of AdamW's (arXiv:2502.16982).
+        momentum: For matrices.
+        betas: For AdamW.
+        weight_decay: Decoupled, for both.
     """
 
     def __init__(

@@ -38,12 +38,12 @@ class LearningRateSchedule:
     """The learning rate as a function of the step and of the progress of the run.
 
     Args:
-        lr: the peak, which the schedule multiplies.
-        warmup_steps: steps of a linear warmup.
+        lr: The peak, which the schedule multiplies.
+        warmup_steps: Steps of a linear warmup.
         scheduler: "constant"; or "linear" or "cosine", which end at 0.
-        scheduler_config: of the original, instead of warmup and scheduler; None = those.
+        scheduler_config: Of the original, instead of warmup and scheduler; None = those.
     Raises:
-        ValueError: the scheduler is unknown, or the `scheduler_config` is invalid.
+        ValueError: The scheduler is unknown, or the `scheduler_config` is invalid.
     """
 
     lr: float
@@ -59,7 +59,7 @@ class LearningRateSchedule:
         """Return the rate at a step, counted from 0.
 
         Args:
-            progress: completed fraction (0 … 1) of the run, which may be limited by time instead of
+            progress: Completed fraction (0 … 1) of the run, which may be limited by time instead of
                 steps; a `scheduler_config` does not use it.
         """
         if self.scheduler_config:
@@ -74,7 +74,7 @@ def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]
     """Build the function step -> multiplier of the learning rate of a `scheduler_config`.
 
     Raises:
-        ValueError: the scheduler or a parameter is unknown, or a parameter is missing.
+        ValueError: The scheduler or a parameter is unknown, or a parameter is missing.
     """
     name = str(scheduler_config.get("target", "")).rpartition(".")[2]
     if name not in PARAMETERS:

@@ -48,7 +48,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
     All processes call this, as weights may be sharded; the first writes.
 
     Args:
-        stem: path without suffix; None = checkpoints/last.
+        stem: Path without suffix; None = checkpoints/last.
     Returns:
         The files; [] on other processes, or if the weights are not finite.
     """
@@ -90,9 +90,9 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     All processes call this.
 
     Args:
-        losses: validation losses by name, see `validate`.
+        losses: Validation losses by name, see `validate`.
     Raises:
-        ValueError: the monitored loss is not among them.
+        ValueError: The monitored loss is not among them.
     """
     options = run.settings.callbacks
     limit = options.save_top_k

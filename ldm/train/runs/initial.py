@@ -31,7 +31,7 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     Returns:
         Whether the model itself was loaded, so that this is a fine-tune.
     Raises:
-        ValueError: the weights do not fit the model.
+        ValueError: The weights do not fit the model.
     """
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
     is_partial = not params.get("ckpt_path") or params.get("load_only_unet")
@@ -76,8 +76,8 @@ def _load(
 
     Args:
         params: `ckpt_path`, `ignore_keys` and `make_it_fit`.
-        prefix: of the module's weights in a file of a whole model, which has others, too.
-        widened_keys: weights that may have fewer input channels in the file.
+        prefix: Of the module's weights in a file of a whole model, which has others, too.
+        widened_keys: Weights that may have fewer input channels in the file.
     Returns:
         The buffers of the whole file, such as `scale_factor`.
     """

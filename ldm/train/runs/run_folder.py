@@ -45,7 +45,7 @@ class ExistingRun:
     """An existing run.
 
     Args:
-        state: the state to resume from; None if it has none yet.
+        state: The state to resume from; None if it has none yet.
     """
 
     folder: Path
@@ -56,10 +56,10 @@ def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRu
     """Find the run to continue; None for a new one.
 
     Args:
-        torchruns: ids of the torchruns that started these processes. A run that one of them has
+        torchruns: Ids of the torchruns that started these processes. A run that one of them has
             started before is resumed, as after a failure, regardless of the request.
     Raises:
-        ValueError: the requested run does not exist, or has no state to resume from.
+        ValueError: The requested run does not exist, or has no state to resume from.
     """
     logdir = request.logdir
     path = Path(request.resume).expanduser() if request.resume else None

@@ -45,7 +45,7 @@ class States:
     """The resume states in a folder of checkpoints.
 
     Args:
-        limit: number of newest states that `save` keeps.
+        limit: Number of newest states that `save` keeps.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class States:
         """Write the state of all processes, then delete old ones.
 
         Raises:
-            OSError: it cannot be written; raised on all processes. Earlier states are kept.
+            OSError: It cannot be written; raised on all processes. Earlier states are kept.
         """
         path = self.folder / f"state-{state.step:08}"
         temporary = self.folder / f".{path.name}.part"

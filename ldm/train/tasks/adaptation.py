@@ -41,7 +41,7 @@ class Adaptation(Task):
     """Training of a LoRA and/or the embedding of a new token, with the loss of `Diffusion`.
 
     Args:
-        task: provides the loss and the model, which is frozen.
+        task: Provides the loss and the model, which is frozen.
         lora: {rank, alpha (default: rank), targets}, or empty for none.
         textual_inversion: {token, vectors (number, default: 1), init}, or empty for none. Each text
             encoder has separate vectors, initially those of the words `init`, or the mean of all

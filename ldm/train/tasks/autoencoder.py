@@ -65,8 +65,8 @@ def build_autoencoder_task(
 
     Args:
         params: `model.params`; the file `ckpt_path` may have weights of the losses.
-        objective: keywords of the task; `perceptual` is {ckpt_path: files of LPIPS}.
-        load_weights: whether to load LPIPS; False if only sizes matter.
+        objective: Keywords of the task; `perceptual` is {ckpt_path: files of LPIPS}.
+        load_weights: Whether to load LPIPS; False if only sizes matter.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     config = instantiate(spec, where="model.params.lossconfig")
@@ -95,12 +95,12 @@ class Reconstruction(Task):
     """Training of an AutoencoderKL on pixel errors of images in [-1, 1].
 
     Args:
-        l1: weight of the mean absolute error.
-        l2: weight of the mean squared error.
-        gradient: weight of the absolute error of the image gradient (edges).
-        kl: weight of the KL divergence from a standard normal distribution, in nats per image.
-        peak: weight of the mean of the largest 1 / 500 of absolute errors.
-        outlier: weight of `_outlier_loss`, against huge activations in the decoder.
+        l1: Weight of the mean absolute error.
+        l2: Weight of the mean squared error.
+        gradient: Weight of the absolute error of the image gradient (edges).
+        kl: Weight of the KL divergence from a standard normal distribution, in nats per image.
+        peak: Weight of the mean of the largest 1 / 500 of absolute errors.
+        outlier: Weight of `_outlier_loss`, against huge activations in the decoder.
         trained: "all", or "decoder", which does not change the latents.
     """
 
@@ -154,13 +154,13 @@ class LossConfig:
     """Parameters of the original's `lossconfig`.
 
     Args:
-        disc_start: first step with the discriminator.
-        logvar_init: initial log variance of the error.
-        kl_weight: weight of the KL divergence, in nats per image.
-        pixelloss_weight: unused, as in the original.
-        disc_factor: weight of both GAN losses; 0 disables them.
-        disc_weight: gradient norm of the GAN loss at the last layer, relative to that of nll.
-        perceptual_weight: weight of LPIPS, relative to the absolute error.
+        disc_start: First step with the discriminator.
+        logvar_init: Initial log variance of the error.
+        kl_weight: Weight of the KL divergence, in nats per image.
+        pixelloss_weight: Unused, as in the original.
+        disc_factor: Weight of both GAN losses; 0 disables them.
+        disc_weight: Gradient norm of the GAN loss at the last layer, relative to that of nll.
+        perceptual_weight: Weight of LPIPS, relative to the absolute error.
         disc_loss: "hinge" or "vanilla".
     """
 
@@ -191,11 +191,11 @@ class Adversarial(Task):
     the original's configs.
 
     Args:
-        config: weights and options of the losses.
+        config: Weights and options of the losses.
         perceptual: LPIPS; None if its weight is 0.
         trained: "all", or "decoder", which does not change the latents.
-        learn_logvar: whether to train the log variance of the error.
-        export_losses: whether to export weights of the losses as `loss.*`.
+        learn_logvar: Whether to train the log variance of the error.
+        export_losses: Whether to export weights of the losses as `loss.*`.
     """
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
@@ -338,10 +338,10 @@ class Adversarial(Task):
         """Return |grad nll| / |grad g| with respect to the weights of the last layer.
 
         Args:
-            last_input: input of the last layer.
-            reconstruction: output of the decoder.
-            grad_nll: gradient of nll with respect to the reconstruction.
-            grad_g: gradient of g with respect to the reconstruction.
+            last_input: Input of the last layer.
+            reconstruction: Output of the decoder.
+            grad_nll: Gradient of nll with respect to the reconstruction.
+            grad_g: Gradient of g with respect to the reconstruction.
         """
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
@@ -431,7 +431,7 @@ def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | 
     """Return a scalar equal to `value` whose backward pass gives each tensor its gradient.
 
     Args:
-        gradients: pairs of tensor and gradient with respect to it.
+        gradients: Pairs of tensor and gradient with respect to it.
     """
     linear = torch.stack([(tensor * gradient).sum() for tensor, gradient in gradients]).sum()
     return value.detach() + (linear - linear.detach())

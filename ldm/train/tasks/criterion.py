@@ -25,18 +25,18 @@ class Criterion(nn.Module):
     `Schedule.vlb_weights`. It is a module, as `logvar` may be learned.
 
     Args:
-        schedule: noise schedule of the model.
-        parameterization: what the network predicts: "eps", "v", "x0" or "edm".
-        weighting: name in WEIGHTINGS of the weights of the denoised latent's error; None = weight 1
+        schedule: Noise schedule of the model.
+        parameterization: What the network predicts: "eps", "v", "x0" or "edm".
+        weighting: Name in WEIGHTINGS of the weights of the denoised latent's error; None = weight 1
             of the prediction's error.
-        sigma_data: standard deviation of the latents, for the weighting "edm".
-        model_sigma_data: the same, for the parameterization "edm".
-        min_snr_gamma: cap of the SNR (arXiv:2303.09556), instead of a weighting; None = no cap.
+        sigma_data: Standard deviation of the latents, for the weighting "edm".
+        model_sigma_data: The same, for the parameterization "edm".
+        min_snr_gamma: Cap of the SNR (arXiv:2303.09556), instead of a weighting; None = no cap.
         loss_type: "l2", squared error, or "l1", absolute error.
-        learn_logvar: whether to train `logvar`, one number for each timestep.
-        logvar_init: initial `logvar` of all timesteps.
+        learn_logvar: Whether to train `logvar`, one number for each timestep.
+        logvar_init: Initial `logvar` of all timesteps.
     Raises:
-        UnknownName: the loss type or the weighting is unknown.
+        UnknownName: The loss type or the weighting is unknown.
         ArgumentError: `original_elbo_weight` with a continuous schedule or the parameterization
             "edm".
     """
@@ -117,8 +117,8 @@ def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -
     (arXiv:2206.00364, eq. 8).
 
     Args:
-        name: name in WEIGHTINGS; "unit" is weight 1.
-        sigma_data: standard deviation of the latents, for "edm".
+        name: Name in WEIGHTINGS; "unit" is weight 1.
+        sigma_data: Standard deviation of the latents, for "edm".
     """
     if name == "unit":
         return torch.ones_like(sigma)

@@ -29,24 +29,24 @@ class Diffusion(Task):
     """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen.
 
     Args:
-        conditioning_dropout_prob: probability of dropping the caption, for classifier-free
+        conditioning_dropout_prob: Probability of dropping the caption, for classifier-free
             guidance; or probabilities by batch key; None = the `ucg_rate` of each encoder.
-        prior_loss_weight: weight of the loss of "prior" samples, the class images of DreamBooth
+        prior_loss_weight: Weight of the loss of "prior" samples, the class images of DreamBooth
             (arXiv:2208.12242).
-        noise_levels: keywords of `LogNormal`; None = uniform timesteps, or the defaults of
+        noise_levels: Keywords of `LogNormal`; None = uniform timesteps, or the defaults of
             `LogNormal` for continuous schedules.
-        timesteps: range [first, end) to train on, (0, 200) for SDXL's refiner; None = all.
-        noise_bias: timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
+        timesteps: Range [first, end) to train on, (0, 200) for SDXL's refiner; None = all.
+        noise_bias: Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
             noise, where the caption matters most.
-        noise_offset: standard deviation of extra noise that is constant over each channel, so that
+        noise_offset: Standard deviation of extra noise that is constant over each channel, so that
             the model learns to change the mean of an image; usually 0.1 (Guttenberg 2023).
         noise_offset_by: "channel", or "sample": the same constant in all channels.
-        input_perturbation: standard deviation of extra noise in the input, not the target; usually
+        input_perturbation: Standard deviation of extra noise in the input, not the target; usually
             0.1 (arXiv:2301.11706).
-        scale_by_std: whether to export the measured `scale_factor`.
-        legacy: the original's behaviors, names in LEGACY_TRAINING.
-        disable_first_stage_autocast: whether to encode images in full precision.
-        criterion_options: keywords of `Criterion`.
+        scale_by_std: Whether to export the measured `scale_factor`.
+        legacy: The original's behaviors, names in LEGACY_TRAINING.
+        disable_first_stage_autocast: Whether to encode images in full precision.
+        criterion_options: Keywords of `Criterion`.
     Raises:
         ArgumentError: `timesteps` are not a range of the schedule, or `timesteps` or `noise_bias`
             are given although timesteps are not uniform.
@@ -88,7 +88,7 @@ class Diffusion(Task):
         """Compute the losses of a batch, see `Criterion.forward`.
 
         Args:
-            batch: images "jpg" (B, 3, H, W) in [-1, 1], or latents "z" (B, C, h, w), which are the
+            batch: Images "jpg" (B, 3, H, W) in [-1, 1], or latents "z" (B, C, h, w), which are the
                 posterior's mean if its standard deviation "z_std" is given; captions "txt" and
                 other inputs of the encoders; optionally "prior", a batch of class images.
         Returns:

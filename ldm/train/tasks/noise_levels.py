@@ -20,8 +20,8 @@ class LogNormal:
     """Log-normal distribution of sigma (arXiv:2206.00364, table 1).
 
     Args:
-        mean: mean of ln sigma.
-        std: standard deviation of ln sigma.
+        mean: Mean of ln sigma.
+        std: Standard deviation of ln sigma.
     """
 
     mean: float = -1.2
@@ -48,8 +48,8 @@ def draw_timesteps(
     Args:
         sigma_distribution: None = uniform timesteps, or the default LogNormal if the schedule is
             continuous.
-        bias: see `noise_bias` of `Diffusion`; for discrete timesteps only.
-        limits: range [first, end) of timesteps; None = all.
+        bias: See `noise_bias` of `Diffusion`; for discrete timesteps only.
+        limits: Range [first, end) of timesteps; None = all.
     """
     if sigma_distribution is None and isinstance(schedule, Schedule):
         first, end = limits or (0, len(schedule))

@@ -21,12 +21,12 @@ class Task(ABC):
     """A model, the networks to train, and the losses of a batch.
 
     Attributes:
-        model: the whole model, for sampling, validation and exports.
-        trainable: holds all trained parameters, perhaps also frozen ones.
-        discriminator: network to train against the model; None = none.
-        step: current step, set by the training loop.
-        betas: default of AdamW; None = torch's.
-        is_shardable: whether FSDP is supported.
+        model: The whole model, for sampling, validation and exports.
+        trainable: Holds all trained parameters, perhaps also frozen ones.
+        discriminator: Network to train against the model; None = none.
+        step: Current step, set by the training loop.
+        betas: Default of AdamW; None = torch's.
+        is_shardable: Whether FSDP is supported.
     """
 
     model: LatentDiffusion | AutoencoderKL
@@ -41,8 +41,8 @@ class Task(ABC):
         """Compute the losses of a batch.
 
         Args:
-            batch: samples of the data set, or their cached latents.
-            generator: for all random numbers but dropout, which uses torch's global one.
+            batch: Samples of the data set, or their cached latents.
+            generator: For all random numbers but dropout, which uses torch's global one.
         Returns:
             "loss", a scalar to differentiate; detached scalars to log; and detached values per
             sample, "t" and "losses" (B,), if the task has timesteps.
