@@ -47,7 +47,7 @@ def embed_guidance(
     Args:
         uncond: Ignored; a parameter for the signature of `add_guidance`.
         scale: Guidance scale, or a function of sigma.
-        dim: Features of its embedding.
+        dim: Features of the scale's embedding.
 
     Raises:
         ArgumentError: `cond` is a composition, which needs an evaluation for each prompt.

@@ -94,8 +94,8 @@ def betas_from_sigmas(sigmas: Tensor) -> Tensor:
 
 
 def _betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
-    previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
-    return 1 - alphas_cumprod / previous
+    alphas_cumprod_prev = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    return 1 - alphas_cumprod / alphas_cumprod_prev
 
 
 class NoiseSchedule(ABC):
@@ -312,13 +312,13 @@ class Schedule(NoiseSchedule):
     def buffers(self) -> dict[str, Tensor]:
         """Compute the twelve tables (T,) float32 in the original's checkpoints, by name."""
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
-        previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-        true_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        true_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         posterior_variance = (1 - self.v_posterior) * true_variance + self.v_posterior * betas
         tables = {
             "betas": betas,
             "alphas_cumprod": alphas_cumprod,
-            "alphas_cumprod_prev": previous,
+            "alphas_cumprod_prev": alphas_cumprod_prev,
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
             "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
@@ -326,8 +326,10 @@ class Schedule(NoiseSchedule):
             "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
             "posterior_variance": posterior_variance,
             "posterior_log_variance_clipped": posterior_variance.clamp(min=1e-20).log(),
-            "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas_cumprod),
-            "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+            "posterior_mean_coef1": betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod),
+            "posterior_mean_coef2": (
+                (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
+            ),
         }
         return {name: table.float() for name, table in tables.items()}
 

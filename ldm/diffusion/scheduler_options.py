@@ -9,7 +9,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["TAKES_RHO", "check_rho", "check_sigmas"]
 
-TAKES_RHO = [name for name, row in SCHEDULERS.items() if row.rho is not None]
+TAKES_RHO = [name for name, scheduler in SCHEDULERS.items() if scheduler.rho is not None]
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:

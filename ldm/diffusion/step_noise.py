@@ -8,10 +8,12 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["STEP_NOISE", "StepNoise"]
 
-TAKES_ETA = [name for name, row in SAMPLERS.items() if row.eta is not None]
-TAKES_CHURN = [name for name, row in SAMPLERS.items() if row.takes_churn]
-TAKES_PATH = [name for name, row in SAMPLERS.items() if row.takes_path]
-TAKES_NOISE = [name for name, row in SAMPLERS.items() if row.takes_noise or row.takes_churn]
+TAKES_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
+TAKES_CHURN = [name for name, sampler in SAMPLERS.items() if sampler.takes_churn]
+TAKES_PATH = [name for name, sampler in SAMPLERS.items() if sampler.takes_path]
+TAKES_NOISE = [
+    name for name, sampler in SAMPLERS.items() if sampler.takes_noise or sampler.takes_churn
+]
 
 
 @dataclass(frozen=True)

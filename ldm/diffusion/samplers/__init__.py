@@ -41,6 +41,6 @@ _FUNCTIONS = {name: value for module in _MODULES for name, value in vars(module)
 
 # Rows of `ldm.diffusion.names.SAMPLERS` say which function of these modules each name stands for.
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    name: _FUNCTIONS[row.function] for name, row in names.SAMPLERS.items()
+    name: _FUNCTIONS[sampler.function] for name, sampler in names.SAMPLERS.items()
 }
-STOCHASTIC = frozenset(name for name, row in names.SAMPLERS.items() if row.takes_noise)
+STOCHASTIC = frozenset(name for name, sampler in names.SAMPLERS.items() if sampler.takes_noise)

@@ -43,7 +43,7 @@ def churn(x: Tensor, sigma: float, factor: float, noise: Noise) -> tuple[Tensor,
 
 
 def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """Return (sigma_down to step to, sigma_up of the noise to add then).
+    """Return sigma_down, the level to step to, and sigma_up, the deviation of the noise to add.
 
         sigma_up = eta sigma_next sqrt(1 - (sigma_next / sigma)²)
         sigma_down² = sigma_next² - sigma_up²
@@ -67,6 +67,6 @@ def log_ratio(sigma: float, sigma_next: float) -> float:
     return math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
 
 
-def weighted_sum(weights: tuple[float, ...] | list[float], slopes: list[Tensor]) -> Tensor:
-    """Return the sum of w_k slope_k."""
-    return torch.stack([w * s for w, s in zip(weights, slopes, strict=True)]).sum(dim=0)
+def weighted_sum(weights: tuple[float, ...] | list[float], tensors: list[Tensor]) -> Tensor:
+    """Return the sum of w_k tensor_k."""
+    return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(dim=0)

@@ -94,8 +94,8 @@ def dpm_adaptive(
         accept_safety: A step is rejected if the next one should be shorter by this factor.
     """
     start, end = _find_ends(sigmas)
-    order = 1.5 if eta else 3
-    powers = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
+    order = 1.5 if eta else 3  # of the error, as in k-diffusion: noise lowers it
+    exponents = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
     sigma, h, steps_done = start, first_step, 0
     x_prev = x  # the last accepted result of order 2
     inverse_errors: list[float] = []  # newest first
@@ -111,7 +111,7 @@ def dpm_adaptive(
         if not math.isfinite(error):  # shorter steps would not help
             return x_high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
-        factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, powers, strict=True))
+        factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, exponents, strict=True))
         factor = 1 + math.atan(factor - 1)  # between 0.2 and 2.6
         h *= factor
         if factor < accept_safety:
@@ -136,7 +136,7 @@ def _find_ends(sigmas: Tensor) -> tuple[float, float]:
 
 
 def _split_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
-    """Return (sigma_down, at least `end`; sigma_up), see `get_ancestral_step`."""
+    """Split a step as `get_ancestral_step` does, with sigma_down at least `end`."""
     sigma_down = max(get_ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
     return sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2, 0.0))
 

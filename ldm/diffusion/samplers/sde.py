@@ -43,16 +43,16 @@ def dpmpp_sde(
     draw = choose_noise(noise, path)
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
-        denoised = estimate = denoise(x, sigma)
+        denoised = denoised_2 = denoise(x, sigma)
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
             sigma_down, sigma_up = get_ancestral_step(sigma, middle, eta)
             x_middle = denoised + (x - denoised) * (sigma_down / sigma)
             if draw:
                 x_middle = x_middle + draw(x, sigma, middle) * sigma_up
-            estimate = denoise(x_middle, middle)
+            denoised_2 = denoise(x_middle, middle)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
-        x = estimate + (x - estimate) * (sigma_down / sigma)
+        x = denoised_2 + (x - denoised_2) * (sigma_down / sigma)
         if draw:
             x = x + draw(x, sigma, sigma_next) * sigma_up
         if callback:

@@ -183,14 +183,14 @@ def dpmpp_2s_ancestral(
     """
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
-        denoised = estimate = denoise(x, sigma)
+        denoised = denoised_2 = denoise(x, sigma)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         if sigma_down > 0:
             middle = math.sqrt(sigma * sigma_down)
             h = log_ratio(sigma, middle)
             x_middle = (middle / sigma) * x - math.expm1(-h) * denoised
-            estimate = denoise(x_middle, middle)
-        x = estimate + (x - estimate) * (sigma_down / sigma)
+            denoised_2 = denoise(x_middle, middle)
+        x = denoised_2 + (x - denoised_2) * (sigma_down / sigma)
         if noise:
             x = x + noise(x) * sigma_up
         if callback:
@@ -244,14 +244,14 @@ def _split_at_restarts(levels: list[float]) -> list[list[float]]:
     if steps < 20:
         return [levels]
     restart_steps, restarts = (steps // 4, 2) if steps >= 36 else (9, 1)
-    zero = [] if levels[-1] else [0.0]
-    base_levels = steps + 1 - restart_steps * restarts - len(zero)
-    base = _space_levels(base_levels, levels[0], levels[-1 - len(zero)]) + zero
-    low, high = (min(range(len(base)), key=lambda i: abs(base[i] - s)) for s in (0.1, 2.0))
-    if not low > high or base[low] == 0:  # the levels do not reach from 2 to 0.1
+    final_zero = [] if levels[-1] else [0.0]
+    count = steps + 1 - restart_steps * restarts - len(final_zero)
+    base = _space_levels(count, levels[0], levels[-1 - len(final_zero)]) + final_zero
+    end, start = (min(range(len(base)), key=lambda i: abs(base[i] - s)) for s in (0.1, 2.0))
+    if not end > start or base[end] == 0:  # the levels do not reach from 2 to 0.1
         return [levels]
-    restart_levels = _space_levels(restart_steps + 1, base[high], base[low])
-    return [base[: low + 1], *[restart_levels] * restarts, base[low:]]
+    restart_levels = _space_levels(restart_steps + 1, base[start], base[end])
+    return [base[: end + 1], *[restart_levels] * restarts, base[end:]]
 
 
 def _space_levels(count: int, start: float, end: float, rho: float = 7.0) -> list[float]:
