@@ -391,7 +391,7 @@ def _check_dims(dims: int) -> None:
 
 OLD_CLASSES.update(
     {
-        unet.Stage: TimestepEmbedSequential,
+        unet.UNetBlock: TimestepEmbedSequential,
         unet.UNet: UNetModel,
         blocks.ResBlock: ResBlock,
         blocks.Upsample: Upsample,

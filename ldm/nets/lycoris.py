@@ -61,8 +61,8 @@ class Adapter:
         return self.tensors[name].float()
 
 
-Delta = Callable[[Adapter, torch.Size], Tensor]
-Transform = Callable[[Adapter, Tensor], Tensor]
+DeltaFunction = Callable[[Adapter, torch.Size], Tensor]
+TransformFunction = Callable[[Adapter, Tensor], Tensor]
 
 
 def find_rank(tensors: Mapping[str, Tensor]) -> int | None:
@@ -85,8 +85,8 @@ def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> Wei
     except AttributeError as error:
         raise ValueError(f"the layer has no {target.name}") from error
     # Compute the shapes only, to find those that do not fit before any weight is changed.
-    on_meta = {name: value.to("meta") for name, value in adapter.tensors.items()}
-    meta_change = _build(adapter_type, target, replace(adapter, tensors=on_meta), strength)
+    meta_tensors = {name: value.to("meta") for name, value in adapter.tensors.items()}
+    meta_change = _build(adapter_type, target, replace(adapter, tensors=meta_tensors), strength)
     try:
         meta_change.change_weight(torch.empty(shape, device="meta"))
     except (IndexError, RuntimeError) as error:
@@ -115,14 +115,14 @@ def _build(
         raise ValueError("its magnitudes (DoRA) need an addition beside them")
     if MAGNITUDE in adapter:
         magnitude = magnitude.reshape(-1, 1)
-    return _Decomposed(target, change, magnitude, strength)
+    return _DoRA(target, change, magnitude, strength)
 
 
 @dataclass(eq=False)
-class _Sum(Addition):
+class _Delta(Addition):
     """W + w delta."""
 
-    compute: Delta
+    compute: DeltaFunction
     target: Target
     adapter: Adapter
     strength: float
@@ -136,21 +136,21 @@ class _Sum(Addition):
 
 
 @dataclass(eq=False)
-class _Product(WeightChange):
+class _WeightTransform(WeightChange):
     """W + w (f(W) - W), for changes that are a function of the weight."""
 
-    transform: Transform
+    transform: TransformFunction
     target: Target
     adapter: Adapter
     strength: float
 
     def change_weight(self, weight: Tensor) -> Tensor:
-        new = self.transform(self.adapter, weight).reshape(weight.shape)
-        return weight + self.strength * (new - weight)
+        new_weight = self.transform(self.adapter, weight).reshape(weight.shape)
+        return weight + self.strength * (new_weight - weight)
 
 
 @dataclass(eq=False)
-class _Decomposed(WeightChange):
+class _DoRA(WeightChange):
     """DoRA: the weight with an addition, and rows or columns rescaled to a magnitude m.
 
     m is (out, 1, …) for rows, or (1, in, 1, …) for columns, as in older files. At strength w the
@@ -169,8 +169,8 @@ class _Decomposed(WeightChange):
         other_axes = [dim for dim in range(weight.dim()) if dim != axis]
         norm = torch.linalg.vector_norm(changed, dim=other_axes, keepdim=True) + EPS
         ratio = magnitude.reshape(norm.shape) / norm
-        new: Tensor = changed * (1 + self.strength * (ratio - 1))
-        return new
+        new_weight: Tensor = changed * (1 + self.strength * (ratio - 1))
+        return new_weight
 
 
 def _multiply_low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
@@ -263,7 +263,7 @@ class _AdapterType:
 
 def _build_type(
     change: Callable[..., WeightChange],
-    compute: Delta | Transform,
+    compute: DeltaFunction | TransformFunction,
     required: str,
     optional: str = "",
 ) -> _AdapterType:
@@ -274,15 +274,15 @@ def _build_type(
 
 HADAMARD = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 ADAPTERS = (
-    _build_type(_Sum, _multiply_low_rank, "up down", "mid"),
-    _build_type(_Sum, _multiply_hadamard, HADAMARD),
-    _build_type(_Sum, _multiply_hadamard, f"{HADAMARD} hada_t1 hada_t2"),
-    _build_type(_Sum, _multiply_kronecker, "lokr_w1 lokr_w2"),
-    _build_type(_Sum, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
-    _build_type(_Sum, _multiply_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
-    _build_type(_Sum, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
-    *(_build_type(_Sum, _get_difference, name) for name in DIFFERENCES),
-    _build_type(_Product, _scale_rows_or_columns, "weight"),
-    _build_type(_Product, _add_glora, "a1.weight a2.weight b1.weight b2.weight"),
-    _build_type(_Product, _rotate_rows, "oft_blocks", "rescale"),
+    _build_type(_Delta, _multiply_low_rank, "up down", "mid"),
+    _build_type(_Delta, _multiply_hadamard, HADAMARD),
+    _build_type(_Delta, _multiply_hadamard, f"{HADAMARD} hada_t1 hada_t2"),
+    _build_type(_Delta, _multiply_kronecker, "lokr_w1 lokr_w2"),
+    _build_type(_Delta, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
+    _build_type(_Delta, _multiply_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
+    _build_type(_Delta, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
+    *(_build_type(_Delta, _get_difference, name) for name in DIFFERENCES),
+    _build_type(_WeightTransform, _scale_rows_or_columns, "weight"),
+    _build_type(_WeightTransform, _add_glora, "a1.weight a2.weight b1.weight b2.weight"),
+    _build_type(_WeightTransform, _rotate_rows, "oft_blocks", "rescale"),
 )

@@ -59,13 +59,13 @@ class FeedForward(Layer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        inner = dim * mult
-        first: nn.Module  # only one is built, as building draws random initial weights
+        inner_dim = dim * mult
+        in_layer: nn.Module  # only one is built, as building draws random initial weights
         if glu:
-            first = GEGLU(dim_in=dim, dim_out=inner)
+            in_layer = GEGLU(dim_in=dim, dim_out=inner_dim)
         else:
-            first = nn.Sequential(Linear(dim, inner), nn.GELU())
-        self.net = nn.Sequential(first, nn.Dropout(dropout), Linear(inner, dim_out or dim))
+            in_layer = nn.Sequential(Linear(dim, inner_dim), nn.GELU())
+        self.net = nn.Sequential(in_layer, nn.Dropout(dropout), Linear(inner_dim, dim_out or dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.net(x)  # (B, N, dim_out)
@@ -89,13 +89,13 @@ class CrossAttention(Layer):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        inner = heads * dim_head
+        inner_dim = heads * dim_head
         self.heads = heads
         self.context_dim = context_dim or query_dim
-        self.to_q = Linear(query_dim, inner, bias=False)
-        self.to_k = Linear(self.context_dim, inner, bias=False)
-        self.to_v = Linear(self.context_dim, inner, bias=False)
-        self.to_out = nn.Sequential(Linear(inner, query_dim), nn.Dropout(dropout))
+        self.to_q = Linear(query_dim, inner_dim, bias=False)
+        self.to_k = Linear(self.context_dim, inner_dim, bias=False)
+        self.to_v = Linear(self.context_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(Linear(inner_dim, query_dim), nn.Dropout(dropout))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
@@ -194,13 +194,15 @@ class SpatialTransformer(Layer):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        inner = n_heads * d_head
+        inner_dim = n_heads * d_head
         self.use_linear = use_linear
         self.norm = GroupNorm(in_channels, eps=1e-6)  # residual blocks have 1e-5
-        self.proj_in = Linear(in_channels, inner) if use_linear else Conv2d(in_channels, inner, 1)
+        self.proj_in = (
+            Linear(in_channels, inner_dim) if use_linear else Conv2d(in_channels, inner_dim, 1)
+        )
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(
-                dim=inner,
+                dim=inner_dim,
                 n_heads=n_heads,
                 d_head=d_head,
                 dropout=dropout,
@@ -210,7 +212,9 @@ class SpatialTransformer(Layer):
             )
             for dim in _list_per_block(context_dim, depth, "context_dim")
         )
-        proj_out = Linear(inner, in_channels) if use_linear else Conv2d(inner, in_channels, 1)
+        proj_out = (
+            Linear(inner_dim, in_channels) if use_linear else Conv2d(inner_dim, in_channels, 1)
+        )
         self.proj_out = zero_module(proj_out)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:

@@ -42,7 +42,7 @@ PER_LEVEL_SETTINGS = (
 )
 
 
-class Stage(nn.Sequential):
+class UNetBlock(nn.Sequential):
     """An input, middle or output block: layers, each called with the conditions that it takes."""
 
     def forward(  # type: ignore[override]
@@ -204,27 +204,27 @@ class UNet(nn.Module):
             emb = emb + self._embed_label(y)
         context = self._cast(context)
         h, skips = x.to(self.dtype), []
-        for stage in self.input_blocks:
-            h = stage(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
+        for block in self.input_blocks:
+            h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
             skips.append(h)
         if perturbed is None:
             h = self.middle_block(h, emb, context)
         else:
             with perturb_self_attention(self.middle_block, perturbed):
                 h = self.middle_block(h, emb, context)
-        for i, stage in enumerate(self.output_blocks):
+        for i, block in enumerate(self.output_blocks):
             skip = skips.pop()
             if freeu is not None:
                 h, skip = freeu(i, h, skip)
             h = torch.cat([h, skip], dim=1)  # (B, C_i + C_skip, h / 2^i, w / 2^i)
             size = skips[-1].shape[-2:] if skips else None
-            h = stage(h, emb, context, size)  # (B, C_i, h / 2^i, w / 2^i)
+            h = block(h, emb, context, size)  # (B, C_i, h / 2^i, w / 2^i)
         out: Tensor = self.out(h)
         return out.to(x.dtype).contiguous()  # (B, out_channels, h, w)
 
     def _build_input_blocks(self) -> tuple[nn.ModuleList, list[int]]:
         """Build the input blocks; also return the channels of each, for its skip connection."""
-        blocks = [Stage(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
+        blocks = [UNetBlock(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
         skip_channels = [self.model_channels]
         for level, channels in enumerate(self._level_channels):
             for i in range(self._level_blocks[level]):
@@ -232,17 +232,17 @@ class UNet(nn.Module):
                 if self._has_attention(level, i):
                     depth = self._get_transformer_depth(level, i)
                     layers.append(self._build_attention(channels, level, depth))
-                blocks.append(Stage(*layers))
+                blocks.append(UNetBlock(*layers))
                 skip_channels.append(channels)
             if level < len(self._level_channels) - 1:
-                blocks.append(Stage(self._build_resampler(channels, up=False)))
+                blocks.append(UNetBlock(self._build_resampler(channels, up=False)))
                 skip_channels.append(channels)
         return nn.ModuleList(blocks), skip_channels
 
-    def _build_middle_block(self) -> Stage:
+    def _build_middle_block(self) -> UNetBlock:
         channels, depth = self._level_channels[-1], self.transformer_depth_middle
         if depth == 0:
-            return Stage(self._build_res_block(channels, channels))
+            return UNetBlock(self._build_res_block(channels, channels))
         attention: nn.Module = nn.Identity()
         # Built before the residual blocks: the order in which initial weights have been drawn.
         if not self.disable_middle_transformer:
@@ -253,11 +253,11 @@ class UNet(nn.Module):
                 disable_self_attn=self.disable_middle_self_attn,
             )
         first = self._build_res_block(channels, channels)
-        return Stage(first, attention, self._build_res_block(channels, channels))
+        return UNetBlock(first, attention, self._build_res_block(channels, channels))
 
     def _build_output_blocks(self, skip_channels: list[int]) -> nn.ModuleList:
         """Build an output block for each skip connection, the last one first."""
-        blocks: list[Stage] = []
+        blocks: list[UNetBlock] = []
         depths, in_channels = self.transformer_depth_output, self._level_channels[-1]
         for level, channels in reversed(list(enumerate(self._level_channels))):
             for i in range(self._level_blocks[level] + 1):
@@ -269,7 +269,7 @@ class UNet(nn.Module):
                     layers.append(self._build_attention(channels, level, depth, up=True))
                 if level and i == self._level_blocks[level]:
                     layers.append(self._build_resampler(channels, up=True))
-                blocks.append(Stage(*layers))
+                blocks.append(UNetBlock(*layers))
         return nn.ModuleList(blocks)
 
     def _build_res_block(

@@ -72,8 +72,8 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     # Torch's kernels are slow if x is channels last and the weight is not.
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     is_large = _count_pixels(x) * weight.numel() >= CONV_WORK
-    pays = is_channels_last or (is_large and is_caching(weight))
-    if torch.is_grad_enabled() or not pays or layer.padding_mode != "zeros":
+    is_faster = is_channels_last or (is_large and is_caching(weight))
+    if torch.is_grad_enabled() or not is_faster or layer.padding_mode != "zeros":
         return nn.Conv2d.forward(layer, x)
     x = x.contiguous(memory_format=torch.channels_last)
     if _is_1x1(layer):
@@ -125,8 +125,8 @@ def _is_1x1(layer: nn.Conv2d) -> bool:
 def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
     """Return whether one product of all patches is fastest, for `pixels` of output."""
     limit = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
-    pays = layer.weight.numel() >= MANY_WEIGHTS and pixels <= limit
-    return pays and _is_3x3(layer, strides=(1, 2))
+    is_faster = layer.weight.numel() >= MANY_WEIGHTS and pixels <= limit
+    return is_faster and _is_3x3(layer, strides=(1, 2))
 
 
 def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
