@@ -20,7 +20,7 @@ __all__ = ["BrownianPaths"]
 
 DIGITS = 6  # decimals that levels are rounded to
 POOL_SIZE = 24  # of numpy's SeedSequence: torchsde's default
-CACHED_LEVELS = 3  # start, middle and end of a step, of which the end is the start of the next one
+CACHED_LEVELS = 3  # start, middle and end of a step; the end is the start of the next one
 
 
 class BrownianPaths:

@@ -59,7 +59,7 @@ class Evaluation:
 
     @property
     def estimate_factor(self) -> Tensor:
-        """Factor (1, 1, 1, 1) from a difference of predictions to that of estimates of z."""
+        """Factor (1, 1, 1, 1) from a difference of predictions to one of estimates of z."""
         return self.denoiser.estimate_factor(self.x, self.sigma)
 
     def estimate(self, prediction: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Evaluation:
 
     @property
     def eps_factor(self) -> Tensor:
-        """Factor (1, 1, 1, 1) from a difference of predictions to that of their eps."""
+        """Factor (1, 1, 1, 1) from a difference of predictions to one of eps."""
         return self.denoiser.eps_factor(self.x, self.sigma)
 
 
@@ -77,11 +77,11 @@ class Guidance:
 
     Attributes:
         name: Keyword of the tasks that chooses the method; "" for classifier-free guidance.
-        texts: Texts whose predictions the method needs besides those of prompt and negative
-            prompt; "" is the unconditional prompt of the model.
+        texts: Texts, besides prompt and negative prompt, for which the method needs predictions;
+            "" is the unconditional prompt of the model.
         perturbs: Whether it also needs the prediction with perturbed self-attention.
         calls: Number of evaluations of the network so far.
-        guided: How many of those had guidance.
+        guided: Number of evaluations with guidance.
     """
 
     name = ""

@@ -177,7 +177,7 @@ class Schedule(NoiseSchedule):
         log_time: Whether the timestep input of the network derives from 0.25 ln sigma (EDM),
             instead of from sigma.
         quantize_time: Whether that input is the index of a level, instead of sigma or 0.25 ln sigma
-            itself; fractional between two levels, but that of the nearest one with `log_time`.
+            itself. It is fractional between two levels; with `log_time`, it is rounded.
         flip_time: Whether index 0 is the highest level for the network: sgm's `flip: false`.
         append_zero: Whether sigma 0 is also a level for the network: sgm's `do_append_zero`.
 
@@ -198,7 +198,7 @@ class Schedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         betas = rescale_zero_terminal_snr(self.betas) if self.zero_snr else self.betas.double()
-        # In float64: 1 / ᾱ - 1 of the first levels is 1e-3, of which float32 has four digits.
+        # In float64: 1 / ᾱ - 1 of the first levels is 1e-3, to four digits in float32.
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)

@@ -199,7 +199,7 @@ class _Levels(Layer):
         for level in self.d_blocks:
             x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i)
             skips.append(x)
-        skips.pop()  # of the last level, whose output the first level up takes as its input
+        skips.pop()  # the last level's output is x itself, the input of the first level up
         for i, level in enumerate(self.u_blocks):
             x = torch.cat([x, skips.pop()], dim=1) if i else x
             x = _run_level(level, x, emb, context, mask)

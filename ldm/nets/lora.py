@@ -189,13 +189,13 @@ class LoRA(nn.ModuleDict):
 class MergedChanges:
     """Changes merged into weights, and the original weights.
 
-    Originals are kept and not recomputed by subtraction, so that no rounding error remains; those
-    that were memory-mapped stay so.
+    Originals are kept instead of recomputed by subtraction, so that no rounding error remains.
+    Memory-mapped ones stay memory-mapped.
 
     Attributes:
         originals: Original weights by (layer, parameter name).
         tokens: Tokens of textual inversions that came with the changes.
-        state: Identifies the merged files and strengths, to find out whether others are asked for.
+        state: The merged files and strengths, to be compared with what a later call asks for.
         undo_sampling: Resets the model's `defaults`, which a few-step LoRA replaces; None if none
             did.
     """
@@ -207,7 +207,7 @@ class MergedChanges:
         self.undo_sampling: Callable[[], None] | None = None
 
     def merge(self, changes: Sequence[WeightChange]) -> None:
-        """Merge changes, instead of those merged before; see `merge_changes`."""
+        """Replace the changes merged before by these; see `merge_changes`."""
         self.restore()
         for target in dict.fromkeys(change.target for change in changes):
             key = (target.layer, target.parameter)

@@ -225,8 +225,8 @@ def _add_glora(adapter: Adapter, weight: Tensor) -> Tensor:
 def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
     """Rotate blocks of b rows of the weight, as OFT or BOFT.
 
-    The tensor of OFT is (k, b, b), one rotation for each of k blocks; that of BOFT (m, k, b, b), m
-    stages, whose blocks are of rows further and further apart (a butterfly).
+    OFT's tensor is (k, b, b): one rotation for each of k blocks of successive rows. BOFT's is
+    (m, k, b, b): m such stages, in which the rows of a block are ever further apart (a butterfly).
     """
     blocks = adapter["oft_blocks"].to(weight.device)
     block_size = blocks.shape[-1]

@@ -38,8 +38,8 @@ def perturb_self_attention(module: nn.Module, is_perturbed: Tensor) -> Iterator[
     perturbed, unchanged = is_perturbed.nonzero()[:, 0], (~is_perturbed).nonzero()[:, 0]  # indices
     inputs: list[Tensor] = []  # the whole batch of the current layer
 
-    # Attention runs on the unchanged samples only. With an identity map its output is that of the
-    # value and output projections alone, which run on the perturbed samples.
+    # Attention runs on the unchanged samples only. With an identity map nothing but the value and
+    # output projections remain of it: these run on the perturbed samples.
     def select_unchanged(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != thread or not len(unchanged):
             return None

@@ -1,8 +1,8 @@
-"""TAESD: a small autoencoder distilled from that of Stable Diffusion, for previews and speed.
+"""TAESD: a small autoencoder distilled from Stable Diffusion's, for previews and speed.
 
     image (B, 3, H, W) -> encoder -> z with the UNet's scaling -> decoder -> image
 
-Layer names are those of the authors' files: indices in a sequence.
+Layers are named as in the authors' files, by their index in a sequence.
 https://github.com/madebyollin/taesd
 """
 

@@ -53,7 +53,7 @@ class UNetBlock(nn.Sequential):
         Args:
             emb: Embedding of timestep and label, (B, 4 model_channels).
             size: (height, width) of the next skip connection, which a final Upsample has to
-                match; None for twice that of x.
+                match; None for twice the size of x.
         """
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -154,7 +154,7 @@ class UNet(nn.Module):
     def decoder_inputs(self) -> list[tuple[int, int]]:
         """(index, channels) of each output block's input, without its skip connection.
 
-        The index is that of the resolution, 0 for the lowest, as `resolution_idx` in diffusers.
+        The index is 0 at the lowest resolution, as `resolution_idx` in diffusers.
         """
         inputs, in_channels = [], self._level_channels[-1]
         for index, (channels, blocks) in enumerate(

@@ -34,7 +34,7 @@ def plms(
 ) -> Tensor:
     """Sample by PLMS (arXiv:2202.09778): one Heun step, then Adams–Bashforth of orders 2, 3 and 4.
 
-    As in the original, the weights are those of equal steps, whatever the steps are.
+    As in the original, the weights are for equal steps, even where steps differ.
     """
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):

@@ -1,6 +1,6 @@
 """SDE-DPM-Solver++ (arXiv:2211.01095): solvers of the diffusion SDE.
 
-Their noise is independent in each step, or that of a Brownian path between its levels, see
+Their noise is independent in each step, or the increment of a Brownian path over it, see
 `brownian`. A step of length h = ln(sigma / sigma') with eta, the amount of noise, decays x like one
 of length k = (1 + eta) h, and adds noise of standard deviation sigma' sqrt(1 - e^(-2 eta h)).
 """
@@ -115,7 +115,8 @@ def dpmpp_3m_sde(
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ 3M, as k-diffusion's `sample_dpmpp_3m_sde`.
 
-    It integrates a parabola through the last three estimates; at first a line, or a constant.
+    It integrates a parabola through the last three estimates; a constant in the first step, a line
+    in the second.
     """
     history: list[tuple[Tensor, float]] = []  # (estimate, h) of earlier steps, newest first
     draw = choose_noise(noise, path)

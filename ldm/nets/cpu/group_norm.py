@@ -28,7 +28,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     means = torch.cat([mean for mean, _ in moments]).view(batch, -1, groups)
     variances = torch.cat([variance for _, variance in moments]).view(batch, -1, groups)
     mean = means.mean(1, keepdim=True)  # (B, 1, groups), float64
-    # Law of total variance: that within the blocks, plus that of their means.
+    # Law of total variance: mean variance within blocks, plus variance of their means.
     variance = (variances + (means - mean).square()).mean(1, keepdim=True)
     scale = weight.view(groups, -1) * (variance + eps).rsqrt().view(batch, groups, 1)
     shift = bias.view(groups, -1) - scale * mean.view(batch, groups, 1)
