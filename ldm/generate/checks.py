@@ -207,6 +207,8 @@ def _check_families(
         )
     if ckpt is not None and ckpt_family is not None:
         name = next(n for n, family in FAMILIES.items() if family.function == ckpt_family.task)
+        if ckpt_family.has_vision_tower:  # whose command is that of unCLIP
+            name = "variation"
         if name not in task.families:
             raise wrong_family(f"`{ckpt.name}`", name)
         if refiner is not None and not is_xl:
