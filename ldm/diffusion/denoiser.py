@@ -79,7 +79,7 @@ class Denoiser:
         Args:
             x: (B, C, h, w).
             sigma: A number, or (B,).
-            cond: None for an unconditional network.
+            cond: None = an unconditional network.
         """
         return self.convert_prediction(x, sigma, self.predict(x, sigma, cond))
 
@@ -94,7 +94,7 @@ class Denoiser:
 
         Args:
             x, sigma, cond: As in `__call__`.
-            t: Timestep input of the network, a number or (B,); None for that of sigma.
+            t: Timestep input of the network, a number or (B,); None = that of sigma.
         """
         sigma = self._round_sigma(sigma)
         t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
@@ -148,7 +148,7 @@ class Denoiser:
             t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
             noise: Standard normal noise (B, C, h, w).
             input_noise: Noise in the network's input, where it differs from `noise` as in input
-                perturbation (arXiv:2301.11706); None for `noise`.
+                perturbation (arXiv:2301.11706); None = `noise`.
         """
         prediction = self.predict_at(z, cond, t, noise if input_noise is None else input_noise)
         return prediction - self.target(z, noise, t)

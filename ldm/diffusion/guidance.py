@@ -273,7 +273,7 @@ def follow_schedule(
 
     Args:
         guide: Builds `denoise` for conditions that are the same at all steps, see `add_guidance`.
-        uncond: None for no guidance.
+        uncond: None = no guidance.
     """
     if not isinstance(cond, ScheduledCond) and not isinstance(uncond, ScheduledCond):
         return guide(cond, uncond)
@@ -311,17 +311,17 @@ def add_guidance(
     conditional prediction, made from those of its prompts.
 
     Args:
-        uncond: Condition of the empty or the negative prompt; None for no guidance.
+        uncond: Condition of the empty or the negative prompt; None = no guidance.
         scale: Guidance scale, or a function of sigma. At 1 the unconditional prediction is not
             computed, unless `cond` is a composition.
         rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
             conditional one, against over-exposure at high scales.
         interval: Lowest and highest noise level (sigma) with guidance; elsewhere only `cond` is
-            computed. None for all levels.
-        guidance: How predictions are combined; None for classifier-free guidance.
+            computed. None = all levels.
+        guidance: How predictions are combined; None = classifier-free guidance.
         further: Conditions of `guidance.texts`.
         on_uncond: Called with each unconditional estimate of z (B, C, h, w), which is then computed
-            at a scale of 1, too, as CFG++ needs it; None for other samplers.
+            at a scale of 1, too, as CFG++ needs it; None = other samplers.
     """
     guidance = guidance or Guidance()
     on_uncond = None if uncond is None else on_uncond

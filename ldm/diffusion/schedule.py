@@ -146,7 +146,7 @@ class NoiseSchedule(ABC):
             steps: 1 … T, or at most `max_steps` of the scheduler.
             scheduler: A name in `names.SCHEDULERS`. All but "uniform", "time_uniform" and "tcd" end
                 at 0; "ddim_uniform" may have more steps than `steps`.
-            rho: Exponent of "karras", "polyexponential" and "edm"; None for their defaults.
+            rho: Exponent of "karras", "polyexponential" and "edm"; None = their defaults.
         """
         self.check_steps(steps, scheduler)
         check_rho(rho, scheduler)

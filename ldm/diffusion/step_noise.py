@@ -21,9 +21,9 @@ class StepNoise:
     """Amounts of noise in a run, under k-diffusion's names.
 
     Args:
-        eta: Noise between steps, 0 (none) … 1 (as DDPM); None for the sampler's default.
+        eta: Noise between steps, 0 (none) … 1 (as DDPM); None = the sampler's default.
         s_churn: Noise before steps, 0 … number of steps (arXiv:2206.00364, algorithm 2).
-        s_tmin, s_tmax: Sigmas between which there is churn; None for no upper limit.
+        s_tmin, s_tmax: Sigmas between which there is churn; None = no upper limit.
         s_noise: Standard deviation of both.
         brownian: Whether noise between steps is from a path over sigma, see `BrownianPaths`.
     """

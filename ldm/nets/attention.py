@@ -38,9 +38,9 @@ def attention(
     Args:
         q: (B, heads, N, d).
         k, v: (B, heads, M, d).
-        mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query; None
+        mask: Bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query; None
             keeps all. With a mask, SDPA replaces xformers.
-        backend: One of BACKENDS; None for the default, see above.
+        backend: One of BACKENDS; None = the default, see above.
 
     Returns:
         (B, heads, N, d), in the dtype of v.

@@ -101,7 +101,7 @@ class DiagonalGaussian:
         device of the model.
 
         Args:
-            generator: Random generator; None for torch's global one of the CPU.
+            generator: Random generator; None = torch's global one of the CPU.
         """
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
@@ -365,7 +365,7 @@ class AutoencoderKL(nn.Module):
         """Return reconstructions (B, out_ch, H, W) from posterior samples, and the posterior.
 
         Args:
-            generator: Random generator of the samples; None for torch's global one.
+            generator: Random generator of the samples; None = torch's global one.
         """
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior

@@ -135,7 +135,7 @@ def upsample_nearest(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
 
     Args:
         size: (height, width) to crop to: odd sides are rounded up when halved, so that doubling
-            gives one pixel too many. None for 2h x 2w.
+            gives one pixel too many. None = 2h x 2w.
     """
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
     return x if size is None else x[..., : size[0], : size[1]]
@@ -145,7 +145,7 @@ class Upsample(Layer):
     """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `use_conv`.
 
     Args:
-        out_channels: Channels of the convolution's output; None for `channels`.
+        out_channels: Channels of the convolution's output; None = `channels`.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Downsample(Layer):
     """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else average pooling.
 
     Args:
-        out_channels: Channels of the convolution's output; None for `channels`.
+        out_channels: Channels of the convolution's output; None = `channels`.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class ResBlock(CheckpointedLayer):
 
     Args:
         emb_channels: Features of the time embedding.
-        out_channels: None for `channels`.
+        out_channels: None = `channels`.
         use_conv: Whether the skip connection is a 3x3 convolution, else 1x1, if channels change.
         use_scale_shift_norm: Whether the embedding scales and shifts the second norm, instead of
             being added before it.

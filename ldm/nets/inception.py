@@ -42,7 +42,7 @@ class Branch(NamedTuple):
 
     Args:
         steps: One or two parallel convolutions each, run one step after the other.
-        pool: Run before the steps; None for none.
+        pool: Run before the steps; None = none.
     """
 
     steps: Sequence[tuple[Conv, ...]]

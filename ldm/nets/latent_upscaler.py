@@ -104,7 +104,7 @@ class LatentUpscalerUNet(Layer):
             timesteps: 0.25 ln sigma, (B,).
             context: Tokens (B, M, cross_cond_dim).
             y: Pooled text, then sigma of the low-res latent, (B, cross_cond_dim + 1).
-            context_mask: Tokens to keep, bool (B, M); None for all.
+            context_mask: Tokens to keep, bool (B, M); None = all.
         """
         return self.predict_with_variance(x, timesteps, context, y, context_mask)[0]
 

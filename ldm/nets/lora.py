@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
     Args:
         layer: A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
-        qkv_index: 0 for queries, 1 for keys, 2 for values; None for the whole parameter.
+        qkv_index: 0 for queries, 1 for keys, 2 for values; None = the whole parameter.
         name: "weight", "bias", or PROJECTION, which is stored transposed.
     """
 
@@ -98,7 +98,7 @@ class LoRALayer(nn.Module, Addition):
     """A low-rank addition to one layer, initially zero.
 
     Args:
-        alpha: Scale of the addition relative to the rank, see `scale`; None for `rank`.
+        alpha: Scale of the addition relative to the rank, see `scale`; None = `rank`.
     """
 
     alpha: Tensor

@@ -46,7 +46,7 @@ class FeedForward(Layer):
     """MLP with one hidden layer of `mult * dim` features, and GEGLU if `glu`, else GELU.
 
     Args:
-        dim_out: Features of the output; None for `dim`.
+        dim_out: Features of the output; None = `dim`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CrossAttention(Layer):
     """Multi-head attention of x to a context, or of x to itself.
 
     Args:
-        context_dim: Features of the context; None for self-attention, query_dim.
+        context_dim: Features of the context; None = self-attention, query_dim.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class CrossAttention(Layer):
         """Attend from x (B, N, query_dim) to a context; (B, N, query_dim).
 
         Args:
-            context: (B, M, context_dim); None for x.
-            mask: Tokens of the context to keep, bool (B, M); None for all.
+            context: (B, M, context_dim); None = x.
+            mask: Tokens of the context to keep, bool (B, M); None = all.
         """
         context = x if context is None else context
         if context.shape[-1] != self.context_dim:
@@ -221,7 +221,7 @@ class SpatialTransformer(Layer):
         """Attend over the positions of x (B, C, h, w) and to the context.
 
         Args:
-            context: (B, M, D) for all blocks, or a list of one per block; None for self-attention
+            context: (B, M, D) for all blocks, or a list of one per block; None = self-attention
                 in its place.
         """
         h = self.norm(x)  # (B, C, h, w); below, tokens (B, h w, C)

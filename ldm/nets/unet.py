@@ -53,7 +53,7 @@ class UNetBlock(nn.Sequential):
         Args:
             emb: Embedding of timestep and label, (B, 4 model_channels).
             size: (height, width) of the next skip connection, which a final Upsample has to
-                match; None for twice the size of x.
+                match; None = twice the size of x.
         """
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -185,7 +185,7 @@ class UNet(nn.Module):
             x: (B, in_channels, h, w); any size if downsampling is by convolution, else multiples
                 of 2 ** (levels - 1).
             timesteps: (B,), 0 … 999, may be fractional.
-            context: (B, M, context_dim), or a list of one per transformer block; None for networks
+            context: (B, M, context_dim), or a list of one per transformer block; None = networks
                 without cross-attention.
             y: By num_classes: n: class labels 0 … n-1, (B,); "continuous": (B, 1); "sequential":
                 (B, adm_in_channels); "timestep": (B,); None: None.

@@ -233,7 +233,7 @@ def _step_unipc(
     Args:
         history: (sigma, estimate) of the last levels, newest first.
         order: Number of estimates in `history` to use.
-        denoised_next: Estimate at sigma_next for the corrector; None for the predictor.
+        denoised_next: Estimate at sigma_next for the corrector; None = the predictor.
     """
     sigma, denoised = history[0]
     h = log_ratio(sigma, sigma_next)
