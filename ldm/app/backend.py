@@ -147,7 +147,7 @@ class Backend:
             progress,
             load=load,
             without_folders=True,
-            list_lora_files=self.library.list_lora_files,
+            list_loras=self.library.list_lora_files,
         )
         count = len(progress.images)
         images = "1 image" if count == 1 else f"{count} images"

@@ -17,7 +17,7 @@ from ldm.app.catalogue import (
     read_catalogue,
 )
 from ldm.app.form import STEPS
-from ldm.generate.lora_tags import find_loras, remove_tags
+from ldm.generate.lora_tags import add_tagged_loras, remove_tags
 from ldm.generate.options import Value
 from ldm.generate.tasks import Task
 from ldm.loading.addons.embeddings import list_embedding_files, read_embeddings
@@ -210,7 +210,7 @@ class Library:
         height, width = (None, None) if entry is None else entry.size
         files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
         with suppress(ArgumentError):  # Generate will say what is wrong with it
-            files = find_loras(prompt, files, self.list_lora_files)
+            files = add_tagged_loras(prompt, files, self.list_lora_files)
         found, unset = detect_few_steps(files), Defaults()
         defaults = unset if entry is None else entry.defaults
         if found is not None:

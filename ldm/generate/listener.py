@@ -12,10 +12,10 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.runtime.types import JsonObject
 
-__all__ = ["FILE_PATHS", "Console", "RunListener", "hides_progress"]
+__all__ = ["PATH_KEYS", "Console", "RunListener", "hides_progress"]
 
 # Keys of an info for the files of an image.
-FILE_PATHS = ("path", "depth_path", "relief_path", "latent_path")
+PATH_KEYS = ("path", "depth_path", "relief_path", "latent_path")
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Console(RunListener):
             is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
             _print_line(json.dumps(info, ensure_ascii=not is_unicode))
         elif info["path"] is not None:
-            for key in FILE_PATHS:
+            for key in PATH_KEYS:
                 if key in info:
                     _print_line(info[key])
 

@@ -5,21 +5,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
 from ldm.generate.groups import ModelChoice
-from ldm.generate.options import Value
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
-from ldm.loading.hub import PREFIX
+from ldm.loading.hub import PREFIX as HUB_PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import find_file
 
-__all__ = ["Loras", "find_loras", "list_loras", "remove_tags", "split_tags"]
+__all__ = ["Loras", "add_tagged_loras", "list_local_loras", "remove_tags", "split_tags"]
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]+)>")
-FOLDERS = ("lora", "loras")  # in lower case
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+LORA_FOLDERS = ("lora", "loras")  # in lower case
+LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
-Loras = tuple[tuple[str, float | str], ...]  # files and weights
+Loras = tuple[tuple[str, float | str], ...]  # (file, weight), a weight as in `LoRAWeight.to_json`
 
 
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
@@ -41,36 +40,39 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
 
 
 def remove_tags(prompt: str) -> str:
-    """Return a prompt without tags; if it had any, also without space around it."""
+    """Return a prompt without tags; if it has any, surrounding whitespace is removed, too."""
     return TAG.sub("", prompt).strip() if TAG.search(prompt) else prompt
 
 
-def find_loras(prompt: str, loras: Loras, list_files: Callable[[], Mapping[str, str]]) -> Loras:
+def add_tagged_loras(
+    prompt: str, loras: Loras, list_loras: Callable[[], Mapping[str, str]]
+) -> Loras:
     """Return the LoRAs of an image: those of the run, and those named in its prompt.
 
     Args:
-        list_files: Returns files by name, see `list_loras`; called only if there are tags.
+        list_loras: Returns files by name, see `list_local_loras`; called only if there are tags.
     Raises:
-        ArgumentError: A LoRA is unknown, or given twice.
+        ArgumentError: A LoRA is unknown, ambiguous or given twice, or a weight is invalid.
     """
     _, tags = split_tags(prompt)
     if not tags:
         return loras
-    files = list_files()
-    found: list[tuple[str, Value]] = list(loras)
+    files = list_loras()
+    combined = list(loras)
     for name, weight in tags:
-        file = _find_file(name, files)
-        if any(Path(file).resolve() == Path(other).resolve() for other, _ in found):
+        file = _match_name(name, files)
+        if any(Path(file).resolve() == Path(other).resolve() for other, _ in combined):
             raise ArgumentError(f"the LoRA `{name}` is given twice", "lora")
-        found.append((file, weight))
-    return tuple(found)
+        combined.append((file, weight))
+    return tuple(combined)
 
 
-def list_loras(choice: ModelChoice) -> dict[str, str]:
+def list_local_loras(choice: ModelChoice) -> dict[str, str]:
     """Return the LoRA files that prompts may name: relative POSIX path without suffix -> file.
 
     They are in `lora_dir`, else in each folder `lora` or `loras` beside the checkpoint, beside its
-    folder, and in the current folder; for a `hf:` address in the current folder alone.
+    folder, and in the current folder, in this order of precedence; for a `hf:` address, or a config
+    without checkpoint, only in the current folder.
 
     Raises:
         MissingFile: `lora_dir` does not exist.
@@ -83,15 +85,15 @@ def list_loras(choice: ModelChoice) -> dict[str, str]:
     files: dict[str, str] = {}
     for parent in dict.fromkeys([Path(), *_checkpoint_folders(choice)]):
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
-            if folder.name.lower() in FOLDERS and folder.is_dir():
+            if folder.name.lower() in LORA_FOLDERS and folder.is_dir():
                 files |= _files_in(folder)
     return files
 
 
 def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
-    """Return the parent of the checkpoint's folder, then the folder: its files take precedence."""
-    if choice.ckpt is not None and choice.ckpt.startswith(PREFIX):
-        return []  # the hub's cache, where nobody puts LoRAs, and which may not have it yet
+    """Return the parent of the checkpoint's folder, then its folder, which takes precedence."""
+    if choice.ckpt is not None and choice.ckpt.startswith(HUB_PREFIX):
+        return []  # it is in the hub's cache or not downloaded yet: nobody keeps LoRAs there
     if choice.ckpt is not None:
         path = find_checkpoint(choice.ckpt, fetch=False)
     elif choice.config is None:
@@ -104,12 +106,12 @@ def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
 
 def _files_in(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
-    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in files if path.suffix.lower() in LORA_SUFFIXES)
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}
 
 
-def _find_file(name: str, files: Mapping[str, str]) -> str:
-    """Return the file with this name in `files`, else the only one with the same base name."""
+def _match_name(name: str, files: Mapping[str, str]) -> str:
+    """Return the file with this name, else the only one with its base name, ignoring case."""
     if name in files:
         return files[name]
     base_name = PurePath(name).name.lower()

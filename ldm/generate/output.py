@@ -16,7 +16,7 @@ from ldm.generate.info import (
     describe_depth,
     watermark_method,
 )
-from ldm.generate.listener import FILE_PATHS, RunListener
+from ldm.generate.listener import PATH_KEYS, RunListener
 from ldm.generate.load import Models
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged, log_safety, safety_infos
@@ -31,7 +31,7 @@ from ldm.runtime.types import JsonMapping
 
 __all__ = ["ImageWriter", "add_watermark", "to_images"]
 
-GRID_LIMIT = 1024  # most images in a grid: they are kept in memory
+GRID_LIMIT = 1024  # maximum number of images in a grid, which are kept in memory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,10 @@ def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Imag
 def add_watermark(
     image: Image.Image, info: JsonMapping, protected: ProtectedPixels | None = None
 ) -> Image.Image:
-    """Add the watermark named in the info, except to protected pixels."""
+    """Add the watermark named in the info, except to protected pixels.
+
+    FLOAT_WATERMARK is in the image already, see `to_images`.
+    """
     if info["watermark"] not in (None, FLOAT_WATERMARK):
         image = embed_or_warn(image, PAYLOADS[info["payload"]], info["watermark"])
     return image if protected is None else Image.composite(image, *protected)
@@ -65,6 +68,7 @@ class ImageWriter:
 
     Args:
         request: Of the whole run.
+        models: Their safety checker checks the images; the base model describes latents.
         listener: Informed about each image.
         total: Number of images of the run.
     """
@@ -87,7 +91,7 @@ class ImageWriter:
         protected: ProtectedPixels | None,
         latents: Tensor | None,
     ) -> None:
-        """Save the images of a batch; those that the safety checker hides are replaced.
+        """Save the images of a batch; flagged ones are kept, replaced or dropped as requested.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with depth.
@@ -146,11 +150,12 @@ class ImageWriter:
         return {"latent_path": str(path)}
 
     def save_grid(self) -> None:
-        """Save the images so far as one grid, with its own watermark and info, if asked for."""
+        """Save the images so far as a grid with its own watermark and info, unless grids are off."""
         if not self._grid_images:
             return
         output, (_, first) = self.request.output, self._grid_images[0]
         images = _pad_to_one_size([image for image, _ in self._grid_images])
+        # As in the original scripts, `n_rows` is the number of images per row.
         grid = make_grid(images, output.n_rows or output.n_samples)
         keys = ("prompt", "negative_prompt", "seed")
         cells = [
@@ -158,7 +163,7 @@ class ImageWriter:
             for _, info in self._grid_images
         ]
         # The first image's info, as in A1111's grids, without the files of that image.
-        info = {key: value for key, value in first.items() if key not in FILE_PATHS}
+        info = {key: value for key, value in first.items() if key not in PATH_KEYS}
         method = watermark_method(self.request, (grid.height, grid.width), first["payload"])
         if method == FLOAT_WATERMARK:  # the pixels of a grid are integers
             method = INTEGER_WATERMARK

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.groups import Prompts
-from ldm.generate.lora_tags import Loras, find_loras, list_loras, split_tags
+from ldm.generate.lora_tags import Loras, add_tagged_loras, list_local_loras, split_tags
 from ldm.generate.options import Value
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
 from ldm.generate.request import Request
@@ -74,7 +74,7 @@ class Batch:
 
 
 def plan_batches(
-    request: Request, list_lora_files: Callable[[], Mapping[str, str]] | None = None
+    request: Request, list_loras: Callable[[], Mapping[str, str]] | None = None
 ) -> list[Batch]:
     """Return the batches of this process.
 
@@ -85,7 +85,7 @@ def plan_batches(
     seeds of its own, the images of the line have these, then count on from the last one.
 
     Args:
-        list_lora_files: Returns the LoRA files that prompts may name; None = `list_loras`.
+        list_loras: Returns the LoRA files that prompts may name; None = `list_local_loras`.
     Raises:
         ArgumentError: A mistake in the prompt file or in a prompt, or options that legacy `noise`
             or a guidance method does not allow.
@@ -96,7 +96,7 @@ def plan_batches(
     lines = _read_lines(request)
     if "noise" in request.sampling.legacy:
         _check_legacy_noise(request, lines, world_size)
-    planner = _Planner(request, list_lora_files)
+    planner = _Planner(request, list_loras)
     batches: list[Batch] = []
     for iteration in range(request.output.n_iter):
         for group in planner.make_groups(lines, iteration):
@@ -170,11 +170,11 @@ class _Planner:
     """Makes the specs of a run from its prompt lines."""
 
     def __init__(
-        self, request: Request, list_lora_files: Callable[[], Mapping[str, str]] | None
+        self, request: Request, list_loras: Callable[[], Mapping[str, str]] | None
     ) -> None:
         prompts = request.prompts
         self.request = request
-        self.list_lora_files = cache(list_lora_files or (lambda: list_loras(request.model)))
+        self.list_loras = cache(list_loras or (lambda: list_local_loras(request.model)))
         self.dynamic_prompts = _load_dynamic_prompts(prompts)
 
     def make_groups(self, lines: Sequence[PromptLine], iteration: int) -> list[Batch]:
@@ -219,7 +219,7 @@ class _Planner:
         }
         texts = {name: self._expand(text, seed) for name, text in templates.items()}
         prompt = texts["prompt"] or ""
-        loras = find_loras(prompt, request.model.lora, self.list_lora_files)
+        loras = add_tagged_loras(prompt, request.model.lora, self.list_loras)
         spec = ImageSpec(
             index,
             split_tags(prompt)[0],

@@ -38,7 +38,7 @@ __all__ = ["run_request"]
 
 log = logging.getLogger(__name__)
 
-Tasks = Mapping[LineOptions, PreparedTask]  # (): of a line without options
+Tasks = Mapping[LineOptions, PreparedTask]  # key (): the task of lines that set no options
 
 
 def run_request(
@@ -47,7 +47,7 @@ def run_request(
     *,
     load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     without_folders: bool = False,
-    list_lora_files: Callable[[], Mapping[str, str]] | None = None,
+    list_loras: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Make and save all images of a request.
 
@@ -55,38 +55,38 @@ def run_request(
         listener: Informed about progress, images and warnings.
         load: Loads the models.
         without_folders: See `describe_run`.
-        list_lora_files: See `plan_batches`.
+        list_loras: See `plan_batches`.
     Raises:
         ValueError, OSError: An argument or file is invalid; raised before the model is loaded
             where possible.
-        NonFinite: The model returned NaN or infinity, in float32, too.
+        NonFinite: The model returned NaN or infinity even in float32.
         Stop: The listener stopped the run; finished images and their grid are saved.
     """
-    batches = plan_batches(request, list_lora_files)
+    batches = plan_batches(request, list_loras)
     syntax_warnings = find_syntax_warnings(batches, request)
     if request.output.glb:
         check_can_save_meshes()
-    inputs_of_images = request.inputs.split_by_image()
+    inputs_by_image = request.inputs.split_by_image()
     models: Models | None = None
-    said: list[str] = []
-    for inputs in inputs_of_images:
+    warned: list[str] = []
+    for inputs in inputs_by_image:
         tasks = _prepare(replace(request, inputs=inputs), batches)
-        if models is None:  # only now, as loading takes longer than reading a wrong input
+        if models is None:  # only now, so that an invalid first input fails before the slow loading
             check_steps(tasks)
-            said = find_few_steps_warnings(tasks, batches)
-            _warn(listener, said)
+            warned = find_few_steps_warnings(tasks, batches)
+            _warn(listener, warned)
             models = load(_with_common_loras(tasks[()], batches))
             check_loras(models.base, batches)
-            late = [
+            model_warnings = [
                 *syntax_warnings,
                 *find_prompt_warnings(batches, request, models.base),
                 *find_option_warnings(tasks, models.base),
             ]
-            _warn(listener, late)
-            said += late
-            listener.begin(models.base, len(inputs_of_images) * sum(map(len, batches)))
+            _warn(listener, model_warnings)
+            warned += model_warnings
+            listener.begin(models.base, len(inputs_by_image) * sum(map(len, batches)))
         with warnings.catch_warnings():
-            for message in said:  # which the pipelines would repeat
+            for message in warned:  # which the pipelines would repeat
                 warnings.filterwarnings("ignore", re.escape(message))
             _InputRun(tasks, batches, models, listener, without_folders).make_images()
     log.info(
@@ -95,7 +95,7 @@ def run_request(
 
 
 def _prepare(request: Request, batches: Sequence[Batch]) -> Tasks:
-    """Read the inputs of a request, and those of each line that sets options."""
+    """Prepare the task of a request, and that of each line of the prompt file that sets options."""
     tasks: dict[LineOptions, PreparedTask] = {(): request.task.prepare(request)}
     for options in dict.fromkeys(batch.line_options for batch in batches):
         if options not in tasks:
@@ -125,7 +125,7 @@ def _with_common_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> Prep
 
 
 class _InputRun:
-    """The part of a run for one input image, or the whole run of a task without.
+    """The part of a run for one input image, or the whole run of a task without input image.
 
     Args:
         without_folders: See `describe_run`.
@@ -158,7 +158,9 @@ class _InputRun:
             for batch_index, batch in enumerate(bar):
                 prepared = self._start(batch)
                 info = self._describe(batch)
-                latents: list[Tensor] = []  # two, if half precision overflowed after the first
+                latents: list[
+                    Tensor
+                ] = []  # two, if the decoder overflowed and the batch was made again
                 on_latent = latents.append if self.request.output.save_latents else None
                 images = generate_with_fallback(
                     prepared, batch, self.models, self.listener, on_latent
@@ -188,7 +190,7 @@ class _InputRun:
         return prepared
 
     def _describe(self, batch: Batch) -> Info:
-        """Return the info of the images with the same options and LoRAs as those of a batch."""
+        """Return the info that all images with the options and LoRAs of a batch share."""
         key = batch.line_options, batch.loras
         if key not in self._infos:
             prepared = self.tasks[batch.line_options]
@@ -197,15 +199,15 @@ class _InputRun:
             if batch.line_options:
                 values = self.request.to_json(self.without_folders)
                 info |= {"request": values, "line": dict(batch.line_options)}
-            self._log_new(info, prepared.request)
+            self._log_size_and_variant(info, prepared.request)
             self._infos[key] = info
         return self._infos[key]
 
-    def _log_new(self, info: Info, request: Request) -> None:
-        """Log what a line changes: sizes without watermark, and few-step LoRAs."""
+    def _log_size_and_variant(self, info: Info, request: Request) -> None:
+        """Log a new size that is too small for a watermark, and a few-step LoRA of the batch."""
         size = result_size(info)
-        is_new = size not in [result_size(other) for other in self._infos.values()]
-        if is_new and info["watermark"] is None and not self.request.output.no_watermark:
+        is_new_size = size not in [result_size(other) for other in self._infos.values()]
+        if is_new_size and info["watermark"] is None and not self.request.output.no_watermark:
             height, width = size
             log.warning(
                 "images of %dx%d are too small for a watermark: saved without", width, height

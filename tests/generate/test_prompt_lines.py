@@ -9,7 +9,7 @@ import torch
 import ldm
 from ldm.commands.main import main
 from ldm.generate.command_line import parse_request
-from ldm.generate.lora_tags import find_loras, list_loras, split_tags
+from ldm.generate.lora_tags import add_tagged_loras, list_local_loras, split_tags
 from ldm.generate.plan import plan_batches
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
 from ldm.generate.request import ModelChoice
@@ -186,11 +186,11 @@ def test_tags_are_taken_out_of_a_prompt():
         "a , b", [("x", 0.5), ("sub/y", "0:1"), ("z", 1.0)]
     )  # fmt: skip
     files = {"sub/One": "a/sub/One.pt", "b/two": "a/b/two.pt", "c/two": "a/c/two.pt"}
-    assert find_loras("<lora:one:2>", (), lambda: files) == (("a/sub/One.pt", 2.0),)
+    assert add_tagged_loras("<lora:one:2>", (), lambda: files) == (("a/sub/One.pt", 2.0),)
     with pytest.raises(ValueError, match="could be any of `b/two`, `c/two`"):
-        find_loras("<lora:two:1>", (), lambda: files)
+        add_tagged_loras("<lora:two:1>", (), lambda: files)
     with pytest.raises(ValueError, match="the LoRA `one` is given twice"):
-        find_loras("<lora:one:1>", (("a/sub/One.pt", 1.0),), lambda: files)
+        add_tagged_loras("<lora:one:1>", (("a/sub/One.pt", 1.0),), lambda: files)
 
 
 @pytest.mark.slow
@@ -222,4 +222,4 @@ def test_loras_for_a_checkpoint_of_the_hub_are_in_the_current_folder(tmp_path, m
     (tmp_path / "loras").mkdir()
     (tmp_path / "loras/style.safetensors").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert list(list_loras(ModelChoice(ckpt="hf:nobody/not-here"))) == ["style"]
+    assert list(list_local_loras(ModelChoice(ckpt="hf:nobody/not-here"))) == ["style"]

@@ -48,12 +48,14 @@ class Depth2Img(PreparedImageTask):
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
-        self._estimate: Tensor | None = None
+        self._estimate: Tensor | None = None  # of any range
         if inputs.depth_map is not None:
-            self.depth = self._fit(load_depth(inputs.depth_map, inverted=inputs.depth_inverted))
+            self.depth = self._fit_depth(
+                load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
+            )
 
-    def _fit(self, depth: "Tensor") -> "Tensor":
-        """Crop or pad a depth map (1, 1, H, W) as the image was, if its aspect ratio differs."""
+    def _fit_depth(self, depth: "Tensor") -> "Tensor":
+        """Fit a depth map (1, 1, H, W) as the image was fitted, if its aspect ratio differs."""
         import numpy as np
         import torch
         from PIL import Image
@@ -65,10 +67,10 @@ class Depth2Img(PreparedImageTask):
         return torch.tensor(np.asarray(fitted))[None, None].clamp(0, 1)
 
     def estimate_depth(self, model: "LatentDiffusion") -> "Tensor":
-        """Estimate the depth (1, 1, H', W'), and save it if asked for.
+        """Estimate the depth (relative inverse depth, (1, 1, H', W')), and save it if asked for.
 
         Raises:
-            NonFinite: It overflows in half precision; the batch is then made again in float32.
+            NonFinite: It is NaN or infinite; in half precision the batch is then made again.
         """
         from ldm import pipelines
         from ldm.imaging.depth import save_depth
@@ -86,10 +88,9 @@ class Depth2Img(PreparedImageTask):
 
         if self._estimate is None and (self.depth is None or self.inputs.save_depth is not None):
             self._estimate = self.estimate_depth(model)
-        if self.depth is None:
-            self.depth = self._estimate
+        depth = self._estimate if self.depth is None else self.depth
         return pipelines.depth2img(
-            model, prompts, self.image, depth=self.depth, strength=self.inputs.strength,
+            model, prompts, self.image, depth=depth, strength=self.inputs.strength,
             **options,
         )  # fmt: skip
 
