@@ -150,7 +150,7 @@ class ImageWriter:
         return {"latent_path": str(path)}
 
     def save_grid(self) -> None:
-        """Save the images so far as a grid with its own watermark and info, unless grids are off."""
+        """Save the images so far as a grid with its own watermark and info, if grids are on."""
         if not self._grid_images:
             return
         output, (_, first) = self.request.output, self._grid_images[0]
