@@ -1,6 +1,6 @@
-"""Conditions of the UNet: a `Conditioner` runs `Encoder`s, whose outputs form a `Cond`.
+"""Conditioning of the UNet: a `Conditioner` runs `Encoder`s, whose outputs form a `Cond`.
 
-A condition reaches the UNet in one of three ways, each of which is a slot of `Cond`:
+An encoder's output reaches the UNet through one of three slots of `Cond`:
 
     crossattn (B, N, D)     tokens for the cross-attention layers        a prompt
     concat    (B, C, h, w)  channels concatenated to the noisy latent    a mask, a depth map
@@ -19,33 +19,33 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 __all__ = [
-    "LEGACY_DROPOUT", "AnyCond", "Batch", "Composition", "Cond", "Conditioner", "Config", "Drop",
-    "Encoder", "EncoderOptions", "PrepareOptions", "ScheduledCond", "Slot",
+    "LEGACY_DROPOUT", "AnyCond", "Batch", "Composition", "Cond", "Conditioner", "Config",
+    "DropRate", "Encoder", "EncoderOptions", "PrepareOptions", "ScheduledCond", "Slot",
     "repeat_to_equal_length", "zero_samples",
 ]  # fmt: skip
 
-Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
+Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by key
 Config = Mapping[str, Any]  # parameters as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
-Join = Literal["tokens", "features"]
-Drop = float | Mapping[str, float] | None  # see `Conditioner.forward`
+JoinAxis = Literal["tokens", "features"]
+DropRate = float | Mapping[str, float] | None  # see `Conditioner.forward`
 LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")  # see `Conditioner.forward`
-TOKEN_SLOTS = {"crossattn", "context_mask"}  # slots with tokens along axis 1
+TOKEN_FIELDS = {"crossattn", "context_mask"}  # fields of `Cond` with tokens along axis 1
 SECOND_PROMPT = "txt_2"  # batch key of SDXL's second prompt, read by the encoder `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 
 @dataclass(frozen=True)
 class Cond:
-    """The condition of a batch. An empty slot is None; all others have the same batch size.
+    """The condition of a batch. Unused fields are None; all others have the same batch size.
 
     Args:
         crossattn: Tokens for cross-attention, (B, N, D).
         concat: Channels concatenated to the noisy latent, (B, C, h, w).
         vector: Features added to the time embedding, (B, D) or (B,).
         context_mask: Tokens of `crossattn` to keep, bool (B, N); None = all.
-        perturbed: Samples with perturbed self-attention, for guidance, bool (B,); None = no
-            samples.
+        perturbed: Samples with perturbed self-attention, for guidance, bool (B,); None = none of
+            them.
     """
 
     crossattn: Tensor | None = None
@@ -55,7 +55,7 @@ class Cond:
     perturbed: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the slots that are not None, by name."""
+        """Return the fields that are not None, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __len__(self) -> int:
@@ -65,15 +65,16 @@ class Cond:
         return Cond(**{name: value[samples] for name, value in self.tensors().items()})
 
     def cat(self, other: "Cond") -> "Cond":
-        """Concatenate two conditions of the same slots along the batch axis.
+        """Concatenate two conditions with the same fields along the batch axis.
 
-        Contexts are repeated to equal length, which does not change attention.
+        Tokens are repeated to equal length, which does not change attention.
         """
         first, second = self.tensors(), other.tensors()
         if first.keys() != second.keys():
-            raise ValueError(f"cannot join a condition of {set(first)} with one of {set(second)}")
+            fields = f"{sorted(first)} and {sorted(second)}"
+            raise ValueError(f"cannot concatenate conditions with the fields {fields}")
         pairs = {name: [first[name], second[name]] for name in first}
-        for name in TOKEN_SLOTS & pairs.keys():
+        for name in TOKEN_FIELDS & pairs.keys():
             pairs[name] = repeat_to_equal_length(pairs[name])
         return Cond(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
@@ -81,11 +82,12 @@ class Cond:
         """Repeat each sample n times: samples 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
 
-    def join(self, other: "Cond", crossattn: Join = "tokens") -> "Cond":
-        """Add another condition of the same samples: concatenate slots that both have, on axis 1.
+    def join(self, other: "Cond", crossattn: JoinAxis = "tokens") -> "Cond":
+        """Add another condition of the same samples, and concatenate the fields that both have.
 
         Args:
-            crossattn: Axis of `crossattn`, "tokens" (1) or "features" (2).
+            crossattn: Axis along which `crossattn` is concatenated: "tokens" (1), or "features" (2)
+                of tokens repeated to equal length. All other fields: axis 1.
         """
         joined = self.tensors()
         for slot, value in other.tensors().items():
@@ -99,7 +101,7 @@ class Cond:
         return Cond(**joined)
 
     def zero_samples(self, mask: Tensor) -> "Cond":
-        """Set the samples to zero where a mask (B,) is true."""
+        """Return a copy in which samples are zero where a mask (B,) is true."""
         return Cond(**{slot: zero_samples(value, mask) for slot, value in self.tensors().items()})
 
 
@@ -110,10 +112,10 @@ class Composition:
     Liu et al. 2022 (arXiv:2206.01714).
 
     Args:
-        cond: Conditions of all prompts, M in all.
-        rows: Index of the sample of each prompt, int64 (M,).
+        cond: Conditions of all M prompts.
+        rows: Index of each prompt's sample in the batch, int64 (M,).
         weights: Guidance weight of each prompt, (M,).
-        samples: Number of samples, B.
+        samples: Batch size, B.
     """
 
     cond: Cond
@@ -150,7 +152,7 @@ class ScheduledCond:
         return len(self.entries[0][1])
 
     def at(self, step: int) -> "Cond | Composition":
-        """Return the condition of a step, counted from 0; after the last one, that of the last."""
+        """Return the condition of a step; steps after the last entry have its condition."""
         conditions = (cond for last_step, cond in self.entries if last_step >= step)
         return next(conditions, self.entries[-1][1])
 
@@ -172,7 +174,7 @@ def repeat_to_equal_length(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def zero_samples(value: Tensor, mask: Tensor) -> Tensor:
-    """Set the samples of a tensor (B, …) to zero where a mask (B,) is true."""
+    """Return a copy of a tensor (B, …) in which samples are zero where a mask (B,) is true."""
     return value.masked_fill(mask.to(value.device).view(-1, *[1] * (value.dim() - 1)), 0)
 
 
@@ -204,7 +206,7 @@ class PrepareOptions:
 
 
 class EncoderOptions(TypedDict, total=False):
-    """Options of encoders for training and guidance, under sgm's names.
+    """Options of encoders for training and guidance; the first three have sgm's names.
 
     Args:
         ucg_rate: Probability of dropping a sample in training, see `Conditioner.forward`.
@@ -227,12 +229,12 @@ class Encoder(nn.Module):
 
     Attributes:
         key: Batch key of the input.
-        slot: Slot of `Cond`, for an output that is a tensor.
+        slot: Slot of `Cond` that an output that is a tensor fills.
         droppable: Whether classifier-free guidance replaces samples by `null`.
         null: The unconditional sample, such as ""; None = outputs of zeros.
-        cache_key: Batch key to store in latent caches, of an image or of what `prepare` computes
-            without randomness; None to store nothing.
-        generation: 1 or 2, if this is the text encoder of that Stable Diffusion; None = others.
+        cache_key: Batch key whose entry latent caches store: an image, or a deterministic result of
+            `prepare`; None = none.
+        sd_version: 1 or 2 for the text encoder of Stable Diffusion 1 or 2; None = other encoders.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
 
@@ -241,7 +243,7 @@ class Encoder(nn.Module):
     droppable: ClassVar[bool] = False
     null: object = None
     cache_key: str | None = None
-    generation: ClassVar[int | None] = None
+    sd_version: ClassVar[int | None] = None
     ucg_rate: float = 0.0
     legacy_ucg_value: object = None
     is_trainable: bool = True
@@ -252,7 +254,7 @@ class Encoder(nn.Module):
             setattr(self, name, value)
 
     @property
-    def unused(self) -> tuple[str, ...]:
+    def unused_weights(self) -> tuple[str, ...]:
         """Name prefixes of weights that do not affect the output and may be missing in files."""
         return ()
 
@@ -277,19 +279,19 @@ class Encoder(nn.Module):
 class Conditioner(nn.Module):
     """Runs encoders, and joins their outputs.
 
-    Encoders are attributes, so that weights are called `conditioner.text.…`. That of the prompt, or
-    of an image in its place, is `text`.
+    Encoders are attributes, so that weights are called `conditioner.text.…`. The encoder of the
+    prompt, or of the image that replaces it, is called `text`.
 
     Args:
-        join: Axis along which contexts are concatenated, see `Cond.join`. Vectors are concatenated
-            in the order of the encoders.
+        join: Axis along which `crossattn` is concatenated, see `Cond.join`. Outputs for one slot
+            are concatenated in the order of the encoders.
     """
 
     text: Encoder | None
 
-    def __init__(self, *, join: Join = "tokens", **encoders: Encoder) -> None:
+    def __init__(self, *, join: JoinAxis = "tokens", **encoders: Encoder) -> None:
         super().__init__()
-        self.join: Join = join
+        self.join: JoinAxis = join
         for name, encoder in encoders.items():
             if not isinstance(encoder, Encoder):
                 raise TypeError(f"encoder `{name}` must be an Encoder, got {type(encoder)}")
@@ -322,13 +324,13 @@ class Conditioner(nn.Module):
         encoder = self.find(encoder_class)
         if encoder is None:
             names = ", ".join(type(e).__name__ for e in self.encoders.values()) or "none"
-            raise ValueError(f"this model has no {encoder_class.__name__}, its encoders: {names}")
+            raise ValueError(f"this model has no {encoder_class.__name__}; its encoders: {names}")
         return encoder
 
     def forward(
         self,
         batch: Batch,
-        drop: Drop = 0.0,
+        drop: DropRate = 0.0,
         generator: torch.Generator | None = None,
         legacy: Collection[str] = (),
     ) -> Cond:
@@ -337,33 +339,33 @@ class Conditioner(nn.Module):
         `text_2` reads `txt_2` instead if the batch has it.
 
         Args:
-            drop: Probability of dropping a sample, that is of replacing it by the encoder's `null`,
-                or its output by zeros if that is None; for all `droppable` encoders, or by batch
-                key, such as {"txt": 0.1}. None: the `ucg_rate` of each encoder, with its
-                `legacy_ucg_value`, if any, in place of `null`. Encoders of one batch key drop the
-                same samples.
+            drop: Probability of dropping a sample: one number for all `droppable` encoders, numbers
+                by batch key, such as {"txt": 0.1}, or None for the `ucg_rate` of each encoder.
+                A dropped sample is replaced by the encoder's `legacy_ucg_value`; if that is None,
+                by its `null` (but not if `drop` is None); if that is None, too, its output is
+                zeros. Encoders of one batch key drop the same samples.
             generator: Random generator for `drop`; None = torch's global one.
             legacy: Quirks of sgm (`generative-models`), names in LEGACY_DROPOUT:
                 "independent-dropout" drops each output independently, "mutating-legacy-ucg" lets
                 later encoders of a batch key see the replacement.
         """
-        cond, dropout = Cond(), _Dropout(drop, generator, legacy)
+        cond, dropper = Cond(), _SampleDropper(drop, generator, legacy)
         entries = dict(batch)
         for name, encoder in self.encoders.items():
             key = SECOND_PROMPT if name == "text_2" and SECOND_PROMPT in entries else encoder.key
             if key not in entries:
                 keys = ", ".join(f"`{key}`" for key in entries)
                 raise KeyError(f"encoder `{name}` reads `{key}`, the batch has {keys}")
-            entries[key], samples = dropout.replace(encoder, entries[key])
-            cond = cond.join(dropout.zero(encoder, encoder.condition(samples)), self.join)
+            entries[key], samples = dropper.replace(encoder, entries[key])
+            cond = cond.join(dropper.zero(encoder, encoder.condition(samples)), self.join)
         return cond
 
 
 @dataclass
-class _Dropout:
+class _SampleDropper:
     """Replaces dropped samples before an encoder runs, or zeroes its outputs afterwards."""
 
-    drop: Drop
+    drop_rate: DropRate
     generator: torch.Generator | None
     legacy: Collection[str]
     draws: dict[str, Tensor] = field(default_factory=dict)  # uniform in [0, 1), (B,), by batch key
@@ -373,9 +375,9 @@ class _Dropout:
         rate, null = self._rate(encoder), self._replacement(encoder)
         if not rate or null is None:
             return samples, samples
-        is_dropped = self._draw(encoder.key, len(samples)) < rate
-        pairs = zip(samples, is_dropped, strict=True)
-        replaced = [null if drop else sample for sample, drop in pairs]
+        mask = self._draw(encoder.key, len(samples)) < rate
+        pairs = zip(samples, mask, strict=True)
+        replaced = [null if is_dropped else sample for sample, is_dropped in pairs]
         if "mutating-legacy-ucg" not in self.legacy:
             return samples, replaced
         # As in sgm, the next encoder of the key draws again, and drops from the replaced samples.
@@ -389,7 +391,7 @@ class _Dropout:
             return cond
         if "independent-dropout" not in self.legacy:
             return cond.zero_samples(self._draw(encoder.key, len(cond)) < rate)
-        keep_probability = torch.full((len(cond),), 1 - rate)  # drawn as in sgm
+        keep_probability = torch.full((len(cond),), 1 - rate)  # for torch.bernoulli, as sgm draws
         slots = {
             slot: zero_samples(
                 value, torch.bernoulli(keep_probability, generator=self.generator) == 0
@@ -399,15 +401,15 @@ class _Dropout:
         return Cond(**slots)
 
     def _rate(self, encoder: Encoder) -> float:
-        if self.drop is None:
+        if self.drop_rate is None:
             return encoder.ucg_rate
-        if isinstance(self.drop, Mapping):
-            return self.drop.get(encoder.key, 0.0)
-        return self.drop if encoder.droppable else 0.0
+        if isinstance(self.drop_rate, Mapping):
+            return self.drop_rate.get(encoder.key, 0.0)
+        return self.drop_rate if encoder.droppable else 0.0
 
     def _replacement(self, encoder: Encoder) -> object:
         """Return the replacement of dropped samples; None for zeros."""
-        if self.drop is None or encoder.legacy_ucg_value is not None:
+        if self.drop_rate is None or encoder.legacy_ucg_value is not None:
             return encoder.legacy_ucg_value
         return encoder.null
 

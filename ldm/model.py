@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Batch, Cond, Conditioner, Drop, PrepareOptions
+from ldm.conditioning import Batch, Cond, Conditioner, DropRate, PrepareOptions
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, SIGMA_DATA, Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.text import TextEncoder
@@ -257,7 +257,7 @@ class LatentDiffusion(nn.Module):
     def condition(
         self,
         batch: Batch,
-        drop: Drop = 0.0,
+        drop: DropRate = 0.0,
         generator: torch.Generator | None = None,
         legacy: Collection[str] = (),
     ) -> Cond:

@@ -23,8 +23,9 @@ MAXIMA = (
     ("--max-batch", 4, "maximum batch size"),
     ("--max-queue", 16, "maximum number of waiting jobs"),
 )
-OWN_FLAGS = ("models", "preview")  # arguments in errors that tasks do not have
-SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
+# Arguments in errors whose flags are those of this command, not options of tasks.
+OWN_ARGUMENTS = ("models", "preview")
+MODEL_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -58,15 +59,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add("--preview", action="append", default=[], metavar="FILE", help=text)
     add_options(
-        parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED_OPTIONS
+        parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=MODEL_OPTIONS
     )
     args = parser.parse(argv)
-    return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=_hint)
+    return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, suffix=_hint)
 
 
 def _hint(error: BaseException) -> str:
-    """Name the flag that an error is about."""
-    if isinstance(error, LdmError) and error.argument in OWN_FLAGS:
+    """Return what to append to an error: a flag of this command, or else `hint`."""
+    if isinstance(error, LdmError) and error.argument in OWN_ARGUMENTS:
         return f" (--{error.argument})"
     return hint(error)
 
@@ -79,7 +80,7 @@ def _serve(args: Namespace) -> None:
     from ldm.app.library import Library
     from ldm.app.limits import Limits
 
-    choice = ModelChoice(
+    model_choice = ModelChoice(
         device=args.device,
         precision=args.precision,
         attention=args.attention,
@@ -88,7 +89,7 @@ def _serve(args: Namespace) -> None:
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
     library = Library(args.models, args.embedding, args.lora, args.preview)
-    backend = Backend(library, args.outdir, choice, limits, memory)
+    backend = Backend(library, args.outdir, model_choice, limits, memory)
     from ldm.app.page import Page  # imports gradio, which takes seconds
 
     page = Page(backend, args.max_queue, is_shared=args.listen)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--force", action="store_true", help="replace an existing target")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae", "text_encoder"))
     args = parser.parse(argv)
-    return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, hint=hint)
+    return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, suffix=hint)
 
 
 def _convert(args: Namespace) -> None:

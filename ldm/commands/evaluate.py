@@ -41,19 +41,19 @@ log = logging.getLogger(__name__)
 SCALES = "1.5,2,3,4,5,6,7,8"  # as in the figures of Stable Diffusion 1's and 2's READMEs
 TASK = TASKS["txt2img"]
 # Arguments in errors whose flags are not those of txt2img.
-OWN_FLAGS = ("count", "images", "outdir", "prompts", "reference", "resize", "samplers")
+OWN_ARGUMENTS = ("count", "images", "outdir", "prompts", "reference", "resize", "samplers")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _build_parser(prog)
     args = parser.parse(argv)
-    return run_command(lambda: _evaluate(args), parser.prog, verbose=args.verbose, hint=_hint)
+    return run_command(lambda: _evaluate(args), parser.prog, verbose=args.verbose, suffix=_hint)
 
 
 def _hint(error: BaseException) -> str:
     """Return the flag that an error is about, to append to its message."""
-    if isinstance(error, LdmError) and error.argument in OWN_FLAGS:
+    if isinstance(error, LdmError) and error.argument in OWN_ARGUMENTS:
         return f" (--{error.argument.replace('_', '-')})"
     return hint(error, TASK)
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
     add("--config", type=expanduser, metavar="FILE", help="YAML of both models")
     args = parser.parse(argv)
-    return run_command(lambda: _extract(args), parser.prog, verbose=args.verbose, hint=rank_hint)
+    return run_command(lambda: _extract(args), parser.prog, verbose=args.verbose, suffix=rank_hint)
 
 
 def rank_hint(error: BaseException) -> str:

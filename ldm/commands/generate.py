@@ -23,4 +23,4 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
         run_request(request, Console(request.output.json))
 
     advise = partial(hint, task=task, given=parser.given_flags)
-    return run_command(work, parser.prog, verbose=args.verbose, hint=advise)
+    return run_command(work, parser.prog, verbose=args.verbose, suffix=advise)

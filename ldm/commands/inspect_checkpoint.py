@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     text = "do not run the UNet to find the prediction type (eps or v)"
     add("--no-probe", action="store_true", help=text)
     args = parser.parse(argv)
-    return run_command(lambda: _inspect(args), parser.prog, verbose=args.verbose, hint=hint)
+    return run_command(lambda: _inspect(args), parser.prog, verbose=args.verbose, suffix=hint)
 
 
 def _inspect(args: Namespace) -> int:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--config", metavar="FILE", help="YAML of the models")
     add("--force", action="store_true", help="replace an existing target")
     args = parser.parse(argv)
-    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=hint)
+    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, suffix=hint)
 
 
 def _merge(args: Namespace) -> None:

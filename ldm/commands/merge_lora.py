@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="checkpoint of the model that they are for (default: recognised by the first one)",
     )
     args = parser.parse(argv)
-    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=rank_hint)
+    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, suffix=rank_hint)
 
 
 def _merge(args: Namespace) -> None:

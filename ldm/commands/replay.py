@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     args = parser.parse(argv)
     changes = {name: getattr(args, name) for name in options if getattr(args, name)}
-    return run_command(lambda: _replay(args, changes), parser.prog, verbose=args.verbose, hint=hint)
+    return run_command(
+        lambda: _replay(args, changes), parser.prog, verbose=args.verbose, suffix=hint
+    )
 
 
 def _replay(args: Namespace, changes: dict[str, Any]) -> int:

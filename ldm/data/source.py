@@ -1,7 +1,7 @@
 """An endless, resumable sequence of training batches, the same on any number of ranks.
 
     batch_index    0    1    2    3    4    5   …
-    rank           0    1    0    1    0    1       with 2 ranks; together they read what one would
+    rank           0    1    0    1    0    1       with 2 ranks; one would read all of them
 
 A batch is a pure function of (seed, batch_index, batch_size), so that a run resumes exactly, on
 more or fewer ranks, with no state to save. A broken (unreadable) sample is replaced by another, the
@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.dataset import Sample, SampleDataset, UnreadableSample
 
-__all__ = ["DatasetSource", "Source", "collate", "prefetch", "to_device"]
+__all__ = ["DatasetSource", "Source", "collate", "derive_seed", "prefetch", "to_device"]
 
-MAX_SUBSTITUTES = 100  # per bucket, tried for a broken sample, which is the first of them
+MAX_CANDIDATES = 100  # samples tried per bucket, including the broken one
 
 Batch = dict[str, Any]
 ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, step) -> endless batches
@@ -60,19 +60,19 @@ class Source(ABC):
 
     @abstractmethod
     def batches_per_epoch(self, batch_size: int) -> Fraction | None:
-        """Count the batches in an epoch, exactly; None if the number of samples is unknown."""
+        """Return the number of batches in an epoch, which may end within one; None = unknown."""
 
     @abstractmethod
     def fixed_samples(self, n: int) -> list[Sample]:
         """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
     def counts_by_name(self) -> Counter[str] | None:
-        """Count the samples of an epoch by name; None if they are unknown."""
+        """Return how often each sample name is in an epoch; None if the names are unknown."""
         return None
 
 
 class DatasetSource(Source):
-    """A source of the samples of a data set, each once in every epoch.
+    """A source of the samples of a dataset, each once in every epoch.
 
     The last batch of a bucket (`dataset.bucket_ids`) in an epoch may be smaller.
 
@@ -96,7 +96,7 @@ class DatasetSource(Source):
         bucket_ids = self.images.bucket_ids
         indices: Sequence[int] = range(len(self.images))
         if bucket_ids is not None:
-            indices = _largest_bucket(bucket_ids)
+            indices = _indices_in_largest_bucket(bucket_ids)
         evenly_spaced = (indices[len(indices) * k // n] for k in range(n))
         return [read_or_substitute(self.images, 0, index, []) for index in evenly_spaced]
 
@@ -123,7 +123,7 @@ class DatasetSource(Source):
     ) -> Any:
         """Return the permutation of an epoch, or batches of it; cached for two epochs."""
         if (epoch, batch_size) not in self._orders:
-            seed = self.seed * 1_000_003 + epoch  # a prime; in 64 bits, as seeds are up to 10^12
+            seed = derive_seed(self.seed, epoch)
             order = draw_permutation(len(self.dataset), seed)
             self._orders[epoch, batch_size] = arrange(order, seed) if arrange else order
             self._orders.pop((epoch - 2, batch_size), None)
@@ -133,8 +133,16 @@ class DatasetSource(Source):
         for batch_index in itertools.count(start, step):
             broken: list[str] = []
             indices = self.sample_indices(batch_index, batch_size)
-            batch = collate([read_or_substitute(self.dataset, *each, broken) for each in indices])
+            batch = collate([read_or_substitute(self.dataset, *key, broken) for key in indices])
             yield {**batch, "broken": broken} if broken else batch
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """Return the seed of an epoch or batch, in 64 bits if |seed| is up to 10^12.
+
+    Different seeds never give the same one for indices below 1_000_003.
+    """
+    return seed * 1_000_003 + index
 
 
 def draw_permutation(length: int, seed: int) -> Tensor:
@@ -163,7 +171,7 @@ def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: l
     Args:
         broken: Names of broken samples are appended to it.
     Raises:
-        ValueError: None of the substitutes can be read.
+        ValueError: Neither the sample nor any substitute can be read.
     """
     tries = 0
     for substitute in iter_substitutes(dataset, epoch, index):
@@ -177,37 +185,40 @@ def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: l
 
 
 def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
-    """Yield an index, then substitutes for it, until one of them can be read.
+    """Yield an index, then the indices to try in its place.
 
     These are the following samples, then random ones, as neighbors are often damaged together; all
-    of the same bucket, so that a batch has one size. If the whole bucket is broken, samples of
-    the largest other one follow: the rest of the batch falls back to it, too.
+    of the same bucket, so that a batch has one size. If these are the whole bucket, of at most
+    MAX_CANDIDATES samples, random ones of the largest other bucket follow. The batch still has one
+    size: if none of a bucket can be read, all its samples are replaced from that other bucket.
     """
     bucket_ids = dataset.bucket_ids
-    rng = Random(f"{epoch} {index}")  # Random takes no pair of numbers
+    rng = Random(f"{epoch} {index}")  # Random cannot be seeded with a tuple
     following = itertools.chain(range(index, len(dataset)), range(index))
     same_bucket = (k for k in following if bucket_ids is None or bucket_ids[k] == bucket_ids[index])
-    yield from itertools.islice(same_bucket, MAX_SUBSTITUTES // 2)
+    yield from itertools.islice(same_bucket, MAX_CANDIDATES // 2)
     remaining = list(same_bucket)
-    yield from rng.sample(remaining, min(len(remaining), MAX_SUBSTITUTES // 2))
-    if bucket_ids is not None and len(remaining) <= MAX_SUBSTITUTES // 2:
-        largest = _largest_bucket(bucket_ids, without=bucket_ids[index])
-        yield from rng.sample(largest, min(len(largest), MAX_SUBSTITUTES))
+    yield from rng.sample(remaining, min(len(remaining), MAX_CANDIDATES // 2))
+    if bucket_ids is not None and len(remaining) <= MAX_CANDIDATES // 2:
+        fallbacks = _indices_in_largest_bucket(bucket_ids, excluded=bucket_ids[index])
+        yield from rng.sample(fallbacks, min(len(fallbacks), MAX_CANDIDATES))
 
 
-def _largest_bucket(bucket_ids: Sequence[int], without: int | None = None) -> list[int]:
-    """Return the indices of the largest bucket, the first of several; [] if there is none.
+def _indices_in_largest_bucket(bucket_ids: Sequence[int], excluded: int | None = None) -> list[int]:
+    """Return the sample indices of the largest bucket; [] if no bucket is left.
+
+    Of equally large buckets, it is the one whose first sample comes first.
 
     Args:
-        without: A bucket that does not count; None = all count.
+        excluded: Id of a bucket to leave out; None = none.
     """
-    counts = Counter(bucket for bucket in bucket_ids if bucket != without)
-    largest = max(counts, key=lambda bucket: counts[bucket], default=None)
-    return [index for index, bucket in enumerate(bucket_ids) if bucket == largest]
+    sizes = Counter(bucket_id for bucket_id in bucket_ids if bucket_id != excluded)
+    largest_id = max(sizes, key=lambda bucket_id: sizes[bucket_id], default=None)
+    return [index for index, bucket_id in enumerate(bucket_ids) if bucket_id == largest_id]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack tensors, list other values, and collate nested samples; all have the same keys."""
+    """Stack tensors, list other values, and collate nested samples; all must have the same keys."""
     batch: Batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     for key, values in batch.items():
         if isinstance(values[0], Tensor):
@@ -218,7 +229,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """Return the batch with its tensors on a device."""
+    """Return the batch with its tensors on a device; nested batches stay where they are."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -237,7 +248,7 @@ def prefetch(read: ReadBatches, start: int, step: int, workers: int) -> Iterator
         num_workers=workers,
         collate_fn=_identity,
         worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # else it would draw from the global one
+        generator=torch.Generator(),  # else DataLoader draws its seed from torch's global one
     )
     batches = iter(loader)
     _RUNNING.add(batches)
@@ -265,7 +276,7 @@ def _end_workers() -> None:
 
 
 class _WorkerBatches(IterableDataset[Any]):
-    """Every num_workers-th batch, for one worker: DataLoader asks workers in turn."""
+    """The batches of one worker: every num_workers-th, as DataLoader asks workers in turn."""
 
     def __init__(self, read: ReadBatches, start: int, step: int) -> None:
         self.read, self.start, self.step = read, start, step

@@ -16,6 +16,7 @@ __all__ = [
     "EXCLUSIVE_GUIDANCE",
     "FREEU_PRESETS",
     "FREEU_VERSIONS",
+    "HIGH_SIGMA",
     "LEGACY",
     "SAMPLERS",
     "SCHEDULERS",
@@ -24,7 +25,6 @@ __all__ = [
     "SLD_CONCEPTS",
     "SLD_PRESETS",
     "TILINGS",
-    "WIDE_SIGMA",
     "FreeUFactors",
     "Sampler",
     "Scheduler",
@@ -35,7 +35,7 @@ __all__ = [
 # Sigma above which x is practically pure noise, as with zero terminal SNR and cosine schedules.
 # Some samplers give broken images from there: those that extrapolate over a whole step, or space
 # few levels up to it.
-WIDE_SIGMA = 1000.0
+HIGH_SIGMA = 1000.0
 
 TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
@@ -55,7 +55,7 @@ class Sampler:
         takes_uncond: Whether it takes the unconditional estimate, too.
         scale: Default guidance scale; None: the model's.
         scheduler: Default scheduler; None: the model's.
-        wide_scheduler: Default where the highest level is above WIDE_SIGMA; None: as otherwise.
+        high_sigma_scheduler: Default if the highest sigma is above HIGH_SIGMA; None: as otherwise.
         a1111_scheduler: The scheduler that A1111's "Automatic" stands for.
         adapts_steps: Whether steps depend on the batch: commands and page make images one by one.
         skips_last_level: Whether one more step is planned and the last level before 0 dropped, as
@@ -72,7 +72,7 @@ class Sampler:
     takes_uncond: bool = False
     scale: float | None = None
     scheduler: str | None = None
-    wide_scheduler: str | None = None
+    high_sigma_scheduler: str | None = None
     a1111_scheduler: str = "normal"
     adapts_steps: bool = False
     skips_last_level: bool = False
@@ -100,11 +100,11 @@ class Scheduler:
 
 SAMPLERS = {
     "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0, a1111_scheduler="uniform"),
-    "plms": Sampler("plms", "PLMS", wide_scheduler="uniform", a1111_scheduler="uniform"),
+    "plms": Sampler("plms", "PLMS", high_sigma_scheduler="uniform", a1111_scheduler="uniform"),
     "dpm": Sampler("dpmpp_2m", "DPM++ 2M (original dpm)", scheduler="time_uniform"),
     "euler": Sampler("euler", "Euler", takes_churn=True),
     "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True, eta=1.0),
-    "heun": Sampler("heun", "Heun", takes_churn=True, wide_scheduler="uniform"),
+    "heun": Sampler("heun", "Heun", takes_churn=True, high_sigma_scheduler="uniform"),
     "dpmpp_2s_a": Sampler(
         "dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0, a1111_scheduler="karras"
     ),
@@ -134,7 +134,7 @@ SAMPLERS = {
         "DPM2 a",
         takes_noise=True,
         eta=1.0,
-        wide_scheduler="uniform",
+        high_sigma_scheduler="uniform",
         a1111_scheduler="karras",
         skips_last_level=True,
     ),
@@ -160,7 +160,7 @@ SAMPLERS = {
         "Restart",
         takes_noise=True,
         scheduler="karras",
-        wide_scheduler="edm",
+        high_sigma_scheduler="edm",
         a1111_scheduler="karras",
     ),
     "dpm_fast": Sampler(
@@ -169,7 +169,7 @@ SAMPLERS = {
         takes_noise=True,
         eta=1.0,
         scheduler="normal",
-        wide_scheduler="edm",
+        high_sigma_scheduler="edm",
     ),
     "dpm_adaptive": Sampler(
         "dpm_adaptive",
@@ -177,7 +177,7 @@ SAMPLERS = {
         takes_noise=True,
         eta=1.0,
         scheduler="normal",
-        wide_scheduler="edm",
+        high_sigma_scheduler="edm",
         adapts_steps=True,
     ),
     "ddpm": Sampler("euler_ancestral", "DDPM", takes_noise=True, eta=1.0),

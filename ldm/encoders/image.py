@@ -144,7 +144,7 @@ class CLIPImage(CLIPVision, Encoder):
 
     slot: Slot = "crossattn"
     droppable = True
-    generation = 1
+    sd_version = 1
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device", "jit", "ucg_rate"})
 
     def __init__(

@@ -366,7 +366,7 @@ class OpenCLIPText(TextEncoder):
         legacy: Whether the final norm follows `layer`, as in Stable Diffusion 2.
     """
 
-    generation = 2
+    sd_version = 2
     tokenizer_variant = tokenizer.OPEN_CLIP
     LAYERS = ("last", "penultimate")
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
@@ -406,7 +406,7 @@ class OpenCLIPText(TextEncoder):
         return len(self.model.blocks) - (1 if self.layer == "penultimate" else 0)
 
     @property
-    def unused(self) -> tuple[str, ...]:
+    def unused_weights(self) -> tuple[str, ...]:
         if self.always_return_pooled:
             return ("model.logit_scale",)
         indices = range(self.num_blocks, len(self.model.blocks))
@@ -451,7 +451,7 @@ class CLIPText(TextEncoder):
         always_return_mask: Whether to return a mask of the tokens up to the first end token.
     """
 
-    generation = 1
+    sd_version = 1
     tokenizer_variant = tokenizer.CLIP
     LAYERS = ("last", "pooled", "hidden")
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})

@@ -160,7 +160,7 @@ def _high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     starts_from_noise = request.get_values().get("strength", 1.0) == 1.0
-    if not starts_from_noise or SAMPLERS[sampling.sampler].wide_scheduler is None:
+    if not starts_from_noise or SAMPLERS[sampling.sampler].high_sigma_scheduler is None:
         return None
     options: SamplingOptions = {
         "steps": sampling.steps, "sampler": sampling.sampler, "scheduler": sampling.scheduler,

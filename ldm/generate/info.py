@@ -257,7 +257,7 @@ def watermark_payload(model: LatentDiffusion) -> str:
     if is_sdxl(model):
         return "SDXL"
     text = model.conditioner.text
-    return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
+    return "StableDiffusionV1" if text is not None and text.sd_version == 1 else "SDV2"
 
 
 def _as_list(value: str | Sequence[str] | None) -> list[str]:

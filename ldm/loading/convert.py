@@ -313,7 +313,7 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     if ema:
         weights.use_ema(expected)
     else:
-        weights.check_has_unet(expected)
+        weights.check_not_ema_only(expected)
     names_of_weights = set(dict(pair_names(file.state)).values())
     others = {name: v for name, v in file.state.items() if name not in names_of_weights}
     state = translate_names(model, weights.state, file.path)

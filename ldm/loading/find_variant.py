@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def find_variant(weights: Weights) -> DetectedVariant | None:
     """Return the variant that weights alone show; None for ordinary models."""
-    return detect_variant(weights.path, weights.markers, weights.state)
+    return detect_variant(weights.path, weights.metadata, weights.state)
 
 
 def find_variant_early(

@@ -51,7 +51,7 @@ from ldm.loading.tiny_autoencoder import build_tiny_autoencoder, read_tiny_autoe
 from ldm.loading.variants import NO_VARIANT, VARIANTS, set_variant
 from ldm.loading.weight_names import restore_names
 from ldm.loading.weights import (
-    TRANSPOSED,
+    TRANSPOSED_WARNING,
     Weights,
     has_transposed_projection,
     identify_weights,
@@ -169,7 +169,7 @@ def load(
     provenance = {
         "config": config_path, "ema": ema, "skipped": skipped, **_describe_origin(raw, weights)
     }  # fmt: skip
-    model.upcast_autoencoder &= not is_finite_in_half(weights.source)
+    model.upcast_autoencoder &= not is_finite_in_half(weights.checkpoint)
     with errors_about("vae"):
         tiny = None if vae is None else read_tiny_autoencoder(vae)
         if tiny is not None:
@@ -196,12 +196,12 @@ def load(
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     _check_prediction(model, weights, is_config_given=config is not None)
     if detected_variant is not None:
-        is_folder = weights.source.format == "diffusers"
+        is_folder = weights.checkpoint.format == "diffusers"
         set_variant(model, detected_variant, has_scheduler=is_folder and is_sdxl(model))
     elif variant == NO_VARIANT:
         model.provenance["variant"] = None
     add_loras(model, adapters)
-    add_embeddings(model, weights.source.added_tokens, weights.path)
+    add_embeddings(model, weights.checkpoint.added_tokens, weights.path)
     load_embeddings(model, embeddings)
     if offload:
         model.offload(torch.device(device))
@@ -270,7 +270,7 @@ def _select_ema(model: nn.Module, weights: Weights, ema: bool) -> None:
     if ema:
         weights.use_ema(model.state_dict())
     else:
-        weights.check_has_unet(model.state_dict())
+        weights.check_not_ema_only(model.state_dict())
 
 
 def _choose_autoencoder_dtype(
@@ -299,8 +299,8 @@ def _fill(
     """
     state = match_weights(model, weights.state, weights.path, summary)
     if has_transposed_projection(state):
-        warnings.warn(f"`{weights.path}`: {TRANSPOSED}", stacklevel=3)
-    for source in (weights.state, weights.source.state, weights.source.ema_state):
+        warnings.warn(f"`{weights.path}`: {TRANSPOSED_WARNING}", stacklevel=3)
+    for source in (weights.state, weights.checkpoint.state, weights.checkpoint.ema_state):
         source.clear()  # so that memory is freed while `state` is emptied
     fill_weights(
         model,
@@ -316,7 +316,7 @@ def _log_ignored(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[st
     """Log which keys of a config, and which weights, are not used."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
-    if weights.source.has_ema and not ema:
+    if weights.checkpoint.has_ema and not ema:
         # The original samples with them where the config says `use_ema` and they exist.
         params = raw.get("model", raw).get("params") or {}
         verb = "asks" if params.get("use_ema", True) else "does not ask"
@@ -329,8 +329,8 @@ def _describe_origin(raw: JsonMapping, weights: Weights) -> JsonObject:
     return {
         "config_hash": digest.hexdigest()[:10],
         "checkpoint": str(weights.path),
-        "step": weights.source.step,
-        "pipeline": weights.source.metadata.get(PIPELINE_KEY),
+        "step": weights.checkpoint.step,
+        "pipeline": weights.checkpoint.metadata.get(PIPELINE_KEY),
     }
 
 

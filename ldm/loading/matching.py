@@ -262,7 +262,7 @@ def _make_unused_weights(
         dtype = next((v.dtype for name, v in state.items() if name.startswith(prefix)), None)
         if not isinstance(encoder, OpenCLIPText) or dtype is None:
             continue  # the whole encoder is missing, which is an error
-        unused = tuple(prefix + name for name in encoder.unused)
+        unused = tuple(prefix + name for name in encoder.unused_weights)
         missing |= {
             name: torch.zeros(value.shape, dtype=dtype)
             for name, value in model.state_dict().items()

@@ -32,11 +32,11 @@ def choose_config(weights: Weights) -> str:
     Raises:
         MissingArgument: The family is unknown or not supported.
     """
-    if CONFIG_KEY in weights.markers:
+    if CONFIG_KEY in weights.metadata:
         return CONFIG_KEY
     family = weights.family
     if family is None or not family.config:
-        if family is None and (file_type := guess_file_type(weights.source.state)):
+        if family is None and (file_type := guess_file_type(weights.checkpoint.state)):
             raise MissingArgument(f"`{weights.path}` is {file_type}")
         looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {looks}\nhint: pass its config"
@@ -63,10 +63,10 @@ def read_config(
     if (unet_params := find_unet_params(path, weights.state)) is not None:
         return path, build_upscaler_config(unet_params, overrides)
     if path == CONFIG_KEY:
-        raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=path)
+        raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=path)
     else:
         raw = read_yaml(path, overrides)
-        if "ztsnr" in weights.markers and weights.prediction.kind != "eps":
+        if "ztsnr" in weights.metadata and weights.prediction.kind != "eps":
             raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
     spec = raw.get("model", raw)
     if _is_panorama(weights):
@@ -129,7 +129,7 @@ def is_in_doubt(weights: Weights) -> bool:
 def _is_panorama(weights: Weights) -> bool:
     """Return whether the weights are LDM3D for panoramas, by the name of their file or folder."""
     is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
-    names = (*weights.path.parts, weights.markers.get("ldm.source", ""))
+    names = (*weights.path.parts, weights.metadata.get("ldm.source", ""))
     return is_ldm3d and any(PANORAMA.search(name.lower()) for name in names)
 
 

@@ -21,7 +21,7 @@ from ldm.loading.published import find_checkpoint, identify_hash, read_published
 from ldm.loading.replace_parts import UPSCALER_PARTS
 from ldm.loading.weight_names import has_engine_names, has_prefix, to_original_name
 from ldm.loading.weights import (
-    TRANSPOSED,
+    TRANSPOSED_WARNING,
     Weights,
     has_transposed_projection,
     identify_weights,
@@ -205,12 +205,12 @@ def inspect_checkpoint(
         report,
         prediction=weights.prediction,
         parts=list(_list_parts(weights.state)),
-        has_ema=weights.source.has_ema,
-        step=weights.source.step,
-        extras=list(weights.source.extras),
+        has_ema=weights.checkpoint.has_ema,
+        step=weights.checkpoint.step,
+        extras=list(weights.checkpoint.extras),
         variant=_describe_variant(weights),
-        note=TRANSPOSED if has_transposed_projection(weights.state) else "",
-        metadata=weights.source.metadata,
+        note=TRANSPOSED_WARNING if has_transposed_projection(weights.state) else "",
+        metadata=weights.checkpoint.metadata,
     )
     return _compare(report, weights, config)
 

@@ -1,8 +1,10 @@
 """Read weights from a file, a diffusers folder or a run folder, and identify their family.
 
-path -> Checkpoint    names as in the file, of diffusers folders the original's; for folders, the
-                      config is added to the metadata
+path -> Checkpoint    names as in the file, or the original ones for a diffusers folder; a folder's
+                      config is added to its metadata
      -> Weights       our names, with family, metadata and prediction type
+
+The original is the `ldm` of CompVis and Stability AI.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,42 +29,44 @@ from ldm.runtime.errors import MissingArgument, MissingFile
 from ldm.runtime.files import read_text
 
 __all__ = [
-    "TRANSPOSED", "Weights", "has_transposed_projection", "identify_weights", "open_checkpoint",
+    "TRANSPOSED_WARNING", "Weights", "has_transposed_projection", "identify_weights",
+    "open_checkpoint",
 ]  # fmt: skip
 
-# Weights and config in the folder of a training run of ours or of the original, see `_find_newest`.
+# Weights and config in a run folder, of our training or the original; see `_find_newest`.
 RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
-TRANSPOSED = (
-    "text_projection of the second text encoder looks transposed, as in files copied unconverted "
-    "from a diffusers folder; it is used as it is, and images follow the prompt less well"
+TRANSPOSED_WARNING = (
+    "text_projection of the second text encoder looks transposed, as in files converted from a "
+    "diffusers folder without transposing it; it is used as it is, and images follow the prompt "
+    "less well"
 )
 PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
-# Entry [0, 1] of the projection in SDXL base if it is transposed; it is 0.0218 otherwise. The
+# Value of entry [0, 1] in a transposed projection of SDXL base (0.0218 if not transposed). The
 # tolerance is for fine-tunes.
 TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint under our names, its family and metadata.
+    """The weights of a checkpoint by our names, its family and metadata.
 
     Args:
-        source: The checkpoint, with names as in the file.
+        checkpoint: The checkpoint, with names as in the file.
         state: Weights by our names.
         buffers: Tensors that are not weights, by the original's names: noise schedule, scale factor
             (if training measured it), statistics of embeddings or latents.
-        markers: Metadata, and names of marker tensors (`v_pred`) as keys with an empty text.
+        metadata: Metadata of the file; each marker tensor (`v_pred`) adds an entry with value "".
         family: None = unknown.
         prediction: Prediction type.
         mapped: Whether all tensors are memory-mapped.
     """
 
-    source: Checkpoint
+    checkpoint: Checkpoint
     state: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    markers: dict[str, str]
+    metadata: dict[str, str]
     family: Family | None
     prediction: Prediction
     mapped: bool
@@ -70,30 +74,41 @@ class Weights:
     @property
     def path(self) -> Path:
         """The file or folder."""
-        return self.source.path
+        return self.checkpoint.path
 
     def use_ema(self, names: Iterable[str]) -> None:
-        """Replace weights by their EMA, or add them; `names` are the model's."""
-        all_names = (*names, *self.state)
-        sgm_names = has_engine_names(all_names)
-        originals = {to_original_name(name, engine=sgm_names): name for name in all_names}
-        use_ema_weights(self.state, self.source.ema_state, originals, self.path)
-        step = self.source.step
-        name = find_model_name(self.path)
-        self.prediction = detect_prediction(self.family, self.state, step, self.markers, name)
+        """Replace weights by their EMA weights, and add those that have only EMA weights.
 
-    def check_has_unet(self, names: Iterable[str]) -> None:
-        """Raise MissingArgument if the UNet has EMA weights only; `names` are the model's."""
-        has_raw = any(name.startswith("unet.") for name in self.state)
-        if self.source.has_ema and not has_raw and any(name.startswith("unet.") for name in names):
+        Args:
+            names: Names of the model's weights.
+        """
+        all_names = (*names, *self.state)
+        engine = has_engine_names(all_names)
+        names_by_original = {to_original_name(name, engine=engine): name for name in all_names}
+        use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
+        step = self.checkpoint.step
+        model_name = find_model_name(self.path)
+        self.prediction = detect_prediction(
+            self.family, self.state, step, self.metadata, model_name
+        )
+
+    def check_not_ema_only(self, names: Iterable[str]) -> None:
+        """Raise MissingArgument if the file has only EMA weights for the model's UNet.
+
+        Args:
+            names: Names of the model's weights.
+        """
+        needs_unet = any(name.startswith("unet.") for name in names)
+        has_unet = any(name.startswith("unet.") for name in self.state)
+        if needs_unet and not has_unet and self.checkpoint.has_ema:
             message = f"`{self.path}` holds only EMA weights of the UNet"
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
 
 def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """Open weights, names as in the file; names of diffusers folders become the original's.
+    """Open a checkpoint; names are those of the file, or the original ones for a diffusers folder.
 
-    For folders, their config is added to the metadata.
+    A folder's config is added to the metadata, unless its file has one.
 
     Args:
         path: A .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
@@ -110,36 +125,39 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
         return read_checkpoint(local_path)
     if is_diffusers_folder(local_path):
         return read_folder(local_path, variant)
-    weights, config = _find_newest(local_path, RUN_WEIGHTS), _find_newest(local_path, RUN_CONFIGS)
-    if weights is None:
+    weights_path = _find_newest(local_path, RUN_WEIGHTS)
+    config_path = _find_newest(local_path, RUN_CONFIGS)
+    if weights_path is None:
         raise MissingFile(
             f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
             "training run (`checkpoints/last.ckpt`)"
         )
-    file = read_checkpoint(weights)
-    if config is None or CONFIG_KEY in file.metadata:
-        return file
-    return replace(file, metadata=file.metadata | {CONFIG_KEY: read_text(config)})
+    checkpoint = read_checkpoint(weights_path)
+    if config_path is None or CONFIG_KEY in checkpoint.metadata:
+        return checkpoint
+    metadata = checkpoint.metadata | {CONFIG_KEY: read_text(config_path)}
+    return replace(checkpoint, metadata=metadata)
 
 
-def identify_weights(source: Checkpoint) -> Weights:
-    """Return the weights under our names, with their family and prediction type."""
-    state, buffers = rename_weights(source.state), select_buffers(source.state)
-    markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
-    family = recognize_family(state, source.ema_state, markers)
-    name = find_model_name(source.path)
-    prediction = detect_prediction(family, state, source.step, markers, name)
-    return Weights(source, state, buffers, markers, family, prediction, source.mapped)
+def identify_weights(checkpoint: Checkpoint) -> Weights:
+    """Return the weights by our names, with their family and prediction type."""
+    state, buffers = rename_weights(checkpoint.state), select_buffers(checkpoint.state)
+    metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state}
+    family = recognize_family(state, checkpoint.ema_state, metadata)
+    model_name = find_model_name(checkpoint.path)
+    prediction = detect_prediction(family, state, checkpoint.step, metadata, model_name)
+    return Weights(checkpoint, state, buffers, metadata, family, prediction, checkpoint.mapped)
 
 
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
     """Return whether the projection of SDXL's second text encoder is transposed by mistake.
 
-    This happens in files that other tools convert from diffusers folders. It is recognised by a
-    number that nearly all fine-tunes leave unchanged.
+    Other tools make such files from a diffusers folder if they rename its weights and do not
+    transpose the projection. It is recognized by an entry whose value nearly all fine-tunes keep to
+    within ENTRY_TOLERANCE.
 
     Args:
-        state: Weights of a file in the original's layout, under our names.
+        state: Weights of a file in the original's layout, by our names.
     """
     projection = next((state[name] for name in PROJECTIONS if name in state), None)
     if projection is None or tuple(projection.shape) != (1280, 1280):
@@ -148,7 +166,7 @@ def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
 
 
 def _find_newest(folder: Path, patterns: Iterable[str]) -> Path | None:
-    """Return the newest file of the first pattern that matches any."""
+    """Return the newest file of the first pattern that matches a file; None if none does."""
     for pattern in patterns:
         if files := list(folder.glob(pattern)):
             return max(files, key=lambda file: file.stat().st_mtime)

@@ -21,8 +21,8 @@ def find_factors(
         ArgumentError: An unknown preset, or factors out of range.
     """
     text = model.conditioner.text
-    generation = 1 if text is None else text.generation or 1
-    return FreeUFactors.parse(value, "sdxl" if is_sdxl(model) else f"sd{generation}")
+    sd_version = 1 if text is None else text.sd_version or 1
+    return FreeUFactors.parse(value, "sdxl" if is_sdxl(model) else f"sd{sd_version}")
 
 
 def make_freeu(

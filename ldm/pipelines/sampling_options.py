@@ -1,4 +1,4 @@
-"""Keywords of sampling: noise levels that they mean, their defaults, checks and warnings."""
+"""Keyword arguments of sampling: their defaults and checks, and the sigmas they select."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Scale
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS, WIDE_SIGMA, FreeUFactors
+from ldm.diffusion.names import HIGH_SIGMA, SAMPLERS, SCHEDULERS, FreeUFactors
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import Defaults, LatentDiffusion
@@ -27,11 +27,11 @@ __all__ = [
     "get_sigmas",
 ]
 
-Callback = Callable[[int, int, Tensor, Tensor], None]
+Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, steps, x, denoised)
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keywords of `sample` that every task takes; see there."""
+    """Keyword arguments of `sample` that all tasks accept; see there."""
 
     steps: int | None
     sampler: str | None
@@ -57,18 +57,19 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
-    """Return the noise levels (n + 1,) of a run, float64: `sigmas`, else those of the scheduler.
+    """Return the sigmas (steps + 1,) of a run, float64: `sigmas`, else those of the scheduler.
 
-    The scheduler may be replaced for SDXL, and a sampler may skip a level, see
+    The scheduler may be replaced for SDXL, and a sampler may skip a sigma, see
     `ldm.diffusion.names`.
 
     Raises:
-        ArgumentError: Steps, rho or sigmas are out of range, or exclude each other.
+        ArgumentError: Steps, rho or sigmas are out of range, or sigmas are given and steps differ,
+            or a scheduler or rho is given, too.
     """
     sampler = options.get("sampler") or model.defaults.sampler
     steps, rho = options.get("steps"), options.get("rho")
-    if (levels := options.get("sigmas")) is not None:
-        sigmas = torch.as_tensor(levels, dtype=torch.float64)
+    if (given_sigmas := options.get("sigmas")) is not None:
+        sigmas = torch.as_tensor(given_sigmas, dtype=torch.float64)
         check_sigmas(sigmas.tolist())
         for name in ("scheduler", "rho"):
             if options.get(name) is not None:
@@ -76,7 +77,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
         if steps not in (None, len(sigmas) - 1):
             raise ArgumentError(f"sigmas have {len(sigmas) - 1} steps, not {steps}", "steps")
         highest = float(model.schedule.sigmas[-1])
-        if sigmas[0] > 1.001 * highest:  # users pass rounded levels
+        if sigmas[0] > 1.001 * highest:  # tolerance for rounded sigmas
             message = f"the model has noise levels up to {highest:g}, not {float(sigmas[0]):g}"
             raise ArgumentError(message, "sigmas")
         return sigmas
@@ -93,31 +94,38 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
 
 
 def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
-    """Return the sampler's own scheduler, else the model's, else "uniform".
+    """Return the scheduler for a sampler, the first of these that is set.
 
-    With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
-    (arXiv:2305.08891, §3.3), except for samplers that cannot begin there.
+    1. The sampler's `high_sigma_scheduler`, if the model's sigmas exceed HIGH_SIGMA.
+    2. The sampler's `scheduler`.
+    3. The model's.
+    4. "trailing" for zero terminal SNR, as sampling must begin at the last timestep
+       (arXiv:2305.08891, §3.3), else "uniform".
+
+    Args:
+        sampler: A name in SAMPLERS.
     """
-    traits = SAMPLERS[sampler]
-    if traits.wide_scheduler and model.schedule.sigmas[-1] > WIDE_SIGMA:
-        return traits.wide_scheduler
-    preferred = traits.scheduler or model.defaults.scheduler
-    return preferred or ("trailing" if model.schedule.zero_snr else "uniform")
+    defaults = SAMPLERS[sampler]
+    if defaults.high_sigma_scheduler and model.schedule.sigmas[-1] > HIGH_SIGMA:
+        return defaults.high_sigma_scheduler
+    scheduler = defaults.scheduler or model.defaults.scheduler
+    return scheduler or ("trailing" if model.schedule.zero_snr else "uniform")
 
 
 def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str | None:
-    """Return, in one line, why a sampler cannot begin at a level; None if it can.
+    """Return a warning if a sampler makes broken images from its first sigma, else None.
 
     Args:
-        scheduler: The requested scheduler; None = the noise levels were given as `sigmas`.
+        scheduler: The requested scheduler; None = `sigmas` were given.
+        sigma: The first sigma.
     """
-    remedy = SAMPLERS[sampler].wide_scheduler
-    if remedy in (None, scheduler) or sigma <= WIDE_SIGMA:
+    alternative = SAMPLERS[sampler].high_sigma_scheduler
+    if alternative in (None, scheduler) or sigma <= HIGH_SIGMA:
         return None
-    choice = "sigmas" if scheduler is None else f"scheduler `{scheduler}`"
+    origin = "sigmas" if scheduler is None else f"scheduler `{scheduler}`"
     return (
-        f"sampler `{sampler}` makes broken images from noise levels above {WIDE_SIGMA:g}, and "
-        f"{choice} begins at {sigma:.4g}: take scheduler `{remedy}`"
+        f"sampler `{sampler}` makes broken images from noise levels above {HIGH_SIGMA:g}, and "
+        f"{origin} begins at {sigma:.4g}: take scheduler `{alternative}`"
     )
 
 
@@ -137,16 +145,16 @@ def explain_excess(
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.
 
     Args:
-        defaults: Of the model, or of a LoRA that makes it one.
+        defaults: Defaults of the few-step model, or of the LoRA that makes a model few-step.
         name: The file of the model or LoRA, for the message.
         steps: None = unknown, not checked.
-        scale: Guidance scale; None, or a function of sigma, is not checked.
+        scale: Guidance scale; not checked if None or a function of sigma.
     """
-    max_steps, limit = defaults.max_steps, defaults.max_scale
+    max_steps, max_scale = defaults.max_steps, defaults.max_scale
     excess = []
     if max_steps is not None and steps is not None and steps > max_steps:
         excess.append(f"{steps} steps")
-    if limit is not None and isinstance(scale, int | float) and scale > limit:
+    if max_scale is not None and isinstance(scale, int | float) and scale > max_scale:
         excess.append(f"guidance scale {scale:g}")
     if not excess:
         return None
@@ -178,16 +186,17 @@ def check_sampling(
 def get_latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
-    """Return the (h, w) of latents: for a size (H, W) in pixels, else of `like`, else the model's.
+    """Return the (h, w) of latents: of `size` (H, W) in pixels, else of `like`, else the model's.
 
     Raises:
-        ArgumentError: The size is not a multiple of the downscaling factor.
+        ArgumentError: The size is not a positive multiple of the downscaling factor.
     """
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
-    f = model.downscale
-    if any(pixels <= 0 or pixels % f for pixels in size):
+    downscale_factor = model.downscale
+    if any(pixels <= 0 or pixels % downscale_factor for pixels in size):
         raise ArgumentError(
-            f"height and width must be multiples of {f}, got {size[0]} x {size[1]}", "size"
+            f"height and width must be multiples of {downscale_factor}, got {size[0]} x {size[1]}",
+            "size",
         )
-    return size[0] // f, size[1] // f
+    return size[0] // downscale_factor, size[1] // downscale_factor

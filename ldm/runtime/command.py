@@ -1,4 +1,4 @@
-"""Run a program: parse its flags, configure logging, and print errors in one line."""
+"""Run a command: parse its flags, configure logging, and print errors without a traceback."""
 
 import argparse
 import logging
@@ -21,11 +21,11 @@ INFO_LOGGERS = (
     "ldm.loading.published",
 )  # fmt: skip
 
-PATHS = ("FILE", "DIR")  # metavars
+PATH_METAVARS = ("FILE", "DIR")
 
 
 class CommandParser(ArgumentParser):
-    """A parser with `--verbose`, whose flags may be abbreviated, and written with `_` or `-`.
+    """A parser with `--verbose`; accepts abbreviated flags, and `_` for `-` in them.
 
     Args:
         original: Flags of the original scripts; abbreviations of these are preferred to those of
@@ -34,7 +34,7 @@ class CommandParser(ArgumentParser):
 
     Attributes:
         actions_by_flag: Argparse's action of each flag.
-        given_flags: Flags (and other arguments) that `parse` got last, spelled as declared.
+        given_flags: The flags in the arguments that `parse` got last, spelled as declared.
     """
 
     def __init__(
@@ -55,18 +55,20 @@ class CommandParser(ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(*names: str, **settings: Any) -> Action:
-            return self._register(group.add_argument(*names, **_with_path_type(settings)))
+            return self._remember_flags(group.add_argument(*names, **_with_path_type(settings)))
 
         return add
 
     def add_argument(self, *names: Any, **settings: Any) -> Action:
-        """Add a flag as argparse does; `parse` then completes and suggests it.
+        """Add a flag as argparse does.
+
+        `parse` accepts abbreviations of it, and suggests it for a misspelt flag.
 
         The metavar FILE or DIR makes it a path, in which `~` is the home folder.
         """
-        return self._register(super().add_argument(*names, **_with_path_type(settings)))
+        return self._remember_flags(super().add_argument(*names, **_with_path_type(settings)))
 
-    def _register(self, action: Action) -> Action:
+    def _remember_flags(self, action: Action) -> Action:
         self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
         return action
 
@@ -77,10 +79,11 @@ class CommandParser(ArgumentParser):
             argv: Arguments; None = those of this process.
         """
         arguments = list(sys.argv[1:] if argv is None else argv)
-        end = arguments.index("--") if "--" in arguments else len(arguments)
-        completed = [self._complete(argument) for argument in arguments[:end]]
-        self.given_flags = frozenset(argument.partition("=")[0] for argument in completed)
-        args, unparsed = self.parse_known_args(completed + arguments[end:])
+        flags_end = arguments.index("--") if "--" in arguments else len(arguments)
+        completed = [self._complete(argument) for argument in arguments[:flags_end]]
+        names = {argument.partition("=")[0] for argument in completed}
+        self.given_flags = frozenset(names & self.actions_by_flag.keys())
+        args, unparsed = self.parse_known_args(completed + arguments[flags_end:])
         overrides = [
             argument for argument in unparsed if "=" in argument and not argument.startswith("-")
         ]
@@ -96,11 +99,13 @@ class CommandParser(ArgumentParser):
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
             return argument
-        key = name.replace("-", "_")
+        normalized = name.replace("-", "_")
         matches: list[str] = []
         for flags in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
-            exact = [flag for flag in flags if flag.replace("-", "_") == key]
-            matches = exact or [flag for flag in flags if flag.replace("-", "_").startswith(key)]
+            exact = [flag for flag in flags if flag.replace("-", "_") == normalized]
+            matches = exact or [
+                flag for flag in flags if flag.replace("-", "_").startswith(normalized)
+            ]
             # Several spellings of one action are one match.
             if len({id(self.actions_by_flag[flag]) for flag in matches}) == 1:
                 return matches[0] + equals + value
@@ -110,28 +115,29 @@ class CommandParser(ArgumentParser):
 
     def _refuse(self, argument: str) -> NoReturn:
         nearest = nearest_name(argument.partition("=")[0], self.actions_by_flag)
-        hint = f", did you mean `{nearest}`?" if nearest else ""
-        self.error(f"unknown argument `{argument}`{hint}")
+        suggestion = f", did you mean `{nearest}`?" if nearest else ""
+        self.error(f"unknown argument `{argument}`{suggestion}")
 
 
 def _with_path_type(settings: dict[str, Any]) -> dict[str, Any]:
-    return {"type": os.path.expanduser} | settings if settings.get("metavar") in PATHS else settings
+    is_path = settings.get("metavar") in PATH_METAVARS
+    return {"type": os.path.expanduser} | settings if is_path else settings
 
 
 def run_command(
-    work: Callable[[], int | None],
+    main: Callable[[], int | None],
     prog: str,
     *,
     verbose: bool = False,
-    hint: Callable[[BaseException], str] = lambda error: "",
+    suffix: Callable[[BaseException], str] = lambda error: "",
 ) -> int:
-    """Run the main function of a program; print any error as one line on stderr.
+    """Run the main function of a command; print any error on stderr, without a traceback.
 
     Args:
-        work: The main function; returns the exit status, None for 0.
-        prog: Name of the program, printed before errors.
+        main: The main function; returns the exit status, None for 0.
+        prog: Name of the command, printed before errors.
         verbose: Whether to log more, and show the traceback of an error.
-        hint: Returns a text to append to the message of an error.
+        suffix: Returns what to append to the message of an error, such as " (--steps)".
 
     Returns:
         The exit status: 1 after an error, 130 after Ctrl+C.
@@ -142,12 +148,12 @@ def run_command(
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return work() or 0
+            return main() or 0
         except KeyboardInterrupt:
             log.error("interrupted; finished files are kept")
             return 130
-        except Exception as error:  # top level: any error becomes one line
-            text = explain(error) + hint(error)
+        except Exception as error:  # top level: users see the message of any error
+            text = explain(error) + suffix(error)
             if not verbose and text.startswith(f"{type(error).__name__}:"):
                 text += " (--verbose shows where)"
             log.error("%s: error: %s", prog, text, exc_info=verbose)
@@ -158,9 +164,9 @@ def _configure_logging(verbose: bool) -> None:
     """Send the log of this package to stderr, as stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    root = logging.getLogger("ldm")
-    root.handlers = [handler]
-    root.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    package_logger = logging.getLogger("ldm")
+    package_logger.handlers = [handler]
+    package_logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
     for name in INFO_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 

@@ -159,7 +159,7 @@ def test_gradient_reaches_all_parameters_but_the_unused(build, options):
     tensors = encoder.condition(PROMPTS).tensors().values()
     sum(tensor.square().mean() for tensor in tensors).backward()
     for name, parameter in encoder.named_parameters():
-        assert (parameter.grad is None) == name.startswith(encoder.unused)
+        assert (parameter.grad is None) == name.startswith(encoder.unused_weights)
     assert not any(parameter.requires_grad for parameter in build(**options).parameters())
 
 

@@ -78,7 +78,9 @@ def _list_unet_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[Ta
 def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
     for prefix, text in _list_text_encoders(model):
         component = get_text_component(text)
-        names = [name for name in _list_layers(text, types) if not name.startswith(text.unused)]
+        names = [
+            name for name in _list_layers(text, types) if not name.startswith(text.unused_weights)
+        ]
         for original, diffusers in rename_text_layers(names).items():
             layer = text.get_submodule(original)
             is_fused = isinstance(layer, FusedAttention)

@@ -229,7 +229,7 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
     unused = tuple(
         f"conditioner.{encoder_name}.{name}"
         for encoder_name, encoder in encoders.items()
-        for name in encoder.unused
+        for name in encoder.unused_weights
     )
     names = [name for name in names if not name.startswith(unused)]
     components = {}

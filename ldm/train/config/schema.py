@@ -172,7 +172,7 @@ class Trainer(Section):
     shard_size: Count | None = None  # ranks that share one copy of the weights; hsdp needs it
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
     seed: Annotated[int, Field(ge=-(10**12), le=10**12), TO_INTEGER] = (
-        23  # seed * 1_000_003 + epoch fits 64 bits
+        23  # within these bounds `ldm.data.source.derive_seed` fits 64 bits
     )
     benchmark: Bool = False  # of cuDNN's algorithms
     compile: Bool = False  # the UNet, by torch.compile

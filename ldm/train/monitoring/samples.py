@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.conditioning import Drop
+from ldm.conditioning import DropRate
 from ldm.data.dataset import Sample
 from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS
@@ -122,7 +122,7 @@ def _shows_images(run: Run, model: LatentDiffusion) -> bool:
     return run.timesteps is not None or bool(model.conditioner.keys - TEXT_AND_NUMBERS)
 
 
-def _unconditional_dropout(run: Run, model: LatentDiffusion) -> Drop:
+def _unconditional_dropout(run: Run, model: LatentDiffusion) -> DropRate:
     """Return the probabilities of dropping conditions that make the unconditional ones."""
     objective: JsonMapping = {**run.settings.objective}
     if ZERO_SIZES in objective.get("legacy", ()):
