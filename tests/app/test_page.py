@@ -262,7 +262,7 @@ def test_form_gallery_and_run_outlive_a_reload(app, page):
     assert "stopping after this step" in [message for message, _ in list_statuses(page)]
     wait_for_value(page, "#about textarea", "Seed: 11")
     assert read_info(find_newest(app))["unfinished"] >= 1
-    assert page.locator("#gallery .thumbnail-small").count() >= 3
+    page.locator("#gallery .thumbnail-small").nth(2).wait_for()
 
 
 @pytest.mark.slow

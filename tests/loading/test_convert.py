@@ -325,7 +325,7 @@ def test_extra_weights_of_another_model_are_left_out(tiny, tmp_path, caplog):
     path = tmp_path / "x/scheduler/scheduler_config.json"
     path.write_text(path.read_text().replace("v_prediction", "epsilon"))
     file = open_checkpoint(tmp_path / "x")
-    assert "is of another model" in caplog.text
+    assert "belongs to another model" in caplog.text
     assert parse_yaml(file.metadata["ldm.config"])["model"]["params"]["parameterization"] == "eps"
     last = [value for name, value in file.state.items() if ".resblocks.2." in name]
     assert last
