@@ -138,7 +138,7 @@ class DatasetSource(Source):
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """Return the seed of an epoch or batch, in 64 bits if |seed| is up to 10^12.
+    """Return the seed of an epoch or batch, in 64 bits for seeds of up to ±10^12.
 
     Different seeds never give the same one for indices below 1_000_003.
     """
