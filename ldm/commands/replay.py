@@ -70,6 +70,8 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     info = read_info(args.image)
     request = read_request(info, args.image)
     if args.show_command:
+        if "indir" in request.task.options():  # the command for this image of the folder
+            request = request.with_values({"indir": None})
         words = ["ldm", request.task.name, *to_argv(request.with_values(changes))]
         print(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
         return 0

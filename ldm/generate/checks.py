@@ -24,7 +24,7 @@ from ldm.loading.model_config import find_schedule_early
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import FAMILIES, wrong_family
+from ldm.pipelines.families import FAMILIES, family_of, wrong_family
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
@@ -282,8 +282,14 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
         )
     if sampling.freeu is not None and request.sdxl.refiner is not None:
         warnings.append("freeu changes the base, not its refiner")
-    ignored = ("torchscript", "ipex", "laion400m")
     values = request.get_values()
+    if request.prompts.repeat != 1 and request.prompts.from_file is None:
+        warnings.append("repeat is for the lines of a prompt file: ignored")
+    if values.get("source_prompt") and not values["inversion"]:
+        warnings.append("source_prompt is for DDIM inversion: ignored")
+    if values.get("noise_sigma") and family_of(model.conditioner) != "latent-upscaling":
+        warnings.append("noise_sigma is for the x2 latent upscaler: ignored")
+    ignored = ("torchscript", "ipex", "laion400m")
     return warnings + [f"`{name}` has no effect" for name in ignored if values[name]]
 
 

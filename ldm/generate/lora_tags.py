@@ -62,7 +62,7 @@ def add_tagged_loras(
     for name, weight in tags:
         file = _match_name(name, files)
         if any(Path(file).resolve() == Path(other).resolve() for other, _ in combined):
-            raise ArgumentError(f"the LoRA `{name}` is given twice", "lora")
+            raise ArgumentError(f"the LoRA `{name}` is given twice", "prompt")
         combined.append((file, weight))
     return tuple(combined)
 

@@ -58,8 +58,9 @@ def read_request(info: JsonMapping, where: str) -> Request:
     if not info:
         raise ArgumentError(f"{where} contains no generation metadata")
     if info.get("task") == "grid":
-        names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
-        raise ArgumentError(f"{where} is a grid, replay its images: {names}, …")
+        files = [str(image["file"]) for image in info.get("images", []) if image.get("file")]
+        advice = f"replay its images: {', '.join(files[:3])}, …" if files else "of unsaved images"
+        raise ArgumentError(f"{where} is a grid, {advice}")
     if info.get("unfinished"):
         raise ArgumentError(f"{where} is unfinished: it was stopped at step {info['unfinished']}")
     missing = [key for key in ("prompt", "seed", "rows", *COMPARED_KEYS) if key not in info]
@@ -71,7 +72,8 @@ def read_request(info: JsonMapping, where: str) -> Request:
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
     values = {**values, "eta": eta_of(values), **_input_paths(task, info)}
-    if values.get("scale") is None:  # it was the default, which may have changed since
+    # It was the default, which may have changed since; that of a line is not the run's.
+    if values.get("scale") is None and "scale" not in line_values(info):
         values["scale"] = info.get("scale")
     options = task.options()
     return task.request({name: value for name, value in values.items() if name in options})

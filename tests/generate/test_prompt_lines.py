@@ -89,7 +89,9 @@ def test_a_file_may_end_in_a_partial_batch(tmp_path):
 
 
 def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a\na --s 2 --w 72 --d 7,9\nb --ss euler --clip-skip 2")
+    (tmp_path / "prompts.txt").write_text(
+        "a\na --s 2 --w 72 --d 7,9 --l 1\nb --ss euler --clip-skip 2"
+    )
     infos = run("--from-file", tmp_path / "prompts.txt", "--n_samples=2")
     assert [info["seed"] for info in infos] == [42, 7, 9, 45]
     assert [info["steps"] for info in infos] == [1, 2, 2, 1]
@@ -102,6 +104,7 @@ def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_pat
     command = capsys.readouterr().out
     assert "--from-file=" in command
     assert "--W=72" not in command
+    assert "--scale" not in command
 
 
 def test_a_grid_holds_images_of_other_sizes(tiny, tmp_path, capsys):

@@ -119,13 +119,19 @@ def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
     assert run("inpaint", "inpaint", "--indir", tmp_path / "out")[0] == 1
     (tmp_path / "two.JPG").unlink()
     assert "no image `two` for the mask" in run("inpaint", "inpaint", "--indir", tmp_path)[2]
+    flags = ("--indir", tmp_path, "--mask", tmp_path / "one_mask.png")
+    assert "leave out mask (--mask)" in run("inpaint", "inpaint", *flags)[2]
 
 
-def test_a_folder_of_images_is_changed(run, tmp_path, photo):
+def test_a_folder_of_images_is_changed(run, tmp_path, photo, capsys):
     Image.open(photo).save(tmp_path / "other.png")
     status, out, err = run("img2img", "base_v", "--indir", tmp_path)
     names = ["other.png", "photo.png"]
     assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names]), err
+    assert main(["replay", out[0], "--show-command"]) == 0
+    command = capsys.readouterr().out
+    assert "--init-img=" in command
+    assert "--indir" not in command
 
 
 @pytest.mark.slow

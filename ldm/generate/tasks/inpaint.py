@@ -50,6 +50,9 @@ class InpaintInputs(FolderInputs):
     def list_folder(self, folder: Path) -> list[FolderInputs]:
         from ldm.imaging.reading import list_images
 
+        for name in ("mask", "mask_box"):
+            if vars(self)[name] is not None:
+                raise ArgumentError(f"a folder has a mask for each image, leave out {name}", name)
         paths = list_images(folder, "indir")
         masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
         endings = (MASK,) if self.depth is None else (MASK, DEPTH)
