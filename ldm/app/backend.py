@@ -57,7 +57,7 @@ from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
-from ldm.pipelines.latent_upscaling import FACTOR
+from ldm.pipelines.latent_upscaling import LATENT_UPSCALE_FACTOR
 from ldm.runtime.device import get_total_memory, pick_device
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.types import JsonMapping
@@ -262,7 +262,7 @@ class Backend:
             files = [file for file, _ in request.model.lora]
             raise ValueError(remove_folders(str(error), files)) from error
         height, width = prepared.output_size(models.base)
-        factor = 1 if models.upscaler is None else FACTOR
+        factor = 1 if models.upscaler is None else LATENT_UPSCALE_FACTOR
         is_upscaled = request.task.enlarges or factor > 1
         self.limits.check_output(factor * width, factor * height, is_upscaled)
         return models

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from ldm.data.source import Source
+from ldm.data.source import BatchSource
 
 __all__ = ["BrokenFiles"]
 
@@ -22,7 +22,7 @@ class BrokenFiles:
         source: Where the samples come from; None = their number is unknown.
     """
 
-    def __init__(self, path: Path, limit: float, source: Source | None = None) -> None:
+    def __init__(self, path: Path, limit: float, source: BatchSource | None = None) -> None:
         self.path, self.source = path, source
         self.limit = Fraction(str(limit))  # exact: 0.01 of 100 samples is 1
         samples = None if source is None else source.batches_per_epoch(1)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
 from ldm.data.folder import is_hidden
-from ldm.data.source import Batch, Source, collate
+from ldm.data.source import Batch, BatchSource, collate
 from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
@@ -67,7 +67,7 @@ RawSample = dict[str, Any]
 MakeSample = Callable[[RawSample, Random], Sample]  # raises UnreadableSample
 
 
-class Shards(Source):
+class Shards(BatchSource):
     """A source of the samples in tar files.
 
     Args:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.dataset import Sample, SampleDataset, UnreadableSample
 
-__all__ = ["DatasetSource", "Source", "collate", "derive_seed", "prefetch", "to_device"]
+__all__ = ["BatchSource", "DatasetSource", "collate", "derive_seed", "prefetch", "to_device"]
 
 MAX_CANDIDATES = 100  # samples tried per bucket, including the broken one
 
@@ -35,7 +35,7 @@ Batch = dict[str, Any]
 ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, step) -> endless batches
 
 
-class Source(ABC):
+class BatchSource(ABC):
     """An endless sequence of training batches."""
 
     def batches(
@@ -71,7 +71,7 @@ class Source(ABC):
         return None
 
 
-class DatasetSource(Source):
+class DatasetSource(BatchSource):
     """A source of the samples of a dataset, each once in every epoch.
 
     The last batch of a bucket (`dataset.bucket_ids`) in an epoch may be smaller.

@@ -27,7 +27,7 @@ from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
 from ldm.pipelines.freeu import find_factors
-from ldm.pipelines.latent_upscaling import FACTOR
+from ldm.pipelines.latent_upscaling import LATENT_UPSCALE_FACTOR
 from ldm.pipelines.sampling_options import default_scheduler
 from ldm.pipelines.sdxl import REFINER_STRENGTH
 from ldm.runtime.files import sha256_of_file
@@ -147,7 +147,7 @@ def _remove_folders(info: Info) -> Info:
 def result_size(info: Info) -> tuple[int, int]:
     """Return (height, width) of the images of a run: an upscaler doubles "size", the base's."""
     height, width = info["size"]
-    factor = FACTOR if "upscaler" in info else 1
+    factor = LATENT_UPSCALE_FACTOR if "upscaler" in info else 1
     return factor * height, factor * width
 
 

@@ -105,7 +105,7 @@ def build_tiny_autoencoder(
     check_weights(expected, weights.state, f"`{weights.path}` is not TAESD of 4 latent channels")
     fill_weights(tiny, dict(weights.state), device=device, dtype=dtype)
     if not weights.has_encoder and isinstance(model.autoencoder, AutoencoderKL):
-        tiny.full = model.autoencoder
+        tiny.fallback_encoder = model.autoencoder
     return tiny.eval()
 
 

@@ -2,8 +2,8 @@
 
     noisy latent | low-res latent, upsampled by 2 -> down and up levels -> output, log variance
 
-There are no transformers: residual blocks and attention layers read the embedding of noise levels
-and text through the scale and shift of their group norms.
+There are no transformer blocks: residual blocks and attention layers read the embedding of noise
+levels and text through the scale and shift of their group norms.
 
 Karras et al. 2022 (arXiv:2206.00364); random Fourier features: Tancik et al. 2020
 (arXiv:2006.10739).
@@ -25,14 +25,14 @@ from ldm.nets.circular import pad_reflect
 
 __all__ = ["LatentUpscalerUNet"]
 
-GROUP_CHANNELS = 32  # channels per group of a norm
-HEAD_CHANNELS = 64
-FIR = (1, 3, 3, 1)  # unnormalized taps of the resampling filter along one axis
+CHANNELS_PER_GROUP = 32  # of group norms
+HEAD_DIM = 64
+FIR_TAPS = (1, 3, 3, 1)  # unnormalized taps of the resampling filter along one axis
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LatentUpscalerUNet(Layer):
-    """The network, with the embedding of the low-res latent's noise level.
+    """The UNet of the x2 latent upscaler, with the embedding of the low-res latent's noise level.
 
     Its fields are those of `model` in k-diffusion's JSON. Level i has `channels[i]` channels, and
     feature maps downscaled by 2 ** i.
@@ -45,7 +45,7 @@ class LatentUpscalerUNet(Layer):
     channels: Sequence[int]
     depths: Sequence[int]  # residual blocks of each level, down and up
     self_attn_depths: Sequence[bool]  # levels with self-attention
-    cross_attn_depths: Sequence[bool]  # levels with attention to the text
+    cross_attn_depths: Sequence[bool]  # levels with cross-attention to the text
     mapping_out: int  # features of the embedding
     mapping_cond_dim: int  # features of the low-res noise level and of the pooled text, together
     cross_cond_dim: int  # features of a token
@@ -66,8 +66,8 @@ class LatentUpscalerUNet(Layer):
             f"skip_stages {self.skip_stages}": self.skip_stages != 0,
             "augment_wrapper": self.augment_wrapper,
         }
-        for setting, is_used in unsupported.items():
-            if is_used:
+        for setting, is_unsupported in unsupported.items():
+            if is_unsupported:
                 raise ValueError(f"{setting} is not supported by the x2 latent upscaler")
         self.context_dim = self.cross_cond_dim
         self.out_channels = self.input_channels
@@ -81,7 +81,7 @@ class LatentUpscalerUNet(Layer):
 
     @property
     def size_multiple(self) -> int:
-        """Divisor of the sides of a latent, which must be at least twice as long."""
+        """Number that the sides of a latent must be multiples of, and at least twice as long as."""
         return int(2 ** (len(self.channels) - 1))
 
     @property
@@ -97,18 +97,18 @@ class LatentUpscalerUNet(Layer):
         y: Tensor,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy latents, (B, input_channels, h, w) in the dtype of x.
+        """Predict EDM's F(x; sigma), (B, input_channels, h, w) in the dtype of x.
 
         Args:
             x: (B, input_channels + unet_cond_dim, h, w), h and w multiples of `size_multiple`.
-            timesteps: 0.25 ln sigma, (B,).
+            timesteps: EDM's c_noise = 0.25 ln sigma, (B,).
             context: Tokens (B, M, cross_cond_dim).
             y: Pooled text, then sigma of the low-res latent, (B, cross_cond_dim + 1).
             context_mask: Tokens to keep, bool (B, M); None = all.
         """
-        return self.predict_with_variance(x, timesteps, context, y, context_mask)[0]
+        return self.predict_with_log_variance(x, timesteps, context, y, context_mask)[0]
 
-    def predict_with_variance(
+    def predict_with_log_variance(
         self,
         x: Tensor,
         timesteps: Tensor,
@@ -121,7 +121,7 @@ class LatentUpscalerUNet(Layer):
         if any(side % multiple or side < 2 * multiple for side in sides):
             raise ValueError(
                 f"a latent of {sides[1]}x{sides[0]} does not fit this UNet: sides must be "
-                f"multiples of {multiple} from {2 * multiple}"
+                f"multiples of {multiple}, at least {2 * multiple}"
             )
         pooled, low_res_sigma = y[:, :-1], y[:, -1]
         noise_level = self.low_res_noise_embed(low_res_sigma.float().log1p())
@@ -137,7 +137,10 @@ class LatentUpscalerUNet(Layer):
 
 
 class FourierFeatures(Layer):
-    """x (B,) -> [cos 2π f x | sin 2π f x], (B, features) float32; f are fixed, from a normal."""
+    """x (B,) -> [cos 2π f x | sin 2π f x], (B, features) float32.
+
+    The frequencies f (`weight`) are fixed, drawn from a standard normal distribution.
+    """
 
     weight: Tensor
 
@@ -151,7 +154,7 @@ class FourierFeatures(Layer):
 
 
 class _InnerModel(Layer):
-    """The UNet, conditioned on a vector."""
+    """Mapping network and UNet levels, conditioned on a vector and on text tokens."""
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
@@ -165,7 +168,7 @@ class _InnerModel(Layer):
             nn.GELU(),
         )
         self.proj_in = Conv2d(config.input_channels + config.unet_cond_dim, channels, 1)
-        self.u_net = _Levels(config)
+        self.u_net = _UNetLevels(config)
         self.proj_out = Conv2d(channels, config.out_channels + config.has_variance, 1)
 
     def forward(
@@ -176,28 +179,28 @@ class _InnerModel(Layer):
         return self.proj_out(self.u_net(self.proj_in(x), emb, context, mask))
 
 
-class _Levels(Layer):
-    """The levels down and up, each a list of layers, named as in k-diffusion."""
+class _UNetLevels(Layer):
+    """The down and up levels, each a list of layers, named as in k-diffusion."""
 
     def __init__(self, config: LatentUpscalerUNet) -> None:
         super().__init__()
         d_blocks, u_blocks = [], []
         for level, channels in enumerate(config.channels):
-            outer_channels = config.channels[max(0, level - 1)]  # of the next larger level
-            depth, is_last = config.depths[level], level == len(config.channels) - 1
+            outer_channels = config.channels[max(0, level - 1)]  # of twice the resolution
+            depth, is_deepest = config.depths[level], level == len(config.channels) - 1
             layers = _build_layers(config, level, [outer_channels] + [channels] * depth)
-            d_blocks.append(nn.ModuleList([FIRDown() if level else nn.Identity(), *layers]))
+            d_blocks.append(nn.ModuleList([FIRDownsample() if level else nn.Identity(), *layers]))
             up_channels = [channels] * depth + [outer_channels]
-            up_channels[0] *= 1 if is_last else 2  # with the skip connection
+            up_channels[0] *= 1 if is_deepest else 2  # with the skip connection
             layers = _build_layers(config, level, up_channels)
-            u_blocks.append(nn.ModuleList([*layers, FIRUp() if level else nn.Identity()]))
+            u_blocks.append(nn.ModuleList([*layers, FIRUpsample() if level else nn.Identity()]))
         self.d_blocks = nn.ModuleList(d_blocks)
         self.u_blocks = nn.ModuleList(reversed(u_blocks))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
         for level in self.d_blocks:
-            x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i)
+            x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i) at level i
             skips.append(x)
         skips.pop()  # the last level's output is x itself, the input of the first level up
         for i, level in enumerate(self.u_blocks):
@@ -225,7 +228,7 @@ def _build_layers(
         if config.self_attn_depths[level]:
             layers.append(SelfAttention(emb_channels, out_channels))
         if config.cross_attn_depths[level]:
-            layers.append(TextAttention(emb_channels, out_channels, config.cross_cond_dim))
+            layers.append(CrossAttention(emb_channels, out_channels, config.cross_cond_dim))
     return layers
 
 
@@ -235,7 +238,7 @@ def _run_level(
     for layer in level.children():
         if isinstance(layer, ResidualBlock | SelfAttention):
             x = layer(x, emb)
-        elif isinstance(layer, TextAttention):
+        elif isinstance(layer, CrossAttention):
             x = layer(x, emb, context, mask)
         else:
             x = layer(x)
@@ -247,12 +250,14 @@ class AdaGroupNorm(Layer):
 
     def __init__(self, emb_channels: int, channels: int) -> None:
         super().__init__()
-        self.groups = max(1, channels // GROUP_CHANNELS)
+        self.num_groups = max(1, channels // CHANNELS_PER_GROUP)
         self.mapper = Linear(emb_channels, 2 * channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.mapper(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
-        return torch.addcmul(shift, F.group_norm(x, self.groups, eps=1e-5).to(x.dtype), scale + 1)
+        return torch.addcmul(
+            shift, F.group_norm(x, self.num_groups, eps=1e-5).to(x.dtype), scale + 1
+        )
 
 
 class ResidualBlock(Layer):
@@ -301,11 +306,11 @@ class SelfAttention(Layer):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         qkv = self.qkv_proj(self.norm_in(x, emb)).chunk(3, dim=1)  # (B, C, h, w) each
         q, k, v = (_split_heads(y.flatten(2).mT) for y in qkv)  # (B, heads, h w, d) each
-        return x + self.out_proj(_join_heads(attention(q, k, v), x))
+        return x + self.out_proj(_merge_heads(attention(q, k, v), x))
 
 
-class TextAttention(Layer):
-    """Attention of all positions to the text, with a residual connection."""
+class CrossAttention(Layer):
+    """Cross-attention to the text tokens, with a residual connection."""
 
     def __init__(self, emb_channels: int, channels: int, context_dim: int) -> None:
         super().__init__()
@@ -319,10 +324,10 @@ class TextAttention(Layer):
         q = _split_heads(self.q_proj(self.norm_dec(x, emb)).flatten(2).mT)
         k, v = map(_split_heads, self.kv_proj(self.norm_enc(context)).chunk(2, dim=2))
         h = attention(q, k, v, None if mask is None else mask[:, None, None])
-        return x + self.out_proj(_join_heads(h, x))
+        return x + self.out_proj(_merge_heads(h, x))
 
 
-class FIRDown(Layer):
+class FIRDownsample(Layer):
     """Downsampling by 2 with a separable FIR filter of four taps."""
 
     kernel: Tensor
@@ -337,8 +342,8 @@ class FIRDown(Layer):
         return F.conv2d(pad_reflect(x, 1), weight, stride=2, groups=channels)
 
 
-class FIRUp(Layer):
-    """Upsampling by 2 with the transpose of the same filter."""
+class FIRUpsample(Layer):
+    """Upsampling by 2 with the transpose of the filter of FIRDownsample."""
 
     kernel: Tensor
 
@@ -355,16 +360,16 @@ class FIRUp(Layer):
 def _make_fir_kernel(gain: float) -> Tensor:
     """Return the filter (4, 4), whose taps sum to `gain` along each axis."""
     # On the CPU, as the filter needs values even if the weights are on the meta device.
-    taps = torch.tensor(FIR, dtype=torch.float32, device="cpu")
-    return torch.outer(taps, taps) * (gain / sum(FIR)) ** 2
+    taps = torch.tensor(FIR_TAPS, dtype=torch.float32, device="cpu")
+    return torch.outer(taps, taps) * (gain / sum(FIR_TAPS)) ** 2
 
 
 def _split_heads(x: Tensor) -> Tensor:
     """Split features: (B, N, C) -> (B, heads, N, d)."""
-    heads = max(1, x.shape[-1] // HEAD_CHANNELS)
+    heads = max(1, x.shape[-1] // HEAD_DIM)
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
-def _join_heads(h: Tensor, like: Tensor) -> Tensor:
-    """Join heads again: (B, heads, h w, d) -> (B, C, h, w)."""
+def _merge_heads(h: Tensor, like: Tensor) -> Tensor:
+    """Merge heads again: (B, heads, h w, d) -> (B, C, h, w)."""
     return h.transpose(2, 3).reshape(like.shape)

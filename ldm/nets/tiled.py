@@ -1,7 +1,7 @@
-"""Tiled processing: apply a function to overlapping tiles of an image that is too large for memory.
+"""Tiled processing: apply a function to overlapping tiles of a tensor too large for memory.
 
-Tiles overlap by at least a quarter of their side and are blended linearly there, to show no seams.
-With circular padding they also wrap around the edges of the image. (Seamless images: `circular`.)
+Tiles overlap by at least a quarter of their side and are blended linearly there, so that no seams
+show. With circular padding, see `ldm.nets.circular`, they also wrap around the edges of the tensor.
 """
 
 import math
@@ -30,12 +30,13 @@ def apply_tiled(
     if max(height, width) <= tile:
         return function(x)
     axes = get_circular_axes()
-    # Along an axis where tiles are smaller than x, the function must not wrap around their edges.
-    tile_axes = [a for a, side in (("x", width), ("y", height)) if a in axes and side <= tile]
+    # Where tiles are smaller than x, the function must not wrap around their edges.
+    sides = {"x": width, "y": height}
+    circular_tile_axes = [axis for axis, side in sides.items() if axis in axes and side <= tile]
     output = weight_sum = torch.zeros(())
     for rows in _tile_indices(height, tile, "y" in axes):
         for columns in _tile_indices(width, tile, "x" in axes):
-            with circular_padding("".join(tile_axes) or "none", replace=True):
+            with circular_padding("".join(circular_tile_axes) or "none", replace=True):
                 tile_output = function(x[..., rows[:, None], columns])
             if not output.dim():  # allocated here, as channels and dtype are the function's
                 size = (height * factor, width * factor)
@@ -43,20 +44,21 @@ def apply_tiled(
                 weight_sum = tile_output.new_zeros(size)
             overlap = tile * factor // 4
             ramps = (_make_ramp(side, overlap) for side in tile_output.shape[-2:])
-            # Weights of overlapping tiles need not add up to 1: their sum is divided out.
+            # Weights do not add up to 1 where tiles overlap, so the output is divided by their sum.
             weight = torch.outer(*ramps).to(tile_output)
-            area = (..., _scale_indices(rows, factor)[:, None], _scale_indices(columns, factor))
-            output[area] += tile_output * weight
-            weight_sum[area] += weight
+            region = (..., _scale_indices(rows, factor)[:, None], _scale_indices(columns, factor))
+            output[region] += tile_output * weight
+            weight_sum[region] += weight
     return output / weight_sum
 
 
 def _tile_indices(length: int, tile: int, is_circular: bool) -> list[Tensor]:
-    """Return the pixel indices (tile,) of each tile; neighbors overlap by a quarter or more."""
+    """Return the indices along one axis of each tile, (min(tile, length),) each."""
     if length <= tile:
         return [torch.arange(length)]
     stride = max(tile * 3 // 4, 1)
-    # The last tile starts at `end`, unless it is circular: there the first tile follows.
+    # Along a plain axis the last tile starts at `end`; along a circular one the first tile starts
+    # again there.
     end = length if is_circular else length - tile
     count = math.ceil(end / stride)
     starts = [round(i * end / count) for i in range(count if is_circular else count + 1)]

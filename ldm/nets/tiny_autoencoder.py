@@ -1,6 +1,6 @@
-"""TAESD: a small autoencoder distilled from Stable Diffusion's, for previews and speed.
+"""TAESD: a small autoencoder distilled from Stable Diffusion's, for previews and fast decoding.
 
-    image (B, 3, H, W) -> encoder -> z with the UNet's scaling -> decoder -> image
+    image (B, 3, H, W) -> encoder -> latent in the UNet's scale -> decoder -> image
 
 Layers are named as in the authors' files, by their index in a sequence.
 https://github.com/madebyollin/taesd
@@ -17,8 +17,9 @@ __all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
 
 CHANNELS = 64
 LATENT_CHANNELS = 4
-LATENT_LIMIT = 3.0  # in latents of unit standard deviation
-BLOCKS = 3  # per level
+LATENT_LIMIT = 3.0  # for latents of standard deviation 1
+LEVELS = 3  # that halve or double the sides: 2 ** 3 = 8
+BLOCKS_PER_LEVEL = 3
 
 
 class TinyBlock(Layer):
@@ -37,9 +38,9 @@ class TinyEncoder(nn.Sequential):
 
     def __init__(self) -> None:
         layers: list[nn.Module] = [_conv(in_channels=3), TinyBlock()]
-        for _ in range(3):
+        for _ in range(LEVELS):
             layers.append(Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1, bias=False))
-            layers += [TinyBlock() for _ in range(BLOCKS)]
+            layers += [TinyBlock() for _ in range(BLOCKS_PER_LEVEL)]
         super().__init__(*layers, _conv(out_channels=LATENT_CHANNELS))
 
 
@@ -47,11 +48,11 @@ class TinyDecoder(nn.Sequential):
     """(B, 4, h, w) -> image (B, 3, 8 h, 8 w) in [0, 1], but not clamped."""
 
     def __init__(self) -> None:
-        layers: list[nn.Module] = [_BoundedLatent(), _conv(in_channels=LATENT_CHANNELS), nn.ReLU()]
-        for _ in range(3):
-            layers += [TinyBlock() for _ in range(BLOCKS)]
-            # In the authors' file, the first of the two indices is an upsampling layer, which
-            # UpsampleConv2d includes.
+        layers: list[nn.Module] = [_SoftClamp(), _conv(in_channels=LATENT_CHANNELS), nn.ReLU()]
+        for _ in range(LEVELS):
+            layers += [TinyBlock() for _ in range(BLOCKS_PER_LEVEL)]
+            # In the authors' file, upsampling and convolution are two layers with an index each;
+            # UpsampleConv2d does both.
             layers += [nn.Identity(), UpsampleConv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)]
         super().__init__(*layers, TinyBlock(), _conv(out_channels=3))
 
@@ -60,12 +61,13 @@ class TinyAutoencoder(nn.Module):
     """TAESD in place of a model's autoencoder.
 
     Args:
-        scale_factor: That of the autoencoder which it replaces. TAESD's latents include the factor,
-            so it is divided out in `encode` and multiplied in `decode`.
+        scale_factor: The `scale_factor` of the replaced autoencoder. TAESD's own latents include
+            it, so `encode` divides by it and `decode` multiplies by it.
 
     Attributes:
         encoder: None if only the decoder was loaded.
-        full: The replaced autoencoder, which encodes if `encoder` is None; else None.
+        fallback_encoder: The replaced autoencoder, which encodes in place of a missing `encoder`;
+            None = there is none, or none is needed.
     """
 
     in_channels = 3
@@ -76,7 +78,7 @@ class TinyAutoencoder(nn.Module):
         super().__init__()
         self.scale_factor = scale_factor
         self.encoder: TinyEncoder | None = TinyEncoder()
-        self.full: AutoencoderKL | None = None
+        self.fallback_encoder: AutoencoderKL | None = None
         self.decoder = TinyDecoder()
 
     @property
@@ -85,21 +87,26 @@ class TinyAutoencoder(nn.Module):
         return next(self.decoder.parameters()).dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, 3, H, W) in [-1, 1] to a distribution, deterministic for TAESD."""
+        """Encode images (B, 3, H, W) in [-1, 1] to the distribution of z; TAESD's has no noise."""
         if self.encoder is None:
-            assert self.full is not None, "TAESD without an encoder can only decode"
-            return self.full.encode(image)
+            assert self.fallback_encoder is not None, "TAESD without an encoder can only decode"
+            return self.fallback_encoder.encode(image)
         z = self.encoder((image.to(self.dtype) + 1) / 2) / self.scale_factor
+        # The second z stands for the log variance, which is not read if `deterministic`.
         return DiagonalGaussian(torch.cat([z, z], dim=1).to(image.dtype), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode z (B, 4, h, w) to images (B, 3, H, W), about [-1, 1] but not clamped."""
+        """Decode latents to images (B, 3, 8 h, 8 w), about [-1, 1] but not clamped.
+
+        Args:
+            z: (B, 4, h, w), in the scale of the replaced autoencoder, without its `scale_factor`.
+        """
         image: Tensor = self.decoder((z * self.scale_factor).to(self.dtype)) * 2 - 1
         return image.to(z.dtype).contiguous()
 
 
-class _BoundedLatent(nn.Module):
-    """Bounds latents softly to ± LATENT_LIMIT."""
+class _SoftClamp(nn.Module):
+    """Clamps latents softly to ± LATENT_LIMIT."""
 
     def forward(self, z: Tensor) -> Tensor:
         return LATENT_LIMIT * torch.tanh(z / LATENT_LIMIT)

@@ -1,6 +1,8 @@
 """Encode the prompts of a call, and its other inputs, as conditions of a model.
 
-texts --CallPrompts--> parsed, by image --Conditions--> Cond, ScheduledCond or Composition
+texts --CallPrompts--> parsed texts of each image --ConditionInputs--> EncodedConds
+
+An encoded condition is a Cond, ScheduledCond or Composition.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,19 +25,19 @@ from ldm.pipelines.sampling_options import default_scale
 from ldm.pipelines.sdxl import SDXLOptions, Sizes, size_conditions
 from ldm.runtime.warn import warn_caller
 
-__all__ = ["Conditions", "ModelConds", "encode_prompts", "encode_steps"]
+__all__ = ["ConditionInputs", "EncodedConds", "encode_prompts", "encode_schedule"]
 
 # (prompts, index of the image of each) -> condition, a row for each prompt
-Encode = Callable[[Sequence[PromptPair], Sequence[int]], Cond]
+EncodeFunction = Callable[[Sequence[PromptPair], Sequence[int]], Cond]
 
 
-class ModelConds(NamedTuple):
+class EncodedConds(NamedTuple):
     """The encoded conditions of one model.
 
     Attributes:
-        cond: Of the prompts.
-        uncond: Of the negative prompts; None = the run has no guidance.
-        guidance_conds: Of `Guidance.texts`, in their order; [] without guidance.
+        cond: The condition of the prompts.
+        uncond: The condition of the negative prompts; None = the run has no guidance.
+        guidance_conds: The conditions of `Guidance.texts`, in their order; [] without guidance.
     """
 
     cond: AnyCond
@@ -44,24 +46,24 @@ class ModelConds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conditions:
+class ConditionInputs:
     """What the models of a call are conditioned on, before each encodes it.
 
     Args:
-        prompts: The texts of the call.
+        texts: Prompts, negative prompts and texts of the guidance method.
         inputs: Values of batch keys besides text, a row per image.
-        unconditional_inputs: Those that differ for the unconditional prediction.
-        options: Sizes and scores of SDXL.
+        unconditional_inputs: Inputs that differ for the unconditional prediction.
+        sdxl: Sizes, scores, second prompts and refiner of SDXL.
         size: (height, width) of the images in pixels.
         scale: Guidance scale; None = the default of each model.
         guidance: The guidance method; None = classifier-free guidance.
         sampler: A name in SAMPLERS; None = the default of each model.
     """
 
-    prompts: CallPrompts
+    texts: CallPrompts
     inputs: Mapping[str, object]
     unconditional_inputs: Mapping[str, object]
-    options: SDXLOptions
+    sdxl: SDXLOptions
     size: tuple[int, int]
     scale: Scale | None = None
     guidance: Guidance | None = None
@@ -69,43 +71,44 @@ class Conditions:
 
     def encode(
         self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False
-    ) -> ModelConds:
-        """Encode prompts, negative prompts and texts of guidance, as the model reads them.
+    ) -> EncodedConds:
+        """Encode prompts, negative prompts and the texts of the guidance method for a model.
 
         Args:
             after_base: Whether the model is a refiner that continues the run of a base model.
         """
-        sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
-        inputs = {k: value for k, value in self.inputs.items() if k in model.conditioner.keys}
-        cond = encode_steps(self.prompts.prompts, partial(_encode_rows, model, inputs, sizes))
-        if not self._has_guidance(model, cond):
-            return ModelConds(cond)
+        sizes, negative_sizes = size_conditions(model, self.sdxl, self.size, quirks)
+        inputs = {key: value for key, value in self.inputs.items() if key in model.conditioner.keys}
+        cond = encode_schedule(self.texts.prompts, partial(_encode_by_image, model, inputs, sizes))
+        if not self._needs_uncond(model, cond):
+            return EncodedConds(cond)
 
         text_encoder = model.conditioner.text
+        # None: zeros in place of the text encoder's output, for models trained so.
         null = None if text_encoder is not None and text_encoder.null is None else ""
         ignores_negative = quirks.ignores_negative(after_base=after_base)
         negatives = [
             (null, null) if ignores_negative or is_empty(pair) else pair
-            for pair in self.prompts.negatives
+            for pair in self.texts.negatives
         ]
-        null_inputs = {**inputs, **self.unconditional_inputs}
-        encode_null = partial(_encode_rows, model, null_inputs, negative_sizes)
-        uncond = encode_steps(negatives, encode_null)
+        negative_inputs = {**inputs, **self.unconditional_inputs}
+        encode_negative = partial(_encode_by_image, model, negative_inputs, negative_sizes)
+        uncond = encode_schedule(negatives, encode_negative)
         assert not isinstance(uncond, Composition)  # negative prompts have no AND
 
-        n = len(self.prompts.prompts)
+        n = len(self.texts.prompts)
         guidance_conds = [
-            encode_prompts(model, [get_pair(self.prompts.guidance_texts[text])] * n, inputs, sizes)
+            encode_prompts(model, [get_pair(self.texts.guidance_texts[text])] * n, inputs, sizes)
             if text
-            else encode_null([(null, null)] * n, range(n))
+            else encode_negative([(null, null)] * n, range(n))
             for text in (self.guidance.texts if self.guidance else ())
         ]
-        return ModelConds(cond, uncond, guidance_conds)
+        return EncodedConds(cond, uncond, guidance_conds)
 
-    def _has_guidance(self, model: LatentDiffusion, cond: AnyCond) -> bool:
-        """Return whether a run of the model needs an unconditional condition."""
+    def _needs_uncond(self, model: LatentDiffusion, cond: AnyCond) -> bool:
+        """Return whether a run also predicts from negative prompts; warn if they are ignored."""
         if model.guidance_embed_dim is not None:
-            if not all(map(is_empty, self.prompts.negatives)):
+            if not all(map(is_empty, self.texts.negatives)):
                 warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
             return False
         scale = default_scale(model, self.sampler) if self.scale is None else self.scale
@@ -114,69 +117,74 @@ class Conditions:
 
 
 def is_empty(prompts: StepPrompts | PromptPair) -> bool:
-    """Return whether the texts for both text encoders are empty; parsed ones never are."""
+    """Return whether the texts for both text encoders are empty; parsed ones count as not empty."""
     return not isinstance(prompts, StepPrompts) and not any(prompts)
 
 
 def has_composition(cond: AnyCond) -> bool:
-    """Return whether a condition is a composition, which always needs the unconditional one."""
+    """Return whether a condition is or contains a Composition, whose sum needs `uncond`."""
     if isinstance(cond, ScheduledCond):
         return any(has_composition(entry) for _, entry in cond.entries)
     return isinstance(cond, Composition)
 
 
-def encode_steps(prompts: Sequence[StepPrompts | PromptPair], encode: Encode) -> AnyCond:
+def encode_schedule(prompts: Sequence[StepPrompts | PromptPair], encode: EncodeFunction) -> AnyCond:
     """Encode the prompts of a batch, once for each change during the run.
 
     Args:
-        prompts: One for each image.
+        prompts: The prompts of each image.
+        encode: Encodes the prompts of a step, see EncodeFunction.
+    Returns:
+        A ScheduledCond if any prompt changes; a Composition, or one in each entry, if prompts have
+        AND or weights.
     """
-    changing = [pair for pair in prompts if isinstance(pair, StepPrompts)]
-    ends = sorted({step for pair in changing for step in pair.last_steps})
+    parsed = [entry for entry in prompts if isinstance(entry, StepPrompts)]
+    last_steps = sorted({step for step_prompts in parsed for step in step_prompts.last_steps})
     conds: dict[tuple[tuple[WeightedPair, ...], ...], Cond | Composition] = {}
     entries: list[tuple[int, Cond | Composition]] = []
-    for end in [*ends, ends[-1] + 1 if ends else 0]:
+    for last_step in [*last_steps, last_steps[-1] + 1 if last_steps else 0]:
         current = tuple(
-            pair.at(end) if isinstance(pair, StepPrompts) else ((1.0, pair),) for pair in prompts
+            entry.at(last_step) if isinstance(entry, StepPrompts) else ((1.0, entry),)
+            for entry in prompts
         )
         if current not in conds:
-            conds[current] = _encode_compositions(current, encode)
+            conds[current] = _encode_weighted_prompts(current, encode)
         if entries and entries[-1][1] is conds[current]:
             entries.pop()
-        entries.append((end, conds[current]))
+        entries.append((last_step, conds[current]))
     return entries[0][1] if len(entries) == 1 else ScheduledCond(tuple(entries))
 
 
-def _encode_compositions(
-    compositions: Sequence[Sequence[WeightedPair]], encode: Encode
+def _encode_weighted_prompts(
+    weighted_prompts: Sequence[Sequence[WeightedPair]], encode: EncodeFunction
 ) -> Cond | Composition:
     """Encode the prompts of a step, one or several for each image."""
-    indices = [index for index, pairs in enumerate(compositions) for _ in pairs]
-    weights = [weight for pairs in compositions for weight, _ in pairs]
-    cond = encode([pair for pairs in compositions for _, pair in pairs], indices)
-    if len(indices) == len(compositions) and set(weights) == {1.0}:
+    indices = [index for index, pairs in enumerate(weighted_prompts) for _ in pairs]
+    weights = [weight for pairs in weighted_prompts for weight, _ in pairs]
+    cond = encode([pair for pairs in weighted_prompts for _, pair in pairs], indices)
+    if len(indices) == len(weighted_prompts) and set(weights) == {1.0}:
         return cond
-    return Composition(cond, torch.tensor(indices), torch.tensor(weights), len(compositions))
+    return Composition(cond, torch.tensor(indices), torch.tensor(weights), len(weighted_prompts))
 
 
-def _encode_rows(
+def _encode_by_image(
     model: LatentDiffusion,
     inputs: Mapping[str, object],
     sizes: Sizes,
     prompts: Sequence[PromptPair],
-    images: Sequence[int],
+    image_indices: Sequence[int],
 ) -> Cond:
     """Encode prompts, each with the inputs of its image.
 
     Args:
         inputs: Values by batch key, a row per image.
-        images: Index of the image of each prompt.
+        image_indices: Index of the image of each prompt.
     """
-    rows = {key: _select(value, images) for key, value in inputs.items()}
-    return check_finite(encode_prompts(model, prompts, rows, sizes), "the text encoder")
+    selected = {key: _select_rows(value, image_indices) for key, value in inputs.items()}
+    return check_finite(encode_prompts(model, prompts, selected, sizes), "the text encoder")
 
 
-def _select(value: object, indices: Sequence[int]) -> object:
+def _select_rows(value: object, indices: Sequence[int]) -> object:
     """Return rows of a tensor or list, possibly repeated; other values as they are."""
     if isinstance(value, Tensor):
         is_unchanged = list(indices) == list(range(len(value)))  # then no copy is needed
@@ -194,7 +202,7 @@ def encode_prompts(
 
     Args:
         inputs: Values of other batch keys, a row per prompt.
-        sizes: Values of SDXL's batch keys, the same for all rows; None = the model reads none.
+        sizes: Values of SDXL's size and score keys, the same for all rows; None = none are read.
     """
     distinct = list(dict.fromkeys(prompts))
     repeated_sizes = {key: [value] * len(distinct) for key, value in (sizes or {}).items()}
@@ -204,10 +212,10 @@ def encode_prompts(
     cond = model.condition(batch)
     if len(distinct) == len(prompts):
         return cond
-    # Rows of the inputs are per prompt already; those of texts and sizes are repeated here.
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    # The inputs have a row per prompt already; the rows of texts and sizes are repeated here.
+    row_indices = torch.tensor([distinct.index(prompt) for prompt in prompts])
     slots = cond.tensors()
     for name in ("crossattn", "vector") if sizes else ("crossattn",):
         if name in slots:
-            slots[name] = slots[name][rows.to(slots[name].device)]
+            slots[name] = slots[name][row_indices.to(slots[name].device)]
     return Cond(**slots)

@@ -11,21 +11,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import Guidance, Scale
-from ldm.diffusion.samplers.common import Constrain
+from ldm.diffusion.samplers.common import Constrain, NoiseSampler
 from ldm.model import LatentDiffusion
-from ldm.pipelines.conditions import Conditions, ModelConds
+from ldm.pipelines.conditions import ConditionInputs, EncodedConds
 from ldm.pipelines.finite import check_finite
 from ldm.pipelines.guidance import make_guidance
 from ldm.pipelines.images import decode_latent
-from ldm.pipelines.latent_upscaling import Upscaling, check_sides, double_latent
+from ldm.pipelines.latent_upscaling import Upscaling, double_latent
 from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import CallPrompts, as_list, repeat_texts
-from ldm.pipelines.quirks import Noise, Quirks, noise_source
+from ldm.pipelines.quirks import Quirks, noise_source
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_size, get_sigmas
 from ldm.pipelines.sdxl import Handover, check_size
 from ldm.prompts import PLAIN
-from ldm.runtime.errors import ArgumentError, Stop
+from ldm.runtime.errors import Stop
 from ldm.runtime.warn import warn_caller
 
 __all__ = ["generate", "make_noise"]
@@ -35,7 +35,7 @@ class RunOptions(SamplingOptions, total=False):
     """Keywords of `sample` that tasks set themselves, besides those of the caller."""
 
     scale: Scale | None
-    noise: Noise
+    noise: NoiseSampler
     constrain: Constrain | None
     z: Tensor | None
     z_t: Tensor | None
@@ -46,7 +46,7 @@ class RunOptions(SamplingOptions, total=False):
     guidance: Guidance | None
 
 
-def make_noise(prompts: str | Sequence[str], options: SamplingOptions) -> Noise:
+def make_noise(prompts: str | Sequence[str], options: SamplingOptions) -> NoiseSampler:
     """Return the noise source of a call, a row per prompt, for its seeds.
 
     Raises:
@@ -63,7 +63,7 @@ def generate(
     scale: Scale | None,
     tile: int | None,
     *,
-    noise: Noise,
+    noise: NoiseSampler,
     unconditional_inputs: Mapping[str, object] | None = None,
     z: Tensor | None = None,
     strength: float = 1.0,
@@ -84,7 +84,7 @@ def generate(
         upscaling: Upscaler that doubles the latents before they are decoded; None = none.
         options: See `sample` and `SDXLOptions`.
     Returns:
-        (B, C, H, W) float32 in [-1, 1]; C = 3, or more for models with depth.
+        (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     Raises:
         NonFinite: A part of the model returned NaN or infinity.
     """
@@ -95,11 +95,7 @@ def generate(
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
     if upscaling is not None:
-        upscaling.check(model)
-        check_sides(upscaling.model, height, width)
-        if syntax != PLAIN:
-            message = "an x2 latent upscaler takes prompts of syntax plain only"
-            raise ArgumentError(message, "syntax")
+        upscaling.check_use(model, height, width, syntax)
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
     run = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
     sigmas = get_sigmas(model, quirks, run)
@@ -114,7 +110,7 @@ def generate(
         steps,
     )
     texts.warn(model)
-    conditions = Conditions(
+    condition_inputs = ConditionInputs(
         texts,
         inputs,
         unconditional_inputs or {},
@@ -124,14 +120,14 @@ def generate(
         guidance,
         sampling.get("sampler"),
     )
-    conds = conditions.encode(model, quirks)
+    conds = condition_inputs.encode(model, quirks)
     try:
         if upscaling is not None:
             n = len(as_list(prompts))
             plain_texts = (as_list(prompts), repeat_texts(negative_prompt, n, "negative_prompt"))
             latent = _sample_and_double(model, upscaling, conds, plain_texts, run)
         elif (refiner := sdxl.get("refiner")) is not None:
-            refiner_conds = conditions.encode(refiner, quirks, after_base=True)
+            refiner_conds = condition_inputs.encode(refiner, quirks, after_base=True)
             handover = Handover.of(sdxl)
             latent = _sample_with_refiner(
                 model, refiner, conds, refiner_conds, handover, run, constrain_refiner
@@ -147,15 +143,15 @@ def generate(
     return decode_latent(model, latent, tile, options.get("on_latent"))
 
 
-def _sample(model: LatentDiffusion, conds: ModelConds, run: RunOptions) -> Tensor:
+def _sample(model: LatentDiffusion, conds: EncodedConds, run: RunOptions) -> Tensor:
     return sample(model, conds.cond, conds.uncond, further=conds.guidance_conds, **run)
 
 
 def _sample_with_refiner(
     model: LatentDiffusion,
     refiner: LatentDiffusion,
-    conds: ModelConds,
-    refiner_conds: ModelConds,
+    conds: EncodedConds,
+    refiner_conds: EncodedConds,
     handover: Handover,
     run: RunOptions,
     constrain_refiner: Constrain | None,
@@ -182,7 +178,7 @@ def _sample_with_refiner(
 def _sample_and_double(
     model: LatentDiffusion,
     upscaling: Upscaling,
-    conds: ModelConds,
+    conds: EncodedConds,
     texts: tuple[list[str], list[str]],
     run: RunOptions,
 ) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import file_name
 from ldm.pipelines.finite import check_finite
-from ldm.pipelines.quirks import Noise
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
@@ -31,7 +31,7 @@ class DecodingOptions(TypedDict, total=False):
 
 
 @torch.no_grad()
-def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) -> Tensor:
+def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: NoiseSampler) -> Tensor:
     """Sample n latents (n, C, h, w) from the posterior of one image, padded to whole latent pixels.
 
     Args:

@@ -16,19 +16,28 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.names import SAMPLERS
+from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import get_circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import family_of, file_name
-from ldm.pipelines.quirks import Noise, Quirks
+from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import SamplingOptions, default_scale, get_sigmas
+from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, check_name
 
-__all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "check_sides", "double_latent"]
+__all__ = [
+    "LATENT_UPSCALE_FACTOR",
+    "Upscaling",
+    "check_latent",
+    "check_noise",
+    "check_sides",
+    "double_latent",
+]
 
-FACTOR = 2  # of the sides
+LATENT_UPSCALE_FACTOR = 2  # of the sides
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,18 @@ class Upscaling:
     model: LatentDiffusion
     steps: int | None = None
     scale: float | None = None
+
+    def check_use(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
+        """Raise ArgumentError unless `model` can double a latent (height, width) of the base model.
+
+        Args:
+            syntax: Syntax of the prompts.
+        """
+        self.check(base)
+        check_sides(self.model, height, width)
+        if syntax != PLAIN:
+            message = "an x2 latent upscaler takes prompts of syntax plain only"
+            raise ArgumentError(message, "syntax")
 
     def check(self, base: LatentDiffusion) -> None:
         """Raise ArgumentError unless `model` is an upscaler for the latents of the base model."""
@@ -85,7 +106,7 @@ def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
 def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
     """Raise ArgumentError if a latent (height, width) would be padded along a circular axis."""
     assert isinstance(model.unet, LatentUpscalerUNet)
-    multiple = model.unet.size_multiple // FACTOR
+    multiple = model.unet.size_multiple // LATENT_UPSCALE_FACTOR
     for axis, side in (("y", height), ("x", width)):
         if axis in get_circular_axes() and side != _round_up(side, multiple):
             pixels = multiple * model.downscale
@@ -102,7 +123,7 @@ def double_latent(
     negative_prompts: Sequence[str],
     latent: Tensor,
     *,
-    noise: Noise,
+    noise: NoiseSampler,
     noise_sigma: float = 0.0,
     noise_kind: str = "gaussian",
     scale: Scale | None = None,
@@ -125,7 +146,7 @@ def double_latent(
     if tile is not None:
         options["unet_tile"] = _round_up(tile, model.unet.size_multiple)
     latent = latent.to(model.device, torch.float32).expand(n, -1, -1, -1)
-    latent = _pad(latent, model.unet.size_multiple // FACTOR)
+    latent = _pad(latent, model.unet.size_multiple // LATENT_UPSCALE_FACTOR)
     with_noise = noise_sigma > 0 and noise_kind == "gaussian"
     lowres = model.conditioner.get(LowResLatent).add_noise(
         latent, noise_sigma, noise(latent) if with_noise else None
@@ -157,7 +178,8 @@ def double_latent(
         noise=noise,
         **run,
     )
-    return z[..., : FACTOR * height, : FACTOR * width] * math.hypot(1, last)
+    z = z[..., : LATENT_UPSCALE_FACTOR * height, : LATENT_UPSCALE_FACTOR * width]
+    return z * math.hypot(1, last)
 
 
 def _round_up(side: int, multiple: int) -> int:
@@ -172,14 +194,16 @@ def _pad(latent: Tensor, multiple: int) -> Tensor:
     )
 
 
-def _start_noise(latent: Tensor, x_T: Tensor | None, noise: Noise) -> Tensor:
+def _start_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler) -> Tensor:
     """Return noise of twice the size of a padded latent.
 
     Args:
         x_T: Noise for the top left corner of it, or for all; None = draw all.
     """
     n, channels, height, width = latent.shape
-    start = latent.new_empty(n, channels, FACTOR * height, FACTOR * width)
+    start = latent.new_empty(
+        n, channels, LATENT_UPSCALE_FACTOR * height, LATENT_UPSCALE_FACTOR * width
+    )
     if x_T is not None and x_T.shape == start.shape:
         return x_T.to(start)
     start = noise(start)

@@ -4,7 +4,7 @@ The keyword `legacy` takes their names; `ldm.diffusion.names.LEGACY` explains ea
 `Quirks` where the original behaved differently; without names it has no effect.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,14 +14,13 @@ from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, Scale, add_guidance
 from ldm.diffusion.names import LEGACY, SDXL_LEGACY
+from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import family_of, is_sdxl
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["Noise", "Quirks", "get_row_seeds", "noise_source", "seeded_noise"]
-
-Noise = Callable[[Tensor], Tensor]
+__all__ = ["Quirks", "get_row_seeds", "noise_source", "seeded_noise"]
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class Quirks:
 
 
 def noise_source(
-    seeds: int | Sequence[int] | Noise | None, n: int, legacy: Iterable[str] = ()
-) -> Noise:
+    seeds: int | Sequence[int] | NoiseSampler | None, n: int, legacy: Iterable[str] = ()
+) -> NoiseSampler:
     """Make `noise(like)` for n rows; each call continues the random sequences.
 
     Args:
@@ -164,7 +163,7 @@ def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> Sequence[int]:
     return seeds
 
 
-def seeded_noise(seeds: Sequence[int]) -> Noise:
+def seeded_noise(seeds: Sequence[int]) -> NoiseSampler:
     """Return `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
     generators = [torch.Generator().manual_seed(seed % (1 << 64)) for seed in seeds]
 

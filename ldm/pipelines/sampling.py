@@ -26,7 +26,7 @@ from ldm.diffusion.guidance import (
 from ldm.diffusion.guidance_embedding import embed_guidance
 from ldm.diffusion.names import SAMPLERS, FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS as SAMPLER_FUNCTIONS
-from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise
+from ldm.diffusion.samplers.common import Constrain, Denoise, IntervalNoise, NoiseSampler
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.step_noise import StepNoise
@@ -36,10 +36,11 @@ from ldm.nets.cpu import cache_weights
 from ldm.nets.tiled import apply_tiled
 from ldm.pipelines.families import file_name
 from ldm.pipelines.freeu import make_freeu
-from ldm.pipelines.quirks import Noise, Quirks, get_row_seeds, noise_source
+from ldm.pipelines.quirks import Quirks, get_row_seeds, noise_source
 from ldm.pipelines.sampling_options import (
     Callback,
     SamplingOptions,
+    check_embedded_guidance,
     check_sampling,
     default_scale,
     explain_excess,
@@ -84,8 +85,8 @@ def sample(
     freeu_version: str | None = None,
     guidance: Guidance | None = None,
     further: Sequence[Cond] = (),
-    seeds: int | Sequence[int] | Noise | None = None,
-    noise: Noise | None = None,
+    seeds: int | Sequence[int] | NoiseSampler | None = None,
+    noise: NoiseSampler | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     first_step: int = 0,
@@ -165,7 +166,7 @@ def sample(
     elif (sigmas.diff() > 0).any():  # a tensor may be a part of a run, checked as a whole
         raise ArgumentError("sigmas must descend", "sigmas")
     if model.guidance_embed_dim is not None:
-        _check_embedded_guidance(guidance, rescale, guidance_interval)
+        check_embedded_guidance(guidance, rescale, guidance_interval)
     if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
@@ -190,7 +191,7 @@ def sample(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
     )
     if brownian and sampler_options["noise"] is not None:
-        sampler_options["path"] = _make_path_noise(seeds, len(cond), sigmas, s_noise)
+        sampler_options["interval_noise"] = _make_interval_noise(seeds, len(cond), sigmas, s_noise)
     if SAMPLERS[sampler].takes_uncond:
         sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
     guide: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
@@ -270,22 +271,6 @@ def _add_start_noise(
     return x * (_std(sigmas[first]) / std), first
 
 
-def _check_embedded_guidance(
-    guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None
-) -> None:
-    """Raise ArgumentError for options that need an unconditional prediction; none is computed."""
-    is_given = {
-        "a guidance method": guidance is not None,
-        "rescale": bool(rescale),
-        "guidance_interval": interval is not None,
-    }
-    if any(is_given.values()):
-        name = next(name for name in is_given if is_given[name])
-        raise ArgumentError(
-            f"{name} has no effect on a model that embeds the guidance scale: leave it out"
-        )
-
-
 def _variant_name(model: LatentDiffusion) -> str:
     """Return the file that makes a model a few-step one: that of a LoRA, else its own."""
     variant = model.provenance.get("variant")
@@ -307,7 +292,7 @@ def _get_sampler_options(
     schedule: NoiseSchedule,
     sampler: str,
     step_noise: StepNoise,
-    noise: Noise,
+    noise: NoiseSampler,
     always_draws: bool,
     is_continued: bool,
 ) -> dict[str, object]:
@@ -336,8 +321,8 @@ def _get_sampler_options(
     return options
 
 
-def _make_path_noise(
-    seeds: int | Sequence[int] | Noise | None, n: int, sigmas: Tensor, s_noise: float
+def _make_interval_noise(
+    seeds: int | Sequence[int] | NoiseSampler | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
     """Return (like, sigma, sigma_next) -> noise between two levels, on a path for each row."""
     if callable(seeds):

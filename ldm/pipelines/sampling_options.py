@@ -6,18 +6,20 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.names import HIGH_SIGMA, SAMPLERS, SCHEDULERS, FreeUFactors
+from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import is_sdxl
-from ldm.pipelines.quirks import Noise, Quirks
+from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = [
     "Callback",
     "SamplingOptions",
+    "check_embedded_guidance",
     "check_sampling",
     "default_scale",
     "default_scheduler",
@@ -48,7 +50,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_interval: tuple[float, float] | None
     freeu: str | Sequence[float] | FreeUFactors | None
     freeu_version: str | None
-    seeds: int | Sequence[int] | Noise | None
+    seeds: int | Sequence[int] | NoiseSampler | None
     x_T: Tensor | None
     callback: Callback | None
     unet_tile: int | None
@@ -181,6 +183,22 @@ def check_sampling(
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
     Quirks(frozenset(legacy))  # raises UnknownName
+
+
+def check_embedded_guidance(
+    guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None
+) -> None:
+    """Raise ArgumentError for options that need an unconditional prediction; none is computed."""
+    is_given = {
+        "a guidance method": guidance is not None,
+        "rescale": bool(rescale),
+        "guidance_interval": interval is not None,
+    }
+    if any(is_given.values()):
+        name = next(name for name in is_given if is_given[name])
+        raise ArgumentError(
+            f"{name} has no effect on a model that embeds the guidance scale: leave it out"
+        )
 
 
 def get_latent_size(

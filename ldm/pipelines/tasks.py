@@ -1,11 +1,11 @@
-"""Tasks with a prompt, or with a prompt and an image.
+"""Tasks of models that read prompts.
 
     txt2img           prompts                      any text-to-image model
     img2img           prompts, image               any text-to-image model
     inpaint           prompts, image, mask         inpainting models, and text-to-image models
     depth2img         prompts, image, depth map    depth models
     estimate_depth    image                        depth models
-    upscale           prompts, small image         the x4 upscaler
+    upscale           prompts, low-res image       the x4 upscaler
     upscale_rgbd      prompts, image, depth        LDM3D-SR
     upscale_latent    prompts, image or latent     the x2 latent upscaler
 
@@ -13,13 +13,13 @@ Tasks of models that read images in place of a prompt are in `variations`.
 
 Images are (1, 3, H, W) in [-1, 1], of any size: they are padded to whole latent pixels, and the
 result is cropped again. Tasks that sample return (B, C, H, W) float32 in [-1, 1], one image per
-prompt, with C = 3 if there is no depth. Arguments that several have are documented at `txt2img`.
+prompt, with C = 3 if there is no depth. Shared arguments are documented in `txt2img`.
 
 Images of LDM3D have depth in additional channels, see `ldm.imaging.rgbd`: input images have these
-channels, or come with `depth` (1, 1, H, W) in [0, 1], larger is nearer.
+channels, or `depth` (1, 1, H, W) in [0, 1] is given, larger is nearer.
 
-Tasks raise WrongFamily, UnknownName and ArgumentError before any network runs, and NonFinite if a
-network returns NaN or infinity.
+Tasks check the model, keywords, prompts and sizes before any network runs, and raise WrongFamily,
+UnknownName or ArgumentError; they raise NonFinite if a network returns NaN or infinity.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import Scale
-from ldm.diffusion.samplers.common import Constrain
+from ldm.diffusion.samplers.common import Constrain, NoiseSampler
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
@@ -38,7 +38,7 @@ from ldm.pipelines.conditions import encode_prompts
 from ldm.pipelines.generate import generate, make_noise
 from ldm.pipelines.images import add_depth, crop_like, decode_latent, encode_image, pad_to_multiple
 from ldm.pipelines.latent_upscaling import (
-    FACTOR,
+    LATENT_UPSCALE_FACTOR,
     Upscaling,
     check_latent,
     check_noise,
@@ -47,13 +47,15 @@ from ldm.pipelines.latent_upscaling import (
 )
 from ldm.pipelines.options import GuidedOptions, TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import (
+    StepPrompts,
+    TextPair,
     as_list,
     get_pair,
     parse_constant,
     repeat_texts,
     warn_about_prompts,
 )
-from ldm.pipelines.quirks import Noise, Quirks
+from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
 from ldm.pipelines.task import task
@@ -81,19 +83,20 @@ def txt2img(
     """Make one image per prompt.
 
     Args:
+        prompts: The prompt of each image.
         negative_prompt: One for all prompts, or one for each.
         scale: Guidance scale; 1 = no guidance, None = the model's default.
         size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
             training size.
         tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
-        upscaling: A model that doubles the latents, such as
+        upscaling: The x2 latent upscaler that doubles the latents, and its options, such as
             `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`; None = none.
         options: Keywords of `sample`; `on_latent`, see `DecodingOptions`; `syntax` and `clip_skip`,
             see `PromptOptions`; other guidance methods, see `GuidanceOptions`; for SDXL those of
             `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
     Returns:
-        (B, C, H, W) float32 in [-1, 1]; C = 3, or more for models with depth.
+        (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     """
     noise = make_noise(prompts, options)
     return generate(
@@ -124,25 +127,31 @@ def img2img(
     Args:
         strength: 0 keeps the image, 1 starts from pure noise.
         z: Latents (B, C, h, w) of the image from `encode_image`; None = encode it.
-        inversion: Whether to start from DDIM inversion, which keeps the composition.
+        inversion: Whether to start from the DDIM inversion of the image, to keep its composition.
         source_prompt: Description of the image for the inversion, in the syntax of prompts, but
-            without schedules and AND.
-        depth: (1, 1, H, W) in [0, 1], larger is nearer, for LDM3D; None = a channel of the image.
+            without schedules, alternation and AND.
+        depth: (1, 1, H, W) in [0, 1], larger is nearer, for LDM3D; None = the image has it, or the
+            model reads none.
         negative_prompt, scale, tile, upscaling, options: See `txt2img`.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
     n = len(as_list(prompts))
+    source = _parse_source_prompt(source_prompt, options) if inversion else None
+    padded = pad_to_multiple(image, _size_multiple(model, options))
+    if upscaling is not None:
+        factor, like = (model.downscale, padded) if z is None else (1, z)
+        height, width = (side // factor for side in like.shape[-2:])
+        upscaling.check_use(model, height, width, options.get("syntax", PLAIN))
     if z is None:
-        padded = pad_to_multiple(image, _size_multiple(model, options))
         z = encode_image(model, padded, n, noise)
-    if inversion:
-        options["x_T"] = _inverted_noise(model, z, source_prompt, strength, options)
+    if source is not None:
+        options["x_T"] = _invert_to_noise(model, z, source, strength, options)
     images = generate(
         model, prompts, negative_prompt, {}, scale, tile, noise=noise, z=z, strength=strength,
         upscaling=upscaling, **options,
     )  # fmt: skip
-    return crop_like(images, image, 1 if upscaling is None else FACTOR)
+    return crop_like(images, image, 1 if upscaling is None else LATENT_UPSCALE_FACTOR)
 
 
 @task("inpainting", "text")
@@ -168,7 +177,8 @@ def inpaint(
     Args:
         mask: (1, 1, H, W) in [0, 1], or bool; repainted where it is at least 0.5.
         strength: Fraction of the steps to run; 1 = start from pure noise.
-        composite: Whether to blend result and image by the mask, so that pixels stay where it is 0.
+        composite: Whether to blend the result into the image by the mask, so that pixels stay where
+            it is 0.
         depth: See `img2img`.
         negative_prompt, scale, tile, options: See `txt2img`.
     """
@@ -176,7 +186,7 @@ def inpaint(
     noise = make_noise(prompts, options)
     n, multiple = len(as_list(prompts)), _size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
-    hard_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
+    binary_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
     masked_image = pad_to_multiple(mask_image(image, mask), multiple)
     inputs: dict[str, Tensor] = {}
     z: Tensor | None = None
@@ -184,17 +194,17 @@ def inpaint(
     constrain_refiner: Constrain | None = None
     if "masked" in model.conditioner.keys:
         masked_z = encode_image(model, masked_image, n, noise)
-        inputs["masked"] = concat_mask(hard_mask.to(masked_z).expand(n, -1, -1, -1), masked_z)
+        inputs["masked"] = concat_mask(binary_mask.to(masked_z).expand(n, -1, -1, -1), masked_z)
         if strength < 1:
             z = encode_image(model, padded, n, noise)
         if options.get("refiner") is not None:  # the refiner does not read masks
-            options["x_T"] = x_T = _start_noise(options, noise, masked_z)
+            options["x_T"] = x_T = _get_start_noise(options, noise, masked_z)
             original = encode_image(model, padded, n, noise) if z is None else z
-            constrain_refiner = _keep_outside(hard_mask, original, x_T, model.downscale)
+            constrain_refiner = _keep_unmasked(binary_mask, original, x_T, model.downscale)
     else:
         z = encode_image(model, padded, n, noise)
-        options["x_T"] = x_T = _start_noise(options, noise, z)
-        constrain = constrain_refiner = _keep_outside(hard_mask, z, x_T, model.downscale)
+        options["x_T"] = x_T = _get_start_noise(options, noise, z)
+        constrain = constrain_refiner = _keep_unmasked(binary_mask, z, x_T, model.downscale)
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
         size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
@@ -220,8 +230,8 @@ def depth2img(
     """Change the image toward each prompt and keep its depth.
 
     Args:
-        strength: 0 keeps the image, 1 keeps only its depth.
         depth: (1, 1, H, W), of any size and range, larger is nearer; None = estimate it.
+        strength: 0 keeps the image, 1 keeps only its depth.
         negative_prompt, scale, tile, options: See `txt2img`.
     """
     noise = make_noise(prompts, options)
@@ -240,7 +250,7 @@ def depth2img(
 
 @task("depth")
 def estimate_depth(model: LatentDiffusion, image: Tensor) -> Tensor:
-    """Estimate relative inverse depth (1, 1, H', W'), larger is nearer, with the model's MiDaS."""
+    """Estimate relative inverse depth, larger is nearer: (1, 1, H', W') of MiDaS's input size."""
     return model.conditioner.get(MiDaSDepth).estimate(image.to(model.device))
 
 
@@ -260,9 +270,10 @@ def upscale(
 
     Args:
         image: (1, 3, h, w) in [-1, 1].
-        noise_level: Timestep of the noise added to the image; more noise, more invented detail.
-        tile: Side of overlapping tiles, in pixels of the input, for the decoder and, without
-            `unet_tile`, the UNet; None = the training size.
+        noise_level: Timestep up to which noise is added to the image; more noise, more invented
+            detail.
+        tile: Side of overlapping tiles in pixels of the input: the decoder's, and the UNet's
+            unless `unet_tile` is given; None = the training size.
         negative_prompt, scale, options: See `txt2img`.
     Raises:
         ArgumentError: The model was not trained at the noise level.
@@ -271,14 +282,15 @@ def upscale(
     n = len(as_list(prompts))
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
-    lr = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
-    lr = lr.contiguous(memory_format=torch.channels_last)  # the original draws noise in this order
+    low_res = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
+    # The original draws noise in this memory format.
+    low_res = low_res.contiguous(memory_format=torch.channels_last)
     level = torch.full((n,), noise_level, device=model.device)
-    inputs = {"lowres": encoder.add_noise(lr, level, noise(lr)), "noise_level": level}
+    inputs = {"lowres": encoder.add_noise(low_res, level, noise(low_res)), "noise_level": level}
     tile = model.image_size if tile is None else tile
     if options.get("unet_tile") is None:
         options["unet_tile"] = tile
-    size = (lr.shape[-2] * model.downscale, lr.shape[-1] * model.downscale)
+    size = (low_res.shape[-2] * model.downscale, low_res.shape[-1] * model.downscale)
     return generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, size=size, **options
     )
@@ -297,13 +309,12 @@ def upscale_rgbd(
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
 ) -> Tensor:
-    """Restore the detail of an image with depth that was enlarged.
+    """Add detail to an enlarged image and its depth.
 
     Args:
         image: (1, 3, H, W), resized to the size of the result.
-        depth: (1, 1, H, W) in [0, 1], larger is nearer; None = a channel of the image.
-        noise_level: Input of models with an embedding of it, although no noise is added; ignored by
-            others.
+        depth: (1, 1, H, W) in [0, 1], larger is nearer; None = the image has it.
+        noise_level: Level that the UNet is told, if it embeds one, although no noise is added.
         negative_prompt, scale, tile, options: See `txt2img`.
     Returns:
         (B, 4, H, W).
@@ -324,9 +335,9 @@ def upscale_rgbd(
     return crop_like(images, image)
 
 
-def _check_noise_level(level: int, maximum: int) -> None:
-    if not 0 <= level < maximum:
-        raise ArgumentError(f"noise levels are 0 … {maximum - 1}, got {level}", "noise_level")
+def _check_noise_level(level: int, num_levels: int) -> None:
+    if not 0 <= level < num_levels:
+        raise ArgumentError(f"noise levels are 0 … {num_levels - 1}, got {level}", "noise_level")
 
 
 @task("latent-upscaling")
@@ -346,18 +357,18 @@ def upscale_latent(
     """Double the size of an image, or of the latent of one.
 
     Args:
-        image: (1, 3, h, w) in [-1, 1]; None = `latent`.
+        image: (1, 3, h, w) in [-1, 1]; None if `latent` is given.
         latent: (1 | B, 4, h / 8, w / 8) of the autoencoder of Stable Diffusion 1 or 2, multiplied
-            by its `scale_factor`; None = that of the image.
-        noise_sigma: sigma of the noise added to the small latent, 0 … 0.6; more noise, more
-            invented detail.
+            by its `scale_factor`; None if `image` is given.
+        noise_sigma: sigma of the noise added to the low-res latent, usually up to 0.6; more
+            noise, more invented detail.
         noise_kind: "gaussian", or "fake": the network gets `noise_sigma`, but no noise is added.
         scale: Guidance scale; 1 = no guidance, 0 = the negative prompt only, None = the model's
             default.
         negative_prompt, tile, options: See `txt2img`.
     Raises:
         MissingArgument: There is neither an image nor a latent.
-        ArgumentError: A latent of another shape, or a noise level that the model does not support.
+        ArgumentError: A latent of another shape, or noise that the model does not support.
     """
     noise = make_noise(prompts, options)
     texts = as_list(prompts)
@@ -370,9 +381,10 @@ def upscale_latent(
             raise MissingArgument("neither an image nor a latent is given", "image")
         check_sides(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
         latent = encode_image(model, image, len(texts), noise)
-    elif image is not None:
-        raise ArgumentError("give an image or a latent, not both", "latent")
-    check_latent(model, latent, len(texts))
+    else:
+        if image is not None:
+            raise ArgumentError("give an image or a latent, not both", "latent")
+        check_latent(model, latent, len(texts))
     try:
         z = double_latent(
             model, texts, negatives, latent, noise=noise, noise_sigma=noise_sigma,
@@ -383,20 +395,20 @@ def upscale_latent(
             raise
         z = stop.latent
     images = decode_latent(model, z, tile, options.get("on_latent"))
-    return images if image is None else crop_like(images, image, FACTOR)
+    return images if image is None else crop_like(images, image, LATENT_UPSCALE_FACTOR)
 
 
 def _size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
-    """Return the number of pixels of which the sides of images must be multiples."""
+    """Return the number that the sides of images must be multiples of, in pixels."""
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
 
 
-def _start_noise(options: TextOptions, noise: Noise, like: Tensor) -> Tensor:
+def _get_start_noise(options: TextOptions, noise: NoiseSampler, like: Tensor) -> Tensor:
     x_T = options.get("x_T")
     return noise(like) if x_T is None else x_T.to(like)
 
 
-def _keep_outside(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrain:
+def _keep_unmasked(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrain:
     """Return (x, sigma) -> x that resets x to the noisy z where a mask (1, 1, H, W) is 0.
 
     Args:
@@ -406,26 +418,39 @@ def _keep_outside(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constrai
     return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)
 
 
-def _inverted_noise(
-    model: LatentDiffusion, z: Tensor, prompt: str, strength: float, options: TextOptions
-) -> Tensor:
-    """Return the x_T (B, C, h, w) from which `sample` starts at the DDIM inversion of z."""
+def _parse_source_prompt(prompt: str, options: TextOptions) -> StepPrompts | TextPair:
     for name in ("sigmas", "rho"):
         if options.get(name) is not None:
             raise ArgumentError(f"DDIM inversion takes no {name}", name)
+    return parse_constant(prompt, options.get("syntax", PLAIN), "source_prompt")
+
+
+def _invert_to_noise(
+    model: LatentDiffusion,
+    z: Tensor,
+    source: StepPrompts | TextPair,
+    strength: float,
+    options: TextOptions,
+) -> Tensor:
+    """Invert z by DDIM, and return the x_T (B, C, h, w) with which `sample` starts from the result.
+
+    Sets `options["scheduler"]`: the sampling that follows must take the same steps in reverse.
+    """
     steps, scheduler = options.get("steps"), options.get("scheduler") or "uniform"
     steps = model.defaults.steps if steps is None else steps
-    options["scheduler"] = scheduler  # the sampling that follows takes the same steps back
+    options["scheduler"] = scheduler
     sigmas = model.schedule.step_sigmas(steps, scheduler)
-    until = max(round(strength * steps), 1)
+    inversion_steps = max(round(strength * steps), 1)
     height, width = (side * model.downscale for side in z.shape[-2:])
     sizes, _ = size_conditions(model, select_sdxl(options), (height, width), Quirks())
-    constant = parse_constant(prompt, options.get("syntax", PLAIN), "source_prompt")
-    warn_about_prompts(model, [constant])
-    cond = encode_prompts(model, [get_pair(constant)] * len(z), {}, sizes)
+    warn_about_prompts(model, [source])
+    cond = encode_prompts(model, [get_pair(source)] * len(z), {}, sizes)
     legacy = {"encode"}.intersection(options.get("legacy", ()))
-    z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)
-    sigma = float(sigmas[steps - until])
+    z_t = invert(
+        model, z, cond, steps=steps, until=inversion_steps, scheduler=scheduler, legacy=legacy
+    )
+    sigma = float(sigmas[steps - inversion_steps])
     x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE
-    # `sample` starts from z + sigma x_T: solve for x_T; at strength 1 from x_T scaled to VE.
+    # `sample` starts from x = z + sigma x_T, so solve this for x_T; at strength 1 it starts
+    # from x_T itself, scaled from VP to VE.
     return z_t if strength == 1 else (x - z.to(x)) / sigma

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
+from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
@@ -22,7 +23,6 @@ from ldm.pipelines.generate import generate, make_noise
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
 from ldm.pipelines.prompts import as_list
-from ldm.pipelines.quirks import Noise
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
@@ -136,7 +136,7 @@ def sample_prior(
     negative_prompt: str | Sequence[str] = "",
     steps: int = 25,
     scale: float = 4.0,
-    noise: Noise = torch.randn_like,
+    noise: NoiseSampler = torch.randn_like,
 ) -> Tensor:
     """Sample CLIP image embeddings (B, D) of prompts with the Karlo prior.
 

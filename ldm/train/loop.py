@@ -30,7 +30,7 @@ from ldm.train.monitoring.evaluation import Evaluator
 from ldm.train.monitoring.logs import Loggers, ProgressBar
 from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.timers import Interval, StepTimer
-from ldm.train.monitoring.timesteps import TimestepLog
+from ldm.train.monitoring.timestep_losses import TimestepLosses
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run, seed_batch
 from ldm.train.runs.exports import export, export_best, export_step
@@ -78,9 +78,11 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         wandb=callbacks.wandb,
         config=settings.raw,
     )
-    timesteps: TimestepLog | None = None
+    timestep_losses: TimestepLosses | None = None
     if isinstance(run.model, LatentDiffusion):
-        timesteps = TimestepLog(run.folder, ranks, len(run.model.schedule), start=state.step)
+        timestep_losses = TimestepLosses(
+            run.folder, ranks, len(run.model.schedule), start=state.step
+        )
 
     # Check the initial weights of a fine-tune.
     if run.is_fine_tune and not state.step and settings.trainer.sanity:
@@ -107,7 +109,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     )
 
     # Train.
-    actions = _list_actions(run, loggers, timesteps)
+    actions = _list_actions(run, loggers, timestep_losses)
     run.task.trainable.train()
     timer = StepTimer()
     progress = ProgressBar(
@@ -130,8 +132,8 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             lr = learning_rate(state.step, run.progress())
             losses = train_step(run, step_batches, lr)
             is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
-            if timesteps is not None and "t" in losses:
-                timesteps.add(losses["t"], losses["losses"])
+            if timestep_losses is not None and "t" in losses:
+                timestep_losses.add(losses["t"], losses["losses"])
             with _log_failures("log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
             for name in due:
@@ -140,7 +142,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             timer.start()
         save(run)
         export(run)
-        _draw(run, loggers, timesteps)
+        _draw(run, loggers, timestep_losses)
 
 
 def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
@@ -181,13 +183,13 @@ def save(run: Run) -> None:
         run.states.save(run.state)
 
 
-def _draw(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> None:
+def _draw(run: Run, loggers: Loggers, timestep_losses: TimestepLosses | None) -> None:
     """Draw the sample grids, and the plot of the loss by timestep."""
-    with _log_failures("draw"):  # not around `timesteps.write`, a collective of all processes
+    with _log_failures("draw"):  # not around `timestep_losses.write`, a collective of all processes
         for path in draw_samples(run):
             loggers.log_image(run.state.step, f"{path.parent.name}/samples", path)
-    if timesteps is not None:
-        plot = timesteps.write(run.state.step)
+    if timestep_losses is not None:
+        plot = timestep_losses.write(run.state.step)
         if plot is not None:
             loggers.log_image(run.state.step, "loss per timestep", plot)
 
@@ -198,7 +200,7 @@ def _validate(run: Run, loggers: Loggers) -> None:
     export_best(run, losses)
 
 
-def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> Actions:
+def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses | None) -> Actions:
     """Return all actions by name, in the order in which they run when several are due."""
     options = run.settings.callbacks
     draw_interval = Interval(
@@ -207,7 +209,7 @@ def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> 
     save_interval = Interval(minutes=options.save_minutes, steps=options.save_steps)
     actions: dict[str, tuple[Interval, Callable[[], object]]] = {
         "save": (save_interval, lambda: save(run)),
-        "draw": (draw_interval, lambda: _draw(run, loggers, timesteps)),
+        "draw": (draw_interval, lambda: _draw(run, loggers, timestep_losses)),
         "validate": (Interval(steps=options.validate_steps), lambda: _validate(run, loggers)),
         "export step": (Interval(steps=options.export_steps), lambda: export_step(run)),
     }

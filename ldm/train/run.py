@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ldm.data.source import Source
+from ldm.data.source import BatchSource
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
 from ldm.runtime.types import JsonMapping
-from ldm.train.batches.sources import open_sources
+from ldm.train.batches.sources import open_batches
 from ldm.train.build import build_state, build_task, configure_model
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Settings
@@ -50,8 +50,8 @@ class Run:
     ranks: Ranks
     task: Task
     state: State
-    source: Source
-    held_out: Source | None
+    source: BatchSource
+    held_out: BatchSource | None
     is_fine_tune: bool
 
     @property
@@ -167,7 +167,9 @@ def build_run(
 
     log.info("Opening the data")
     with ranks.first_before_others():
-        source, held_out = open_sources(model, data, seed=trainer.seed, commands=allow_commands)
+        source, held_out = open_batches(
+            model, data, seed=trainer.seed, allow_commands=allow_commands
+        )
     if params.get("scale_by_std") and not is_fine_tune:
         if data.latents:
             raise ValueError("`scale_by_std` does not go with `data.params.latents`")

@@ -88,7 +88,7 @@ def test_loss_with_variance(model):
     column = sigma[:, None, None, None]
     x = inputs["clean"] + column * inputs["noise"]
     z_t = torch.cat([x / (1 + column**2).sqrt(), cond.concat], dim=1)
-    prediction, log_variance = model.unet.predict_with_variance(
+    prediction, log_variance = model.unet.predict_with_log_variance(
         z_t, sigma.log() / 4, cond.crossattn, cond.vector, cond.context_mask
     )
     error = prediction - model.denoiser.target(inputs["clean"], inputs["noise"], sigma.log() / 4)

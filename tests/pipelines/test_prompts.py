@@ -8,7 +8,7 @@ import torch
 import ldm
 from ldm.conditioning import Composition, Cond, ScheduledCond
 from ldm.diffusion.guidance import add_guidance
-from ldm.pipelines.conditions import Conditions, encode_prompts, encode_steps
+from ldm.pipelines.conditions import ConditionInputs, encode_prompts, encode_schedule
 from ldm.pipelines.prompts import CallPrompts, parse_pair
 from ldm.pipelines.quirks import Quirks
 from ldm.prompts import PromptWarning, parse_prompt
@@ -34,7 +34,7 @@ def latents(model, prompts, **options) -> list[torch.Tensor]:
 
 def encode(model, texts: list[str], steps: int = 4):
     pairs = [parse_pair((text, text), "a1111", steps) for text in texts]
-    return encode_steps(pairs, lambda some, numbers: encode_prompts(model, some, {}))
+    return encode_schedule(pairs, lambda some, numbers: encode_prompts(model, some, {}))
 
 
 def test_plain_text_gives_the_same_image_under_all_syntaxes(model):
@@ -187,8 +187,8 @@ def test_second_prompts_have_the_same_compositions():
 
 def test_conditions_of_plain_prompts_are_as_before(model):
     prompts = CallPrompts([("a", "a")], [("", "")])
-    conditions = Conditions(prompts, {}, {}, {}, (64, 64), scale=3.0)
-    cond, uncond, guidance_conds = conditions.encode(model, Quirks())
+    inputs = ConditionInputs(prompts, {}, {}, {}, (64, 64), scale=3.0)
+    cond, uncond, guidance_conds = inputs.encode(model, Quirks())
     assert isinstance(cond, Cond)
     assert guidance_conds == []
     assert torch.equal(cond.crossattn, model.condition({"txt": ["a"]}).crossattn)

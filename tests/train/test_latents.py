@@ -23,7 +23,7 @@ from ldm.loading.config import instantiate, read_yaml
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.batches.contexts import cache_contexts, digest_encoder
 from ldm.train.batches.latents import cache_latents, digest_model
-from ldm.train.batches.sources import open_sources
+from ldm.train.batches.sources import open_batches
 from ldm.train.batches.store import Store
 from ldm.train.config.schema import Data
 from ldm.train.tasks.diffusion import Diffusion
@@ -332,14 +332,14 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, locati
     train: Any = {location: place, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = Data(batch_size=3, train=train, **caches)
-    source, _ = open_sources(model, data, 0)
+    source, _ = open_batches(model, data, 0)
     batch = next(source.batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
     assert all(caption in model.conditioner.text.cache for caption in batch["txt"])
     assert source.fixed_samples(1)[0]["jpg"].shape == (3, 16, 16)
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
-        open_sources(model, Data(batch_size=3, train=train, **caches), 0)
+        open_batches(model, Data(batch_size=3, train=train, **caches), 0)
 
 
 def test_caches_of_version_0_1_are_found_again() -> None:

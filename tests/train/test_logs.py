@@ -14,7 +14,7 @@ from ldm.train.distributed.parallel import Ranks
 from ldm.train.monitoring import timers
 from ldm.train.monitoring.logs import CsvLogger, Loggers, ProgressBar
 from ldm.train.monitoring.timers import Interval
-from ldm.train.monitoring.timesteps import TimestepLog
+from ldm.train.monitoring.timestep_losses import TimestepLosses
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -113,7 +113,7 @@ def no_plots() -> None:
 def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "timesteps.csv"
-    log = TimestepLog(tmp_path, Ranks(), 1000, bins=4)
+    log = TimestepLosses(tmp_path, Ranks(), 1000, num_bins=4)
     log.add(torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3.0, 5.0, float("nan")]))
     plot = log.write(10)
     assert plot is not None
@@ -124,7 +124,7 @@ def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     log.add(torch.tensor([100, 100]), torch.tensor([8.0, 8.0]))
     log.write(20)  # the losses before count half
     assert rows(path)[2][3] == "6"
-    assert sorted(TimestepLog(tmp_path, Ranks(), 1000, bins=4, start=10).curves) == [10]
+    assert sorted(TimestepLosses(tmp_path, Ranks(), 1000, num_bins=4, start=10).curves) == [10]
     assert rows(path) == expected
 
 

@@ -148,7 +148,7 @@ def test_what_the_engine_says_of_training_holds(
         (LOSS + "loss_type=lpips", "unknown loss_type `lpips`"),
         (LOSS + "batch2model_keys=[image_only_indicator]", "video models"),
         ("model.params.loss_fn_config.target=sgm.x.OtherLoss", "loss_fn_config: unknown target"),
-        ("model.params.input_key=png", "input_key: images have the batch key `jpg`"),
+        ("model.params.input_key=png", "input_key: must be `jpg`"),
         (
             "model.params.optimizer_config.target=torch.optim.SGD",
             "unknown target `torch.optim.SGD`",

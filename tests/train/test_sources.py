@@ -12,7 +12,7 @@ from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.loading.config import instantiate, read_yaml
-from ldm.train.batches.sources import open_sources
+from ldm.train.batches.sources import open_batches
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.schema import Data
 
@@ -28,7 +28,7 @@ def make_data(**params: Any) -> Data:
 
 def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     data = make_data(validation={**TRAIN, "split": "heldout"})
-    train, held_out = open_sources(nn.Identity(), data, 23)
+    train, held_out = open_batches(nn.Identity(), data, 23)
     assert held_out is not None
     assert (train.batches_per_epoch(1), held_out.batches_per_epoch(1)) == (23, 1)
     batch = next(train.batches(4, start=2))
@@ -50,13 +50,13 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
 )
 def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_sources(nn.Identity(), make_data(**params), 23)
+        open_batches(nn.Identity(), make_data(**params), 23)
 
 
 def test_an_autoencoder_cannot_use_caches(tmp_path: Path) -> None:
     data = make_data(latents={"cache": tmp_path}, texts={"cache": tmp_path})
     with pytest.raises(ValueError, match="`latents`, `texts` are for diffusion models only"):
-        open_sources(nn.Identity(), data, 23)
+        open_batches(nn.Identity(), data, 23)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_folder_without_images_is_named_with_its_key(
 ) -> None:
     data = make_data(**{split: {**TRAIN, "root": tmp_path / place}})
     with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{split}\.root: {message}$"):
-        open_sources(nn.Identity(), data, 23)
+        open_batches(nn.Identity(), data, 23)
 
 
 def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_pat
     train = {"root": tmp_path, "transform": {"name": "photo", "size": 16}}
     caches = {key: {"cache": str(tmp_path / key)} for key in ("latents", "texts")}
     for extras in ({}, {"latents": caches["latents"]}, caches):
-        source, _ = open_sources(model, make_data(train=train, **extras), 23)
+        source, _ = open_batches(model, make_data(train=train, **extras), 23)
         batch = next(source.batches(3))
         assert set(batch["txt"]) == {"a", "c"}
         assert batch["broken"] == ["b.png"]
@@ -93,22 +93,22 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_pat
 def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
     folder = Folder(root=EMOJI, transform=EmojiTransform(), split="train")
     list(pack(folder, str(tmp_path / "%06d.tar"), count=8))
-    train, _ = open_sources(
+    train, _ = open_batches(
         nn.Identity(),
         make_data(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}),
         23,
     )
     assert next(train.batches(4))["jpg"].shape == (4, 3, 16, 16)
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
-    open_sources(model, make_data(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
+    open_batches(model, make_data(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
     shown, text = model.conditioner.text.token_ids.clone(), model.conditioner.text
     text.token_ids.copy_(torch.arange(len(shown)))
-    open_sources(model, make_data(), 23)
+    open_batches(model, make_data(), 23)
     assert torch.equal(text.token_ids, shown)  # the words of a folder are those of its shards
 
 
 def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     photos = {**TRAIN, "split": None, "transform": {"name": "photo", "size": 16}}
-    open_sources(model, make_data(train=photos), 23)
+    open_batches(model, make_data(train=photos), 23)
     assert "24 of 24 images" in caplog.text

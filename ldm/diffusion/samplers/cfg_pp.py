@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Callback,
     Constrain,
     Denoise,
-    Noise,
+    NoiseSampler,
+    StepCallback,
     get_ancestral_step,
     pair_sigmas,
 )
@@ -26,8 +26,8 @@ def euler_ancestral_cfg_pp(
     *,
     last_uncond: Callable[[], Tensor | None] = lambda: None,
     eta: float = 1.0,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Euler ancestral CFG++, for guidance scales about 1.
@@ -56,7 +56,7 @@ def euler_cfg_pp(
     sigmas: Tensor,
     *,
     last_uncond: Callable[[], Tensor | None] = lambda: None,
-    callback: Callback | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Euler CFG++, the deterministic `euler_ancestral_cfg_pp`."""

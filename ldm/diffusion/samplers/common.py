@@ -1,4 +1,4 @@
-"""Types of the samplers' arguments, and parts of steps that several samplers share."""
+"""Types of the samplers' arguments, and helpers for their steps."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Callback",
     "Constrain",
     "Denoise",
     "IntervalNoise",
-    "Noise",
-    "choose_noise",
+    "NoiseSampler",
+    "StepCallback",
+    "choose_interval_noise",
     "churn",
     "get_ancestral_step",
     "log_ratio",
@@ -22,10 +22,12 @@ __all__ = [
 ]
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
-Noise = Callable[[Tensor], Tensor]  # like -> standard normal noise in its shape
-IntervalNoise = Callable[[Tensor, float, float], Tensor]  # (like, sigma, next sigma) -> noise
-Callback = Callable[[int, Tensor, Tensor], None]  # (step, x after it, denoised), after each step
-Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> changed x, before each step
+NoiseSampler = Callable[[Tensor], Tensor]  # like -> standard normal noise of its shape
+# (like, sigma, next sigma) -> noise between the two levels, as k-diffusion's noise samplers
+IntervalNoise = Callable[[Tensor, float, float], Tensor]
+# (step, x after it, denoised), after each step
+StepCallback = Callable[[int, Tensor, Tensor], None]
+Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> constrained x, before each step
 
 
 def pair_sigmas(sigmas: Tensor) -> list[tuple[float, float]]:
@@ -33,17 +35,17 @@ def pair_sigmas(sigmas: Tensor) -> list[tuple[float, float]]:
     return list(pairwise(sigmas.tolist()))
 
 
-def churn(x: Tensor, sigma: float, factor: float, noise: Noise) -> tuple[Tensor, float]:
-    """Add noise to x, raising sigma by a factor of 1 + `factor`, at most √2; return x and sigma.
+def churn(x: Tensor, sigma: float, gamma: float, noise: NoiseSampler) -> tuple[Tensor, float]:
+    """Add noise to x that multiplies sigma by 1 + gamma, at most √2; return x and the new sigma.
 
     Karras et al. 2022 (arXiv:2206.00364), algorithm 2, lines 4 to 6.
     """
-    sigma_hat = sigma * (1 + min(factor, math.sqrt(2) - 1))
+    sigma_hat = sigma * (1 + min(gamma, math.sqrt(2) - 1))
     return x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
 
 
 def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """Return sigma_down, the level to step to, and sigma_up, the deviation of the noise to add.
+    """Return sigma_down, the level to step to, and sigma_up, the standard deviation of new noise.
 
         sigma_up = eta sigma_next sqrt(1 - (sigma_next / sigma)²)
         sigma_down² = sigma_next² - sigma_up²
@@ -55,10 +57,17 @@ def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[flo
     return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
 
 
-def choose_noise(noise: Noise | None, path: IntervalNoise | None) -> IntervalNoise | None:
-    """Return the path, else noise that is independent in each step, else None."""
-    if path is not None or noise is None:
-        return path
+def choose_interval_noise(
+    noise: NoiseSampler | None, interval_noise: IntervalNoise | None
+) -> IntervalNoise | None:
+    """Return `interval_noise` if given, else noise for which the levels do not matter.
+
+    Args:
+        noise: Independent in each step; None = no noise, unless there is `interval_noise`.
+        interval_noise: Noise that depends on the levels, such as a Brownian path; None = `noise`.
+    """
+    if interval_noise is not None or noise is None:
+        return interval_noise
     return lambda like, sigma, sigma_next: noise(like)
 
 
@@ -68,5 +77,5 @@ def log_ratio(sigma: float, sigma_next: float) -> float:
 
 
 def weighted_sum(weights: tuple[float, ...] | list[float], tensors: list[Tensor]) -> Tensor:
-    """Return the sum of w_k tensor_k."""
+    """Return the sum of weights[k] * tensors[k]."""
     return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(dim=0)

@@ -5,7 +5,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.samplers.common import Callback, Constrain, Denoise, Noise, pair_sigmas
+from ldm.diffusion.samplers.common import (
+    Constrain,
+    Denoise,
+    NoiseSampler,
+    StepCallback,
+    pair_sigmas,
+)
 
 __all__ = ["lcm", "tcd"]
 
@@ -15,8 +21,8 @@ def lcm(
     x: Tensor,
     sigmas: Tensor,
     *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample a latent consistency model (arXiv:2310.04378): x' = D + sigma' noise."""
@@ -37,8 +43,8 @@ def tcd(
     *,
     eta: float = 0.3,
     scale_time: Callable[[float, float], float] = lambda sigma, factor: factor * sigma,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by TCD (arXiv:2402.19159): step below the next level, then add noise up to it.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Callback,
     Constrain,
     Denoise,
-    Noise,
+    NoiseSampler,
+    StepCallback,
     get_ancestral_step,
     log_ratio,
 )
@@ -30,8 +30,8 @@ def dpm_fast(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, the last of lower order.
@@ -79,8 +79,8 @@ def dpm_adaptive(
     icoeff: float = 1.0,
     dcoeff: float = 0.0,
     accept_safety: float = 0.81,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DPM-Solver-23, with steps adapted to the difference between orders 2 and 3.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Callback,
     Constrain,
     Denoise,
+    StepCallback,
     log_ratio,
     pair_sigmas,
     weighted_sum,
@@ -29,7 +29,7 @@ def plms(
     x: Tensor,
     sigmas: Tensor,
     *,
-    callback: Callback | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by PLMS (arXiv:2202.09778): one Heun step, then Adams–Bashforth of orders 2, 3 and 4.
@@ -59,7 +59,7 @@ def lms(
     sigmas: Tensor,
     *,
     order: int = 4,
-    callback: Callback | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by the linear multistep method of k-diffusion.
@@ -88,7 +88,7 @@ def dpmpp_2m(
     sigmas: Tensor,
     *,
     lower_order_final: bool = True,
-    callback: Callback | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
@@ -123,7 +123,7 @@ def deis(
     sigmas: Tensor,
     *,
     order: int = 3,
-    callback: Callback | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DEIS (arXiv:2204.13902), with polynomials in log sigma as in diffusers ("logrho").
@@ -159,7 +159,7 @@ def unipc(
     sigmas: Tensor,
     *,
     order: int = 3,
-    callback: Callback | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.

@@ -11,12 +11,12 @@ from functools import partial
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Callback,
     Constrain,
     Denoise,
     IntervalNoise,
-    Noise,
-    choose_noise,
+    NoiseSampler,
+    StepCallback,
+    choose_interval_noise,
     get_ancestral_step,
     log_ratio,
     pair_sigmas,
@@ -31,16 +31,16 @@ def dpmpp_sde(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: Noise | None = None,
-    path: IntervalNoise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    interval_noise: IntervalNoise | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ of order 2, single step, as k-diffusion's `sample_dpmpp_sde`.
 
     As `dpmpp_2s_ancestral`, with noise in the middle of each step, too.
     """
-    draw = choose_noise(noise, path)
+    draw = choose_interval_noise(noise, interval_noise)
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoised_2 = denoise(x, sigma)
@@ -67,9 +67,9 @@ def dpmpp_2m_sde(
     *,
     eta: float = 1.0,
     heun: bool = False,
-    noise: Noise | None = None,
-    path: IntervalNoise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    interval_noise: IntervalNoise | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`.
@@ -82,7 +82,7 @@ def dpmpp_2m_sde(
             is 1 / (1 - e^-k) - 1 / k, instead of taking its value at the midpoint, 1 / 2.
     """
     denoised_prev, h_prev = None, 0.0
-    draw = choose_noise(noise, path)
+    draw = choose_interval_noise(noise, interval_noise)
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
@@ -108,9 +108,9 @@ def dpmpp_3m_sde(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: Noise | None = None,
-    path: IntervalNoise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    interval_noise: IntervalNoise | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by SDE-DPM-Solver++ 3M, as k-diffusion's `sample_dpmpp_3m_sde`.
@@ -119,7 +119,7 @@ def dpmpp_3m_sde(
     in the second.
     """
     history: list[tuple[Tensor, float]] = []  # (estimate, h) of earlier steps, newest first
-    draw = choose_noise(noise, path)
+    draw = choose_interval_noise(noise, interval_noise)
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)

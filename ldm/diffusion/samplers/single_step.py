@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Callback,
     Constrain,
     Denoise,
-    Noise,
+    NoiseSampler,
+    StepCallback,
     churn,
     get_ancestral_step,
     log_ratio,
@@ -37,8 +37,8 @@ def euler(
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
-    noise: Noise = torch.randn_like,
-    callback: Callback | None = None,
+    noise: NoiseSampler = torch.randn_like,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Euler's method: step along the slope dx/dsigma = (x - denoised) / sigma."""
@@ -60,8 +60,8 @@ def ddim(
     sigmas: Tensor,
     *,
     eta: float = 0.0,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DDIM (arXiv:2010.02502, eq. 12): step to a lower noise level, then add new noise.
@@ -94,8 +94,8 @@ def heun(
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
-    noise: Noise = torch.randn_like,
-    callback: Callback | None = None,
+    noise: NoiseSampler = torch.randn_like,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Heun's method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
@@ -122,8 +122,8 @@ def dpm2(
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
-    noise: Noise = torch.randn_like,
-    callback: Callback | None = None,
+    noise: NoiseSampler = torch.randn_like,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DPM-Solver-2 (arXiv:2206.00927, algorithm 1), with churn as in k-diffusion.
@@ -147,8 +147,8 @@ def dpm2_ancestral(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by ancestral DPM2: `dpm2` to a lower level, then new noise."""
@@ -170,8 +170,8 @@ def dpmpp_2s_ancestral(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
+    noise: NoiseSampler | None = None,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by ancestral DPM-Solver++ 2S (arXiv:2211.01095, algorithm 1).
@@ -203,8 +203,8 @@ def restart(
     x: Tensor,
     sigmas: Tensor,
     *,
-    noise: Noise = torch.randn_like,
-    callback: Callback | None = None,
+    noise: NoiseSampler = torch.randn_like,
+    callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Heun's method with restarts from sigma 0.1 back to 2 (arXiv:2306.14878).
@@ -260,5 +260,5 @@ def _space_levels(count: int, start: float, end: float, rho: float = 7.0) -> lis
     return (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
 
 
-def _shift_steps(callback: Callback, first: int) -> Callback:
+def _shift_steps(callback: StepCallback, first: int) -> StepCallback:
     return lambda i, x, denoised: callback(first + i, x, denoised)

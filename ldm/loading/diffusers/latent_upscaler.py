@@ -23,7 +23,7 @@ from ldm.loading.diffusers.layout import (
 )
 from ldm.loading.k_diffusion import build_upscaler_config
 from ldm.model import LatentDiffusion
-from ldm.nets.latent_upscaler import HEAD_CHANNELS, LatentUpscalerUNet
+from ldm.nets.latent_upscaler import HEAD_DIM, LatentUpscalerUNet
 from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -34,7 +34,7 @@ REQUIRED_VALUES = {
     "act_fn": "gelu", "norm_num_groups": None, "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
     "timestep_post_act": "gelu", "conv_in_kernel": 1, "conv_out_kernel": 1, "mid_block_type": None,
-    "attention_head_dim": HEAD_CHANNELS, "attention_type": "default",
+    "attention_head_dim": HEAD_DIM, "attention_type": "default",
     "transformer_layers_per_block": 1, "addition_embed_type_num_heads": 64,
 }  # fmt: skip
 KEYS = frozenset({
@@ -100,7 +100,7 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
         and len(set(unet.depths)) == 1
         and list(map(bool, unet.self_attn_depths)) == [False, False, False, True]
         and unet.mapping_out == 2 * channels
-        and channels % HEAD_CHANNELS == 0
+        and channels % HEAD_DIM == 0
         and unet.has_variance
         and unet.input_channels == unet.unet_cond_dim
     )

@@ -3,16 +3,16 @@
 params:
     train: {root: DIR, split: train, transform: {name: photo, size: 512}}   a folder
     validation: …                                                           as `train`
-    latents: {cache: DIR, variants_per_image: 5}            encode images once, before training
-    texts: {cache: DIR}                           encode captions once, before training
-    prior: {root, prompt, count, transform}       class images of DreamBooth
+    latents: {cache: DIR, variants_per_image: 5}    encode images once, before training
+    texts: {cache: DIR}                             encode captions once, before training
+    prior: {root: DIR, prompt: a dog, count: 200, …}    class images of DreamBooth, and how many
 """
 
 from torch import nn
 
 from ldm.data.dataset import SampleDataset, WithClassImages
 from ldm.data.shards import Shards
-from ldm.data.source import DatasetSource, Source
+from ldm.data.source import BatchSource, DatasetSource
 from ldm.model import LatentDiffusion
 from ldm.train.batches.class_images import open_class_images
 from ldm.train.batches.contexts import cache_contexts
@@ -20,30 +20,34 @@ from ldm.train.batches.images import fill_vocabulary, open_images, warn_of_missi
 from ldm.train.batches.latents import cache_latents
 from ldm.train.config.schema import Data
 
-__all__ = ["open_sources"]
+__all__ = ["open_batches"]
 
 
-def open_sources(
-    model: nn.Module, data: Data, seed: int, *, commands: bool = False
-) -> tuple[Source, Source | None]:
-    """Open the training data, and the validation data if there is any.
+def open_batches(
+    model: nn.Module, data: Data, seed: int, *, allow_commands: bool = False
+) -> tuple[BatchSource, BatchSource | None]:
+    """Open the training data, and the validation data if there is any, as sources of batches.
+
+    The tokens of a model with a pruned vocabulary are set from the captions.
 
     Args:
-        model: The trained model, which computes cached latents and contexts and samples class
-            images; the tokens of a pruned vocabulary are set from the captions.
-        seed: Seeds order and augmentation of the samples.
-        commands: Whether to run `pipe:COMMAND` addresses of shards; never taken from the config.
+        model: The model to train, which computes cached latents and contexts and samples class
+            images.
+        seed: Seed of the order and the augmentation of the samples.
+        allow_commands: Whether to run `pipe:COMMAND` URLs of shards; never taken from the config.
+    Returns:
+        (training data, validation data or None).
     Raises:
         ValueError: Options are unknown or do not fit the model.
         FileNotFoundError: Files are missing.
     """
     specs = {"train": data.train, "validation": data.validation}
     opened = {
-        split: open_images(spec, seed, f"data.params.{split}", commands=commands)
+        split: open_images(spec, seed, f"data.params.{split}", commands=allow_commands)
         for split, spec in specs.items()
         if spec
     }
-    images, held_out = opened["train"], opened.get("validation")
+    images, validation = opened["train"], opened.get("validation")
     samples: SampleDataset | Shards = images
     if isinstance(model, LatentDiffusion):
         fill_vocabulary(model, images)
@@ -63,10 +67,10 @@ def open_sources(
         if names:
             raise ValueError(f"data.params: {', '.join(names)} are for diffusion models only")
     source = _to_source(samples, seed, None if isinstance(images, Shards) else images)
-    return source, None if held_out is None else _to_source(held_out, seed)
+    return source, None if validation is None else _to_source(validation, seed)
 
 
 def _to_source(
     samples: SampleDataset | Shards, seed: int, images: SampleDataset | None = None
-) -> Source:
+) -> BatchSource:
     return samples if isinstance(samples, Shards) else DatasetSource(samples, seed, images=images)

@@ -1,4 +1,4 @@
-"""Translate training options of `sgm.models.diffusion.DiffusionEngine` to `lightning:`.
+"""Translate training options of `sgm.models.diffusion.DiffusionEngine` to our `lightning` section.
 
 loss_fn_config      -> objective      sigma sampler, weighting, l2 or l1, offset noise
 optimizer_config    -> optimizer      default AdamW
@@ -20,15 +20,15 @@ __all__ = ["is_engine", "translate_training"]
 
 PARAMS = "model.params"
 # name of a class or parameter -> ours
-WEIGHTINGS = {
+WEIGHTING_NAMES = {
     "EpsWeighting": "eps", "VWeighting": "v", "EDMWeighting": "edm", "UnitWeighting": "unit",
 }  # fmt: skip
-NOISE_LEVELS = {"p_mean": "mean", "p_std": "std"}
+LOG_NORMAL_PARAMS = {"p_mean": "mean", "p_std": "std"}
 OPTIMIZERS = {
     "AdamW": "adamw", "Adam": "adamw", "AdamW8bit": "adamw8bit", "Adafactor": "adafactor",
     "Muon": "muon",
 }  # fmt: skip
-SAMPLERS = {
+SAMPLER_NAMES = {
     "EulerEDMSampler": "euler",
     "HeunEDMSampler": "heun",
     "EulerAncestralSampler": "euler_a",
@@ -36,8 +36,9 @@ SAMPLERS = {
     "DPMPP2MSampler": "dpmpp_2m",
     "LinearMultistepSampler": "lms",
 }
-SCHEDULERS = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "edm"}
-GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}  # guidance scale; None = its `scale`
+SCHEDULER_NAMES = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "edm"}
+# guidance scale; None = the guider's parameter `scale`
+GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}
 
 
 def is_engine(model: JsonMapping) -> bool:
@@ -48,13 +49,15 @@ def is_engine(model: JsonMapping) -> bool:
 def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
     """Translate the parameters of a DiffusionEngine that concern training.
 
+    Returns:
+        Options by section of `lightning`: trainer, optimizer, callbacks, objective.
     Raises:
         ValueError: A class or a parameter is unknown, or not supported.
     """
     sections: dict[str, JsonObject] = {"trainer": {}, "optimizer": {}, "callbacks": {}}
-    sections["objective"] = _translate_loss(params)
+    sections["objective"] = _translate_objective(params)
     if params.get("input_key", "jpg") != "jpg":
-        raise ValueError(f"{PARAMS}.input_key: images have the batch key `jpg` here")
+        raise ValueError(f"{PARAMS}.input_key: must be `jpg`, the batch key of images")
     if params.get("optimizer_config"):
         sections["optimizer"] = _translate_optimizer(params["optimizer_config"])
     if params.get("use_ema") and params.get("ema_decay_rate") is not None:
@@ -66,79 +69,94 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
     return sections
 
 
-def _translate_loss(params: JsonMapping) -> JsonObject:
+def _translate_objective(params: JsonMapping) -> JsonObject:
     denoiser = (params.get("denoiser_config") or {}).get("params") or {}
-    weighting = denoiser.get("weighting_config")  # its place in configs of before November 2023
+    # Where configs from before November 2023 have it.
+    weighting = denoiser.get("weighting_config")
+    weighting_where = f"{PARAMS}.denoiser_config.params.weighting_config"
     objective: JsonObject = {}
     loss: JsonObject = {}
     if params.get("loss_fn_config"):
         where = f"{PARAMS}.loss_fn_config"
         _, loss = _read_target(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
-        weighting = loss.pop("loss_weighting_config", weighting)
-        sampler = loss.pop("sigma_sampler_config", None)
-        if sampler is not None:
-            objective["noise_levels"] = _translate_levels(sampler, f"{where}.sigma_sampler_config")
+        if "loss_weighting_config" in loss:
+            weighting = loss.pop("loss_weighting_config")
+            weighting_where = f"{where}.params.loss_weighting_config"
+        sigma_sampler = loss.pop("sigma_sampler_config", None)
+        if sigma_sampler is not None:
+            objective["noise_levels"] = _translate_sigma_sampler(
+                sigma_sampler, f"{where}.params.sigma_sampler_config"
+            )
         loss_type = loss.pop("loss_type", loss.pop("type", "l2"))
         check_name("loss_type", loss_type, LOSS_TYPES, where)
         objective["loss_type"] = loss_type
         if offset := loss.pop("offset_noise_level", 0):
             objective |= {"noise_offset": offset, "noise_offset_by": "sample"}
         if loss.pop("batch2model_keys", None):
-            raise ValueError(f"{where}: `batch2model_keys` are for video models, not supported")
+            raise ValueError(f"{where}: `batch2model_keys` is for video models, not supported")
         if loss:
             raise unknown_name("parameter", next(iter(loss)), (), where)
     if weighting is not None:
-        name, options = _read_target(weighting, WEIGHTINGS, f"{PARAMS}.loss_weighting_config")
-        objective["weighting"] = WEIGHTINGS[name]
+        name, options = _read_target(weighting, WEIGHTING_NAMES, weighting_where)
+        objective["weighting"] = WEIGHTING_NAMES[name]
         if "sigma_data" in options:
             objective["sigma_data"] = options["sigma_data"]
     return objective
 
 
-def _translate_levels(spec: JsonMapping, where: str) -> JsonObject | None:
-    """Return keywords of `LogNormal`; None for a uniform draw of timesteps."""
-    name, params = _read_target(spec, ("DiscreteSampling", "EDMSampling"), where)
+def _translate_sigma_sampler(config: JsonMapping, where: str) -> JsonObject | None:
+    """Return keywords of `LogNormal`; None for uniform timesteps."""
+    name, params = _read_target(config, ("DiscreteSampling", "EDMSampling"), where)
     if name == "DiscreteSampling":
         return None
-    check_names("parameter", params, NOISE_LEVELS, where)
-    return {NOISE_LEVELS[key]: value for key, value in params.items()}
+    check_names("parameter", params, LOG_NORMAL_PARAMS, where)
+    return {LOG_NORMAL_PARAMS[key]: value for key, value in params.items()}
 
 
-def _translate_optimizer(spec: JsonMapping) -> JsonObject:
-    name, params = _read_target(spec, OPTIMIZERS, f"{PARAMS}.optimizer_config")
-    if name == "Adam":  # the same without weight decay
+def _translate_optimizer(config: JsonMapping) -> JsonObject:
+    name, params = _read_target(config, OPTIMIZERS, f"{PARAMS}.optimizer_config")
+    if name == "Adam":  # equals AdamW without weight decay
         params.setdefault("weight_decay", 0.0)
         if params["weight_decay"]:
-            raise ValueError(f"{PARAMS}.optimizer_config: Adam with weight decay, use AdamW")
+            raise ValueError(
+                f"{PARAMS}.optimizer_config: Adam with weight_decay (L2) is not supported, AdamW "
+                "has decoupled weight decay"
+            )
     return {"name": OPTIMIZERS[name], **params}
 
 
-def _translate_sampler(spec: JsonMapping) -> JsonObject:
+def _translate_sampler(config: JsonMapping) -> JsonObject:
     where = f"{PARAMS}.sampler_config"
-    name, params = _read_target(spec, SAMPLERS, where)
-    sampling: JsonObject = {"sampler": SAMPLERS[name]}
+    name, params = _read_target(config, SAMPLER_NAMES, where)
+    sampling: JsonObject = {"sampler": SAMPLER_NAMES[name]}
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
-    sampling |= {name: params[name] for name in STEP_NOISE if params.get(name) is not None}
+    sampling |= {key: params[key] for key in STEP_NOISE if params.get(key) is not None}
     if params.get("discretization_config"):
-        discretization, _ = _read_target(params["discretization_config"], SCHEDULERS, where)
-        sampling["scheduler"] = SCHEDULERS[discretization]
+        discretization, _ = _read_target(
+            params["discretization_config"],
+            SCHEDULER_NAMES,
+            f"{where}.params.discretization_config",
+        )
+        sampling["scheduler"] = SCHEDULER_NAMES[discretization]
     if params.get("guider_config"):
-        guider, options = _read_target(params["guider_config"], GUIDERS, where)
+        guider, options = _read_target(
+            params["guider_config"], GUIDERS, f"{where}.params.guider_config"
+        )
         sampling["scale"] = options.get("scale") if GUIDERS[guider] is None else GUIDERS[guider]
     return sampling
 
 
 def _read_target(
-    spec: Any, known: Mapping[str, object] | tuple[str, ...], where: str
+    config: Any, known: Mapping[str, object] | tuple[str, ...], where: str
 ) -> tuple[str, JsonObject]:
     """Return the class name in `target`, and a copy of `params` without nulls.
 
     Raises:
         ValueError: The class is not one of `known`.
     """
-    target = spec.get("target") if isinstance(spec, Mapping) else spec
+    target = config.get("target") if isinstance(config, Mapping) else config
     name = str(target).rpartition(".")[2]
     if name not in known:
         raise unknown_name("target", target, known, where)
-    return name, {k: v for k, v in (spec.get("params") or {}).items() if v is not None}
+    return name, {k: v for k, v in (config.get("params") or {}).items() if v is not None}

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-from ldm.data.source import Source, derive_seed
+from ldm.data.source import BatchSource, derive_seed
 from ldm.train.distributed.parallel import reshard
 from ldm.train.run import Run
 
@@ -60,7 +60,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = True
 
 
-def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
+def _mean_losses(run: Run, held_out: BatchSource) -> dict[str, float]:
     rank, world_size = run.ranks.rank, run.ranks.world_size
     batches = held_out.batches(run.batch_size, rank=rank, world_size=world_size)
     # All ranks need the same number, or gathering sharded weights for a forward pass would hang.
@@ -79,7 +79,7 @@ def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
     return run.ranks.mean(sums)
 
 
-def _count_batches(run: Run, held_out: Source) -> int:
+def _count_batches(run: Run, held_out: BatchSource) -> int:
     """Return `validate_batches`, or the batches in an epoch if they are fewer; at least 1."""
     limit = run.settings.callbacks.validate_batches
     batches_per_epoch = held_out.batches_per_epoch(run.batch_size)
