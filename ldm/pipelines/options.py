@@ -5,11 +5,16 @@ from typing import cast
 
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
-from ldm.pipelines.guidance import GuidanceOptions
+from ldm.pipelines.guidance import GuidanceOptions, make_guidance
 from ldm.pipelines.images import DecodingOptions
-from ldm.pipelines.prompts import PromptOptions, as_list, parse_pair
+from ldm.pipelines.prompts import ANY_STEPS, CallPrompts, PromptOptions
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling_options import SamplingOptions, check_sampling, get_sigmas
+from ldm.pipelines.sampling_options import (
+    SamplingOptions,
+    check_embedded_guidance,
+    check_sampling,
+    get_sigmas,
+)
 from ldm.pipelines.sdxl import SDXLOptions, check_sdxl
 from ldm.prompts import PLAIN, check_syntax
 
@@ -63,8 +68,9 @@ def check_options(
         options: Keywords of a task, by name.
     """
     sampling = select_sampling(options)
+    sampler = sampling.get("sampler") or model.defaults.sampler
     check_sampling(
-        sampling.get("sampler") or model.defaults.sampler,
+        sampler,
         sampling.get("scheduler"),
         StepNoise(
             sampling.get("eta"),
@@ -78,9 +84,24 @@ def check_options(
         sampling.get("rescale", 0.0),
         sampling.get("legacy", ()),
     )
-    get_sigmas(model, Quirks(), sampling)  # raises ArgumentError
+    quirks = Quirks.of(model, sampling.get("legacy", ()))
+    # The next three raise ArgumentError for combinations that are not possible.
+    get_sigmas(model, quirks, sampling)
+    quirks.get_denoiser(model, sampler)
+    guidance = make_guidance(cast(GuidanceOptions, options), quirks)
+    if model.guidance_embed_dim is not None:
+        check_embedded_guidance(
+            guidance, sampling.get("rescale", 0.0), sampling.get("guidance_interval")
+        )
     check_sdxl(model, select_sdxl(options))
     syntax = cast(PromptOptions, options).get("syntax", PLAIN)
     check_syntax(syntax)
-    for prompt in as_list(prompts):
-        parse_pair((prompt, prompt), syntax)  # raises ArgumentError
+    CallPrompts.parse(  # raises ArgumentError
+        prompts,
+        cast(str | Sequence[str], options.get("negative_prompt", "")),
+        cast(SDXLOptions, options).get("prompt_2"),
+        cast(SDXLOptions, options).get("negative_prompt_2"),
+        guidance.texts if guidance else (),
+        syntax,
+        ANY_STEPS,
+    )

@@ -132,6 +132,28 @@ def test_an_ordinary_model_paints_to_fit_what_is_known(sure, image, mask):
     assert near < 0.9 * far
 
 
+@pytest.mark.parametrize(
+    ("message", "keywords"),
+    [
+        ("2 negative prompts were given for 1 images", {"negative_prompt": ["b", "c"]}),
+        ("DDIM inversion takes no rho", {"inversion": True, "scheduler": "karras", "rho": 5.0}),
+        ("source_prompt holds for the whole run",
+         {"inversion": True, "source_prompt": "a AND b", "syntax": "a1111"}),
+        ("sld_concept holds for the whole run",
+         {"sld": "max", "sld_concept": "a AND b", "syntax": "a1111"}),
+        ("x2 latent upscaler", {"upscaling": True}),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked_before_the_image_is_encoded(
+    models, image, monkeypatch, message, keywords
+):
+    monkeypatch.setattr("ldm.pipelines.tasks.encode_image", lambda *a: pytest.fail("encodes"))
+    if "upscaling" in keywords:
+        keywords = {"upscaling": ldm.Upscaling(models["text"])}
+    with pytest.raises(ValueError, match=message):
+        img2img(models["text"], ["a"], image, **{**QUICK, **keywords})
+
+
 def test_a_mask_of_another_size_is_refused(models, image):
     with pytest.raises(ValueError, match="64 x 64 pixels has a mask of 32 x 64"):
         inpaint(models["inpaint"], ["a"], image, torch.zeros(1, 1, 32, 64))
