@@ -206,7 +206,7 @@ class Schedule(NoiseSchedule):
 
     @property
     def uses_plain_timesteps(self) -> bool:
-        """Whether the network gets t itself: no option of sgm's `DiscreteDenoiser` is set."""
+        """Whether the network gets t itself, as no option of sgm's `DiscreteDenoiser` is set."""
         is_changed = self.log_time or self.flip_time or self.append_zero
         return self.quantize_time and not is_changed
 
