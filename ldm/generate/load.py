@@ -66,9 +66,9 @@ def load_models(
         ValueError, FileNotFoundError: See `ldm.load`.
     """
     choice, task = request.model, request.task
-    ckpt = _find_weights(choice.ckpt, select_file_variant(choice.variant))
-    refiner = _find_weights(request.sdxl.refiner)
-    upscaler = _find_weights(request.upscaling.upscaler)
+    ckpt = _find_weights(choice.ckpt, "ckpt", select_file_variant(choice.variant))
+    refiner = _find_weights(request.sdxl.refiner, "refiner")
+    upscaler = _find_weights(request.upscaling.upscaler, "upscaler")
     check_files(request, ckpt, refiner, upscaler)
     if request.uses_demo_model:
         log.info(
@@ -148,9 +148,15 @@ def _is_small_model(path: str | Path) -> bool:
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL_BYTES
 
 
-def _find_weights(name: str | None, variant: str | None = None) -> Path | None:
-    """Find a checkpoint by its path or published name, and log which published one it is."""
+def _find_weights(name: str | None, argument: str, variant: str | None = None) -> Path | None:
+    """Find a checkpoint by its path or published name, and log which published one it is.
+
+    Args:
+        argument: Name of the argument that `name` comes from, for errors.
+    """
     path = find_checkpoint(name, variant=variant) if name else None
+    if path is not None and not path.exists():
+        raise MissingFile(f"no checkpoint `{path}`", argument)
     if path is not None and (published := identify_hash(find_cached_sha256(path))):
         log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     return path

@@ -54,6 +54,13 @@ def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, nam
     assert capsys.readouterr().out == "identical\n"
 
 
+def test_a_missing_image_is_named_with_its_flag(run, photo):
+    error = run("img2img", "base_v", "--init-img", "nope.png")[2]
+    assert "no image `nope.png` (--init-img)" in error
+    error = run("inpaint", "inpaint", "--init-img", photo, "--mask", "nope.png")[2]
+    assert "no image `nope.png` (--mask)" in error
+
+
 def test_replay_says_which_input_is_missing_or_another(run, files, photo, capsys):
     path = run("img2img", "base_v", "--init-img", photo)[1][0]
     Image.new("RGB", (60, 70)).save(photo)

@@ -244,11 +244,12 @@ def test_out_of_memory_names_three_flags(run, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ckpt", "missing.ckpt"], "no checkpoint `missing.ckpt`"),
+        (["--ckpt", "missing.ckpt"], "no checkpoint `missing.ckpt` (--ckpt)"),
+        (["--upscaler", "missing.pt"], "no checkpoint `missing.pt` (--upscaler)"),
         (["--config", "missing.yaml"], "no file `missing.yaml`"),
         (["--vae", "missing.ckpt"], "no checkpoint `missing.ckpt` (--vae)"),
         (["--embedding", "missing.pt"], "no checkpoint `missing.pt` (--embedding)"),
-        (["--from-file", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--from-file", "missing.txt"], "no file `missing.txt` (--from-file)"),
         (["--device", "toaster"], "device `toaster` is not available here, choose one of"),
         (["model.params.typo=1"], "typo"),
     ],

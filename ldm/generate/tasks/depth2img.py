@@ -9,6 +9,7 @@ from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
 from ldm.generate.tasks.images import ImageInputs, PreparedImageTask, fit_image
+from ldm.runtime.errors import errors_about
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +51,9 @@ class Depth2Img(PreparedImageTask):
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
         self._estimate: Tensor | None = None  # of any range
         if inputs.depth_map is not None:
-            self.depth = self._fit_depth(
-                load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
-            )
+            with errors_about("depth_map"):
+                depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
+            self.depth = self._fit_depth(depth)
 
     def _fit_depth(self, depth: "Tensor") -> "Tensor":
         """Fit a depth map (1, 1, H, W) as the image was fitted, if its aspect ratio differs."""

@@ -11,7 +11,7 @@ from ldm.generate.groups import Inputs
 from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import PreparedTask
-from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
+from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile, errors_about
 from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ def read_image(request: Request) -> "Image.Image":
     """
     from ldm.imaging.reading import load_image
 
-    return fit_image(request, load_image(_image_path(request)))
+    path = _image_path(request)
+    with errors_about("indir" if request.inputs.is_folder else "init_img"):
+        image = load_image(path)
+    return fit_image(request, image)
 
 
 def read_depth(request: Request) -> "Tensor | None":
@@ -133,7 +136,9 @@ def read_depth(request: Request) -> "Tensor | None":
     inputs = request.inputs
     if not isinstance(inputs, RGBDInputs) or inputs.depth is None:
         return None
-    depth, size = load_relative_depth(inputs.depth), read_size(_image_path(request))
+    with errors_about("depth"):
+        depth = load_relative_depth(inputs.depth)
+    size = read_size(_image_path(request))
     if depth.size != size:
         sizes = ("{}x{}".format(*pair) for pair in (depth.size, size))
         raise ArgumentError("the depth is {}, the image {}".format(*sizes), "depth")

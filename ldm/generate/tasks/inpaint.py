@@ -10,7 +10,7 @@ from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
 from ldm.generate.tasks.images import DEPTH, FolderInputs, PreparedImageTask, fit_image
-from ldm.runtime.errors import ArgumentError, MissingFile
+from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,10 +82,12 @@ class Inpaint(PreparedImageTask):
         assert inputs.init_img is not None  # checked by `read_image`
         if inputs.mask is not None and inputs.mask_box is not None:
             raise ArgumentError("give a mask or a mask box, not both", "mask_box")
-        mask = make_mask(
-            inputs.init_img, inputs.mask, inputs.mask_box, grow=inputs.mask_grow,
-            blur=inputs.mask_blur,
-        )  # fmt: skip
+        mask_argument = "mask_box" if inputs.mask is None else "mask"
+        with errors_about("indir" if inputs.is_folder else mask_argument):
+            mask = make_mask(
+                inputs.init_img, inputs.mask, inputs.mask_box, grow=inputs.mask_grow,
+                blur=inputs.mask_blur,
+            )  # fmt: skip
         self.mask = (to_tensor(fit_image(request, mask))[:, :1] + 1) / 2
 
     def generate(

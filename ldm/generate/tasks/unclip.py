@@ -9,7 +9,7 @@ from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import PreparedTask, Task
 from ldm.prompts import PLAIN
-from ldm.runtime.errors import ArgumentError, MissingArgument
+from ldm.runtime.errors import ArgumentError, MissingArgument, errors_about
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,8 @@ class Unclip(PreparedTask):
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(UnclipInputs)
-        self.images = [to_tensor(load_image(path)) for path in inputs.init_img]
+        with errors_about("init_img"):
+            self.images = [to_tensor(load_image(path)) for path in inputs.init_img]
         if not self.images and inputs.prior is None:
             raise MissingArgument("an image or a prior is missing", "init_img")
         if inputs.prior is not None and request.prompts.syntax != PLAIN:
