@@ -235,6 +235,8 @@ def _choose_files(
             message = f"the demo model is missing: {error}\nhint: pass a config and a checkpoint"
             raise MissingFile(message, "ckpt") from error
     if str(config).endswith((".yaml", ".yml")):
+        with errors_about("config"):
+            find_file(config)
         message = "a config alone has no weights\nhint: pass a checkpoint as well"
         raise MissingArgument(message, "ckpt")
     return None, config  # it is a checkpoint: `load("model.safetensors")`

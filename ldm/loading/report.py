@@ -28,7 +28,7 @@ from ldm.loading.weights import (
 )
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
-from ldm.runtime.errors import MissingArgument, MissingFile
+from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.hashes import find_cached_sha256, hash_file
 from ldm.runtime.types import JsonObject
 
@@ -177,6 +177,9 @@ def inspect_checkpoint(
             doubt.
     """
     path = find_checkpoint(path)
+    if path.is_dir():
+        message = f"`{path}` is a folder: give a file of weights in it, or convert it to one file"
+        raise ArgumentError(f"{message} first")
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
     size = path.stat().st_size

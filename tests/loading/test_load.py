@@ -354,6 +354,9 @@ def test_what_is_not_enough_to_load_is_an_error(tiny_yaml, tiny_file):
     with pytest.raises(ValueError, match="no weights") as caught:
         ldm.load(tiny_yaml)
     assert caught.value.argument == "ckpt"
+    with pytest.raises(FileNotFoundError, match="no file `nope.yaml`") as caught:
+        ldm.load("nope.yaml")
+    assert caught.value.argument == "config"
     with pytest.raises(ValueError, match="is unknown\nhint: pass its config") as caught:
         ldm.load(ckpt=tiny_file)
     assert caught.value.argument == "config"

@@ -74,6 +74,8 @@ def test_hostile_files_are_described_and_not_run(tmp_path, capsys):
 def test_files_that_are_no_checkpoints_are_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "absent.ckpt")]) == 1
     assert "no checkpoint" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1
+    assert "is a folder: give a file of weights in it" in capsys.readouterr().err
     (tmp_path / "page.ckpt").write_text("<html></html>")
     assert main([str(tmp_path / "page.ckpt")]) == 1
     assert "a web page" in capsys.readouterr().out
