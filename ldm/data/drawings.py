@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.pixels import to_tensor
+from ldm.runtime.errors import FileFormatError
 
 __all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "caption_texts", "format_caption"]
 
@@ -104,6 +105,12 @@ class EmojiTransform(Transform):
 
     def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
         """Make a caption of object, style and color, each omitted at random."""
+        if missing := [key for key in ("object", "style") if key not in row]:
+            file_name = row.get("file_name", "a row")
+            raise FileFormatError(
+                f"`{file_name}` has no `{missing[0]}` in its metadata, which the transform `emoji`"
+                " needs; `photo` is the one for images with texts"
+            )
         name = row["object"]
         if row.get("keywords") and rng.random() < self.keyword_probability:
             name = rng.choice(row["keywords"])

@@ -141,8 +141,11 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
 def _describe(request: TrainRequest) -> Iterator[str]:
     """Yield the whole config, and an estimate of the memory that it needs."""
     from ldm.train import estimate
+    from ldm.train.batches.sources import check_data
+    from ldm.train.config.datamodules import read_data
 
     settings = _read_settings(request, run_folder.find_run(request))
+    check_data(read_data(settings.raw["data"]))
     processes = launch.count_processes(settings.devices, request.processes)
     yield from estimate.describe(settings, processes=processes)
 

@@ -15,7 +15,7 @@ from ldm.nets import attention
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
 from ldm.runtime.types import JsonMapping
-from ldm.train.batches.sources import open_batches
+from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.build import build_state, build_task, configure_model
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Settings
@@ -150,6 +150,7 @@ def build_run(
     """
     trainer, params = settings.trainer, settings.model.params
     data = read_data(settings.raw["data"])
+    check_data(data)
 
     # Connect the processes.
     device = device or pick_device(None)

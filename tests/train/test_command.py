@@ -114,6 +114,9 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         ("--max_stepz 3", "unknown option `max_stepz`, did you mean `max_steps`"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
+        ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),
+        ("data.params.train.root=nope", "data.params.train.root: there is no folder `nope`"),
+        ("data.params.train.transform.tags=1", "data.params.train.transform: unknown key"),
         ("model.base_learning_rate=null", "missing in the config: `model.base_learning_rate`"),
         ("-r", "no run `tiny` in"),
         ("--validate -r nowhere", "no run and no state `nowhere`"),
@@ -127,6 +130,9 @@ def test_mistakes_are_one_line_and_create_nothing(
     error = capsys.readouterr().err
     assert error.startswith("ldm train: error: ")
     assert message in error
+    if words.startswith("data."):
+        assert main(["--dry-run", "-b", TINY, "-l", str(tmp_path), *words.split()]) == 1
+        assert message in capsys.readouterr().err
     assert error.count("\n") <= 2  # with a hint
     assert not list(tmp_path.iterdir())
 

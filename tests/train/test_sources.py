@@ -39,10 +39,11 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"train": {**TRAIN, "splits": "train"}}, "data.params.train: .*argument 'splits'"),
+        ({"train": {**TRAIN, "splits": "train"}}, "data.params.train: unknown key `splits`"),
+        ({"train": {**SHARDS, "commands": True}}, "unknown key `commands`"),
         (
-            {"train": {**SHARDS, "commands": True}},
-            "multiple values for keyword argument 'commands'",
+            {"train": {**TRAIN, "transform": {"name": "photo", "scale": [1, 1]}}},
+            "data.params.train.transform: unknown key `scale`.* choose one of name, size, crop",
         ),
         ({"train": {**SHARDS, "shards": "pipe:true"}}, "a config may not run"),
         ({"train": {**TRAIN, "transform": {"name": "emojis"}}}, "did you mean `emoji`"),
@@ -72,6 +73,19 @@ def test_a_folder_without_images_is_named_with_its_key(
     data = make_data(**{split: {**TRAIN, "root": tmp_path / place}})
     with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{split}\.root: {message}$"):
         open_batches(nn.Identity(), data, 23)
+
+
+def test_null_removes_a_key_of_another_transform() -> None:
+    train: dict[str, Any] = {**TRAIN, "transform": {"name": "emoji", "size": 16, "tags": None}}
+    assert make_data(train=train) == make_data()
+
+
+def test_plain_images_do_not_suit_the_transform_of_drawings(tmp_path: Path) -> None:
+    Image.new("RGBA", (16, 16)).save(tmp_path / "a.png")
+    data = make_data(train={**TRAIN, "split": None, "root": tmp_path})
+    source, _ = open_batches(nn.Identity(), data, 23)
+    with pytest.raises(ValueError, match="`a.png` has no `object` .* the transform `emoji` needs"):
+        next(source.batches(1))
 
 
 def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_path: Path) -> None:

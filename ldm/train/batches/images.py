@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
 
 import torch
 
@@ -13,16 +15,38 @@ from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder, collect_vocabulary
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import check_name
+from ldm.runtime.errors import MissingFile, check_name, check_names
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["fill_vocabulary", "open_images", "warn_of_missing_captions"]
+__all__ = ["check_images", "fill_vocabulary", "open_images", "warn_of_missing_captions"]
 
 log = logging.getLogger(__name__)
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     transform.NAME: transform for transform in (EmojiTransform, PhotoTransform)
 }
+DATASETS: dict[str, type[Folder | Hub | Shards]] = {"root": Folder, "hub": Hub, "shards": Shards}
+
+
+def check_images(spec: JsonMapping, where: str) -> None:
+    """Raise the errors of `open_images` that are known before a model is built.
+
+    Args:
+        spec, where: See `open_images`.
+    Raises:
+        UnknownName: A transform or key is unknown.
+        MissingFile: The folder does not exist.
+    """
+    transform = spec["transform"]
+    check_name("transform", transform.get("name"), TRANSFORMS, where)
+    keys = signature(TRANSFORMS[transform["name"]]).parameters
+    check_names("key", transform, ["name", *keys], f"{where}.transform")
+    location = _find_location(spec)
+    keys = signature(DATASETS[location]).parameters
+    allowed = [key for key in keys if key not in ("seed", "commands")]
+    check_names("key", spec, allowed, where)
+    if location == "root" and not Path(spec["root"]).expanduser().is_dir():
+        raise MissingFile(f"{where}.root: there is no folder `{spec['root']}`")
 
 
 def open_images(
@@ -39,10 +63,9 @@ def open_images(
         ValueError: A transform or keyword is unknown.
         FileNotFoundError: Files are missing.
     """
-    transform = dict(spec["transform"])
-    name = transform.pop("name", None)
-    check_name("transform", name, TRANSFORMS, where)
-    location = next(key for key in ("root", "hub", "shards") if key in spec)
+    check_images(spec, where)
+    transform, location = dict(spec["transform"]), _find_location(spec)
+    name = transform.pop("name")
     try:
         options = {**spec, "transform": TRANSFORMS[name](**transform)}
         if location == "shards":
@@ -75,3 +98,7 @@ def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shar
             log.warning(
                 "%d of %d images of `%s` have no caption", missing, len(images), images.root
             )
+
+
+def _find_location(spec: JsonMapping) -> str:
+    return next(key for key in DATASETS if key in spec)

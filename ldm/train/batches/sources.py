@@ -16,11 +16,27 @@ from ldm.data.source import BatchSource, DatasetSource
 from ldm.model import LatentDiffusion
 from ldm.train.batches.class_images import open_class_images
 from ldm.train.batches.contexts import cache_contexts
-from ldm.train.batches.images import fill_vocabulary, open_images, warn_of_missing_captions
+from ldm.train.batches.images import (
+    check_images,
+    fill_vocabulary,
+    open_images,
+    warn_of_missing_captions,
+)
 from ldm.train.batches.latents import cache_latents
 from ldm.train.config.schema import Data
 
-__all__ = ["open_batches"]
+__all__ = ["check_data", "open_batches"]
+
+
+def check_data(data: Data) -> None:
+    """Raise errors of the training and validation data that are known before a model is built.
+
+    Raises:
+        ValueError, FileNotFoundError: See `check_images`.
+    """
+    check_images(data.train, "data.params.train")
+    if data.validation:
+        check_images(data.validation, "data.params.validation")
 
 
 def open_batches(

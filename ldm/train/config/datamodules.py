@@ -142,6 +142,8 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
 
 
 def _rename_transform(options: JsonMapping) -> JsonObject:
+    # null removes a key that another config file has set for another transform.
+    options = {key: value for key, value in options.items() if value is not None}
     return rename_options(str(options.get("name")), options)
 
 
