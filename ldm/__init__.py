@@ -70,3 +70,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module `ldm` has no attribute `{name}`")
     return getattr(import_module(_MODULES.get(name, "ldm.pipelines")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -180,6 +180,7 @@ def test_every_public_name_resolves():
     import ldm
 
     assert all(getattr(ldm, name) is not None for name in ldm.__all__)
+    assert set(ldm.__all__) <= set(dir(ldm))
 
 
 def test_test_files_have_names_of_their_own():

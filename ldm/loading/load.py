@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.lowres import LowRes
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
-from ldm.loading.addons.lora import add_loras, read_loras
+from ldm.loading.addons.lora import add_loras, parse_loras, read_loras
 from ldm.loading.addons.lora_weights import LoRAWeightLike
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import is_finite_in_half
@@ -140,8 +140,9 @@ def load(
         FileNotFoundError: A file is missing.
         ValueError: Config, files or options do not fit together.
     """
+    _check_placement(device, dtype)
     config, ckpt = _choose_files(config, ckpt)
-    loras, embeddings = tuple(loras), tuple(embeddings)
+    loras, embeddings = tuple(parse_loras(loras)), tuple(embeddings)
     weights = identify_weights(_open_weights(ckpt, variant))
     config_path, raw = read_config(weights, config, overrides)
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
@@ -220,6 +221,18 @@ def save_model(
     state = restore_names(model.state_dict(), make_buffers(model))
     metadata = describe_model(model, Path(path).stem, metadata=metadata)
     write_checkpoint(path, state | get_clip_statistics(model.conditioner), metadata)
+
+
+def _check_placement(device: str | torch.device, dtype: torch.dtype) -> None:
+    """Raise ArgumentError for a device that is not available, or a dtype that is not one."""
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (AssertionError, RuntimeError, TypeError) as error:  # AssertionError: built without
+        message = f"device `{device}` is not available here, choose one such as cpu, cuda or mps"
+        raise ArgumentError(message, "device") from error
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        message = f"dtype must be a floating-point one, such as torch.float16, got {dtype!r}"
+        raise ArgumentError(message, "dtype")
 
 
 def _choose_files(

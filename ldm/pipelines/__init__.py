@@ -3,6 +3,7 @@
 tasks               txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
 variations          unclip, vary, and the Karlo prior
 task                their decorator, which checks model and keywords
+arguments           checks of the types of their arguments
 options             their keywords; those for prompts, SDXL, … are beside what reads them
 generate            what the tasks with prompts have in common: encode, sample, decode
 prompts             texts -> parsed prompts

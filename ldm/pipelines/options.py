@@ -13,6 +13,7 @@ from ldm.pipelines.sampling_options import (
     SamplingOptions,
     check_embedded_guidance,
     check_sampling,
+    get_latent_size,
     get_sigmas,
 )
 from ldm.pipelines.sdxl import SDXLOptions, check_sdxl
@@ -85,8 +86,9 @@ def check_options(
         sampling.get("legacy", ()),
     )
     quirks = Quirks.of(model, sampling.get("legacy", ()))
-    # The next three raise ArgumentError for combinations that are not possible.
+    # The next four raise ArgumentError for values or combinations that are not possible.
     get_sigmas(model, quirks, sampling)
+    get_latent_size(model, cast(tuple[int, int] | None, options.get("size")), None)
     quirks.get_denoiser(model, sampler)
     guidance = make_guidance(cast(GuidanceOptions, options), quirks)
     if model.guidance_embed_dim is not None:

@@ -45,8 +45,8 @@ class Quirks:
 
     @classmethod
     def of(cls, model: LatentDiffusion, names: Iterable[str]) -> "Quirks":
-        """Return the quirks with these names that have an effect on a model."""
-        enabled = cls(frozenset(names)).names
+        """Return the quirks with these names, or this name, that have an effect on a model."""
+        enabled = cls(frozenset([names] if isinstance(names, str) else names)).names
         if not is_sdxl(model):
             enabled -= SDXL_LEGACY.keys()
         elif family_of(model.conditioner) == "refiner":

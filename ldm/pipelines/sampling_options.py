@@ -1,5 +1,6 @@
 """Keyword arguments of sampling: their defaults and checks, and the sigmas they select."""
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -207,14 +208,19 @@ def get_latent_size(
     """Return the (h, w) of latents: of `size` (H, W) in pixels, else of `like`, else the model's.
 
     Raises:
-        ArgumentError: The size is not a positive multiple of the downscaling factor.
+        ArgumentError: The size is not a pair, or not a positive multiple of the downscaling factor.
     """
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     downscale_factor = model.downscale
-    if any(pixels <= 0 or pixels % downscale_factor for pixels in size):
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        message = f"size must be two whole numbers (height, width), got {size!r}"
+        raise ArgumentError(message, "size") from None
+    if any(pixels <= 0 or pixels % downscale_factor for pixels in (height, width)):
         raise ArgumentError(
-            f"height and width must be multiples of {downscale_factor}, got {size[0]} x {size[1]}",
+            f"height and width must be multiples of {downscale_factor}, got {height} x {width}",
             "size",
         )
-    return size[0] // downscale_factor, size[1] // downscale_factor
+    return height // downscale_factor, width // downscale_factor

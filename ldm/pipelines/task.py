@@ -12,6 +12,7 @@ from ldm.diffusion.guidance import Scale
 from ldm.encoders.text import TextEncoder, clip_skip
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
+from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.finite import check_weights
 from ldm.pipelines.guidance import check_guidance
@@ -41,10 +42,11 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
         signature = inspect.signature(function)
         *_, last = parameters = list(signature.parameters.values())
         takes_options = last.kind is last.VAR_KEYWORD
-        allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        annotations = {p.name: p.annotation for p in parameters if p.kind is not p.VAR_KEYWORD}
         if takes_options:
             (options_type,) = get_args(last.annotation)
-            allowed += options_type.__annotations__
+            annotations |= options_type.__annotations__
+        allowed = list(annotations)
 
         @wraps(function)
         @torch.no_grad()
@@ -60,9 +62,13 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                 kind = f"keyword of {function.__name__}"
                 raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
             tiling, skip = keywords.pop("tiling", "none"), keywords.pop("clip_skip", 1)
+            if isinstance(legacy := keywords.get("legacy"), str):
+                keywords["legacy"] = [legacy]
             arguments = signature.bind(*args, **keywords).arguments
             model = arguments["model"]
             check_family(model, *families)
+            given = {name: arguments[name] for name in arguments if name in annotations}
+            check_arguments(model, {**given, **keywords}, annotations)
             if takes_options:
                 check_guidance(model, cast(Scale | None, arguments.get("scale")), keywords)
                 strength = arguments.get("strength", 1.0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,6 +382,19 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     write_checkpoint(path, {"encoder.conv_in.weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"vae.ckpt` does not fit .*tiny.safetensors`: .* 1 mism"):
         ldm.load(tiny_yaml, tiny_file, vae=path)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("loras", "x.safetensors", "(file, weight) pairs"),
+    ("loras", [Path("x.safetensors")], "(file, weight) pairs"),
+    ("dtype", "float16", "got 'float16'"), ("dtype", torch.int8, "got torch.int8"),
+    ("device", "foo", "`foo` is not available here"), ("device", None, "choose one such as cpu"),
+])  # fmt: skip
+def test_an_argument_of_another_type_is_one_line(tiny_yaml, tiny_file, name, value, message):
+    with pytest.raises(ValueError, match=f"{name}.* {re.escape(message)}") as caught:
+        ldm.load(tiny_yaml, tiny_file, **{name: value})
+    assert "\n" not in str(caught.value)
+    assert caught.value.argument == name
 
 
 def test_loading_neither_initialises_nor_opens_connections(tiny_yaml, tiny_file):

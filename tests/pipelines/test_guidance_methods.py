@@ -84,7 +84,7 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
     ("options", "message"),
     [
         ({"pag": 0.0}, "pag must be above 0, got 0"),
-        ({"pag": float("nan")}, "pag must be above 0, got nan"),
+        ({"pag": float("nan")}, "pag must be a finite number, got nan"),
         ({"perp_neg": -1.0, "negative_prompt": "a dog"}, "perp_neg must be above 0"),
         ({"perp_neg": 1.0}, "perp_neg needs a negative prompt"),
         ({"perp_neg": 1.0, "negative_prompt": [""]}, "perp_neg needs a negative prompt"),

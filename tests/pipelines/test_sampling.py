@@ -1,6 +1,7 @@
 """txt2img and sample, as a user relies on them."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -111,6 +112,37 @@ def test_bad_options_are_one_line_errors(model, options):
     ) as caught:
         run(model, ["a"], **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("prompts", [], "one text or a list of texts, got []"),
+    ("prompts", torch.zeros(1, 3, 64, 64), "texts, got a tensor (1, 3, 64, 64)"),
+    ("size", 64, "two whole numbers (height, width), got 64"),
+    ("steps", 2.5, "a whole number, got 2.5"),
+    ("scale", "7", "a finite number, got '7'"),
+    ("scale", float("nan"), "a finite number, got nan"),
+    ("pag", "x", "a finite number, got 'x'"),
+    ("image", torch.zeros(3, 64, 64), "a tensor (1, 3, H, W) in [-1, 1], got a tensor (3, 64, 64)"),
+    ("image", torch.zeros(1, 4, 8, 8), "(1, 3, H, W) in [-1, 1], got a tensor (1, 4, 8, 8)"),
+    ("image", "x.png", "a tensor (1, 3, H, W) in [-1, 1], got 'x.png'"),
+    ("mask", "x.png", "a tensor of 4 dimensions, got 'x.png'"),
+])  # fmt: skip
+def test_values_of_another_type_are_refused_before_a_network_runs(
+    model, monkeypatch, name, value, message
+):
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
+    task = {"image": ldm.img2img, "mask": ldm.inpaint}.get(name, txt2img)
+    image = {"image": torch.zeros(1, 3, 64, 64)} if name in ("image", "mask") else {}
+    with pytest.raises(ValueError, match=f"{name} must be .*{re.escape(message)}$") as caught:
+        task(model, **{"prompts": ["a"], **image, name: value})
+    assert caught.value.argument == name
+
+
+def test_a_legacy_name_needs_no_list(model):
+    images = [run(model, ["a"], steps=7, seeds=1, legacy=names) for names in (["steps"], "steps")]
+    assert torch.equal(*images)
+    with pytest.raises(ValueError, match="unknown legacy name `nois`, did you mean `noise`"):
+        run(model, ["a"], legacy="nois")
 
 
 def test_noise_of_steps_is_the_samplers_unless_given(model):

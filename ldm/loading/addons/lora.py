@@ -55,8 +55,8 @@ from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, 
 from ldm.runtime.offload import unload_all
 
 __all__ = [
-    "LoRAFile", "add_loras", "build_lora_layer", "load_loras", "read_changes", "read_lora",
-    "read_loras", "read_named_changes", "set_loras",
+    "LoRAFile", "add_loras", "build_lora_layer", "load_loras", "parse_loras", "read_changes",
+    "read_lora", "read_loras", "read_named_changes", "set_loras",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,20 @@ class LoRAFile(NamedTuple):
     changes: list[WeightChange]
 
 
+def parse_loras(
+    files: Iterable[tuple[str | Path, LoRAWeightLike]],
+) -> list[tuple[Path, LoRAWeight]]:
+    """Parse (file, weight) pairs; raise ArgumentError for anything else."""
+    pairs = []
+    for pair in [files] if isinstance(files, str | Path) else files:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            message = 'loras must be (file, weight) pairs, such as [("x.safetensors", 0.8)], got '
+            raise ArgumentError(f"{message}{pair!r}", "loras")
+        file, weight = pair
+        pairs.append((Path(file).expanduser(), LoRAWeight.parse(weight)))
+    return pairs
+
+
 def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
     """Merge LoRAs, as (file, weight) pairs, into a model; see `add_loras`."""
     add_loras(model, read_loras(model, files))
@@ -88,7 +102,7 @@ def read_loras(
     model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeightLike]]
 ) -> list[LoRAFile]:
     """Read (file, weight) pairs for a model, which may be on the meta device."""
-    pairs = [(Path(file).expanduser(), LoRAWeight.parse(weight)) for file, weight in files]
+    pairs = parse_loras(files)
     return [LoRAFile(path, weight, read_changes(path, model, weight)) for path, weight in pairs]
 
 
@@ -115,7 +129,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
             f"{file_name(model)} was loaded with loras, which cannot be removed: load it without",
             "loras",
         )
-    pairs = [(Path(file).expanduser(), LoRAWeight.parse(weight)) for file, weight in files]
+    pairs = parse_loras(files)
     state = [(*_read_file_state(path), weight) for path, weight in pairs]
     if model.merged is not None and model.merged.state == state:
         return
