@@ -18,7 +18,7 @@ from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule, make_betas
 from ldm.nets.unet import UNet
-from ldm.train.config.sgm import SAMPLERS as SAMPLER_CLASSES
+from ldm.train.config.sgm import SAMPLER_NAMES
 from nets.nethelp import build_from
 from quick import some
 
@@ -83,7 +83,7 @@ def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
         return questions[-1][2]
 
     start = file.under("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
-    x = SAMPLERS[SAMPLER_CLASSES[target_of({"target": info["sampler"]})]](
+    x = SAMPLERS[SAMPLER_NAMES[target_of({"target": info["sampler"]})]](
         denoise, start, sigmas, **options
     )
     xs, levels, answers = zip(*questions, strict=True)

@@ -41,7 +41,7 @@ def test_published_size():
 @pytest.mark.parametrize("side", [8, 20])
 def test_sides_that_it_does_not_take(network, side):
     x = torch.zeros(1, 8, side, side)
-    with pytest.raises(ValueError, match="multiples of 8 from 16"):
+    with pytest.raises(ValueError, match="multiples of 8, at least 16"):
         network(x, torch.zeros(1), torch.zeros(1, 5, 32), torch.zeros(1, 33))
 
 
