@@ -16,12 +16,6 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import plan_conversion
 from ldm.loading.diffusers.files import write_texts
-from ldm.loading.diffusers.locations import (
-    convert_to_diffusers,
-    locate_text_encoder,
-    locate_unet,
-    locate_vae,
-)
 from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
@@ -91,6 +85,14 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     """Return the network of diffusers or transformers, and the call to time."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    # Here, as another revision that ours is compared with may have no such module.
+    from ldm.loading.diffusers.locations import (
+        convert_to_diffusers,
+        locate_text_encoder,
+        locate_unet,
+        locate_vae,
+    )
 
     state = build_ours(name)[0].state_dict()
     keys = {"unet": locate_unet, "vae": locate_vae, "text": locate_text_encoder}[name](state)
