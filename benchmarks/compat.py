@@ -113,7 +113,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
             z = scheduler.step(guided, t, z).prev_sample
         return z
 
-    def synchronized(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def make_synchronous(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run_and_synchronize() -> Tensor:
             out = run()
             if args.device.type == "cuda":
@@ -122,7 +122,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
 
         return run_and_synchronize
 
-    return [synchronized(sample_by_old_classes), synchronized(sample_by_diffusers)]
+    return [make_synchronous(sample_by_old_classes), make_synchronous(sample_by_diffusers)]
 
 
 def measure_seconds(run: Callable[[], Tensor], clock: Callable[[], float]) -> float:

@@ -250,11 +250,11 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
     if device.type == "cpu":
         return time.perf_counter
 
-    def synchronized() -> float:
+    def call_and_synchronize() -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    return synchronized
+    return call_and_synchronize
 
 
 def measure_cpu_seconds() -> float:

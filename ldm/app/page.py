@@ -133,11 +133,12 @@ class Page:
         outputs = [ui.job, ui.error, ui.live, ui.queue, ui.clear, ui.stop]
         event = listen(submit, [ui.owner, *inputs], outputs, **QUIET)
         return event.then(
-            self.job_events.follow, [ui.owner, ui.job], self._followed, show_progress="hidden"
+            self.job_events.follow, [ui.owner, ui.job], self._job_outputs, show_progress="hidden"
         )
 
     @property
-    def _followed(self) -> list[Any]:
+    def _job_outputs(self) -> list[Any]:
+        """The components that show a running job."""
         return [vars(self.layout)[name] for name in FOLLOWED]
 
     @property
@@ -259,7 +260,7 @@ class Page:
             [*stored.values(), *self._lists, ui.owner], js=RESTORE, **QUIET,
         )  # fmt: skip
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
-        event.then(self.job_events.follow_all, ui.owner, self._followed, show_progress="hidden")
+        event.then(self.job_events.follow_all, ui.owner, self._job_outputs, show_progress="hidden")
 
 
 def _get_seed(info: JsonObject | None, seed: str) -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "Upscaling",
     "check_latent",
     "check_noise",
+    "check_plain_syntax",
     "check_sides",
     "double_latent",
 ]
@@ -62,9 +63,7 @@ class Upscaling:
         """
         self.check(base)
         check_sides(self.model, height, width)
-        if syntax != PLAIN:
-            message = "an x2 latent upscaler takes prompts of syntax plain only"
-            raise ArgumentError(message, "syntax")
+        check_plain_syntax(syntax)
 
     def check(self, base: LatentDiffusion) -> None:
         """Raise ArgumentError unless `model` is an upscaler for the latents of the base model."""
@@ -77,6 +76,13 @@ class Upscaling:
                 "those of Stable Diffusion 1 and 2: save the images, then upscale them",
                 "upscaler",
             )
+
+
+def check_plain_syntax(syntax: str) -> None:
+    """Raise ArgumentError unless prompts are plain: the upscaler reads no other syntax."""
+    if syntax != PLAIN:
+        message = "an x2 latent upscaler takes prompts of syntax plain only"
+        raise ArgumentError(message, "syntax")
 
 
 def check_noise(model: LatentDiffusion, sigma: float, noise_kind: str) -> None:

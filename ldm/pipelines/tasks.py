@@ -42,6 +42,7 @@ from ldm.pipelines.latent_upscaling import (
     Upscaling,
     check_latent,
     check_noise,
+    check_plain_syntax,
     check_sides,
     double_latent,
 )
@@ -374,8 +375,7 @@ def upscale_latent(
     texts = as_list(prompts)
     negatives = repeat_texts(negative_prompt, len(texts), "negative_prompt")
     check_noise(model, noise_sigma, noise_kind)
-    if options.get("syntax", PLAIN) != PLAIN:
-        raise ArgumentError("the x2 latent upscaler takes prompts of syntax plain only", "syntax")
+    check_plain_syntax(options.get("syntax", PLAIN))
     if latent is None:
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")

@@ -32,7 +32,7 @@ def changes(layer, *, rank=4, alpha=2.0):
     return LoRA(lows)
 
 
-def weighted(adapter, strength):
+def set_strength(adapter, strength):
     for low in adapter.layers.values():
         low.strength = strength
     return adapter
@@ -75,8 +75,8 @@ def test_several_with_weights_are_their_sum(layer):
         for name, place in zip(first, places, strict=True)
     ]
     x, plain = example(layer), layer(example(layer))
-    weighted(first, 0.75).attach()
-    weighted(second, -0.5).attach()
+    set_strength(first, 0.75).attach()
+    set_strength(second, -0.5).attach()
     attached = layer(x)
     first.detach()
     second.detach()
@@ -107,7 +107,7 @@ def test_only_the_change_is_trained(layer):
 
 def test_half_precision_weights_are_rounded_once():
     layer = Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
-    adapters = [weighted(changes(layer), 0.001) for _ in range(2)]
+    adapters = [set_strength(changes(layer), 0.001) for _ in range(2)]
     sum_ = sum(adapter["layerNone"].delta() for adapter in adapters)
     expected = (layer.weight.float() + sum_).to(torch.bfloat16)
     merge(*adapters)
