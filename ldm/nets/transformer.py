@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import (
     CheckpointedLayer,
@@ -65,11 +66,11 @@ class FeedForward(Layer):
             in_layer = GEGLU(dim_in=dim, dim_out=inner_dim)
         else:
             in_layer = nn.Sequential(Linear(dim, inner_dim), nn.GELU())
+        self.hidden_features = 2 * inner_dim if glu else inner_dim
         self.net = nn.Sequential(in_layer, nn.Dropout(dropout), Linear(inner_dim, dim_out or dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.net(x)  # (B, N, dim_out)
-        return x
+        return cpu.apply_in_blocks(self.net, x, self.hidden_features)  # (B, N, dim_out)
 
 
 class CrossAttention(Layer):

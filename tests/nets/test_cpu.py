@@ -10,6 +10,7 @@ from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear, Upsample, UpsampleConv2d
 from ldm.nets.cpu import layers, products, support, weight_cache, winograd
+from ldm.nets.transformer import FeedForward
 
 pytestmark = pytest.mark.skipif(not support.get_fast_dtypes(), reason="this CPU has no fast paths")
 needs_bfloat16 = pytest.mark.skipif(
@@ -100,10 +101,19 @@ def test_layers_equal_torchs(case, layout, dtype):
 @pytest.mark.parametrize("chunk", [1, 4 << 10, 1 << 30])
 def test_winograd_is_the_same_in_chunks(monkeypatch, chunk):
     monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)
     for kind in (Conv2d, UpsampleConv2d):
         layer, x = conv(kind, size=(12, 10))
         with torch.no_grad(), cpu.cache_weights():
             assert distance(layer(x), run_plain(layer, x)) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("block", [1, 4 << 10])
+def test_a_feed_forward_layer_is_the_same_in_blocks(monkeypatch, block):
+    monkeypatch.setattr(layers, "BLOCK_BYTES", block)
+    layer, x = FeedForward(dim=48, dim_out=40, glu=True).eval(), torch.randn(2, 7, 48)
+    with torch.no_grad():
+        assert distance(layer(x), run_plain(layer, x)) < LIMITS[torch.float32]
 
 
 def test_winograd_rounds_no_worse_than_the_direct_form():

@@ -4,6 +4,7 @@
     the same after nearest-neighbor upsampling by 2            -> 2.25, or 4
     3x3 convolution of few pixels                              -> one product of all patches
     float32 products by MKL, slow on some processors           -> by oneDNN there (`products`)
+    feed-forward layer of many tokens                          -> in blocks that stay in cache
     weights transformed in every call                          -> once within `cache_weights`
     large buffers returned to the system after every use       -> `keep_memory`
 
@@ -13,13 +14,14 @@ count operations or to batch gradients (`is_grads_batched`), which support only 
 """
 
 from ldm.nets.cpu.group_norm import group_norm
-from ldm.nets.cpu.layers import conv2d, linear, upsample_conv2d
+from ldm.nets.cpu.layers import apply_in_blocks, conv2d, linear, upsample_conv2d
 from ldm.nets.cpu.support import applies, enable
 from ldm.nets.cpu.weight_cache import cache_weights
 from ldm.runtime.device import keep_memory
 
 __all__ = [
     "applies",
+    "apply_in_blocks",
     "cache_weights",
     "conv2d",
     "enable",

@@ -1,7 +1,7 @@
 """Linear layers and convolutions, each by the fastest path for its shape."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.nets.cpu import gradients, products, winograd
 from ldm.nets.cpu.products import multiply
-from ldm.nets.cpu.support import applies_to_layer
+from ldm.nets.cpu.support import applies, applies_to_layer
 from ldm.nets.cpu.weight_cache import is_caching, transform_weight
 from ldm.runtime.device import has_amx
 
@@ -33,6 +33,8 @@ WINOGRAD_CHANNELS = {torch.float32: 128, torch.bfloat16: math.inf if has_amx() e
 # Minimum number of output pixels of one image; with fewer, each product has a handful of rows, and
 # takes the time of reading its matrix.
 WINOGRAD_PIXELS = 64
+# Memory per thread of the largest activation in a feed-forward layer, to stay in cache.
+BLOCK_BYTES = 10 << 20
 # Minimum number of output pixels to transform a weight for a single call, so that it costs a tenth
 # of what it saves.
 WINOGRAD_UNCACHED = {torch.float32: 1024, torch.bfloat16: 8192}
@@ -53,6 +55,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         return F.linear(x, weight, bias)
     return y.view(*x.shape[:-1], -1)
+
+
+def apply_in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, features: int) -> Tensor:
+    """Apply a layer that maps each position by itself to x (B, N, C), in blocks of positions.
+
+    A UNet's feed-forward layer takes 10 to 30 % less time if its activations stay in cache.
+
+    Args:
+        layer: Called with (1, n, C) if there are several blocks.
+        features: Those of the layer's largest activation.
+    """
+    positions = x.shape[:-1].numel()
+    blocks = math.ceil(positions * features * x.itemsize / BLOCK_BYTES / torch.get_num_threads())
+    if blocks <= 1 or not applies(x):
+        return layer(x)
+    parts = x.reshape(1, positions, -1).tensor_split(blocks, dim=1)
+    return torch.cat([layer(part) for part in parts], 1).view(*x.shape[:-1], -1)
 
 
 def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:

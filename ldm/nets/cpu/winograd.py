@@ -12,6 +12,7 @@ so that in float32 the rounding error is about the same.
 Lavin and Gray 2016 (arXiv:1509.09308), F(2x2, 3x3), equation 8.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,7 +23,10 @@ from ldm.nets.cpu.products import multiply_in_any_layout
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 UPSAMPLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # without the unused row
-CHUNK_BYTES = 4 << 20  # of V per thread at a time, to stay in cache
+# Rows of the products at a time: as many as keep V in cache, bytes per thread, and at least so many
+# that a product takes longer than the rearrangement of its matrix.
+CHUNK_BYTES = 8 << 20
+MIN_TILES = 192
 
 
 def transform_kernel(weight: Tensor, *, upsampled: bool) -> Tensor:
@@ -56,8 +60,10 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C_in)
     out = x.new_empty(batch, tiles_down, 2, tiles_across, 2, out_channels)
     row_bytes = 4 * n * n * tiles_across * max(in_channels, out_channels)
-    chunk = max(1, CHUNK_BYTES * torch.get_num_threads() // row_bytes)  # rows of tiles
+    chunk = CHUNK_BYTES * torch.get_num_threads() // row_bytes  # rows of tiles
+    chunk = max(chunk, math.ceil(MIN_TILES / tiles_across))
     images = max(1, chunk // tiles_down)  # small images together, as a product reads its matrix
+    chunk = math.ceil(tiles_down / math.ceil(tiles_down / chunk))  # equal chunks: no small last one
     for x_part, out_part in zip(padded.split(images), out.split(images), strict=True):
         for top in range(0, tiles_down, chunk):
             end = min(top + chunk, tiles_down)
