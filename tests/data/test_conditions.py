@@ -8,6 +8,7 @@ from PIL import Image
 
 from ldm.data.conditions import LowRes, PseudoDepth, RandomMask, build_conditions
 from ldm.data.drawings import EmojiTransform
+from ldm.data.options import rename_options
 from ldm.data.transforms import PhotoTransform
 
 IMAGE, OPAQUE = torch.zeros(3, 32, 32), torch.ones(1, 32, 32)
@@ -68,6 +69,10 @@ def test_options_are_read_under_their_former_names():
         "mask": RandomMask(full_probability=0.1, box_probability=0.2),
         "depth": PseudoDepth(ramp_width=3),
     }
+    former = {"lanes": 4, "least": {"width": 8}, "shuffle": 9, "streams": 5}
+    assert rename_options("shards", former) == {
+        "streams": 5, "minimum": {"width": 8}, "shuffle": 9,
+    }  # fmt: skip
 
 
 def test_a_sample_has_its_conditions_beside_the_same_image():

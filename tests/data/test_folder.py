@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from imaging.badimages import REFUSED
@@ -218,21 +217,6 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
     broken = {name for batch in islice(source.batches(2), 2) for name in batch.get("broken", [])}
     assert broken == {"prior/a.png"}
     assert sorted(source.counts_by_name()) == ["a.png", "b.png", "prior/a.png", "prior/b.png"]
-
-
-def test_batches_of_buckets_have_one_size_and_hold_everything_once(tmp_path):
-    sizes = [(16, 16)] * 3 + [(32, 8)] * 4 + [(8, 32)] * 2 + [(20, 16)]
-    for number, size in enumerate(sizes):
-        draw(tmp_path / f"{number}.png", size, text=str(number))
-    folder = Folder(root=tmp_path, transform=BUCKETS)
-    batches = list(islice(DatasetSource(folder, 1).batches(2), 5))
-    shapes = {number: batch["jpg"].shape[2:] for batch in batches for number in batch["txt"]}
-    assert sorted(shapes) == sorted(map(str, range(10)))
-    assert shapes["0"] == shapes["9"] == (16, 16)
-    assert (shapes["3"], shapes["7"]) == ((8, 32), (32, 8))
-    assert len({sample["jpg"].shape for sample in DatasetSource(folder).fixed_samples(6)}) == 1
-    resumed = next(DatasetSource(folder, 1).batches(2, start=3))
-    assert torch.equal(resumed["jpg"], batches[3]["jpg"])
 
 
 def test_buckets_are_of_upright_images_and_unreadable_ones_join_the_largest(tmp_path):

@@ -197,6 +197,7 @@ def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):
     assert read("DDIM", "v1.10.1", "Karras") == ("ddim", "uniform")
     assert read("UniPC", "v1.6.0") == ("unipc", "uniform")
     assert read("Euler", "v1.10.1", "DDIM") == ("euler", "ddim_uniform")
+    assert read("Euler", "ldm 0.1.0", "Uniform") == ("euler", "uniform")  # as version 0.1 wrote it
 
 
 @pytest.mark.parametrize(("version", "scale"), [("v1.10.1", 0.8), ("f2.0.1v1.10.1", 10.0)])
@@ -219,16 +220,6 @@ def test_own_levels_and_rho_are_in_the_text_and_read_from_it(tmp_path):
     assert "Schedule rho: 2" in text
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
     assert (info["scheduler"], info["rho"]) == ("polyexponential", 2.0)
-
-
-@pytest.mark.parametrize(
-    ("version", "scheduler"), [("ldm 0.1.0", "uniform"), ("v1.10.1", "normal")]
-)
-def test_uniform_is_our_scheduler_where_our_first_version_wrote_it(tmp_path, version, scheduler):
-    text = f"Steps: 4, Sampler: Euler, Schedule type: Uniform, Version: {version}"
-    info = read_info(write_text(tmp_path / "a.png", parameters=text))
-    assert info["scheduler"] == scheduler
-    assert "other" not in info
 
 
 @pytest.mark.parametrize("broken", [{}, {"ldm": "{"}, {"ldm": "[1]"}, {"ldm": "null"}])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import ldm
-from ldm.diffusion.guidance_embedding import embed_scale
 from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults
 from ldm.runtime.errors import ArgumentError
@@ -55,13 +54,6 @@ def distilled_model(diffusers, monkeypatch):
     parts |= {"scheduler": diffusers.LCMScheduler(**BETAS), "image_encoder": None}
     pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     return model, pipe
-
-
-@pytest.mark.parametrize("scale", [1.0, 4.5, 8.5])
-def test_the_embedding_of_the_scale_is_that_of_diffusers(diffusers, scale):
-    embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
-    expected = embed(None, torch.tensor([scale - 1]), embedding_dim=256)
-    assert torch.equal(embed_scale(scale, 256), expected)
 
 
 def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled_model):

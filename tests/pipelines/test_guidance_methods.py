@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from goldfile import gold
-from ldm.conditioning import Cond
 from ldm.diffusion.names import FREEU_PRESETS
 from ldm.loading.build import meta_device
 from ldm.loading.config import read_yaml
@@ -152,7 +151,3 @@ def test_the_authors_choose_blocks_by_channels_and_diffusers_by_level(
     freeu = make_freeu(owner, family, version)
     assert "".join(names[pair] for pair in freeu.factors) == BLOCKS[family, version]
     assert find_factors(xl, "auto") == FREEU_PRESETS["sdxl"]
-
-
-def test_a_condition_without_perturbed_rows_has_no_further_slot():
-    assert Cond(torch.zeros(1, 2, 3)).tensors().keys() == {"crossattn"}

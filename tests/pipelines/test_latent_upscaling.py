@@ -9,14 +9,11 @@ from torch import Tensor
 
 import ldm
 from goldfile import gold
-from ldm.conditioning import Cond
-from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.lowres import LowResLatent
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.pipelines.latent_upscaling import double_latent
-from ldm.pipelines.prompts import as_list
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from nets.nethelp import assert_close, noise_of
 from pipelines.goldmodels import model_of
@@ -40,56 +37,19 @@ def base():
     return model_of(gold("e2e_txt2img"), "base_eps")
 
 
-def cond_of(model, inputs: dict[str, Tensor], prefix: str = "") -> Cond:
-    sigma = inputs["low_res_sigma"]
-    assert len(set(sigma.tolist())) == 1 or prefix == ""
-    scaled = inputs["low_res"] / (1 + sigma**2).sqrt()[:, None, None, None]
-    return Cond(
-        crossattn=inputs[f"{prefix}hidden"],
-        concat=model.conditioner.get(LowResLatent)(scaled),
-        vector=torch.cat([inputs[f"{prefix}pooled"], sigma[:, None]], dim=1),
-        context_mask=inputs[f"{prefix}padding"] == 0,
-    )
-
-
-def test_text_is_not_normed_and_its_padding_masked(model):
-    file = gold("seed_x2_text")
-    expected = file.outputs("prompts")
-    cond = model.conditioner.text.condition(file.meta["prompts"])
-    assert_close(cond.crossattn, expected["hidden"])
-    assert_close(cond.vector, expected["pooled"])
-    assert torch.equal(cond.context_mask, expected["padding"] == 0)
-
-
-@pytest.mark.parametrize("name", ["den_level0", "den_level"])
-def test_denoiser(model, name):
-    file = gold("seed_x2_unet")
-    inputs, expected = file.inputs(name), file.outputs(name)["denoised"]
-    with torch.no_grad():
-        denoised = model.denoiser(inputs["x"], inputs["sigma"], cond_of(model, inputs))
-    assert_close(denoised, expected, noise=noise_of(file, name, "denoised"))
-
-
-def test_guidance(model):
-    file, name = gold("seed_x2_unet"), "cfg_2.5"
-    inputs, expected = file.inputs(name), file.outputs(name)["denoised"]
-    conds = cond_of(model, inputs, "c_"), cond_of(model, inputs, "uc_")
-    denoise = add_guidance(model.denoiser, *conds, 2.5)
-    with torch.no_grad():
-        denoised = denoise(inputs["x"], float(inputs["sigma"][0]))
-    assert_close(denoised, expected, noise=noise_of(file, name, "denoised"))
-
-
 def test_loss_with_variance(model):
     """§1.6 of the contract: the fifth channel is the log variance of the error."""
     file, name = gold("seed_x2_unet"), "loss_variance"
     inputs, expected = file.inputs(name), file.outputs(name)
-    sigma, cond = inputs["sigma"], cond_of(model, inputs)
-    column = sigma[:, None, None, None]
+    sigma, low_res_sigma = inputs["sigma"], inputs["low_res_sigma"]
+    column, low_res_column = sigma[:, None, None, None], low_res_sigma[:, None, None, None]
     x = inputs["clean"] + column * inputs["noise"]
-    z_t = torch.cat([x / (1 + column**2).sqrt(), cond.concat], dim=1)
+    scaled = inputs["low_res"] / (1 + low_res_column**2).sqrt()
+    low_res = model.conditioner.get(LowResLatent)(scaled)
+    z_t = torch.cat([x / (1 + column**2).sqrt(), low_res], dim=1)
+    vector = torch.cat([inputs["pooled"], low_res_sigma[:, None]], dim=1)
     prediction, log_variance = model.unet.predict_with_log_variance(
-        z_t, sigma.log() / 4, cond.crossattn, cond.vector, cond.context_mask
+        z_t, sigma.log() / 4, inputs["hidden"], vector, inputs["padding"] == 0
     )
     error = prediction - model.denoiser.target(inputs["clean"], inputs["noise"], sigma.log() / 4)
     loss = ((error.square().mean((1, 2, 3)) * (-log_variance).exp()) + log_variance) / 2
@@ -152,7 +112,7 @@ def test_diffusers(model, name, monkeypatch):
     latents: list[Tensor] = []
     images = ldm.upscale_latent(
         model,
-        as_list(info["prompt"]),
+        info["prompt"],
         None if image is None else to_tensor(Image.fromarray(image.numpy())),
         latent=inputs.get("low_res"),
         negative_prompt=info["negative_prompt"] or "",
@@ -169,16 +129,6 @@ def test_diffusers(model, name, monkeypatch):
     if "images" in expected:
         apart = abs(to_uint8(images).astype(int) - expected["images"].numpy().astype(int))
         assert apart.max() <= 1
-
-
-def test_padding_of_prompts_is_masked_by_default(model):
-    runs = [
-        ldm.upscale_latent(
-            model, ["a cat"], latent=random_latent(), seeds=0, steps=2, legacy=legacy
-        )
-        for legacy in ([], ["unmasked"])
-    ]
-    assert (runs[0] - runs[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (9, 8)])

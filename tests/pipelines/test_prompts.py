@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import ldm
-from ldm.conditioning import Composition, Cond, ScheduledCond
+from ldm.conditioning import Composition, ScheduledCond
 from ldm.diffusion.guidance import add_guidance
-from ldm.pipelines.conditions import ConditionInputs, encode_prompts, encode_schedule
-from ldm.pipelines.prompts import CallPrompts, parse_pair
-from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.conditions import encode_prompts, encode_schedule
+from ldm.pipelines.prompts import parse_pair
 from ldm.prompts import PromptWarning, parse_prompt
 from ldm.runtime.errors import ArgumentError
 from loading.lorahelp import tiny_model
@@ -35,14 +34,6 @@ def latents(model, prompts, **options) -> list[torch.Tensor]:
 def encode(model, texts: list[str], steps: int = 4):
     pairs = [parse_pair((text, text), "a1111", steps) for text in texts]
     return encode_schedule(pairs, lambda some, numbers: encode_prompts(model, some, {}))
-
-
-def test_plain_text_gives_the_same_image_under_all_syntaxes(model):
-    plain = latents(model, ["a red apple"], negative_prompt="a pear")[-1]
-    for syntax in ("a1111", "comfy", "compel"):
-        assert torch.equal(
-            latents(model, ["a red apple"], negative_prompt="a pear", syntax=syntax)[-1], plain
-        )
 
 
 IMAGE, LATENT = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 16, 16)
@@ -166,33 +157,9 @@ def test_text_without_effect_is_said(model):
         ldm.txt2img(model, ["[a:b:c]"], syntax="a1111", **FEW)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"syntax": "a111"}, "did you mean `a1111`"),
-        ({"syntax": "comfy", "prompts": ["(a"]}, "`(` is not closed"),
-    ],
-)
-def test_bad_prompts_are_refused(model, options, message):
-    options = {"prompts": ["a"], **FEW, **options}
-    with pytest.raises(ArgumentError) as error:
-        ldm.txt2img(model, options.pop("prompts"), **options)
-    assert message in str(error.value)
-
-
 def test_second_prompts_have_the_same_compositions():
     with pytest.raises(ArgumentError, match="AND splits the prompt into 3 parts, prompt_2 2"):
         parse_pair(("a AND b AND c", "a AND b"), "a1111", 4)
-
-
-def test_conditions_of_plain_prompts_are_as_before(model):
-    prompts = CallPrompts([("a", "a")], [("", "")])
-    inputs = ConditionInputs(prompts, {}, {}, {}, (64, 64), scale=3.0)
-    cond, uncond, guidance_conds = inputs.encode(model, Quirks())
-    assert isinstance(cond, Cond)
-    assert guidance_conds == []
-    assert torch.equal(cond.crossattn, model.condition({"txt": ["a"]}).crossattn)
-    assert torch.equal(uncond.crossattn, model.condition({"txt": [""]}).crossattn)
 
 
 def test_a_batch_entry_may_be_a_parsed_prompt(model):
