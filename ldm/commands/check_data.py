@@ -69,4 +69,4 @@ def _check(args: Namespace) -> int:
     if args.pack and folder is not None:
         for path in pack(folder, args.pack, count=args.count):
             print(path)
-    return 1 if report.broken else 0
+    return 0 if report.sizes and not report.broken else 1

@@ -108,7 +108,6 @@ def check(
         size, step: Of the buckets to count, see `Buckets`.
         workers: Threads that decode images.
     Raises:
-        ValueError: Nothing can be read.
         MissingFile: A folder or file is missing.
     """
     report = DataReport(Buckets(size, step))

@@ -29,10 +29,12 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
         pattern: Pattern of the paths, "data-%06d.tar".
         count: Samples per shard.
     Raises:
-        ArgumentError: The pattern has no place for a number.
+        ArgumentError: The pattern has no place for a number, or the count is below 1.
     """
     if not re.fullmatch(r"[^%]*%0?\d*d[^%]*", pattern):
         raise ArgumentError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")
+    if count < 1:
+        raise ArgumentError(f"count must be 1 or more, got {count}", "count")
     indices = iter({name: index for index, name in enumerate(folder.names())}.values())
     for number in itertools.count():
         shard = list(itertools.islice(indices, count))

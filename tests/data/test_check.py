@@ -1,5 +1,6 @@
 """Checking a folder, or shards, before training."""
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,6 @@ def test_nothing_to_read_is_an_error(tmp_path, capsys):
     assert "there is no folder or file `" in capsys.readouterr().err
     assert main([str(tmp_path / "nope-{0..2}.tar")]) == 1
     assert "nope-0.tar`" in capsys.readouterr().err
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    assert main([str(tmp_path / "empty.tar")]) == 1
+    assert "0 images can be read, 0 are broken" in capsys.readouterr().out

@@ -104,13 +104,6 @@ def test_of_shards_of_one_size_an_epoch_holds_everything_once(streams, tmp_path)
     assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
 
 
-def test_batches_have_one_size_if_there_are_buckets(folder):
-    batches = read(open_source(folder, BUCKETS), 30)
-    shapes = {text: batch["jpg"].shape[2:] for batch in batches for text in batch["txt"]}
-    assert shapes["3"] == (4, 16)
-    assert shapes["4"] == (8, 8)
-
-
 def test_samples_outside_the_limits_are_left_out(folder):
     batches = read(open_source(folder, minimum={"width": 5}, maximum={"width": 15}), 20)
     assert set(texts(batches)) == set(map(str, range(5, 16)))
@@ -238,3 +231,5 @@ def test_webdataset_reads_what_we_pack(tmp_path):
     assert batch["jpg"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="no place for a number"):
         list(pack(folder, str(tmp_path / "emoji.tar")))
+    with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
+        list(pack(folder, str(tmp_path / "%d.tar"), count=0))
