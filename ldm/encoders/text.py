@@ -35,6 +35,7 @@ from ldm.encoders.chunks import Chunk, Splitter
 from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower, select_tokens
 from ldm.encoders.weighting import PromptEncoder, split_output
 from ldm.prompts.prompt import ParsedPrompt, Prompt
+from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import ArgumentError, check_name
 
 
@@ -179,7 +180,7 @@ class TextEncoder(Encoder):
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Convert texts to token ids (B, length) int64; ids of added embeddings are negative."""
         return tokenizer.tokenize(
-            _as_list(texts), self.tokenizer_variant, self.length, self._added_tokens()
+            as_list(texts), self.tokenizer_variant, self.length, self._added_tokens()
         )
 
     def count_tokens(self, prompt: str) -> int:
@@ -194,7 +195,7 @@ class TextEncoder(Encoder):
 
     def encode(self, texts: Sequence[str] | str) -> Tensor | Cond:
         """Encode texts, or read their outputs from the cache."""
-        table, entries = self.embedding_table, self._cached_entries(_as_list(texts))
+        table, entries = self.embedding_table, self._cached_entries(as_list(texts))
         if entries is None:
             output: Tensor | Cond = self(self.tokenize(texts).to(table.device))
             return output
@@ -557,7 +558,3 @@ def _check_choice(value: str, allowed: Collection[str], what: str = "layer") -> 
 
 def _as_output(context: Tensor, pooled: Tensor | None = None) -> Tensor | Cond:
     return context if pooled is None else Cond(crossattn=context, vector=pooled)
-
-
-def _as_list(texts: Sequence[str] | str) -> Sequence[str]:
-    return [texts] if isinstance(texts, str) else texts

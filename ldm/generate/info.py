@@ -30,6 +30,7 @@ from ldm.pipelines.freeu import find_factors
 from ldm.pipelines.latent_upscaling import LATENT_UPSCALE_FACTOR
 from ldm.pipelines.sampling_options import default_scheduler
 from ldm.pipelines.sdxl import REFINER_STRENGTH
+from ldm.runtime.arguments import as_list
 from ldm.runtime.files import sha256_of_file
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -74,7 +75,7 @@ def describe_run(
     checkpoint = model.provenance["checkpoint"]
     input_options, values = options_of(request.task.inputs), request.get_values()
     files = {
-        name: _as_list(values[name])
+        name: as_list(values[name] or ())
         for name, (option, _) in input_options.items()
         if option.is_input_file
     }
@@ -258,9 +259,3 @@ def watermark_payload(model: LatentDiffusion) -> str:
         return "SDXL"
     text = model.conditioner.text
     return "StableDiffusionV1" if text is not None and text.sd_version == 1 else "SDV2"
-
-
-def _as_list(value: str | Sequence[str] | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)

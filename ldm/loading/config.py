@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from ldm.loading import legacy
 from ldm.loading.legacy import list_targets, translate_config
+from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import ArgumentError, ConfigError, check_names, unknown_name
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -177,7 +178,7 @@ class _Resolver:
 def instantiate(
     spec: JsonMapping,
     *,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> Any:
@@ -194,7 +195,7 @@ def instantiate(
     """
     spec = translate_config(spec, where=where, skipped=skipped)
     where, params = spec["where"], dict(spec["params"])
-    factory = _find_class(spec["target"], allow, where)
+    factory = _find_class(spec["target"], as_list(allow), where)
     for key in sorted(params.keys() & getattr(factory, "IGNORED_PARAMETERS", frozenset())):
         log.debug("%s.%s is ignored by %s", where, key, factory.__name__)
         if skipped is not None:

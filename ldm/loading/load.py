@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -59,6 +59,7 @@ from ldm.loading.weights import (
 )
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
+from ldm.runtime.arguments import as_list
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
@@ -89,15 +90,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
     ema: bool = False,
-    overrides: Iterable[str] = (),
-    allow: Iterable[str] = (),
+    overrides: str | Iterable[str] = (),
+    allow: str | Iterable[str] = (),
     clip_stats: str | Path | None = None,
     midas: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, LoRAWeightLike]] = (),
     text_encoder: str | Path | None = None,
     base: LatentDiffusion | None = None,
-    embeddings: Iterable[str | Path] = (),
+    embeddings: str | Path | Iterable[str | Path] = (),
     variant: str | None = None,
 ) -> LatentDiffusion:
     """Load the model that a config describes, with the weights of a checkpoint.
@@ -142,9 +143,9 @@ def load(
     """
     _check_placement(device, dtype)
     config, ckpt = _choose_files(config, ckpt)
-    loras, embeddings = tuple(parse_loras(loras)), tuple(embeddings)
+    loras, embeddings = tuple(parse_loras(loras)), as_list(embeddings)
     weights = identify_weights(_open_weights(ckpt, variant))
-    config_path, raw = read_config(weights, config, overrides)
+    config_path, raw = read_config(weights, config, as_list(overrides))
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
             "`%s` is %s; config %s; predicts %s",
@@ -154,7 +155,7 @@ def load(
     summary = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
-    model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
+    model = build_on_meta(spec, allow=as_list(allow), where=where, skipped=skipped)
     _log_ignored(raw, weights, ema, skipped)
     if not isinstance(model, LatentDiffusion):
         _check_options_of_part(weights.path, loras, embeddings, vae, text_encoder)
@@ -266,7 +267,7 @@ def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
 def _check_options_of_part(
     path: Path,
     loras: tuple[object, ...],
-    embeddings: tuple[object, ...],
+    embeddings: Sequence[object],
     vae: str | Path | None,
     text_encoder: str | Path | None,
 ) -> None:

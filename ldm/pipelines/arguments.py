@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as shorten
 from types import NoneType, UnionType
 from typing import SupportsFloat, SupportsIndex, Union, cast, get_args, get_origin
@@ -16,6 +16,7 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["check_arguments"]
 
 SCALE_TYPES = set(get_args(Scale))  # a number, and a function of sigma
+TEXT_TYPES = {str, Iterable[str]}
 
 
 def check_arguments(
@@ -34,7 +35,7 @@ def check_arguments(
         if value is None and NoneType in types:
             continue
         types.discard(NoneType)
-        if name == "prompts":
+        if Sequence[str] in types:
             _check(name, value, "one text or a list of texts", is_valid=_are_texts(value))
         elif name in ("image", "images"):
             channels = sorted({3, model.autoencoder.in_channels})
@@ -50,6 +51,9 @@ def check_arguments(
         elif types <= SCALE_TYPES:
             is_function = types == SCALE_TYPES and callable(value)
             _check(name, value, "a finite number", is_valid=is_function or _is_number(value))
+        elif isinstance(value, str) and types.isdisjoint(TEXT_TYPES):
+            # It would be read letter by letter, or count as true.
+            raise ArgumentError(f"{name} must not be a text, got {value!r}", name)
 
 
 def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:

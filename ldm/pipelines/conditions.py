@@ -35,7 +35,6 @@ class EncodedConds(NamedTuple):
     """The encoded conditions of one model.
 
     Attributes:
-        cond: The condition of the prompts.
         uncond: The condition of the negative prompts; None = the run has no guidance.
         guidance_conds: The conditions of `Guidance.texts`, in their order; [] without guidance.
     """
@@ -50,7 +49,6 @@ class ConditionInputs:
     """What the models of a call are conditioned on, before each encodes it.
 
     Args:
-        texts: Prompts, negative prompts and texts of the guidance method.
         inputs: Values of batch keys besides text, a row per image.
         unconditional_inputs: Inputs that differ for the unconditional prediction.
         sdxl: Sizes, scores, second prompts and refiner of SDXL.
@@ -131,9 +129,6 @@ def has_composition(cond: AnyCond) -> bool:
 def encode_schedule(prompts: Sequence[StepPrompts | PromptPair], encode: EncodeFunction) -> AnyCond:
     """Encode the prompts of a batch, once for each change during the run.
 
-    Args:
-        prompts: The prompts of each image.
-        encode: Encodes the prompts of a step, see EncodeFunction.
     Returns:
         A ScheduledCond if any prompt changes; a Composition, or one in each entry, if prompts have
         AND or weights.
@@ -174,12 +169,7 @@ def _encode_by_image(
     prompts: Sequence[PromptPair],
     image_indices: Sequence[int],
 ) -> Cond:
-    """Encode prompts, each with the inputs of its image.
-
-    Args:
-        inputs: Values by batch key, a row per image.
-        image_indices: Index of the image of each prompt.
-    """
+    """Encode prompts, each with the inputs of its image."""
     selected = {key: _select_rows(value, image_indices) for key, value in inputs.items()}
     return check_finite(encode_prompts(model, prompts, selected, sizes), "the text encoder")
 

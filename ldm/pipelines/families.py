@@ -1,5 +1,6 @@
 """Families of models, recognised by the batch keys that their encoders read."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,35 +27,26 @@ class Family:
         optional_keys: Batch keys that the encoders of some of its models read, too.
     """
 
-    keys: frozenset[str]
+    keys: Set[str]
     title: str
     function: str
-    optional_keys: frozenset[str] = frozenset()
+    optional_keys: Set[str] = frozenset()
 
 
 FAMILIES = {
-    "text": Family(frozenset({"txt"}), "a text-to-image model", "txt2img"),
-    "refiner": Family(
-        frozenset({"txt", "aesthetic_score"}), "the refiner of Stable Diffusion XL", "img2img"
-    ),
-    "inpainting": Family(frozenset({"txt", "masked"}), "an inpainting model", "inpaint"),
-    "depth": Family(frozenset({"txt", "depth"}), "a depth model", "depth2img"),
-    "upscaling": Family(
-        frozenset({"txt", "lowres", "noise_level"}), "an upscaling model", "upscale"
-    ),
+    "text": Family({"txt"}, "a text-to-image model", "txt2img"),
+    "refiner": Family({"txt", "aesthetic_score"}, "the refiner of Stable Diffusion XL", "img2img"),
+    "inpainting": Family({"txt", "masked"}, "an inpainting model", "inpaint"),
+    "depth": Family({"txt", "depth"}, "a depth model", "depth2img"),
+    "upscaling": Family({"txt", "lowres", "noise_level"}, "an upscaling model", "upscale"),
     "rgbd-upscaling": Family(
-        frozenset({"txt", "rgbd"}),
-        "an upscaling model for colour and depth",
-        "upscale_rgbd",
-        frozenset({"noise_level"}),
+        {"txt", "rgbd"}, "an upscaling model for colour and depth", "upscale_rgbd", {"noise_level"}
     ),
     "latent-upscaling": Family(
-        frozenset({"txt", "lowres_latent", "noise_sigma"}),
-        "an x2 latent upscaler",
-        "upscale_latent",
+        {"txt", "lowres_latent", "noise_sigma"}, "an x2 latent upscaler", "upscale_latent"
     ),
-    "unclip": Family(frozenset({"txt", "embedding"}), "an unCLIP model", "unclip"),
-    "variation": Family(frozenset({"jpg"}), "an image variation model", "vary"),
+    "unclip": Family({"txt", "embedding"}, "an unCLIP model", "unclip"),
+    "variation": Family({"jpg"}, "an image variation model", "vary"),
 }
 
 
@@ -83,12 +75,7 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
 
 
 def wrong_family(model: str, family: str) -> WrongFamily:
-    """Return the error for a model that a task does not support; it names the task that does.
-
-    Args:
-        model: Its name in the message.
-        family: Its family, a name in FAMILIES.
-    """
+    """Return the error for a model that a task does not support; it names the task that does."""
     title, function = FAMILIES[family].title, FAMILIES[family].function
     hint = f"use `{function}`"
     if family == "refiner":

@@ -15,11 +15,7 @@ __all__ = ["find_factors", "make_freeu"]
 def find_factors(
     model: LatentDiffusion, value: str | Sequence[float] | FreeUFactors
 ) -> FreeUFactors:
-    """Return factors as given, or those of a preset; "auto" is the preset of the model's family.
-
-    Raises:
-        ArgumentError: An unknown preset, or factors out of range.
-    """
+    """Return factors as given, or those of a preset; "auto" is the preset of the model's family."""
     text = model.conditioner.text
     sd_version = 1 if text is None else text.sd_version or 1
     return FreeUFactors.parse(value, "sdxl" if is_sdxl(model) else f"sd{sd_version}")
@@ -33,10 +29,7 @@ def make_freeu(
     """Build FreeU with the factors of each output block of the model's UNet.
 
     Args:
-        value: Factors, the name of a preset, or "auto".
         version: A name in FREEU_VERSIONS; None = "1".
-    Raises:
-        ArgumentError: An invalid value, or a UNet without a block that FreeU changes.
     """
     factors, version = find_factors(model, value), version or "1"
     check_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")

@@ -19,7 +19,7 @@ from ldm.pipelines.guidance import make_guidance
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.latent_upscaling import Upscaling, double_latent
 from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
-from ldm.pipelines.prompts import CallPrompts, as_list, repeat_texts
+from ldm.pipelines.prompts import CallPrompts, repeat_texts
 from ldm.pipelines.quirks import Quirks, noise_source
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_size, get_sigmas
@@ -46,13 +46,9 @@ class RunOptions(SamplingOptions, total=False):
     guidance: Guidance | None
 
 
-def make_noise(prompts: str | Sequence[str], options: SamplingOptions) -> NoiseSampler:
-    """Return the noise source of a call, a row per prompt, for its seeds.
-
-    Raises:
-        ArgumentError: There are not as many seeds as prompts.
-    """
-    return noise_source(options.get("seeds"), len(as_list(prompts)), options.get("legacy", ()))
+def make_noise(prompts: Sequence[str], options: SamplingOptions) -> NoiseSampler:
+    """Return the noise source of a call, a row per prompt, for its seeds."""
+    return noise_source(options.get("seeds"), len(prompts), options.get("legacy", ()))
 
 
 def generate(
@@ -85,8 +81,6 @@ def generate(
         options: See `sample` and `SDXLOptions`.
     Returns:
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
-    Raises:
-        NonFinite: A part of the model returned NaN or infinity.
     """
     sampling, sdxl = select_sampling(options), select_sdxl(options)
     quirks = Quirks.of(model, sampling.get("legacy", ()))
@@ -99,16 +93,12 @@ def generate(
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
     run = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
     sigmas = get_sigmas(model, quirks, run)
-    steps = len(sigmas) - 1 - _first_step(model, quirks, run, len(sigmas) - 1)
-    texts = CallPrompts.parse(
-        prompts,
-        negative_prompt,
-        sdxl.get("prompt_2"),
-        sdxl.get("negative_prompt_2"),
-        guidance.texts if guidance else (),
-        syntax,
-        steps,
-    )
+    total, first = len(sigmas) - 1, 0
+    if z is not None:
+        default = model.defaults.steps if run.get("sigmas") is None else total
+        first, _ = quirks.find_first_step(strength, run.get("steps") or default, total)
+    steps = total - first
+    texts = CallPrompts.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
     texts.warn(model)
     condition_inputs = ConditionInputs(
         texts,
@@ -123,15 +113,15 @@ def generate(
     conds = condition_inputs.encode(model, quirks)
     try:
         if upscaling is not None:
-            n = len(as_list(prompts))
-            plain_texts = (as_list(prompts), repeat_texts(negative_prompt, n, "negative_prompt"))
-            latent = _sample_and_double(model, upscaling, conds, plain_texts, run)
+            negatives = repeat_texts(negative_prompt, len(prompts), "negative_prompt")
+            latent = _sample_and_double(model, upscaling, conds, (prompts, negatives), run, steps)
         elif (refiner := sdxl.get("refiner")) is not None:
             refiner_conds = condition_inputs.encode(refiner, quirks, after_base=True)
-            handover = Handover.of(sdxl)
+            handover = Handover.of(sdxl).find_index(model.schedule, sigmas, quirks)
             latent = _sample_with_refiner(
-                model, refiner, conds, refiner_conds, handover, run, constrain_refiner
-            )
+                model, refiner, conds, refiner_conds, run, constrain_refiner, sigmas,
+                first, max(handover, first),
+            )  # fmt: skip
         else:
             latent = _sample(model, conds, run)
         if guidance is not None and (reason := guidance.explain_idle()):
@@ -152,19 +142,23 @@ def _sample_with_refiner(
     refiner: LatentDiffusion,
     conds: EncodedConds,
     refiner_conds: EncodedConds,
-    handover: Handover,
     run: RunOptions,
     constrain_refiner: Constrain | None,
+    sigmas: Tensor,
+    first: int,
+    end: int,
 ) -> Tensor:
-    """Sample with the base until the handover, then with the refiner, without new noise."""
-    quirks = Quirks.of(model, run.get("legacy", ()))
-    sigmas = get_sigmas(model, quirks, run)
-    first = _first_step(model, quirks, run, len(sigmas) - 1)
-    end = max(handover.find_index(model.schedule, sigmas, quirks), first)
+    """Sample with the base until the handover, then with the refiner, without new noise.
+
+    Args:
+        sigmas: Noise levels of a run from pure noise.
+        first: Index in sigmas at which the run begins.
+        end: Index in sigmas of the handover.
+    """
     on_step = partial(_shift_steps, run.get("callback"), len(sigmas) - 1 - first)
     base_run: RunOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
     z_t = _sample(model, conds, base_run)
-    if "unused-draws" in quirks:
+    if "unused-draws" in Quirks.of(model, run.get("legacy", ())):
         run["noise"](z_t)
     refiner_run: RunOptions = {
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
@@ -179,18 +173,16 @@ def _sample_and_double(
     model: LatentDiffusion,
     upscaling: Upscaling,
     conds: EncodedConds,
-    texts: tuple[list[str], list[str]],
+    texts: tuple[Sequence[str], Sequence[str]],
     run: RunOptions,
+    steps: int,
 ) -> Tensor:
     """Sample a latent, then double its size with the x2 latent upscaler.
 
     Args:
         texts: (prompts, negative prompts) for the upscaler.
+        steps: Number of steps of the model.
     """
-    legacy = run.get("legacy", ())
-    quirks = Quirks.of(model, legacy)
-    total = len(get_sigmas(model, quirks, run)) - 1
-    steps = total - _first_step(model, quirks, run, total)
     upscaler_steps = len(get_sigmas(upscaling.model, Quirks(), {"steps": upscaling.steps})) - 1
     on_step = partial(_shift_steps, run.get("callback"), steps + upscaler_steps)
     latent = _sample(model, conds, {**run, "callback": on_step(0)})
@@ -203,20 +195,8 @@ def _sample_and_double(
         steps=upscaling.steps,
         callback=on_step(steps),
         unet_tile=run.get("unet_tile"),
-        legacy=legacy,
+        legacy=run.get("legacy", ()),
     )
-
-
-def _first_step(model: LatentDiffusion, quirks: Quirks, run: RunOptions, total: int) -> int:
-    """Return the index of the first noise level of a run, as `sample` chooses it.
-
-    Args:
-        total: Number of steps of a run from pure noise.
-    """
-    if run["z"] is None:
-        return 0
-    default = model.defaults.steps if run.get("sigmas") is None else total
-    return quirks.find_first_step(run["strength"], run.get("steps") or default, total)[0]
 
 
 def _shift_steps(callback: Callback | None, total: int, offset: int) -> Callback | None:

@@ -1,7 +1,7 @@
 """Keywords of tasks that choose a guidance method, and the method that they choose."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict, cast
 
 from ldm.diffusion.guidance import (
@@ -46,20 +46,19 @@ class GuidanceOptions(TypedDict, total=False):
 
 
 def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
-    """Build the guidance, a new object for each run; return None for classifier-free guidance.
-
-    Raises:
-        ArgumentError: A value is out of range.
-    """
-    methods = (make(options, quirks) for make in METHODS.values())
-    guidance = next((method for method in methods if method is not None), None)
-    if (scale := options.get("pag")) is None:
-        return guidance
-    return PerturbedAttention(_check_positive("pag", scale), guidance or Guidance())
+    """Build the guidance, a new object for each run; return None for classifier-free guidance."""
+    guidance: Guidance | None = _make_safe(options, quirks)
+    if (apg := options.get("apg")) is not None:
+        guidance = ProjectedGuidance(APG.parse(apg))
+    if (weight := options.get("perp_neg")) is not None:
+        guidance = PerpNeg(_check_positive("perp_neg", weight))
+    if (scale := options.get("pag")) is not None:
+        guidance = PerturbedAttention(_check_positive("pag", scale), guidance or Guidance())
+    return guidance
 
 
 def check_guidance(
-    model: LatentDiffusion, scale: Scale | None, keywords: Mapping[str, object]
+    model: LatentDiffusion, scale: Scale | None, keywords: Mapping[str, object], quirks: Quirks
 ) -> None:
     """Raise ArgumentError for guidance, or FreeU, that a model can't have or that has no effect.
 
@@ -74,11 +73,7 @@ def check_guidance(
     if "freeu" in values:
         version = cast(str | None, values.get("freeu_version"))
         make_freeu(model, cast(str | Sequence[float], values["freeu"]), version)
-    if not methods:
-        return
-    quirks = Quirks.of(model, cast(Iterable[str], values.get("legacy", ())))
-    make_guidance(cast(GuidanceOptions, values), quirks)
-    if not isinstance(model.unet, UNet):
+    if methods and not isinstance(model.unet, UNet):
         raise ArgumentError(f"{methods[0]} is not for the x2 latent upscaler", methods[0])
     if "perp_neg" in methods:
         # Each is a text or a list of texts: `any` is false if all are empty.
@@ -93,7 +88,7 @@ def check_guidance(
         raise ArgumentError(f"{message}{file_name(model)} has none", "pag")
 
 
-def _make_safe(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
+def _make_safe(options: GuidanceOptions, quirks: Quirks) -> SafeGuidance | None:
     sld, concept = options.get("sld"), options.get("sld_concept")
     if sld is None:
         if concept is not None:
@@ -106,25 +101,7 @@ def _make_safe(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
     return SafeGuidance(settings, SLD_CONCEPTS.get(concept, concept))
 
 
-def _make_projected(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
-    apg = options.get("apg")
-    return None if apg is None else ProjectedGuidance(APG.parse(apg))
-
-
-def _make_perp_neg(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
-    weight = options.get("perp_neg")
-    return None if weight is None else PerpNeg(_check_positive("perp_neg", weight))
-
-
 def _check_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ArgumentError(f"{name} must be above 0, got {value:g}", name)
     return value
-
-
-# Methods that exclude each other; perturbed-attention guidance combines with each.
-METHODS: dict[str, Callable[[GuidanceOptions, Quirks], Guidance | None]] = {
-    "sld": _make_safe,
-    "apg": _make_projected,
-    "perp_neg": _make_perp_neg,
-}

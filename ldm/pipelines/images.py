@@ -55,9 +55,6 @@ def decode_latent(
 
     Args:
         tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
-        on_latent: Called with z first; None = nothing is called.
-    Raises:
-        NonFinite: Latents or images contain NaN or infinity.
     """
     check_finite(z, "the UNet")
     if on_latent is not None:
@@ -72,9 +69,6 @@ def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Te
     Args:
         image: (1, 3, H, W), or with the channels of depth already.
         depth: (1, 1, H, W) in [0, 1], larger is nearer; None = there is none, or the image has it.
-    Raises:
-        ArgumentError: The model needs the depth or does not read it, or it differs in size from the
-            image.
     """
     channels = model.autoencoder.in_channels
     if depth is None and image.shape[1] == channels:

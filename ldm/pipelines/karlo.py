@@ -22,6 +22,7 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPVision
 from ldm.nets.karlo import Prior
+from ldm.pipelines.prompts import repeat_texts
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["encode_texts", "get_prior_sigmas", "sample_image_embeddings", "sample_prior"]
@@ -49,7 +50,7 @@ def sample_image_embeddings(
         mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
         steps, scale, noise: See `sample_prior`.
     """
-    negatives = [negative] * len(texts) if isinstance(negative, str) else negative
+    negatives = repeat_texts(negative, len(texts), "negative_prompt")
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
     x = sample_prior(prior, cond, uncond, steps=steps, scale=scale, noise=noise)  # (B, D)
     return x * std.to(x) + mean.to(x)
@@ -61,8 +62,6 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
     Returns:
         crossattn (B, 77, D): token embeddings, zeros after the end token; vector (B, D): CLIP text
             embedding.
-    Raises:
-        ArgumentError: The model was saved without the text encoder of its CLIP.
     """
     model = clip.model
     if not model.blocks:
@@ -89,10 +88,8 @@ def sample_prior(
     """Sample normalized embeddings (B, D), one per row of `cond`, with DDIM.
 
     Args:
-        cond: From `encode_texts`.
-        uncond: From `encode_texts`, of negative prompts.
+        cond, uncond: From `encode_texts`, of prompts and of negative prompts.
         steps: Number of steps, see `get_prior_sigmas`.
-        scale: Guidance scale.
         eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
         noise: (like) -> standard normal noise; called for the initial noise, then for each step.
         sigmas: Noise levels (n + 1,), descending; None = those of `steps`.

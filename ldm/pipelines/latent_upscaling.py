@@ -56,11 +56,7 @@ class Upscaling:
     scale: float | None = None
 
     def check_use(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
-        """Raise ArgumentError unless `model` can double a latent (height, width) of the base model.
-
-        Args:
-            syntax: Syntax of the prompts.
-        """
+        """Raise ArgumentError unless `model` can double a latent of this size of the base model."""
         self.check(base)
         check_sides(self.model, height, width)
         check_plain_syntax(syntax)

@@ -44,16 +44,12 @@ class Memory:
 
 
 @torch.no_grad()
-def estimate_memory(
-    model: LatentDiffusion, size: tuple[int, int], *, images: int = 1, tile: int | None = None
-) -> Memory:
-    """Estimate the memory for one batch of text to image with guidance.
+def estimate_memory(model: LatentDiffusion, size: tuple[int, int]) -> Memory:
+    """Estimate the memory for one image from text, with guidance.
 
     Args:
         model: Loaded, or on the meta device; meta tensors are replaced by fake ones.
         size: (height, width) in pixels.
-        images: Batch size.
-        tile: Side of the decoder's tiles in latent pixels; None = whole.
     """
     text_encoders = {  # their activations are small beside their weights, and count as 0
         name: encoder
@@ -70,12 +66,11 @@ def estimate_memory(
     with FakeTensorMode(allow_non_fake_inputs=True):
         for part in parts.values():
             make_fake(part)
-        z = torch.zeros(images, model.channels, height, width)
         with PeakMemoryMode() as mode:
-            run_on_zeros(model.unet, 2 * images, (height, width))  # 2: with guidance
+            run_on_zeros(model.unet, 2, (height, width))  # 2: with guidance
         activations["unet"] = mode.peak
         with PeakMemoryMode() as mode:
-            model.decode(z, tile)
+            model.decode(torch.zeros(1, model.channels, height, width))
         activations["autoencoder"] = mode.peak
     weights = {name: sum(p.nbytes for p in part.parameters()) for name, part in parts.items()}
     return Memory(weights, activations)

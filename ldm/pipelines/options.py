@@ -1,11 +1,14 @@
 """Keywords of tasks, and their checks before any network runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
+from typing_extensions import Required
+
+from ldm.diffusion.guidance import Scale
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
-from ldm.pipelines.guidance import GuidanceOptions, make_guidance
+from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_guidance
 from ldm.pipelines.images import DecodingOptions
 from ldm.pipelines.prompts import ANY_STEPS, CallPrompts, PromptOptions
 from ldm.pipelines.quirks import Quirks
@@ -20,8 +23,8 @@ from ldm.pipelines.sdxl import SDXLOptions, check_sdxl
 from ldm.prompts import PLAIN, check_syntax
 
 __all__ = [
-    "GuidedOptions", "TaskOptions", "TextOptions", "UnguidedOptions", "check_options",
-    "select_sampling", "select_sdxl",
+    "GuidedOptions", "TaskArguments", "TaskOptions", "TextOptions", "UnguidedOptions",
+    "check_options", "select_sampling", "select_sdxl",
 ]  # fmt: skip
 
 
@@ -45,65 +48,57 @@ class TextOptions(GuidedOptions, SDXLOptions):
     """Keywords of tasks that also work with SDXL."""
 
 
+class TaskArguments(TextOptions, total=False):
+    """The arguments of tasks that `check_options` reads, besides the model."""
+
+    prompts: Required[Sequence[str]]
+    negative_prompt: str | Sequence[str]
+    scale: Scale | None
+    size: tuple[int, int] | None
+    strength: float
+
+
 def select_sampling(options: Mapping[str, object]) -> SamplingOptions:
     """Return the keywords of `sample` among those of a task."""
-    names = SamplingOptions.__annotations__
-    return cast(SamplingOptions, {name: value for name, value in options.items() if name in names})
+    return cast(SamplingOptions, _select(options, SamplingOptions.__annotations__))
 
 
 def select_sdxl(options: Mapping[str, object]) -> SDXLOptions:
     """Return the keywords for SDXL among those of a task."""
-    names = SDXLOptions.__annotations__
-    return cast(SDXLOptions, {name: value for name, value in options.items() if name in names})
+    return cast(SDXLOptions, _select(options, SDXLOptions.__annotations__))
 
 
-def check_options(
-    model: LatentDiffusion,
-    prompts: str | Sequence[str],
-    options: Mapping[str, object],
-    strength: float = 1.0,
-) -> None:
-    """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take.
+def _select(options: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name in names}
 
-    Args:
-        options: Keywords of a task, by name.
-    """
-    sampling = select_sampling(options)
+
+def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
+    """Raise ArgumentError for a keyword whose value is invalid, or that the model does not take."""
+    sampling = select_sampling(arguments)
     sampler = sampling.get("sampler") or model.defaults.sampler
-    check_sampling(
-        sampler,
-        sampling.get("scheduler"),
-        StepNoise(
-            sampling.get("eta"),
-            sampling.get("s_churn", 0.0),
-            sampling.get("s_tmin", 0.0),
-            sampling.get("s_tmax"),
-            sampling.get("s_noise", 1.0),
-            sampling.get("brownian", False),
-        ),
-        strength,
-        sampling.get("rescale", 0.0),
-        sampling.get("legacy", ()),
+    rescale = sampling.get("rescale", 0.0)
+    step_noise = StepNoise(
+        sampling.get("eta"),
+        sampling.get("s_churn", 0.0),
+        sampling.get("s_tmin", 0.0),
+        sampling.get("s_tmax"),
+        sampling.get("s_noise", 1.0),
+        sampling.get("brownian", False),
     )
+    strength = arguments.get("strength", 1.0)
+    check_sampling(sampler, sampling.get("scheduler"), step_noise, strength, rescale)
     quirks = Quirks.of(model, sampling.get("legacy", ()))
     # The next four raise ArgumentError for values or combinations that are not possible.
     get_sigmas(model, quirks, sampling)
-    get_latent_size(model, cast(tuple[int, int] | None, options.get("size")), None)
+    get_latent_size(model, arguments.get("size"), None)
     quirks.get_denoiser(model, sampler)
-    guidance = make_guidance(cast(GuidanceOptions, options), quirks)
-    if model.guidance_embed_dim is not None:
-        check_embedded_guidance(
-            guidance, sampling.get("rescale", 0.0), sampling.get("guidance_interval")
-        )
-    check_sdxl(model, select_sdxl(options))
-    syntax = cast(PromptOptions, options).get("syntax", PLAIN)
+    guidance = make_guidance(arguments, quirks)
+    check_guidance(model, arguments.get("scale"), arguments, quirks)
+    check_embedded_guidance(model, guidance, rescale, sampling.get("guidance_interval"))
+    check_sdxl(model, select_sdxl(arguments))
+    syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)
+    negative_prompt = arguments.get("negative_prompt", "")
     CallPrompts.parse(  # raises ArgumentError
-        prompts,
-        cast(str | Sequence[str], options.get("negative_prompt", "")),
-        cast(SDXLOptions, options).get("prompt_2"),
-        cast(SDXLOptions, options).get("negative_prompt_2"),
-        guidance.texts if guidance else (),
-        syntax,
-        ANY_STEPS,
+        arguments["prompts"], negative_prompt, arguments, guidance, syntax, ANY_STEPS
     )

@@ -4,15 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from ldm.diffusion.guidance import Guidance
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
+from ldm.pipelines.sdxl import SDXLOptions
 from ldm.prompts import PLAIN, ParsedPrompt, Prompt, PromptWarning, parse_prompt
 from ldm.prompts.prompt import quote
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "CallPrompts", "PromptOptions", "PromptPair", "StepPrompts", "TextPair", "as_list",
+    "CallPrompts", "PromptOptions", "PromptPair", "StepPrompts", "TextPair",
     "find_lost_text", "get_pair", "parse_constant", "parse_pair", "repeat_texts",
     "warn_about_prompts",
 ]  # fmt: skip
@@ -45,8 +47,7 @@ class StepPrompts:
     """The prompts of one image, which may change from step to step.
 
     Args:
-        first: For the first text encoder.
-        second: For the second text encoder.
+        first, second: For the first and the second text encoder.
     """
 
     first: ParsedPrompt
@@ -84,27 +85,25 @@ class CallPrompts:
     @classmethod
     def parse(
         cls,
-        prompts: str | Sequence[str],
+        prompts: Sequence[str],
         negative_prompt: str | Sequence[str],
-        prompt_2: str | Sequence[str] | None,
-        negative_prompt_2: str | Sequence[str] | None,
-        guidance_texts: Iterable[str],
+        sdxl: SDXLOptions,
+        guidance: Guidance | None,
         syntax: str,
         steps: int,
     ) -> "CallPrompts":
         """Parse the texts of a call for a run of `steps` steps.
 
         Args:
-            negative_prompt: One for all prompts, or one for each; so are those of the next two.
-            prompt_2, negative_prompt_2: For the second text encoder; None = as for the first.
-            guidance_texts: `Guidance.texts`.
-
-        Raises:
-            ArgumentError: See `parse_pair` and `parse_constant`; or the numbers of texts differ.
+            negative_prompt: One for all prompts, or one for each.
+            sdxl: Holds the prompts for the second text encoder.
+            guidance: Its texts are parsed, too.
         """
-        n = len(as_list(prompts))
-        pairs = _pair_texts(prompts, prompt_2, n, "prompt")
+        n = len(prompts)
+        pairs = _pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt")
+        negative_prompt_2 = sdxl.get("negative_prompt_2")
         negatives = _pair_texts(negative_prompt, negative_prompt_2, n, "negative_prompt")
+        guidance_texts = guidance.texts if guidance else ()
         return cls(
             [parse_pair(pair, syntax, steps) for pair in pairs],
             [
@@ -163,11 +162,6 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
 def get_pair(constant: StepPrompts | TextPair) -> PromptPair:
     """Return the two texts of `parse_constant`."""
     return constant.at(0)[0][1] if isinstance(constant, StepPrompts) else constant
-
-
-def as_list(prompts: str | Sequence[str]) -> list[str]:
-    """Return one prompt or several as a list."""
-    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def repeat_texts(texts: str | Sequence[str], n: int, argument: str) -> list[str]:

@@ -18,6 +18,7 @@ from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import family_of, is_sdxl
+from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = ["Quirks", "get_row_seeds", "noise_source", "seeded_noise"]
@@ -29,8 +30,6 @@ class Quirks:
 
     Args:
         names: Names in LEGACY.
-    Raises:
-        UnknownName: A name is not in LEGACY.
     """
 
     names: frozenset[str] = frozenset()
@@ -44,9 +43,9 @@ class Quirks:
         return name in self.names
 
     @classmethod
-    def of(cls, model: LatentDiffusion, names: Iterable[str]) -> "Quirks":
+    def of(cls, model: LatentDiffusion, names: str | Iterable[str]) -> "Quirks":
         """Return the quirks with these names, or this name, that have an effect on a model."""
-        enabled = cls(frozenset([names] if isinstance(names, str) else names)).names
+        enabled = cls(frozenset(as_list(names))).names
         if not is_sdxl(model):
             enabled -= SDXL_LEGACY.keys()
         elif family_of(model.conditioner) == "refiner":
@@ -142,8 +141,6 @@ def noise_source(
         seeds: One for each row, or the first of consecutive ones; None = drawn from torch's
             generator; a noise source is returned as it is.
         legacy: Names in LEGACY; "noise" draws all rows from the global generator of the device.
-    Raises:
-        ArgumentError: The number of seeds is not n.
     """
     if callable(seeds):
         return seeds

@@ -48,6 +48,7 @@ from ldm.pipelines.sampling_options import (
     get_latent_size,
     get_sigmas,
 )
+from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
@@ -145,8 +146,6 @@ def sample(
         grid: Former name of `scheduler`.
     Returns:
         (B, C, h, w) float32.
-    Raises:
-        ArgumentError: An unknown name, or a value out of range.
     """
     quirks = Quirks.of(model, legacy)
     scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
@@ -165,8 +164,7 @@ def sample(
         sigmas = get_sigmas(model, quirks, options)
     elif (sigmas.diff() > 0).any():  # a tensor may be a part of a run, checked as a whole
         raise ArgumentError("sigmas must descend", "sigmas")
-    if model.guidance_embed_dim is not None:
-        check_embedded_guidance(guidance, rescale, guidance_interval)
+    check_embedded_guidance(model, guidance, rescale, guidance_interval)
     if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
@@ -245,7 +243,7 @@ def invert(
     Returns:
         z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
     """
-    quirks = Quirks(frozenset(legacy))
+    quirks = Quirks(frozenset(as_list(legacy)))
     sigmas = quirks.get_sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
     sigmas = sigmas[: (steps if until is None else until) + 1]
     denoise = quirks.build_inverse_denoise(model, sigmas, cond, uncond, scale)

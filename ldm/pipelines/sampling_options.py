@@ -64,10 +64,6 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
 
     The scheduler may be replaced for SDXL, and a sampler may skip a sigma, see
     `ldm.diffusion.names`.
-
-    Raises:
-        ArgumentError: Steps, rho or sigmas are out of range, or sigmas are given and steps differ,
-            or a scheduler or rho is given, too.
     """
     sampler = options.get("sampler") or model.defaults.sampler
     steps, rho = options.get("steps"), options.get("rho")
@@ -104,9 +100,6 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     3. The model's.
     4. "trailing" for zero terminal SNR, as sampling must begin at the last timestep
        (arXiv:2305.08891, §3.3), else "uniform".
-
-    Args:
-        sampler: A name in SAMPLERS.
     """
     defaults = SAMPLERS[sampler]
     if defaults.high_sigma_scheduler and model.schedule.sigmas[-1] > HIGH_SIGMA:
@@ -120,7 +113,6 @@ def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str
 
     Args:
         scheduler: The requested scheduler; None = `sigmas` were given.
-        sigma: The first sigma.
     """
     alternative = SAMPLERS[sampler].high_sigma_scheduler
     if alternative in (None, scheduler) or sigma <= HIGH_SIGMA:
@@ -173,7 +165,6 @@ def check_sampling(
     step_noise: StepNoise,
     strength: float = 1.0,
     rescale: float = 0.0,
-    legacy: Iterable[str] = (),
 ) -> None:
     """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
     check_name("sampler", sampler, SAMPLERS, argument="sampler")
@@ -183,33 +174,32 @@ def check_sampling(
     for name, value in (("strength", strength), ("rescale", rescale)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
-    Quirks(frozenset(legacy))  # raises UnknownName
 
 
 def check_embedded_guidance(
-    guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None
+    model: LatentDiffusion,
+    guidance: Guidance | None,
+    rescale: float,
+    interval: tuple[float, float] | None,
 ) -> None:
-    """Raise ArgumentError for options that need an unconditional prediction; none is computed."""
-    is_given = {
-        "a guidance method": guidance is not None,
-        "rescale": bool(rescale),
-        "guidance_interval": interval is not None,
-    }
-    if any(is_given.values()):
-        name = next(name for name in is_given if is_given[name])
-        raise ArgumentError(
-            f"{name} has no effect on a model that embeds the guidance scale: leave it out"
-        )
+    """Raise ArgumentError for options that need an unconditional prediction, if there is none."""
+    if model.guidance_embed_dim is None:
+        return
+    for name, is_given in (
+        ("a guidance method", guidance is not None),
+        ("rescale", bool(rescale)),
+        ("guidance_interval", interval is not None),
+    ):
+        if is_given:
+            raise ArgumentError(
+                f"{name} has no effect on a model that embeds the guidance scale: leave it out"
+            )
 
 
 def get_latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
-    """Return the (h, w) of latents: of `size` (H, W) in pixels, else of `like`, else the model's.
-
-    Raises:
-        ArgumentError: The size is not a pair, or not a positive multiple of the downscaling factor.
-    """
+    """Return (h, w) of latents: of `size` (H, W) in pixels, else of `like`, else the model's."""
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     downscale_factor = model.downscale

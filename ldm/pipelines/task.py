@@ -8,15 +8,13 @@ from typing import ParamSpec, cast, get_args
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Scale
 from ldm.encoders.text import TextEncoder, clip_skip
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.finite import check_weights
-from ldm.pipelines.guidance import check_guidance
-from ldm.pipelines.options import GuidedOptions, check_options
+from ldm.pipelines.options import GuidedOptions, TaskArguments, check_options
 from ldm.runtime.errors import ArgumentError, NonFinite, unknown_name
 from ldm.runtime.warn import warn_caller
 
@@ -64,20 +62,22 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
             tiling, skip = keywords.pop("tiling", "none"), keywords.pop("clip_skip", 1)
             if isinstance(legacy := keywords.get("legacy"), str):
                 keywords["legacy"] = [legacy]
-            arguments = signature.bind(*args, **keywords).arguments
-            model = arguments["model"]
+            bound = signature.bind(*args, **keywords)
+            if isinstance(prompt := bound.arguments.get("prompts"), str):
+                bound.arguments["prompts"] = [prompt]
+            arguments = {**bound.arguments, **bound.kwargs}
+            model = arguments.pop("model")
             check_family(model, *families)
-            given = {name: arguments[name] for name in arguments if name in annotations}
-            check_arguments(model, {**given, **keywords}, annotations)
             if takes_options:
-                check_guidance(model, cast(Scale | None, arguments.get("scale")), keywords)
-                strength = arguments.get("strength", 1.0)
-                check_options(model, arguments["prompts"], keywords, strength)
+                arguments.pop(last.name, None)  # each is an argument of its own
+            check_arguments(model, arguments, annotations)
+            if takes_options:
+                check_options(model, cast(TaskArguments, arguments))
             if (warning := check_clip_skip(model, skip)) is not None:
                 warn_caller(warning)
             try:
                 with circular_padding(str(tiling)), clip_skip(cast(int, skip)):
-                    return function(*args, **keywords)
+                    return function(*bound.args, **bound.kwargs)
             except NonFinite as error:
                 for loaded in (model, keywords.get("refiner")):
                     if isinstance(loaded, LatentDiffusion):
@@ -90,11 +90,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
 
 
 def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
-    """Return a warning if a clip skip has no effect on a model, else None.
-
-    Raises:
-        ArgumentError: It is not in 1 … number of layers of the text encoder.
-    """
+    """Return a warning if a clip skip has no effect on a model, else None."""
     if not isinstance(number, int) or number < 1:
         raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
     encoders = model.conditioner.find_all(TextEncoder)

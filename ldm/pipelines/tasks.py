@@ -50,7 +50,6 @@ from ldm.pipelines.options import GuidedOptions, TextOptions, select_sampling, s
 from ldm.pipelines.prompts import (
     StepPrompts,
     TextPair,
-    as_list,
     get_pair,
     parse_constant,
     repeat_texts,
@@ -137,7 +136,7 @@ def img2img(
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
-    n = len(as_list(prompts))
+    n = len(prompts)
     source = _parse_source_prompt(source_prompt, options) if inversion else None
     padded = pad_to_multiple(image, _size_multiple(model, options))
     if upscaling is not None:
@@ -185,7 +184,7 @@ def inpaint(
     """
     image, mask = add_depth(model, image, depth), mask.float()
     noise = make_noise(prompts, options)
-    n, multiple = len(as_list(prompts)), _size_multiple(model, options)
+    n, multiple = len(prompts), _size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
     binary_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
     masked_image = pad_to_multiple(mask_image(image, mask), multiple)
@@ -236,7 +235,7 @@ def depth2img(
         negative_prompt, scale, tile, options: See `txt2img`.
     """
     noise = make_noise(prompts, options)
-    n = len(as_list(prompts))
+    n = len(prompts)
     z = encode_image(model, image, n, noise)
     batch = {"jpg": image} if depth is None else {"depth": depth}
     batch = {key: value.to(model.device) for key, value in batch.items()}
@@ -276,11 +275,9 @@ def upscale(
         tile: Side of overlapping tiles in pixels of the input: the decoder's, and the UNet's
             unless `unet_tile` is given; None = the training size.
         negative_prompt, scale, options: See `txt2img`.
-    Raises:
-        ArgumentError: The model was not trained at the noise level.
     """
     noise = make_noise(prompts, options)
-    n = len(as_list(prompts))
+    n = len(prompts)
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
     low_res = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
@@ -319,12 +316,10 @@ def upscale_rgbd(
         negative_prompt, scale, tile, options: See `txt2img`.
     Returns:
         (B, 4, H, W).
-    Raises:
-        ArgumentError: The model was not trained at the noise level.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
-    n = len(as_list(prompts))
+    n = len(prompts)
     _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
     padded = pad_to_multiple(image, model.downscale)
     level = torch.full((n,), noise_level, device=model.device)
@@ -367,27 +362,24 @@ def upscale_latent(
         scale: Guidance scale; 1 = no guidance, 0 = the negative prompt only, None = the model's
             default.
         negative_prompt, tile, options: See `txt2img`.
-    Raises:
-        MissingArgument: There is neither an image nor a latent.
-        ArgumentError: A latent of another shape, or noise that the model does not support.
     """
     noise = make_noise(prompts, options)
-    texts = as_list(prompts)
-    negatives = repeat_texts(negative_prompt, len(texts), "negative_prompt")
+    n = len(prompts)
+    negatives = repeat_texts(negative_prompt, n, "negative_prompt")
     check_noise(model, noise_sigma, noise_kind)
     check_plain_syntax(options.get("syntax", PLAIN))
     if latent is None:
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")
         check_sides(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
-        latent = encode_image(model, image, len(texts), noise)
+        latent = encode_image(model, image, n, noise)
     else:
         if image is not None:
             raise ArgumentError("give an image or a latent, not both", "latent")
-        check_latent(model, latent, len(texts))
+        check_latent(model, latent, n)
     try:
         z = double_latent(
-            model, texts, negatives, latent, noise=noise, noise_sigma=noise_sigma,
+            model, prompts, negatives, latent, noise=noise, noise_sigma=noise_sigma,
             noise_kind=noise_kind, scale=scale, **select_sampling(options),
         )  # fmt: skip
     except Stop as stop:

@@ -22,7 +22,6 @@ from ldm.pipelines.families import file_name
 from ldm.pipelines.generate import generate, make_noise
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
-from ldm.pipelines.prompts import as_list
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
@@ -58,13 +57,10 @@ def unclip(
         mix_level: Timestep of the noise on the mean; None = no noise.
         scale: Guidance scale; None = 10.
         negative_prompt, size, tile, options: See `txt2img`.
-    Raises:
-        MissingArgument: There is neither an image nor an embedding.
-        ArgumentError: There are not as many weights, or noise levels, as images and embeddings.
     """
     scale = 10.0 if scale is None else scale
     noise = make_noise(prompts, options)
-    n, encoder = len(as_list(prompts)), model.conditioner.get(ImageEmbedding)
+    n, encoder = len(prompts), model.conditioner.get(ImageEmbedding)
     sources = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
     weights = _normalize(weights, len(sources), is_legacy)
@@ -102,17 +98,16 @@ def vary(
 
     Args:
         prompts: Only their number is used: the number of images to make.
-        images: See `unclip`.
-        weights: See `unclip`.
+        images, weights: See `unclip`.
         scale: Guidance scale; None = 3.
         negative_prompt: Ignored with a warning, as the model does not read text.
         size, tile, options: See `txt2img`.
     """
-    if any(as_list(negative_prompt)):
+    if any(negative_prompt):  # of a text, or of a list of texts
         warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
     scale = 3.0 if scale is None else scale
     noise = make_noise(prompts, options)
-    n = len(as_list(prompts))
+    n = len(prompts)
     weights = _normalize(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]
     tokens = [
@@ -150,7 +145,7 @@ def sample_prior(
     return karlo.sample_image_embeddings(
         prior,
         encoder.clip,
-        as_list(prompts),
+        prompts,
         negative_prompt,
         mean=mean,
         std=std,

@@ -161,7 +161,7 @@ def test_classes_of_an_allowed_package_are_built(package):
     with pytest.raises(ValueError, match="unknown target"):
         instantiate(spec)
     assert "my_pkg" not in sys.modules
-    assert instantiate(spec, allow=[package]).in_features == 3
+    assert instantiate(spec, allow=package).in_features == 3
 
 
 @pytest.mark.parametrize(

@@ -279,12 +279,18 @@ def test_missing_and_unexpected_names_are_counted(tmp_path, tiny_yaml, tiny_stat
     assert "first_stage_model.quant_conv.bias (3,), expected (8,)" in text
 
 
+def test_one_file_of_embeddings_needs_no_list(tmp_path, tiny_yaml, tiny_state):
+    torch.save(tiny_state, tmp_path / "x.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt", embeddings=str(tmp_path / "nothing.pt"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_another_schedule_in_the_file_is_a_warning(tmp_path, tiny_yaml, tiny_state, dtype):
     state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tiny_state.items()}
     torch.save(state, tmp_path / "x.ckpt")
     with pytest.warns(UserWarning, match="its noise schedule differs"):
-        ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=["model.params.linear_end=0.02"])
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides="model.params.linear_end=0.02")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")

@@ -235,6 +235,7 @@ def test_every_image_may_have_its_noise_and_the_mix_too(models, image):
         ({"noise_levels": [1, 2]}, "2 noise levels were given for 1"),
         ({"noise_levels": 1000}, "noise levels are 0 … 999"),
         ({"images": []}, "no image is given"),
+        ({"embeddings": "x.pt"}, "embeddings must not be a text, got 'x.pt'"),
     ],
 )
 def test_what_does_not_fit_a_mix_is_one_line(models, image, changes, message):
@@ -259,6 +260,8 @@ def test_the_prior_imagines_what_unclip_sees(models):
     prior = Prior(clip_dim=32, xf_width=32, xf_layers=1, xf_heads=2).eval()
     embeddings = sample_prior(model, prior, ["a", "b"], steps=3)
     assert embeddings.shape == (2, 32)
+    with pytest.raises(ValueError, match="1 negative prompts were given for 2 images"):
+        sample_prior(model, prior, ["a", "b"], negative_prompt=["c"])
     images = unclip(model, ["a", "b"], embeddings=[embeddings], **QUICK, size=(64, 64))
     assert images.isfinite().all()
 

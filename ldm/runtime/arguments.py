@@ -1,0 +1,16 @@
+"""Arguments that are one value or several."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar, cast
+
+__all__ = ["as_list"]
+
+T = TypeVar("T")
+
+
+def as_list(values: T | Iterable[T]) -> list[T]:
+    """Return one text or path, or several, as a list."""
+    if isinstance(values, str | Path):
+        return [cast(T, values)]
+    return list(cast(Iterable[T], values))
