@@ -45,15 +45,15 @@ WHEN = re.compile(rf"\s*({NUMBER})\s*\]")
 PLAIN_TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
 
-def parse(text: str, steps: int, syntax: str = "a1111", *, composes: bool = True) -> ParsedPrompt:
+def parse(text: str, steps: int, is_negative: bool, *, syntax: str) -> ParsedPrompt:
     """Parse a prompt.
 
     Args:
         steps: Number of steps of the run, for schedules.
+        is_negative: Whether it is a negative prompt, in which AND is a plain word.
         syntax: A key of EMPHASIS_MODES.
-        composes: Whether AND composes prompts; in negative prompts it is a plain word.
     """
-    prompts_and_weights = split_composition(text) if composes else [(text, 1.0)]
+    prompts_and_weights = [(text, 1.0)] if is_negative else split_composition(text)
     compositions, notes = [], []
     for prompt, weight in prompts_and_weights:
         entries, new_notes = expand_schedule(prompt, steps)
@@ -238,9 +238,6 @@ class _Schedules:
 
 def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[str]]:
     """Expand schedules and alternation into (last step, text), in order.
-
-    Args:
-        steps: Number of steps of the run.
 
     Returns:
         The entries, and warnings about text that was read literally.

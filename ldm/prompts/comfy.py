@@ -5,7 +5,7 @@ A number replaces the weights of the brackets around it; brackets without a numb
 
 import re
 
-from ldm.prompts.prompt import ParsedPrompt, Part, Piece, Prompt, join_pieces, make_constant, quote
+from ldm.prompts.prompt import ParsedPrompt, Part, Piece, Prompt, PromptSteps, join_pieces, quote
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["parse", "parse_weights"]
@@ -16,13 +16,10 @@ WEIGHT = re.compile(r"(.+):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$", re.DOTALL)
 
 
 def parse(text: str) -> ParsedPrompt:
-    """Parse a prompt.
-
-    Raises:
-        ArgumentError: A bracket is not closed, or was not opened.
-    """
+    """Parse a prompt."""
     section = join_pieces(parse_weights(text))
-    return make_constant(Prompt("comfy", (Part(((section,),)),)))
+    prompt = Prompt("comfy", (Part(((section,),)),))
+    return ParsedPrompt((PromptSteps(((0, prompt),)),))
 
 
 def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:

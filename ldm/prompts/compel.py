@@ -21,6 +21,7 @@ from ldm.prompts.prompt import (
     Prompt,
     PromptSteps,
     Section,
+    join_pieces,
     quote,
 )
 from ldm.runtime.errors import ArgumentError
@@ -54,14 +55,7 @@ Items = list[Item]
 
 
 def parse(text: str, steps: int) -> ParsedPrompt:
-    """Parse a prompt.
-
-    Args:
-        steps: Number of steps of the run, for `swap`.
-
-    Raises:
-        ArgumentError: A bracket is not closed, or an operator has invalid arguments.
-    """
+    """Parse a prompt."""
     _check_brackets(text)
     if LORA.search(text):
         raise ArgumentError(f"withLora is not supported, pass LoRAs separately: {quote(text)}")
@@ -104,13 +98,7 @@ def _build_section(items: Items, step: int, steps: int) -> Section:
         else:
             is_edited = _first_step(item.start, steps) <= step < _first_step(item.end, steps)
             pieces += item.edited if is_edited else item.original
-    joined: list[Piece] = []
-    for piece in pieces:
-        if joined and joined[-1].weight == piece.weight:
-            joined[-1] = Piece(f"{joined[-1].text} {piece.text}", piece.weight)
-        else:
-            joined.append(piece)
-    return tuple(joined) or (Piece(""),)
+    return join_pieces(pieces, " ")
 
 
 def _first_step(fraction: float, steps: int) -> int:

@@ -7,6 +7,8 @@ __all__ = [
     "ParsedPrompt", "Part", "Piece", "Prompt", "PromptSteps", "PromptWarning", "join_pieces",
 ]  # fmt: skip
 
+MAX_QUOTED = 40  # characters of a prompt in messages
+
 
 class PromptWarning(UserWarning):
     """A part of a prompt that has no effect, or is read literally although it looks like syntax."""
@@ -94,22 +96,17 @@ class ParsedPrompt:
         return frozenset(last for steps in self.compositions for last, _ in steps.entries[:-1])
 
 
-def make_constant(prompt: Prompt, notes: Iterable[str] = ()) -> ParsedPrompt:
-    """Return a parsed prompt that is the same in all steps."""
-    return ParsedPrompt((PromptSteps(((0, prompt),)),), tuple(notes))
-
-
-def join_pieces(pieces: Iterable[Piece]) -> Section:
+def join_pieces(pieces: Iterable[Piece], separator: str = "") -> Section:
     """Join neighboring pieces of equal weight; return one empty piece for no pieces."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].weight == piece.weight:
-            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+            joined[-1] = Piece(joined[-1].text + separator + piece.text, piece.weight)
         else:
             joined.append(piece)
     return tuple(joined) or (Piece(""),)
 
 
-def quote(text: str, limit: int = 40) -> str:
-    """Return a text in backticks for a message, shortened to `limit` characters."""
-    return f"`{text}`" if len(text) <= limit else f"`{text[:limit]} …`"
+def quote(text: str) -> str:
+    """Return a text in backticks for a message, shortened to MAX_QUOTED characters."""
+    return f"`{text}`" if len(text) <= MAX_QUOTED else f"`{text[:MAX_QUOTED]} …`"

@@ -12,12 +12,8 @@ __all__ = ["PLAIN", "SYNTAXES", "check_syntax", "parse_prompt"]
 PLAIN = "plain"
 
 
-def _parse_a1111(syntax: str, text: str, steps: int, is_negative: bool) -> ParsedPrompt:
-    return a1111.parse(text, steps, syntax, composes=not is_negative)
-
-
 PARSERS: dict[str, Callable[[str, int, bool], ParsedPrompt]] = {
-    **{syntax: partial(_parse_a1111, syntax) for syntax in a1111.EMPHASIS_MODES},
+    **{syntax: partial(a1111.parse, syntax=syntax) for syntax in a1111.EMPHASIS_MODES},
     "comfy": lambda text, steps, is_negative: comfy.parse(text),
     "compel": lambda text, steps, is_negative: compel.parse(text, steps),
 }
