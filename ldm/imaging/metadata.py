@@ -22,8 +22,10 @@ torch, sha256_unmarked …), and `sha256`, the hash of the pixels in the file.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -46,73 +48,155 @@ JSON_KEY = "ldm"
 FIXED_SCHEDULE_SAMPLERS = ("ddim", "plms", "unipc")  # A1111 ignores the schedule type for these
 
 
+def _format(value: object) -> str:
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _format_path(path: str) -> str:
+    return PurePath(path).stem
+
+
+def _format_file(file: Mapping[str, str]) -> str:
+    return f"{PurePath(file['path']).stem} [{file['hash']}]"
+
+
+def _parse_file(text: str) -> dict[str, str | None]:
+    match = re.fullmatch(r"(.+?)(?: \[([0-9a-f]+)\])?", text)
+    if match is None:
+        raise ValueError(f"`{text}` is not a name and a hash")
+    return {"path": match[1], "hash": match[2]}
+
+
+def _format_hashes(files: Iterable[Mapping[str, str]], key: str) -> str:
+    pairs = ((PurePath(file["path"]).stem, file.get(key)) for file in files)
+    return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
+
+
 def _parse_pair(text: str) -> list[int]:
     first, second = text.split(",")
     return [int(first), int(second)]
+
+
+def _parse_size(text: str) -> list[int]:
+    width, height = text.split("x")
+    return [int(height), int(width)]
 
 
 def _parse_numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _join_numbers(numbers: Iterable[float] | None) -> str:
-    return ", ".join(map(repr, numbers or ()))
-
-
 def _parse_tiling(text: str) -> str:
     return "xy" if text == "True" else text  # A1111 writes only "True"
 
 
-# Name in A1111's text, or a name of ours -> our key, and the function that parses the value.
-SDXL_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "Prompt 2": ("prompt_2", str),
-    "Negative prompt 2": ("negative_prompt_2", str),
-    "Original size": ("original_size", _parse_pair),
-    "Crop": ("crop", _parse_pair),
-    "Target size": ("target_size", _parse_pair),
-    "Aesthetic score": ("aesthetic_score", float),
-    "Negative original size": ("negative_original_size", _parse_pair),
-    "Negative crop": ("negative_crop", _parse_pair),
-    "Negative target size": ("negative_target_size", _parse_pair),
-    "Negative aesthetic score": ("negative_aesthetic_score", float),
+def _find_concept_name(text: str) -> str:
+    """Return the name in SLD_CONCEPTS of a text, else the text itself."""
+    return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
+
+
+def _get_sampler_label(name: str) -> str:
+    """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the name of that."""
+    traits = SAMPLERS.get(name)
+    if traits is None:
+        return name
+    return SAMPLERS[traits.function].label if traits.function in SAMPLERS else traits.label
+
+
+def _get_emphasis(syntax: str) -> str:
+    """Return A1111's mode of emphasis, "" if it is the default."""
+    return "" if syntax == "a1111" else EMPHASIS_MODES.get(syntax, "")
+
+
+def _describe_safety(safety: JsonMapping) -> str:
+    """Format the result of the safety checker: flagged or passed, highest score, action."""
+    action = f", {safety['action']}" if safety.get("action") else ""
+    return f"{'flagged' if safety['flagged'] else 'passed'} {max(safety['scores']):+.3f}{action}"
+
+
+class Setting(NamedTuple):
+    """A setting in A1111's text.
+
+    Args:
+        key: Its key in the info.
+        parse: Parses the value; None = it is only written.
+        format: Formats a value that differs from the default; "" = the setting is not written.
+    """
+
+    key: str
+    parse: Callable[[str], object] | None = None
+    format: Callable[[Any], str] = _format
+
+
+# By name in A1111's text, or a name of ours, in A1111's order.
+SETTINGS = {
+    "Steps": Setting("steps", int),
+    "Sampler": Setting("sampler", None, _get_sampler_label),  # read by `parse_sampler`
+    "Schedule type": Setting("schedule_type"),  # as well
+    "Schedule rho": Setting("rho", float),
+    "Sigmas": Setting("sigmas", _parse_numbers, lambda sigmas: ", ".join(map(repr, sigmas))),
+    "CFG scale": Setting("scale", float),
+    "Seed": Setting("seed", int),
+    "Size": Setting("size", _parse_size, lambda size: f"{size[1]}x{size[0]}"),
+    "Model hash": Setting("checkpoint_hash", str),
+    "Model": Setting("checkpoint", str, _format_path),
+    "VAE hash": Setting("vae", None, lambda vae: vae.get("hash") or ""),
+    "VAE": Setting("vae", None, lambda vae: PurePath(vae["path"]).name),
+    "Denoising strength": Setting("strength", float),
+    "Clip skip": Setting("clip_skip", int),
+    "Mask box": Setting("mask_box"),
+    "Resize mode": Setting("resize_mode"),
+    "Mask expand": Setting("mask_grow", int),
+    "Mask blur": Setting("mask_blur", float),
+    "Noise level": Setting("noise_level", int),
+    "Depth range": Setting("depth_range"),
+    "Tiling": Setting("tiling", _parse_tiling),
+    "Mix noise level": Setting("mix_noise_level"),
+    "Image weights": Setting("weight"),
+    "Eta": Setting("eta", float),
+    "Eta DDIM": Setting("eta", float),
+    "Sigma churn": Setting("s_churn", float),
+    "Sigma tmin": Setting("s_tmin", float),
+    "Sigma tmax": Setting("s_tmax", float),
+    "Sigma noise": Setting("s_noise", float),
+    "Brownian noise": Setting("brownian", lambda text: text == "True"),
+    "Prompt 2": Setting("prompt_2", str),
+    "Negative prompt 2": Setting("negative_prompt_2", str),
+    "Original size": Setting("original_size", _parse_pair),
+    "Crop": Setting("crop", _parse_pair),
+    "Target size": Setting("target_size", _parse_pair),
+    "Aesthetic score": Setting("aesthetic_score", float),
+    "Negative original size": Setting("negative_original_size", _parse_pair),
+    "Negative crop": Setting("negative_crop", _parse_pair),
+    "Negative target size": Setting("negative_target_size", _parse_pair),
+    "Negative aesthetic score": Setting("negative_aesthetic_score", float),
+    "SLD": Setting("sld", str),
+    "SLD concept": Setting("sld_concept", str, _find_concept_name),
+    "Emphasis": Setting("syntax", None, _get_emphasis),
+    "Prompt syntax": Setting("syntax", str),
+    "APG": Setting("apg", str),
+    "Perp-neg": Setting("perp_neg", float),
+    "PAG scale": Setting("pag", float),
+    "FreeU": Setting("freeu", str),
+    "FreeU version": Setting("freeu_version", str),
+    "Safety checker": Setting("safety", None, _describe_safety),
+    "Refiner": Setting("refiner", _parse_file, _format_file),
+    "Refiner switch at": Setting("refiner_start", float),
+    "Latent upscaler": Setting("upscaler", None, _format_file),
+    "Noise sigma": Setting("noise_sigma"),
+    "Lora hashes": Setting("loras", None, partial(_format_hashes, key="a1111_hash")),
+    "TI hashes": Setting("embeddings", None, partial(_format_hashes, key="hash")),
+    "Version": Setting("version", str),
 }
-SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "Steps": ("steps", int),
-    "CFG scale": ("scale", float),
-    "Seed": ("seed", int),
-    "Denoising strength": ("strength", float),
-    "Schedule rho": ("rho", float),
-    "Sigmas": ("sigmas", _parse_numbers),
-    "Eta": ("eta", float),
-    "Eta DDIM": ("eta", float),
-    "Sigma churn": ("s_churn", float),
-    "Sigma tmin": ("s_tmin", float),
-    "Sigma tmax": ("s_tmax", float),
-    "Sigma noise": ("s_noise", float),
-    "Brownian noise": ("brownian", lambda text: text == "True"),
-    "Model hash": ("checkpoint_hash", str),
-    "Model": ("checkpoint", str),
-    "Mask blur": ("mask_blur", float),
-    "Mask expand": ("mask_grow", int),
-    "Mask grow": ("mask_grow", int),  # as version 0.1 wrote it
-    "Noise level": ("noise_level", int),
-    "Clip skip": ("clip_skip", int),
-    "Tiling": ("tiling", _parse_tiling),
-    "Refiner switch at": ("refiner_start", float),
-    "SLD": ("sld", str),
-    "SLD concept": ("sld_concept", str),
-    "Prompt syntax": ("syntax", str),
-    "APG": ("apg", str),
-    "Perp-neg": ("perp_neg", float),
-    "PAG scale": ("pag", float),
-    "FreeU": ("freeu", str),
-    "FreeU version": ("freeu_version", str),
-    "Version": ("version", str),
-    **SDXL_SETTINGS,
-}
+FORMER_NAMES = {"Mask grow": "Mask expand"}  # that version 0.1 wrote
+# Values that are not written; nor are None, "", [] and {}.
+DEFAULTS = {
+    "resize_mode": "crop", "mask_grow": 0, "mask_blur": 0, "tiling": "none", "s_churn": 0,
+    "s_tmin": 0, "s_noise": 1, "brownian": False, "syntax": "plain", "noise_sigma": 0,
+}  # fmt: skip
 DDIM_CFG_PP = "DDIM CFG++"  # in A1111 its guidance scale is divided by 12.5; not in Forge
 LORA_TAGS = re.compile(r" ?<lora:([^<>:]*):?([^<>]*)>")  # name, weight
-REFINER_PATTERN = re.compile(r"(.+?)(?: \[([0-9a-f]+)\])?")  # name, hash
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
@@ -167,85 +251,26 @@ def format_parameters(info: JsonMapping) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _iter_settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
+def _iter_settings(info: JsonMapping) -> Iterator[tuple[str, str]]:
     """Yield A1111's names and values of the settings in the info, in A1111's order."""
-    sampler, size = info.get("sampler"), info.get("size")
-    vae, refiner = info.get("vae") or {}, info.get("refiner")
-    upscaler = info.get("upscaler")
-    settings = {
-        "Steps": info.get("steps"),
-        "Sampler": sampler and _get_sampler_label(sampler),
-        "Schedule type": _get_schedule_type(info),
-        "Schedule rho": info.get("rho"),
-        "Sigmas": _join_numbers(info.get("sigmas")),
-        "CFG scale": info.get("scale"),
-        "Seed": info.get("seed"),
-        "Size": size and f"{size[1]}x{size[0]}",
-        "Model hash": info.get("checkpoint_hash"),
-        "Model": info.get("checkpoint") and PurePath(info["checkpoint"]).stem,
-        "VAE hash": vae.get("hash"),
-        "VAE": vae and PurePath(vae["path"]).name,
-        "Denoising strength": info.get("strength"),
-        "Clip skip": info.get("clip_skip"),
-        "Mask box": info.get("mask_box"),
-        "Resize mode": None if info.get("resize_mode") == "crop" else info.get("resize_mode"),
-        "Mask expand": info.get("mask_grow") or None,
-        "Mask blur": info.get("mask_blur") or None,
-        "Noise level": info.get("noise_level"),
-        "Depth range": info.get("depth_range"),
-        "Tiling": None if info.get("tiling") == "none" else info.get("tiling"),
-        "Mix noise level": info.get("mix_noise_level"),
-        "Image weights": info.get("weight"),
-        **_get_noise_settings(info),
-        **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
-        "SLD": info.get("sld"),
-        "SLD concept": _find_concept_name(info.get("sld_concept")),
-        "Emphasis": _get_emphasis(info.get("syntax")),
-        "Prompt syntax": None if info.get("syntax") == "plain" else info.get("syntax"),
-        "APG": info.get("apg"),
-        "Perp-neg": info.get("perp_neg"),
-        "PAG scale": info.get("pag"),
-        "FreeU": info.get("freeu"),
-        "FreeU version": info.get("freeu_version"),
-        "Safety checker": _describe_safety(info.get("safety")),
-        "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
-        "Refiner switch at": _get_refiner_start(info),
-        "Latent upscaler": upscaler and f"{PurePath(upscaler['path']).stem} [{upscaler['hash']}]",
-        "Noise sigma": info.get("noise_sigma") or None,
-        "Lora hashes": _format_hashes(info.get("loras"), "a1111_hash"),
-        "TI hashes": _format_hashes(info.get("embeddings"), "hash"),
-        "Version": info.get("ldm") and f"ldm {info['ldm']}",
+    sampler, strength = info.get("sampler"), info.get("refiner_strength")
+    traits = SAMPLERS.get(sampler or "")
+    values = {
+        **info,
+        "schedule_type": _get_schedule_type(info),
+        "version": f"ldm {info['ldm']}" if info.get("ldm") else None,
     }
-    for name, value in settings.items():
-        if value not in (None, "", [], {}):
-            values = value if isinstance(value, list) else [value]
-            yield name, ", ".join(map(_format, values))
-
-
-def _format(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _get_noise_settings(info: JsonMapping) -> dict[str, object]:
-    """Return the settings for noise before and between steps that are not the defaults."""
-    sampler = info.get("sampler")
-    traits, eta = SAMPLERS.get(sampler or ""), info.get("eta")
-    settings: dict[str, object] = {}
-    if eta is not None and eta != (traits.eta if traits else 0):
-        settings["Eta DDIM" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta"] = float(eta)
-    if info.get("s_churn"):
-        settings["Sigma churn"] = float(info["s_churn"])
-        settings["Sigma tmin"] = info.get("s_tmin") or None
-        settings["Sigma tmax"] = info.get("s_tmax")
-    if info.get("s_noise") not in (None, 1):
-        settings["Sigma noise"] = float(info["s_noise"])
-    settings["Brownian noise"] = info.get("brownian") or None
-    return settings
-
-
-def _format_hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:
-    pairs = ((PurePath(file["path"]).stem, file.get(key)) for file in files or ())
-    return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
+    if strength is not None:
+        values["refiner_start"] = round(1 - strength, 4)
+    defaults = DEFAULTS | {"eta": traits.eta if traits else 0}
+    left_out = ["Eta" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta DDIM"]
+    if not info.get("s_churn"):
+        left_out += ["Sigma tmin", "Sigma tmax"]
+    for name, setting in SETTINGS.items():
+        value = values.get(setting.key)
+        is_default = value in (None, "", [], {}) or value == defaults.get(setting.key)
+        if not is_default and name not in left_out and (text := setting.format(value)):
+            yield name, text
 
 
 def _parse_weight(text: str) -> float | str:
@@ -254,31 +279,6 @@ def _parse_weight(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text or 1.0
-
-
-def _get_refiner_start(info: JsonMapping) -> float | None:
-    """Return the fraction of the run before the refiner, A1111's "Refiner switch at"."""
-    strength = info.get("refiner_strength")
-    return info.get("refiner_start") if strength is None else round(1 - strength, 4)
-
-
-def _describe_safety(safety: JsonMapping | None) -> str | None:
-    """Format the result of the safety checker: flagged or passed, highest score, action."""
-    if not safety:
-        return None
-    score = max(safety["scores"])
-    action = f", {safety['action']}" if safety.get("action") else ""
-    return f"{'flagged' if safety['flagged'] else 'passed'} {score:+.3f}{action}"
-
-
-def _get_emphasis(syntax: str | None) -> str | None:
-    """Return A1111's mode of emphasis, if it is not the default."""
-    return None if syntax == "a1111" else EMPHASIS_MODES.get(syntax or "")
-
-
-def _find_concept_name(text: str | None) -> str | None:
-    """Return the name in SLD_CONCEPTS of a text, else the text itself."""
-    return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
 
 
 def _get_schedule_type(info: JsonMapping) -> str | None:
@@ -308,14 +308,9 @@ def parse_parameters(parameters: str) -> JsonObject:
     for name, quoted in settings:
         value = _unquote(quoted)
         try:
-            if name in SETTINGS:
-                key, parse = SETTINGS[name]
-                info[key] = parse(value)
-            elif name == "Size":
-                width, height = value.split("x")
-                info["size"] = [int(height), int(width)]
-            elif name == "Refiner" and (refiner := REFINER_PATTERN.fullmatch(value)):
-                info["refiner"] = {"path": refiner[1], "hash": refiner[2]}
+            setting = SETTINGS.get(FORMER_NAMES.get(name, name))
+            if setting is not None and setting.parse is not None:
+                info[setting.key] = setting.parse(value)
             else:
                 other_settings[name] = value
         except ValueError:
@@ -379,14 +374,6 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     if "scheduler" in options:
         settings.pop("Schedule type", None)
     return options
-
-
-def _get_sampler_label(name: str) -> str:
-    """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the name of that."""
-    traits = SAMPLERS.get(name)
-    if traits is None:
-        return name
-    return SAMPLERS[traits.function].label if traits.function in SAMPLERS else traits.label
 
 
 def _quote(text: str) -> str:
