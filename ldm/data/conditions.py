@@ -136,11 +136,7 @@ CONDITIONS: dict[str, type[Condition]] = {
 
 
 def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Condition]:
-    """Build the generators of {name of the condition: its options}.
-
-    Raises:
-        UnknownName: A condition or an option is unknown.
-    """
+    """Build the generators of {name of the condition: its options}."""
     conditions: dict[str, Condition] = {}
     for name, spec in specs.items():
         check_name("condition", name, CONDITIONS)

@@ -87,11 +87,7 @@ class ImageDataset(SampleDataset):
 
     @abstractmethod
     def content(self, index: int) -> bytes:
-        """Read the bytes of an image file; empty where there is none.
-
-        Raises:
-            OSError: The file cannot be read.
-        """
+        """Read the bytes of an image file; empty where there is none."""
 
     def names(self) -> Iterator[str]:
         return map(self.name, range(len(self)))

@@ -11,6 +11,7 @@ from ldm.runtime.errors import MissingFile
 
 __all__ = ["Download"]
 
+TRIES = 6  # connection attempts per read
 TIMEOUT = 30  # seconds without a byte after which a connection counts as lost
 RETRY_STATUS = (408, 429)  # request timeout, too many requests
 
@@ -21,12 +22,11 @@ class Download(io.RawIOBase):
     Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
     Args:
-        tries: Connection attempts per read.
         pause: Seconds before the second attempt, doubled before each further one.
     """
 
-    def __init__(self, url: str, *, tries: int = 6, pause: float = 1.0) -> None:
-        self.url, self.tries, self.pause = url, tries, pause
+    def __init__(self, url: str, *, pause: float = 1.0) -> None:
+        self.url, self.pause = url, pause
         self.position = 0
         self.length = -1  # bytes in total; -1 = unknown
         self.response: Any = None
@@ -35,7 +35,7 @@ class Download(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        for attempt in range(self.tries):
+        for attempt in range(TRIES):
             try:
                 if self.response is None:
                     self._connect()
@@ -49,7 +49,7 @@ class Download(io.RawIOBase):
                 code = error.code if isinstance(error, urllib.error.HTTPError) else 0
                 if 400 <= code < 500 and code not in RETRY_STATUS:
                     raise MissingFile(f"`{self.url}`: {error}") from error
-                if attempt + 1 == self.tries:
+                if attempt + 1 == TRIES:
                     raise OSError(f"`{self.url}`: {error}") from error
                 time.sleep(self.pause * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -45,9 +45,6 @@ class Folder(ImageDataset):
         where: Keep the rows with these values, {"object": "robot"}; None = all.
         fields: Values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
         text: Field of the metadata that holds the caption; where it is missing, `caption` does.
-    Raises:
-        ArgumentError: No image has these values, or that field.
-        MissingFile, FileFormatError: See `read_metadata`.
     """
 
     def __init__(

@@ -27,9 +27,6 @@ class Hub(ImageDataset):
         text: The column of captions.
         fields: Values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
         cache: Folder for downloads; None = the default of `datasets`.
-    Raises:
-        ImportError: The package `datasets` is not installed.
-        ArgumentError: A column or the split is missing.
     """
 
     def __init__(

@@ -78,9 +78,6 @@ class Shards(BatchSource):
             are left out. None = no bounds.
         length: Samples in an epoch; None = unknown.
         commands: Whether to run `pipe:COMMAND`; never taken from a config.
-    Raises:
-        ArgumentError: An address or pattern is not supported.
-        MissingFile: A shard is missing.
     """
 
     def __init__(
@@ -279,11 +276,7 @@ def get_name(raw: RawSample) -> str:
 
 
 def find_image(raw: RawSample) -> tuple[str, bytes]:
-    """Return suffix and bytes of the image file in a sample.
-
-    Raises:
-        FileFormatError: The sample has no image.
-    """
+    """Return suffix and bytes of the image file in a sample."""
     if "__error__" in raw:
         raise FileFormatError(raw["__error__"])
     for suffix in SUFFIXES:

@@ -47,11 +47,7 @@ class BatchSource(ABC):
         world_size: int = 1,
         workers: int = 0,
     ) -> Iterator[Batch]:
-        """Read batches start + rank, start + rank + world_size, … of the endless sequence.
-
-        Args:
-            workers: See `prefetch`.
-        """
+        """Read batches start + rank, start + rank + world_size, … of the endless sequence."""
         return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
 
     @abstractmethod

@@ -211,7 +211,6 @@ class TagShuffle:
     """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat".
 
     Args:
-        shuffle: Whether to put them into random order.
         drop: Probability that a tag is left out.
         keep: Number of leading tags that stay in place.
     """

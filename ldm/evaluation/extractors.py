@@ -152,11 +152,7 @@ def inception_pixels(image: Image.Image, resize: str) -> Tensor:
 
 
 def clip_pixels(image: Image.Image, side: int = 224) -> Tensor:
-    """Preprocess an image for CLIP: resize the shorter side (bicubic), center crop, normalize.
-
-    Returns:
-        (1, 3, side, side).
-    """
+    """Resize an image's shorter side, center-crop and normalize it for CLIP: (1, 3, side, side)."""
     shorter = min(image.size)
     width, height = (int(side * length / shorter) for length in image.size)
     scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)

@@ -12,7 +12,7 @@ Files are written atomically: the same command, run again, generates those that 
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,10 +71,8 @@ class Setting:
 
 
 def write_prompts(out: Path, lines: Sequence[str]) -> Path:
-    """Write the prompts of an evaluation into its folder, unless they are there.
+    """Write the prompts of an evaluation into its folder, unless they are there; return the path.
 
-    Returns:
-        Path of the file.
     Raises:
         ArgumentError: The folder has images of other prompts.
     """
@@ -94,13 +92,7 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
     return path
 
 
-def generate_settings(
-    settings: Sequence[Setting],
-    out: Path,
-    *,
-    load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
-    listener: RunListener | None = None,
-) -> None:
+def generate_settings(settings: Sequence[Setting], out: Path) -> None:
     """Generate the missing images of all settings; each process generates its own batches only.
 
     Each batch of prompts is generated with all settings of a model before the next one, so that all
@@ -108,14 +100,11 @@ def generate_settings(
 
     Args:
         settings: Grouped by model.
-        load: Loads the models of a request.
-        listener: Is told the steps of sampling; None = nobody is.
     Raises:
         ArgumentError: There are fewer images than processes, or the folder has images with other
             options.
         NonFinite: An image is NaN even in float32.
     """
-    listener = listener or RunListener()
     rank, world_size = get_rank_and_world_size()
     _check_options(settings, out)
     # Images of a sampler with adaptive steps depend on the others of their batch, so it needs batch
@@ -132,7 +121,7 @@ def generate_settings(
     for model in dict.fromkeys(setting.model for setting in settings):
         of_model = [(setting, batches) for setting, batches in plans if setting.model == model]
         if any(_filter_missing(batch, s, out) for s, batches in of_model for batch in batches):
-            _generate_model(of_model, out, load, listener, progress)
+            _generate_model(of_model, out, progress)
     progress.close()
     if world_size > 1:
         log.info("rank %d of %d processes has generated its images", rank, world_size)
@@ -152,15 +141,11 @@ def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:
 
 
 def _generate_model(
-    plans: Sequence[tuple[Setting, list[Batch]]],
-    out: Path,
-    load: Callable[[PreparedTask], Models],
-    listener: RunListener,
-    progress: Progress,
+    plans: Sequence[tuple[Setting, list[Batch]]], out: Path, progress: Progress
 ) -> None:
     """Generate the missing images of all settings of one model."""
     tasks = [setting.request.task.prepare(setting.request) for setting, _ in plans]
-    models = load(tasks[0])
+    models = load_models(tasks[0].request)
     size = tasks[0].output_size(models.base)
     infos = [describe_run(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
@@ -170,19 +155,14 @@ def _generate_model(
         for (setting, batches), task, info in zip(plans, tasks, infos, strict=True):
             batch = _filter_missing(batches[number], setting, out)
             if batch:
-                _generate(task, batch, models, listener, info, setting.folder(out))
+                _generate(task, batch, models, info, setting.folder(out))
                 progress.add(len(batch))
 
 
 def _generate(
-    prepared: PreparedTask,
-    batch: Batch,
-    models: Models,
-    listener: RunListener,
-    run_info: Info,
-    folder: Path,
+    prepared: PreparedTask, batch: Batch, models: Models, run_info: Info, folder: Path
 ) -> None:
-    images = generate_with_fallback(prepared, batch, models, listener)
+    images = generate_with_fallback(prepared, batch, models, RunListener())
     run_info["dtype"] = dtype_name(models.base)
     folder.mkdir(parents=True, exist_ok=True)
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
@@ -197,8 +177,6 @@ def _limit_batches(request: Request, limit: int | None) -> Request:
 
     Args:
         limit: Further limit of the batch size; None = none.
-    Raises:
-        ArgumentError: There are fewer images than processes.
     """
     _, world_size = get_rank_and_world_size()
     count = _count_images(request)
@@ -229,8 +207,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
                 )
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(path) as partial:
-            partial.write_text(json.dumps(options, indent=1), "utf-8")
+        _write_json(path, options)
 
 
 def _check_checkpoint(path: Path, digest: str) -> None:
@@ -239,6 +216,10 @@ def _check_checkpoint(path: Path, digest: str) -> None:
     if options.setdefault(CHECKPOINT_HASH, digest) != digest:
         message = f"{path.parent} has images of another model of this name: choose another folder"
         raise ArgumentError(message, "outdir")
+    _write_json(path, options)
+
+
+def _write_json(path: Path, options: JsonObject) -> None:
     with replace_when_written(path) as partial:
         partial.write_text(json.dumps(options, indent=1), "utf-8")
 
@@ -265,19 +246,15 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def wait_for_images(settings: Sequence[Setting], out: Path, timeout: float = WAIT_TIMEOUT) -> None:
-    """Wait for the images of other processes, at most `timeout` seconds without a new one.
-
-    Raises:
-        TimeoutError: Images are missing.
-    """
+def wait_for_images(settings: Sequence[Setting], out: Path) -> None:
+    """Wait for the images of other processes, at most WAIT_TIMEOUT seconds without a new one."""
     folders = [setting.folder(out) for setting in settings]
     total = sum(_count_images(setting.request) for setting in settings)
     before, since = -1, time.monotonic()
     while (count := sum(len(list(folder.glob("*.png"))) for folder in folders)) < total:
         if count != before:
             before, since = count, time.monotonic()
-        elif time.monotonic() - since > timeout:
+        elif time.monotonic() - since > WAIT_TIMEOUT:
             raise TimeoutError(f"{total - count} of {total} images are missing: run this again")
         time.sleep(1)
 

@@ -27,10 +27,6 @@ def load_extractor(
 
     Args:
         file: None = INCEPTION, if it was downloaded.
-        resize: Name in RESIZES.
-    Raises:
-        UnknownName: The resize is unknown.
-        FileFormatError: The file is another network.
     """
     check_name("resize", resize, RESIZES, argument="resize")
     path = _find(file, INCEPTION)

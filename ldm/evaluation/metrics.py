@@ -99,10 +99,10 @@ def kid(
     generator = torch.Generator().manual_seed(seed)
     if subset_size == len(x) == len(y):
         subsets = 1  # all subsets are the whole sets
-    values = [
-        _squared_mmd(_draw(x, subset_size, generator), _draw(y, subset_size, generator))
-        for _ in range(subsets)
-    ]
+    values = []
+    for _ in range(subsets):
+        a, b = _draw(x, subset_size, generator), _draw(y, subset_size, generator)
+        values.append(_mean_within(a) + _mean_within(b) - 2 * _mean_between(a, b))
 
     def distance(half: Tensor) -> float:  # without the reference's term, which cancels out
         return _mean_within(half) - 2 * _mean_between(half, y)
@@ -174,11 +174,6 @@ def _distance(mean: Tensor, covariance: Tensor, reference: Statistics, root: Ten
     traces = covariance.trace() + reference.covariance.trace()
     shift = (mean - reference.mean).square().sum()
     return float(shift + traces - 2 * values.clamp(min=0).sqrt().sum())
-
-
-def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """Compute the unbiased MMD² of two sets."""
-    return _mean_within(x) + _mean_within(y) - 2 * _mean_between(x, y)
 
 
 def _mean_between(x: Tensor, y: Tensor) -> float:

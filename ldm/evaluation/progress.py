@@ -15,12 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """A progress bar on a terminal, else a log line each minute with the remaining time.
-
-    Args:
-        total: Number of images.
-        title: What is done, such as "Sampling".
-    """
+    """A progress bar on a terminal, else a log line each minute with the remaining time."""
 
     def __init__(self, total: int, title: str) -> None:
         self.total = total

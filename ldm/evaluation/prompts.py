@@ -25,12 +25,7 @@ class PromptSource:
 
 
 def read_prompts(path: str | Path) -> list[PromptSource]:
-    """Read a prompt file (one prompt per line), or COCO's captions (`captions_val2017.json`).
-
-    Raises:
-        ArgumentError: There are no prompts.
-        FileFormatError: A .json file has another format.
-    """
+    """Read a prompt file (one prompt per line), or COCO's captions (`captions_val2017.json`)."""
     path = Path(path).expanduser()
     text = read_text(path)
     sources = _read_coco(text, path) if path.suffix == ".json" else _read_lines(text)
@@ -44,8 +39,6 @@ def draw_prompts(sources: list[PromptSource], count: int | None, seed: int) -> l
 
     Args:
         count: None = all, in the order of the file.
-    Raises:
-        ArgumentError: There are fewer prompts.
     """
     if count is None:
         return sources

@@ -74,9 +74,7 @@ def format_choices(result: Result) -> list[str]:
     return lines
 
 
-def save_figure(
-    results: Sequence[Result], out: Path, *, name: str = "figure", title: str | None = None
-) -> list[Path]:
+def save_figure(results: Sequence[Result], out: Path, *, title: str | None = None) -> list[Path]:
     """Plot FID against the prompt score as SVG and PNG: a line per series, a marker per scale.
 
     Args:
@@ -125,7 +123,7 @@ def save_figure(
     axes.grid(alpha=0.3)
     axes.legend()
     _draw_labels(axes, labels, lines)
-    paths = [out / f"{name}.svg", out / f"{name}.png"]
+    paths = [out / "figure.svg", out / "figure.png"]
     for path in paths:
         with replace_when_written(path) as partial:
             metadata = {"Date": None} if path.suffix == ".svg" else None

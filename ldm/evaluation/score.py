@@ -27,6 +27,7 @@ from ldm.evaluation.metrics import (
 )
 from ldm.evaluation.progress import Progress
 from ldm.imaging.metadata import read_info
+from ldm.imaging.pixels import resize_and_center_crop
 from ldm.imaging.reading import list_images, load_image
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
@@ -40,7 +41,6 @@ __all__ = [
     "check_counts",
     "compute_scores",
     "find_image_sets",
-    "fit_square",
     "read_features",
     "score_sets",
 ]  # fmt: skip
@@ -88,7 +88,9 @@ class ImageSet:
     def load(self, index: int) -> Image.Image:
         """Load an image as RGB, resized to `side`."""
         image = load_image(self.files[index]).convert("RGB")
-        return image if self.side is None else fit_square(image, self.side)
+        if self.side is None:
+            return image
+        return resize_and_center_crop(image, self.side, round_side=round)
 
     def read_prompts(self) -> list[str] | None:
         """Return the prompt of each image; None if one is unknown."""
@@ -160,8 +162,6 @@ def score_sets(
         reference: Real images; None = no FID, KID, precision and recall.
         extractor: Features for the same scores; None = none of them.
         judge: Scores images and prompts; None = no prompt score.
-    Raises:
-        ArgumentError: The sets have different numbers of images.
     """
     check_counts(sets)
     reference_features: Tensor | None = None
@@ -217,25 +217,12 @@ def compute_scores(
 
 
 def read_features(images: ImageSet, extractor: FeatureExtractor, title: str) -> Tensor:
-    """Return the features (N, d) of a set, from the cache if possible.
-
-    Args:
-        title: Title of the progress.
-    """
+    """Return the features (N, d) of a set, from the cache if possible."""
 
     def compute(indices: range) -> Tensor:
         return extractor.features([images.load(k) for k in indices])
 
     return _read_or_compute(images, title, compute, extractor.describe())
-
-
-def fit_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize the shorter side to `side` pixels (bicubic) and center-crop."""
-    shorter = min(image.size)
-    width, height = (max(round(length * side / shorter), side) for length in image.size)
-    scaled = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return scaled.crop((left, top, left + side, top + side))
 
 
 def _judge_set(images: ImageSet, judge: PromptJudge) -> Tensor | None:

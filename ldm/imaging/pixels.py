@@ -3,7 +3,7 @@
 Pixels are rounded to the nearest value; with `truncate` fractions are dropped, as in the original.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -57,8 +57,6 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
         columns: Images per row; fewer if there are fewer images.
     Returns:
         An RGB image with two black pixels around each image; a single image without them.
-    Raises:
-        ArgumentError: No images, sizes that differ, or columns below 1.
     """
     if not images or columns < 1:
         raise ArgumentError(f"cannot make a grid of {len(images)} images in {columns} columns")
@@ -79,11 +77,7 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
-    """Resize an image to sides rounded down to multiples, as the original did; may distort it.
-
-    Raises:
-        ArgumentError: A side is smaller than `multiple`.
-    """
+    """Resize an image to sides rounded down to multiples, as the original did; may distort it."""
     width, height = (side - side % multiple for side in image.size)
     if not width or not height:
         raise ArgumentError(
@@ -93,13 +87,16 @@ def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def resize_and_center_crop(image: Image.Image, size: int) -> Image.Image:
+def resize_and_center_crop(
+    image: Image.Image, size: int, *, round_side: Callable[[float], int] = int
+) -> Image.Image:
     """Resize the shorter side of an image to `size`, bicubic, and crop the center, as for CLIP.
 
-    Sides are truncated to whole pixels as in transformers.
+    Args:
+        round_side: Rounds sides to whole pixels; transformers truncates them.
     """
     shorter = min(image.size)
-    width, height = (int(size * side / shorter) for side in image.size)
+    width, height = (round_side(size * side / shorter) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))

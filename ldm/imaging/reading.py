@@ -116,11 +116,7 @@ class StoredImage:
         return _to_rgb(self.image).getchannel("A")
 
     def find_finite_range(self) -> tuple[float, float]:
-        """Return the smallest and the greatest finite luminance; note values that are not finite.
-
-        Raises:
-            FileFormatError: No value is finite.
-        """
+        """Return the least and the greatest finite luminance; note values that are not finite."""
         values = self.compute_luminance()
         finite = values[np.isfinite(values)]
         if not finite.size:
@@ -194,8 +190,6 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
 
     Args:
         name: File name, for messages.
-    Raises:
-        FileFormatError: The file is not an image, damaged or too large.
     """
     return decode_stored(data, name).to_srgb()
 

@@ -81,9 +81,6 @@ def embed(
     Args:
         image: RGB, at least 256 * 256 pixels.
         payload: Bytes, highest bit first, or bits.
-    Raises:
-        ArgumentError: The image is too small or not RGB, or the payload is empty.
-        UnknownName: The method is unknown.
     """
     _check_image(image, method)
     if image.mode != "RGB":
@@ -133,9 +130,6 @@ def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.nd
 
     Returns:
         (length,) uint8 of 0 and 1; `numpy.packbits` converts them to bytes.
-    Raises:
-        ArgumentError: The image is too small.
-        UnknownName: The method is unknown.
     """
     return _take_majority(_read_votes(image, method), length)
 
