@@ -12,9 +12,29 @@ from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.model import LatentDiffusion
 from recipe import fill
 
+UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+DDPM = "ldm.models.diffusion.ddpm"
 TINY_DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "features": 16}
 # Classes of SDXL's text encoders, and their sizes in the metadata.
 TOWERS = {"FrozenCLIPEmbedder": "tiny_hf_config", "FrozenOpenCLIPEmbedder2": "tiny_arch"}
+
+
+def build(
+    unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], kind: str, **params: Any
+) -> LatentDiffusion:
+    """Build a model with a CLIP text encoder from the sizes of its parts."""
+    clip = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+    params |= {
+        "image_size": 8,
+        "unet_config": {"target": UNET, "params": unet},
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {"embed_dim": 4, "ddconfig": vae},
+        },
+        "cond_stage_config": {"target": clip, "params": {"arch": text}},
+    }
+    model: LatentDiffusion = ldm.instantiate({"target": f"{DDPM}.{kind}", "params": params})
+    return model
 
 
 class DepthDummy(nn.Module):

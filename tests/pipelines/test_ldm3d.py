@@ -9,13 +9,12 @@ from goldfile import gold
 from ldm.generate.tasks.upscale import enlarge
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.imaging.rgbd import join_depth, split_color, split_depth
-from ldm.loading.config import instantiate
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.pipelines import sample, txt2img, upscale_rgbd
+from pipelines.goldmodels import build
 from quick import some
 from recipe import fill
 
-DDPM = "ldm.models.diffusion.ddpm."
 NAMESPACES = {
     "model.diffusion_model.": "unet|",
     "first_stage_model.": "vae|",
@@ -23,24 +22,17 @@ NAMESPACES = {
 }
 
 
-def build(file, unet, vae, kind="LatentDiffusion", **extras):
-    meta = file.meta
-    part = {"embed_dim": 4, "ddconfig": meta["config"][vae]}
-    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-            "params": {"arch": meta["config"]["text"]}}  # fmt: skip
-    params = {
-        "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "image_size": 8,
-        "scale_factor": meta["config"]["scaling_factor"], "cond_stage_config": text,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                        "params": meta["config"][unet]},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": part},
-    }  # fmt: skip
-    model = instantiate({"target": DDPM + kind, "params": params | extras})
+def build_model(file, unet, vae, kind="LatentDiffusion", **extras):
+    config = file.meta["config"]
+    model = build(
+        config[unet], config[vae], config["text"], kind, linear_start=0.00085, linear_end=0.012,
+        scale_factor=config["scaling_factor"], **extras,
+    )  # fmt: skip
     state = restore_names(model.state_dict())
     filled = {}
     for prefix in NAMESPACES:
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        filled |= {prefix + k: v for k, v in fill(own, meta["salt"]).items()}
+        filled |= {prefix + k: v for k, v in fill(own, file.meta["salt"]).items()}
     model.load_state_dict(rename_weights(filled))
     return model.eval().requires_grad_(False)
 
@@ -78,7 +70,7 @@ def test_depth_survives_the_way_there_and_back(channels):
 @pytest.mark.parametrize("name", ["e2e_6c_ddim", "e2e_4c_ddim"])
 def test_txt2img(file, name):
     """Observed: 1.1e-5 where the original differs from itself by 1.2e-5."""
-    info, model = file.case(name)["info"], build(file, "unet", f"vae_{name[4:6]}")
+    info, model = file.case(name)["info"], build_model(file, "unet", f"vae_{name[4:6]}")
     images = txt2img(
         model,
         info["prompt"],
@@ -96,7 +88,7 @@ def test_txt2img(file, name):
 @pytest.mark.parametrize("name", ["e2e_4c_pndm", "e2e_4c_rescale", "e2e_6c_scale1"])
 def test_latents(file, name):
     """PNDM, rescaled guidance, none. Observed: 1.3e-4 where the original differs by 1.2e-4."""
-    info, model = file.case(name)["info"], build(file, "unet", f"vae_{name[4:6]}")
+    info, model = file.case(name)["info"], build_model(file, "unet", f"vae_{name[4:6]}")
     t = sorted(set(info["timesteps"]), reverse=True)  # PNDM repeats one
     z = sample(
         model,
@@ -116,7 +108,7 @@ def run_upscaling(sr, name):
     info, inputs = sr.case(name)["info"], sr.inputs(name)
     unet = "unet_with_level" if info["class_embedding"] else "unet"
     encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
-    model = build(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
+    model = build_model(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
     draws = iter(sr.rng(name))
     return upscale_rgbd(
         model,
@@ -154,7 +146,7 @@ def test_image_and_depth_are_enlarged_as_recorded(sr, name):
 
 def test_a_panorama_has_no_seam(file):
     """With circular padding along x, moved noise gives the moved image."""
-    model = build(file, "unet", "vae_4c")
+    model = build_model(file, "unet", "vae_4c")
     x = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     options = {"size": (64, 128), "steps": 2, "scale": 1, "tiling": "x"}
     image, moved = (txt2img(model, ["a cat"], x_T=x.roll(by, dims=3), **options) for by in (0, 4))

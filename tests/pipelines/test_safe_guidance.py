@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 
-import ldm
 from goldfile import gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
@@ -13,16 +12,13 @@ from ldm.diffusion.guidance import Evaluation, SafeGuidance, add_guidance
 from ldm.diffusion.names import SLD, SLD_CONCEPTS, SLD_PRESETS
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.pipelines import txt2img
+from pipelines.goldmodels import build
 
 recorded = functools.cache(gold)
 PARAMETERS = ("warmup_steps", "guidance_scale", "threshold", "momentum_scale", "mom_beta")
 VAE = {
-    "embed_dim": 4,
-    "ddconfig": {
-        "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3,
-        "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [],
-        "dropout": 0.0,
-    },
+    "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
 }  # fmt: skip
 
 
@@ -34,21 +30,8 @@ def numbers(parameters):
 def model():
     file = recorded("seed_sld")
     config = file.meta["config"]
-    targets = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
-    model = ldm.instantiate({
-        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
-        "params": {
-            "linear_start": config["linear_start"],
-            "linear_end": config["linear_end"],
-            "image_size": 8,
-            "unet_config": {"target": targets, "params": config["unet"]},
-            "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": VAE},
-            "cond_stage_config": {
-                "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-                "params": {"arch": config["text"]},
-            },
-        },
-    })  # fmt: skip
+    betas = {name: config[name] for name in ("linear_start", "linear_end")}
+    model = build(config["unet"], VAE, config["text"], "LatentDiffusion", **betas)
     for part in (model.unet, model.conditioner.text):
         part.load_state_dict(file.weights(part.state_dict()))
     return model.eval().requires_grad_(False)
