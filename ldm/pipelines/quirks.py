@@ -45,7 +45,8 @@ class Quirks:
     @classmethod
     def of(cls, model: LatentDiffusion, names: str | Iterable[str]) -> "Quirks":
         """Return the quirks with these names, or this name, that have an effect on a model."""
-        enabled = cls(frozenset[str](as_list(names))).names
+        requested: list[str] = as_list(names)
+        enabled = cls(frozenset(requested)).names
         if not is_sdxl(model):
             enabled -= SDXL_LEGACY.keys()
         elif family_of(model.conditioner) == "refiner":

@@ -243,7 +243,8 @@ def invert(
     Returns:
         z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
     """
-    quirks = Quirks(frozenset[str](as_list(legacy)))
+    names: list[str] = as_list(legacy)
+    quirks = Quirks(frozenset(names))
     sigmas = quirks.get_sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
     sigmas = sigmas[: (steps if until is None else until) + 1]
     denoise = quirks.build_inverse_denoise(model, sigmas, cond, uncond, scale)
