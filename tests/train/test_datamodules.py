@@ -142,6 +142,20 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
             "`prior` needs a folder or a hub",
         ),
         (
+            "{params: {batch_size: 1, train: "
+            "{root: a, transform: {name: photo, tags: {kept: 1}}}}}",
+            "data.params.train.transform.tags: unknown key `kept`, did you mean `keep`",
+        ),
+        (
+            "{params: {batch_size: 1, train: "
+            "{root: a, transform: {name: photo, buckets: {steps: 8}}}}}",
+            "data.params.train.transform.buckets: unknown key `steps`, did you mean `step`",
+        ),
+        (
+            f"{{params: {{batch_size: 1, train: {FOLDER}, prior: {{counts: 1}}}}}}",
+            "data.params.prior: unknown key `counts`, did you mean `count`",
+        ),
+        (
             f"{{params: {{batch_size: 1, train: {FOLDER}, texts: {{batch_size: 1}}}}}}",
             "data.params.texts needs `cache`",
         ),

@@ -298,6 +298,9 @@ def test_the_keywords_of_tasks_are_known() -> None:
     ("override", "message"),
     [
         ("model.base_learning_ratee=1", "model: unknown key `base_learning_ratee`, did you mean"),
+        ("model.param.x=1", "model: unknown key `param`, did you mean `params`"),
+        ("model.params.unet_config={target: x, param: 1}", "unet_config: unknown key `param`, did"),
+        ("data.param.batch_size=3", "data: unknown key `param`, did you mean `params`"),
         ("model.ckpt_path=x", "model: unknown key `ckpt_path`, did you mean `params.ckpt_path`"),
         ("model.base_learning_rate=-1", "rate: `-1` should be greater than or equal to 0"),
         ("model.base_learning_rate=.nan", "rate: `nan` should be a finite number"),
@@ -333,6 +336,8 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ("lightning.trainer.strategy=deepspeed_stage_2", "strategy: `deepspeed` should be"),
         ("lightning.trainer.gradient_clip_algorithm=value", "`value` should be 'norm'"),
         ("lightning.callbacks.image_logger.params.batch_freqency=1", "mean `batch_frequency`"),
+        ("lightning.callbacks.image_logger.param=1", "image_logger: unknown key `param`, did you"),
+        ("lightning.modelcheckpoint.param=1", "modelcheckpoint: unknown key `param`, did you"),
         ("lightning.callbacks.mine.target=my.Own", "callbacks.mine: unknown callback `my.Own`"),
         ("lightning.logger.target=x.MLFlowLogger", "unknown logger `x.MLFlowLogger`"),
     ],

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
     """Open the class images, after sampling missing ones from the model."""
     sample_class_images(model, data.root, data.prompt, data.count)
-    spec = data.model_dump(exclude={"prompt", "count"}) | {"fields": {"text": data.prompt}}
+    spec = {"root": data.root, "transform": data.transform, "fields": {"text": data.prompt}}
     images = open_images(spec, seed, "data.params.prior")
     assert isinstance(images, Folder)  # as `root` is given
     return images

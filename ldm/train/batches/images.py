@@ -18,7 +18,13 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import MissingFile, check_name, check_names
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["check_images", "fill_vocabulary", "open_images", "warn_of_missing_captions"]
+__all__ = [
+    "check_images",
+    "check_transform",
+    "fill_vocabulary",
+    "open_images",
+    "warn_of_missing_captions",
+]
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +43,20 @@ def check_images(spec: JsonMapping, where: str) -> None:
         UnknownName: A transform or key is unknown.
         MissingFile: The folder does not exist.
     """
-    transform = spec["transform"]
-    check_name("transform", transform.get("name"), TRANSFORMS, where)
-    keys = signature(TRANSFORMS[transform["name"]]).parameters
-    check_names("key", transform, ["name", *keys], f"{where}.transform")
+    check_transform(spec["transform"], where)
     location = _find_location(spec)
     keys = signature(DATASETS[location]).parameters
     allowed = [key for key in keys if key not in ("seed", "commands")]
     check_names("key", spec, allowed, where)
     if location == "root" and not Path(spec["root"]).expanduser().is_dir():
         raise MissingFile(f"{where}.root: there is no folder `{spec['root']}`")
+
+
+def check_transform(options: JsonMapping, where: str) -> None:
+    """Raise UnknownName for an unknown transform, or an unknown key of one."""
+    check_name("transform", options.get("name"), TRANSFORMS, where)
+    keys = signature(TRANSFORMS[options["name"]]).parameters
+    check_names("key", options, ["name", *keys], f"{where}.transform")
 
 
 def open_images(

@@ -18,6 +18,7 @@ from ldm.train.batches.class_images import open_class_images
 from ldm.train.batches.contexts import cache_contexts
 from ldm.train.batches.images import (
     check_images,
+    check_transform,
     fill_vocabulary,
     open_images,
     warn_of_missing_captions,
@@ -29,7 +30,7 @@ __all__ = ["check_data", "open_batches"]
 
 
 def check_data(data: Data) -> None:
-    """Raise errors of the training and validation data that are known before a model is built.
+    """Raise errors of the data that are known before a model is built.
 
     Raises:
         ValueError, FileNotFoundError: See `check_images`.
@@ -37,6 +38,8 @@ def check_data(data: Data) -> None:
     check_images(data.train, "data.params.train")
     if data.validation:
         check_images(data.validation, "data.params.validation")
+    if data.prior:  # its images may not exist yet
+        check_transform(data.prior.transform, "data.params.prior")
 
 
 def open_batches(

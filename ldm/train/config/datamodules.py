@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from ldm.data.options import rename_options
 from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import Data, validate_section
+from ldm.train.config.schema import BucketOptions, Data, TagOptions, validate_section
 
 __all__ = ["read_data", "translate_data_module"]
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 WEB_MODULE = "ldm.data.laion.WebDataModuleFromConfig"
 SGM_MODULE = "sgm.data.dataset.StableDataModuleFromConfig"
+PHOTO_SECTIONS: dict[str, type] = {"buckets": BucketOptions, "tags": TagOptions}
 SPLITS = ("train", "validation")
 STORAGE_KEYS = ("root", "shards", "hub")
 # Ignored arguments of the originals' data modules, and why.
@@ -78,7 +79,7 @@ def read_data(section: JsonMapping) -> Data:
         if split in params
     }
     if data.prior:
-        transform = _rename_transform(data.prior.transform)
+        transform = _read_transform(data.prior.transform, "data.params.prior.transform")
         splits["prior"] = data.prior.model_copy(update={"transform": transform})
     return data.model_copy(update=splits)
 
@@ -138,12 +139,16 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
     if "shards" in spec:
         spec = rename_options("shards", spec)
-    return {**spec, "transform": _rename_transform(spec["transform"])}
+    return {**spec, "transform": _read_transform(spec["transform"], f"{where}.transform")}
 
 
-def _rename_transform(options: JsonMapping) -> JsonObject:
+def _read_transform(options: JsonMapping, where: str) -> JsonObject:
     # null removes a key that another config file has set for another transform.
     options = {key: value for key, value in options.items() if value is not None}
+    if options.get("name") == "photo":
+        for key, section in PHOTO_SECTIONS.items():
+            if key in options:
+                options[key] = validate_section(section, options[key], f"{where}.{key}")
     return rename_options(str(options.get("name")), options)
 
 

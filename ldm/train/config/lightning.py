@@ -19,8 +19,9 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, list_fields
 from ldm.train.config.sgm import is_engine, translate_training
 
-__all__ = ["KNOWN_KEYS", "SECTIONS", "get_section", "read_gpus", "translate"]
+__all__ = ["KNOWN_KEYS", "SECTIONS", "check_specs", "get_section", "read_gpus", "translate"]
 
+SPEC_KEYS = ("target", "params")  # of {target: a class, params: its arguments}
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 # Ignored arguments of Lightning's Trainer, and why.
 IGNORED_TRAINER = {
@@ -120,7 +121,7 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     result = _Translation({name: dict(get_section(raw, f"lightning.{name}")) for name in names})
     _translate_trainer(result)
     _translate_callbacks(raw, result)
-    _translate_modelcheckpoint(get_section(raw, "lightning.modelcheckpoint.params"), result)
+    _translate_modelcheckpoint(raw, result)
     if lightning.get("logger") is not None:
         _translate_logger(lightning["logger"], result)
     if lightning.get("strategy") is not None:
@@ -148,6 +149,19 @@ def get_section(raw: JsonMapping, where: str) -> JsonMapping:
             raise ValueError(f"{place}: `{value}` should be a mapping of keys")
         node = value
     return node
+
+
+def check_specs(section: JsonMapping, where: str) -> None:
+    """Refuse keys beside `target` and `params` in all specs of a section; nothing reads them.
+
+    Raises:
+        UnknownName: The message suggests `params` for `param`.
+    """
+    if "target" in section:
+        check_names("key", section, SPEC_KEYS, where)
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            check_specs(value, f"{where}.{key}")
 
 
 def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
@@ -222,6 +236,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
             raise unknown_name("callback", target, CALLBACK_NAMES, f"lightning.callbacks.{key}")
         if name not in KNOWN_KEYS["callbacks"]:
             continue
+        check_names("key", spec, SPEC_KEYS, f"lightning.callbacks.{key}")
         del callbacks[key]
         if name in BUILT_IN_CALLBACKS:
             result.ignore("lightning.callbacks", [key], ": it is built in")
@@ -261,7 +276,10 @@ def _translate_step_checkpoints(params: JsonObject, result: _Translation) -> Non
     result.ignore(where, params, ": all of these checkpoints are kept")
 
 
-def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> None:
+def _translate_modelcheckpoint(raw: JsonMapping, result: _Translation) -> None:
+    where = "lightning.modelcheckpoint"
+    check_names("key", get_section(raw, where), SPEC_KEYS, where)
+    params = get_section(raw, f"{where}.params")
     # `save_last: false` and the like ask for nothing, but `save_top_k: 0` does.
     params = {key: value for key, value in params.items() if value or key == "save_top_k"}
     values = _pop_renamed(params, SAVING)
@@ -273,7 +291,7 @@ def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> Non
         ": the last `keep_states` states are kept to resume from, the `save_top_k` best weights by "
         "`monitor`"
     )
-    result.ignore("lightning.modelcheckpoint.params", params, reason)
+    result.ignore(f"{where}.params", params, reason)
 
 
 def _pop_renamed(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
@@ -285,6 +303,7 @@ def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> N
     where = "lightning.logger"
     if not isinstance(spec, Mapping):
         raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
+    check_names("key", spec, SPEC_KEYS, where)
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in LOGGERS:
         raise unknown_name("logger", spec.get("target"), LOGGERS, where)

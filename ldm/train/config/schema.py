@@ -35,6 +35,7 @@ from ldm.train.tasks.diffusion import LEGACY_TRAINING
 __all__ = [
     "OPTIONS",
     "AutoencoderObjective",
+    "BucketOptions",
     "CachedLatents",
     "CachedTexts",
     "Callbacks",
@@ -49,6 +50,7 @@ __all__ = [
     "Model",
     "ModelParams",
     "Optimizer",
+    "TagOptions",
     "TextualInversion",
     "Trainer",
     "list_fields",
@@ -423,10 +425,27 @@ class CachedTexts(Section):
     batch_size: Count = 64  # captions encoded at once
 
 
-class ClassImages(BaseModel):
-    """Class images of DreamBooth; other keys are those of a folder."""
+@with_config(STRICT)
+class BucketOptions(TypedDict, total=False):
+    """`buckets` of the transform `photo`: keywords of `Buckets`."""
 
-    model_config = OPEN
+    step: Count
+    shortest: Count | None
+    longest: Count | None
+
+
+@with_config(STRICT)
+class TagOptions(TypedDict, total=False):
+    """`tags` of the transform `photo`: keywords of `TagShuffle`."""
+
+    shuffle: Bool
+    drop: Probability
+    keep: Annotated[int, Field(ge=0), TO_INTEGER]
+
+
+class ClassImages(Section):
+    """Class images of DreamBooth."""
+
     root: ExpandedPath
     prompt: NonEmptyStr
     count: Count

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
 from ldm.train.config.datamodules import translate_data_module
@@ -153,7 +153,10 @@ def read_settings(raw: JsonMapping) -> Settings:
             is not allowed.
     """
     raw = rename_keys(raw)
-    if data_module := lightning.get_section(raw, "data"):
+    lightning.check_specs(lightning.get_section(raw, "model.params"), "model.params")
+    data_module = lightning.get_section(raw, "data")
+    check_names("key", data_module, lightning.SPEC_KEYS, "data")
+    if data_module:
         raw = {**raw, "data": translate_data_module(data_module)}
     model = validate_section(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
     validate_section(ModelParams, _get_values(raw, "model.params"), "model.params")
