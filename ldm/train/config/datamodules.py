@@ -12,9 +12,10 @@ import logging
 from collections.abc import Mapping
 
 from ldm.data.options import rename_options
-from ldm.runtime.errors import check_names, unknown_name
+from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import BucketOptions, Data, TagOptions, validate_section
+from ldm.train.config.specs import read_spec
 
 __all__ = ["read_data", "translate_data_module"]
 
@@ -41,13 +42,14 @@ IGNORED_IN_DATASETS = {
     ),
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
-TO_TENSOR = (
-    "ToTensor",
-    "Normalize",
-    "Rearrange",
-    "Lambda",
-    "ToPILImage",
-)  # our transforms do the same
+# All but four are ignored: our transform does the same.
+IMAGE_TRANSFORMS = (
+    "Resize", "RandomCrop", "CenterCrop", "RandomHorizontalFlip",
+    "ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage",
+)  # fmt: skip
+POSTPROCESSORS = (
+    "TorchVisionImageTransforms", "AddOriginalImageSizeAsTupleAndCropToSquare", "Rescaler",
+)  # fmt: skip
 DATASETS = {  # class -> {argument: our key}
     "ldm.data.simple.FolderData": {"root_dir": "root"},
     "ldm.data.simple.hf_dataset": {
@@ -106,7 +108,7 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
     urls, options = pipeline.get("urls") or [], pipeline.get("pipeline_config") or {}
     photo: JsonObject = {"name": "photo", "flip": 0.0}
     for mapper in pipeline.get("postprocessors") or []:
-        name, params = mapper["target"].rpartition(".")[2], mapper.get("params") or {}
+        name, params = read_spec(mapper, POSTPROCESSORS, where, kind="postprocessor")
         if name == "TorchVisionImageTransforms":
             photo |= _pop_transform({"image_transforms": params.get("transforms")}, where)
         elif name == "AddOriginalImageSizeAsTupleAndCropToSquare":
@@ -115,8 +117,6 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
                 params.get(f"{side[0]}_key", f"original_{side}") for side in ("height", "width")
             ]
             photo |= {"crop": "random", "original_size_keys": keys}
-        elif name != "Rescaler":
-            raise unknown_name("postprocessor", mapper["target"], (), where)
     return {
         "shards": [urls] if isinstance(urls, str) else list(urls),
         "shuffle": int(options.get("sample_shuffle") or 0) // 8,  # see `_translate_web_module`
@@ -191,7 +191,7 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
     """Remove `image_transforms` and `postprocess`; return them as options of our `photo`."""
     photo: JsonObject = {"name": "photo", "flip": 0.0}
     for spec in params.pop("image_transforms", None) or []:
-        name, options = spec["target"].rpartition(".")[2], spec.get("params") or {}
+        name, options = read_spec(spec, IMAGE_TRANSFORMS, where, kind="transform")
         if name in ("Resize", "RandomCrop", "CenterCrop"):
             size = options["size"]
             photo["size"] = size if isinstance(size, int) else min(size)
@@ -199,18 +199,13 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
                 photo["crop"] = "random" if name == "RandomCrop" else "centre"
         elif name == "RandomHorizontalFlip":
             photo["flip"] = options.get("p", 0.5)
-        elif name not in TO_TENSOR:
-            raise unknown_name("transform", spec["target"], (), where)
     postprocess = params.pop("postprocess", None)
     if postprocess:
-        target = postprocess["target"]
-        name, options = target.rpartition(".")[2], postprocess.get("params") or {}
+        name, options = read_spec(postprocess, ("AddMask", "AddLR"), where, kind="postprocess")
         if name == "AddMask":
             photo["conditions"] = {"mask": {"full_probability": options.get("p_drop", 0.0)}}
-        elif name == "AddLR":
-            photo["conditions"] = {"lr": {"factor": options["factor"]}}
         else:
-            raise unknown_name("postprocess", target, ("AddMask", "AddLR"), where)
+            photo["conditions"] = {"lr": {"factor": options["factor"]}}
     return photo
 
 

@@ -18,10 +18,10 @@ from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, list_fields
 from ldm.train.config.sgm import is_engine, translate_training
+from ldm.train.config.specs import SPEC_KEYS, get_section, read_spec
 
-__all__ = ["KNOWN_KEYS", "SECTIONS", "check_specs", "get_section", "read_gpus", "translate"]
+__all__ = ["KNOWN_KEYS", "SECTIONS", "read_gpus", "translate"]
 
-SPEC_KEYS = ("target", "params")  # of {target: a class, params: its arguments}
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 # Ignored arguments of Lightning's Trainer, and why.
 IGNORED_TRAINER = {
@@ -132,38 +132,6 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     return result.sections, result.notes
 
 
-def get_section(raw: JsonMapping, where: str) -> JsonMapping:
-    """Return the section `where`, "model.params", of a config; {} if there is none.
-
-    Raises:
-        ValueError: It is not a mapping.
-    """
-    node = raw
-    names = where.split(".")
-    for depth, name in enumerate(names, 1):
-        value = node.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            place = ".".join(names[:depth])
-            raise ValueError(f"{place}: `{value}` should be a mapping of keys")
-        node = value
-    return node
-
-
-def check_specs(section: JsonMapping, where: str) -> None:
-    """Refuse keys beside `target` and `params` in all specs of a section; nothing reads them.
-
-    Raises:
-        UnknownName: The message suggests `params` for `param`.
-    """
-    if "target" in section:
-        check_names("key", section, SPEC_KEYS, where)
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            check_specs(value, f"{where}.{key}")
-
-
 def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
     """Read the GPUs of Lightning's Trainer: a list of indices, a count, -1 = all, None = not set.
 
@@ -244,8 +212,11 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
         params = dict(get_section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
         if name == "image_logger":
             _translate_image_logger(params, result)
-        else:
-            _translate_step_checkpoints(params, result)
+        else:  # checkpoints at fixed steps
+            interval = params.pop("every_n_train_steps", CHECKPOINT_INTERVAL)
+            result.add("callbacks", export_steps=interval)
+            where = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params"
+            result.ignore(where, params, ": all of these checkpoints are kept")
 
 
 def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
@@ -268,12 +239,6 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
         )
     ignored = [key for key in params if key in IGNORED_IMAGE_LOGGER]
     result.ignore(where, [*ignored, *(f"log_images_kwargs.{key}" for key in kwargs)])
-
-
-def _translate_step_checkpoints(params: JsonObject, result: _Translation) -> None:
-    result.add("callbacks", export_steps=params.pop("every_n_train_steps", CHECKPOINT_INTERVAL))
-    where = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params"
-    result.ignore(where, params, ": all of these checkpoints are kept")
 
 
 def _translate_modelcheckpoint(raw: JsonMapping, result: _Translation) -> None:
@@ -299,17 +264,10 @@ def _pop_renamed(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
     return {new: params.pop(old) for old, new in names.items() if old in params}
 
 
-def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> None:
-    where = "lightning.logger"
-    if not isinstance(spec, Mapping):
-        raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
-    check_names("key", spec, SPEC_KEYS, where)
-    name = str(spec.get("target", "")).rpartition(".")[2]
-    if name not in LOGGERS:
-        raise unknown_name("logger", spec.get("target"), LOGGERS, where)
+def _translate_logger(spec: object, result: _Translation) -> None:
+    name, params = read_spec(spec, LOGGERS, "lightning.logger", kind="logger")
     result.add("callbacks", loggers=list(dict.fromkeys(["csv", LOGGERS[name]])))
     if name == "WandbLogger":
-        params = dict(spec.get("params") or {})
         if params.get("offline"):
             params["mode"] = "offline"
         result.add("callbacks", wandb={key: params[key] for key in WANDB if key in params})

@@ -28,6 +28,7 @@ from ldm.train.config.schema import (
     Trainer,
     validate_section,
 )  # fmt: skip
+from ldm.train.config.specs import SPEC_KEYS, check_specs, get_section
 from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
 __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
@@ -49,7 +50,6 @@ class Devices:
 
     Args:
         gpus: Indices, or a count, -1 = all; None = one process, on the first GPU if there is one.
-        num_nodes: Number of machines.
     """
 
     gpus: list[int] | int | None = None
@@ -61,10 +61,8 @@ class Settings:
     """The settings of one run.
 
     Args:
-        raw: The whole config.
+        raw: The whole config, from which the others are read.
         objective: Keywords of the task.
-        lora: LoRA to train for a frozen model; None = none.
-        textual_inversion: Token embedding to train for a frozen model; None = none.
         notes: Lines for the user, on translated and ignored keys.
     """
 
@@ -153,9 +151,9 @@ def read_settings(raw: JsonMapping) -> Settings:
             is not allowed.
     """
     raw = rename_keys(raw)
-    lightning.check_specs(lightning.get_section(raw, "model.params"), "model.params")
-    data_module = lightning.get_section(raw, "data")
-    check_names("key", data_module, lightning.SPEC_KEYS, "data")
+    check_specs(get_section(raw, "model.params"), "model.params")
+    data_module = get_section(raw, "data")
+    check_names("key", data_module, SPEC_KEYS, "data")
     if data_module:
         raw = {**raw, "data": translate_data_module(data_module)}
     model = validate_section(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
@@ -220,7 +218,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
     missing = []
     for key in keys:
         section, _, name = key.rpartition(".")
-        if lightning.get_section(raw, section).get(name) is None:
+        if get_section(raw, section).get(name) is None:
             missing.append(f"`{key}`")
     if missing:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
@@ -228,7 +226,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
 
 def _get_values(raw: JsonMapping, where: str) -> JsonObject:
     """Return a section without nulls, which count as missing."""
-    return {k: v for k, v in lightning.get_section(raw, where).items() if v is not None}
+    return {k: v for k, v in get_section(raw, where).items() if v is not None}
 
 
 def _read_optimizer(values: JsonMapping) -> Optimizer:

@@ -7,13 +7,11 @@ sampler_config      -> callbacks.sampling, for the image grids
 compile_model       -> trainer
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.loading.sgm import ENGINE
-from ldm.runtime.errors import check_name, check_names, unknown_name
+from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
+from ldm.train.config.specs import read_spec
 from ldm.train.tasks.criterion import LOSS_TYPES
 
 __all__ = ["is_engine", "translate_training"]
@@ -78,7 +76,7 @@ def _translate_objective(params: JsonMapping) -> JsonObject:
     loss: JsonObject = {}
     if params.get("loss_fn_config"):
         where = f"{PARAMS}.loss_fn_config"
-        _, loss = _read_target(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
+        _, loss = read_spec(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
         if "loss_weighting_config" in loss:
             weighting = loss.pop("loss_weighting_config")
             weighting_where = f"{where}.params.loss_weighting_config"
@@ -94,19 +92,17 @@ def _translate_objective(params: JsonMapping) -> JsonObject:
             objective |= {"noise_offset": offset, "noise_offset_by": "sample"}
         if loss.pop("batch2model_keys", None):
             raise ValueError(f"{where}: `batch2model_keys` is for video models, not supported")
-        if loss:
-            raise unknown_name("parameter", next(iter(loss)), (), where)
+        check_names("parameter", loss, (), where)
     if weighting is not None:
-        name, options = _read_target(weighting, WEIGHTING_NAMES, weighting_where)
-        objective["weighting"] = WEIGHTING_NAMES[name]
-        if "sigma_data" in options:
-            objective["sigma_data"] = options["sigma_data"]
+        name, options = read_spec(weighting, WEIGHTING_NAMES, weighting_where)
+        check_names("parameter", options, ("sigma_data",), weighting_where)
+        objective |= {"weighting": WEIGHTING_NAMES[name], **options}
     return objective
 
 
 def _translate_sigma_sampler(config: JsonMapping, where: str) -> JsonObject | None:
     """Return keywords of `LogNormal`; None for uniform timesteps."""
-    name, params = _read_target(config, ("DiscreteSampling", "EDMSampling"), where)
+    name, params = read_spec(config, ("DiscreteSampling", "EDMSampling"), where)
     if name == "DiscreteSampling":
         return None
     check_names("parameter", params, LOG_NORMAL_PARAMS, where)
@@ -114,7 +110,7 @@ def _translate_sigma_sampler(config: JsonMapping, where: str) -> JsonObject | No
 
 
 def _translate_optimizer(config: JsonMapping) -> JsonObject:
-    name, params = _read_target(config, OPTIMIZERS, f"{PARAMS}.optimizer_config")
+    name, params = read_spec(config, OPTIMIZERS, f"{PARAMS}.optimizer_config")
     if name == "Adam":  # equals AdamW without weight decay
         params.setdefault("weight_decay", 0.0)
         if params["weight_decay"]:
@@ -127,36 +123,21 @@ def _translate_optimizer(config: JsonMapping) -> JsonObject:
 
 def _translate_sampler(config: JsonMapping) -> JsonObject:
     where = f"{PARAMS}.sampler_config"
-    name, params = _read_target(config, SAMPLER_NAMES, where)
+    name, params = read_spec(config, SAMPLER_NAMES, where)
     sampling: JsonObject = {"sampler": SAMPLER_NAMES[name]}
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
     sampling |= {key: params[key] for key in STEP_NOISE if params.get(key) is not None}
     if params.get("discretization_config"):
-        discretization, _ = _read_target(
+        discretization, _ = read_spec(
             params["discretization_config"],
             SCHEDULER_NAMES,
             f"{where}.params.discretization_config",
         )
         sampling["scheduler"] = SCHEDULER_NAMES[discretization]
     if params.get("guider_config"):
-        guider, options = _read_target(
+        guider, options = read_spec(
             params["guider_config"], GUIDERS, f"{where}.params.guider_config"
         )
         sampling["scale"] = options.get("scale") if GUIDERS[guider] is None else GUIDERS[guider]
     return sampling
-
-
-def _read_target(
-    config: Any, known: Mapping[str, object] | tuple[str, ...], where: str
-) -> tuple[str, JsonObject]:
-    """Return the class name in `target`, and a copy of `params` without nulls.
-
-    Raises:
-        ValueError: The class is not one of `known`.
-    """
-    target = config.get("target") if isinstance(config, Mapping) else config
-    name = str(target).rpartition(".")[2]
-    if name not in known:
-        raise unknown_name("target", target, known, where)
-    return name, {k: v for k, v in (config.get("params") or {}).items() if v is not None}

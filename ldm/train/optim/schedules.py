@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ldm.runtime.errors import check_name, check_names, unknown_name
+from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping
+from ldm.train.config.specs import read_spec
 
 __all__ = ["SCHEDULER_CONFIG_KEY", "LearningRateSchedule", "build_lr_multiplier"]
 
-LR_SCHEDULERS = ("constant", "linear", "cosine")
 LINEAR = "LambdaLinearScheduler"
 SINGLE_COSINE = "LambdaWarmUpCosineScheduler"
 CYCLE_PARAMETERS = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
@@ -39,11 +39,10 @@ class LearningRateSchedule:
 
     Args:
         lr: The peak, which the schedule multiplies.
-        warmup_steps: Steps of a linear warmup.
         scheduler: "constant"; or "linear" or "cosine", which end at 0.
         scheduler_config: Of the original, instead of warmup and scheduler; None = those.
     Raises:
-        ValueError: The scheduler is unknown, or the `scheduler_config` is invalid.
+        ValueError: The `scheduler_config` is invalid.
     """
 
     lr: float
@@ -52,7 +51,6 @@ class LearningRateSchedule:
     scheduler_config: JsonMapping | None = None
 
     def __post_init__(self) -> None:
-        check_name("lr_scheduler", self.scheduler, LR_SCHEDULERS)
         self(0, 0.0)  # raises for an invalid `scheduler_config`
 
     def __call__(self, step: int, progress: float) -> float:
@@ -76,11 +74,7 @@ def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]
     Raises:
         ValueError: The scheduler or a parameter is unknown, or a parameter is missing.
     """
-    name = str(scheduler_config.get("target", "")).rpartition(".")[2]
-    if name not in PARAMETERS:
-        target = scheduler_config.get("target")
-        raise unknown_name("scheduler", target, PARAMETERS, SCHEDULER_CONFIG_KEY)
-    params = dict(scheduler_config.get("params") or {})
+    name, params = read_spec(scheduler_config, PARAMETERS, SCHEDULER_CONFIG_KEY, kind="scheduler")
     params.pop("verbosity_interval", None)
     check_names(f"parameter of {name}", params, PARAMETERS[name], SCHEDULER_CONFIG_KEY)
     missing = [f"`{key}`" for key in PARAMETERS[name] if key not in params]

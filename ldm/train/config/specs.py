@@ -1,0 +1,58 @@
+"""Sections of a config, and the specs in it: {target: an original class, params: its arguments}."""
+
+from collections.abc import Collection, Mapping
+
+from ldm.runtime.errors import check_names, unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
+
+__all__ = ["SPEC_KEYS", "check_specs", "get_section", "read_spec"]
+
+SPEC_KEYS = ("target", "params")
+
+
+def get_section(raw: JsonMapping, where: str) -> JsonMapping:
+    """Return the section `where`, "model.params", of a config; {} if there is none.
+
+    Raises:
+        ValueError: It is not a mapping.
+    """
+    node = raw
+    names = where.split(".")
+    for depth, name in enumerate(names, 1):
+        value = node.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            place = ".".join(names[:depth])
+            raise ValueError(f"{place}: `{value}` should be a mapping of keys")
+        node = value
+    return node
+
+
+def read_spec(
+    spec: object, classes: Collection[str], where: str, *, kind: str = "target"
+) -> tuple[str, JsonObject]:
+    """Return the class name in `target`, without its module, and `params` without nulls.
+
+    Args:
+        classes: Names that are allowed.
+        kind: What messages call the class.
+    Raises:
+        ValueError: The class or a key is unknown.
+    """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
+    name = str(spec.get("target")).rpartition(".")[2]
+    if name not in classes:
+        raise unknown_name(kind, spec.get("target"), classes, where)
+    check_names("key", spec, SPEC_KEYS, where)
+    return name, {k: v for k, v in (spec.get("params") or {}).items() if v is not None}
+
+
+def check_specs(section: JsonMapping, where: str) -> None:
+    """Refuse keys beside `target` and `params` in all specs of a section; nothing reads them."""
+    if "target" in section:
+        check_names("key", section, SPEC_KEYS, where)
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            check_specs(value, f"{where}.{key}")
