@@ -9,7 +9,6 @@ import logging
 import math
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ldm.data.folder import Folder
@@ -23,10 +22,13 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import replace_when_written
 from ldm.train.batches.images import open_images
 from ldm.train.config.schema import ClassImages
+from ldm.train.distributed.parallel import eval_mode
 
 __all__ = ["open_class_images", "sample_class_images"]
 
 log = logging.getLogger(__name__)
+
+GUIDANCE_SCALE = 5.0
 
 
 def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
@@ -39,21 +41,12 @@ def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> F
 
 
 def sample_class_images(
-    model: LatentDiffusion,
-    folder: Path,
-    prompt: str,
-    count: int,
-    *,
-    steps: int = 30,
-    scale: float = 5.0,
-    batch_size: int | None = None,
+    model: LatentDiffusion, folder: Path, prompt: str, count: int, *, steps: int = 30
 ) -> None:
     """Fill a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
     Existing images are kept and counted.
 
-    Args:
-        batch_size: Images per call of `txt2img`; None = as many pixels as 8 images of 512x512.
     Raises:
         ArgumentError: Images are missing, and the model is not text to image.
     """
@@ -70,23 +63,14 @@ def sample_class_images(
             "cannot make them from text alone: put images of the class there"
         )
     log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
-    was_training = model.training
-    # 8 images of 512x512 pixels, whose latents have 64x64.
-    batch_size = batch_size or max(1, 8 * 64**2 // math.prod(model.latent_size))
-    height, width = (side * model.downscale for side in model.latent_size)
-    model.eval()
+    # As many pixels at once as 8 images of 512x512, whose latents have 64x64.
+    batch_size = max(1, 8 * 64**2 // math.prod(model.latent_size))
     for start in tqdm(range(0, len(missing), batch_size), unit="batch", dynamic_ncols=True):
         seeds = missing[start : start + batch_size]
-        with torch.inference_mode():
+        with eval_mode(model):
             images = txt2img(
-                model,
-                [prompt] * len(seeds),
-                size=(height, width),
-                steps=steps,
-                scale=scale,
-                seeds=seeds,
+                model, [prompt] * len(seeds), steps=steps, scale=GUIDANCE_SCALE, seeds=seeds
             )
         for seed, image in zip(seeds, to_pil(images), strict=True):
             with replace_when_written(folder / f"{seed:05}.png") as temporary:
                 write_png(temporary, image, {"prompt": prompt, "seed": seed, "steps": steps})
-    model.train(was_training)

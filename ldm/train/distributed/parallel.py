@@ -37,6 +37,7 @@ __all__ = [
     "LossModule",
     "Ranks",
     "connect",
+    "eval_mode",
     "gather_shards",
     "is_sharded",
     "reshard",
@@ -72,9 +73,13 @@ class Ranks:
         """Return the maximum of each value over all processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over all processes."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the mean of each value over all processes; all pass the same keys."""
-        sums = self._reduce(list(values.values()), dist.ReduceOp.SUM)
+        sums = self.sum(list(values.values()))
         return {key: total / self.world_size for key, total in zip(values, sums, strict=True)}
 
     def run_on_first(self, function: Callable[[], T]) -> T:
@@ -261,7 +266,7 @@ def shard(
 
     Args:
         strategy: "fsdp" or "hsdp".
-        shard_size: Number of processes that share one copy, for "hsdp"; None = "fsdp".
+        shard_size: Number of processes that share one copy, for "hsdp".
         device: Device type, such as "cuda".
     """
     shape: tuple[int, ...] = (world_size,)
@@ -293,6 +298,24 @@ def reshard(module: nn.Module) -> None:
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
             submodule.reshard()
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Keep a module in eval mode, without gradients, within the context; reshard it afterwards.
+
+    `inference_mode` would make inference tensors of the gathered weights of sharded models, which
+    autograd cannot use when training goes on.
+    """
+    training_modules = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        reshard(module)
+        for submodule in training_modules:
+            submodule.training = True
 
 
 def is_sharded(module: nn.Module) -> bool:

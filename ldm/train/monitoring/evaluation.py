@@ -18,9 +18,8 @@ from ldm.pipelines import txt2img
 from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import ConfigError
 from ldm.train.config.schema import Evaluation
-from ldm.train.distributed.parallel import is_sharded
+from ldm.train.distributed.parallel import eval_mode, is_sharded
 from ldm.train.monitoring.samples import SAMPLING
-from ldm.train.monitoring.validation import eval_mode
 from ldm.train.run import Run
 
 __all__ = ["Evaluator"]

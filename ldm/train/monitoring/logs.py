@@ -55,7 +55,7 @@ class Loggers(Logger):
         names: "csv", "tensorboard", "wandb"; () on all processes but the first.
         start: Step that the run resumes from; later entries are dropped, as they are logged again.
         wandb: Keywords of `wandb.init` (project, name, …); None = none.
-        config: Config of the run, for wandb; None = none.
+        config: Config of the run, for wandb.
     Raises:
         ImportError: Wandb is selected and not installed.
     """
@@ -164,7 +164,6 @@ class ProgressBar:
     """A progress bar with losses, learning rate, images per second and memory, also logged.
 
     Args:
-        start: Step that the run resumes from.
         steps: Number of steps of the whole run; None = unknown, as it ends by time.
         every: Interval of logging, in steps; between, losses stay on their device, so that the CPU
             does not wait for a GPU.

@@ -23,8 +23,7 @@ from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
 from ldm.runtime.types import JsonMapping
-from ldm.train.distributed.parallel import is_sharded
-from ldm.train.monitoring.validation import eval_mode
+from ldm.train.distributed.parallel import eval_mode, is_sharded
 from ldm.train.run import Run
 from ldm.train.tasks.diffusion import ZERO_SIZES
 
@@ -86,7 +85,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
     columns = max(1, round(n**0.5))
     sampled = [sample_images(run, model, samples[k : k + batch_size], k) for k in starts]
     cells = torch.cat(sampled)
-    if _shows_images(run, model):
+    if run.timesteps is not None or model.conditioner.keys - TEXT_AND_NUMBERS:
         columns, cells = 2 * columns, torch.stack([images, cells], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(cells), columns)
 
@@ -115,11 +114,6 @@ def sample_images(
         z = sample(model, cond, uncond, size=(height, width), seeds=seeds, **options)
     image: Tensor = model.decode(z.float()).clamp(-1, 1).cpu()
     return image
-
-
-def _shows_images(run: Run, model: LatentDiffusion) -> bool:
-    """Return whether sampling depends on images of the data."""
-    return run.timesteps is not None or bool(model.conditioner.keys - TEXT_AND_NUMBERS)
 
 
 def _unconditional_dropout(run: Run, model: LatentDiffusion) -> DropRate:

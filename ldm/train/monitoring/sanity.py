@@ -18,7 +18,7 @@ from ldm.data.source import collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train.monitoring.validation import eval_mode
+from ldm.train.distributed.parallel import eval_mode
 from ldm.train.tasks.noise_levels import draw_timesteps
 
 __all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_baseline"]
@@ -123,11 +123,7 @@ def compare_with_baseline(
     batch_size: int = SAMPLES,
     timesteps: Sequence[int] | None = None,
 ) -> Comparison:
-    """Compare losses of a model and of the baseline, on noisy latents of some samples.
-
-    Args:
-        timesteps: Range [first, end) of timesteps; None = all.
-    """
+    """Compare losses of a model and of the baseline; arguments as `check_initial_weights`."""
     t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]

@@ -12,8 +12,7 @@ class Interval:
     """Tells, at each step, whether an action is due.
 
     Args:
-        minutes: Interval; None or 0 = never.
-        steps: Interval; None or 0 = never.
+        minutes, steps: Intervals; None or 0 = never.
         early: Whether the action is also due at steps 1, 2, 4, 8 ….
     """
 

@@ -4,7 +4,6 @@ timesteps.csv                  step, from, to (inclusive), loss, samples (halved
 images/loss-per-timestep.png   a curve for each of the last training steps, older ones paler
 """
 
-import csv
 import logging
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.monitoring.logs import read_table
+from ldm.train.monitoring.logs import CsvLogger, read_table
 
 __all__ = ["TimestepLosses"]
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("step", "from", "to", "loss", "samples")
 MAX_CURVES = 8  # in the plot
 
 
@@ -26,10 +24,7 @@ class TimestepLosses:
     """Running means of the loss in bins of timesteps; each `write` halves their weight.
 
     Args:
-        folder: Folder of the run.
-        ranks: Processes whose losses are added up.
-        num_timesteps: Timesteps of the noise schedule.
-        num_bins: Bins that they are divided into.
+        num_timesteps: Timesteps of the noise schedule, which are divided into `num_bins`.
         start: Step that the run resumes from.
     """
 
@@ -37,18 +32,22 @@ class TimestepLosses:
         self,
         folder: Path,
         ranks: Ranks,
-        num_timesteps: int = 1000,
+        num_timesteps: int,
         *,
         num_bins: int = 50,
         start: int = 0,
     ) -> None:
-        self.csv_path = folder / "timesteps.csv"
+        self.plot_path = folder / "images" / "loss-per-timestep.png"
         self.ranks = ranks
         self.num_timesteps = num_timesteps
         self.num_bins = num_bins
         self.sums = torch.zeros(num_bins)
         self.weights = torch.zeros(num_bins)  # numbers of samples, halved by each `write`
-        self.curves = self._read(start) if ranks.is_first else {}
+        self.table: CsvLogger | None = None
+        self.curves: dict[int, Tensor] = {}
+        if ranks.is_first:
+            self.table = CsvLogger(folder / "timesteps.csv", start=start)
+            self._read_curves(self.table.path)
 
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Add losses (B,) of samples at timesteps t (B,); non-finite ones are skipped."""
@@ -65,23 +64,19 @@ class TimestepLosses:
             The path of the plot; None on processes but the first, without matplotlib or without any
             losses.
         """
-        sums, weights = self._sum_over_ranks(self.sums), self._sum_over_ranks(self.weights)
+        totals = self.ranks.sum(torch.cat([self.sums, self.weights]).tolist())
+        sums, weights = torch.tensor(totals).chunk(2)
         self.sums /= 2
         self.weights /= 2
-        if not self.ranks.is_first or not weights.any():
+        if self.table is None or not weights.any():
             return None
         self.curves[step] = torch.where(weights > 0, sums / weights.clamp(min=1e-9), torch.nan)
-        is_new = not self.csv_path.exists()
-        self.csv_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.csv_path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(COLUMNS)
-            for index, (loss, weight) in enumerate(zip(self.curves[step], weights, strict=True)):
-                if weight > 0:
-                    timesteps = self._timestep_range(index)
-                    writer.writerow([step, *timesteps, f"{loss:.6g}", f"{weight:g}"])
-        return self._plot(self.csv_path.with_name("images") / "loss-per-timestep.png")
+        for index, (loss, weight) in enumerate(zip(self.curves[step], weights, strict=True)):
+            if weight > 0:
+                first, last = self._timestep_range(index)
+                row = {"from": first, "to": last, "loss": float(loss), "samples": float(weight)}
+                self.table.log_scalars(step, row)
+        return self._plot()
 
     def _timestep_range(self, bin_index: int) -> tuple[int, int]:
         """Return the first and last timestep of a bin."""
@@ -90,23 +85,17 @@ class TimestepLosses:
         )
         return first, end - 1
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        by_bin = {str(index): float(value) for index, value in enumerate(values)}
-        return torch.tensor(list(self.ranks.mean(by_bin).values())) * self.ranks.world_size
-
-    def _read(self, start: int) -> dict[int, Tensor]:
-        """Read the curves of earlier sessions of the run, up to the step `start`."""
-        curves: dict[int, Tensor] = {}
-        for row in read_table(self.csv_path, until=start)[1]:
+    def _read_curves(self, path: Path) -> None:
+        """Read the curves of earlier sessions of the run."""
+        for row in read_table(path)[1]:
             if not row["samples"]:  # cut off by a crash
                 continue
             bin_index = int(row["from"]) * self.num_bins // self.num_timesteps
             if bin_index < self.num_bins:
                 empty = torch.full((self.num_bins,), torch.nan)
-                curves.setdefault(int(row["step"]), empty)[bin_index] = float(row["loss"])
-        return curves
+                self.curves.setdefault(int(row["step"]), empty)[bin_index] = float(row["loss"])
 
-    def _plot(self, path: Path) -> Path | None:
+    def _plot(self) -> Path | None:
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -132,6 +121,6 @@ class TimestepLosses:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        return path
+        self.plot_path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.plot_path)
+        return self.plot_path
