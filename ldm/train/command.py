@@ -18,6 +18,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,6 @@ def _run(
     """Train, export or validate a run."""
     import torch
 
-    from ldm.loading.config import format_yaml
     from ldm.train.loop import train
     from ldm.train.monitoring.validation import validate
     from ldm.train.run import build_run
@@ -166,11 +166,11 @@ def _run(
     folder = launch.choose_on_first_rank(
         lambda torchruns: run_folder.prepare_folder(request, existing, torchruns)
     )
-    text = format_yaml(settings.raw)
     try:
-        run = build_run(settings, folder, config_text=text, allow_commands=request.allow_commands)
+        run = build_run(settings, folder, allow_commands=request.allow_commands)
     except Exception:
-        run_folder.delete_if_empty(folder)
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
         raise
     if existing and existing.state:
         run.resume(existing.state)

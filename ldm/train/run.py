@@ -38,13 +38,11 @@ class Run:
     """The parts of a training run, of which only `state` changes.
 
     Args:
-        config_text: The config as YAML, for the metadata of exports; "" = none.
         held_out: Validation data; None = none.
         is_fine_tune: Whether the model had weights to start from.
     """
 
     settings: Settings
-    config_text: str
     folder: Path
     device: torch.device
     ranks: Ranks
@@ -137,14 +135,12 @@ def build_run(
     settings: Settings,
     folder: Path,
     *,
-    config_text: str = "",
     device: torch.device | None = None,
     allow_commands: bool = False,
 ) -> Run:
     """Build a run from its config; only caches of the data are written.
 
     Args:
-        config_text: The config as YAML, for the metadata of exports.
         device: None = a GPU if there is one, else the CPU.
         allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
@@ -184,7 +180,6 @@ def build_run(
     state = build_state(task, settings, ranks, device)
     return Run(
         settings=settings,
-        config_text=config_text,
         folder=folder,
         device=device,
         ranks=ranks,

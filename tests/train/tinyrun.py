@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.config import read_yaml
 from ldm.train.config.settings import read_settings
 from ldm.train.run import Run, build_run
 
@@ -28,7 +28,7 @@ def tiny_config(*overrides: str) -> dict[str, Any]:
 
 def build_run_from(config: dict[str, Any], folder: Path) -> Run:
     cpu = torch.device("cpu")
-    return build_run(read_settings(config), folder, config_text=format_yaml(config), device=cpu)
+    return build_run(read_settings(config), folder, device=cpu)
 
 
 def build_tiny_run(folder: Path, *overrides: str) -> Run:

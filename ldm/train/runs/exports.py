@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.loading.buffers import make_buffers
+from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, to_ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import get_clip_statistics
 from ldm.loading.modelspec import describe_model
@@ -201,9 +202,8 @@ def _make_metadata(run: Run) -> dict[str, str | int]:
         "ldm.version": __version__,
         "ldm.training": json.dumps(origin),
     }
-    if run.config_text:
-        key = ADAPTATION_CONFIG if isinstance(run.task, Adaptation) else CONFIG_KEY
-        metadata[key] = run.config_text
+    config = format_yaml(run.settings.raw)
     if isinstance(run.task, Adaptation):  # its `write` adds the rest
-        return {**metadata, "modelspec.title": run.folder.name}
+        return {**metadata, ADAPTATION_CONFIG: config, "modelspec.title": run.folder.name}
+    metadata[CONFIG_KEY] = config
     return describe_model(run.model, run.folder.name, metadata=metadata)

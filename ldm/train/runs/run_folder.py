@@ -7,7 +7,6 @@ logs/2026-11-21T15-00-00_NAME/
 logs/NAME -> the newest of them
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ from ldm.train.request import TrainRequest
 
 __all__ = [
     "ExistingRun",
-    "delete_if_empty",
     "find_run",
     "link_name",
     "list_states",
@@ -150,12 +148,6 @@ def link_name(request: TrainRequest, folder: Path) -> None:
     newest = _list_runs(request.logdir, request.name)[:1]
     if [folder.resolve()] == [path.resolve() for path in newest]:
         _replace_link(request.logdir / request.name, folder)
-
-
-def delete_if_empty(folder: Path) -> None:
-    """Delete the folder of a run that failed before it wrote anything."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def _new_folder(request: TrainRequest) -> Path:
