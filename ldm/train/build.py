@@ -85,7 +85,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     if lora is None and inversion is None:
         return task
     return Adaptation(
-        task, lora.model_dump() if lora else {}, inversion.model_dump() if inversion else {}
+        task, lora.model_dump() if lora else None, inversion.model_dump() if inversion else None
     )
 
 

@@ -22,7 +22,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines.memory import run_on_zeros
 from ldm.runtime.memory import PeakMemoryMode, make_fake
-from ldm.train.build import build_task
+from ldm.train.build import build_task, set_gradient_checkpointing
 from ldm.train.config.settings import Settings
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.autoencoder import Adversarial
@@ -42,9 +42,8 @@ class Memory:
     """Memory of one process of a run, in bytes, and numbers of parameters.
 
     Args:
-        parameters: Number of parameters, in all networks.
-        trainable: Number of trained parameters.
-        optimizer: Bytes of the optimizer's state.
+        parameters: Number in all networks.
+        trainable: Number that are trained.
         optimizer_step: Temporary memory of the optimizer, after activations are freed.
     """
 
@@ -98,16 +97,13 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
         processes: Number of processes of the run, on all nodes.
         cache: Measured activations, the slow part, shared by several estimates of a run; None =
             they are measured.
-    Raises:
-        ValueError: The model cannot be trained.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_meta_task(settings)
     averaged = [p for p in task.trainable.parameters() if p.requires_grad]
     trainable = [*averaged, *(p for net in _discriminators(task) for p in net.parameters())]
     count = sum(p.numel() for p in trainable)
-    numel_by_id = {id(p): p.numel() for net in _networks(task) for p in net.parameters()}
-    parameters = sum(numel_by_id.values())
+    parameters = sum(p.numel() for p in {p for net in _networks(task) for p in net.parameters()})
     # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of those
     # that are trained.
     fraction = _shard_fraction(settings, processes)
@@ -157,11 +153,9 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
 
 def _build_meta_task(settings: Settings) -> Task:
     """Build the task of a run, with its networks on the meta device."""
-    spec = translate_config(settings.raw["model"], where="model")
-    use_checkpoint = settings.trainer.gradient_checkpointing
-    if use_checkpoint is not None and "unet" in spec["params"]:
-        spec["params"]["unet"]["params"]["use_checkpoint"] = use_checkpoint
-    model = build_on_meta(spec, where="model")
+    model = build_on_meta(translate_config(settings.raw["model"], where="model"), where="model")
+    if settings.trainer.gradient_checkpointing is not None:
+        set_gradient_checkpointing(model, settings.trainer.gradient_checkpointing)
     with torch.device("meta"):
         return build_task(model, settings, load_weights=False)
 
@@ -238,8 +232,7 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
         output = forward()
         if output.requires_grad:
             output.backward()
-    peak: int = mode.peak
-    return peak
+    return mode.peak
 
 
 def _shard_fraction(settings: Settings, processes: int) -> float:

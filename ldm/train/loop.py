@@ -264,11 +264,7 @@ def _gradient_sync(network: TrainedNetwork, *, is_last: bool) -> AbstractContext
 
 
 def _clip_gradients(network: TrainedNetwork, scale: float, max_norm: float | None) -> float:
-    """Divide gradients by the loss scale and clip their norm; return the norm before clipping.
-
-    Args:
-        max_norm: None = no clipping.
-    """
+    """Divide gradients by the loss scale and clip their norm; return the norm before clipping."""
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
     # On all processes: the norm of sharded gradients is that of all shards together.
     total = parallel.gather_shards({"norm": nn.utils.get_total_norm(gradients)})["norm"]

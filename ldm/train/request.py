@@ -15,9 +15,7 @@ class TrainRequest:
         overrides: `key.sub=value`, which override all files.
         validate: Whether to print the losses on held-out data.
         dry_run: Whether to print the whole config and its memory instead.
-        name: Name of the run.
         resume: A run or one of its states; "" = the newest of this name; None = a new run.
-        logdir: Folder of runs.
         processes: Number to start on this machine; 0 = one for each GPU of the config.
         threads: CPU threads of each process; None = torch's default.
         allow_commands: Whether to run `pipe:COMMAND` addresses of shards.

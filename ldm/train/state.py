@@ -115,9 +115,7 @@ class State:
     """The resumable state of a run.
 
     Args:
-        discriminator: None if the task has none.
         batches_per_step: Batches of all processes, accumulated ones included.
-        step: Number of completed steps.
         position: Batches that all processes together have consumed.
         seconds: Time spent training, over all sessions.
         skipped: Number of steps whose gradients were not finite.

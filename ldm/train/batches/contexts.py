@@ -27,7 +27,7 @@ FORMER_CLASSES = {"FunctionalLinear": "Product"}
 
 
 class CachedContexts:
-    """Cached outputs of a text encoder by caption; implements `ContextCache`."""
+    """Cached outputs of a text encoder by caption; a `ContextCache` for `TextEncoder.cache`."""
 
     def __init__(self, encoder: TextEncoder, cache: Path) -> None:
         self.store = Store(cache, "contexts")
@@ -40,7 +40,7 @@ class CachedContexts:
         return self.store[self._key(caption)]
 
     @torch.inference_mode()
-    def fill(self, encoder: TextEncoder, captions: Iterable[str], batch_size: int = 64) -> int:
+    def fill(self, encoder: TextEncoder, captions: Iterable[str], batch_size: int) -> int:
         """Compute missing contexts of the captions and of "", `batch_size` at once."""
 
         def encode(texts: Sequence[str]) -> list[Entry]:
@@ -65,10 +65,6 @@ def cache_contexts(
 ) -> None:
     """Set each text encoder's cache of outputs for all captions, computing missing ones.
 
-    Args:
-        datasets: Data sets with the captions.
-        cache: Folder of the cache files.
-        batch_size: Captions encoded at once.
     Raises:
         ValueError: The model has no text encoder, or one is trained, or captions are random.
     """

@@ -37,8 +37,6 @@ DATASETS: dict[str, type[Folder | Hub | Shards]] = {"root": Folder, "hub": Hub, 
 def check_images(spec: JsonMapping, where: str) -> None:
     """Raise the errors of `open_images` that are known before a model is built.
 
-    Args:
-        spec, where: See `open_images`.
     Raises:
         UnknownName: A transform or key is unknown.
         MissingFile: The folder does not exist.
@@ -69,9 +67,6 @@ def open_images(
             is a mapping of `name` and the keywords of that transform.
         where: Section of the config, for messages.
         commands: Whether to run `pipe:COMMAND` addresses of shards.
-    Raises:
-        ValueError: A transform or keyword is unknown.
-        FileNotFoundError: Files are missing.
     """
     check_images(spec, where)
     transform, location = dict(spec["transform"]), _find_location(spec)

@@ -46,8 +46,7 @@ class LatentInput(NamedTuple):
     Args:
         load: Decodes the image; raises UnreadableSample for a damaged file.
         file_digest: Digest of the file's bytes.
-        bucket_size: (width, height) of the bucket; None without buckets.
-        variant: Number of the variant, from 0.
+        bucket_size: None without buckets.
     """
 
     load: Callable[[], Image.Image]
@@ -62,7 +61,7 @@ class LatentCache:
 
     Args:
         model_digest: Digest of everything but the image that latents depend on.
-        variants: Number of variants of each image.
+        variants: Number of variants of each image, which are counted from 0.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
 
@@ -88,9 +87,6 @@ class LatentCache:
     ) -> Sample:
         """Return {"z", "z_std", "txt", …} of an image in a random variant.
 
-        Args:
-            name: Name of the sample, for errors.
-            row: Metadata of the sample.
         Raises:
             UnreadableSample: The image was damaged, so that there is no latent.
         """
@@ -216,8 +212,7 @@ def cache_latents(
     Args:
         cache: Folder of the cache files.
         variants_per_image: None = all named variants of the transform, else one.
-        batch_size: Images encoded at once.
-        precision: "16" (encoded under bfloat16, stored as float16) or "32".
+        precision: See `LatentCache`.
     """
     transform = images.transform
     latents = LatentCache(

@@ -30,11 +30,7 @@ __all__ = ["check_data", "open_batches"]
 
 
 def check_data(data: Data) -> None:
-    """Raise errors of the data that are known before a model is built.
-
-    Raises:
-        ValueError, FileNotFoundError: See `check_images`.
-    """
+    """Raise errors of the data that are known before a model is built, see `check_images`."""
     check_images(data.train, "data.params.train")
     if data.validation:
         check_images(data.validation, "data.params.validation")
@@ -54,11 +50,6 @@ def open_batches(
             images.
         seed: Seed of the order and the augmentation of the samples.
         allow_commands: Whether to run `pipe:COMMAND` URLs of shards; never taken from the config.
-    Returns:
-        (training data, validation data or None).
-    Raises:
-        ValueError: Options are unknown or do not fit the model.
-        FileNotFoundError: Files are missing.
     """
     specs = {"train": data.train, "validation": data.validation}
     opened = {

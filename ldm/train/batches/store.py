@@ -109,7 +109,7 @@ class Store:
         return failed
 
     def _select_missing(self, items: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """Return items without an entry, each key once."""
+        """Yield items without an entry, each key once."""
         keys = set[str]()
         for key, value in items:
             if key not in self and key not in keys:
@@ -121,7 +121,7 @@ class Store:
             self._write(pending.popitem()[1])
 
     def _write(self, entries: Sequence[tuple[str, Entry]]) -> None:
-        if not entries:
+        if not entries:  # all of a group have failed
             return
         keys = [key for key, _ in entries]
         names = entries[0][1]

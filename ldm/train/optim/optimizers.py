@@ -49,7 +49,6 @@ def make_optimizer(
         ImportError: "adamw8bit" without bitsandbytes.
     """
     check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
     if name == "adafactor":

@@ -72,14 +72,11 @@ def set_scale_by_std(model: LatentDiffusion, images: Tensor, generator: torch.Ge
 def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened_keys: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Load the weights in `ckpt_path`.
+    """Load the weights in `ckpt_path`; return the buffers of the file, such as `scale_factor`.
 
     Args:
-        params: `ckpt_path`, `ignore_keys` and `make_it_fit`.
         prefix: Of the module's weights in a file of a whole model, which has others, too.
         widened_keys: Weights that may have fewer input channels in the file.
-    Returns:
-        The buffers of the whole file, such as `scale_factor`.
     """
     path = find_checkpoint(params["ckpt_path"])
     raw = open_checkpoint(path if path.is_dir() else find_file(path)).state

@@ -42,13 +42,14 @@ class Adaptation(Task):
 
     Args:
         task: Provides the loss and the model, which is frozen.
-        lora: {rank, alpha (default: rank), targets}, or empty for none.
-        textual_inversion: {token, vectors (number, default: 1), init}, or empty for none. Each text
-            encoder has separate vectors, initially those of the words `init`, or the mean of all
-            token embeddings.
+        lora: The fields of `config.schema.Lora`; None = none.
+        textual_inversion: Those of `TextualInversion`; None = none. Each text encoder has separate
+            vectors, initially those of the words `init`, or the mean of all token embeddings.
     """
 
-    def __init__(self, task: Diffusion, lora: JsonMapping, textual_inversion: JsonMapping) -> None:
+    def __init__(
+        self, task: Diffusion, lora: JsonMapping | None, textual_inversion: JsonMapping | None
+    ) -> None:
         self.task = task
         self.model: LatentDiffusion = task.model
         self.model.requires_grad_(False).eval()
@@ -68,8 +69,8 @@ class Adaptation(Task):
                 raise ValueError("lightning.textual_inversion: the model has no text encoder")
             self.token = textual_inversion["token"].lower()
             for number, encoder in enumerate(encoders, 1):
-                initial = _initial_vectors(encoder, textual_inversion.get("init"))  # (k, D)
-                indices = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
+                initial = _initial_vectors(encoder, textual_inversion["init"])  # (k, D)
+                indices = torch.arange(textual_inversion["vectors"]) % len(initial)
                 name = "vectors" if number == 1 else f"vectors_{number}"
                 self.vectors[name] = nn.Parameter(initial[indices])
             self.trainable["word"] = self.vectors  # its name in state files
@@ -112,11 +113,7 @@ class Adaptation(Task):
 
 
 def _build_lora(
-    model: LatentDiffusion,
-    *,
-    rank: int = 8,
-    alpha: float | None = None,
-    targets: Sequence[str] = ("transformer",),
+    model: LatentDiffusion, *, rank: int, alpha: float | None, targets: Sequence[str]
 ) -> LoRA:
     patterns = [re.compile(TARGETS[target]) for target in targets]
     layers = {

@@ -155,7 +155,6 @@ class LossConfig:
 
     Args:
         disc_start: First step with the discriminator.
-        logvar_init: Initial log variance of the error.
         kl_weight: Weight of the KL divergence, in nats per image.
         pixelloss_weight: Unused, as in the original.
         disc_factor: Weight of both GAN losses; 0 disables them.
@@ -191,7 +190,6 @@ class Adversarial(Task):
     the original's configs.
 
     Args:
-        config: Weights and options of the losses.
         perceptual: LPIPS; None if its weight is 0.
         trained: "all", or "decoder", which does not change the latents.
         learn_logvar: Whether to train the log variance of the error.
@@ -335,14 +333,7 @@ class Adversarial(Task):
     def _gradient_ratio(
         self, last_input: Tensor, reconstruction: Tensor, grad_nll: Tensor, grad_g: Tensor
     ) -> Tensor:
-        """Return |grad nll| / |grad g| with respect to the weights of the last layer.
-
-        Args:
-            last_input: Input of the last layer.
-            reconstruction: Output of the decoder.
-            grad_nll: Gradient of nll with respect to the reconstruction.
-            grad_g: Gradient of g with respect to the reconstruction.
-        """
+        """Return |grad nll| / |grad g| of the last layer's weights, from those of its output."""
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
         # The derivative of the tanh that may follow the last layer.
@@ -412,7 +403,6 @@ def _outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
 
 def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
     """Freeze the encoder if only the decoder is trained."""
-    check_name("value of trained", trained, ("all", "decoder"), "lightning.objective")
     if trained == "decoder":
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
@@ -428,10 +418,6 @@ def _read_loss_weights(params: ConfigSection) -> dict[str, Tensor]:
 
 
 def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
-    """Return a scalar equal to `value` whose backward pass gives each tensor its gradient.
-
-    Args:
-        gradients: Pairs of tensor and gradient with respect to it.
-    """
+    """Return a scalar equal to `value` whose backward pass gives each tensor its gradient."""
     linear = torch.stack([(tensor * gradient).sum() for tensor, gradient in gradients]).sum()
     return value.detach() + (linear - linear.detach())

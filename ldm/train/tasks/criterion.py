@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import SIGMA_DATA, get_scalings
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
-from ldm.runtime.errors import ArgumentError, check_name, unknown_name
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["LOSS_TYPES", "WEIGHTINGS", "Criterion", "denoised_weights"]
 
@@ -25,7 +25,6 @@ class Criterion(nn.Module):
     `Schedule.vlb_weights`. It is a module, as `logvar` may be learned.
 
     Args:
-        schedule: Noise schedule of the model.
         parameterization: What the network predicts: "eps", "v", "x0" or "edm".
         weighting: Name in WEIGHTINGS of the weights of the denoised latent's error; None = weight 1
             of the prediction's error.
@@ -34,9 +33,7 @@ class Criterion(nn.Module):
         min_snr_gamma: Cap of the SNR (arXiv:2303.09556), instead of a weighting; None = no cap.
         loss_type: "l2", squared error, or "l1", absolute error.
         learn_logvar: Whether to train `logvar`, one number for each timestep.
-        logvar_init: Initial `logvar` of all timesteps.
     Raises:
-        UnknownName: The loss type or the weighting is unknown.
         ArgumentError: `original_elbo_weight` with a continuous schedule or the parameterization
             "edm".
     """
@@ -56,9 +53,6 @@ class Criterion(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        check_name("loss_type", self.loss_type, LOSS_TYPES)
-        if self.weighting not in (None, *WEIGHTINGS):
-            raise unknown_name("weighting", self.weighting, WEIGHTINGS)
         self.vlb_weights: Tensor | None = None  # (T,)
         if isinstance(self.schedule, Schedule) and self.parameterization != "edm":
             self.vlb_weights = self.schedule.vlb_weights(self.parameterization).float()

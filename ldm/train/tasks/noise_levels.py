@@ -17,12 +17,7 @@ __all__ = ["LogNormal", "draw_stratified_quantiles", "draw_stratified_timesteps"
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Log-normal distribution of sigma (arXiv:2206.00364, table 1).
-
-    Args:
-        mean: Mean of ln sigma.
-        std: Standard deviation of ln sigma.
-    """
+    """Log-normal sigma, with mean and std of ln sigma (arXiv:2206.00364, table 1)."""
 
     mean: float = -1.2
     std: float = 1.2
