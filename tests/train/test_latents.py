@@ -61,16 +61,6 @@ def count_encoded(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     return len(Store(cache, "latents")) - before
 
 
-def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
-    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
-    latents = cache_latents(model, folder, tmp_path / "cache", precision="32")
-    sample = latents[0, 3]
-    with torch.no_grad():
-        z = model.autoencoder.encode(folder[0, 3]["jpg"][None]).mode()[0]
-    torch.testing.assert_close(sample["z"], z, rtol=1e-4, atol=1e-4)
-    assert sample["txt"] == "image 3"
-
-
 def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     plain = cache_latents(model, folder, tmp_path, precision="32")[0, 3]

@@ -147,6 +147,18 @@ def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
     assert run.state.step == 4
 
 
+def test_what_killed_processes_left_is_cleaned_up(four_steps: Run, tmp_path: Path) -> None:
+    """One died after it moved an old state aside, another while it was writing the next."""
+    run = resume_copy(four_steps, tmp_path)
+    state = run.states.save(run.state)
+    state.rename(state.with_name(f".{state.name}.old"))
+    (run.checkpoints / ".state-00000005.part").mkdir()
+    run.state.step = 6
+    run.states.save(run.state)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["state-00000004", "state-00000006"]
+
+
 def test_a_state_that_would_run_code_is_refused(four_steps: Run, tmp_path: Path) -> None:
     run = resume_copy(four_steps, tmp_path)
     (run.states.save(run.state) / ".metadata").write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")

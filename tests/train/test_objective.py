@@ -184,8 +184,6 @@ def test_input_perturbation_is_in_the_input_but_not_in_the_target() -> None:
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="offset_nose"):
         build_task(offset_nose=0.1)
-    with pytest.raises(ValueError, match="unknown loss_type `l3`"):
-        build_task(loss_type="l3")
 
 
 def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:

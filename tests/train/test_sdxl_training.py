@@ -38,6 +38,7 @@ lightning:
   optimizer: {name: adamw, ema_decay: 0.9}
   callbacks: {images: 2, loggers: [csv], sampling: {steps: 2}}
 """
+MASKS = "data.params.train.transform.conditions={mask: {}}"
 SIZES = {(64, 64): 3, (128, 32): 2}  # width, height
 
 
@@ -79,7 +80,7 @@ def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
             "xl-inpainting",
             {"txt", "masked", "aesthetic_score"},
             [
-                "data.params.train.transform.conditions={mask: {}}",
+                MASKS,
                 "data.params.validation=${data.params.train}",
                 "lightning.callbacks.validate_steps=1",
             ],
@@ -131,11 +132,19 @@ def test_the_unconditional_half_of_a_grid_keeps_its_sizes(
     assert uncond[:, pooled:].any() == (not legacy)
 
 
-def test_a_lora_and_a_token_of_both_text_encoders_are_trained_and_used(
-    photos: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "parts", "overrides"),
+    [
+        ("xl", {"unet", "te1", "te2"}, []),
+        pytest.param("xl-refiner", {"unet", "te2"}, [], marks=pytest.mark.slow),
+        pytest.param("xl-inpainting", {"unet", "te1", "te2"}, [MASKS], marks=pytest.mark.slow),
+    ],
+)
+def test_a_lora_and_a_token_of_all_text_encoders_are_trained_and_used(
+    family: str, parts: set[str], overrides: list[str], photos: Path, tmp_path: Path
 ) -> None:
     run = make_run(
-        "xl",
+        family,
         photos,
         tmp_path / "run",
         "data.params.texts=null",
@@ -143,16 +152,18 @@ def test_a_lora_and_a_token_of_both_text_encoders_are_trained_and_used(
         "lightning.lora={rank: 2, targets: [attention, text]}",
         "lightning.textual_inversion={token: <thing>, vectors: 3, init: cat}",
         "lightning.callbacks.images=0",
+        *overrides,
     )
     train(run)
     trained = dict(run.state.ema.shadow)
-    vectors = [trained["word.vectors"], trained["word.vectors_2"]]
-    assert [tuple(value.shape) for value in vectors] == [(3, 32), (3, 48)]
+    vectors = [value for name, value in trained.items() if name.startswith("word.")]
     encoders = run.model.conditioner.find_all(TextEncoder)
     for encoder, value in zip(encoders, vectors, strict=True):
-        assert not torch.equal(value, encoder.token_embeddings("cat").expand(3, -1))
+        assert len(value) == 3
+        assert (value - encoder.token_embeddings("cat")).abs().max() > 0
 
-    model = make_base_run(tmp_path)
+    write(family, tmp_path / "model.safetensors")
+    model = ldm.load(None, tmp_path / "model.safetensors")
     load_embeddings(model, [run.checkpoints / "last-word.safetensors"])
     for encoder, value in zip(model.conditioner.find_all(TextEncoder), vectors, strict=True):
         assert torch.equal(next(iter(encoder.added_embeddings.values())), value)
@@ -160,7 +171,7 @@ def test_a_lora_and_a_token_of_both_text_encoders_are_trained_and_used(
         lora: Any = read_lora(run.checkpoints / f"{style}.safetensors", model)
         names = {f"lora.{name}" for name, _ in lora.named_parameters()}
         assert names == {name for name in trained if name.startswith("lora.")}
-        assert {name.split("_")[1] for name in lora} == {"unet", "te1", "te2"}
+        assert {name.split("_")[1] for name in lora} == parts
 
 
 @pytest.mark.slow
@@ -178,40 +189,6 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
     assert prior_sample["target_size_as_tuple"].tolist() == [64, 64]
     train(run)
     assert "prior" in (run.folder / "log.csv").read_text().splitlines()[0].split(",")
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides"),
-    [
-        pytest.param("xl-refiner", [], marks=pytest.mark.slow),
-        pytest.param(
-            "xl-inpainting",
-            ["data.params.train.transform.conditions={mask: {}}"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_a_lora_and_a_token_of_other_models_are_trained(
-    family: str, overrides: list[str], photos: Path, tmp_path: Path
-) -> None:
-    run = make_run(
-        family,
-        photos,
-        tmp_path / "run",
-        "data.params.texts=null",
-        "data.params.train.fields.text=a <thing>",
-        "lightning.lora={rank: 2, targets: [attention, text]}",
-        "lightning.textual_inversion={token: <thing>, init: cat}",
-        "lightning.callbacks.images=0",
-        "lightning.trainer.max_steps=1",
-        *overrides,
-    )
-    train(run)
-    write(family, tmp_path / "model.safetensors")
-    model = ldm.load(None, tmp_path / "model.safetensors")
-    load_embeddings(model, [run.checkpoints / "last-word.safetensors"])
-    lora: Any = read_lora(run.checkpoints / "last.safetensors", model)
-    assert len(lora) > 20
 
 
 def test_class_images_that_a_refiner_cannot_make_are_asked_for(
@@ -250,9 +227,3 @@ def test_a_training_config_of_generative_models_is_run_as_it_stands(
     assert run.state.ema.decay == 0
     train(run)
     assert run.state.skipped == 0
-
-
-def make_base_run(folder: Path) -> Any:
-    path = folder / "base.safetensors"
-    write("xl", path)
-    return ldm.load(None, path)
