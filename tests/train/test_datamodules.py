@@ -123,51 +123,46 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("params", "message"),
     [
         (
-            "{params: {batch_size: 1, train: {target: taming.data.faceshq.CelebAHQTrain, params: "
-            "{size: 256}}}}",
+            "train: {target: taming.data.faceshq.CelebAHQTrain, params: {size: 256}}",
             r"data.params.train: `taming.*` cannot be read.*{root: DIR, .*size: 256",
         ),
-        ("{target: sgm.data.mnist.MNISTLoader}", "data: `sgm.data.mnist.MNISTLoader` cannot"),
-        (f"{{params: {{train: {FOLDER}}}}}", "needs `batch_size`"),
-        (f"{{params: {{batch_size: 1, train: {FOLDER}, worker: 1}}}}", "did you mean"),
-        ("{params: {batch_size: 1, train: {root: null}}}", "needs one of `root`"),
-        ("{params: {batch_size: 1, train: {root: a, hub: b}}}", "has `root` and `hub`: set"),
-        ("{params: {batch_size: 1, train: {root: a, transform: photo}}}", "needs `transform`"),
+        (f"train: {FOLDER}, batch_size: null", "needs `batch_size`"),
+        (f"train: {FOLDER}, worker: 1", "unknown key `worker`, did you mean `num_workers`"),
+        ("train: {root: null}", "needs one of `root`"),
+        ("train: {root: a, hub: b}", "has `root` and `hub`: set"),
+        ("train: {root: a, transform: photo}", "needs `transform`"),
         (
-            "{params: {batch_size: 1, train: {shards: x, transform: {}}, "
-            "prior: {root: x, prompt: a dog, count: 1, transform: {}}}}",
-            "`prior` needs a folder or a hub",
-        ),
-        (
-            "{params: {batch_size: 1, train: "
-            "{root: a, transform: {name: photo, tags: {kept: 1}}}}}",
+            "train: {root: a, transform: {name: photo, tags: {kept: 1}}}",
             "data.params.train.transform.tags: unknown key `kept`, did you mean `keep`",
         ),
         (
-            "{params: {batch_size: 1, train: "
-            "{root: a, transform: {name: photo, buckets: {steps: 8}}}}}",
+            "train: {root: a, transform: {name: photo, buckets: {steps: 8}}}",
             "data.params.train.transform.buckets: unknown key `steps`, did you mean `step`",
         ),
         (
-            f"{{params: {{batch_size: 1, train: {FOLDER}, prior: {{counts: 1}}}}}}",
+            "train: {shards: x, transform: {}}, "
+            "prior: {root: x, prompt: a dog, count: 1, transform: {}}",
+            "`prior` needs a folder or a hub",
+        ),
+        (
+            f"train: {FOLDER}, prior: {{counts: 1}}",
             "data.params.prior: unknown key `counts`, did you mean `count`",
         ),
+        (f"train: {FOLDER}, texts: {{batch_size: 1}}", "data.params.texts needs `cache`"),
         (
-            f"{{params: {{batch_size: 1, train: {FOLDER}, texts: {{batch_size: 1}}}}}}",
-            "data.params.texts needs `cache`",
-        ),
-        (
-            f"{{params: {{batch_size: 1, train: {FOLDER}, latents: {{cache: x, variant: 2}}}}}}",
+            f"train: {FOLDER}, latents: {{cache: x, variant: 2}}",
             "data.params.latents: unknown key `variant`, did you mean `variants_per_image`",
         ),
     ],
 )
-def test_mistakes_are_named(text: str, message: str) -> None:
+def test_mistakes_are_named(params: str, message: str) -> None:
+    data = parse(f"{{params: {{{params}}}}}")
+    data["params"].setdefault("batch_size", 1)
     with pytest.raises(ValueError, match=message):
-        read_data(parse(text))
+        read_data(data)
 
 
 def test_a_folder_replaces_a_data_set_that_was_never_published() -> None:
