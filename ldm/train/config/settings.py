@@ -4,6 +4,7 @@
 `lightning`; ignored keys are listed as notes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar
@@ -13,21 +14,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
 from ldm.train.config.datamodules import translate_data_module
 from ldm.train.config.renamed import rename_keys
-from ldm.train.config.schema import (
-    OPTIONS,
-    AutoencoderObjective,
-    Callbacks,
-    DiffusionObjective,
-    LightningTrainer,
-    Loader,
-    Lora,
-    Model,
-    ModelParams,
-    Optimizer,
-    TextualInversion,
-    Trainer,
-    validate_section,
-)  # fmt: skip
+from ldm.train.config.schema import validate_section
 from ldm.train.config.specs import SPEC_KEYS, check_specs, get_section
 from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
@@ -67,15 +54,15 @@ class Settings:
     """
 
     raw: JsonMapping
-    model: Model
-    data: Loader
-    trainer: Trainer
-    optimizer: Optimizer
-    objective: DiffusionObjective | AutoencoderObjective
-    callbacks: Callbacks
+    model: schema.Model
+    data: schema.Loader
+    trainer: schema.Trainer
+    optimizer: schema.Optimizer
+    objective: schema.DiffusionObjective | schema.AutoencoderObjective
+    callbacks: schema.Callbacks
     devices: Devices = Devices()
-    lora: Lora | None = None
-    textual_inversion: TextualInversion | None = None
+    lora: schema.Lora | None = None
+    textual_inversion: schema.TextualInversion | None = None
     notes: tuple[str, ...] = ()
 
     def change(self, **sections: JsonMapping) -> "Settings":
@@ -156,11 +143,10 @@ def read_settings(raw: JsonMapping) -> Settings:
     check_names("key", data_module, SPEC_KEYS, "data")
     if data_module:
         raw = {**raw, "data": translate_data_module(data_module)}
-    model = validate_section(Model, _get_values(raw, "model"), "model", also=["params.ckpt_path"])
-    validate_section(ModelParams, _get_values(raw, "model.params"), "model.params")
-    data = validate_section(Loader, _get_values(raw, "data.params"), "data.params")
-    where = "lightning.trainer"
-    lightning_trainer = validate_section(LightningTrainer, _get_values(raw, where), where)
+    model = _read_section(schema.Model, raw, "model", also=["params.ckpt_path"])
+    _read_section(schema.ModelParams, raw, "model.params")
+    data = _read_section(schema.Loader, raw, "data.params")
+    lightning_trainer = _read_section(schema.LightningTrainer, raw, "lightning.trainer")
     sections, notes = lightning.translate(raw)
     for name in sections:
         if name not in SECTIONS:
@@ -194,20 +180,22 @@ def read_settings(raw: JsonMapping) -> Settings:
         raw=raw,
         model=model,
         data=data,
-        trainer=read(Trainer, "trainer"),
+        trainer=read(schema.Trainer, "trainer"),
         optimizer=_read_optimizer(values["optimizer"]),
         objective=(
-            read(AutoencoderObjective, "objective")
+            read(schema.AutoencoderObjective, "objective")
             if is_autoencoder
-            else read(DiffusionObjective, "objective")
+            else read(schema.DiffusionObjective, "objective")
         ),
-        callbacks=read(Callbacks, "callbacks"),
+        callbacks=read(schema.Callbacks, "callbacks"),
         devices=Devices(
             lightning.read_gpus(lightning_trainer), lightning_trainer.get("num_nodes", 1)
         ),
-        lora=read(Lora, "lora") if values["lora"] else None,
+        lora=read(schema.Lora, "lora") if values["lora"] else None,
         textual_inversion=(
-            read(TextualInversion, "textual_inversion") if values["textual_inversion"] else None
+            read(schema.TextualInversion, "textual_inversion")
+            if values["textual_inversion"]
+            else None
         ),
         notes=tuple(notes),
     )
@@ -224,19 +212,22 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _get_values(raw: JsonMapping, where: str) -> JsonObject:
-    """Return a section without nulls, which count as missing."""
-    return {k: v for k, v in get_section(raw, where).items() if v is not None}
+def _read_section(
+    schema_class: type[T], raw: JsonMapping, where: str, also: Sequence[str] = ()
+) -> T:
+    """Read and check a section; nulls count as missing."""
+    values = {k: v for k, v in get_section(raw, where).items() if v is not None}
+    return validate_section(schema_class, values, where, also=also)
 
 
-def _read_optimizer(values: JsonMapping) -> Optimizer:
+def _read_optimizer(values: JsonMapping) -> schema.Optimizer:
     """Read the optimizer; keys that not all optimizers have are options of the chosen one."""
-    where, common_keys = "lightning.optimizer", schema.list_fields(Optimizer)
+    where, common_keys = "lightning.optimizer", schema.list_fields(schema.Optimizer)
     common_keys.remove("options")
     common = {key: value for key, value in values.items() if key in common_keys}
-    optimizer = validate_section(Optimizer, common, where)
+    optimizer = validate_section(schema.Optimizer, common, where)
     options: JsonObject = validate_section(
-        OPTIONS[optimizer.name],
+        schema.OPTIONS[optimizer.name],
         {key: value for key, value in values.items() if key not in common_keys},
         where,
         kind=f"key of {optimizer.name}",
@@ -249,7 +240,7 @@ def _read_optimizer(values: JsonMapping) -> Optimizer:
     return optimizer.model_copy(update={"options": options})
 
 
-def _build_schedule(optimizer: Optimizer, lr: float) -> LearningRateSchedule:
+def _build_schedule(optimizer: schema.Optimizer, lr: float) -> LearningRateSchedule:
     return LearningRateSchedule(
         lr, optimizer.lr_warmup_steps, optimizer.lr_scheduler, optimizer.scheduler_config
     )
