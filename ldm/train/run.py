@@ -107,18 +107,13 @@ class Run:
             log.error("step %d: weights are NaN or inf, no %s is written", step, what)
         return not any_not_finite
 
-    def resume(self, path: Path | None = None) -> None:
-        """Load a state, with the number of batches per step that it had.
+    def resume(self, path: Path) -> None:
+        """Load the state in a folder, with the number of batches per step that it had.
 
-        Args:
-            path: Folder of the state; None = the newest of this run.
         Raises:
-            ValueError: There is no state, it is of another model, or its batches per step cannot be
-                shared by these processes.
+            ValueError: It is of another model, or its batches per step cannot be shared by these
+                processes.
         """
-        path = path or self.states.newest()
-        if path is None:
-            raise ValueError(f"`{self.checkpoints}` has no state to resume from")
         self.states.load(self.state, path)
         count, world_size = self.state.batches_per_step, self.ranks.world_size
         if count % world_size:

@@ -23,7 +23,7 @@ from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from loading.tinyfamilies import small
-from train.tinyrun import EMOJI, build_run_from, tiny_config
+from train.tinyrun import EMOJI, build_run_from, resume_newest, tiny_config
 
 STEPS = 2
 
@@ -69,7 +69,7 @@ def interrupt(folder: Path, case: str) -> tuple[str, str]:
     train(straight)
     train(make_run(folder / case / "parts", case, STEPS // 2))
     second = make_run(folder / case / "parts", case, STEPS)
-    second.resume()
+    resume_newest(second)
     assert second.state.step == STEPS // 2
     train(second)
     before = digest(second)

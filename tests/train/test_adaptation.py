@@ -21,7 +21,7 @@ from ldm.train.build import build_task
 from ldm.train.config.settings import read_settings
 from ldm.train.loop import train
 from ldm.train.run import Run
-from train.tinyrun import build_tiny_run
+from train.tinyrun import build_tiny_run, resume_newest
 
 # The base model has learned nothing, which the sanity check would say.
 SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
@@ -88,7 +88,7 @@ def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None
         tmp_path / "small", base, *LORA, "lightning.lora.targets=[attention]"
     )
     with pytest.raises(ValueError, match=r"another model or optimizer: `average\.lora\.lora_te_"):
-        smaller.resume(run.states.newest())
+        resume_newest(smaller, run.folder)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from ldm.train import loop
 from ldm.train.loop import save, train
 from ldm.train.run import Run
 from ldm.train.runs.exports import export
-from train.tinyrun import build_run_from, build_tiny_run, collect_weights, tiny_config
+from train.tinyrun import (
+    build_run_from,
+    build_tiny_run,
+    collect_weights,
+    resume_newest,
+    tiny_config,
+)
 
 STEPS = "lightning.trainer.max_steps="
 SAVE_STEPS = "lightning.callbacks.save_steps="
@@ -30,7 +36,7 @@ def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def resume_copy(run: Run, folder: Path, *overrides: str) -> Run:
     """A run in another folder, resumed from the newest state."""
     second = build_tiny_run(folder, *overrides)
-    second.resume(run.states.newest())
+    resume_newest(second, run.folder)
     return second
 
 
@@ -93,7 +99,7 @@ def test_a_diverging_run_stops_with_its_state_and_batch_on_disk(
     (batch,) = torch.load(tmp_path / "not-finite-rank0.pt", weights_only=True)
     assert len(batch["txt"]) == run.batch_size
     again = build_tiny_run(tmp_path)
-    again.resume()
+    resume_newest(again)
     assert again.state.step == 7
     assert torch.equal(
         collect_weights(again)["unet.out.2.weight"], collect_weights(run)["unet.out.2.weight"]
@@ -108,7 +114,7 @@ def test_states_of_a_diverging_run_never_replace_good_ones(four_steps: Run, tmp_
     content = file_contents(good)
     overrides = ("lightning.trainer.nan_limit=3", "model.base_learning_rate=1.0e+38")
     again = build_tiny_run(tmp_path, SAVE_STEPS + "1", *overrides)
-    again.resume()
+    resume_newest(again)
     with pytest.raises(FloatingPointError, match="has earlier states"):
         train(again)
     assert file_contents(good) == content
@@ -143,7 +149,7 @@ def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
     assert run.state.step == 6
     assert "training goes on" in caplog.text
     assert [path.name for path in run.checkpoints.iterdir()] == ["state-00000004"]
-    run.resume()
+    resume_newest(run)
     assert run.state.step == 4
 
 
@@ -163,7 +169,7 @@ def test_a_state_that_would_run_code_is_refused(four_steps: Run, tmp_path: Path)
     run = resume_copy(four_steps, tmp_path)
     (run.states.save(run.state) / ".metadata").write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
     with pytest.raises(ValueError, match=r"refused: it would call `os\.system`"):
-        run.resume()
+        resume_newest(run)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

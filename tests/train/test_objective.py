@@ -20,7 +20,7 @@ from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial import set_scale_by_std
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
-from ldm.train.tasks.noise_levels import draw_stratified_timesteps
+from ldm.train.tasks.noise_levels import draw_timesteps
 from quick import some
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
@@ -226,7 +226,7 @@ def test_a_measured_scale_equals_the_originals() -> None:
 
 
 def test_timesteps_are_spread_over_the_range() -> None:
-    t = draw_stratified_timesteps(50, 1000, torch.Generator().manual_seed(0))
+    t = draw_timesteps(SCHEDULE, 50, torch.Generator().manual_seed(0))
     assert sorted((t // 20).tolist()) == list(range(50))
     assert t.tolist() != sorted(t.tolist())
 

@@ -8,6 +8,7 @@ import torch
 from ldm.loading.config import read_yaml
 from ldm.train.config.settings import read_settings
 from ldm.train.run import Run, build_run
+from ldm.train.runs.run_folder import list_states
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
@@ -33,6 +34,11 @@ def build_run_from(config: dict[str, Any], folder: Path) -> Run:
 
 def build_tiny_run(folder: Path, *overrides: str) -> Run:
     return build_run_from(tiny_config(*overrides), folder)
+
+
+def resume_newest(run: Run, folder: Path | None = None) -> None:
+    """Resume from the newest state in the folder of a run."""
+    run.resume(list_states((folder or run.folder) / "checkpoints")[-1])
 
 
 def collect_weights(run: Run) -> dict[str, torch.Tensor]:

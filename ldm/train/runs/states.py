@@ -52,10 +52,6 @@ class States:
     ranks: Ranks
     limit: int = 2
 
-    def newest(self) -> Path | None:
-        """Return the newest complete state; None if there is none."""
-        return next(reversed(list_states(self.folder)), None)
-
     def save(self, state: State) -> Path:
         """Write the state of all processes, then delete old ones.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 
-__all__ = ["LogNormal", "draw_stratified_quantiles", "draw_stratified_timesteps", "draw_timesteps"]
+__all__ = ["LogNormal", "draw_timesteps"]
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,11 @@ def draw_timesteps(
         bias: See `noise_bias` of `Diffusion`; for discrete timesteps only.
         limits: Range [first, end) of timesteps; None = all.
     """
+    # In [0, 1), one from each n-quantile, in random order.
+    quantiles = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     if sigma_distribution is None and isinstance(schedule, Schedule):
         first, end = limits or (0, len(schedule))
-        return draw_stratified_timesteps(n, end - first, generator, bias) + first
-    quantiles = draw_stratified_quantiles(n, generator)
+        count = end - first
+        # A quantile close to 1 may be rounded to 1.
+        return first + (quantiles ** (1 / bias) * count).long().clamp(max=count - 1)
     return schedule.sigma_to_t((sigma_distribution or LogNormal()).sigmas(quantiles))
-
-
-def draw_stratified_timesteps(
-    n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
-) -> Tensor:
-    """Draw n timesteps (n,) int64 in 0 … timesteps - 1, with the `noise_bias` of `Diffusion`."""
-    quantiles = draw_stratified_quantiles(n, generator)
-    # A quantile close to 1 may be rounded to 1.
-    return (quantiles ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
-
-
-def draw_stratified_quantiles(n: int, generator: torch.Generator) -> Tensor:
-    """Draw n numbers (n,) in [0, 1), one from each n-quantile, in random order."""
-    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
