@@ -78,11 +78,9 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         wandb=callbacks.wandb,
         config=settings.raw,
     )
-    timestep_losses: TimestepLosses | None = None
-    if isinstance(run.model, LatentDiffusion):
-        timestep_losses = TimestepLosses(
-            run.folder, ranks, len(run.model.schedule), start=state.step
-        )
+    # Losses of an autoencoder have no timesteps, so that no file is written.
+    num_timesteps = len(run.model.schedule) if isinstance(run.model, LatentDiffusion) else 1
+    timestep_losses = TimestepLosses(run.folder, ranks, num_timesteps, start=state.step)
 
     # Check the initial weights of a fine-tune.
     if run.is_fine_tune and not state.step and settings.trainer.sanity:
@@ -132,7 +130,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             lr = learning_rate(state.step, run.progress())
             losses = train_step(run, step_batches, lr)
             is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
-            if timestep_losses is not None and "t" in losses:
+            if "t" in losses:
                 timestep_losses.add(losses["t"], losses["losses"])
             with _log_failures("log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
@@ -183,15 +181,14 @@ def save(run: Run) -> None:
         run.states.save(run.state)
 
 
-def _draw(run: Run, loggers: Loggers, timestep_losses: TimestepLosses | None) -> None:
+def _draw(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> None:
     """Draw the sample grids, and the plot of the loss by timestep."""
     with _log_failures("draw"):  # not around `timestep_losses.write`, a collective of all processes
         for path in draw_samples(run):
             loggers.log_image(run.state.step, f"{path.parent.name}/samples", path)
-    if timestep_losses is not None:
-        plot = timestep_losses.write(run.state.step)
-        if plot is not None:
-            loggers.log_image(run.state.step, "loss per timestep", plot)
+    plot = timestep_losses.write(run.state.step)
+    if plot is not None:
+        loggers.log_image(run.state.step, "loss per timestep", plot)
 
 
 def _validate(run: Run, loggers: Loggers) -> None:
@@ -200,7 +197,7 @@ def _validate(run: Run, loggers: Loggers) -> None:
     export_best(run, losses)
 
 
-def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses | None) -> Actions:
+def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> Actions:
     """Return all actions by name, in the order in which they run when several are due."""
     options = run.settings.callbacks
     draw_interval = Interval(
