@@ -159,7 +159,7 @@ def test_a_damaged_file_is_made_anew(model: Any, photos: Path, tmp_path: Path) -
     assert count_encoded(model, photos, tmp_path / "cache") == 12
 
 
-def test_latents_come_in_buckets_and_broken_pictures_are_named(
+def test_latents_come_in_buckets_and_broken_images_are_named(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "2.png").write_bytes(b"")
@@ -229,7 +229,7 @@ def test_shards_are_read_only_when_something_has_changed(
     assert fill(buckets={"step": 8})[0] == 1
 
 
-def test_damaged_pictures_in_shards_are_named(
+def test_damaged_images_in_shards_are_named(
     model: Any, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(photos / "1.png", photos / "0.png")

@@ -88,7 +88,7 @@ def test_plain_images_do_not_suit_the_transform_of_drawings(tmp_path: Path) -> N
         next(source.batches(1))
 
 
-def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_path: Path) -> None:
+def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_image(tmp_path: Path) -> None:
     for name in "abc":
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
@@ -121,7 +121,7 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
     assert torch.equal(text.token_ids, shown)  # the words of a folder are those of its shards
 
 
-def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     photos = {**TRAIN, "split": None, "transform": {"name": "photo", "size": 16}}
     open_batches(model, make_data(train=photos), 23)
