@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -42,6 +43,15 @@ class Gold:
 
     def case(self, name: str) -> dict[str, Any]:
         return next(case for case in self.cases if case["name"] == name)
+
+    def assert_close(self, case: str, **outputs: Any) -> None:
+        """Compare outputs: within 1e-4 of the largest value, and ten times the original's noise."""
+        expected, noise = self.outputs(case), self.case(case).get("noise_mkldnn_off_1thread", {})
+        for name, output in outputs.items():
+            ours, theirs = torch.as_tensor(output), expected[name]
+            assert ours.shape == theirs.shape, name
+            limit = 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise.get(name, 0.0)
+            assert (ours.double() - theirs.double()).abs().max() <= limit, name
 
     def weights(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         return self.under("state_dict/") or fill(state, self.meta["salt"], prefix)

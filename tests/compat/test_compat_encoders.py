@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from encoders.encoderhelp import assert_close
 from goldfile import gold
 from ldm.compat import encoders
 from ldm.compat.encoders import (
@@ -37,11 +38,6 @@ def clip():
 @pytest.fixture(scope="module")
 def clip2():
     return FrozenOpenCLIPEmbedder(OmegaConf.create(ARCH), layer="penultimate")
-
-
-def assert_close(ours, theirs, tolerance):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
 
 
 class Replaced(nn.Module):
@@ -125,27 +121,18 @@ def test_replaced_token_embeddings_are_used(clip, clip2):
 
 
 def test_an_embedding_manager_sees_ids_and_their_vectors(clip, clip2):
-    """Textual inversion: initial vectors from tokenizer and embedding, then a keyword of encode."""
-    batch = clip.tokenizer(
-        "horse", truncation=True, max_length=77, return_length=True,
-        return_overflowing_tokens=False, padding="max_length", return_tensors="pt",
-    )  # fmt: skip
-    tokens = batch["input_ids"]
-    assert tokens.shape == (1, 77)
-    assert int(torch.count_nonzero(tokens - 49407)) == 2
+    """Textual inversion with open_clip; `test_embedding_manager` trains one with CLIP."""
     (token,) = clip.tokenizer("horse", add_special_tokens=False)["input_ids"]
-    assert token == tokens[0, 1]
-    for encoder, owner in ((clip, clip.transformer.text_model.embeddings), (clip2, clip2.model)):
-        vector = nn.Parameter(owner.token_embedding.weight[token].detach().clone())
+    vector = nn.Parameter(clip2.model.token_embedding.weight[token].detach().clone())
 
-        def insert(ids, vectors, vector=vector):
-            return torch.where((ids == token)[..., None], vector, vectors)
+    def insert(ids, vectors):
+        return torch.where((ids == token)[..., None], vector, vectors)
 
-        context = encoder.encode(["a horse"], embedding_manager=insert)
-        assert torch.equal(context, encoder.encode(["a horse"]))
-        context.square().mean().backward()
-        assert vector.grad.abs().max() > 0
-        assert all(parameter.grad is None for parameter in encoder.parameters())
+    context = clip2.encode(["a horse"], embedding_manager=insert)
+    assert torch.equal(context, clip2.encode(["a horse"]))
+    context.square().mean().backward()
+    assert vector.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in clip2.parameters())
 
 
 def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monkeypatch):
@@ -185,13 +172,6 @@ def test_layers_are_torchs_own(clip, clip2):
     assert type(clip.transformer.text_model.embeddings.token_embedding) is nn.Embedding
     assert type(clip2.model.token_embedding) is nn.Embedding
     assert not hasattr(clip, "model")
-
-
-def test_patched_linear_layers_are_seen(clip, monkeypatch):
-    calls, old = [], nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or old(self, x))
-    clip.encode(PROMPTS)
-    assert len(calls) == 3 * 6
 
 
 @pytest.mark.parametrize(
@@ -268,12 +248,8 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     monkeypatch.setattr(encoders.CLIPTextModel, "from_pretrained", from_pretrained)
-    assert FrozenOpenCLIPEmbedder("ViT-H-14", "laion2b_s32b_b79k").encode(["a"]).shape == (
-        1,
-        77,
-        32,
-    )
-    assert FrozenCLIPEmbedder("openai/clip-vit-large-patch14").encode(["a"]).shape == (1, 77, 32)
+    for build_encoder in (FrozenOpenCLIPEmbedder, FrozenCLIPEmbedder):
+        assert build_encoder().encode(["a"]).shape == (1, 77, 32)
     assert names == ["ViT-H-14", "openai/clip-vit-large-patch14"]
 
 
@@ -312,6 +288,8 @@ def test_weights_come_from_files_at_hand(tmp_path, clip, clip2):
     save_file(clip2.model.state_dict(), path)
     loaded = FrozenOpenCLIPEmbedder(ARCH, str(path), layer="penultimate")
     assert torch.equal(loaded.encode(PROMPTS), clip2.encode(PROMPTS))
-    save_file(clip.transformer.state_dict(), path)
-    loaded = FrozenCLIPEmbedder(str(tmp_path), layer="hidden", layer_idx=-2)
-    assert torch.equal(loaded.encode(PROMPTS), clip.encode(PROMPTS))
+    for prefix in ("", "text_model."):  # the names of transformers 4 and 5
+        state = clip.transformer.state_dict()
+        save_file({name.removeprefix(prefix): value for name, value in state.items()}, path)
+        loaded = FrozenCLIPEmbedder(str(tmp_path), layer="hidden", layer_idx=-2)
+        assert torch.equal(loaded.encode(PROMPTS), clip.encode(PROMPTS))

@@ -56,13 +56,7 @@ def test_tables_of_ddim_equal_the_recorded_ones(schedules):
         util.make_ddim_sampling_parameters(table, np.array([1000]), 1.0)
 
 
-def test_timestep_embeddings_equal_the_recorded_ones():
-    """Angles of up to 1000 are rounded by 3e-5."""
-    golden = gold("timestep_embedding")
-    for name, info in cases(golden, "te_"):
-        t = golden.inputs(name)["t"]
-        ours = util.timestep_embedding(t, info["dim"], info["max_period"])
-        torch.testing.assert_close(ours, golden.outputs(name)["emb"], rtol=0, atol=2e-4)
+def test_timesteps_are_repeated():
     repeated = util.timestep_embedding(torch.tensor([3, 4]), 2, repeat_only=True)
     assert repeated.tolist() == [[3, 3], [4, 4]]
 

@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from compat.oldmodels import build, recorded
+from compat.oldmodels import SCHEDULER, build, recorded
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-SCHEDULER = {
-    "target": "ldm.lr_scheduler.LambdaLinearScheduler",
-    "params": {
-        "warm_up_steps": [2], "f_min": [1.0], "f_max": [1.0], "f_start": [0.5],
-        "cycle_lengths": [100],
-    },
-}  # fmt: skip
 
 
 class Words(torch.nn.Module):

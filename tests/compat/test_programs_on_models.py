@@ -9,40 +9,24 @@ from compathelp import tiny_config
 from torch import nn
 
 import ldm
-from compat.oldmodels import build, build_recorded, recorded
+from compat.oldmodels import SCHEDULER, build, recorded
 from ldm.compat.bridge import from_modern, to_modern
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import (
-    DDPM,
     DiffusionWrapper,
     ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion,
     LatentDiffusion,
     LatentInpaintDiffusion,
     LatentUpscaleDiffusion,
-    disabled_train,
-)  # fmt: skip
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.modules.diffusionmodules.util import (
-    extract_into_tensor,
-    make_beta_schedule,
-    noise_like,
-)  # fmt: skip
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+)
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule, noise_like
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.runtime.errors import WrongFamily
-from ldm.util import (
-    count_params,
-    default,
-    exists,
-    instantiate_from_config,
-    isimage,
-    ismap,
-    log_txt_as_img,
-    mean_flat,
-)  # fmt: skip
+from ldm.util import instantiate_from_config, mean_flat
 from pipelines.goldmodels import model_of
 from quick import some
 
@@ -201,10 +185,6 @@ def test_a_model_file_of_its_own_trains_the_unet_and_only_the_context():
     model.model_ema(model.model)
     samples, _ = DDIMSampler(model).sample(4, 1, SHAPE, context.detach(), eta=1.0)
     assert (samples.shape, model.calls) == ((1, *SHAPE), 2 + 4)
-    assert normal_kl(torch.zeros(1), torch.zeros(1), 0.0, 0.0).item() == 0
-    assert count_params(nn.Linear(2, 2)) == 6
-    assert log_txt_as_img((64, 64), ["a"]).shape == (1, 3, 64, 64)
-    assert (exists(0), default(None, 1), ismap(x), isimage(x)) == (True, 1, True, False)
 
 
 class EpsDenoiser(nn.Module):
@@ -255,52 +235,12 @@ def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch
     assert calls == [(3, torch.float32, True), (1, torch.float32, True)]
 
 
-@pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler])
-def test_an_img2img_script_keeps_what_is_masked(kind_of, monkeypatch):
-    model = build_recorded("get_input_more", "config_base_eps")
-    image = recorded("get_input_more").tensors["shared/jpg"][:1].movedim(-1, 1).repeat(2, 1, 1, 1)
-    c = model.get_learned_conditioning(["a cube", "a ball"])
-    uc = model.get_learned_conditioning(2 * [""])
-    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
-    calls, old = [], LatentDiffusion.apply_model
-
-    def apply_model(self, x, t, c, *args, **kwargs):
-        calls.append(len(x))
-        return old(self, x, t, c, *args, **kwargs)
-
-    monkeypatch.setattr(LatentDiffusion, "apply_model", apply_model)
-    with torch.no_grad(), model.ema_scope():
-        z = model.get_first_stage_encoding(model.encode_first_stage(image))
-        sampler = kind_of(model)
-        if kind_of is DDIMSampler:
-            sampler.make_schedule(ddim_num_steps=4, ddim_eta=0.0, verbose=False)
-            noised = sampler.stochastic_encode(z, torch.tensor([2] * 2))
-            samples = sampler.decode(noised, c, 2, **guidance)
-            assert model.decode_first_stage(samples).shape == image.shape
-        mask = torch.ones(2, 1, 8, 12)
-        samples, _ = sampler.sample(
-            S=4, conditioning=c, batch_size=2, shape=SHAPE, verbose=False, eta=0.0, mask=mask,
-            x0=z, **guidance,
-        )  # fmt: skip
-    assert calls == [4] * (2 + 4 if kind_of is DDIMSampler else 5)
-    assert (samples - z).abs().mean() < 0.2 * z.abs().mean() + 0.2
-
-
 @LOGS_ALONE
 def test_a_trainer_without_lightning_sets_what_the_model_reads():
     """As scripts drive the hooks by themselves."""
     config = recorded("train_step").meta["config"]
-    changes = {
-        "scheduler_config": {
-            "target": "ldm.lr_scheduler.LambdaLinearScheduler",
-            "params": {
-                "warm_up_steps": [10], "f_min": [1.0], "f_max": [1.0], "f_start": [0.1],
-                "cycle_lengths": [100],
-            },
-        },
-        "ucg_training": {"label": {"p": 1.0, "val": "none"}},
-    }  # fmt: skip
-    model = build(config, **changes)
+    ucg_training = {"label": {"p": 1.0, "val": "none"}}
+    model = build(config, scheduler_config=SCHEDULER, ucg_training=ucg_training)
     model.train()
     assert not model.first_stage_model.training
     assert model.first_stage_model.train(True) is model.first_stage_model
@@ -424,12 +364,3 @@ def test_tokens_that_a_program_has_added_are_bridged():
     c = old.get_learned_conditioning(["a <thing>"])
     back = to_modern(old)
     assert torch.allclose(back.condition({"txt": ["a <thing>"]}).crossattn, c, atol=1e-6)
-
-
-def test_modules_take_attributes_of_programs():
-    import ldm.models.diffusion.ddpm as module
-
-    module.print = print
-    assert module.disabled_train is disabled_train
-    assert issubclass(LatentDiffusion, DDPM)
-    del module.print

@@ -49,7 +49,7 @@ LEGACY_STEPS = Quirks(frozenset({"steps"}))
 
 
 def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
-    """Replays a recorded case; returns (samples, x after each step, denoised), all as z_t."""
+    """Replay a recorded case; return its outputs: all x as z_t, the initial one first."""
     info = file.case(name)["info"]
     kwargs, shared = info["kwargs"], file.under("shared/")
     rng = sorted(file.under(f"{name}/rng/").items())
@@ -68,7 +68,7 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "un
         at = dict(zip(sigmas.tolist(), kwargs["ucg_schedule"], strict=False))
         scale = at.__getitem__
     uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
-    trajectory: list[tuple[Tensor, Tensor]] = []
+    trajectory = [(x_T, x_T)]
     options = (
         {"eta": kwargs["eta"], "noise": lambda like: next(step_noise)} if sampler is ddim else {}
     )
@@ -80,24 +80,15 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "un
         callback=lambda i, x, denoised: trajectory.append((x / spread[i + 1], denoised)),
         **options,
     )
-    return x / spread[-1], [x for x, _ in trajectory], [denoised for _, denoised in trajectory]
-
-
-def close(file: Gold, name: str, out: str, ours: Tensor, skip: int = 0) -> None:
-    theirs = file.outputs(name)[out][skip:]
-    noise = file.case(name)["noise_mkldnn_off_1thread"][out]
-    limit = 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise
-    assert (ours - theirs).abs().max() <= limit
+    xs, denoised = map(torch.stack, zip(*trajectory, strict=True))
+    return {"samples": x / spread[-1], "x_inter": xs, "pred_x0": denoised}
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", some(RECORDED_DDIM, *(set(RECORDED_DDIM) - {"longer"})))
 def test_ddim_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"ddim_{kind}")
-    samples, xs, denoised = run(file, name, ddim, denoiser_of(f"ddim_{kind}"))
-    close(file, name, "samples", samples)
-    close(file, name, "x_inter", torch.stack(xs), skip=1)
-    close(file, name, "pred_x0", torch.stack(denoised), skip=1)
+    file.assert_close(name, **run(file, name, ddim, denoiser_of(f"ddim_{kind}")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
@@ -111,7 +102,7 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
     for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
         conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
         end = ddim(add_guidance(denoiser, *conds, scale), x, sigmas)
-        close(file, name, out, end / (1 + sigmas[-1] ** 2).sqrt().float())
+        file.assert_close(name, **{out: end / (1 + sigmas[-1] ** 2).sqrt().float()})
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
@@ -120,10 +111,7 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
 )
 def test_plms_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"plms_{kind}")
-    samples, xs, denoised = run(file, name, plms, denoiser_of(f"plms_{kind}", "eps"))
-    close(file, name, "samples", samples)
-    close(file, name, "x_inter", torch.stack(xs), skip=1)
-    close(file, name, "pred_x0", torch.stack(denoised), skip=1)
+    file.assert_close(name, **run(file, name, plms, denoiser_of(f"plms_{kind}", "eps")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
@@ -134,8 +122,8 @@ def test_plms_follows_the_recorded_trajectory(kind, name):
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
     file = recorded(f"dpm_{kind}")
     denoiser = denoiser_of(f"dpm_{kind}")
-    samples, _, _ = run(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
-    close(file, name, "samples", samples)
+    outputs = run(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
+    file.assert_close(name, samples=outputs["samples"])
     steps = file.case(name)["info"]["S"]
     t = denoiser.schedule.sigma_to_t(denoiser.schedule.step_sigmas(steps, "time_uniform")[:-1])
     torch.testing.assert_close(t, file.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)

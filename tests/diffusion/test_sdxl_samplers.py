@@ -94,9 +94,7 @@ def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
         rtol=1e-5,
         atol=0,
     )
-    close(file, name, "x_in", torch.stack(xs))
-    close(file, name, "denoised", torch.stack(answers))
-    close(file, name, "x", x)
+    file.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(answers), x=x)
     assert next(draws, None) is None
 
 
@@ -116,11 +114,4 @@ def test_turbo_is_the_recorded_one(steps: int) -> None:
     x = SAMPLERS["euler_a"](
         add_guidance(denoiser, cond[:1]), start, sigmas, noise=lambda like: next(noise)
     )
-    close(file, name, "x", x)
-
-
-def close(file: Gold, name: str, out: str, ours: Tensor) -> None:
-    theirs = file.outputs(name)[out]
-    noise = file.case(name)["noise_mkldnn_off_1thread"][out]
-    error = float((ours - theirs).abs().max())
-    assert error <= 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise
+    file.assert_close(name, x=x)

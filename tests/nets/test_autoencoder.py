@@ -5,7 +5,6 @@ from nethelp import (
     build,
     build_from,
     keys_of,
-    noise_of,
     recorded_keys,
     tiny_autoencoder,
 )
@@ -50,14 +49,8 @@ def test_encoding_equals_the_recorded_one(small):
     for case in (f"enc{name}" for name in names):
         posterior = autoencoder.encode(golden.inputs(case)["x"])
         torch.manual_seed(golden.case(case)["info"]["seed_before_sample"])
-        ours = {
-            "parameters": posterior.parameters,
-            "kl": posterior.kl(),
-            "sample": posterior.sample(),
-        }
-        for output, value in ours.items():
-            noise = noise_of(golden, case, output)
-            assert_close(value, golden.outputs(case)[output], noise=noise)
+        kl, sample = posterior.kl(), posterior.sample()
+        golden.assert_close(case, parameters=posterior.parameters, kl=kl, sample=sample)
 
 
 def test_decoding_equals_the_recorded_one(small):
@@ -66,15 +59,14 @@ def test_decoding_equals_the_recorded_one(small):
         c["name"] for c in golden.cases if c["name"][:5] in {f"dec{n[:2]}" for n in names}
     ):
         ours = autoencoder.decode(golden.inputs(case)["z"])
-        assert_close(ours, golden.outputs(case)["dec"], noise=noise_of(golden, case, "dec"))
+        golden.assert_close(case, dec=ours)
 
 
 def test_faint_images_show_the_eps_of_the_norms(small):
     golden, autoencoder, _ = small
     case = "forward_small_input"
     ours = autoencoder.decode(autoencoder.encode(golden.inputs(case)["x"]).mode())
-    theirs = golden.outputs(case)["dec_mode"]
-    assert_close(ours, theirs, noise=noise_of(golden, case, "dec_mode"))
+    golden.assert_close(case, dec_mode=ours)
 
 
 @pytest.mark.parametrize("name", FAITHFUL)
@@ -94,11 +86,9 @@ def test_full_size_autoencoder_equals_the_recorded_one(name):
 
 
 def check_both_ways(autoencoder, golden, case):
-    inputs, outputs = golden.inputs(case), golden.outputs(case)
+    inputs = golden.inputs(case)
     moments = autoencoder.encode(inputs["x"]).parameters
-    assert_close(moments, outputs["moments"], noise=noise_of(golden, case, "moments"))
-    image = autoencoder.decode(inputs["z"])
-    assert_close(image, outputs["dec"], noise=noise_of(golden, case, "dec"))
+    golden.assert_close(case, moments=moments, dec=autoencoder.decode(inputs["z"]))
 
 
 def test_distribution_equals_the_recorded_one():

@@ -6,7 +6,6 @@ from nethelp import (
     build,
     build_from,
     keys_of,
-    noise_of,
     recorded_keys,
     tiny_inputs,
     tiny_unet,
@@ -38,7 +37,7 @@ def test_small_unet_equals_the_recorded_one(name):
     unet = build_from(golden, UNet)
     for case in ("sq16", "nonsq", "floatt", "odd_mid", "tiny_x", "big_x"):
         ours = call(unet, golden.inputs(case))
-        assert_close(ours, golden.outputs(case)["eps"], noise=noise_of(golden, case, "eps"))
+        golden.assert_close(case, eps=ours)
 
 
 @pytest.mark.parametrize("name", some(FAITHFUL, "v1", "v2", "x4", "unclip_h"))
@@ -46,7 +45,7 @@ def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
     golden = gold("unet_faithful_recipe")
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
     ours = call(unet, golden.inputs(name))
-    assert_close(ours, golden.outputs(name)["eps"], noise=noise_of(golden, name, "eps"))
+    golden.assert_close(name, eps=ours)
 
 
 # case: (config, tensors joined as x, those joined or listed as context, y)
@@ -76,7 +75,7 @@ def test_each_way_of_conditioning_equals_the_recorded_one(case):
     joined = torch.cat([tensors[name] for name in x.split()], dim=1)
     with torch.no_grad():
         ours = unet(joined, tensors["t"], contexts, tensors.get(y))
-    assert_close(ours, golden.outputs(case)["out"], noise=noise_of(golden, case, "out"))
+    golden.assert_close(case, out=ours)
 
 
 SDXL = {
@@ -97,7 +96,7 @@ def test_sdxl_unet_equals_the_recorded_one(name):
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
     for case in [f"{name}_{size}" for size in SDXL[name].split()] or [name]:
         ours = call(unet, golden.inputs(case))
-        assert_close(ours, golden.outputs(case)["eps"], noise=noise_of(golden, case, "eps"))
+        golden.assert_close(case, eps=ours)
 
 
 def test_each_block_of_an_sdxl_unet_equals_the_recorded_one():
@@ -149,7 +148,7 @@ def test_full_size_sdxl_unet_equals_the_recorded_one(full_sdxl):
     _, golden, unet = full_sdxl
     fill_on_demand(unet, golden.meta["salt"])
     ours = call(unet, golden.inputs("a"))
-    assert_close(ours, golden.outputs("a")["eps"], noise=noise_of(golden, "a", "eps"))
+    golden.assert_close("a", eps=ours)
 
 
 @pytest.mark.slow
@@ -160,7 +159,7 @@ def test_full_size_unet_equals_the_recorded_one(name):
         unet = build(UNet, golden.meta["config"])
     unet.load_state_dict(golden.weights(unet.state_dict()), assign=True)
     ours = call(unet, golden.inputs("a"))
-    assert_close(ours, golden.outputs("a")["eps"], noise=noise_of(golden, "a", "eps"))
+    golden.assert_close("a", eps=ours)
 
 
 def test_pruned_sdxl_unets_are_built_from_their_depths():

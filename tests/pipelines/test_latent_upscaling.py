@@ -15,7 +15,7 @@ from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.pipelines.latent_upscaling import double_latent
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
-from nets.nethelp import assert_close, noise_of
+from nets.nethelp import assert_close
 from pipelines.goldmodels import model_of
 from quick import some
 from tinyupscaler import draws_of, random_latent, tiny_upscaler
@@ -90,7 +90,7 @@ def test_notebook(model, name, monkeypatch):
         sampler=SAMPLERS[info["sampler"]],
         **({"eta": info["eta"]} if info["sampler"] != "k_euler" else {}),
     )
-    assert_close(z, file.outputs(name)["latents"], noise=noise_of(file, name, "latents"))
+    file.assert_close(name, latents=z)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,7 @@ def test_diffusers(model, name, monkeypatch):
         callback=lambda step, steps, x, denoised: latents.append(x),
         legacy=["unmasked"],
     )
-    noise = noise_of(file, name, "final_latents")
-    assert_close(latents[-1], expected["final_latents"], noise=noise)
+    file.assert_close(name, final_latents=latents[-1])
     if "images" in expected:
         apart = abs(to_uint8(images).astype(int) - expected["images"].numpy().astype(int))
         assert apart.max() <= 1
