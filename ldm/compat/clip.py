@@ -181,10 +181,10 @@ class CLIPTextModel(nn.Module):
         files = [] if name is None else [Path(name, file) for file in WEIGHT_FILES]
         path = next((path for path in files if path.is_file()), None)
         if path is not None:
-            state = read_checkpoint(path).state
-            model.load_state_dict(
-                {key: value for key, value in state.items() if key.startswith("text_model.")}
-            )
+            state, prefix = read_checkpoint(path).state, "text_model."
+            if "final_layer_norm.weight" in state:  # as transformers 5 names them
+                state = {f"{prefix}{key}": value for key, value in state.items()}
+            model.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
         return model.eval()
 
     @property
@@ -261,9 +261,7 @@ class CLIPTokenizer:
         special_tokens = {self.bos_token: self.bos_token_id, self.eos_token: self.eos_token_id}
         return {**vocabulary, **special_tokens, **self.added_tokens_encoder}
 
-    @property
-    def encoder(self) -> dict[str, int]:
-        return self.get_vocab()
+    encoder = property(get_vocab)
 
     def add_tokens(self, tokens: str | Sequence[str], special_tokens: bool = False) -> int:
         """Add tokens that prompts may contain, and return how many of them are new."""

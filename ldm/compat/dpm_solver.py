@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.compat.sampling import Condition, DiffusionModel, Sampler, apply_with_guidance
@@ -101,9 +102,9 @@ class NoiseScheduleVP:
         """Return the times at which half the log SNR is `lamb`."""
         if self.schedule == "linear":
             span = self.beta_1 - self.beta_0
-            scaled = 2.0 * span * _softplus(-2.0 * lamb)
+            scaled = 2.0 * span * F.softplus(-2.0 * lamb)
             return scaled / ((self.beta_0**2 + scaled).sqrt() + self.beta_0) / span
-        log_alpha = -0.5 * _softplus(-2.0 * lamb)
+        log_alpha = -0.5 * F.softplus(-2.0 * lamb)
         if self.schedule == "discrete":
             log_alphas, times = (
                 table.to(lamb).flip(1) for table in (self.log_alpha_array, self.t_array)
@@ -126,8 +127,6 @@ def model_wrapper(
     condition: Condition = None,
     unconditional_condition: Condition = None,
     guidance_scale: float = 1.0,
-    classifier_fn: Callable[..., Tensor] | None = None,
-    classifier_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelFunction:
     """Return the noise that a model predicts, with guidance, as a function of x and time.
 
@@ -136,25 +135,21 @@ def model_wrapper(
             schedule are 0 … 999, fractional; those of a continuous one are the times.
         model_type: What the model predicts: "noise", "x_start", "v" or "score".
         model_kwargs: Keywords for the model; None = none.
-        guidance_type: "uncond" (none), "classifier" or "classifier-free".
-        condition: For the model or the classifier; None = none.
-        unconditional_condition: Negative condition; None disables "classifier-free".
-        classifier_fn: (x, timesteps, condition) -> log probabilities, needed by "classifier".
-        classifier_kwargs: Keywords for `classifier_fn`; None = none.
+        guidance_type: "uncond" (none) or "classifier-free".
+        condition: For "classifier-free"; None = none.
+        unconditional_condition: Negative condition; None disables guidance.
     """
     if model_type not in ("noise", "x_start", "v", "score"):
         raise ValueError(f"unknown model_type `{model_type}`")
-    if guidance_type not in ("uncond", "classifier", "classifier-free"):
+    if guidance_type not in ("uncond", "classifier-free"):
         raise ValueError(f"unknown guidance_type `{guidance_type}`")
-
-    def to_timesteps(t: Tensor) -> Tensor:
-        if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
-            return (t - 1.0 / noise_schedule.total_N) * 1000.0
-        return t
 
     def predict_noise(x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         conditions = () if cond is None else (cond,)
-        output = model(x, to_timesteps(t), *conditions, **(model_kwargs or {}))
+        timesteps = t
+        if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
+            timesteps = (t - 1.0 / noise_schedule.total_N) * 1000.0
+        output = model(x, timesteps, *conditions, **(model_kwargs or {}))
         if model_type == "noise":
             return output
         alpha, std = (
@@ -169,19 +164,9 @@ def model_wrapper(
         t = t.expand(len(x)) if t.numel() == 1 else t
         if guidance_type == "uncond":
             return predict_noise(x, t)
-        if guidance_type == "classifier-free":
-            return apply_with_guidance(
-                predict_noise, x, t, condition, guidance_scale, unconditional_condition
-            )
-        if classifier_fn is None:
-            raise TypeError("guidance by a classifier needs classifier_fn")
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
-            options = classifier_kwargs or {}
-            log_prob = classifier_fn(leaf, to_timesteps(t), condition, **options)
-            (grad,) = torch.autograd.grad(log_prob.sum(), leaf)
-        std = expand_dims(noise_schedule.marginal_std(t), x.dim())
-        return predict_noise(x, t) - guidance_scale * std * grad
+        return apply_with_guidance(
+            predict_noise, x, t, condition, guidance_scale, unconditional_condition
+        )
 
     return predict
 
@@ -385,7 +370,8 @@ class DPM_Solver:
             if error <= 1.0:  # else the step is repeated, shorter
                 x, s, x_before = high, t, low
             h_to_end = float(self._lambda_step(s, end))
-            h = min(SAFETY_FACTOR * h * error ** (-1.0 / order), h_to_end)
+            growth = error ** (-1.0 / order) if error > 0.0 else math.inf
+            h = min(SAFETY_FACTOR * h * growth, h_to_end)
         return x
 
     @torch.no_grad()
@@ -559,10 +545,6 @@ def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:
 def expand_dims(v: Tensor, dims: int) -> Tensor:
     """Append axes of length 1 to v (N,) until it has `dims` axes."""
     return v.reshape(-1, *(1,) * (dims - 1))
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _check_solver_type(solver_type: str) -> None:
