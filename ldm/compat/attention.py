@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ldm.compat.diffusion_util import checkpoint as checkpoint, zero_module as zero_module
-from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
+from ldm.compat.model import Normalize as Normalize
+from ldm.compat.relabel import OLD_CLASSES, OldModule, relabel
 from ldm.compat.util import default as default, exists as exists, to_plain
 from ldm.nets import transformer
 from ldm.nets.attention import attention
@@ -19,13 +20,7 @@ from ldm.nets.attention import attention
 XFORMERS_IS_AVAILBLE = False  # (sic) no class depends on it: `ldm.nets.attention` chooses kernels
 
 
-def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
-    """Build the norm in front of a transformer."""
-    # 1e-6 here and 1e-5 in residual blocks, as the published weights were trained.
-    return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
-
-
-class GEGLU(Relabelled, transformer.GEGLU):
+class GEGLU(OldModule, transformer.GEGLU):
     """value * gelu(gate), both halves of one projection, the value first."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
@@ -33,7 +28,7 @@ class GEGLU(Relabelled, transformer.GEGLU):
         relabel(self)
 
 
-class FeedForward(Relabelled, transformer.FeedForward):
+class FeedForward(OldModule, transformer.FeedForward):
     """MLP with one hidden layer, and GEGLU if `glu`, else GELU."""
 
     def __init__(
@@ -48,7 +43,7 @@ class FeedForward(Relabelled, transformer.FeedForward):
         relabel(self)
 
 
-class CrossAttention(Relabelled, transformer.CrossAttention):
+class CrossAttention(OldModule, transformer.CrossAttention):
     """Attention of x to a context, or of x to itself."""
 
     scale: float
@@ -94,7 +89,7 @@ class CrossAttention(Relabelled, transformer.CrossAttention):
 MemoryEfficientCrossAttention = CrossAttention
 
 
-class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
+class BasicTransformerBlock(OldModule, transformer.TransformerBlock):
     """Self-attention, cross-attention, feed-forward, each with LayerNorm and residual connection.
 
     Attributes:
@@ -148,7 +143,7 @@ class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
         return self.ff(self.norm3(x)) + x
 
 
-class SpatialTransformer(Relabelled, transformer.SpatialTransformer):
+class SpatialTransformer(OldModule, transformer.SpatialTransformer):
     """Transformer blocks over the positions of a feature map, with a residual connection."""
 
     in_channels: int

@@ -307,12 +307,10 @@ class DDPM(TrainedModule):
         output = self.model(self.q_sample(x_start, t, noise), t)
         error = self.get_loss(output, self.target(x_start, noise, t), mean=False).mean((1, 2, 3))
         split = "train" if self.training else "val"
-        simple = error.mean() * self.l_simple_weight
-        vlb = (self.lvlb_weights[t] * error).mean()
-        loss = simple + self.original_elbo_weight * vlb
-        names = ("loss_simple", "loss_vlb", "loss")
-        values = (error.mean(), vlb, loss)
-        return loss, {f"{split}/{name}": v for name, v in zip(names, values, strict=True)}
+        simple, vlb = error.mean(), (self.lvlb_weights[t] * error).mean()
+        loss = simple * self.l_simple_weight + self.original_elbo_weight * vlb
+        parts = {"loss_simple": simple, "loss_vlb": vlb, "loss": loss}
+        return loss, {f"{split}/{name}": value for name, value in parts.items()}
 
     def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return what the UNet should predict."""

@@ -1,7 +1,7 @@
 """Images that the original's LatentDiffusion logs while it trains: `log_images`."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,8 +100,10 @@ class ImageLogging(AncestralSampling):
         if plot_diffusion_rows:
             log["diffusion_row"] = self._get_denoise_row_from_list(self._add_noise_steps(z[:n_row]))
 
+        scope = self.ema_scope if use_ema_scope else nullcontext
+
         def sample_images(**more: Any) -> tuple[Tensor, Any]:
-            with self._ema_scope_if(use_ema_scope):
+            with scope():
                 samples, intermediates = self.sample_log(cond=c, **options, **more)
             return self.decode_first_stage(samples), intermediates
 
@@ -131,7 +133,7 @@ class ImageLogging(AncestralSampling):
             log["samples_inpainting"], _ = sample_images(x0=z[:N], mask=mask)
             log["samples_outpainting"], _ = sample_images(x0=z[:N], mask=1.0 - mask)
         if plot_progressive_rows:
-            with self._ema_scope_if(use_ema_scope):
+            with scope():
                 shape = (self.channels, self.image_size, self.image_size)
                 _, estimates = self.progressive_denoising(c, shape=shape, batch_size=N)
             log["progressive_row"] = self._get_denoise_row_from_list(estimates)
@@ -173,9 +175,6 @@ class ImageLogging(AncestralSampling):
             self.q_sample(z, torch.full((len(z),), t, device=z.device), torch.randn_like(z))
             for t in timesteps
         ]
-
-    def _ema_scope_if(self, use_ema_scope: bool) -> AbstractContextManager[None]:
-        return self.ema_scope("Sampling") if use_ema_scope else nullcontext()
 
     def _draw_condition(self, batch: Batch, x: Tensor, c: Condition, original: Any) -> Images:
         """Return the conditions of the samples as images, if they can be drawn."""

@@ -18,7 +18,9 @@ from ldm.compat.util import (
 )
 from ldm.diffusion.schedule import make_betas
 from ldm.nets import blocks
+from ldm.nets.blocks import zero_module as zero_module
 
+SiLU = nn.SiLU
 Array = NDArray[np.float64]
 Config = Mapping[str, Any] | str
 Result = TypeVar("Result")
@@ -135,23 +137,11 @@ def checkpoint(
     return func(*inputs)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
-    """Set every parameter to zero."""
-    return blocks.zero_module(module)
-
-
 def scale_module(module: nn.Module, scale: float) -> nn.Module:
     """Multiply every parameter by a number."""
     for parameter in module.parameters():
         parameter.detach().mul_(scale)
     return module
-
-
-class SiLU(nn.Module):
-    """x sigmoid(x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(x)
 
 
 class GroupNorm32(nn.GroupNorm):

@@ -126,7 +126,7 @@ class SpatialRescaler(nn.Module):
         return self(x)
 
 
-class FollowsWeights(AbstractEncoder):
+class EncoderWithDevice(AbstractEncoder):
     """Base class of encoders whose `device` is that of their weights."""
 
     @property
@@ -146,7 +146,7 @@ class FollowsWeights(AbstractEncoder):
         self.requires_grad_(False)
 
 
-class FrozenCLIPEmbedder(FollowsWeights):
+class FrozenCLIPEmbedder(EncoderWithDevice):
     """Prompts -> context (B, 77, D) by the text model of OpenAI's CLIP: SD 1.
 
     Args:
@@ -214,7 +214,7 @@ class FrozenCLIPEmbedder(FollowsWeights):
         return states[cast(int, self.layer_idx)]
 
 
-class FrozenOpenCLIPEmbedder(FollowsWeights):
+class FrozenOpenCLIPEmbedder(EncoderWithDevice):
     """Prompts -> context (B, 77, D) by the text model of open_clip: SD 2.
 
     Args:
@@ -276,8 +276,8 @@ class FrozenOpenCLIPEmbedder(FollowsWeights):
 class ImageEmbedder(CLIPVision):
     """Base class of the image encoders."""
 
-    device = FollowsWeights.device
-    freeze = FollowsWeights.freeze
+    device = EncoderWithDevice.device
+    freeze = EncoderWithDevice.freeze
     ucg_rate: float
 
     def preprocess(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
+from ldm.compat.relabel import OLD_CLASSES, OldModule, relabel
 from ldm.nets import autoencoder, blocks
 from ldm.nets.autoencoder import ATTENTION_TYPES, NORM_EPS, AutoencoderConfig
 from ldm.runtime.errors import unknown_name
@@ -29,11 +29,12 @@ def nonlinearity(x: Tensor) -> Tensor:
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
-    """Build the norm of the autoencoder."""
-    return nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS, affine=True)
+    """Build the norm of the autoencoder, which is also that in front of a transformer."""
+    # Residual blocks of the UNet have an eps of 1e-5.
+    return nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS)
 
 
-class Resampler(Relabelled):
+class Resampler(OldModule):
     """Base class of Upsample and Downsample."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
@@ -58,7 +59,7 @@ class Downsample(Resampler, autoencoder.AsymmetricDownsample):
     """Halves the size (rounded down) by stride 2, with padding at the right and bottom only."""
 
 
-class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
+class ResnetBlock(OldModule, autoencoder.ResnetBlock):
     """Norm, SiLU and convolution, twice, with a residual connection.
 
     Args:
@@ -108,7 +109,7 @@ class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
         return x + h
 
 
-class AttnBlock(Relabelled, autoencoder.AttnBlock):
+class AttnBlock(OldModule, autoencoder.AttnBlock):
     """Single-head self-attention over all positions, with a residual connection."""
 
     def __init__(self, in_channels: int) -> None:
@@ -131,7 +132,7 @@ def make_attn(
     return nn.Identity() if attn_type == "none" else AttnBlock(in_channels)
 
 
-class Encoder(Relabelled, autoencoder.Encoder):
+class Encoder(OldModule, autoencoder.Encoder):
     """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w).
 
     Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:
@@ -201,7 +202,7 @@ class Encoder(Relabelled, autoencoder.Encoder):
         return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
-class Decoder(Relabelled, autoencoder.Decoder):
+class Decoder(OldModule, autoencoder.Decoder):
     """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0], of full resolution, runs last.
 
     Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:

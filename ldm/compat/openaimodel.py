@@ -28,7 +28,7 @@ from ldm.compat.diffusion_util import (
     timestep_embedding,
     zero_module as zero_module,
 )
-from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
+from ldm.compat.relabel import OLD_CLASSES, OldModule, relabel
 from ldm.compat.util import exists as exists, to_plain
 from ldm.nets import blocks, transformer, unet
 
@@ -39,8 +39,7 @@ def convert_module_to_f16(x: object) -> None:
     """Do nothing, as in the original."""
 
 
-def convert_module_to_f32(x: object) -> None:
-    """Do nothing, as in the original."""
+convert_module_to_f32 = convert_module_to_f16
 
 
 class Timestep(nn.Module):
@@ -77,7 +76,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
         return x
 
 
-class Resampler(Relabelled):
+class Resampler(OldModule):
     """Base class of Upsample and Downsample.
 
     Args:
@@ -128,7 +127,7 @@ class Downsample(Resampler, blocks.Downsample):
     """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else average pooling."""
 
 
-class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
+class ResBlock(OldModule, blocks.ResBlock, TimestepBlock):
     """Residual block: norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv.
 
     Args:
@@ -210,7 +209,7 @@ class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
         return out
 
 
-class AttentionBlock(Relabelled, transformer.AttentionBlock):
+class AttentionBlock(OldModule, transformer.AttentionBlock):
     """Self-attention over all positions, with a residual connection."""
 
     def __init__(
@@ -243,7 +242,7 @@ class AttentionBlock(Relabelled, transformer.AttentionBlock):
         return self.compute(x)
 
 
-class UNetModel(Relabelled, unet.UNet):
+class UNetModel(OldModule, unet.UNet):
     """The denoising network; its settings are those of `ldm.nets.unet.UNet`.
 
     Attributes:
@@ -346,8 +345,7 @@ class UNetModel(Relabelled, unet.UNet):
     def convert_to_fp16(self) -> None:
         """Do nothing, as in the original."""
 
-    def convert_to_fp32(self) -> None:
-        """Do nothing, as in the original."""
+    convert_to_fp32 = convert_to_fp16
 
     def forward(  # type: ignore[override]
         self,

@@ -24,7 +24,7 @@ OLD_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-class Relabelled(nn.Module):
+class OldModule(nn.Module):
     """Base class of the original's classes in `OLD_CLASSES`."""
 
     def add_attributes(self) -> None:
@@ -43,6 +43,6 @@ def relabel(network: Network) -> Network:
             if isinstance(layer, nn.GroupNorm) and layer.eps == 1e-5:
                 layer.__class__ = GroupNorm32
         # `network` itself has its old class already if that class's constructor called this.
-        if isinstance(layer, Relabelled) and (old_class is not None or layer is network):
+        if isinstance(layer, OldModule) and (old_class is not None or layer is network):
             layer.add_attributes()
     return network
