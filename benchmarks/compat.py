@@ -11,12 +11,11 @@ divided by that of the original's classes, the median of pairs of runs with its 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import diffusers
-import harness  # noqa: F401  # finds this checkout's `ldm`
+import harness
 import torch
 from torch import Tensor
 
@@ -31,9 +30,7 @@ SCALE = 7.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_plain_parser(__doc__)
     add = parser.add_argument
     add("--channels", type=int, default=320, help="channels of the first level")
     add("--side", type=int, default=32, help="height and width of the latent")
@@ -47,12 +44,9 @@ def main() -> None:
     runs = build(args)
     x, y = (run().float() for run in runs)  # the warm-up
     difference = ((x - y).norm() / y.norm()).item()
-    # CPU time where it can be used: other processes disturb it least.
-    is_single = args.threads == 1 and args.device.type == "cpu"
-    clock = time.process_time if is_single else time.perf_counter
-    times = [[measure_seconds(run, clock) for run in runs] for _ in range(args.rounds)]
-    ratios = [baseline / old for old, baseline in times]
-    old_median, baseline_median = map(statistics.median, zip(*times, strict=True))
+    times = harness.measure_in_turns(runs, args.rounds, args.device)
+    ratios = [baseline / old for old, baseline in zip(*times, strict=True)]
+    old_median, baseline_median = map(statistics.median, times)
     print(
         f"original's classes {old_median:.2f} s, diffusers {baseline_median:.2f} s, "
         f"{args.steps} steps"
@@ -113,22 +107,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
             z = scheduler.step(guided, t, z).prev_sample
         return z
 
-    def make_synchronous(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run_and_synchronize() -> Tensor:
-            out = run()
-            if args.device.type == "cuda":
-                torch.cuda.synchronize(args.device)
-            return out
-
-        return run_and_synchronize
-
-    return [make_synchronous(sample_by_old_classes), make_synchronous(sample_by_diffusers)]
-
-
-def measure_seconds(run: Callable[[], Tensor], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
+    return [sample_by_old_classes, sample_by_diffusers]
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import argparse
 import gc
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,7 @@ CASES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_plain_parser(__doc__)
     add = parser.add_argument
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--side", type=int, default=512, help="height and width in pixels (%(default)s)")
@@ -70,6 +68,7 @@ def main() -> None:
         write_models(Path(folder), args)
         for index in args.rows:
             print(compare(CASES[index], Path(folder), args), flush=True)
+            gc.collect()  # both models, before the next are loaded
 
 
 def write_models(folder: Path, args: argparse.Namespace) -> None:
@@ -91,18 +90,10 @@ def compare(case: Case, folder: Path, args: argparse.Namespace) -> str:
     implementations = [load(case, folder, args) for load in (load_ours, load_diffusers)]
     for make_image in implementations:
         make_image(1)  # warm-up
-    times: list[list[float]] = [[], []]
-    for _ in range(args.rounds):
-        for seconds, make_image in zip(times, implementations, strict=True):
-            start = time.perf_counter()
-            make_image(case.steps)
-            seconds.append(time.perf_counter() - start)
-    implementations.clear()
-    gc.collect()
+    calls = [partial(make_image, case.steps) for make_image in implementations]
+    times = harness.measure_in_turns(calls, args.rounds, torch.device("cpu"))
     ours, baseline = map(statistics.median, times)
-    ratios = sorted(
-        baseline_seconds / seconds for seconds, baseline_seconds in zip(*times, strict=True)
-    )
+    ratios = sorted(theirs / seconds for seconds, theirs in zip(*times, strict=True))
     ratio_range = f"{ratios[0]:.2f} … {ratios[-1]:.2f}"
     return f"{case.title:38} {ours:7.1f}s {baseline:9.1f}s   {baseline / ours:.2f} ({ratio_range})"
 

@@ -68,9 +68,7 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_plain_parser(__doc__)
     add = parser.add_argument
     add("family", nargs="*", help=f"among {', '.join(CASES)} (all)")
     add("--steps", type=int, default=2, help="sampling steps (%(default)s)")

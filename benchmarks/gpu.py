@@ -77,9 +77,7 @@ def list_steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_plain_parser(__doc__)
     names = list(list_steps("cpu", ""))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")

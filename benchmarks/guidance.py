@@ -27,26 +27,11 @@ PAG_SCALE = 3.0
 FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
 SAME_NOISE = ("plain", "pag", "freeu")
 NEW_STAGES = ("pag", "freeu")  # that older revisions do not have
-# Our sampler -> scheduler of diffusers, its settings, and the number of steps of both
-SDE: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "dpmpp_sde": (
-        "DPMSolverSinglestepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-        STEPS,
-        2 * STEPS - 1,
-    ),
-    "dpmpp_2m_sde": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-        STEPS,
-        STEPS,
-    ),
-    "dpmpp_3m_sde": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
-        STEPS,
-        STEPS,
-    ),
+# Our sampler -> scheduler of diffusers, its order, and its number of steps
+SDE = {
+    "dpmpp_sde": ("DPMSolverSinglestepScheduler", 2, 2 * STEPS - 1),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2, STEPS),
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", 3, STEPS),
 }
 STAGES = (*SAME_NOISE, *SDE)
 MAX_ERROR = 1e-3  # difference of latents, relative to their largest value
@@ -133,12 +118,7 @@ def load_ours(stage: str, args: argparse.Namespace) -> Call:
 
     paths = (args.folder / f"model.{suffix}" for suffix in ("yaml", "safetensors"))
     model = ldm.load(*paths, device=args.device)
-    options: dict[str, Any] = {
-        "steps": STEPS,
-        "scale": SCALE,
-        "seeds": 0,
-        "x_T": draw_noise(args.side),
-    }
+    options: dict[str, Any] = {"steps": STEPS, "scale": SCALE, "x_T": draw_noise(args.side)}
     cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
     if stage == "pag":
         from ldm.diffusion.guidance import Guidance, PerturbedAttention
@@ -148,7 +128,7 @@ def load_ours(stage: str, args: argparse.Namespace) -> Call:
         options |= {"freeu": FREEU, "freeu_version": "diffusers"}
     if stage in SDE:
         options |= {"sampler": stage, "scheduler": "karras"}
-    return lambda: ldm.sample(model, cond, uncond, **options)
+    return lambda: ldm.sample(model, cond, uncond, seeds=0, **options)
 
 
 def load_diffusers(stage: str, args: argparse.Namespace) -> Call:
@@ -164,7 +144,8 @@ def load_diffusers(stage: str, args: argparse.Namespace) -> Call:
         b1, b2, s1, s2 = FREEU
         pipe.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
     if stage in SDE:
-        scheduler_class, settings, _, steps = SDE[stage]
+        scheduler_class, order, steps = SDE[stage]
+        settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
         config = {**pipe.scheduler.config, **settings, "use_karras_sigmas": True}
         pipe.scheduler = getattr(package, scheduler_class).from_config(config)
     cond, uncond = pipe.encode_prompt("a cat", args.device, 1, True, "")

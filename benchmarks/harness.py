@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +35,16 @@ class Side:
     root: Path = ROOT
 
 
-def make_parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.ArgumentParser:
-    """Return a parser with the flags that all comparisons share."""
-    parser = argparse.ArgumentParser(
+def make_plain_parser(doc: str) -> argparse.ArgumentParser:
+    """Return a parser without flags that shows a docstring as it is written."""
+    return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def make_parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.ArgumentParser:
+    """Return a parser with the flags that comparisons of processes share."""
+    parser = make_plain_parser(doc)
     add = parser.add_argument
     add("--against", default="diffusers", metavar="CHECKOUT", help="another revision of this code")
     add("--dtype", nargs="+", choices=list(dtypes), default=["float32"])
@@ -170,10 +175,8 @@ def compare(
             results[i] = worker.first
             if index == 0 and i == 1:
                 row |= check(results[0], results[1])
-            others_before, begin = (
-                measure_busy_seconds() - worker.measure_cpu_seconds(),
-                time.perf_counter(),
-            )
+            others_before = measure_busy_seconds() - worker.measure_cpu_seconds()
+            begin = time.perf_counter()
             seconds[i].extend(worker.measure() for _ in range(1 if at_once else 3))
             others += measure_busy_seconds() - worker.measure_cpu_seconds() - others_before
             available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
@@ -185,6 +188,20 @@ def compare(
     ratios = [baseline / ours for ours, baseline in zip(*seconds, strict=True)]
     row |= {"seconds": seconds, "ratios": ratios, "ratio": statistics.median(ratios)}
     return row | {"peaks": peaks, "others": max(0.0, others / available)}
+
+
+def measure_in_turns(
+    calls: Sequence[Callable[[], object]], rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Measure the seconds of functions that take turns in this process, a list for each."""
+    now = choose_clock(device)
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for times, call in zip(seconds, calls, strict=True):
+            start = now()
+            call()
+            times.append(now() - start)
+    return seconds
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -199,7 +216,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print the lowest ratio and writes the rows."""
+    """Print the lowest ratio, and write the rows to `--json`."""
     lowest = min(rows, key=lambda row: row["ratio"])
     print(f"lowest ratio {lowest['ratio']:.2f}: {lowest['stage']} {lowest['dtype']}")
     if args.json:

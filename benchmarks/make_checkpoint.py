@@ -9,11 +9,11 @@ Names and shapes follow from the config. Values are slices of one block of norma
 fast, scaled so that activations stay finite. The file has to fit into memory.
 """
 
-import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import harness
 import torch
 from harness import ROOT
 from torch import Tensor
@@ -32,9 +32,7 @@ KARLO_STATISTICS = "ViT-L-14_stats.th"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.make_plain_parser(__doc__)
     add = parser.add_argument
     add("out", type=Path, help="name ending in .ckpt or .safetensors")
     add("--config", default=ROOT / "configs/stable-diffusion/v2-inference.yaml")

@@ -4,6 +4,7 @@ Each is built by itself, so that no process holds the whole model.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,6 @@ from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
 
 CONFIG = ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml"
-UNET = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 BIG_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -86,23 +68,26 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    # Here, as another revision that ours is compared with may have no such module.
+    # Here, as another revision that ours is compared with may have no such modules.
     from ldm.loading.diffusers.locations import (
         convert_to_diffusers,
         locate_text_encoder,
         locate_unet,
         locate_vae,
     )
+    from ldm.loading.diffusers.networks import make_unet_config, make_vae_config
 
-    state = build_ours(name)[0].state_dict()
+    ours: Any = build_ours(name)[0]
+    state = ours.state_dict()
     keys = {"unet": locate_unet, "vae": locate_vae, "text": locate_text_encoder}[name](state)
     weights = convert_to_diffusers(keys, state)
     network: Any
     with torch.device("meta"):
         if name == "unet":
-            network = UNet2DConditionModel(**UNET)
+            network = UNet2DConditionModel.from_config(make_unet_config(ours, 128, size_width=256))
         elif name == "vae":
-            network = AutoencoderKL(**VAE)
+            params = {"ddconfig": asdict(ours.config), "embed_dim": ours.embed_dim}
+            network = AutoencoderKL.from_config(make_vae_config(params, None, 1024))
         else:
             network = CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G))
             weights["text_projection.weight"] = state["model.text_projection"].mT.contiguous()

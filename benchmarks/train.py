@@ -25,6 +25,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import ROOT, Result, Side, Worker
+from make_checkpoint import random_weights
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond, Conditioner, Encoder
@@ -146,7 +147,7 @@ def build_model(size: Size) -> Any:
     spec = translate_config(read_yaml(ROOT / size.config))["params"]
     with torch.device("meta"):
         unet: Any = instantiate(spec["unet"], where="unet")
-    fill_weights(unet.to_empty(device="cpu"))
+    unet.load_state_dict(random_weights(unet.state_dict(), torch.float32), assign=True)
     # As in the baseline; the config of SD 2 enables it.
     set_gradient_checkpointing(unet, enabled=False)
     schedule = instantiate(spec["schedule"], where="schedule")
@@ -158,14 +159,6 @@ def build_model(size: Size) -> Any:
         parameterization=spec["parameterization"],
     )
     return model.train()
-
-
-def fill_weights(unet: nn.Module) -> None:
-    """Fill in random weights, none of them zero, faster than by initialising."""
-    block = torch.randn(1 << 20)
-    for p in unet.parameters():
-        values = block.repeat(-(-p.numel() // len(block)))[: p.numel()].view(p.shape)
-        p.data = values / p[0].numel() ** 0.5 if p.dim() > 1 else 1 + 0.1 * values
 
 
 def build_ours(model: Any, batch: Batch, use_ema: bool) -> Step:
