@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from judges import Gallery, Judges, classify_background
+from judges import Gallery, Judges
 from ldm.data.drawings import COLORS, EmojiTransform, format_caption
 from ldm.data.folder import Folder
 from ldm.imaging import pixels
@@ -77,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores, images = evaluate(model, folder, judges, groups, **options)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(format_table(scores) + "\n", encoding="utf-8")
-    pixels.make_grid(pixels.to_pil(images["held-out pairs"][:64]), 8).save(
-        args.out / "held-out.png"
-    )
+    grid = pixels.make_grid(pixels.to_pil(images["held-out pairs"][:64]), 8)
+    grid.save(args.out / "held-out.png")
     print(format_table(scores))
 
 
@@ -107,9 +106,8 @@ def evaluate(
     for name, prompts in groups.items():
         real = load_real_images(folder, prompts)
         scores[f"{name}: real"] = score_of(real, prompts)
-        scores[f"{name}: real, through the autoencoder"] = score_of(
-            _reconstruct(model, real), prompts
-        )
+        decoded = _reconstruct(model, real)
+        scores[f"{name}: real, through the autoencoder"] = score_of(decoded, prompts)
         images[name] = generate(model, prompts, **options)
         scores[f"{name}: generated"] = score_of(images[name], prompts)
         others = [k for k, row in enumerate(prompts) if row["style"] not in SIMILAR_STYLES]
@@ -185,16 +183,10 @@ def load_real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0
 
 def score(judges: Judges, gallery: Gallery, images: Tensor, prompts: Sequence[Prompt]) -> Score:
     """Measure how many of the images show what their prompts ask for."""
-    objects, styles = judges.classify(images)
-    object_labels, style_labels = judges.labels(prompts)
-    colours = zip(classify_background(images), prompts, strict=True)
-    colour = torch.tensor([name == row["colour"] for name, row in colours])
-    style = styles[:, 0] == style_labels
-    top1 = objects[:, 0] == object_labels
-    top5 = (objects[:, :5] == object_labels[:, None]).any(dim=1)
+    colour, style, objects = judges.check(images, prompts)
+    top1, top5 = objects[:, 0], objects[:, :5].any(dim=1)
     nearest_object, nearest_style = gallery.nearest(images, prompts)
-    all_three = colour & style & top1
-    checks = (colour, style, top1, top5, all_three, nearest_style, nearest_object)
+    checks = (colour, style, top1, top5, colour & style & top1, nearest_style, nearest_object)
     return Score(len(prompts), *(float(check.float().mean()) for check in checks))
 
 

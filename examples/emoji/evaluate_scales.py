@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate_demo import Prompt, choose_prompts, load_real_images
-from judges import SIDE, Judges, classify_background
+from judges import SIDE, Judges
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.evaluation.generate import Setting, generate_settings, write_prompts
@@ -97,13 +97,10 @@ class EmojiJudge:
         return {"name": "fraction with background, object and style right", "sha256": self.sha256}
 
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        rows = [self.rows[prompt] for prompt in prompts]
         x = torch.cat([to_tensor(image) for image in images])
-        objects, styles = (ranked[:, 0] for ranked in self.judges.classify(x))
-        object_labels, style_labels = self.judges.labels(rows)
-        colours = zip(classify_background(x), rows, strict=True)
-        colour = torch.tensor([name == row["colour"] for name, row in colours])
-        return (colour & (objects == object_labels) & (styles == style_labels)).double()
+        rows = [self.rows[prompt] for prompt in prompts]
+        colour, style, objects = self.judges.check(x, rows)
+        return (colour & style & objects[:, 0]).double()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,9 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         generate(args, prompts)
     reference = write_reference(folder, objects, args.out / "reference")
     sha256 = sha256_of_file(args.judges)
-    extractor = JudgeFeatures(
-        judges, [reference.load(k) for k in range(len(reference.files))], sha256
-    )
+    real = [reference.load(k) for k in range(len(reference.files))]
+    extractor = JudgeFeatures(judges, real, sha256)
     judge = EmojiJudge(judges, prompts, sha256)
     sets = [image_set.first(args.score) for image_set in find_image_sets(args.out)]
     results = score_sets(sets, reference, extractor, judge)
@@ -170,11 +166,8 @@ def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageS
     rows = choose_prompts(folder, "train", objects, seed=REFERENCE_SEED)
     out.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(rows), 64), "Reference"):
-        missing = [
-            k
-            for k in range(start, min(start + 64, len(rows)))
-            if not (out / f"{k:05d}.png").exists()
-        ]
+        batch = range(start, min(start + 64, len(rows)))
+        missing = [k for k in batch if not (out / f"{k:05d}.png").exists()]
         if missing:
             images = load_real_images(folder, [rows[k] for k in missing], seed=start)
             for k, image in zip(missing, to_pil(images), strict=True):

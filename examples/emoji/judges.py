@@ -147,6 +147,19 @@ class Judges:
         objects = torch.tensor([self.objects.index(row["object"]) for row in rows])
         return objects, torch.tensor([self.styles.index(row["style"]) for row in rows])
 
+    def check(self, image: Tensor, prompts: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare images (B, 3, 128, 128) with their prompts.
+
+        Returns:
+            Whether the background is right, bool (B,); the style, (B,); and the best, second best
+            … class of the object, (B, objects).
+        """
+        objects, styles = self.classify(image)
+        object_labels, style_labels = self.labels(prompts)
+        colours = zip(classify_background(image), prompts, strict=True)
+        colour = torch.tensor([name == row["colour"] for name, row in colours])
+        return colour, styles[:, 0] == style_labels, objects == object_labels[:, None]
+
     @torch.inference_mode()
     def classify(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Rank the classes of images (B, 3, 128, 128), best first.
