@@ -1,4 +1,4 @@
-"""What tests of the scripts of pictures share."""
+"""What tests of the commands that make images share."""
 
 import numpy as np
 import torch
@@ -9,13 +9,10 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.nets.lora import LoRA, LoRALayer
 
 QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--precision=full", "--skip_grid"]
-# Tiny models, and the recording that their config is from.
-MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
-          "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
 
 
 def random_lora(path, model, seed):
-    """Writes one that changes every place of a model, so that its pictures differ."""
+    """Write one that changes every target layer of a model, so that its images differ."""
     torch.manual_seed(seed)
     changes = {}
     for layer in list_lora_targets(model):
@@ -26,5 +23,5 @@ def random_lora(path, model, seed):
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)

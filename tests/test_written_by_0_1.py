@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 import recipe
+from imagehelp import pixels
 from quick import some
 
 ROOT = Path(__file__).parents[1]
@@ -56,11 +57,6 @@ def info_of(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
         info: dict[str, Any] = json.loads(image.info["ldm"])
     return {key: value for key, value in info.items() if key != "sha256"}
-
-
-def pixels_of(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
 
 
 def moved(path: Path, folder: Path) -> Path:
@@ -131,7 +127,7 @@ def test_an_image_is_replayed(
     flags = ["--ckpt", checkpoints[checkpoint]] if checkpoint in checkpoints else []
     status = run_command("replay", old, *flags, "--output", new)
     out, err = capsys.readouterr()
-    difference = np.abs(pixels_of(old) - pixels_of(new))
+    difference = np.abs(pixels(old) - pixels(new))
     # Identical where it was made. Other processors sum in another order: with AVX2 or SSE4 pixels
     # were up to 1 of 255 away in float32, and up to 4 in bfloat16, which has 8 bits.
     assert difference.max() <= (2 if info_of(old)["dtype"] == "float32" else 12), err
@@ -151,7 +147,7 @@ def test_adapters_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[s
     old, new = DATA / "images/addons.png", tmp_path / "new.png"
     flags = ["--ckpt", TINY, "--lora", f"{LORA}:0.7", "--embedding", WORD, "--output", new]
     assert run_command("replay", old, *flags) in (0, 1), capsys.readouterr().err
-    assert np.abs(pixels_of(old) - pixels_of(new)).max() <= 2
+    assert np.abs(pixels(old) - pixels(new)).max() <= 2
 
 
 def test_a_grid_names_its_images(capsys: pytest.CaptureFixture[str]) -> None:

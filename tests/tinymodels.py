@@ -1,6 +1,5 @@
 """Tiny models on disk, each a YAML and a checkpoint in the original layout."""
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,17 @@ from PIL import Image
 
 import ldm
 from goldfile import Gold, gold
+from imagehelp import QUICK
 from ldm.app.model_cache import ModelCache
 from ldm.commands.main import main
 from ldm.generate.load import load_models
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
-from picturehelp import MODELS, QUICK
-from pipelines.goldmodels import TINY_DPT, model_of
-from recipe import fill
+from pipelines.goldmodels import config_of, model_of
+
+# Tiny models, and the recording that their config is from.
+MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
+          "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Files:
 
     @property
     def flags(self) -> list[str]:
-        return ["--config", str(self.config), "--ckpt", str(self.ckpt)]
+        return ["--ckpt", str(self.ckpt), "--config", str(self.config)]
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +65,9 @@ def recorded() -> Gold:
 
 @pytest.fixture(scope="session")
 def models(recorded, tmp_path_factory) -> dict[str, Files]:
-    """The two models of the recorded pictures: `base_eps` and `base_v`."""
+    """The two models of the recorded images: `base_eps` and `base_v`."""
     folder = tmp_path_factory.mktemp("models")
-    return {name: write(recorded, name, folder) for name in ("base_eps", "base_v")}
+    return {name: write_model(recorded, name, folder) for name in ("base_eps", "base_v")}
 
 
 @pytest.fixture
@@ -73,13 +75,11 @@ def tiny(models) -> Files:
     return models["base_v"]
 
 
-def write(recorded: Gold, name: str, folder: Path) -> Files:
-    config = copy.deepcopy(recorded.meta[f"config_{name}"])
-    config["params"]["cond_stage_config"]["params"]["arch"] = recorded.meta["tiny_arch"]
+def write_model(recorded: Gold, name: str, folder: Path) -> Files:
     files = Files(folder / f"{name}.yaml", folder / f"{name}.safetensors")
-    files.config.write_text(json.dumps({"model": config}))
-    state = restore_names(ldm.instantiate(config).state_dict())
-    write_checkpoint(files.ckpt, fill(state, recorded.meta["salt"]))
+    files.config.write_text(json.dumps({"model": config_of(recorded, name)}))
+    state = model_of(recorded, name, whole=True).state_dict()
+    write_checkpoint(files.ckpt, restore_names(state))
     return files
 
 
@@ -90,28 +90,10 @@ FAMILIES: dict[str, list[str]] = {}  # what `files` made, which every conftest h
 def files(tmp_path_factory):
     """Flags that name the model of each family."""
     if not FAMILIES:
-        FAMILIES.update(write_families(tmp_path_factory.mktemp("families")))
+        folder = tmp_path_factory.mktemp("families")
+        for name, recorded in MODELS.items():
+            FAMILIES[name] = write_model(gold(f"e2e_{recorded}"), name, folder).flags
     return FAMILIES
-
-
-def write_families(folder: Path) -> dict[str, list[str]]:
-    flags = {}
-    for name, recorded in MODELS.items():
-        file = gold(f"e2e_{recorded}")
-        config = json.loads(json.dumps(file.meta[f"config_{name}"]))
-        params = config["params"]
-        params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
-        if "embedder_config" in params:
-            params["embedder_config"]["params"]["arch"] = file.meta["tiny_arch"]
-        if name == "depth":
-            target = "ldm.modules.midas.api.MiDaSInference"
-            params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
-        model = model_of(file, name, whole=True)
-        ckpt, yaml = folder / f"{name}.safetensors", folder / f"{name}.yaml"
-        write_checkpoint(ckpt, restore_names(model.state_dict()))
-        yaml.write_text(json.dumps({"model": config}))
-        flags[name] = ["--ckpt", str(ckpt), "--config", str(yaml)]
-    return flags
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from PIL import Image
 
 import ldm
 from checkerhelp import write_checker
+from imagehelp import pixels, random_lora
 from imaging.badimages import HUGE
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
@@ -32,7 +33,6 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.load import save_model
 from ldm.nets.tiny_autoencoder import TinyDecoder
 from ldm.runtime.errors import ArgumentError
-from picturehelp import pixels, random_lora
 from quick import some
 from tinyupscaler import tiny_config, tiny_upscaler
 

@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import ldm
+from imagehelp import pixels, random_lora
 from ldm.app.backend import Backend
 from ldm.app.library import Library
 from ldm.app.limits import Limits
@@ -28,7 +29,6 @@ from ldm.commands.main import main
 from ldm.generate.groups import ModelChoice
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder
-from picturehelp import pixels, random_lora
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -7,19 +7,16 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from checkerhelp import write_checker
-from ldm.loading.addons.lora_files import write_lora
+from imagehelp import random_lora
 from ldm.loading.addons.lora_targets import list_lora_targets
-from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import load
 from ldm.loading.weight_names import restore_names
-from ldm.nets.lora import LoRA, LoRALayer
 from ldm.nets.tiny_autoencoder import TinyDecoder
 from loading import tinyfamilies
 from recipe import fill
@@ -75,9 +72,7 @@ def make_stand_ins(folder: Path) -> None:
     for name, family in CHECKPOINTS.items():
         raw = small_config(family)
         yaml = format_yaml(raw)
-        model: Any = build_on_meta(translate_config(raw))
-        empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-        state = fill(restore_names(empty), name) | make_buffers(model)
+        state = tinyfamilies.weights_of(raw, name)
         if name == "v1-5-pruned.ckpt":
             averages = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
             state |= {f"model_ema.{k}": v for k, v in averages.items()}
@@ -99,11 +94,8 @@ def make_stand_ins(folder: Path) -> None:
     torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
     decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
-    lora = LoRA({layer.kohya: LoRALayer(layer.target, 2) for layer in list_lora_targets(sd1)})
-    for layer in lora.layers.values():
-        nn.init.normal_(layer.lora_up.weight, std=0.01)
-    for name in ("style", "detail", "lcm-lora-sdv1-5"):
-        write_lora(lora, folder / f"{name}.safetensors", sd1)
+    for seed, name in enumerate(("style", "detail", "lcm-lora-sdv1-5")):
+        random_lora(folder / f"{name}.safetensors", sd1, seed)
     name, weight = next((layer.kohya, layer.target.weight) for layer in list_lora_targets(sd1)
                         if layer.kohya.endswith("attn1_to_q"))  # fmt: skip
     factors = {"w1": torch.ones(4, 4), "w2": torch.ones(weight.shape[0] // 4, weight.shape[1] // 4)}

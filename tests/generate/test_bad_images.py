@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagehelp import pixels
 from imaging.badimages import REFUSED
 from ldm.commands.main import main
-from picturehelp import pixels
 
 TASKS = ["inpaint", "depth2img", "upscale", "unclip"]
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from imagehelp import QUICK
 from ldm.app.form import get_field_values
 from ldm.commands.main import main
 from ldm.diffusion.names import FREEU_PRESETS
@@ -10,7 +11,6 @@ from ldm.generate.plan import plan_batches
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters, read_info
 from ldm.runtime.errors import ArgumentError
-from picturehelp import QUICK
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagehelp import QUICK, pixels
 from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
 from ldm.imaging.rgbd import place_beside
-from picturehelp import QUICK, pixels
 
 sys.path.append(str(Path(__file__).parents[1] / "loading"))
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import ldm
+from imagehelp import random_lora
 from ldm.commands.main import main
 from ldm.generate.info import describe_run
 from ldm.generate.load import load_models
 from ldm.generate.replay import read_request
 from ldm.imaging.metadata import format_parameters, read_info
 from ldm.loading.addons.embeddings import write_embeddings
-from picturehelp import random_lora
 
 QUICK = ["--steps=2", "--n_iter=1", "--n_samples=1", "--H=64", "--W=64", "--skip_grid"]
 QUICK += ["--precision=full"]

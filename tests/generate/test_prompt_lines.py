@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ldm
+from imagehelp import random_lora
 from ldm.commands.main import main
 from ldm.generate.command_line import parse_request
 from ldm.generate.lora_tags import add_tagged_loras, list_local_loras, split_tags
@@ -18,7 +19,6 @@ from ldm.generate.wildcards import DynamicPrompts
 from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.runtime.errors import ArgumentError
-from picturehelp import random_lora
 
 QUICK = ["--steps=1", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
 QUICK += ["--skip_grid"]

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from checkerhelp import write_checker
+from imagehelp import QUICK, pixels
 from ldm.commands.main import main
 from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.generate.command_line import parse_request, to_argv
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
-from picturehelp import QUICK, pixels
 from quick import some
 
 sys.path.append(str(Path(__file__).parents[1] / "loading"))

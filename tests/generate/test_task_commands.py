@@ -9,6 +9,7 @@ from PIL import Image
 
 import ldm
 from goldfile import gold
+from imagehelp import QUICK, pixels
 from ldm.commands.main import main
 from ldm.encoders.depth import MiDaSDepth
 from ldm.generate.command_line import parse_request
@@ -17,7 +18,6 @@ from ldm.imaging.metadata import read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
 from ldm.nets.karlo import Prior
-from picturehelp import QUICK, pixels
 from quick import some
 
 CASES = [

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from imagehelp import pixels
 from ldm import pipelines
 from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
 from ldm.imaging.watermark import identify
 from ldm.pipelines import txt2img
-from picturehelp import pixels
 from quick import some
 
 QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]

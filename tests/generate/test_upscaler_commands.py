@@ -16,7 +16,6 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.latents import load_latent, save_latent
 from ldm.loading.load import save_model
 from ldm.model import LatentSpace
-from tinymodels import models, recorded  # noqa: F401
 from tinyupscaler import tiny_config, tiny_upscaler
 
 QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
@@ -64,7 +63,7 @@ def test_an_image_and_a_folder(upscaler, run, capsys):
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
 
 
-def test_behind_a_text_to_image_model(upscaler, run, models, capsys):  # noqa: F811
+def test_behind_a_text_to_image_model(upscaler, run, models, capsys):
     flags = ["--steps", 2, "--H", 64, "--W", 64, "--json"]
     upscaling = ["--upscaler", upscaler / "x2.safetensors", "--upscaler-steps", 2]
     status, (line,), _ = run("txt2img", *models["base_eps"].flags, *flags, *upscaling)
@@ -96,7 +95,7 @@ def test_bad_input(upscaler, run, monkeypatch, command, flags, message):
 
 
 @pytest.mark.slow
-def test_what_the_model_in_use_does_not_have(upscaler, run, models):  # noqa: F811
+def test_what_the_model_in_use_does_not_have(upscaler, run, models):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
     _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")
     assert "has no" in err
@@ -106,13 +105,13 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):  # noqa: F8
     assert "is not an x2 latent upscaler" in err
 
 
-def test_latents_of_a_run(upscaler, run, models, tmp_path, capsys):  # noqa: F811
+def test_latents_of_a_run(upscaler, run, models, tmp_path, capsys):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
     status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
     assert status == 0
     samples = tmp_path / "out/samples"
     assert (image, latent) == (str(samples / "00000.png"), str(samples / "00000.latent"))
-    base = ldm.load(*models["base_eps"].flags[1::2])
+    base = ldm.load(models["base_eps"].config, models["base_eps"].ckpt)
     decoded = to_pil(base.decode(load_latent(latent).normalize(base)))[0]
     with Image.open(image) as file:
         assert decoded.tobytes() == file.convert("RGB").tobytes()

@@ -119,14 +119,18 @@ def write(family: str, path: Path) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
+def weights_of(raw: dict[str, Any], salt: str) -> dict[str, torch.Tensor]:
+    """Weights and buffers of the model of a config, under the original's names."""
+    model: Any = build_on_meta(translate_config(raw))
+    empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
+    return fill(restore_names(empty), salt) | make_buffers(model)
+
+
 @lru_cache(maxsize=8)
 def content_of(family: str) -> tuple[dict[str, torch.Tensor], str]:
     """Weights under the original's names, and the YAML."""
     raw = small(family)
-    model: Any = build_on_meta(translate_config(raw))
-    empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-    buffers = make_buffers(model)
-    state = fill(restore_names(empty), "convert") | buffers
+    state = weights_of(raw, "convert")
     if family == "unclip-l":
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)

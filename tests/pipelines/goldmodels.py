@@ -50,8 +50,8 @@ class DepthDummy(nn.Module):
         return 3 * x0 + 2 * x1 * x2 + 0.25 * slope
 
 
-def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
-    """whole: with a small depth network of its own, instead of the formula."""
+def config_of(file: Gold, name: str) -> dict[str, Any]:
+    """The recorded config of a model, with the sizes of its encoders."""
     config: dict[str, Any] = copy.deepcopy(file.meta[f"config_{name}"])
     params = config["params"]
     for embedder in params.get("conditioner_config", {}).get("params", {}).get("emb_models", ()):
@@ -61,10 +61,18 @@ def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
     if "cond_stage_config" in params:
         params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
     if "embedder_config" in params:
-        params["embedder_config"]["params"] |= {"arch": file.meta["tiny_arch"], "blur": "narrow"}
+        params["embedder_config"]["params"]["arch"] = file.meta["tiny_arch"]
     if "depth_stage_config" in params:
         target = "ldm.modules.midas.api.MiDaSInference"
         params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
+    return config
+
+
+def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
+    """whole: with a small depth network of its own, instead of the formula."""
+    config = config_of(file, name)
+    if "embedder_config" in config["params"]:
+        config["params"]["embedder_config"]["params"]["blur"] = "narrow"
     model = ldm.instantiate(config)
     encoder: Any = getattr(model.conditioner, "depth", None)
     if encoder is not None and not whole:

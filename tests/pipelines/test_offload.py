@@ -7,13 +7,13 @@ import torch
 
 import ldm
 from goldfile import gold
+from imagehelp import random_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.pipelines import inpaint, txt2img
 from ldm.pipelines.memory import estimate_memory
-from picturehelp import random_lora
 from pipelines.goldmodels import model_of
 
 QUICK = {"steps": 2, "scale": 3.0, "seeds": 5}
