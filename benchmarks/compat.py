@@ -1,6 +1,6 @@
 """Sampling by the original's classes, timed against diffusers.
 
-    python benchmarks/compat.py                 # Stable Diffusion 1 at 256x256, 3 steps
+    python benchmarks/compat.py                 # Stable Diffusion 1 at 256x256, 4 steps
     python benchmarks/compat.py --channels 64   # few channels: mostly Python's overhead
     python benchmarks/compat.py --device cuda --dtype float16 --side 64 --steps 20
 
