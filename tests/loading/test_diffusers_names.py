@@ -105,7 +105,11 @@ def test_configs_come_back_as_they_were(name):
     raw = read_shipped(name)
     spec = translate_config(raw, where=name)
     files = json.loads(json.dumps(make_folder_configs(build_on_meta(spec), spec)))
-    again = translate_config(make_original_config(files), where=name)
+    original = make_original_config(files)
+    if not name.startswith(("v1", "sd_xl")):
+        text = "cond_stage_config"
+        assert original["model"]["params"][text] == raw["model"]["params"][text]
+    again = translate_config(original, where=name)
     ours, back = build_on_meta(spec), build_on_meta(again)
     if name != "v2-inference-v":  # its YAML says 64, the models were trained at 96
         assert ours.image_size == back.image_size

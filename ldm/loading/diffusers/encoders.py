@@ -95,8 +95,7 @@ def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
     if not pooled:
         return {"layer": "hidden", "layer_idx": layers - 1, **_parse_openai_arch(config)}
     width, embed_dim = config["hidden_size"], config["projection_dim"]
-    size = TextSize(width, config["num_attention_heads"], layers)
-    name = next((name for name, known in TEXT_SIZES.items() if known == size), None)
+    name = _find_size_name(width, config["num_attention_heads"], layers)
     uses_quick_gelu = is_openai_clip(config, "text_encoder_2/config.json")
     arch: Any = name
     has_usual_mlp = config["intermediate_size"] == 4 * width
@@ -117,6 +116,12 @@ def _parse_openai_arch(config: Config) -> JsonObject:
     defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
     arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
     return {"arch": arch} if arch else {}
+
+
+def _find_size_name(width: int, heads: int, layers: int) -> str | None:
+    """Return open_clip's name of a size, the first that has it: ViT-H-14, not ViT-g-14."""
+    size = TextSize(width, heads, layers)
+    return next((name for name, other in TEXT_SIZES.items() if other == size), None)
 
 
 def _make_text_cfg(config: Config, layers: int) -> JsonObject:
@@ -140,12 +145,12 @@ def parse_text_config(config: Config) -> JsonObject:
         return _parse_openai_arch(config)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
-    names = {size: name for name, size in TEXT_SIZES.items()}
     params: JsonObject = {"freeze": True, "layer": "last"}
-    if (width, heads, layers) not in names:
+    name = _find_size_name(width, heads, layers)
+    if name is None:
         params["layer"] = "penultimate"
         layers += 1
-    name = names.get(TextSize(width, heads, layers))
+        name = _find_size_name(width, heads, layers)
     if name is not None:
         return params if name == "ViT-H-14" else params | {"arch": name}
     return params | {"arch": {"embed_dim": width, "text_cfg": _make_text_cfg(config, layers)}}
