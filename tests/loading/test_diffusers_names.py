@@ -16,6 +16,7 @@ from ldm.loading.diffusers.index import make_folder_configs, make_original_confi
 from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.legacy import translate_config
+from ldm.runtime.errors import FileFormatError
 from quick import some
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
@@ -119,3 +120,9 @@ def test_configs_come_back_as_they_were(name):
         k: v.shape for k, v in back.state_dict().items() if "clip.model.trans" not in k
     }
     assert json.loads(json.dumps(make_folder_configs(back, again))) == files
+
+
+def test_a_folder_without_an_autoencoder_is_refused():
+    files = {INDEX: {}, "unet/config.json": {}, "depth_estimator/config.json": {}}
+    with pytest.raises(FileFormatError, match="`the folder` has no `vae/config.json`: download"):
+        make_original_config(files)

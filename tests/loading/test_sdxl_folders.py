@@ -116,8 +116,8 @@ def test_the_scale_of_an_autoencoder_is_kept(convert_family, tmp_path):
     assert read_checkpoint(tmp_path / "back.safetensors").metadata["ldm.scale_factor"] == "0.13025"
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
-def test_a_missing_text_encoder_is_said_in_one_line(folder, component):
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "vae"])
+def test_a_missing_component_is_an_error_of_one_line(folder, component):
     shutil.rmtree(folder / component)
     with pytest.raises(FileFormatError, match=f"folder` has no `{component}/config.json`: "):
         ldm.load(folder)

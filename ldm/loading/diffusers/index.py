@@ -154,6 +154,9 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
         return make_original_config_x2(files, folder)
     pipeline_key = _find_folder_pipeline(files)
     encoder = IMAGE if pipeline_key in ("image", "variations") else layout.TEXT
+    layout.check_files(files, folder, layout.UNET, layout.VAE, layout.SCHEDULER, encoder)
+    if pipeline_key == "image":
+        layout.check_files(files, folder, EMBEDDING_NOISE)
     is_openai = encoders.is_openai_clip(files[encoder], encoder)
     pipeline = PIPELINES[pipeline_key]
     template = pipeline.openai_config if is_openai else pipeline.open_clip_config

@@ -90,7 +90,7 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
 def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     """Return the config with the original's keys; `folder` is the folder's path, for messages."""
     index = files[layout.INDEX]
-    layout.check_files(files, folder, layout.TEXT_2)
+    layout.check_files(files, folder, layout.VAE, layout.SCHEDULER, layout.TEXT_2)
     needs_score = bool(index.get("requires_aesthetics_score", False))
     is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
     if not needs_score:
