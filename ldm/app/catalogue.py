@@ -16,7 +16,7 @@ from ldm.conditioning import Conditioner
 from ldm.encoders.text import TextEncoder
 from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
-from ldm.loading.addons.lora import read_changes
+from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.find_variant import find_variant, supports_variants
@@ -125,7 +125,7 @@ def check_lora(lora: str | Path, checkpoint: Path) -> None:
     """Raise the error that loading reports for a LoRA that does not fit a model."""
     entry = _read_entry(checkpoint, list_file_stats(checkpoint))
     if isinstance(entry, CatalogueEntry) and not lora_fits(lora, entry):
-        _read_changes(lora, entry)
+        _read_lora(lora, entry)
 
 
 def read_catalogue(folder: str | Path) -> Catalogue:
@@ -222,7 +222,7 @@ def _lora_fits(lora: str | Path, path: Path, stats: object) -> bool:
     if not isinstance(entry, CatalogueEntry):
         return False
     try:
-        _read_changes(lora, entry)
+        _read_lora(lora, entry)
     except WeightsMismatch:
         return False
     except (OSError, ValueError):  # a damaged LoRA stays listed: using it reports the error
@@ -230,5 +230,6 @@ def _lora_fits(lora: str | Path, path: Path, stats: object) -> bool:
     return True
 
 
-def _read_changes(lora: str | Path, entry: CatalogueEntry) -> None:
-    read_changes(lora, cast(LatentDiffusion, build_on_meta(entry.spec, where=entry.path.name)))
+def _read_lora(lora: str | Path, entry: CatalogueEntry) -> None:
+    model = cast(LatentDiffusion, build_on_meta(entry.spec, where=entry.path.name))
+    read_loras(model, [(lora, 1.0)])

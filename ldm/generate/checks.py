@@ -12,7 +12,7 @@ from ldm.generate.plan import Batch, LineOptions
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.generate.tasks.images import RGBDInputs
-from ldm.loading.addons.lora import read_changes
+from ldm.loading.addons.lora import read_loras
 from ldm.loading.families import IMAGE_CONV, Family
 from ldm.loading.find_variant import (
     find_variant_early,
@@ -126,12 +126,12 @@ def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
     """Read the LoRAs of all images now if they differ, so that a wrong one fails before the first.
 
     Raises:
-        ValueError, OSError: See `read_changes`.
+        ValueError, OSError: See `read_loras`.
     """
     choices = dict.fromkeys(batch.loras for batch in batches)
     if len(choices) > 1:
-        for file, weight in dict.fromkeys(lora for loras in choices for lora in loras):
-            read_changes(file, model, weight)
+        for lora in dict.fromkeys(lora for loras in choices for lora in loras):
+            read_loras(model, [lora])
 
 
 def find_option_warnings(

@@ -12,7 +12,6 @@ from ldm.data.folder import Folder
 from ldm.data.source import collate
 from ldm.data.transforms import PhotoTransform
 from ldm.loading.addons.embeddings import load_embeddings
-from ldm.loading.addons.lora import read_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.legacy import translate_config
@@ -21,6 +20,7 @@ from ldm.train.build import build_task
 from ldm.train.config.settings import read_settings
 from ldm.train.loop import train
 from ldm.train.run import Run
+from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
 
 # The base model has learned nothing, which the sanity check would say.

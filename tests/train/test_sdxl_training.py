@@ -12,7 +12,6 @@ import ldm
 from ldm.conditioning import Cond
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import load_embeddings
-from ldm.loading.addons.lora import read_lora
 from ldm.loading.config import parse_yaml
 from ldm.runtime.errors import ArgumentError
 from ldm.train.loop import train
@@ -20,6 +19,7 @@ from ldm.train.monitoring.samples import sample_images
 from ldm.train.run import Run
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import LogNormal
+from loading.lorahelp import read_lora
 from loading.tinyfamilies import small, write
 from train.tinyrun import build_run_from
 

@@ -17,6 +17,7 @@ import base64
 import glob
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,9 @@ XL_KEYS = ("clip_l", "clip_g")  # the same, for each text encoder of SDXL
 DIFFUSERS_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
 BUNDLE_PREFIX = "bundle_emb."  # of embeddings in LoRA files
+BUNDLE_KEY = re.compile(
+    rf"{re.escape(BUNDLE_PREFIX)}(?:(?P<token>.+?)\.)?(?P<key>string_to_param\..*|[^.]+)"
+)
 # Names of model families, by the width of their last text encoder.
 FAMILY_BY_WIDTH = TITLE_BY_WIDTH | {1280: "SDXL"}
 
@@ -213,15 +217,8 @@ def read_bundle(path: Path) -> dict[str, list[Tensor]]:
     """Return the tokens in a LoRA file with their vectors, as `read_embeddings` does."""
     bundles: dict[str, dict[str, Tensor]] = {}
     for name, value in read_checkpoint(path).state.items():
-        if not name.startswith(BUNDLE_PREFIX):
-            continue
-        name = name.removeprefix(BUNDLE_PREFIX)
-        token, separator, key = name.rpartition(f".{STRING_TO_PARAM_PREFIX}")
-        if separator:
-            key = STRING_TO_PARAM_PREFIX + key
-        else:
-            token, _, key = name.rpartition(".")
-        bundles.setdefault(token or key, {})[key] = value
+        if match := BUNDLE_KEY.fullmatch(name):
+            bundles.setdefault(match["token"] or match["key"], {})[match["key"]] = value
     return {
         token: vectors_by_encoder
         for bundle, tensors in bundles.items()
@@ -262,13 +259,7 @@ def write_embeddings(
 
 
 def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
-    """Return the vectors (n, D) by token, for one or two text encoders.
-
-    Args:
-        state: Tensors of a file.
-        name: The token, if the file does not name its only one.
-        path: The file, for messages.
-    """
+    """Return a file's vectors (n, D) by token; `name` is the token if the file does not say it."""
     state = {DIFFUSERS_XL_KEYS.get(key, key): value for key, value in state.items()}
     xl_vectors = [state[key] for key in XL_KEYS if key in state]
     params = {

@@ -42,7 +42,6 @@ from ldm.loading.variants import is_variant_fixed, set_variant
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import (
     Addition,
-    LoRA,
     LoRALayer,
     MergedChanges,
     Target,
@@ -56,7 +55,7 @@ from ldm.runtime.offload import unload_all
 
 __all__ = [
     "LoRAFile", "add_loras", "build_lora_layer", "load_loras", "parse_loras", "read_changes",
-    "read_lora", "read_loras", "read_named_changes", "set_loras",
+    "read_loras", "set_loras",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -66,13 +65,7 @@ INPAINTING_CHANNELS = 9  # of its input: latent, mask, and latent of the masked 
 
 
 class LoRAFile(NamedTuple):
-    """A LoRA that was read for a model.
-
-    Args:
-        path: Its file or folder.
-        weight: Its weight.
-        changes: The changes that it makes with that weight.
-    """
+    """A file or folder of a LoRA, its weight, and what it changes in a model with that weight."""
 
     path: Path
     weight: LoRAWeight
@@ -101,9 +94,15 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWei
 def read_loras(
     model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeightLike]]
 ) -> list[LoRAFile]:
-    """Read (file, weight) pairs for a model, which may be on the meta device."""
-    pairs = parse_loras(files)
-    return [LoRAFile(path, weight, read_changes(path, model, weight)) for path, weight in pairs]
+    """Read (file, weight) pairs for a model, which may be on the meta device.
+
+    Changes of weight 0 are left out. Raises what `read_changes` does.
+    """
+    loras = []
+    for path, weight in parse_loras(files):
+        changes = [change for _, change in read_changes(path, model, weight) if change.strength]
+        loras.append(LoRAFile(path, weight, changes))
+    return loras
 
 
 def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
@@ -154,41 +153,16 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         warn_if_distilled(pairs)
 
 
-def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
-    """Return the LoRA in a file or folder, for the layers of a model; not attached, not merged.
-
-    Raises:
-        FileFormatError: It is not a LoRA, or of an unsupported kind.
-        WeightsMismatch: It does not fit the model.
-    """
-    layers = {}
-    for name, change in read_named_changes(path, model):
-        if not isinstance(change, LoRALayer):
-            raise FileFormatError(f"`{path}` is not a plain LoRA, its changes can only be merged")
-        layers[name] = change
-    return LoRA(layers)
-
-
 def read_changes(
     path: str | Path, model: LatentDiffusion, weight: LoRAWeightLike = 1.0
-) -> list[WeightChange]:
-    """Return the changes that a LoRA or LyCORIS file or folder makes in a model; not merged.
-
-    Changes of weight 0 are left out.
+) -> list[tuple[str, WeightChange]]:
+    """Return kohya's name of a layer, and the change, for all that a file or folder changes.
 
     Raises:
         ArgumentError: The weight is not for this UNet or this kind of file.
         FileFormatError: It is not such a file, or of an unsupported kind.
         WeightsMismatch: It does not fit the model.
     """
-    changes = read_named_changes(path, model, weight)
-    return [change for _, change in changes if change.strength]
-
-
-def read_named_changes(
-    path: str | Path, model: LatentDiffusion, weight: LoRAWeightLike = 1.0
-) -> list[tuple[str, WeightChange]]:
-    """Return the changes of a file with kohya's names of their layers; see `read_changes`."""
     weight = LoRAWeight.parse(weight)
     targets = {layer.kohya: layer for layer in list_lycoris_targets(model)}
     aliases = map_aliases(targets.values(), model)

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +58,7 @@ KEY = re.compile(
     )""",
     re.VERBOSE,
 )
-VECTOR = re.compile(r"(.+)\.weight")  # of (IA)^3, beside `on_input`
+VECTOR = re.compile(r"(.+)\.(weight)")  # of (IA)^3, beside `on_input`
 ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}  # where it is not the name
 BIASES = ("diff_b", "b_norm")  # roles of changes of the bias
 LOW_RANK = {"down", "up"}  # roles in a plain LoRA, beside alpha
@@ -112,13 +112,13 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
     prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = KEY.fullmatch(key)
-        vector = VECTOR.fullmatch(key)
-        if match is None and vector is not None and f"{vector[1]}.on_input" in file.state:
-            match = vector
+        if match is None and f"{key.removesuffix('.weight')}.on_input" in file.state:
+            match = VECTOR.fullmatch(key)
         if match is not None:
             name = aliases.get(normalize_layer_name(prefix + match[1]), match[1])
+            role = match[match.lastindex or 0]  # group 2 or 3
             group = originals if ORIGINAL_BLOCKS.search(match[1]) else layers
-            group.setdefault(name, {})[_get_role(match)] = value
+            group.setdefault(name, {})[ROLES.get(role, role)] = value
         elif not key.startswith(BUNDLE_PREFIX):
             unknown.append(key)
     if duplicates := originals.keys() & layers.keys():
@@ -250,13 +250,6 @@ def _describe_network(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int
     return entries
 
 
-def _get_role(match: re.Match[str]) -> str:
-    """Return the role of a tensor in its layer, by its name."""
-    if match.re is VECTOR:
-        return "weight"
-    return match[3] or ROLES.get(match[2], match[2])
-
-
 def _check_keys(file: Checkpoint, layers: Mapping[str, Tensors], unknown: list[str]) -> None:
     """Raise FileFormatError for a file without layers, or with keys that are not recognised."""
     for pattern, title in UNSUPPORTED_TYPES.items():
@@ -280,7 +273,12 @@ def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
         count = "1 layer is" if len(incomplete) == 1 else f"{len(incomplete)} layers are"
         message = f"{count} incomplete: `{incomplete[0]}` has only {roles}"
         raise FileFormatError(f"`{path}`: {message}")
-    if invalid := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
+    invalid = [
+        name
+        for name, tensors in layers.items()
+        if not all(value.float().isfinite().all() for value in tensors.values())
+    ]
+    if invalid:
         message = f"NaN or infinity in {len(invalid)} of its {len(layers)} layers: `{invalid[0]}`"
         raise FileFormatError(f"`{path}`: {message}")
 
@@ -288,7 +286,3 @@ def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
 def _is_complete(tensors: Tensors) -> bool:
     of_weight = tensors.keys() - {"alpha", "on_input", *BIASES}
     return is_complete(of_weight) if of_weight else not tensors.keys().isdisjoint(BIASES)
-
-
-def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(value.float().isfinite().all()) for value in tensors)

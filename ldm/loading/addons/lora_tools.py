@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.loading.addons.lora import build_lora_layer, read_named_changes
+from ldm.loading.addons.lora import build_lora_layer, read_changes
 from ldm.loading.addons.lora_files import find_base, read_bundled_embeddings
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.addons.lora_weights import LoRAWeightLike
@@ -179,13 +179,11 @@ def extract_lora(
         layers[old.kohya] = build_lora_layer(old.target, down.float(), up.float())
     if not layers:
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
-    changed = {layer.target for layer in layers.values()}
-    return ExtractedLoRA(
-        LoRA(layers),
-        networks[1],
-        1 - squared_error / squared_delta,
-        tuple(_exclude_targets(differing, networks[1], changed)),
-    )
+    targets = [layer.target for layer in layers.values()]
+    changed = {id(target.layer.get_parameter(target.parameter)) for target in targets}
+    names = {name for name, value in networks[1].named_parameters() if id(value) in changed}
+    others = tuple(name for name in differing if name not in names)
+    return ExtractedLoRA(LoRA(layers), networks[1], 1 - squared_error / squared_delta, others)
 
 
 @torch.no_grad()
@@ -214,7 +212,7 @@ def join_loras(
     additions: dict[Target, list[Addition]] = {}
     other_tensors: dict[str, Tensor] = {}
     for path, weight in files:
-        for name, change in read_named_changes(path, model, weight):
+        for name, change in read_changes(path, model, weight):
             if not isinstance(change, Addition):
                 raise FileFormatError(
                     f"`{path}` scales or turns weights (DoRA, (IA)^3, GLoRA, OFT, BOFT), by what "
@@ -326,35 +324,15 @@ def _fill_mapped(model: ModelFile, base: ModelFile) -> LatentDiffusion:
 
 
 def _list_differing_weights(tuned: ModelFile, base: ModelFile) -> list[str]:
-    names = [name for name in base.names if name in tuned and base[name].is_floating_point()]
-    return [name for name in names if not _is_same(tuned, base, name)]
-
-
-def _is_same(tuned: ModelFile, base: ModelFile, name: str) -> bool:
-    new, old = tuned[name], base[name]
-    is_same = new.shape == old.shape and new.float().equal(old.float())
-    tuned.release(new)
-    base.release(old)
-    return is_same
-
-
-def _exclude_targets(
-    names: Iterable[str], model: LatentDiffusion, targets: set[Target]
-) -> Iterable[str]:
-    """Return the weights in `names` that none of the targets changes."""
-    changed = {
-        (
-            id(target.layer),
-            f"in_proj_{target.name}" if target.qkv_index is not None else target.name,
-        )
-        for target in targets
-    }
-    parameters = {
-        f"{prefix}.{name}": (id(module), name)
-        for prefix, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    return (name for name in names if parameters.get(name) not in changed)
+    names = []
+    for name in base.names:
+        if name in tuned and base[name].is_floating_point():
+            new, old = tuned[name], base[name]
+            if not new.float().equal(old.float()):
+                names.append(name)
+            tuned.release(new)
+            base.release(old)
+    return names
 
 
 def _compute_quantile(values: Tensor, q: float) -> float:
