@@ -172,7 +172,7 @@ def translate_names(
             for name, value in component_state.items()
             if name in known or not name.endswith(UNUSED_WEIGHTS)
         }
-        gathered = convert_from_diffusers(locations, component_state, expected)
+        gathered = convert_from_diffusers(locations, component_state)
         used = {name for ours in gathered for name in locations[ours].keys}
         renamed |= {prefix + n: value for n, value in component_state.items() if n not in used}
         renamed |= gathered

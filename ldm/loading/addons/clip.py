@@ -15,15 +15,14 @@ from torch import Tensor
 from ldm.encoders.image import VISION, VISION_DEFAULTS
 from ldm.encoders.towers import CLIP
 from ldm.loading.build import fill_weights, meta_device
-from ldm.loading.diffusers.encoders import is_openai_clip
-from ldm.loading.diffusers.files import read_component
+from ldm.loading.diffusers.encoders import get_tower_config, is_openai_clip
+from ldm.loading.diffusers.files import read_network
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.diffusers.locations import (
     convert_from_diffusers,
     locate_text_encoder,
     locate_vision_tower,
 )
-from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import TEXT, rename_weights, strip_prefix
@@ -47,28 +46,26 @@ HEAD_WIDTHS = {
 }
 
 
-def load_clip(
-    path: str | Path, *, quick_gelu: bool | None = None, device: str | torch.device = "cpu"
-) -> CLIP:
+def load_clip(path: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
     """Load both towers in float32; sizes are inferred from the weights.
+
+    Weights do not show whether the activation is OpenAI's quick GELU. Without a config it is for
+    OpenAI's sizes, unless the file name says that the model is LAION's.
 
     Args:
         path: A file or folder, see the docstring of this module, or a published name.
-        quick_gelu: Whether the activation is OpenAI's quick GELU, which weights do not show; None =
-            for OpenAI's sizes, unless the file name says that the model is LAION's.
     Raises:
         FileFormatError: The file does not contain both towers.
         MissingFile: There is no such file.
     """
-    clip, state, mapped = _build_clip(path, quick_gelu)
+    clip, state, mapped = _build_clip(path)
     fill_weights(clip, state, device=device, mapped=mapped)
     return clip.eval()
 
 
-def check_clip(path: str | Path) -> str:
-    """Check that `load_clip` can load a file, without its memory; return the name of its size."""
-    clip, _, _ = _build_clip(path, None)
-    return get_clip_name(clip)
+def check_clip(path: str | Path) -> None:
+    """Raise what `load_clip` would raise, without the memory of the weights."""
+    _build_clip(path)
 
 
 def get_clip_name(clip: CLIP) -> str:
@@ -83,38 +80,26 @@ def get_clip_name(clip: CLIP) -> str:
     return sizes.get((width, len(visual.blocks), patch, visual.image_size), f"ViT-{width}-{patch}")
 
 
-def _build_clip(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, Tensor], bool]:
+def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
     """Return a CLIP on the meta device, its weights, and whether these are memory-mapped."""
     path = find_checkpoint(path)
-    if path.is_dir():
-        state, mapped = read_component(path, None), True
-        quick_gelu = _read_activation(path) if quick_gelu is None else quick_gelu
-    else:
-        file = read_checkpoint(path)
-        state, mapped = file.state, file.mapped
-    is_unclip = False
+    file, config_path = read_network(path), path / "config.json"
+    state, is_unclip = file.state, False
     if TRANSFORMERS_PROJECTION in state:
         state = _to_open_clip_names(state)
     elif IMAGE_PROJECTION not in state:
         state, is_unclip = _extract_unclip_towers(state), True
     state = _select_towers(state, path)
-    if quick_gelu is None:
+    if config_path.is_file():
+        config = get_tower_config(read_json(config_path), "text")
+        quick_gelu = is_openai_clip(config, f"{path.name}/config.json")
+    else:
         is_openai = state["text_projection"].shape[1] in OPENAI_WIDTHS
         quick_gelu = is_openai and (is_unclip or not LAION.search(path.name))
     with meta_device():
         clip = CLIP(_infer_text_size(state) | {"quick_gelu": quick_gelu}, _infer_vision_size(state))
     check_weights(clip.state_dict(), state, f"`{path}` does not fit CLIP")
-    return clip, state, mapped
-
-
-def _read_activation(path: Path) -> bool | None:
-    """Return whether a folder's config has OpenAI's activation; None for a folder without one."""
-    if not (path / "config.json").is_file():
-        return None
-    config = read_json(path / "config.json")
-    # Older versions of transformers wrote both, with the values that count in the second.
-    text = (config.get("text_config") or {}) | (config.get("text_config_dict") or {})
-    return is_openai_clip(text, f"{path.name}/config.json")
+    return clip, state, file.mapped
 
 
 def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +113,7 @@ def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = CLIP(text, vision).state_dict()
     locations = locate_text_encoder(name for name in names if not name.startswith("visual."))
     locations |= locate_vision_tower(names)
-    weights = convert_from_diffusers(locations, state, names)
+    weights = convert_from_diffusers(locations, state)
     return weights | {"logit_scale": state["logit_scale"]} if "logit_scale" in state else weights
 
 

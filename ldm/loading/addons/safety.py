@@ -8,10 +8,11 @@ from torch import Tensor
 from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.towers import VisionTower
 from ldm.loading.build import fill_weights, meta_device
-from ldm.loading.diffusers.files import read_component
+from ldm.loading.diffusers.encoders import get_tower_config
+from ldm.loading.diffusers.files import read_network
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.diffusers.locations import convert_from_diffusers, locate_vision_tower
-from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint
+from ldm.loading.files.checkpoint import Checkpoint
 from ldm.loading.matching import check_weights, guess_file_type
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import identify_weights
@@ -55,48 +56,39 @@ def load_safety_checker(
         FileFormatError, WeightsMismatch: It is another model, or damaged.
     """
     path = find_safety_checker(path)
-    if path.is_dir():
-        state, mapped = read_component(path, None), True
-        heads = heads or _read_heads(path)
-    else:
-        file = read_checkpoint(path)
-        state, mapped = file.state, file.mapped
-        _check_type(path, file)
-    state = {_to_current_name(name): value for name, value in state.items()}
+    file, config_path = read_network(path), path / "config.json"
+    _check_type(file)
+    if heads is None and config_path.is_file():
+        config = get_tower_config(read_json(config_path), "vision")
+        heads = config.get("num_attention_heads")
+    state = {_to_current_name(name): value for name, value in file.state.items()}
     state.pop("vision_model.embeddings.position_ids", None)
     summary = f"`{path}` is not a complete safety checker"
     with meta_device():
         checker = _build_checker(state, heads, summary)
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
-    weights = convert_from_diffusers(locations, state, expected)
+    weights = convert_from_diffusers(locations, state)
     gathered = {their_name for name in weights for their_name in locations[name].keys}
     weights |= {name: value for name, value in state.items() if name not in gathered}
     check_weights(expected, weights, summary)
-    fill_weights(checker, weights, device=device, dtype=torch.float32, mapped=mapped)
+    fill_weights(checker, weights, device=device, mapped=file.mapped)
     return checker.eval().requires_grad_(False)
 
 
-def _check_type(path: Path, file: Checkpoint) -> None:
+def _check_type(file: Checkpoint) -> None:
     """Raise FileFormatError if a file is not a safety checker."""
     if any(name.endswith(MARKER) for name in file.state):
         return
     family = identify_weights(file).family
     title = family.title if family else guess_file_type(file.state) or "another model"
-    raise FileFormatError(f"`{path}` is {title}, not a safety checker")
+    raise FileFormatError(f"`{file.path}` is {title}, not a safety checker")
 
 
 def _to_current_name(name: str) -> str:
     """Return a name without the prefixes of older versions of transformers and pipelines."""
     name = name.removeprefix(f"{COMPONENT}.")
     return name.removeprefix("vision_model.") if name.startswith("vision_model.vision_") else name
-
-
-def _read_heads(path: Path) -> int | None:
-    config = read_json(path / "config.json")
-    # Older versions of transformers wrote both, with the values that count in the second.
-    vision = (config.get("vision_config") or {}) | (config.get("vision_config_dict") or {})
-    return vision.get("num_attention_heads")
 
 
 def _build_checker(state: dict[str, Tensor], heads: int | None, summary: str) -> SafetyChecker:

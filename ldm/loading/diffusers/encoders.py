@@ -5,7 +5,7 @@ image_encoder, feature_extractor    CLIPImage, OpenCLIPImage
 depth_estimator                     MiDaSDepth
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from ldm.encoders import tokenizer
 from ldm.encoders.depth import ARCHS as DEPTH_ARCHS, MIDAS_SIZE, MiDaSDepth
@@ -17,10 +17,9 @@ from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "is_openai_clip", "make_depth_config", "make_depth_processor_config",
-    "make_image_processor_config", "make_text_config", "make_text_files", "make_tokenizer_files",
-    "make_vision_config", "parse_depth_config", "parse_text_config", "parse_vision_config",
-    "parse_xl_text_config", "read_added_tokens",
+    "get_tower_config", "is_openai_clip", "make_depth_config", "make_processor_config",
+    "make_text_files", "make_tokenizer_files", "make_vision_config", "parse_depth_config",
+    "parse_text_config", "parse_vision_config", "parse_xl_text_config", "read_added_tokens",
 ]  # fmt: skip
 
 Config = JsonMapping  # of transformers
@@ -35,6 +34,17 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 PROCESSOR = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True,
+}  # fmt: skip
+# Other options by class: like the original, resize without cropping and without padding.
+PROCESSORS = {
+    "CLIPImageProcessor": {
+        "do_center_crop": False, "do_convert_rgb": True,
+        "image_mean": list(MEAN), "image_std": list(STD),
+    },
+    "DPTImageProcessor": {
+        "keep_aspect_ratio": False, "ensure_multiple_of": 1,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    },
 }  # fmt: skip
 
 
@@ -52,18 +62,14 @@ def make_text_config(encoder: TextEncoder) -> JsonObject:
         projection = encoder.model.text_projection.shape[1]
         if encoder.always_return_pooled:
             class_name, num_blocks = "CLIPTextModelWithProjection", len(encoder.model.blocks)
-    elif isinstance(encoder, CLIPText) and (
-        encoder.layer == "last"
-        or (encoder.layer == "hidden" and encoder.blocks_run >= len(encoder.tower.blocks) - 1)
-    ):
+    else:
+        assert isinstance(encoder, CLIPText)
         block, num_blocks = encoder.tower.blocks[0], len(encoder.tower.blocks)
+        if encoder.layer == "pooled" or encoder.blocks_run < num_blocks - 1:
+            description = f"CLIPText with `layer: {encoder.layer}`"
+            raise ConfigError(f"transformers' CLIPTextModel does not support {description}")
         norm, projection = encoder.tower.final_layer_norm, encoder.width
         heads, mlp_width = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
-    else:
-        description = type(encoder).__name__
-        if isinstance(encoder, CLIPText):
-            description += f" with `layer: {encoder.layer}`"
-        raise ConfigError(f"transformers' CLIPTextModel does not support {description}")
     return {
         "architectures": [class_name],
         "model_type": "clip_text_model",
@@ -220,16 +226,10 @@ def parse_vision_config(config: Config) -> JsonObject:
     return {key: {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}
 
 
-def make_image_processor_config(size: int) -> JsonObject:
-    """Return the preprocessor config: resize to a square without cropping, as the original."""
-    return PROCESSOR | {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": size, "width": size},
-        "do_center_crop": False,
-        "do_convert_rgb": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
+def make_processor_config(class_name: str, size: int) -> JsonObject:
+    """Return the config of an image processor in PROCESSORS, which resizes to a square."""
+    sizes = {"height": size, "width": size}
+    return PROCESSOR | PROCESSORS[class_name] | {"image_processor_type": class_name, "size": sizes}
 
 
 def make_depth_config(encoder: MiDaSDepth) -> JsonObject:
@@ -287,16 +287,10 @@ def parse_depth_config(config: Config) -> JsonObject:
     return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
 
 
-def make_depth_processor_config(size: int) -> JsonObject:
-    """Return the preprocessor config: resize to the square size that transformers' DPT supports."""
-    return PROCESSOR | {
-        "image_processor_type": "DPTImageProcessor",
-        "size": {"height": size, "width": size},
-        "keep_aspect_ratio": False,
-        "ensure_multiple_of": 1,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+def get_tower_config(config: Config, tower: Literal["text", "vision"]) -> JsonObject:
+    """Return the section of a tower in the config of a transformers' CLIPModel."""
+    # Older versions of transformers wrote both, with the values that count in the second.
+    return (config.get(f"{tower}_config") or {}) | (config.get(f"{tower}_config_dict") or {})
 
 
 def is_openai_clip(config: Config, where: str) -> bool:

@@ -9,7 +9,7 @@ Without it unused weights become zeros, and the noise schedule is computed.
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -57,7 +57,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "PIPELINE_KEY", "build_folder", "get_weights_path", "is_diffusers_folder", "read_component",
-    "read_folder", "read_folder_metadata", "write_texts",
+    "read_folder", "read_folder_metadata", "read_network", "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # classes of t
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # A file of weights, or the index of several shards.
 WEIGHTS_FILE = re.compile(
-    rf"(?:{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
-    r"\.(?:safetensors|bin)(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
+    rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
+    r"\.(?P<suffix>safetensors|bin)(?P<index>\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
 
 Components = dict[str, dict[str, Tensor]]  # weights by component, under diffusers' names
@@ -93,24 +93,22 @@ def is_diffusers_folder(path: str | Path) -> bool:
 def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the weights of a folder under the original's names, with config and added tokens.
 
-    Args:
-        variant: See `read_component`.
+    The variant is that of `read_component`.
     """
     path = Path(path).expanduser()
     candidates = [file for name in CONFIGS for file in sorted(path.glob(f"*/{name}"))]
     files = _read_files(path, [*candidates, path / INDEX, path / "config.json"])
-    extra = _read_extra_weights(path, files)
-    raw = (
-        parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-        if extra
-        else make_original_config(files, str(path))
-    )
-    derived = _select_derived(extra.state) if extra else {}
+    extra = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
+    if CONFIG_KEY in extra.metadata:
+        raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+    else:
+        raw = make_original_config(files, str(path))
+    derived = _select_derived(extra.state)
     model, _ = _build_model(raw, path.name, derived)
     model_state, locations = model.state_dict(), locate_weights(model)
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
-    state = rename_weights(extra.state) if extra else {}
+    state = rename_weights(extra.state)
     for component in locations:
         component_state = read_component(path / component if INDEX in files else path, variant)
         if component in TOKENIZERS:
@@ -135,11 +133,9 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         path=path,
         format="diffusers",
         state=restore_names({name: state[name] for name in model_state}, buffers | derived),
-        step=extra.step if extra else None,
+        step=extra.step,
         mapped=True,
-        metadata=(extra.metadata if extra else {})
-        | _collect_metadata(files)
-        | {CONFIG_KEY: format_yaml(raw)},
+        metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(raw)},
         added_tokens=added_tokens,
     )
 
@@ -235,11 +231,7 @@ def _collect_metadata(files: Files) -> dict[str, str]:
 def _build_model(
     raw: JsonMapping, where: str, derived: Mapping[str, Tensor]
 ) -> tuple[nn.Module, JsonObject]:
-    """Return (model on the meta device, translated config).
-
-    Args:
-        derived: Tensors from `_select_derived`, which may contain a measured scale factor.
-    """
+    """Return (model on the meta device, translated config); `derived` may have its scale factor."""
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
     if "scale_factor" in derived and isinstance(model, LatentDiffusion):
@@ -285,7 +277,7 @@ def _has_same_config(extra: Checkpoint, files: Files) -> bool:
     return True
 
 
-def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
+def read_component(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a component, from one file or several shards.
 
     Args:
@@ -294,39 +286,41 @@ def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
     Raises:
         MissingFile: There are no weights of the variant.
     """
-    for file in filter(Path.is_file, _list_candidates(folder, variant)):
-        if file.suffix != ".json":
-            return read_checkpoint(file).state
-        # Only the names: an index that was downloaded must not lead to other folders.
-        names = sorted({Path(name).name for name in read_json(file)["weight_map"].values()})
-        return _read_shards(folder, names)
     names = sorted(file.name for file in folder.glob("*"))
-    matches = [match for match in map(WEIGHTS_FILE.fullmatch, names) if match]
-    shards = [match[0] for match in matches if match["shard"] and match["variant"] == variant]
-    if shards:  # without their index
-        return _read_shards(folder, shards)
-    variants = {match["variant"] or match["index_variant"] for match in matches} - {None}
-    if variant is None and variants:
-        choice = min(variants, key=lambda name: (name == "non_ema", name != "fp16", name))
-        log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), choice)
-        return read_component(folder, choice)
-    what = f" of variant `{variant}`" if variant else ""
-    remedy = "leave out `variant`" if variant and matches else REMEDY
-    listed = ", ".join(names) or "nothing"
-    raise MissingFile(f"no weights{what} in `{folder}`, only {listed}: {remedy}")
+    variants: dict[str, list[re.Match[str]]] = {}  # files by variant; "" = without one
+    for match in filter(None, map(WEIGHTS_FILE.fullmatch, names)):
+        variants.setdefault(match["variant"] or match["index_variant"] or "", []).append(match)
+    if variant is None and variants and "" not in variants:
+        variant = min(variants, key=lambda name: (name == "non_ema", name != "fp16", name))
+        log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), variant)
+    matches = variants.get(variant or "")
+    if matches is None:
+        what = f" of variant `{variant}`" if variant else ""
+        remedy = "leave out `variant`" if variant and variants else REMEDY
+        listed = ", ".join(names) or "nothing"
+        raise MissingFile(f"no weights{what} in `{folder}`, only {listed}: {remedy}")
+    best = min(matches, key=_rank_file)
+    files = [best[0]]
+    if best["index"]:
+        # Only the names: an index that was downloaded must not lead to other folders.
+        weight_map = read_json(folder / best[0])["weight_map"]
+        files = sorted({Path(name).name for name in weight_map.values()})
+    elif best["shard"]:
+        files = [match[0] for match in matches if match["shard"]]
+    return {k: v for name in files for k, v in read_checkpoint(folder / name).state.items()}
 
 
-def _read_shards(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
+def _rank_file(match: re.Match[str]) -> tuple[bool, bool, int, bool]:
+    """Order files of weights: shards without an index last, safetensors before pickles."""
+    is_pickle = match["suffix"] != "safetensors"
+    return bool(match["shard"]), is_pickle, STEMS.index(match["stem"]), bool(match["index"])
 
 
-def _list_candidates(folder: Path, variant: str | None) -> Iterator[Path]:
-    dot = f".{variant}" if variant else ""
-    for suffix in (".safetensors", ".bin"):
-        for stem in STEMS:
-            yield folder / f"{stem}{dot}{suffix}"
-            yield folder / f"{stem}{suffix}.index{dot}.json"
-            yield folder / f"{stem}{dot}{suffix}.index.json"
+def read_network(path: Path) -> Checkpoint:
+    """Return the weights of one network, from a file or from the folder of a component."""
+    if path.is_dir():
+        return Checkpoint(path, "diffusers", read_component(path), mapped=True)
+    return read_checkpoint(path)
 
 
 def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[str, Tensor]:

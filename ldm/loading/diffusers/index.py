@@ -1,7 +1,4 @@
-"""Convert between a model's config and the JSONs of a diffusers folder.
-
-    make_folder_configs(model, spec)   -> {"unet/config.json": {…}, …, "model_index.json": {…}}
-    make_original_config(files)        these files -> a config with the original's keys
+"""Convert between a model's config and the JSONs of a diffusers folder, `model_index.json` …
 
 `make_original_config` fills the published YAML of the family with the folder's numbers, so that
 programs for the original's configs can read it.
@@ -126,19 +123,13 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     pipeline_key = _find_model_pipeline(model)
     files |= _make_encoder_configs(model, params["conditioner"]["params"], pipeline_key)
     pipeline = PIPELINES[pipeline_key]
-    components = {path.split("/")[0] for path in files} - {"feature_extractor"}  # set below
-    index: Files = {
-        "_class_name": pipeline.name,
-        "_diffusers_version": layout.VERSION,
-        **pipeline.extras,
-        **{component: layout.CLASSES[component] for component in sorted(components)},
-    }
+    extras = dict(pipeline.extras)
     if PROCESSOR in files:
-        index["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
+        extras["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
     if pipeline_key in ("lowres", "rgbd"):
         encoder = model.conditioner.get(LowRes if pipeline_key == "lowres" else RGBDLatent)
-        index["max_noise_level"] = encoder.max_noise_level
-    return files | {layout.INDEX: index}
+        extras["max_noise_level"] = encoder.max_noise_level
+    return files | {layout.INDEX: layout.make_index(pipeline.name, files, extras)}
 
 
 def make_original_config(files: Files, folder: str = "the folder") -> JsonObject:
@@ -169,10 +160,8 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     params["unet_config"]["params"] = unet
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(files[layout.VAE])
     params |= schedulers.parse_betas(files[layout.SCHEDULER], layout.SCHEDULER)
-    params["parameterization"] = schedulers.parse_prediction_type(
-        files[layout.SCHEDULER], layout.SCHEDULER
-    )
-    if schedulers.is_trailing(files[layout.SCHEDULER]):  # its timestep spacing
+    params["parameterization"] = schedulers.parse_prediction_type(files[layout.SCHEDULER])
+    if files[layout.SCHEDULER].get("timestep_spacing") == "trailing":  # of few-step models
         params["defaults"] = {"scheduler": "trailing"}
     params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE)
     params["image_size"] = unet["image_size"] or params["image_size"]
@@ -193,7 +182,7 @@ def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, pipeline_k
         files |= encoders.make_text_files(conditioner.get(TextEncoder))
     if tower is not None:
         files[IMAGE] = encoders.make_vision_config(tower)
-        files[PROCESSOR] = encoders.make_image_processor_config(tower.image_size)
+        files[PROCESSOR] = encoders.make_processor_config("CLIPImageProcessor", tower.image_size)
     if image is not None:
         name = layout.CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
@@ -202,7 +191,8 @@ def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, pipeline_k
         files[LOW_RES_NOISE] = _make_noise_config(specs[pipeline_key])
     if pipeline_key == "depth":
         files[DEPTH] = encoders.make_depth_config(conditioner.get(MiDaSDepth))
-        files[PROCESSOR] = encoders.make_depth_processor_config(files[DEPTH]["image_size"])
+        size = files[DEPTH]["image_size"]
+        files[PROCESSOR] = encoders.make_processor_config("DPTImageProcessor", size)
     return files
 
 
@@ -236,12 +226,9 @@ def _find_model_pipeline(model: LatentDiffusion) -> str:
     keys = names.keys() - {"text", "level"}  # the level comes with lowres or rgbd
     if len(keys) > 1 or not keys <= PIPELINES.keys() or "text" not in names:
         raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
-    is_rgbd = model.autoencoder.in_channels != 3
-    return keys.pop() if keys else _name_text_pipeline(is_rgbd)
-
-
-def _name_text_pipeline(is_rgbd: bool) -> str:
-    return "text-rgbd" if is_rgbd else "text"
+    if keys:
+        return keys.pop()
+    return "text" if model.autoencoder.in_channels == 3 else "text-rgbd"
 
 
 def _find_folder_pipeline(files: Files) -> str:
@@ -260,8 +247,9 @@ def _find_folder_pipeline(files: Files) -> str:
         what = f"no {', '.join(sorted(missing))}" if missing else "`text_encoder_2`"
         name = files[layout.INDEX].get("_class_name")
         raise FileFormatError(f"`{name}` is not a supported pipeline (it has {what})")
-    is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
-    return "masked" if is_inpainting else _name_text_pipeline(is_rgbd)
+    if files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS:
+        return "masked"
+    return "text-rgbd" if is_rgbd else "text"
 
 
 def _get_training_size(model: LatentDiffusion) -> int:

@@ -1,8 +1,5 @@
 """Convert configs of the x2 latent upscaler from and to diffusers folders.
 
-    make_folder_configs_x2(model, spec)   -> every file but weights
-    make_original_config_x2(files)        -> our config
-
 diffusers supports only the published layout of the network, and no noise on the small latent.
 """
 
@@ -12,14 +9,13 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import TextEncoder
 from ldm.loading.diffusers import encoders, networks, schedulers
 from ldm.loading.diffusers.layout import (
-    CLASSES,
     INDEX,
     SCHEDULER,
     TEXT,
     UNET,
     VAE,
-    VERSION,
     check_files,
+    make_index,
 )
 from ldm.loading.k_diffusion import build_upscaler_config
 from ldm.model import LatentDiffusion
@@ -48,7 +44,7 @@ PREDICTION_TYPES = ("sample", "original_sample")  # both are x0
 INTERPOLATIONS = ("log_linear", "linear")
 # Stable Diffusion's betas, whose sigmas have the range of the published continuous schedule.
 BETAS: JsonObject = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
-COMPONENTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+PIPELINE = "StableDiffusionLatentUpscalePipeline"
 
 
 def is_x2_folder(files: JsonMapping) -> bool:
@@ -68,13 +64,7 @@ def make_folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
         SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
         **encoders.make_text_files(model.conditioner.get(TextEncoder)),
     }
-    index = {
-        "_class_name": "StableDiffusionLatentUpscalePipeline",
-        "_diffusers_version": VERSION,
-        **{component: CLASSES[component] for component in COMPONENTS},
-        "scheduler": ("diffusers", files[SCHEDULER]["_class_name"]),
-    }
-    return files | {INDEX: index}
+    return files | {INDEX: make_index(PIPELINE, files, {})}
 
 
 def make_original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
@@ -126,9 +116,7 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
     """Return the parameters of our network."""
     networks.validate_config(config, UNET, REQUIRED_VALUES, KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
-    for block in down_blocks:
-        if block not in DOWN_BLOCKS.values():
-            raise ConfigError(f"{UNET}: blocks `{block}` are not supported")
+    networks.check_blocks(UNET, down_blocks, DOWN_BLOCKS.values())
     latent_channels, levels = config["in_channels"] // 2, len(channels)
     return {
         "input_channels": latent_channels,

@@ -9,7 +9,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "CLASSES", "EXTRA_WEIGHTS", "INDEX", "INPAINTING_CHANNELS", "NO_COMPONENT", "REMEDY",
-    "SCHEDULER", "TEXT", "TEXT_2", "UNET", "VAE", "VERSION", "check_files", "read_json",
+    "SCHEDULER", "TEXT", "TEXT_2", "UNET", "VAE", "check_files", "make_index", "read_json",
 ]  # fmt: skip
 
 INDEX = "model_index.json"
@@ -25,7 +25,6 @@ VERSION = "0.35.0"  # of diffusers, as written into the index
 CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
-    "scheduler": ("diffusers", "DDIMScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
@@ -47,6 +46,24 @@ def check_files(files: JsonMapping, folder: str, *paths: str) -> None:
     for path in paths:
         if path not in files:
             raise FileFormatError(f"`{folder}` has no `{path}`: {REMEDY}")
+
+
+def make_index(class_name: str, files: JsonMapping, extras: JsonMapping) -> JsonObject:
+    """Return the index of a folder.
+
+    Args:
+        class_name: Class of the pipeline.
+        files: The other files, by path.
+        extras: Entries besides the components that the files are of.
+    """
+    components = {path.split("/")[0] for path in files} & CLASSES.keys()
+    return {
+        "_class_name": class_name,
+        "_diffusers_version": VERSION,
+        **{component: CLASSES[component] for component in sorted(components)},
+        "scheduler": ("diffusers", files[SCHEDULER]["_class_name"]),
+        **extras,
+    }
 
 
 def read_json(path: Path) -> JsonObject:

@@ -10,7 +10,8 @@ diffusers' names (keys) need not be converted to ours.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,9 +118,9 @@ UPSCALER_BLOCK_LAYERS = {
         "kv_proj": "attn2.to_k attn2.to_v", "out_proj": "attn2.to_out.0",
     },
 }  # fmt: skip
-# A weight by which the type of a block is recognised.
-UPSCALER_MARKERS = {
-    "resnets": "main.2.weight", "self": "qkv_proj.weight", "cross": "kv_proj.weight"
+# Type of a block by a weight in it.
+UPSCALER_BLOCK_TYPES = {
+    "main.2.weight": "resnets", "qkv_proj.weight": "self", "kv_proj.weight": "cross"
 }  # fmt: skip
 Form = Literal["same", "matrix", "vector", "transposed"]
 
@@ -147,20 +148,13 @@ class Location:
             value = value.T
         return zip(self.keys, value.chunk(len(self.keys)), strict=True)
 
-    def join(self, component_state: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Return our tensor from diffusers' tensors; a copy only if there are several.
-
-        Args:
-            component_state: Tensors by diffusers' names.
-            shape: Shape of our tensor.
-        """
+    def join(self, component_state: Mapping[str, Tensor]) -> Tensor:
+        """Return our tensor from diffusers' tensors; a copy only if there are several."""
         tensors = [component_state[key] for key in self.keys]
         value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         if self.form == "transposed":
             value = value.T
-        if self.form in ("matrix", "vector") and value.numel() == shape.numel():
-            return value.reshape(shape)
-        return value
+        return value.reshape(-1, 1) if self.form == "vector" else value
 
 
 def convert_to_diffusers(
@@ -176,20 +170,14 @@ def convert_to_diffusers(
 
 
 def convert_from_diffusers(
-    locations: Mapping[str, Location],
-    component_state: Mapping[str, Tensor],
-    model_state: Mapping[str, Tensor],
+    locations: Mapping[str, Location], component_state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return diffusers' tensors under our names; names with missing tensors are left out.
 
-    1x1 convolutions and columns get the model's shapes.
-
-    Args:
-        component_state: Tensors by diffusers' names.
-        model_state: Weights of the model, for shapes.
+    1x1 convolutions stay matrices, which `match_weights` reshapes.
     """
     return {
-        name: location.join(component_state, model_state[name].shape)
+        name: location.join(component_state)
         for name, location in locations.items()
         if all(key in component_state for key in location.keys)
     }
@@ -248,39 +236,33 @@ def locate_unet(names: Iterable[str]) -> dict[str, Location]:
     return {name: Location((key,)) for name, key in rename_unet_layers(names).items()}
 
 
-def _locate_upscaler(names: Iterable[str]) -> dict[str, Location]:
-    """Locate the tensors of the x2 latent upscaler; diffusers has no noise-level embedding."""
-    locations: dict[str, Location] = {}
-    # Names by "d" (down) or "u" (up) and level, then by index of the block.
-    levels: dict[tuple[str, int], dict[int, list[str]]] = {}
+def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
+    """Locate the tensors of the x2 latent upscaler, from names in the order of the blocks.
+
+    diffusers has no embedding of noise levels.
+    """
+    blocks: dict[str, tuple[str, str]] = {}  # our prefix -> type, diffusers' prefix
+    resnets: Counter[str] = Counter()  # by level
     for name in names:
-        layer, _, parameter = name.removeprefix(INNER).rpartition(".")
-        if match := UPSCALER_LAYER.match(name):
-            direction, level, index = match[1], int(match[2]), int(match[3])
-            levels.setdefault((direction, level), {}).setdefault(index, []).append(name)
+        match = UPSCALER_LAYER.match(name)
+        if match and (block_type := UPSCALER_BLOCK_TYPES.get(name[match.end() :])):
+            level = f"{'down' if match[1] == 'd' else 'up'}_blocks.{match[2]}"
+            group = "resnets" if block_type == "resnets" else "attentions"
+            if group == "resnets":  # attentions have the number of the resnet before them
+                resnets[level] += 1
+            blocks[match[0]] = block_type, f"{level}.{group}.{resnets[level] - 1}"
+    locations: dict[str, Location] = {}
+    for name in names:
+        match = UPSCALER_LAYER.match(name)
+        layer, _, parameter = name.removeprefix(match[0] if match else INNER).rpartition(".")
+        if match and match[0] in blocks:  # others are resampling filters
+            block_type, prefix = blocks[match[0]]
+            form: Form = "matrix" if layer.endswith("_proj") and parameter == "weight" else "same"
+            layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
+            locations[name] = Location(tuple(f"{prefix}.{n}.{parameter}" for n in layers), form)
         elif layer in UPSCALER_OUTER_LAYERS:
-            form: Form = "vector" if layer == "timestep_embed" else "same"
+            form = "vector" if layer == "timestep_embed" else "same"
             locations[name] = Location((f"{UPSCALER_OUTER_LAYERS[layer]}.{parameter}",), form)
-    for (direction, level), blocks in levels.items():
-        resnets = 0
-        for _, block_names in sorted(blocks.items()):
-            inner_names = {name: UPSCALER_LAYER.sub("", name) for name in block_names}
-            block_type = next(
-                (t for t, marker in UPSCALER_MARKERS.items() if marker in inner_names.values()),
-                None,
-            )
-            if block_type is None:  # a resampling filter
-                continue
-            if block_type == "resnets":  # attentions have the number of the resnet before them
-                resnets += 1
-            prefix = f"{'down' if direction == 'd' else 'up'}_blocks.{level}"
-            prefix += f".{'resnets' if block_type == 'resnets' else 'attentions'}.{resnets - 1}"
-            for name, inner_name in inner_names.items():
-                layer, _, parameter = inner_name.rpartition(".")
-                form = "matrix" if layer.endswith("_proj") and parameter == "weight" else "same"
-                diffusers_layers = UPSCALER_BLOCK_LAYERS[block_type][layer].split()
-                keys = tuple(f"{prefix}.{layer}.{parameter}" for layer in diffusers_layers)
-                locations[name] = Location(keys, form)
     return locations
 
 
@@ -331,11 +313,8 @@ def locate_depth_estimator(names: Iterable[str]) -> dict[str, Location]:
         key = replace_all(DEPTH_RULES, name.removeprefix("model."))
         if key.startswith("pretrained."):  # the unused head of a classifier
             continue
-        if ".qkv." in key:
-            keys = tuple(key.replace("qkv", layer) for layer in ("query", "key", "value"))
-            locations[name] = Location(keys)
-        else:
-            locations[name] = Location((key,))
+        layers = ("query", "key", "value") if ".qkv." in key else ("qkv",)
+        locations[name] = Location(tuple(key.replace("qkv", layer) for layer in layers))
     return locations
 
 

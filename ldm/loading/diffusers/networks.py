@@ -1,23 +1,19 @@
 """Convert configs of UNet and autoencoder between our parameters and diffusers' `config.json`.
 
-    make_unet_config     UNet                    -> unet/config.json
-    parse_unet_config    unet/config.json        -> parameters of UNet
-    make_vae_config      `embed_dim`, `ddconfig` -> vae/config.json
-    parse_vae_config     vae/config.json         -> parameters of AutoencoderKL
-
 An option that is not supported on both sides raises ConfigError.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ldm.loading.diffusers.layout import UNET, VAE
 from ldm.nets.autoencoder import AutoencoderConfig
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "DEFAULT_SCALE", "make_unet_config", "make_vae_config", "parse_unet_config",
+    "DEFAULT_SCALE", "check_blocks", "make_unet_config", "make_vae_config", "parse_unet_config",
     "parse_vae_config", "read_equal", "validate_config",
 ]  # fmt: skip
 
@@ -92,10 +88,7 @@ def make_unet_config(
     channels = [model_channels * mult for mult in unet.channel_mult]
     has_attention = [2**level in unet.attention_resolutions for level in range(len(channels))]
     heads = [unet.num_heads if head_dim == -1 else max(1, n // head_dim) for n in channels]
-    down_blocks = [
-        "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention
-    ]
-    up_blocks = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in has_attention]
+    prefixes = ["CrossAttn" if attends else "" for attends in has_attention]
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
@@ -103,8 +96,8 @@ def make_unet_config(
         "out_channels": unet.out_channels,
         "block_out_channels": channels,
         "layers_per_block": unet.num_res_blocks,
-        "down_block_types": down_blocks,
-        "up_block_types": up_blocks[::-1],
+        "down_block_types": [f"{prefix}DownBlock2D" for prefix in prefixes],
+        "up_block_types": [f"{prefix}UpBlock2D" for prefix in reversed(prefixes)],
         # diffusers' name is wrong: it is the number of heads.
         "attention_head_dim": _to_scalar_if_uniform(heads),
         "cross_attention_dim": unet.context_dim,
@@ -137,13 +130,12 @@ def make_unet_config(
 
 def parse_unet_config(config: Config) -> JsonObject:
     """Return the parameters of our UNet."""
-    where = "unet/config.json"
-    validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
+    validate_config(config, UNET, UNET_REQUIRED_VALUES, UNET_KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
-    _check_blocks(where, [*down_blocks, *config["up_block_types"]], UNET_BLOCKS)
+    check_blocks(UNET, [*down_blocks, *config["up_block_types"]], UNET_BLOCKS)
     if any(n % channels[0] for n in channels):
         raise ConfigError(
-            f"{where}: `block_out_channels: {channels}` must be multiples of the first"
+            f"{UNET}: `block_out_channels: {channels}` must be multiples of the first"
         )
     params: JsonObject = {
         "image_size": config.get("sample_size"),
@@ -153,11 +145,11 @@ def parse_unet_config(config: Config) -> JsonObject:
         "attention_resolutions": [
             2**level for level, block in enumerate(down_blocks) if block in CROSS_ATTENTION_BLOCKS
         ],
-        "num_res_blocks": read_equal(config, "layers_per_block", where, 2),
+        "num_res_blocks": read_equal(config, "layers_per_block", UNET, 2),
         "channel_mult": [n // channels[0] for n in channels],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "context_dim": read_equal(config, "cross_attention_dim", where),
+        "context_dim": read_equal(config, "cross_attention_dim", UNET),
         "use_checkpoint": True,
         "legacy": False,
         **_parse_heads(config, channels),
@@ -220,10 +212,9 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
 
 def parse_vae_config(config: Config) -> JsonObject:
     """Return the parameters of our AutoencoderKL."""
-    where = "vae/config.json"
-    validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
+    validate_config(config, VAE, VAE_REQUIRED_VALUES, VAE_KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
-    _check_blocks(where, down_blocks, VAE_BLOCKS)
+    check_blocks(VAE, down_blocks, VAE_BLOCKS)
     embed_dim = config["latent_channels"]
     has_attention = [block.startswith("Attn") for block in down_blocks]
     ddconfig = {
@@ -234,7 +225,7 @@ def parse_vae_config(config: Config) -> JsonObject:
         "out_ch": config.get("out_channels", 3),
         "ch": channels[0],
         "ch_mult": [n // channels[0] for n in channels],
-        "num_res_blocks": read_equal(config, "layers_per_block", where, 1),
+        "num_res_blocks": read_equal(config, "layers_per_block", VAE, 1),
         "attn_resolutions": [RESOLUTION >> i for i, attends in enumerate(has_attention) if attends],
         "dropout": 0.0,
     }
@@ -276,17 +267,14 @@ def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
 
 
 def _check_options(network: str, unsupported: Mapping[str, object]) -> None:
-    """Raise ConfigError for the first option that is used.
-
-    Args:
-        unsupported: Whether an option is used, by its text for the message.
-    """
+    """Raise ConfigError for the first option, by its text for the message, that is used."""
     for option, is_used in unsupported.items():
         if is_used:
             raise ConfigError(f"diffusers' {network} does not support {option}")
 
 
-def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str]) -> None:
+def check_blocks(where: str, blocks: Sequence[str], supported: Collection[str]) -> None:
+    """Raise ConfigError unless all types of blocks are supported."""
     for block in blocks:
         if block not in supported:
             raise ConfigError(f"{where}: blocks `{block}` are not supported")
@@ -299,15 +287,11 @@ def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObje
         raise ConfigError("diffusers' UNet does not support these transformer depths")
     count = unet.num_res_blocks + 1  # blocks of a level; up blocks have one more
     up_depths = [list(depths[i : i + count]) for i in range(0, len(depths), count)]
+    down_levels = zip(down_depths, has_attention, strict=True)
+    up_levels = zip(up_depths, reversed(has_attention), strict=True)
     return {
-        "transformer_layers_per_block": [
-            depth if attends else 1
-            for depth, attends in zip(down_depths, has_attention, strict=True)
-        ],
-        "reverse_transformer_layers_per_block": [
-            depth if attends else 1
-            for depth, attends in zip(up_depths, has_attention[::-1], strict=True)
-        ],
+        "transformer_layers_per_block": [n if attends else 1 for n, attends in down_levels],
+        "reverse_transformer_layers_per_block": [n if attends else 1 for n, attends in up_levels],
     }
 
 
@@ -315,7 +299,7 @@ def _parse_depths(config: Config, res_blocks: int) -> JsonObject:
     """Return the transformer depths: one, one by level, or by block if up blocks differ."""
     middle = config.get("mid_block_type", MIDDLE)
     if middle not in (MIDDLE, MIDDLE_WITHOUT_ATTENTION):
-        raise ConfigError(f"unet/config.json: `mid_block_type: {middle}` is not supported")
+        raise ConfigError(f"{UNET}: `mid_block_type: {middle}` is not supported")
     params: JsonObject = {"transformer_depth_middle": 0} if middle != MIDDLE else {}
     depths = config.get("transformer_layers_per_block", 1)
     reverse = config.get("reverse_transformer_layers_per_block")
@@ -354,7 +338,7 @@ def _parse_heads(config: Config, channels: Sequence[int]) -> dict[str, int]:
     if len(set(heads)) == 1:
         return {"num_heads": heads[0]}
     raise ConfigError(
-        f"unet/config.json: {heads} heads for channels {channels} can be expressed neither as "
+        f"{UNET}: {heads} heads for channels {channels} can be expressed neither as "
         "num_heads nor as num_head_channels"
     )
 
@@ -363,10 +347,10 @@ def _parse_class_embedding(config: Config) -> JsonObject:
     class_type = config.get("class_embed_type")
     addition = config.get("addition_embed_type")
     if addition not in (None, "text_time"):
-        raise ConfigError(f"unet/config.json: `addition_embed_type: {addition}` is not supported")
+        raise ConfigError(f"{UNET}: `addition_embed_type: {addition}` is not supported")
     if class_type == "projection" or addition:
         width = config["projection_class_embeddings_input_dim"]
         return {"num_classes": "sequential", "adm_in_channels": width}
     if class_type is not None:
-        raise ConfigError(f"unet/config.json: `class_embed_type: {class_type}` is not supported")
+        raise ConfigError(f"{UNET}: `class_embed_type: {class_type}` is not supported")
     return {"num_classes": config["num_class_embeds"]} if config.get("num_class_embeds") else {}

@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from ldm.diffusion.schedule import make_betas
+from ldm.loading.diffusers.layout import SCHEDULER
 from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "get_timestep_spacing", "is_trailing", "make_betas_config", "make_ddim_config", "parse_betas",
-    "parse_scheduler",
+    "get_timestep_spacing", "make_betas_config", "make_ddim_config", "parse_betas",
+    "parse_prediction_type", "parse_scheduler", "to_prediction_type",
 ]  # fmt: skip
 
 # diffusers' beta_schedule -> the original's; other noise schedules are written as lists of betas.
@@ -80,9 +81,9 @@ def parse_betas(config: JsonMapping, where: str) -> JsonObject:
     return params
 
 
-def parse_prediction_type(config: JsonMapping, where: str) -> str:
+def parse_prediction_type(config: JsonMapping) -> str:
     """Return the prediction type: "eps", "v" or "x0"."""
-    return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
+    return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, SCHEDULER)
 
 
 def to_prediction_type(parameterization: str) -> str:
@@ -90,16 +91,11 @@ def to_prediction_type(parameterization: str) -> str:
     return _find_key(parameterization, PREDICTION_TYPES)
 
 
-def is_trailing(config: JsonMapping) -> bool:
-    """Return whether steps begin at the last timestep, as models for few steps need."""
-    return bool(config.get("timestep_spacing") == "trailing")
-
-
 def parse_scheduler(config: JsonMapping, default: str) -> str:
     """Return our scheduler for the timestep spacing in a config."""
     if config.get("use_karras_sigmas"):
         return "karras"
-    return _read_name(config, "timestep_spacing", default, SPACINGS, "scheduler_config.json")
+    return _read_name(config, "timestep_spacing", default, SPACINGS, SCHEDULER)
 
 
 def get_timestep_spacing(scheduler: str | None) -> str:

@@ -1,8 +1,5 @@
 """Convert configs of SDXL (base, inpainting and refiner) from and to diffusers folders.
 
-    make_folder_configs_xl(model, spec)   -> every file but weights
-    make_original_config_xl(files)        -> a config of `generative-models`
-
 Each text encoder has its own tokenizer; the refiner has only the second text encoder.
 """
 
@@ -13,7 +10,7 @@ from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers
-from ldm.loading.diffusers.locations import TEXT_COMPONENTS, get_text_component
+from ldm.loading.diffusers.locations import get_text_component
 from ldm.loading.families import XL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
@@ -62,33 +59,20 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
         layout.VAE: vae,
         layout.SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
     }
-    index: JsonObject = {"_class_name": _get_pipeline_class(is_refiner, is_inpainting)}
     for component, encoder in text_encoders.items():
         files |= encoders.make_text_files(encoder, component)
-    # The refiner has no first text encoder, which diffusers' index says.
-    for component in TEXT_COMPONENTS:
-        tokenizer = component.replace("text_encoder", "tokenizer")
-        for name in (component, tokenizer):
-            index[name] = (
-                layout.CLASSES[name] if component in text_encoders else layout.NO_COMPONENT
-            )
     uses_zeros = any(encoder.null is None for encoder in text_encoders.values())
-    return files | {
-        layout.INDEX: index
-        | {
-            "_diffusers_version": layout.VERSION,
-            "unet": layout.CLASSES["unet"],
-            "vae": layout.CLASSES["vae"],
-            "scheduler": ("diffusers", files[layout.SCHEDULER]["_class_name"]),
-            "force_zeros_for_empty_prompt": uses_zeros,
-            "add_watermarker": None,
-            **({"requires_aesthetics_score": is_refiner} if is_refiner or is_inpainting else {}),
-        }
-    }
+    extras: JsonObject = {"force_zeros_for_empty_prompt": uses_zeros, "add_watermarker": None}
+    if "text_encoder" not in text_encoders:  # of the refiner, which diffusers' index says
+        extras |= {"text_encoder": layout.NO_COMPONENT, "tokenizer": layout.NO_COMPONENT}
+    if is_refiner or is_inpainting:
+        extras["requires_aesthetics_score"] = is_refiner
+    class_name = _get_pipeline_class(is_refiner, is_inpainting)
+    return files | {layout.INDEX: layout.make_index(class_name, files, extras)}
 
 
 def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
-    """Return the config with the original's keys; `folder` is the folder's path, for messages."""
+    """Return a config of `generative-models`; `folder` is the folder's path, for messages."""
     index = files[layout.INDEX]
     layout.check_files(files, folder, layout.VAE, layout.SCHEDULER, layout.TEXT_2)
     needs_score = bool(index.get("requires_aesthetics_score", False))
@@ -133,7 +117,7 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
 def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
     """Set an engine's noise schedule, prediction type, and default sampler and scheduler."""
     class_name = config.get("_class_name", "")
-    prediction_type = schedulers.parse_prediction_type(config, layout.SCHEDULER)
+    prediction_type = schedulers.parse_prediction_type(config)
     defaults: dict[str, Any] = {}
     if class_name.startswith("EDM"):  # its "epsilon" means EDM's preconditioning
         scaling = "VScalingWithEDMcNoise" if prediction_type == "v" else "EDMScaling"
