@@ -1,11 +1,14 @@
-"""A model of 30 thousand parameters: its config with the original's classes, and its weights."""
+"""A model of 30 thousand parameters, its config with the original's classes; converted families."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from tinyfamilies import write
 
 from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.weight_names import restore_names
 
 TINY = """
@@ -73,3 +76,18 @@ def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
     model = instantiate(read_yaml(tiny_yaml), where="tiny.yaml")
     state = restore_names(model.state_dict(), model.schedule.buffers())
     return {name: torch.randn_like(v) if v.dim() > 1 else v for name, v in state.items()}
+
+
+@pytest.fixture(scope="session")
+def convert_family(tmp_path_factory):
+    """Family -> (file in the original's layout, its weights, diffusers folder), each made once."""
+    parent = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def convert_family(family):
+        source, folder = parent / f"{family}.safetensors", parent / family
+        state = write(family, source)
+        convert(plan_conversion(source, folder))
+        return source, state, folder
+
+    return convert_family

@@ -9,10 +9,14 @@ import torch
 from ldm.conditioning import Conditioner
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.sizes import SizeEmbedding
-from ldm.encoders.text import CLIPText, OpenCLIPText
+from ldm.encoders.text import CLIPText, OpenCLIPText, TextEncoder
+from ldm.loading.addons.lora import read_changes
 from ldm.loading.addons.lora_targets import list_lora_targets
-from ldm.loading.diffusers.locations import convert_to_diffusers, locate_text_encoder
-from ldm.loading.diffusers.names import rename_unet_layers
+from ldm.loading.diffusers.encoders import make_text_config, make_tokenizer_files
+from ldm.loading.diffusers.files import write_texts
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_text_encoder, locate_unet
+from ldm.loading.diffusers.networks import make_unet_config
+from ldm.loading.diffusers.xl import is_xl_model
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.nets.lora import LoRA, LoRALayer
@@ -38,39 +42,6 @@ NUMBERS = {
     "aesthetic_score": [[6.0]] * 3,
 }
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 3}
-TEXT_2 = {"hidden_size": WIDTH_2, "intermediate_size": 4 * WIDTH_2, "num_attention_heads": 4}
-THEIR_UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "cross_attention_dim": WIDTH,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-THEIR_XL = {
-    "attention_head_dim": (2, 4),
-    "use_linear_projection": True,
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": SIZES,
-}
-THEIR_KINDS = {
-    "sd1": {"attention_head_dim": 4},
-    "sd2": {"attention_head_dim": (2, 4), "use_linear_projection": True},
-    "sdxl": {
-        **THEIR_XL,
-        "cross_attention_dim": WIDTH + WIDTH_2,
-        "projection_class_embeddings_input_dim": WIDTH_2 + 6 * SIZES,
-    },
-    "refiner": {
-        **THEIR_XL,
-        "cross_attention_dim": WIDTH_2,
-        "projection_class_embeddings_input_dim": WIDTH_2 + 5 * SIZES,
-    },
-}
 
 
 def tiny_model(kind: str = "sd2", **unet) -> LatentDiffusion:
@@ -121,6 +92,15 @@ def random_adapter(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0)
     return LoRA(changes).requires_grad_(False)
 
 
+def read_lora(path: Path, model: LatentDiffusion) -> LoRA:
+    """A plain LoRA, not attached and not merged."""
+    return LoRA(dict(read_changes(path, model)))
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
 @torch.no_grad()
 def outputs(model: LatentDiffusion) -> dict[str, torch.Tensor]:
     """Prediction and conditions for fixed inputs."""
@@ -134,49 +114,46 @@ def inputs():
     return x, torch.tensor([1, 400, 999])
 
 
-def their_pipeline(model: LatentDiffusion, kind: str):
-    """Of diffusers, with the UNet and text towers of ours."""
+def their_pipeline(model: LatentDiffusion):
+    """Of diffusers, with the UNet and text encoders of ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
-    unet = diffusers.UNet2DConditionModel(**{**THEIR_UNET, **THEIR_KINDS[kind]}).eval()
-    state = model.unet.state_dict()
-    names = rename_unet_layers(state)
-    unet.load_state_dict({names[name]: value for name, value in state.items()})
-    encoders = [encoder for name, encoder in model.conditioner.encoders.items() if "text" in name]
-    towers = [their_tower(encoder) for encoder in encoders]
-    if kind == "refiner":
-        towers.insert(0, None)
-    parts = {"unet": unet, "vae": diffusers.AutoencoderKL(), "scheduler": None, "tokenizer": None}
+    is_xl, state = is_xl_model(model), model.unet.state_dict()
+    config = make_unet_config(model.unet, 8, size_width=SIZES if is_xl else None)
+    unet = diffusers.UNet2DConditionModel.from_config(config).eval()
+    unet.load_state_dict(convert_to_diffusers(locate_unet(state), state))
+    towers = [None, *map(their_tower, model.conditioner.find_all(TextEncoder))]
+    parts = {"unet": unet, "vae": diffusers.AutoencoderKL(), "tokenizer": None}
     parts["scheduler"] = diffusers.DDIMScheduler()
-    if kind in ("sd1", "sd2"):
-        parts |= {"safety_checker": None, "feature_extractor": None, "text_encoder": towers[0]}
+    if not is_xl:
+        parts |= {"safety_checker": None, "feature_extractor": None, "text_encoder": towers[1]}
         return diffusers.StableDiffusionPipeline(**parts)
-    parts |= {"text_encoder": towers[0], "text_encoder_2": towers[1], "tokenizer_2": None}
+    parts |= {"text_encoder": towers[-2], "text_encoder_2": towers[-1], "tokenizer_2": None}
     return diffusers.StableDiffusionXLPipeline(**parts)
 
 
-def their_tower(encoder: CLIPText | OpenCLIPText):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def their_tower(encoder: TextEncoder):
+    """Of transformers, with the weights of ours."""
+    import transformers
 
-    state = encoder.state_dict()
+    config, state = make_text_config(encoder), encoder.state_dict()
+    network = getattr(transformers, config["architectures"][0])
+    tower = network(network.config_class(**config)).eval()
     theirs = convert_to_diffusers(locate_text_encoder(state), state)
-    sizes = TEXT if encoder.width == WIDTH else TEXT_2
-    options = {**sizes, "eos_token_id": 49407, "projection_dim": encoder.width}
-    if isinstance(encoder, CLIPText):
-        tower = CLIPTextModel(CLIPTextConfig(**options, num_hidden_layers=2))
-    elif encoder.always_return_pooled:
-        config = CLIPTextConfig(**options, num_hidden_layers=3, hidden_act="gelu")
-        tower = CLIPTextModelWithProjection(config)
-        theirs["text_projection.weight"] = state["model.text_projection"].T
-    else:
-        config = CLIPTextConfig(**options, num_hidden_layers=2, hidden_act="gelu")
-        tower = CLIPTextModel(config)
     if "final_layer_norm.weight" in tower.state_dict():  # transformers 5 has one level less
         theirs = {name.removeprefix("text_model."): value for name, value in theirs.items()}
     missing = tower.load_state_dict(theirs, strict=False).missing_keys
     assert [name for name in missing if "position_ids" not in name] == []
-    return tower.eval()
+    return tower
+
+
+def their_tokenizer(encoder: TextEncoder, folder: Path):
+    """Of transformers, with the files that we write."""
+    from transformers import CLIPTokenizer
+
+    write_texts(folder, make_tokenizer_files(encoder))
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()

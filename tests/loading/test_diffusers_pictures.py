@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tinyfamilies import PROMPT, WIDTH, write
+from tinyfamilies import PROMPT, WIDTH
 
 import ldm
 from ldm.encoders.image import preprocess
@@ -26,24 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other p
 TOLERANCE = 2e-4
 STEPS, SCALE, SIDE = 4, 3.0, 32
 TEXT = ("sd1", "sd2", "sd2-v")
-FAMILIES = [*TEXT, "sd1-inpainting", "inpainting", "depth", "x4", "unclip-l", "unclip-h",
-            "variations"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def convert_family(tmp_path_factory):
-    """family -> (original file, its weights, diffusers folder), each written once."""
-    parent, families = tmp_path_factory.mktemp("families"), {}
-
-    def make(family):
-        if family not in families:
-            source, folder = parent / f"{family}.safetensors", parent / family
-            state = write(family, source)
-            convert(plan_conversion(source, folder))
-            families[family] = source, state, folder
-        return families[family]
-
-    return make
+FAMILIES = (*TEXT, "sd1-inpainting", "inpainting", "depth", "x4", "unclip-l", "unclip-h",
+            "variations")  # fmt: skip
+OTHERS = ("xl", "xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b", "ldm3d", "ldm3d-4c",
+          "ldm3d-sr")  # fmt: skip
+OURS = {"steps": STEPS, "scale": SCALE}
+XL_SIDE = 64
+XL_OURS = OURS | {"sampler": "euler", "scheduler": "leading"}
 
 
 def open_pipeline(folder):
@@ -52,6 +41,25 @@ def open_pipeline(folder):
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def opened_xl(folder):
+    """With the timestep spacing of published folders, which starts with the same noise as ours."""
+    from diffusers import EulerDiscreteScheduler
+
+    pipe = open_pipeline(folder)
+    config = {**pipe.scheduler.config, "timestep_spacing": "leading"}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(config)
+    return pipe
+
+
+def start(folder, family, batch=1):
+    """Diffusers' pipeline, its size, and our options with the noise that both start from."""
+    pipe, side, latent, ours = open_pipeline(folder), SIDE, SIDE // 2, OURS
+    if family in ("xl", "ssd-1b"):
+        pipe, side, latent, ours = opened_xl(folder), XL_SIDE, XL_SIDE // 8, XL_OURS
+    ours = ours | {"size": (side, side), "x_T": noise(batch, 4, latent, latent)}
+    return pipe, {"height": side, "width": side}, ours
 
 
 def noise(*shape, seed=0):
@@ -63,6 +71,7 @@ def picture(side=SIDE):
 
 
 def common(x):
+    x = None if x is None else x.clone()
     return {"latents": x, "num_inference_steps": STEPS, "guidance_scale": SCALE,
             "output_type": "pt", "generator": torch.Generator().manual_seed(5)}  # fmt: skip
 
@@ -74,10 +83,10 @@ def agree(ours, theirs, tolerance=TOLERANCE):
 
 
 @torch.no_grad()
-def sampled(model, records, x, z=None):
-    """Ours with records that are given, so that both sides see the same noise."""
-    cond = model.condition({"txt": [PROMPT], **records})
-    uncond = model.condition({"txt": [""], **records})
+def sampled(model, batch, x):
+    """Ours with inputs that are given, so that both sides see the same noise."""
+    cond = model.condition({"txt": [PROMPT], **batch})
+    uncond = model.condition({"txt": [""], **batch})
     z = sample(model, cond, uncond, x_T=x, steps=STEPS, scale=SCALE)
     return model.decode(z).clamp(-1, 1)
 
@@ -85,14 +94,13 @@ def sampled(model, records, x, z=None):
 SLOW = pytest.mark.slow  # as the others, or as goldens of tests/pipelines
 
 
-@pytest.mark.parametrize("family", some(TEXT, "sd2-v"))
+@pytest.mark.parametrize("family", some((*TEXT, "ssd-1b"), "sd2-v"))
 def test_text_to_image(convert_family, family):
     source, _, folder = convert_family(family)
-    x = noise(1, 4, 16, 16)
-    theirs = open_pipeline(folder)(PROMPT, height=SIDE, width=SIDE, **common(x.clone())).images
-    options = {"size": (SIDE, SIDE), "steps": STEPS, "scale": SCALE, "x_T": x}
-    agree(ldm.txt2img(ldm.load(source), [PROMPT], **options), theirs)
-    agree(ldm.txt2img(ldm.load(folder), [PROMPT], **options), theirs)
+    pipe, size, ours = start(folder, family)
+    theirs = pipe(PROMPT, **size, **common(ours["x_T"])).images
+    agree(ldm.txt2img(ldm.load(source), [PROMPT], **ours), theirs)
+    agree(ldm.txt2img(ldm.load(folder), [PROMPT], **ours), theirs)
 
 
 @SLOW
@@ -112,7 +120,7 @@ def test_safe_latent_diffusion(convert_family, tmp_path, sampler):
     numbers = {"sld_warmup_steps": 1, "sld_guidance_scale": 20, "sld_threshold": 0.1,
                "sld_momentum_scale": 0.3, "sld_mom_beta": 0.4}  # fmt: skip
     theirs = pipe([PROMPT, "a cat"], negative_prompt=["blurry", ""], height=SIDE, width=SIDE,
-                  **numbers, **common(x.clone()) | {"output_type": "np"}).images  # fmt: skip
+                  **numbers, **common(x) | {"output_type": "np"}).images  # fmt: skip
     theirs = torch.from_numpy(theirs).movedim(-1, 1)
     pipe.save_pretrained(tmp_path)
     for path in (source, tmp_path):
@@ -133,20 +141,16 @@ PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline
 def test_perturbed_attention_guidance(diffusers, convert_family, family, scale):
     """Without classifier-free guidance, too."""
     source, _, folder = convert_family(family)
-    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, open_pipeline)
-    pipe = getattr(diffusers, PAG[family])(
-        **open_folder(folder).components, pag_applied_layers="mid"
-    )
-    x = noise(2, 4, *(2 * [side // (8 if family == "xl" else 2)]))
+    pipe, size, ours = start(folder, family, batch=2)
+    pipe = getattr(diffusers, PAG[family])(**pipe.components, pag_applied_layers="mid")
     texts = {"negative_prompt": ["blurry", "a dog"]}
-    options = common(x.clone()) | {"guidance_scale": scale, "pag_scale": 3.0}
-    theirs = pipe([PROMPT, "a cat"], height=side, width=side, **texts, **options).images
-    choice = {k: v for k, v in XL_OURS.items() if k.startswith("s") and family == "xl"}
-    ours = choice | {"size": (side, side), "steps": STEPS, "x_T": x, **texts}
+    options = common(ours["x_T"]) | {"guidance_scale": scale, "pag_scale": 3.0}
+    theirs = pipe([PROMPT, "a cat"], **size, **texts, **options).images
+    ours |= {"scale": scale, **texts}
     model = ldm.load(source)
-    guided = ldm.txt2img(model, [PROMPT, "a cat"], **ours | {"scale": scale}, pag=3.0)
+    guided = ldm.txt2img(model, [PROMPT, "a cat"], **ours, pag=3.0)
     agree(guided, theirs)
-    without = ldm.txt2img(model, [PROMPT, "a cat"], **ours | {"scale": scale})
+    without = ldm.txt2img(model, [PROMPT, "a cat"], **ours)
     assert (guided - without).abs().max() > 100 * TOLERANCE
 
 
@@ -154,15 +158,12 @@ def test_perturbed_attention_guidance(diffusers, convert_family, family, scale):
 @pytest.mark.parametrize("family", ["sd1", "xl"])
 def test_freeu_by_the_level_of_a_block(convert_family, family):
     source, _, folder = convert_family(family)
-    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, open_pipeline)
-    pipe, x = open_folder(folder), noise(1, 4, *(2 * [side // (8 if family == "xl" else 2)]))
+    pipe, size, ours = start(folder, family)
     pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.2, b2=1.4)
-    theirs = pipe(PROMPT, height=side, width=side, **common(x.clone())).images
-    ours = (XL_OURS if family == "xl" else {"steps": STEPS, "scale": SCALE}) | {"x_T": x}
-    model, size = ldm.load(source), (side, side)
-    factors = {"freeu": (1.2, 1.4, 0.6, 0.4), "freeu_version": "diffusers"}
-    agree(ldm.txt2img(model, [PROMPT], size=size, **ours, **factors), theirs)
-    without = ldm.txt2img(model, [PROMPT], size=size, **ours)
+    theirs = pipe(PROMPT, **size, **common(ours["x_T"])).images
+    model, factors = ldm.load(source), {"freeu": (1.2, 1.4, 0.6, 0.4), "freeu_version": "diffusers"}
+    agree(ldm.txt2img(model, [PROMPT], **ours, **factors), theirs)
+    without = ldm.txt2img(model, [PROMPT], **ours)
     assert ((without + 1) / 2 - theirs).abs().max() > 10 * TOLERANCE
 
 
@@ -174,23 +175,9 @@ def test_inpainting(convert_family, family):
     mask[..., 8:24, 8:24] = 1
     pipe = open_pipeline(folder)
     theirs = pipe(PROMPT, image=image, mask_image=mask, strength=1.0, height=SIDE, width=SIDE,
-                  **common(x.clone())).images  # fmt: skip
+                  **common(x)).images  # fmt: skip
     options = {"steps": STEPS, "scale": SCALE, "x_T": x, "seeds": 5, "composite": False}
     agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **options), theirs)
-
-
-XL_SIDE = 64
-XL_OURS = {"steps": STEPS, "scale": SCALE, "sampler": "euler", "scheduler": "leading"}
-
-
-def opened_xl(folder):
-    """With the grid of the published folders, which starts with the same noise as ours."""
-    from diffusers import EulerDiscreteScheduler
-
-    pipe = open_pipeline(folder)
-    config = {**pipe.scheduler.config, "timestep_spacing": "leading"}
-    pipe.scheduler = EulerDiscreteScheduler.from_config(config)
-    return pipe
 
 
 @SLOW
@@ -201,10 +188,10 @@ def test_sdxl_base_and_refiner(convert_family):
     pipe, sizes = opened_xl(base_folder), {"original_size": (512, 384), "target_size": (96, 80)}
     size = {"height": XL_SIDE, "width": XL_SIDE}
     texts = {"negative_prompt": "blurry", "prompt_2": "a pear"}
-    theirs = pipe(PROMPT, **texts, **sizes, **size, **common(x.clone())).images
+    theirs = pipe(PROMPT, **texts, **sizes, **size, **common(x)).images
     ours = {**XL_OURS, "size": (XL_SIDE, XL_SIDE), "x_T": x}
     agree(ldm.txt2img(base, [PROMPT], **texts, **sizes, **ours), theirs)
-    options = {**common(x.clone()), "output_type": "latent"}
+    options = {**common(x), "output_type": "latent"}
     z_t = pipe(PROMPT, denoising_end=0.5, **size, **options).images
     pipe = opened_xl(refiner_folder)
     theirs = pipe(PROMPT, image=z_t, denoising_start=0.5, **common(None)).images
@@ -221,12 +208,10 @@ def test_folders_whose_network_predicts_the_image(convert_family, tmp_path, fami
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*predicts")
         model = ldm.load(folder)
-    side, open_folder = (XL_SIDE, opened_xl) if family == "xl" else (SIDE, open_pipeline)
-    x = noise(1, 4, *model.latent_size) if family == "sd1" else noise(1, 4, 8, 8)
-    theirs = open_folder(folder)(PROMPT, height=side, width=side, **common(x.clone())).images
-    ours = (XL_OURS if family == "xl" else {"steps": STEPS, "scale": SCALE}) | {"x_T": x}
-    # Guidance multiplies the rounding of an estimate itself: of SDXL 2.3e-4 was image_input.
-    agree(ldm.txt2img(model, [PROMPT], size=(side, side), **ours), theirs, 1e-3)
+    pipe, size, ours = start(folder, family)
+    theirs = pipe(PROMPT, **size, **common(ours["x_T"])).images
+    # Guidance multiplies the rounding of an estimate itself: of SDXL 2.3e-4 was seen.
+    agree(ldm.txt2img(model, [PROMPT], **ours), theirs, 1e-3)
     convert(plan_conversion(folder, tmp_path / "back"))
     again = json.loads((tmp_path / "back/scheduler/scheduler_config.json").read_text())
     assert again["prediction_type"] == "sample"
@@ -238,7 +223,7 @@ def test_sdxl_inpainting(convert_family):
     x, image, mask = noise(1, 4, 8, 8), picture(XL_SIDE), torch.zeros(1, 1, XL_SIDE, XL_SIDE)
     mask[..., 16:48, 8:24] = 1
     theirs = opened_xl(folder)(PROMPT, image=image, mask_image=mask, strength=1.0, height=XL_SIDE,
-                               width=XL_SIDE, **common(x.clone())).images  # fmt: skip
+                               width=XL_SIDE, **common(x)).images  # fmt: skip
     options = {**XL_OURS, "x_T": x, "seeds": 5, "composite": False}
     agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **options), theirs)
 
@@ -269,10 +254,10 @@ def test_depth(convert_family):
 def test_upscaling(convert_family):
     source, _, folder = convert_family("x4")
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture(16)
-    theirs = open_pipeline(folder)(PROMPT, image=image, noise_level=20, **common(x.clone())).images
+    theirs = open_pipeline(folder)(PROMPT, image=image, noise_level=20, **common(x)).images
     level, drawn = torch.tensor([20]), noise(1, 3, 16, 16, seed=5)
-    records = {"lowres": model.conditioner.lowres.add_noise(2 * image - 1, level, drawn)}
-    agree(sampled(model, records | {"noise_level": level}, x), theirs)
+    lowres = model.conditioner.lowres.add_noise(2 * image - 1, level, drawn)
+    agree(sampled(model, {"lowres": lowres, "noise_level": level}, x), theirs)
 
 
 @SLOW
@@ -285,7 +270,7 @@ def test_unclip(convert_family, family):
         embedding = model.conditioner.image.clip.model.visual(image_input)
         assert torch.allclose(pipe.image_encoder(image_input).image_embeds, embedding, atol=1e-5)
         theirs = pipe(prompt=PROMPT, image_embeds=embedding, noise_level=10, height=SIDE,
-                      width=SIDE, **common(x.clone())).images  # fmt: skip
+                      width=SIDE, **common(x)).images  # fmt: skip
         vector = model.conditioner.image.noise(embedding, 10, noise(1, WIDTH, seed=5))
     cond = model.condition({"txt": [PROMPT], "embedding": vector})
     uncond = model.condition({"txt": [""], "embedding": [None]})
@@ -299,14 +284,14 @@ def test_variations(convert_family):
     source, _, folder = convert_family("variations")
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture()
     image_input = preprocess(2 * image - 1, 28, antialias=False)  # as the original of these models
-    theirs = open_pipeline(folder)(
-        image=image_input, height=SIDE, width=SIDE, **common(x.clone())
-    ).images
+    theirs = open_pipeline(folder)(image=image_input, height=SIDE, width=SIDE, **common(x)).images
     options = {"steps": STEPS, "scale": SCALE, "x_T": x, "size": (SIDE, SIDE)}
     agree(vary(model, [""], [2 * image - 1], **options), theirs)
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
+@pytest.mark.parametrize(
+    "family", some((*FAMILIES, *OTHERS), "unclip-l", "xl", "xl-refiner", "ldm3d-sr")
+)
 def test_the_way_back_loses_nothing(convert_family, family):
     _, state, folder = convert_family(family)
     back = open_checkpoint(folder).state

@@ -5,14 +5,21 @@ import json
 
 import pytest
 import torch
-from lorahelp import NUMBERS, WIDTH, WIDTH_2, their_pipeline, their_tower, tiny_model
+from lorahelp import (
+    NUMBERS,
+    WIDTH,
+    WIDTH_2,
+    their_pipeline,
+    their_tokenizer,
+    their_tower,
+    tiny_model,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.addons.embeddings import load_embeddings, read_embeddings, write_embeddings
-from ldm.loading.diffusers.encoders import make_tokenizer_files
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -105,16 +112,6 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
         load_embeddings(model, [tmp_path])
 
 
-def tokenizer_of(encoder, folder):
-    from transformers import CLIPTokenizer
-
-    folder.mkdir()
-    for name, content in make_tokenizer_files(encoder).items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text, "utf-8")
-    return CLIPTokenizer.from_pretrained(folder)
-
-
 PAIR = [
     torch.randn(2, width, generator=torch.Generator().manual_seed(1)) for width in (WIDTH, WIDTH_2)
 ]
@@ -125,9 +122,9 @@ PAIR = [
 @pytest.mark.parametrize("style", ["one file", "pickle", "pair of files"])
 def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     model = tiny_model("sdxl")
-    pipeline = their_pipeline(model, "sdxl")
-    pipeline.tokenizer = tokenizer_of(model.conditioner.text, tmp_path / "tokenizer")
-    pipeline.tokenizer_2 = tokenizer_of(model.conditioner.text_2, tmp_path / "tokenizer_2")
+    pipeline = their_pipeline(model)
+    pipeline.tokenizer = their_tokenizer(model.conditioner.text, tmp_path / "1")
+    pipeline.tokenizer_2 = their_tokenizer(model.conditioner.text_2, tmp_path / "2")
     paths = [tmp_path / "cat.safetensors"]
     if style == "one file":
         write_embeddings(paths[0], {"sks": PAIR}, model=model)

@@ -1,16 +1,12 @@
-"""LDM3D: conversion between files and folders, and diffusers' pipeline on a folder of ours."""
-
-import functools
+"""LDM3D: folders are loaded, and diffusers' pipeline on a folder of ours."""
 
 import numpy as np
 import pytest
 import torch
-from tinyfamilies import PROMPT, write
+from tinyfamilies import PROMPT
 
 import ldm
-from ldm.commands.convert import main
 from ldm.imaging.rgbd import split_depth
-from ldm.loading.files.checkpoint import read_checkpoint
 from quick import some
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
@@ -18,42 +14,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other p
 FAMILIES = ("ldm3d", "ldm3d-4c", "ldm3d-sr")
 
 
-def convert(source, target):
-    assert main([str(source), str(target)]) == 0
-    return target
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Family -> (weights of a tiny file, that file, its folder), each made once."""
-    folder = tmp_path_factory.mktemp("ldm3d")
-
-    @functools.cache
-    def make(name):
-        state = write(name, file := folder / f"{name}.safetensors")
-        return state, file, convert(file, folder / name)
-
-    return make
-
-
-def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
-
-
 @pytest.mark.parametrize("name", some(FAMILIES, "ldm3d-sr"))
-def test_a_file_becomes_a_folder_and_the_same_file_again(files, name, tmp_path):
-    state, file, folder = files(name)
-    assert same(read_checkpoint(convert(folder, tmp_path / "back.safetensors")).state, state)
-    model = ldm.load(folder)
-    assert same(model.state_dict(), ldm.load(file).state_dict())
+def test_a_folder_is_loaded_like_its_file(convert_family, name):
+    source, _, folder = convert_family(name)
+    model, expected = ldm.load(folder), ldm.load(source).state_dict()
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
     assert model.autoencoder.in_channels == (6 if name == "ldm3d" else 4)
     assert model.defaults.scale == (9 if name == "ldm3d-sr" else 5)
 
 
 @pytest.mark.parametrize("name", some(FAMILIES[:2], "ldm3d-4c"))
-def test_diffusers_pipeline_makes_the_same_images(diffusers, files, name, tmp_path):
+def test_diffusers_pipeline_makes_the_same_images(diffusers, convert_family, name, tmp_path):
     """With `np`, whose depth is right for four channels only."""
-    folder = files(name)[2]
+    folder = convert_family(name)[2]
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert type(pipe).__name__ == "StableDiffusionLDM3DPipeline"
     pipe.save_pretrained(tmp_path)

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from lorahelp import outputs, random_adapter, their_outputs, their_pipeline, tiny_model
+from lorahelp import (
+    outputs,
+    random_adapter,
+    read_lora,
+    same,
+    their_outputs,
+    their_pipeline,
+    tiny_model,
+)
 from safetensors.torch import save_file
 
 import ldm
-from ldm.loading.addons.lora import load_loras, read_lora
+from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -25,10 +33,6 @@ def file(tmp_path):
 
 def collect_weights(model):
     return {name: value.clone() for name, value in model.named_parameters()}
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_diffusers_computes_the_same_with_a_number_for_each_part(tmp_path):
     layers = {name: layer for name, layer in random_adapter(model).layers.items()
               if "_attentions_" in name or name.startswith("lora_te_")}  # fmt: skip
     write_lora(LoRA(layers), file, model)
-    pipeline = their_pipeline(model, "sd2")
+    pipeline = their_pipeline(model)
     pipeline.load_lora_weights(str(file))
     scales = {"text_encoder": 0.25, "unet": {"down": 0.5, "mid": 2.0, "up": -1.0}}
     pipeline.set_adapters(pipeline.get_active_adapters(), [scales])

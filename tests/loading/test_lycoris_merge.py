@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tinyfamilies import write
 
 from ldm.commands.convert import main as convert
-from ldm.loading.addons.lora_targets import list_lora_targets
+from ldm.loading.addons.lora_targets import list_lycoris_targets
 from ldm.loading.addons.lora_tools import build_model_of_lora
 from ldm.loading.files.checkpoint import write_checkpoint
 
@@ -101,7 +101,8 @@ def random_file(path, layers, choices):
     """Layer n has a kind by turns; norms have differences."""
     torch.manual_seed(0)
     state, kinds = {}, {}
-    for number, (name, layer) in enumerate(layers.items()):
+    matrices_first = sorted(layers.items(), key=lambda item: item[1].weight.dim() == 1)
+    for number, (name, layer) in enumerate(matrices_first):
         kind = norm if layer.weight.dim() == 1 else choices[number % len(choices)]
         if layer.weight.shape[1:2] == (4,) or len(layer.weight) == 4:  # of latents
             kind = full
@@ -134,22 +135,6 @@ def merge_theirs(layers, towers, state, strength):
         module.merge_to(strength)
 
 
-NORMS = {
-    "sd1": {
-        "lora_unet_conv_norm_out": "unet.conv_norm_out",
-        "lora_te_text_model_encoder_layers_0_layer_norm1": (
-            "text_encoder.text_model.encoder.layers.0.layer_norm1"
-        ),
-    },
-    "xl": {
-        "lora_unet_out_0": "unet.conv_norm_out",
-        "lora_te2_text_model_encoder_layers_0_layer_norm1": (
-            "text_encoder_2.text_model.encoder.layers.0.layer_norm1"
-        ),
-    },
-}
-
-
 @pytest.mark.parametrize(
     ("family", "strength", "towers"),
     [
@@ -167,10 +152,9 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
     write(family, base)
     assert convert([str(base), str(tmp_path / "theirs")]) == 0
     networks = networks_of(tmp_path / "theirs", towers.values())
-    names = {
-        layer.kohya: layer.diffusers for layer in list_lora_targets(build_model_of_lora(file, base))
-    }
-    layers = {kohya: layer_of(networks, name) for kohya, name in (names | NORMS[family]).items()}
+    targets = list_lycoris_targets(build_model_of_lora(file, base))
+    names = {layer.kohya: layer.diffusers for layer in targets}
+    layers = {kohya: layer_of(networks, name) for kohya, name in names.items()}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     state, kinds = random_file(file, layers, choices)
     assert convert([str(base), str(tmp_path / "ours"), "--lora", f"{file}:{strength}"]) == 0
@@ -180,7 +164,7 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
         (path,) = (tmp_path / "ours" / component).glob("*.safetensors")
         merged |= {f"{component}.{name}": value for name, value in load_file(path).items()}
     for name, layer in layers.items():
-        ours, theirs = merged[f"{(names | NORMS[family])[name]}.weight"], layer.weight.detach()
+        ours, theirs = merged[f"{names[name]}.weight"], layer.weight.detach()
         assert (theirs - before[name]).abs().max() > 1e-3, name
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{kinds[name]}: {name}")
     for part in ("lora_unet_", "lora_te"):

@@ -7,7 +7,7 @@ import ldm
 from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults
 from ldm.runtime.errors import ArgumentError
-from loading.lorahelp import THEIR_KINDS, their_pipeline, tiny_model
+from loading.lorahelp import their_pipeline, tiny_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -44,13 +44,12 @@ def our_latents(model, cond, uncond=None, **options):
 
 
 @pytest.fixture
-def distilled_model(diffusers, monkeypatch):
+def distilled_model(diffusers):
     """A tiny model that embeds the guidance scale, and diffusers' pipeline of it."""
     torch.manual_seed(0)
     model = tiny_model("sd1", time_cond_proj_dim=WIDTH)
     model.defaults = VARIANTS["lcm-full"].defaults
-    monkeypatch.setitem(THEIR_KINDS, "sd1", {**THEIR_KINDS["sd1"], "time_cond_proj_dim": WIDTH})
-    parts = their_pipeline(model, "sd1").components
+    parts = their_pipeline(model).components
     parts |= {"scheduler": diffusers.LCMScheduler(**BETAS), "image_encoder": None}
     pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     return model, pipe
@@ -87,7 +86,7 @@ def test_variants_are_sampled_as_by_diffusers(diffusers, variant, name, options,
     model, row = tiny_model("sd1"), VARIANTS[variant]
     model.defaults, model.parameterization = row.defaults, row.predicts or "eps"
     cond = model.condition({"txt": PROMPT})
-    pipe = their_pipeline(model, "sd1")
+    pipe = their_pipeline(model)
     scheduler = getattr(diffusers, name)(**BETAS, **options)
     theirs = their_latents(
         pipe, scheduler, cond, guidance_scale=1.0, num_inference_steps=steps, **extra

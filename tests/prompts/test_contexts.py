@@ -1,6 +1,5 @@
 """Contexts of parsed prompts, beside towers of transformers in float64, and beside compel's."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 from ldm.conditioning import Cond
 from ldm.encoders.chunks import COMMA, Unit, split_at_commas
 from ldm.encoders.text import TextEncoder
-from ldm.loading.diffusers.encoders import make_tokenizer_files
 from ldm.prompts import parse_prompt
 from ldm.prompts.a1111 import parse_emphasis
-from loading.lorahelp import KINDS, their_tower, tiny_model
+from loading.lorahelp import KINDS, their_tokenizer, their_tower, tiny_model
 from prompts.oracle import compel_module
 
 SLOW = pytest.mark.slow
@@ -194,17 +192,12 @@ def test_comfy_names_textual_inversions():
 
 def compel_of(kind: str, encoder: TextEncoder, folder: Path):
     """Compel's encoder with the weights of ours."""
-    from transformers import CLIPTokenizer
-
-    for name, content in make_tokenizer_files(encoder).items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text, "utf-8")
     layers = compel_module("embeddings_provider").ReturnedEmbeddingsType
     layer = layers.LAST_HIDDEN_STATES_NORMALIZED
     if kind == "sdxl":
         layer = layers.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
     return compel_module("compel").Compel(
-        CLIPTokenizer.from_pretrained(folder),
+        their_tokenizer(encoder, folder),
         their_tower(encoder),
         truncate_long_prompts=False,
         returned_embeddings_type=layer,
