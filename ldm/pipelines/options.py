@@ -86,7 +86,9 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         sampling.get("brownian", False),
     )
     strength = arguments.get("strength", 1.0)
-    check_sampling(sampler, sampling.get("scheduler"), step_noise, strength, rescale)
+    check_sampling(
+        sampler, sampling.get("scheduler"), step_noise, strength, rescale, sampling.get("seeds")
+    )
     quirks = Quirks.of(model, sampling.get("legacy", ()))
     # The next four raise ArgumentError for values or combinations that are not possible.
     get_sigmas(model, quirks, sampling)

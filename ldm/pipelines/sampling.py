@@ -34,6 +34,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiled import apply_tiled
+from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import file_name
 from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Quirks, get_row_seeds, noise_source
@@ -147,12 +148,13 @@ def sample(
     Returns:
         (B, C, h, w) float32.
     """
+    check_arguments(model, locals(), sample.__annotations__)
     quirks = Quirks.of(model, legacy)
     scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
     if eta is None and sampler == model.defaults.sampler:
         eta = model.defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
-    check_sampling(sampler, scheduler, step_noise, strength, rescale)
+    check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds=seeds)
     scale = default_scale(model, sampler) if scale is None else scale
     if steps is None:
         steps = model.defaults.steps if sigmas is None else len(sigmas) - 1
@@ -324,8 +326,7 @@ def _make_interval_noise(
     seeds: int | Sequence[int] | NoiseSampler | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
     """Return (like, sigma, sigma_next) -> noise between two levels, on a path for each row."""
-    if callable(seeds):
-        raise ArgumentError("brownian needs seeds, not a source of noise", "brownian")
+    assert not callable(seeds)  # as `check_sampling` has checked
     levels = sigmas[sigmas > 0].tolist()
     paths = BrownianPaths(get_row_seeds(seeds, n), levels[-1], levels[0])
     return lambda like, sigma, sigma_next: s_noise * paths(like, sigma, sigma_next)

@@ -165,12 +165,15 @@ def check_sampling(
     step_noise: StepNoise,
     strength: float = 1.0,
     rescale: float = 0.0,
+    seeds: int | Sequence[int] | NoiseSampler | None = None,
 ) -> None:
     """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
     check_name("sampler", sampler, SAMPLERS, argument="sampler")
     if scheduler is not None:
         check_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
     step_noise.check(sampler)
+    if step_noise.brownian and callable(seeds):
+        raise ArgumentError("brownian needs seeds, not a source of noise", "brownian")
     for name, value in (("strength", strength), ("rescale", rescale)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)

@@ -135,6 +135,22 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     assert caught.value.argument == name
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"z": torch.zeros(4, 8, 8)}, "z must be a tensor of 4 dimensions, got a tensor (4, 8, 8)"),
+    ({"steps": "7"}, "steps must be a whole number, got '7'"),
+    ({"strength": None}, "strength must be a finite number, got None"),
+])  # fmt: skip
+def test_sample_checks_its_arguments_as_tasks_do(model, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample(model, model.condition({"txt": ["a"]}), **options)
+
+
+def test_a_brownian_path_needs_seeds_as_is_said_before_a_network_runs(model, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
+    with pytest.raises(ValueError, match="brownian needs seeds, not a source of noise"):
+        run(model, ["a"], sampler="dpmpp_sde", brownian=True, seeds=seeded_noise([7]))
+
+
 def test_a_legacy_name_needs_no_list(model):
     images = [run(model, ["a"], steps=7, seeds=1, legacy=names) for names in (["steps"], "steps")]
     assert torch.equal(*images)
