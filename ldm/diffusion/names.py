@@ -47,9 +47,9 @@ class Sampler:
     Args:
         function: Name in a module of `ldm.diffusion.samplers`.
         label: Name in A1111's text and on the page.
-        takes_noise: Whether it adds noise between steps.
-        takes_path: Whether that noise may come from a Brownian path over sigma.
-        eta: Default amount of that noise; None: it cannot be set.
+        eta: Default amount of the noise that it adds between steps; None: it cannot be set.
+        adds_fixed_noise: Whether it adds noise between steps whose amount cannot be set.
+        takes_path: Whether noise between steps may come from a Brownian path over sigma.
         takes_churn: Whether it adds noise before steps (s_churn).
         scales_time: Whether it takes `NoiseSchedule.scale_time`.
         takes_uncond: Whether it takes the unconditional estimate, too.
@@ -64,9 +64,9 @@ class Sampler:
 
     function: str
     label: str
-    takes_noise: bool = False
-    takes_path: bool = False
     eta: float | None = None
+    adds_fixed_noise: bool = False
+    takes_path: bool = False
     takes_churn: bool = False
     scales_time: bool = False
     takes_uncond: bool = False
@@ -76,6 +76,11 @@ class Sampler:
     a1111_scheduler: str = "normal"
     adapts_steps: bool = False
     skips_last_level: bool = False
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether it adds noise between steps."""
+        return self.eta is not None or self.adds_fixed_noise
 
 
 @dataclass(frozen=True)
@@ -99,29 +104,21 @@ class Scheduler:
 
 
 SAMPLERS = {
-    "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0, a1111_scheduler="uniform"),
+    "ddim": Sampler("ddim", "DDIM", eta=0.0, a1111_scheduler="uniform"),
     "plms": Sampler("plms", "PLMS", high_sigma_scheduler="uniform", a1111_scheduler="uniform"),
     "dpm": Sampler("dpmpp_2m", "DPM++ 2M (original dpm)", scheduler="time_uniform"),
     "euler": Sampler("euler", "Euler", takes_churn=True),
-    "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True, eta=1.0),
+    "euler_a": Sampler("euler_ancestral", "Euler a", eta=1.0),
     "heun": Sampler("heun", "Heun", takes_churn=True, high_sigma_scheduler="uniform"),
-    "dpmpp_2s_a": Sampler(
-        "dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0, a1111_scheduler="karras"
-    ),
+    "dpmpp_2s_a": Sampler("dpmpp_2s_ancestral", "DPM++ 2S a", eta=1.0, a1111_scheduler="karras"),
     "dpmpp_2m_sde": Sampler(
-        "dpmpp_2m_sde",
-        "DPM++ 2M SDE",
-        takes_noise=True,
-        takes_path=True,
-        eta=1.0,
-        a1111_scheduler="exponential",
+        "dpmpp_2m_sde", "DPM++ 2M SDE", eta=1.0, takes_path=True, a1111_scheduler="exponential"
     ),
     "dpmpp_2m_sde_heun": Sampler(
         "dpmpp_2m_sde_heun",
         "DPM++ 2M SDE Heun",
-        takes_noise=True,
-        takes_path=True,
         eta=1.0,
+        takes_path=True,
         a1111_scheduler="exponential",
     ),
     "lms": Sampler("lms", "LMS"),
@@ -132,70 +129,54 @@ SAMPLERS = {
     "dpm2_a": Sampler(
         "dpm2_ancestral",
         "DPM2 a",
-        takes_noise=True,
         eta=1.0,
         high_sigma_scheduler="uniform",
         a1111_scheduler="karras",
         skips_last_level=True,
     ),
     "dpmpp_sde": Sampler(
-        "dpmpp_sde",
-        "DPM++ SDE",
-        takes_noise=True,
-        takes_path=True,
-        eta=1.0,
-        a1111_scheduler="karras",
+        "dpmpp_sde", "DPM++ SDE", eta=1.0, takes_path=True, a1111_scheduler="karras"
     ),
     "dpmpp_3m_sde": Sampler(
         "dpmpp_3m_sde",
         "DPM++ 3M SDE",
-        takes_noise=True,
-        takes_path=True,
         eta=1.0,
+        takes_path=True,
         a1111_scheduler="exponential",
         skips_last_level=True,
     ),
     "restart": Sampler(
         "restart",
         "Restart",
-        takes_noise=True,
+        adds_fixed_noise=True,
         scheduler="karras",
         high_sigma_scheduler="edm",
         a1111_scheduler="karras",
     ),
     "dpm_fast": Sampler(
-        "dpm_fast",
-        "DPM fast",
-        takes_noise=True,
-        eta=1.0,
-        scheduler="normal",
-        high_sigma_scheduler="edm",
+        "dpm_fast", "DPM fast", eta=1.0, scheduler="normal", high_sigma_scheduler="edm"
     ),
     "dpm_adaptive": Sampler(
         "dpm_adaptive",
         "DPM adaptive",
-        takes_noise=True,
         eta=1.0,
         scheduler="normal",
         high_sigma_scheduler="edm",
         adapts_steps=True,
     ),
-    "ddpm": Sampler("euler_ancestral", "DDPM", takes_noise=True, eta=1.0),
+    "ddpm": Sampler("euler_ancestral", "DDPM", eta=1.0),
     "euler_cfg_pp": Sampler(
         "euler_cfg_pp", "Euler CFG++", takes_uncond=True, scale=1.0, a1111_scheduler="uniform"
     ),
     "euler_a_cfg_pp": Sampler(
-        "euler_ancestral_cfg_pp",
-        "Euler a CFG++",
-        takes_noise=True,
-        eta=1.0,
-        takes_uncond=True,
-        scale=1.0,
+        "euler_ancestral_cfg_pp", "Euler a CFG++", eta=1.0, takes_uncond=True, scale=1.0
     ),
     "unipc": Sampler("unipc", "UniPC", a1111_scheduler="uniform"),
     "deis": Sampler("deis", "DEIS"),
-    "lcm": Sampler("lcm", "LCM", takes_noise=True, scheduler="lcm", a1111_scheduler="lcm_a1111"),
-    "tcd": Sampler("tcd", "TCD", takes_noise=True, eta=0.3, scales_time=True, scheduler="tcd"),
+    "lcm": Sampler(
+        "lcm", "LCM", adds_fixed_noise=True, scheduler="lcm", a1111_scheduler="lcm_a1111"
+    ),
+    "tcd": Sampler("tcd", "TCD", eta=0.3, scales_time=True, scheduler="tcd"),
 }
 
 SCHEDULERS = {

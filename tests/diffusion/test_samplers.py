@@ -15,7 +15,8 @@ from goldfile import Gold, gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import add_guidance
-from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC
+from ldm.diffusion.names import SAMPLERS as TRAITS
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.multistep import dpmpp_2m, plms
 from ldm.diffusion.samplers.sde import dpmpp_2m_sde
 from ldm.diffusion.samplers.single_step import ddim, euler
@@ -32,6 +33,7 @@ RECORDED_DDIM = [
 
 
 recorded = functools.cache(gold)
+STOCHASTIC = {name for name, traits in TRAITS.items() if traits.takes_noise}
 
 
 @functools.cache

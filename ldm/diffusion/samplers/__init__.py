@@ -13,7 +13,7 @@ Args:
     callback: Called after step i with (i, x at sigmas[i + 1], denoised).
     constrain: (x, sigma) -> x, applied before every step, as for inpainting.
     noise: (like) -> standard normal noise of its shape, the only source of randomness.
-    path: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
+    interval_noise: (like, sigma, next sigma) -> noise of an interval, in place of `noise`.
     s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas between which it is
         added (arXiv:2206.00364, algorithm 2).
     eta: Amount of noise after steps: 0 is deterministic, 1 adds as much as DDPM.
@@ -34,7 +34,7 @@ from torch import Tensor
 from ldm.diffusion import names
 from ldm.diffusion.samplers import cfg_pp, consistency, dpm_solver, multistep, sde, single_step
 
-__all__ = ["SAMPLERS", "STOCHASTIC"]
+__all__ = ["SAMPLERS"]
 
 _MODULES = (single_step, multistep, sde, dpm_solver, cfg_pp, consistency)
 _FUNCTIONS = {name: value for module in _MODULES for name, value in vars(module).items()}
@@ -43,4 +43,3 @@ _FUNCTIONS = {name: value for module in _MODULES for name, value in vars(module)
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     name: _FUNCTIONS[sampler.function] for name, sampler in names.SAMPLERS.items()
 }
-STOCHASTIC = frozenset(name for name, sampler in names.SAMPLERS.items() if sampler.takes_noise)

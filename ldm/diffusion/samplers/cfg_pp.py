@@ -4,6 +4,7 @@ x' = D + sigma_down (x - D_uncond) / sigma + sigma_up noise
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def euler_ancestral_cfg_pp(
     callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by Euler ancestral CFG++, for guidance scales about 1.
+    """Sample by Euler ancestral CFG++, for guidance scales about 1; eta 0 is Euler CFG++.
 
     Args:
         last_uncond: Returns the unconditional estimate of the last evaluation; None without
@@ -50,16 +51,4 @@ def euler_ancestral_cfg_pp(
     return x
 
 
-def euler_cfg_pp(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    last_uncond: Callable[[], Tensor | None] = lambda: None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
-    """Sample by Euler CFG++, the deterministic `euler_ancestral_cfg_pp`."""
-    return euler_ancestral_cfg_pp(
-        denoise, x, sigmas, last_uncond=last_uncond, eta=0.0, callback=callback, constrain=constrain
-    )
+euler_cfg_pp = partial(euler_ancestral_cfg_pp, eta=0.0)

@@ -1,6 +1,11 @@
-"""Single-step solvers: a step does not use earlier estimates."""
+"""Single-step solvers: a step does not use earlier estimates.
+
+A sampler is a step (denoise, x, sigma, next sigma, estimate at x) -> x at the next sigma, repeated
+by one of two functions: `sample_with_churn` adds noise before steps, `sample_ancestral` after them.
+"""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,8 +33,11 @@ __all__ = [
     "restart",
 ]
 
+Step = Callable[[Denoise, Tensor, float, float, Tensor], Tensor]
 
-def euler(
+
+def sample_with_churn(
+    step: Step,
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
@@ -41,32 +49,30 @@ def euler(
     callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by Euler's method: step along the slope dx/dsigma = (x - denoised) / sigma."""
+    """Sample by steps of the ODE, with noise before them (arXiv:2206.00364, algorithm 2)."""
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
             x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
         denoised = denoise(x, sigma)
-        slope = (x - denoised) / sigma
-        x = x + slope * (sigma_next - sigma)
+        x = step(denoise, x, sigma, sigma_next, denoised)
         if callback:
             callback(i, x, denoised)
     return x
 
 
-def ddim(
+def sample_ancestral(
+    step: Step,
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
     *,
-    eta: float = 0.0,
+    eta: float = 1.0,
     noise: NoiseSampler | None = None,
     callback: StepCallback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DDIM (arXiv:2010.02502, eq. 12): step to a lower noise level, then add new noise.
-
-        x' = D + (x - D) sigma_down / sigma + sigma_up noise
+    """Sample by steps to a level below the next, sigma_down, each followed by new noise.
 
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
@@ -75,7 +81,7 @@ def ddim(
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
-        x = denoised + (x - denoised) * (sigma_down / sigma)
+        x = step(denoise, x, sigma, sigma_down, denoised)
         if noise:
             x = x + noise(x) * sigma_up
         if callback:
@@ -83,119 +89,71 @@ def ddim(
     return x
 
 
-euler_ancestral = partial(ddim, eta=1.0)
-
-
-def heun(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    noise: NoiseSampler = torch.randn_like,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
+def step_euler(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
 ) -> Tensor:
-    """Sample by Heun's method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
-        if s_churn and s_tmin <= sigma <= s_tmax:
-            x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
-        denoised = denoise(x, sigma)
-        slope = (x - denoised) / sigma
+    """Step by Euler's method, along the slope dx/dsigma = (x - denoised) / sigma."""
+    return x + (x - denoised) / sigma * (sigma_next - sigma)
+
+
+def step_heun(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
+) -> Tensor:
+    """Step by Heun's method (arXiv:2206.00364, algorithm 1): two evaluations."""
+    slope = (x - denoised) / sigma
+    if sigma_next > 0:
         x_next = x + slope * (sigma_next - sigma)
-        if sigma_next > 0:
-            slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
-        x = x + slope * (sigma_next - sigma)
-        if callback:
-            callback(i, x, denoised)
-    return x
+        slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
+    return x + slope * (sigma_next - sigma)
 
 
-def dpm2(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    noise: NoiseSampler = torch.randn_like,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
+def step_dpm2(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
 ) -> Tensor:
-    """Sample by DPM-Solver-2 (arXiv:2206.00927, algorithm 1), with churn as in k-diffusion.
+    """Step by DPM-Solver-2 (arXiv:2206.00927, algorithm 1).
 
     Euler's method with the slope at the middle of the step in log sigma.
     """
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
-        if s_churn and s_tmin <= sigma <= s_tmax:
-            x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
-        denoised = denoise(x, sigma)
-        x = _step_dpm2(denoise, x, sigma, sigma_next, denoised)
-        if callback:
-            callback(i, x, denoised)
-    return x
+    slope = (x - denoised) / sigma
+    if sigma_next > 0:
+        middle = math.sqrt(sigma * sigma_next)
+        x_middle = x + slope * (middle - sigma)
+        slope = (x_middle - denoise(x_middle, middle)) / middle
+    return x + slope * (sigma_next - sigma)
 
 
-def dpm2_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    eta: float = 1.0,
-    noise: NoiseSampler | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
+def step_ddim(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
 ) -> Tensor:
-    """Sample by ancestral DPM2: `dpm2` to a lower level, then new noise."""
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
-        denoised = denoise(x, sigma)
-        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
-        x = _step_dpm2(denoise, x, sigma, sigma_down, denoised)
-        if noise:
-            x = x + noise(x) * sigma_up
-        if callback:
-            callback(i, x, denoised)
-    return x
+    """Step by DDIM (arXiv:2010.02502, eq. 12): x' = D + (x - D) sigma' / sigma."""
+    return denoised + (x - denoised) * (sigma_next / sigma)
 
 
-def dpmpp_2s_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    eta: float = 1.0,
-    noise: NoiseSampler | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
+def step_dpmpp_2s(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
 ) -> Tensor:
-    """Sample by ancestral DPM-Solver++ 2S (arXiv:2211.01095, algorithm 1).
+    """Step by DPM-Solver++ 2S (arXiv:2211.01095, algorithm 1).
 
     The estimate at sigma_m, halfway in log sigma, serves the whole step:
 
         x_m = (sigma_m / sigma) x - (e^-h - 1) D,    h = ln(sigma / sigma_m)
-        x' = D(x_m) + (x - D(x_m)) sigma_down / sigma + sigma_up noise
+        x' = D(x_m) + (x - D(x_m)) sigma' / sigma
     """
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
-        denoised = denoised_2 = denoise(x, sigma)
-        sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
-        if sigma_down > 0:
-            middle = math.sqrt(sigma * sigma_down)
-            h = log_ratio(sigma, middle)
-            x_middle = (middle / sigma) * x - math.expm1(-h) * denoised
-            denoised_2 = denoise(x_middle, middle)
-        x = denoised_2 + (x - denoised_2) * (sigma_down / sigma)
-        if noise:
-            x = x + noise(x) * sigma_up
-        if callback:
-            callback(i, x, denoised)
-    return x
+    if sigma_next > 0:
+        middle = math.sqrt(sigma * sigma_next)
+        h = log_ratio(sigma, middle)
+        x_middle = (middle / sigma) * x - math.expm1(-h) * denoised
+        denoised = denoise(x_middle, middle)
+    return denoised + (x - denoised) * (sigma_next / sigma)
+
+
+euler = partial(sample_with_churn, step_euler)
+heun = partial(sample_with_churn, step_heun)
+dpm2 = partial(sample_with_churn, step_dpm2)
+ddim = partial(sample_ancestral, step_ddim, eta=0.0)
+euler_ancestral = partial(sample_ancestral, step_ddim)
+dpm2_ancestral = partial(sample_ancestral, step_dpm2)
+dpmpp_2s_ancestral = partial(sample_ancestral, step_dpmpp_2s)
 
 
 def restart(
@@ -225,17 +183,6 @@ def restart(
         )
         steps_done, sigma = steps_done + len(levels) - 1, levels[-1]
     return x
-
-
-def _step_dpm2(
-    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
-) -> Tensor:
-    slope = (x - denoised) / sigma
-    if sigma_next > 0:
-        middle = math.sqrt(sigma * sigma_next)
-        x_middle = x + slope * (middle - sigma)
-        slope = (x_middle - denoise(x_middle, middle)) / middle
-    return x + slope * (sigma_next - sigma)
 
 
 def _split_at_restarts(levels: list[float]) -> list[list[float]]:
