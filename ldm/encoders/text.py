@@ -150,13 +150,23 @@ class TextEncoder(Encoder):
         self.register_buffer("token_ids", None)
 
     @property
+    def tower(self) -> OpenCLIPTower | CLIPTower:
+        """The network that encodes tokens."""
+        raise NotImplementedError
+
+    @property
     def embedding_table(self) -> Tensor:
         """Weight of the token embedding, (rows, D)."""
-        raise NotImplementedError
+        return self.tower.token_embedding.weight
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks before the context."""
+        raise NotImplementedError
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the tower's final norm precedes the context."""
         raise NotImplementedError
 
     @property
@@ -212,26 +222,20 @@ class TextEncoder(Encoder):
                 to mask none.
         """
         ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
-        context, pooled = self.run_tower(
-            self._to_rows(tokens), self._added_table(), ends, is_masked
+        context, pooled = self.tower(
+            self._to_rows(tokens),
+            self.num_blocks - self.skipped_blocks,
+            self._added_table(),
+            normalize=self.has_final_norm,
+            ends=ends if self.always_return_pooled else None,
+            is_masked=is_masked,
         )
+        if self.context_length == 1:
+            context = select_tokens(context, ends)[:, None]  # (B, 1, D)
         if not self.always_return_mask:
             return _as_output(context, pooled)
         mask = torch.arange(tokens.shape[1], device=ends.device) <= ends[:, None]  # (B, N)
         return Cond(crossattn=context, vector=pooled, context_mask=mask)
-
-    def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor, is_masked: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return context and pooled output, if any.
-
-        Args:
-            rows: Rows (B, N) of the token embedding, see `token_ids`.
-            added: Vectors (n, D) of added embeddings, for negative rows; None = none.
-            ends: Positions (B,) of the first end tokens.
-            is_masked: See `encode_tokens`.
-        """
-        raise NotImplementedError
 
     def forward(self, prompts: Tensor | Sequence[str | Prompt | None]) -> Tensor | Cond:
         """Encode texts, parsed prompts, or token ids (B, N); None gives zeros.
@@ -402,8 +406,15 @@ class OpenCLIPText(TextEncoder):
         self.requires_grad_(not freeze)
 
     @property
+    def tower(self) -> OpenCLIPTower:
+        return self.model
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.legacy
+
+    @property
     def num_blocks(self) -> int:
-        """Number of blocks before the context."""
         return len(self.model.blocks) - (1 if self.layer == "penultimate" else 0)
 
     @property
@@ -418,23 +429,6 @@ class OpenCLIPText(TextEncoder):
     @property
     def takes_clip_skip(self) -> bool:
         return self.layer == "last" and self.legacy
-
-    @property
-    def embedding_table(self) -> Tensor:
-        return self.model.token_embedding.weight
-
-    def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor, is_masked: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        output: tuple[Tensor, Tensor | None] = self.model(
-            rows,
-            self.num_blocks - self.skipped_blocks,
-            added,
-            normalize=self.legacy,
-            ends=ends if self.always_return_pooled else None,
-            is_masked=is_masked,
-        )
-        return output
 
 
 class CLIPText(TextEncoder):
@@ -489,32 +483,16 @@ class CLIPText(TextEncoder):
         return cast(CLIPTower, self.transformer["text_model"])
 
     @property
+    def has_final_norm(self) -> bool:
+        return self.layer != "hidden"
+
+    @property
     def num_blocks(self) -> int:
-        """Number of blocks before the context."""
         return self.blocks_run
 
     @property
     def takes_clip_skip(self) -> bool:
         return self.layer == "last"
-
-    @property
-    def embedding_table(self) -> Tensor:
-        return self.tower.token_embedding.weight
-
-    def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor, is_masked: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        context, pooled = self.tower(
-            rows,
-            self.num_blocks - self.skipped_blocks,
-            added,
-            normalize=self.layer != "hidden",
-            ends=ends if self.always_return_pooled else None,
-            is_masked=is_masked,
-        )
-        if self.layer == "pooled":
-            context = select_tokens(context, ends)[:, None]  # (B, 1, D)
-        return context, pooled
 
 
 def get_open_clip_kwargs(arch: str | Config) -> dict[str, Any]:

@@ -7,8 +7,9 @@ Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.1192
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,62 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
-class OpenCLIPTower(nn.Module):
-    """Text tower with open_clip's parameter names: embedding, causal blocks, final norm.
+class TextParts(NamedTuple):
+    """The parts of a text tower, whose names differ."""
+
+    token_embedding: nn.Embedding
+    positions: Tensor  # (longest N, D)
+    blocks: Sequence[CheckpointedLayer]
+    final_norm: LayerNorm
+
+
+class TextTower(nn.Module, ABC):
+    """Base class of text towers: embedding, causal blocks, final norm."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> TextParts:
+        """The parts that `forward` runs."""
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Project the pooled output (B, D); this class returns it unchanged."""
+        return pooled
+
+    def forward(
+        self,
+        tokens: Tensor,
+        num_blocks: int,
+        added: Tensor | None = None,
+        *,
+        normalize: bool = True,
+        ends: Tensor | None = None,
+        is_masked: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the first `num_blocks` blocks on tokens (B, N).
+
+        Args:
+            added: Vectors of added embeddings, see `embed_tokens`; None = none.
+            normalize: Whether the final norm follows.
+            ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
+                the projection, are the pooled output; None = no such output.
+            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
+                to mask none.
+
+        Returns:
+            Vectors of the tokens (B, N, D), and the pooled output, if any.
+        """
+        embedding, positions, blocks, final_norm = self.parts
+        x = embed_tokens(embedding, tokens, added) + positions[: tokens.shape[1]]  # (B, N, D)
+        x = run_causal(blocks[:num_blocks], x, is_masked)
+        pooled = None
+        if ends is not None:
+            last = final_norm(run_causal(blocks[num_blocks:], x, is_masked))
+            pooled = self.project(select_tokens(last, ends))
+        return final_norm(x) if normalize else x, pooled
+
+
+class OpenCLIPTower(TextTower):
+    """Text tower with open_clip's parameter names.
 
     Args:
         embed_dim: Features of CLIP's joint embedding space, for `text_projection`.
@@ -76,41 +131,13 @@ class OpenCLIPTower(nn.Module):
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
         _init_open_clip_blocks(self.blocks)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        num_blocks: int,
-        added: Tensor | None = None,
-        *,
-        normalize: bool = True,
-        ends: Tensor | None = None,
-        is_masked: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the first `num_blocks` blocks on tokens (B, N).
+    @property
+    def parts(self) -> TextParts:
+        embedding, positions = self.token_embedding, self.positional_embedding
+        return TextParts(embedding, positions, self.blocks, self.ln_final)
 
-        Args:
-            added: Vectors of added embeddings, see `embed_tokens`; None = none.
-            normalize: Whether the final norm follows.
-            ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
-                the projection, are the pooled output (B, embed_dim); None = no such output.
-            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
-                to mask none.
-
-        Returns:
-            Vectors of the tokens (B, N, width), and the pooled output, if any.
-        """
-        x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
-        x = x + self.positional_embedding[: x.shape[1]]
-        x, pooled = run_text_blocks(
-            self.blocks,
-            num_blocks,
-            x,
-            self.ln_final,
-            normalize=normalize,
-            ends=ends,
-            is_masked=is_masked,
-        )
-        return x, None if pooled is None else pooled @ self.text_projection
+    def project(self, pooled: Tensor) -> Tensor:
+        return pooled @ self.text_projection  # (B, embed_dim)
 
 
 class VisionTower(nn.Module):
@@ -226,7 +253,7 @@ class FunctionalLinear(nn.Module):
         return cpu.linear(x, weight, bias)  # (B, N, D_out)
 
 
-class CLIPTower(nn.Module):
+class CLIPTower(TextTower):
     """Text tower with transformers' parameter names; arguments as in their CLIPTextConfig."""
 
     def __init__(
@@ -277,32 +304,10 @@ class CLIPTower(nn.Module):
             qkv_weights = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
             _init_block(len(self.blocks), qkv_weights, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
-    def forward(
-        self,
-        tokens: Tensor,
-        num_blocks: int,
-        added: Tensor | None = None,
-        *,
-        normalize: bool = True,
-        ends: Tensor | None = None,
-        is_masked: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the first `num_blocks` blocks on tokens (B, N); see `OpenCLIPTower.forward`.
-
-        The pooled output is not projected, (B, hidden_size).
-        """
-        x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
+    @property
+    def parts(self) -> TextParts:
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
-        x = x + positions[: x.shape[1]]
-        return run_text_blocks(
-            self.blocks,
-            num_blocks,
-            x,
-            self.final_layer_norm,
-            normalize=normalize,
-            ends=ends,
-            is_masked=is_masked,
-        )
+        return TextParts(self.token_embedding, positions, self.blocks, self.final_layer_norm)
 
 
 class CLIPBlock(CheckpointedLayer):
@@ -355,34 +360,6 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
     x: Tensor = embedding(tokens.clamp(min=0))  # (B, N, D)
     added_x = added.to(x)[(-1 - tokens).clamp(min=0)]
     return torch.where((tokens < 0)[..., None], added_x, x)  # (B, N, D)
-
-
-def run_text_blocks(
-    blocks: Sequence[CheckpointedLayer],
-    num_blocks: int,
-    x: Tensor,
-    final_norm: LayerNorm,
-    *,
-    normalize: bool,
-    ends: Tensor | None,
-    is_masked: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Run `num_blocks` blocks on x (B, N, D), and the others for a pooled output.
-
-    Args:
-        normalize: Whether the final norm follows the `num_blocks` blocks; it always precedes the
-            pooled output.
-        ends: Positions (B,) of the pooled output; None = none.
-        is_masked: Tokens to mask in attention, bool (B, N); None = none.
-
-    Returns:
-        x (B, N, D) after `num_blocks` blocks, and the vectors (B, D) at `ends` after all blocks.
-    """
-    x = run_causal(blocks[:num_blocks], x, is_masked)
-    pooled = None
-    if ends is not None:
-        pooled = select_tokens(final_norm(run_causal(blocks[num_blocks:], x, is_masked)), ends)
-    return final_norm(x) if normalize else x, pooled
 
 
 def run_causal(
