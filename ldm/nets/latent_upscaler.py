@@ -189,11 +189,11 @@ class _UNetLevels(Layer):
             outer_channels = config.channels[max(0, level - 1)]  # of twice the resolution
             depth, is_deepest = config.depths[level], level == len(config.channels) - 1
             layers = _build_layers(config, level, [outer_channels] + [channels] * depth)
-            d_blocks.append(nn.ModuleList([FIRDownsample() if level else nn.Identity(), *layers]))
+            d_blocks.append(nn.ModuleList([_build_resampler(level, up=False), *layers]))
             up_channels = [channels] * depth + [outer_channels]
             up_channels[0] *= 1 if is_deepest else 2  # with the skip connection
             layers = _build_layers(config, level, up_channels)
-            u_blocks.append(nn.ModuleList([*layers, FIRUpsample() if level else nn.Identity()]))
+            u_blocks.append(nn.ModuleList([*layers, _build_resampler(level, up=True)]))
         self.d_blocks = nn.ModuleList(d_blocks)
         self.u_blocks = nn.ModuleList(reversed(u_blocks))
 
@@ -207,6 +207,10 @@ class _UNetLevels(Layer):
             x = torch.cat([x, skips.pop()], dim=1) if i else x
             x = _run_level(level, x, emb, context, mask)
         return x
+
+
+def _build_resampler(level: int, *, up: bool) -> nn.Module:
+    return FIRResample(up=up) if level else nn.Identity()
 
 
 def _build_layers(
@@ -327,41 +331,26 @@ class CrossAttention(Layer):
         return x + self.out_proj(_merge_heads(h, x))
 
 
-class FIRDownsample(Layer):
-    """Downsampling by 2 with a separable FIR filter of four taps."""
+class FIRResample(Layer):
+    """Resampling by 2 with a separable FIR filter of four taps; upsampling is its transpose."""
 
-    kernel: Tensor
+    kernel: Tensor  # (4, 4), taps that sum to 1 along each axis, or 2 for upsampling
 
-    def __init__(self) -> None:
+    def __init__(self, *, up: bool) -> None:
         super().__init__()
-        self.register_buffer("kernel", _make_fir_kernel(1.0))
+        self.up = up
+        # On the CPU, as the filter needs values even if the weights are on the meta device.
+        taps = torch.tensor(FIR_TAPS, dtype=torch.float32, device="cpu")
+        gain = 2.0 if up else 1.0
+        self.register_buffer("kernel", torch.outer(taps, taps) * (gain / sum(FIR_TAPS)) ** 2)
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
         weight = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
-        return F.conv2d(pad_reflect(x, 1), weight, stride=2, groups=channels)
-
-
-class FIRUpsample(Layer):
-    """Upsampling by 2 with the transpose of the filter of FIRDownsample."""
-
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", _make_fir_kernel(2.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        weight = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
-        return F.conv_transpose2d(pad_reflect(x, 1), weight, stride=2, padding=3, groups=channels)
-
-
-def _make_fir_kernel(gain: float) -> Tensor:
-    """Return the filter (4, 4), whose taps sum to `gain` along each axis."""
-    # On the CPU, as the filter needs values even if the weights are on the meta device.
-    taps = torch.tensor(FIR_TAPS, dtype=torch.float32, device="cpu")
-    return torch.outer(taps, taps) * (gain / sum(FIR_TAPS)) ** 2
+        x = pad_reflect(x, 1)
+        if self.up:
+            return F.conv_transpose2d(x, weight, stride=2, padding=3, groups=channels)
+        return F.conv2d(x, weight, stride=2, groups=channels)
 
 
 def _split_heads(x: Tensor) -> Tensor:

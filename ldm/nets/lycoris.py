@@ -13,7 +13,7 @@ Here s = w alpha / rank, w is the user's strength, and (x) the Kronecker product
 w applies to the result, W + w (R W - W); in lycoris-lora, it applies to each stage of BOFT.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -101,7 +101,7 @@ def is_complete(names: Iterable[str]) -> bool:
 
 def _find_type(names: Iterable[str]) -> "_AdapterType | None":
     tensors = set(names) - set(MAGNITUDES)
-    return next((t for t in ADAPTERS if t.required <= tensors <= t.required | t.optional), None)
+    return next((adapter for adapter in ADAPTERS if adapter.matches(tensors)), None)
 
 
 def _build(
@@ -254,35 +254,31 @@ def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _AdapterType:
-    """How to build the change of an adapter, and the names of its tensors."""
+    """How to build the change of an adapter, and the names of its tensors, separated by spaces."""
 
     build: Callable[[Target, Adapter, float], WeightChange]
-    required: frozenset[str]
-    optional: frozenset[str]
+    required: str
+    optional: str = ""
+
+    def matches(self, names: Set[str]) -> bool:
+        required = set(self.required.split())
+        return required <= names <= required.union(self.optional.split())
 
 
-def _build_type(
-    change: Callable[..., WeightChange],
-    compute: DeltaFunction | TransformFunction,
-    required: str,
-    optional: str = "",
-) -> _AdapterType:
-    """Build a row of ADAPTERS, from names that are separated by spaces."""
-    names = frozenset(required.split()), frozenset(optional.split())
-    return _AdapterType(partial(change, compute), *names)
-
-
-HADAMARD = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
+_LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
+_low_rank = partial(_Delta, _multiply_low_rank)
+_hadamard = partial(_Delta, _multiply_hadamard)
+_kronecker = partial(_Delta, _multiply_kronecker)
 ADAPTERS = (
-    _build_type(_Delta, _multiply_low_rank, "up down", "mid"),
-    _build_type(_Delta, _multiply_hadamard, HADAMARD),
-    _build_type(_Delta, _multiply_hadamard, f"{HADAMARD} hada_t1 hada_t2"),
-    _build_type(_Delta, _multiply_kronecker, "lokr_w1 lokr_w2"),
-    _build_type(_Delta, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
-    _build_type(_Delta, _multiply_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
-    _build_type(_Delta, _multiply_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
-    *(_build_type(_Delta, _get_difference, name) for name in DIFFERENCES),
-    _build_type(_WeightTransform, _scale_rows_or_columns, "weight"),
-    _build_type(_WeightTransform, _add_glora, "a1.weight a2.weight b1.weight b2.weight"),
-    _build_type(_WeightTransform, _rotate_rows, "oft_blocks", "rescale"),
+    _AdapterType(_low_rank, "up down", "mid"),
+    _AdapterType(_hadamard, _LOHA),
+    _AdapterType(_hadamard, f"{_LOHA} hada_t1 hada_t2"),
+    _AdapterType(_kronecker, "lokr_w1 lokr_w2"),
+    _AdapterType(_kronecker, "lokr_w1_a lokr_w1_b lokr_w2"),
+    _AdapterType(_kronecker, "lokr_w1 lokr_w2_a lokr_w2_b", "lokr_t2"),
+    _AdapterType(_kronecker, "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b", "lokr_t2"),
+    *(_AdapterType(partial(_Delta, _get_difference), name) for name in DIFFERENCES),
+    _AdapterType(partial(_WeightTransform, _scale_rows_or_columns), "weight"),
+    _AdapterType(partial(_WeightTransform, _add_glora), "a1.weight a2.weight b1.weight b2.weight"),
+    _AdapterType(partial(_WeightTransform, _rotate_rows), "oft_blocks", "rescale"),
 )
