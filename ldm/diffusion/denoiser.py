@@ -49,12 +49,6 @@ def get_scalings(
     )
 
 
-def get_input_std(parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """Compute the standard deviation of x at `sigma`, by which the network's input is divided."""
-    variance = sigma_data**2 if parameterization == "edm" else 1
-    return (variance + sigma**2).sqrt()
-
-
 @dataclass(frozen=True)
 class Denoiser:
     """A network with its noise schedule and prediction type, for samplers and training losses.
@@ -98,8 +92,9 @@ class Denoiser:
         """
         sigma = self._round_sigma(sigma)
         t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
-        z_t = x / get_input_std(self.parameterization, _to_broadcastable(sigma, x), self.sigma_data)
-        return self._run_network(z_t, t, cond)
+        variance = self.sigma_data**2 if self.parameterization == "edm" else 1
+        std = (variance + _to_broadcastable(sigma, x) ** 2).sqrt()  # of x
+        return self._run_network(x / std, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
         """Convert a prediction at x to the estimate of z, (B, C, h, w)."""
@@ -112,8 +107,7 @@ class Denoiser:
         eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
         """
         rounded = _to_broadcastable(self._round_sigma(sigma), x)
-        _, c_out = self._get_scalings(rounded)
-        return -c_out / rounded
+        return -self.estimate_factor(x, sigma) / rounded
 
     def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Compute the factor (1, 1, 1, 1) from a difference of predictions to one of estimates."""
