@@ -1,8 +1,4 @@
-"""Samplers against the recorded trajectories, against theory, and against each other.
-
-Tolerance of recorded cases: 1e-4 of the largest value plus ten times what the original itself moves
-when run without oneDNN on one thread (recorded with each case).
-"""
+"""Samplers against the recorded trajectories, against theory, and against each other."""
 
 import functools
 import math

@@ -1,8 +1,4 @@
-"""Samplers on recorded trajectories of SDXL's code, each question to the denoiser included.
-
-Tolerance: 1e-4 of the largest value plus ten times what the original itself moves when run without
-oneDNN on one thread (recorded with each case).
-"""
+"""Samplers on recorded trajectories of SDXL's code, each question to the denoiser included."""
 
 import functools
 

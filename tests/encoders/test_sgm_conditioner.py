@@ -11,8 +11,7 @@ from goldfile import gold
 from ldm.conditioning import Cond, Conditioner
 from ldm.encoders.labels import ClassEmbedder, IdentityEncoder
 from ldm.encoders.sizes import SizeEmbedding
-from ldm.encoders.text import CLIPText, OpenCLIPText, TextEncoder
-from loading.lorahelp import their_tower, tiny_model
+from ldm.encoders.text import CLIPText, OpenCLIPText
 from recipe import fill
 
 GOLDEN = "sdxl_conditioner"
@@ -148,23 +147,3 @@ def test_an_encoder_that_is_not_trainable_is_frozen():
     Conditioner(frozen=frozen, trained=trained)
     assert not frozen.embedding.weight.requires_grad
     assert trained.embedding.weight.requires_grad
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_transformers_computes_the_same():
-    pytest.importorskip("transformers")
-    conditioner = tiny_model("sdxl").conditioner
-    prompts = ["", "a red apple <|endoftext|> on a table", "a " * 80]
-    encoders = conditioner.find_all(TextEncoder)
-    with torch.no_grad():
-        outputs = [
-            their_tower(encoder)(encoder.tokenize(prompts), output_hidden_states=True)
-            for encoder in encoders
-        ]
-    context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-    pooled = outputs[1].text_embeds
-    sizes = {key: torch.tensor([[64, 48]] * 3) for key in conditioner.keys - {"txt"}}
-    cond = conditioner({**sizes, "txt": prompts})
-    torch.testing.assert_close(cond.crossattn, context, rtol=0, atol=5e-6)
-    torch.testing.assert_close(cond.vector[:, : pooled.shape[1]], pooled, rtol=0, atol=5e-6)
-    assert cond.vector.shape == (3, pooled.shape[1] + 3 * 2 * 16)

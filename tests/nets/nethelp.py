@@ -69,11 +69,10 @@ def recorded_keys(name):
     """{parameter: shape} as the original builds them at full size."""
     path = KEYS / f"{name}.txt"
     if path.is_file():
-        rows = map(str.split, path.read_text().splitlines())
+        text = path.read_text()
     else:
-        rows = map(
-            str.split, gzip.decompress(Path(f"{path}.gz").read_bytes()).decode().splitlines()
-        )
+        text = gzip.decompress(Path(f"{path}.gz").read_bytes()).decode()
+    rows = map(str.split, text.splitlines())
     return {key: [int(n) for n in shape.split("x") if n != "-"] for key, shape, *_ in rows}
 
 
