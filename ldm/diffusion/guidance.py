@@ -346,10 +346,10 @@ def add_guidance(
         joined = functools.reduce(Cond.cat, conditions)
         return _append_perturbed(joined, prompts) if perturbs else joined
 
-    def predict(
-        x: Tensor, sigma: float, *, has_uncond: bool, is_guided: bool, perturbs: bool
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
-        """Return the predictions of an `Evaluation`: uncond, cond, further and perturbed."""
+    def evaluate(
+        x: Tensor, sigma: float, scale: float, *, has_uncond: bool, is_guided: bool, perturbs: bool
+    ) -> Evaluation:
+        """Run the network once, on the conditions that are needed."""
         x_cond = x[cond.rows.to(x.device)] if isinstance(cond, Composition) else x
         inputs = [x, x_cond] if has_uncond else [x_cond]
         inputs += [x] * len(further) if is_guided else []
@@ -363,7 +363,9 @@ def add_guidance(
             pred_cond = cond.compose(pred_uncond, pred_cond)
             if pred_perturbed is not None:
                 pred_perturbed = cond.compose(pred_uncond, pred_perturbed)
-        return pred_uncond, pred_cond, tuple(pred_further), pred_perturbed
+        return Evaluation(
+            denoiser, x, sigma, scale, pred_uncond, pred_cond, tuple(pred_further), pred_perturbed
+        )
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         has_guidance = low <= sigma <= high
@@ -376,21 +378,17 @@ def add_guidance(
         if not has_uncond and not perturbs:
             guidance.count(guided=False)
             return denoiser(x, sigma, prompts)
-        predictions = predict(
-            x, sigma, has_uncond=has_uncond, is_guided=is_guided, perturbs=perturbs
+        evaluation = evaluate(
+            x, sigma, current_scale, has_uncond=has_uncond, is_guided=is_guided, perturbs=perturbs
         )
-        pred_uncond, pred_cond, _, _ = predictions
-        prediction = pred_cond
-        if is_guided or perturbs:
-            prediction = guidance.combine(
-                Evaluation(denoiser, x, sigma, current_scale, *predictions)
-            )
-        guidance.count(guided=is_guided or perturbs)
+        has_effect = is_guided or perturbs
+        prediction = guidance.combine(evaluation) if has_effect else evaluation.cond
+        guidance.count(guided=has_effect)
         if on_uncond is not None:
-            on_uncond(denoiser.convert_prediction(x, sigma, pred_uncond))
+            on_uncond(evaluation.estimate(evaluation.uncond))
         if rescale:
-            prediction = _rescale(prediction, pred_cond, rescale)
-        return denoiser.convert_prediction(x, sigma, prediction)
+            prediction = _rescale(prediction, evaluation.cond, rescale)
+        return evaluation.estimate(prediction)
 
     return denoise
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, fields
 
-from ldm.runtime.errors import ArgumentError, check_name, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = [
     "APG",
@@ -322,8 +322,7 @@ class FreeUFactors:
         if isinstance(value, FreeUFactors):
             return value
         if isinstance(value, str):
-            if value not in (choices := ["auto", *FREEU_PRESETS]):
-                raise unknown_name("preset of freeu", value, choices, argument="freeu")
+            check_name("preset of freeu", value, ["auto", *FREEU_PRESETS], argument="freeu")
             return FREEU_PRESETS[automatic if value == "auto" else value]
         return cls(*_check_numbers("freeu", value, fields(cls)))
 

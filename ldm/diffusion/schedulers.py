@@ -208,16 +208,14 @@ def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:
     return torch.as_tensor(np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))))
 
 
-def _compute_beta_quantiles(
-    probabilities: NDArray[np.float64], alpha: float = 0.6
-) -> NDArray[np.float64]:
-    """Return quantiles of Beta(alpha, alpha), as scipy.stats.beta.ppf without needing scipy.
+def _compute_beta_quantiles(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return quantiles of Beta(alpha, alpha), alpha = 0.6, as scipy.stats.beta.ppf.
 
     With x = sin² θ, the density of θ is (sin θ cos θ)^(2 alpha - 1), and that of u = θ^(2 alpha) is
     (sin θ cos θ / θ)^(2 alpha - 1), without a singularity at 0. The latter is integrated by the
     trapezoidal rule up to θ = π/4, x = 1/2.
     """
-    power = 2 * alpha
+    power = 2 * 0.6
     u = np.linspace(0, (np.pi / 4) ** power, 1 << 13)
     theta = u ** (1 / power)
     ratio = np.ones_like(theta)  # sin θ cos θ / θ

@@ -154,7 +154,7 @@ def test_each_ode_sampler_converges_at_its_order(name):
 
 @pytest.mark.parametrize(
     "name",
-    some(sorted(STOCHASTIC - {"lcm", "tcd", "restart"}), "ddim", "euler_a", "dpmpp_3m_sde"),
+    some(sorted(STOCHASTIC - {"lcm", "tcd"}), "ddim", "euler_a", "dpmpp_3m_sde", "restart"),
 )
 def test_each_sde_sampler_keeps_the_distribution(name):
     generator = torch.Generator().manual_seed(0)
@@ -321,18 +321,6 @@ def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
 
 def karras_between(high: Tensor, low: Tensor, count: int) -> Tensor:
     return torch.linspace(high ** (1 / 7), low ** (1 / 7), count, dtype=torch.float64) ** 7
-
-
-def test_restart_keeps_the_distribution_across_its_noise():
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
-
-    x = noise(torch.empty(20000, 1, 1, 1, dtype=torch.float64)) * math.sqrt(101)
-    sigmas = torch.logspace(1, -2, 51, dtype=torch.float64)
-    x = SAMPLERS["restart"](gaussian, x, sigmas, noise=noise)
-    assert float(x.std()) == pytest.approx(math.sqrt(1 + 1e-4), rel=0.03)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

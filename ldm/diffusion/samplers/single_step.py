@@ -201,10 +201,10 @@ def _split_at_restarts(levels: list[float]) -> list[list[float]]:
     return [base[: end + 1], *[restart_levels] * restarts, base[end:]]
 
 
-def _space_levels(count: int, start: float, end: float, rho: float = 7.0) -> list[float]:
-    """Space levels evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
-    ends = (start ** (1 / rho), end ** (1 / rho))
-    return (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
+def _space_levels(count: int, start: float, end: float) -> list[float]:
+    """Space levels evenly in sigma^(1/7) (arXiv:2206.00364, eq. 5)."""
+    ends = (start ** (1 / 7), end ** (1 / 7))
+    return (torch.linspace(*ends, count, dtype=torch.float64) ** 7).tolist()
 
 
 def _shift_steps(callback: StepCallback, first: int) -> StepCallback:
