@@ -57,19 +57,9 @@ class Evaluation:
     further: tuple[Tensor, ...]
     perturbed: Tensor | None = None
 
-    @property
-    def estimate_factor(self) -> Tensor:
-        """Factor (1, 1, 1, 1) from a difference of predictions to one of estimates of z."""
-        return self.denoiser.estimate_factor(self.x, self.sigma)
-
     def estimate(self, prediction: Tensor) -> Tensor:
         """Convert a prediction to the estimate of z, (B, C, h, w)."""
         return self.denoiser.convert_prediction(self.x, self.sigma, prediction)
-
-    @property
-    def eps_factor(self) -> Tensor:
-        """Factor (1, 1, 1, 1) from a difference of predictions to one of eps."""
-        return self.denoiser.eps_factor(self.x, self.sigma)
 
 
 class Guidance:
@@ -130,7 +120,8 @@ class SafeGuidance(Guidance):
         self._momentum: Tensor | None = None
 
     def combine(self, evaluation: Evaluation) -> Tensor:
-        settings, factor = self.settings, evaluation.eps_factor
+        settings = self.settings
+        factor = evaluation.denoiser.eps_factor(evaluation.x, evaluation.sigma)
         uncond, cond, (concept,) = evaluation.uncond, evaluation.cond, evaluation.further
         difference = (cond - concept) * factor
         strength = (difference.abs() * settings.scale).clamp(max=1.0)
@@ -175,7 +166,8 @@ class ProjectedGuidance(Guidance):
         self._momentum: Tensor | None = None
 
     def combine(self, evaluation: Evaluation) -> Tensor:
-        settings, cond, factor = self.settings, evaluation.cond, evaluation.estimate_factor
+        settings, cond = self.settings, evaluation.cond
+        factor = evaluation.denoiser.estimate_factor(evaluation.x, evaluation.sigma)
         difference = (cond - evaluation.uncond) * factor
         if self._momentum is not None:
             difference = difference + settings.momentum * self._momentum

@@ -40,15 +40,9 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 
 class TextSize(NamedTuple):
-    """Size of a text encoder.
+    """Size of a text encoder."""
 
-    Args:
-        width: Features per token.
-        heads: Attention heads.
-        layers: Blocks.
-    """
-
-    width: int
+    width: int  # features per token
     heads: int
     layers: int
 
@@ -215,12 +209,7 @@ class TextEncoder(Encoder):
         )
 
     def encode_tokens(self, tokens: Tensor, is_masked: Tensor | None = None) -> Tensor | Cond:
-        """Encode token ids (B, N).
-
-        Args:
-            is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
-                to mask none.
-        """
+        """Encode token ids (B, N); `is_masked`: see `TextTower.forward`."""
         ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
         context, pooled = self.tower(
             self._to_rows(tokens),

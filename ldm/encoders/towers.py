@@ -365,11 +365,7 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
 def run_causal(
     blocks: Sequence[CheckpointedLayer], x: Tensor, is_masked: Tensor | None = None
 ) -> Tensor:
-    """Run blocks on x (B, N, D); a token attends to those up to itself that are not masked.
-
-    Args:
-        is_masked: Bool (B, N); None if no token is masked.
-    """
+    """Run blocks on x (B, N, D); a token attends to those up to itself that are not masked."""
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     if is_masked is not None:

@@ -98,10 +98,7 @@ class DiagonalGaussian:
         """Draw a sample mean + std * noise, (B, C, h, w).
 
         Noise is drawn in float32 on the generator's device, so that it does not depend on dtype and
-        device of the model.
-
-        Args:
-            generator: Random generator; None = torch's global one of the CPU.
+        device of the model; None = torch's global generator of the CPU.
         """
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
@@ -120,11 +117,9 @@ class DiagonalGaussian:
 
 
 class ResnetBlock(CheckpointedLayer):
-    """Norm, SiLU and convolution, twice, with a residual connection.
+    """The residual block of the UNet, without a time embedding.
 
-    The connection is a 1x1 convolution if the number of channels changes.
-
-    The residual block of the UNet, without a time embedding.
+    The residual connection is a 1x1 convolution if the number of channels changes.
     """
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
@@ -341,11 +336,7 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, in_channels, H, W) in [-1, 1].
-
-        Returns:
-            Distributions of latents z (B, embed_dim, h, w).
-        """
+        """Encode images (B, in_channels, H, W) in [-1, 1] as distributions of z (B, D, h, w)."""
         if min(image.shape[-2:]) < self.downscale:
             raise ValueError(
                 f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
@@ -362,11 +353,7 @@ class AutoencoderKL(nn.Module):
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Return reconstructions (B, out_ch, H, W) from posterior samples, and the posterior.
-
-        Args:
-            generator: Random generator of the samples; None = torch's global one.
-        """
+        """Return reconstructions (B, out_ch, H, W) from posterior samples, and the posterior."""
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior
 

@@ -87,7 +87,6 @@ def set_threads(threads: int | None, is_small: bool) -> None:
     Args:
         threads: None = the cores divided by the processes on this machine, at most 4 for small
             models; unchanged if OMP_NUM_THREADS is set.
-        is_small: Whether the model is small.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         limit = SMALL_MODEL_THREADS if is_small else torch.get_num_threads()

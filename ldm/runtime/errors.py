@@ -175,14 +175,13 @@ def unknown_name(
 ) -> UnknownName:
     """Build the error for a name that is not in a list.
 
+    Its message has the nearest allowed name, and all of them if they are few.
+
     Args:
         kind: What the name is for, such as "sampler".
         where: File, or file and key, that the name was read from, put before the message; "" for
             none.
         argument: Name of the invalid argument, see `LdmError`; None if it is not known.
-
-    Returns:
-        UnknownName, whose message has the nearest allowed name, and all of them if they are few.
     """
     names = list(allowed)
     nearest = nearest_name(str(name), names)

@@ -139,12 +139,6 @@ def test_each_block_attends_to_its_own_context():
     torch.testing.assert_close(module(x, contexts), expected, rtol=0, atol=1e-5)
 
 
-def test_one_context_serves_all_blocks():
-    module = randomize(SpatialTransformer(**SPATIAL, depth=2))
-    x, context = torch.randn(2, 64, 4, 6), torch.randn(2, 5, 24)
-    assert torch.equal(module(x, context), module(x, [context, context]))
-
-
 WRONG = [
     (lambda: GroupNorm(48), "48 channels are not a multiple of 32"),
     (

@@ -60,12 +60,7 @@ def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[flo
 def choose_interval_noise(
     noise: NoiseSampler | None, interval_noise: IntervalNoise | None
 ) -> IntervalNoise | None:
-    """Return `interval_noise` if given, else noise for which the levels do not matter.
-
-    Args:
-        noise: Independent in each step; None = no noise, unless there is `interval_noise`.
-        interval_noise: Noise that depends on the levels, such as a Brownian path; None = `noise`.
-    """
+    """Return `interval_noise`, such as a Brownian path, else `noise` without regard of levels."""
     if interval_noise is not None or noise is None:
         return interval_noise
     return lambda like, sigma, sigma_next: noise(like)
