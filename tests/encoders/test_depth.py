@@ -94,10 +94,6 @@ def test_a_constant_map_is_finite(tiny):
     assert torch.equal(tiny(torch.full((1, 1, 4, 4), 7.0)), -torch.ones(1, 1, 4, 4))
 
 
-def test_estimates_have_the_size_of_the_network(tiny):
-    assert tiny.estimate(torch.zeros(1, 3, 64, 192)).shape == (1, 1, 128, 384)
-
-
 def test_weights_of_any_dtype_give_float32_maps(tiny):
     half = copy.deepcopy(tiny).to(torch.bfloat16)
     depth_map = half.run_network(torch.rand(1, 3, 64, 64) * 2 - 1)

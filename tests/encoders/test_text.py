@@ -1,12 +1,12 @@
 import pytest
 import torch
 from encoderhelp import assert_close
-from torch import nn
 
 from goldfile import gold
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.encoders.towers import FusedAttention, quick_gelu
+from ldm.encoders.towers import quick_gelu
 from quick import some
+from recipe import fill_on_demand
 
 ARCH = {"embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}}
 CLIP_ARCH = {
@@ -93,26 +93,11 @@ def test_full_size_context_equals_the_recorded_one(name, build, layers):
 
 @pytest.mark.slow
 def test_full_size_bigg_equals_the_recorded_one():
-    """Each layer gets its weights just before it runs, and loses them after: 1.2 GB, not 2.8."""
+    """In 1.2 GB of memory."""
     golden = gold("sdxl_full_text_bigg")
-    params = golden.meta["config"]["params"]
     with torch.device("meta"):
-        encoder = OpenCLIPText(**params)
-
-    def fill_layer(layer, name):
-        state = {f"{name}.{key}": value for key, value in layer.named_parameters(recurse=False)}
-        for key, value in golden.weights(state).items():
-            setattr(layer, key.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-
-    def clear_layer(layer):
-        for key, value in layer.named_parameters(recurse=False):
-            setattr(layer, key, nn.Parameter(value.to("meta"), requires_grad=False))
-
-    for name, module in encoder.named_modules():
-        if isinstance(module, (nn.Embedding, nn.LayerNorm, nn.Linear, FusedAttention)):
-            module.register_forward_pre_hook(lambda layer, _, name=name: fill_layer(layer, name))
-            module.register_forward_hook(lambda layer, *_: clear_layer(layer))
-    fill_layer(encoder.model, "model")
+        encoder = OpenCLIPText(**golden.meta["config"]["params"])
+    fill_on_demand(encoder, golden.meta["salt"])
     tokens = encoder.tokenize(golden.meta["prompts"])
     assert torch.equal(tokens, golden.inputs("a")["tokens"])
     with torch.no_grad():
