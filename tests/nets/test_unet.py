@@ -46,36 +46,6 @@ def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
     golden.assert_close(name, eps=ours)
 
 
-# case: (config, tensors joined as x, those joined or listed as context, y)
-ROUTES = {
-    "crossattn_tensor": ("crossattn", "x", "c", None),
-    "crossattn_two": ("crossattn", "x", "c uc", None),
-    "sequential_crossattn": ("sequential", "x", "c uc", None),
-    "concat": ("concat", "x cc", "", None),
-    "hybrid": ("hybrid", "x cc", "c", None),
-    "hybrid-adm": ("hybrid-adm", "x cc", "c", "y"),
-    "crossattn-adm": ("crossattn-adm", "x", "c", "adm"),
-    "adm": ("adm", "x", "", "y"),
-    "uncond": ("uncond", "x", "", None),
-}
-
-
-@pytest.mark.parametrize("case", ROUTES)
-def test_each_way_of_conditioning_equals_the_recorded_one(case):
-    golden = gold("conditioning_routes")
-    config, x, context, y = ROUTES[case]
-    unet_config = golden.meta[f"config_{config}"]["params"]["unet_config"]
-    unet = build_from(golden, UNet, unet_config, "model.diffusion_model.")
-    tensors = golden.under("shared/") | golden.inputs("crossattn_tensor")
-    contexts = [tensors[name] for name in context.split()] or None
-    if contexts and config != "sequential":
-        contexts = torch.cat(contexts, dim=1)
-    joined = torch.cat([tensors[name] for name in x.split()], dim=1)
-    with torch.no_grad():
-        ours = unet(joined, tensors["t"], contexts, tensors.get(y))
-    golden.assert_close(case, out=ours)
-
-
 SDXL = {
     "base": "sq nonsq floatt tiny_x big_x small",
     "refiner": "sq nonsq",
