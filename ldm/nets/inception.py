@@ -4,7 +4,7 @@ It differs from torchvision's: average pools do not count padding, the last bloc
 and the weights are different. Szegedy et al. 2015 (arXiv:1512.00567).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ __all__ = ["INCEPTION_FEATURES", "INCEPTION_SIDE", "Inception"]
 INCEPTION_FEATURES = 2048
 INCEPTION_SIDE = 299  # of the input image, in pixels
 EPS = 1e-3  # of batch norms, as in TensorFlow
+AVERAGE_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
+HALVING_POOL = nn.MaxPool2d(3, stride=2)
 
 
 class Conv(NamedTuple):
@@ -34,9 +37,6 @@ class Conv(NamedTuple):
     stride: int = 1
 
 
-Pool = Callable[[Tensor], Tensor]
-
-
 class Branch(NamedTuple):
     """A branch of a block.
 
@@ -46,7 +46,7 @@ class Branch(NamedTuple):
     """
 
     steps: Sequence[tuple[Conv, ...]]
-    pool: Pool | None = None
+    pool: nn.Module | None = None
 
 
 class ConvNorm(Layer):
@@ -105,8 +105,10 @@ class Inception(Layer):
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, (3, 3), 2, same_padding=False)
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, (3, 3), 1, same_padding=False)
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, (3, 3), 1)
+        self.maxpool1 = nn.MaxPool2d(3, stride=2)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, (1, 1), 1)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, (3, 3), 1, same_padding=False)
+        self.maxpool2 = nn.MaxPool2d(3, stride=2)
         self.Mixed_5b = Block(192, _block_a(32))
         self.Mixed_5c = Block(256, _block_a(64))
         self.Mixed_5d = Block(288, _block_a(64))
@@ -116,36 +118,21 @@ class Inception(Layer):
         self.Mixed_6d = Block(768, _block_c(160))
         self.Mixed_6e = Block(768, _block_c(192))
         self.Mixed_7a = Block(768, BLOCK_D)
-        self.Mixed_7b = Block(1280, _block_e(_average_pool))
-        self.Mixed_7c = Block(2048, _block_e(_max_pool))
+        self.Mixed_7b = Block(1280, _block_e(AVERAGE_POOL))
+        self.Mixed_7c = Block(2048, _block_e(MAX_POOL))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(image)))  # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_max_pool_stride2(x)))  # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_max_pool_stride2(x))))  # (B, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
-        return x.mean(dim=(2, 3))
-
-
-def _average_pool(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def _max_pool_stride2(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, stride=2)
+        x = image
+        for layer in self.children():  # (B, 288, 35, 35) after 5d, (B, 768, 17, 17) after 6e
+            x = layer(x)
+        return x.mean(dim=(2, 3))  # of (B, 2048, 8, 8)
 
 
 def _chain(*convs: Conv) -> Branch:
     return Branch([(conv,) for conv in convs])
 
 
-def _pool_then_conv(pool: Pool, out_channels: int) -> Branch:
+def _pool_then_conv(pool: nn.Module, out_channels: int) -> Branch:
     return Branch([(Conv("branch_pool", out_channels),)], pool)
 
 
@@ -157,7 +144,7 @@ BLOCK_B = [
         Conv("branch3x3dbl_2", 96, (3, 3)),
         Conv("branch3x3dbl_3", 96, (3, 3), 2),
     ),
-    Branch([], _max_pool_stride2),
+    Branch([], HALVING_POOL),
 ]
 BLOCK_D = [
     _chain(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2)),
@@ -167,7 +154,7 @@ BLOCK_D = [
         Conv("branch7x7x3_3", 192, (7, 1)),
         Conv("branch7x7x3_4", 192, (3, 3), 2),
     ),
-    Branch([], _max_pool_stride2),
+    Branch([], HALVING_POOL),
 ]
 
 
@@ -180,7 +167,7 @@ def _block_a(pool_channels: int) -> list[Branch]:
             Conv("branch3x3dbl_2", 96, (3, 3)),
             Conv("branch3x3dbl_3", 96, (3, 3)),
         ),
-        _pool_then_conv(_average_pool, pool_channels),
+        _pool_then_conv(AVERAGE_POOL, pool_channels),
     ]
 
 
@@ -199,11 +186,11 @@ def _block_c(channels: int) -> list[Branch]:
             Conv("branch7x7dbl_4", channels, (7, 1)),
             Conv("branch7x7dbl_5", 192, (1, 7)),
         ),
-        _pool_then_conv(_average_pool, 192),
+        _pool_then_conv(AVERAGE_POOL, 192),
     ]
 
 
-def _block_e(pool: Pool) -> list[Branch]:
+def _block_e(pool: nn.Module) -> list[Branch]:
     def fork(name: str) -> tuple[Conv, ...]:
         return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
 
