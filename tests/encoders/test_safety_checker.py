@@ -39,11 +39,11 @@ def checker(weights):
     return load_safety_checker(weights, heads=2)
 
 
-def recorded_picture(height, width):
+def recorded_image(height, width):
     y, x = np.mgrid[:height, :width]
-    picture = np.stack([127 * (np.sin(x / 17) + 1), 127 * (np.cos(y / 11) + 1), (x + y) % 256], -1)
+    image = np.stack([127 * (np.sin(x / 17) + 1), 127 * (np.cos(y / 11) + 1), (x + y) % 256], -1)
     noise = np.random.RandomState(height).randint(-8, 8, (height, width, 3))
-    return Image.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(image + noise, 0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("case", ["pre_square", "pre_landscape", "pre_small"])
@@ -51,10 +51,10 @@ def test_pixels_are_the_recorded_ones(checker, case):
     """Shorter side by Pillow's bicubic, middle cropped; the smallest one is enlarged."""
     file = recorded("seed_safety_checker")
     given, size = file.inputs(case), file.case(case)["info"]["size"]
-    picture = recorded_picture(*size)
+    image = recorded_image(*size)
     if "image" in given:
-        picture = Image.fromarray(given["image"].numpy())
-    pixels = checker.preprocess(picture)[:, :, ::7, ::7]
+        image = Image.fromarray(given["image"].numpy())
+    pixels = checker.preprocess(image)[:, :, ::7, ::7]
     torch.testing.assert_close(pixels, file.outputs(case)["pixels"], rtol=0, atol=1e-6)
 
 
@@ -110,10 +110,10 @@ def test_verdicts_are_those_of_diffusers(tmp_path):
     """From a folder, without telling the number of heads; and of a pipeline's folder."""
     theirs = their_folder(tmp_path / "safety_checker")
     ours = load_safety_checker(tmp_path)
-    pictures = [recorded_picture(*size) for size in ((224, 300), (64, 64), (256, 90))]
-    pixels = torch.cat([ours.preprocess(picture) for picture in pictures])
-    _, flags = theirs(images=[np.ones((8, 8, 3)) for _ in pictures], clip_input=pixels)
-    verdicts = ours.judge(pictures)
+    images = [recorded_image(*size) for size in ((224, 300), (64, 64), (256, 90))]
+    pixels = torch.cat([ours.preprocess(image) for image in images])
+    _, flags = theirs(images=[np.ones((8, 8, 3)) for _ in images], clip_input=pixels)
+    verdicts = ours.judge(images)
     assert [verdict.is_flagged for verdict in verdicts] == flags
     with torch.no_grad():
         pooled = theirs.vision_model(pixels)[1]

@@ -34,11 +34,11 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "dialect"), [("open_clip", OPEN_CLIP), ("hf_slow_ftfy", CLIP)])
-def test_ids_equal_the_recorded_ones(variant, dialect):
+@pytest.mark.parametrize(("name", "variant"), [("open_clip", OPEN_CLIP), ("hf_slow_ftfy", CLIP)])
+def test_ids_equal_the_recorded_ones(name, variant):
     golden = gold("tokenizer")
-    ids = tokenize(golden.meta["prompts"], dialect)
-    assert torch.equal(ids, golden.outputs("ids")[variant])
+    ids = tokenize(golden.meta["prompts"], variant)
+    assert torch.equal(ids, golden.outputs("ids")[name])
 
 
 @pytest.mark.parametrize(("text", "ids"), SLOW_IDS)

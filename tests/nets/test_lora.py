@@ -24,22 +24,22 @@ def layer(request):
     return layer
 
 
-def changes(layer, *, rank=4, alpha=2.0):
+def make_lora(layer, *, rank=4, alpha=2.0):
     parts = range(3) if isinstance(layer, FusedAttention) else [None]
-    lows = {f"layer{part}": LoRALayer(Target(layer, part), rank, alpha) for part in parts}
-    for low in lows.values():
-        torch.nn.init.normal_(low.lora_up.weight)
-    return LoRA(lows)
+    layers = {f"layer{part}": LoRALayer(Target(layer, part), rank, alpha) for part in parts}
+    for lora_layer in layers.values():
+        torch.nn.init.normal_(lora_layer.lora_up.weight)
+    return LoRA(layers)
 
 
-def set_strength(adapter, strength):
-    for low in adapter.layers.values():
-        low.strength = strength
-    return adapter
+def set_strength(lora, strength):
+    for lora_layer in lora.layers.values():
+        lora_layer.strength = strength
+    return lora
 
 
-def merge(*adapters):
-    merge_changes(low for adapter in adapters for low in adapter.layers.values())
+def merge(*loras):
+    merge_changes(lora_layer for lora in loras for lora_layer in lora.layers.values())
 
 
 def example(layer):
@@ -47,7 +47,7 @@ def example(layer):
     return torch.randn(wide, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_fresh_change_is_zero(layer):
+def test_a_fresh_lora_is_zero(layer):
     x = example(layer)
     plain = layer(x)
     part = 1 if isinstance(layer, FusedAttention) else None
@@ -56,11 +56,11 @@ def test_a_fresh_change_is_zero(layer):
 
 
 def test_several_with_weights_are_their_sum(layer):
-    first, second = changes(layer), changes(layer, rank=2)
-    places = [low.target for low in first.values()]
+    first, second = make_lora(layer), make_lora(layer, rank=2)
+    targets = [lora_layer.target for lora_layer in first.values()]
     expected = [
-        place.weight + 0.75 * first[name].delta() - 0.5 * second[name].delta()
-        for name, place in zip(first, places, strict=True)
+        target.weight + 0.75 * first[name].delta() - 0.5 * second[name].delta()
+        for name, target in zip(first, targets, strict=True)
     ]
     x, plain = example(layer), layer(example(layer))
     set_strength(first, 0.75).attach()
@@ -70,8 +70,8 @@ def test_several_with_weights_are_their_sum(layer):
     second.detach()
     assert torch.equal(layer(x), plain)
     merge(first, second)
-    for place, weight in zip(places, expected, strict=True):
-        torch.testing.assert_close(place.weight, weight, rtol=1e-6, atol=1e-6)
+    for target, weight in zip(targets, expected, strict=True):
+        torch.testing.assert_close(target.weight, weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
 
 
@@ -79,24 +79,24 @@ def test_merging_does_not_write_into_the_memory_of_a_file(layer):
     name = "in_proj_weight" if isinstance(layer, FusedAttention) else "weight"
     old = getattr(layer, name)
     copy = old.clone()
-    merge(changes(layer))
+    merge(make_lora(layer))
     assert torch.equal(old, copy)
     assert not torch.equal(getattr(layer, name), copy)
     assert not getattr(layer, name).requires_grad
 
 
-def test_only_the_change_is_trained(layer):
-    adapter = changes(layer)
-    adapter.attach()
+def test_only_the_lora_is_trained(layer):
+    lora = make_lora(layer)
+    lora.attach()
     layer(example(layer)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.parameters())
     assert all(p.grad is None for p in layer.parameters())
 
 
 def test_half_precision_weights_are_rounded_once():
     layer = Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
-    adapters = [set_strength(changes(layer), 0.001) for _ in range(2)]
-    sum_ = sum(adapter["layerNone"].delta() for adapter in adapters)
+    loras = [set_strength(make_lora(layer), 0.001) for _ in range(2)]
+    sum_ = sum(lora["layerNone"].delta() for lora in loras)
     expected = (layer.weight.float() + sum_).to(torch.bfloat16)
-    merge(*adapters)
+    merge(*loras)
     assert torch.equal(layer.weight, expected)
