@@ -48,9 +48,6 @@ def embed_guidance(
         uncond: Ignored; a parameter for the signature of `add_guidance`.
         scale: Guidance scale, or a function of sigma.
         dim: Features of the scale's embedding.
-
-    Raises:
-        ArgumentError: `cond` is a composition, which needs an evaluation for each prompt.
     """
     if isinstance(cond, Composition):
         raise ArgumentError(

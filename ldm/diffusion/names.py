@@ -218,9 +218,6 @@ class SLD:
         threshold: Elements of eps with a greater difference are not changed; lambda in the paper.
         momentum_scale: s_m in the paper.
         momentum_beta: beta_m in the paper, 0 … 1.
-
-    Raises:
-        ArgumentError: A number is out of range.
     """
 
     warmup: int
@@ -238,11 +235,7 @@ class SLD:
 
     @classmethod
     def parse(cls, value: "str | Sequence[float] | SLD") -> "SLD":
-        """Return the hyperparameters of a preset, or of five numbers in the order of the arguments.
-
-        Raises:
-            ArgumentError: The preset is unknown, or these are not five numbers in range.
-        """
+        """Return the hyperparameters of a preset, or of five numbers in the arguments' order."""
         if isinstance(value, SLD):
             return value
         if isinstance(value, str):
@@ -264,9 +257,6 @@ class APG:
         eta: Factor of the component of the update parallel to the estimate; 1 keeps it.
         norm: Largest norm of an update, r in the paper; 0 for no limit.
         momentum: Factor of the running sum of updates, beta in the paper, in (-1, 1).
-
-    Raises:
-        ArgumentError: A number is out of range, or they have no effect: (1, 0, 0).
     """
 
     eta: float = 0.0
@@ -295,9 +285,6 @@ class FreeUFactors:
         b1, b2: Of half of the backbone's channels, in the output blocks of the lowest resolution
             and in those of the next one.
         s1, s2: Of the low frequencies of skip connections, in the same blocks.
-
-    Raises:
-        ArgumentError: A number is out of range, or all are 1.
     """
 
     b1: float

@@ -56,11 +56,7 @@ class Splitter:
     length: int
 
     def split(self, text: Text, syntax: str) -> list[Chunk]:
-        """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax.
-
-        Raises:
-            ArgumentError: A textual inversion has more vectors than a chunk has tokens.
-        """
+        """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax."""
         chunk_size = self.length - 2
         sections: list[Chunk] = []
         piece_count = 0

@@ -336,9 +336,6 @@ def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
     """Return the sorted ids of all tokens in the texts, for the pruned embedding of `encoder`.
 
     Spare rows get ids beyond CLIP's vocabulary, which never occur.
-
-    Raises:
-        ValueError: There are more tokens than rows.
     """
     assert encoder.token_ids is not None
     ids = encoder.tokenize(sorted(set(texts))).unique()

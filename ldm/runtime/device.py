@@ -35,9 +35,6 @@ def pick_device(name: str | None = None) -> torch.device:
     Args:
         name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of cuda, mps and cpu that is
             available.
-
-    Raises:
-        ArgumentError: The device is not available.
     """
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,

@@ -26,11 +26,7 @@ _digests: dict[tuple[tuple[Path, int, int], ...], str] = {}  # by (path, size, m
 
 
 def find_file(path: str | Path) -> Path:
-    """Find a file by its path, else by the path in the project root or the installed package.
-
-    Raises:
-        MissingFile: It is not found; the message lists the paths tried.
-    """
+    """Find a file by its path, else by the path in the project root or the installed package."""
     candidates = [Path(path).expanduser(), PACKAGE.parent / path, PACKAGE / path]
     for candidate in candidates:
         if candidate.is_file():
@@ -40,11 +36,7 @@ def find_file(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark.
-
-    Raises:
-        FileFormatError: It has another encoding; the message names file and line.
-    """
+    """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark."""
     return decode_text(Path(path).expanduser().read_bytes(), path)
 
 
