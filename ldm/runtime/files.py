@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(content: bytes, name: str | Path) -> str:
-    """Decode the bytes of a text file; encodings and errors as `read_text`.
+    """Decode the bytes of a text file, in one of the encodings of `read_text`.
 
     Args:
         name: File name, for messages.
