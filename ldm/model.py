@@ -39,7 +39,7 @@ class Defaults:
     """Default sampling options of a model.
 
     Args:
-        scale: Guidance scale; 1 disables guidance.
+        scale: Guidance scale; 1 disables guidance; None = the default of the task, mostly 9.
         sampler: Name in `ldm.SAMPLERS`.
         scheduler: Choice of noise levels, see `NoiseSchedule.step_sigmas`; None = the sampler's
             default.
@@ -47,7 +47,7 @@ class Defaults:
         max_steps, max_scale: Upper limits of a few-step (distilled) model; None = no limit.
     """
 
-    scale: float = 9.0
+    scale: float | None = None
     steps: int = 50
     sampler: str = "ddim"
     scheduler: str | None = None

@@ -21,18 +21,15 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     Args:
         defaults: Defaults of the model; without a scale in it, the task sets it.
     """
-    sampling, scale = request.sampling, defaults.scale
+    sampling = request.sampling
     sampler = sampling.sampler or defaults.sampler
-    if (own_scale := SAMPLERS[sampler].scale) is not None:
-        scale = own_scale
-    elif scale == Defaults().scale:
-        scale = request.task.scale
+    scales = (sampling.scale, SAMPLERS[sampler].scale, defaults.scale, request.task.scale)
     eta = SAMPLERS[sampler].eta
     if sampler == defaults.sampler and defaults.eta is not None:
         eta = defaults.eta
     return replace(
         sampling,
-        scale=scale if sampling.scale is None else sampling.scale,
+        scale=next(scale for scale in scales if scale is not None),
         steps=len(sampling.sigmas) - 1 if sampling.sigmas else sampling.steps or defaults.steps,
         sampler=sampler,
         eta=eta if sampling.used_eta is None else sampling.used_eta,

@@ -18,6 +18,7 @@ from ldm.nets.unet import UNet
 from ldm.pipelines.families import file_name
 from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.sampling_options import default_scale
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["GuidanceOptions", "check_guidance", "make_guidance"]
@@ -68,7 +69,7 @@ def check_guidance(
     """
     values = {name: value for name, value in keywords.items() if value is not None}
     methods = [name for name in GuidanceOptions.__annotations__ if name in values]
-    scale = model.defaults.scale if scale is None else scale
+    scale = default_scale(model, None) if scale is None else scale
     check_guidance_options(values, None if callable(scale) else scale)
     if "freeu" in values:
         version = cast(str | None, values.get("freeu_version"))

@@ -30,6 +30,8 @@ __all__ = [
     "get_sigmas",
 ]
 
+DEFAULT_SCALE = 9.0  # of the original's scripts; commands may have others
+
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, steps, x, denoised)
 
 
@@ -125,13 +127,15 @@ def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str
 
 
 def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
-    """Return the default guidance scale of the sampler, else of the model.
+    """Return the default guidance scale of the sampler, else of the model, else DEFAULT_SCALE.
 
     Args:
         sampler: A name in SAMPLERS; None = the model's default.
     """
     scale = SAMPLERS[sampler or model.defaults.sampler].scale
-    return model.defaults.scale if scale is None else scale
+    if scale is None:
+        scale = model.defaults.scale
+    return DEFAULT_SCALE if scale is None else scale
 
 
 def explain_excess(
