@@ -9,6 +9,7 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.nets.lora import LoRA, LoRALayer
 
 QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--precision=full", "--skip_grid"]
+IDENTICAL = (0, ["identical"])  # exit status and lines of a replay
 
 
 def random_lora(path, model, seed):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,33 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def run(files, tmp_path, capsys):
-    """Runs a command; returns its status, lines of stdout, text of stderr."""
+def call(capsys):
+    """Runs `ldm` with any words; returns its exit status, lines of stdout, text of stderr."""
 
-    def run(command, name, *flags):
-        outdir = str(tmp_path / "out")
-        words = [*files[name], *QUICK, "--outdir", outdir, *map(str, flags)]
-        status = main([command, *words])
+    def call(*words):
+        capsys.readouterr()
+        try:
+            status = main([*map(str, words)])
+        except SystemExit as stopped:
+            status = stopped.code
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 
+    return call
+
+
+@pytest.fixture
+def run(files, tmp_path, call):
+    """Runs a command on the tiny model of a family; see `call`."""
+
+    def run(command, name, *flags):
+        return call(command, *files[name], *QUICK, "--outdir", tmp_path / "out", *flags)
+
     return run
+
+
+@pytest.fixture
+def txt2img(tiny, tmp_path, call):
+    """Runs txt2img at 64x64, with a grid; see `call`."""
+    size = ["--H", 64, "--W", 64, "--outdir", tmp_path / "out"]
+    return partial(call, "txt2img", *tiny.flags, *QUICK[:-1], *size)

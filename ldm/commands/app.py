@@ -9,11 +9,11 @@ Images are saved in OUTDIR/samples with their metadata, so that `ldm replay` can
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm.generate.command_line import add_options, hint
+from ldm.generate.command_line import add_options
 from ldm.generate.groups import ModelChoice
 from ldm.generate.options import options_of
-from ldm.runtime.command import CommandParser, run_command
-from ldm.runtime.errors import ArgumentError, LdmError
+from ldm.runtime.command import CommandParser
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
@@ -23,8 +23,6 @@ MAXIMA = (
     ("--max-batch", 4, "maximum batch size"),
     ("--max-queue", 16, "maximum number of waiting jobs"),
 )
-# Arguments in errors whose flags are those of this command, not options of tasks.
-OWN_ARGUMENTS = ("models", "preview")
 MODEL_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
 
 
@@ -58,23 +56,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         " may be given several times (default: those in MODELS/vae_approx, else a linear map)"
     )
     add("--preview", action="append", default=[], metavar="FILE", help=text)
-    add_options(
-        parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=MODEL_OPTIONS
-    )
-    args = parser.parse(argv)
-    return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, suffix=_hint)
-
-
-def _hint(error: BaseException) -> str:
-    """Return what to append to an error: a flag of this command, or else `hint`."""
-    if isinstance(error, LdmError) and error.argument in OWN_ARGUMENTS:
-        return f" (--{error.argument})"
-    return hint(error)
+    options = options_of(ModelChoice)
+    add_options(parser.add_group("models"), {name: options[name] for name in MODEL_OPTIONS})
+    return parser.run(_serve, argv)
 
 
 def _serve(args: Namespace) -> None:
     if args.listen and ":" not in (args.auth or ""):
         raise ArgumentError("--listen needs a login: --auth USER:PASSWORD")
+    if args.auth is not None and ":" not in args.auth:
+        raise ArgumentError(f"`{args.auth}` is not USER:PASSWORD", "auth")
 
     from ldm.app.backend import Backend
     from ldm.app.library import Library

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
 
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="write the folder as shards with such names: `DIR/name-%%06d.tar`",
     )
     add("--count", type=int, default=1000, help="images in each shard (default: %(default)s)")
-    args = parser.parse(argv)
-    return run_command(lambda: _check(args), parser.prog, verbose=args.verbose)
+    return parser.run(_check, argv)
 
 
 def _check(args: Namespace) -> int:

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from os.path import expanduser
 from typing import TYPE_CHECKING
 
-from ldm.generate.command_line import add_options, hint
+from ldm.generate.command_line import add_options
 from ldm.generate.groups import ModelChoice
 from ldm.generate.options import options_of
-from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.command import CommandParser
 
 if TYPE_CHECKING:
     from ldm.loading.convert import Conversion
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="file with mean and standard deviation of CLIP's embeddings, for unCLIP-L",
     )
     add("--force", action="store_true", help="replace an existing target")
-    add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae", "text_encoder"))
-    args = parser.parse(argv)
-    return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, suffix=hint)
+    options = options_of(ModelChoice)
+    add_options(add, {name: options[name] for name in ("lora", "vae", "text_encoder")})
+    return parser.run(_convert, argv)
 
 
 def _convert(args: Namespace) -> None:

@@ -9,10 +9,11 @@ Files are saved in the hub's cache ($HF_HUB_CACHE), interrupted downloads are re
 SHA-256 is verified. $HF_ENDPOINT, $HF_TOKEN and $HF_HUB_OFFLINE are respected.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 from ldm.loading.published import download, find_on_disk, read_published_files
-from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
 
@@ -26,14 +27,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] [NAME ...]")
     parser.add_argument("names", nargs="*", metavar="NAME", help="name or hf: address to download")
-    args = parser.parse(argv)
-    return run_command(lambda: _run(args.names), parser.prog, verbose=args.verbose)
+    return parser.run(_run, argv)
 
 
-def _run(names: Sequence[str]) -> None:
-    for name in names:
+def _run(args: Namespace) -> None:
+    for name in args.names:
         print(download(name))
-    if not names:
+    if not args.names:
         print("\n".join([*_list_files(), LEGEND]))
 
 

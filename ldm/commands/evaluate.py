@@ -13,20 +13,20 @@ figure.png; the table is printed, too.
 
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.diffusion.names import SAMPLERS
-from ldm.generate.command_line import add_options, hint
-from ldm.generate.groups import SDXL, ModelChoice, Output, Prompts, Sampling
+from ldm.generate.command_line import add_options
+from ldm.generate.groups import GROUPS, SDXL, ModelChoice, Sampling
 from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
 from ldm.generate.options import options_of
 from ldm.generate.tasks import TASKS
-from ldm.runtime.command import CommandParser, run_command
-from ldm.runtime.errors import ArgumentError, LdmError, unknown_name
+from ldm.runtime.command import CommandParser
+from ldm.runtime.errors import ArgumentError, unknown_name
 from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
@@ -40,22 +40,11 @@ log = logging.getLogger(__name__)
 
 SCALES = "1.5,2,3,4,5,6,7,8"  # as in the figures of Stable Diffusion 1's and 2's READMEs
 TASK = TASKS["txt2img"]
-# Arguments in errors whose flags are not those of txt2img.
-OWN_ARGUMENTS = ("count", "images", "outdir", "prompts", "reference", "resize", "samplers")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = _build_parser(prog)
-    args = parser.parse(argv)
-    return run_command(lambda: _evaluate(args), parser.prog, verbose=args.verbose, suffix=_hint)
-
-
-def _hint(error: BaseException) -> str:
-    """Return the flag that an error is about, to append to its message."""
-    if isinstance(error, LdmError) and error.argument in OWN_ARGUMENTS:
-        return f" (--{error.argument.replace('_', '-')})"
-    return hint(error, TASK)
+    return _build_parser(prog).run(_evaluate, argv)
 
 
 def _build_parser(prog: str | None) -> CommandParser:
@@ -137,15 +126,15 @@ def _build_parser(prog: str | None) -> CommandParser:
         " folder, or an unCLIP checkpoint (default: `open-clip-g`, if it is on this machine)",
     )
     add("--title", metavar="TEXT", help="title of the figure")
-    options = TASK.options()
-    add_options(
-        parser.add_group("model"), ModelChoice, options, _list_options_except(ModelChoice, "ckpt")
-    )
-    add = parser.add_group("sampling")
-    add_options(add, Prompts, options, ("negative_prompt",))
-    add_options(add, Output, options, ("n_samples",))
-    add_options(add, Sampling, options, _list_options_except(Sampling, "scale", "sampler", "steps"))
-    add_options(parser.add_group("Stable Diffusion XL"), SDXL, options)
+    names: dict[str, Iterable[str]] = {
+        "model": options_of(ModelChoice),
+        "sampling": ("negative_prompt", "n_samples", *options_of(Sampling)),
+        "sdxl": options_of(SDXL),
+    }
+    own = ("ckpt", "scale", "sampler", "steps")  # those above, which take several values
+    for group, chosen in names.items():
+        options = {name: TASK.options()[name] for name in chosen if name not in own}
+        add_options(parser.add_group(GROUPS[group]), options)
     return parser
 
 
@@ -153,7 +142,8 @@ def _evaluate(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_settings, wait_for_images
     from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
-    from ldm.evaluation.score import find_image_sets, score_sets
+    from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
+    from ldm.imaging.reading import list_images
     from ldm.runtime.device import pick_device
 
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
@@ -175,7 +165,10 @@ def _evaluate(args: Namespace) -> None:
         if rank > 0:
             return
         wait_for_images(settings, out)
-        sets = [_find_images(setting, out) for setting in settings]
+        sets = [
+            ImageSet(each.series, list_images(each.folder(out)), each.request.sampling.scale)
+            for each in settings
+        ]
     else:
         sets = _find_folders(args, sources) if args.images else find_image_sets(out)
     if not args.generate and args.count is not None:
@@ -259,14 +252,6 @@ def _find_folders(args: Namespace, sources: "list[PromptSource]") -> "list[Image
     return sets
 
 
-def _find_images(setting: "Setting", out: Path) -> "ImageSet":
-    from ldm.evaluation.score import ImageSet
-    from ldm.imaging.reading import list_images
-
-    scale = setting.request.sampling.scale
-    return ImageSet(setting.series, list_images(setting.folder(out)), scale)
-
-
 def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
     """Return paths by unique labels: their names, "demo" for the demo model (None)."""
     labels: dict[str, str | None] = {}
@@ -283,10 +268,6 @@ def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
 
 def _split_list(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _list_options_except(group: type, *names: str) -> list[str]:
-    return [name for name in options_of(group) if name not in names]
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.commands.convert import DTYPES
-from ldm.generate.command_line import hint
-from ldm.runtime.command import CommandParser, run_command
-from ldm.runtime.errors import ArgumentError, LdmError, WrongFamily
+from ldm.runtime.command import CommandParser
+from ldm.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +26,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.nets.lora import LoRA
 
-__all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "rank_hint", "save_lora"]
-
-FLAGS = {  # that set arguments of the library
-    "rank": "--rank", "sum_fraction": "--keep-sum", "square_fraction": "--keep-squares",
-    "ratio": "--ratio", "conv_rank": "--conv-rank", "clamp_quantile": "--clamp-quantile",
-    "model": "--model",
-}  # fmt: skip
+__all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "save_lora"]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -57,16 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
     add("--config", type=expanduser, metavar="FILE", help="YAML of both models")
-    args = parser.parse(argv)
-    return run_command(lambda: _extract(args), parser.prog, verbose=args.verbose, suffix=rank_hint)
-
-
-def rank_hint(error: BaseException) -> str:
-    """Name the flag that an error is about."""
-    if isinstance(error, LdmError) and not isinstance(error, WrongFamily):
-        flag = FLAGS.get(error.argument or "")
-        return f" ({flag})" if flag else hint(error)
-    return hint(error)
+    return parser.run(_extract, argv)
 
 
 def add_rank_options(parser: CommandParser) -> None:
@@ -74,9 +58,9 @@ def add_rank_options(parser: CommandParser) -> None:
     add = parser.add_argument
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
     text = "keep this fraction of the singular values' sum, such as 0.9"
-    add("--keep-sum", type=float, metavar="PART", help=text)
+    add("--keep-sum", dest="sum_fraction", type=float, metavar="PART", help=text)
     text = "keep this fraction of the sum of their squares"
-    add("--keep-squares", type=float, metavar="PART", help=text)
+    add("--keep-squares", dest="square_fraction", type=float, metavar="PART", help=text)
     add("--ratio", type=float, metavar="R", help="keep those of at least the largest / R")
     text = "dtype of the weights (default: float16)"
     add("--dtype", choices=DTYPES, default="float16", help=text)
@@ -87,7 +71,7 @@ def make_rank_rule(args: Namespace) -> "RankRule":
     """Return the rank limits set by the flags."""
     from ldm.loading.addons.lora_tools import RankRule
 
-    return RankRule(args.rank, args.keep_sum, args.keep_squares, args.ratio)
+    return RankRule(args.rank, args.sum_fraction, args.square_fraction, args.ratio)
 
 
 def save_lora(

@@ -1,9 +1,8 @@
 """The command of every task: `ldm txt2img`, `ldm img2img` …"""
 
 from collections.abc import Sequence
-from functools import partial
 
-from ldm.generate.command_line import build_parser, hint, parse_request
+from ldm.generate.command_line import build_parser, parse_request
 from ldm.generate.tasks import TASKS
 from ldm.runtime.command import run_command
 
@@ -14,7 +13,7 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
     """Run the command line of the task `name`; return the exit status."""
     task = TASKS[name]
     parser = build_parser(task, prog)
-    request, args = parse_request(task, argv, parser)
+    request = parse_request(task, argv, parser)
 
     def work() -> None:
         from ldm.generate.listener import Console
@@ -22,5 +21,4 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
 
         run_request(request, Console(request.output.json))
 
-    advise = partial(hint, task=task, given=parser.given_flags)
-    return run_command(work, parser.prog, verbose=args.verbose, suffix=advise)
+    return run_command(work, parser)

@@ -13,8 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from os.path import expanduser
 
-from ldm.generate.command_line import hint
-from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
 
@@ -32,8 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--json", action="store_true", help="print a JSON object instead of text")
     text = "do not run the UNet to find the prediction type (eps or v)"
     add("--no-probe", action="store_true", help=text)
-    args = parser.parse(argv)
-    return run_command(lambda: _inspect(args), parser.prog, verbose=args.verbose, suffix=hint)
+    return parser.run(_inspect, argv)
 
 
 def _inspect(args: Namespace) -> int:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 
 from ldm.generate.tasks import TASKS
@@ -48,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in TASKS and name not in PROGRAMS:
-        near = nearest_name(name, [*TASKS, *PROGRAMS])
-        hint = f", did you mean `{near}`?" if near else ""
-        print(f"ldm: error: unknown command `{arguments[0]}`{hint} (ldm --help)", file=sys.stderr)
+        message = f"unknown command `{arguments[0]}`{_suggest(name)} (ldm --help)"
+        print(f"ldm: error: {message}", file=sys.stderr)
         return 2
     program = Path(sys.argv[0])
     is_script = program.stem.replace("_", "-").removeprefix("ldm-") == name
@@ -63,6 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def main_of_alias() -> int:
     """Run the command in this program's name: `ldm-txt2img` is `ldm txt2img`."""
     return main([Path(sys.argv[0]).stem.removeprefix("ldm-"), *sys.argv[1:]])
+
+
+def _suggest(name: str) -> str:
+    """Return the commands of a similar name, or with a word like it: `inspect`, `lora`."""
+    words = {command: (command, *command.split("-")) for command in (*TASKS, *PROGRAMS)}
+    nearest = nearest_name(name, chain.from_iterable(words.values()))
+    similar = [f"`{command}`" for command in words if nearest in words[command]]
+    return f", did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def _help() -> str:

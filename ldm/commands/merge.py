@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 
 from ldm.commands.convert import DTYPES, write_with_progress
-from ldm.generate.command_line import hint
-from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
 
@@ -50,8 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--dtype", choices=DTYPES, help="dtype of the merged file (default: as in MODEL)")
     add("--config", metavar="FILE", help="YAML of the models")
     add("--force", action="store_true", help="replace an existing target")
-    args = parser.parse(argv)
-    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, suffix=hint)
+    return parser.run(_merge, argv)
 
 
 def _merge(args: Namespace) -> None:

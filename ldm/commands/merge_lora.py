@@ -20,11 +20,10 @@ from ldm.commands.extract_lora import (
     add_rank_options,
     check_target,
     make_rank_rule,
-    rank_hint,
     save_lora,
 )
 from ldm.generate.option_parsers import parse_lora
-from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
 
@@ -45,8 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="FILE",
         help="checkpoint of the model that they are for (default: recognised by the first one)",
     )
-    args = parser.parse(argv)
-    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, suffix=rank_hint)
+    return parser.run(_merge, argv)
 
 
 def _merge(args: Namespace) -> None:

@@ -1,23 +1,29 @@
 """Print the invisible watermarks in images, their method, and how intact they are."""
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ldm.imaging.reading import open_image
 from ldm.imaging.watermark import Finding, can_hold, identify
+from ldm.runtime.command import CommandParser
+
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return 0 if all images have a known watermark, else 1."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = CommandParser(prog=prog, description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--all", action="store_true", help="list absent watermarks too")
-    args = parser.parse_args(argv)
+    return parser.run(_read, argv)
+
+
+def _read(args: Namespace) -> int:
     marked = sum(_report(path, args.json, args.all) for path in args.images)
     return 0 if marked == len(args.images) else 1
 

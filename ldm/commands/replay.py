@@ -14,14 +14,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from os.path import expanduser
-from typing import Any
 
-from ldm.generate.command_line import add_options, hint, to_argv
+from ldm.generate.command_line import add_options, to_argv
 from ldm.generate.groups import GROUPS, SDXL, ModelChoice, UpscalerChoice
-from ldm.generate.options import Option, Value, options_of
-from ldm.runtime.command import CommandParser, run_command
+from ldm.generate.options import options_of
+from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
+
+MODEL_OPTIONS = {
+    **options_of(ModelChoice),
+    "refiner": options_of(SDXL)["refiner"],
+    "upscaler": options_of(UpscalerChoice)["upscaler"],
+}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -31,29 +36,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         overrides=True,
     )  # fmt: skip
     # No defaults, as options that are not given keep their recorded values.
-    model_options = {**options_of(ModelChoice), "refiner": options_of(SDXL)["refiner"]}
-    model_options["upscaler"] = options_of(UpscalerChoice)["upscaler"]
-    options: dict[str, tuple[Option, Value]] = {
+    options = {
         name: (replace(option, help=option.help.replace("%(default)s", "the recorded one")), None)
-        for name, (option, _) in model_options.items()
+        for name, (option, _) in MODEL_OPTIONS.items()
     }
-    add = parser.add_group(GROUPS["model"])
-    add_options(add, ModelChoice, options)
-    add_options(add, SDXL, options, only=("refiner",))
-    add_options(add, UpscalerChoice, options, only=("upscaler",))
+    add_options(parser.add_group(GROUPS["model"]), options)
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
     parser.add_argument("--output", metavar="FILE", help="save the new image here")
     parser.add_argument(
         "--show-command", action="store_true", help="print the command that made it, and exit"
     )
-    args = parser.parse(argv)
-    changes = {name: getattr(args, name) for name in options if getattr(args, name)}
-    return run_command(
-        lambda: _replay(args, changes), parser.prog, verbose=args.verbose, suffix=hint
-    )
+    return parser.run(_replay, argv)
 
 
-def _replay(args: Namespace, changes: dict[str, Any]) -> int:
+def _replay(args: Namespace) -> int:
     from ldm.generate.info import describe_run
     from ldm.generate.load import load_models
     from ldm.generate.replay import (
@@ -67,6 +63,7 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     from ldm.imaging.metadata import fingerprint, read_info, write_png
     from ldm.imaging.reading import open_image
 
+    changes = {name: value for name in MODEL_OPTIONS if (value := vars(args)[name])}
     info = read_info(args.image)
     request = read_request(info, args.image)
     if args.show_command:

@@ -3,31 +3,23 @@
 build_parser     task -> parser, with a flag for every option
 parse_request    argv -> Request
 to_argv          Request -> the command line that repeats it
-hint             an error of the library -> what to do about it on the command line
 
 It does not import torch, so that `--help` and mistakes in flags are fast.
 """
 
 import argparse
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm.generate.groups import GROUPS
 from ldm.generate.options import Option, Value, encode_option, options_of
 from ldm.generate.request import Request
-from ldm.generate.tasks import TASKS, Task
+from ldm.generate.tasks import Task
 from ldm.runtime.command import CommandParser
-from ldm.runtime.errors import (
-    ArgumentError,
-    LdmError,
-    MissingFile,
-    WrongFamily,
-    check_name,
-    is_out_of_memory,
-)
+from ldm.runtime.errors import ArgumentError, MissingFile, check_name
 
-__all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
+__all__ = ["add_options", "build_parser", "parse_request", "to_argv"]
 
 # Flags of the original scripts: abbreviations of them, such as `--n_i`, keep their meaning although
 # there are more flags now.
@@ -37,12 +29,6 @@ ORIGINAL_FLAGS = (
     "--ckpt", "--seed", "--precision", "--repeat", "--device", "--torchscript", "--ipex", "--bf16",
     "--strength", "--init-img", "--negative-prompt",
 )  # fmt: skip
-MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
-COMMANDS = {
-    "vary": "unclip",
-    "upscale_rgbd": "upscale",
-    "upscale_latent": "upscale",
-}  # function of `ldm.pipelines` -> command, where the names differ
 
 
 def build_parser(task: Task, prog: str | None = None) -> CommandParser:
@@ -56,27 +42,20 @@ def build_parser(task: Task, prog: str | None = None) -> CommandParser:
     )
     options = task.options()
     for name, group in task.groups().items():
-        add_options(parser.add_group(GROUPS[name]), group, options)
+        add_options(
+            parser.add_group(GROUPS[name]), {name: options[name] for name in options_of(group)}
+        )
     return parser
 
 
-def add_options(
-    add: Callable[..., Action],
-    group: type,
-    options: dict[str, tuple[Option, Value]],
-    only: Sequence[str] | None = None,
-) -> None:
-    """Add the flags of a group of options.
+def add_options(add: Callable[..., Action], options: Mapping[str, tuple[Option, Value]]) -> None:
+    """Add the flags of options.
 
     Args:
         add: `add_argument` of a parser or of a group of flags.
         options: Options and their defaults by name.
-        only: Names of the options to add; None = all of the group.
     """
-    for name in options_of(group):
-        if only is not None and name not in only:
-            continue
-        option, default = options[name]
+    for name, (option, default) in options.items():
         if not option.flags:
             continue
         kwargs: dict[str, Any] = {"dest": name, "help": option.help}
@@ -84,7 +63,9 @@ def add_options(
             kwargs["action"] = "store_false" if default else "store_true"
         else:
             kwargs |= {"type": _argparse_type(option), "metavar": option.metavar}
-            kwargs |= {"default": default, "action": _Append if option.is_list else _Store}
+            kwargs |= {"default": default, "action": _Store}
+            if option.is_list:
+                kwargs |= {"default": [*(default or ())], "action": "append"}
             if option.choices:
                 kwargs["choices"] = option.choices
             if option.const is not None:
@@ -97,22 +78,20 @@ def add_options(
 
 def parse_request(
     task: Task, argv: Sequence[str] | None = None, parser: CommandParser | None = None
-) -> tuple[Request, Namespace]:
+) -> Request:
     """Parse a command line into a request; invalid flags exit with status 2 and a one-line error.
 
     Args:
         argv: Arguments without the program's name; None = those of this process.
-        parser: From `build_parser`, possibly with more flags; None = build it.
-    Returns:
-        (request, values of all flags).
+        parser: From `build_parser`; None = build it.
     """
     parser = parser or build_parser(task)
     args = parser.parse(argv)
     values = {name: getattr(args, name) for name in task.options()}
     try:
-        return task.request(values), args
+        return task.request(values)
     except ArgumentError as error:
-        parser.error(f"{error}{hint(error, task, parser.given_flags)}")
+        parser.error(f"{error}{parser.hint(error)}")
 
 
 def to_argv(request: Request) -> list[str]:
@@ -132,37 +111,6 @@ def to_argv(request: Request) -> list[str]:
                 f"{option.flags[0]}={argument}" for argument in encode_option(option, value)
             ]
     return arguments
-
-
-def find_flag(argument: str, task: Task | None = None, given: Container[str] = ()) -> str | None:
-    """Find the flag of an argument of the library; None for `task` searches all tasks.
-
-    Args:
-        given: Flags on the command line, preferred to their synonyms.
-    """
-    for candidate in [task] if task else TASKS.values():
-        options = candidate.options()
-        name = argument if argument in options else argument.removesuffix("s")  # "loras": --lora
-        if name in options and (flags := options[name][0].flags):
-            return next((flag for flag in flags if flag in given), flags[0])
-    return None
-
-
-def hint(error: BaseException, task: Task | None = None, given: Container[str] = ()) -> str:
-    """Return what to do about an error on the command line, to append to its message, or "".
-
-    Args:
-        given: See `find_flag`.
-    """
-    if is_out_of_memory(error):
-        return MEMORY_HINT
-    if isinstance(error, WrongFamily):
-        command = error.task and COMMANDS.get(error.task, error.task)
-        return f" (ldm {command}, scripts/{command}.py)" if command else ""
-    if isinstance(error, LdmError) and error.argument:
-        flag = find_flag(error.argument, task, given)
-        return f" ({flag})" if flag and flag not in str(error) else ""
-    return ""
 
 
 def _argparse_type(option: Option) -> Callable[[str], Value]:
@@ -196,15 +144,3 @@ class _Store(Action):
             parser.error(f"{given} contradicts {given_before}")
         setattr(namespace, self.dest, value)
         setattr(namespace, key, given)
-
-
-class _Append(Action):
-    """Append a value to a tuple; the first one replaces the default."""
-
-    def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        if before is self.default:
-            before = ()
-        setattr(namespace, self.dest, (*before, values))

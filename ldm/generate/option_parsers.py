@@ -58,47 +58,66 @@ parse_nonnegative = _number_parser(float, lambda x: 0 <= x < math.inf, "a number
 parse_positive = _number_parser(float, lambda x: 0 < x < math.inf, "a number above 0")
 
 
+def _parse_finite(argument: str) -> float:
+    """Parse a finite number; raise ValueError for anything else."""
+    number = float(argument)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _parse_numbers(argument: str, convert: Callable[[str], Number]) -> tuple[Number, ...]:
+    """Parse numbers separated by commas; return () for anything else."""
+    try:
+        return tuple(convert(part) for part in argument.split(","))
+    except ValueError:
+        return ()
+
+
+def _tuple_parser(
+    count: int,
+    convert: Callable[[str], Number],
+    is_allowed: Callable[..., bool],
+    description: str,
+) -> Callable[[str], tuple[Number, ...]]:
+    """Return a parser of `count` numbers, which `is_allowed` gets as its arguments."""
+
+    def parse(argument: str) -> tuple[Number, ...]:
+        numbers = _parse_numbers(argument, convert)
+        if len(numbers) != count or not is_allowed(*numbers):
+            raise ArgumentError(f"`{argument}` is not {description}")
+        return numbers
+
+    return parse
+
+
+parse_interval = _tuple_parser(
+    2,
+    _parse_finite,
+    lambda low, high: 0 <= low < high,
+    "LOW,HIGH: two sigmas, 0 <= LOW < HIGH",
+)
+parse_box = _tuple_parser(
+    4,
+    _parse_unsigned,
+    lambda left, top, right, bottom: 0 <= left < right and 0 <= top < bottom,
+    "LEFT,TOP,RIGHT,BOTTOM in pixels",
+)
+parse_size = _tuple_parser(
+    2, _parse_unsigned, lambda *size: min(size) >= 1, "HEIGHT,WIDTH in pixels"
+)
+parse_corner = _tuple_parser(
+    2, _parse_unsigned, lambda *edges: min(edges) >= 0, "TOP,LEFT in pixels"
+)
+
+
 def parse_sigmas(argument: str) -> tuple[float, ...]:
     """Parse descending noise levels, separated by commas or spaces."""
-    sigmas = _parse_numbers(",".join(argument.replace(",", " ").split()))
+    sigmas = _parse_numbers(",".join(argument.replace(",", " ").split()), _parse_finite)
     if not sigmas:
         raise ArgumentError(f"`{argument}` is not a list of numbers")
     check_sigmas(sigmas)
     return sigmas
-
-
-def parse_interval(argument: str) -> tuple[float, float]:
-    """Parse LOW,HIGH: two sigmas."""
-    low, _, high = (_parse_finite(part) for part in argument.partition(","))
-    if low is None or high is None or not 0 <= low < high:
-        raise ArgumentError(f"`{argument}` is not LOW,HIGH: two sigmas, 0 <= LOW < HIGH")
-    return low, high
-
-
-def parse_box(argument: str) -> tuple[int, int, int, int]:
-    """Parse LEFT,TOP,RIGHT,BOTTOM in pixels."""
-    edges = [_parse_unsigned(edge) for edge in argument.split(",")]
-    if len(edges) == 4 and min(edges) >= 0:
-        left, top, right, bottom = edges
-        if left < right and top < bottom:
-            return left, top, right, bottom
-    raise ArgumentError(f"`{argument}` is not LEFT,TOP,RIGHT,BOTTOM in pixels")
-
-
-def parse_size(argument: str) -> tuple[int, int]:
-    """Parse HEIGHT,WIDTH in pixels."""
-    height, width = _parse_pair(argument)
-    if min(height, width) < 1:
-        raise ArgumentError(f"`{argument}` is not HEIGHT,WIDTH in pixels")
-    return height, width
-
-
-def parse_corner(argument: str) -> tuple[int, int]:
-    """Parse TOP,LEFT in pixels."""
-    top, left = _parse_pair(argument)
-    if min(top, left) < 0:
-        raise ArgumentError(f"`{argument}` is not TOP,LEFT in pixels")
-    return top, left
 
 
 def parse_lora(argument: str) -> tuple[str, float | str]:
@@ -107,33 +126,36 @@ def parse_lora(argument: str) -> tuple[str, float | str]:
     return os.path.expanduser(name), LoRAWeight.parse(weight or 1.0).to_json()
 
 
-def parse_sld(argument: str) -> str | tuple[float, ...]:
-    """Parse the name of a preset, or WARMUP,SCALE,THRESHOLD,MOMENTUM,BETA."""
-    numbers = _parse_numbers(argument)
-    if not numbers and "," in argument:
-        raise ArgumentError(f"`{argument}` is not five numbers")
-    value = numbers or argument
-    SLD.parse(value)  # raises ArgumentError
-    return value
-
-
 def parse_apg(argument: str) -> tuple[float, ...]:
     """Parse ETA,NORM,MOMENTUM."""
-    numbers = _parse_numbers(argument)
+    numbers = _parse_numbers(argument, _parse_finite)
     if not numbers:
         raise ArgumentError(f"`{argument}` is not ETA,NORM,MOMENTUM: three numbers")
     APG.parse(numbers)  # raises ArgumentError
     return numbers
 
 
-def parse_freeu(argument: str) -> str | tuple[float, ...]:
-    """Parse the name of a preset, or B1,B2,S1,S2."""
-    numbers = _parse_numbers(argument)
-    if not numbers and "," in argument:
-        raise ArgumentError(f"`{argument}` is not B1,B2,S1,S2: four numbers")
-    value = numbers or argument
-    FreeUFactors.parse(value, next(iter(FREEU_PRESETS)))  # raises ArgumentError
-    return value
+def _preset_parser(
+    check: Callable[[str | tuple[float, ...]], object], description: str
+) -> Callable[[str], str | tuple[float, ...]]:
+    """Return a parser of the name of a preset, or of numbers; `check` raises ArgumentError."""
+
+    def parse(argument: str) -> str | tuple[float, ...]:
+        numbers = _parse_numbers(argument, _parse_finite)
+        if not numbers and "," in argument:
+            raise ArgumentError(f"`{argument}` is not {description}")
+        value = numbers or argument
+        check(value)
+        return value
+
+    return parse
+
+
+parse_sld = _preset_parser(SLD.parse, "five numbers")
+parse_freeu = _preset_parser(
+    lambda value: FreeUFactors.parse(value, automatic=next(iter(FREEU_PRESETS))),
+    "B1,B2,S1,S2: four numbers",
+)
 
 
 def expand_file(argument: str) -> str:
@@ -153,23 +175,3 @@ def parse_legacy(argument: str) -> tuple[str, ...]:
     if unknown:
         raise unknown_name("quirk", unknown[0], QUIRKS)
     return tuple(names)
-
-
-def _parse_pair(argument: str) -> tuple[int, int]:
-    """Parse two whole numbers; one is -1 if it is anything else."""
-    first, _, second = argument.partition(",")
-    return _parse_unsigned(first), _parse_unsigned(second)
-
-
-def _parse_numbers(argument: str) -> tuple[float, ...]:
-    """Parse numbers separated by commas; return () for anything else."""
-    numbers = [_parse_finite(part) for part in argument.split(",")]
-    return () if None in numbers else tuple(n for n in numbers if n is not None)
-
-
-def _parse_finite(argument: str) -> float | None:
-    try:
-        number = float(argument)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -9,7 +9,13 @@ from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ldm.runtime.errors import explain, nearest_name
+from ldm.runtime.errors import (
+    LdmError,
+    WrongFamily,
+    explain,
+    is_out_of_memory,
+    nearest_name,
+)
 
 __all__ = ["CommandParser", "run_command"]
 
@@ -22,6 +28,12 @@ INFO_LOGGERS = (
 )  # fmt: skip
 
 PATH_METAVARS = ("FILE", "DIR")
+MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
+COMMANDS = {
+    "vary": "unclip",
+    "upscale_rgbd": "upscale",
+    "upscale_latent": "upscale",
+}  # function of `ldm.pipelines` -> command, where the names differ
 
 
 class CommandParser(ArgumentParser):
@@ -94,6 +106,34 @@ class CommandParser(ArgumentParser):
             args.overrides = overrides
         return args
 
+    def run(
+        self, work: Callable[[Namespace], int | None], argv: Sequence[str] | None = None
+    ) -> int:
+        """Parse arguments, see `parse`, and run a command with them, see `run_command`."""
+        args = self.parse(argv)
+        return run_command(lambda: work(args), self)
+
+    def hint(self, error: BaseException) -> str:
+        """Return what to do about an error on the command line, to append to its message, or "".
+
+        For an error about an argument that is its flag, such as " (--steps)".
+        """
+        if is_out_of_memory(error):
+            return MEMORY_HINT if "--vae-tile" in self.actions_by_flag else ""
+        if isinstance(error, WrongFamily):
+            command = error.task and COMMANDS.get(error.task, error.task)
+            return f" (ldm {command}, scripts/{command}.py)" if command else ""
+        if isinstance(error, LdmError) and error.argument:
+            flag = self._find_flag(error.argument)
+            return f" ({flag})" if flag and flag not in str(error) else ""
+        return ""
+
+    def _find_flag(self, argument: str) -> str | None:
+        """Find the flag of an argument of the library, preferably as it was given."""
+        names = (argument, argument.removesuffix("s"))  # "loras": --lora
+        flags = [flag for flag, action in self.actions_by_flag.items() if action.dest in names]
+        return next((flag for flag in flags if flag in self.given_flags), next(iter(flags), None))
+
     def _complete(self, argument: str) -> str:
         """Return an argument with an abbreviated flag completed, spelled as declared."""
         name, equals, value = argument.partition("=")
@@ -124,24 +164,17 @@ def _with_path_type(settings: dict[str, Any]) -> dict[str, Any]:
     return {"type": os.path.expanduser} | settings if is_path else settings
 
 
-def run_command(
-    main: Callable[[], int | None],
-    prog: str,
-    *,
-    verbose: bool = False,
-    suffix: Callable[[BaseException], str] = lambda error: "",
-) -> int:
+def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
     """Run the main function of a command; print any error on stderr, without a traceback.
 
     Args:
         main: The main function; returns the exit status, None for 0.
-        prog: Name of the command, printed before errors.
-        verbose: Whether to log more, and show the traceback of an error.
-        suffix: Returns what to append to the message of an error, such as " (--steps)".
+        parser: It has parsed the arguments; `--verbose` logs more, and shows tracebacks.
 
     Returns:
         The exit status: 1 after an error, 130 after Ctrl+C.
     """
+    verbose = "--verbose" in parser.given_flags
     # Spinning OpenMP threads make small models up to 50 times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _configure_logging(verbose)
@@ -153,10 +186,10 @@ def run_command(
             log.error("interrupted; finished files are kept")
             return 130
         except Exception as error:  # top level: users see the message of any error
-            text = explain(error) + suffix(error)
+            text = explain(error) + parser.hint(error)
             if not verbose and text.startswith(f"{type(error).__name__}:"):
                 text += " (--verbose shows where)"
-            log.error("%s: error: %s", prog, text, exc_info=verbose)
+            log.error("%s: error: %s", parser.prog, text, exc_info=verbose)
             return 1
 
 

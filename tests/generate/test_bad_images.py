@@ -6,37 +6,40 @@ from PIL import Image
 
 from imagehelp import pixels
 from imaging.badimages import REFUSED
-from ldm.commands.main import main
 
 TASKS = ["inpaint", "depth2img", "upscale", "unclip"]
 
 
-def refused(task, capsys, *flags):
-    """The one line with which a command says no; no model is loaded for that."""
-    words = ["--ckpt", "absent.ckpt", "--outdir", "absent", *map(str, flags)]
-    assert main([task, *words]) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
+@pytest.fixture
+def refuse(call):
+    """Returns the one line with which a command says no; no model is loaded for that."""
+
+    def refuse(task, *flags):
+        status, _, err = call(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
+        (line,) = err.strip().splitlines()
+        assert status == 1
+        return line
+
+    return refuse
 
 
 @pytest.mark.parametrize(
     ("task", "name"), [("img2img", name) for name in REFUSED] + [(task, "cut") for task in TASKS]
 )
-def test_what_is_no_picture_is_refused_in_one_line(capsys, tmp_path, task, name):
+def test_what_is_no_picture_is_refused_in_one_line(refuse, tmp_path, task, name):
     make, message = REFUSED[name]
     make(tmp_path / "x.png")
     box = ["--mask-box", "1,1,9,9"] if task == "inpaint" else []
-    assert message in refused(task, capsys, "--init-img", tmp_path / "x.png", *box)
+    assert message in refuse(task, "--init-img", tmp_path / "x.png", *box)
 
 
-def test_what_is_no_mask_and_no_map_is_refused_in_one_line(capsys, tmp_path, photo):
+def test_what_is_no_mask_and_no_map_is_refused_in_one_line(refuse, tmp_path, photo):
     (tmp_path / "x.png").write_text("<html>")
     for task, flag in (("inpaint", "--mask"), ("depth2img", "--depth-map")):
-        line = refused(task, capsys, "--init-img", photo, flag, tmp_path / "x.png")
+        line = refuse(task, "--init-img", photo, flag, tmp_path / "x.png")
         assert "is a web page, not an image" in line
     Image.new("L", (10, 70), 255).save(tmp_path / "x.png")
-    line = refused("inpaint", capsys, "--init-img", photo, "--mask", tmp_path / "x.png")
+    line = refuse("inpaint", "--init-img", photo, "--mask", tmp_path / "x.png")
     assert "is 10x70, the image 60x70" in line
 
 

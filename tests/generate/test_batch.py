@@ -23,7 +23,7 @@ class Overflowing(PreparedTask):
 
 def test_a_batch_made_again_in_float32_draws_the_same_noise(tiny):
     files = ["--config", str(tiny.config), "--ckpt", str(tiny.ckpt)]
-    request, _ = parse_request(TASKS["txt2img"], [*files, "--precision", "bf16", "--n_iter", "1"])
+    request = parse_request(TASKS["txt2img"], [*files, "--precision", "bf16", "--n_iter", "1"])
     models, (batch,) = load_models(request), plan_batches(request)
     generator = torch.manual_seed(7)
     images = generate_with_fallback(Overflowing(request), batch, models, RunListener())

@@ -1,15 +1,14 @@
-"""Rules of guidance and FreeU as options: plan, PNG text, replay, form."""
+"""Rules of guidance, FreeU and clip skip as options: plan, PNG text, replay, form."""
 
 import pytest
 
-from imagehelp import QUICK
+from imagehelp import IDENTICAL, QUICK
 from ldm.app.form import get_field_values
-from ldm.commands.main import main
-from ldm.diffusion.names import FREEU_PRESETS
+from ldm.diffusion.names import FREEU_PRESETS, SLD_CONCEPTS
 from ldm.generate.command_line import parse_request
 from ldm.generate.plan import plan_batches
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import parse_parameters, read_info
+from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 from ldm.runtime.errors import ArgumentError
 
 
@@ -21,31 +20,33 @@ from ldm.runtime.errors import ArgumentError
         (["--perp-neg", "0.5", "--negative-prompt", "a dog", "--freeu", "1.25,1.5,0.5,0.25",
           "--freeu-version", "2"],
          {"perp_neg": 0.5, "freeu": [1.25, 1.5, 0.5, 0.25], "freeu_version": "2"}),
+        (["--sld", "0,20,0.1,0.3,0.4", "--sld-concept", "diffusers"],
+         {"sld": [0.0, 20.0, 0.1, 0.3, 0.4], "sld_concept": SLD_CONCEPTS["diffusers"]}),
     ],
 )  # fmt: skip
-def test_a_png_says_how_it_was_guided_and_can_be_made_again(
-    tiny, tmp_path, capsys, words, expected
-):
-    outdir = ["--outdir", str(tmp_path)]
-    assert main(["txt2img", *tiny.flags, *QUICK, *outdir, *words]) == 0
-    png = tmp_path / "samples" / "00000.png"
+def test_a_png_says_how_it_was_guided_and_can_be_made_again(txt2img, call, words, expected):
+    _, (png,), _ = txt2img("--skip_grid", *words)
     info = read_info(png)
     assert {name: info[name] for name in expected} == expected
     values = get_field_values(info)
     shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v
              for name, v in expected.items()}  # fmt: skip
     assert {name: values[name] for name in shown} == shown
-    assert main(["replay", str(png)]) == 0
-    assert capsys.readouterr().out.endswith("identical\n")
+    assert call("replay", png)[:2] == IDENTICAL
 
 
 def test_the_text_of_a_png_can_be_entered_again():
     text = ('a cat\nSteps: 3, Seed: 1, APG: "0, 15, -0.5", Perp-neg: 1.5, PAG scale: 3, '
-            'FreeU: "1.5, 1.6, 0.9, 0.2", FreeU version: diffusers')  # fmt: skip
+            'FreeU: "1.5, 1.6, 0.9, 0.2", FreeU version: diffusers, '
+            'SLD: "10, 1000, 0.01, 0.3, 0.4", SLD concept: original')  # fmt: skip
     info = parse_parameters(text)
+    assert info["sld_concept"] == "original"
     assert (info["perp_neg"], info["pag"], info["freeu_version"]) == (1.5, 3.0, "diffusers")
-    request = parse_request(TASKS["txt2img"], ["--apg", info["apg"], "--freeu", info["freeu"]])[0]
+    request = parse_request(TASKS["txt2img"], ["--apg", info["apg"], "--freeu", info["freeu"]])
     assert request.sampling.apg == (0, 15, -0.5)
+    assert request.with_values({"apg": None, "sld": info["sld"]}).sampling.sld == (
+        10, 1000, 0.01, 0.3, 0.4,
+    )  # fmt: skip
     assert request.sampling.freeu == tuple(vars(FREEU_PRESETS["sd1"]).values())
 
 
@@ -53,6 +54,23 @@ def test_each_line_of_a_file_needs_a_negative_prompt_for_perp_neg(tmp_path):
     (tmp_path / "prompts.txt").write_text('a cat --negative-prompt "a dog"\na red apple\n')
     words = ["--perp-neg", "--from-file", str(tmp_path / "prompts.txt")]
     with pytest.raises(ArgumentError, match="a negative prompt: `a red apple` has none"):
-        plan_batches(parse_request(TASKS["txt2img"], words)[0])
+        plan_batches(parse_request(TASKS["txt2img"], words))
     words += ["--negative-prompt", "blurry"]
-    assert len(plan_batches(parse_request(TASKS["txt2img"], words)[0])) == 3
+    assert len(plan_batches(parse_request(TASKS["txt2img"], words))) == 3
+
+
+@pytest.mark.slow
+def test_clip_skip_changes_the_image_is_recorded_and_made_again(call, tmp_path):
+    flags = [*QUICK, "--prompt", "a cat face", "--outdir", tmp_path]
+    (plain,), (path,) = (call("txt2img", *flags, "--clip-skip", skip)[1] for skip in (1, 2))
+    plain, info = read_info(plain), read_info(path)
+    assert plain["sha256"] != info["sha256"]
+    assert "Clip skip" not in format_parameters(plain)
+    assert parse_parameters(format_parameters(info))["clip_skip"] == info["clip_skip"] == 2
+    assert call("replay", path)[:2] == IDENTICAL
+
+
+def test_a_text_encoder_without_so_many_layers_is_named_in_a_line(call, tmp_path):
+    status, _, err = call("txt2img", *QUICK, "--clip-skip", 9, "--outdir", tmp_path)
+    assert status == 1
+    assert "error: clip_skip 9: the text encoder has 3 layers (--clip-skip)" in err

@@ -1,21 +1,16 @@
 """Commands on models of colour and depth: files, depth as an input, replay, what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from imagehelp import QUICK, pixels
-from ldm.commands.main import main
+from imagehelp import IDENTICAL, QUICK, pixels
 from ldm.imaging.metadata import read_info
 from ldm.imaging.rgbd import place_beside
-
-sys.path.append(str(Path(__file__).parents[1] / "loading"))
-
-from tinyfamilies import write
+from loading.tinyfamilies import write
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +35,17 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, tmp_path, capsys):
-    """Runs a command; returns its status, lines of stdout, text of stderr."""
+def run(models, tmp_path, call):
+    """Runs a command with a model; see `call`."""
 
     def run(command, name, *flags):
-        model = ["--ckpt", str(models / f"{name}.safetensors"), "--outdir", str(tmp_path)]
-        status = main([command, *model, *QUICK[:-1], *map(str, flags)])
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err
+        model = ["--ckpt", models / f"{name}.safetensors", "--outdir", tmp_path]
+        return call(command, *model, *QUICK[:-1], *flags)
 
     return run
 
 
-def test_txt2img_saves_colour_depth_grid_and_relief(run, tmp_path, capsys):
+def test_txt2img_saves_colour_depth_grid_and_relief(run, call, tmp_path):
     trimesh = pytest.importorskip("trimesh")
     flags = ("--H", 64, "--W", 128, "--n_samples", 2, "--glb", "--prompt", "a cat")
     status, lines, err = run("txt2img", "ldm3d", *flags)
@@ -73,8 +66,7 @@ def test_txt2img_saves_colour_depth_grid_and_relief(run, tmp_path, capsys):
     assert len(mesh.faces) == 2 * 63 * 127
     assert f"{len(mesh.faces)} triangles" in err
     for name in ("00000.png", "00001_depth.png"):
-        assert main(["replay", str(tmp_path / "samples" / name)]) == 0
-        assert capsys.readouterr().out == "identical\n"
+        assert call("replay", tmp_path / "samples" / name)[:2] == IDENTICAL
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ldm
-from imagehelp import random_lora
-from ldm.commands.main import main
+from imagehelp import IDENTICAL, random_lora
 from ldm.generate.command_line import parse_request
 from ldm.generate.lora_tags import add_tagged_loras, list_local_loras, split_tags
 from ldm.generate.plan import plan_batches
@@ -20,25 +19,20 @@ from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.runtime.errors import ArgumentError
 
-QUICK = ["--steps=1", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
-QUICK += ["--skip_grid"]
-
 
 @pytest.fixture
-def run(tiny, tmp_path, capsys):
+def run(txt2img):
     """Runs txt2img; returns the infos of its images, or the last line of an error."""
 
     def run(*flags):
-        words = [*tiny.flags, *QUICK, "--outdir", str(tmp_path / "out"), *map(str, flags)]
-        status = main(["txt2img", *words, "--json"])
-        out, err = capsys.readouterr()
-        return err.splitlines()[-1] if status else [json.loads(line) for line in out.splitlines()]
+        status, out, err = txt2img("--steps=1", "--skip_grid", *flags, "--json")
+        return err.splitlines()[-1] if status else [json.loads(line) for line in out]
 
     return run
 
 
 def plan(*flags):
-    return plan_batches(parse_request(TASKS["txt2img"], list(flags))[0])
+    return plan_batches(parse_request(TASKS["txt2img"], list(flags)))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +82,7 @@ def test_a_file_may_end_in_a_partial_batch(tmp_path):
     assert [spec.negative_prompt for spec in specs] == ([""] * 4 + ["blue, dull"] * 2) * 2
 
 
-def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_path, capsys):
+def test_images_of_a_line_have_its_options_and_are_made_again(run, call, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a\na --s 2 --w 72 --d 7,9 --l 1\nb --ss euler --clip-skip 2"
     )
@@ -98,20 +92,17 @@ def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_pat
     assert [info["size"] for info in infos] == [[64, 64], [64, 72], [64, 72], [64, 64]]
     assert [info["sampler"] for info in infos] == ["ddim", "ddim", "ddim", "euler"]
     assert [info["rows"] for info in infos] == [1, 2, 2, 1]
-    assert main(["replay", infos[1]["path"], "--ckpt", str(tiny.ckpt)]) == 0
-    capsys.readouterr()
-    assert main(["replay", infos[1]["path"], "--show-command"]) == 0
-    command = capsys.readouterr().out
+    assert call("replay", infos[1]["path"])[:2] == IDENTICAL
+    _, (command,), _ = call("replay", infos[1]["path"], "--show-command")
     assert "--from-file=" in command
     assert "--W=72" not in command
     assert "--scale" not in command
 
 
-def test_a_grid_holds_images_of_other_sizes(tiny, tmp_path, capsys):
+def test_a_grid_holds_images_of_other_sizes(txt2img, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\na --w 72")
-    words = [*tiny.flags, *QUICK[:-1], "--from-file", str(tmp_path / "prompts.txt")]
-    assert main(["txt2img", *words, "--outdir", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("grid-0000.png")
+    _, out, _ = txt2img("--steps=1", "--from-file", tmp_path / "prompts.txt")
+    assert out[-1].endswith("grid-0000.png")
 
 
 def test_each_image_draws_by_its_own_seed(tmp_path):
@@ -137,7 +128,7 @@ def test_images_of_a_sampler_that_adapts_to_the_batch_are_made_one_by_one(tmp_pa
 def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a <lora:style>\nb")
     words = ["--from-file", str(tmp_path / "prompts.txt"), "--legacy", "noise"]
-    request, _ = parse_request(TASKS["txt2img"], words)
+    request = parse_request(TASKS["txt2img"], words)
     with pytest.raises(ArgumentError, match="legacy `noise` needs the same LoRAs for all images"):
         plan_batches(request, lambda: {"style": "style.safetensors"})
 
@@ -167,11 +158,11 @@ def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
     assert message in run(*(flag.replace("{here}", str(tmp_path)) for flag in flags))
 
 
-def test_expanded_prompts_are_recorded_and_made_again(run, tiny):
+def test_expanded_prompts_are_recorded_and_made_again(run, call):
     (info,) = run("--prompt", "a {red|green} fox", "--dynamic-prompts")
     assert info["prompt"] in ("a red fox", "a green fox")
     assert info["prompt"] in format_parameters(info)
-    assert main(["replay", info["path"], "--ckpt", str(tiny.ckpt)]) == 0
+    assert call("replay", info["path"])[:2] == IDENTICAL
 
 
 def test_a_lora_of_a_later_image_that_does_not_fit_is_refused_before_the_first(run, tmp_path):
@@ -197,7 +188,7 @@ def test_tags_are_taken_out_of_a_prompt():
 
 
 @pytest.mark.slow
-def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path):
+def test_loras_in_prompts_are_found_recorded_and_made_again(run, call, tiny, tmp_path):
     """Those of each image, without loading the model anew; the same pixels as with --lora."""
     model = ldm.load(tiny.config, tiny.ckpt)
     (tmp_path / "loras").mkdir()
@@ -218,7 +209,7 @@ def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path)
     text = format_parameters(read_info(infos[2]["path"]))
     assert text.startswith("a fox <lora:two:0.5:1>\n")
     assert parse_parameters(text)["prompt"] == "a fox"
-    assert main(["replay", infos[2]["path"]]) == 0
+    assert call("replay", infos[2]["path"])[:2] == IDENTICAL
 
 
 def test_loras_for_a_checkpoint_of_the_hub_are_in_the_current_folder(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.commands.main import main
+from imagehelp import IDENTICAL
 from ldm.generate.command_line import parse_request
 from ldm.generate.load import load_models
 from ldm.generate.tasks import TASKS
@@ -24,19 +24,16 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, tmp_path, capsys):
-    """Runs a command with the base; returns its status, lines of stdout, text of stderr."""
+def run(models, tmp_path, call):
+    """Runs a command, by default with the base; see `call`."""
 
     def run(command, *flags, ckpt="xl"):
-        words = [*SMALL, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags]
-        status = main([command, *map(str, words)])
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err
+        return call(command, *SMALL, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags)
 
     return run
 
 
-def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, models, capsys):
+def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, call, models):
     options = {
         "refiner": str(models["xl-refiner"]),
         "refiner_start": 0.5,
@@ -63,12 +60,11 @@ def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, mode
     with Image.open(info["path"]) as image:
         text = image.info["parameters"]
     assert f"Refiner: {name} [{refiner['hash']}], Refiner switch at: 0.5" in text
-    assert main(["replay", info["path"], "--show-command"]) == 0
-    assert f"--refiner={options['refiner']} --refiner-start=0.5" in capsys.readouterr().out
+    _, (command,), _ = call("replay", info["path"], "--show-command")
+    assert f"--refiner={options['refiner']} --refiner-start=0.5" in command
     moved = models["xl-refiner"].rename(models["xl-refiner"].with_name("moved.safetensors"))
-    assert main(["replay", info["path"]]) == 1
-    assert "pass the path of that file (--refiner)" in capsys.readouterr().err
-    assert main(["replay", info["path"], "--refiner", str(moved)]) == 0
+    assert "pass the path of that file (--refiner)" in call("replay", info["path"])[2]
+    assert call("replay", info["path"], "--refiner", moved)[:2] == IDENTICAL
     moved.rename(options["refiner"])
 
 
@@ -89,7 +85,7 @@ def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
         path = tmp_path / f"{token}.safetensors"
         write_embeddings(path, {token: vectors})
         flags += ["--embedding", str(path)]
-    loaded = load_models(parse_request(TASKS["txt2img"], flags)[0])
+    loaded = load_models(parse_request(TASKS["txt2img"], flags))
     assert loaded.base.conditioner.text.added_embeddings.keys() == {"both", "first"}
     assert loaded.refiner.conditioner.text.added_embeddings.keys() == {"both", "second"}
 
@@ -110,7 +106,7 @@ def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
         ),
     ],
 )
-def test_images_are_changed(run, tmp_path, command, ckpt, flags):
+def test_images_are_changed(run, call, tmp_path, command, ckpt, flags):
     pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     image = ["--init-img", tmp_path / "photo.png", "--steps", "2", "--n_samples", "1"]
@@ -118,7 +114,7 @@ def test_images_are_changed(run, tmp_path, command, ckpt, flags):
     assert status == 0, err
     assert read_info(out[0])["scale"] == 5.0
     if ckpt == "xl-inpainting":
-        assert main(["replay", out[0]]) == 0
+        assert call("replay", out[0])[:2] == IDENTICAL
 
 
 @pytest.mark.slow
@@ -130,7 +126,7 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
 
 
 @pytest.mark.slow
-def test_the_watermark_of_the_original_is_written_when_asked_for(run):
+def test_the_watermark_of_the_original_is_written_when_asked_for(run, call):
     flags = ["--H", "256", "--W", "256", "--steps", "1", "--scale", "1", "--n_samples", "1"]
     images = []
     for legacy, method in (([], "dwtDctSvd"), (["--legacy", "float-watermark"], "dwtDct (floats)")):
@@ -139,7 +135,7 @@ def test_the_watermark_of_the_original_is_written_when_asked_for(run):
         assert (info["watermark"], info["payload"]) == (method, "SDXL")
         images.append(np.asarray(Image.open(out[0])))
     assert (images[0] != images[1]).any()
-    assert main(["replay", out[0]]) == 0
+    assert call("replay", out[0])[:2] == IDENTICAL
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ldm.commands.main import main
 from ldm.loading.files.checkpoint import write_checkpoint
 
 UNET = "model.diffusion_model."
@@ -46,9 +45,9 @@ def files(tmp_path):
     ],
 )  # fmt: skip
 def test_a_file_of_another_family_is_one_line(
-    files, command, base, refiner, wrong, says, capsys, tmp_path
+    files, command, base, refiner, wrong, says, call, tmp_path
 ):
-    words = [command, "--ckpt", str(files[base]), "--outdir", str(tmp_path)]
-    words += ["--refiner", str(files[refiner])] if refiner else []
-    assert main(words) == 1
-    assert f"error: `{files[wrong].name}` {says}" in capsys.readouterr().err.splitlines()[-1]
+    flags = ["--refiner", files[refiner]] if refiner else []
+    status, _, err = call(command, "--ckpt", files[base], "--outdir", tmp_path, *flags)
+    assert status == 1
+    assert f"error: `{files[wrong].name}` {says}" in err.splitlines()[-1]

@@ -1,6 +1,7 @@
 """The scripts of pictures: img2img, "inpaint", "depth2img", "upscale", "unclip", on tiny models."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from PIL import Image
 
 import ldm
 from goldfile import gold
-from imagehelp import QUICK, pixels
-from ldm.commands.main import main
+from imagehelp import IDENTICAL, QUICK, pixels
+from ldm.app.form import get_field_values
 from ldm.encoders.depth import MiDaSDepth
 from ldm.generate.command_line import parse_request
 from ldm.generate.tasks import TASKS
@@ -39,7 +40,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("script", "name", "flags", "size"), CASES)
-def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, name, flags, size):
+def test_a_picture_is_made_and_made_again(run, call, files, photo, script, name, flags, size):
     if size[1] == 0:  # squeezed to multiples of 64
         Image.open(photo).resize((70, 75)).save(photo)
         size = (64, 64)
@@ -50,25 +51,15 @@ def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, nam
     info = read_info(out[-1])
     assert info["task"] == script
     assert info["inputs"]["init_img"][0]["path"] == str(photo)
-    assert main(["replay", out[-1], "--ckpt", files[name][1]]) == 0
-    assert capsys.readouterr().out == "identical\n"
+    assert call("replay", out[-1])[:2] == IDENTICAL
 
 
-def test_a_missing_image_is_named_with_its_flag(run, photo):
-    error = run("img2img", "base_v", "--init-img", "nope.png")[2]
-    assert "no image `nope.png` (--init-img)" in error
-    error = run("inpaint", "inpaint", "--init-img", photo, "--mask", "nope.png")[2]
-    assert "no image `nope.png` (--mask)" in error
-
-
-def test_replay_says_which_input_is_missing_or_another(run, files, photo, capsys):
+def test_replay_says_which_input_is_missing_or_another(run, call, photo):
     path = run("img2img", "base_v", "--init-img", photo)[1][0]
     Image.new("RGB", (60, 70)).save(photo)
-    assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
-    assert "photo.png` has changed since this image was made" in capsys.readouterr().err
+    assert "photo.png` has changed since this image was made" in call("replay", path)[2]
     photo.unlink()
-    assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
-    assert "photo.png`, which is missing" in capsys.readouterr().err
+    assert "photo.png`, which is missing" in call("replay", path)[2]
 
 
 @pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
@@ -130,13 +121,12 @@ def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
     assert "leave out mask (--mask)" in run("inpaint", "inpaint", *flags)[2]
 
 
-def test_a_folder_of_images_is_changed(run, tmp_path, photo, capsys):
+def test_a_folder_of_images_is_changed(run, call, tmp_path, photo):
     Image.open(photo).save(tmp_path / "other.png")
     status, out, err = run("img2img", "base_v", "--indir", tmp_path)
     names = ["other.png", "photo.png"]
     assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names]), err
-    assert main(["replay", out[0], "--show-command"]) == 0
-    command = capsys.readouterr().out
+    _, (command,), _ = call("replay", out[0], "--show-command")
     assert "--init-img=" in command
     assert "--indir" not in command
 
@@ -149,18 +139,17 @@ def test_a_folder_of_images_is_changed(run, tmp_path, photo, capsys):
         ("img2img", "base_v", ["--ddim-inversion", "--source-prompt", "a"]),
     ],
 )
-def test_options_of_sampling_are_recorded_and_read_again(
-    run, files, photo, capsys, task, name, flags
-):
-    flags = list(flags)
-    flags += ["--guidance-rescale", "0.5", "--guidance-interval", "0.2,9", "--unet-tile", "32"]
-    flags += [] if task == "txt2img" else ["--init-img", photo]
-    status, out, err = run(task, name, *flags)
+def test_options_of_sampling_are_recorded_and_read_again(run, call, photo, task, name, flags):
+    more = ["--guidance-rescale", "0.5", "--guidance-interval", "0.2,9", "--unet-tile", "32"]
+    more += [] if task == "txt2img" else ["--init-img", photo]
+    status, out, err = run(task, name, *flags, *more)
     assert status == 0, err
-    info = read_info(out[0])["request"]
-    assert (info["rescale"], info["guidance_interval"], info["unet_tile"]) == (0.5, [0.2, 9.0], 32)
-    assert main(["replay", out[0]]) == 0
-    assert capsys.readouterr().out == "identical\n"
+    info = read_info(out[0])
+    request, form = info["request"], get_field_values(info)
+    assert (request["rescale"], request["unet_tile"]) == (0.5, 32)
+    assert request["guidance_interval"] == [0.2, 9.0]
+    assert (form["rescale"], form["guidance_interval"]) == (0.5, "0.2,9.0")
+    assert call("replay", out[0])[:2] == IDENTICAL
 
 
 @pytest.mark.parametrize("rank", some((0, 1), 0))
@@ -183,13 +172,13 @@ def test_a_depth_map_is_cropped_like_its_image(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "depth.png")
     Image.fromarray(ramp).convert("RGB").save(tmp_path / "image.png")
     words = ["--init-img", str(tmp_path / "image.png"), "--depth-map", str(tmp_path / "depth.png")]
-    request, _ = parse_request(TASKS["depth2img"], [*words, "--H", "64", "--W", "64"])
+    request = parse_request(TASKS["depth2img"], [*words, "--H", "64", "--W", "64"])
     prepared = request.task.prepare(request)
     image = (prepared.image[:, :1] + 1) / 2
     torch.testing.assert_close(prepared.depth, image, rtol=0, atol=0.02)  # 8 bits: observed 0.004
 
 
-def test_depth_is_estimated_once_saved_and_taken_back(run, tmp_path, photo, monkeypatch):
+def test_depth_is_estimated_once_saved_and_taken_back(run, call, tmp_path, photo, monkeypatch):
     map_, estimate, sizes = tmp_path / "depth.png", MiDaSDepth.estimate, []
 
     def count(self, image):
@@ -207,6 +196,9 @@ def test_depth_is_estimated_once_saved_and_taken_back(run, tmp_path, photo, monk
     far = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_, "--depth-inverted")[1]
     assert np.abs(pixels(out[0]) - pixels(again[0])).mean() < 5
     assert np.abs(pixels(out[0]) - pixels(far[0])).mean() > 5
+    map_.unlink()
+    assert call("replay", out[0])[:2] == IDENTICAL
+    assert not map_.exists()  # an image of somebody else must not choose a file to write
 
 
 def test_several_pictures_are_mixed(run, photo, tmp_path):
@@ -253,29 +245,21 @@ def unclip_l(tmp_path):
 
 
 @pytest.fixture
-def seen(tmp_path, capsys):
-    """Runs unclip.py with flags; returns its status, lines of stdout, text of stderr."""
-
-    def seen(*flags):
-        words = [*QUICK, "--outdir", str(tmp_path / "out"), "--H", "64", "--W", "64"]
-        status = main(["unclip", *words, *map(str, flags)])
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err
-
-    return seen
+def unclip(tmp_path, call):
+    """Runs unclip at 64x64; see `call`."""
+    return partial(call, "unclip", *QUICK, "--outdir", tmp_path / "out", "--H", 64, "--W", 64)
 
 
-def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, seen, tmp_path, photo, capsys):
+def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, unclip, call, tmp_path, photo):
     flags = [*unclip_l, "--prior", tmp_path / "prior.ckpt", "--prompt", "a fox"]
     quick = ["--prior-steps", "3", "--prior-scale", "2.5"]
-    status, out, err = seen(*flags, "--n_samples", "2", *quick)
+    status, out, err = unclip(*flags, "--n_samples", "2", *quick)
     assert status == 0, err
     assert (pixels(out[0]) != pixels(out[1])).any()
     info = read_info(out[1])
     assert (info["prior_steps"], info["prior_scale"]) == (3, 2.5)
-    assert main(["replay", out[1], "--ckpt", unclip_l[1]]) == 0
-    capsys.readouterr()
-    status, out, err = seen(*flags, "--image", photo, "--weight", "1", "--weight", "2")
+    assert call("replay", out[1])[:2] == IDENTICAL
+    status, out, err = unclip(*flags, "--image", photo, "--weight", "1", "--weight", "2")
     assert status == 0, err
     assert [file["path"] for file in read_info(out[0])["inputs"]["prior"]] == [
         str(tmp_path / "prior.ckpt")
@@ -283,25 +267,25 @@ def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, seen, tmp_path, p
 
 
 @pytest.mark.slow
-def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, seen, tmp_path, photo):
+def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, unclip, tmp_path, photo):
     (tmp_path / "stats.th").rename(tmp_path / "elsewhere.th")
-    status, _, err = seen(*unclip_l, "--image", photo)
+    status, _, err = unclip(*unclip_l, "--image", photo)
     assert status == 1
     assert "`karlo_models/stats.th`, are missing: put the file beside the checkpoint" in err
     stats = ["--clip-stats", tmp_path / "elsewhere.th"]
-    assert seen(*unclip_l, "--image", photo, *stats)[0] == 0
+    assert unclip(*unclip_l, "--image", photo, *stats)[0] == 0
     model = ldm.load(unclip_l[3], unclip_l[1], clip_stats=tmp_path / "elsewhere.th")
     ldm.loading.load.save_model(model, tmp_path / "x.ckpt")
     (tmp_path / "elsewhere.th").unlink()
-    assert seen(*unclip_l, "--image", photo)[0] == 0
+    assert unclip(*unclip_l, "--image", photo)[0] == 0
 
 
-def test_unclip_without_anything_to_see_is_one_line(unclip_l, seen):
-    assert "an image or a prior is missing (--image)" in seen(*unclip_l)[2]
+def test_unclip_without_anything_to_see_is_one_line(unclip_l, unclip):
+    assert "an image or a prior is missing (--image)" in unclip(*unclip_l)[2]
 
 
 @pytest.mark.slow
-def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, capsys):
+def test_image_variations_of_sd_1_are_made_without_text(unclip, call, tmp_path, photo):
     file = gold("e2e_img2img")
     config = json.loads(json.dumps(file.meta["config_base_eps"]))
     config["params"]["cond_stage_config"] = {
@@ -309,11 +293,10 @@ def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, c
         "params": {"model": file.meta["tiny_arch"]},
     }
     flags = ["--image", photo, "--scale", "3", "--n_samples", "2"]
-    status, out, err = seen(*write(tmp_path, config), *flags)
+    status, out, err = unclip(*write(tmp_path, config), *flags)
     assert status == 0, err
     assert len(out) == 2
-    assert main(["replay", out[1], "--ckpt", str(tmp_path / "x.ckpt")]) == 0
-    assert capsys.readouterr().out == "identical\n"
+    assert call("replay", out[1])[:2] == IDENTICAL
 
 
 @pytest.mark.parametrize(
@@ -347,6 +330,8 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
 @pytest.mark.parametrize(
     ("task", "flags", "message"),
     [
+        ("img2img", ["--init-img", "nope.png"], "no image `nope.png` (--init-img)"),
+        ("inpaint", ["--mask", "nope.png"], "no image `nope.png` (--mask)"),
         ("inpaint", ["--mask", "PHOTO", "--mask-box", "0,0,8,8"], "not both (--mask-box)"),
         ("inpaint", ["--mask-box", "0,0,8,8", "--mask-blur", "-1"], "`-1` is not a number >= 0"),
         (
@@ -356,11 +341,10 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
         ),
     ],
 )
-def test_inputs_that_exclude_each_other_are_refused(task, flags, message, photo, capsys):
-    words = [{"PHOTO": str(photo), "FOLDER": str(photo.parent)}.get(flag, flag) for flag in flags]
-    try:
-        status = main([task, "--init-img", str(photo), *words])
-    except SystemExit as error:
-        status = error.code
+def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
+    task, flags, message, photo, call
+):
+    words = [{"PHOTO": photo, "FOLDER": photo.parent}.get(flag, flag) for flag in flags]
+    status, _, err = call(task, "--init-img", photo, *words)
     assert status
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in err.splitlines()[-1]

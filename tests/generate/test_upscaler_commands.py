@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ldm
-from ldm.commands.main import main
+from imagehelp import IDENTICAL
 from ldm.imaging.metadata import read_info
 from ldm.imaging.pixels import to_pil
 from ldm.loading.config import format_yaml
@@ -36,18 +36,15 @@ def upscaler(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, call):
     def run(*flags):
-        words = map(str, [*flags, *QUICK, "--outdir", tmp_path / "out"])
-        status = main(list(words))
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err
+        return call(*flags, *QUICK, "--outdir", tmp_path / "out")
 
     return run
 
 
 @pytest.mark.slow
-def test_an_image_and_a_folder(upscaler, run, capsys):
+def test_an_image_and_a_folder(upscaler, run, call):
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1, "--noise-sigma", 0.2]
     status, (path,), _ = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png")
     assert status == 0
@@ -56,14 +53,13 @@ def test_an_image_and_a_folder(upscaler, run, capsys):
     info = read_info(path)
     assert (info["noise_sigma"], info["scale"], info["sampler"]) == (0.2, 1.0, "euler")
     assert info["scheduler_in_use"] == "time_uniform"
-    assert main(["replay", path]) == 0
-    assert capsys.readouterr().out.startswith("identical")
+    assert call("replay", path)[:2] == IDENTICAL
     status, paths, _ = run("upscale", *ckpt, "--indir", upscaler / "small")
     assert status == 0
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
 
 
-def test_behind_a_text_to_image_model(upscaler, run, models, capsys):
+def test_behind_a_text_to_image_model(upscaler, run, call, models):
     flags = ["--steps", 2, "--H", 64, "--W", 64, "--json"]
     upscaling = ["--upscaler", upscaler / "x2.safetensors", "--upscaler-steps", 2]
     status, (line,), _ = run("txt2img", *models["base_eps"].flags, *flags, *upscaling)
@@ -73,8 +69,7 @@ def test_behind_a_text_to_image_model(upscaler, run, models, capsys):
     assert (info["upscaler_steps"], info["upscaler_scale"]) == (2, 1.0)
     with Image.open(info["path"]) as image:
         assert image.size == (2 * info["size"][1], 2 * info["size"][0])
-    assert main(["replay", info["path"]]) == 0
-    assert capsys.readouterr().out.startswith("identical")
+    assert call("replay", info["path"])[:2] == IDENTICAL
 
 
 @pytest.mark.parametrize(
@@ -105,7 +100,7 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):
     assert "is not an x2 latent upscaler" in err
 
 
-def test_latents_of_a_run(upscaler, run, models, tmp_path, capsys):
+def test_latents_of_a_run(upscaler, run, call, models, tmp_path):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
     status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
     assert status == 0
@@ -120,8 +115,7 @@ def test_latents_of_a_run(upscaler, run, models, tmp_path, capsys):
     assert (status, path) == (0, str(tmp_path / "out/00000.png"))
     with Image.open(path) as file:
         assert file.size == (128, 128)
-    assert main(["replay", path]) == 0
-    assert capsys.readouterr().out.startswith("identical")
+    assert call("replay", path)[:2] == IDENTICAL
 
 
 def test_latents_that_are_refused(upscaler, run, tmp_path):
