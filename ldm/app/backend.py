@@ -18,11 +18,7 @@ from typing import Any
 
 import torch
 
-from ldm.app.catalogue import (
-    CatalogueEntry,
-    check_lora,
-    read_catalogue,
-)
+from ldm.app.catalogue import CatalogueEntry, check_lora
 from ldm.app.jobs import GALLERY_LIMIT
 from ldm.app.library import ADDONS, Library, remove_folders
 from ldm.app.limits import Limits
@@ -115,26 +111,19 @@ class Backend:
             raise ArgumentError("lora is not a list", "lora")
         loras = self.library.find_lora_files(parse_lora(str(word)) for word in words)
         addons = self.library.find_addon_files(values)
-        ignored = {"lora", "unsafe", *ADDONS}
-        ignored |= options_of(UpscalerChoice if entry.is_sdxl else SDXL).keys()
+        ignored = {"lora", *options_of(UpscalerChoice if entry.is_sdxl else SDXL)}
+        if COMPONENT not in addons:
+            ignored.add("unsafe")
         if "refiner" not in addons and entry.family != "refiner":
             ignored |= {"aesthetic_score", "negative_aesthetic_score"}
-        unsafe = values.get("unsafe")
+        values = {key: value for key, value in values.items() if key not in ADDONS} | addons
         values = {key: value for key, value in values.items() if key not in ignored}
-        if "upscaler" in addons and not entry.is_sdxl:
-            values["upscaler"] = addons["upscaler"]
         if values.get("scale") is None:
             values["scale"] = self.library.find_defaults(task, name)["scale"]
-        request = self._set_model(task.request(values), entry, loras)
-        if entry.is_sdxl:
-            sdxl = replace(request.sdxl, refiner=addons.get("refiner"))
-            request = replace(request, sdxl=sdxl)
-        if COMPONENT in addons:
-            request = request.with_values({COMPONENT: addons[COMPONENT], "unsafe": unsafe})
-        if request.prompts.dynamic_prompts:
-            prompts = replace(request.prompts, wildcards=self.library.find_wildcards())
-            request = replace(request, prompts=prompts)
-        return replace(request, model=replace(request.model, vae=addons.get("vae")))
+        if values.get("dynamic_prompts"):
+            values["wildcards"] = self.library.find_wildcards()
+        embeddings = self.library.list_embeddings()
+        return self._set_model(task.request(values), entry, loras, embeddings)
 
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message for the user."""
@@ -162,7 +151,7 @@ class Backend:
         request = self._build_recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
-        models = self._load(prepared, progress, threads=info["threads"])
+        models = self._load(request, prepared, progress, threads=info["threads"])
         progress.make_preview = self.library.make_preview
         progress.begin(models.base, 1)
         image, depth = remake_image(prepared, models, info, progress.on_step)
@@ -183,7 +172,7 @@ class Backend:
             request = request.with_values({"save_depth": str(path)})
             prepared = request.task.prepare(request)
             assert isinstance(prepared, Depth2Img)
-            prepared.estimate_depth(self._load(prepared, progress).base)
+            prepared.estimate_depth(self._load(request, prepared, progress).base)
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
@@ -210,42 +199,37 @@ class Backend:
         with open_image(path) as image, open_image(depth) as levels:
             return str(target), save_mesh(target, image, levels)
 
-    def _find_recorded_addon(self, kind: str, info: JsonMapping, place: str) -> str | None:
-        """Return the file, by its hash, of an add-on that made an image; None if it had none.
-
-        Args:
-            place: Where the file is expected, for the message.
-        """
+    def _find_recorded_addon(self, kind: str, info: JsonMapping) -> str | None:
+        """Return the file, by its hash, of an add-on that made an image; None if it had none."""
         files = map(str, self.library.list_addons(kind).values())
+        place = "a file in the folder vae" if kind == "vae" else "a file in its folder"
         return next(iter(_find_files(recorded_files(info, kind), files, place)), None)
 
-    def _find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
-        """Find the model of an image by file name; among several by hash."""
-        models = read_catalogue(self.library.folder).models
-        names = [name for name in models if Path(name).name == info["checkpoint"]]
-        if len(names) > 1:
-            names.sort(
-                key=lambda name: compute_short_hash(models[name].path) != info["checkpoint_hash"]
-            )
-        return self.library.find_model(next(iter(names), info["checkpoint"]), task)
-
     def _set_model(
-        self, request: Request, entry: CatalogueEntry, loras: Sequence[tuple[str, float | str]]
+        self,
+        request: Request,
+        entry: CatalogueEntry,
+        loras: Sequence[tuple[str, float | str]],
+        embeddings: Sequence[str],
     ) -> Request:
         choice = replace(
             self.choice,
             ckpt=str(entry.path),
             config=str(entry.config) if entry.config else None,
             lora=tuple(loras),
-            embedding=tuple(self.library.list_embeddings()),
+            embedding=tuple(embeddings),
+            vae=request.model.vae,
         )
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
         return replace(request, model=choice, output=output)
 
     def _load(
-        self, prepared: PreparedTask, progress: Progress, threads: int | None = None
+        self,
+        request: Request,
+        prepared: PreparedTask,
+        progress: Progress,
+        threads: int | None = None,
     ) -> Models:
-        request = prepared.request
         if self._models is None:
             memory = self.memory or get_total_memory(pick_device(request.model.device)) / 2
             self._models = ModelCache(memory, _load_with_fitting_embeddings)
@@ -276,7 +260,7 @@ class Backend:
         recorded = read_request(info, name).with_values(line_values(info))
         if recorded.model.overrides or info["overrides"]:
             raise ArgumentError("it was made with overrides: use `ldm replay`")
-        entry = self._find_recorded_model(info, recorded.task)
+        entry = self.library.find_recorded_model(info, recorded.task)
         request = recorded.task.request(self._find_recorded_values(info, recorded))
         names = {file: name for name, (file, _) in self.library.loras.items()}
         recorded_loras = info.get("loras", ())
@@ -288,12 +272,7 @@ class Backend:
         embeddings = _find_files(
             info.get("embeddings", ()), self.library.list_embeddings(), "--embedding"
         )
-        vae = self._find_recorded_addon("vae", info, "a file in the folder vae")
-        refiner = self._find_recorded_addon("refiner", info, "a file in its folder")
-        request = self._set_model(request, entry, loras)
-        choice = replace(request.model, embedding=tuple(embeddings), vae=vae)
-        sdxl = replace(request.sdxl, refiner=refiner)
-        return replace(request, model=choice, sdxl=sdxl)
+        return self._set_model(request, entry, loras, embeddings)
 
     def _find_recorded_values(self, info: dict[str, Any], recorded: Request) -> dict[str, Value]:
         """Return the options of an image that a visitor may set, with the server's own files."""
@@ -301,7 +280,6 @@ class Backend:
         allowed = {name for name, (option, _) in input_options.items() if not option.is_path}
         allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
         allowed |= options_of(UpscalerChoice).keys()
-        allowed -= {"refiner", "upscaler"}
         values = {key: value for key, value in recorded.get_values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
@@ -314,8 +292,9 @@ class Backend:
         earlier = info.get("earlier", ())
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
         values |= recorded_defaults(info, recorded)
-        if "upscaling" in recorded.task.groups():
-            values["upscaler"] = self._find_recorded_addon("upscaler", info, "a file in its folder")
+        for kind in ("vae", "refiner", "upscaler"):
+            if kind in recorded.task.options():
+                values[kind] = self._find_recorded_addon(kind, info)
         return values
 
 
@@ -342,14 +321,7 @@ def _load_with_fitting_embeddings(
 
 
 def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
-    """Return the files with the hashes recorded in an image.
-
-    Args:
-        recorded: Entries with `path` and `hash`.
-        flag: Flag of the app for such files, for the message.
-    Raises:
-        ArgumentError: No file has a hash.
-    """
+    """Return the files with the hashes recorded in an image; the message names the flag."""
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
         raise ArgumentError(f"its entry for {flag} is damaged")
     by_hash = {compute_short_hash(file): file for file in files} if recorded else {}

@@ -53,7 +53,7 @@ ADDON_FOLDERS = {  # names in lower case, by kind
 ADDON_SUFFIXES = (*SUFFIXES, ".pt", ".pth", ".bin")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CatalogueEntry:
     """A checkpoint that can be loaded.
 
@@ -118,7 +118,7 @@ def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
 
 def lora_fits(lora: str | Path, entry: CatalogueEntry) -> bool:
     """Return whether a LoRA has the layers and shapes of a model."""
-    return _lora_fits(lora, entry.path, (list_file_stats(lora), list_file_stats(entry.path)))
+    return _lora_fits(lora, list_file_stats(lora), entry)
 
 
 def check_lora(lora: str | Path, checkpoint: Path) -> None:
@@ -217,10 +217,7 @@ def _get_downscale(autoencoder: nn.Module) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _lora_fits(lora: str | Path, path: Path, stats: object) -> bool:
-    entry = _read_entry(path, list_file_stats(path))
-    if not isinstance(entry, CatalogueEntry):
-        return False
+def _lora_fits(lora: str | Path, stats: object, entry: CatalogueEntry) -> bool:
     try:
         _read_lora(lora, entry)
     except WeightsMismatch:

@@ -122,6 +122,11 @@ DEPENDENTS = {
     "sld": ("sld_concept",),
     "upscaler": ("upscaler_steps", "upscaler_scale"),
 }
+# Values of fields for images whose info does not contain them.
+UNRECORDED = {
+    "scheduler": AUTOMATIC, "rho": 0, "tiling": "none", "clip_skip": 1, "syntax": PLAIN, "pag": 0,
+    "perp_neg": 0, "freeu_version": "1",
+}  # fmt: skip
 # Fields of which more than the label is set here, not by their option.
 FIELDS = {
     "prompt": Field("Textbox", {"lines": 2, "max_lines": 6, "placeholder": EXAMPLE, "value": ""}),
@@ -298,22 +303,16 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     request = recorded if isinstance(recorded, Mapping) else {}
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE)
     values = {name: info[name] for name in names if info.get(name) is not None}
+    values |= {name: info.get(name) or value for name, value in UNRECORDED.items()}
     eta = eta_of(info)
     values["eta"] = "" if eta is None else f"{eta:g}"
-    values["scheduler"] = info.get("scheduler") or AUTOMATIC
-    values["rho"], values["sigmas"] = info.get("rho") or 0, _format_value(info.get("sigmas"))
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip
-    values["tiling"] = info.get("tiling") or "none"
-    values["clip_skip"] = info.get("clip_skip") or 1
-    values["syntax"] = info.get("syntax") or PLAIN
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
-    values |= {name: _format_value(info.get(name)) for name in options_of(SDXL)}
-    texts = ("sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
-    values |= {name: _format_value(info.get(name)) for name in texts}
-    values |= {name: info.get(name) or 0 for name in ("pag", "perp_neg")}
-    values["freeu_version"] = info.get("freeu_version") or "1"
+    texts = ("sigmas", "sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
+    values |= {name: _format_value(info.get(name)) for name in (*texts, *options_of(SDXL))}
+    values["guidance_interval"] = _format_value(request.get("guidance_interval"))
     strength = info.get("refiner_strength")
     values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)
     size = info.get("size")

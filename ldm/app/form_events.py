@@ -19,11 +19,13 @@ from ldm.app.form import (
     TaskForm,
     get_field_values,
 )
+from ldm.app.library import ADDONS
 from ldm.app.view import show_error, show_token_count
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.reading import read_size
+from ldm.loading.addons.safety import COMPONENT
 from ldm.loading.find_variant import supports_variants
 from ldm.runtime.types import JsonObject
 
@@ -48,27 +50,24 @@ class FormEvents:
         """
         values: JsonObject = {}
         try:
-            kept = json.loads(stored or "{}")
-            values = kept if isinstance(kept, dict) else {}
+            form = json.loads(stored or "{}")
+            values = form if isinstance(form, dict) else {}
         except ValueError:
             log.debug("the form in the browser's storage is damaged")
         updates = {k: gr.update(value=values[k]) if k in values else gr.skip() for k in fields}
-        names = ("checkpoint", "vae", "refiner", "safety_checker", "upscaler")
+        names = ("checkpoint", *ADDONS)
         updated = self.list_files(*(values.get(name) for name in names))
         listed, lists = dict(zip(names, updated, strict=False)), updated[len(names) :]
         loras = self.offer_loras(listed["checkpoint"]["value"], values.get("loras"))
         updates |= {"loras": loras, **listed}
         return [*updates.values(), *lists, owner or secrets.token_urlsafe(16)]
 
-    def list_files(
-        self,
-        checkpoint: str | None,
-        vae: str | None,
-        refiner: str | None,
-        checker: str | None,
-        upscaler: str | None,
-    ) -> list[Any]:
-        """Read the models folder again; return updates of all file lists."""
+    def list_files(self, checkpoint: str | None, *addons: str | None) -> list[Any]:
+        """Read the models folder again; return updates of all file lists.
+
+        Args:
+            addons: Those chosen, in the order of ADDONS.
+        """
         names, files = self.library.list_models(), self.library.list_checkpoint_names()
         lines = self.library.list_skipped_files()
         for line in lines:
@@ -79,25 +78,18 @@ class FormEvents:
         tokens = self.library.list_tokens()
         return [
             gr.update(choices=names, value=first),
-            self._offer("vae", vae, MODEL_VAE, is_hidden=True),
-            self._offer("refiner", refiner, NO_ADDON),
-            self._offer("safety_checker", checker, NO_ADDON, is_hidden=True),
-            self._offer("upscaler", upscaler, NO_ADDON),
+            *map(self._offer_addons, ADDONS, addons),
             gr.update(choices=tokens, visible=bool(tokens)),
             gr.update(choices=files, value=first if first in files else next(iter(files), None)),
             skipped,
         ]
 
-    def _offer(
-        self, kind: str, chosen: str | None, none: tuple[str, str], *, is_hidden: bool = False
-    ) -> Any:
-        """Return an update of a list of add-ons, which begins with none.
-
-        Args:
-            is_hidden: Whether it is hidden while there are none.
-        """
+    def _offer_addons(self, kind: str, chosen: str | None) -> Any:
+        """Return an update of a list of add-ons, which begins with none."""
         names = self.library.list_addons(kind)
-        settings: JsonObject = {"visible": bool(names)} if is_hidden else {}
+        # Others are in a part of the page that is hidden or closed as a whole.
+        settings: JsonObject = {"visible": bool(names)} if kind in ("vae", COMPONENT) else {}
+        none = MODEL_VAE if kind == "vae" else NO_ADDON
         choices = [none, *((name, name) for name in names)]
         return gr.update(choices=choices, value=chosen if chosen in names else "", **settings)
 
@@ -112,19 +104,11 @@ class FormEvents:
         names = [*(loras or ()), *[""] * LORA_SLOTS][:LORA_SLOTS]
         return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
-    def describe_choice(
-        self,
-        task: str,
-        checkpoint: str,
-        loras: list[str] | None,
-        prompt: str | None,
-        defaults: JsonObject,
-        *values: Any,
-    ) -> list[Any]:
+    def describe_choice(self, task: str, checkpoint: str, *choice: Any) -> list[Any]:
         """Update the page for a checkpoint: whether it suits the tab, and `follow_choice`."""
-        hidden = gr.update(visible=False)
+        updates = self.follow_choice(task, checkpoint, *choice)
         if task not in TASKS:
-            return ["", hidden, hidden, hidden, defaults, *[gr.skip()] * len(values)]
+            return ["", *[gr.update(visible=False)] * 3, *updates]
         misfit = self.library.explain_misfit(TASKS[task], checkpoint)
         names = self.library.list_models(task) if misfit else []
         offers = gr.update(choices=names, value=None, visible=bool(names))
@@ -132,7 +116,6 @@ class FormEvents:
         takes_upscaler = bool(self.forms[task].upscaling) and not self.library.is_sdxl(checkpoint)
         has_upscaler = takes_upscaler and bool(self.library.list_addons("upscaler"))
         shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
-        updates = self.follow_choice(task, checkpoint, loras, prompt, defaults, *values)
         return [show_error(misfit), offers, *shown, *updates]
 
     def follow_choice(
@@ -253,12 +236,11 @@ class FormEvents:
         fields = self.fill(
             info if is_task else None, checkpoint, defaults, name if is_task else "txt2img"
         )
-        kinds = ["Image"] if name == "replay" else self._image_kinds(name)
+        kinds = ["Image"]
+        if name != "replay":
+            kinds = [field.kind for field in self.forms[name].images.values()]
         if not kinds:
             return fields
         sketch: JsonObject = {"background": path, "layers": [], "composite": None}
         images = {"ImageEditor": sketch, "Gallery": [path]}
         return [*fields, images.get(kinds[0], path) if path else gr.skip()]
-
-    def _image_kinds(self, task: str) -> list[str]:
-        return [field.kind for field in self.forms[task].images.values()]

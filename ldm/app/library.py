@@ -177,20 +177,23 @@ class Library:
 
     def find_recorded_loras(self, info: JsonMapping) -> list[tuple[str, float | str]]:
         """Return (name, weight) of each LoRA of an image; it may not be available here."""
-        available = self.loras
-        found = []
+        loras = []
         for lora in info.get("loras") or ():
             recorded = Path(lora["path"])
-            names = [
-                name for name, (file, _) in available.items()
+            files = {
+                name: file for name, file in self.list_lora_files().items()
                 if recorded.name in (Path(file).name, Path(file).stem)
-            ]  # fmt: skip
-            if len(names) > 1:
-                names.sort(
-                    key=lambda name: compute_short_hash(available[name][0]) != lora.get("hash")
-                )
-            found.append((next(iter(names), recorded.stem), lora.get("weight", 1.0)))
-        return found
+            }  # fmt: skip
+            name = _choose_by_hash(files, lora.get("hash")) or recorded.stem
+            loras.append((name, lora.get("weight", 1.0)))
+        return loras
+
+    def find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
+        """Return the model of an image, by file name; see `find_model`."""
+        models = read_catalogue(self.folder).models.items()
+        files = {n: entry.path for n, entry in models if Path(n).name == info["checkpoint"]}
+        name = _choose_by_hash(files, info["checkpoint_hash"]) or info["checkpoint"]
+        return self.find_model(name, task)
 
     def is_sdxl(self, name: str | None) -> bool:
         """Return whether a model is Stable Diffusion XL or its refiner."""
@@ -216,7 +219,7 @@ class Library:
         if found is not None:
             defaults = found.defaults
         return {
-            "scale": task.scale if defaults.scale == unset.scale else defaults.scale,
+            "scale": task.scale if defaults.scale is None else defaults.scale,
             "width": width,
             "height": height,
             "steps": STEPS if defaults.steps == unset.steps else defaults.steps,
@@ -309,6 +312,14 @@ class Library:
             str(file) for path in self._given_embeddings for file in list_embedding_files(path)
         ]
         return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
+
+
+def _choose_by_hash(files: Mapping[str, str | Path], short_hash: object) -> str | None:
+    """Return the name of a file: the only one, or among several that with a hash, if any."""
+    names = list(files)
+    if len(names) > 1:
+        names.sort(key=lambda name: compute_short_hash(files[name]) != short_hash)
+    return next(iter(names), None)
 
 
 def remove_folders(message: str, files: Iterable[str]) -> str:

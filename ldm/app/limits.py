@@ -8,20 +8,16 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["Limits"]
 
 MAX_UPSCALED_PIXELS = 4096 * 3072  # maximum width x height after upscaling
-LONGEST_PROMPT = 2000  # characters of all prompts together
+LONGEST_PROMPT = 2000  # characters of all TEXTS together
+TEXTS = (
+    "prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "source_prompt", "sld_concept",
+)  # fmt: skip
 LARGEST_MASK_RADIUS = 256  # pixels
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Maximum values.
-
-    Args:
-        side: Height and width of an image in pixels.
-        steps: Sampling steps.
-        batch: Batch size.
-        batches: Batches in a run.
-    """
+    """Maximum sides of an image in pixels, sampling steps, batch size and number of batches."""
 
     side: int = 2048
     steps: int = 150
@@ -46,9 +42,8 @@ class Limits:
         for name, (low, high) in bounds.items():
             if values.get(name) is not None and not low <= values[name] <= high:
                 raise ArgumentError(f"{name} must be {low} to {high}, got {values[name]:g}", name)
-        texts = (values["prompt"], values["negative_prompt"], values["sld_concept"] or "")
-        if sum(map(len, texts)) > LONGEST_PROMPT:
-            message = f"prompt and negative prompt are longer than {LONGEST_PROMPT} characters"
+        if sum(len(values.get(name) or "") for name in TEXTS) > LONGEST_PROMPT:
+            message = f"all prompts together are longer than {LONGEST_PROMPT} characters"
             raise ArgumentError(message, "prompt")
 
     def check_output(self, width: int, height: int, is_upscaled: bool) -> None:

@@ -15,6 +15,7 @@ from ldm.app.form_events import FormEvents
 from ldm.app.job_events import FOLLOWED, JobEvents
 from ldm.app.jobs import Job, Jobs
 from ldm.app.layout import Layout
+from ldm.app.library import ADDONS
 from ldm.app.view import explain_to_user, read_file_info
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.runtime.types import JsonObject
@@ -145,8 +146,8 @@ class Page:
     def _files(self) -> list[Any]:
         """The fields that choose a file of the models folder."""
         ui = self.layout
-        others = (ui.fields[name] for name in ("refiner", "safety_checker", "upscaler"))
-        return [ui.checkpoint, ui.vae, *others]
+        addons = {**ui.fields, "vae": ui.vae}
+        return [ui.checkpoint, *(addons[kind] for kind in ADDONS)]
 
     @property
     def _lists(self) -> list[Any]:

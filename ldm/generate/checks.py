@@ -10,7 +10,7 @@ from ldm.diffusion.names import SAMPLERS
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.plan import Batch, LineOptions
 from ldm.generate.request import Request
-from ldm.generate.tasks import PreparedTask, Task
+from ldm.generate.tasks import PreparedTask
 from ldm.generate.tasks.images import RGBDInputs
 from ldm.loading.addons.lora import read_loras
 from ldm.loading.families import IMAGE_CONV, Family
@@ -52,9 +52,6 @@ def find_few_steps_warnings(
     """Return warnings about steps and scales that do not suit few-step (distilled) models.
 
     Called before weights are read.
-
-    Args:
-        tasks: Prepared task by line options.
     """
     warnings = []
     for options, loras in dict.fromkeys((batch.line_options, batch.loras) for batch in batches):
@@ -74,10 +71,9 @@ def _few_steps_warning(request: Request) -> str | None:
     sets_steps_or_scale = sampling.steps or sampling.scale is not None or sampling.sigmas
     if not sets_steps_or_scale or not any(map(supports_variants, request.task.families)):
         return None
-    if choice.ckpt is None and choice.config is not None:
-        return None
     try:
-        found = find_variant_early(_find_ckpt(request), choice.lora, choice.variant)
+        ckpt = _find_ckpt(request)
+        found = None if ckpt is None else find_variant_early(ckpt, choice.lora, choice.variant)
     except (OSError, ValueError):  # which loading reports
         return None
     if found is None:
@@ -86,27 +82,20 @@ def _few_steps_warning(request: Request) -> str | None:
     return explain_excess(found.defaults, f"`{found.path.name}`", resolved.steps, resolved.scale)
 
 
-def check_steps(tasks: Mapping[LineOptions, PreparedTask]) -> None:
+def check_steps(request: Request) -> None:
     """Raise ArgumentError, before weights are read, for more steps than a scheduler can choose.
 
     It is not raised where the noise schedule is not known yet: sampling checks the steps, too.
-
-    Args:
-        tasks: The tasks of a run, see `run_request`.
     """
-    for prepared in tasks.values():
-        _check_steps(prepared.request)
-
-
-def _check_steps(request: Request) -> None:
     choice, sampling = request.model, request.sampling
     # The quirk takes any number, and levels that are given are counted.
     if not sampling.steps or sampling.sigmas is not None or "steps" in sampling.legacy:
         return
-    if choice.ckpt is None and choice.config is not None:
-        return
     try:
-        schedule = find_schedule_early(_find_ckpt(request), choice.config, choice.overrides)
+        ckpt = _find_ckpt(request)
+        if ckpt is None:
+            return
+        schedule = find_schedule_early(ckpt, choice.config, choice.overrides)
     except (OSError, ValueError):  # which loading reports
         return
     default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None
@@ -114,12 +103,14 @@ def _check_steps(request: Request) -> None:
         schedule.check_steps(sampling.steps, sampling.scheduler or default or "uniform")
 
 
-def _find_ckpt(request: Request) -> Path:
-    """Find the checkpoint of a request: that of the demo model if none is given."""
+def _find_ckpt(request: Request) -> Path | None:
+    """Find the checkpoint of a request, which may be the demo model; None = a config alone."""
     choice = request.model
-    if choice.ckpt is None:
-        return find_file(request.task.demo_model or DEMO_CHECKPOINT)
-    return find_checkpoint(choice.ckpt, variant=select_file_variant(choice.variant))
+    if choice.ckpt is not None:
+        return find_checkpoint(choice.ckpt, variant=select_file_variant(choice.variant))
+    if choice.config is not None:
+        return None
+    return find_file(request.task.demo_model or DEMO_CHECKPOINT)
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
@@ -178,25 +169,8 @@ def check_files(
     Weights are not read. Models of unusual shapes are checked by the pipelines, after loading.
     """
     weights = _identify(ckpt)
-    _check_families(request.task, ckpt, _family(weights), refiner, upscaler)
-    if ckpt is not None and (channels := _image_channels(ckpt, weights)) is not None:
-        check_depth(request, f"`{ckpt.name}`", channels)
-
-
-def _check_families(
-    task: Task,
-    ckpt: Path | None,
-    ckpt_family: Family | None,
-    refiner: Path | None,
-    upscaler: Path | None,
-) -> None:
-    """Raise ArgumentError if a file is of another family than its use needs.
-
-    Args:
-        ckpt_family: None = unknown.
-    """
-    refiner_family = _family(_identify(refiner))
-    upscaler_family = _family(_identify(upscaler))
+    families = (_family(each) for each in (weights, _identify(refiner), _identify(upscaler)))
+    ckpt_family, refiner_family, upscaler_family = families
     is_xl = ckpt_family is not None and ckpt_family.is_xl
     if upscaler is not None and upscaler_family and upscaler_family.task != "upscale_latent":
         message = f"`{upscaler.name}` is {upscaler_family.title}, not an x2 latent upscaler"
@@ -209,7 +183,7 @@ def _check_families(
         name = next(n for n, family in FAMILIES.items() if family.function == ckpt_family.task)
         if ckpt_family.has_vision_tower:  # whose command is that of unCLIP
             name = "variation"
-        if name not in task.families:
+        if name not in request.task.families:
             raise wrong_family(f"`{ckpt.name}`", name)
         if refiner is not None and not is_xl:
             message = f"`{ckpt.name}` is {ckpt_family.title}: a refiner needs Stable Diffusion XL"
@@ -218,6 +192,8 @@ def _check_families(
     if refiner is not None and refiner_family is not None and refiner_family.task != "img2img":
         message = f"`{refiner.name}` is {refiner_family.title}, not the refiner of"
         raise ArgumentError(f"{message} Stable Diffusion XL", "refiner")
+    if ckpt is not None and (channels := _image_channels(ckpt, weights)) is not None:
+        check_depth(request, f"`{ckpt.name}`", channels)
 
 
 def _identify(path: Path | None) -> Weights | None:

@@ -6,7 +6,6 @@ An option is a field (`ldm.generate.options`). Each task has its own group of in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 from ldm.diffusion.names import (
     FREEU_PRESETS,
@@ -43,16 +42,8 @@ from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "GROUPS", "SDXL", "Inputs", "ModelChoice", "ModelFiles", "Output", "Prompts", "Sampling",
-    "UpscalerChoice",
+    "GROUPS", "SDXL", "Inputs", "ModelChoice", "Output", "Prompts", "Sampling", "UpscalerChoice",
 ]  # fmt: skip
-
-
-class ModelFiles(TypedDict, total=False):
-    """Keyword arguments of `ldm.load` that only some tasks have."""
-
-    clip_stats: str | None
-    midas: str | None
 
 
 @dataclass(frozen=True)
@@ -62,10 +53,6 @@ class Inputs:
     def split_by_image(self) -> "Sequence[Inputs]":
         """Return the inputs for each image to work on: these, or one for each of a folder."""
         return [self]
-
-    def get_model_files(self) -> "ModelFiles":
-        """Return keyword arguments of `ldm.load` for files besides the checkpoint."""
-        return {}
 
     @property
     def is_folder(self) -> bool:

@@ -1,4 +1,4 @@
-"""Generation metadata, the "info" of an image: describe a run and its images (read by `replay`).
+"""Generation parameters of an image, its "info": describe a run and its images (read by `replay`).
 
 The info contains the whole request under "request", and facts of the run: model, versions, hashes
 of all files, batch size and row in the batch (kernels round differently for other shapes). Its keys
@@ -16,9 +16,9 @@ from PIL import Image
 from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.defaults import resolve_sampling
-from ldm.generate.groups import Sampling
+from ldm.generate.groups import SDXL, Sampling
 from ldm.generate.load import Models, find_checker
-from ldm.generate.options import options_of
+from ldm.generate.options import encode_option, options_of
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
@@ -30,7 +30,6 @@ from ldm.pipelines.freeu import find_factors
 from ldm.pipelines.latent_upscaling import LATENT_UPSCALE_FACTOR
 from ldm.pipelines.sampling_options import default_scheduler
 from ldm.pipelines.sdxl import REFINER_STRENGTH
-from ldm.runtime.arguments import as_list
 from ldm.runtime.files import sha256_of_file
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -75,7 +74,7 @@ def describe_run(
     checkpoint = model.provenance["checkpoint"]
     input_options, values = options_of(request.task.inputs), request.get_values()
     files = {
-        name: as_list(values[name] or ())
+        name: encode_option(option, values[name])
         for name, (option, _) in input_options.items()
         if option.is_input_file
     }
@@ -86,9 +85,7 @@ def describe_run(
         "scheduler_in_use": None
         if sampling.sigmas
         else sampling.scheduler or default_scheduler(model, sampling.sampler),
-        **{name: value for name in ("rho", "sigmas") if (value := vars(sampling)[name])},
         "steps": sampling.steps,
-        **{name: value for name in STEP_NOISE if (value := vars(sampling)[name]) is not None},
         "scale": sampling.scale,
         "size": list(size),
         **{name: values[name] for name in input_options if name not in files},
@@ -99,11 +96,7 @@ def describe_run(
             ]
             for name, paths in files.items()
         },
-        **_describe_sdxl(request, models),
-        **_describe_upscaler(request, models),
-        **_describe_guidance(sampling, model),
-        **_describe_checker(request),
-        **({"clip_skip": sampling.clip_skip} if sampling.clip_skip > 1 else {}),
+        **_describe_optional(request, sampling, models),
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
@@ -112,7 +105,6 @@ def describe_run(
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": compute_short_hash(checkpoint),
         "ema": choice.ema,
-        **({"variant": found["name"]} if (found := model.provenance.get("variant")) else {}),
         "vae": model.provenance.get("vae"),
         "text_encoder": model.provenance.get("text_encoder"),
         "loras": model.provenance.get("loras", []),
@@ -157,58 +149,39 @@ def dtype_name(model: LatentDiffusion) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _describe_sdxl(request: Request, models: Models) -> Info:
-    """Return the options of SDXL that are set, and the file of the refiner."""
-    info: Info = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(request.sdxl).items()
-        if value is not None
-    }
+def _describe_optional(request: Request, sampling: Sampling, models: Models) -> Info:
+    """Return entries for options that are set, and for models besides the base."""
+    model, upscaler, values = models.base, models.upscaler, request.to_json()
+    names = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *options_of(SDXL))
+    info = {name: values.get(name) for name in names}
+    info |= {name: vars(sampling)[name] for name in STEP_NOISE}
+    if sampling.sld is not None:
+        concept = sampling.sld_concept or "original"
+        info["sld_concept"] = SLD_CONCEPTS.get(concept, concept)
+    if sampling.freeu is not None:
+        info["freeu"] = list(astuple(find_factors(model, sampling.freeu)))
+        info["freeu_version"] = sampling.freeu_version
+    if sampling.clip_skip > 1:
+        info["clip_skip"] = sampling.clip_skip
+    if variant := model.provenance.get("variant"):
+        info["variant"] = variant["name"]
     if models.refiner is not None:
         info["refiner"] = _describe_file(models.refiner.provenance["checkpoint"])
-        if request.sdxl.refiner_start is None:
-            info.setdefault("refiner_strength", REFINER_STRENGTH)
-    return info
-
-
-def _describe_checker(request: Request) -> Info:
-    """Return the file of the safety checker."""
-    path = find_checker(request)
-    return {} if path is None else {"safety_checker": _describe_file(path)}
-
-
-def _describe_upscaler(request: Request, models: Models) -> Info:
-    """Return file, steps and scale of the x2 latent upscaler."""
-    model, choice = models.upscaler, request.upscaling
-    if model is None:
-        return {}
-    steps, scale = choice.upscaler_steps, choice.upscaler_scale
-    return {
-        "upscaler": _describe_file(model.provenance["checkpoint"]),
-        "upscaler_steps": model.defaults.steps if steps is None else steps,
-        "upscaler_scale": model.defaults.scale if scale is None else scale,
-    }
+        if info["refiner_strength"] is None and info["refiner_start"] is None:
+            info["refiner_strength"] = REFINER_STRENGTH
+    if upscaler is not None:
+        steps, scale = request.upscaling.upscaler_steps, request.upscaling.upscaler_scale
+        info["upscaler"] = _describe_file(upscaler.provenance["checkpoint"])
+        info["upscaler_steps"] = upscaler.defaults.steps if steps is None else steps
+        info["upscaler_scale"] = upscaler.defaults.scale if scale is None else scale
+    if (checker := find_checker(request)) is not None:
+        info["safety_checker"] = _describe_file(checker)
+    return {name: value for name, value in info.items() if value is not None}
 
 
 def _describe_file(file: str | Path) -> Info:
     path = Path(file).resolve()
     return {"path": str(path), "hash": compute_short_hash(path)}
-
-
-def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:
-    """Return the parameters of guidance methods and FreeU, or the name of a preset."""
-    info: Info = {}
-    if sampling.sld is not None:
-        concept = sampling.sld_concept or "original"
-        info["sld"] = sampling.sld if isinstance(sampling.sld, str) else list(sampling.sld)
-        info["sld_concept"] = SLD_CONCEPTS.get(concept, concept)
-    if sampling.apg is not None:
-        info["apg"] = list(sampling.apg)
-    if sampling.freeu is not None:
-        info["freeu"] = list(astuple(find_factors(model, sampling.freeu)))
-        info["freeu_version"] = sampling.freeu_version
-    scales = {"perp_neg": sampling.perp_neg, "pag": sampling.pag}
-    return info | {name: value for name, value in scales.items() if value is not None}
 
 
 def describe_image(request: Request, batches: Sequence[Batch], batch_index: int, row: int) -> Info:

@@ -28,6 +28,8 @@ __all__ = ["Models", "find_checker", "load_models"]
 
 SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
 
+MODEL_FILES = ("clip_stats", "midas")  # options of tasks that are keywords of `ldm.load`
+
 OWN_CHECKER = "own"  # value of `safety_checker` for the one in the --ckpt folder
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ def load_models(
     checker_device = "cpu" if choice.offload else device
     checker = load_checker(checker_file, device=checker_device) if checker_file else None
     placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": choice.offload}
+    values = request.get_values()
     model = load(
         choice.config,
         ckpt,
@@ -100,7 +103,7 @@ def load_models(
         text_encoder=choice.text_encoder,
         variant=choice.variant,
         **placement,
-        **request.inputs.get_model_files(),
+        **{name: values[name] for name in MODEL_FILES if name in values},
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     log_variant(request, model)

@@ -67,9 +67,7 @@ class ImageWriter:
     """Saves the images of a run with watermark, info, depth and latent, then a grid of them.
 
     Args:
-        request: Of the whole run.
         models: Their safety checker checks the images; the base model describes latents.
-        listener: Informed about each image.
         total: Number of images of the run.
     """
 
@@ -113,7 +111,9 @@ class ImageWriter:
                 is_hidden = image is not original
                 info |= self._save_image(image, info, None if is_hidden else protected, depth)
                 if latents is not None and not is_hidden:
-                    info |= self._save_latent(info, latents[row])
+                    path = Path(info["path"]).with_suffix(SUFFIX)
+                    save_latent(path, latents[row], self.models.base, info)
+                    info["latent_path"] = str(path)
             log_safety(info, self.listener)
             self.listener.add_image(info)
             if image is not None and self._makes_grid and len(self._grid_images) < GRID_LIMIT:
@@ -142,12 +142,6 @@ class ImageWriter:
             log.info("mesh %s: %d triangles", mesh, triangles)
             entries |= {"relief_path": str(mesh), "triangles": triangles}
         return entries
-
-    def _save_latent(self, info: Info, latent: Tensor) -> Info:
-        """Save a latent (C, h, w) beside its image; return its path as an entry of the info."""
-        path = Path(info["path"]).with_suffix(SUFFIX)
-        save_latent(path, latent, self.models.base, info)
-        return {"latent_path": str(path)}
 
     def save_grid(self) -> None:
         """Save the images so far as a grid with its own watermark and info, if grids are on."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.diffusion.names import SAMPLERS
-from ldm.generate.option_parsers import parse_count, parse_integer
+from ldm.generate.option_parsers import parse_count
 from ldm.generate.options import Option, Value, decode_option, options_of
 from ldm.imaging.metadata import parse_sampler
 from ldm.runtime.errors import ArgumentError, LdmError, MissingFile
@@ -24,7 +24,7 @@ from ldm.runtime.files import read_text
 if TYPE_CHECKING:
     from ldm.generate.tasks.base import Task
 
-__all__ = ["PromptLine", "allowed_options", "read_prompt_file"]
+__all__ = ["PromptLine", "read_prompt_file"]
 
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 COUNT_OPTIONS = ("n_samples", "n_iter")  # their product is the number of images of a line
@@ -74,7 +74,7 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """
     if not path.exists():  # it may be a pipe
         raise MissingFile(f"no file `{path}`", "from_file")
-    options, names = task.options(), allowed_options(task)
+    options, names = task.options(), _allowed_options(task)
     lines = []
     for line_number, text in enumerate(read_text(path).splitlines(), start=1):
         try:
@@ -88,7 +88,7 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     return lines
 
 
-def allowed_options(task: "Task") -> dict[str, str]:
+def _allowed_options(task: "Task") -> dict[str, str]:
     """Return the options that a line may set, by their normalized flags."""
     names = {text: text for text in PROMPTS} | {count: count for count in COUNT_OPTIONS}
     groups, options = task.groups(), task.options()
@@ -121,7 +121,8 @@ def _parse_line(
         raise ArgumentError("there is text before --prompt")
     seeds: tuple[int, ...] = ()
     if "seed" in values:
-        seeds = tuple(map(_parse_seed, re.split(r"[\s,]+", values.pop("seed"))))
+        seed_texts = re.split(r"[\s,]+", values.pop("seed"))
+        seeds = tuple(decode_option("seed", *options["seed"], text) for text in seed_texts)
     count = max(len(seeds), 1)
     for name in COUNT_OPTIONS:
         count *= parse_count(values.pop(name, "1"))
@@ -159,10 +160,3 @@ def _split_options(text: str) -> list[tuple[str, str]]:
 def _normalize(flag: str) -> str:
     """Return a flag without leading dashes, with underscores."""
     return flag.lstrip("-").replace("-", "_")
-
-
-def _parse_seed(text: str) -> int:
-    try:
-        return parse_integer(text)
-    except ArgumentError as error:
-        raise ArgumentError(f"seed `{text}` is not an integer") from error

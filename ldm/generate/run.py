@@ -3,12 +3,11 @@
 Request -> plan_batches -> prepare (read inputs) -> load_models -> generate each batch -> save
 """
 
-import copy
 import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from tqdm import tqdm
@@ -45,7 +44,7 @@ def run_request(
     request: Request,
     listener: RunListener,
     *,
-    load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
+    load: Callable[[Request, PreparedTask], Models] = lambda request, _: load_models(request),
     without_folders: bool = False,
     list_loras: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
@@ -53,7 +52,7 @@ def run_request(
 
     Args:
         listener: Informed about progress, images and warnings.
-        load: Loads the models.
+        load: Loads the models of a request for a prepared task.
         without_folders: See `describe_run`.
         list_loras: See `plan_batches`.
     Raises:
@@ -72,10 +71,11 @@ def run_request(
     for inputs in inputs_by_image:
         tasks = _prepare(replace(request, inputs=inputs), batches)
         if models is None:  # only now, so that an invalid first input fails before the slow loading
-            check_steps(tasks)
+            for prepared in tasks.values():
+                check_steps(prepared.request)
             warned = find_few_steps_warnings(tasks, batches)
             _warn(listener, warned)
-            models = load(_with_common_loras(tasks[()], batches))
+            models = load(_with_common_loras(tasks[()].request, batches), tasks[()])
             check_loras(models.base, batches)
             model_warnings = [
                 *syntax_warnings,
@@ -109,45 +109,31 @@ def _warn(listener: RunListener, messages: Sequence[str]) -> None:
         listener.warn(message)
 
 
-def _with_common_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTask:
-    """Return the task with the LoRAs of the batches if all have the same, else without any.
+def _with_common_loras(request: Request, batches: Sequence[Batch]) -> Request:
+    """Return the request with the LoRAs of the batches if all have the same, else without any.
 
     In the latter case `_InputRun` sets those of each batch.
     """
-    request = prepared.request
-    choices = {batch.loras for batch in batches} or {request.model.lora}
-    loras = next(iter(choices)) if len(choices) == 1 else ()
-    if loras == request.model.lora:
-        return prepared
-    changed = copy.copy(prepared)
-    changed.request = replace(request, model=replace(request.model, lora=loras))
-    return changed
+    choices = {batch.loras for batch in batches}
+    loras = batches[0].loras if len(choices) == 1 else ()
+    return replace(request, model=replace(request.model, lora=loras))
 
 
+@dataclass
 class _InputRun:
-    """The part of a run for one input image, or the whole run of a task without input image.
+    """The part of a run for one input image, or the whole run of a task without input image."""
 
-    Args:
-        without_folders: See `describe_run`.
-    """
+    tasks: Tasks
+    batches: Sequence[Batch]
+    models: Models
+    listener: RunListener
+    without_folders: bool  # see `describe_run`
+    _started: set[LineOptions] = field(default_factory=set)
+    _infos: dict[tuple[LineOptions, Loras], Info] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        tasks: Tasks,
-        batches: Sequence[Batch],
-        models: Models,
-        listener: RunListener,
-        without_folders: bool,
-    ) -> None:
-        self.tasks = tasks
-        self.batches = batches
-        self.models = models
-        self.listener = listener
-        self.without_folders = without_folders
-        self.request = tasks[()].request
-        self._sets_loras = len({batch.loras for batch in batches}) > 1
-        self._started: set[LineOptions] = set()
-        self._infos: dict[tuple[LineOptions, Loras], Info] = {}
+    def __post_init__(self) -> None:
+        self.request = self.tasks[()].request
+        self._sets_loras = len({batch.loras for batch in self.batches}) > 1
 
     def make_images(self) -> None:
         """Make and save the images of each batch; if one fails, still save the grid so far."""
@@ -158,9 +144,8 @@ class _InputRun:
             for batch_index, batch in enumerate(bar):
                 prepared = self._start(batch)
                 info = self._describe(batch)
-                latents: list[
-                    Tensor
-                ] = []  # two, if the decoder overflowed and the batch was made again
+                # Two, if the decoder overflowed and the batch was made again.
+                latents: list[Tensor] = []
                 on_latent = latents.append if self.request.output.save_latents else None
                 images = generate_with_fallback(
                     prepared, batch, self.models, self.listener, on_latent

@@ -26,11 +26,6 @@ PLACEHOLDERS = {"#": "\ue000", "%": "\ue001"}
 logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # it warns before we raise
 
 
-def may_be_dynamic(prompt: str) -> bool:
-    """Return whether a prompt contains marks of dynamic prompts."""
-    return any(mark in prompt for mark in MARKS)
-
-
 class DynamicPrompts:
     """Expands dynamic prompts.
 
@@ -52,7 +47,7 @@ class DynamicPrompts:
         Raises:
             ArgumentError: The prompt does not parse, or names an unknown wildcard.
         """
-        if not may_be_dynamic(prompt):
+        if not any(mark in prompt for mark in MARKS):
             return prompt
         template = prompt
         for character, placeholder in PLACEHOLDERS.items():

@@ -1,4 +1,4 @@
-"""Read and write generation metadata in PNGs: A1111's `parameters` text, and our JSON, key `ldm`.
+"""Read and write generation parameters in PNGs: A1111's `parameters` text, and our JSON, key `ldm`.
 
 Other programs read the text; `ldm replay` reads the JSON, which is complete. The info of an image
 is a plain dict; `format_parameters` uses these keys, all optional:

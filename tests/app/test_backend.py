@@ -2,8 +2,8 @@
 
 import re
 import shutil
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,9 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.load import save_model
 from ldm.nets.tiny_autoencoder import TinyDecoder
 from ldm.runtime.errors import ArgumentError
+from loading.tinyfamilies import write
 from quick import some
 from tinyupscaler import tiny_config, tiny_upscaler
-
-sys.path.append(str(Path(__file__).parents[1] / "loading"))
-
-from tinyfamilies import write
 
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
           "upscale": "upscale", "unclip": "unclip"}  # fmt: skip
@@ -57,10 +54,10 @@ def backend_with(files, outdir, **options):
 
 
 @pytest.fixture
-def fill_form(photo):
-    """What a user fills in for a task; the defaults of the form otherwise."""
+def make_request(photo):
+    """Builds a request from the form of a task: what a user fills in, else its defaults."""
 
-    def fill_form(task, **changes):
+    def make_request(backend, task, model=None, **changes):
         fields = TaskForm(TASKS[task], LIMITS).fields()
         filled = {name: field.settings.get("value") for name, field in fields.items()}
         own = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
@@ -73,9 +70,24 @@ def fill_form(photo):
         if task in ("txt2img", "unclip"):
             own |= {"width": 64, "height": 64}
         own["sketch"] = sketch(photo, (8, 8, 30, 40))
-        return filled | {name: own[name] for name in own.keys() & fields.keys()} | changes
+        filled |= {name: own[name] for name in own.keys() & fields.keys()} | changes
+        values = TaskForm(TASKS[task], LIMITS).parse(filled, backend.uploads)
+        return backend.make_request(TASKS[task], model or f"{MODELS[task]}.safetensors", values)
 
-    return fill_form
+    return make_request
+
+
+@pytest.fixture
+def run(make_request):
+    """Runs a task as a job; returns its progress, when it has ended."""
+
+    def run(backend, task, model=None, **changes):
+        def work(progress):
+            return backend.generate(make_request(backend, task, model, **changes), progress)
+
+        return finish(work)
+
+    return run
 
 
 def sketch(photo, box=None):
@@ -87,17 +99,6 @@ def sketch(photo, box=None):
     path = photo.with_name("empty.png" if box is None else "layer.png")
     layer.save(path)
     return [(str(photo), None), (str(path), None)]
-
-
-def run(backend, task, inputs, model=None):
-    """The job of a task, when it has ended."""
-
-    def work(progress):
-        values = TaskForm(TASKS[task], LIMITS).parse(inputs, backend.uploads)
-        name = model or f"{MODELS[task]}.safetensors"
-        return backend.generate(backend.make_request(TASKS[task], name, values), progress)
-
-    return finish(work)
 
 
 def finish(work):
@@ -125,8 +126,8 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
 
 
 @pytest.mark.parametrize("task", some(TASKS, "txt2img", "inpaint"))
-def test_every_task_makes_images_that_it_makes_again(backend, files, fill_form, task):
-    job = run(backend, task, fill_form(task))
+def test_every_task_makes_images_that_it_makes_again(backend, files, run, task):
+    job = run(backend, task)
     assert not job.has_failed, job.message
     path = job.images[0]["path"]
     assert Path(path).parent == backend.outdir / "samples"
@@ -137,50 +138,46 @@ def test_every_task_makes_images_that_it_makes_again(backend, files, fill_form, 
 
 
 @pytest.mark.filterwarnings("ignore::ldm.prompts.PromptWarning")  # as `ldm app` does
-def test_seeds_are_exact_and_a_long_prompt_is_said_behind_the_result(backend, fill_form):
+def test_seeds_are_exact_and_a_long_prompt_is_said_behind_the_result(backend, run):
     beyond = str(2**64 - 1)  # what a browser counts
-    job = run(backend, "txt2img", fill_form("txt2img", prompt="very " * 80, seed=beyond))
+    job = run(backend, "txt2img", prompt="very " * 80, seed=beyond)
     assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
     assert job.images[0]["seed"] == 2**64 - 1
     assert replay(backend, job.images[0]["path"]) == "identical"
 
 
-def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, fill_form, tmp_path):
+def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, run, tmp_path):
     (tmp_path / "vae").mkdir()
     for file in files["base_v"][1::2]:
         shutil.copy(file, tmp_path)
     state = {name: value + 0.1 for name, value in read_checkpoint(files["base_v"][1]).state.items()}
     write_checkpoint(tmp_path / "vae/other.ckpt", state)
     backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
-    plain, other = (
-        run(backend, "txt2img", fill_form("txt2img", vae=vae)).images[0] for vae in ("", "other")
-    )
+    plain, other = (run(backend, "txt2img", vae=vae).images[0] for vae in ("", "other"))
     assert other["vae"]["path"] == "other.ckpt"
     assert (pixels(plain["path"]) != pixels(other["path"])).any()
     assert replay(backend, other["path"]) == "identical"
-    job = run(backend, "txt2img", fill_form("txt2img", vae="../base_v"))
+    job = run(backend, "txt2img", vae="../base_v")
     assert "unknown VAE `../base_v`" in job.message
 
 
 @pytest.mark.slow
-def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
-    files, fill_form, tmp_path
-):
+def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(files, run, tmp_path):
     (tmp_path / "safety_checker").mkdir()
     for file in files["base_v"][1::2]:
         shutil.copy(file, tmp_path)
     checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
     backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
     chosen = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
-    job = run(backend, "txt2img", fill_form("txt2img", **chosen))
+    job = run(backend, "txt2img", **chosen)
     assert "image 0 is flagged by concept 2" in job.message
     assert "replaced by black" in job.message
     assert not pixels(job.images[0]["path"]).any()
     assert job.images[0]["sld"] == "max"
     assert replay(backend, job.images[0]["path"]) == "identical"
-    job = run(backend, "txt2img", fill_form("txt2img", **chosen | {"unsafe": "drop"}))
+    job = run(backend, "txt2img", **chosen | {"unsafe": "drop"})
     assert [image["path"] for image in job.images] == [None]
-    job = run(backend, "txt2img", fill_form("txt2img", safety_checker=str(checker)))
+    job = run(backend, "txt2img", safety_checker=str(checker))
     assert "unknown safety checker" in job.message
 
 
@@ -196,21 +193,20 @@ def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
     assert backend.library.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
 
 
-def test_known_pixels_of_a_sketch_stay(backend, fill_form, photo):
-    job = run(backend, "inpaint", fill_form("inpaint"), model="base_v.safetensors")
+def test_known_pixels_of_a_sketch_stay(backend, run, photo):
+    job = run(backend, "inpaint", model="base_v.safetensors")
     same = (pixels(job.images[0]["path"]) == pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
 
 
-def test_an_estimated_depth_map_is_taken_back(backend, fill_form):
-    task, job = TASKS["depth2img"], Progress()
-    values = TaskForm(task, LIMITS).parse(fill_form("depth2img"), backend.uploads)
-    backend.estimate_depth(backend.make_request(task, "depth.safetensors", values), job)
+def test_an_estimated_depth_map_is_taken_back(backend, make_request, run):
+    job = Progress()
+    backend.estimate_depth(make_request(backend, "depth2img"), job)
     map_ = job.images[0]["path"]
     with Image.open(map_) as image:
         assert image.mode.startswith("I")
-    job = run(backend, "depth2img", fill_form("depth2img", depth_map=map_))
+    job = run(backend, "depth2img", depth_map=map_)
     assert job.images[0]["inputs"]["depth_map"], job.message
 
 
@@ -222,6 +218,7 @@ def test_an_estimated_depth_map_is_taken_back(backend, fill_form):
         ("txt2img", {"width": 4096}, "width must be 8 to 256, got 4096"),
         ("txt2img", {"height": 68}, "height 68 is not a positive multiple of 8"),
         ("txt2img", {"prompt": "x" * 3000}, "longer than 2000 characters"),
+        ("img2img", {"source_prompt": "x" * 3000}, "longer than 2000 characters"),
         ("txt2img", {"sampler": "dmp"}, "unknown sampler `dmp`"),
         ("inpaint", {"sketch": None}, "No input image"),
         ("unclip", {"init_img": None}, "No input image"),
@@ -231,16 +228,14 @@ def test_an_estimated_depth_map_is_taken_back(backend, fill_form):
         ("txt2img", {"seed": "five"}, "seed: `five` is not a whole number"),
     ],
 )  # fmt: skip
-def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(
-    backend, fill_form, task, changes, message
-):
-    job = run(backend, task, fill_form(task, **changes))
+def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(backend, run, task, changes, message):
+    job = run(backend, task, **changes)
     assert job.has_failed
     assert message in job.message
 
 
-def test_an_empty_mask_is_refused(backend, fill_form, photo):
-    job = run(backend, "inpaint", fill_form("inpaint", sketch=sketch(photo)))
+def test_an_empty_mask_is_refused(backend, run, photo):
+    job = run(backend, "inpaint", sketch=sketch(photo))
     assert job.message == "The mask is empty. Draw over the area to repaint."
 
 
@@ -249,28 +244,28 @@ def test_an_empty_mask_is_refused(backend, fill_form, photo):
     [(b"", "an empty file"), (b"<html>", "a web page"), ("cut", "damaged"), (HUGE, "pixels")],
 )
 def test_bad_uploads_are_named_in_one_line_without_the_path(
-    backend, fill_form, photo, tmp_path, content, reason
+    backend, run, photo, tmp_path, content, reason
 ):
     bad = tmp_path / "holiday.png"
     bad.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
-    job = run(backend, "img2img", fill_form("img2img", init_img=str(bad)))
+    job = run(backend, "img2img", init_img=str(bad))
     assert re.match("`holiday.png` (is|has) ", job.message)
     assert reason in job.message
     assert "\n" not in job.message
 
 
-def test_too_large_an_image_says_how_to_scale_it(backend, fill_form, tmp_path):
+def test_too_large_an_image_says_how_to_scale_it(backend, run, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     large = {"init_img": str(tmp_path / "large.png")}
-    job = run(backend, "img2img", fill_form("img2img", **large))
+    job = run(backend, "img2img", **large)
     assert "300x200 is too large, sides up to 256 are allowed: set width or height" in job.message
-    assert not run(backend, "img2img", fill_form("img2img", **large, width=64)).has_failed
+    assert not run(backend, "img2img", **large, width=64).has_failed
 
 
 @pytest.mark.parametrize(
     "name", [None, "../base_v.safetensors", "inpaint.safetensors", "absent.safetensors"]
 )
-def test_models_are_those_of_the_folder_that_serve_the_task(backend, fill_form, name):
+def test_models_are_those_of_the_folder_that_serve_the_task(backend, name):
     with pytest.raises(
         ValueError,
         match=r"txt2img needs a text.*; available: base_eps.safetensors, base_v.safetensors",
@@ -308,12 +303,12 @@ def originals():
 
 
 @pytest.fixture
-def replay_forged(backend, fill_form, originals, tmp_path):
+def replay_forged(backend, run, originals, tmp_path):
     """Writes an image of a task whose info was changed; returns its replay."""
 
     def replay_forged(task, **changes):
         if task not in originals:
-            originals[task] = run(backend, task, fill_form(task)).images[0]["path"]
+            originals[task] = run(backend, task).images[0]["path"]
         path = originals[task]
         with Image.open(path) as image:
             write_png(tmp_path / "forged.png", image, change_info(read_info(path), changes))
@@ -343,30 +338,27 @@ def test_a_config_that_an_image_names_is_not_read(replay_forged):
 
 
 def test_images_of_other_programs_are_not_replayed(backend, photo):
-    assert "contains no generation metadata" in replay(backend, photo)
+    assert "contains no generation parameters" in replay(backend, photo)
 
 
 @pytest.mark.slow
-def test_models_stay_in_memory_between_tasks(files, fill_form, tmp_path):
+def test_models_stay_in_memory_between_tasks(files, run, tmp_path):
     backend = backend_with(files, tmp_path / "out")
-    run(backend, "txt2img", fill_form("txt2img"))
-    run(backend, "img2img", fill_form("img2img"), model="base_v.safetensors")
+    run(backend, "txt2img")
+    run(backend, "img2img", model="base_v.safetensors")
     assert backend._models.count == 1
-    run(backend, "inpaint", fill_form("inpaint"))
+    run(backend, "inpaint")
     assert backend._models.count == 2
 
 
 @pytest.mark.slow
-def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, fill_form, tmp_path):
+def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, run, tmp_path):
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     lora = random_lora(tmp_path / "1.safetensors", model, 1)
     backend = backend_with(files, tmp_path / "out", loras=[(str(lora), 0.5)])
     assert backend.library.list_fitting_loras("base_v.safetensors") == ["1"]
     assert backend.library.list_fitting_loras("upscale.safetensors") == []
-    styled, plain = (
-        run(backend, "txt2img", fill_form("txt2img", lora=lora)).images[0]
-        for lora in (["1:0.8"], [])
-    )
+    styled, plain = (run(backend, "txt2img", lora=lora).images[0] for lora in (["1:0.8"], []))
     assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
     assert recorded == [[["1.safetensors", 0.8]], "base_v.safetensors", "out"]
@@ -413,7 +405,7 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
 
 
 def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
-    files, fill_form, tmp_path, monkeypatch
+    files, run, tmp_path, monkeypatch
 ):
     """Also one that the prompt names."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -424,7 +416,7 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
     backend = backend_with(files, tmp_path / "out", loras=given)
     monkeypatch.setattr("ldm.app.model_cache.ModelCache.__call__", pytest.fail)
     for changes in ({"lora": ["xl:1"]}, {"prompt": "a fox <lora:xl:1>"}):
-        job = run(backend, "txt2img", fill_form("txt2img", **changes))
+        job = run(backend, "txt2img", **changes)
         assert "`xl.safetensors` is a LoRA for Stable Diffusion XL, the model is" in job.message
 
 
@@ -439,15 +431,15 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
         (["style"], "`style.pt` is"),
     ],
 )
-def test_loras_are_those_that_were_offered(files, fill_form, tmp_path, chosen, message):
+def test_loras_are_those_that_were_offered(files, run, tmp_path, chosen, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
     backend = backend_with(files, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
-    job = run(backend, "txt2img", fill_form("txt2img", lora=chosen))
+    job = run(backend, "txt2img", lora=chosen)
     assert message in job.message
     assert str(tmp_path) not in job.message
 
 
-def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, fill_form, tmp_path):
+def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, run, tmp_path):
     folder = tmp_path / "models"
     (folder / "wildcards").mkdir(parents=True)
     (folder / "wildcards/animal.txt").write_text("fox\nhare")
@@ -458,13 +450,12 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, fill_form,
     lora = random_lora(folder / "loras/style.safetensors", ldm.load(*files["base_v"][3::-2]), 1)
     backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
     prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
-    chosen = fill_form("txt2img", prompt=prompt, dynamic_prompts=True)
-    info = run(backend, "txt2img", chosen).images[0]
+    info = run(backend, "txt2img", prompt=prompt, dynamic_prompts=True).images[0]
     assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
     assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
     assert replay(backend, info["path"]) == "identical"
     assert backend.library.count_tokens("base_v.safetensors", "a fox <lora:style:1>")[0] == 2
-    job = run(backend, "txt2img", fill_form("txt2img", prompt="a <lora:stlye:1>"))
+    job = run(backend, "txt2img", prompt="a <lora:stlye:1>")
     assert job.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
 
 
@@ -481,14 +472,12 @@ def test_loras_are_there_when_the_app_starts(files, tmp_path, loras, message):
 
 
 @pytest.mark.slow
-def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
-    backend, files, fill_form, tmp_path
-):
+def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(backend, files, run, tmp_path):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
     with_embeddings = backend_with(files, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
     plain, learned = (
-        run(each, "txt2img", fill_form("txt2img", prompt="a cat")).images[0]["path"]
+        run(each, "txt2img", prompt="a cat").images[0]["path"]
         for each in (backend, with_embeddings)
     )
     assert (pixels(plain) != pixels(learned)).any()
@@ -523,7 +512,7 @@ def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
 
 @pytest.mark.slow
 def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(
-    files, fill_form, tmp_path
+    files, make_request, tmp_path
 ):
     folder = tmp_path / "models"
     folder.mkdir()
@@ -532,13 +521,8 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     config = {"ldm.config": format_yaml(tiny_config())}
     save_model(tiny_upscaler(), folder / "x2.safetensors", config)
     backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
-    task = TASKS["txt2img"]
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
-
-    def request(**more):
-        values = TaskForm(task, LIMITS).parse(fill_form("txt2img", **more), backend.uploads)
-        return backend.make_request(task, "base.safetensors", values)
-
+    request = partial(make_request, backend, "txt2img", "base.safetensors")
     progress = Progress()
     backend.generate(request(**changes), progress)
     info = progress.images[0]
@@ -548,21 +532,21 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None, {}), strict=False))
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
-    assert request(**changes | {"upscaler": ""}).upscaling == task.request().upscaling
+    alone = request(**changes | {"upscaler": ""})
+    assert alone.upscaling == TASKS["txt2img"].request().upscaling
     with pytest.raises(ArgumentError, match="unknown upscaler"):
         request(upscaler="../secret.ckpt")
 
 
 @pytest.mark.slow
-def test_a_finished_run_with_depth_is_shown_as_a_relief(fill_form, tmp_path, monkeypatch):
+def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, monkeypatch):
     pytest.importorskip("trimesh")
     (tmp_path / "models").mkdir()
     write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", CHOICE, LIMITS)
     jobs = Page(backend).job_events
     assert jobs.jobs.list_images("me") == []
-    values = TaskForm(TASKS["txt2img"], LIMITS).parse(fill_form("txt2img"), backend.uploads)
-    request = backend.make_request(TASKS["txt2img"], "ldm3d-4c.safetensors", values)
+    request = make_request(backend, "txt2img", "ldm3d-4c.safetensors")
     job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
     while not job.is_over:
         time.sleep(0.01)

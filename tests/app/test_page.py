@@ -525,17 +525,21 @@ def test_no_file_outside_the_output_folder_is_served(app):
             assert refused.value.code in (400, 403, 404)
 
 
-@pytest.mark.parametrize("auth", [[], ["--auth", "me"]])
-def test_other_machines_are_not_let_in_without_a_password(capsys, auth):
-    assert main(["app", "--listen", *auth]) == 1
-    assert "--listen needs a login: --auth USER:PASSWORD" in capsys.readouterr().err
-
-
-def test_a_missing_folder_or_file_is_named_with_its_flag(capsys, tmp_path):
-    for flag in ("--models", "--preview", "--lora"):
-        words = [] if flag == "--models" else ["--models", str(tmp_path)]
-        assert main(["app", *words, flag, str(tmp_path / "none")]) == 1
-        assert capsys.readouterr().err.endswith(f"`{tmp_path / 'none'}` ({flag})\n")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--listen"], "--listen needs a login: --auth USER:PASSWORD"),
+        (["--listen", "--auth", "me"], "--listen needs a login: --auth USER:PASSWORD"),
+        (["--auth", "me"], "`me` is not USER:PASSWORD (--auth)"),
+        *((["--models", str(Path(__file__).parent), flag, "none"], f"`none` ({flag})")
+          for flag in ("--models", "--preview", "--lora")),
+    ],
+)  # fmt: skip
+def test_what_the_app_cannot_start_with_is_one_line(call, flags, message):
+    """Other machines are not let in without a password."""
+    status, _, err = call("app", *flags)
+    assert status == 1
+    assert err.endswith(f"{message}\n")
 
 
 def test_help_needs_neither_torch_nor_gradio():

@@ -38,10 +38,11 @@ def page(backend):
     return FormEvents(backend)
 
 
-def form_values(**changes):
-    fields = TaskForm(TXT2IMG, Limits()).fields()
-    values = {name: field.settings.get("value") for name, field in fields.items()}
-    return values | {"seed": "5", "width": 64, "height": 64, "steps": 4} | changes
+def make_request(backend, model, **changes):
+    form = TaskForm(TXT2IMG, Limits())
+    values = {name: field.settings.get("value") for name, field in form.fields().items()}
+    values |= {"seed": "5", "width": 64, "height": 64, "steps": 4, **changes}
+    return backend.make_request(TXT2IMG, model, form.parse(values, backend.uploads))
 
 
 def test_settings_and_fields_follow_the_checkpoint(backend, page):
@@ -111,9 +112,8 @@ def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
     assert list(backend.library.list_addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
-    values = TaskForm(TXT2IMG, Limits()).parse(form_values(**changes), backend.uploads)
     progress = Progress()
-    backend.generate(backend.make_request(TXT2IMG, BASE, values), progress)
+    backend.generate(make_request(backend, BASE, **changes), progress)
     info = progress.images[0]
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
@@ -133,15 +133,13 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
     ],
 )
 def test_what_does_not_fit_is_refused(backend, model, changes, message):
-    values = TaskForm(TXT2IMG, Limits()).parse(form_values(**changes), backend.uploads)
     with pytest.raises(ValueError, match=message):
-        backend.make_request(TXT2IMG, model, values)
+        make_request(backend, model, **changes)
 
 
 def test_fields_of_sdxl_do_nothing_for_other_models(backend):
     changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
-    values = TaskForm(TXT2IMG, Limits()).parse(form_values(**changes), backend.uploads)
-    plain = backend.make_request(TXT2IMG, "demo.safetensors", values)
+    plain = make_request(backend, "demo.safetensors", **changes)
     assert plain.sdxl == TXT2IMG.request().sdxl
-    alone = backend.make_request(TXT2IMG, BASE, values | {"refiner": ""})
+    alone = make_request(backend, BASE, **changes | {"refiner": ""})
     assert (alone.sdxl.crop, alone.sdxl.aesthetic_score) == ((8, 8), None)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.generate.groups import ModelFiles
 from ldm.generate.option_parsers import parse_fraction
 from ldm.generate.options import option
 from ldm.generate.request import Request
@@ -36,9 +35,6 @@ class Depth2ImgInputs(ImageInputs):
     midas: str | None = option(None, "--midas", metavar="FILE", is_input_file=True,
         help="depth network, dpt_hybrid-midas-501f0c75.pt (default: the checkpoint's)")
     # fmt: on
-
-    def get_model_files(self) -> ModelFiles:
-        return {"midas": self.midas}
 
 
 class Depth2Img(PreparedImageTask):

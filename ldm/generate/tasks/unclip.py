@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from ldm.generate.groups import Inputs, ModelFiles
+from ldm.generate.groups import Inputs
 from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
 from ldm.generate.options import option
 from ldm.generate.request import Request
@@ -48,9 +48,6 @@ class UnclipInputs(Inputs):
         help="file with mean and standard deviation of CLIP's embeddings, ViT-L-14_stats.th"
         " (default: from the checkpoint or beside it)")
     # fmt: on
-
-    def get_model_files(self) -> ModelFiles:
-        return {"clip_stats": self.clip_stats}
 
 
 class Unclip(PreparedTask):
