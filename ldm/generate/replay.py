@@ -56,7 +56,7 @@ def read_request(info: JsonMapping, where: str) -> Request:
         ArgumentError: The info is not that of a single image made by this program.
     """
     if not info:
-        raise ArgumentError(f"{where} contains no generation metadata")
+        raise ArgumentError(f"{where} contains no generation parameters")
     if info.get("task") == "grid":
         files = [str(image["file"]) for image in info.get("images", []) if image.get("file")]
         advice = f"replay its images: {', '.join(files[:3])}, …" if files else "of unsaved images"
@@ -113,23 +113,28 @@ def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -
     """Return the request for one image: its line's options, and models as they were then.
 
     Files are looked for at their recorded paths. That of the checkpoint may be another one of the
-    same name, which `compare_infos` tells.
+    same name, which `compare_infos` tells. The image may come from anybody: packages that it names
+    are not imported, and no file that it names is written.
 
     Args:
         changes: Options that replace the recorded ones.
     Raises:
-        MissingFile, ArgumentError: A file is missing, or one besides the checkpoint has changed.
+        MissingFile, ArgumentError: A file is missing, or one besides the checkpoint has changed; or
+            packages are needed that `changes` do not allow.
     """
     request = request.with_values(line_values(info))
+    if request.model.allow_module and "allow_module" not in changes:
+        packages = ", ".join(f"`{package}`" for package in request.model.allow_module)
+        message = f"made with classes of {packages}: allow it again if you trust the image"
+        raise ArgumentError(message, "allow_module")
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
     values |= recorded_defaults(info, request)
     values["device"] = _recorded_device(info["device"])
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
-    values |= {
-        "safety_checker": None,
-        "unsafe": None,
-    }  # `remake_image` follows the recorded verdict
+    # `remake_image` follows the recorded verdict.
+    unused = {"safety_checker", "unsafe", "save_depth"} & request.task.options().keys()
+    values |= dict.fromkeys(unused)
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options():
             continue
@@ -202,12 +207,8 @@ def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
 def compare_results(
     info: JsonMapping, old: Image.Image, new: Image.Image, new_depth: Image.Image | None
 ) -> str | None:
-    """Describe by how much a file differs from its reproduction.
+    """Describe by how much a file, an image or a depth, differs from its reproduction.
 
-    Args:
-        info: Of the file.
-        old: Content of the file, an image or a depth.
-        new, new_depth: The reproduction; new_depth is None without depth.
     Returns:
         None if neither image nor depth differ.
     """
