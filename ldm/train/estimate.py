@@ -101,7 +101,9 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_meta_task(settings)
     averaged = [p for p in task.trainable.parameters() if p.requires_grad]
-    trainable = [*averaged, *(p for net in _discriminators(task) for p in net.parameters())]
+    trainable = list(averaged)
+    if task.discriminator is not None:
+        trainable += task.discriminator.parameters()
     count = sum(p.numel() for p in trainable)
     parameters = sum(p.numel() for p in {p for net in _networks(task) for p in net.parameters()})
     # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of those
@@ -160,17 +162,11 @@ def _build_meta_task(settings: Settings) -> Task:
         return build_task(model, settings, load_weights=False)
 
 
-def _discriminators(task: Task) -> list[nn.Module]:
-    """Return [discriminator], or [] if the task has none."""
-    return [] if task.discriminator is None else [task.discriminator]
-
-
 def _networks(task: Task) -> list[nn.Module]:
     """Return all networks of a task, with those of its losses."""
-    networks = [task.model, task.trainable, *_discriminators(task)]
-    if isinstance(task, Adversarial) and task.perceptual is not None:
-        networks.append(task.perceptual)
-    return networks
+    perceptual = task.perceptual if isinstance(task, Adversarial) else None
+    networks = (task.model, task.trainable, task.discriminator, perceptual)
+    return [network for network in networks if network is not None]
 
 
 def _measure_activations(task: Task, settings: Settings) -> int:
@@ -216,10 +212,9 @@ def _measure_autoencoder(task: Task, image: Tensor) -> int:
     """Return the peak bytes of a step of the autoencoder and one of its discriminator."""
     batch, generator = {"jpg": image}, torch.Generator()
     peaks = [_measure_peak(lambda: task.loss(batch, generator)["loss"], task.trainable)]
-    for discriminator in _discriminators(task):
-        peaks.append(
-            _measure_peak(lambda: task.discriminator_loss(batch, generator)["loss"], discriminator)
-        )
+    if task.discriminator is not None:
+        loss = task.discriminator_loss
+        peaks.append(_measure_peak(lambda: loss(batch, generator)["loss"], task.discriminator))
     return max(peaks)
 
 

@@ -81,13 +81,16 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     overrides += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
     overrides += ["data.params.batch_size=2", "data.params.train.params.size=64"]
     raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", overrides)
-    result = estimate.estimate(read_settings(raw))
+    settings = read_settings(raw)
+    result = estimate.estimate(settings)
     discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
     lpips = sum(p.numel() for p in LPIPS().parameters())
     assert result.parameters - result.trainable == weight * lpips
     assert result.trainable - result.ema / 4 == discriminator
     assert result.optimizer == 8 * result.trainable
     assert result.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
+    saving = settings.change(trainer={"gradient_checkpointing": True})
+    assert estimate.estimate(saving).activations < result.activations
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_the_unconditional_half_of_a_grid_keeps_its_sizes(
     ("family", "parts", "overrides"),
     [
         ("xl", {"unet", "te1", "te2"}, []),
-        pytest.param("xl-refiner", {"unet", "te2"}, [], marks=pytest.mark.slow),
+        pytest.param("xl-refiner", {"unet", "te"}, [], marks=pytest.mark.slow),
         pytest.param("xl-inpainting", {"unet", "te1", "te2"}, [MASKS], marks=pytest.mark.slow),
     ],
 )

@@ -72,11 +72,10 @@ def open_images(
     transform, location = dict(spec["transform"]), _find_location(spec)
     name = transform.pop("name")
     try:
-        options = {**spec, "transform": TRANSFORMS[name](**transform)}
+        options = {**spec, "transform": TRANSFORMS[name](**transform), "seed": seed}
         if location == "shards":
-            return Shards(**options, seed=seed, commands=commands)
-        options["seed"] = seed
-        return Folder(**options) if location == "root" else Hub(**options)
+            options["commands"] = commands
+        return DATASETS[location](**options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}.{location}: {error}") from error
     except TypeError as error:

@@ -139,5 +139,5 @@ def _translate_sampler(config: JsonMapping) -> JsonObject:
         guider, options = read_spec(
             params["guider_config"], GUIDERS, f"{where}.params.guider_config"
         )
-        sampling["scale"] = options.get("scale") if GUIDERS[guider] is None else GUIDERS[guider]
+        sampling["scale"] = GUIDERS[guider] or options.get("scale")
     return sampling
