@@ -136,10 +136,11 @@ def test_captions_are_dropped_as_the_model_config_says() -> None:
 
 def test_callbacks_are_known_by_their_class() -> None:
     result = read(
-        "{callbacks: {grids: {target: main.ImageLogger, params: {batch_frequency: 7}}, "
+        "{callbacks: {grids: {target: main.ImageLogger, params: {batch_frequency: 7, "
+        "max_images: null}}, "
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
-    assert result.callbacks.image_steps == 7
+    assert (result.callbacks.image_steps, result.callbacks.images) == (7, 4)
     assert any("lightning.callbacks.lr is ignored" in note for note in result.notes)
 
 

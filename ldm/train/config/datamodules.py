@@ -15,7 +15,7 @@ from ldm.data.options import rename_options
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import BucketOptions, Data, TagOptions, validate_section
-from ldm.train.config.specs import read_spec
+from ldm.train.config.specs import SPEC_KEYS, drop_nulls, read_spec
 
 __all__ = ["read_data", "translate_data_module"]
 
@@ -128,7 +128,7 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
     if "target" in spec and all(spec.get(key) is None for key in STORAGE_KEYS):
         spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
     # Our keys replace a data set of the original, which another config file may have set.
-    spec = {k: v for k, v in spec.items() if v is not None and k not in ("target", "params")}
+    spec = {k: v for k, v in drop_nulls(spec).items() if k not in SPEC_KEYS}
     storage = [f"`{key}`" for key in STORAGE_KEYS if key in spec]
     if len(storage) > 1:
         keys = " and ".join(storage)
@@ -143,8 +143,9 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
 
 
 def _read_transform(options: JsonMapping, where: str) -> JsonObject:
-    # null removes a key that another config file has set for another transform.
-    options = {key: value for key, value in options.items() if value is not None}
+    options = drop_nulls(
+        options
+    )  # which remove keys that another file has set for another transform
     if options.get("name") == "photo":
         for key, section in PHOTO_SECTIONS.items():
             if key in options:

@@ -18,7 +18,7 @@ from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, list_fields
 from ldm.train.config.sgm import is_engine, translate_training
-from ldm.train.config.specs import SPEC_KEYS, get_section, read_spec
+from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
 __all__ = ["KNOWN_KEYS", "SECTIONS", "read_gpus", "translate"]
 
@@ -209,7 +209,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
         if name in BUILT_IN_CALLBACKS:
             result.ignore("lightning.callbacks", [key], ": it is built in")
             continue
-        params = dict(get_section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
+        params = drop_nulls(get_section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
         if name == "image_logger":
             _translate_image_logger(params, result)
         else:  # checkpoints at fixed steps
@@ -223,7 +223,7 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
     known = [*IMAGE_LOGGER, *IGNORED_IMAGE_LOGGER]
     check_names("parameter of ImageLogger", params, known, where)
-    kwargs = dict(params.get("log_images_kwargs") or {})
+    kwargs = drop_nulls(params.get("log_images_kwargs", {}))
     images = params.get("max_images", 4)
     result.add(
         "callbacks",

@@ -15,7 +15,7 @@ from ldm.train.config import lightning, schema
 from ldm.train.config.datamodules import translate_data_module
 from ldm.train.config.renamed import rename_keys
 from ldm.train.config.schema import validate_section
-from ldm.train.config.specs import SPEC_KEYS, check_specs, get_section
+from ldm.train.config.specs import SPEC_KEYS, check_specs, drop_nulls, get_section
 from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
 __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
@@ -215,8 +215,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
 def _read_section(
     schema_class: type[T], raw: JsonMapping, where: str, also: Sequence[str] = ()
 ) -> T:
-    """Read and check a section; nulls count as missing."""
-    values = {k: v for k, v in get_section(raw, where).items() if v is not None}
+    values = drop_nulls(get_section(raw, where))
     return validate_section(schema_class, values, where, also=also)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["SPEC_KEYS", "check_specs", "get_section", "read_spec"]
+__all__ = ["SPEC_KEYS", "check_specs", "drop_nulls", "get_section", "read_spec"]
 
 SPEC_KEYS = ("target", "params")
 
@@ -46,7 +46,12 @@ def read_spec(
     if name not in classes:
         raise unknown_name(kind, spec.get("target"), classes, where)
     check_names("key", spec, SPEC_KEYS, where)
-    return name, {k: v for k, v in (spec.get("params") or {}).items() if v is not None}
+    return name, drop_nulls(spec.get("params") or {})
+
+
+def drop_nulls(section: JsonMapping) -> JsonObject:
+    """Return a section without nulls, which count as missing."""
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def check_specs(section: JsonMapping, where: str) -> None:
