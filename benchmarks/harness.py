@@ -149,6 +149,7 @@ def compare(
     *,
     rounds: int,
     at_once: bool = True,
+    measure_rate: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
     """Measure both sides in the order A B, B A, A B …
 
@@ -159,15 +160,18 @@ def compare(
         rounds: Number of measurements of each side.
         at_once: Whether both workers fit into memory; if not, each turn starts a worker and makes
             three measurements.
+        measure_rate: Measures a rate of this machine, before and after each measurement of ours.
 
     Returns:
         The result of `check`, with `seconds` and `peaks` (GiB) of both sides, `ratios` (baseline /
-        ours), and `others`, the fraction of the CPUs that other processes used.
+        ours), `rates` (means of before and after), and `others`, the fraction of the CPUs that
+        other processes used.
     """
     workers = [start(side) if at_once else None for side in pair]
     results = [worker.first if worker else {} for worker in workers]  # warm before timing
     row: dict[str, Any] = {}
     seconds: tuple[list[float], list[float]] = ([], [])
+    rates: list[float] = []
     peaks, others, available = [0.0, 0.0], 0.0, 0.0
     for index in range(rounds):
         for i in (0, 1) if index % 2 == 0 else (1, 0):
@@ -175,11 +179,15 @@ def compare(
             results[i] = worker.first
             if index == 0 and i == 1:
                 row |= check(results[0], results[1])
-            others_before = measure_busy_seconds() - worker.measure_cpu_seconds()
-            begin = time.perf_counter()
-            seconds[i].extend(worker.measure() for _ in range(1 if at_once else 3))
-            others += measure_busy_seconds() - worker.measure_cpu_seconds() - others_before
-            available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
+            for _ in range(1 if at_once else 3):
+                rate = measure_rate() if measure_rate and i == 0 else 0.0
+                busy = measure_busy_seconds() - worker.measure_cpu_seconds()
+                begin = time.perf_counter()
+                seconds[i].append(worker.measure())
+                others += measure_busy_seconds() - worker.measure_cpu_seconds() - busy
+                available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
+                if measure_rate and i == 0:
+                    rates.append((rate + measure_rate()) / 2)
             peaks[i] = max(peaks[i], worker.peak)
             if not at_once:
                 worker.close()
@@ -187,7 +195,7 @@ def compare(
         worker.close()
     ratios = [baseline / ours for ours, baseline in zip(*seconds, strict=True)]
     row |= {"seconds": seconds, "ratios": ratios, "ratio": statistics.median(ratios)}
-    return row | {"peaks": peaks, "others": max(0.0, others / available)}
+    return row | {"rates": rates, "peaks": peaks, "others": max(0.0, others / available)}
 
 
 def measure_in_turns(

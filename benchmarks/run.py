@@ -16,8 +16,9 @@ Stages that end in -xl are networks of SDXL. In bfloat16 they need 20 GB: both p
 UNet's weights, ours also in packed form. With `--one-at-a-time` they need half of that, or in
 float32 as much: each turn starts a worker and makes three measurements.
 
-`share` is our rate, the FLOP of a stage divided by its median time, relative to that of the fastest
-large matrix product of this machine in the same dtype, which is printed first. So processors can be
+`share` is our rate, the FLOP of a stage divided by its time, relative to that of the fastest large
+matrix product of this machine in the same dtype, which is printed first: the median with its range,
+each of one measurement and the product's rate just before and after it. So processors can be
 compared. It may exceed 100 %, as Winograd convolution saves products.
 
 With one thread, times are CPU times. `others` is the fraction of the CPUs that other processes use:
@@ -32,6 +33,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,27 @@ MAX_DIFFERENCE = 1e-5  # in float32, relative L2
 MAX_ERROR_RATIO = 1.2  # of our error to the baseline's, in 16 bits
 
 Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product on this machine."""
+
+    name: str
+    flop: int
+    call: Call
+    device: torch.device
+
+    def measure_rate(self) -> float:
+        """Return the FLOP per second of the fastest of ten calls."""
+        now = harness.choose_clock(self.device)
+        seconds = []
+        with torch.no_grad():
+            for _ in range(11):  # and one to warm up
+                start = now()
+                self.call()
+                seconds.append(now() - start)
+        return self.flop / min(seconds[1:])
 
 
 def main() -> None:
@@ -91,13 +114,14 @@ def main() -> None:
                 ROOT, "scripts/convert.py", args.folder / "sd2.safetensors", args.folder / "sd2"
             )
         for dtype in args.dtype:
-            rate, product = measure_matmul_rate(getattr(torch, dtype), args.device)
-            print(f"{dtype}: fastest matrix product {rate / 1e9:.0f} GFLOP/s ({product})")
-            rows += [compare(args, stage, dtype, rate) for stage in args.stage]
+            product = find_fastest_product(getattr(torch, dtype), args.device)
+            rate = product.measure_rate()
+            print(f"{dtype}: fastest matrix product {rate / 1e9:.0f} GFLOP/s ({product.name})")
+            rows += [compare(args, stage, dtype, product) for stage in args.stage]
     harness.finish(args, rows)
 
 
-def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> dict[str, Any]:
+def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) -> dict[str, Any]:
     """Compare one stage in one dtype; print and return the row."""
     is_network, is_half = stage in NETWORKS, dtype != "float32"
     ours, baseline = harness.get_sides(args)
@@ -124,17 +148,24 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> di
         worker = start(baseline, "float32")
         exact = read_output(worker.first)
         worker.close()
-    row: dict[str, Any] = {"stage": stage, "dtype": dtype, "rate": rate}
+    row: dict[str, Any] = {"stage": stage, "dtype": dtype}
     row |= harness.compare(
-        start, (ours, baseline), check, rounds=args.rounds, at_once=not args.one_at_a_time
+        start,
+        (ours, baseline),
+        check,
+        rounds=args.rounds,
+        at_once=not args.one_at_a_time,
+        measure_rate=product.measure_rate if is_network else None,
     )
     line = f"{stage:9} {dtype:8}  {harness.describe(row)}"
     if is_network:
         row["flop"] = count_flop(stage, args)
-        row["share"] = row["flop"] / statistics.median(row["seconds"][0]) / rate
+        measurements = zip(row["seconds"][0], row["rates"], strict=True)
+        row["shares"] = [row["flop"] / seconds / rate for seconds, rate in measurements]
+        share, low, high = (f(row["shares"]) for f in (statistics.median, min, max))
         baseline_error = f" (baseline {row['baseline_error']:.1e})" if is_half else ""
         line += f"  error {row['error']:.1e}{baseline_error}"
-        line += f"  {row['flop'] / 1e9:.0f} GFLOP  share {row['share']:.0%}"
+        line += f"  {row['flop'] / 1e9:.0f} GFLOP  share {share:.0%} [{low:.0%}-{high:.0%}]"
     print(line, flush=True)
     return row
 
@@ -262,30 +293,25 @@ def count_flop(stage: str, args: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def measure_matmul_rate(dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """Measure the fastest large matrix product; return its FLOP per second and its name.
+def find_fastest_product(dtype: torch.dtype, device: torch.device) -> Product:
+    """Measure large matrix products, and return the fastest.
 
     On a CPU these are torch's product (MKL or another BLAS), and oneDNN's as a 1x1 convolution.
     """
     is_cpu = device.type == "cpu"
-    now, rates = harness.choose_clock(device), dict[str, float]()
+    products = []
     for m, n, k in [(2048, 2048, 2048), (8192, 1024, 1024)] if is_cpu else [(8192, 8192, 8192)]:
         x = torch.randn(m, k, device=device, dtype=dtype)
         weight = torch.randn(n, k, device=device, dtype=dtype)
         image, kernel = x.view(1, 1, m, k).permute(0, 3, 1, 2), weight[:, :, None, None]
-        products = {"torch's": lambda x=x, w=weight: F.linear(x, w)}
+        calls: dict[str, Call] = {"torch's": lambda x=x, w=weight: F.linear(x, w)}
         if is_cpu:
-            products["oneDNN's"] = lambda x=image, w=kernel: F.conv2d(x, w)
-        for name, product in products.items():
-            product()
-            seconds = []
-            for _ in range(10):
-                start = now()
-                product()
-                seconds.append(now() - start)
-            rates[f"{name}, {m} x {k} by {k} x {n}"] = 2 * m * n * k / min(seconds)
-    name = max(rates, key=lambda name: rates[name])
-    return rates[name], f"{name}, best of 10"
+            calls["oneDNN's"] = lambda x=image, w=kernel: F.conv2d(x, w)
+        products += [
+            Product(f"{name}, {m} x {k} by {k} x {n}", 2 * m * n * k, call, device)
+            for name, call in calls.items()
+        ]
+    return max(products, key=lambda product: product.measure_rate())
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
