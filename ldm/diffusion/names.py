@@ -5,7 +5,7 @@ module does not import torch, so that `--help` is fast.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
 from dataclasses import Field, dataclass, fields
 
 from ldm.runtime.errors import ArgumentError, check_name
@@ -335,9 +335,10 @@ def _check_numbers(
     option: str, numbers: Sequence[float], args: Sequence["Field[object]"]
 ) -> Sequence[float]:
     """Return the numbers as floats; raise ArgumentError unless there is one for each argument."""
-    if len(numbers) != len(args):
+    count = len(numbers) if isinstance(numbers, Sized) else 1
+    if count != len(args):
         names = ", ".join(arg.name for arg in args)
-        message = f"{option} takes {len(args)} numbers ({names}), got {len(numbers)}"
+        message = f"{option} takes {len(args)} numbers ({names}), got {count}"
         raise ArgumentError(message, option)
     return [float(number) for number in numbers]
 

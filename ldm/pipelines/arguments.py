@@ -22,7 +22,7 @@ TEXT_TYPES = {str, Iterable[str]}
 def check_arguments(
     model: LatentDiffusion, arguments: Mapping[str, object], annotations: Mapping[str, object]
 ) -> None:
-    """Raise ArgumentError for prompts, images, latents or numbers of another type or shape.
+    """Raise ArgumentError for an argument of another type or shape than its annotation's.
 
     Args:
         arguments: Those of a task, by name.
@@ -51,6 +51,11 @@ def check_arguments(
         elif types <= SCALE_TYPES:
             is_function = types == SCALE_TYPES and callable(value)
             _check(name, value, "a finite number", is_valid=is_function or _is_number(value))
+        elif bool not in types and all(map(_is_class, types)):
+            classes = cast(set[type], types)
+            allowed = " or ".join(cls.__name__ for cls in classes)
+            is_valid = isinstance(value, tuple(classes))
+            _check(name, value, f"of type {allowed}", is_valid=is_valid)
         elif isinstance(value, str) and types.isdisjoint(TEXT_TYPES):
             # It would be read letter by letter, or count as true.
             raise ArgumentError(f"{name} must not be a text, got {value!r}", name)
@@ -62,6 +67,10 @@ def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
         if isinstance(value, Tensor):
             text = f"a tensor {tuple(value.shape)}"
         raise ArgumentError(f"{name} must be {allowed}, got {text}", name)
+
+
+def _is_class(annotation: object) -> bool:
+    return isinstance(annotation, type) and get_origin(annotation) is None
 
 
 def _are_texts(value: object) -> bool:

@@ -21,6 +21,7 @@ from ldm.pipelines.sampling_options import (
 )
 from ldm.pipelines.sdxl import SDXLOptions, check_sdxl
 from ldm.prompts import PLAIN, check_syntax
+from ldm.runtime.errors import ArgumentError
 
 __all__ = [
     "GuidedOptions", "TaskArguments", "TaskOptions", "TextOptions", "UnguidedOptions",
@@ -56,6 +57,7 @@ class TaskArguments(TextOptions, total=False):
     scale: Scale | None
     size: tuple[int, int] | None
     strength: float
+    tile: int | None
 
 
 def select_sampling(options: Mapping[str, object]) -> SamplingOptions:
@@ -93,6 +95,9 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     # The next four raise ArgumentError for values or combinations that are not possible.
     get_sigmas(model, quirks, sampling)
     get_latent_size(model, arguments.get("size"), None)
+    for name, side in (("tile", arguments.get("tile")), ("unet_tile", sampling.get("unet_tile"))):
+        if side is not None and side < 1:
+            raise ArgumentError(f"{name} must be 1 or more, got {side}", name)
     quirks.get_denoiser(model, sampler)
     guidance = make_guidance(arguments, quirks)
     check_guidance(model, arguments.get("scale"), arguments, quirks)

@@ -4,7 +4,8 @@ The keyword `legacy` takes their names; `ldm.diffusion.names.LEGACY` explains ea
 `Quirks` where the original behaved differently; without names it has no effect.
 """
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,15 +151,16 @@ def noise_source(
     return seeded_noise(get_row_seeds(seeds, n))
 
 
-def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> Sequence[int]:
-    """Return the seed of each of n rows; see `noise_source`."""
+def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
+    """Return the seed of each of n rows, of integers of any kind; see `noise_source`."""
     if seeds is None:
         seeds = int(torch.randint(2**31, ()))
-    if isinstance(seeds, int):
-        seeds = [seeds + k for k in range(n)]
+    if not isinstance(seeds, Sized):
+        first = operator.index(seeds)
+        return [first + k for k in range(n)]
     if len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds were given for {n} images", "seeds")
-    return seeds
+    return [operator.index(seed) for seed in seeds]
 
 
 def seeded_noise(seeds: Sequence[int]) -> NoiseSampler:

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +49,13 @@ def test_without_seeds_torch_s_own_generator_decides(model):
         images.append(run(model, ["a"]))
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+
+
+def test_seeds_may_be_of_numpy(model):
+    seeds = (5, np.int64(5), np.array([5]))
+    images = [run(model, ["a"], steps=1, scale=1, seeds=each) for each in seeds]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
 
 
 def test_the_negative_prompt_matters_only_under_guidance(model):
@@ -123,6 +131,9 @@ def test_bad_options_are_one_line_errors(model, options):
     ("negative_prompt", 5, "one text or a list of texts, got 5"),
     ("seeds", "5", "a text, got '5'"),
     ("brownian", "no", "a text, got 'no'"),
+    ("sampler", ["ddim"], "of type str, got ['ddim']"),
+    ("upscaling", b"x", "of type Upscaling, got b'x'"),
+    ("unet_tile", 0, "1 or more, got 0"),
 ])  # fmt: skip
 def test_values_of_another_type_are_refused_before_a_network_runs(
     model, monkeypatch, name, value, message
