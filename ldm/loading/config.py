@@ -23,11 +23,13 @@ from yaml import YAMLError
 from ldm.loading import legacy
 from ldm.loading.legacy import list_targets, translate_config
 from ldm.runtime.arguments import as_list
-from ldm.runtime.errors import ArgumentError, ConfigError, check_names, unknown_name
+from ldm.runtime.errors import ArgumentError, ConfigError, check_name, check_names, unknown_name
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["format_yaml", "instantiate", "parse_yaml", "read_config_text", "read_yaml"]
+__all__ = [
+    "check_overrides", "format_yaml", "instantiate", "parse_yaml", "read_config_text", "read_yaml",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ PARAMETER_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
+PART_KEYS = ("target", "params", "base_learning_rate")  # the last for training
 Rename = Callable[[JsonObject], JsonObject]
 MAX_NODES = 10_000  # values in a file once aliases and references are followed
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
@@ -116,7 +119,7 @@ def _parse(
             values = _rename_keys(OmegaConf.from_dotlist(list(overrides)), rename)
             config = OmegaConf.merge(config, values)
         raw: Any = OmegaConf.to_container(config, resolve=False)
-    except (OmegaConfBaseException, YAMLError, RecursionError) as error:
+    except (OmegaConfBaseException, YAMLError, RecursionError, TypeError) as error:
         raise ConfigError(f"{where}: {_to_one_line(error)}") from error
     resolved: JsonObject = _Resolver(raw, where).resolve(raw)
     return resolved
@@ -127,6 +130,26 @@ def _rename_keys(config: Any, rename: Rename | None) -> Any:
         return config
     values: Any = OmegaConf.to_container(config, resolve=False)
     return OmegaConf.create(rename(values))
+
+
+def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> None:
+    """Raise UnknownName for an override that no part of a model reads, as `model.param.x=1`.
+
+    Parameters are checked by `instantiate`.
+
+    Args:
+        raw: The config with the overrides.
+    """
+    for override in overrides:
+        node: Any = raw
+        start = ""
+        for key in override.partition("=")[0].split("."):
+            if not isinstance(node, Mapping):
+                break
+            if "target" in node:
+                allowed = [start + name for name in PART_KEYS]
+                check_name("override", start + key, allowed, where, "overrides")
+            node, start = node.get(key), f"{start}{key}."
 
 
 def format_yaml(raw: JsonMapping) -> str:

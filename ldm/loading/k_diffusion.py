@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.loading.config import read_yaml
+from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.families import CONFIG_DIR
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -39,9 +39,9 @@ def find_json(path: Path) -> Path | None:
 
 def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
     """Return our config of the upscaler with arguments of the network, as of `find_unet_params`."""
-    raw = read_yaml(TEMPLATE, overrides)
+    raw = read_yaml(TEMPLATE)
     raw["model"]["params"]["unet"]["params"] = dict(unet_params)
-    return raw
+    return parse_yaml(format_yaml(raw), overrides, where=TEMPLATE)
 
 
 def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:

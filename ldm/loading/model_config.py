@@ -7,7 +7,7 @@ from typing import cast
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.loading.build import build_on_meta, fill_weights
-from ldm.loading.config import instantiate, parse_yaml, read_yaml
+from ldm.loading.config import check_overrides, instantiate, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import is_diffusers_folder
 from ldm.loading.families import Prediction, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
@@ -58,26 +58,20 @@ def read_config(
         overrides: See `read_yaml`.
     """
     path = choose_config(weights) if config is None else str(config)
-    if config is not None and not path.endswith(".json"):
-        return path, read_yaml(config, overrides)
-    if (unet_params := find_unet_params(path, weights.state)) is not None:
-        return path, build_upscaler_config(unet_params, overrides)
-    if path == CONFIG_KEY:
+    unet_params = None
+    if config is None or path.endswith(".json"):
+        unet_params = find_unet_params(path, weights.state)
+    if unet_params is not None:
+        raw = build_upscaler_config(unet_params, overrides)
+    elif config is None and path == CONFIG_KEY:
         raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=path)
     else:
         raw = read_yaml(path, overrides)
-        if "ztsnr" in weights.metadata and weights.prediction.kind != "eps":
+        if config is None and "ztsnr" in weights.metadata and weights.prediction.kind != "eps":
             raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
-    spec = raw.get("model", raw)
-    if _is_panorama(weights):
-        params = spec["params"]
-        params["image_size"] = [params["image_size"], 2 * params["image_size"]]
-    if spec.get("target") == ENGINE:
-        _apply_buffers(spec["params"], weights)
-    if GUIDANCE_WEIGHT in weights.state:
-        key = "network_config" if spec.get("target") == ENGINE else "unet_config"
-        width = weights.state[GUIDANCE_WEIGHT].shape[1]
-        spec["params"][key]["params"]["time_cond_proj_dim"] = width
+    check_overrides(raw, overrides, path)
+    if config is None:
+        _adapt_config(raw, weights)
     return path, raw
 
 
@@ -124,6 +118,23 @@ def is_in_doubt(weights: Weights) -> bool:
     """Return whether fewer than two methods know the prediction type, and the family has both."""
     family = weights.family
     return family is not None and family.predicts is None and weights.prediction.votes < 2
+
+
+def _adapt_config(raw: JsonObject, weights: Weights) -> None:
+    """Set parameters of a config by name, buffers and shapes of the weights."""
+    spec = raw.get("model", raw)
+    params = spec.get("params") if isinstance(spec, dict) else None
+    if not isinstance(params, dict):
+        return  # `translate_config` raises an error
+    is_engine = spec.get("target") == ENGINE
+    if _is_panorama(weights) and isinstance(params.get("image_size"), int):
+        params["image_size"] = [params["image_size"], 2 * params["image_size"]]
+    if is_engine:
+        _apply_buffers(params, weights)
+    if GUIDANCE_WEIGHT in weights.state:
+        key = "network_config" if is_engine else "unet_config"
+        width = weights.state[GUIDANCE_WEIGHT].shape[1]
+        params[key]["params"]["time_cond_proj_dim"] = width
 
 
 def _is_panorama(weights: Weights) -> bool:

@@ -34,6 +34,11 @@ def test_overrides_that_do_not_fit_are_errors(override):
         parse_yaml("model: {}", [override], where="tiny.yaml")
 
 
+def test_an_override_of_an_entry_of_a_list_is_one_error():
+    with pytest.raises(ValueError, match=r"^x\.yaml: Cannot merge"):
+        parse_yaml("a: {b: [1]}", ["a.b[0]=2"], where="x.yaml")
+
+
 def test_references_are_followed():
     text = "a: {b: 3, c: [{x: 1}]}\nd: ${a.b}\ne: ${a.c.0}\nf: ${d}"
     assert parse_yaml(text) == {"a": {"b": 3, "c": [{"x": 1}]}, "d": 3, "e": {"x": 1}, "f": 3}

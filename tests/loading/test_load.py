@@ -253,6 +253,14 @@ def test_a_pruned_vocabulary_is_named(tmp_path, tiny_yaml, tiny_state):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[pruned])
 
 
+@pytest.mark.parametrize("part", ["model", "model.params.unet_config"])
+def test_an_override_that_nothing_reads_is_refused(tiny_yaml, tiny_file, part):
+    says = f"tiny.yaml: unknown override `{part}.param`, did you mean `{part}.params`"
+    with pytest.raises(ArgumentError, match=re.escape(says)) as caught:
+        ldm.load(tiny_yaml, tiny_file, overrides=[f"{part}.param.x=1"])
+    assert caught.value.argument == "overrides"
+
+
 def test_the_family_of_ema_weights_alone_is_recognised(tmp_path, tiny_yaml):
     unet = "model.params.unet_config.params.context_dim=768"
     model = instantiate(read_yaml(tiny_yaml, [unet]))

@@ -66,6 +66,8 @@ def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
     _, raw = read_config(weights)
     sizes = raw["model"]["params"]["unet"]["params"]
     assert sizes == {key: expected[key] for key in sizes}
+    _, raw = read_config(weights, overrides=["model.params.unet.params.depths=[3]"])
+    assert raw["model"]["params"]["unet"]["params"] == sizes | {"depths": [3]}
     shutil.copy(files / "x2.pth", tmp_path / "upscaler_2_1_slim.pth")
     (tmp_path / "config_upscaler_2.json").write_text("{}")
     sidecar = tmp_path / "config_upscaler_2_1.json"  # the longer of two that fit
