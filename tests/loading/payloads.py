@@ -1,8 +1,8 @@
 """Malicious checkpoints, written byte by byte: each would create `marker` if its code were run.
 
 `write_all(folder, marker)` returns files by name: calls of functions that attackers use, each by
-REDUCE, in three formats (zip, the older pickle, a bare pickle); other opcodes that call; and files
-whose container is damaged.
+REDUCE, in four formats (zip, the older pickle, TorchScript, a bare pickle); other opcodes that
+call; and files whose container is damaged.
 """
 
 import pickle
@@ -153,7 +153,7 @@ def _twice(path: Path, first: bytes, second: bytes) -> Path:
 def write_all(folder: Path, marker: Path) -> dict[str, Path]:
     files = containers(folder, marker)
     for name, body in calls(marker).items():
-        for envelope in (zipped, legacy, raw):
+        for envelope in (zipped, legacy, write_torchscript, raw):
             path = folder / f"{name}-{envelope.__name__}.ckpt"
             files[f"{envelope.__name__} {name}"] = envelope(path, document(body))
     for name, body in tricks(marker).items():

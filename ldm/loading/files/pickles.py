@@ -33,13 +33,13 @@ MEMBER = re.compile(
     r"|\.data/serialization_id)"
 )
 SAFE_TORCH = (2, 10)  # the restricted unpickler of older versions had holes
-SCRIPT_MARK = "constants.pkl"  # a member that only TorchScript archives have
+SCRIPT_MARK = "/constants.pkl"  # a member that only TorchScript archives have
 SCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
-SCRIPT_FUNCTIONS = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
+SCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
 # Names that error messages do not list; this does not allow anything.
 HARMLESS = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
-    rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTIONS.pattern}"
+    rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTION.pattern}"
 )
 
 # Names in the training states that published files hold beside weights.
@@ -106,9 +106,7 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
             f"{torch.__version__}\nhint: a .safetensors file can be read by any"
         )
-    is_script = file_format == "zip" and _is_script(path)
-    if file_format == "zip":
-        _check_members(path, is_script)
+    is_script = file_format == "zip" and _check_members(path)
     script_stand_ins = _make_script_stand_ins(path) if is_script else []
     try:
         with (
@@ -153,25 +151,14 @@ def list_foreign_imports(path: Path, file_format: str) -> list[str]:
     return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
 
 
-def _is_script(path: Path) -> bool:
-    """Return whether a zip file is a TorchScript archive."""
-    with (
-        contextlib.suppress(zipfile.BadZipFile, OSError, ValueError),
-        zipfile.ZipFile(path) as archive,
-    ):
-        return any(name.endswith(f"/{SCRIPT_MARK}") for name in archive.namelist())
-    return False
-
-
 def _make_script_stand_ins(path: Path) -> list[tuple[type, str]]:
     """Return a stand-in for each class and function in a TorchScript archive."""
-    names = list_pickle_imports(path, "zip")
-    modules = [name for name in names if SCRIPT_MODULE.fullmatch(name)]
-    functions = [name for name in names if SCRIPT_FUNCTIONS.fullmatch(name)]
-    return [
-        *((type(name.rpartition(".")[2], (ScriptModule,), {}), name) for name in modules),
-        *((type(name.rpartition(".")[2], (Inert,), {}), name) for name in functions),
-    ]
+    stand_ins: list[tuple[type, str]] = []
+    for name in list_pickle_imports(path, "zip"):
+        for pattern, base in ((SCRIPT_MODULE, ScriptModule), (SCRIPT_FUNCTION, Inert)):
+            if pattern.fullmatch(name):
+                stand_ins.append((type(name.rpartition(".")[2], (base,), {}), name))
+    return stand_ins
 
 
 @contextlib.contextmanager
@@ -188,11 +175,11 @@ def _copy_without_code(path: Path) -> Iterator[IO[bytes]]:
         yield copy
 
 
-def _check_members(path: Path, is_script: bool = False) -> None:
-    """Raise FileFormatError for a zip file that torch.save would not write.
+def _check_members(path: Path) -> bool:
+    """Return whether a zip file is a TorchScript archive, of which only weights are read.
 
-    Args:
-        is_script: Whether it is a TorchScript archive, whose other members are ignored.
+    Raises:
+        FileFormatError: torch.save would not write such a file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -200,6 +187,7 @@ def _check_members(path: Path, is_script: bool = False) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         message = f"`{path}` is damaged, perhaps an incomplete download: {error}"
         raise FileFormatError(message) from error
+    is_script = any(member.filename.endswith(SCRIPT_MARK) for member in members)
     problem = None
     if is_script:
         members = [member for member in members if MEMBER.fullmatch(member.filename)]
@@ -217,6 +205,7 @@ def _check_members(path: Path, is_script: bool = False) -> None:
         problem = f"{len(names)} members"
     if problem:
         raise FileFormatError(f"`{path}` is refused: {problem}")
+    return is_script
 
 
 def _list_imports(file: IO[bytes]) -> Iterator[str]:
