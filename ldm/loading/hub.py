@@ -40,10 +40,6 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
         fetch: Whether to download files that are not in the cache.
         variant: Variant of the files of a folder, such as `fp16`, in components that have it; None
             = files without a variant, if there are any.
-    Raises:
-        ArgumentError: The address has another form.
-        MissingFile: It is not in the cache, and `fetch` is False.
-        DownloadError: It cannot be downloaded.
     """
     owner, _, rest = address.removeprefix(PREFIX).partition("/")
     name, _, file = rest.partition("/")
@@ -86,8 +82,6 @@ def fetch_file(
     Args:
         sha256: Expected SHA-256; None = that reported by the hub, if any.
         commit: Commit of the main branch; None = its latest.
-    Raises:
-        DownloadError: The file is not found, or its checksum differs.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
@@ -115,18 +109,9 @@ def fetch_file(
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if not target.is_file() or (expected and hash_file(target) != expected):
-            source, size = metadata.location, metadata.size
+            source, place = metadata.location, f"{repo}/{name}"
             headers = _make_headers(url, source)
-            is_continued = partial_file.is_file()
-            digest = _download(source, partial_file, size, headers, f"{repo}/{name}")
-            if is_continued and expected not in (None, digest):  # what was there is damaged
-                partial_file.unlink()
-                digest = _download(source, partial_file, size, headers, f"{repo}/{name}")
-            if expected not in (None, digest):
-                partial_file.unlink()
-                raise DownloadError(_format_mismatch(f"{repo}/{name}", digest, str(expected)))
-            partial_file.replace(target)
-            cache_sha256(target, digest)
+            _download(source, target, partial_file, metadata.size, expected, headers, place)
         main.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
     return target
 
@@ -140,10 +125,7 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
     """Download a file that is not on the hub, unless it exists; resume an interrupted download.
 
     Args:
-        size: Size in bytes.
         sha256: Expected SHA-256.
-    Raises:
-        DownloadError: The file is not found, or its checksum differs.
     """
     from huggingface_hub import constants
 
@@ -153,24 +135,28 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
     if not target.is_file() or hash_file(target) != sha256:
         if constants.HF_HUB_OFFLINE:
             raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
-        digest = _download(url, partial_file, size, {}, url)
-        if digest != sha256:
-            partial_file.unlink()
-            raise DownloadError(_format_mismatch(url, digest, sha256))
-        partial_file.replace(target)
-        cache_sha256(target, digest)
+        _download(url, target, partial_file, size, sha256, {}, url)
     return target
 
 
-def _download(url: str, partial_file: Path, size: int, headers: dict[str, str], place: str) -> str:
-    """Download what is missing of a file; return the SHA-256 of the whole file.
+def _download(
+    url: str,
+    target: Path,
+    partial_file: Path,
+    size: int,
+    sha256: str | None,
+    headers: dict[str, str],
+    place: str,
+) -> None:
+    """Download what is missing of a file and verify it; replace a damaged partial file.
 
     Args:
-        size: Size in bytes of the whole file.
+        sha256: Expected SHA-256; None = unknown.
         place: Repository and file, or URL, for messages.
     """
     from huggingface_hub.file_download import http_get
 
+    is_continued = partial_file.is_file()
     partial_file.touch()
     done = partial_file.stat().st_size
     free = shutil.disk_usage(partial_file.parent).free
@@ -202,7 +188,15 @@ def _download(url: str, partial_file: Path, size: int, headers: dict[str, str], 
                 if partial_file.stat().st_size <= done:  # retry only if there was some progress
                     raise
         done = partial_file.stat().st_size
-    return hash_file(partial_file)
+    digest = hash_file(partial_file)
+    if sha256 in (None, digest):
+        partial_file.replace(target)
+        cache_sha256(target, digest)
+        return
+    partial_file.unlink()
+    if not is_continued:
+        raise DownloadError(_format_mismatch(place, digest, str(sha256)))
+    _download(url, target, partial_file, size, sha256, headers, place)
 
 
 def _make_headers(url: str, location: str) -> dict[str, str]:

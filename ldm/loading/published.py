@@ -44,7 +44,6 @@ class PublishedFile:
     Args:
         name: Name that `ckpt` accepts instead of a path.
         title: What it is, for lists.
-        licence: Its licence, as the hub names it.
         memory: Of the weights in half precision, GB.
         bytes: Size of the file, with a `~` if it is rounded; "" = unknown.
         sha256: None = none was published.
@@ -94,9 +93,6 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
     Args:
         fetch: Whether to download a `hf:` address that is not in the cache.
         variant: Variant of the files of a `hf:` folder, such as `fp16`; None = see `find_or_fetch`.
-    Raises:
-        MissingFile: A published file is not on this machine, or its name is misspelt.
-        DownloadError: A `hf:` address cannot be downloaded.
     """
     path, name = Path(ckpt).expanduser(), ckpt if isinstance(ckpt, str) else ckpt.as_posix()
     if path.exists():
@@ -193,15 +189,8 @@ def _list_candidates(file: PublishedFile) -> Iterator[Path]:
 def _parse_row(
     name: str, title: str, licence: str, memory: str, bytes: str, sha256: str, places: str
 ) -> PublishedFile:
-    return PublishedFile(
-        name,
-        title,
-        licence,
-        float(memory),
-        bytes,
-        sha256 or None,
-        tuple(map(_parse_place, places.split())),
-    )
+    parsed_places = tuple(map(_parse_place, places.split()))
+    return PublishedFile(name, title, licence, float(memory), bytes, sha256 or None, parsed_places)
 
 
 def _parse_place(text: str) -> Place:
