@@ -14,7 +14,6 @@ class BaseModel:
 
     Args:
         title: Name in messages.
-        context_dim: Cross-attention dimension.
         architecture: Value of `modelspec.architecture`.
         version: Value of kohya's `ss_base_model_version`.
     """

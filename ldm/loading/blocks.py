@@ -10,7 +10,7 @@ SD 1 and 2 have 26 blocks, SDXL 20.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ldm.runtime.errors import ArgumentError
@@ -61,15 +61,18 @@ class Blocks:
 
         Returns:
             weight by block, all of `names`.
-
-        Raises:
-            ArgumentError: Too many or too few weights, an unknown block, or not a number.
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):
-            pairs = [entry.split("=", 1) for entry in entries]
-            weights = {n.strip().upper(): _parse_number(w.strip(), argument) for n, w in pairs}
-            return {**dict.fromkeys(self.names, default), **self._check_names(weights, argument)}
+            weights = dict.fromkeys(self.names, default)
+            for entry in entries:
+                name, _, number = entry.partition("=")
+                block = name.strip().upper()
+                if block not in self.names:
+                    message = f"the model has no block {block}, it has {_abbreviate(self.names)}"
+                    raise ArgumentError(message, argument)
+                weights[block] = _parse_number(number.strip(), argument)
+            return weights
         numbers = [_parse_number(entry, argument) for entry in entries]
         choices = [self.names, self.names[1:]]
         if is_lora:
@@ -80,13 +83,6 @@ class Blocks:
         allowed = ", ".join(f"{len(names)} ({names[0]} … {names[-1]})" for names in choices)
         message = f"{len(numbers)} block weights, this model takes {allowed}"
         raise ArgumentError(message, argument)
-
-    def _check_names(self, weights: Mapping[str, float], argument: str) -> Mapping[str, float]:
-        for name in weights:
-            if name not in self.names:
-                message = f"the model has no block {name}, it has {_abbreviate(self.names)}"
-                raise ArgumentError(message, argument)
-        return weights
 
 
 def find_blocks(names: Iterable[str]) -> Blocks:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import release_pages
-from ldm.loading.legacy import MODEL
+from ldm.loading.legacy import MODEL, translate_config
 from ldm.loading.weight_names import AUTOENCODER
 from ldm.runtime.types import JsonMapping
 
@@ -35,10 +35,11 @@ def build_on_meta(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> nn.Module:
-    """Build the module of a translated config, with all weights on the meta device.
+    """Build the module of a config, with all weights on the meta device.
 
-    The arguments are those of `instantiate`.
+    The arguments are those of `instantiate`; a whole config has the key `model`.
     """
+    spec = translate_config(spec, where=where, skipped=skipped)
     build = partial(instantiate, allow=allow, skipped=skipped)
     with meta_device():
         if spec["target"] != MODEL:
@@ -63,7 +64,6 @@ def fill_weights(
 
     Args:
         state: Weights from `match_weights`; emptied, so that memory is freed on the way.
-        dtype: Of floating-point weights.
         mapped: Whether tensors are memory-mapped: pages are then released once they are copied, so
             that the memory peak is the size of the model.
         autoencoder_dtype: Dtype of a whole model's autoencoder; None = `dtype`.

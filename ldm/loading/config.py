@@ -46,22 +46,13 @@ MAX_NODES = 10_000  # values in a file once aliases and references are followed
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
-def read_yaml(
-    path: str | Path,
-    overrides: Iterable[str] = (),
-    *overlays: str | Path,
-    sections: Sequence[str] = (),
-) -> JsonObject:
+def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> JsonObject:
     """Read a YAML file as plain dicts, lists and values, references resolved.
 
     Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
-        overlays: Files merged over the first, later ones over earlier.
-        sections: Top-level keys that overrides may set even if no file has them.
     """
-    texts = [read_config_text(file) for file in (path, *overlays)]
-    where = " + ".join(map(str, (path, *overlays)))
-    return parse_yaml(texts, overrides, where=where, sections=sections)
+    return parse_yaml(read_config_text(path), overrides, where=str(path))
 
 
 def read_config_text(path: str | Path) -> str:
@@ -81,9 +72,10 @@ def parse_yaml(
     sections: Sequence[str] = (),
     rename: Rename | None = None,
 ) -> JsonObject:
-    """Parse the text of a YAML file, or of several, like `read_yaml`.
+    """Parse the text of a YAML file like `read_yaml`, or of several, later ones over earlier.
 
     Args:
+        sections: Top-level keys that overrides may set even if no file has them.
         rename: Replaces former names of keys, in each text and in the overrides before they are
             merged; None = names stay.
     """

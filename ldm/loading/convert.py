@@ -29,7 +29,7 @@ from ldm.loading.diffusers.files import (
     write_texts,
 )
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
-from ldm.loading.families import CONFIG_DIR
+from ldm.loading.families import CONFIG_DIR, LATENT_UPSCALER
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
@@ -38,7 +38,7 @@ from ldm.loading.files.checkpoint import (
     use_ema_weights,
     write_checkpoint,
 )
-from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
+from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import choose_config, probe_weights, read_config
 from ldm.loading.modelspec import MERGED_FROM, describe_model, filter_metadata
@@ -48,6 +48,7 @@ from ldm.loading.weight_names import (
     AUTOENCODER,
     TEXT,
     TEXT_2,
+    UNET,
     has_engine_names,
     has_prefix,
     pair_names,
@@ -81,7 +82,7 @@ K_DIFFUSION_SUFFIX = ".pth"
 UPSCALER_PREFIXES = ("inner_model.", "low_res_noise_embed.")
 LORAS = "ldm.loras"  # metadata key under which merged LoRAs are listed
 CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
-LORA_PARTS = ("unet.", TEXT, TEXT_2)  # prefixes of our names: what LoRAs change
+LORA_PARTS = (UNET, TEXT, TEXT_2)  # prefixes of our names: what LoRAs change
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ class Conversion:
 
     Args:
         source: Where the tensors come from; `source.mapped` says whether they are memory-mapped.
-        target: The file or folder to write.
         weights: Tensors, by the path of their file in a folder; "" is the path of a single file.
         texts: JSONs and texts of a folder by path; {} for a file.
         metadata: Of the file, or of EXTRA_WEIGHTS in a folder.
@@ -138,15 +138,10 @@ def plan_conversion(
         prune: Whether to leave EMA weights out of a file; a folder has none.
         variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype for
             the source of a file; None = see `read_component`.
-        clip_stats: See `load`.
         vae: Checkpoint whose autoencoder is used instead; None = the source's.
         text_encoder: Checkpoint whose text encoder is used instead, and whose autoencoder if the
             source, an x2 latent upscaler, contains none; None = the source's.
         loras: (file, weight) pairs as in `load`, merged into the weights; EMA weights are left out.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: Files do not fit together, or the target's layout does not support the model.
     """
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
@@ -160,8 +155,8 @@ def plan_conversion(
     if text is None and (loras or not is_file):
         message = f"`{file.path}` is of no known family\nhint: pass its config"
         raise MissingArgument(message, "config")
-    raw = parse_yaml(text, where="config") if text else {}
-    model = build_on_meta(translate_config(raw, where="config")) if text else None
+    raw = parse_yaml(text) if text else {}
+    model = build_on_meta(raw) if text else None
     metadata = _make_metadata(file, text, ema)
     file = to_original_names(file, model, ema=ema)
     notes: list[str] = []
@@ -215,7 +210,6 @@ def convert(
     """Write a planned conversion atomically; return the target.
 
     Args:
-        force: Whether to replace an existing target, else FileExistsError is raised.
         progress: Called with the size in bytes of each tensor once it is written.
     """
     target, mapped = conversion.target, conversion.source.mapped
@@ -276,13 +270,13 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
         None = an unknown family.
     """
     weights = identify_weights(file)
-    is_part = not (file.has_ema or has_prefix(weights.state, "unet."))
+    is_part = not (file.has_ema or has_prefix(weights.state, UNET))
     is_autoencoder = any(n.removeprefix(AUTOENCODER) == CONV_IN for n in weights.state)
     if config is None and CONFIG_KEY in file.metadata:
         text = file.metadata[CONFIG_KEY]
     elif config is None and is_part and is_autoencoder:
         text = read_text(find_file(f"{CONFIG_DIR}/v1-inference.yaml"))
-    elif weights.family is not None and weights.family.name == "x2":
+    elif weights.family is LATENT_UPSCALER:
         text = format_yaml(read_config(weights, config)[1])
     else:
         if config is None:
@@ -292,7 +286,7 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
             except MissingArgument:
                 return None
         text = read_text(find_file(config))
-    model = parse_yaml(text, where="config").get("model", {})
+    model = parse_yaml(text).get("model", {})
     if is_part and AUTOENCODER_CONFIG in (model.get("params") or {}):
         return format_yaml({"model": model["params"][AUTOENCODER_CONFIG]})
     return text
@@ -303,17 +297,13 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
 
     Args:
         model: Model on the meta device; None = an unknown family, names stay as they are.
-        ema: Whether to use the EMA weights.
     """
     if model is None:
         if ema:
             use_ema_weights(file.state, file.ema_state, {n: n for n in file.state}, file.path)
         return file
     weights, expected = identify_weights(file), model.state_dict()
-    if ema:
-        weights.use_ema(expected)
-    else:
-        weights.check_not_ema_only(expected)
+    weights.select_ema(expected, ema)
     names_of_weights = set(dict(pair_names(file.state)).values())
     others = {name: v for name, v in file.state.items() if name not in names_of_weights}
     state = translate_names(model, weights.state, file.path)
@@ -363,34 +353,32 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
         autoencoder: nn.Module = model.autoencoder
     else:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")["model"]["params"]
-        autoencoder = build_on_meta(translate_config(raw[AUTOENCODER_CONFIG]))
+        autoencoder = build_on_meta(raw[AUTOENCODER_CONFIG])
     if read_tiny_autoencoder(vae) is not None:
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
-    tensors = restore_names(extract_autoencoder(open_checkpoint(vae), autoencoder, file.path))
-    names = [original for name, original in pair_names(file.state) if name.startswith(AUTOENCODER)]
-    for name in tensors.keys() & set(names):
-        tensors[name] = cast_weight(name, tensors[name], file.state[name].dtype)
-    state = {name: value for name, value in file.state.items() if name not in names}
-    return replace(file, state=state | tensors, mapped=False)
+    part = extract_autoencoder(open_checkpoint(vae), autoencoder, file.path)
+    originals = dict(pair_names(file.state))
+    for name in part.keys() & originals.keys():
+        original = originals[name]
+        part[name] = cast_weight(original, part[name], file.state[original].dtype)
+    return _replace_part(file, AUTOENCODER, restore_names(part))
 
 
 def _replace_text_encoder(
     file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
 ) -> Checkpoint:
     """Return a checkpoint with another text encoder, and its autoencoder if there was none."""
-    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
-    if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
-        raise ArgumentError(f"`{file.path}` has no text encoder to replace", "text_encoder")
-    source = open_checkpoint(text_encoder)
-    tensors = extract_text_encoder(source, text, file.path)
     state = rename_weights(file.state)
-    if not has_prefix(state, AUTOENCODER):
-        tensors |= extract_autoencoder(source, model.autoencoder, file.path)
-    names = [original for name, original in pair_names(file.state) if name.startswith(TEXT)]
+    part = extract_text_encoder(open_checkpoint(text_encoder), model, state, file.path)
+    return _replace_part(file, TEXT, restore_names(part, engine=has_engine_names(state)))
+
+
+def _replace_part(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:
+    """Return a checkpoint with other tensors in place of those under a prefix of our names."""
+    names = [original for name, original in pair_names(file.state) if name.startswith(prefix)]
     state = {name: value for name, value in file.state.items() if name not in names}
-    engine = has_engine_names(model.state_dict())
-    return replace(file, state=state | restore_names(tensors, engine=engine), mapped=False)
+    return replace(file, state=state | tensors, mapped=False)
 
 
 def _select_upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:

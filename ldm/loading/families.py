@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.loading.files.checkpoint import to_ema_name
-from ldm.loading.weight_names import strip_prefix, to_original_name
+from ldm.loading.weight_names import UNET, strip_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
-    "detect_prediction", "probe_prediction", "recognize_family",
+    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES", "TITLE_BY_WIDTH",
+    "Family", "Prediction", "Verdict", "detect_prediction", "probe_prediction", "recognize_family",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
@@ -39,7 +39,6 @@ class Family:
     """A published family: its shapes, configs and task.
 
     Args:
-        name: Name in code.
         title: Name in messages.
         channels: Input channels of the UNet.
         context: Dimension of the context of cross-attention; None = no context.
@@ -81,6 +80,8 @@ class Family:
 
 
 # fmt: off
+LATENT_UPSCALER = Family("x2", "the x2 latent upscaler of Stable Diffusion", 8, 768, 896, "edm",
+                         "x2-latent-upscaler", task="upscale_latent")
 FAMILIES = (
     Family("sd1", "Stable Diffusion 1", 4, 768, None, "eps", "v1-inference"),
     Family("sd1-inpainting", "Stable Diffusion 1 inpainting", 9, 768, None, "eps",
@@ -99,8 +100,7 @@ FAMILIES = (
            task="depth2img"),
     Family("x4", "Stable Diffusion x4 upscaler", 7, 1024, 1000, "v", "x4-upscaling",
            task="upscale"),
-    Family("x2", "the x2 latent upscaler of Stable Diffusion", 8, 768, 896, "edm",
-           "x2-latent-upscaler", task="upscale_latent"),
+    LATENT_UPSCALER,
     Family("unclip-l", "Stable unCLIP 2.1 (CLIP ViT-L)", 4, 1024, 1536, "v",
            "v2-1-stable-unclip-l-inference", task="unclip"),
     Family("unclip-h", "Stable unCLIP 2.1 (OpenCLIP ViT-H)", 4, 1024, 2048, "v",
@@ -130,6 +130,7 @@ TITLE_BY_WIDTH: dict[object, str] = {
 }  # fmt: skip
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # of diffusers
 IMAGE_CONV = "autoencoder.encoder.conv_in.weight"
 VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -204,12 +205,12 @@ def recognize_family(
         ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
         markers: Names of marker tensors in the file.
     """
-    unet = strip_prefix(state, "unet.")
+    unet = strip_prefix(state, UNET)
     if not unet and ema_state:
-        unet = strip_prefix(ema_state, to_ema_name(to_original_name("unet.")))
+        unet = strip_prefix(ema_state, to_ema_name(to_original_name(UNET)))
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
     if not UPSCALER.isdisjoint(shapes):
-        return next(family for family in FAMILIES if family.name == "x2")
+        return LATENT_UPSCALER
     conv_shape = next((shapes[name] for name in INPUT_CONVS if name in shapes), None)
     if conv_shape is None or len(conv_shape) != 4:
         return None
@@ -240,10 +241,8 @@ def detect_prediction(
 
     Args:
         family: None = unknown.
-        state: Weights under our names.
         step: Training step; None = unknown.
         markers: Metadata of the file, with the names of its marker tensors.
-        name: Name of the file or folder.
     """
     verdicts = list(_vote_by_marker(markers))
     if family is not None and family.predicts:
@@ -265,10 +264,6 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
     """Add the verdict of one UNet pass on a constant input at the last timestep.
 
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
-
-    Args:
-        prediction: That of the other methods.
-        context: Dimension of the context.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)
@@ -284,13 +279,10 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
 
 def _vote_by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
     prediction_type = markers.get("modelspec.prediction_type", "")
-    names = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    says = names.get(prediction_type)
-    if prediction_type in names.values():  # written by other programs
-        says = prediction_type
+    says = PREDICTION_TYPES.get(prediction_type, prediction_type)  # other programs write ours
     if "v_pred" in markers:
         yield Verdict("marker", "v", f"`{prediction_type or 'v_pred'}`")
-    elif says:
+    elif says in PREDICTION_TYPES.values():
         yield Verdict("marker", says, f"`{prediction_type}`")
 
 

@@ -46,7 +46,6 @@ def find_variant_early(
 
     Args:
         path: Of the checkpoint.
-        loras: (file, weight) pairs.
         variant: The argument of `load`; None = not given.
     """
     if is_diffusers_folder(path):
@@ -68,13 +67,11 @@ def choose_variant(
     variant: str | None,
     loras: Collection[tuple[str | Path, LoRAWeightLike]],
 ) -> DetectedVariant | None:
-    """Return the variant by the argument, a LoRA or the weights; None for a model without one.
-
-    Args:
-        variant: See `load`.
-        loras: (file, weight) pairs.
-    """
+    """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
     if not supports_variants(family_of(model.conditioner)):
+        if variant in VARIANTS:
+            message = f"`{weights.path}` is of a family without few-step models"
+            raise ArgumentError(f"{message}, its variant is not {variant}", "variant")
         return None
     detected = _combine_variants(find_variant(weights), loras, variant, weights.path)
     if detected is None and variant != NO_VARIANT:
@@ -126,7 +123,6 @@ def _combine_variants(
     Args:
         detected: The variant that the model itself shows; None = none.
         variant: The argument; NO_VARIANT = an ordinary model.
-        path: Of the model.
     Raises:
         ArgumentError: The variant needs a tensor that the model does not have.
     """

@@ -49,11 +49,8 @@ def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | N
 
     Args:
         config: Path of the JSON, or of our YAML of the upscaler.
-        state: Weights under our names.
     Returns:
         None if the config, or the model, is not an x2 latent upscaler.
-    Raises:
-        ConfigError: The JSON is for another network.
     """
     if config.endswith(".json"):
         model: JsonObject = read_yaml(config).get("model") or {}

@@ -9,12 +9,13 @@ Names of weights are in `weight_names`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from ldm.loading.sgm import ENGINE, translate_engine
-from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.loading.sgm import ENGINE, check_params, translate_engine
+from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["list_targets", "translate_config"]
@@ -131,12 +132,7 @@ def translate_config(
     Args:
         spec: A whole config (with `model:`) or a part of it (with `target:`); our own class names
             stay.
-        where: File, or file and key.
         skipped: List to which keys that sampling does not need are appended; None = not wanted.
-
-    Raises:
-        ConfigError: It is not a config, or of a family that is not supported.
-        UnknownName: An unknown parameter of a model class.
     """
     skipped = [] if skipped is None else skipped
     if "model" in spec and "target" not in spec:
@@ -156,11 +152,8 @@ def translate_config(
     if target in MODEL_CLASSES:
         return _ModelTranslator(target, params, where, skipped).translate()
     if target == ENGINE:
-
-        def part(spec: JsonMapping, where: str) -> JsonObject:
-            return translate_config(spec, where=where, skipped=skipped)
-
-        engine = translate_engine(params, f"{where}.params", skipped, part)
+        translate = partial(translate_config, skipped=skipped)
+        engine = translate_engine(params, f"{where}.params", skipped, translate)
         return {"target": MODEL, "params": engine, "where": where}
     return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
 
@@ -203,16 +196,10 @@ class _ModelTranslator:
 
     def _check_params(self) -> None:
         name, cls = self.target.rpartition(".")[2], MODEL_CLASSES[self.target]
+        required = ("unet_config", AUTOENCODER_CONFIG, "cond_stage_config", *cls.required)
         used = {*MODEL_KEYS, *REDUNDANT, *cls.required, *cls.optional}
-        skipped = {*TRAINING_ONLY, *cls.training_only}
-        for key in self.params:
-            if key in skipped:
-                self.skipped.append(f"{self.where}.{key}")
-            elif key not in used:
-                raise unknown_name(f"parameter of {name}", key, used | skipped, self.where)
-        for key in ("unet_config", AUTOENCODER_CONFIG, "cond_stage_config", *cls.required):
-            if key not in self.params:
-                raise ConfigError(f"{self.where}: {name} needs `{key}`")
+        training_only = {*TRAINING_ONLY, *cls.training_only}
+        self.skipped += check_params(name, self.params, required, used, training_only, self.where)
         conditioning = self.params.get("conditioning_key")
         if conditioning not in (None, cls.conditioning_key):
             raise ConfigError(
@@ -260,8 +247,6 @@ class _ModelClass:
         conditioning_key: Its only supported `conditioning_key`.
         make_encoders: Returns its encoders besides the text encoder.
         required: Required parameters: configs of parts.
-        optional: Optional parameters.
-        training_only: Parameters that are used only in training.
     """
 
     conditioning_key: str

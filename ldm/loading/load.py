@@ -2,7 +2,7 @@
 
     weights = identify_weights(open_checkpoint(ckpt))   memory-mapped, our names, with a family
     _, raw  = read_config(weights, config)              a YAML: given, embedded, or of the family
-    model   = build_on_meta(translate_config(raw))      no memory, no initialisation
+    model   = build_on_meta(raw)                        no memory, no initialisation
     state   = match_weights(model, weights.state, …)    strict: every tensor, every shape
     fill_weights(model, state)
     add_loras(model, …), load_embeddings(model, …)
@@ -32,11 +32,10 @@ from ldm.loading.autoencoders import is_finite_in_half
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
-from ldm.loading.families import probe_prediction
+from ldm.loading.families import LATENT_UPSCALER, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoint
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.find_variant import choose_variant, select_file_variant
-from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
 from ldm.loading.model_config import is_in_doubt, read_config
 from ldm.loading.modelspec import describe_model
@@ -154,12 +153,11 @@ def load(
     where = Path(config_path).name
     summary = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
-    spec = translate_config(raw, where=where, skipped=skipped)
-    model = build_on_meta(spec, allow=as_list(allow), where=where, skipped=skipped)
+    model = build_on_meta(raw, allow=as_list(allow), where=where, skipped=skipped)
     _log_ignored(raw, weights, ema, skipped)
     if not isinstance(model, LatentDiffusion):
         _check_options_of_part(weights.path, loras, embeddings, vae, text_encoder)
-        _select_ema(model, weights, ema)
+        weights.select_ema(model.state_dict(), ema)
         _fill(model, weights, summary, device, dtype)
         return cast(LatentDiffusion, model.eval())
     with errors_about("embeddings"):  # refuse what does not fit before weights are read
@@ -167,7 +165,7 @@ def load(
     with errors_about("loras"):
         adapters = read_loras(model, loras)
     detected_variant = choose_variant(model, weights, variant, loras)
-    _select_ema(model, weights, ema)
+    weights.select_ema(model.state_dict(), ema)
     provenance = {
         "config": config_path, "ema": ema, "skipped": skipped, **_describe_origin(raw, weights)
     }  # fmt: skip
@@ -181,7 +179,7 @@ def load(
     if text_encoder is not None:
         with errors_about("text_encoder"):
             provenance["text_encoder"] = replace_text_encoder(model, weights, text_encoder)
-    if weights.family is not None and weights.family.name == "x2":
+    if weights.family is LATENT_UPSCALER:
         complete_upscaler(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False  # its tensors are in memory
@@ -279,14 +277,6 @@ def _check_options_of_part(
         raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
     if loras or embeddings:
         raise WrongFamily("LoRAs and embeddings need a whole model, the config describes a part")
-
-
-def _select_ema(model: nn.Module, weights: Weights, ema: bool) -> None:
-    """Replace weights by their EMA if asked to, else check that the raw ones are there."""
-    if ema:
-        weights.use_ema(model.state_dict())
-    else:
-        weights.check_not_ema_only(model.state_dict())
 
 
 def _choose_autoencoder_dtype(

@@ -24,6 +24,7 @@ from ldm.loading.weight_names import (
     AUTOENCODER,
     TEXT,
     TEXT_2,
+    UNET,
     has_engine_names,
     has_prefix,
     strip_prefix,
@@ -39,7 +40,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PARTS = ("unet.", "autoencoder.", "conditioner.")
+PARTS = (UNET, AUTOENCODER, "conditioner.")
 # Parts that some files of whole models do not contain, by prefix.
 SEPARABLE_PARTS = {
     AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
@@ -78,7 +79,6 @@ def match_weights(
 
     Args:
         state: Weights of the file under our names; for a part also names without prefix.
-        file: Path of the file, for messages.
         summary: Start of the error message, before the counts; None = "`file` does not fit the
             config".
 
@@ -105,8 +105,6 @@ def check_weights(
     The message has counts, some of the original's names, and the likely cause.
 
     Args:
-        expected: Weights of the model, for names and shapes.
-        state: Weights under our names.
         summary: Start of the message, such as "`x.ckpt` does not fit x.yaml".
     """
     original = partial(to_original_name, engine=has_engine_names(expected))
@@ -153,7 +151,6 @@ def translate_names(
     Args:
         model: May be on the meta device.
         state: Weights under our names, or diffusers' names with our prefixes.
-        file: Path of the file, for messages.
     """
     expected, renamed = model.state_dict(), dict(state)
     if expected.keys() == state.keys():

@@ -33,9 +33,8 @@ from ldm.loading.files.checkpoint import (
     ComputedTensor,
     release_pages,
 )
-from ldm.loading.legacy import translate_config
 from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, filter_metadata
-from ldm.loading.weight_names import AUTOENCODER, pair_names
+from ldm.loading.weight_names import AUTOENCODER, UNET, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
@@ -45,7 +44,7 @@ __all__ = ["RECIPE", "ModelFile", "check_fits", "plan_merge", "read_model_file"]
 
 SUFFIXES = (".safetensors", ".ckpt")
 RECIPE = "ldm.merge"  # metadata key: JSON of rule, models and weights
-UNET, INPUT_CONV = "unet.", "unet.input_blocks.0.0.weight"
+INPUT_CONV = "unet.input_blocks.0.0.weight"
 TOKEN_IDS = ".token_ids"  # end of the name of a compact vocabulary's ids
 LATENT_CHANNELS = 4  # all input channels of a text-to-image model
 # Metadata about the training or conversion of A, which are not valid for the result.
@@ -59,7 +58,6 @@ class ModelFile:
     Args:
         file: The weights, with the original's names.
         names: Name in `file` by our name.
-        model: On the meta device.
         family: None = unknown.
         config: Text of its YAML.
     """
@@ -109,14 +107,9 @@ def plan_merge(
         subtract: C, the model that B was fine-tuned from; None = weighted sum.
         weight: w; None = 0.5, or 1 with `subtract`.
         block_weights: w of single blocks, see `Blocks.parse_weights`; `weight` is that of others.
-        merge_vae: Whether to merge autoencoders, too.
         ema: Whether to use the EMA weights of models that have them.
         dtype: Dtype of floating-point weights to write; None = as in A.
         config: The YAML of all models; None finds it as `load` does.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: Models differ in family or prediction type.
     """
     target = Path(target).expanduser()
     if target.suffix not in SUFFIXES:
@@ -158,7 +151,6 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
 
     Args:
         config: The YAML; None = find it as `load` does.
-        ema: Whether to use its EMA weights, if it has any.
     """
     file = open_checkpoint(path)
     family = identify_weights(file).family
@@ -166,7 +158,7 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
     if text is None:
         message = f"`{file.path}` is of no known family\nhint: pass its config"
         raise MissingArgument(message, "config")
-    model = build_on_meta(translate_config(parse_yaml(text, where="config"), where="config"))
+    model = build_on_meta(parse_yaml(text))
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: it cannot be merged")
     file = to_original_names(file, model, ema=ema and file.has_ema)
@@ -215,20 +207,18 @@ def _has_same_shape(name: str, a: ModelFile, b: ModelFile) -> bool:
 
 
 def _merge(name: str, a: ModelFile, b: ModelFile, c: ModelFile | None, weight: float) -> Tensor:
-    """Return a merged weight, float32; input channels that b does not have are a's."""
+    """Return a merged weight, float32; input channels that not all models have are a's."""
     models = [m for m in (a, b, c) if m is not None]
-    merged, *others = (m[name].float() for m in models)
-    own_inputs = None
+    values = [m[name].float() for m in models]
+    merged = part = values[0].clone()
     if name == INPUT_CONV:
-        count = others[0].shape[1]
-        own_inputs = merged[:, count:]
-        merged, *others = (value[:, :count] for value in (merged, *others))
+        count = min(value.shape[1] for value in values)
+        part = merged[:, :count]
+        values = [value[:, :count] for value in values]
     if c is None:
-        merged = (1 - weight) * merged + weight * others[0]
+        part.copy_((1 - weight) * values[0] + weight * values[1])
     else:
-        merged = merged + weight * (others[0] - others[1])
-    if own_inputs is not None:
-        merged = torch.cat([merged, own_inputs], 1)
+        part.copy_(values[0] + weight * (values[1] - values[2]))
     for m in models:
         m.release(m[name])
     return merged

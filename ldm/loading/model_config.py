@@ -9,7 +9,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import check_overrides, instantiate, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import is_diffusers_folder
-from ldm.loading.families import Prediction, probe_prediction
+from ldm.loading.families import LATENT_UPSCALER, Prediction, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
 from ldm.loading.k_diffusion import build_upscaler_config, find_json, find_unet_params
 from ldm.loading.legacy import MODEL, translate_config
@@ -42,7 +42,7 @@ def choose_config(weights: Weights) -> str:
         message = f"`{weights.path}` {looks}\nhint: pass its config"
         raise MissingArgument(message, "config")
     path = family.config_path(weights.prediction.kind)
-    if family.name == "x2":
+    if family is LATENT_UPSCALER:
         path = str(find_json(weights.path) or path)
     return path
 
@@ -85,7 +85,6 @@ def find_schedule_early(
     Args:
         path: Of the checkpoint.
         config: See `read_config`.
-        overrides: See `read_config`.
     """
     if not is_diffusers_folder(path) and not opens_quickly(path):
         return None

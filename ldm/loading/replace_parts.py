@@ -14,7 +14,7 @@ from ldm.loading.diffusers.locations import locate_unet
 from ldm.loading.files.checkpoint import Checkpoint, compute_short_hash
 from ldm.loading.matching import match_weights
 from ldm.loading.tiny_autoencoder import TinyWeights, check_latents
-from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, pair_names, rename_weights
+from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, rename_weights
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -65,14 +65,9 @@ def replace_text_encoder(
 
     Takes its autoencoder, too, if `weights` have none.
     """
-    text = model.conditioner.text
-    if not isinstance(text, TextEncoder):
-        raise ArgumentError(f"`{weights.path}` has no text encoder to replace", "text_encoder")
     source = open_checkpoint(text_encoder)
-    _replace_weights(weights, source, TEXT, extract_text_encoder(source, text, weights.path))
-    names = (name for name, _ in pair_names(source.state))
-    if not has_prefix(weights.state, AUTOENCODER) and has_prefix(names, AUTOENCODER):
-        weights.state |= extract_autoencoder(source, model.autoencoder, weights.path)
+    part = extract_text_encoder(source, model, weights.state, weights.path)
+    _replace_weights(weights, source, TEXT, part)
     return _path_and_hash(source.path)
 
 
@@ -82,10 +77,7 @@ def extract_autoencoder(
     """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
 
     Args:
-        autoencoder: Autoencoder to fill, for names and shapes.
         model: The model's file, for messages.
-    Raises:
-        WeightsMismatch: The weights do not fit, or the model has no such autoencoder.
     """
     if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
@@ -95,21 +87,29 @@ def extract_autoencoder(
 
 
 def extract_text_encoder(
-    source: Checkpoint, encoder: nn.Module, model: str | Path
+    source: Checkpoint, model: nn.Module | None, names: Iterable[str], path: Path
 ) -> dict[str, Tensor]:
     """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
 
+    Those of its autoencoder are added if the model needs one and its file has none.
+
     Args:
-        encoder: Text encoder to fill, for names and shapes.
-        model: The model's file, for messages.
-    Raises:
-        WeightsMismatch: The weights do not fit.
+        model: Model to fill, for names and shapes; None = unknown.
+        names: Our names of the weights in the model's file.
+        path: The model's file, for messages.
     """
+    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
+    if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
+        raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
     prefix = "text_model."  # of transformers' CLIPTextModel
     state = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
-    summary = f"the text encoder of `{source.path}` does not fit `{model}`"
-    state = match_weights(encoder, rename_weights(state), source.path, summary)
-    return {f"{TEXT}{name}": value for name, value in state.items()}
+    state = rename_weights(state)
+    summary = f"the text encoder of `{source.path}` does not fit `{path}`"
+    part = {f"{TEXT}{n}": v for n, v in match_weights(text, state, source.path, summary).items()}
+    is_missing = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, AUTOENCODER)
+    if is_missing and has_prefix(state, AUTOENCODER):
+        part |= extract_autoencoder(source, model.autoencoder, path)
+    return part
 
 
 def complete_upscaler(
@@ -146,8 +146,6 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
     """Raise MissingArgument unless weights of an x2 latent upscaler have all parts.
 
     Args:
-        names: Our names of the weights.
-        path: Their file, for the message.
         base: The model from which missing parts were to be taken; None = none was given.
     """
     names = list(names)

@@ -3,19 +3,18 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from ldm.loading.build import build_on_meta
-from ldm.loading.families import Prediction
+from ldm.loading.families import LATENT_UPSCALER, Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import list_foreign_imports, list_pickle_imports
 from ldm.loading.find_variant import find_variant
-from ldm.loading.legacy import translate_config
 from ldm.loading.matching import translate_names
-from ldm.loading.model_config import choose_config, probe_weights, read_config
+from ldm.loading.model_config import probe_weights, read_config
 from ldm.loading.modelspec import PREFIX
 from ldm.loading.published import find_checkpoint, identify_hash, read_published_files
 from ldm.loading.replace_parts import UPSCALER_PARTS
@@ -47,8 +46,6 @@ class Part:
     Args:
         name: Our name of the part.
         prefix: The original's prefix.
-        tensors: Number of tensors.
-        parameters: Number of their elements.
         dtypes: Number of tensors by dtype.
     """
 
@@ -59,27 +56,18 @@ class Part:
     dtypes: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """The result of an inspection of one file; None = unknown, where nothing else is said.
 
     Args:
-        path: Path of the file.
-        bytes: Its size.
         sha256: "" if it was not computed, as no published file has this size.
         published: Name and title of the published file with this hash.
         kind: Format, "zip", "legacy" or "safetensors".
         refused: Why the file cannot be read; None = it can.
-        family: Name of the family.
-        title: Name of the family in messages.
         task: Function of `ldm.pipelines` for it.
         config: Path of the config that the weights are compared with, or `CONFIG_KEY`.
-        prediction: Prediction type.
-        parts: Groups of tensors by prefix.
-        has_ema: Whether it has EMA weights.
-        step: Training step.
         extras: Names of the entries beside the weights.
-        metadata: Text entries.
         pickle_names: Names that its pickle would import.
         foreign_names: Those of them that weights do not need.
         missing: The original's names of weights that the config needs and the file does not have;
@@ -188,34 +176,34 @@ def inspect_checkpoint(
     )
     digest = hash_file(path) if needs_hash else find_cached_sha256(path)
     report = Report(str(path), size, digest or "")
-    if file := identify_hash(report.sha256):
-        report = replace(report, published=f"{file.name}, {file.title}")
+    if file := identify_hash(digest):
+        report.published = f"{file.name}, {file.title}"
     try:
-        file_format = detect_format(path)
-        report = replace(report, kind=file_format)
-        if file_format != "safetensors":
-            names = list_pickle_imports(path, file_format)
-            foreign = list_foreign_imports(path, file_format)
-            report = replace(report, pickle_names=names, foreign_names=foreign)
+        report.kind = detect_format(path)
+        if report.kind != "safetensors":
+            report.pickle_names = list_pickle_imports(path, report.kind)
+            report.foreign_names = list_foreign_imports(path, report.kind)
         weights = identify_weights(read_checkpoint(path))
     except ValueError as error:
-        return replace(report, refused=str(error))
+        report.refused = str(error)
+        return report
     if probe:
         weights.prediction = probe_weights(weights)
-    if (family := weights.family) is not None:
-        report = replace(report, family=family.name, title=family.title, task=family.task or None)
-    report = replace(
-        report,
-        prediction=weights.prediction,
-        parts=list(_list_parts(weights.state)),
-        has_ema=weights.checkpoint.has_ema,
-        step=weights.checkpoint.step,
-        extras=list(weights.checkpoint.extras),
-        variant=_describe_variant(weights),
-        note=TRANSPOSED_WARNING if has_transposed_projection(weights.state) else "",
-        metadata=weights.checkpoint.metadata,
-    )
-    return _compare(report, weights, config)
+    report.prediction = weights.prediction
+    if weights.family is not None:
+        report.family, report.title = weights.family.name, weights.family.title
+        report.task = weights.family.task or None
+        if variant := find_variant(weights):
+            report.variant = f"{variant.name}, by {variant.evidence}"
+    report.parts = list(_list_parts(weights.state))
+    report.has_ema = weights.checkpoint.has_ema
+    report.step = weights.checkpoint.step
+    report.extras = list(weights.checkpoint.extras)
+    report.metadata = weights.checkpoint.metadata
+    if has_transposed_projection(weights.state):
+        report.note = TRANSPOSED_WARNING
+    _compare(report, weights, config)
+    return report
 
 
 def _shorten(text: str) -> str:
@@ -243,41 +231,28 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         yield Part(prefix[:-1], original, len(tensors), parameters, dict(dtypes))
 
 
-def _describe_variant(weights: Weights) -> str | None:
-    variant = find_variant(weights)
-    if variant is None or weights.family is None:
-        return None
-    return f"{variant.name}, by {variant.evidence}"
-
-
-def _compare(report: Report, weights: Weights, config: str | Path | None) -> Report:
+def _compare(report: Report, weights: Weights, config: str | Path | None) -> None:
     """Add to a report the config, how weights fit it, and a family that its encoders show."""
     try:
-        config_path = choose_config(weights) if config is None else str(config)
+        path, raw = read_config(weights, config)
+        report.config, where = path, Path(path).name
+        model = build_on_meta(raw, where=where)
     except MissingArgument as error:
-        reason = str(error).splitlines()[0]
-        return replace(report, note=f"no config to compare with: {reason}")
-    report = replace(report, config=config_path)
-    try:
-        where = Path(config_path).name
-        _, raw = read_config(weights, config)
-        model = build_on_meta(translate_config(raw, where=where), where=where)
+        report.note = f"no config to compare with: {str(error).splitlines()[0]}"
+        return
     except ValueError as error:
-        return replace(report, note=str(error))
-    if report.family is None and isinstance(model, LatentDiffusion):
-        family = FAMILIES.get(family_of(model.conditioner) or "")
-        if family is not None:
-            report = replace(report, title=family.title, task=family.function)
+        report.note = str(error)
+        return
+    family = family_of(model.conditioner) if isinstance(model, LatentDiffusion) else None
+    if report.family is None and family is not None:
+        report.title, report.task = FAMILIES[family].title, FAMILIES[family].function
     expected, state = model.state_dict(), translate_names(model, weights.state, weights.path)
-    if weights.family is not None and weights.family.name == "x2":
+    if weights.family is LATENT_UPSCALER:
         missing = [prefix for prefix in UPSCALER_PARTS if not has_prefix(state, prefix)]
-        titles = " and ".join(UPSCALER_PARTS[prefix] for prefix in missing)
-        note = f"needs {titles} from another file, such as Stable Diffusion 1" if missing else ""
-        report = replace(report, note=note)
+        if missing:
+            titles = " and ".join(UPSCALER_PARTS[prefix] for prefix in missing)
+            report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
     engine = has_engine_names(expected)
-    return replace(
-        report,
-        missing=[to_original_name(n, engine=engine) for n in expected if n not in state],
-        unexpected=[to_original_name(n, engine=engine) for n in state if n not in expected],
-    )
+    report.missing = [to_original_name(n, engine=engine) for n in expected if n not in state]
+    report.unexpected = [to_original_name(n, engine=engine) for n in state if n not in expected]

@@ -10,8 +10,7 @@ Both generations of these configs are supported. These parameters are additions 
 `ldm.model.Defaults`), and the conditioner's `force_uc_zero_embeddings`.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ldm.diffusion.schedule import Schedule, betas_from_sigmas, make_betas
 from ldm.runtime.errors import ConfigError, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["ENGINE", "name_encoders", "translate_engine"]
+__all__ = ["ENGINE", "check_params", "name_encoders", "translate_engine"]
 
 ENGINE = "sgm.models.diffusion.DiffusionEngine"
 PARTS = ("network_config", "denoiser_config", "first_stage_config")
@@ -63,31 +62,21 @@ def translate_engine(
     params: JsonMapping,
     where: str,
     skipped: list[str],
-    translate: Callable[[JsonMapping, str], JsonObject],
+    translate: Callable[..., JsonObject],
 ) -> JsonObject:
     """Translate the parameters of a DiffusionEngine into those of LatentDiffusion.
 
     Args:
-        where: File and key, for messages.
         skipped: List to which keys that sampling does not need are appended.
-        translate: (config of a part, where) -> translated config.
+        translate: Translates the config of a part, as `translate_config`.
     """
-    for key in params:
-        if key in TRAINING_ONLY:
-            skipped.append(f"{where}.{key}")
-        elif key not in PARAMETERS:
-            raise unknown_name(
-                "parameter of DiffusionEngine", key, PARAMETERS | TRAINING_ONLY, where
-            )
-    for key in PARTS:
-        if key not in params:
-            raise ConfigError(f"{where}: DiffusionEngine needs `{key}`")
+    skipped += check_params("DiffusionEngine", params, PARTS, PARAMETERS, TRAINING_ONLY, where)
     if params.get("network_wrapper") not in (None, WRAPPER):
         message = f"`network_wrapper: {params['network_wrapper']}` is not supported"
         raise ConfigError(f"{where}: {message}")
-    unet = translate(params["network_config"], f"{where}.network_config")
+    unet = translate(params["network_config"], where=f"{where}.network_config")
     unet["params"] = {"legacy": False} | unet["params"]
-    conditioner = _Embedders(params, f"{where}.conditioner_config", translate).translate()
+    conditioner = _translate_conditioner(params, f"{where}.conditioner_config", translate)
     encoders = conditioner["params"].values()
     channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
     if channels[0] == 2 * channels[1] + 1:  # inpainting, as YAMLs of other programs mark it
@@ -95,9 +84,9 @@ def translate_engine(
     has_sizes = any(isinstance(spec, Mapping) and spec["target"] == SIZES for spec in encoders)
     parts = {
         "unet": unet,
-        "autoencoder": translate(params["first_stage_config"], f"{where}.first_stage_config"),
+        "autoencoder": translate(params["first_stage_config"], where=f"{where}.first_stage_config"),
         "conditioner": conditioner,
-        **_Denoiser(params, f"{where}.denoiser_config").translate(),
+        **_translate_denoiser(params, f"{where}.denoiser_config"),
         "scale_factor": params.get("scale_factor", 1.0),
         "upcast_autoencoder": params.get("disable_first_stage_autocast", False),
         "image_size": params.get("image_size", IMAGE_SIZE_XL if has_sizes else IMAGE_SIZE),
@@ -106,6 +95,26 @@ def translate_engine(
         if key in params:
             parts[key] = params[key]
     return parts
+
+
+def check_params(
+    name: str,
+    params: JsonMapping,
+    required: Iterable[str],
+    used: Collection[str],
+    training_only: Collection[str],
+    where: str,
+) -> list[str]:
+    """Raise an error for unknown and missing parameters; return the places of `training_only`.
+
+    Args:
+        name: Class of the original, for messages.
+    """
+    check_names(f"parameter of {name}", params, {*used, *training_only}, where)
+    for key in required:
+        if key not in params:
+            raise ConfigError(f"{where}: {name} needs `{key}`")
+    return [f"{where}.{key}" for key in params if key in training_only]
 
 
 def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
@@ -125,53 +134,50 @@ def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, st
     return names
 
 
-@dataclass
-class _Embedders:
-    """Translates the embedders of an engine."""
+def _translate_conditioner(
+    engine: JsonMapping, where: str, translate: Callable[..., JsonObject]
+) -> JsonObject:
+    config = engine.get("conditioner_config") or {"params": {"emb_models": []}}
+    params = config.get("params") or {}
+    allowed = ("emb_models", "force_uc_zero_embeddings")
+    check_names("parameter of GeneralConditioner", params, allowed, where)
+    embedders = params.get("emb_models") or []
+    if not isinstance(embedders, list):
+        raise ConfigError(f"{where}: `emb_models` must be a list")
+    specs = {
+        index: _translate_embedder(embedder, f"{where}.{index}", translate)
+        for index, embedder in enumerate(embedders)
+    }
+    targets = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
+    encoders = {name: specs[i] for i, name in name_encoders(targets).items()}
+    texts = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
+    # The original samples models of two text encoders with zeros for an empty negative prompt.
+    zeroed = params.get("force_uc_zero_embeddings", ["txt"] if len(texts) > 1 else [])
+    for spec, embedder in zip(specs.values(), embedders, strict=True):
+        if _get_input_key(embedder, where) in zeroed:
+            spec["params"]["null"] = None
+    return {"target": CONDITIONER, "params": {"join": "features", **encoders}}
 
-    engine: JsonMapping
-    where: str
-    translate_part: Callable[[JsonMapping, str], JsonObject]
 
-    def translate(self) -> JsonObject:
-        config = self.engine.get("conditioner_config") or {"params": {"emb_models": []}}
-        params = config.get("params") or {}
-        allowed = ("emb_models", "force_uc_zero_embeddings")
-        check_names("parameter of GeneralConditioner", params, allowed, self.where)
-        embedders = params.get("emb_models") or []
-        if not isinstance(embedders, list):
-            raise ConfigError(f"{self.where}: `emb_models` must be a list")
-        specs = {
-            index: self._translate_embedder(embedder, f"{self.where}.{index}")
-            for index, embedder in enumerate(embedders)
-        }
-        targets = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
-        encoders = {name: specs[i] for i, name in name_encoders(targets).items()}
-        texts = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
-        # The original samples models of two text encoders with zeros for an empty negative prompt.
-        zeroed = params.get("force_uc_zero_embeddings", ["txt"] if len(texts) > 1 else [])
-        for spec, embedder in zip(specs.values(), embedders, strict=True):
-            if _get_input_key(embedder, self.where) in zeroed:
-                spec["params"]["null"] = None
-        return {"target": CONDITIONER, "params": {"join": "features", **encoders}}
-
-    def _translate_embedder(self, embedder: JsonMapping, where: str) -> JsonObject:
-        allowed = ("target", "params", "input_key", "input_keys", *EMBEDDER_OPTIONS)
-        check_names("key of an embedder", embedder, allowed, where)
-        key = _get_input_key(embedder, where)
-        config = {name: embedder[name] for name in ("target", "params") if name in embedder}
-        spec = self.translate_part(config, where)
-        spec["params"] = dict(spec["params"])
-        if spec["target"] in TEXT_ENCODERS:
-            if key != "txt":
-                raise ConfigError(f"{where}: text encoders read `txt`, not `{key}`")
-        else:
-            spec["params"]["key"] = key
-        spec["params"]["is_trainable"] = bool(embedder.get("is_trainable", False))
-        for name in EMBEDDER_OPTIONS[1:]:
-            if embedder.get(name) is not None:
-                spec["params"][name] = embedder[name]
-        return spec
+def _translate_embedder(
+    embedder: JsonMapping, where: str, translate: Callable[..., JsonObject]
+) -> JsonObject:
+    allowed = ("target", "params", "input_key", "input_keys", *EMBEDDER_OPTIONS)
+    check_names("key of an embedder", embedder, allowed, where)
+    key = _get_input_key(embedder, where)
+    config = {name: embedder[name] for name in ("target", "params") if name in embedder}
+    spec = translate(config, where=where)
+    spec["params"] = dict(spec["params"])
+    if spec["target"] in TEXT_ENCODERS:
+        if key != "txt":
+            raise ConfigError(f"{where}: text encoders read `txt`, not `{key}`")
+    else:
+        spec["params"]["key"] = key
+    spec["params"]["is_trainable"] = bool(embedder.get("is_trainable", False))
+    for name in EMBEDDER_OPTIONS[1:]:
+        if embedder.get(name) is not None:
+            spec["params"][name] = embedder[name]
+    return spec
 
 
 def _get_input_key(embedder: JsonMapping, where: str) -> str:
@@ -183,75 +189,70 @@ def _get_input_key(embedder: JsonMapping, where: str) -> str:
     return str(keys[0])
 
 
-@dataclass
-class _Denoiser:
-    """Translates the denoiser of an engine: noise schedule, prediction type, default options."""
+def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
+    """Return noise schedule, prediction type, and default options of sampling."""
+    denoiser = engine["denoiser_config"]
+    name = _get_class_name(denoiser, DENOISER_PARAMETERS, where)
+    params = denoiser.get("params") or {}
+    check_names(f"parameter of {name}", params, DENOISER_PARAMETERS[name], where)
+    scaling = params.get("scaling_config") or {}
+    prediction, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, where)]
+    sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
+    if name == "DiscreteDenoiser":
+        zero_snr = engine.get("rescale_betas_zero_snr", False)
+        schedule = _make_discrete_schedule(params, zero_snr, log_time, where)
+        scheduler = "sgm_uniform"
+    else:
+        schedule = _make_continuous_schedule(engine.get("sampler_config") or {}, log_time, where)
+        scheduler = "karras"
+    # 5 is the guidance scale of diffusers' SDXL pipelines.
+    defaults = {"scale": 5.0, "scheduler": scheduler} | (engine.get("defaults") or {})
+    return {
+        "schedule": schedule,
+        "parameterization": prediction,
+        "sigma_data": sigma_data,
+        "defaults": {"target": "ldm.model.Defaults", "params": defaults},
+    }
 
-    engine: JsonMapping
-    where: str
 
-    def translate(self) -> JsonObject:
-        denoiser = self.engine["denoiser_config"]
-        name = _get_class_name(denoiser, DENOISER_PARAMETERS, self.where)
-        params = denoiser.get("params") or {}
-        check_names(f"parameter of {name}", params, DENOISER_PARAMETERS[name], self.where)
-        scaling = params.get("scaling_config") or {}
-        prediction, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, self.where)]
-        sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
-        # 5 is the guidance scale of diffusers' SDXL pipelines.
-        if name == "DiscreteDenoiser":
-            schedule = self._make_discrete_schedule(params, log_time)
-            defaults = {"scale": 5.0, "scheduler": "sgm_uniform"}
-        else:
-            schedule = self._make_continuous_schedule(log_time)
-            defaults = {"scale": 5.0, "scheduler": "karras"}
-        defaults |= self.engine.get("defaults") or {}
-        return {
-            "schedule": schedule,
-            "parameterization": prediction,
-            "sigma_data": sigma_data,
-            "defaults": {"target": "ldm.model.Defaults", "params": defaults},
-        }
-
-    def _make_discrete_schedule(self, params: JsonMapping, log_time: bool) -> JsonObject:
-        config = params.get("discretization_config") or {}
-        name = _get_class_name(
-            config, ("LegacyDDPMDiscretization", "EDMDiscretization"), self.where
+def _make_discrete_schedule(
+    params: JsonMapping, zero_snr: bool, log_time: bool, where: str
+) -> JsonObject:
+    config = params.get("discretization_config") or {}
+    name = _get_class_name(config, ("LegacyDDPMDiscretization", "EDMDiscretization"), where)
+    discretization = dict(config.get("params") or {})
+    num_steps = params.get("num_idx", 1000)
+    options = {
+        "zero_snr": zero_snr,
+        "log_time": log_time,
+        "quantize_time": params.get("quantize_c_noise", True),
+        "flip_time": not params.get("flip", True),
+        "append_zero": params.get("do_append_zero", False),
+    }
+    if name == "EDMDiscretization":
+        betas: Any = betas_from_sigmas(
+            _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM, where))
         )
-        discretization = dict(config.get("params") or {})
-        num_steps = params.get("num_idx", 1000)
-        options = {
-            "zero_snr": self.engine.get("rescale_betas_zero_snr", False),
-            "log_time": log_time,
-            "quantize_time": params.get("quantize_c_noise", True),
-            "flip_time": not params.get("flip", True),
-            "append_zero": params.get("do_append_zero", False),
-        }
-        if name == "EDMDiscretization":
-            betas: Any = betas_from_sigmas(
-                _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM, self.where))
-            )
-        else:
-            linear = _get_beta_params(discretization, self.where)
-            betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
-            if num_steps != linear["timesteps"]:  # sgm takes that many of its levels
-                sigmas = Schedule(make_betas(**linear)).step_sigmas(num_steps, "sgm_uniform")
-                betas = betas_from_sigmas(sigmas[:-1].flip(0))
-        target = "ldm.diffusion.schedule.Schedule"
-        return {"target": target, "params": {"betas": betas, **options}}
+    else:
+        linear = _get_beta_params(discretization, where)
+        betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
+        if num_steps != linear["timesteps"]:  # sgm takes that many of its levels
+            sigmas = Schedule(make_betas(**linear)).step_sigmas(num_steps, "sgm_uniform")
+            betas = betas_from_sigmas(sigmas[:-1].flip(0))
+    return {"target": "ldm.diffusion.schedule.Schedule", "params": {"betas": betas, **options}}
 
-    def _make_continuous_schedule(self, log_time: bool) -> JsonObject:
-        """Return a continuous schedule with the range of the sampler, as the denoiser has none."""
-        sampler = self.engine.get("sampler_config") or {}
-        config = (sampler.get("params") or {}).get("discretization_config") or {}
-        discretization = dict(config.get("params") or {})
-        if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
-            sigmas = Schedule(make_betas(**_get_beta_params(discretization, self.where))).sigmas
-            discretization = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-        discretization = _fill_defaults(discretization, EDM, self.where)
-        del discretization["rho"]
-        target = "ldm.diffusion.schedule.ContinuousSchedule"
-        return {"target": target, "params": {**discretization, "log_time": log_time}}
+
+def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) -> JsonObject:
+    """Return a continuous schedule with the range of the sampler, as the denoiser has none."""
+    config = (sampler.get("params") or {}).get("discretization_config") or {}
+    discretization = dict(config.get("params") or {})
+    if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
+        sigmas = Schedule(make_betas(**_get_beta_params(discretization, where))).sigmas
+        discretization = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
+    discretization = _fill_defaults(discretization, EDM, where)
+    del discretization["rho"]
+    target = "ldm.diffusion.schedule.ContinuousSchedule"
+    return {"target": target, "params": {**discretization, "log_time": log_time}}
 
 
 def _get_beta_params(discretization: JsonMapping, where: str) -> JsonObject:

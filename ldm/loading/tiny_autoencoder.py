@@ -47,7 +47,6 @@ class TinyWeights:
     """The weights of TAESD.
 
     Args:
-        path: Their file or folder.
         state: Weights under the names of `TinyAutoencoder`.
     """
 
@@ -89,11 +88,7 @@ def build_tiny_autoencoder(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> TinyAutoencoder:
-    """Build TAESD for the latents of a model; without an encoder, the model's own one encodes.
-
-    Raises:
-        WeightsMismatch: Weights are missing, or have other shapes.
-    """
+    """Build TAESD for the latents of a model; without an encoder, the model's own one encodes."""
     # With latents normalized by channel, the model's factor is not the autoencoder's.
     scale = SCALE_XL if model.latent_mean is not None else model.scale_factor
     with meta_device():
@@ -111,9 +106,6 @@ def build_tiny_autoencoder(
 
 def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
     """Load TAESD for previews: to decode the estimates that a callback receives.
-
-    Args:
-        path: A file or diffusers folder of TAESD.
 
     Returns:
         A function that decodes latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].

@@ -121,7 +121,6 @@ class DetectedVariant(NamedTuple):
     """The variant of a model.
 
     Args:
-        name: A name in VARIANTS.
         evidence: How it was recognised, for messages.
         path: The file or folder of the model or LoRA that shows it.
     """
@@ -231,12 +230,7 @@ def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
 def _search_names(
     patterns: Mapping[str, str], path: Path, metadata: Mapping[str, str], keys: Iterable[str]
 ) -> DetectedVariant | None:
-    """Search metadata, then the file name, for the patterns of variants.
-
-    Args:
-        patterns: Pattern by variant.
-        keys: Keys of the metadata to search.
-    """
+    """Search metadata, then the file name, for the patterns of variants."""
     sources = {f"metadata `{key}`": metadata.get(key, "") for key in keys}
     sources["the file's name"] = find_model_name(path)
     for source, text in sources.items():

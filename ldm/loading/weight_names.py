@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AUTOENCODER", "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2",
+    "AUTOENCODER", "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2", "UNET",
     "has_engine_names", "has_prefix", "normalize_layer_name", "pair_names", "remove_wrappers",
     "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "strip_prefix",
     "to_original_name",
@@ -60,7 +60,8 @@ ATTENTION_WORDS = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
-AUTOENCODER, TEXT, TEXT_2 = "autoencoder.", "conditioner.text.", "conditioner.text_2."
+UNET, AUTOENCODER = "unet.", "autoencoder."
+TEXT, TEXT_2 = "conditioner.text.", "conditioner.text_2."
 SECOND_TEXT = "2_"  # prefix that `normalize_layer_name` gives layers of the second text encoder
 # `transformer.text_model.` of SD 1's text encoder, or parts of it; ComfyUI adds the encoder's name.
 TEXT_MODEL = re.compile(

@@ -7,8 +7,8 @@ path -> Checkpoint    names as in the file, or the original ones for a diffusers
 The original is the `ldm` of CompVis and Stability AI.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +20,9 @@ from ldm.loading.published import find_checkpoint
 from ldm.loading.variants import find_model_name
 from ldm.loading.weight_names import (
     MARKERS,
+    UNET,
     has_engine_names,
+    has_prefix,
     rename_weights,
     select_buffers,
     to_original_name,
@@ -53,13 +55,10 @@ class Weights:
     """The weights of a checkpoint by our names, its family and metadata.
 
     Args:
-        checkpoint: The checkpoint, with names as in the file.
-        state: Weights by our names.
         buffers: Tensors that are not weights, by the original's names: noise schedule, scale factor
             (if training measured it), statistics of embeddings or latents.
         metadata: Metadata of the file; each marker tensor (`v_pred`) adds an entry with value "".
         family: None = unknown.
-        prediction: Prediction type.
         mapped: Whether all tensors are memory-mapped.
     """
 
@@ -68,39 +67,41 @@ class Weights:
     buffers: dict[str, Tensor]
     metadata: dict[str, str]
     family: Family | None
-    prediction: Prediction
     mapped: bool
+    prediction: Prediction = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.detect_prediction()
 
     @property
     def path(self) -> Path:
         """The file or folder."""
         return self.checkpoint.path
 
-    def use_ema(self, names: Iterable[str]) -> None:
+    def detect_prediction(self) -> None:
+        """Set the prediction type by all methods that do not run the network."""
+        name, step = find_model_name(self.path), self.checkpoint.step
+        self.prediction = detect_prediction(self.family, self.state, step, self.metadata, name)
+
+    def select_ema(self, names: Collection[str], ema: bool) -> None:
         """Replace weights by their EMA weights, and add those that have only EMA weights.
 
         Args:
             names: Names of the model's weights.
-        """
-        all_names = (*names, *self.state)
-        engine = has_engine_names(all_names)
-        names_by_original = {to_original_name(name, engine=engine): name for name in all_names}
-        use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
-        step = self.checkpoint.step
-        model_name = find_model_name(self.path)
-        self.prediction = detect_prediction(
-            self.family, self.state, step, self.metadata, model_name
-        )
+            ema: Whether to do so; False = only check that the raw weights are there.
 
-    def check_not_ema_only(self, names: Iterable[str]) -> None:
-        """Raise MissingArgument if the file has only EMA weights for the model's UNet.
-
-        Args:
-            names: Names of the model's weights.
+        Raises:
+            MissingArgument: The file has only EMA weights for the model's UNet.
         """
-        needs_unet = any(name.startswith("unet.") for name in names)
-        has_unet = any(name.startswith("unet.") for name in self.state)
-        if needs_unet and not has_unet and self.checkpoint.has_ema:
+        if ema:
+            all_names = (*names, *self.state)
+            engine = has_engine_names(all_names)
+            names_by_original = {to_original_name(name, engine=engine): name for name in all_names}
+            use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
+            self.detect_prediction()
+        elif (
+            self.checkpoint.has_ema and has_prefix(names, UNET) and not has_prefix(self.state, UNET)
+        ):
             message = f"`{self.path}` holds only EMA weights of the UNet"
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
@@ -115,10 +116,6 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
             published name or `hf:` address for `find_checkpoint`.
         variant: Variant in the file names of a diffusers folder, such as `fp16`; None = see
             `read_folder`.
-
-    Raises:
-        MissingFile: There is no such file, or no weights in the folder.
-        ValueError: The file does not contain weights.
     """
     local_path = find_checkpoint(path, variant=variant)
     if not local_path.is_dir():
@@ -144,9 +141,7 @@ def identify_weights(checkpoint: Checkpoint) -> Weights:
     state, buffers = rename_weights(checkpoint.state), select_buffers(checkpoint.state)
     metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state}
     family = recognize_family(state, checkpoint.ema_state, metadata)
-    model_name = find_model_name(checkpoint.path)
-    prediction = detect_prediction(family, state, checkpoint.step, metadata, model_name)
-    return Weights(checkpoint, state, buffers, metadata, family, prediction, checkpoint.mapped)
+    return Weights(checkpoint, state, buffers, metadata, family, checkpoint.mapped)
 
 
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:

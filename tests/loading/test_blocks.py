@@ -6,7 +6,6 @@ from ldm.loading.blocks import find_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.families import CONFIG_DIR, XL_CONFIG_DIR
-from ldm.loading.legacy import translate_config
 from ldm.runtime.errors import ArgumentError
 
 ATTENTION = "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10"
@@ -14,7 +13,7 @@ XL_ATTENTION = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05
 
 
 def blocks_of(config):
-    return find_blocks(build_on_meta(translate_config(read_yaml(f"{config}.yaml"))).state_dict())
+    return find_blocks(build_on_meta(read_yaml(f"{config}.yaml")).state_dict())
 
 
 @pytest.fixture(scope="module")

@@ -188,11 +188,9 @@ def test_nonsense_values_are_one_error(tiny_yaml, value):
         instantiate(raw, where="tiny.yaml")
 
 
-def test_later_files_go_over_earlier_ones(tmp_path):
-    (tmp_path / "a.yaml").write_text("model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}")
-    (tmp_path / "b.yaml").write_text("model: {params: {x: 3, y: [4]}}\nnew: 5")
-    raw = read_yaml(tmp_path / "a.yaml", ["new=6"], tmp_path / "b.yaml")
+def test_later_texts_go_over_earlier_ones():
+    texts = ["model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}"]
+    raw = parse_yaml([*texts, "model: {params: {x: 3, y: [4]}}\nnew: 5"], ["new=6"])
     assert raw == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}
-    (tmp_path / "c.yaml").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"a.yaml \+ .*c.yaml: expected a YAML mapping"):
-        read_yaml(tmp_path / "a.yaml", (), tmp_path / "c.yaml")
+    with pytest.raises(ValueError, match=r"c.yaml: expected a YAML mapping"):
+        parse_yaml([*texts, "[1, 2]"], where="c.yaml")

@@ -17,6 +17,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.diffusers.locations import OLD_VAE_NAMES
 from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
+from ldm.loading.weight_names import strip_prefix
 from ldm.loading.weights import open_checkpoint
 from quick import some
 
@@ -80,10 +81,6 @@ def same(ours, theirs):
 
 def same_model(ours, theirs):
     return same(ours.state_dict(), theirs.state_dict())
-
-
-def vae_of(state):
-    return {k.removeprefix(VAE): v for k, v in state.items() if k.startswith(VAE)}
 
 
 def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path, capsys):
@@ -232,7 +229,7 @@ def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
 
 def test_a_lora_for_a_part_of_a_model_or_for_none_is_refused(tiny, state, tmp_path, capsys):
     vae, target = tmp_path / "vae.safetensors", tmp_path / "x.ckpt"
-    write_checkpoint(vae, vae_of(state))
+    write_checkpoint(vae, strip_prefix(state, VAE))
     error = fails(capsys, vae, target, "--lora", "style.safetensors")
     assert "is not a whole model: LoRAs cannot be merged" in error
     assert "is not a LoRA file" in fails(capsys, tiny, target, "--lora", vae)
@@ -256,22 +253,22 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     if config == "part":
         raw = {"model": raw["model"]["params"]["first_stage_config"]}
     (tmp_path / "kl.yaml").write_text(format_yaml(raw))
-    content = vae_of(state) | {"loss.logvar": torch.zeros(())}
+    content = strip_prefix(state, VAE) | {"loss.logvar": torch.zeros(())}
     torch.save({"state_dict": content}, tmp_path / "kl.ckpt")
     run(tmp_path / "kl.ckpt", tmp_path / "kl", "--config", tmp_path / "kl.yaml")
     bare = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     run(bare, tmp_path / "original.ckpt", "--config", tmp_path / "kl.yaml")
-    assert same(read_checkpoint(tmp_path / "original.ckpt").state, vae_of(state))
+    assert same(read_checkpoint(tmp_path / "original.ckpt").state, strip_prefix(state, VAE))
     about = json.loads((tmp_path / "kl/config.json").read_text())
     assert about["block_out_channels"] == [32, 64]
-    assert same(open_checkpoint(tmp_path / "kl").state, vae_of(state))
-    assert same(ldm.load(tmp_path / "kl").state_dict(), vae_of(state))
+    assert same(open_checkpoint(tmp_path / "kl").state, strip_prefix(state, VAE))
+    assert same(ldm.load(tmp_path / "kl").state_dict(), strip_prefix(state, VAE))
 
 
 def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, capsys):
     """Such as one whose decoder was trained on: alone in its file, or within a whole model."""
     vae, x, y = (tmp_path / name for name in ("vae.ckpt", "x.ckpt", "y.safetensors"))
-    other = {name: (value + 1).half() for name, value in vae_of(state).items()}
+    other = {name: (value + 1).half() for name, value in strip_prefix(state, VAE).items()}
     write_checkpoint(vae, other)
     run(tiny, x, "--vae", vae)
     expected = state | {VAE + name: value.float() for name, value in other.items()}

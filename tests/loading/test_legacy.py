@@ -14,7 +14,7 @@ from ldm.loading.weight_names import rename_weights, restore_names, select_buffe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
-# Parameters of whole models; the encoders beside text, and their slots.
+# Parameters of whole models; slots of encoders by batch key.
 MODELS = {
     "v1-inference": 1066235307,
     "v2-inference": 1303597228,
@@ -25,7 +25,7 @@ MODELS = {
     "v2-1-stable-unclip-h-inference": 1991659693,
     "v2-1-stable-unclip-l-inference": 1734820781,
 }
-LISTENS = {
+SLOTS = {
     "v1-inpainting-inference": {"txt": "crossattn", "masked": "concat"},
     "v1-image-variation-inference": {"jpg": "crossattn"},
     "v2-inpainting-inference": {"txt": "crossattn", "masked": "concat"},
@@ -46,7 +46,7 @@ LISTENS = {
 
 def meta(name):
     path = ROOT / f"configs/stable-diffusion/{name}.yaml"
-    return build_on_meta(translate_config(read_yaml(path), where=path.name), where=path.name)
+    return build_on_meta(read_yaml(path), where=path.name)
 
 
 def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -57,7 +57,7 @@ def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def test_all_shipped_configs_are_translated():
-    assert {path.stem for path in SHIPPED} == set(MODELS) | set(LISTENS)
+    assert {path.stem for path in SHIPPED} == set(MODELS) | set(SLOTS)
 
 
 LARGE = ("v2-midas-inference", "v2-1-stable-unclip-l-inference")
@@ -77,18 +77,18 @@ def test_whole_models_have_the_names_and_shapes_of_published_files(name, paramet
     assert model.parameterization == ("v" if predicts_v else "eps")
 
 
-@pytest.mark.parametrize(("name", "listens"), LISTENS.items())
-def test_families_differ_in_what_they_listen_to(name, listens):
+@pytest.mark.parametrize(("name", "slots"), SLOTS.items())
+def test_families_differ_in_their_encoders(name, slots):
     path = ROOT / f"configs/stable-diffusion/{name}.yaml"
     spec = translate_config(read_yaml(path))["params"]["conditioner"]
     encoders = build_on_meta(spec).children()
-    assert {encoder.key: encoder.slot for encoder in encoders} == listens
+    assert {encoder.key: encoder.slot for encoder in encoders} == slots
 
 
-def test_a_picture_in_place_of_text_needs_no_text_tower():
-    """Whether a file still has the blocks of that tower or not."""
-    tower = meta("v1-image-variation-inference").conditioner.text.model
-    assert len(tower.visual.transformer.resblocks) == 24
+def test_an_image_in_place_of_text_needs_no_text_encoder():
+    """Whether a file still has the blocks of it or not."""
+    clip = meta("v1-image-variation-inference").conditioner.text.model
+    assert len(clip.visual.transformer.resblocks) == 24
     prefix = "cond_stage_model.model."
     state = {prefix + "visual.proj": torch.ones(1), prefix + "transformer.resblocks.0.x": None}
     assert list(rename_weights(state)) == ["conditioner.text.model.visual.proj"]

@@ -73,6 +73,12 @@ def test_an_inpainting_model_plus_a_difference_keeps_its_further_channels(folder
     assert torch.equal(file.state["alphas_cumprod"], a["alphas_cumprod"].half())
 
 
+def test_a_difference_of_models_with_other_channels_leaves_these(folder, tmp_path):
+    a, c = (state_of(folder, name)[FIRST] for name in ("sd1-inpainting", "c"))
+    file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "sd1-inpainting", "c")
+    assert torch.equal(file.state[FIRST], torch.cat([a[:, :4] + (a[:, :4] - c), a[:, 4:]], 1))
+
+
 def test_each_block_has_its_number(folder, tmp_path):
     ours, theirs = state_of(folder, "sd1"), state_of(folder, "b")
     weights = "BASE=0,IN00=0,M00=1,OUT00=0.25"

@@ -1,7 +1,7 @@
 """SDXL: configs and files of `generative-models` and other programs are loaded."""
 
 import gzip
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,10 @@ from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import save_model
 from ldm.loading.matching import match_weights
 from ldm.loading.model_config import read_config
 from ldm.loading.report import inspect_checkpoint
-from ldm.loading.weight_names import rename_weights, restore_names
+from ldm.loading.weight_names import rename_weights, restore_names, strip_prefix
 from ldm.loading.weights import has_transposed_projection, identify_weights
 from ldm.model import Defaults
 from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName, WeightsMismatch
@@ -36,7 +35,7 @@ SIZES = ["original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple
 
 
 def build(raw):
-    return build_on_meta(translate_config(raw, where="x.yaml"), where="x.yaml")
+    return build_on_meta(raw, where="x.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -172,20 +171,6 @@ def test_the_denoiser_is_built_as_the_config_says(tmp_path):
     assert table[-1] == 0
 
 
-@SLOW  # beside the folders of test_sdxl_folders
-@pytest.mark.parametrize("name", ["xl", "xl-refiner"])
-def test_names_of_weights_go_there_and_back(tmp_path, name):
-    state = tinyfamilies.write(name, tmp_path / "x.safetensors")
-    model = ldm.load(tmp_path / "x.safetensors")
-    ours = rename_weights(state)
-    assert ours.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
-    save_model(model, tmp_path / "back.safetensors")
-    back = read_checkpoint(tmp_path / "back.safetensors").state
-    assert back.keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in back.items())
-
-
 def checkpoint(full, name, **others):
     """A file with the shapes of a full-size UNet, taking no memory, and other tensors."""
     state = {
@@ -244,22 +229,6 @@ def test_models_that_are_not_supported_are_refused_by_name(full, channels, says)
         read_config(identify_weights(file))
 
 
-@pytest.mark.parametrize(
-    ("name", "metadata", "variant"),
-    [
-        ("sd_xl_turbo_1.0_fp16", {}, ("turbo", "the file's name")),
-        ("sdxl_lightning_8step", {}, ("lightning", "the file's name")),
-        ("x", {"modelspec.title": "SDXL Turbo"}, ("turbo", "metadata `modelspec.title`")),
-        ("sd_xl_base_1.0", {"modelspec.title": "Stable Diffusion XL 1.0 Base"}, None),
-    ],
-)
-def test_variants_are_detected_by_metadata_or_name(full, name, metadata, variant):
-    file = checkpoint(full, "sd_xl_base")
-    file = replace(file, path=Path(f"{name}.safetensors"), metadata=metadata)
-    detected = find_variant(identify_weights(file))
-    assert detected and detected[:2] == variant if variant else detected is None
-
-
 def test_a_variant_sets_the_defaults(tmp_path, tiny):
     path = tmp_path / "sdxl_lightning_8step.safetensors"
     path.hardlink_to(tiny)
@@ -284,10 +253,7 @@ def tiny(tmp_path_factory):
 
 
 def write_vae(path, tiny):
-    state = read_checkpoint(tiny).state
-    prefix = "first_stage_model."
-    vae = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    write_checkpoint(path, vae)
+    write_checkpoint(path, strip_prefix(read_checkpoint(tiny).state, "first_stage_model."))
     return path
 
 

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import ldm
 from ldm.commands.main import main
+from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder, TinyDecoder, TinyEncoder
 from ldm.runtime.errors import FileFormatError, WeightsMismatch
@@ -71,7 +72,7 @@ def test_a_decoder_alone_leaves_the_encoder(formats, theirs):
 
 
 def test_tasks_decode_with_it(formats, theirs):
-    model = ldm.load(vae=formats["one"])
+    model = ldm.load(vae=formats["one"], text_encoder=DEMO_CHECKPOINT)
     latents = []
     image = ldm.txt2img(
         model, PROMPT, **QUICK, callback=lambda step, steps, x, denoised: latents.append(denoised),

@@ -42,8 +42,10 @@ QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid"]
     ],
 )
 def test_names_of_models(name, variant, steps):
-    detected = detect_variant(Path(name), {})
-    assert (detected and detected.name) == variant
+    detected = detect_variant(Path(name), {"modelspec.title": "Stable Diffusion XL 1.0 Base"})
+    assert (detected and detected[:2]) == (variant and (variant, "the file's name"))
+    by_title = detect_variant(Path("x"), {"modelspec.title": name})
+    assert (by_title and by_title[:2]) == (variant and (variant, "metadata `modelspec.title`"))
     assert detected is None or detected.defaults.steps == steps
 
 

@@ -10,7 +10,6 @@ from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import translate_config
 from ldm.loading.weight_names import restore_names
 from recipe import fill
 
@@ -121,7 +120,7 @@ def write(family: str, path: Path) -> dict[str, torch.Tensor]:
 
 def weights_of(raw: dict[str, Any], salt: str) -> dict[str, torch.Tensor]:
     """Weights and buffers of the model of a config, under the original's names."""
-    model: Any = build_on_meta(translate_config(raw))
+    model: Any = build_on_meta(raw)
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
     return fill(restore_names(empty), salt) | make_buffers(model)
 

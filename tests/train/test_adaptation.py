@@ -13,8 +13,7 @@ from ldm.data.source import collate
 from ldm.data.transforms import PhotoTransform
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import read_yaml
-from ldm.loading.legacy import translate_config
+from ldm.loading.config import parse_yaml, read_config_text
 from ldm.train.batches.class_images import sample_class_images
 from ldm.train.build import build_task
 from ldm.train.config.settings import read_settings
@@ -124,8 +123,9 @@ def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) 
     ],
 )
 def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> None:
-    raw = read_yaml(f"configs/{base}.yaml", (), f"configs/train/{recipe}.yaml")
-    task: Any = build_task(build_on_meta(translate_config(raw)), read_settings(raw))
+    files = (f"configs/{base}.yaml", f"configs/train/{recipe}.yaml")
+    raw = parse_yaml([read_config_text(file) for file in files])
+    task: Any = build_task(build_on_meta(raw), read_settings(raw))
     assert task.trainable.keys() == parts
     if "lora" in parts and base != "demo/text2img":
         assert len(task.trainable["lora"]) == (722 if recipe == "lora-xl" else 192)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import make_betas
 from ldm.loading.diffusers.layout import SCHEDULER
+from ldm.loading.families import PREDICTION_TYPES
 from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -21,8 +22,6 @@ BETA_SCHEDULES = {
     "linear": "sqrt_linear",
     "squaredcos_cap_v2": "squaredcos_cap_v2",
 }
-# diffusers' prediction_type -> ours.
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # diffusers' timestep_spacing -> our scheduler.
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
 COSINE_OFFSET = 8e-3  # of diffusers' cosine schedule, the original's default

@@ -72,13 +72,11 @@ class Checkpoint:
     """The content of a file or diffusers folder.
 
     Args:
-        path: Path of the file or folder.
         format: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
         state: Weights by name as in the file, without EMA weights.
         step: Training step; None = unknown.
         mapped: Whether tensors are memory-mapped from the file.
         extras: Names of entries beside the weights (`global_step` …).
-        metadata: Text entries beside the weights.
         ema_state: EMA weights, `model_ema.*`.
         added_tokens: Tokens added to the tokenizers of a folder, with vectors (n, D) for each text
             encoder.
@@ -105,8 +103,6 @@ class ComputedTensor:
     """A tensor that is computed when it is written, so that one at a time is in memory.
 
     Args:
-        shape: Of the tensor that `compute` returns.
-        dtype: Of that tensor.
         compute: Returns the tensor; called when it is written.
     """
 
@@ -168,7 +164,6 @@ def use_ema_weights(
 
     Args:
         names: Name in `state` by the original's name.
-        path: The file, for errors.
     """
     unused = ema_state.keys() - EMA_COUNTERS
     if not unused:
@@ -232,11 +227,7 @@ def write_checkpoint(
 
 
 def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in another dtype.
-
-    Raises:
-        ArgumentError: Finite numbers would become infinite.
-    """
+    """Return a weight in another dtype."""
     if _has_overflow(value, dtype):
         raise _make_overflow_error([name], dtype)
     return value.to(dtype)
@@ -406,9 +397,6 @@ class _TensorToWrite:
         """Return the tensor contiguous, and alone in its storage.
 
         torch.save would write the whole storage of a view.
-
-        Raises:
-            OverflowError: A finite number would become infinite.
         """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()

@@ -30,7 +30,6 @@ def load_clip_statistics(
     If none are found, the model raises an error when it is used.
 
     Args:
-        ckpt: Path of the checkpoint.
         clip_stats: File to read; None = from `buffers`, else from a file near the checkpoint.
         buffers: Buffers of the checkpoint, with `noise_augmentor.data_mean` and `data_std` if it
             contains statistics; None = it has no buffers.

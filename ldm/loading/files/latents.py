@@ -33,7 +33,6 @@ class StoredLatent:
     """A latent read from a file.
 
     Args:
-        path: Path of the file.
         latent: (1, C, h, w) float32, in the autoencoder's scale.
         space: Models to which it belongs; None = unknown.
     """
@@ -69,12 +68,7 @@ def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonM
 
 
 def load_latent(path: str | Path) -> StoredLatent:
-    """Read a latent from a file.
-
-    Raises:
-        MissingFile: There is no such file.
-        FileFormatError: It does not contain exactly one latent.
-    """
+    """Read a latent from a file."""
     checkpoint = read_checkpoint(path)
     latent = checkpoint.state.get(LATENT)
     if latent is None:
@@ -97,11 +91,7 @@ def load_latent(path: str | Path) -> StoredLatent:
 
 
 def list_latents(folder: str | Path) -> list[Path]:
-    """Return the latent files in a folder, sorted by name.
-
-    Raises:
-        MissingFile: There are none.
-    """
+    """Return the latent files in a folder, sorted by name."""
     paths = sorted(Path(folder).glob(f"[!.]*{SUFFIX}"))
     if not paths:
         raise MissingFile(f"no latents (`*{SUFFIX}`) in `{folder}`", "init_img")
