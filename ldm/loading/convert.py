@@ -38,6 +38,7 @@ from ldm.loading.files.checkpoint import (
     use_ema_weights,
     write_checkpoint,
 )
+from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import choose_config, probe_weights, read_config
@@ -179,6 +180,9 @@ def plan_conversion(
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
         notes.append(f"added tokens are not written, load them as embeddings: {listed}")
+    if is_file and clip_stats is not None and isinstance(model, LatentDiffusion):
+        load_clip_statistics(model.conditioner, file.path, clip_stats)
+        file.state.update(get_clip_statistics(model.conditioner))
     source_metadata = filter_metadata(file.metadata, same_weights=not loras)
     metadata = describe_model(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}

@@ -290,6 +290,17 @@ def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, ca
     assert "does not fit" in error
 
 
+def test_given_statistics_are_written_into_a_file(tmp_path):
+    source, stats = tmp_path / "x.ckpt", tmp_path / "stats.th"
+    state = write("unclip-l", source)
+    file, names = read_checkpoint(source), ("noise_augmentor.data_mean", "noise_augmentor.data_std")
+    torch.save([state[name] for name in names], stats)
+    write_checkpoint(source, {n: v for n, v in state.items() if n not in names}, file.metadata)
+    run(source, tmp_path / "y.safetensors", "--clip-stats", stats)
+    written = read_checkpoint(tmp_path / "y.safetensors").state
+    assert all(torch.equal(written[name].flatten(), state[name]) for name in names)
+
+
 def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
     (tmp_path / "x.safetensors").write_text("mine")
     (tmp_path / "mine").mkdir()
