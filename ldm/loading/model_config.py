@@ -1,7 +1,7 @@
 """Find and read the config of weights, and determine what they predict."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -48,7 +48,7 @@ def choose_config(weights: Weights) -> str:
 
 
 def read_config(
-    weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
+    weights: Weights, config: str | Path | None = None, overrides: Collection[str] = ()
 ) -> tuple[str, JsonObject]:
     """Return (path or `CONFIG_KEY`, content) of a config.
 
@@ -76,7 +76,7 @@ def read_config(
 
 
 def find_schedule_early(
-    path: Path, config: str | Path | None = None, overrides: Iterable[str] = ()
+    path: Path, config: str | Path | None = None, overrides: Collection[str] = ()
 ) -> NoiseSchedule | None:
     """Return the noise schedule of the model that `load` will build; weights are not read.
 
