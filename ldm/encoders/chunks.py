@@ -117,14 +117,11 @@ def _split_comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
     return re.findall("|".join([*spaced, r"\S+"]), text, re.IGNORECASE)
 
 
-def split_at_commas(
-    sections: Sequence[Chunk], chunk_size: int = 75, backtrack: int = BACKTRACK
-) -> list[Chunk]:
+def split_at_commas(sections: Sequence[Chunk], chunk_size: int = 75) -> list[Chunk]:
     """Fill chunks as A1111; where one overflows soon after a comma, split it after that comma.
 
     Args:
         sections: Units between two BREAKs, which begin a new chunk.
-        backtrack: Maximum number of tokens after the comma.
     """
     chunks: list[Chunk] = []
     for index, section in enumerate(sections):
@@ -133,7 +130,7 @@ def split_at_commas(
         for unit in section:
             if _count_tokens(chunk) + len(unit.ids) > chunk_size:
                 is_word = unit.ids[0] >= 0 and unit.ids[0] != COMMA
-                if comma is not None and is_word and _count_tokens(chunk[comma:]) <= backtrack:
+                if comma is not None and is_word and _count_tokens(chunk[comma:]) <= BACKTRACK:
                     chunks.append(chunk[: comma + 1])
                     chunk = chunk[comma + 1 :]
                 else:

@@ -36,7 +36,7 @@ def test_rescaled_betas_equal_diffusers_but_for_the_last(diffusers: ModuleType) 
 
 
 @pytest.mark.parametrize("steps", [4, 10])
-def test_ddim_from_nothing_equals_diffusers(diffusers: ModuleType, steps: int) -> None:
+def test_ddim_from_pure_noise_equals_diffusers(diffusers: ModuleType, steps: int) -> None:
     """Tolerance: the last timestep of ours keeps 2.4e-4 of the latent, theirs nothing."""
     model, cond = tiny(), Cond(crossattn=torch.randn(1, 7, 32))
     x_T = torch.randn(1, 4, 8, 8)
@@ -60,7 +60,7 @@ def test_ddim_from_nothing_equals_diffusers(diffusers: ModuleType, steps: int) -
 
 
 @pytest.mark.parametrize("sampler", some(SAMPLERS, "ddim", "plms", "heun", "restart", "dpm_fast"))
-def test_every_sampler_starts_from_nothing(sampler: str) -> None:
+def test_every_sampler_starts_from_pure_noise(sampler: str) -> None:
     """By the scheduler that is its default here; at most 8.0, by `dpm_fast`."""
     cond = Cond(crossattn=torch.zeros(1, 7, 32))
     z = sample(tiny(), cond, sampler=sampler, size=(64, 64), steps=6, seeds=0, scale=1.0)
@@ -102,7 +102,7 @@ def test_eps_is_refused() -> None:
         instantiate(raw["model"], where="model")
 
 
-def test_a_file_alone_says_it(tmp_path: Path) -> None:
+def test_a_file_alone_tells_of_zero_snr(tmp_path: Path) -> None:
     """By the config inside, and for other programs by the empty tensors `v_pred` and `ztsnr`."""
     model, raw = tiny(), raw_of()
     text = OmegaConf.to_yaml({"model": raw["model"]})

@@ -58,10 +58,6 @@ def test_chunks_of_a1111(text, expected):
     assert lengths(split_at_commas(chunk(text))) == expected
 
 
-def test_chunks_without_backtracking():
-    assert lengths(split_at_commas(chunk("60w , 20w"), backtrack=0)) == [75, 6]
-
-
 def reference(encoder: TextEncoder, text: str, syntax: str = "a1111") -> torch.Tensor:
     """A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
     tower = their_tower(encoder).double()
