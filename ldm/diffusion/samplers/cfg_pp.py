@@ -9,17 +9,18 @@ from functools import partial
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Constrain,
     Denoise,
     NoiseSampler,
-    StepCallback,
+    Steps,
     get_ancestral_step,
     pair_sigmas,
+    sampler,
 )
 
 __all__ = ["euler_ancestral_cfg_pp", "euler_cfg_pp"]
 
 
+@sampler
 def euler_ancestral_cfg_pp(
     denoise: Denoise,
     x: Tensor,
@@ -28,17 +29,14 @@ def euler_ancestral_cfg_pp(
     last_uncond: Callable[[], Tensor | None] = lambda: None,
     eta: float = 1.0,
     noise: NoiseSampler | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by Euler ancestral CFG++, for guidance scales about 1; eta 0 is Euler CFG++.
 
     Args:
         last_uncond: Returns the unconditional estimate of the last evaluation; None without
             guidance: then this is the ancestral Euler method.
     """
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         uncond = last_uncond()
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
@@ -46,9 +44,7 @@ def euler_ancestral_cfg_pp(
         x = denoised + slope * sigma_down
         if noise:
             x = x + noise(x) * sigma_up
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
 euler_cfg_pp = partial(euler_ancestral_cfg_pp, eta=0.0)

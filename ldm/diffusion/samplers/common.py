@@ -1,7 +1,8 @@
 """Types of the samplers' arguments, and helpers for their steps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import wraps
 from itertools import pairwise
 
 import torch
@@ -13,11 +14,13 @@ __all__ = [
     "IntervalNoise",
     "NoiseSampler",
     "StepCallback",
+    "Steps",
     "choose_interval_noise",
     "churn",
     "get_ancestral_step",
     "log_ratio",
     "pair_sigmas",
+    "sampler",
     "weighted_sum",
 ]
 
@@ -28,6 +31,39 @@ IntervalNoise = Callable[[Tensor, float, float], Tensor]
 # (step, x after it, denoised), after each step
 StepCallback = Callable[[int, Tensor, Tensor], None]
 Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> constrained x, before each step
+# yields (x, denoised) after each step, and gets the x to go on from
+Steps = Generator[tuple[Tensor, Tensor], Tensor, None]
+
+
+def sampler(steps: Callable[..., Steps]) -> Callable[..., Tensor]:
+    """Decorate a generator of steps, (denoise, x, sigmas, options) -> Steps, to be a sampler.
+
+    The sampler also takes `callback` and `constrain`, and returns x after the last step.
+    """
+
+    @wraps(steps)
+    def sample(
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        callback: StepCallback | None = None,
+        constrain: Constrain | None = None,
+        **options: object,
+    ) -> Tensor:
+        run: Steps | None = None
+        for i, sigma in enumerate(sigmas.tolist()[:-1]):
+            x = constrain(x, sigma) if constrain else x
+            if run is None:
+                run = steps(denoise, x, sigmas, **options)
+                x, denoised = next(run)
+            else:
+                x, denoised = run.send(x)
+            if callback:
+                callback(i, x, denoised)
+        return x
+
+    return sample
 
 
 def pair_sigmas(sigmas: Tensor) -> list[tuple[float, float]]:

@@ -5,37 +5,22 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.samplers.common import (
-    Constrain,
-    Denoise,
-    NoiseSampler,
-    StepCallback,
-    pair_sigmas,
-)
+from ldm.diffusion.samplers.common import Denoise, NoiseSampler, Steps, pair_sigmas, sampler
 
 __all__ = ["lcm", "tcd"]
 
 
-def lcm(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseSampler | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+@sampler
+def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: NoiseSampler | None = None) -> Steps:
     """Sample a latent consistency model (arXiv:2310.04378): x' = D + sigma' noise."""
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         x = denoised = denoise(x, sigma)
         if noise and sigma_next > 0:
             x = x + noise(x) * sigma_next
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
+@sampler
 def tcd(
     denoise: Denoise,
     x: Tensor,
@@ -44,9 +29,7 @@ def tcd(
     eta: float = 0.3,
     scale_time: Callable[[float, float], float] = lambda sigma, factor: factor * sigma,
     noise: NoiseSampler | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by TCD (arXiv:2402.19159): step below the next level, then add noise up to it.
 
         x' = D + (x - D) sigma_down / sigma + sqrt(sigma'² - sigma_down²) noise
@@ -56,13 +39,10 @@ def tcd(
         scale_time: (sigma, factor) -> the noise level at `factor` times the timestep of sigma, see
             `NoiseSchedule.scale_time`.
     """
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         sigma_down = min(scale_time(sigma_next, 1 - eta), sigma_next)
         x = denoised + (x - denoised) * (sigma_down / sigma)
         if noise:
             x = x + noise(x) * math.sqrt(sigma_next**2 - sigma_down**2)
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Constrain,
     Denoise,
-    StepCallback,
+    Steps,
     log_ratio,
     pair_sigmas,
+    sampler,
     weighted_sum,
 )
 
@@ -24,21 +24,14 @@ ADAMS_BASHFORTH = {
 }
 
 
-def plms(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+@sampler
+def plms(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Steps:
     """Sample by PLMS (arXiv:2202.09778): one Heun step, then Adams–Bashforth of orders 2, 3 and 4.
 
     As in the original, the weights are for equal steps, even where steps differ.
     """
     slopes: list[Tensor] = []  # newest first
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
         slopes = [slope, *slopes[:3]]
         if len(slopes) == 1 and sigma_next > 0:
@@ -48,20 +41,11 @@ def plms(
             slope = weighted_sum(ADAMS_BASHFORTH[len(slopes)], slopes)
         denoised = x - slope * sigma
         x = x + slope * (sigma_next - sigma)
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
-def lms(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    order: int = 4,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+@sampler
+def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 4) -> Steps:
     """Sample by the linear multistep method of k-diffusion.
 
     The polynomial through the last slopes is integrated over sigma.
@@ -72,25 +56,17 @@ def lms(
     sigma_list = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         nodes = [sigma_list[i - j] for j in range(len(slopes))]
         x = x + weighted_sum(_integrate_lagrange(nodes, sigma, sigma_next), slopes)
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
+@sampler
 def dpmpp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    lower_order_final: bool = True,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, lower_order_final: bool = True
+) -> Steps:
     """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
 
         x' = (sigma' / sigma) x - (e^-h - 1) (D + h / (2 h_prev) (D - D_prev))
@@ -104,7 +80,6 @@ def dpmpp_2m(
     first_order_step = steps - 1 if lower_order_final and steps < 15 else None
     denoised_prev, h_prev = None, 0.0
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
         extrapolated = denoised
@@ -112,20 +87,11 @@ def dpmpp_2m(
             extrapolated = denoised + (denoised - denoised_prev) * (h / h_prev / 2)
         x = (sigma_next / sigma) * x - math.expm1(-h) * extrapolated
         denoised_prev, h_prev = denoised, h
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
-def deis(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    order: int = 3,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+@sampler
+def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Steps:
     """Sample by DEIS (arXiv:2204.13902), with polynomials in log sigma as in diffusers ("logrho").
 
     The polynomial through the last slopes is integrated over sigma, with dsigma = sigma dlog sigma.
@@ -138,7 +104,6 @@ def deis(
     steps = len(sigma_list) - 1
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
         if sigma_next > 0:
@@ -148,20 +113,11 @@ def deis(
             x = x + weighted_sum(weights, slopes[:current_order])
         else:
             x = denoised
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
-def unipc(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    order: int = 3,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+@sampler
+def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Steps:
     """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.
 
     The estimate at the predicted x also serves the corrector, so a step takes one evaluation.
@@ -173,7 +129,6 @@ def unipc(
     history: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
     x_prev, current_order = x, 1
     for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         if history:
             x = _step_unipc(x_prev, history, sigma, current_order, denoised)
@@ -181,9 +136,7 @@ def unipc(
         x_prev = x
         current_order = min(order, len(history), steps - i)
         x = _step_unipc(x, history, sigma_next, current_order) if sigma_next > 0 else denoised
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
 def _integrate_lagrange(nodes: list[float], start: float, end: float) -> list[float]:

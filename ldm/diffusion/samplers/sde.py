@@ -11,20 +11,21 @@ from functools import partial
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Constrain,
     Denoise,
     IntervalNoise,
     NoiseSampler,
-    StepCallback,
+    Steps,
     choose_interval_noise,
     get_ancestral_step,
     log_ratio,
     pair_sigmas,
+    sampler,
 )
 
 __all__ = ["dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "dpmpp_sde"]
 
 
+@sampler
 def dpmpp_sde(
     denoise: Denoise,
     x: Tensor,
@@ -33,16 +34,13 @@ def dpmpp_sde(
     eta: float = 1.0,
     noise: NoiseSampler | None = None,
     interval_noise: IntervalNoise | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by SDE-DPM-Solver++ of order 2, single step, as k-diffusion's `sample_dpmpp_sde`.
 
     As `dpmpp_2s_ancestral`, with noise in the middle of each step, too.
     """
     draw = choose_interval_noise(noise, interval_noise)
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoised_2 = denoise(x, sigma)
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
@@ -55,11 +53,10 @@ def dpmpp_sde(
         x = denoised_2 + (x - denoised_2) * (sigma_down / sigma)
         if draw:
             x = x + draw(x, sigma, sigma_next) * sigma_up
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
+@sampler
 def dpmpp_2m_sde(
     denoise: Denoise,
     x: Tensor,
@@ -69,9 +66,7 @@ def dpmpp_2m_sde(
     heun: bool = False,
     noise: NoiseSampler | None = None,
     interval_noise: IntervalNoise | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`.
 
         x' = e^-k x - (e^-k - 1) (D + weight h / h_prev (D - D_prev)) + noise
@@ -83,8 +78,7 @@ def dpmpp_2m_sde(
     """
     denoised_prev, h_prev = None, 0.0
     draw = choose_interval_noise(noise, interval_noise)
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
         extrapolated = denoised
@@ -97,11 +91,10 @@ def dpmpp_2m_sde(
         if draw:
             x = x + draw(x, sigma, sigma_next) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
         denoised_prev, h_prev = denoised, h
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
+@sampler
 def dpmpp_3m_sde(
     denoise: Denoise,
     x: Tensor,
@@ -110,9 +103,7 @@ def dpmpp_3m_sde(
     eta: float = 1.0,
     noise: NoiseSampler | None = None,
     interval_noise: IntervalNoise | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by SDE-DPM-Solver++ 3M, as k-diffusion's `sample_dpmpp_3m_sde`.
 
     It integrates a parabola through the last three estimates; a constant in the first step, a line
@@ -120,8 +111,7 @@ def dpmpp_3m_sde(
     """
     history: list[tuple[Tensor, float]] = []  # (estimate, h) of earlier steps, newest first
     draw = choose_interval_noise(noise, interval_noise)
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
         k = h * (1 + eta)
@@ -142,9 +132,7 @@ def dpmpp_3m_sde(
                 sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0)
             )
         history = [(denoised, h), *history[:1]]
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
 dpmpp_2m_sde_heun = partial(dpmpp_2m_sde, heun=True)

@@ -16,10 +16,12 @@ from ldm.diffusion.samplers.common import (
     Denoise,
     NoiseSampler,
     StepCallback,
+    Steps,
     churn,
     get_ancestral_step,
     log_ratio,
     pair_sigmas,
+    sampler,
 )
 
 __all__ = [
@@ -36,57 +38,49 @@ __all__ = [
 Step = Callable[[Denoise, Tensor, float, float, Tensor], Tensor]
 
 
+@sampler
 def sample_with_churn(
-    step: Step,
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
     *,
+    step: Step,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     noise: NoiseSampler = torch.randn_like,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by steps of the ODE, with noise before them (arXiv:2206.00364, algorithm 2)."""
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         if s_churn and s_tmin <= sigma <= s_tmax:
             x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
         denoised = denoise(x, sigma)
         x = step(denoise, x, sigma, sigma_next, denoised)
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
+@sampler
 def sample_ancestral(
-    step: Step,
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor,
     *,
+    step: Step,
     eta: float = 1.0,
     noise: NoiseSampler | None = None,
-    callback: StepCallback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
+) -> Steps:
     """Sample by steps to a level below the next, sigma_down, each followed by new noise.
 
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
     """
-    for i, (sigma, sigma_next) in enumerate(pair_sigmas(sigmas)):
-        x = constrain(x, sigma) if constrain else x
+    for sigma, sigma_next in pair_sigmas(sigmas):
         denoised = denoise(x, sigma)
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next, eta)
         x = step(denoise, x, sigma, sigma_down, denoised)
         if noise:
             x = x + noise(x) * sigma_up
-        if callback:
-            callback(i, x, denoised)
-    return x
+        x = yield x, denoised
 
 
 def step_euler(
@@ -147,13 +141,13 @@ def step_dpmpp_2s(
     return denoised + (x - denoised) * (sigma_next / sigma)
 
 
-euler = partial(sample_with_churn, step_euler)
-heun = partial(sample_with_churn, step_heun)
-dpm2 = partial(sample_with_churn, step_dpm2)
-ddim = partial(sample_ancestral, step_ddim, eta=0.0)
-euler_ancestral = partial(sample_ancestral, step_ddim)
-dpm2_ancestral = partial(sample_ancestral, step_dpm2)
-dpmpp_2s_ancestral = partial(sample_ancestral, step_dpmpp_2s)
+euler = partial(sample_with_churn, step=step_euler)
+heun = partial(sample_with_churn, step=step_heun)
+dpm2 = partial(sample_with_churn, step=step_dpm2)
+ddim = partial(sample_ancestral, step=step_ddim, eta=0.0)
+euler_ancestral = partial(sample_ancestral, step=step_ddim)
+dpm2_ancestral = partial(sample_ancestral, step=step_dpm2)
+dpmpp_2s_ancestral = partial(sample_ancestral, step=step_dpmpp_2s)
 
 
 def restart(
