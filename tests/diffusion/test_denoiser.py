@@ -5,7 +5,7 @@ import torch
 
 from goldfile import gold
 from ldm.conditioning import Cond
-from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, get_scalings
 from ldm.diffusion.schedule import (
     ContinuousSchedule,
     NoiseSchedule,
@@ -69,6 +69,28 @@ def test_continuous_levels_train_on_the_prediction_whose_estimate_is_right(pair,
     x = z + sigma.reshape(-1, 1, 1, 1).float() * noise
     torch.testing.assert_close(denoiser(x, sigma), z, rtol=0, atol=2e-5)
     torch.testing.assert_close(inputs[0], inputs[1])
+
+
+SCALINGS = {
+    "scaling_eps": ("eps", SCHEDULE),
+    "scaling_v": ("v", SCHEDULE),
+    "scaling_edm_05": ("edm", ContinuousSchedule()),
+    "scaling_edm_1": ("edm", ContinuousSchedule()),
+    "scaling_v_edm_cnoise": ("v", ContinuousSchedule()),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings_are_the_recorded_ones(name):
+    file = gold("sdxl_denoiser")
+    (parameterization, schedule), sigma = SCALINGS[name], file.inputs(name)["sigma"]
+    numbers = file.case(name)["info"]["params"]
+    c_skip, c_out = get_scalings(parameterization, sigma, **numbers)
+    expected = file.outputs(name)
+    torch.testing.assert_close(c_skip, expected["c_skip"])
+    torch.testing.assert_close(c_out, expected["c_out"])
+    if isinstance(schedule, ContinuousSchedule):
+        torch.testing.assert_close(schedule.sigma_to_t(sigma).float(), expected["c_noise"])
 
 
 LEVELS_50 = SCHEDULE.step_sigmas(50, "sgm_uniform")[:-1].flip(0)

@@ -14,6 +14,28 @@ OPEN = {"embed_dim": 24, "text_cfg": {"width": 32, "heads": 4, "layers": 4}}
 PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
 
 
+@pytest.mark.slow
+def test_each_layer_is_that_of_transformers():
+    """The lines of diffusers' `encode_prompt`, whose clip_skip is one less."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    encoder = CLIPText(arch=SIZES)
+    config = transformers.CLIPTextConfig(**SIZES, hidden_act="quick_gelu", eos_token_id=49407)
+    oracle = transformers.CLIPTextModel(config).eval()
+    state = {f"text_model.{name}": value for name, value in encoder.tower.state_dict().items()}
+    known = oracle.state_dict().keys()
+    oracle.load_state_dict({n if n in known else n.removeprefix("text_model."): v
+                            for n, v in state.items()}, strict=False)  # fmt: skip
+    tower = getattr(oracle, "text_model", oracle)
+    with torch.no_grad():
+        outputs = oracle(encoder.tokenize(PROMPTS), output_hidden_states=True)
+        for number in range(1, 5):
+            with clip_skip(number):
+                context = encoder.encode(PROMPTS)
+            expected = tower.final_layer_norm(outputs.hidden_states[-number])
+            assert_close(context, expected, 2e-6)  # observed: 6e-7
+
+
 def test_the_last_layer_but_one_gets_the_final_norm():
     golden = gold("text_hfclip")
     encoder = CLIPText(arch=golden.meta["config"]["tiny_hf_config"])

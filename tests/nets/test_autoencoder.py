@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from goldfile import gold
 from ldm.loading.build import meta_device
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_vae
 from ldm.nets.autoencoder import AttnBlock, AutoencoderKL, DiagonalGaussian
 
 SMALL = {
@@ -118,6 +119,23 @@ def test_names_and_shapes_are_the_original_ones_at_full_size(name):
         autoencoder = AutoencoderKL(ddconfig=layout, embed_dim=embed_dim)
     assert keys_of(autoencoder) == recorded_keys(f"vae_{name}")
     assert autoencoder.downscale == 2 ** (len(layout["ch_mult"]) - 1)
+
+
+def test_diffusers_computes_the_same(diffusers):
+    ours = tiny_autoencoder()
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+    ).eval()
+    theirs.load_state_dict(convert_to_diffusers(locate_vae(ours.state_dict()), ours.state_dict()))
+    image = torch.rand(2, 3, 32, 24) * 2 - 1
+    moments = theirs.encode(image).latent_dist.parameters
+    assert_close(ours.encode(image).parameters, moments, tolerance=1e-5)
+    z = torch.randn(2, 4, 8, 6)
+    assert_close(ours.decode(z), theirs.decode(z).sample, tolerance=1e-5)
 
 
 def test_a_generator_decides_the_sample_and_leaves_the_global_one_alone():

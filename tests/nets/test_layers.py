@@ -6,6 +6,7 @@ from nethelp import assert_close
 from torch import nn
 
 from goldfile import gold
+from ldm.loading.build import meta_device
 from ldm.nets import autoencoder
 from ldm.nets.blocks import (
     Downsample,
@@ -22,7 +23,7 @@ from ldm.nets.transformer import (
     SpatialTransformer,
     TransformerBlock,
 )
-from recipe import fill
+from recipe import fill, fill_on_demand
 
 RES = {"channels": 64, "emb_channels": 40}
 SPATIAL = {"in_channels": 64, "n_heads": 4, "d_head": 16, "context_dim": 24}
@@ -88,6 +89,27 @@ def test_a_module_equals_the_recorded_one(recorded, case):
     with torch.no_grad():
         ours = module(*(inputs[name] for name in info["inputs"]))
     assert_close(ours, recorded.outputs(case)["out"], tolerance=1e-5)  # observed: 1.1e-6
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "base_640_depth2",
+        "base_640_small_input",
+        pytest.param("base_1280_depth10", marks=pytest.mark.slow),
+        "refiner_768_depth4",
+        pytest.param("refiner_1536_depth4", marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_width_transformer_of_sdxl_equals_the_recorded_one(case):
+    golden = gold("sdxl_modules")
+    info = golden.case(case)["info"]
+    with meta_device():
+        module = SpatialTransformer(**{k: v for k, v in info["params"].items() if k != "attn_type"})
+    fill_on_demand(module, golden.meta["salt"], info["prefix"])
+    with torch.no_grad():
+        ours = module(**golden.inputs(case))
+    assert_close(ours, golden.outputs(case)["y"], tolerance=2e-5)
 
 
 def test_timestep_embeddings_equal_the_recorded_ones():

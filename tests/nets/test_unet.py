@@ -10,14 +10,16 @@ from nethelp import (
     tiny_inputs,
     tiny_unet,
 )
+from torch.func import functional_call
 
 from goldfile import gold
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_unet
 from ldm.loading.diffusers.names import rename_unet_layers
+from ldm.nets.blocks import timestep_embedding
 from ldm.nets.unet import UNet
 from quick import some
-from recipe import fill_on_demand
+from recipe import fill, fill_on_demand
 
 SMALL = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]
 FAITHFUL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h", "unclip_l"]
@@ -67,6 +69,21 @@ def test_sdxl_unet_equals_the_recorded_one(name):
         golden.assert_close(case, eps=ours)
 
 
+def test_each_block_of_an_sdxl_unet_equals_the_recorded_one():
+    golden = gold("sdxl_unet")
+    unet = build_from(golden, UNet, golden.meta["config_base"])
+    blocks = {f"in_{i}": block for i, block in enumerate(unet.input_blocks)}
+    blocks |= {f"out_{i}": block for i, block in enumerate(unet.output_blocks)}
+    outputs = {}
+    for name, block in {**blocks, "mid": unet.middle_block}.items():
+        block.register_forward_hook(lambda *args, name=name: outputs.update({name: args[-1]}))
+    call(unet, golden.inputs("base_small"))
+    recorded = golden.outputs("base_inter")
+    assert outputs.keys() == recorded.keys()
+    for name, output in outputs.items():
+        assert_close(output, recorded[name])
+
+
 @pytest.fixture(scope="module", params=["base", "refiner"])
 def full_sdxl(request):
     """The golden file of a full-size network, and the network without weights."""
@@ -80,6 +97,19 @@ def test_full_size_sdxl_unet_has_the_names_and_shapes_of_published_files(full_sd
     prefix = "model.diffusion_model."
     published = recorded_keys(f"sd_xl_{name}").items()
     assert keys_of(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
+
+
+def test_full_size_sdxl_embeddings_equal_the_recorded_ones(full_sdxl):
+    name, _, unet = full_sdxl
+    golden = gold("sdxl_modules")
+    inputs, recorded = golden.inputs(f"emb_{name}"), golden.outputs(f"emb_{name}")
+    t = timestep_embedding(inputs["timesteps"], unet.model_channels)
+    for part, value in {"time_embed": t, "label_emb": inputs["y"]}.items():
+        layer = unet.get_submodule(part)
+        weights = fill(layer.state_dict(), golden.meta["salt"], f"{part}.")
+        with torch.no_grad():
+            ours = functional_call(layer, weights, value)
+        assert_close(ours, recorded[part])
 
 
 @pytest.mark.slow
@@ -102,6 +132,23 @@ def test_full_size_unet_equals_the_recorded_one(name):
     golden.assert_close("a", eps=ours)
 
 
+def test_pruned_sdxl_unets_are_built_from_their_depths():
+    """Parameters as diffusers counts them for the folders' configs."""
+    base = gold("sdxl_full_unet_base").meta["config"]
+    for depths, output, parameters in (
+        ([[0, 0], [2, 2], [4, 4]], [4, 4, 10, 2, 1, 1, 0, 0, 0], 1_331_334_404),  # SSD-1B
+        ([[0, 0], [1, 1], [2, 2]], [2, 2, 2, 1, 1, 1, 0, 0, 0], 745_225_604),  # Segmind Vega
+    ):
+        changes = {
+            "transformer_depth": depths,
+            "transformer_depth_output": output,
+            "transformer_depth_middle": 0,
+        }
+        with meta_device():
+            unet = build(UNet, {"params": {**base["params"], **changes}})
+        assert sum(p.numel() for p in unet.parameters()) == parameters
+
+
 DIFFUSERS = {
     "sample_size": 8,
     "block_out_channels": (32, 64),
@@ -111,29 +158,59 @@ DIFFUSERS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+SD1_WAY = {"num_heads": 4, "num_head_channels": -1, "use_linear_in_transformer": False}
+
+
 HEADS = {"attention_head_dim": (2, 4), "use_linear_projection": True}
+TWINS = {  # settings of our UNet, settings of theirs, y
+    "SD1": (SD1_WAY, {"attention_head_dim": 4}, None),
+    "SD2": ({}, HEADS, None),
+    "x4": (
+        {"num_res_blocks": 2, "num_classes": 10},
+        {**HEADS, "layers_per_block": 2, "num_class_embeds": 10},
+        torch.tensor([3, 9]),
+    ),
+    "unCLIP": (
+        {"num_classes": "sequential", "adm_in_channels": 12},
+        {
+            **HEADS,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 12,
+        },
+        torch.linspace(-1, 1, 24).view(2, 12),
+    ),
+    "SDXL, pruned": (
+        {
+            "attention_resolutions": [1, 2],
+            "transformer_depth": [[1], [2]],
+            "transformer_depth_middle": 0,
+            "transformer_depth_output": [3, 1, 2, 1],
+        },
+        {
+            **HEADS,
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "mid_block_type": "UNetMidBlock2D",
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "transformer_layers_per_block": [[1], [2]],
+            "reverse_transformer_layers_per_block": [[3, 1], [2, 1]],
+        },
+        None,
+    ),
+}
 
 
 @pytest.mark.slow
-def test_diffusers_computes_the_same_with_a_depth_for_each_block(diffusers):
-    unet = tiny_unet(
-        transformer_depth=[[1], [2]],
-        transformer_depth_middle=0,
-        transformer_depth_output=[3, 1, 2, 1],
-    )
-    theirs = {
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "mid_block_type": "UNetMidBlock2D",
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "transformer_layers_per_block": [[1], [2]],
-        "reverse_transformer_layers_per_block": [[3, 1], [2, 1]],
-    }
-    other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **HEADS, **theirs}).eval()
+@pytest.mark.parametrize("family", TWINS)
+def test_diffusers_computes_the_same(diffusers, family):
+    ours, theirs, y = TWINS[family]
+    unet = tiny_unet(**{"attention_resolutions": [1], **ours})
+    other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
     other.load_state_dict(convert_to_diffusers(locate_unet(unet.state_dict()), unet.state_dict()))
     x, t, context = tiny_inputs()
     for z in (x, x[:, :, :7, :5]):
         with torch.no_grad():
-            assert_close(unet(z, t, context), other(z, t, context).sample, tolerance=1e-5)
+            expected = other(z, t, context, class_labels=y).sample
+            assert_close(unet(z, t, context, y), expected, tolerance=1e-5)
 
 
 def test_diffusers_adds_the_same_guidance_embedding(diffusers):
@@ -182,6 +259,12 @@ def test_autocast_on_a_cpu_gives_nearly_the_same():
         ours = unet(*tiny_inputs())
     assert ours.dtype == torch.float32
     assert (ours - exact).norm() <= 2e-2 * exact.norm()
+
+
+def test_depth_may_differ_by_level():
+    unet = UNet(**{**TINY, "transformer_depth": [1, 2]})
+    assert len(unet.input_blocks[1][1].transformer_blocks) == 1
+    assert len(unet.middle_block[1].transformer_blocks) == 2
 
 
 BAD = [
