@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm.encoders.text import TextEncoder
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml
-from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines.memory import run_on_zeros
@@ -155,7 +154,7 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
 
 def _build_meta_task(settings: Settings) -> Task:
     """Build the task of a run, with its networks on the meta device."""
-    model = build_on_meta(translate_config(settings.raw["model"], where="model"), where="model")
+    model = build_on_meta(settings.raw["model"], where="model")
     if settings.trainer.gradient_checkpointing is not None:
         set_gradient_checkpointing(model, settings.trainer.gradient_checkpointing)
     with torch.device("meta"):

@@ -14,7 +14,6 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import translate_config
 from ldm.loading.load import load
 from ldm.loading.weight_names import restore_names
 from ldm.nets.tiny_autoencoder import TinyDecoder
@@ -137,7 +136,7 @@ def _make_upscaler(folder: Path) -> None:
     params["autoencoder"]["params"] = sd1["first_stage_config"]["params"]
     text = params["conditioner"]["params"]["text"]["params"]
     text |= {"arch": tinyfamilies.CLIP, "layer_idx": tinyfamilies.CLIP["num_hidden_layers"]}
-    model: Any = build_on_meta(translate_config(raw))
+    model: Any = build_on_meta(raw)
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
     state = restore_names(empty)
     state |= fill({k: v for k, v in state.items() if not k.endswith(".kernel")}, "x2")

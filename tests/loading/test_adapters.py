@@ -28,7 +28,6 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
-from ldm.loading.legacy import translate_config
 from quick import some
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
@@ -118,7 +117,7 @@ def test_every_format_changes_its_target_layers_only(kind, file):
 
 @pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
 def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
-    model = build_on_meta(translate_config(read_yaml(yaml)))
+    model = build_on_meta(read_yaml(yaml))
     names = [layer.kohya for layer in list_lora_targets(model)]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in names) == text
@@ -303,7 +302,7 @@ def test_all_layers_that_kohya_trains_in_sdxl_are_read(file):
         state[f"{name}.alpha"] = torch.tensor(1.0)
     assert len(state) == 2958
     write_checkpoint(file, state)
-    model = build_on_meta(translate_config(read_yaml(SDXL)))
+    model = build_on_meta(read_yaml(SDXL))
     assert read_lora(file, model).keys() == layers.keys()
 
 

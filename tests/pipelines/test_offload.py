@@ -10,7 +10,6 @@ from goldfile import gold
 from imagehelp import random_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.pipelines import inpaint, txt2img
 from ldm.pipelines.memory import estimate_memory
@@ -113,7 +112,7 @@ def test_images_of_an_offloaded_model_on_a_gpu_are_the_same():
 def test_sdxl_at_1024_pixels_fits_8_gb_when_offloaded(name):
     """5.1 and 4.6 GiB, in float16 with the autoencoder in float32; whole: 9.6 and 8.8."""
     config = f"{XL}/sd_xl_{name}.yaml"
-    model = build_on_meta(translate_config(read_yaml(config)), where=config).half()
+    model = build_on_meta(read_yaml(config), where=config).half()
     model.autoencoder.float()
     memory = estimate_memory(model, (1024, 1024))
     assert memory.whole == sum(memory.weights.values()) + max(memory.activations.values())

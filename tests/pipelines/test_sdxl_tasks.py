@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ldm.loading.build import build_on_meta
-from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.pipelines import WrongFamily, img2img, inpaint, txt2img
 from ldm.pipelines.quirks import Quirks
@@ -21,7 +20,7 @@ IMAGE = torch.zeros(1, 3, 64, 64)
 @functools.cache
 def model(family: str) -> LatentDiffusion:
     """Without weights: nothing may run."""
-    built: LatentDiffusion = build_on_meta(translate_config(tinyfamilies.small(family)))
+    built: LatentDiffusion = build_on_meta(tinyfamilies.small(family))
     built.provenance["checkpoint"] = f"{family}.safetensors"
     return built
 

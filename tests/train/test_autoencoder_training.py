@@ -13,7 +13,6 @@ from ldm.data.source import DatasetSource
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.loading.legacy import translate_config
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
@@ -233,7 +232,7 @@ def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recor
 )  # fmt: skip
 def test_configs_of_the_original_build_its_models_and_losses(name: str, parameters: int) -> None:
     raw = read_yaml(f"configs/autoencoder/autoencoder_kl_{name}.yaml")
-    model = build_on_meta(translate_config(raw), where=name)
+    model = build_on_meta(raw, where=name)
     assert sum(p.numel() for p in model.parameters()) == parameters
     losses = instantiate(raw["model"]["params"]["lossconfig"])
     assert losses == LossConfig(disc_start=50001, kl_weight=1e-6, disc_weight=0.5)

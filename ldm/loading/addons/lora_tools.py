@@ -20,7 +20,6 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import LORA_PARTS
 from ldm.loading.families import FAMILIES
-from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
 from ldm.loading.merge import ModelFile, check_fits, read_model_file
 from ldm.model import LatentDiffusion
@@ -257,7 +256,7 @@ def build_model_of_lora(path: str | Path, base: str | Path | None = None) -> Lat
     if family is None:
         message = f"`{path}`: the family of the LoRA is not recognised\nhint: pass a model"
         raise MissingArgument(message, "model")
-    model = build_on_meta(translate_config(read_yaml(family.config_path(None))))
+    model = build_on_meta(read_yaml(family.config_path(None)))
     assert isinstance(model, LatentDiffusion)
     return model
 
