@@ -23,8 +23,9 @@ def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str
     syntax = request.prompts.syntax
     if syntax == PLAIN:
         return []
-    parsed = [parse_prompt(text, syntax) for text in _prompts(batches)]
-    parsed += [parse_prompt(text, syntax, is_negative=True) for text in _negative_prompts(batches)]
+    prompts, negatives = _list_prompts(batches)
+    parsed = [parse_prompt(text, syntax) for text in prompts]
+    parsed += [parse_prompt(text, syntax, is_negative=True) for text in negatives]
     for name, text in _constant_texts(request).items():
         constant = parse_constant(text, syntax, name)
         assert isinstance(constant, StepPrompts)
@@ -39,7 +40,7 @@ def find_prompt_warnings(
     if not model.conditioner.find_all(TextEncoder):
         return []
     warnings: list[str] = []
-    prompts, negatives = _prompts(batches), _negative_prompts(batches)
+    prompts, negatives = _list_prompts(batches)
     if tagged := next((text for text in negatives if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
     second = (spec.prompt_2 for batch in batches for spec in batch.images if spec.prompt_2)
@@ -61,18 +62,13 @@ def find_prompt_warnings(
     return warnings
 
 
-def _prompts(batches: Sequence[Batch]) -> list[str]:
-    """Return the distinct prompts for both text encoders, without empty ones."""
-    specs = (spec for batch in batches for spec in batch.images)
-    texts = (text for spec in specs for text in (spec.prompt, spec.prompt_2))
-    return list(dict.fromkeys(filter(None, texts)))
-
-
-def _negative_prompts(batches: Sequence[Batch]) -> list[str]:
-    """Return the distinct negative prompts for both text encoders, without empty ones."""
-    specs = (spec for batch in batches for spec in batch.images)
-    texts = (text for spec in specs for text in (spec.negative_prompt, spec.negative_prompt_2))
-    return list(dict.fromkeys(filter(None, texts)))
+def _list_prompts(batches: Sequence[Batch]) -> tuple[list[str], list[str]]:
+    """Return distinct prompts and negative prompts of both text encoders, without empty ones."""
+    prompts, negatives = [], []
+    for spec in (spec for batch in batches for spec in batch.images):
+        prompts += [spec.prompt, spec.prompt_2]
+        negatives += [spec.negative_prompt, spec.negative_prompt_2]
+    return list(dict.fromkeys(filter(None, prompts))), list(dict.fromkeys(filter(None, negatives)))
 
 
 def _constant_texts(request: Request) -> dict[str, str]:

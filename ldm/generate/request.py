@@ -7,7 +7,7 @@ Options are fields, in groups (`ldm.generate.groups`). `command_line` converts f
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,14 +17,11 @@ from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from ldm.generate.tasks.base import Task
 
 __all__ = ["Request"]
 
 InputsType = TypeVar("InputsType", bound=Inputs)
-Group = TypeVar("Group", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,10 @@ class Request:
                 kind = f"option of {self.task.name}"
                 raise unknown_name(kind, name, options, argument=name)
         decoded = {name: decode_option(name, *options[name], v) for name, v in values.items()}
-        groups = {n: _replace_fields(group, decoded) for n, group in self._groups().items()}
+        groups = {
+            name: replace(group, **{k: decoded[k] for k in vars(group).keys() & decoded.keys()})
+            for name, group in self._groups().items()
+        }
         return Request(self.task, **groups)
 
     def to_json(self, without_folders: bool = False) -> dict[str, Value]:
@@ -119,9 +119,3 @@ def _file_names(value: Value) -> Value:
     if isinstance(value, tuple):
         return tuple(map(_file_names, value))
     return Path(value).name if isinstance(value, str) else value
-
-
-def _replace_fields(group: Group, values: Mapping[str, Value]) -> Group:
-    """Copy a group with those values that are its options."""
-    changes = {f.name: values[f.name] for f in fields(group) if f.name in values}
-    return replace(group, **changes)
