@@ -11,6 +11,7 @@ from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.weights import open_checkpoint
 from ldm.runtime.errors import FileFormatError, MissingFile, UnknownName
 from quick import some
 
@@ -61,6 +62,7 @@ def test_configs_of_a_folder_are_read(folder):
     assert model.conditioner.text.null == model.conditioner.text_2.null == ""
     assert model.autoencoder.quant_conv.weight.dtype == torch.float16
     assert model.latent_size == (64, 64)
+    assert "version: laion2b_s39b_b160k" in open_checkpoint(folder).metadata["ldm.config"]
 
 
 def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):

@@ -96,25 +96,18 @@ def make_text_files(encoder: TextEncoder, component: str = "text_encoder") -> Js
 
 
 def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
-    """Return the parameters of SDXL's text encoder: CLIPText, or OpenCLIPText with `pooled`."""
+    """Return the sizes of SDXL's text encoder: CLIPText, or OpenCLIPText with `pooled`."""
     layers = config["num_hidden_layers"]
     if not pooled:
-        return {"layer": "hidden", "layer_idx": layers - 1, **_parse_openai_arch(config)}
+        return {"layer_idx": layers - 1, **_parse_openai_arch(config)}
     width, embed_dim = config["hidden_size"], config["projection_dim"]
     name = _find_size_name(width, config["num_attention_heads"], layers)
     uses_quick_gelu = is_openai_clip(config, "text_encoder_2/config.json")
-    arch: Any = name
-    has_usual_mlp = config["intermediate_size"] == 4 * width
-    if name is None or embed_dim != width or uses_quick_gelu or not has_usual_mlp:
-        arch = {"embed_dim": embed_dim, "text_cfg": _make_text_cfg(config, layers)}
-        arch |= {"quick_gelu": True} if uses_quick_gelu else {}
-    return {
-        "arch": arch,
-        "freeze": True,
-        "layer": "penultimate",
-        "always_return_pooled": True,
-        "legacy": False,
-    }
+    has_usual_widths = embed_dim == width and config["intermediate_size"] == 4 * width
+    if name is not None and has_usual_widths and not uses_quick_gelu:
+        return {"arch": name}
+    arch = {"embed_dim": embed_dim, "text_cfg": _make_text_cfg(config, layers)}
+    return {"arch": arch | ({"quick_gelu": True} if uses_quick_gelu else {})}
 
 
 def _parse_openai_arch(config: Config) -> JsonObject:

@@ -92,9 +92,9 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
         if target == "FrozenCLIPEmbedder":
-            embedder["params"] = encoders.parse_xl_text_config(files[layout.TEXT], pooled=False)
+            embedder["params"] |= encoders.parse_xl_text_config(files[layout.TEXT], pooled=False)
         elif target == "FrozenOpenCLIPEmbedder2":
-            embedder["params"] = encoders.parse_xl_text_config(files[layout.TEXT_2], pooled=True)
+            embedder["params"] |= encoders.parse_xl_text_config(files[layout.TEXT_2], pooled=True)
         else:
             embedder["params"]["outdim"] = files[layout.UNET]["addition_time_embed_dim"]
     if needs_score and layout.TEXT in files:
