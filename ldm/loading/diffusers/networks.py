@@ -165,11 +165,7 @@ def parse_unet_config(config: Config) -> JsonObject:
     if config.get("resnet_time_scale_shift", "default") != "default":
         params["use_scale_shift_norm"] = True
     params |= _parse_depths(config, params["num_res_blocks"])
-    if config.get("time_cond_proj_dim"):
-        params["time_cond_proj_dim"] = config["time_cond_proj_dim"]
-    if config.get("dropout"):
-        params["dropout"] = config["dropout"]
-    return params
+    return params | {k: config[k] for k in ("time_cond_proj_dim", "dropout") if config.get(k)}
 
 
 def make_vae_config(params: Config, scale_factor: float | None, sample_size: int) -> JsonObject:
