@@ -14,7 +14,6 @@ from ldm.model import LatentDiffusion
 from ldm.nets import attention
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
-from ldm.runtime.types import JsonMapping
 from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.build import build_state, build_task, configure_model
 from ldm.train.config.datamodules import read_data
@@ -74,8 +73,7 @@ class Run:
     @property
     def timesteps(self) -> Sequence[int] | None:
         """Range [first, end) of timesteps to train on; None = all."""
-        objective: JsonMapping = {**self.settings.objective}
-        return objective.get("timesteps")
+        return self.settings.objective.get("timesteps")
 
     @property
     def checkpoints(self) -> Path:

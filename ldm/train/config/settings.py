@@ -49,7 +49,7 @@ class Settings:
 
     Args:
         raw: The whole config, from which the others are read.
-        objective: Keywords of the task.
+        objective: Keywords of the task, a `DiffusionObjective` or an `AutoencoderObjective`.
         notes: Lines for the user, on translated and ignored keys.
     """
 
@@ -58,7 +58,7 @@ class Settings:
     data: schema.Loader
     trainer: schema.Trainer
     optimizer: schema.Optimizer
-    objective: schema.DiffusionObjective | schema.AutoencoderObjective
+    objective: JsonMapping
     callbacks: schema.Callbacks
     devices: Devices = Devices()
     lora: schema.Lora | None = None

@@ -22,7 +22,6 @@ from ldm.data.transforms import SIZE_KEYS
 from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
-from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import eval_mode, is_sharded
 from ldm.train.run import Run
 from ldm.train.tasks.diffusion import ZERO_SIZES
@@ -103,7 +102,10 @@ def sample_images(
     latent_size = (height // model.downscale, width // model.downscale)
     batch = model.prepare(to_device(batch, model.device), latent_size)
     cond = model.condition(batch)
-    uncond = model.condition(batch, _unconditional_dropout(run, model))
+    dropout: DropRate = 1.0
+    if ZERO_SIZES in run.settings.objective.get("legacy", ()):
+        dropout = dict.fromkeys(model.conditioner.keys, 1.0)
+    uncond = model.condition(batch, dropout)
     options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
     if run.timesteps is not None:  # start at the highest noise level that is trained
         strength = run.timesteps[1] / len(model.schedule)
@@ -114,14 +116,6 @@ def sample_images(
         z = sample(model, cond, uncond, size=(height, width), seeds=seeds, **options)
     image: Tensor = model.decode(z.float()).clamp(-1, 1).cpu()
     return image
-
-
-def _unconditional_dropout(run: Run, model: LatentDiffusion) -> DropRate:
-    """Return the probabilities of dropping conditions that make the unconditional ones."""
-    objective: JsonMapping = {**run.settings.objective}
-    if ZERO_SIZES in objective.get("legacy", ()):
-        return dict.fromkeys(model.conditioner.keys, 1.0)
-    return 1.0
 
 
 def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
