@@ -12,6 +12,7 @@ names are the original's. Names of diffusers, which depend on the network, are t
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "to_original_name",
 ]  # fmt: skip
 
+T = TypeVar("T")
 # (the original's prefix, ours); `to_original_name` takes the first that fits.
 PREFIXES = (
     # Of k-diffusion's upscaler.
@@ -166,8 +168,8 @@ def has_prefix(names: Iterable[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the weights whose names begin with a prefix, without it."""
+def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Return the values whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
 
 

@@ -8,19 +8,18 @@ of the batch: a run resumes exactly, on any number of processes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ldm.loading.weight_names import strip_prefix
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import STATE_KEYS
 from ldm.train.tasks.task import LossFunction
 
 __all__ = ["LossScale", "State", "TrainedNetwork"]
 
-T = TypeVar("T")
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
@@ -76,7 +75,7 @@ class TrainedNetwork:
         state = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, p in enumerate(order):
-            if values := _select(names[id(p)], tensors):
+            if values := strip_prefix(tensors, f"{names[id(p)]}."):
                 state["state"][index] = values
         self.optimizer.load_state_dict(state)
 
@@ -172,20 +171,21 @@ class State:
         """Return all tensors: "average.…" (EMA), "NETWORK.weights.…", "NETWORK.optimizer.…"."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
-            tensors |= _prefix(f"{name}.optimizer", network.optimizer_state())
+            tensors |= _add_prefix(network.optimizer_state(), f"{name}.optimizer.")
         return tensors
 
     def tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
         """Return the tensors to read a saved state into, with new ones for the optimizers."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
-            prefix = f"{name}.optimizer"
-            tensors |= _prefix(prefix, network.empty_optimizer_state(_select(prefix, shapes)))
+            prefix = f"{name}.optimizer."
+            empty = network.empty_optimizer_state(strip_prefix(shapes, prefix))
+            tensors |= _add_prefix(empty, prefix)
         return tensors
 
     def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
         for name, network in self.networks.items():
-            network.load_optimizer_state(_select(f"{name}.optimizer", tensors))
+            network.load_optimizer_state(strip_prefix(tensors, f"{name}.optimizer."))
 
     def is_finite(self) -> bool:
         """Return whether weights, EMA and optimizer states of this process are finite."""
@@ -197,17 +197,11 @@ class State:
         return all(bool(x.detach().isfinite().all()) for x in local if x.is_floating_point())
 
     def _allocated_tensors(self) -> dict[str, Tensor]:
-        tensors = _prefix("average", self.ema.shadow)
+        tensors = _add_prefix(self.ema.shadow, "average.")
         for name, network in self.networks.items():
-            tensors |= _prefix(f"{name}.weights", network.weights())
+            tensors |= _add_prefix(network.weights(), f"{name}.weights.")
         return tensors
 
 
-def _prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": value for name, value in tensors.items()}
-
-
-def _select(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
-    """Select the values whose names start with a prefix, and remove it."""
-    start = f"{prefix}."
-    return {n.removeprefix(start): v for n, v in values.items() if n.startswith(start)}
+def _add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}

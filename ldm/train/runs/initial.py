@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ldm.loading import legacy
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import rename_weights, select_buffers
+from ldm.loading.weight_names import rename_weights, select_buffers, strip_prefix
 from ldm.loading.weights import open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
@@ -81,8 +81,7 @@ def _load(
     path = find_checkpoint(params["ckpt_path"])
     raw = open_checkpoint(path if path.is_dir() else find_file(path)).state
     state = rename_weights(raw)
-    if any(name.startswith(prefix) for name in state):
-        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    state = strip_prefix(state, prefix) or state
     current = module.state_dict()
     ignored = tuple(params.get("ignore_keys") or ())
     state = {n: v for n, v in state.items() if not n.startswith(ignored)}
