@@ -136,6 +136,8 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
     if request.train:
         required.append("model.base_learning_rate")
     check_complete(settings.raw, *required)
+    if request.validate and not settings.raw["data"]["params"].get("validation"):
+        raise ValueError("--validate needs held-out data, `data.params.validation`")
     return settings
 
 
@@ -181,10 +183,7 @@ def _run(
     elif existing and not request.validate:
         export(run)
     if request.validate:
-        losses = validate(run)
-        if not losses:
-            raise ValueError("--validate needs held-out data, `data.params.validation`")
-        yield from (f"{name} {value:.6f}" for name, value in losses.items())
+        yield from (f"{name} {value:.6f}" for name, value in validate(run).items())
     elif run.ranks.is_first:
         exports = [run.checkpoints / f"last.{suffix}" for suffix in ("safetensors", "ckpt")]
         paths = [str(path) for path in exports if path.exists()]

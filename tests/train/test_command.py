@@ -118,6 +118,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         ("data.params.train.root=nope", "data.params.train.root: there is no folder `nope`"),
         ("data.params.train.transform.tags=1", "data.params.train.transform: unknown key"),
         ("model.base_learning_rate=null", "missing in the config: `model.base_learning_rate`"),
+        ("--validate", "--validate needs held-out data, `data.params.validation`"),
         ("-r", "no run `tiny` in"),
         ("--validate -r nowhere", "no run and no state `nowhere`"),
         ("--gpus 0,1, --num_nodes 2", "hint: torchrun --nnodes 2"),
