@@ -314,6 +314,10 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ("lightning.trainer.strategy=deepspeed_stage_2", "strategy: `deepspeed` should be"),
         ("lightning.trainer.gradient_clip_algorithm=value", "`value` should be 'norm'"),
         ("lightning.callbacks.image_logger.params.batch_freqency=1", "mean `batch_frequency`"),
+        (
+            "lightning.callbacks.image_logger.params.log_images_kwargs=5",
+            "log_images_kwargs: `5` should be a mapping",
+        ),
         ("lightning.callbacks.image_logger.param=1", "image_logger: unknown key `param`, did you"),
         ("lightning.modelcheckpoint.param=1", "modelcheckpoint: unknown key `param`, did you"),
         ("lightning.callbacks.mine.target=my.Own", "callbacks.mine: unknown callback `my.Own`"),

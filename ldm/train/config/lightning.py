@@ -223,7 +223,7 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
     known = [*IMAGE_LOGGER, *IGNORED_IMAGE_LOGGER]
     check_names("parameter of ImageLogger", params, known, where)
-    kwargs = drop_nulls(params.get("log_images_kwargs", {}))
+    kwargs = drop_nulls(get_section(params, "log_images_kwargs"))
     images = params.get("max_images", 4)
     result.add(
         "callbacks",
@@ -324,6 +324,6 @@ def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
     if not is_set and "shards" not in (data.get("train") or {}):
         result.add("callbacks", validate_epochs=1)
     # Other autoencoder tasks have no losses of the names that `monitor` may have there.
-    loss_class = str((params.get("lossconfig") or {}).get("target"))
+    loss_class = str(get_section(params, "lossconfig").get("target"))
     if params.get("monitor") and ("unet_config" in params or loss_class.endswith("Discriminator")):
         result.add("callbacks", monitor=params["monitor"], save_top_k=DEFAULT_SAVE_TOP_K)

@@ -11,7 +11,7 @@ from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.loading.sgm import ENGINE
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.specs import read_spec
+from ldm.train.config.specs import get_section, read_spec
 from ldm.train.tasks.criterion import LOSS_TYPES
 
 __all__ = ["is_engine", "translate_training"]
@@ -68,9 +68,8 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
 
 
 def _translate_objective(params: JsonMapping) -> JsonObject:
-    denoiser = (params.get("denoiser_config") or {}).get("params") or {}
     # Where configs from before November 2023 have it.
-    weighting = denoiser.get("weighting_config")
+    weighting = get_section(params, "denoiser_config.params").get("weighting_config")
     weighting_where = f"{PARAMS}.denoiser_config.params.weighting_config"
     objective: JsonObject = {}
     loss: JsonObject = {}
