@@ -51,16 +51,13 @@ class Blocks:
     def parse_weights(
         self, text: str, default: float, argument: str, *, is_lora: bool = False
     ) -> dict[str, float]:
-        """Parse block weights: of all blocks, of all but BASE, or `NAME=WEIGHT` pairs.
+        """Return weight by block from a text: of all blocks, all but BASE, or `NAME=WEIGHT` pairs.
 
         Args:
             text: Weights or pairs, separated by commas.
             default: Weight of blocks without one in the text.
             argument: Name of the argument that the text was passed as, for errors.
             is_lora: Whether the weights may also be those of `attention_names` alone.
-
-        Returns:
-            weight by block, all of `names`.
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):

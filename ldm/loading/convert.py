@@ -268,10 +268,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
 def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     """Return the text of a model's YAML: the given one, that in the file, or that of the family.
 
-    For an autoencoder only, it has the content of `first_stage_config`.
-
-    Returns:
-        None = an unknown family.
+    For an autoencoder only, it has the content of `first_stage_config`; None for an unknown family.
     """
     weights = identify_weights(file)
     is_part = not (file.has_ema or has_prefix(weights.state, UNET))

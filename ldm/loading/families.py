@@ -26,7 +26,7 @@ from ldm.loading.files.checkpoint import to_ema_name
 from ldm.loading.weight_names import UNET, strip_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES", "TITLE_BY_WIDTH",
+    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES",
     "Family", "Prediction", "Verdict", "detect_prediction", "probe_prediction", "recognize_family",
 ]  # fmt: skip
 
@@ -124,10 +124,6 @@ FAMILIES = (
 )
 # fmt: on
 
-# By the dimension of the context.
-TITLE_BY_WIDTH: dict[object, str] = {
-    768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"
-}  # fmt: skip
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # of diffusers

@@ -47,10 +47,10 @@ def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = (
 def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
     """Return the network's arguments from a JSON of k-diffusion, else from the shapes of weights.
 
+    None if the config, or the model, is not an x2 latent upscaler.
+
     Args:
         config: Path of the JSON, or of our YAML of the upscaler.
-    Returns:
-        None if the config, or the model, is not an x2 latent upscaler.
     """
     if config.endswith(".json"):
         model: JsonObject = read_yaml(config).get("model") or {}

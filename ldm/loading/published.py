@@ -113,12 +113,10 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
 
 
 def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
-    """Find a published file on this machine, by its cached hash or in the hub's cache.
+    """Find a published file on this machine, by its cached hash or in the hub's cache, or None.
 
     Args:
         verify: Whether to compute the hash of a file in the hub's cache, if it is unknown.
-    Returns:
-        None if it is not found.
     """
     for path in _list_candidates(file):
         digest = hash_file(path) if verify and file.expected_sha256 else find_cached_sha256(path)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ldm.encoders.text import TextEncoder
 from ldm.imaging.reading import open_image
-from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.loading.modelspec import describe_model
 from ldm.model import LatentDiffusion
@@ -55,7 +54,7 @@ BUNDLE_KEY = re.compile(
     rf"{re.escape(BUNDLE_PREFIX)}(?:(?P<token>.+?)\.)?(?P<key>string_to_param\..*|[^.]+)"
 )
 # Names of model families, by the width of their last text encoder.
-FAMILY_BY_WIDTH = TITLE_BY_WIDTH | {1280: "SDXL"}
+FAMILY_BY_WIDTH = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 
 
 def load_embeddings(
