@@ -132,15 +132,17 @@ def make_attn(
     return nn.Identity() if attn_type == "none" else AttnBlock(in_channels)
 
 
-class Encoder(OldModule, autoencoder.Encoder):
-    """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w).
+class Coder(OldModule):
+    """Base class of Encoder and Decoder: the constructor, which takes the settings of both.
 
     Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:
 
     Args:
-        double_z: Whether the output is mean and log variance; else it has z_channels.
-        ignore_kwargs: Settings of the decoder, ignored.
+        double_z: Whether the encoder's output is mean and log variance; else it has z_channels.
+        ignored: Other settings of an autoencoder.
     """
+
+    double_z = True
 
     def __init__(
         self,
@@ -156,9 +158,11 @@ class Encoder(OldModule, autoencoder.Encoder):
         resolution: int,
         z_channels: int,
         double_z: bool = True,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
-        **ignore_kwargs: object,
+        **ignored: object,
     ) -> None:
         config = AutoencoderConfig(
             ch=ch,
@@ -171,16 +175,28 @@ class Encoder(OldModule, autoencoder.Encoder):
             in_channels=in_channels,
             resolution=resolution,
             z_channels=z_channels,
+            give_pre_end=give_pre_end,
+            tanh_out=tanh_out,
             use_linear_attn=use_linear_attn,
             attn_type=attn_type,
         )
         super().__init__(config)
-        if not double_z:
-            self.conv_out = blocks.Conv2d(config.channels[-1], z_channels, 3, padding=1)
+        self.double_z = double_z
         relabel(self)
+        self.ch = ch
+        self.in_channels = in_channels
         self.resolution = resolution
 
+
+class Encoder(Coder, autoencoder.Encoder):
+    """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w)."""
+
     def add_attributes(self) -> None:
+        if not self.double_z:
+            channels, z_channels = self.conv_out.in_channels, self.conv_out.out_channels // 2
+            self.conv_out = nn.Conv2d(  # type: ignore[assignment]  # torch's, as all layers here
+                channels, z_channels, 3, padding=1
+            )
         self.ch = self.conv_in.out_channels
         self.temb_ch = 0
         self.in_channels = self.conv_in.in_channels
@@ -202,58 +218,12 @@ class Encoder(OldModule, autoencoder.Encoder):
         return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
-class Decoder(OldModule, autoencoder.Decoder):
+class Decoder(Coder, autoencoder.Decoder):
     """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0], of full resolution, runs last.
-
-    Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:
-
-    Args:
-        ignorekwargs: Settings of the encoder, ignored.
 
     Attributes:
         last_z_shape: Shape of the last input.
     """
-
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
-        give_pre_end: bool = False,
-        tanh_out: bool = False,
-        use_linear_attn: bool = False,
-        attn_type: str = "vanilla",
-        **ignorekwargs: object,
-    ) -> None:
-        config = AutoencoderConfig(
-            ch=ch,
-            out_ch=out_ch,
-            ch_mult=ch_mult,
-            num_res_blocks=num_res_blocks,
-            attn_resolutions=attn_resolutions,
-            dropout=dropout,
-            resamp_with_conv=resamp_with_conv,
-            in_channels=in_channels,
-            resolution=resolution,
-            z_channels=z_channels,
-            give_pre_end=give_pre_end,
-            tanh_out=tanh_out,
-            use_linear_attn=use_linear_attn,
-            attn_type=attn_type,
-        )
-        super().__init__(config)
-        relabel(self)
-        self.ch = ch
-        self.in_channels = in_channels
-        self.resolution = resolution
 
     def add_attributes(self) -> None:
         self.ch = self.conv_out.in_channels

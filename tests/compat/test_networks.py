@@ -93,6 +93,11 @@ def test_encoder_and_decoder_equal_the_recorded_ones(name):
         assert relative_error(ours, recorded) < 4e-5, case
 
 
+def test_an_encoder_without_variances_has_half_the_channels():
+    encoder = model.Encoder(**DDCONFIG | {"double_z": False})
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 16, 16)
+
+
 def test_a_residual_block_adds_an_embedding_and_widens_its_shortcut():
     block = model.ResnetBlock(
         in_channels=32, out_channels=64, conv_shortcut=True, dropout=0.0, temb_channels=16
