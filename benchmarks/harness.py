@@ -154,10 +154,7 @@ def compare(
     """Measure both sides in the order A B, B A, A B …
 
     Args:
-        start: Starts the worker of a side.
-        pair: Ours and the baseline.
         check: Compares the results of both workers after their warm-up, and exits if they disagree.
-        rounds: Number of measurements of each side.
         at_once: Whether both workers fit into memory; if not, each turn starts a worker and makes
             three measurements.
         measure_rate: Measures a rate of this machine, before and after each measurement of ours.
@@ -235,8 +232,6 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
     """Run Python with the `ldm` of a checkout.
 
     Args:
-        root: The checkout.
-        command: Arguments of Python.
         folder: Working directory; None for the checkout.
 
     Returns:

@@ -133,14 +133,9 @@ def compare_inpainting(
 def compare_upscaling(
     model: LatentDiffusion, samples: Iterable[Sample], **options: Any
 ) -> tuple[dict[str, Quality], list[Images]]:
-    """Upscale low-resolution images by 4, by `model` and by bicubic interpolation.
+    """Upscale `lr` of the samples by 4, by `model` and by bicubic interpolation.
 
-    Args:
-        samples: Samples with `jpg`, `lr` and `txt`.
-        options: Keywords of `upscale`.
-
-    Returns:
-        Quality by method, and the images of every sample.
+    Args and Returns: see `compare_inpainting`.
     """
 
     def restore(sample: Sample) -> Images:

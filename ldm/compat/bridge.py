@@ -54,9 +54,7 @@ class _Family:
     """A class of the original, and the encoders of conditions that its models have.
 
     Args:
-        old_class: The class.
         names: Names of the encoders in a `Conditioner`, without the text encoder.
-        conditioning_key: That of its models.
         build_encoders: Builds these encoders from an old model.
         config_key: Keyword of the constructor of `old_class` for the config of the module that
             `add_module` replaces; None = none.
