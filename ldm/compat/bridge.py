@@ -77,9 +77,12 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
     """
     names = frozenset(model.conditioner.encoders)
     family = next((family for family in FAMILIES if family.names | {"text"} == names), None)
-    if family is None or not isinstance(model.autoencoder, AutoencoderKL):
+    if family is None:
         encoders = ", ".join(sorted(names)) or "none"
         raise WrongFamily(f"no class of the original has these encoders: {encoders}")
+    if not isinstance(model.autoencoder, AutoencoderKL):
+        name = type(model.autoencoder).__name__
+        raise WrongFamily(f"an autoencoder of class {name} has no counterpart in the original")
     if not isinstance(model.schedule, Schedule) or not model.schedule.uses_plain_timesteps:
         raise WrongFamily("the original's classes have plain timesteps only, this model others")
     if model.latent_mean is not None or model.latent_std is not None:

@@ -25,6 +25,7 @@ from ldm.models.diffusion.ddpm import (
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule, noise_like
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.nets.autoencoder import PixelSpace
 from ldm.runtime.errors import WrongFamily
 from ldm.util import instantiate_from_config, mean_flat
 from pipelines.goldmodels import model_of
@@ -354,6 +355,9 @@ def test_settings_without_a_counterpart_are_refused(monkeypatch):
             patch.setattr(owner, name, value)
             with pytest.raises(WrongFamily, match=message):
                 from_modern(modern)
+    modern.autoencoder = PixelSpace()
+    with pytest.raises(WrongFamily, match="autoencoder of class PixelSpace"):
+        from_modern(modern)
 
 
 def test_tokens_that_a_program_has_added_are_bridged():
