@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compat.oldmodels import build, build_recorded, recorded
@@ -345,3 +346,25 @@ def test_patches_are_cut_and_joined_as_recorded(name):
     file.assert_close("delta_border_5x8", d=model.delta_border(5, 8))
     del model.split_input_params
     assert not model.uses_patches
+
+
+class Pooling(nn.Module):
+    """An autoencoder whose output at a pixel depends on the patch around it alone."""
+
+    def encode(self, x):
+        return F.avg_pool2d(x, 4)
+
+    def decode(self, z):
+        return F.interpolate(z, scale_factor=4.0)
+
+
+def test_patches_are_encoded_and_decoded_as_the_whole():
+    config = recorded("patches_of_models").meta["config_concat"]
+    model = build(config, first_stage_config={"target": f"{__name__}.Pooling"})
+    x, z = torch.randn(1, 3, 48, 64), torch.randn(1, 3, 12, 16)
+    image = model.decode_first_stage(z)
+    model.split_input_params = {**LIMITS, "tie_braker": True, "ks": (32, 32), "stride": (16, 16)}
+    torch.testing.assert_close(model.encode_first_stage(x), F.avg_pool2d(x, 4))
+    assert model.split_input_params["original_image_size"] == (48, 64)
+    model.split_input_params |= {"ks": (8, 8), "stride": (4, 4)}
+    torch.testing.assert_close(model.decode_first_stage(z), image)

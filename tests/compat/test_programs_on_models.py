@@ -11,6 +11,7 @@ from torch import nn
 import ldm
 from compat.oldmodels import SCHEDULER, build, recorded
 from ldm.compat.bridge import from_modern, to_modern
+from ldm.compat.lightning import PlainModule
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -270,6 +271,31 @@ def test_a_trainer_without_lightning_sets_what_the_model_reads():
     assert batch["label"] == ["none", "none"]
     assert calls == [False, False]
     model.validation_step(batch, 0)
+
+
+def test_an_autoencoder_and_its_discriminator_are_trained_by_hand():
+    """As `test_lightning_fit` does by a Trainer."""
+    params = {"disc_start": 0, "perceptual_weight": 0.0}
+    loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": params}
+    model = build(recorded("ae_loss").meta["config_vae"], lossconfig=loss, ema_decay=0.9)
+    if not isinstance(model, PlainModule):
+        pytest.skip("Lightning needs a Trainer")
+    model.learning_rate = 1e-3
+    optimizers, _ = model.configure_optimizers()
+    model.optimizers = lambda: optimizers
+    networks = (model.decoder.conv_out.weight, model.loss.discriminator.main[0].weight)
+    before = [weight.detach().clone() for weight in networks]
+    batch = {"image": torch.rand(2, 32, 32, 3) * 2 - 1}
+    model.training_step(batch, 0)
+    model.on_train_batch_end()
+    for weight, old in zip(networks, before, strict=True):
+        assert not torch.equal(weight, old)
+    trained = model.decoder.conv_out.weight.detach().clone()
+    model.validation_step(batch, 0)
+    log = model.log_images(batch)
+    assert torch.equal(model.decoder.conv_out.weight, trained)  # that of the EMA is put back
+    names = ("samples", "reconstructions", "samples_ema", "reconstructions_ema")
+    assert log.keys() == {"inputs", *names}
 
 
 @pytest.mark.parametrize("name", ["base_v", pytest.param("base_eps", marks=pytest.mark.slow)])

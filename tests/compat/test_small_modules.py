@@ -1,4 +1,4 @@
-"""`ldm.util`, `ldm.modules.ema` and `ldm.modules.distributions.distributions`."""
+"""`ldm.util`, `ldm.data.base`, `ldm.modules.ema`, `ldm.modules.distributions.distributions`."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from goldfile import gold
 from ldm.compat import distributions, ema, util
+from ldm.compat.data import Txt2ImgIterableBaseDataset
 
 
 def test_a_config_builds_any_class():
@@ -34,6 +35,12 @@ def test_predicates():
     assert util.ismap(x.repeat(1, 2, 1, 1))
     assert util.count_params(nn.Linear(3, 2), verbose=True) == 8
     assert torch.equal(util.mean_flat(torch.arange(6.0).view(2, 3)), torch.tensor([1.0, 4.0]))
+
+
+def test_iterable_data_sets_have_a_length():
+    samples = Txt2ImgIterableBaseDataset(3, size=8)
+    assert isinstance(samples, torch.utils.data.IterableDataset)
+    assert len(samples) == 3
 
 
 def test_captions_become_images():
