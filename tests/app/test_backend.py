@@ -223,8 +223,6 @@ def test_an_estimated_depth_map_is_taken_back(backend, make_request, run):
         ("inpaint", {"sketch": None}, "No input image"),
         ("unclip", {"init_img": None}, "No input image"),
         ("unclip", {"weight": "2; 1"}, "is not a number"),
-        ("unclip", {"weight": "2, 1"}, "2 weights were given for 1"),
-        ("upscale", {"noise_level": 400}, "noise levels are 0"),
         ("txt2img", {"seed": "five"}, "seed: `five` is not a whole number"),
     ],
 )  # fmt: skip

@@ -60,8 +60,6 @@ def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, cal
     assert [lora["weight"] for lora in info["loras"]] == [weight]
     assert f"<lora:one:{weight}>" in format_parameters(info)
     assert call("replay", path)[:2] == IDENTICAL
-    assert "`te=much`: `much` is not a number" in shot("--lora", f"{loras[0]}:te=much")[2]
-    assert shot("--lora", f"{loras[0]}:lbw=1,0")[0] == 1
 
 
 def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_path, call):
@@ -69,7 +67,6 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
     width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
     folder = tmp_path / "words"
     write_embeddings(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
-    write_embeddings(folder / "wide.safetensors", {"<wide>": torch.randn(2, width + 1)})
     words = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]
     (path,), (plain,) = shot(*words)[1], shot(*words[:2])[1]
     info = read_info(path)
@@ -81,6 +78,3 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
     request = read_request(info, path).with_values({"embedding": [str(folder)]})
     shown = describe_run(request, load_models(request), (64, 64), without_folders=True)
     assert [file["path"] for file in shown["embeddings"]] == ["cat.safetensors"]
-    status, _, err = shot("--embedding", folder / "wide.safetensors")
-    assert status == 1
-    assert f"`<wide>` has vectors of width {width + 1}" in err

@@ -25,15 +25,13 @@ CASES: list[Any] = [
 
 @pytest.mark.parametrize(("task", "flags", "size", "scale"), CASES)
 def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
-    task: str, flags: list[str], size: tuple[int, int], scale: float, tmp_path: Path, capsys: Any
+    task: str, flags: list[str], size: tuple[int, int], scale: float, tmp_path: Path, call: Any
 ) -> None:
     photo = tmp_path / "photo.png"
     with Image.open(PICTURE) as picture:
         picture.convert("RGB").resize((64, 64)).save(photo)
-    words = ["--init-img", str(photo), "--outdir", str(tmp_path), "--steps", "2", *flags]
-    assert main([task, *words]) == 0
-    out, err = capsys.readouterr()
-    path = out.splitlines()[0]
+    flags = [*flags, "--init-img", str(photo), "--outdir", str(tmp_path), "--steps", "2"]
+    _, (path, *_), err = call(task, *flags)
     with Image.open(path) as picture:
         assert picture.size == size
     assert err.count("using the small model that ships with ldm") == 1

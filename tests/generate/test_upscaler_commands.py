@@ -75,7 +75,6 @@ def test_behind_a_text_to_image_model(upscaler, run, call, models):
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        ("upscale", ["--ckpt", "x2.pth"], "no autoencoder and no text encoder"),
         ("upscale", ["--ckpt", "x2.pth", "--text-encoder", "no.ckpt"], "no checkpoint `no.ckpt`"),
         ("txt2img", ["--ckpt", "x2.safetensors"], "is an x2 latent upscaler: use `upscale_latent`"
          " (ldm upscale, scripts/upscale.py)"),
