@@ -340,16 +340,6 @@ def test_images_of_other_programs_are_not_replayed(backend, photo):
 
 
 @pytest.mark.slow
-def test_models_stay_in_memory_between_tasks(files, run, tmp_path):
-    backend = backend_with(files, tmp_path / "out")
-    run(backend, "txt2img")
-    run(backend, "img2img", model="base_v.safetensors")
-    assert backend._models.count == 1
-    run(backend, "inpaint")
-    assert backend._models.count == 2
-
-
-@pytest.mark.slow
 def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, run, tmp_path):
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     lora = random_lora(tmp_path / "1.safetensors", model, 1)

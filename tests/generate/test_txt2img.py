@@ -277,12 +277,3 @@ def test_large_pictures_carry_the_watermark(txt2img):
     assert found() == ("SDV2", "dwtDctSvd", "found", "dwtDctSvd")
     assert found("--no-watermark")[2:] == ("absent", None)
     assert found("--legacy", "watermark")[3] == "dwtDct"
-
-
-@pytest.mark.slow
-def test_tiles_change_little(txt2img):
-    def shot(*flags):
-        _, out, _ = txt2img("--H", "128", "--W", "128", "--skip_grid", *flags)
-        return pixels(out[0])
-
-    assert np.abs(shot("--tile", "64") - shot()).mean() < 20
