@@ -53,7 +53,7 @@ def check_arguments(
             _check(name, value, "a finite number", is_valid=is_function or _is_number(value))
         elif bool not in types and all(map(_is_class, types)):
             classes = cast(set[type], types)
-            allowed = " or ".join(cls.__name__ for cls in classes)
+            allowed = " or ".join(sorted(cls.__name__ for cls in classes))
             is_valid = isinstance(value, tuple(classes))
             _check(name, value, f"of type {allowed}", is_valid=is_valid)
         elif isinstance(value, str) and types.isdisjoint(TEXT_TYPES):
