@@ -9,12 +9,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from compathelp import TINY, UNET, randomize
 from torch import nn
 
 from compat.oldmodels import build, build_recorded, recorded
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.ema import LitEma
 from ldm.modules.losses import LPIPSWithDiscriminator
 from quick import some
@@ -116,6 +118,25 @@ def test_losses_and_gradients_equal_the_recorded_ones(case):
         outputs |= {n: g for n, g in gradients.items() if n in file.outputs(case)}
     assert outputs.keys() == file.outputs(case).keys()
     file.assert_close(case, **outputs)
+
+
+def test_a_diffusion_model_of_images_is_trained():
+    unet = {**TINY, "in_channels": 3, "out_channels": 3, "use_spatial_transformer": False}
+    config = {"target": UNET, "params": {**unet, "context_dim": None}}
+    model = randomize(DDPM(config, timesteps=10, use_ema=False, original_elbo_weight=0.5)).train()
+    images = torch.rand(2, 8, 8, 3)
+    torch.manual_seed(0)
+    loss, parts = model.shared_step({"image": images})
+    torch.manual_seed(0)
+    t, x = torch.randint(0, 10, (2,)), images.movedim(-1, 1).contiguous()
+    noise = torch.randn_like(x)
+    error = (model.model(model.q_sample(x, t, noise), t) - noise).square().mean((1, 2, 3))
+    vlb = (model.lvlb_weights[t] * error).mean()
+    torch.testing.assert_close(loss, error.mean() + 0.5 * vlb)
+    assert parts.keys() == {"train/loss_simple", "train/loss_vlb", "train/loss"}
+    model.learning_rate = 1e-3
+    (group,) = model.configure_optimizers().param_groups
+    assert len(group["params"]) == len(list(model.model.parameters()))
 
 
 def test_forward_draws_timesteps_then_noise():
