@@ -256,6 +256,15 @@ def test_the_scale_factor_of_the_first_batch_is_as_recorded():
     file.assert_close("scale_by_std", scale_factor=model.state_dict()["scale_factor"])
 
 
+def test_conditions_get_noise_at_timesteps_of_their_own():
+    model = build(recorded("ddim_eps").meta["config"], num_timesteps_cond=3)
+    assert model.shorten_cond_schedule
+    assert model.cond_ids[[0, 1, 2, 3, 999]].tolist() == [0, 500, 999, 999, 999]
+    shared = recorded("ddim_eps").under("shared/")
+    loss, _ = model(shared["x0"], shared["c"])
+    assert loss.isfinite()
+
+
 @pytest.mark.slow
 def test_images_that_are_logged_have_the_original_names():
     model = build_recorded("get_input_more", "config_base_eps")

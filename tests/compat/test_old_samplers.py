@@ -225,6 +225,20 @@ def test_callbacks_and_overridden_steps_are_called():
     assert Sampler.steps == 5
 
 
+class Corrector:
+    def modify_score(self, model, e_t, x, t, c, factor):
+        return factor * e_t
+
+
+@pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler])
+def test_a_score_corrector_changes_the_predicted_noise(kind_of):
+    sampler, shared = kind_of(build_recorded("ddim_eps")), recorded("ddim_eps").under("shared/")
+    options = {"score_corrector": Corrector(), "corrector_kwargs": {"factor": 0.0}}
+    samples, _ = sampler.sample(5, 2, SHAPE, shared["c"], x_T=shared["x_T"], **options)
+    scale = (sampler.ddim_alphas_prev[0] / float(sampler.ddim_alphas[-1])) ** 0.5
+    torch.testing.assert_close(samples, shared["x_T"] * scale)
+
+
 def test_guidance_scales_must_be_as_many_as_the_steps():
     with pytest.raises(ValueError, match="ucg_schedule must have 5 entries, got 4"):
         DDIMSampler(build_recorded("ddim_eps")).sample(5, 2, SHAPE, ucg_schedule=[1.0] * 4)
