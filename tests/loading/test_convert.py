@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from lorahelp import random_adapter
+from lorahelp import random_adapter, same
 from tinyfamilies import write
 
 import ldm
@@ -71,12 +71,6 @@ def fails(capsys, *words):
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
-
-
-def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours
-    )
 
 
 def same_model(ours, theirs):
