@@ -20,7 +20,10 @@ from ldm.encoders.towers import CLIP
 from ldm.nets.blocks import timestep_embedding
 from ldm.runtime.errors import ArgumentError, MissingArgument, check_name, check_names
 
-__all__ = ["CLIPImage", "EmbeddingNoise", "ImageEmbedding", "OpenCLIPImage", "preprocess"]
+__all__ = [
+    "CLIPImage", "EmbeddingNoise", "ImageEmbedding", "OpenCLIPImage", "normalize_pixels",
+    "preprocess",
+]  # fmt: skip
 
 # Mean and standard deviation of the pixels in [0, 1] that CLIP was trained with.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -68,8 +71,13 @@ def preprocess(
             image = _blur_axis(image, dim, *_choose_gaussian(factor, blur))
     # Corners are aligned, as in the original's call of kornia.
     image = F.interpolate(image, (size, size), mode="bicubic", align_corners=True)
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    return ((image + 1) / 2 - mean) / std
+    return normalize_pixels((image + 1) / 2)
+
+
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """Normalize pixels (B, 3, H, W) in [0, 1] as CLIP's input."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
 
 
 class CLIPVision(nn.Module):

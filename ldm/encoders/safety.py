@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.encoders.image import MEAN, STD
+from ldm.encoders.image import normalize_pixels
 from ldm.encoders.towers import VisionTower
 from ldm.imaging.pixels import resize_and_center_crop
 
@@ -83,8 +83,7 @@ class SafetyChecker(nn.Module):
         """Resize the shorter side to S, center-crop and normalize: (1, 3, S, S) float32."""
         cropped = resize_and_center_crop(image.convert("RGB"), self.visual.image_size)
         pixels = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        return (pixels - mean) / std
+        return normalize_pixels(pixels)
 
     def judge_embeddings(self, embeddings: Tensor) -> list[Verdict]:
         """Score images by their embeddings (B, D)."""

@@ -107,9 +107,7 @@ class OpenCLIPTower(TextTower):
         quick_gelu: bool = False,
     ) -> None:
         super().__init__()
-        activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
-        mlp_width = int(width * mlp_ratio)
-        blocks = [OpenCLIPBlock(width, heads, mlp_width, activation) for _ in range(layers)]
+        blocks = [OpenCLIPBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(layers)]
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
@@ -159,9 +157,7 @@ class VisionTower(nn.Module):
         quick_gelu: bool = False,
     ) -> None:
         super().__init__()
-        activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
-        mlp_width = int(width * mlp_ratio)
-        blocks = [OpenCLIPBlock(width, heads, mlp_width, activation) for _ in range(layers)]
+        blocks = [OpenCLIPBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(layers)]
         self.image_size = image_size
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(
@@ -209,17 +205,16 @@ class CLIP(OpenCLIPTower):
 class OpenCLIPBlock(CheckpointedLayer):
     """Pre-norm attention and MLP with open_clip's parameter names."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, activation: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
         super().__init__()
+        mlp_width = int(width * mlp_ratio)
         self.ln_1 = LayerNorm(width)
         self.attn = FusedAttention(width, heads)
         self.ln_2 = LayerNorm(width)
         self.mlp = nn.ModuleDict(
             {"c_fc": Linear(width, mlp_width), "c_proj": Linear(mlp_width, width)}
         )
-        self.activation = activation
+        self.activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
 
     def compute(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)

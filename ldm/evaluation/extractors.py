@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.encoders import tokenizer
-from ldm.encoders.image import MEAN, STD
+from ldm.encoders.image import normalize_pixels
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.metrics import cosines
 from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_SIDE, Inception
@@ -158,6 +158,4 @@ def clip_pixels(image: Image.Image, side: int = 224) -> Tensor:
     scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((length - side) / 2) for length in scaled.size)
     cropped = scaled.crop((left, top, left + side, top + side))
-    x = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (x - mean) / std
+    return normalize_pixels(torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255)
