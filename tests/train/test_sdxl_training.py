@@ -174,12 +174,16 @@ def test_a_lora_and_a_token_of_all_text_encoders_are_trained_and_used(
         assert {name.split("_")[1] for name in lora} == parts
 
 
+def list_prior_overrides(folder: Path) -> list[str]:
+    prior = f"{{root: {folder}, prompt: a dog, count: 2, transform: {{name: photo, size: 64}}}}"
+    return ["data.params.train.transform.buckets=null", f"data.params.prior={prior}"]
+
+
 @pytest.mark.slow
 def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "class"
-    prior = f"{{root: {folder}, prompt: a dog, count: 2, transform: {{name: photo, size: 64}}}}"
-    overrides = ["data.params.train.transform.buckets=null", f"data.params.prior={prior}"]
-    raw = make_config("xl", photos, tmp_path / "run", *overrides, "lightning.callbacks.images=0")
+    overrides = [*list_prior_overrides(folder), "lightning.callbacks.images=0"]
+    raw = make_config("xl", photos, tmp_path / "run", *overrides)
     raw["model"]["params"]["image_size"] = 8
     run = build_run_from(raw, tmp_path / "run")
     assert len(list(folder.glob("*.png"))) == 2
@@ -194,10 +198,7 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
 def test_class_images_that_a_refiner_cannot_make_are_asked_for(
     photos: Path, tmp_path: Path
 ) -> None:
-    prior = (
-        f"{{root: {tmp_path}/class, prompt: a dog, count: 2, transform: {{name: photo, size: 64}}}}"
-    )
-    overrides = ["data.params.train.transform.buckets=null", f"data.params.prior={prior}"]
+    overrides = list_prior_overrides(tmp_path / "class")
     with pytest.raises(ArgumentError, match="2 class images are missing in .*: put images of the"):
         make_run("xl-refiner", photos, tmp_path / "run", *overrides)
 

@@ -12,7 +12,7 @@ from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.loading.config import instantiate, read_yaml
-from ldm.train.batches.sources import open_batches
+from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.schema import Data
 
@@ -52,6 +52,13 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
 def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_batches(nn.Identity(), make_data(**params), 23)
+
+
+def test_the_transform_of_class_images_is_checked_before_they_are_sampled() -> None:
+    transform = {"name": "photo", "sizes": 8}
+    prior = {"root": "missing", "prompt": "a dog", "count": 1, "transform": transform}
+    with pytest.raises(ValueError, match=r"data.params.prior.transform: unknown key `sizes`"):
+        check_data(make_data(prior=prior))
 
 
 def test_an_autoencoder_cannot_use_caches(tmp_path: Path) -> None:
