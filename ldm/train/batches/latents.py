@@ -108,16 +108,14 @@ class LatentCache:
     ) -> Iterator[tuple[str, LatentInput]]:
         """Yield (key, input) of all variants of an image."""
         for variant in range(self.variants):
-            yield (
-                self.key(file_digest, bucket_size, variant),
-                LatentInput(load, file_digest, bucket_size, variant),
-            )
+            key = self.key(file_digest, bucket_size, variant)
+            yield key, LatentInput(load, file_digest, bucket_size, variant)
 
     def fill(
         self, inputs: Iterable[tuple[str, LatentInput]], model: LatentDiffusion, batch_size: int
     ) -> int:
         """Compute the missing latents; return the number of failures."""
-        # Suppress warnings here: filters that threads set would not be restored.
+        # Restores the filters of warnings, which the threads that decode images change.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
 
             def encode(batch: Sequence[LatentInput]) -> Iterator[Entry | None]:
@@ -292,19 +290,12 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     if isinstance(model.autoencoder, AutoencoderKL):
         modules += [model.autoencoder.encoder, model.autoencoder.quant_conv]
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
-    weights = digest_weights(*modules)
     name, options = transform.cache_key()
-    dependencies = [
-        VERSION,
-        name,
-        options,
-        weights,
-        model.scale_factor,
-        precision,
-        *_size_keys(model),
-    ]
-    normalization = (model.latent_mean, model.latent_std)
-    return digest(*dependencies, *(value.tolist() for value in normalization if value is not None))
+    weights = digest_weights(*modules)
+    dependencies: list[object] = [VERSION, name, options, weights, model.scale_factor, precision]
+    dependencies += _size_keys(model)
+    dependencies += [v.tolist() for v in (model.latent_mean, model.latent_std) if v is not None]
+    return digest(*dependencies)
 
 
 def _size_keys(model: LatentDiffusion) -> list[str]:
