@@ -46,6 +46,7 @@ def test_scores_of_each_scale_are_logged(tmp_path, overrides):
     ("override", "message"),
     [
         ("prompts=nowhere.txt", "nowhere.txt"),
+        ("clip=null", "needs `reference`, a folder of images, or `clip`, a file"),
         ("count=9", "9 prompts requested, there are 3"),
         (f"clip={EMOJI / 'metadata.jsonl'}", "metadata.jsonl"),
     ],

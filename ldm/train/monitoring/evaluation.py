@@ -33,7 +33,7 @@ class Evaluator:
     """Scores a run; all files are opened in advance, so that a wrong one ends the run early.
 
     Raises:
-        ConfigError: The model is not text to image.
+        ConfigError: The model is not text to image, or there is nothing to score images with.
         ValueError, OSError: A file cannot be read.
     """
 
@@ -53,6 +53,8 @@ class Evaluator:
             self.extractor = load_extractor(options.inception, options.resize, run.device)
         clip = find_clip(options.clip)
         self.judge = None if clip is None else load_judge(clip, run.device)
+        if self.extractor is None and self.judge is None:
+            raise ConfigError(f"{WHERE} needs `reference`, a folder of images, or `clip`, a file")
 
     def __call__(self) -> dict[str, float]:
         """Score images that are sampled with the EMA weights; return {} on processes but the first.
@@ -63,8 +65,8 @@ class Evaluator:
         if not (run.ranks.is_first or is_sharded(run.task.trainable)):
             return {}
         scores: dict[str, float] = {}
-        is_ema = bool(run.state.ema.decay)
-        weights = run.state.ema.apply_to(run.task.trainable, enabled=is_ema)
+        ema = run.state.ema
+        weights = ema.apply_to(run.task.trainable, enabled=bool(ema.decay))
         with weights, eval_mode(run.model):
             for scale in self.options.scales:
                 scores |= {f"eval/{n}_scale_{scale:g}": v for n, v in self._score(scale).items()}
