@@ -3,7 +3,7 @@
     ldm convert v2-1_768-ema-pruned.ckpt sd21              # a diffusers folder
     ldm convert sd21 sd21.safetensors                      # and back, bit for bit
     ldm convert v1-5-pruned.ckpt v1-5.safetensors --ema --dtype float16
-    ldm convert logs/my-run mine --variant fp16
+    ldm convert logs/my-run mine --file-variant fp16
     ldm convert v1-5.safetensors new.safetensors --vae logs/autoencoder-decoder
     ldm convert x2.pth x2-upscaler --text-encoder v1-5.safetensors
     ldm convert v1-5.safetensors styled.safetensors --lora style.safetensors:0.8
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="leave the EMA weights out of a file")
-    add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
+    text = "variant in the file names of a diffusers folder: fp16"
+    add("--file-variant", "--variant", dest="variant", metavar="NAME", help=text)
     add(
         "--clip-stats",
         metavar="FILE",

@@ -109,10 +109,10 @@ class ModelChoice:
         " Diffusion 1, whose autoencoder is used, too")
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
         help="allow classes of package M as `target` in the YAML")
-    variant: str | None = option(None, "--variant", metavar="NAME",
+    variant: str | None = option(None, "--variant", "--file-variant", metavar="NAME",
         help="kind of few-step (distilled) model or LoRA, if not recognised by its name: lcm, tcd,"
         " hyper, hyper-cfg, hyper-1step, lightning, lightning-x0, turbo, or base for an ordinary"
-        " model; or the variant of the files of a diffusers folder: fp16")
+        " model; --file-variant: in the file names of a diffusers folder, fp16")
     lora: tuple[tuple[str, float | str], ...] = option((), "--lora", parse=parse_lora,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
         help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; WEIGHT is a number,"

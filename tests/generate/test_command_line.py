@@ -133,6 +133,7 @@ def test_the_quirk_of_sizes_cuts_them_down():
         ("--fr f", "from_file", "f"),
         ("--co c", "config", "c"),
         ("--neg x", "negative_prompt", "x"),
+        ("--file-variant fp16", "variant", "fp16"),
         ("--sampler euler --sampler=heun", "sampler", "heun"),
     ],
 )
