@@ -3,11 +3,13 @@
 import shutil
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 
 from ldm.app.backend import Backend
-from ldm.app.form import TaskForm
+from ldm.app.form import FOLLOWERS, TaskForm
+from ldm.app.form_events import FormEvents
 from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
@@ -33,8 +35,6 @@ def backend(tmp_path_factory):
 
 @pytest.fixture
 def page(backend):
-    from ldm.app.form_events import FormEvents  # here, as gradio takes seconds
-
     return FormEvents(backend)
 
 
@@ -46,10 +46,6 @@ def make_request(backend, model, **changes):
 
 
 def test_settings_and_fields_follow_the_checkpoint(backend, page):
-    import gradio as gr
-
-    from ldm.app.form_events import FOLLOWERS
-
     initial = page.forms["txt2img"].settings
     defaults = {name: initial[name].settings["value"] for name in FOLLOWERS}
 
@@ -76,8 +72,6 @@ def lora(backend):
 
 
 def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
-    from ldm.app.form_events import FOLLOWERS
-
     def follow(defaults, prompt="a cat", **values):
         form = [{**defaults, **values}[name] for name in FOLLOWERS]
         now, *_ = page.follow_choice("txt2img", BASE, [], prompt, defaults, *form)
@@ -93,10 +87,6 @@ def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
 
 def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
     """The image was made with the defaults of the model, in spite of its LoRA for few steps."""
-    import gradio as gr
-
-    from ldm.app.form_events import FOLLOWERS
-
     values = {"steps": 25, "scale": 5.0, "sampler": "ddim", "width": 1024, "height": 1024}
     info = {"prompt": f"a cat <lora:{lora.stem}:1>", **values, "size": [1024, 1024]}
     *filled, defaults = page.fill(info, BASE, values)
