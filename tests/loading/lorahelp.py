@@ -98,7 +98,9 @@ def read_lora(path: Path, model: LatentDiffusion) -> LoRA:
 
 
 def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    return ours.keys() == theirs.keys() and all(
+        ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in theirs
+    )
 
 
 @torch.no_grad()
