@@ -1,8 +1,9 @@
 """Samplers: solvers of the diffusion ODE and SDE, as pure functions.
 
 All start from x = z + sigma·noise and integrate over `sigmas`. `denoise(x, sigma)` estimates the
-clean latent z: network, conditions and guidance are inside. `euler` is the simplest sampler. With
-D = denoise(x, sigma), the ODE (arXiv:2206.00364, eq. 4) is
+clean latent z: network, conditions and guidance are inside. Most samplers are written as generators
+of steps, see `common.sampler`; `lcm` is the simplest. With D = denoise(x, sigma), the ODE
+(arXiv:2206.00364, eq. 4) is
 
     dx / dsigma = (x - D) / sigma.
 
