@@ -34,7 +34,7 @@ from ldm.loading.files.checkpoint import (
     release_pages,
 )
 from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, filter_metadata
-from ldm.loading.weight_names import AUTOENCODER, UNET, pair_names
+from ldm.loading.weight_names import AUTOENCODER, TEXT, TEXT_2, UNET, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
@@ -172,8 +172,7 @@ def check_fits(a: ModelFile, b: ModelFile) -> None:
     """
     ours, theirs = f"`{a.file.path}`", f"`{b.file.path}`"
     unet = [name for name in {**a.names, **b.names} if name.startswith(UNET)]
-    misfits = [name for name in unet if name not in a or name not in b]
-    misfits += [name for name in unet if name not in misfits and not _has_same_shape(name, a, b)]
+    misfits = [name for name in unet if not _fits(name, a, b)]
     if misfits:
         if a.title != b.title:
             message = f"{theirs} is {b.title}, {ours} is {a.title}: only one family can be merged"
@@ -188,17 +187,19 @@ def check_fits(a: ModelFile, b: ModelFile) -> None:
     if type(a.model.schedule) is not type(b.model.schedule):
         raise WeightsMismatch(f"{theirs} has another kind of noise schedule than {ours}")
     for name in a.names:
-        if name in b and name.startswith(LORA_PARTS):
+        if name in b and name.startswith((TEXT, TEXT_2)):
             shapes = [tuple(m[name].shape) for m in (a, b)]
-            if shapes[0] != shapes[1] and name != INPUT_CONV:
+            if shapes[0] != shapes[1]:
                 message = f"{theirs} does not fit {ours}: `{name}` is {shapes[1]}, not {shapes[0]}"
                 raise WeightsMismatch(message)
             if name.endswith(TOKEN_IDS) and not a[name].equal(b[name]):
                 raise WeightsMismatch(f"{theirs} has another vocabulary than {ours}")
 
 
-def _has_same_shape(name: str, a: ModelFile, b: ModelFile) -> bool:
-    """Return whether shapes are equal, but for the inputs of an inpainting and a text model."""
+def _fits(name: str, a: ModelFile, b: ModelFile) -> bool:
+    """Return whether both have a weight of one shape, but for inputs that only a may have."""
+    if name not in a or name not in b:
+        return False
     ours, theirs = a[name].shape, b[name].shape
     if name != INPUT_CONV or ours == theirs:
         return ours == theirs
