@@ -199,11 +199,7 @@ class LatentDiffusion(nn.Module):
         self._offload_device = device
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample.
-
-        Args:
-            generator: Random generator; None = torch's global one.
-        """
+        """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""
         return self.normalize(self.autoencoder.encode(image).sample(generator).float())
 
     def normalize(self, z: Tensor) -> Tensor:

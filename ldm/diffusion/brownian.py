@@ -24,12 +24,7 @@ CACHED_LEVELS = 3  # start, middle and end of a step; the end is the start of th
 
 
 class BrownianPaths:
-    """One path for each sample of a batch.
-
-    Args:
-        seeds: One for each sample.
-        low, high: Ends of the paths, sigmas.
-    """
+    """One path for each seed, between the sigmas `low` and `high`."""
 
     def __init__(self, seeds: Sequence[int], low: float, high: float) -> None:
         self.seeds = [seed % (1 << 64) for seed in seeds]

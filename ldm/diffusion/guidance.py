@@ -108,10 +108,6 @@ class SafeGuidance(Guidance):
 
     Schramowski et al. 2023 (arXiv:2211.05105), as in the authors' code. It was published for models
     that predict eps; other predictions are converted to eps and back.
-
-    Args:
-        settings: Numbers of the equations above.
-        concept: Text of what to avoid.
     """
 
     def __init__(self, settings: SLD, concept: str) -> None:
@@ -191,9 +187,6 @@ class PerpNeg(Guidance):
         e + scale (pos - weight (neg - projection of neg on pos)).
 
     Armandpour et al. 2023 (arXiv:2304.04968).
-
-    Args:
-        weight: Weight of the negative prompt.
     """
 
     name = "perp_neg"

@@ -26,17 +26,11 @@ MAX_WORD_TOKENS = 7  # words with more tokens are split (ComfyUI)
 
 @dataclass(frozen=True)
 class Unit:
-    """Tokens that stay together.
-
-    Args:
-        ids: Token ids.
-        weight: Weight of the tokens.
-        piece: Index of their piece in the text, for compel's weighting.
-    """
+    """Tokens that stay together."""
 
     ids: tuple[int, ...]
     weight: float = 1.0
-    piece: int = 0
+    piece: int = 0  # index of their piece in the text, for compel's weighting
 
 
 Chunk = list[Unit]
@@ -44,16 +38,11 @@ Chunk = list[Unit]
 
 @dataclass(frozen=True)
 class Splitter:
-    """Splits texts into chunks for one text encoder.
-
-    Args:
-        added: Tokens of textual inversions.
-        length: Tokens of a chunk with its start and end tokens, 77.
-    """
+    """Splits texts into chunks for one text encoder."""
 
     variant: tokenizer.Variant
-    added: tokenizer.AddedTokens
-    length: int
+    added: tokenizer.AddedTokens  # of textual inversions
+    length: int  # of a chunk with its start and end tokens, 77
 
     def split(self, text: Text, syntax: str) -> list[Chunk]:
         """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax."""

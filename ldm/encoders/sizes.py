@@ -20,11 +20,8 @@ __all__ = ["SizeEmbedding"]
 class SizeEmbedding(Encoder):
     """Numbers (B, n) or (B,) -> concatenated sinusoidal embeddings, (B, n outdim) float32.
 
-    Sizes are (height, width) in pixels, crops (top, left).
-
-    Args:
-        key: Batch key of the numbers, such as `original_size_as_tuple`.
-        outdim: Features of one number's embedding.
+    Sizes are (height, width) in pixels, crops (top, left); `key` is such as
+    `original_size_as_tuple`.
     """
 
     slot: Slot = "vector"

@@ -25,7 +25,6 @@ class PromptEncoder:
     Args:
         run: The text encoder: (ids (k, N), is_masked (k, N) or None) -> its output; see
             `TextEncoder.encode_tokens`.
-        splitter: Splits texts into chunks.
         device: Device of the text encoder.
     """
 

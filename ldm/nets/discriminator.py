@@ -16,13 +16,7 @@ SLOPE = 0.2  # of LeakyReLU
 
 
 class PatchDiscriminator(Layer):
-    """Convolutions of stride 2, each doubling the channels, then two of stride 1.
-
-    Args:
-        in_channels: Channels of the image.
-        channels: Channels of the first convolution.
-        layers: Number of convolutions with stride 2.
-    """
+    """`layers` convolutions of stride 2, doubling the channels each, then two of stride 1."""
 
     def __init__(self, *, in_channels: int = 3, channels: int = 64, layers: int = 3) -> None:
         super().__init__()

@@ -41,11 +41,7 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(content: bytes, name: str | Path) -> str:
-    """Decode the bytes of a text file, in one of the encodings of `read_text`.
-
-    Args:
-        name: File name, for messages.
-    """
+    """Decode the bytes of a text file, in one of the encodings of `read_text`."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
     try:

@@ -34,9 +34,6 @@ class CachedDict:
     """A dict stored as JSON in the cache folder.
 
     Errors of reading and writing are ignored: a program works without its cache.
-
-    Args:
-        name: File name.
     """
 
     def __init__(self, name: str) -> None:

@@ -95,10 +95,7 @@ def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Step
     """Sample by DEIS (arXiv:2204.13902), with polynomials in log sigma as in diffusers ("logrho").
 
     The polynomial through the last slopes is integrated over sigma, with dsigma = sigma dlog sigma.
-    With fewer than 15 steps the order falls to 1 towards the end.
-
-    Args:
-        order: Largest number of slopes.
+    With fewer than 15 steps the order, the number of slopes, falls to 1 towards the end.
     """
     sigma_list = sigmas.tolist()
     steps = len(sigma_list) - 1
