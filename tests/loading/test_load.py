@@ -15,7 +15,6 @@ import ldm
 from ldm.loading import families
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
-from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.families import probe_prediction, recognize_family
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
@@ -62,16 +61,6 @@ def rename_keys(state, *rules):
     return state
 
 
-def diffusers_words(model, state):
-    """The parts of a pipeline in one file, with the names that diffusers gives to the weights."""
-    ours, single = rename_weights(state), {}
-    for component, locations in locate_weights(model).items():
-        theirs = convert_to_diffusers(locations, ours)
-        single |= {f"{component}.{name}": value for name, value in theirs.items()}
-    missing = {n: v for n, v in state.items() if re.search("resblocks.1|_projection|_scale", n)}
-    return single | missing
-
-
 def spellings(model, state):
     """The same weights as other programs write them."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
@@ -82,6 +71,7 @@ def spellings(model, state):
         n: torch.cat([v, v[:2]]) if n.endswith("token_embedding.weight") else v
         for n, v in state.items()
     }
+    unused = {n: v for n, v in state.items() if re.search("resblocks.1|_projection|_scale", n)}
     words = {
         name: rename_keys(
             state,
@@ -100,7 +90,7 @@ def spellings(model, state):
         "nested": {"state_dict": {"state_dict": state}, "epoch": 1},
         "home-made": {"model": state, "optimizer": {"state": {0: {"exp_avg": other}}}},
         "flat kernels": flat,
-        "pipeline": diffusers_words(model, state),
+        "pipeline": tinyfamilies.components_of(model, state) | unused,
         "added tokens": more_tokens,
         "parts of forks": state
         | {

@@ -14,7 +14,6 @@ from ldm.loading import report
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
-from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant
 from ldm.loading.legacy import translate_config
@@ -309,22 +308,12 @@ def test_a_transposed_projection_is_reported():
     assert has_transposed_projection(state)
 
 
-def write_as_components(state, model):
-    """The parts of a diffusers pipeline in one file."""
-    ours = rename_weights(state)
-    return {
-        f"{component}.{name}": value
-        for component, locations in locate_weights(model).items()
-        for name, value in convert_to_diffusers(locations, ours).items()
-    }
-
-
-def write_as_playground(state, model):
+def write_as_playground(model, state):
     name = "conditioner.embedders.1.model.text_projection"
     return {n: v for n, v in state.items() if n != name} | {f"{name}.weight": state[name].T}
 
 
-def write_as_merged(state, model):
+def write_as_merged(model, state):
     """As merges have it: a table in float16, float positions, no logit_scale, old averages."""
     prefix = "conditioner.embedders."
     positions = "transformer.text_model.embeddings.position_ids"
@@ -337,11 +326,13 @@ def write_as_merged(state, model):
 
 
 @SLOW  # beside the spellings of test_load
-@pytest.mark.parametrize("write", [write_as_components, write_as_playground, write_as_merged])
+@pytest.mark.parametrize(
+    "write", [tinyfamilies.components_of, write_as_playground, write_as_merged]
+)
 def test_files_of_other_programs_are_read(tmp_path, tiny, write):
     file, model = read_checkpoint(tiny), ldm.load(tiny)
     path = tmp_path / "other.safetensors"
-    state = {name: value.contiguous() for name, value in write(file.state, model).items()}
+    state = {name: value.contiguous() for name, value in write(model, file.state).items()}
     write_checkpoint(path, state, {"ldm.config": file.metadata["ldm.config"]})
     loaded, state = ldm.load(path).state_dict(), model.state_dict()
     differing = {name for name in state if not torch.equal(state[name], loaded[name])}

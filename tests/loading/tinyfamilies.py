@@ -9,8 +9,9 @@ import torch
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.weight_names import restore_names
+from ldm.loading.weight_names import rename_weights, restore_names
 from recipe import fill
 
 WIDTH = 32
@@ -123,6 +124,16 @@ def weights_of(raw: dict[str, Any], salt: str) -> dict[str, torch.Tensor]:
     model: Any = build_on_meta(raw)
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
     return fill(restore_names(empty), salt) | make_buffers(model)
+
+
+def components_of(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parts of a diffusers pipeline in one file, with diffusers' names of weights."""
+    ours = rename_weights(state)
+    return {
+        f"{component}.{name}": value
+        for component, locations in locate_weights(model).items()
+        for name, value in convert_to_diffusers(locations, ours).items()
+    }
 
 
 @lru_cache(maxsize=8)
