@@ -90,6 +90,7 @@ def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
     assert result.trainer.benchmark is True
     assert result.optimizer.ema_decay == 0.0
     assert any("num_sanity_val_steps" in note for note in result.notes)
+    assert "nothing is validated, as data.params.validation is missing" in result.notes
     assert any("log_images_kwargs.plot_diffusion_rows" in note for note in result.notes)
 
 

@@ -176,6 +176,10 @@ def read_settings(raw: JsonMapping) -> Settings:
         also = lightning.KNOWN_KEYS.get(section, ())
         return validate_section(schema_class, values[section], f"lightning.{section}", also=also)
 
+    callbacks = read(schema.Callbacks, "callbacks")
+    validates = callbacks.validate_steps or callbacks.validate_epochs or callbacks.save_top_k
+    if validates and not get_section(raw, "data.params").get("validation"):
+        notes.append("nothing is validated, as data.params.validation is missing")
     return Settings(
         raw=raw,
         model=model,
@@ -187,7 +191,7 @@ def read_settings(raw: JsonMapping) -> Settings:
             if is_autoencoder
             else read(schema.DiffusionObjective, "objective")
         ),
-        callbacks=read(schema.Callbacks, "callbacks"),
+        callbacks=callbacks,
         devices=Devices(
             lightning.read_gpus(lightning_trainer), lightning_trainer.get("num_nodes", 1)
         ),
