@@ -4,7 +4,7 @@
 programs for the original's configs can read it.
 """
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
@@ -43,45 +43,44 @@ NORMALIZER = "image_normalizer/config.json"
 EMBEDDING_NOISE = "image_noising_scheduler/scheduler_config.json"
 LOW_RES_NOISE = "low_res_scheduler/scheduler_config.json"
 
-NO_CHECKER = {"safety_checker": layout.NO_COMPONENT, "requires_safety_checker": False}
-NO_EXTRACTOR = {"feature_extractor": layout.NO_COMPONENT}
+# Entries of the index, instead of the checker and its preprocessor.
+WITHOUT_CHECKER = {
+    "safety_checker": layout.NO_COMPONENT, "requires_safety_checker": False,
+    "feature_extractor": layout.NO_COMPONENT,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Pipeline:
+class _Pipeline(NamedTuple):
     """A pipeline of diffusers, and the YAMLs of its families.
 
     Args:
         name: Class of diffusers.
         openai_config: Name of the YAML with OpenAI's CLIP as encoder; None = no such family.
         open_clip_config: Name of the YAML with OpenCLIP; None = no such family.
-        extras: Entries of the index besides the components.
+        takes_checker: Whether it takes a safety checker, which our folders do not have.
     """
 
     name: str
     openai_config: str | None
     open_clip_config: str | None
-    extras: JsonMapping = field(default_factory=dict)
+    takes_checker: bool = True
 
 
 # By the encoder that identifies the pipeline; "text" without another encoder. masked = inpainting,
 # lowres = x4 upscaler, image = unCLIP, rgbd = LDM3D (-SR), variations = image instead of a prompt.
 # fmt: off
 PIPELINES = {
-    "text": _Pipeline("StableDiffusionPipeline", "v1-inference", "v2-inference",
-                      {**NO_CHECKER, **NO_EXTRACTOR}),
+    "text": _Pipeline("StableDiffusionPipeline", "v1-inference", "v2-inference"),
     "masked": _Pipeline("StableDiffusionInpaintPipeline", "v1-inpainting-inference",
-                        "v2-inpainting-inference", {**NO_CHECKER, **NO_EXTRACTOR}),
-    "depth": _Pipeline("StableDiffusionDepth2ImgPipeline", None, "v2-midas-inference"),
-    "lowres": _Pipeline("StableDiffusionUpscalePipeline", None, "x4-upscaling"),
+                        "v2-inpainting-inference"),
+    "depth": _Pipeline("StableDiffusionDepth2ImgPipeline", None, "v2-midas-inference", False),
+    "lowres": _Pipeline("StableDiffusionUpscalePipeline", None, "x4-upscaling", False),
     "image": _Pipeline("StableUnCLIPImg2ImgPipeline", "v2-1-stable-unclip-l-inference",
-                       "v2-1-stable-unclip-h-inference"),
-    "text-rgbd": _Pipeline("StableDiffusionLDM3DPipeline", "v1-inference", "v2-inference",
-                           {**NO_CHECKER, **NO_EXTRACTOR}),
-    "rgbd": _Pipeline("StableDiffusionUpscaleLDM3DPipeline", "ldm3d-sr", None,
-                      {**NO_CHECKER, **NO_EXTRACTOR}),
+                       "v2-1-stable-unclip-h-inference", False),
+    "text-rgbd": _Pipeline("StableDiffusionLDM3DPipeline", "v1-inference", "v2-inference"),
+    "rgbd": _Pipeline("StableDiffusionUpscaleLDM3DPipeline", "ldm3d-sr", None),
     "variations": _Pipeline("StableDiffusionImageVariationPipeline",
-                            "v1-image-variation-inference", None, NO_CHECKER),
+                            "v1-image-variation-inference", None),
 }
 # fmt: on
 # Components that only one pipeline has.
@@ -123,7 +122,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     pipeline_key = _find_model_pipeline(model)
     files |= _make_encoder_configs(model, params["conditioner"]["params"], pipeline_key)
     pipeline = PIPELINES[pipeline_key]
-    extras = dict(pipeline.extras)
+    extras = dict(WITHOUT_CHECKER if pipeline.takes_checker else {})
     if PROCESSOR in files:
         extras["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
     if pipeline_key in ("lowres", "rgbd"):
