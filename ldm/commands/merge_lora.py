@@ -16,12 +16,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from ldm.commands.extract_lora import (
-    add_rank_options,
-    check_target,
-    make_rank_rule,
-    save_lora,
-)
+from ldm.commands.extract_lora import add_rank_options, check_target, make_rank_rule, save_lora
 from ldm.generate.option_parsers import parse_lora
 from ldm.runtime.command import CommandParser
 

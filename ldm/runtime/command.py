@@ -9,13 +9,7 @@ from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ldm.runtime.errors import (
-    LdmError,
-    WrongFamily,
-    explain,
-    is_out_of_memory,
-    nearest_name,
-)
+from ldm.runtime.errors import LdmError, WrongFamily, explain, is_out_of_memory, nearest_name
 
 __all__ = ["CommandParser", "run_command"]
 
