@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ldm
@@ -43,10 +44,12 @@ def model_cache() -> ModelCache:
 
 @pytest.fixture(autouse=True)
 def load_once(model_cache, monkeypatch):
-    """Keep the models of commands, as the app does; not those that something is added to."""
+    """Keep the models of commands, as the app does; not those that a test changes."""
 
     def load(config, ckpt, **options):
-        if options.get("loras") or options.get("embeddings") or not Path(ckpt or ".").exists():
+        has_additions = options.get("loras") or options.get("embeddings")
+        is_half = options.get("dtype") != torch.float32  # which a run may convert to float32
+        if has_additions or is_half or not Path(ckpt or ".").exists():
             return ldm.load(config, ckpt, **options)
         return model_cache(config, ckpt, **options)
 
