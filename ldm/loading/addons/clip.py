@@ -56,7 +56,6 @@ def load_clip(path: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
         path: A file or folder, see the docstring of this module, or a published name.
     Raises:
         FileFormatError: The file does not contain both towers.
-        MissingFile: There is no such file.
     """
     clip, state, mapped = _build_clip(path)
     fill_weights(clip, state, device=device, mapped=mapped)

@@ -73,7 +73,7 @@ def load_embeddings(
         WeightsMismatch: A file is for another text encoder.
         WrongFamily: The model has no text encoder.
     """
-    entries = []
+    entries, added = [], []
     for path in map(Path, paths):
         if not (candidates := list_embedding_files(path)):
             log.warning("`%s` has no textual inversions", path)
@@ -86,16 +86,13 @@ def load_embeddings(
                     raise
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
-            entries.append(
-                {
-                    "path": str(file.resolve()),
-                    "words": [token.lower() for token in tokens],
-                    "hash": compute_short_hash(file),
-                }
-            )
+            words = [token.lower() for token in tokens]
+            added += words
+            digest = compute_short_hash(file)
+            entries.append({"path": str(file.resolve()), "words": words, "hash": digest})
     if entries:
         model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *entries]
-    _warn_of_missing_vectors(model, [token for entry in entries for token in entry["words"]])
+    _warn_of_missing_vectors(model, added)
 
 
 def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
@@ -237,16 +234,12 @@ def write_embeddings(
 
     Args:
         tokens: Vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
-        metadata: Further entries of the file's metadata; None = only those that are computed.
-        model: Model that they were trained for, whose base model goes into the metadata; None =
-            unknown.
+        metadata: Further entries of the file's metadata; None = none.
+        model: Model that they were trained for, for the metadata; None = unknown.
     """
     state: dict[str, Tensor] = {}
-    entries: dict[str, str | int] = {
-        "modelspec.trigger_phrase": ", ".join(tokens),
-        **(metadata or {}),
-    }
-    entries = describe_model(model, Path(path).stem, "textual-inversion", entries)
+    metadata = {"modelspec.trigger_phrase": ", ".join(tokens), **(metadata or {})}
+    entries = describe_model(model, Path(path).stem, "textual-inversion", metadata)
     for token, value in tokens.items():
         vectors_by_encoder = [value] if isinstance(value, Tensor) else value
         keys = [token] if len(vectors_by_encoder) == 1 else XL_KEYS

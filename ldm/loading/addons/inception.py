@@ -22,7 +22,6 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
 
     Raises:
         FileFormatError: It is another network, such as torchvision's Inception.
-        MissingFile: There is no such file.
     """
     file = read_checkpoint(find_checkpoint(path))
     head = file.state.get("fc.weight")

@@ -52,7 +52,6 @@ def load_safety_checker(
         heads: Attention heads of CLIP's vision tower; None = from the folder's config, else one per
             64 features.
     Raises:
-        MissingFile: There is no such file.
         FileFormatError, WeightsMismatch: It is another model, or damaged.
     """
     path = find_safety_checker(path)
