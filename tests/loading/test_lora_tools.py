@@ -70,22 +70,18 @@ def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
 
 
 def test_extraction_is_kohyas_rule(files):
-    base = files / "sd1.safetensors"
-    result = extract_lora(files / "sd1-tuned.safetensors", base, RankRule(rank=4))
+    paths = files / "sd1-tuned.safetensors", files / "sd1.safetensors"
+    result = extract_lora(*paths, RankRule(rank=4))
     assert not any("resnets" in name and "conv1" in name for name in result.lora.layers)
     assert 0.1 < result.retained_fraction < 0.5
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     weight = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    new, old = (read_checkpoint(files / f"sd1{end}.safetensors").state for end in ("-tuned", ""))
+    new, old = (read_checkpoint(path).state for path in paths)
     u, s, v = torch.linalg.svd(new[weight] - old[weight])
     up, down = u[:, :4] * s[:4], v[:4]
     layer = result.lora.layers[name]
-    unclamped = extract_lora(
-        files / "sd1-tuned.safetensors", base, RankRule(rank=4), clamp_quantile=1
-    )
-    assert (
-        result.retained_fraction < unclamped.retained_fraction
-    )  # what the clamp takes away is told
+    unclamped = extract_lora(*paths, RankRule(rank=4), clamp_quantile=1)
+    assert result.retained_fraction < unclamped.retained_fraction  # which counts the clamp
     signs = (layer.lora_down.weight * down).sum(1).sign()  # which the SVD leaves open
     up, down = up * signs, down * signs[:, None]
     limit = torch.cat([up.flatten(), down.flatten()]).quantile(0.99)
@@ -154,9 +150,9 @@ def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     write_lycoris(paths[0], kind)
     write_lora(random_adapter(model, alpha=1), paths[1], model)
     alone = join_loras([(paths[0], 1.0)], model)
-    layer = KINDS[kind][1]
-    assert {name: lora.rank for name, lora in alone.lora.layers.items() if name == layer} == (
-        {layer: KINDS[kind][2]} if KINDS[kind][2] else {}
+    _, layer, rank = KINDS[kind]
+    assert {n: lora.rank for n, lora in alone.lora.layers.items()} == (
+        {layer: rank} if rank else {}
     )
     files = [(paths[0], "0.5:-0.8"), (paths[1], 0.3)]
     joined = join_loras(files, model)
