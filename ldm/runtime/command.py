@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ldm.runtime.errors import LdmError, WrongFamily, explain, is_out_of_memory, nearest_name
 
-__all__ = ["CommandParser", "run_command"]
+__all__ = ["CommandParser", "log_to_stderr", "run_command"]
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,9 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
     verbose = "--verbose" in parser.given_flags
     # Spinning OpenMP threads make small models up to 50 times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _configure_logging(verbose)
+    log_to_stderr(logging.DEBUG if verbose else logging.WARNING)
+    for name in INFO_LOGGERS:
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -187,15 +189,13 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
             return 1
 
 
-def _configure_logging(verbose: bool) -> None:
+def log_to_stderr(level: int) -> None:
     """Send the log of this package to stderr, as stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package_logger = logging.getLogger("ldm")
     package_logger.handlers = [handler]
-    package_logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    for name in INFO_LOGGERS:
-        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+    package_logger.setLevel(level)
 
 
 def _show_warning(

@@ -23,6 +23,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.runtime.command import log_to_stderr
 from ldm.runtime.errors import explain, unknown_name
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.train.distributed import launch
@@ -115,7 +116,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
 
 def _run_request(request: TrainRequest) -> Iterator[str]:
     """Run a request; yield lines to print: paths, losses, or a config."""
-    _configure_logging()
+    # Processes other than the first log warnings only.
+    log_to_stderr(logging.INFO if get_rank_and_world_size()[0] == 0 else logging.WARNING)
     if request.dry_run:
         yield from _describe(request)
         return
@@ -189,15 +191,6 @@ def _run(
         paths = [str(path) for path in exports if path.exists()]
         yield from paths if paths and (request.train or existing) else ["the config is valid"]
     run.ranks.stop()
-
-
-def _configure_logging() -> None:
-    """Log to stderr; processes other than the first log warnings only."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("ldm")
-    log.handlers = [handler]
-    log.setLevel(logging.INFO if get_rank_and_world_size()[0] == 0 else logging.WARNING)
 
 
 def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
