@@ -234,13 +234,15 @@ SECTIONS = {
 
 def test_former_names_of_keys_are_read() -> None:
     trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5, "shard": 2}
-    lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": {"best": -1}}
+    callbacks = {"best": -1, "sampling": {"grid": "karras"}}
+    lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": callbacks}
     latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
     result = read_settings({"lightning": lightning, "data": {"params": latents}})
     assert result.trainer.gradient_checkpointing is True
     assert (result.trainer.max_unreadable_fraction, result.trainer.shard_size) == (0.5, 2)
     assert result.objective == {"noise_offset": 0.1}
     assert result.callbacks.save_top_k == -1
+    assert result.callbacks.sampling == {"scheduler": "karras"}
     renamed = {"cache": "cache", "variants_per_image": 3, "batch_size": 4}
     assert result.raw["data"]["params"]["latents"] == renamed
 

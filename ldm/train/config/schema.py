@@ -249,7 +249,6 @@ class Sampling(TypedDict, total=False):
     brownian: bool
     sampler: Annotated[str, _one_of(SAMPLERS)]
     scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
-    grid: Annotated[str, _one_of(SCHEDULERS)] | None  # former name of scheduler
     rescale: Probability
     unet_tile: Count | None
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], TO_LIST]
