@@ -59,11 +59,7 @@ DATASETS = {  # class -> {argument: our key}
 
 
 def read_data(section: JsonMapping) -> Data:
-    """Read a data section; ignored keys are logged.
-
-    Raises:
-        ValueError: A key or data set is unknown, or a key is missing.
-    """
+    """Read a data section; ignored keys are logged."""
     target = section.get("target", "main.DataModuleFromConfig")
     values = (section.get("params") or {}).items()
     params = {k: v for k, v in values if v is not None and v is not False and v != {}}

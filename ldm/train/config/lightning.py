@@ -113,8 +113,6 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
 
     Returns:
         The sections, and notes on changed and ignored keys.
-    Raises:
-        ValueError: A value cannot be translated.
     """
     lightning = get_section(raw, "lightning")
     names = [name for name in lightning if name not in SECTIONS]
@@ -136,9 +134,6 @@ def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
     """Read the GPUs of Lightning's Trainer: a list of indices, a count, -1 = all, None = not set.
 
     `gpus: 0,1,` and `devices: 0,1,` name two; `gpus: 2` is any two, `gpus: 0` none.
-
-    Raises:
-        ValueError: Neither a count nor a list.
     """
     value = trainer.get("gpus", trainer.get("devices"))
     if trainer.get("accelerator") == "cpu":

@@ -49,8 +49,6 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
 
     Returns:
         Options by section of `lightning`: trainer, optimizer, callbacks, objective.
-    Raises:
-        ValueError: A class or a parameter is unknown, or not supported.
     """
     sections: dict[str, JsonObject] = {"trainer": {}, "optimizer": {}, "callbacks": {}}
     sections["objective"] = _translate_objective(params)

@@ -11,11 +11,7 @@ SPEC_KEYS = ("target", "params")
 
 
 def get_section(raw: JsonMapping, where: str) -> JsonMapping:
-    """Return the section `where`, "model.params", of a config; {} if there is none.
-
-    Raises:
-        ValueError: It is not a mapping.
-    """
+    """Return the section `where`, "model.params", of a config; {} if there is none."""
     node = raw
     names = where.split(".")
     for depth, name in enumerate(names, 1):
@@ -37,8 +33,6 @@ def read_spec(
     Args:
         classes: Names that are allowed.
         kind: What messages call the class.
-    Raises:
-        ValueError: The class or a key is unknown.
     """
     if not isinstance(spec, Mapping):
         raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")

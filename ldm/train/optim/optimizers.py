@@ -45,7 +45,6 @@ def make_optimizer(
             "adafactor" with factored second moments (arXiv:1804.04235); "muon".
         options: Keywords of that optimizer.
     Raises:
-        UnknownName: The name is unknown.
         ImportError: "adamw8bit" without bitsandbytes.
     """
     check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")

@@ -41,8 +41,6 @@ class LearningRateSchedule:
         lr: The peak, which the schedule multiplies.
         scheduler: "constant"; or "linear" or "cosine", which end at 0.
         scheduler_config: Of the original, instead of warmup and scheduler; None = those.
-    Raises:
-        ValueError: The `scheduler_config` is invalid.
     """
 
     lr: float
@@ -69,11 +67,7 @@ class LearningRateSchedule:
 
 
 def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]:
-    """Build the function step -> multiplier of the learning rate of a `scheduler_config`.
-
-    Raises:
-        ValueError: The scheduler or a parameter is unknown, or a parameter is missing.
-    """
+    """Build the function step -> multiplier of the learning rate of a `scheduler_config`."""
     name, params = read_spec(scheduler_config, PARAMETERS, SCHEDULER_CONFIG_KEY, kind="scheduler")
     params.pop("verbosity_interval", None)
     check_names(f"parameter of {name}", params, PARAMETERS[name], SCHEDULER_CONFIG_KEY)
