@@ -11,7 +11,7 @@ An encoder's output reaches the UNet through one of three slots of `Cond`:
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 __all__ = [
-    "LEGACY_DROPOUT", "AnyCond", "Batch", "Composition", "Cond", "Conditioner", "Config",
+    "DROPOUT_QUIRKS", "AnyCond", "Batch", "Composition", "Cond", "Conditioner", "Config",
     "DropRate", "Encoder", "EncoderOptions", "PrepareOptions", "ScheduledCond", "Slot",
     "repeat_to_equal_length", "zero_samples",
 ]  # fmt: skip
@@ -29,7 +29,7 @@ Config = Mapping[str, Any]  # parameters as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
 JoinAxis = Literal["tokens", "features"]
 DropRate = float | Mapping[str, float] | None  # see `Conditioner.forward`
-LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")  # see `Conditioner.forward`
+DROPOUT_QUIRKS = ("independent-dropout", "mutating-legacy-ucg")  # see `Conditioner.forward`
 TOKEN_FIELDS = {"crossattn", "context_mask"}  # fields of `Cond` with tokens along axis 1
 SECOND_PROMPT = "txt_2"  # batch key of SDXL's second prompt, read by the encoder `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
@@ -82,27 +82,31 @@ class Cond:
         """Repeat each sample n times: samples 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
 
-    def join(self, other: "Cond", crossattn: JoinAxis = "tokens") -> "Cond":
+    def join(self, other: "Cond", axis: JoinAxis = "tokens") -> "Cond":
         """Add another condition of the same samples, and concatenate the fields that both have.
 
         Args:
-            crossattn: Axis along which `crossattn` is concatenated: "tokens" (1), or "features" (2)
-                of tokens repeated to equal length. All other fields: axis 1.
+            axis: That of `crossattn`: "tokens" (1), or "features" (2) of tokens repeated to equal
+                length. All other fields are concatenated along axis 1.
         """
         joined = self.tensors()
         for slot, value in other.tensors().items():
             if slot in joined:
-                axis = 2 if slot == "crossattn" and crossattn == "features" else 1
                 pair = [joined[slot], value.to(joined[slot].device)]
-                if axis == 2:
-                    pair = repeat_to_equal_length(pair)
-                value = torch.cat(pair, dim=axis)
+                if slot == "crossattn" and axis == "features":
+                    value = torch.cat(repeat_to_equal_length(pair), dim=2)
+                else:
+                    value = torch.cat(pair, dim=1)
             joined[slot] = value
         return Cond(**joined)
 
     def zero_samples(self, mask: Tensor) -> "Cond":
-        """Return a copy in which samples are zero where a mask (B,) is true."""
-        return Cond(**{slot: zero_samples(value, mask) for slot, value in self.tensors().items()})
+        """Return a copy in which samples are zero where a mask (B,) is true.
+
+        `context_mask` stays: attention to no token at all is not defined.
+        """
+        zeroed = {slot: zero_samples(value, mask) for slot, value in self.tensors().items()}
+        return replace(Cond(**zeroed), context_mask=self.context_mask)
 
 
 @dataclass(frozen=True)
@@ -345,7 +349,7 @@ class Conditioner(nn.Module):
                 by its `null` (but not if `drop` is None); if that is None, too, its output is
                 zeros. Encoders of one batch key drop the same samples.
             generator: Random generator for `drop`; None = torch's global one.
-            legacy: Quirks of sgm (`generative-models`), names in LEGACY_DROPOUT:
+            legacy: Quirks of sgm (`generative-models`), names in DROPOUT_QUIRKS:
                 "independent-dropout" drops each output independently, "mutating-legacy-ucg" lets
                 later encoders of a batch key see the replacement.
         """

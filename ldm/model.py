@@ -140,7 +140,7 @@ class LatentDiffusion(nn.Module):
         self.image_size = max(height, width)
         self.provenance: dict[str, Any] = {}
         self.merged: MergedChanges | None = None
-        self._offload_device: torch.device | None = None
+        self._execution_device: torch.device | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -176,7 +176,7 @@ class LatentDiffusion(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device that the networks run on."""
-        return self._offload_device or next(self.unet.parameters()).device
+        return self._execution_device or next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,7 +196,7 @@ class LatentDiffusion(nn.Module):
                 encoder.to(device)
         offload(self.unet, device)
         offload(self.autoencoder, device)
-        self._offload_device = device
+        self._execution_device = device
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""

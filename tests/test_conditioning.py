@@ -34,6 +34,13 @@ def test_tokens_of_two_encoders_are_concatenated():
     assert cond.crossattn.tolist() == [[[2.0], [2.0]]]
 
 
+def test_zeroed_samples_keep_their_mask():
+    cond = Cond(crossattn=torch.ones(2, 3, 4), context_mask=torch.ones(2, 3, dtype=torch.bool))
+    zeroed = cond.zero_samples(torch.tensor([True, False]))
+    assert zeroed.crossattn.sum(dim=(1, 2)).tolist() == [0, 12]
+    assert zeroed.context_mask.all()
+
+
 def test_encoders_are_found_by_class():
     conditioner = Conditioner(level=Level())
     assert conditioner.find(Level) is conditioner.level

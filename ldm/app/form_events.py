@@ -20,7 +20,7 @@ from ldm.app.form import (
     get_field_values,
 )
 from ldm.app.library import ADDONS
-from ldm.app.view import show_error, show_token_count
+from ldm.app.view import render_error, render_token_count
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
@@ -116,7 +116,7 @@ class FormEvents:
         takes_upscaler = bool(self.forms[task].upscaling) and not self.library.is_sdxl(checkpoint)
         has_upscaler = takes_upscaler and bool(self.library.list_addons("upscaler"))
         shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
-        return [show_error(misfit), offers, *shown, *updates]
+        return [render_error(misfit), offers, *shown, *updates]
 
     def follow_choice(
         self,
@@ -159,7 +159,7 @@ class FormEvents:
     ) -> str:
         """Return the token count of a prompt as HTML."""
         count = self.library.count_tokens(checkpoint, prompt or "", syntax, is_negative=is_negative)
-        return show_token_count(*count)
+        return render_token_count(*count)
 
     def read_image_size(self, checkpoint: str, path: str | None) -> list[Any]:
         """Return updates of width and height for an input image."""

@@ -18,10 +18,10 @@ from ldm.app.progress import Progress
 from ldm.app.view import (
     describe_info,
     explain_to_user,
-    show_error,
-    show_preview,
-    show_progress,
-    show_queue,
+    render_error,
+    render_preview,
+    render_progress,
+    render_queue,
 )
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS
@@ -99,11 +99,11 @@ class JobEvents:
             if make is not None:
                 job = self.jobs.submit(owner, *make())
                 if self.jobs.count_ahead(job) == 0:
-                    live = show_progress(job.progress)
+                    live = render_progress(job.progress)
         except Exception as failure:  # top level: any error becomes the message
             log.debug("a form was refused", exc_info=True)
             error = explain_to_user(failure)
-        return [job, show_error(error), live, *self._show_queue(owner).values()]
+        return [job, render_error(error), live, *self._show_queue(owner).values()]
 
     def _make_request(
         self,
@@ -134,7 +134,7 @@ class JobEvents:
         shown: str | None = None
         while True:
             is_over, progress = job.is_over, job.progress
-            status: str | None = show_progress(progress, self.jobs.count_ahead(job))
+            status: str | None = render_progress(progress, self.jobs.count_ahead(job))
             if job.state == "queued" and self.jobs.list_jobs(owner)[:1] != [job]:
                 status = shown  # another job of this page has the status
             updates: dict[str, Any] = {}
@@ -144,12 +144,12 @@ class JobEvents:
             if job.state == "removed":
                 updates |= self._show_queue(owner)
                 if shown is not None and not self.jobs.list_jobs(owner):
-                    updates["live"] = show_progress(Progress(message="removed from the queue"))
+                    updates["live"] = render_progress(Progress(message="removed from the queue"))
             elif status != shown or is_over:
-                updates |= {"live": status, "preview": show_preview(progress)}
+                updates |= {"live": status, "preview": render_preview(progress)}
                 updates |= self._show_queue(owner)
                 if progress.has_failed:
-                    updates["error"] = show_error(progress.message)
+                    updates["error"] = render_error(progress.message)
             if status != shown or is_over:
                 yield _make_updates(**updates)
             if is_over:
@@ -168,8 +168,8 @@ class JobEvents:
         """Stop the visitor's job, or remove it from the queue."""
         self.jobs.stop(owner)
         running = [job for job in self.jobs.list_jobs(owner) if job.state == "running"]
-        live = show_progress(running[0].progress) if running else gr.skip()
-        return [live, gr.Button(interactive=False), show_queue(self.jobs.list_jobs(owner))]
+        live = render_progress(running[0].progress) if running else gr.skip()
+        return [live, gr.Button(interactive=False), render_queue(self.jobs.list_jobs(owner))]
 
     def clear_queue(self, owner: str) -> list[Any]:
         """Remove the visitor's waiting jobs from the queue."""
@@ -183,7 +183,7 @@ class JobEvents:
         can_stop = any(not job.progress.stop.is_set() for job in jobs)
         has_waiting = any(job.state == "queued" for job in jobs)
         return {
-            "queue": show_queue(jobs),
+            "queue": render_queue(jobs),
             "clear": gr.Button(visible=has_waiting),
             "stop": gr.Button(interactive=can_stop),
         }

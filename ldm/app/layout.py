@@ -15,7 +15,7 @@ from ldm.app.form import (
     Field,
     TaskForm,
 )
-from ldm.app.view import show_progress
+from ldm.app.view import render_progress
 from ldm.generate.tasks import TASKS
 from ldm.runtime.version import __version__
 
@@ -222,7 +222,7 @@ class Layout:
             with gr.Column(elem_id="status"):
                 self.error = gr.HTML(elem_id="error")
                 gr.HTML('<div id="browser-note" class="failed" role="alert"></div>')
-                self.live = gr.HTML(show_progress(None), elem_id="live")
+                self.live = gr.HTML(render_progress(None), elem_id="live")
                 self.queue = gr.HTML(elem_id="queue")
                 self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
             with gr.Column(elem_id="stage"):

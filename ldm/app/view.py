@@ -14,16 +14,16 @@ from ldm.runtime.errors import LdmError, explain, is_out_of_memory
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "describe_info", "explain_to_user", "read_file_info", "show_error", "show_preview",
-    "show_progress", "show_queue", "show_token_count",
+    "describe_info", "explain_to_user", "read_file_info", "render_error", "render_preview",
+    "render_progress", "render_queue", "render_token_count",
 ]  # fmt: skip
 
 MEMORY_HINT = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
-QUOTED_WORDS = 4  # of the truncated part of a prompt
+MAX_QUOTED_WORDS = 4  # of the truncated part of a prompt
 NO_PARAMETERS = "No generation parameters found"
 
 
-def show_progress(progress: Progress | None, ahead: int = 0) -> str:
+def render_progress(progress: Progress | None, ahead: int = 0) -> str:
     """Render progress bar and message of a job; None = no job.
 
     Args:
@@ -40,18 +40,18 @@ def show_progress(progress: Progress | None, ahead: int = 0) -> str:
     )
 
 
-def show_error(message: str) -> str:
+def render_error(message: str) -> str:
     """Render an error message; "" = no error."""
     return f'<div class="failed" role="alert">{html.escape(message)}</div>' if message else ""
 
 
-def show_token_count(count: int, limit: int, lost: str) -> str:
+def render_token_count(count: int, limit: int, lost: str) -> str:
     """Render the token count of a prompt, and the first words that are truncated."""
     if not limit:  # a model without prompts
         return ""
     if not lost:
         return f"<span>{count}/{limit}</span>"
-    words = html.escape(" ".join(lost.split()[:QUOTED_WORDS]))
+    words = html.escape(" ".join(lost.split()[:MAX_QUOTED_WORDS]))
     return f'<span class="failed">{count}/{limit}, without effect: {words} …</span>'
 
 
@@ -66,7 +66,7 @@ def explain_to_user(error: BaseException) -> str:
     return text if label.lower() in text.lower() else f"{text} ({label})"
 
 
-def show_preview(progress: Progress) -> str:
+def render_preview(progress: Progress) -> str:
     """Render the preview of a running job; "" without one."""
     if progress.preview is None:
         return ""
@@ -76,7 +76,7 @@ def show_preview(progress: Progress) -> str:
     return f'<img alt="preview" src="data:image/png;base64,{data}">'
 
 
-def show_queue(jobs: Sequence[Job]) -> str:
+def render_queue(jobs: Sequence[Job]) -> str:
     """Render the waiting jobs of a visitor."""
     waiting = [job for job in jobs if job.state == "queued"]
     items = "".join(f"<li>{html.escape(job.title)}</li>" for job in waiting)

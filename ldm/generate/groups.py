@@ -23,19 +23,19 @@ from ldm.generate.option_parsers import (
     SCRIPT_QUIRKS,
     expand_file,
     parse_apg,
-    parse_corner,
     parse_count,
     parse_fraction,
     parse_freeu,
     parse_integer,
-    parse_interval,
     parse_legacy,
     parse_lora,
     parse_number,
     parse_positive,
+    parse_sigma_interval,
     parse_sigmas,
     parse_size,
     parse_sld,
+    parse_top_left,
 )
 from ldm.generate.options import option
 from ldm.prompts import PLAIN, SYNTAXES
@@ -193,7 +193,7 @@ class Sampling:
         help="rescale the contrast of guided predictions, against over-exposure at high scales:"
         " 0 (off) … 1 (default: %(default)s)")
     guidance_interval: tuple[float, float] | None = option(None, "--guidance-interval",
-        parse=parse_interval, metavar="LOW,HIGH", label="Guidance interval",
+        parse=parse_sigma_interval, metavar="LOW,HIGH", label="Guidance interval",
         help="use guidance only between these two sigmas (default: everywhere)")
     sld: str | tuple[float, ...] | None = option(None, "--sld", parse=parse_sld,
         metavar="PRESET", label="Safe latent diffusion",
@@ -312,7 +312,7 @@ class SDXL:
         metavar="H,W", label="Original size (H,W)",
         help="micro-conditioning: size before resizing, as of a training image (default: the"
         " image's size)")
-    crop: tuple[int, int] | None = option(None, "--crop", parse=parse_corner,
+    crop: tuple[int, int] | None = option(None, "--crop", parse=parse_top_left,
         metavar="TOP,LEFT", label="Crop (top,left)",
         help="micro-conditioning: corner of the crop in pixels, as of a training image (default:"
         " 0,0)")
@@ -325,7 +325,7 @@ class SDXL:
     negative_original_size: tuple[int, int] | None = option(None, "--negative-original-size",
         parse=parse_size, metavar="H,W", label="Negative original size (H,W)",
         help="for the negative prompt (default: as for the prompt)")
-    negative_crop: tuple[int, int] | None = option(None, "--negative-crop", parse=parse_corner,
+    negative_crop: tuple[int, int] | None = option(None, "--negative-crop", parse=parse_top_left,
         metavar="TOP,LEFT", label="Negative crop (top,left)",
         help="for the negative prompt (default: as for the prompt)")
     negative_target_size: tuple[int, int] | None = option(None, "--negative-target-size",

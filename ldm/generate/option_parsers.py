@@ -13,10 +13,10 @@ from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import read_text
 
 __all__ = [
-    "QUIRKS", "SCRIPT_QUIRKS", "expand_file", "parse_apg", "parse_box", "parse_corner",
-    "parse_count", "parse_fraction", "parse_freeu", "parse_integer", "parse_interval",
-    "parse_legacy", "parse_lora", "parse_natural", "parse_nonnegative", "parse_number",
-    "parse_positive", "parse_sigmas", "parse_size", "parse_sld",
+    "QUIRKS", "SCRIPT_QUIRKS", "expand_file", "parse_apg", "parse_box", "parse_count",
+    "parse_fraction", "parse_freeu", "parse_integer", "parse_legacy", "parse_lora", "parse_natural",
+    "parse_nonnegative", "parse_number", "parse_positive", "parse_sigma_interval", "parse_sigmas",
+    "parse_size", "parse_sld", "parse_top_left",
 ]  # fmt: skip
 
 Number = TypeVar("Number", int, float)
@@ -91,7 +91,7 @@ def _tuple_parser(
     return parse
 
 
-parse_interval = _tuple_parser(
+parse_sigma_interval = _tuple_parser(
     2,
     _parse_finite,
     lambda low, high: 0 <= low < high,
@@ -106,7 +106,7 @@ parse_box = _tuple_parser(
 parse_size = _tuple_parser(
     2, _parse_unsigned, lambda *size: min(size) >= 1, "HEIGHT,WIDTH in pixels"
 )
-parse_corner = _tuple_parser(
+parse_top_left = _tuple_parser(
     2, _parse_unsigned, lambda *edges: min(edges) >= 0, "TOP,LEFT in pixels"
 )
 

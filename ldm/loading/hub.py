@@ -22,10 +22,10 @@ __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fet
 log = logging.getLogger(__name__)
 
 PREFIX = "hf:"
-SHA256 = re.compile("[0-9a-f]{64}")
-TEXTS = (".json", ".txt")
-WEIGHTS = (".safetensors", ".ckpt")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+SHA256_PATTERN = re.compile("[0-9a-f]{64}")
+TEXT_SUFFIXES = (".json", ".txt")
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt")
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
 # Path of the complete folder, or of the only checkpoint, by "OWNER/NAME" or "OWNER/NAME:VARIANT".
 DOWNLOADS = CachedDict("hub_choices.json")
@@ -95,7 +95,7 @@ def fetch_file(
     is_valid = re.fullmatch(r"[\w-]+", etag) and re.fullmatch(r"\w+", commit)
     if metadata.size is None or not is_valid:
         raise DownloadError(f"`{repo}`: {constants.ENDPOINT} does not answer as a hub does")
-    published = etag if SHA256.fullmatch(etag) else None
+    published = etag if SHA256_PATTERN.fullmatch(etag) else None
     if sha256 and published and sha256 != published:
         raise DownloadError(_format_mismatch(f"{repo}/{name}", published, sha256))
     expected = sha256 or published
@@ -103,16 +103,16 @@ def fetch_file(
     # A file instead of a symbolic link: the hub's layout for systems without such links.
     target = folder / "snapshots" / commit / name
     partial_file = folder / "blobs" / f"{etag}.incomplete"
-    lock = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{etag}.lock")
-    main = folder / "refs" / "main"
-    for path in (target, partial_file, lock, main):
+    lock_path = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{etag}.lock")
+    ref_path = folder / "refs" / "main"
+    for path in (target, partial_file, lock_path, ref_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    with WeakFileLock(lock_path):
         if not target.is_file() or (expected and hash_file(target) != expected):
             source, place = metadata.location, f"{repo}/{name}"
             headers = _make_headers(url, source)
             _download(source, target, partial_file, metadata.size, expected, headers, place)
-        main.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
+        ref_path.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
     return target
 
 
@@ -128,14 +128,16 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
         sha256: Expected SHA-256.
     """
     from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock
 
     target = get_url_path(url)
     partial_file = target.with_name(f"{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.is_file() or hash_file(target) != sha256:
-        if constants.HF_HUB_OFFLINE:
-            raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
-        _download(url, target, partial_file, size, sha256, {}, url)
+    with WeakFileLock(target.with_name(f"{target.name}.lock")):
+        if not target.is_file() or hash_file(target) != sha256:
+            if constants.HF_HUB_OFFLINE:
+                raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
+            _download(url, target, partial_file, size, sha256, {}, url)
     return target
 
 
@@ -156,7 +158,9 @@ def _download(
     """
     from huggingface_hub.file_download import http_get
 
-    is_continued = partial_file.is_file()
+    if partial_file.is_file() and partial_file.stat().st_size > size:  # not of this file
+        partial_file.unlink()
+    is_resumed = partial_file.is_file()
     partial_file.touch()
     done = partial_file.stat().st_size
     free = shutil.disk_usage(partial_file.parent).free
@@ -166,7 +170,7 @@ def _download(
             f"the disk is full: {need} in `{partial_file.parents[2]}`", is_local=True
         )
     if done:
-        log.info("continuing after %.2f of %.2f GB", done / 1e9, size / 1e9)
+        log.info("resuming after %.2f of %.2f GB", done / 1e9, size / 1e9)
     while done < size:
         with _convert_hub_errors(place):
             try:
@@ -180,7 +184,7 @@ def _download(
                         displayed_filename=place.rpartition("/")[2],
                     )
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in FULL_DISK:
+                if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
                     message = (
                         f"the disk is full: `{partial_file.parents[2]}`; try again with more space"
                     )
@@ -194,7 +198,7 @@ def _download(
         cache_sha256(target, digest)
         return
     partial_file.unlink()
-    if not is_continued:
+    if not is_resumed:
         raise DownloadError(_format_mismatch(place, digest, str(sha256)))
     _download(url, target, partial_file, size, sha256, headers, place)
 
@@ -265,8 +269,8 @@ def _list_folder_files(
     if "config.json" in sizes and INDEX not in sizes:
         return ["config.json", *_choose_weights("", sizes, variant)]
     if INDEX not in sizes:
-        files = [name for name in sizes if name.endswith(WEIGHTS) and "/" not in name]
-        files = [name for name in files if name.endswith(WEIGHTS[0])] or files
+        files = [name for name in sizes if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
+        files = [name for name in files if name.endswith(WEIGHT_SUFFIXES[0])] or files
         if len(files) != 1:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_format_examples(sizes)}")
         return files
@@ -274,7 +278,9 @@ def _list_folder_files(
     names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
     for component, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and component not in UNUSED_COMPONENTS:
-            names += [n for n in sizes if n.rpartition("/")[0] == component and n.endswith(TEXTS)]
+            names += [
+                n for n in sizes if n.rpartition("/")[0] == component and n.endswith(TEXT_SUFFIXES)
+            ]
             names += _choose_weights(f"{component}/", sizes, variant)
     return names
 
@@ -296,7 +302,7 @@ def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> l
 
 
 def _format_examples(sizes: Iterable[str]) -> str:
-    names = [name for name in sizes if name.endswith(WEIGHTS)][:6]
+    names = [name for name in sizes if name.endswith(WEIGHT_SUFFIXES)][:6]
     return f"; it has {', '.join(names)}" if names else ", and no checkpoint"
 
 

@@ -19,7 +19,7 @@ __all__ = [
     "warn_about_prompts",
 ]  # fmt: skip
 
-QUOTED_WORDS = 4  # of a prompt, in warnings
+MAX_QUOTED_WORDS = 4  # of a prompt, in warnings
 ANY_STEPS = 50  # to parse a text of which only the syntax is checked
 
 TextPair = tuple[str, str]  # for the first and the second text encoder
@@ -191,7 +191,7 @@ def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
     for encoder in model.conditioner.find_all(TextEncoder):
         for text in texts:
             if lost := encoder.find_truncated_text(text):
-                limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
+                limit, words = encoder.length - 2, " ".join(lost.split()[:MAX_QUOTED_WORDS])
                 return f"a prompt is longer than {limit} tokens: `{words} …` is left out"
     return None
 

@@ -22,7 +22,7 @@ from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.page import Page
 from ldm.app.progress import Progress
-from ldm.app.view import describe_info, show_preview, show_progress
+from ldm.app.view import describe_info, render_preview, render_progress
 from ldm.commands.main import main
 from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
@@ -481,8 +481,8 @@ def test_a_checkpoint_is_inspected_by_its_name_only(backend):
 
 def test_a_run_is_html_without_what_users_write(backend):
     progress = Progress(message="<script>", preview=Image.new("RGB", (4, 4)))
-    assert "&lt;script&gt;" in show_progress(progress)
-    assert "data:image/png;base64," in show_preview(progress)
+    assert "&lt;script&gt;" in render_progress(progress)
+    assert "data:image/png;base64," in render_preview(progress)
     assert describe_info({}) == "No generation parameters found"
 
 

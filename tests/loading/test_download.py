@@ -214,9 +214,10 @@ def test_an_interrupted_download_is_resumed(hub, download, cache, monkeypatch):
 
 
 @pytest.mark.usefixtures("table")
-def test_a_damaged_partial_file_is_fetched_again(hub, download, cache):
+@pytest.mark.parametrize("size", [1000, len(CONTENT) + 1])
+def test_a_damaged_partial_file_is_fetched_again(hub, download, cache, size):
     hub.files[FIRST] = CONTENT
-    leave_part(cache, b"x" * 1000)
+    leave_part(cache, b"x" * size)
     assert download("small")[0] == 0
     assert final_files(cache)[0].read_bytes() == CONTENT
 

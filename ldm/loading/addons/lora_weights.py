@@ -71,7 +71,7 @@ class LoRAWeight:
         text = _parse_number(parts.get("te"), value, 1.0)
         unet = _parse_number(parts.get("unet"), value, text)
         rank = parts.get("dyn")
-        if rank is not None and not (rank.isdigit() and int(rank) > 0):
+        if rank is not None and not (rank.isdecimal() and int(rank) > 0):
             raise ArgumentError(f"`{value}`: dyn `{rank}` is not a positive whole number", "lora")
         return cls(text, unet, None if rank is None else int(rank), parts.get("lbw", ""))
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import LEGACY_DROPOUT
+from ldm.conditioning import DROPOUT_QUIRKS
 from ldm.data.source import to_device
 from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
@@ -21,7 +21,7 @@ from ldm.train.tasks.task import Batch, Losses, Task
 __all__ = ["LEGACY_TRAINING", "ZERO_SIZES", "Diffusion"]
 
 ZERO_SIZES = "zero-sizes-in-previews"  # sizes of 0 for the unconditional half, in image grids
-LEGACY_TRAINING = (*LEGACY_DROPOUT, ZERO_SIZES)
+LEGACY_TRAINING = (*DROPOUT_QUIRKS, ZERO_SIZES)
 
 
 @dataclass(eq=False)
