@@ -143,6 +143,27 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
             "data.params.train.transform.buckets: unknown key `steps`, did you mean `step`",
         ),
         (
+            "train: {root: a, transform: {name: photo, size: abc}}",
+            "data.params.train.transform.size: `abc` should be a whole number",
+        ),
+        (
+            "train: {root: a, transform: {name: photo, flip: 2}}",
+            "data.params.train.transform.flip: `2` should be less than or equal to 1",
+        ),
+        (
+            "train: {root: a, transform: {name: photo, conditions: {mask: 3}}}",
+            "data.params.train.transform.conditions.mask: `3` should be a mapping",
+        ),
+        (
+            "train: {root: a, transform: {name: emoji, scale: [1]}}",
+            r"data.params.train.transform.scale: `\(1,\)` has too few values",
+        ),
+        ("train: {root: 3, transform: {name: photo}}", "data.params.train.root: `3` should be"),
+        (
+            "train: {root: a, where: 3, transform: {name: photo}}",
+            "train.where: `3` should be a map",
+        ),
+        (
             "train: {shards: x, transform: {}}, "
             "prior: {root: x, prompt: a dog, count: 1, transform: {}}",
             "`prior` needs a folder or a hub",

@@ -18,7 +18,6 @@ from ldm.train.batches.class_images import open_class_images
 from ldm.train.batches.contexts import cache_contexts
 from ldm.train.batches.images import (
     check_images,
-    check_transform,
     fill_vocabulary,
     open_images,
     warn_of_missing_captions,
@@ -34,8 +33,6 @@ def check_data(data: Data) -> None:
     check_images(data.train, "data.params.train")
     if data.validation:
         check_images(data.validation, "data.params.validation")
-    if data.prior:  # its images may not exist yet
-        check_transform(data.prior.transform, "data.params.prior")
 
 
 def open_batches(

@@ -12,9 +12,17 @@ import logging
 from collections.abc import Mapping
 
 from ldm.data.options import rename_options
-from ldm.runtime.errors import check_names
+from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import BucketOptions, Data, TagOptions, validate_section
+from ldm.train.config.schema import (
+    Data,
+    EmojiOptions,
+    FolderOptions,
+    HubOptions,
+    PhotoOptions,
+    ShardOptions,
+    validate_section,
+)
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, read_spec
 
 __all__ = ["read_data", "translate_data_module"]
@@ -23,9 +31,9 @@ log = logging.getLogger(__name__)
 
 WEB_MODULE = "ldm.data.laion.WebDataModuleFromConfig"
 SGM_MODULE = "sgm.data.dataset.StableDataModuleFromConfig"
-PHOTO_SECTIONS: dict[str, type] = {"buckets": BucketOptions, "tags": TagOptions}
+TRANSFORMS: dict[str, type] = {"emoji": EmojiOptions, "photo": PhotoOptions}
 SPLITS = ("train", "validation")
-STORAGE_KEYS = ("root", "shards", "hub")
+STORAGE: dict[str, type] = {"root": FolderOptions, "shards": ShardOptions, "hub": HubOptions}
 # Ignored arguments of the originals' data modules, and why.
 IGNORED_PARAMETERS = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
@@ -77,7 +85,7 @@ def read_data(section: JsonMapping) -> Data:
         if split in params
     }
     if data.prior:
-        transform = _read_transform(data.prior.transform, "data.params.prior.transform")
+        transform = _read_transform(data.prior.transform, "data.params.prior")
         splits["prior"] = data.prior.model_copy(update={"transform": transform})
     return data.model_copy(update=splits)
 
@@ -121,13 +129,13 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
 
 
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
-    if "target" in spec and all(spec.get(key) is None for key in STORAGE_KEYS):
+    if "target" in spec and all(spec.get(key) is None for key in STORAGE):
         spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
     # Our keys replace a data set of the original, which another config file may have set.
     spec = {k: v for k, v in drop_nulls(spec).items() if k not in SPEC_KEYS}
-    storage = [f"`{key}`" for key in STORAGE_KEYS if key in spec]
+    storage = [key for key in STORAGE if key in spec]
     if len(storage) > 1:
-        keys = " and ".join(storage)
+        keys = " and ".join(f"`{key}`" for key in storage)
         raise ValueError(f"{where} has {keys}: set all but one to null, and their options")
     if not storage:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
@@ -135,18 +143,17 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
     if "shards" in spec:
         spec = rename_options("shards", spec)
-    return {**spec, "transform": _read_transform(spec["transform"], f"{where}.transform")}
+    options: JsonObject = validate_section(STORAGE[storage[0]], spec, where)
+    return {**options, "transform": _read_transform(spec["transform"], where)}
 
 
 def _read_transform(options: JsonMapping, where: str) -> JsonObject:
-    options = drop_nulls(
-        options
-    )  # which remove keys that another file has set for another transform
-    if options.get("name") == "photo":
-        for key, section in PHOTO_SECTIONS.items():
-            if key in options:
-                options[key] = validate_section(section, options[key], f"{where}.{key}")
-    return rename_options(str(options.get("name")), options)
+    name = str(options.get("name"))
+    check_name("transform", name, TRANSFORMS, where)
+    # Nulls remove keys that another file has set for another transform.
+    options = drop_nulls(rename_options(name, options))
+    result: JsonObject = validate_section(TRANSFORMS[name], options, f"{where}.transform")
+    return result
 
 
 def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:

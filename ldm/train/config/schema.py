@@ -23,6 +23,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
+from ldm.data.transforms import CROPS
 from ldm.diffusion.names import LEGACY, SCHEDULERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.nets.attention import BACKENDS
@@ -35,7 +36,6 @@ from ldm.train.tasks.diffusion import LEGACY_TRAINING
 __all__ = [
     "OPTIONS",
     "AutoencoderObjective",
-    "BucketOptions",
     "CachedLatents",
     "CachedTexts",
     "Callbacks",
@@ -43,14 +43,18 @@ __all__ = [
     "CriterionOptions",
     "Data",
     "DiffusionObjective",
+    "EmojiOptions",
     "Evaluation",
+    "FolderOptions",
+    "HubOptions",
     "LightningTrainer",
     "Loader",
     "Lora",
     "Model",
     "ModelParams",
     "Optimizer",
-    "TagOptions",
+    "PhotoOptions",
+    "ShardOptions",
     "TextualInversion",
     "Trainer",
     "list_fields",
@@ -66,6 +70,9 @@ EXPECTATIONS = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
     "bool_type": "should be true or false",
     "int_type": "should be a whole number",
+    "path_type": "should be a path",
+    "tuple_type": "should be a list",
+    "missing": "has too few values",  # of a tuple
     "string_pattern_mismatch": "should not be empty",
 }
 
@@ -442,6 +449,76 @@ class TagOptions(TypedDict, total=False):
     keep: Annotated[int, Field(ge=0), TO_INTEGER]
 
 
+@with_config(STRICT)
+class PhotoOptions(TypedDict, total=False):
+    """`transform: {name: photo}`: keywords of `PhotoTransform`."""
+
+    name: str
+    size: Count
+    crop: Annotated[str, _one_of(CROPS)]
+    flip: Probability
+    buckets: BucketOptions
+    tags: TagOptions
+    conditions: dict[str, JsonObject | None]
+    original_size_keys: list[str]
+
+
+@with_config(STRICT)
+class EmojiOptions(TypedDict, total=False):
+    """`transform: {name: emoji}`: keywords of `EmojiTransform`."""
+
+    name: str
+    size: Count
+    scale: Annotated[tuple[Positive, Positive], TO_TUPLE]
+    shift: Annotated[int, Field(ge=0), TO_INTEGER]
+    flip: Probability
+    crop: Count
+    random_colour_probability: Probability
+    drop: Probability
+    drop_object: Probability
+    keyword_probability: Probability
+    conditions: dict[str, JsonObject | None]
+
+
+@with_config(STRICT)
+class FolderOptions(TypedDict, total=False):
+    """`train` or `validation` with `root`: keywords of `Folder`."""
+
+    root: Annotated[NonEmptyStr, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)]
+    transform: JsonObject
+    split: str
+    where: JsonObject
+    fields: JsonObject
+    text: str
+
+
+@with_config(STRICT)
+class HubOptions(TypedDict, total=False):
+    """`train` or `validation` with `hub`: keywords of `Hub`."""
+
+    hub: NonEmptyStr
+    transform: JsonObject
+    name: str
+    split: str
+    image: str
+    text: str
+    fields: JsonObject
+    cache: str
+
+
+@with_config(STRICT)
+class ShardOptions(TypedDict, total=False):
+    """`train` or `validation` with `shards`: keywords of `Shards`."""
+
+    shards: Annotated[list[str], TO_LIST]
+    transform: JsonObject
+    streams: Count
+    shuffle: Annotated[int, Field(ge=0), TO_INTEGER]
+    minimum: dict[str, Number]
+    maximum: dict[str, Number]
+    length: Count
+
+
 class ClassImages(Section):
     """Class images of DreamBooth."""
 
@@ -452,7 +529,7 @@ class ClassImages(Section):
 
 
 class Data(Loader):
-    """`data.params`; see `open_images` for the keys of `train` and `validation`."""
+    """`data.params`; `train` and `validation` are options of a folder, a hub or shards."""
 
     model_config = STRICT
     batch_size: Count
@@ -518,8 +595,9 @@ def validate_section(
             hint = get_type_hints(parent)[name]
             parent = next(iter(get_args(hint)), hint)  # X of `X | None`
         place = ".".join([where, *names[:-1]])
-        raise unknown_name(kind, names[-1], [*list_fields(parent), *also], place)
-    if problem["type"] == "missing":
+        known = [*list_fields(parent), *(also if parent is section else ())]
+        raise unknown_name(kind, names[-1], known, place)
+    if problem["type"] == "missing" and problem["loc"][-1] == names[-1]:
         raise ValueError(f"{'.'.join([where, *names[:-1]])} needs `{names[-1]}`")
     text = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
     text = EXPECTATIONS.get(problem["type"], text)
