@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.compat.ema import LitEma
-from ldm.compat.lightning import LightningModule, TrainedModule, read_state
+from ldm.compat.lightning import LightningModule, TrainingModule, read_state
 from ldm.compat.model import Decoder, Encoder
 from ldm.compat.util import instantiate_from_config
 
 Batch = dict[str, Any]
 
 
-class AutoencoderKL(TrainedModule):
+class AutoencoderKL(TrainingModule):
     """Images <-> distributions over latents.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.compat.diffusion_util import extract_into_tensor, make_beta_schedule
 from ldm.compat.distributions import normal_kl
 from ldm.compat.ema import LitEma
-from ldm.compat.lightning import LightningModule, TrainedModule, read_state
+from ldm.compat.lightning import LightningModule, TrainingModule, read_state
 from ldm.compat.util import instantiate_from_config, mean_flat
 from ldm.diffusion.schedule import Schedule
 
@@ -80,7 +80,7 @@ class DiffusionWrapper(LightningModule):
         return out
 
 
-class DDPM(TrainedModule):
+class DDPM(TrainingModule):
     """A diffusion model of images, and the base class of those of latents.
 
     Args:
@@ -250,42 +250,42 @@ class DDPM(TrainedModule):
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and log variance of q(x_t | x_0) at timesteps t (B,)."""
-        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        variance = 1.0 - self._at("alphas_cumprod", t, x_start)
-        return mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start)
+        mean = self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
+        variance = 1.0 - self._extract("alphas_cumprod", t, x_start)
+        return mean, variance, self._extract("log_one_minus_alphas_cumprod", t, x_start)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Compute x_0 from x_t (B, …) at timesteps t (B,) and its noise."""
-        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-        return scaled - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * noise
+        scaled = self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return scaled - self._extract("sqrt_recipm1_alphas_cumprod", t, x_t) * noise
 
     def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Compute x_0 from x_t and v."""
-        scaled = self._at("sqrt_alphas_cumprod", t, x_t) * x_t
-        return scaled - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+        scaled = self._extract("sqrt_alphas_cumprod", t, x_t) * x_t
+        return scaled - self._extract("sqrt_one_minus_alphas_cumprod", t, x_t) * v
 
     def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Compute the noise from x_t and v."""
-        scaled = self._at("sqrt_alphas_cumprod", t, x_t) * v
-        return scaled + self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_t
+        scaled = self._extract("sqrt_alphas_cumprod", t, x_t) * v
+        return scaled + self._extract("sqrt_one_minus_alphas_cumprod", t, x_t) * x_t
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = self._at("posterior_mean_coef1", t, x_t) * x_start
-        mean = mean + self._at("posterior_mean_coef2", t, x_t) * x_t
-        variance = self._at("posterior_variance", t, x_t)
-        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
+        mean = self._extract("posterior_mean_coef1", t, x_t) * x_start
+        mean = mean + self._extract("posterior_mean_coef2", t, x_t) * x_t
+        variance = self._extract("posterior_variance", t, x_t)
+        return mean, variance, self._extract("posterior_log_variance_clipped", t, x_t)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Add noise to x_0 (B, …), as of timesteps t (B,); None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        scaled = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        return scaled + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        scaled = self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
+        return scaled + self._extract("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute v from x_0 and noise (arXiv:2202.00512)."""
-        scaled = self._at("sqrt_alphas_cumprod", t, x) * noise
-        return scaled - self._at("sqrt_one_minus_alphas_cumprod", t, x) * x
+        scaled = self._extract("sqrt_alphas_cumprod", t, x) * noise
+        return scaled - self._extract("sqrt_one_minus_alphas_cumprod", t, x) * x
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Compute the error of each value, or the mean error."""
@@ -342,8 +342,8 @@ class DDPM(TrainedModule):
         """Log the loss of a batch, with the weights and with the EMA weights."""
         _, parts = self.shared_step(batch)
         with self.ema_scope():
-            _, ema_parts = self.shared_step(batch)
-        parts |= {f"{name}_ema": value for name, value in ema_parts.items()}
+            _, ema_losses = self.shared_step(batch)
+        parts |= {f"{name}_ema": value for name, value in ema_losses.items()}
         self.log_dict(parts, prog_bar=False, logger=True, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
@@ -351,7 +351,7 @@ class DDPM(TrainedModule):
         parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
-    def _at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
+    def _extract(self, table: str, t: Tensor, x: Tensor) -> Tensor:
         """Read a table at timesteps t (B,), as (B, 1, …) to broadcast with x (B, …)."""
         return extract_into_tensor(getattr(self, table), t, x.shape)
 

@@ -57,7 +57,7 @@ else:
         LightningModule = PlainModule
 
 
-class TrainedModule(LightningModule):
+class TrainingModule(LightningModule):
     """Base class of autoencoder and diffusion model: images of a batch, EMA."""
 
     use_ema: bool

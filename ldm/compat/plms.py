@@ -103,12 +103,12 @@ class PLMSSampler(TableSampler):
                 raise TypeError("the first step needs t_next")
             # Heun's method, as there is no history yet: evaluates twice, and draws noise twice.
             x_next, _ = step(e_t)
-            e_mean = (e_t + predict_noise(x_next, t_next)) / 2
+            e_t_prime = (e_t + predict_noise(x_next, t_next)) / 2
         else:
-            newest = [e_t, *reversed(old_eps)][:4]
-            weights = ADAMS_BASHFORTH[len(newest)]
-            e_mean = sum(
-                (w * e for w, e in zip(weights, newest, strict=True)), torch.zeros_like(e_t)
+            eps_history = [e_t, *reversed(old_eps)][:4]
+            weights = ADAMS_BASHFORTH[len(eps_history)]
+            e_t_prime = sum(
+                (w * e for w, e in zip(weights, eps_history, strict=True)), torch.zeros_like(e_t)
             )
-        x_prev, pred_x0 = step(e_mean)
+        x_prev, pred_x0 = step(e_t_prime)
         return x_prev, pred_x0, e_t

@@ -18,16 +18,16 @@ from ldm.encoders import tokenizer
 from ldm.encoders.image import normalize_pixels
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.metrics import cosines
-from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_SIDE, Inception
+from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_IMAGE_SIZE, Inception
 from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "RESIZES", "CLIPJudge", "FeatureExtractor", "InceptionExtractor", "PromptJudge",
-    "clip_pixels", "inception_pixels",
+    "RESIZE_MODES", "CLIPJudge", "FeatureExtractor", "InceptionExtractor", "PromptJudge",
+    "preprocess_for_clip", "preprocess_for_inception",
 ]  # fmt: skip
 
-RESIZES = ("clean", "pytorch-fid")
+RESIZE_MODES = ("clean", "pytorch-fid")
 Images = Sequence[Image.Image]  # RGB, of any sizes
 
 
@@ -68,7 +68,7 @@ class InceptionExtractor:
     """The 2,048 features of FID.
 
     Args:
-        resize: Name in RESIZES, see `inception_pixels`.
+        resize: Name in RESIZE_MODES, see `preprocess_for_inception`.
         sha256: Of the weights' file, for reports; None = unknown, then features are not cached.
     """
 
@@ -78,14 +78,14 @@ class InceptionExtractor:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        check_name("resize", self.resize, RESIZES, argument="resize")
+        check_name("resize", self.resize, RESIZE_MODES, argument="resize")
 
     def describe(self) -> JsonObject:
         return {"name": "Inception", "resize": self.resize, "sha256": self.sha256}
 
     @torch.inference_mode()
     def features(self, images: Images) -> Tensor:
-        pixels = torch.cat([inception_pixels(image, self.resize) for image in images])
+        pixels = torch.cat([preprocess_for_inception(image, self.resize) for image in images])
         return self.net(pixels.to(next(self.net.parameters()).device)).cpu()
 
 
@@ -113,7 +113,7 @@ class CLIPJudge:
     def embed_images(self, images: Images) -> Tensor:
         """Return embeddings (N, D), not normalized."""
         side = self.clip.visual.image_size
-        pixels = torch.cat([clip_pixels(image, side) for image in images])
+        pixels = torch.cat([preprocess_for_clip(image, side) for image in images])
         embeddings: Tensor = self.clip.visual(pixels.to(self.clip.text_projection.device))
         return embeddings.cpu()
 
@@ -129,14 +129,14 @@ class CLIPJudge:
         return pooled.cpu()
 
 
-def inception_pixels(image: Image.Image, resize: str) -> Tensor:
+def preprocess_for_inception(image: Image.Image, resize: str) -> Tensor:
     """Preprocess an image for Inception: (1, 3, 299, 299), about [-1, 1].
 
     Args:
         resize: "clean", as clean-fid: bicubic with antialiasing by Pillow in float, then
             (x - 128) / 128; "pytorch-fid": bilinear without antialiasing, then (x - 127.5) / 127.5.
     """
-    side = INCEPTION_SIDE
+    side = INCEPTION_IMAGE_SIZE
     if resize == "clean":
         planes = [
             Image.fromarray(np.array(channel, dtype=np.float32)).resize(
@@ -151,7 +151,7 @@ def inception_pixels(image: Image.Image, resize: str) -> Tensor:
     return 2 * F.interpolate(unit, (side, side), mode="bilinear", align_corners=False) - 1
 
 
-def clip_pixels(image: Image.Image, side: int = 224) -> Tensor:
+def preprocess_for_clip(image: Image.Image, side: int = 224) -> Tensor:
     """Resize an image's shorter side, center-crop and normalize it for CLIP: (1, 3, side, side)."""
     shorter = min(image.size)
     width, height = (int(side * length / shorter) for length in image.size)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.evaluation.extractors import RESIZES, CLIPJudge, InceptionExtractor
+from ldm.evaluation.extractors import RESIZE_MODES, CLIPJudge, InceptionExtractor
 from ldm.loading.addons.clip import check_clip, get_clip_name, load_clip
 from ldm.loading.addons.inception import load_inception
 from ldm.loading.files.checkpoint import compute_short_hash
@@ -28,7 +28,7 @@ def load_extractor(
     Args:
         file: None = INCEPTION, if it was downloaded.
     """
-    check_name("resize", resize, RESIZES, argument="resize")
+    check_name("resize", resize, RESIZE_MODES, argument="resize")
     path = _find(file, INCEPTION)
     if path is None:
         log.warning("no Inception is given: no FID, KID, precision and recall")

@@ -47,11 +47,11 @@ DENOISER_PARAMETERS = {
     "Denoiser": {"scaling_config", "weighting_config"},
 }  # fmt: skip
 # Defaults of LegacyDDPMDiscretization and EDMDiscretization.
-LINEAR = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
-EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+LEGACY_DDPM_DEFAULTS = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
+EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 CONDITIONER = "ldm.conditioning.Conditioner"
-SIZES = "ldm.encoders.sizes.SizeEmbedding"
-MASKED = "ldm.encoders.lowres.MaskedImage"
+SIZE_EMBEDDING = "ldm.encoders.sizes.SizeEmbedding"
+MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
 EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
 # Latent pixels; models that read sizes are SDXL.
@@ -80,8 +80,10 @@ def translate_engine(
     encoders = conditioner["params"].values()
     channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
     if channels[0] == 2 * channels[1] + 1:  # inpainting, as YAMLs of other programs mark it
-        conditioner["params"]["masked"] = {"target": MASKED, "params": {}}
-    has_sizes = any(isinstance(spec, Mapping) and spec["target"] == SIZES for spec in encoders)
+        conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
+    has_sizes = any(
+        isinstance(spec, Mapping) and spec["target"] == SIZE_EMBEDDING for spec in encoders
+    )
     parts = {
         "unet": unet,
         "autoencoder": translate(params["first_stage_config"], where=f"{where}.first_stage_config"),
@@ -125,7 +127,7 @@ def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, st
     """
     names = {}
     for index, (target, key) in targets.items():
-        if target == SIZES and key is not None:
+        if target == SIZE_EMBEDDING and key is not None:
             names[index] = key
         elif index == 1 and target in TEXT_ENCODERS:
             names[index] = "text_2"
@@ -150,11 +152,11 @@ def _translate_conditioner(
     }
     targets = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
     encoders = {name: specs[i] for i, name in name_encoders(targets).items()}
-    texts = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
+    text_encoders = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
     # The original samples models of two text encoders with zeros for an empty negative prompt.
-    zeroed = params.get("force_uc_zero_embeddings", ["txt"] if len(texts) > 1 else [])
+    zeroed_keys = params.get("force_uc_zero_embeddings", ["txt"] if len(text_encoders) > 1 else [])
     for spec, embedder in zip(specs.values(), embedders, strict=True):
-        if _get_input_key(embedder, where) in zeroed:
+        if _get_input_key(embedder, where) in zeroed_keys:
             spec["params"]["null"] = None
     return {"target": CONDITIONER, "params": {"join": "features", **encoders}}
 
@@ -231,7 +233,7 @@ def _make_discrete_schedule(
     }
     if name == "EDMDiscretization":
         betas: Any = betas_from_sigmas(
-            _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM, where))
+            _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM_DEFAULTS, where))
         )
     else:
         linear = _get_beta_params(discretization, where)
@@ -249,7 +251,7 @@ def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) 
     if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
         sigmas = Schedule(make_betas(**_get_beta_params(discretization, where))).sigmas
         discretization = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-    discretization = _fill_defaults(discretization, EDM, where)
+    discretization = _fill_defaults(discretization, EDM_DEFAULTS, where)
     del discretization["rho"]
     target = "ldm.diffusion.schedule.ContinuousSchedule"
     return {"target": target, "params": {**discretization, "log_time": log_time}}
@@ -257,7 +259,7 @@ def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) 
 
 def _get_beta_params(discretization: JsonMapping, where: str) -> JsonObject:
     """Return the arguments of `make_betas` for parameters of a LegacyDDPMDiscretization."""
-    linear = _fill_defaults(discretization, LINEAR, where)
+    linear = _fill_defaults(discretization, LEGACY_DDPM_DEFAULTS, where)
     linear["timesteps"] = int(linear.pop("num_timesteps"))
     return linear
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ldm.nets.blocks import Layer
 
-__all__ = ["INCEPTION_FEATURES", "INCEPTION_SIDE", "Inception"]
+__all__ = ["INCEPTION_FEATURES", "INCEPTION_IMAGE_SIZE", "Inception"]
 
 INCEPTION_FEATURES = 2048
-INCEPTION_SIDE = 299  # of the input image, in pixels
+INCEPTION_IMAGE_SIZE = 299  # of the input image, in pixels
 EPS = 1e-3  # of batch norms, as in TensorFlow
 AVERAGE_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)

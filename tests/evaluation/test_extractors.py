@@ -14,8 +14,8 @@ from ldm.encoders.towers import CLIP
 from ldm.evaluation.extractors import (
     CLIPJudge,
     InceptionExtractor,
-    clip_pixels,
-    inception_pixels,
+    preprocess_for_clip,
+    preprocess_for_inception,
 )
 from ldm.loading.addons.clip import check_clip, load_clip
 from ldm.loading.addons.inception import load_inception
@@ -68,13 +68,13 @@ def test_clean_resize_is_that_of_clean_fid(images):
     resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
     for image in images:
         theirs = (torch.from_numpy(resize(np.array(image))).movedim(-1, 0)[None] - 128) / 128
-        assert torch.equal(inception_pixels(image, "clean"), theirs)
+        assert torch.equal(preprocess_for_inception(image, "clean"), theirs)
 
 
 def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
     unit = torch.from_numpy(np.array(images[0])).movedim(-1, 0)[None] / 255
     expected = 2 * torch.nn.functional.interpolate(unit, (299, 299), mode="bilinear") - 1
-    assert torch.equal(inception_pixels(images[0], "pytorch-fid"), expected)
+    assert torch.equal(preprocess_for_inception(images[0], "pytorch-fid"), expected)
     with pytest.raises(UnknownName, match="did you mean `pytorch-fid`"):
         InceptionExtractor(Inception(), "pytorch_fid")
 
@@ -120,7 +120,7 @@ def test_clip_score_agrees_with_open_clip(clip_weights, images, tmp_path):
     judge = CLIPJudge(load_clip(tmp_path / "clip.bin"))
     transform = open_clip.transform.image_transform(56, is_train=False)
     pixels = torch.stack([transform(image) for image in images])
-    assert torch.equal(torch.cat([clip_pixels(image, 56) for image in images]), pixels)
+    assert torch.equal(torch.cat([preprocess_for_clip(image, 56) for image in images]), pixels)
     image_embeddings = open_clip_model.encode_image(pixels)
     text_embeddings = open_clip_model.encode_text(open_clip.SimpleTokenizer()(PROMPTS))
     assert torch.allclose(judge.embed_images(images), image_embeddings, atol=1e-6)
@@ -213,7 +213,7 @@ def test_clip_of_transformers_agrees_with_it(images, tmp_path):
     theirs = transformers.CLIPModel(config).eval()
     theirs.save_pretrained(tmp_path / "clip")
     tokens = tokenize(PROMPTS, OPEN_CLIP)
-    pixels = torch.cat([clip_pixels(image, 56) for image in images])
+    pixels = torch.cat([preprocess_for_clip(image, 56) for image in images])
     for path in (tmp_path / "clip", tmp_path / "clip/model.safetensors"):
         judge = CLIPJudge(load_clip(path))
         with torch.inference_mode():
