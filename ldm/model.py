@@ -129,7 +129,7 @@ class LatentDiffusion(nn.Module):
         self.schedule = schedule
         self.parameterization = parameterization
         self.sigma_data = sigma_data
-        self.scale_factor = scale_factor
+        self.scale_factor = float(scale_factor)  # of a config: it may be a text
         # Not buffers, as the state dicts of the original do not have them.
         self.latent_mean = _channel_values(latent_mean)
         self.latent_std = _channel_values(latent_std)

@@ -135,7 +135,7 @@ def translate_config(
         skipped: List to which keys that sampling does not need are appended; None = not wanted.
     """
     skipped = [] if skipped is None else skipped
-    if "model" in spec and "target" not in spec:
+    if isinstance(spec, Mapping) and "model" in spec and "target" not in spec:
         skipped.extend(key for key in spec if key != "model")
         spec, where = spec["model"], f"{where}: model"
     if not isinstance(spec, Mapping) or "target" not in spec:

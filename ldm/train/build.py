@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import CheckpointedLayer
+from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import CriterionOptions, Trainer, list_fields
 from ldm.train.config.settings import Settings
@@ -80,6 +81,10 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
         raise ValueError(
             f"`{type(model).__name__}` cannot be trained, only LatentDiffusion and AutoencoderKL"
         )
+    dropout = settings.objective.get("conditioning_dropout_prob")
+    if isinstance(dropout, Mapping):
+        keys = sorted(model.conditioner.keys)
+        check_names("condition", dropout, keys, "lightning.objective.conditioning_dropout_prob")
     task = build_diffusion(model, **collect_diffusion_options(params, settings.objective))
     lora, inversion = settings.lora, settings.textual_inversion
     if lora is None and inversion is None:

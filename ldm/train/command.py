@@ -97,13 +97,16 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     overrides += [argument for argument in args.base if "=" in argument] + args.overrides
     if not configs and resume is None:
         parser.error("-b/--base is needed, or -r/--resume with the folder of a run")
+    name = (args.name or (Path(configs[-1]).stem if configs else "")) + args.postfix
+    if Path(name).name != name:
+        raise ValueError(f"the name `{name}` of the run has a `/`: --logdir is for folders")
     return TrainRequest(
         configs=tuple(configs),
         overrides=tuple(overrides),
         train=args.train,
         validate=args.validate,
         dry_run=args.dry_run,
-        name=(args.name or (Path(configs[-1]).stem if configs else "")) + args.postfix,
+        name=name,
         resume=resume,
         logdir=Path(args.logdir, "debug_runs" if args.debug else ""),
         processes=args.nproc,

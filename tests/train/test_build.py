@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
-from ldm.train.build import configure_model, set_gradient_checkpointing
+from ldm.runtime.errors import ConfigError
+from ldm.runtime.types import JsonObject
+from ldm.train.build import build_task, configure_model, set_gradient_checkpointing
 from ldm.train.config.schema import Trainer
+from ldm.train.config.settings import read_settings
 from ldm.train.tasks.diffusion import Diffusion
 from loading.tinyfamilies import small
 from quick import some
@@ -49,6 +52,27 @@ def test_gradients_are_equal_with_and_without_checkpointing(family: str, autocas
     assert {name.split(".")[0] for name in actual} == {"unet", "conditioner"}
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet_config": 3}, r"model\.params\.unet_config: `target` is missing"),
+        ({"scale_factor": "abc"}, "model: invalid parameters of LatentDiffusion: could not conv"),
+    ],
+)
+def test_parameters_of_a_wrong_type_are_named(changes: JsonObject, message: str) -> None:
+    raw = small("sd2")["model"]
+    raw["params"] |= changes
+    with pytest.raises(ConfigError, match=message):
+        instantiate(raw, where="model")
+
+
+def test_dropout_of_a_condition_that_the_model_has_not_is_refused() -> None:
+    objective = {"conditioning_dropout_prob": {"text": 0.5}}
+    raw = {"model": small("sd2")["model"], "lightning": {"objective": objective}}
+    with pytest.raises(ValueError, match="prob: unknown condition `text`, did you mean `txt`"):
+        build_task(build_model(), read_settings(raw))
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:

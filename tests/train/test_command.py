@@ -98,6 +98,22 @@ def test_a_run_to_resume_may_be_named_or_not(words: str, resume: str | None) -> 
     assert parse(["-b", "a.yaml", *words.split()]).resume == resume
 
 
+def test_the_name_of_a_run_has_no_folder() -> None:
+    with pytest.raises(ValueError, match="the name `a/b` of the run has a `/`"):
+        parse(["-b", TINY, "-n", "a/b"])
+
+
+def test_a_section_that_nothing_reads_or_refers_to_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "more.yaml"
+    path.write_text("lighting: {trainer: {max_steps: 3}}", encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown section `lighting`, did you mean `lightning`"):
+        read_config(parse(["-b", TINY, str(path)]), None)
+    path.write_text("shared: {steps: 3}\nlightning: {trainer: {max_steps: '${shared.steps}'}}")
+    raw = read_config(parse(["-b", TINY, str(path)]), None)
+    assert raw["lightning"]["trainer"]["max_steps"] == 3
+    assert [*raw] == ["model", "data", "lightning"]
+
+
 def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))

@@ -289,6 +289,14 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ("model.params.loss_type=l3", "model.params.loss_type: `l3` should be 'l2' or 'l1'"),
         ("model=7", "model: `7` should be a mapping"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
+        ("lightning.trainr=1", "lightning: unknown section `trainr`, did you mean `trainer`"),
+        ("lightning.lora.targets=[]", "lightning.lora.targets: `[]` should not be empty"),
+        ("lightning.trainer.accelerator=tpu", "accelerator: `tpu` should be one of auto, cpu"),
+        (
+            "lightning.callbacks.image_logger={target: main.ImageLogger, "
+            "params: {max_images: 4, log_images_kwargs: {N: a}}}",
+            "lightning.callbacks.image_logger.params.log_images_kwargs.N: `a` should be a whole",
+        ),
         ("lightning.trainer.num_nodes=two", "num_nodes: `two` should be a whole number"),
         ("lightning.trainer.max_steps=2.5", "max_steps: `2.5` should be a whole number or null"),
         ("lightning.trainer.max_time=abc", "trainer.max_time: `abc` should be a time (DD:HH:"),

@@ -220,10 +220,14 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     check_names("parameter of ImageLogger", params, known, where)
     kwargs = drop_nulls(get_section(params, "log_images_kwargs"))
     images = params.get("max_images", 4)
+    count = kwargs.pop("N", images)
+    for key, value in (("max_images", images), ("log_images_kwargs.N", count)):
+        if not isinstance(value, int):
+            raise ValueError(f"{where}.{key}: `{value}` should be a whole number")
     result.add(
         "callbacks",
         image_minutes=None,
-        images=min(images, kwargs.pop("N", images)),
+        images=min(images, count),
         sampling=_pop_renamed(kwargs, SAMPLING),
     )
     if not params.get("disabled"):

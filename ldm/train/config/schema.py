@@ -72,6 +72,7 @@ EXPECTATIONS = {
     "int_type": "should be a whole number",
     "path_type": "should be a path",
     "tuple_type": "should be a list",
+    "too_short": "should not be empty",
     "missing": "has too few values",  # of a tuple
     "string_pattern_mismatch": "should not be empty",
 }
@@ -152,6 +153,10 @@ CountLimit = Annotated[
     float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_check_whole)
 ]
 Steps = Annotated[NonnegativeOrInf, AfterValidator(_check_whole)]
+
+
+# of Lightning, whose version 1 also took strategies; the GPUs of this machine are used if there are
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "dp", "ddp", "ddp2", "ddp_spawn")
 
 
 class Section(BaseModel):
@@ -370,7 +375,9 @@ class Lora(Section):
 
     rank: Count = 8
     alpha: Positive | None = None  # null: the rank
-    targets: Annotated[list[Annotated[str, _one_of(TARGETS)]], TO_LIST] = ["transformer"]
+    targets: Annotated[list[Annotated[str, _one_of(TARGETS)]], Field(min_length=1), TO_LIST] = [
+        "transformer"
+    ]
 
 
 class TextualInversion(Section):
@@ -544,7 +551,7 @@ class Data(Loader):
 class LightningTrainer(TypedDict, total=False):
     """Arguments of Lightning's Trainer that are translated to ours."""
 
-    accelerator: object
+    accelerator: Annotated[str, _one_of(ACCELERATORS)]
     gpus: object
     devices: object
     num_nodes: Count

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar
 
-from ldm.runtime.errors import check_names, unknown_name
+from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
 from ldm.train.config.datamodules import translate_data_module
@@ -147,10 +147,9 @@ def read_settings(raw: JsonMapping) -> Settings:
     _read_section(schema.ModelParams, raw, "model.params")
     data = _read_section(schema.Loader, raw, "data.params")
     lightning_trainer = _read_section(schema.LightningTrainer, raw, "lightning.trainer")
+    known = [*SECTIONS, *lightning.SECTIONS]
+    check_names("section", get_section(raw, "lightning"), known, "lightning")
     sections, notes = lightning.translate(raw)
-    for name in sections:
-        if name not in SECTIONS:
-            raise unknown_name("section", name, [*SECTIONS, *lightning.SECTIONS], "lightning")
     is_autoencoder = model.target.endswith("AutoencoderKL")
     values = {name: sections.get(name, {}) for name in SECTIONS}
     for name in ("lora", "textual_inversion"):

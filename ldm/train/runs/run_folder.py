@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from glob import escape
 from pathlib import Path
 
+from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.request import TrainRequest
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 TIME = "%Y-%m-%dT%H-%M-%S"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATES = "checkpoints/state-*"
+SECTIONS = ("model", "data", "lightning")
 LAUNCH = ".launch.json"  # torchruns that started the run, and the state that they resumed
 
 
@@ -101,8 +103,15 @@ def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObje
         if path.is_dir():  # start from its weights, whatever the other files say
             overlay = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
             texts.append(format_yaml(overlay))
-    where, sections = " + ".join(map(str, files)), ("data", "lightning")
-    return parse_yaml(texts, request.overrides, where=where, sections=sections, rename=rename_keys)
+    where, sections = " + ".join(map(str, files)), SECTIONS[1:]
+    raw = parse_yaml(texts, request.overrides, where=where, sections=sections, rename=rename_keys)
+    # Others may hold values that references take; those of an existing run are resolved.
+    referring = "\n".join([*texts, *request.overrides])
+    for key in raw:
+        is_used = key in SECTIONS or re.search(rf"\$\{{{re.escape(key)}[.}}]", referring)
+        if not (existing or is_used):
+            raise unknown_name("section", key, SECTIONS, where)
+    return {key: raw[key] for key in SECTIONS if key in raw}
 
 
 def prepare_folder(
