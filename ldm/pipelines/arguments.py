@@ -2,21 +2,22 @@
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from reprlib import repr as shorten
 from types import NoneType, UnionType
 from typing import SupportsFloat, SupportsIndex, Union, cast, get_args, get_origin
 
 from torch import Tensor
 
-from ldm.diffusion.guidance import Scale
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["check_arguments"]
 
-SCALE_TYPES = set(get_args(Scale))  # a number, and a function of sigma
-TEXT_TYPES = {str, Iterable[str]}
+NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
+         Iterable[str]: "one text or a list of texts"}  # fmt: skip
+PLURALS = {int: "whole numbers", float: "finite numbers", Tensor: "tensors"}
+PAIRS = {"guidance_interval": "low, high", "crop": "top, left", "negative_crop": "top, left"}
 
 
 def check_arguments(
@@ -31,10 +32,12 @@ def check_arguments(
     for name, value in arguments.items():
         annotation = annotations[name]
         is_union = get_origin(annotation) in (Union, UnionType)
-        types = set(get_args(annotation)) if is_union else {annotation}
+        types = list(get_args(annotation)) if is_union else [annotation]
         if value is None and NoneType in types:
             continue
-        types.discard(NoneType)
+        types = [kind for kind in types if kind is not NoneType]
+        if Sequence[float] in types and Tensor in types:  # of one dimension
+            types.remove(Tensor)
         if Sequence[str] in types:
             _check(name, value, "one text or a list of texts", is_valid=_are_texts(value))
         elif name in ("image", "images"):
@@ -44,21 +47,12 @@ def check_arguments(
             for image in cast(Sequence[object], value) if is_list else [value]:
                 is_valid = _is_batch(image) and cast(Tensor, image).shape[1] in channels
                 _check(name, image, f"a tensor {allowed}", is_valid=is_valid)
-        elif types == {Tensor}:
+        elif types == [Tensor]:
             _check(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
-        elif types == {int}:
-            _check(name, value, "a whole number", is_valid=_is_number(value, is_whole=True))
-        elif types <= SCALE_TYPES:
-            is_function = types == SCALE_TYPES and callable(value)
-            _check(name, value, "a finite number", is_valid=is_function or _is_number(value))
-        elif bool not in types and all(map(_is_class, types)):
-            classes = cast(set[type], types)
-            allowed = " or ".join(sorted(cls.__name__ for cls in classes))
-            is_valid = isinstance(value, tuple(classes))
-            _check(name, value, f"of type {allowed}", is_valid=is_valid)
-        elif isinstance(value, str) and types.isdisjoint(TEXT_TYPES):
-            # It would be read letter by letter, or count as true.
-            raise ArgumentError(f"{name} must not be a text, got {value!r}", name)
+        else:
+            allowed = " or ".join(_describe(kind, name) for kind in types)
+            is_valid = any(_is_instance(value, kind) for kind in types)
+            _check(name, value, allowed, is_valid=is_valid)
 
 
 def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
@@ -69,8 +63,41 @@ def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
         raise ArgumentError(f"{name} must be {allowed}, got {text}", name)
 
 
-def _is_class(annotation: object) -> bool:
-    return isinstance(annotation, type) and get_origin(annotation) is None
+def _describe(kind: object, name: str) -> str:
+    origin, items = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return f"two {PLURALS[items[0]]} ({PAIRS.get(name, 'height, width')})"
+    if origin is Callable:
+        return "a function"
+    if kind in NAMES:
+        return NAMES[kind]
+    if origin is Sequence:
+        return f"a list of {PLURALS.get(items[0], items[0].__name__)}"
+    return f"of type {cast(type, kind).__name__}"
+
+
+def _is_instance(value: object, kind: object) -> bool:
+    """Return whether a value is of a type, or a list, tuple, array or tensor with such items."""
+    origin, items = get_origin(kind), get_args(kind)
+    if origin is Callable:
+        return callable(value)
+    if kind in (int, float):
+        return _is_number(value, is_whole=kind is int)
+    if kind is bool:
+        return isinstance(value, bool) or _is_number(value)
+    if origin is None:
+        return isinstance(value, cast(type, kind))
+    if origin is Iterable and isinstance(value, str):
+        return True
+    is_list = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    if not is_list or (isinstance(value, Set) and origin is not Iterable):
+        return False
+    try:
+        values = list(cast(Iterable[object], value))
+    except TypeError:  # an array or tensor without dimensions
+        return False
+    is_long_enough = origin is not tuple or len(values) == len(items)
+    return is_long_enough and all(_is_instance(item, items[0]) for item in values)
 
 
 def _are_texts(value: object) -> bool:

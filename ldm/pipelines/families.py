@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import WrongFamily
+from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
     "FAMILIES", "Family", "check_family", "family_of", "file_name", "is_sdxl", "wrong_family",
@@ -65,6 +65,8 @@ def is_sdxl(model: LatentDiffusion) -> bool:
 
 def check_family(model: LatentDiffusion, *families: str) -> None:
     """Raise WrongFamily unless the model is of one of the families."""
+    if not isinstance(model, LatentDiffusion):
+        raise ArgumentError(f"model must be what `ldm.load` returns, got {model!r}", "model")
     name = family_of(model.conditioner)
     if name in families:
         return

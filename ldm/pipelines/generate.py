@@ -22,7 +22,7 @@ from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import CallPrompts, repeat_texts
 from ldm.pipelines.quirks import Quirks, noise_source
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_size, get_sigmas
+from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_shape, get_sigmas
 from ldm.pipelines.sdxl import Handover, check_size
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import Stop
@@ -85,7 +85,8 @@ def generate(
     sampling, sdxl = select_sampling(options), select_sdxl(options)
     quirks = Quirks.of(model, sampling.get("legacy", ()))
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
-    height, width = get_latent_size(model, size, sampling.get("x_T") if z is None else z)
+    shape = get_latent_shape(model, len(prompts), size, z=z, x_T=sampling.get("x_T"))
+    height, width = shape[-2:]
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
     if upscaling is not None:

@@ -88,8 +88,15 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         sampling.get("brownian", False),
     )
     strength = arguments.get("strength", 1.0)
+    interval = sampling.get("guidance_interval")
     check_sampling(
-        sampler, sampling.get("scheduler"), step_noise, strength, rescale, sampling.get("seeds")
+        sampler,
+        sampling.get("scheduler"),
+        step_noise,
+        strength,
+        rescale,
+        sampling.get("seeds"),
+        interval,
     )
     quirks = Quirks.of(model, sampling.get("legacy", ()))
     # The next four raise ArgumentError for values or combinations that are not possible.
@@ -101,7 +108,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     quirks.get_denoiser(model, sampler)
     guidance = make_guidance(arguments, quirks)
     check_guidance(model, arguments.get("scale"), arguments, quirks)
-    check_embedded_guidance(model, guidance, rescale, sampling.get("guidance_interval"))
+    check_embedded_guidance(model, guidance, rescale, interval)
     check_sdxl(model, select_sdxl(arguments))
     syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)

@@ -155,6 +155,8 @@ def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
     """Return the seed of each of n rows, of integers of any kind; see `noise_source`."""
     if seeds is None:
         seeds = int(torch.randint(2**31, ()))
+    if isinstance(seeds, Tensor):
+        seeds = seeds.tolist()
     if not isinstance(seeds, Sized):
         first = operator.index(seeds)
         return [first + k for k in range(n)]

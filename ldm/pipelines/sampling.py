@@ -46,7 +46,7 @@ from ldm.pipelines.sampling_options import (
     default_scale,
     explain_excess,
     explain_high_start,
-    get_latent_size,
+    get_latent_shape,
     get_sigmas,
 )
 from ldm.runtime.arguments import as_list
@@ -102,7 +102,8 @@ def sample(
     Args:
         cond: The condition, which may compose prompts and depend on the step.
         uncond: The unconditional or negative condition of guidance; None = no guidance.
-        z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
+        z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
+            noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
         z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise;
@@ -154,7 +155,7 @@ def sample(
     if eta is None and sampler == model.defaults.sampler:
         eta = model.defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
-    check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds=seeds)
+    check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds, guidance_interval)
     scale = default_scale(model, sampler) if scale is None else scale
     if steps is None:
         steps = model.defaults.steps if sigmas is None else len(sigmas) - 1
@@ -170,7 +171,7 @@ def sample(
     if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
-    shape = (len(cond), model.channels, *get_latent_size(model, size, x_T if z is None else z))
+    shape = get_latent_shape(model, len(cond), size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
         x, first = z_t.to(model.device, torch.float32) * _std(sigmas[0]), 0
     else:

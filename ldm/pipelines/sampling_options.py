@@ -26,6 +26,7 @@ __all__ = [
     "default_scheduler",
     "explain_excess",
     "explain_high_start",
+    "get_latent_shape",
     "get_latent_size",
     "get_sigmas",
 ]
@@ -170,6 +171,7 @@ def check_sampling(
     strength: float = 1.0,
     rescale: float = 0.0,
     seeds: int | Sequence[int] | NoiseSampler | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> None:
     """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
     check_name("sampler", sampler, SAMPLERS, argument="sampler")
@@ -181,6 +183,9 @@ def check_sampling(
     for name, value in (("strength", strength), ("rescale", rescale)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
+    if guidance_interval is not None and guidance_interval[0] > guidance_interval[1]:
+        message = f"guidance_interval must be (low, high), got {guidance_interval}"
+        raise ArgumentError(message, "guidance_interval")
 
 
 def check_embedded_guidance(
@@ -203,6 +208,24 @@ def check_embedded_guidance(
             )
 
 
+def get_latent_shape(
+    model: LatentDiffusion, n: int, size: tuple[int, int] | None, **latents: Tensor | None
+) -> tuple[int, int, int, int]:
+    """Return the shape (n, C, h, w) of a run's latents; see `get_latent_size`.
+
+    Args:
+        latents: Those that are given, by argument; the first has the size if `size` is None.
+    """
+    given = {name: latent for name, latent in latents.items() if latent is not None}
+    like = next(iter(given.values()), None)
+    shape = (n, model.channels, *get_latent_size(model, size, like))
+    for name, latent in given.items():
+        if latent.shape[1:] != shape[1:] or len(latent) not in (1 if name == "z" else n, n):
+            message = f"{name} must be a tensor {shape}, got a tensor {tuple(latent.shape)}"
+            raise ArgumentError(message, name)
+    return shape
+
+
 def get_latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
@@ -210,11 +233,7 @@ def get_latent_size(
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     downscale_factor = model.downscale
-    try:
-        height, width = map(operator.index, size)
-    except (TypeError, ValueError):
-        message = f"size must be two whole numbers (height, width), got {size!r}"
-        raise ArgumentError(message, "size") from None
+    height, width = map(operator.index, size)
     if any(pixels <= 0 or pixels % downscale_factor for pixels in (height, width)):
         raise ArgumentError(
             f"height and width must be multiples of {downscale_factor}, got {height} x {width}",

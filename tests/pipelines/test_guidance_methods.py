@@ -91,7 +91,7 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
         ({"apg": (0, 3, 0), "scale": 1.0}, "apg needs a guidance scale other than 1"),
         ({"apg": (0, 3)}, "apg takes 3 numbers"),
         ({"apg": (0, -3, 0)}, "norm not negative"),
-        ({"freeu": True}, "freeu takes 4 numbers .* got 1"),
+        ({"freeu": True}, "freeu must be a text or a list .*, got True"),
         ({"freeu": "sd3"}, "unknown preset of freeu `sd3`"),
         ({"freeu": "sd1", "freeu_version": "3"}, "unknown version of freeu `3`"),
         ({"freeu_version": "2"}, "freeu_version needs freeu"),

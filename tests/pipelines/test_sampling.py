@@ -51,11 +51,10 @@ def test_without_seeds_torch_s_own_generator_decides(model):
     assert not torch.equal(images[0], images[2])
 
 
-def test_seeds_may_be_of_numpy(model):
-    seeds = (5, np.int64(5), np.array([5]))
+def test_seeds_may_be_of_numpy_or_torch(model):
+    seeds = (5, np.int64(5), np.array([5]), torch.tensor(5))
     images = [run(model, ["a"], steps=1, scale=1, seeds=each) for each in seeds]
-    assert torch.equal(images[0], images[1])
-    assert torch.equal(images[0], images[2])
+    assert all(torch.equal(images[0], image) for image in images)
 
 
 def test_the_negative_prompt_matters_only_under_guidance(model):
@@ -121,17 +120,27 @@ def test_bad_options_are_one_line_errors(model, options):
     ("prompts", torch.zeros(1, 3, 64, 64), "texts, got a tensor (1, 3, 64, 64)"),
     ("size", 64, "two whole numbers (height, width), got 64"),
     ("steps", 2.5, "a whole number, got 2.5"),
-    ("scale", "7", "a finite number, got '7'"),
-    ("scale", float("nan"), "a finite number, got nan"),
+    ("scale", "7", "a finite number or a function, got '7'"),
+    ("scale", float("nan"), "a finite number or a function, got nan"),
     ("pag", "x", "a finite number, got 'x'"),
     ("image", torch.zeros(3, 64, 64), "a tensor (1, 3, H, W) in [-1, 1], got a tensor (3, 64, 64)"),
     ("image", torch.zeros(1, 4, 8, 8), "(1, 3, H, W) in [-1, 1], got a tensor (1, 4, 8, 8)"),
     ("image", "x.png", "a tensor (1, 3, H, W) in [-1, 1], got 'x.png'"),
     ("mask", "x.png", "a tensor of 4 dimensions, got 'x.png'"),
     ("negative_prompt", 5, "one text or a list of texts, got 5"),
-    ("seeds", "5", "a text, got '5'"),
-    ("brownian", "no", "a text, got 'no'"),
-    ("sampler", ["ddim"], "of type str, got ['ddim']"),
+    ("seeds", "5", "a whole number or a list of whole numbers or a function, got '5'"),
+    ("seeds", [1.5], "a list of whole numbers or a function, got [1.5]"),
+    ("brownian", "no", "True or False, got 'no'"),
+    ("sampler", ["ddim"], "a text, got ['ddim']"),
+    ("sigmas", 5.0, "a list of finite numbers, got 5.0"),
+    ("sigmas", torch.ones(2, 2), "a list of finite numbers, got a tensor (2, 2)"),
+    ("apg", ("a", 1, 2), "a list of finite numbers or of type APG, got ('a', 1, 2)"),
+    ("guidance_interval", (1,), "two finite numbers (low, high), got (1,)"),
+    ("guidance_interval", (5, 1), "(low, high), got (5, 1)"),
+    ("legacy", None, "one text or a list of texts, got None"),
+    ("callback", 3, "a function, got 3"),
+    ("x_T", torch.ones(1, 3, 8, 8), "a tensor (1, 4, 8, 8), got a tensor (1, 3, 8, 8)"),
+    ("x_T", torch.ones(2, 4, 8, 8), "a tensor (1, 4, 8, 8), got a tensor (2, 4, 8, 8)"),
     ("upscaling", b"x", "of type Upscaling, got b'x'"),
     ("unet_tile", 0, "1 or more, got 0"),
 ])  # fmt: skip

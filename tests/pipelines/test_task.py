@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from ldm import pipelines
+from ldm.model import LatentDiffusion
 from ldm.pipelines import WrongFamily
 from ldm.pipelines.families import FAMILIES
-from ldm.runtime.errors import UnknownName
+from ldm.runtime.errors import ArgumentError, UnknownName
 
 # What runs on models of which families, and its positional arguments after the model.
 FITS = {
@@ -24,7 +25,10 @@ FITS = {
 
 
 def model(keys):
-    return SimpleNamespace(conditioner=SimpleNamespace(keys=frozenset(keys)), provenance={})
+    model = LatentDiffusion.__new__(LatentDiffusion)
+    model.conditioner = SimpleNamespace(keys=frozenset(keys))
+    model.provenance = {}
+    return model
 
 
 @pytest.mark.parametrize("task", FITS)
@@ -57,3 +61,9 @@ def test_a_model_of_no_known_family_says_what_it_reads():
 def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):
     with pytest.raises(UnknownName, match=message):
         getattr(pipelines, task)(model({"txt"}), *[None] * FITS[task][1], **options)
+
+
+@pytest.mark.parametrize("loaded", [None, "sd_xl_base_1.0.safetensors"])
+def test_what_is_no_model_is_refused_in_one_line(loaded):
+    with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
+        pipelines.txt2img(loaded, ["a"])

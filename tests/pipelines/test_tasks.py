@@ -224,10 +224,11 @@ def test_each_image_and_their_mean_may_have_a_noise_level(models, image):
     [
         ({"weights": [1, 2]}, "2 weights were given for 1 images"),
         ({"weights": [0]}, "must not sum to 0"),
+        ({"weights": 0.5}, "weights must be a list of finite numbers, got 0.5"),
         ({"noise_levels": [1, 2]}, "2 noise levels were given for 1"),
         ({"noise_levels": 1000}, "noise levels are 0 … 999"),
         ({"images": []}, "no image is given"),
-        ({"embeddings": "x.pt"}, "embeddings must not be a text, got 'x.pt'"),
+        ({"embeddings": "x.pt"}, "embeddings must be a list of tensors, got 'x.pt'"),
     ],
 )
 def test_wrong_inputs_of_unclip_are_refused_in_one_line(models, image, changes, message):
