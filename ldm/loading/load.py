@@ -130,7 +130,7 @@ def load(
         variant: Kind of few-step (distilled) model, with its LoRAs: a name in `VARIANTS`, or "base"
             for an ordinary model; sets the model's `defaults`. None = detect it by tensors,
             metadata or file name. Any other name chooses files of a diffusers folder, such as
-            `fp16`.
+            `fp16`, in components that have them.
 
     Returns:
         The model in eval mode (or the part, for the config of a single part); its `provenance`

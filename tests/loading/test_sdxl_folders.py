@@ -111,6 +111,18 @@ def test_a_variant_that_is_missing_is_an_error_of_one_line(convert_family, folde
         ldm.load(convert_family("xl")[0], variant="fp16")
 
 
+def test_a_component_without_the_variant_is_read_from_its_plain_file(folder, caplog):
+    unet = folder / "unet/diffusion_pytorch_model.safetensors"
+    state = {name: value + 1 for name, value in read_checkpoint(unet).state.items()}
+    write_checkpoint(unet.with_suffix(".fp16.safetensors"), state)
+    plain, model = ldm.load(folder), ldm.load(folder, variant="fp16")
+    assert "has no variant fp16, using none" in caplog.text
+    weights = [m.unet.out[0].weight for m in (plain, model)]
+    assert torch.equal(weights[0] + 1, weights[1])
+    weights = [m.autoencoder.quant_conv.weight for m in (plain, model)]
+    assert torch.equal(*weights)
+
+
 def test_half_precision_files_and_shards_are_read(folder):
     path = folder / "text_encoder_2/model.safetensors"
     state = {name: value.half() for name, value in read_checkpoint(path).state.items()}

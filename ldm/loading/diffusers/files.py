@@ -93,7 +93,7 @@ def is_diffusers_folder(path: str | Path) -> bool:
 def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the weights of a folder under the original's names, with config and added tokens.
 
-    The variant is that of `read_component`.
+    The variant is that of `read_component`; at least one component must have it.
     """
     path = Path(path).expanduser()
     candidates = [file for name in CONFIGS for file in sorted(path.glob(f"*/{name}"))]
@@ -109,8 +109,12 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
     state = rename_weights(extra.state)
-    for component in locations:
-        component_state = read_component(path / component if INDEX in files else path, variant)
+    folders = {name: path / name if INDEX in files else path for name in locations}
+    if variant and not any(variant in _find_weights(folder) for folder in folders.values()):
+        message = f"no weights of variant `{variant}` in `{path}`: leave out `variant`"
+        raise MissingFile(message, "variant")
+    for component, folder in folders.items():
+        component_state = read_component(folder, variant)
         if component in TOKENIZERS:
             token_ids = read_added_tokens(files, TOKENIZERS[component])
             for token, vectors in _pop_added_tokens(component_state, token_ids).items():
@@ -281,33 +285,40 @@ def read_component(folder: Path, variant: str | None = None) -> dict[str, Tensor
     """Return the tensors of a component, from one file or several shards.
 
     Args:
-        variant: Variant in the file names, such as `fp16`; None = files without one, else fp16,
-            else the first other variant, `non_ema` last.
-    Raises:
-        MissingFile: There are no weights of the variant.
+        variant: Variant in the file names, such as `fp16`; None, or one that the component does
+            not have = files without one, else fp16, else the first other variant, `non_ema` last.
     """
-    names = sorted(file.name for file in folder.glob("*"))
-    variants: dict[str, list[re.Match[str]]] = {}  # files by variant; "" = without one
-    for match in filter(None, map(WEIGHTS_FILE.fullmatch, names)):
-        variants.setdefault(match["variant"] or match["index_variant"] or "", []).append(match)
-    if variant is None and variants and "" not in variants:
-        variant = min(variants, key=lambda name: (name == "non_ema", name != "fp16", name))
-        log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), variant)
-    matches = variants.get(variant or "")
-    if matches is None:
-        what = f" of variant `{variant}`" if variant else ""
-        remedy = "leave out `variant`" if variant and variants else REMEDY
-        listed = ", ".join(names) or "nothing"
-        raise MissingFile(f"no weights{what} in `{folder}`, only {listed}: {remedy}")
-    best = min(matches, key=_rank_file)
+    variants = _find_weights(folder)
+    if not variants:
+        listed = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+        raise MissingFile(f"no weights in `{folder}`, only {listed}: {REMEDY}")
+    chosen = variant or ""
+    if chosen not in variants:
+        chosen = min(
+            variants, key=lambda name: (name != "", name == "non_ema", name != "fp16", name)
+        )
+        if variant is None:
+            log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), chosen)
+        else:
+            log.warning("`%s` has no variant %s, using %s", folder, variant, chosen or "none")
+    best = min(variants[chosen], key=_rank_file)
     files = [best[0]]
     if best["index"]:
         # Only the names: an index that was downloaded must not lead to other folders.
         weight_map = read_json(folder / best[0])["weight_map"]
         files = sorted({Path(name).name for name in weight_map.values()})
     elif best["shard"]:
-        files = [match[0] for match in matches if match["shard"]]
+        files = [match[0] for match in variants[chosen] if match["shard"]]
     return {k: v for name in files for k, v in read_checkpoint(folder / name).state.items()}
+
+
+def _find_weights(folder: Path) -> dict[str, list[re.Match[str]]]:
+    """Return the files of a component's weights by variant; "" = without one."""
+    variants: dict[str, list[re.Match[str]]] = {}
+    names = sorted(file.name for file in folder.glob("*"))
+    for match in filter(None, map(WEIGHTS_FILE.fullmatch, names)):
+        variants.setdefault(match["variant"] or match["index_variant"] or "", []).append(match)
+    return variants
 
 
 def _rank_file(match: re.Match[str]) -> tuple[bool, bool, int, bool]:
