@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ldm.data.options import rename_options, to_former_names
-from ldm.runtime.errors import check_name, check_names
+from ldm.runtime.errors import ArgumentError, check_name, check_names
 
 __all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
 
@@ -141,8 +141,12 @@ def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str,
     for name, spec in specs.items():
         check_name("condition", name, CONDITIONS)
         options = rename_options(name, spec or {})
-        allowed = [field.name for field in fields(CONDITIONS[name])]
-        check_names("option", options, allowed, name)
+        defaults = {field.name: field.default for field in fields(CONDITIONS[name])}
+        check_names("option", options, defaults, name)
+        for option, value in options.items():
+            minimum = 1 if isinstance(defaults[option], int) else 0
+            if not isinstance(value, int | float) or value < minimum:
+                raise ArgumentError(f"{name}.{option}: `{value}` should be at least {minimum}")
         conditions[name] = CONDITIONS[name](**options)
     return conditions
 

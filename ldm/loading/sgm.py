@@ -140,12 +140,14 @@ def _translate_conditioner(
     engine: JsonMapping, where: str, translate: Callable[..., JsonObject]
 ) -> JsonObject:
     config = engine.get("conditioner_config") or {"params": {"emb_models": []}}
-    params = config.get("params") or {}
+    params = (config.get("params") or {}) if isinstance(config, Mapping) else config
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{where}: `{params}` should be a mapping of keys")
     allowed = ("emb_models", "force_uc_zero_embeddings")
     check_names("parameter of GeneralConditioner", params, allowed, where)
     embedders = params.get("emb_models") or []
-    if not isinstance(embedders, list):
-        raise ConfigError(f"{where}: `emb_models` must be a list")
+    if not isinstance(embedders, list) or not all(isinstance(e, Mapping) for e in embedders):
+        raise ConfigError(f"{where}: `emb_models` must be a list of mappings")
     specs = {
         index: _translate_embedder(embedder, f"{where}.{index}", translate)
         for index, embedder in enumerate(embedders)

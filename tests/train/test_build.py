@@ -68,6 +68,14 @@ def test_parameters_of_a_wrong_type_are_named(changes: JsonObject, message: str)
         instantiate(raw, where="model")
 
 
+@pytest.mark.parametrize("config", [3, {"params": 3}, {"params": {"emb_models": [3]}}])
+def test_encoders_of_sdxl_of_a_wrong_type_are_named(config: object) -> None:
+    raw = small("xl")["model"]
+    raw["params"]["conditioner_config"] = config
+    with pytest.raises(ConfigError, match="conditioner_config: `.*` (should|must) be a"):
+        instantiate(raw, where="model")
+
+
 def test_dropout_of_a_condition_that_the_model_has_not_is_refused() -> None:
     objective = {"conditioning_dropout_prob": {"text": 0.5}}
     raw = {"model": small("sd2")["model"], "lightning": {"objective": objective}}

@@ -158,6 +158,10 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
             "train: {root: a, transform: {name: emoji, scale: [1]}}",
             r"data.params.train.transform.scale: `\(1,\)` has too few values",
         ),
+        (
+            "train: {root: a, transform: {name: photo, original_size_keys: [height]}}",
+            r"original_size_keys: `\['height'\]` has too few values",
+        ),
         ("train: {root: 3, transform: {name: photo}}", "data.params.train.root: `3` should be"),
         (
             "train: {root: a, where: 3, transform: {name: photo}}",

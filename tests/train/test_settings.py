@@ -234,6 +234,7 @@ SECTIONS = {
 
 def test_former_names_of_keys_are_read() -> None:
     trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5, "shard": 2}
+    trainer["strategy"] = "hsdp"
     callbacks = {"best": -1, "sampling": {"grid": "karras"}}
     lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": callbacks}
     latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
@@ -290,7 +291,8 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ("model=7", "model: `7` should be a mapping"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("lightning.trainr=1", "lightning: unknown section `trainr`, did you mean `trainer`"),
-        ("lightning.lora.targets=[]", "lightning.lora.targets: `[]` should not be empty"),
+        ("lightning.lora.targets=[]", "lightning.lora.targets: `[]` has too few values"),
+        ("lightning.trainer.shard_size=2", "`strategy: hsdp` and `shard_size` need each other"),
         ("lightning.trainer.accelerator=tpu", "accelerator: `tpu` should be one of auto, cpu"),
         (
             "lightning.callbacks.image_logger={target: main.ImageLogger, "

@@ -72,8 +72,8 @@ EXPECTATIONS = {
     "int_type": "should be a whole number",
     "path_type": "should be a path",
     "tuple_type": "should be a list",
-    "too_short": "should not be empty",
-    "missing": "has too few values",  # of a tuple
+    **dict.fromkeys(("missing", "too_short"), "has too few values"),
+    "too_long": "has too many values",
     "string_pattern_mismatch": "should not be empty",
 }
 
@@ -467,7 +467,7 @@ class PhotoOptions(TypedDict, total=False):
     buckets: BucketOptions
     tags: TagOptions
     conditions: dict[str, JsonObject | None]
-    original_size_keys: list[str]
+    original_size_keys: Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 @with_config(STRICT)

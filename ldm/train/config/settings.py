@@ -175,7 +175,9 @@ def read_settings(raw: JsonMapping) -> Settings:
         also = lightning.KNOWN_KEYS.get(section, ())
         return validate_section(schema_class, values[section], f"lightning.{section}", also=also)
 
-    callbacks = read(schema.Callbacks, "callbacks")
+    trainer, callbacks = read(schema.Trainer, "trainer"), read(schema.Callbacks, "callbacks")
+    if (trainer.strategy == "hsdp") != bool(trainer.shard_size):
+        raise ValueError("lightning.trainer: `strategy: hsdp` and `shard_size` need each other")
     validates = callbacks.validate_steps or callbacks.validate_epochs or callbacks.save_top_k
     if validates and not get_section(raw, "data.params").get("validation"):
         notes.append("nothing is validated, as data.params.validation is missing")
@@ -183,7 +185,7 @@ def read_settings(raw: JsonMapping) -> Settings:
         raw=raw,
         model=model,
         data=data,
-        trainer=read(schema.Trainer, "trainer"),
+        trainer=trainer,
         optimizer=_read_optimizer(values["optimizer"]),
         objective=(
             read(schema.AutoencoderObjective, "objective")

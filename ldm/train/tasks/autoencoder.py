@@ -73,7 +73,8 @@ def build_autoencoder_task(
     is_adversarial = isinstance(config, LossConfig)
     parameters = fields(Adversarial if is_adversarial else Reconstruction)
     keywords = [field.name for field in parameters if field.kw_only]
-    check_names("keyword", objective, keywords, "lightning.objective")
+    kind = "keyword with a discriminator" if is_adversarial else "keyword without a discriminator"
+    check_names(kind, objective, keywords, "lightning.objective")
     if not is_adversarial:
         return Reconstruction(model, **objective)
     options = {"learn_logvar": params.get("learn_logvar", False), **objective}
@@ -180,6 +181,9 @@ class LossConfig:
         if self.use_actnorm or self.disc_conditional:
             raise ValueError("`use_actnorm` and `disc_conditional` can only be false")
         check_name("disc_loss", self.disc_loss, DISC_LOSSES)
+        for name, value in vars(self).items():
+            if name != "disc_loss" and not isinstance(value, int | float):
+                raise ValueError(f"{name}: `{value}` should be a number")
 
 
 @dataclass(eq=False)
