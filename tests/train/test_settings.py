@@ -233,8 +233,8 @@ SECTIONS = {
 
 
 def test_former_names_of_keys_are_read() -> None:
-    trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5, "shard": 2}
-    trainer["strategy"] = "hsdp"
+    trainer = {"max_steps": 1, "checkpoint_gradients": True, "broken_share": 0.5}
+    trainer |= {"strategy": "hsdp", "shard": 2}
     callbacks = {"best": -1, "sampling": {"grid": "karras"}}
     lightning = {"trainer": trainer, "objective": {"offset_noise": 0.1}, "callbacks": callbacks}
     latents = {"latents": {"cache": "cache", "variants": 3, "batch": 4}}
