@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence, Set
 from reprlib import repr as shorten
 from types import NoneType, UnionType
 from typing import SupportsFloat, SupportsIndex, Union, cast, get_args, get_origin
@@ -29,6 +29,8 @@ def check_arguments(
         arguments: Those of a task, by name.
         annotations: Of all its parameters, by name.
     """
+    prompts = arguments.get("prompts")
+    num_images = len(prompts) if isinstance(prompts, Sequence) else 1
     for name, value in arguments.items():
         annotation = annotations[name]
         is_union = get_origin(annotation) in (Union, UnionType)
@@ -44,9 +46,13 @@ def check_arguments(
             channels = sorted({3, model.autoencoder.in_channels})
             allowed = f"(1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
             is_list = name == "images" and isinstance(value, list | tuple | Tensor)
+            rows = (1,) if is_list else (1, num_images)
             for image in cast(Sequence[object], value) if is_list else [value]:
-                is_valid = _is_batch(image) and cast(Tensor, image).shape[1] in channels
+                is_valid = _is_batch(image, rows, channels)
                 _check(name, image, f"a tensor {allowed}", is_valid=is_valid)
+        elif name in ("mask", "depth"):
+            is_valid = _is_batch(value, (1, num_images), (1,))
+            _check(name, value, "a tensor (1, 1, H, W)", is_valid=is_valid)
         elif types == [Tensor]:
             _check(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
         else:
@@ -107,8 +113,17 @@ def _are_texts(value: object) -> bool:
     return is_list and all(isinstance(text, str) for text in cast(Sequence[object], value))
 
 
-def _is_batch(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 4
+def _is_batch(
+    value: object, rows: Container[int] | None = None, channels: Container[int] | None = None
+) -> bool:
+    """Return whether a value is a tensor of 4 dimensions, not empty, with such rows, channels."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 4
+        and value.numel() > 0
+        and (rows is None or len(value) in rows)
+        and (channels is None or value.shape[1] in channels)
+    )
 
 
 def _is_number(value: object, *, is_whole: bool = False) -> bool:

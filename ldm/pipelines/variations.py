@@ -5,7 +5,7 @@ vary            images                             SD 1 fine-tuned for image var
 sample_prior    prompts -> image embeddings        the Karlo prior, in front of unCLIP-L
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -61,10 +61,18 @@ def unclip(
     scale = 10.0 if scale is None else scale
     noise = make_noise(prompts, options)
     n, encoder = len(prompts), model.conditioner.get(ImageEmbedding)
+    width = encoder.noise.width
+    for embedding in embeddings:
+        if embedding.shape[-1:] != (width,) or embedding[..., 0].numel() not in (1, n):
+            message = f"embeddings must be tensors (1 or {n}, {width}), got "
+            raise ArgumentError(f"{message}{tuple(embedding.shape)}", "embeddings")
     sources = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
     weights = _normalize(weights, len(sources), is_legacy)
-    levels = [noise_levels] * len(sources) if isinstance(noise_levels, int) else list(noise_levels)
+    if isinstance(noise_levels, Sized):
+        levels = list(noise_levels)
+    else:
+        levels = [noise_levels] * len(sources)
     if len(levels) != len(sources):
         message = f"{len(levels)} noise levels were given for {len(sources)} images"
         raise ArgumentError(message, "noise_level")
@@ -73,7 +81,7 @@ def unclip(
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
         mean = mean + weight * encoder.noise(embedding, level, noise(embedding))
     if mix_level is not None:
-        embedding = mean[:, : encoder.noise.width]  # without the embedding of the noise level
+        embedding = mean[:, :width]  # without the embedding of the noise level
         mean = encoder.noise(embedding, mix_level, noise(embedding))
     return generate(
         model, prompts, negative_prompt, {"embedding": mean}, scale, tile, noise=noise, size=size,
