@@ -249,6 +249,7 @@ def invert(
     names: list[str] = as_list(legacy)
     quirks = Quirks(frozenset(names))
     sigmas = quirks.get_sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
+    sigmas = sigmas.clamp(min=float(model.schedule.sigmas[0]))  # Euler divides by sigma
     sigmas = sigmas[: (steps if until is None else until) + 1]
     denoise = quirks.build_inverse_denoise(model, sigmas, cond, uncond, scale)
     x = euler(denoise, z.float() * _std(sigmas[0]), sigmas)

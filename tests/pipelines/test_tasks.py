@@ -224,6 +224,7 @@ def test_each_image_and_their_mean_may_have_a_noise_level(models, image):
     [
         ({"weights": [1, 2]}, "2 weights were given for 1 images"),
         ({"weights": [0]}, "must not sum to 0"),
+        ({"embeddings": [torch.zeros(2, 32)]}, r"embeddings must be tensors \(1 or 1, \d+\), got"),
         ({"weights": 0.5}, "weights must be a list of finite numbers, got 0.5"),
         ({"noise_levels": [1, 2]}, "2 noise levels were given for 1"),
         ({"noise_levels": 1000}, "noise levels are 0 … 999"),
@@ -307,6 +308,12 @@ def test_ddim_inversion_leads_back_to_the_image():
     )
     coded = model.decode(z).clamp(-1, 1)
     assert (inverted - coded).abs().mean() < 0.5 * (noised - coded).abs().mean()
+
+
+@pytest.mark.parametrize("scheduler", ["karras", "trailing"])
+def test_ddim_inversion_begins_above_a_noise_level_of_0(models, image, scheduler):
+    images = img2img(models["text"], ["a"], image, inversion=True, scheduler=scheduler, **QUICK)
+    assert images.isfinite().all()
 
 
 def test_guidance_acts_inside_its_interval_alone(models):
