@@ -278,6 +278,11 @@ class CLIPTokenizer:
             return vocabulary.get(tokens, self.unk_token_id)
         return [vocabulary.get(token, self.unk_token_id) for token in tokens]
 
+    def convert_ids_to_tokens(self, ids: int | Sequence[int] | Tensor) -> Any:
+        """Return the token of an id, or a list of those of several."""
+        tokens = {token_id: token for token, token_id in self.get_vocab().items()}
+        return tokens[ids] if isinstance(ids, int) else [tokens[int(token_id)] for token_id in ids]
+
     def encode(self, text: str, **options: Any) -> Any:
         """Convert one text to ids, see `__call__`."""
         return self(text, **options)["input_ids"]

@@ -258,6 +258,17 @@ class DPM_Solver:
         """Step from time s to time 0: predict x0."""
         return self.data_prediction_fn(x, s)
 
+    def dpm_solver_first_update(
+        self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor | None = None
+    ) -> Tensor:
+        """Step from time s to t by one model evaluation.
+
+        Args:
+            model_s: The model's output at s; None = evaluate it.
+        """
+        model_s = self.model_fn(x, s) if model_s is None else model_s
+        return self._combine(x, s, t, model_s)
+
     def singlestep_dpm_solver_update(
         self,
         x: Tensor,
