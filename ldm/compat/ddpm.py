@@ -6,7 +6,11 @@ from ldm.compat.autoencoder import (
     VQModelInterface as VQModelInterface,
 )
 from ldm.compat.ddim import DDIMSampler as DDIMSampler
-from ldm.compat.ddpm_base import DDPM as DDPM, DiffusionWrapper as DiffusionWrapper
+from ldm.compat.ddpm_base import (
+    DDPM as DDPM,
+    DiffusionWrapper as DiffusionWrapper,
+    uniform_on_device as uniform_on_device,
+)
 from ldm.compat.ddpm_families import (
     ImageEmbeddingConditionedLatentDiffusion as ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion as LatentDepth2ImageDiffusion,

@@ -16,6 +16,7 @@ from ldm.compat.sampling import (
     Condition,
     ScoreCorrector,
     correct_score,
+    drop_none,
     restore_masked,
     slice_condition,
 )
@@ -45,14 +46,16 @@ class AncestralSampling(DDPM):
         """Return mean, variance and log variance of p(x_{t-1} | x_t).
 
         Args:
-            return_codebook_ids: Must be False: no UNet here predicts codes.
-            return_x0: Whether to return the estimate of x_0 as well.
+            return_codebook_ids: Whether to return the logits of the codes as well.
+            return_x0: Whether to return the estimate of x_0 as well, if not the logits.
         """
-        if return_codebook_ids:
-            raise NotImplementedError("UNets that predict codes are not supported")
-        output = self.apply_model(x, t, c)
+        output = self.apply_model(x, t, c, **drop_none(return_ids=return_codebook_ids or None))
         if score_corrector is not None:
             output = correct_score(self, score_corrector, output, x, t, c, corrector_kwargs)
+        extra: tuple[Tensor, ...] = ()
+        if return_codebook_ids:
+            output, logits = output
+            extra = (logits,)
         if self.parameterization == "v":
             raise NotImplementedError("models that predict v have no ancestral sampling")
         x0 = output
@@ -62,8 +65,9 @@ class AncestralSampling(DDPM):
             x0 = x0.clamp(-1.0, 1.0)
         if quantize_denoised:
             x0 = self.first_stage_model.quantize(x0)[0]
-        moments = self.q_posterior(x0, x, t)
-        return (*moments, x0) if return_x0 else moments
+        if return_x0 and not return_codebook_ids:
+            extra = (x0,)
+        return (*self.q_posterior(x0, x, t), *extra)
 
     @torch.no_grad()
     def p_sample(
@@ -84,7 +88,7 @@ class AncestralSampling(DDPM):
         """Sample x_{t-1} from x_t, both (B, C, h, w).
 
         Args:
-            return_codebook_ids, return_x0: See `p_mean_variance`.
+            return_codebook_ids, return_x0: See `p_mean_variance`; codes are the most likely ones.
         """
         mean, _, log_variance, *extra = self.p_mean_variance(
             x,
@@ -103,6 +107,8 @@ class AncestralSampling(DDPM):
             noise = F.dropout(noise, p=noise_dropout)
         is_last = (t == 0).reshape(-1, *(1,) * (x.dim() - 1))
         previous = mean + (~is_last) * (0.5 * log_variance).exp() * noise
+        if return_codebook_ids:
+            return previous, extra[0].argmax(dim=1)
         return (previous, extra[0]) if return_x0 else previous
 
     @torch.no_grad()

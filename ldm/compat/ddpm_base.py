@@ -27,6 +27,13 @@ CONDITIONING_KEYS = (
 )  # fmt: skip
 
 
+def uniform_on_device(
+    r1: float, r2: float, shape: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Draw float32 from the uniform distribution between r1 and r2."""
+    return (r1 - r2) * torch.rand(*shape, device=device) + r2
+
+
 class DiffusionWrapper(LightningModule):
     """A UNet, and how it takes its conditions.
 

@@ -13,7 +13,7 @@ from ldm.compat.autoencoder import AutoencoderKL, IdentityFirstStage, show_as_rg
 from ldm.compat.ddim import DDIMSampler
 from ldm.compat.ddpm_ancestral import AncestralSampling
 from ldm.compat.ddpm_base import Batch
-from ldm.compat.sampling import Condition
+from ldm.compat.sampling import Condition, drop_none
 from ldm.compat.util import isimage, ismap, log_txt_as_img
 
 Images = dict[str, Any]
@@ -152,9 +152,14 @@ class ImageLogging(AncestralSampling):
         self, samples: Sequence[Tensor], desc: str = "", force_no_decoder_quantization: bool = False
     ) -> Tensor:
         """Decode latents (B, C, h, w) of several steps to a grid with a row for each sample."""
-        return self._get_rows_from_list(
-            [self.decode_first_stage(z.to(self.device)) for z in samples]
-        )
+        decoded = [
+            self.decode_first_stage(
+                z.to(self.device),
+                **drop_none(force_not_quantize=force_no_decoder_quantization or None),
+            )
+            for z in samples
+        ]
+        return self._get_rows_from_list(decoded)
 
     def _get_rows_from_list(self, samples: Sequence[Tensor]) -> Tensor:
         """Make a grid (3, H', W') of images (B, 3, H, W) of several steps, a row per sample."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.compat.autoencoder import VQModelInterface
 from ldm.compat.ddpm_base import DDPM, Batch, Config, Losses
 from ldm.compat.ddpm_images import ImageLogging
 from ldm.compat.ddpm_patches import Patchwise
@@ -160,13 +161,17 @@ class LatentDiffusion(Patchwise, ImageLogging):
         """Decode latents (B, C, h, w) to images, not clamped.
 
         Args:
-            predict_cids: Must be False: no autoencoder here has codes.
-            force_not_quantize: Ignored, likewise.
+            predict_cids: Whether z are logits (B, C, h, w), or indices, of codes.
+            force_not_quantize: Whether a VQ autoencoder decodes z without quantizing it.
         """
         if predict_cids:
-            raise NotImplementedError("VQ autoencoders are not supported yet")
+            ids = z.exp().argmax(dim=1) if z.dim() == 4 else z
+            z = self.first_stage_model.quantize.get_codebook_entry(ids, shape=None)
+            z = z.movedim(-1, 1).contiguous()
         z = 1.0 / self.scale_factor * z  # as in the original: z / scale_factor rounds differently
-        decode: Callable[[Tensor], Tensor] = self.first_stage_model.decode
+        decode: Callable[..., Tensor] = self.first_stage_model.decode
+        if isinstance(self.first_stage_model, VQModelInterface):
+            decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
         return self.decode_patches(decode, z) if self.uses_patches else decode(z)
 
     def get_learned_conditioning(self, c: Any) -> Any:
