@@ -127,6 +127,8 @@ def model_wrapper(
     condition: Condition = None,
     unconditional_condition: Condition = None,
     guidance_scale: float = 1.0,
+    classifier_fn: Callable[..., Tensor] | None = None,
+    classifier_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelFunction:
     """Return the noise that a model predicts, with guidance, as a function of x and time.
 
@@ -135,21 +137,25 @@ def model_wrapper(
             schedule are 0 … 999, fractional; those of a continuous one are the times.
         model_type: What the model predicts: "noise", "x_start", "v" or "score".
         model_kwargs: Keywords for the model; None = none.
-        guidance_type: "uncond" (none) or "classifier-free".
-        condition: For "classifier-free"; None = none.
-        unconditional_condition: Negative condition; None disables guidance.
+        guidance_type: "uncond" (none), "classifier" or "classifier-free".
+        condition: For the model or the classifier; None = none.
+        unconditional_condition: Negative condition; None disables "classifier-free".
+        classifier_fn: (x, timesteps, condition) -> log probabilities, needed by "classifier".
+        classifier_kwargs: Keywords for `classifier_fn`; None = none.
     """
     if model_type not in ("noise", "x_start", "v", "score"):
         raise ValueError(f"unknown model_type `{model_type}`")
-    if guidance_type not in ("uncond", "classifier-free"):
+    if guidance_type not in ("uncond", "classifier", "classifier-free"):
         raise ValueError(f"unknown guidance_type `{guidance_type}`")
+
+    def to_timesteps(t: Tensor) -> Tensor:
+        if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
+            return (t - 1.0 / noise_schedule.total_N) * 1000.0
+        return t
 
     def predict_noise(x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         conditions = () if cond is None else (cond,)
-        timesteps = t
-        if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
-            timesteps = (t - 1.0 / noise_schedule.total_N) * 1000.0
-        output = model(x, timesteps, *conditions, **(model_kwargs or {}))
+        output = model(x, to_timesteps(t), *conditions, **(model_kwargs or {}))
         if model_type == "noise":
             return output
         alpha, std = (
@@ -164,9 +170,19 @@ def model_wrapper(
         t = t.expand(len(x)) if t.numel() == 1 else t
         if guidance_type == "uncond":
             return predict_noise(x, t)
-        return apply_with_guidance(
-            predict_noise, x, t, condition, guidance_scale, unconditional_condition
-        )
+        if guidance_type == "classifier-free":
+            return apply_with_guidance(
+                predict_noise, x, t, condition, guidance_scale, unconditional_condition
+            )
+        if classifier_fn is None:
+            raise TypeError("guidance by a classifier needs classifier_fn")
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            options = classifier_kwargs or {}
+            log_prob = classifier_fn(leaf, to_timesteps(t), condition, **options)
+            (grad,) = torch.autograd.grad(log_prob.sum(), leaf)
+        std = expand_dims(noise_schedule.marginal_std(t), x.dim())
+        return predict_noise(x, t) - guidance_scale * std * grad
 
     return predict
 

@@ -61,7 +61,14 @@ TIER_1 = {
         DPMSolverSampler(model, device=None, **kwargs)
         DPMSolverSampler.sample({_SAMPLER_SAMPLE}, **kwargs)
     """,
+    "ldm.models.diffusion.dpm_solver.dpm_solver": """
+        model_wrapper(model, noise_schedule, model_type="noise", model_kwargs=None, \
+            guidance_type="uncond", condition=None, unconditional_condition=None, \
+            guidance_scale=1., classifier_fn=None, classifier_kwargs=None)
+        DPM_Solver.dpm_solver_first_update(x, s, t, model_s=None)
+    """,
     "ldm.models.diffusion.ddpm": f"""
+        uniform_on_device(r1, r2, shape, device)
         DDPM(unet_config, timesteps=1000, beta_schedule="linear", loss_type="l2", ckpt_path=None, \
             ignore_keys=[], load_only_unet=False, monitor="val/loss", use_ema=True, \
             first_stage_key="image", image_size=256, channels=3, log_every_t=100, \

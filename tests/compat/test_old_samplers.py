@@ -126,6 +126,21 @@ def test_every_order_and_method_of_the_solver_equals_the_recorded_ones(kind):
         file.assert_close(case["name"], x=x)
 
 
+def test_a_classifier_guides_the_solver_by_its_gradient():
+    schedule, x = NoiseScheduleVP("linear"), torch.randn(2, 3)
+    predict = model_wrapper(
+        lambda x, t: torch.zeros_like(x),
+        schedule,
+        guidance_type="classifier",
+        guidance_scale=2.0,
+        classifier_fn=lambda x, t, condition: condition * (x**2).sum(dim=1),
+        condition=3.0,
+    )
+    t = torch.tensor([0.5, 0.5])
+    expected = -2.0 * schedule.marginal_std(t)[:, None] * 3.0 * 2.0 * x
+    torch.testing.assert_close(predict(x, t), expected)
+
+
 def test_noise_schedules_and_times_of_the_solver_equal_the_recorded_ones():
     file = recorded("dpm_schedule")
     alphas_cumprod = file.inputs("ns_discrete_ac")["alphas_cumprod"]
