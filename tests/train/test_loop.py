@@ -172,6 +172,15 @@ def test_a_state_that_would_run_code_is_refused(four_steps: Run, tmp_path: Path)
         resume_newest(run)
 
 
+@pytest.mark.parametrize("name", ["run.json", "__0_0.distcp"])
+def test_a_damaged_state_is_named(four_steps: Run, tmp_path: Path, name: str) -> None:
+    run = resume_copy(four_steps, tmp_path)
+    path = run.states.save(run.state) / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"state-\d+` is damaged, resume from an older state"):
+        resume_newest(run)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_a_state_of_another_optimizer_is_refused(
     four_steps: Run, tmp_path: Path, name: str

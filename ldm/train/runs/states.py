@@ -75,17 +75,20 @@ class States:
         """Load a state that any number of processes have saved.
 
         Raises:
-            ValueError: `path` is not a state, or belongs to another model.
+            ValueError: `path` is not a state, is damaged, or belongs to another model.
         """
         saved = _read_shapes(path)
         tensors = state.tensors_to_load(saved)
         _check_shapes(path, {n: (v.shape, v.dtype) for n, v in tensors.items()}, saved)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            is_alone = self.ranks.world_size == 1
-            dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_alone)
+        is_alone = self.ranks.world_size == 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_alone)
+            state.load_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
+        except (CheckpointException, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"`{path}` is damaged, resume from an older state") from error
         state.load_optimizers(tensors)
-        state.load_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
         state.is_saved = path.parent == self.folder
 
     def _write(self, state: State, temporary: Path) -> None:
