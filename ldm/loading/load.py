@@ -141,6 +141,9 @@ def load(
         ValueError: Config, files or options do not fit together.
     """
     _check_placement(device, dtype)
+    for name, value in (("overrides", overrides), ("allow", allow), ("embeddings", embeddings)):
+        if not isinstance(value, Iterable | Path):
+            raise ArgumentError(f"{name} must be one text or path or a list, got {value!r}", name)
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(parse_loras(loras)), as_list(embeddings)
     weights = identify_weights(_open_weights(ckpt, variant))

@@ -9,6 +9,7 @@ w may differ by block. Everything else is A's: noise schedule, integers, and the
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -116,6 +117,8 @@ def plan_merge(
         raise ArgumentError(f"`{target}`: must end in {' or '.join(SUFFIXES)}", "target")
     if weight is None:
         weight = 0.5 if subtract is None else 1.0
+    if not math.isfinite(weight):
+        raise ArgumentError(f"weight must be a finite number, got {weight}", "weight")
     a, b = (read_model_file(path, config, ema=ema) for path in (model, other))
     c = None if subtract is None else read_model_file(subtract, config, ema=ema)
     others = [m for m in (b, c) if m is not None]

@@ -395,6 +395,7 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     ("loras", "x.safetensors", "(file, weight) pairs"),
     ("loras", [Path("x.safetensors")], "(file, weight) pairs"),
     ("dtype", "float16", "got 'float16'"), ("dtype", torch.int8, "got torch.int8"),
+    ("loras", None, "must be (file, weight) pairs"), ("embeddings", None, "or a list, got None"),
     ("device", "foo", "`foo` is not available here"), ("device", None, "choose one such as cpu"),
 ])  # fmt: skip
 def test_an_argument_of_another_type_is_one_line(tiny_yaml, tiny_file, name, value, message):

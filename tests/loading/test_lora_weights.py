@@ -62,6 +62,8 @@ def test_weights_are_read_as_people_write_them(text, weight, written):
         ("foo=1", "is not the weight of a LoRA, such as"),
         ("te=1:te=2", "is not the weight of a LoRA, such as"),
         ("dyn=0", "dyn `0` is not a positive whole number"),
+        (float("nan"), "the weight of a LoRA must be a finite number, got nan"),
+        (None, "the weight of a LoRA must be a finite number, got None"),
     ],
 )
 def test_an_invalid_weight_is_refused_in_one_line(text, message):

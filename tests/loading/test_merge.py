@@ -137,6 +137,7 @@ def test_the_file_names_its_models_and_the_recipe(folder, tmp_path, capsys):
         ("sd2", "sd2-v", {}, "`.*sd2-v.safetensors` predicts v, `.*sd2.safetensors` predicts eps"),
         ("sd1", "sd1-inpainting", {}, "does not fit"),
         ("sd1", "b", {"block_weights": "1,2"}, "2 block weights"),
+        ("sd1", "b", {"weight": float("nan")}, "weight must be a finite number, got nan"),
         ("sd1", "b", {"target": "x.bin"}, "must end in .safetensors or .ckpt"),
     ],
 )

@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,9 @@ def parse_loras(
 ) -> list[tuple[Path, LoRAWeight]]:
     """Parse (file, weight) pairs; raise ArgumentError for anything else."""
     pairs = []
-    for pair in [files] if isinstance(files, str | Path) else files:
+    if isinstance(files, str | Path) or not isinstance(files, Iterable):
+        files = [cast(tuple[str, float], files)]
+    for pair in files:
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             message = 'loras must be (file, weight) pairs, such as [("x.safetensors", 0.8)], got '
             raise ArgumentError(f"{message}{pair!r}", "loras")

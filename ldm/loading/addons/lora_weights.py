@@ -9,10 +9,11 @@
 Without torch, as the command line parses with it.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Union
+from typing import SupportsFloat, Union
 
 from ldm.loading.blocks import BASE, Blocks
 from ldm.runtime.errors import ArgumentError
@@ -52,6 +53,9 @@ class LoRAWeight:
         if isinstance(value, LoRAWeight):
             return value
         if not isinstance(value, str):
+            if not isinstance(value, SupportsFloat) or not math.isfinite(value):
+                message = f"the weight of a LoRA must be a finite number, got {value!r}"
+                raise ArgumentError(message, "lora")
             return cls(float(value), float(value))
         parts: dict[str, str] = {}
         names = iter(POSITIONAL_KEYS)
