@@ -95,8 +95,8 @@ def _is_instance(value: object, kind: object) -> bool:
         return isinstance(value, cast(type, kind))
     if origin is Iterable and isinstance(value, str):
         return True
-    is_list = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-    if not is_list or (isinstance(value, Set) and origin is not Iterable):
+    is_list = isinstance(value, Collection) and not isinstance(value, str | bytes)
+    if not is_list or (isinstance(value, Set | Mapping) and origin is not Iterable):
         return False
     try:
         values = list(cast(Iterable[object], value))
