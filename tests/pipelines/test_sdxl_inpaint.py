@@ -139,11 +139,12 @@ def test_txt2img_with_rescaled_guidance_and_one_block_less(monkeypatch) -> None:
     close(name, images, latents)
 
 
-def test_a_refiner_begins_where_diffusers_ends_the_base() -> None:
+def test_a_refiner_begins_where_diffusers_ends_the_base(monkeypatch) -> None:
     """The recorded latent is not a multiple of 8, as our check of the size wants."""
+    monkeypatch.setattr("ldm.pipelines.sdxl.REFINER_MULTIPLE", 32)
     latents, name = Latents(), "txt2img_denoising_end"
     txt2img(
-        model("base"), size=(64, 128), original_size=(64, 96), target_size=(64, 96),
+        model("base"), original_size=(64, 96), target_size=(64, 96),
         refiner=model("refiner"), refiner_start=0.7, callback=latents, **keywords(name, (0,)),
     )  # fmt: skip
     assert len(latents.xs) == 10
