@@ -83,8 +83,8 @@ def agree(ours, theirs, tolerance=TOLERANCE):
 
 
 @torch.no_grad()
-def sampled(model, batch, x, uncond=None):
-    """Ours with inputs that are given, so that both sides see the same noise."""
+def sample_images(model, batch, x, uncond=None):
+    """Sample from given inputs, so that both sides see the same noise."""
     cond = model.condition({"txt": [PROMPT], **batch})
     uncond = model.condition({"txt": [""], **(uncond or batch)})
     z = sample(model, cond, uncond, x_T=x, steps=STEPS, scale=SCALE)
@@ -231,7 +231,7 @@ def test_depth(convert_family):
     drawn = torch.randn(z.shape, generator=g)
     x = pipe.scheduler.add_noise(z, drawn, pipe.scheduler.timesteps[:1])
     prepared = model.prepare({"depth": depth[None]}, (16, 16))
-    agree(sampled(model, {"depth": prepared["depth"]}, x), theirs)
+    agree(sample_images(model, {"depth": prepared["depth"]}, x), theirs)
     image_input = noise(1, 3, 64, 64)
     with torch.no_grad():
         ours = model.conditioner.depth.run_network(image_input)[:, 0]
@@ -247,7 +247,7 @@ def test_upscaling(convert_family):
     theirs = open_pipeline(folder)(PROMPT, image=image, noise_level=20, **common(x)).images
     level, drawn = torch.tensor([20]), noise(1, 3, 16, 16, seed=5)
     lowres = model.conditioner.lowres.add_noise(2 * image - 1, level, drawn)
-    agree(sampled(model, {"lowres": lowres, "noise_level": level}, x), theirs)
+    agree(sample_images(model, {"lowres": lowres, "noise_level": level}, x), theirs)
 
 
 @SLOW
@@ -262,7 +262,7 @@ def test_unclip(convert_family, family):
         theirs = pipe(prompt=PROMPT, image_embeds=embedding, noise_level=10, height=SIDE,
                       width=SIDE, **common(x)).images  # fmt: skip
         vector = model.conditioner.image.noise(embedding, 10, noise(1, WIDTH, seed=5))
-    agree(sampled(model, {"embedding": vector}, x, {"embedding": [None]}), theirs)
+    agree(sample_images(model, {"embedding": vector}, x, {"embedding": [None]}), theirs)
 
 
 @SLOW
