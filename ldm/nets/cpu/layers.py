@@ -47,6 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if is_small or not applies_to_layer(x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
+        # In float32, it is faster by 3 to 7 % only, for twice the memory.
         if x.dtype == torch.bfloat16 and is_caching(weight):
             weight = transform_weight(weight, "packed", products.pack)
         y = multiply(x.reshape(rows, -1), weight, bias)

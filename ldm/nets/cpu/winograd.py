@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.nets.cpu.products import multiply_in_any_layout
@@ -57,7 +56,7 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
     batch, in_channels, height, width = x.shape
     out_channels = matrices[0].shape[0]
     tiles_down, tiles_across = height // step, width // step
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C_in)
+    padded = _pad(x.permute(0, 2, 3, 1))  # (B, h + 2, w + 2, C_in)
     out = x.new_empty(batch, tiles_down, 2, tiles_across, 2, out_channels)
     row_bytes = 4 * n * n * tiles_across * max(in_channels, out_channels)
     chunk = CHUNK_BYTES * torch.get_num_threads() // row_bytes  # rows of tiles
@@ -81,6 +80,16 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
                     y = y.view(len(x_part), -1, tiles_across, out_channels)
                     out_part[:, top:end, i, :, j] = y
     return out.view(batch, 2 * tiles_down, 2 * tiles_across, out_channels).permute(0, 3, 1, 2)
+
+
+def _pad(x: Tensor) -> Tensor:
+    """Pad x (B, h, w, C) by a border of zeros. `F.pad` writes the inner pixels twice."""
+    batch, height, width, channels = x.shape
+    padded = x.new_empty(batch, height + 2, width + 2, channels)
+    padded[:, 1:-1, 1:-1] = x
+    padded[:, :: height + 1] = 0  # the first and the last row
+    padded[:, :, :: width + 1] = 0
+    return padded
 
 
 def _multiply_entries(
