@@ -6,6 +6,7 @@ Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; gates: Shazeer 2020 (arX
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,7 +41,8 @@ class GEGLU(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, dim_out) each
-        return value * F.gelu(gate)
+        gate = F.gelu(gate)
+        return value * gate if torch.is_grad_enabled() else gate.mul_(value)
 
 
 class FeedForward(Layer):
