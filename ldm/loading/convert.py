@@ -41,7 +41,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
-from ldm.loading.model_config import choose_config, probe_weights, read_config
+from ldm.loading.model_config import probe_weights, read_config
 from ldm.loading.modelspec import MERGED_FROM, describe_model, filter_metadata
 from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
@@ -277,16 +277,17 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
         text = file.metadata[CONFIG_KEY]
     elif config is None and is_part and is_autoencoder:
         text = read_text(find_file(f"{CONFIG_DIR}/v1-inference.yaml"))
-    elif weights.family is LATENT_UPSCALER:
-        text = format_yaml(read_config(weights, config)[1])
-    else:
-        if config is None:
-            weights.prediction = probe_weights(weights)
-            try:
-                config = choose_config(weights)
-            except MissingArgument:
-                return None
+    elif config is not None and weights.family is not LATENT_UPSCALER:
         text = read_text(find_file(config))
+    else:
+        weights.prediction = probe_weights(weights)
+        try:
+            path, raw = read_config(weights, config)
+        except MissingArgument:
+            return None
+        text = read_text(find_file(path))
+        if parse_yaml(text) != raw:  # adapted to markers and shapes of the weights
+            text = format_yaml(raw)
     model = parse_yaml(text).get("model", {})
     if is_part and AUTOENCODER_CONFIG in (model.get("params") or {}):
         return format_yaml({"model": model["params"][AUTOENCODER_CONFIG]})

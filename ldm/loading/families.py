@@ -4,7 +4,7 @@ Families differ in shapes: input channels of the UNet, dimension of the context 
 embedding; those of SDXL also in the number of transformer blocks, or in marker tensors. Shapes do
 not show whether a model predicts eps or v, so independent methods vote, and all verdicts are kept:
 
-    marker   a `v_pred` tensor, or `modelspec.prediction_type` in the file's metadata
+    marker   a tensor such as `v_pred`, or `modelspec.prediction_type` in the file's metadata
     family   all published models of the family predict the same
     step     `global_step` of the published SD 2 files
     bias     standard deviation of one norm's bias in the last block, small in eps models of SD 2
@@ -276,7 +276,11 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
 def _vote_by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
     prediction_type = markers.get("modelspec.prediction_type", "")
     says = PREDICTION_TYPES.get(prediction_type, prediction_type)  # other programs write ours
-    if "v_pred" in markers:
+    if "edm_mean" in markers:
+        yield Verdict("marker", "edm", "`edm_mean`")
+    elif "edm_vpred.sigma_max" in markers:
+        yield Verdict("marker", "v", "`edm_vpred.sigma_max`")
+    elif "v_pred" in markers:
         yield Verdict("marker", "v", f"`{prediction_type or 'v_pred'}`")
     elif says in PREDICTION_TYPES.values():
         yield Verdict("marker", says, f"`{prediction_type}`")

@@ -9,7 +9,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import check_overrides, instantiate, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import is_diffusers_folder
-from ldm.loading.families import LATENT_UPSCALER, Prediction, probe_prediction
+from ldm.loading.families import LATENT_UPSCALER, XL_CONFIG_DIR, Prediction, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
 from ldm.loading.k_diffusion import build_upscaler_config, find_json, find_unet_params
 from ldm.loading.legacy import MODEL, translate_config
@@ -24,6 +24,8 @@ __all__ = ["choose_config", "find_schedule_early", "is_in_doubt", "probe_weights
 
 # In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
 PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
+# YAML of SDXL with the denoiser and the noise levels that a marker tensor shows, by the marker.
+DENOISERS = {"edm_mean": "playground-v2.5", "edm_vpred.sigma_max": "sd_xl_cosxl"}
 
 
 def choose_config(weights: Weights) -> str:
@@ -67,8 +69,8 @@ def read_config(
         raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=path)
     else:
         raw = read_yaml(path, overrides)
-        if config is None and "ztsnr" in weights.metadata and weights.prediction.kind != "eps":
-            raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
+        if config is None:
+            _set_denoiser(raw["model"]["params"], weights)
     check_overrides(raw, overrides, path)
     if config is None:
         _adapt_config(raw, weights)
@@ -119,6 +121,21 @@ def is_in_doubt(weights: Weights) -> bool:
     return family is not None and family.predicts is None and weights.prediction.votes < 2
 
 
+def _set_denoiser(params: JsonObject, weights: Weights) -> None:
+    """Set the denoiser that markers show, where the YAML of the family has another one."""
+    family, kind = weights.family, weights.prediction.kind
+    if family is not None and family.is_xl:
+        names = [name for marker, name in DENOISERS.items() if marker in weights.metadata]
+        if kind == "v":
+            names.append("sd_xl_v")
+        if names and Path(family.config_path(kind)).stem != names[0]:
+            template = read_yaml(f"{XL_CONFIG_DIR}/{names[0]}.yaml")["model"]["params"]
+            keys = ("denoiser_config", "sampler_config", "scale_factor")
+            params |= {key: template[key] for key in keys if key in template}
+    if "ztsnr" in weights.metadata and kind != "eps":
+        params.setdefault("rescale_betas_zero_snr", True)
+
+
 def _adapt_config(raw: JsonObject, weights: Weights) -> None:
     """Set parameters of a config by name, buffers and shapes of the weights."""
     spec = raw.get("model", raw)
@@ -149,7 +166,7 @@ def _apply_buffers(params: JsonObject, weights: Weights) -> None:
     for key, name in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
         if name in buffers:
             params[key] = buffers[name].flatten().tolist()
-    if "edm_vpred.sigma_max" in buffers:
+    if "edm_vpred.sigma_max" in buffers and "sampler_config" in params:
         sigma_range = {
             key: float(buffers[f"edm_vpred.{key}"])
             for key in ("sigma_min", "sigma_max")

@@ -14,6 +14,7 @@ from ldm.loading import report
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.convert import find_config_text
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant
 from ldm.loading.legacy import translate_config
@@ -180,6 +181,7 @@ def checkpoint(full, name, **others):
 
 
 V, ZERO_SNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
+COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0)}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ V, ZERO_SNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
         ("sd_xl_base", ZERO_SNR, "sd_xl_base"),
         ("sd_xl_inpaint", {}, "sd_xl_inpaint"),
         ("sd_xl_refiner", {}, "sd_xl_refiner"),
-        ("sd_xl_base", {"edm_vpred.sigma_max": torch.tensor(90.0)}, "sd_xl_cosxl"),
+        ("sd_xl_base", COSXL, "sd_xl_cosxl"),
         ("sd_xl_base", {"edm_mean": torch.ones(1, 4, 1, 1)}, "playground-v2.5"),
         ("ssd-1b", {}, "ssd-1b"),
         pytest.param("segmind-vega", {}, "segmind-vega", marks=SLOW),
@@ -209,10 +211,26 @@ def test_families_are_recognised(full, config, markers, chosen):
         assert model["latent_mean"] == [1.0] * 4
 
 
-def test_zero_terminal_snr_is_read_from_a_marker(full):
-    weights = identify_weights(checkpoint(full, "sd_xl_base", **V, **ZERO_SNR))
-    schedule = translate_config(read_config(weights)[1])["params"]["schedule"]
-    assert schedule["params"]["zero_snr"]
+@pytest.mark.parametrize(
+    ("config", "markers", "zero_snr"),
+    [
+        ("sd_xl_base", {**V, **ZERO_SNR}, True),
+        ("sd_xl_inpaint", {**V, **ZERO_SNR}, True),
+        ("sd_xl_refiner", V, False),
+        ("sd_xl_inpaint", COSXL, None),
+    ],
+)
+def test_markers_determine_the_denoiser_of_all_families(full, config, markers, zero_snr):
+    """A conversion writes the config, so that it has to have it, too."""
+    file = checkpoint(full, config, **markers)
+    weights = identify_weights(file)
+    raw = read_config(weights)[1]
+    assert yaml.safe_load(find_config_text(file, None)) == raw
+    params = translate_config(raw)["params"]
+    assert params["parameterization"] == weights.prediction.kind == "v"
+    schedule = params["schedule"]["params"]
+    assert schedule.get("zero_snr") == zero_snr
+    assert zero_snr is not None or schedule["sigma_max"] == 90
 
 
 @pytest.mark.parametrize(("channels", "says"), [(8, "InstructPix2Pix"), (4, "KOALA")])
