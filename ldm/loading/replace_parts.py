@@ -18,7 +18,7 @@ from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, rename_weigh
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import file_name, is_sdxl
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
 
 __all__ = [
@@ -41,7 +41,8 @@ def replace_autoencoder(
     source = open_checkpoint(vae)
     autoencoder = extract_autoencoder(source, model.autoencoder, weights.path)
     _compare_scale_factors(model, source, weights.path)
-    model.upcast_autoencoder &= not is_finite_in_half(source)
+    overflows = model.upcast_autoencoder or is_sdxl(model)
+    model.upcast_autoencoder = overflows and not is_finite_in_half(source)
     _replace_weights(weights, source, AUTOENCODER, autoencoder)
     return _path_and_hash(source.path)
 

@@ -65,6 +65,13 @@ def test_configs_of_a_folder_are_read(folder):
     assert "version: laion2b_s39b_b160k" in open_checkpoint(folder).metadata["ldm.config"]
 
 
+def test_another_autoencoder_runs_in_a_wide_dtype_although_the_folders_own_needs_none(folder):
+    vae = shutil.copytree(folder / "vae", folder.with_name("sdxl-vae"))
+    change_json(folder / "vae/config.json", force_upcast=False)
+    model = ldm.load(folder, vae=vae, dtype=torch.float16)
+    assert model.autoencoder.quant_conv.weight.dtype == torch.float32
+
+
 def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
     kind = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
     change_json(folder / "scheduler/scheduler_config.json", **kind)
