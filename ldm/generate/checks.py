@@ -5,7 +5,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+from ldm.conditioning import Conditioner
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.plan import Batch, LineOptions
@@ -13,18 +15,21 @@ from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
 from ldm.generate.tasks.images import RGBDInputs
 from ldm.loading.addons.lora import read_loras
-from ldm.loading.families import IMAGE_CONV, Family
+from ldm.loading.build import build_on_meta
+from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_config
+from ldm.loading.families import IMAGE_CONV
 from ldm.loading.find_variant import (
     find_variant_early,
     select_file_variant,
     supports_variants,
 )
+from ldm.loading.legacy import translate_config
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.model_config import find_schedule_early
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import FAMILIES, family_of, wrong_family
+from ldm.pipelines.families import FAMILIES, SIZE_KEYS, family_of, wrong_family
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
@@ -32,6 +37,7 @@ from ldm.pipelines.sampling_options import (
     explain_high_start,
     get_sigmas,
 )
+from ldm.pipelines.sdxl import REFINER_FILE
 from ldm.pipelines.task import check_clip_skip
 from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.files import find_file, read_text
@@ -164,36 +170,66 @@ def _high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
 def check_files(
     request: Request, ckpt: Path | None, refiner: Path | None, upscaler: Path | None
 ) -> None:
-    """Raise ArgumentError if a file of a model is not suitable, as far as its header shows.
+    """Raise ArgumentError if a file or folder of a model is not suitable, as far as it shows.
 
-    Weights are not read. Models of unusual shapes are checked by the pipelines, after loading.
+    Weights are not read, only headers and configs. Files of unusual shapes are checked by the
+    pipelines, after loading.
     """
     weights = _identify(ckpt)
-    families = (_family(each) for each in (weights, _identify(refiner), _identify(upscaler)))
-    ckpt_family, refiner_family, upscaler_family = families
-    is_xl = ckpt_family is not None and ckpt_family.is_xl
-    if upscaler is not None and upscaler_family and upscaler_family.task != "upscale_latent":
-        message = f"`{upscaler.name}` is {upscaler_family.title}, not an x2 latent upscaler"
+    model = _find_kind(ckpt, weights)
+    refiner_kind, upscaler_kind = (_find_kind(p, _identify(p)) for p in (refiner, upscaler))
+    is_xl = model is not None and model.is_xl
+    if upscaler is not None and upscaler_kind and upscaler_kind.name != "latent-upscaling":
+        message = f"`{upscaler.name}` is {upscaler_kind.title}, not an x2 latent upscaler"
         raise ArgumentError(message, "upscaler")
     if upscaler is not None and (refiner is not None or is_xl):
         raise ArgumentError(
             "the x2 latent upscaler is for latents of Stable Diffusion 1 and 2, not XL", "upscaler"
         )
-    if ckpt is not None and ckpt_family is not None:
-        name = next(n for n, family in FAMILIES.items() if family.function == ckpt_family.task)
-        if ckpt_family.has_vision_tower:  # whose command is that of unCLIP
-            name = "variation"
-        if name not in request.task.families:
-            raise wrong_family(f"`{ckpt.name}`", name)
+    if ckpt is not None and model is not None:
+        if model.name not in request.task.families:
+            raise wrong_family(f"`{ckpt.name}`", model.name)
         if refiner is not None and not is_xl:
-            message = f"`{ckpt.name}` is {ckpt_family.title}: a refiner needs Stable Diffusion XL"
+            message = f"`{ckpt.name}` is {model.title}: a refiner needs Stable Diffusion XL"
             raise ArgumentError(message, "refiner")
-    # The refiner's task on its own is image to image.
-    if refiner is not None and refiner_family is not None and refiner_family.task != "img2img":
-        message = f"`{refiner.name}` is {refiner_family.title}, not the refiner of"
-        raise ArgumentError(f"{message} Stable Diffusion XL", "refiner")
+    if refiner is not None and refiner_kind is not None and refiner_kind.name != "refiner":
+        message = f"`{refiner.name}` is {refiner_kind.title}, not the refiner of"
+        raise ArgumentError(f"{message} Stable Diffusion XL, such as {REFINER_FILE}", "refiner")
     if ckpt is not None and (channels := _image_channels(ckpt, weights)) is not None:
         check_depth(request, f"`{ckpt.name}`", channels)
+
+
+class _Kind(NamedTuple):
+    """What a checkpoint is.
+
+    Args:
+        name: Name in `pipelines.families.FAMILIES`.
+        title: Name in messages.
+    """
+
+    name: str
+    title: str
+    is_xl: bool
+
+
+def _find_kind(path: Path | None, weights: Weights | None) -> _Kind | None:
+    """Return what a checkpoint is, if it is a diffusers folder or of a published family."""
+    if path is not None and is_diffusers_folder(path):
+        spec = translate_config(read_folder_config(path), where=path.name)
+        if "conditioner" not in spec["params"]:
+            return None
+        conditioner = build_on_meta(spec["params"]["conditioner"], where=path.name)
+        assert isinstance(conditioner, Conditioner)
+        if (name := family_of(conditioner)) is None:
+            return None
+        return _Kind(name, FAMILIES[name].title, not SIZE_KEYS.isdisjoint(conditioner.keys))
+    if weights is None or weights.family is None or not weights.family.task:
+        return None
+    family = weights.family
+    name = next(n for n, each in FAMILIES.items() if each.function == family.task)
+    if family.has_vision_tower:  # whose command is that of unCLIP
+        name = "variation"
+    return _Kind(name, family.title, family.is_xl)
 
 
 def _identify(path: Path | None) -> Weights | None:
@@ -201,13 +237,6 @@ def _identify(path: Path | None) -> Weights | None:
     if path is None or path.suffix != ".safetensors" or not path.is_file():
         return None
     return identify_weights(open_checkpoint(path))
-
-
-def _family(weights: Weights | None) -> Family | None:
-    """Return the family of weights, if it is a published one."""
-    if weights is None or weights.family is None or not weights.family.task:
-        return None
-    return weights.family
 
 
 def _image_channels(path: Path, weights: Weights | None) -> int | None:

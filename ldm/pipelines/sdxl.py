@@ -19,6 +19,7 @@ from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
+    "REFINER_FILE",
     "REFINER_STRENGTH",
     "Handover",
     "SDXLOptions",
@@ -31,6 +32,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 REFINER_MULTIPLE = 64  # pixels: the autoencoder downscales by 8, the refiner's UNet by 8 more
+REFINER_FILE = "`sd_xl_refiner_1.0.safetensors`"  # the published one, in messages
 REFINER_STRENGTH = 0.15  # as in sgm's demo
 AESTHETIC_SCORES = (6.0, 2.5)  # of prompt and negative prompt
 API_SCORES = (5.0, 5.0)  # sgm's `SamplingPipeline`
@@ -102,14 +104,17 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
                 raise ArgumentError(f"{name} needs a refiner", name)
         return
     if family_of(refiner.conditioner) != "refiner":
-        raise ArgumentError(
-            f"{file_name(refiner)} is not the refiner of Stable Diffusion XL",
-            "refiner",
-        )
+        message = f"{file_name(refiner)} is not the refiner of Stable Diffusion XL"
+        raise ArgumentError(f"{message}, such as {REFINER_FILE}", "refiner")
     if family_of(model.conditioner) == "refiner":
         raise ArgumentError(
             f"{file_name(model)} is a refiner itself: leave out `refiner`", "refiner"
         )
+    if not model.latent_space.matches(refiner.latent_space):
+        raise ArgumentError(
+            f"{file_name(refiner)} has latents other than those of {file_name(model)}: refine its "
+            "images instead, with `img2img`", "refiner",
+        )  # fmt: skip
     if "refiner_strength" in names and "refiner_start" in names:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
     Handover.of(options)
@@ -144,7 +149,7 @@ class Handover:
         steps = len(sigmas) - 1
         if self.start is None:
             return quirks.find_first_step(self.strength, steps, steps)[0]
-        last = round(len(schedule) * (1 - self.start))  # lowest timestep of the base
+        last = round(len(schedule) - len(schedule) * self.start)  # lowest timestep of the base
         if last == len(schedule):
             return 0
         # 1e-6: the level of `last` itself, computed in another way, counts as the base's.

@@ -1,9 +1,11 @@
-"""Files of SDXL that do not fit: refused by the shapes in their headers, before they are loaded."""
+"""Files of SDXL that do not fit: refused by their headers or configs, before they are loaded."""
 
 import pytest
 import torch
 
+from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import write_checkpoint
+from loading import tinyfamilies
 
 UNET = "model.diffusion_model."
 LORA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -51,3 +53,21 @@ def test_a_file_of_another_family_is_one_line(
     status, _, err = call(command, "--ckpt", files[base], "--outdir", tmp_path, *flags)
     assert status == 1
     assert f"error: `{files[wrong].name}` {says}" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "is_refiner", "says"),
+    [
+        ("xl-refiner", False, "`xl-refiner` is the refiner of Stable Diffusion XL: use"),
+        ("xl", True, "`xl` is a text-to-image model, not the refiner of Stable Diffusion XL"),
+    ],
+)
+def test_a_folder_of_another_family_is_one_line(family, is_refiner, says, call, tmp_path):
+    """By its configs: it has no weights of the UNet here."""
+    tinyfamilies.write(family, tmp_path / "file.safetensors")
+    folder = convert(plan_conversion(tmp_path / "file.safetensors", tmp_path / family))
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    flags = ["--refiner", folder] if is_refiner else []
+    status, _, err = call("txt2img", "--ckpt", folder, "--outdir", tmp_path, *flags)
+    assert status == 1
+    assert f"error: {says}" in err.splitlines()[-1]

@@ -57,7 +57,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "PIPELINE_KEY", "build_folder", "get_weights_path", "is_diffusers_folder", "read_component",
-    "read_folder", "read_folder_metadata", "read_network", "write_texts",
+    "read_folder", "read_folder_config", "read_folder_metadata", "read_network", "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -96,8 +96,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     The variant is that of `read_component`; at least one component must have it.
     """
     path = Path(path).expanduser()
-    candidates = [file for name in CONFIGS for file in sorted(path.glob(f"*/{name}"))]
-    files = _read_files(path, [*candidates, path / INDEX, path / "config.json"])
+    files = _read_configs(path)
     extra = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
     if CONFIG_KEY in extra.metadata:
         raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
@@ -142,6 +141,11 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(raw)},
         added_tokens=added_tokens,
     )
+
+
+def read_folder_config(path: Path) -> JsonObject:
+    """Return the config of a folder, by its JSONs alone."""
+    return make_original_config(_read_configs(path), str(path))
 
 
 def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
@@ -210,6 +214,11 @@ def write_texts(folder: Path, files: Files) -> None:
             indent = None if path.endswith("vocab.json") else 2  # 49408 entries: half a second
             content = json.dumps(content, indent=indent) + "\n"
         (folder / path).write_text(content, "utf-8")
+
+
+def _read_configs(path: Path) -> Files:
+    candidates = [file for name in CONFIGS for file in sorted(path.glob(f"*/{name}"))]
+    return _read_files(path, [*candidates, path / INDEX, path / "config.json"])
 
 
 def _read_files(path: Path, candidates: Iterable[Path]) -> Files:
