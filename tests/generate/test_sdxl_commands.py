@@ -138,6 +138,13 @@ def test_the_watermark_of_the_original_is_written_when_asked_for(run, call):
     assert call("replay", out[0])[:2] == IDENTICAL
 
 
+def test_an_unusual_size_and_the_scale_of_an_autoencoder_are_shown(run, models):
+    flags = ["--H", "72", "--steps", "1", "--n_samples", "1", "--vae", models["xl-inpainting"]]
+    _, _, err = run("txt2img", *flags)
+    assert "72x64 (height x width) is far from the sizes that this model was trained with" in err
+    assert "used with scale factor 0.13025 of " in err
+
+
 def test_what_the_base_does_not_read_is_refused_in_a_line(run):
     status, _, err = run("txt2img", "--aesthetic-score", "5")
     assert status == 1

@@ -30,6 +30,7 @@ def model(family: str) -> LatentDiffusion:
     [
         ("xl", {"refiner": "xl"}, "`xl.safetensors` is not the refiner of Stable Diffusion XL"),
         ("sd2", {"refiner": "xl-refiner"}, "refiner is for Stable Diffusion XL, which `sd2.safe"),
+        ("playground", {"refiner": "xl-refiner"}, "latents other than those of `playground.safe"),
         ("sd2", {"crop": (8, 8)}, "crop is for Stable Diffusion XL"),
         ("xl", {"aesthetic_score": 7.0}, "aesthetic_score is for the refiner"),
         ("xl", {"refiner_start": 0.8}, "refiner_start needs a refiner"),
