@@ -88,6 +88,7 @@ COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",
     "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
+    "sgm.models.autoencoder.AutoencodingEngine": "autoencoders of separate encoder and decoder",
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
     "ldm.modules.encoders.modules.BERTEmbedder": "text-to-image and layout models with BERT",
     "ldm.modules.encoders.modules.ClassEmbedder": "class-conditional models",
@@ -111,7 +112,9 @@ TRAINING_ONLY = {
 REDUNDANT = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
 # The weight that may have fewer input channels in the `ckpt_path` of a training run.
 FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
-FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
+FINETUNE = (
+    "finetune_keys", "keep_finetune_dims", "concat_keys", "c_concat_log_start", "c_concat_log_end",
+)  # fmt: skip
 AUTOENCODER_CONFIG = "first_stage_config"
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
 MODEL_KEYS = {
@@ -310,7 +313,7 @@ MODEL_CLASSES = {
         "hybrid",
         _make_patches,
         optional=("concat_keys", "reshuffle_patch_size"),
-        training_only=("finetune_keys", "c_concat_log_start", "c_concat_log_end"),
+        training_only=(*FINETUNE, "low_scale_key"),
     ),
     DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
         "crossattn-adm",

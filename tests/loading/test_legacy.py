@@ -192,6 +192,7 @@ def family(name, **changes):
     [
         ("v2-inpainting-inference", {"concat_keys": ["mask"], "masked_image_key": "masked_image"}),
         ("v2-midas-inference", {"concat_keys": ["midas_in"], "finetune_keys": ["x"]}),
+        ("v2-midas-inference", {"keep_finetune_dims": 4, "c_concat_log_end": 1}),
         ("x4-upscaling", {"noise_level_key": None}),
         ("v2-1-stable-unclip-h-inference", {"embedding_dropout": 0.5}),
     ],
