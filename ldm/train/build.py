@@ -113,8 +113,10 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
     }
     options |= objective
     probabilities = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
-    if params.get("embedding_dropout"):
-        probabilities["embedding"] = params["embedding_dropout"]
+    # Models of image embeddings drop half of them by default.
+    default = 0.5 if "embedder_config" in params else 0.0
+    if dropout := params.get("embedding_dropout", default):
+        probabilities["embedding"] = dropout
     if probabilities:
         overrides = objective.get("conditioning_dropout_prob")
         if not isinstance(overrides, Mapping):

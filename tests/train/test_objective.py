@@ -200,8 +200,9 @@ def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
     }
     unset = {"conditioning_dropout_prob": None}
     assert collect_diffusion_options(unclip, unset) == collect_diffusion_options(unclip, {})
-    drop = collect_diffusion_options({"embedding_dropout": 0.25}, {})["conditioning_dropout_prob"]
-    assert drop == {"txt": 0.1, "embedding": 0.25}
+    for params, dropout in (({"embedding_dropout": 0.25}, 0.25), ({"embedder_config": {}}, 0.5)):
+        drop = collect_diffusion_options(params, {})["conditioning_dropout_prob"]
+        assert drop == {"txt": 0.1, "embedding": dropout}
 
 
 def test_logvar_is_learned_and_exported_if_asked_for() -> None:
