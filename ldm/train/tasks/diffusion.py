@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioning import DROPOUT_QUIRKS
 from ldm.data.source import to_device
 from ldm.diffusion.schedule import Schedule
+from ldm.encoders.depth import MiDaSDepth
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.types import JsonMapping
@@ -22,6 +23,7 @@ __all__ = ["LEGACY_TRAINING", "ZERO_SIZES", "Diffusion"]
 
 ZERO_SIZES = "zero-sizes-in-previews"  # sizes of 0 for the unconditional half, in image grids
 LEGACY_TRAINING = (*DROPOUT_QUIRKS, ZERO_SIZES)
+DEPTH_EPS = 0.001  # see `MiDaSDepth.eps`
 
 
 @dataclass(eq=False)
@@ -80,6 +82,8 @@ class Diffusion(Task):
         )
         self.criterion.to(model.device)
         model.autoencoder.requires_grad_(False)
+        for depth in model.conditioner.find_all(MiDaSDepth):
+            depth.eps = depth.eps or DEPTH_EPS
         self.trainable = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
         if self.criterion.learn_logvar:
             self.trainable["criterion"] = self.criterion
