@@ -109,6 +109,17 @@ def test_an_example_of_generative_models_is_understood() -> None:
             "callbacks", {"sampling": {"sampler": "euler", "s_churn": 5.0, "s_tmax": 9.0,
                           "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5}},
         ),
+        (
+            ["model.params.sampler_config.params.discretization_config={target: "
+             f"{SGM}discretizer.EDMDiscretization, params: {{rho: 5.0}}}}"],
+            "callbacks", {"sampling": {"sampler": "euler", "steps": 50, "scheduler": "karras",
+                          "rho": 5.0, "scale": 7.5}},
+        ),
+        (
+            ["model.params.sampler_config.params.guider_config=null"],
+            "callbacks", {"sampling": {"sampler": "euler", "steps": 50, "scale": 1.0,
+                          "scheduler": "sgm_uniform"}},
+        ),
         (  # before November 2023
             [LOSS + "loss_weighting_config=null", LOSS + "type=l1",
              "model.params.denoiser_config.params.weighting_config.target="
@@ -149,6 +160,7 @@ def test_what_the_engine_says_of_training_holds(
         (LOSS + "batch2model_keys=[image_only_indicator]", "video models"),
         ("model.params.loss_fn_config.target=sgm.x.OtherLoss", "loss_fn_config: unknown target"),
         ("model.params.input_key=png", "input_key: must be `jpg`"),
+        ("model.params.sampler_config.params.s_chrun=1", "EulerEDMSampler `s_chrun`, did you"),
         (
             "model.params.optimizer_config.target=torch.optim.SGD",
             "unknown target `torch.optim.SGD`",

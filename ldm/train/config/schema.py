@@ -261,6 +261,7 @@ class Sampling(TypedDict, total=False):
     brownian: bool
     sampler: Annotated[str, _one_of(SAMPLERS)]
     scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
+    rho: Positive
     rescale: Probability
     unet_tile: Count | None
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], TO_LIST]

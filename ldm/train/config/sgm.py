@@ -34,9 +34,14 @@ SAMPLER_NAMES = {
     "DPMPP2MSampler": "dpmpp_2m",
     "LinearMultistepSampler": "lms",
 }
-SCHEDULER_NAMES = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "edm"}
+# The scheduler "edm" has the range of sgm's demo; "karras" has the model's, for continuous models
+# that of this very discretization.
+SCHEDULER_NAMES = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "karras"}
 # guidance scale; None = the guider's parameter `scale`
 GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}
+SAMPLER_PARAMETERS = (
+    "num_steps", "discretization_config", "guider_config", "verbose", "device", *STEP_NOISE,
+)  # fmt: skip
 
 
 def is_engine(model: JsonMapping) -> bool:
@@ -121,17 +126,20 @@ def _translate_optimizer(config: JsonMapping) -> JsonObject:
 def _translate_sampler(config: JsonMapping) -> JsonObject:
     where = f"{PARAMS}.sampler_config"
     name, params = read_spec(config, SAMPLER_NAMES, where)
-    sampling: JsonObject = {"sampler": SAMPLER_NAMES[name]}
+    check_names(f"parameter of {name}", params, SAMPLER_PARAMETERS, where)
+    sampling: JsonObject = {"sampler": SAMPLER_NAMES[name], "scale": 1.0}  # without a guider
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
     sampling |= {key: params[key] for key in STEP_NOISE if params.get(key) is not None}
     if params.get("discretization_config"):
-        discretization, _ = read_spec(
+        discretization, options = read_spec(
             params["discretization_config"],
             SCHEDULER_NAMES,
             f"{where}.params.discretization_config",
         )
         sampling["scheduler"] = SCHEDULER_NAMES[discretization]
+        if "rho" in options:
+            sampling["rho"] = options["rho"]
     if params.get("guider_config"):
         guider, options = read_spec(
             params["guider_config"], GUIDERS, f"{where}.params.guider_config"
