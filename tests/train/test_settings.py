@@ -94,6 +94,16 @@ def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
     assert any("log_images_kwargs.plot_diffusion_rows" in note for note in result.notes)
 
 
+@pytest.mark.parametrize(
+    ("params", "decay", "weights"), [("{}", 0.0, "raw"), ("{ema_decay: 0.99}", 0.99, "ema")]
+)
+def test_an_autoencoder_has_the_average_that_its_config_asks_for(
+    params: str, decay: float, weights: str
+) -> None:
+    result = read(model=f"{{target: ldm.models.autoencoder.AutoencoderKL, params: {params}}}")
+    assert (result.optimizer.ema_decay, result.callbacks.weights) == (decay, weights)
+
+
 def test_arguments_of_lightning_get_our_names() -> None:
     result = read(
         "{trainer: {precision: 16, gpus: '0,1,', max_steps: -1, max_epochs: 3, "

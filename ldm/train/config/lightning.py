@@ -274,7 +274,7 @@ def _translate_logger(spec: object, result: _Translation) -> None:
 
 def _translate_model(raw: JsonMapping, result: _Translation) -> None:
     """Translate training options among the parameters of the original's model class."""
-    params = get_section(raw, "model.params")
+    model, params = get_section(raw, "model"), get_section(raw, "model.params")
     if params.get("scheduler_config") is not None:
         if "lr_scheduler" in result.sections.get("optimizer", {}):
             result.notes.append(
@@ -282,15 +282,19 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
             )
         else:
             result.add("optimizer", scheduler_config=params["scheduler_config"])
-    is_sgm = is_engine(get_section(raw, "model"))
+    is_sgm = is_engine(model)
     if is_sgm:
         _translate_engine(params, result)
     if "optimizer" in get_section(raw, "lightning"):
         return
-    if params.get("use_ema", not is_sgm) is False:
+    is_autoencoder = str(model.get("target")).endswith("AutoencoderKL")
+    if is_autoencoder and params.get("ema_decay"):
+        result.add("optimizer", ema_decay=params["ema_decay"])
+    elif is_autoencoder or not params.get("use_ema", not is_sgm):
+        reason = "ema_decay is missing" if is_autoencoder else "use_ema is false"
         result.add("optimizer", ema_decay=0.0)
         result.add("callbacks", weights="raw")
-        result.notes.append("model.params.use_ema is false: no EMA of the weights")
+        result.notes.append(f"model.params.{reason}: no EMA of the weights")
     _translate_monitor(raw, result)
     if is_sgm:
         result.add("trainer", scale_lr=False)
