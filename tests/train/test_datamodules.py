@@ -84,6 +84,7 @@ def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFix
     caplog.set_level("INFO")
     assert read_data(parse(WEB)) == Data(**parse(WEB_TRANSLATION))
     assert "filter_word_list is ignored: captions are NOT filtered" in caplog.text
+    assert "data.params.train.postprocess.mode is ignored" in caplog.text
 
 
 def test_the_data_module_of_sgm_is_translated() -> None:
@@ -177,6 +178,11 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
             "data.params.prior: unknown key `counts`, did you mean `count`",
         ),
         (f"train: {FOLDER}, texts: {{batch_size: 1}}", "data.params.texts needs `cache`"),
+        (
+            "train: {target: ldm.data.simple.FolderData, params: "
+            "{root_dir: x, postprocess: {target: ldm.data.simple.AddLR}}}",
+            "data.params.train.postprocess: AddLR needs `factor`",
+        ),
         (
             f"train: {FOLDER}, latents: {{cache: x, variant: 2}}",
             "data.params.latents: unknown key `variant`, did you mean `variants_per_image`",

@@ -104,6 +104,13 @@ def test_an_autoencoder_has_the_average_that_its_config_asks_for(
     assert (result.optimizer.ema_decay, result.callbacks.weights) == (decay, weights)
 
 
+def test_captions_for_validation_are_prompts_of_the_image_grids() -> None:
+    spec = {"target": "ldm.data.simple.TextOnly", "params": {"captions": ["a", "b"], "n_gpus": 2}}
+    result = read_settings({"data": {"params": {"batch_size": 1, "validation": spec}}})
+    assert result.callbacks.prompts == ["a", "b"]
+    assert result.raw["data"]["params"] == {"batch_size": 1}
+
+
 def test_arguments_of_lightning_get_our_names() -> None:
     result = read(
         "{trainer: {precision: 16, gpus: '0,1,', max_steps: -1, max_epochs: 3, "
@@ -297,9 +304,15 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ("model.base_learning_rate=-1", "rate: `-1` should be greater than or equal to 0"),
         ("model.base_learning_rate=.nan", "rate: `nan` should be a finite number"),
         ("model.params.ucg_training={txt: 0.1}", "ucg_training.txt: `0.1` should be a mapping"),
+        ("model.params.ucg_training={txt: {p: 0.1, val: cat}}", "txt.val: `cat` should be ''"),
         ("model.params.loss_type=l3", "model.params.loss_type: `l3` should be 'l2' or 'l1'"),
         ("model=7", "model: `7` should be a mapping"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
+        ("data.params.validation=photos", "data.params.validation: `photos` should be a mapping"),
+        (
+            "data.params.validation.target=ldm.data.simple.TextOnly",
+            "data.params.validation: TextOnly needs `captions`",
+        ),
         ("lightning.trainr=1", "lightning: unknown section `trainr`, did you mean `trainer`"),
         ("lightning.lora.targets=[]", "lightning.lora.targets: `[]` has too few values"),
         ("lightning.trainer.shard_size=2", "`strategy: hsdp` and `shard_size` need each other"),

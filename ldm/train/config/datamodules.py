@@ -3,6 +3,7 @@
     main.DataModuleFromConfig                train: {target: …, params}   validation: …
     ldm.data.laion.WebDataModuleFromConfig   train: {shards, image_transforms, postprocess, …}
     ldm.data.simple.FolderData, hf_dataset   -> {root: DIR, …}, {hub: NAME, …}
+    ldm.data.simple.TextOnly                 as `validation`: prompts of the image grids
     sgm.data.dataset.StableDataModuleFromConfig    train: {datapipeline: {urls, …}, loader}
 
 The data sets of the published configs were never published; errors name the keys to use instead.
@@ -23,9 +24,9 @@ from ldm.train.config.schema import (
     ShardOptions,
     validate_section,
 )
-from ldm.train.config.specs import SPEC_KEYS, drop_nulls, read_spec
+from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
-__all__ = ["read_data", "translate_data_module"]
+__all__ = ["read_data", "take_captions", "translate_data_module"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ IGNORED_IN_DATASETS = {
         ("ext", "return_paths", "caption_file", "default_caption"),
         "captions are in metadata.jsonl or beside the images",
     ),
+    **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
+}
+IGNORED_IN_CAPTIONS = {
+    "output_size": "grids have the size of the training data",
+    "n_gpus": "the first process samples the grids",
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
 # All but four are ignored: our transform does the same.
@@ -88,6 +94,24 @@ def read_data(section: JsonMapping) -> Data:
         transform = _read_transform(data.prior.transform, "data.params.prior")
         splits["prior"] = data.prior.model_copy(update={"transform": transform})
     return data.model_copy(update=splits)
+
+
+def take_captions(raw: JsonMapping) -> tuple[JsonMapping, object]:
+    """Return a whole config without validation data of captions alone, and these captions.
+
+    They are None if the validation data is something else.
+    """
+    where = "data.params.validation"
+    spec = get_section(raw, where)
+    if spec.get("target") != "ldm.data.simple.TextOnly":
+        return raw, None
+    _, options = read_spec(spec, ("TextOnly",), where)
+    _pop_ignored(options, IGNORED_IN_CAPTIONS, where)
+    check_names("key", options, ("captions",), where)
+    if not options:
+        raise ValueError(f"{where}: TextOnly needs `captions`")
+    params = {k: v for k, v in raw["data"]["params"].items() if k != "validation"}
+    return {**raw, "data": {**raw["data"], "params": params}}, options["captions"]
 
 
 def translate_data_module(section: JsonMapping) -> JsonMapping:
@@ -207,9 +231,13 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
     if postprocess:
         name, options = read_spec(postprocess, ("AddMask", "AddLR"), where, kind="postprocess")
         if name == "AddMask":
-            photo["conditions"] = {"mask": {"full_probability": options.get("p_drop", 0.0)}}
+            photo["conditions"] = {"mask": {"full_probability": options.pop("p_drop", 0.0)}}
+        elif "factor" in options:
+            photo["conditions"] = {"lr": {"factor": options.pop("factor")}}
         else:
-            photo["conditions"] = {"lr": {"factor": options["factor"]}}
+            raise ValueError(f"{where}.postprocess: AddLR needs `factor`")
+        for key in options:
+            log.info("%s.postprocess.%s is ignored", where, key)
     return photo
 
 

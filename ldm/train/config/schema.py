@@ -390,10 +390,14 @@ class TextualInversion(Section):
 
 
 class Dropout(BaseModel):
-    """An entry of the original's `ucg_training`: probability of dropping a condition."""
+    """An entry of the original's `ucg_training`: probability of dropping a condition.
+
+    What replaces it, `val`, can only be the empty text.
+    """
 
     model_config = OPEN
     p: Probability
+    val: Literal[""] | None = None
 
 
 @with_config(OPEN)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
-from ldm.train.config.datamodules import translate_data_module
+from ldm.train.config.datamodules import take_captions, translate_data_module
 from ldm.train.config.renamed import rename_keys
 from ldm.train.config.schema import validate_section
 from ldm.train.config.specs import SPEC_KEYS, check_specs, drop_nulls, get_section
@@ -139,6 +139,7 @@ def read_settings(raw: JsonMapping) -> Settings:
     """
     raw = rename_keys(raw)
     check_specs(get_section(raw, "model.params"), "model.params")
+    raw, captions = take_captions(raw)
     data_module = get_section(raw, "data")
     check_names("key", data_module, SPEC_KEYS, "data")
     if data_module:
@@ -152,6 +153,8 @@ def read_settings(raw: JsonMapping) -> Settings:
     sections, notes = lightning.translate(raw)
     is_autoencoder = model.target.endswith("AutoencoderKL")
     values = {name: sections.get(name, {}) for name in SECTIONS}
+    if captions is not None:
+        values["callbacks"] = {"prompts": captions, **values["callbacks"]}
     for name in ("lora", "textual_inversion"):
         if is_autoencoder and values[name]:
             raise ValueError(f"lightning.{name} is for diffusion models only")
