@@ -143,7 +143,6 @@ def _evaluate(args: Namespace) -> None:
     from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
     from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
-    from ldm.imaging.reading import list_images
     from ldm.runtime.device import pick_device
 
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
@@ -166,8 +165,7 @@ def _evaluate(args: Namespace) -> None:
             return
         wait_for_images(settings, out)
         sets = [
-            ImageSet(each.series, list_images(each.folder(out)), each.request.sampling.scale)
-            for each in settings
+            ImageSet(each.series, each.files(out), each.request.sampling.scale) for each in settings
         ]
     else:
         sets = _find_folders(args, sources) if args.images else find_image_sets(out)

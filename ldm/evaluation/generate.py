@@ -69,6 +69,10 @@ class Setting:
         """Return the folder of its images."""
         return out / self.series / f"scale-{self.request.sampling.scale:g}"
 
+    def files(self, out: Path) -> list[Path]:
+        """Return the files of its images, which may not exist yet."""
+        return [_path(self.folder(out), k) for k in range(_count_images(self.request))]
+
 
 def write_prompts(out: Path, lines: Sequence[str]) -> Path:
     """Write the prompts of an evaluation into its folder, unless they are there; return the path.
@@ -248,14 +252,13 @@ def _path(folder: Path, index: int) -> Path:
 
 def wait_for_images(settings: Sequence[Setting], out: Path) -> None:
     """Wait for the images of other processes, at most WAIT_TIMEOUT seconds without a new one."""
-    folders = [setting.folder(out) for setting in settings]
-    total = sum(_count_images(setting.request) for setting in settings)
+    files = [file for setting in settings for file in setting.files(out)]
     before, since = -1, time.monotonic()
-    while (count := sum(len(list(folder.glob("*.png"))) for folder in folders)) < total:
-        if count != before:
-            before, since = count, time.monotonic()
+    while missing := sum(not file.exists() for file in files):
+        if missing != before:
+            before, since = missing, time.monotonic()
         elif time.monotonic() - since > WAIT_TIMEOUT:
-            raise TimeoutError(f"{total - count} of {total} images are missing: run this again")
+            raise TimeoutError(f"{missing} of {len(files)} images are missing: run this again")
         time.sleep(1)
 
 

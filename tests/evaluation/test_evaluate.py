@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from ldm.commands.main import main
+from ldm.evaluation.generate import Setting, wait_for_images
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
 from ldm.evaluation.score import ImageSet, find_image_sets, read_features, score_sets
+from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.imaging.reading import list_images
 from ldm.runtime.errors import ArgumentError, FileFormatError
@@ -124,6 +126,28 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
     assert run("--scales", "3")[0] == 0
     assert second == ["00002.png", "00003.png"]
     assert len(list_images(folder)) == 5
+
+
+def test_fewer_images_than_the_folder_has_are_scored_alone(run, tmp_path):
+    run("--scales", "3", "--count", "4")
+    status, out, _ = run("--scales", "3", "--count", "2")
+    assert status == 0
+    assert "| base_v-ddim-2 | 3 | 2 |" in out
+
+
+def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    values = {"from_file": str(tmp_path / "prompts.txt"), "steps": 2, "scale": 3.0}
+    setting = Setting("m", TASKS["txt2img"].request(values))
+    first, second = setting.files(tmp_path)
+    first.parent.mkdir(parents=True)
+    for path in (first, first.with_name("00007.png")):
+        path.touch()
+    monkeypatch.setattr("ldm.evaluation.generate.WAIT_TIMEOUT", 0)
+    with pytest.raises(TimeoutError, match="1 of 2 images are missing"):
+        wait_for_images([setting], tmp_path)
+    second.touch()
+    wait_for_images([setting], tmp_path)
 
 
 @pytest.mark.parametrize(
