@@ -134,7 +134,7 @@ def build_run(
     """Build a run from its config; only caches of the data are written.
 
     Args:
-        device: None = a GPU if there is one, else the CPU.
+        device: None = a GPU if there is one and the config does not choose the CPU, else the CPU.
         allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
     trainer, params = settings.trainer, settings.model.params
@@ -142,7 +142,7 @@ def build_run(
     check_data(data)
 
     # Connect the processes.
-    device = device or pick_device(None)
+    device = device or pick_device("cpu" if settings.devices.gpus in (0, []) else None)
     ranks = parallel.connect(device, timeout=trainer.timeout)
 
     # Set up torch. Initial weights are drawn from its global generator.

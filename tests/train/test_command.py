@@ -19,9 +19,11 @@ from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
 from ldm.train.estimate import Memory
 from ldm.train.request import TrainRequest
+from ldm.train.run import build_run
 from ldm.train.runs import run_folder
 from ldm.train.runs.run_folder import ExistingRun, find_run, prepare_folder, read_config
 from loading import tinyfamilies
+from train.tinyrun import tiny_config
 
 TINY = "configs/train/tiny.yaml"
 WRITTEN_BY_0_1 = Path("tests/data/written_by_0_1").resolve()
@@ -359,9 +361,32 @@ def test_gpus_are_listed_or_counted(trainer: str, gpus: list[int] | int | None) 
     assert read_settings(raw).devices == Devices(gpus)
 
 
-def test_no_number_of_gpus_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.gpus: `` should be a count of GPUs or a list"):
-        read_settings(parse_yaml("lightning: {trainer: {gpus: ''}}"))
+@pytest.mark.parametrize("gpus", ["''", "-2", "[-1]", "'0,-1'"])
+def test_no_number_of_gpus_is_an_error(gpus: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"trainer\.gpus: `.*` should be a count of GPUs or a list"
+    ):
+        read_settings(parse_yaml(f"lightning: {{trainer: {{gpus: {gpus}}}}}"))
+
+
+def test_a_gpu_that_is_requested_but_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.runtime.device.pick_device", lambda: torch.device("cpu"))
+    for accelerator, needs_gpu in (("gpu", True), ("cuda", True), ("auto", False), ("ddp", False)):
+        raw = parse_yaml(f"lightning: {{trainer: {{accelerator: {accelerator}}}}}")
+        devices = read_settings(raw).devices
+        assert devices.needs_gpu == needs_gpu
+        if needs_gpu:
+            with pytest.raises(ValueError, match=r"accelerator requests a GPU, none is available"):
+                launch.launch(devices, 0, [])
+
+
+@pytest.mark.parametrize("trainer", ["accelerator: cpu", "gpus: 0"])
+def test_a_config_may_choose_the_cpu(
+    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.train.run.pick_device", lambda name: torch.device(name or "meta"))
+    settings = read_settings(tiny_config(f"lightning.trainer.{trainer.replace(': ', '=')}"))
+    assert build_run(settings, tmp_path).device.type == "cpu"
 
 
 def test_processes_are_counted_over_all_nodes() -> None:

@@ -11,6 +11,7 @@ Our keys are kept. Ignored keys of the trainer and the callbacks are listed as n
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,14 +142,14 @@ def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
     if value is None or value == "auto":
         return None
     entries = value if isinstance(value, list) else str(value).split(",")
-    try:
+    is_list = isinstance(value, list) or len(entries) > 1
+    with suppress(ValueError, IndexError):
         numbers = [int(entry) for entry in entries if str(entry).strip()]
-        is_list = isinstance(value, list) or len(entries) > 1
-        return numbers if is_list else numbers[0]
-    except (ValueError, IndexError):
-        raise ValueError(
-            f"lightning.trainer.gpus: `{value}` should be a count of GPUs or a list such as `0,1,`"
-        ) from None
+        if min(numbers, default=0) >= (0 if is_list else -1):
+            return numbers if is_list else numbers[0]
+    raise ValueError(
+        f"lightning.trainer.gpus: `{value}` should be a count of GPUs or a list such as `0,1,`"
+    )
 
 
 def _translate_trainer(result: _Translation) -> None:

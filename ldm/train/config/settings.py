@@ -37,10 +37,12 @@ class Devices:
 
     Args:
         gpus: Indices, or a count, -1 = all; None = one process, on the first GPU if there is one.
+        needs_gpu: Whether to refuse a machine without a GPU, instead of training on its CPU.
     """
 
     gpus: list[int] | int | None = None
     num_nodes: int = 1
+    needs_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ def read_settings(raw: JsonMapping) -> Settings:
         ),
         callbacks=callbacks,
         devices=Devices(
-            lightning.read_gpus(lightning_trainer), lightning_trainer.get("num_nodes", 1)
+            lightning.read_gpus(lightning_trainer),
+            lightning_trainer.get("num_nodes", 1),
+            needs_gpu=lightning_trainer.get("accelerator") in ("gpu", "cuda"),
         ),
         lora=read(schema.Lora, "lora") if values["lora"] else None,
         textual_inversion=(

@@ -45,6 +45,14 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
     Raises:
         ValueError: There are too few GPUs, or several nodes are requested.
     """
+    if devices.needs_gpu:
+        from ldm.runtime.device import pick_device
+
+        if pick_device().type == "cpu":
+            raise ValueError(
+                "lightning.trainer.accelerator requests a GPU, none is available\n"
+                "hint: lightning.trainer.accelerator=auto trains on the CPU"
+            )
     if get_rank_and_world_size()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     import torch
