@@ -79,6 +79,7 @@ class EmojiTransform(Transform):
         super().__init__(conditions)
         self.size, self.scale, self.shift = size, tuple(scale), shift
         self.flip, self.crop = flip, crop
+        self.image_size = crop or size
         self.random_colour_probability = random_colour_probability
         self.drop, self.drop_object = drop, drop_object
         self.keyword_probability = keyword_probability

@@ -47,6 +47,7 @@ class Transform(ABC):
     Attributes:
         NAME: In configs.
         IMAGE_OPTIONS: Attributes that pixels or buckets depend on.
+        image_size: Side of the square images, in pixels; of buckets, that of the square one.
         buckets: Aspect-ratio buckets; None = all images have one size.
         variants: Names of versions of every image, such as background colors.
         original_size_keys: Keys of the original height and width in the metadata.
@@ -54,6 +55,7 @@ class Transform(ABC):
 
     NAME: ClassVar[str]
     IMAGE_OPTIONS: ClassVar[Sequence[str]]
+    image_size: int
     buckets: Buckets | None = None
     variants: Sequence[str] = ()
     original_size_keys: Sequence[str] = ("original_height", "original_width")
@@ -146,6 +148,7 @@ class PhotoTransform(Transform):
         check_name("crop", crop, CROPS)
         self.original_size_keys = original_size_keys
         self.size, self.crop, self.flip = size, crop, flip
+        self.image_size = size
         self.buckets = None if buckets is None else Buckets(size, **buckets)
         self.tags = None if tags is None else TagShuffle(**tags)
 

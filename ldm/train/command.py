@@ -134,6 +134,7 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
 
 def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
     """Read and check the settings, before any process is started or folder created."""
+    from ldm.train.batches.sources import check_data
     from ldm.train.config.settings import check_complete, read_settings
 
     settings = read_settings(run_folder.read_config(request, existing))
@@ -141,7 +142,8 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
     if request.train:
         required.append("model.base_learning_rate")
     check_complete(settings.raw, *required)
-    if request.validate and not settings.raw["data"]["params"].get("validation"):
+    check_data(settings.datasets, allow_commands=request.allow_commands)
+    if request.validate and not settings.datasets.validation:
         raise ValueError("--validate needs held-out data, `data.params.validation`")
     return settings
 
@@ -149,11 +151,8 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
 def _describe(request: TrainRequest) -> Iterator[str]:
     """Yield the whole config, and an estimate of the memory that it needs."""
     from ldm.train import estimate
-    from ldm.train.batches.sources import check_data
-    from ldm.train.config.datamodules import read_data
 
     settings = _read_settings(request, run_folder.find_run(request))
-    check_data(read_data(settings.raw["data"]))
     processes = launch.count_processes(settings.devices, request.processes)
     yield from estimate.describe(settings, processes=processes)
 

@@ -6,7 +6,7 @@ total. Encoding of images is measured separately, as it precedes the step.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines.memory import run_on_zeros
 from ldm.runtime.memory import PeakMemoryMode, make_fake
+from ldm.train.batches.images import build_transform
 from ldm.train.build import build_task, set_gradient_checkpointing
 from ldm.train.config.settings import Settings
 from ldm.train.tasks.adaptation import Adaptation
@@ -29,11 +30,8 @@ from ldm.train.tasks.task import Task
 
 __all__ = ["Memory", "describe", "estimate"]
 
-IMAGE_SIZE = 512  # pixels, default if the config has no size
 # Bytes of optimizer state for each trainable parameter.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
-# bfloat16 stands in for float16, which has the same size but is not supported everywhere.
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -170,14 +168,16 @@ def _networks(task: Task) -> list[nn.Module]:
 
 def _measure_activations(task: Task, settings: Settings) -> int:
     """Return the bytes at the peak of a training step, beyond weights and their gradients."""
-    batch_size, size = settings.data.batch_size, _image_size(settings.raw["data"]["params"])
-    dtype = AUTOCAST.get(settings.trainer.precision)
+    batch_size = settings.data.batch_size
+    size = build_transform(settings.datasets.train["transform"]).image_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (task.model, task.trainable):
             make_fake(module)
         if isinstance(task, Adaptation) and task.token:
             task.attach_vectors()
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        # bfloat16 stands in for float16, which has the same size but is not supported everywhere.
+        is_mixed = settings.trainer.precision != "32"
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
             image = torch.zeros(batch_size, 3, size, size)
             if isinstance(task.model, AutoencoderKL):
                 # Build the networks of the losses again, from fake tensors.
@@ -186,7 +186,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
                 return _measure_autoencoder(task, image)
             model = task.model
             peaks = [_measure_peak(lambda: _run_model(model, batch_size, size), task.trainable)]
-            if not settings.raw["data"]["params"].get("latents"):
+            if not settings.datasets.latents:
                 with torch.no_grad(), PeakMemoryMode() as mode:
                     model.autoencoder.encode(image)
                 peaks.append(mode.peak)
@@ -236,18 +236,6 @@ def _shard_fraction(settings: Settings, processes: int) -> float:
     if settings.trainer.strategy == "hsdp":
         return 1 / (settings.trainer.shard_size or processes)
     return 1.0
-
-
-def _image_size(data: Mapping[str, Any]) -> int:
-    """Return the training resolution in pixels, from our own `data` section or an original one."""
-    train = data.get("train") or {}
-    for section in (train, train.get("params") or {}, train.get("transform") or {}):
-        if "size" in section:
-            # The `crop` of drawings is a number of pixels, that of photos a word.
-            crop = section.get("crop")
-            size = crop if isinstance(crop, int) else section["size"]
-            return int(max(size) if isinstance(size, list) else size)
-    return IMAGE_SIZE
 
 
 def _format_bytes(number: float) -> str:

@@ -16,7 +16,6 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
 from ldm.train.batches.sources import check_data, open_batches
 from ldm.train.build import build_state, build_task, configure_model
-from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.parallel import Ranks
@@ -138,8 +137,8 @@ def build_run(
         allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
     trainer, params = settings.trainer, settings.model.params
-    data = read_data(settings.raw["data"])
-    check_data(data)
+    data = settings.datasets
+    check_data(data, allow_commands=allow_commands)
 
     # Connect the processes.
     device = device or pick_device("cpu" if settings.devices.gpus in (0, []) else None)

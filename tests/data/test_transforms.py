@@ -35,6 +35,18 @@ def test_a_drawing_lies_on_the_named_background():
     assert transform.image_fields(clear, Random(0), "white")["jpg"].min() == 1.0
 
 
+@pytest.mark.parametrize(
+    ("transform", "size"),
+    [
+        (EmojiTransform(), 128),
+        (EmojiTransform(size=64, crop=32), 32),
+        (PhotoTransform(size=64, crop="random", buckets={"step": 32}), 64),
+    ],
+)
+def test_the_training_resolution_is_that_of_the_crop(transform, size):
+    assert transform.image_size == size
+
+
 def test_an_emoji_depends_on_its_random_generator_alone():
     row = {"image": Image.new("RGBA", (32, 32), (9, 9, 9, 255)), "object": "pig"}
     row |= {"style": "flat", "keywords": ["hog"]}

@@ -135,6 +135,19 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),
         ("data.params.train.root=nope", "data.params.train.root: there is no folder `nope`"),
         ("data.params.train.transform.tags=1", "data.params.train.transform: unknown key"),
+        (
+            "data.params.train.transform={name: photo, size: 100, buckets: {step: 64}}",
+            "data.params.train.transform: buckets: size 100 is not a multiple of step 64",
+        ),
+        (
+            "data.params.validation={shards: no-*.tar, transform: {name: photo}}",
+            "data.params.validation.shards: no shard `no-*.tar`",
+        ),
+        (
+            "data.params.prior={root: x, prompt: x, count: 1, transform: {name: photo, buckets: {}}"
+            "}",
+            "data.params.prior: class images must have one size, not `buckets`",
+        ),
         ("model.base_learning_rate=null", "missing in the config: `model.base_learning_rate`"),
         ("--validate", "--validate needs held-out data, `data.params.validation`"),
         ("-r", "no run `tiny` in"),
@@ -145,7 +158,8 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_mistakes_are_one_line_and_create_nothing(
     words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["-t", "-b", TINY, "-l", str(tmp_path), *words.split()], "ldm train") == 1
+    arguments = [words] if words.startswith("data.") else words.split()
+    assert main(["-t", "-b", TINY, "-l", str(tmp_path), *arguments], "ldm train") == 1
     error = capsys.readouterr().err
     assert error.startswith("ldm train: error: ")
     assert message in error
@@ -154,6 +168,15 @@ def test_mistakes_are_one_line_and_create_nothing(
         assert message in capsys.readouterr().err
     assert error.count("\n") <= 2  # with a hint
     assert not list(tmp_path.iterdir())
+
+
+def test_data_is_checked_before_other_processes_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_replace_process", lambda arguments: pytest.fail("started"))
+    words = ["-t", "-b", TINY, "-l", str(tmp_path), "--nproc", "2"]
+    assert main([*words, "data.params.train.root=nope"]) == 1
+    assert "data.params.train.root: there is no folder `nope`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

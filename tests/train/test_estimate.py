@@ -48,11 +48,6 @@ def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     assert 5e6 < whole.activations < 5e7
 
 
-def test_a_crop_in_pixels_is_the_training_resolution() -> None:
-    assert estimate._image_size({"train": {"transform": {"size": 64, "crop": 32}}}) == 32
-    assert estimate._image_size({"train": {"transform": {"size": 64, "crop": "random"}}}) == 64
-
-
 @pytest.fixture(scope="module")
 def whole() -> estimate.Memory:
     return estimate_memory()
@@ -79,7 +74,12 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     small = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
     overrides = [f"model.params.ddconfig.{key}={value}" for key, value in small.items()]
     overrides += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
-    overrides += ["data.params.batch_size=2", "data.params.train.params.size=64"]
+    data = [
+        "batch_size=2",
+        "train={root: x, transform: {name: photo, size: 64}}",
+        "validation=null",
+    ]
+    overrides += [f"data.params.{override}" for override in data]
     raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", overrides)
     settings = read_settings(raw)
     result = estimate.estimate(settings)

@@ -10,14 +10,15 @@ from ldm.data.dataset import ImageDataset
 from ldm.data.drawings import EmojiTransform, caption_texts
 from ldm.data.folder import Folder, read_metadata
 from ldm.data.hub import Hub
-from ldm.data.shards import Shards
+from ldm.data.shards import Shards, expand_patterns
 from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder, collect_vocabulary
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import MissingFile
+from ldm.runtime.errors import ArgumentError, ConfigError, MissingFile
 from ldm.runtime.types import JsonMapping
 
 __all__ = [
+    "build_transform",
     "check_images",
     "fill_vocabulary",
     "open_images",
@@ -32,10 +33,31 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
 DATASETS: dict[str, type[Folder | Hub | Shards]] = {"root": Folder, "hub": Hub, "shards": Shards}
 
 
-def check_images(spec: JsonMapping, where: str) -> None:
-    """Raise MissingFile if the folder of images does not exist."""
+def build_transform(options: JsonMapping) -> Transform:
+    """Build a transform from its `name` and keywords."""
+    keywords = dict(options)
+    return TRANSFORMS[keywords.pop("name")](**keywords)
+
+
+def check_images(spec: JsonMapping, where: str, *, commands: bool = False) -> None:
+    """Raise the errors of `open_images` that are known before images are read.
+
+    Raises:
+        ConfigError: The options of the transform do not go together.
+        ArgumentError: Shards may not be read from a command, or their pattern is not supported.
+        MissingFile: A folder or shard does not exist.
+    """
+    try:
+        build_transform(spec["transform"])
+    except ArgumentError as error:
+        raise ConfigError(f"{where}.transform: {error}") from None
     if "root" in spec and not Path(spec["root"]).expanduser().is_dir():
         raise MissingFile(f"{where}.root: there is no folder `{spec['root']}`")
+    if "shards" in spec:
+        try:
+            expand_patterns(spec["shards"], commands=commands)
+        except MissingFile as error:
+            raise MissingFile(f"{where}.shards: {error}") from None
 
 
 def open_images(
@@ -49,19 +71,14 @@ def open_images(
         where: Section of the config, for messages.
         commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
-    check_images(spec, where)
-    transform = dict(spec["transform"])
-    location = next(key for key in DATASETS if key in spec)
-    name = transform.pop("name")
+    key = next(key for key in DATASETS if key in spec)
+    options = {**spec, "transform": build_transform(spec["transform"]), "seed": seed}
+    if key == "shards":
+        options["commands"] = commands
     try:
-        options = {**spec, "transform": TRANSFORMS[name](**transform), "seed": seed}
-        if location == "shards":
-            options["commands"] = commands
-        return DATASETS[location](**options)
+        return DATASETS[key](**options)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}.{location}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{where}: {str(error).replace('.__init__()', '')}") from error
+        raise FileNotFoundError(f"{where}.{key}: {error}") from error
 
 
 def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:

@@ -14,6 +14,7 @@ from ldm.data.dataset import SampleDataset, WithClassImages
 from ldm.data.shards import Shards
 from ldm.data.source import BatchSource, DatasetSource
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import ConfigError
 from ldm.train.batches.class_images import open_class_images
 from ldm.train.batches.contexts import cache_contexts
 from ldm.train.batches.images import (
@@ -28,11 +29,16 @@ from ldm.train.config.schema import Data
 __all__ = ["check_data", "open_batches"]
 
 
-def check_data(data: Data) -> None:
+def check_data(data: Data, *, allow_commands: bool = False) -> None:
     """Raise errors of the data that are known before a model is built, see `check_images`."""
-    check_images(data.train, "data.params.train")
-    if data.validation:
-        check_images(data.validation, "data.params.validation")
+    specs = {"train": data.train, "validation": data.validation}
+    if data.prior:
+        specs["prior"] = {"transform": data.prior.transform}  # its folder may be created
+        if "buckets" in data.prior.transform:
+            raise ConfigError("data.params.prior: class images must have one size, not `buckets`")
+    for name, spec in specs.items():
+        if spec:
+            check_images(spec, f"data.params.{name}", commands=allow_commands)
 
 
 def open_batches(

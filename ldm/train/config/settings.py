@@ -4,15 +4,17 @@
 `lightning`; ignored keys are listed as notes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TypeVar
 
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
-from ldm.train.config.datamodules import take_captions, translate_data_module
+from ldm.train.config.datamodules import read_data, take_captions, translate_data_module
 from ldm.train.config.renamed import rename_keys
 from ldm.train.config.schema import validate_section
 from ldm.train.config.specs import SPEC_KEYS, check_specs, drop_nulls, get_section
@@ -67,13 +69,17 @@ class Settings:
     textual_inversion: schema.TextualInversion | None = None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def datasets(self) -> schema.Data:
+        """The whole of `data.params`, read on first use: not all settings are for training."""
+        return read_data(self.raw["data"])
+
     def change(self, **sections: JsonMapping) -> "Settings":
         """Return a copy with changed values, not validated: `change(trainer={"max_steps": 3})`."""
-        current = vars(self)
-        changed = {
-            name: current[name].model_copy(update=values) for name, values in sections.items()
-        }
-        return replace(self, **changed)
+        changed = copy(self)  # with `datasets`, if they were read
+        for name, values in sections.items():
+            vars(changed)[name] = vars(self)[name].model_copy(update=values)
+        return changed
 
     def convert_epochs(self, steps: Fraction | int | None) -> "Settings":
         """Return a copy with all numbers of epochs converted to steps.
