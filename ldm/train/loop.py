@@ -33,7 +33,7 @@ from ldm.train.monitoring.timers import Interval, StepTimer
 from ldm.train.monitoring.timestep_losses import TimestepLosses
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run, seed_batch
-from ldm.train.runs.exports import export, export_best, export_step
+from ldm.train.runs.exports import export, export_best, export_step, find_monitor
 from ldm.train.state import TrainedNetwork
 from ldm.train.tasks.task import Losses
 
@@ -69,19 +69,6 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     for line in (*settings.notes, explanation):
         log.info("%s", line)
 
-    # Open the logs.
-    callbacks = settings.callbacks
-    loggers = Loggers(
-        run.folder,
-        callbacks.loggers if ranks.is_first else (),
-        start=state.step,
-        wandb=callbacks.wandb,
-        config=settings.raw,
-    )
-    # Losses of an autoencoder have no timesteps, so that no file is written.
-    num_timesteps = len(run.model.schedule) if isinstance(run.model, LatentDiffusion) else 1
-    timestep_losses = TimestepLosses(run.folder, ranks, num_timesteps, start=state.step)
-
     # Check the initial weights of a fine-tune.
     if run.is_fine_tune and not state.step and settings.trainer.sanity:
         with run.autocast():
@@ -92,6 +79,25 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
                 seed=run.seed,
                 timesteps=run.timesteps,
             )
+
+    # Validate one batch: wrong data or a wrong `monitor` would end the run only later.
+    callbacks = settings.callbacks
+    if callbacks.validate_steps and run.validation_source is not None:
+        validation_losses = validate(run, batches=1)
+        if callbacks.save_top_k:
+            find_monitor(callbacks.monitor, validation_losses)
+
+    # Open the logs.
+    loggers = Loggers(
+        run.folder,
+        callbacks.loggers if ranks.is_first else (),
+        start=state.step,
+        wandb=callbacks.wandb,
+        config=settings.raw,
+    )
+    # Losses of an autoencoder have no timesteps, so that no file is written.
+    num_timesteps = len(run.model.schedule) if isinstance(run.model, LatentDiffusion) else 1
+    timestep_losses = TimestepLosses(run.folder, ranks, num_timesteps, start=state.step)
 
     # Continue the sequence of batches at the position of the state.
     ranks.run_on_first(on_start)
@@ -193,8 +199,16 @@ def _draw(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> None:
 
 def _validate(run: Run, loggers: Loggers) -> None:
     losses = validate(run)
-    loggers.log_scalars(run.state.step, losses)
+    _log_scores(run, loggers, losses)
     export_best(run, losses)
+
+
+def _log_scores(run: Run, loggers: Loggers, scores: Mapping[str, float]) -> None:
+    """Log validation losses or scores of samples, on the console, too."""
+    if scores and run.ranks.is_first:
+        text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        log.info("step %d: %s", run.state.step, text)
+    loggers.log_scalars(run.state.step, scores)
 
 
 def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> Actions:
@@ -214,7 +228,7 @@ def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -
         evaluator = Evaluator(run, options.evaluation)
         actions["evaluate"] = (
             Interval(steps=options.evaluation.steps),
-            lambda: loggers.log_scalars(run.state.step, evaluator()),
+            lambda: _log_scores(run, loggers, evaluator()),
         )
     return actions
 

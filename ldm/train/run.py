@@ -36,7 +36,8 @@ class Run:
     """The parts of a training run, of which only `state` changes.
 
     Args:
-        held_out: Validation data; None = none.
+        source: Training data.
+        validation_source: Validation data; None = none.
         is_fine_tune: Whether the model had weights to start from.
     """
 
@@ -47,7 +48,7 @@ class Run:
     task: Task
     state: State
     source: BatchSource
-    held_out: BatchSource | None
+    validation_source: BatchSource | None
     is_fine_tune: bool
 
     @property
@@ -156,7 +157,7 @@ def build_run(
 
     log.info("Opening the data")
     with ranks.first_before_others():
-        source, held_out = open_batches(
+        source, validation_source = open_batches(
             model, data, seed=trainer.seed, allow_commands=allow_commands
         )
     if params.get("scale_by_std") and not is_fine_tune:
@@ -178,7 +179,7 @@ def build_run(
         task=task,
         state=state,
         source=source,
-        held_out=held_out,
+        validation_source=validation_source,
         is_fine_tune=is_fine_tune,
     )
 

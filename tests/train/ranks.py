@@ -73,7 +73,7 @@ def interrupt(folder: Path, case: str) -> tuple[str, str]:
     assert second.state.step == STEPS // 2
     train(second)
     before = digest(second)
-    validating = replace(second, held_out=second.source)
+    validating = replace(second, validation_source=second.source)
     assert validate(validating) == validate(validating) != {}
     assert digest(second) == before
     return digest(straight), before

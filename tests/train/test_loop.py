@@ -14,6 +14,7 @@ from ldm.train.loop import save, train
 from ldm.train.run import Run
 from ldm.train.runs.exports import export
 from train.tinyrun import (
+    EMOJI,
     build_run_from,
     build_tiny_run,
     collect_weights,
@@ -76,6 +77,33 @@ def test_a_signal_stops_the_run_after_the_step(
     train(run)
     assert run.state.step == 1
     assert [path.name for path in run.checkpoints.glob("state-*")] == ["state-00000001"]
+
+
+def test_a_wrong_monitor_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    validation = {
+        "root": str(EMOJI),
+        "split": "heldout",
+        "transform": {"name": "emoji", "size": 32},
+    }
+    callbacks = {"validate_steps": 1000, "save_top_k": 1, "monitor": "val/psnr"}
+    run = build_tiny_run(
+        tmp_path,
+        f"data.params.validation={validation}",
+        *(f"lightning.callbacks.{key}={value}" for key, value in callbacks.items()),
+    )
+    with pytest.raises(ValueError, match="monitor: `val/psnr` is none of val/loss, val/loss_simpl"):
+        train(run)
+    assert (run.state.step, list(tmp_path.iterdir())) == (0, [])
+
+
+def test_a_resumed_run_keeps_the_scale_that_it_measured(tmp_path: Path) -> None:
+    measure = ["model.params.scale_factor=1.0", "model.params.scale_by_std=true"]
+    run = build_tiny_run(tmp_path, *measure)
+    save(run)
+    again = build_tiny_run(tmp_path, *measure, "data.params.batch_size=3")
+    assert again.model.scale_factor != run.model.scale_factor
+    resume_newest(again)
+    assert again.model.scale_factor == run.model.scale_factor
 
 
 @pytest.mark.usefixtures("no_states")

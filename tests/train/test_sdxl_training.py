@@ -105,7 +105,7 @@ def test_every_model_is_trained_sampled_and_exported(
     assert {name.split(".")[0] for name in changed} == {"unet"}
     assert len(list((run.folder / "images" / "train").glob("*.png"))) == 1
     is_validated = "val/loss_ema" in (run.folder / "log.csv").read_text()
-    assert is_validated == (run.held_out is not None)
+    assert is_validated == (run.validation_source is not None)
     model = ldm.load(None, run.checkpoints / "last.safetensors")
     first = "unet.input_blocks.0.0.weight"
     shadow = run.state.ema.shadow[first].half().float()

@@ -187,11 +187,11 @@ def read_settings(raw: JsonMapping) -> Settings:
         return validate_section(schema_class, values[section], f"lightning.{section}", also=also)
 
     trainer, callbacks = read(schema.Trainer, "trainer"), read(schema.Callbacks, "callbacks")
-    if (trainer.strategy == "hsdp") != bool(trainer.shard_size):
-        raise ValueError("lightning.trainer: `strategy: hsdp` and `shard_size` need each other")
-    validates = callbacks.validate_steps or callbacks.validate_epochs or callbacks.save_top_k
-    if validates and not get_section(raw, "data.params").get("validation"):
-        notes.append("nothing is validated, as data.params.validation is missing")
+    if trainer.strategy == "hsdp" and not trainer.shard_size:
+        raise ValueError("lightning.trainer: `strategy: hsdp` needs `shard_size`")
+    if trainer.strategy != "hsdp" and trainer.shard_size:  # older configs may have it
+        notes.append("lightning.trainer.shard_size is ignored: it is for `strategy: hsdp`")
+    notes += _note_missing_validation(callbacks, get_section(raw, "data.params"))
     return Settings(
         raw=raw,
         model=model,
@@ -228,6 +228,18 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
             missing.append(f"`{key}`")
     if missing:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
+
+
+def _note_missing_validation(callbacks: schema.Callbacks, data: JsonMapping) -> Iterator[str]:
+    """Yield notes on settings of validation that have no effect."""
+    has_interval = callbacks.validate_steps or callbacks.validate_epochs
+    if not data.get("validation"):
+        if has_interval or callbacks.save_top_k:
+            yield "nothing is validated, as data.params.validation is missing"
+    elif callbacks.save_top_k and not has_interval:
+        yield "nothing is validated, as validate_steps and validate_epochs are missing"
+    if callbacks.monitor and not callbacks.save_top_k:
+        yield "lightning.callbacks.monitor is ignored, as `save_top_k` is 0"
 
 
 def _read_section(

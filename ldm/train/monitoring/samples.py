@@ -45,8 +45,8 @@ def draw_samples(run: Run) -> list[Path]:
     if not options.images or not (run.ranks.is_first or is_sharded(run.task.trainable)):
         return []
     sources = {"train": run.source}
-    if run.held_out is not None:
-        sources["val"] = run.held_out
+    if run.validation_source is not None:
+        sources["val"] = run.validation_source
     paths = []
     for split, source in sources.items():
         samples = source.fixed_samples(options.images)

@@ -4,7 +4,6 @@ val/NAME        with the raw weights; NAME is "loss" or another loss of the task
 val/NAME_ema    with the EMA weights
 """
 
-import logging
 from itertools import islice
 
 import torch
@@ -15,33 +14,30 @@ from ldm.train.run import Run
 
 __all__ = ["validate"]
 
-log = logging.getLogger(__name__)
 
-
-def validate(run: Run) -> dict[str, float]:
+def validate(run: Run, batches: int | None = None) -> dict[str, float]:
     """Compute mean losses over the first batches of the held-out data; all ranks call this.
 
+    Args:
+        batches: Number of batches; None = `lightning.callbacks.validate_batches`.
     Returns:
         Losses by name, {} if no data is held out.
     """
-    if run.held_out is None:
+    if run.validation_source is None:
         return {}
     losses: dict[str, float] = {}
     for suffix in ("", "_ema") if run.state.ema.decay else ("",):
         with run.state.ema.apply_to(run.task.trainable, enabled=bool(suffix)):
-            means = _mean_losses(run, run.held_out)
+            count = batches or run.settings.callbacks.validate_batches
+            means = _mean_losses(run, run.validation_source, count)
         losses |= {f"val/{name}{suffix}": value for name, value in means.items()}
-    if run.ranks.is_first:
-        text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        log.info("step %d: %s", run.state.step, text)
     return losses
 
 
-def _mean_losses(run: Run, held_out: BatchSource) -> dict[str, float]:
+def _mean_losses(run: Run, source: BatchSource, count: int) -> dict[str, float]:
     rank, world_size = run.ranks.rank, run.ranks.world_size
-    batches = held_out.batches(run.batch_size, rank=rank, world_size=world_size)
-    count = run.settings.callbacks.validate_batches
-    batches_per_epoch = held_out.batches_per_epoch(run.batch_size)
+    batches = source.batches(run.batch_size, rank=rank, world_size=world_size)
+    batches_per_epoch = source.batches_per_epoch(run.batch_size)
     if batches_per_epoch is not None:
         count = max(1, min(count, int(batches_per_epoch)))
     # All ranks need the same number, or gathering sharded weights for a forward pass would hang.

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from ldm.train.distributed.parallel import gather_shards
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
 
-__all__ = ["export", "export_best", "export_step"]
+__all__ = ["export", "export_best", "export_step", "find_monitor"]
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +99,7 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     limit = options.save_top_k
     if not (limit and losses):
         return []
-    monitor = options.monitor or DEFAULT_MONITOR
-    if monitor not in losses:  # without an EMA
-        monitor = monitor.removesuffix("_ema")
-    if monitor not in losses:
-        raise ValueError(f"lightning.callbacks.monitor: `{monitor}` is none of {', '.join(losses)}")
+    monitor = find_monitor(options.monitor, losses)
     value = losses[monitor]
     title = monitor.removeprefix("val/").replace("/", "_")  # in the names of the files
 
@@ -122,6 +118,22 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     return paths
 
 
+def find_monitor(monitor: str | None, losses: Collection[str]) -> str:
+    """Return the name of the monitored validation loss.
+
+    Args:
+        monitor: `lightning.callbacks.monitor`; None = the loss with the EMA weights, or raw ones.
+    Raises:
+        ValueError: It is not among the losses.
+    """
+    name = monitor or DEFAULT_MONITOR
+    if name not in losses:  # without an EMA
+        name = name.removesuffix("_ema")
+    if name not in losses:
+        raise ValueError(f"lightning.callbacks.monitor: `{name}` is none of {', '.join(losses)}")
+    return name
+
+
 def _step_name(run: Run) -> str:
     return f"epoch={run.epoch:06}-step={run.state.step:09}"
 
@@ -137,10 +149,10 @@ def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
 
 def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     """Copy the weights of the whole model to the CPU, under the original's names."""
-    images: Iterator[Tensor] = (sample["jpg"] for sample in _statistics_samples(run))
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
-        weights = gather_shards(run.task.weights_to_export(images), keep=run.ranks.is_first)
+        weights = run.task.weights_to_export(_statistics_images(run))
+        weights = gather_shards(weights, keep=run.ranks.is_first)
         return {
             name: _cast(name, value, dtype).to("cpu", copy=True)
             for name, value in restore_names(weights).items()
@@ -157,9 +169,9 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
 
 
-def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
-    """Yield samples of the data, which are not read unless an autoencoder asks for them."""
-    yield from run.source.fixed_samples(STATISTICS_IMAGES)
+def _statistics_images(run: Run) -> Iterator[Tensor]:
+    """Yield images of the data, which are not read unless an autoencoder asks for them."""
+    yield from (sample["jpg"] for sample in run.source.fixed_samples(STATISTICS_IMAGES))
 
 
 def _gather_ema_weights(run: Run) -> dict[str, Tensor]:

@@ -83,7 +83,8 @@ class Adaptation(Task):
             encoder.added_embeddings[self.token] = vectors
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        if self.token and not self._has_checked_captions:
+        is_training = torch.is_grad_enabled()
+        if self.token and is_training and not self._has_checked_captions:
             captions = batch["txt"]
             if not any(self.token in caption.lower() for caption in captions):
                 raise ValueError(
