@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.data.broken import BrokenFiles
 from ldm.data.dataset import Sample
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import NonFinite
 from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
 from ldm.train.monitoring import sanity
@@ -334,8 +335,8 @@ def _saving_on_error(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _log_failures(what: str) -> Iterator[None]:
-    """Log a full disk or lack of GPU memory, and continue training."""
+    """Log a full disk, a lack of GPU memory, or samples of NaN, and continue training."""
     try:
         yield
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, torch.OutOfMemoryError, NonFinite) as error:
         log.error("could not %s: %s; training goes on", what, error)

@@ -1,12 +1,14 @@
 """`callbacks.evaluation`: scores in the log, and wrong files before the first step."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ldm.encoders.towers import CLIP
-from ldm.runtime.errors import ConfigError, FileFormatError
+from ldm.runtime.errors import ConfigError, FileFormatError, NonFinite
+from ldm.train.distributed.parallel import Ranks
 from ldm.train.loop import train
 from ldm.train.monitoring.evaluation import Evaluator
 from train.tinyrun import EMOJI, build_tiny_run
@@ -40,6 +42,26 @@ def test_scores_of_each_scale_are_logged(tmp_path, overrides):
     assert [row["step"] for row in rows] == ["2"]
     assert -1 < float(rows[0]["eval/prompt_score_scale_1"]) < 1
     assert run.task.trainable.training
+
+
+def test_only_the_first_process_loads_what_scores_need(tmp_path, overrides):
+    run = build_tiny_run(tmp_path / "run", *overrides)
+    second = replace(run, ranks=Ranks(rank=1, world_size=2))
+    evaluators = [Evaluator(each, run.settings.callbacks.evaluation) for each in (run, second)]
+    assert [evaluator.judge is None for evaluator in evaluators] == [False, True]
+    assert evaluators[1]() == {}
+
+
+@pytest.mark.usefixtures("no_states")
+def test_images_of_nan_do_not_end_the_run(tmp_path, overrides, monkeypatch, caplog):
+    def fail(*args, **options):
+        raise NonFinite("the VAE")
+
+    monkeypatch.setattr("ldm.train.monitoring.evaluation.txt2img", fail)
+    run = build_tiny_run(tmp_path / "run", *overrides)
+    train(run)
+    assert run.state.step == 2
+    assert "could not evaluate: the VAE returned values that are not finite" in caplog.text
 
 
 @pytest.mark.parametrize(

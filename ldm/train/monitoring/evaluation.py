@@ -3,11 +3,11 @@
 eval/fid_scale_3, eval/prompt_score_scale_3 …
 """
 
-import logging
 from typing import Any
 
 import torch
 
+from ldm.evaluation.extractors import CLIPJudge, InceptionExtractor
 from ldm.evaluation.load import find_clip, load_extractor, load_judge
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.score import ImageSet, compute_scores, read_features
@@ -25,8 +25,6 @@ from ldm.train.run import Run
 __all__ = ["Evaluator"]
 
 WHERE = "lightning.callbacks.evaluation"
-
-log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -46,20 +44,24 @@ class Evaluator:
         sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
         self.prompts = [source.text for source in sources]
         self.reference: ImageSet | None = None
-        self.extractor = None
+        self.extractor: InceptionExtractor | None = None
+        self.judge: CLIPJudge | None = None
+        if not run.ranks.is_first:  # which scores alone
+            return
         if options.reference is not None:
             side = model.image_size * model.downscale
             self.reference = ImageSet("reference", list_images(options.reference), side=side)
             self.extractor = load_extractor(options.inception, options.resize, run.device)
         clip = find_clip(options.clip)
-        self.judge = None if clip is None else load_judge(clip, run.device)
+        if clip is not None:
+            self.judge = load_judge(clip, run.device)
         if self.extractor is None and self.judge is None:
             raise ConfigError(f"{WHERE} needs `reference`, a folder of images, or `clip`, a file")
 
     def __call__(self) -> dict[str, float]:
         """Score images that are sampled with the EMA weights; return {} on processes but the first.
 
-        The first process does the work; if weights are sharded, all processes run the model.
+        The first process samples and scores; if weights are sharded, all processes must sample.
         """
         run = self.run
         if not (run.ranks.is_first or is_sharded(run.task.trainable)):
@@ -70,10 +72,7 @@ class Evaluator:
         with weights, eval_mode(run.model):
             for scale in self.options.scales:
                 scores |= {f"eval/{n}_scale_{scale:g}": v for n, v in self._score(scale).items()}
-        log.info(
-            "step %d: %s", run.state.step, ", ".join(f"{n} {v:.4f}" for n, v in scores.items())
-        )
-        return scores if run.ranks.is_first else {}
+        return scores
 
     def _score(self, scale: float) -> dict[str, float]:
         run, model = self.run, self.run.model
