@@ -113,6 +113,8 @@ class Run:
                 processes.
         """
         self.states.load(self.state, path)
+        if isinstance(self.model, LatentDiffusion) and self.state.scale_factor is not None:
+            self.model.scale_factor = self.state.scale_factor
         count, world_size = self.state.batches_per_step, self.ranks.world_size
         if count % world_size:
             raise ValueError(
@@ -171,6 +173,8 @@ def build_run(
     log.info("Setting up the training state")
     task = build_task(model, settings)
     state = build_state(task, settings, ranks, device)
+    if params.get("scale_by_std"):
+        state.scale_factor = model.scale_factor
     return Run(
         settings=settings,
         folder=folder,

@@ -117,6 +117,7 @@ class State:
         batches_per_step: Batches of all processes, accumulated ones included.
         position: Batches that all processes together have consumed.
         seconds: Time spent training, over all sessions.
+        scale_factor: Of latents, as `scale_by_std` has measured it; None = that of the config.
         skipped: Number of steps whose gradients were not finite.
         bad_steps: Number of them in a row, up to the last step; not saved.
         is_consistent: False while weights are being updated; not saved.
@@ -131,6 +132,7 @@ class State:
     step: int = 0
     position: int = 0
     seconds: float = 0.0
+    scale_factor: float | None = None
     skipped: int = 0
     bad_steps: int = 0
     is_consistent: bool = True
@@ -146,7 +148,9 @@ class State:
 
     def numbers(self) -> dict[str, float]:
         """Return all numbers, by their names in state files (which version 0.1 chose)."""
+        measured = {} if self.scale_factor is None else {"scale_factor": self.scale_factor}
         return {
+            **measured,
             "step": self.step,
             "position": self.position,
             "parts": self.batches_per_step,
@@ -166,6 +170,7 @@ class State:
         self.scale.value = numbers["scale"]
         self.scale.finite_steps = int(numbers["steady"])
         self.ema.updates = int(numbers["averaged"])
+        self.scale_factor = numbers.get("scale_factor", self.scale_factor)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors: "average.…" (EMA), "NETWORK.weights.…", "NETWORK.optimizer.…"."""
