@@ -86,6 +86,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     our_arguments, trainer = _split_arguments(arguments, spellings)
     args = parser.parse_intermixed_args(our_arguments)
     resume = trainer.pop("resume_from_checkpoint", args.resume)
+    if args.resume not in (None, resume):
+        raise ValueError("--resume and --resume_from_checkpoint name two runs: give one")
     if trainer:
         _check_trainer_options(trainer, spellings)
     if args.seed is not None:

@@ -100,6 +100,11 @@ def test_a_run_to_resume_may_be_named_or_not(words: str, resume: str | None) -> 
     assert parse(["-b", "a.yaml", *words.split()]).resume == resume
 
 
+def test_two_runs_cannot_be_resumed() -> None:
+    with pytest.raises(ValueError, match="--resume and --resume_from_checkpoint name two runs"):
+        parse(["-b", TINY, "-r", "logs/x", "--resume_from_checkpoint", "logs/y"])
+
+
 def test_the_name_of_a_run_has_no_folder() -> None:
     with pytest.raises(ValueError, match="the name `a/b` of the run has a `/`"):
         parse(["-b", TINY, "-n", "a/b"])
@@ -164,7 +169,7 @@ def test_mistakes_are_one_line_and_create_nothing(
     assert error.startswith("ldm train: error: ")
     assert message in error
     if words.startswith("data."):
-        assert main(["--dry-run", "-b", TINY, "-l", str(tmp_path), *words.split()]) == 1
+        assert main(["--dry-run", "-b", TINY, "-l", str(tmp_path), words]) == 1
         assert message in capsys.readouterr().err
     assert error.count("\n") <= 2  # with a hint
     assert not list(tmp_path.iterdir())

@@ -91,6 +91,8 @@ def test_the_data_module_of_sgm_is_translated() -> None:
     assert read_data(translate_data_module(parse(STABLE))) == Data(**parse(STABLE_TRANSLATION))
     with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` cannot be read"):
         read_data(translate_data_module(parse("{target: sgm.data.mnist.MNISTLoader}")))
+    with pytest.raises(ValueError, match="data.params.train: `x` should be a mapping"):
+        translate_data_module({**parse(STABLE), "params": {"train": "x"}})
 
 
 def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
@@ -99,6 +101,13 @@ def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
     data = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
     assert read_data(data) == Data(**parse(f"{{{text}}}"))
     assert caplog.messages == ["data.params.wrap is ignored: samples depend on their index only"]
+
+
+def test_flip_may_be_true_as_in_older_runs(caplog: pytest.LogCaptureFixture) -> None:
+    train = "{root: a, transform: {name: photo, flip: true}}"
+    data = read_data(parse(f"{{params: {{batch_size: 1, train: {train}}}}}"))
+    assert data.train["transform"] == {"name": "photo", "flip": 1.0}
+    assert "data.params.train.transform.flip: `true` mirrors every image" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -129,6 +138,11 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
         (
             "train: {target: taming.data.faceshq.CelebAHQTrain, params: {size: 256}}",
             r"data.params.train: `taming.*` cannot be read.*{root: DIR, .*size: 256",
+        ),
+        (
+            "train: {target: ldm.data.simple.FolderData, params: {root_dir: x, image_transforms: "
+            "[{target: torchvision.transforms.Resize}]}}",
+            "data.params.train: Resize needs `size`",
         ),
         (f"train: {FOLDER}, batch_size: null", "needs `batch_size`"),
         (f"train: {FOLDER}, worker: 1", "unknown key `worker`, did you mean `num_workers`"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -9,6 +10,12 @@ from typing import Any
 
 import pytest
 
+from ldm.data.buckets import Buckets
+from ldm.data.drawings import EmojiTransform
+from ldm.data.folder import Folder
+from ldm.data.hub import Hub
+from ldm.data.shards import Shards
+from ldm.data.transforms import PhotoTransform, TagShuffle
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.train.config import schema
 from ldm.train.config.settings import Settings, check_complete, read_settings
@@ -16,6 +23,7 @@ from ldm.train.optim.schedules import build_lr_multiplier
 from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.noise_levels import LogNormal
 from quick import some
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +202,27 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
     assert ignored == ["profiler", "min_steps", "limit_val_batches"]
 
 
+@pytest.mark.parametrize(
+    ("lightning", "note"),
+    [
+        ("trainer: {shard_size: 2}", "trainer.shard_size is ignored: it is for `strategy: hsdp`"),
+        ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),
+        (
+            "callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
+            "nothing is validated, as validate_steps and validate_epochs are missing",
+        ),
+        (
+            "logger: {target: pytorch_lightning.loggers.WandbLogger, "
+            "params: {project: p, log_model: true}}",
+            "lightning.logger.params.log_model is ignored",
+        ),
+    ],
+)
+def test_settings_without_effect_are_named(lightning: str, note: str) -> None:
+    raw = f"{{lightning: {{{lightning}}}, data: {{params: {{validation: {{root: x}}}}}}}}"
+    assert [text for text in read_settings(parse_yaml(raw)).notes if note in text]
+
+
 def test_a_fast_dev_run_has_as_many_steps_as_it_says() -> None:
     limits = [read(f"{{trainer: {{fast_dev_run: {n}}}}}").trainer.max_steps for n in ("true", 5)]
     assert limits == [1, 5]
@@ -294,6 +323,25 @@ def test_the_keywords_of_tasks_are_known() -> None:
 
 
 @pytest.mark.parametrize(
+    ("section", "constructor", "difference"),
+    [
+        (schema.FolderOptions, Folder, {"seed"}),
+        (schema.HubOptions, Hub, {"seed"}),
+        (schema.ShardOptions, Shards, {"seed", "commands"}),
+        (schema.PhotoOptions, PhotoTransform, {"name"}),
+        (schema.EmojiOptions, EmojiTransform, {"name"}),
+        (schema.BucketOptions, Buckets, {"size"}),
+        (schema.TagOptions, TagShuffle, set()),
+        (schema.NoiseLevels, LogNormal, set()),
+    ],
+)
+def test_the_keywords_of_data_are_known(
+    section: type, constructor: Callable[..., object], difference: set[str]
+) -> None:
+    assert {*schema.list_fields(section)} ^ {*signature(constructor).parameters} == difference
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.base_learning_ratee=1", "model: unknown key `base_learning_ratee`, did you mean"),
@@ -315,7 +363,10 @@ def test_the_keywords_of_tasks_are_known() -> None:
         ),
         ("lightning.trainr=1", "lightning: unknown section `trainr`, did you mean `trainer`"),
         ("lightning.lora.targets=[]", "lightning.lora.targets: `[]` has too few values"),
-        ("lightning.trainer.shard_size=2", "`strategy: hsdp` and `shard_size` need each other"),
+        (
+            "lightning.trainer.strategy=hsdp",
+            "lightning.trainer: `strategy: hsdp` needs `shard_size`",
+        ),
         ("lightning.trainer.accelerator=tpu", "accelerator: `tpu` should be one of auto, cpu"),
         (
             "lightning.callbacks.image_logger={target: main.ImageLogger, "

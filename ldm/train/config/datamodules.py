@@ -32,9 +32,13 @@ log = logging.getLogger(__name__)
 
 WEB_MODULE = "ldm.data.laion.WebDataModuleFromConfig"
 SGM_MODULE = "sgm.data.dataset.StableDataModuleFromConfig"
-TRANSFORMS: dict[str, type] = {"emoji": EmojiOptions, "photo": PhotoOptions}
+TRANSFORM_OPTIONS: dict[str, type] = {"emoji": EmojiOptions, "photo": PhotoOptions}
 SPLITS = ("train", "validation")
-STORAGE: dict[str, type] = {"root": FolderOptions, "shards": ShardOptions, "hub": HubOptions}
+DATASET_OPTIONS: dict[str, type] = {
+    "root": FolderOptions,
+    "shards": ShardOptions,
+    "hub": HubOptions,
+}
 # Ignored arguments of the originals' data modules, and why.
 IGNORED_PARAMETERS = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
@@ -64,7 +68,7 @@ IMAGE_TRANSFORMS = (
 POSTPROCESSORS = (
     "TorchVisionImageTransforms", "AddOriginalImageSizeAsTupleAndCropToSquare", "Rescaler",
 )  # fmt: skip
-DATASETS = {  # class -> {argument: our key}
+ORIGINAL_DATASETS = {  # class -> {argument: our key}
     "ldm.data.simple.FolderData": {"root_dir": "root"},
     "ldm.data.simple.hf_dataset": {
         "name": "hub", "split": "split", "image_column": "image", "text_column": "text",
@@ -119,9 +123,10 @@ def translate_data_module(section: JsonMapping) -> JsonMapping:
     if section.get("target") != SGM_MODULE:
         return section
     params: JsonObject = {}
-    for split, spec in (section.get("params") or {}).items():
+    for split in section.get("params") or {}:
         where = f"data.params.{split}"
-        if split not in SPLITS or not spec:
+        spec = get_section({"data": section}, where) if split in SPLITS else None
+        if not spec:
             log.info("%s is ignored", where)
             continue
         loader = spec.get("loader") or {}
@@ -153,35 +158,38 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
 
 
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
-    if "target" in spec and all(spec.get(key) is None for key in STORAGE):
+    if "target" in spec and all(spec.get(key) is None for key in DATASET_OPTIONS):
         spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
     # Our keys replace a data set of the original, which another config file may have set.
     spec = {k: v for k, v in drop_nulls(spec).items() if k not in SPEC_KEYS}
-    storage = [key for key in STORAGE if key in spec]
-    if len(storage) > 1:
-        keys = " and ".join(f"`{key}`" for key in storage)
-        raise ValueError(f"{where} has {keys}: set all but one to null, and their options")
-    if not storage:
+    keys = [key for key in DATASET_OPTIONS if key in spec]
+    if len(keys) > 1:
+        names = " and ".join(f"`{key}`" for key in keys)
+        raise ValueError(f"{where} has {names}: set all but one to null, and their options")
+    if not keys:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
     if not isinstance(spec.get("transform"), Mapping):
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
     if "shards" in spec:
         spec = rename_options("shards", spec)
-    options: JsonObject = validate_section(STORAGE[storage[0]], spec, where)
+    options: JsonObject = validate_section(DATASET_OPTIONS[keys[0]], spec, where)
     return {**options, "transform": _read_transform(spec["transform"], where)}
 
 
 def _read_transform(options: JsonMapping, where: str) -> JsonObject:
     name = str(options.get("name"))
-    check_name("transform", name, TRANSFORMS, where)
+    check_name("transform", name, TRANSFORM_OPTIONS, where)
     # Nulls remove keys that another file has set for another transform.
     options = drop_nulls(rename_options(name, options))
-    result: JsonObject = validate_section(TRANSFORMS[name], options, f"{where}.transform")
+    if options.get("flip") is True:  # as the runs of older versions may have it
+        log.warning("%s.transform.flip: `true` mirrors every image, 0.5 every second one", where)
+        options["flip"] = 1.0
+    result: JsonObject = validate_section(TRANSFORM_OPTIONS[name], options, f"{where}.transform")
     return result
 
 
 def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:
-    names = DATASETS.get(str(target))
+    names = ORIGINAL_DATASETS.get(str(target))
     if names is None:
         raise _cannot_read(where, target, params.get("size", 512))
     _pop_ignored(params, IGNORED_IN_DATASETS, where)
@@ -201,9 +209,10 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
             where, spec = f"data.params.{split}", dict(params[split])
             shards = spec.pop("shards", None) or []
             shards = [shards] if isinstance(shards, str) else list(shards)
+            shuffle = spec.pop("shuffle", None) or 0
             translated = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
-                "shuffle": spec.pop("shuffle", 0) // 8,  # one buffer there, one per stream (8) here
+                "shuffle": shuffle // 8,  # one buffer there, one per stream (8) here
                 "length": spec.pop("n_examples", None),
                 "transform": _pop_transform(spec, where),
                 "minimum": minimum,
@@ -221,6 +230,8 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
     for spec in params.pop("image_transforms", None) or []:
         name, options = read_spec(spec, IMAGE_TRANSFORMS, where, kind="transform")
         if name in ("Resize", "RandomCrop", "CenterCrop"):
+            if "size" not in options:
+                raise ValueError(f"{where}: {name} needs `size`")
             size = options["size"]
             photo["size"] = size if isinstance(size, int) else min(size)
             if name != "Resize":
@@ -250,6 +261,6 @@ def _pop_ignored(params: JsonObject, reasons: Mapping[str, str], where: str) -> 
 
 def _cannot_read(where: str, target: object, size: object = 512) -> ValueError:
     return ValueError(
-        f"{where}: `{target}` cannot be read here (only {', '.join(DATASETS)}); write"
+        f"{where}: `{target}` cannot be read here (only {', '.join(ORIGINAL_DATASETS)}); write"
         f" {{root: DIR, transform: {{name: photo, size: {size}}}}} with a folder of images"
     )

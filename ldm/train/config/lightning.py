@@ -99,7 +99,7 @@ class _Translation:
     sections: Sections
     notes: list[str] = field(default_factory=list)
 
-    def add(self, section: str, **values: Any) -> None:
+    def set_defaults(self, section: str, **values: Any) -> None:
         """Set values that the config does not set by our keys."""
         for key, value in values.items():
             self.sections.setdefault(section, {}).setdefault(key, value)
@@ -124,7 +124,7 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     if lightning.get("logger") is not None:
         _translate_logger(lightning["logger"], result)
     if lightning.get("strategy") is not None:
-        result.add("trainer", strategy=lightning["strategy"])
+        result.set_defaults("trainer", strategy=lightning["strategy"])
     if lightning.get("find_unused_parameters") is not None:
         result.ignore("lightning", ["find_unused_parameters"], ": always true")
     _translate_model(raw, result)
@@ -166,23 +166,23 @@ def _translate_trainer(result: _Translation) -> None:
     if arguments["terminate_on_nan"]:
         trainer.setdefault("nan_limit", 1)
     if arguments["log_every_n_steps"] is not None:
-        result.add("callbacks", log_every=arguments["log_every_n_steps"])
+        result.set_defaults("callbacks", log_every=arguments["log_every_n_steps"])
 
     # An integer counts batches, a float is a fraction of an epoch.
     interval, batches = arguments["val_check_interval"], arguments["limit_val_batches"]
     if batches == 0:
-        result.add("callbacks", validate_steps=None, validate_epochs=None)
+        result.set_defaults("callbacks", validate_steps=None, validate_epochs=None)
     elif isinstance(interval, float) and interval <= 1:
-        result.add("callbacks", validate_epochs=interval)
+        result.set_defaults("callbacks", validate_epochs=interval)
     elif interval is not None:
         accumulation = trainer.get("accumulate_grad_batches", 1)
         if not isinstance(accumulation, int) or accumulation < 1:  # refused later, by its name
             accumulation = 1
-        result.add("callbacks", validate_steps=max(1, int(interval) // accumulation))
+        result.set_defaults("callbacks", validate_steps=max(1, int(interval) // accumulation))
     elif arguments["check_val_every_n_epoch"] is not None:
-        result.add("callbacks", validate_epochs=arguments["check_val_every_n_epoch"])
+        result.set_defaults("callbacks", validate_epochs=arguments["check_val_every_n_epoch"])
     if isinstance(batches, int) and batches > 0:
-        result.add("callbacks", validate_batches=batches)
+        result.set_defaults("callbacks", validate_batches=batches)
     elif batches:  # in Lightning a float is a fraction of the validation data
         reason = ": give a number of batches, or lightning.callbacks.validate_batches"
         result.ignore("lightning.trainer", ["limit_val_batches"], reason)
@@ -210,7 +210,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
             _translate_image_logger(params, result)
         else:  # checkpoints at fixed steps
             interval = params.pop("every_n_train_steps", CHECKPOINT_INTERVAL)
-            result.add("callbacks", export_steps=interval)
+            result.set_defaults("callbacks", export_steps=interval)
             where = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params"
             result.ignore(where, params, ": all of these checkpoints are kept")
 
@@ -225,14 +225,14 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     for key, value in (("max_images", images), ("log_images_kwargs.N", count)):
         if not isinstance(value, int):
             raise ValueError(f"{where}.{key}: `{value}` should be a whole number")
-    result.add(
+    result.set_defaults(
         "callbacks",
         image_minutes=None,
         images=min(images, count),
         sampling=_pop_renamed(kwargs, SAMPLING),
     )
     if not params.get("disabled"):
-        result.add(
+        result.set_defaults(
             "callbacks",
             image_steps=params.get("batch_frequency", 750),
             image_early=params.get("increase_log_steps", True),
@@ -251,7 +251,7 @@ def _translate_modelcheckpoint(raw: JsonMapping, result: _Translation) -> None:
     if params.get("mode", "min") == "min":
         params.pop("mode", None)
         values |= {key: params.pop(key) for key in SAVING_BEST if key in params}
-    result.add("callbacks", **values)
+    result.set_defaults("callbacks", **values)
     reason = (
         ": the last `keep_states` states are kept to resume from, the `save_top_k` best weights by "
         "`monitor`"
@@ -266,11 +266,12 @@ def _pop_renamed(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
 
 def _translate_logger(spec: object, result: _Translation) -> None:
     name, params = read_spec(spec, LOGGERS, "lightning.logger", kind="logger")
-    result.add("callbacks", loggers=list(dict.fromkeys(["csv", LOGGERS[name]])))
+    result.set_defaults("callbacks", loggers=list(dict.fromkeys(["csv", LOGGERS[name]])))
     if name == "WandbLogger":
-        if params.get("offline"):
+        if params.pop("offline", False):
             params["mode"] = "offline"
-        result.add("callbacks", wandb={key: params[key] for key in WANDB if key in params})
+        result.set_defaults("callbacks", wandb=_pop_renamed(params, {key: key for key in WANDB}))
+    result.ignore("lightning.logger.params", params)
 
 
 def _translate_model(raw: JsonMapping, result: _Translation) -> None:
@@ -282,7 +283,7 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
                 "lightning.optimizer.lr_scheduler replaces model.params.scheduler_config"
             )
         else:
-            result.add("optimizer", scheduler_config=params["scheduler_config"])
+            result.set_defaults("optimizer", scheduler_config=params["scheduler_config"])
     is_sgm = is_engine(model)
     if is_sgm:
         _translate_engine(params, result)
@@ -290,20 +291,20 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
         return
     is_autoencoder = str(model.get("target")).endswith("AutoencoderKL")
     if is_autoencoder and params.get("ema_decay"):
-        result.add("optimizer", ema_decay=params["ema_decay"])
+        result.set_defaults("optimizer", ema_decay=params["ema_decay"])
     elif is_autoencoder or not params.get("use_ema", not is_sgm):
         reason = "ema_decay is missing" if is_autoencoder else "use_ema is false"
-        result.add("optimizer", ema_decay=0.0)
-        result.add("callbacks", weights="raw")
+        result.set_defaults("optimizer", ema_decay=0.0)
+        result.set_defaults("callbacks", weights="raw")
         result.notes.append(f"model.params.{reason}: no EMA of the weights")
     _translate_monitor(raw, result)
     if is_sgm:
-        result.add("trainer", scale_lr=False)
-        result.add("objective", conditioning_dropout_prob=None)
+        result.set_defaults("trainer", scale_lr=False)
+        result.set_defaults("objective", conditioning_dropout_prob=None)
     elif "unet_config" in params:
         key = params.get("cond_stage_key", "txt")
         dropout = (params.get("ucg_training") or {}).get(key) or {}
-        result.add("objective", conditioning_dropout_prob=dropout.get("p", 0.0))
+        result.set_defaults("objective", conditioning_dropout_prob=dropout.get("p", 0.0))
 
 
 def _translate_engine(params: JsonMapping, result: _Translation) -> None:
@@ -314,7 +315,7 @@ def _translate_engine(params: JsonMapping, result: _Translation) -> None:
         translated["optimizer"] = {}
     sampling = translated["callbacks"].pop("sampling", {})
     for name, values in translated.items():
-        result.add(name, **values)
+        result.set_defaults(name, **values)
     callbacks = result.sections.setdefault("callbacks", {})
     callbacks["sampling"] = {**sampling, **(callbacks.get("sampling") or {})}
 
@@ -326,8 +327,8 @@ def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
         return
     is_set = result.sections.get("callbacks", {}).keys() & {"validate_steps", "validate_epochs"}
     if not is_set and "shards" not in (data.get("train") or {}):
-        result.add("callbacks", validate_epochs=1)
+        result.set_defaults("callbacks", validate_epochs=1)
     # Other autoencoder tasks have no losses of the names that `monitor` may have there.
     loss_class = str(get_section(params, "lossconfig").get("target"))
     if params.get("monitor") and ("unet_config" in params or loss_class.endswith("Discriminator")):
-        result.add("callbacks", monitor=params["monitor"], save_top_k=DEFAULT_SAVE_TOP_K)
+        result.set_defaults("callbacks", monitor=params["monitor"], save_top_k=DEFAULT_SAVE_TOP_K)
