@@ -24,7 +24,7 @@ from evaluate_demo import Prompt, choose_prompts, load_real_images
 from judges import SIDE, Judges
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
-from ldm.evaluation.generate import Setting, generate_settings, write_prompts
+from ldm.evaluation.generate import Setting, generate_images, write_prompts
 from ldm.evaluation.report import format_table, save_figure, save_results
 from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
 from ldm.generate.tasks import TASKS
@@ -158,7 +158,7 @@ def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
         Setting(label, replace(base, sampling=replace(base.sampling, scale=scale)))
         for scale in args.scales
     ]
-    generate_settings(settings, args.out)
+    generate_images(settings, args.out)
 
 
 def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageSet:

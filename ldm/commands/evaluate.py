@@ -139,7 +139,7 @@ def _build_parser(prog: str | None) -> CommandParser:
 
 
 def _evaluate(args: Namespace) -> None:
-    from ldm.evaluation.generate import generate_settings, wait_for_images
+    from ldm.evaluation.generate import generate_images, wait_for_images
     from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
     from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
@@ -160,7 +160,7 @@ def _evaluate(args: Namespace) -> None:
         extractor = load_extractor(args.inception, args.resize, device)
     clip = find_clip(args.clip)
     if args.generate:
-        generate_settings(settings, out)
+        generate_images(settings, out)
         if rank > 0:
             return
         wait_for_images(settings, out)

@@ -140,10 +140,10 @@ class Shards(BatchSource):
         shards.make_sample = make_sample
         return shards
 
-    def read(self, batch_size: int, start: int, step: int) -> Iterator[Batch]:
+    def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
         # By stream: position of the next batch that its reader yields, and the reader.
         readers: dict[int, tuple[int, Iterator[tuple[int, list[RawSample]]]]] = {}
-        for batch_index in itertools.count(start, step):
+        for batch_index in itertools.count(start, stride):
             turn, shard = divmod(batch_index, len(self.urls))
             stream = shard % self.streams
             position = turn * len(self._shards_of(stream)) + shard // self.streams  # in the stream

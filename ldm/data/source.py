@@ -32,7 +32,7 @@ __all__ = ["BatchSource", "DatasetSource", "collate", "derive_seed", "prefetch",
 MAX_CANDIDATES = 100  # samples tried per bucket, including the broken one
 
 Batch = dict[str, Any]
-ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, step) -> endless batches
+ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, stride) -> endless batches
 
 
 class BatchSource(ABC):
@@ -51,8 +51,8 @@ class BatchSource(ABC):
         return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
 
     @abstractmethod
-    def read(self, batch_size: int, start: int, step: int) -> Iterator[Batch]:
-        """Read batches start, start + step, …, without end, as `collate` returns them."""
+    def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
+        """Read batches start, start + stride, …, without end, as `collate` returns them."""
 
     @abstractmethod
     def batches_per_epoch(self, batch_size: int) -> Fraction | None:
@@ -107,26 +107,25 @@ class DatasetSource(BatchSource):
             positions = [divmod(number, len(self.dataset)) for number in sample_numbers]
             return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
         epoch, position = divmod(batch_index, int(self.batches_per_epoch(batch_size)))
-        order = self._order(epoch, batch_size, partial(bucket_batches, bucket_ids, batch_size))
-        return [(epoch, index) for index in order[position]]
+        return [(epoch, index) for index in self._order(epoch, batch_size)[position]]
 
     @cached_property
     def _bucket_counts(self) -> list[int]:
         return list(Counter(self.dataset.bucket_ids).values())
 
-    def _order(
-        self, epoch: int, batch_size: int = 0, arrange: Callable[[Tensor, int], Any] | None = None
-    ) -> Any:
-        """Return the permutation of an epoch, or batches of it; cached for two epochs."""
+    def _order(self, epoch: int, batch_size: int = 0) -> Any:
+        """Return the permutation of an epoch, with buckets its batches; cached for two epochs."""
         if (epoch, batch_size) not in self._orders:
-            seed = derive_seed(self.seed, epoch)
-            order = draw_permutation(len(self.dataset), seed)
-            self._orders[epoch, batch_size] = arrange(order, seed) if arrange else order
+            seed, bucket_ids = derive_seed(self.seed, epoch), self.dataset.bucket_ids
+            order: Any = draw_permutation(len(self.dataset), seed)
+            if bucket_ids is not None:
+                order = bucket_batches(bucket_ids, batch_size, order, seed)
+            self._orders[epoch, batch_size] = order
             self._orders.pop((epoch - 2, batch_size), None)
         return self._orders[epoch, batch_size]
 
-    def read(self, batch_size: int, start: int, step: int) -> Iterator[Batch]:
-        for batch_index in itertools.count(start, step):
+    def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
+        for batch_index in itertools.count(start, stride):
             broken: list[str] = []
             indices = self.sample_indices(batch_index, batch_size)
             batch = collate([read_or_substitute(self.dataset, *key, broken) for key in indices])
@@ -229,17 +228,17 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def prefetch(read: ReadBatches, start: int, step: int, workers: int) -> Iterator[Batch]:
-    """Yield the batches of `read(start, step)`, prefetched by worker processes.
+def prefetch(read: ReadBatches, start: int, stride: int, workers: int) -> Iterator[Batch]:
+    """Yield the batches of `read(start, stride)`, prefetched by worker processes.
 
     Args:
-        read: (start, step) -> batches start, start + step, … without end; it is pickled.
+        read: (start, stride) -> batches start, start + stride, … without end; it is pickled.
         workers: Number of processes; 0 = read in this one, on demand.
     """
     if not workers:
-        return read(start, step)
+        return read(start, stride)
     loader: DataLoader[Batch] = DataLoader(
-        _WorkerBatches(read, start, step),
+        _WorkerBatches(read, start, stride),
         batch_size=None,
         num_workers=workers,
         collate_fn=_identity,
@@ -274,14 +273,15 @@ def _end_workers() -> None:
 class _WorkerBatches(IterableDataset[Any]):
     """The batches of one worker: every num_workers-th, as DataLoader asks workers in turn."""
 
-    def __init__(self, read: ReadBatches, start: int, step: int) -> None:
-        self.read, self.start, self.step = read, start, step
+    def __init__(self, read: ReadBatches, start: int, stride: int) -> None:
+        self.read, self.start, self.stride = read, start, stride
 
     def __iter__(self) -> Iterator[Batch | ValueError]:
         worker = get_worker_info()
         assert worker is not None
         try:
-            yield from self.read(self.start + worker.id * self.step, self.step * worker.num_workers)
+            start = self.start + worker.id * self.stride
+            yield from self.read(start, self.stride * worker.num_workers)
         except ValueError as error:  # DataLoader would wrap it in a long traceback
             yield ValueError(str(error))
 

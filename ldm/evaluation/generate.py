@@ -33,7 +33,7 @@ from ldm.runtime.files import read_text, replace_when_written
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.runtime.types import JsonObject
 
-__all__ = ["Setting", "generate_settings", "wait_for_images", "write_prompts"]
+__all__ = ["Setting", "generate_images", "wait_for_images", "write_prompts"]
 
 # Options that do not change images, except by rounding.
 OPTIONS_WITHOUT_EFFECT = ("device", "attention", "offload", "outdir", "n_samples", "n_rows",
@@ -96,7 +96,7 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
     return path
 
 
-def generate_settings(settings: Sequence[Setting], out: Path) -> None:
+def generate_images(settings: Sequence[Setting], out: Path) -> None:
     """Generate the missing images of all settings; each process generates its own batches only.
 
     Each batch of prompts is generated with all settings of a model before the next one, so that all

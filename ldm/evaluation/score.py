@@ -125,7 +125,7 @@ class Result:
 
 
 def find_image_sets(out: str | Path) -> list[ImageSet]:
-    """List the image sets that `generate_settings` has written into a folder."""
+    """List the image sets that `generate_images` has written into a folder."""
     folders = Path(out).expanduser().glob(f"*/{SCALE_PREFIX}*/")
     sets = [
         ImageSet(
@@ -249,8 +249,8 @@ def _read_or_compute(
 
     Args:
         compute: (indices of a batch) -> their values.
-        description: Of the network; without its hash, values of two networks could be confused, so
-            the cache is not used.
+        description: Of the network; if its hash is None (unknown), values of two networks could be
+            confused, so the cache is not used.
     """
     count = len(images.files)
     content = [sha256_of_file(*images.files), count, images.side, description, prompts]

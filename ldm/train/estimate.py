@@ -102,7 +102,9 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
     if task.discriminator is not None:
         trainable += task.discriminator.parameters()
     count = sum(p.numel() for p in trainable)
-    parameters = sum(p.numel() for p in {p for net in _networks(task) for p in net.parameters()})
+    parameters = sum(
+        p.numel() for p in {p for net in _list_networks(task) for p in net.parameters()}
+    )
     # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of those
     # that are trained.
     fraction = _shard_fraction(settings, processes)
@@ -159,7 +161,7 @@ def _build_meta_task(settings: Settings) -> Task:
         return build_task(model, settings, load_weights=False)
 
 
-def _networks(task: Task) -> list[nn.Module]:
+def _list_networks(task: Task) -> list[nn.Module]:
     """Return all networks of a task, with those of its losses."""
     perceptual = task.perceptual if isinstance(task, Adversarial) else None
     networks = (task.model, task.trainable, task.discriminator, perceptual)

@@ -43,7 +43,7 @@ __all__ = ["save", "train", "train_step"]
 log = logging.getLogger(__name__)
 
 IndexedBatches = Sequence[tuple[int, Sample]]  # of a step, with their indices in the run
-Actions = Mapping[str, tuple[Interval, Callable[[], object]]]  # name -> (when, action)
+Actions = dict[str, tuple[Interval, Callable[[], object]]]  # name -> (when, action)
 
 
 def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
@@ -138,7 +138,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             losses = train_step(run, step_batches, lr)
             is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
             if "t" in losses:
-                timestep_losses.add(losses["t"], losses["losses"])
+                timestep_losses.add(losses["t"], losses["loss_per_sample"])
             with _log_failures("log"):
                 progress.update(state.step, losses, lr, run.batch_size * state.batches_per_step)
             for name in due:
@@ -219,7 +219,7 @@ def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
     )
     save_interval = Interval(minutes=options.save_minutes, steps=options.save_steps)
-    actions: dict[str, tuple[Interval, Callable[[], object]]] = {
+    actions: Actions = {
         "save": (save_interval, lambda: save(run)),
         "draw": (draw_interval, lambda: _draw(run, loggers, timestep_losses)),
         "validate": (Interval(steps=options.validate_steps), lambda: _validate(run, loggers)),
@@ -292,14 +292,13 @@ def _agree_on_actions(
 ) -> tuple[bool, list[str]]:
     """Agree with the other processes on training time, on stopping, and on due actions."""
     is_first = run.ranks.is_first
-    due = {
-        name: interval.is_due(run.state.step) and is_first
+    due = [
+        (interval.is_due(run.state.step) and is_first) or name in requests
         for name, (interval, _) in actions.items()
-    }
-    requested = [due[name] or name in requests for name in actions]
+    ]
     # The first process's clock counts for all: the others contribute 0 to the maximum.
     total = run.state.seconds + seconds if is_first else 0.0
-    run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *requested])
+    run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *due])
     return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 
 

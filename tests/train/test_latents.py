@@ -76,7 +76,9 @@ def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: P
     task = Diffusion(model, conditioning_dropout_prob=0.0)
     batches = (next(DatasetSource(data, seed=5).batches(4)) for data in (folder, cached))
     losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
-    torch.testing.assert_close(losses[0]["losses"], losses[1]["losses"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses[0]["loss_per_sample"], losses[1]["loss_per_sample"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:

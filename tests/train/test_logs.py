@@ -45,7 +45,7 @@ def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     loggers = Loggers(tmp_path, ["csv"])
     progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), start=3, steps=8, every=4)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
-        losses = {"loss": torch.tensor(loss), "losses": torch.ones(2)}
+        losses = {"loss": torch.tensor(loss), "loss_per_sample": torch.ones(2)}
         progress.update(step, losses, 1e-3, images=2)
     progress.close()
     first, second = rows(tmp_path / "log.csv")  # step, loss, lr, images per second, memory

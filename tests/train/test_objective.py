@@ -50,7 +50,7 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
     denoiser = Denoiser(unet, SCHEDULE, params.get("parameterization", "eps"))
     losses = criterion(denoiser.error(shared["x_start"], cond, shared["t"], noise), shared["t"])
     assert losses["t"].equal(shared["t"])
-    assert losses["losses"].mean() == pytest.approx(float(losses["loss_simple"]), rel=1e-6)
+    assert losses["loss_per_sample"].mean() == pytest.approx(float(losses["loss_simple"]), rel=1e-6)
     if mode == "train":
         losses["loss"].backward()
     for key, value in recorded.items():
@@ -116,7 +116,7 @@ def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
     error, t = torch.ones(2, 4, 8, 8), torch.tensor([10, 900])
     criterion = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)
     losses = criterion(error, t)
-    assert losses["losses"].tolist() == [1.0, 1.0]
+    assert losses["loss_per_sample"].tolist() == [1.0, 1.0]
     torch.testing.assert_close(losses["loss"], criterion.weights(t).mean())
 
 

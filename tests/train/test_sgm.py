@@ -254,7 +254,7 @@ def engine_loss(
     shared = golden.under("shared/")
     cond = model.conditioner(shared, drop, legacy=("independent-dropout",))
     losses = criterion(model.denoiser.error(shared["x"], cond, t, noise), t)
-    return {**losses, "per_sample": criterion.weights(t) * losses["losses"]}
+    return {**losses, "per_sample": criterion.weights(t) * losses["loss_per_sample"]}
 
 
 def test_the_original_way_of_dropping_conditions_has_a_name(

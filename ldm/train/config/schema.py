@@ -48,7 +48,7 @@ __all__ = [
     "FolderOptions",
     "HubOptions",
     "LightningTrainer",
-    "Loader",
+    "LoaderOptions",
     "Lora",
     "Model",
     "ModelParams",
@@ -149,7 +149,7 @@ NonEmptyStr = Annotated[str, Field(pattern=r"\S")]
 ExpandedPath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
 # An interval of 0 or infinity means never.
 NonnegativeOrInf = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF_AS_ZERO]
-CountLimit = Annotated[
+CountOrInf = Annotated[
     float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_check_whole)
 ]
 Steps = Annotated[NonnegativeOrInf, AfterValidator(_check_whole)]
@@ -194,7 +194,7 @@ class Trainer(Section):
     gradient_checkpointing: Bool | None = None  # null: the model's `use_checkpoint`
     ema_device: Literal["cpu"] | None = None  # null: the device of the weights
     keep_states: Count = 2  # number of newest resume states to keep
-    nan_limit: CountLimit = 10  # non-finite steps in a row that end the run
+    nan_limit: CountOrInf = 10  # non-finite steps in a row that end the run
     max_unreadable_fraction: Probability = 0.01  # of the samples; beyond it the run ends
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
     sanity: Bool = True  # check the initial loss of a fine-tune
@@ -284,7 +284,7 @@ class Evaluation(Section):
 class Callbacks(Section):
     """What a run logs, saves, samples, validates and exports, and how often."""
 
-    log_every: CountLimit = 20  # interval of log lines, in steps
+    log_every: CountOrInf = 20  # interval of log lines, in steps
     loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], TO_LIST] = [
         "csv",
         "tensorboard",
@@ -418,8 +418,8 @@ class Model(Section):
     params: JsonObject = {}
 
 
-class Loader(BaseModel):
-    """Loader settings in `data.params`, with defaults for configs without data."""
+class LoaderOptions(BaseModel):
+    """The part of `data.params` that all settings have, with defaults for configs without data."""
 
     model_config = OPEN
     batch_size: Count = 1
@@ -540,7 +540,7 @@ class ClassImages(Section):
     transform: JsonObject
 
 
-class Data(Loader):
+class Data(LoaderOptions):
     """`data.params`; `train` and `validation` are options of a folder, a hub or shards."""
 
     model_config = STRICT
@@ -563,7 +563,7 @@ class LightningTrainer(TypedDict, total=False):
     val_check_interval: Positive
     check_val_every_n_epoch: Positive
     limit_val_batches: Nonnegative
-    log_every_n_steps: CountLimit
+    log_every_n_steps: CountOrInf
     terminate_on_nan: Bool
     fast_dev_run: bool | int
     gradient_clip_algorithm: Literal["norm"]

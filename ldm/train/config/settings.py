@@ -59,7 +59,7 @@ class Settings:
 
     raw: JsonMapping
     model: schema.Model
-    data: schema.Loader
+    data: schema.LoaderOptions
     trainer: schema.Trainer
     optimizer: schema.Optimizer
     objective: JsonMapping
@@ -81,11 +81,11 @@ class Settings:
             vars(changed)[name] = vars(self)[name].model_copy(update=values)
         return changed
 
-    def convert_epochs(self, steps: Fraction | int | None) -> "Settings":
+    def convert_epochs(self, steps_per_epoch: Fraction | int | None) -> "Settings":
         """Return a copy with all numbers of epochs converted to steps.
 
         Args:
-            steps: Steps per epoch; None if the length of the data is unknown.
+            steps_per_epoch: None if the length of the data is unknown.
         Raises:
             ValueError: A number of epochs is set, and the length of the data is unknown.
         """
@@ -98,10 +98,10 @@ class Settings:
         ):
             if epochs is None:
                 continue
-            if steps is None:
+            if steps_per_epoch is None:
                 place = f"lightning.{section}.{key}_epochs"
                 raise ValueError(f"{place}: the data has no known length, give `{key}_steps`")
-            count = max(1, round(epochs * steps))
+            count = max(1, round(epochs * steps_per_epoch))
             changes[section][f"{key}_steps"] = min(count, limit) if limit else count
         return self.change(**changes)
 
@@ -154,7 +154,7 @@ def read_settings(raw: JsonMapping) -> Settings:
         raw = {**raw, "data": translate_data_module(data_module)}
     model = _read_section(schema.Model, raw, "model", also=["params.ckpt_path"])
     _read_section(schema.ModelParams, raw, "model.params")
-    data = _read_section(schema.Loader, raw, "data.params")
+    data = _read_section(schema.LoaderOptions, raw, "data.params")
     lightning_trainer = _read_section(schema.LightningTrainer, raw, "lightning.trainer")
     known = [*SECTIONS, *lightning.SECTIONS]
     check_names("section", get_section(raw, "lightning"), known, "lightning")

@@ -99,7 +99,10 @@ class CsvLogger(Logger):
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
-        self.columns, _ = read_table(path, until=start)
+        self.columns, rows = read_table(path)
+        earlier = [row for row in rows if int(row["step"]) <= start]
+        if len(earlier) < len(rows):
+            _write_table(path, self.columns, earlier)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": str(step), **{key: f"{value:.6g}" for key, value in values.items()}}
@@ -241,23 +244,15 @@ def _peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
-    """Read columns and rows of a table, (["step"], []) if it does not exist.
-
-    Args:
-        until: Rows of later steps are deleted in the file; None = none.
-    """
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Read columns and rows of a table, (["step"], []) if it does not exist."""
     if not path.exists():
         return ["step"], []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
         # A crash may truncate rows.
         rows = [row for row in reader if (row.get("step") or "").isdigit()]
-        columns = list(reader.fieldnames or ["step"])
-    earlier = [row for row in rows if until is None or int(row["step"]) <= until]
-    if len(earlier) < len(rows):
-        _write_table(path, columns, earlier)
-    return columns, earlier
+        return list(reader.fieldnames or ["step"]), rows
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:

@@ -25,6 +25,7 @@ class Interval:
         self.last_time = time.monotonic()
 
     def is_due(self, step: int) -> bool:
+        """Return whether the action is due now; if so, the next minutes are counted from here."""
         is_time = time.monotonic() - self.last_time >= 60 * self.minutes
         is_early = self.early and step & (step - 1) == 0  # a power of two
         is_step = self.steps is not None and self.steps > 0 and step % self.steps == 0

@@ -84,8 +84,8 @@ class Criterion(nn.Module):
             error: (B, C, h, w), prediction minus target.
             t: (B,) timesteps of the schedule, on the CPU.
         Returns:
-            "loss"; its detached terms; and per sample (B,) the unweighted "losses", and the index
-            "t", int64, of the nearest level of the schedule.
+            "loss"; its detached terms; "loss_per_sample" (B,), unweighted; and "t" (B,), int64, the
+            indices of the nearest levels of the schedule.
         """
         elementwise = error.abs() if self.loss_type == "l1" else error.square()
         unweighted = elementwise.mean(dim=(1, 2, 3))  # (B,)
@@ -101,7 +101,7 @@ class Criterion(nn.Module):
             result["loss_vlb"] = vlb.detach()
         if self.learn_logvar:
             result |= {"loss_gamma": simple.detach(), "logvar": self.logvar.detach().mean()}
-        return {**result, "t": indices, "losses": unweighted.detach()}
+        return {**result, "t": indices, "loss_per_sample": unweighted.detach()}
 
 
 def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:

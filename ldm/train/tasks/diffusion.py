@@ -108,7 +108,7 @@ class Diffusion(Task):
             "instance": losses["loss"].detach(),
             "prior": prior["loss"].detach(),
             "t": torch.cat([losses["t"], prior["t"]]),
-            "losses": torch.cat([losses["losses"], prior["losses"]]),
+            "loss_per_sample": torch.cat([losses["loss_per_sample"], prior["loss_per_sample"]]),
         }
 
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Task(ABC):
             generator: For all random numbers but dropout, which uses torch's global one.
         Returns:
             "loss", a scalar to differentiate; detached scalars to log; and detached values per
-            sample, "t" and "losses" (B,), if the task has timesteps.
+            sample, "t" and "loss_per_sample" (B,), if the task has timesteps.
         """
 
     @abstractmethod
