@@ -2,7 +2,8 @@
 
 Families differ in shapes: input channels of the UNet, dimension of the context and of the vector
 embedding; those of SDXL also in the number of transformer blocks, or in marker tensors. Shapes do
-not show whether a model predicts eps or v, so independent methods vote, and all verdicts are kept:
+not show whether a model predicts eps or v, so independent methods detect it, and all results are
+kept:
 
     marker   a tensor such as `v_pred`, or `modelspec.prediction_type` in the file's metadata
     family   all published models of the family predict the same
@@ -27,7 +28,8 @@ from ldm.loading.weight_names import UNET, strip_prefix, to_original_name
 
 __all__ = [
     "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES",
-    "Family", "Prediction", "Verdict", "detect_prediction", "probe_prediction", "recognize_family",
+    "Detection", "Family", "Prediction", "detect_prediction", "probe_prediction",
+    "recognize_family",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
@@ -148,17 +150,17 @@ PROBE_LIMIT = -1.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Detection:
     """The prediction type by one method.
 
     Args:
         method: A name in the docstring of this module.
-        says: "eps", "v", "x0" or "edm"; None = the method does not know it.
+        kind: "eps", "v", "x0" or "edm"; None = the method does not know it.
         evidence: The value that it is based on, for messages.
     """
 
     method: str
-    says: str | None
+    kind: str | None
     evidence: str
 
 
@@ -168,25 +170,25 @@ class Prediction:
 
     Args:
         kind: "eps", "v", "x0" or "edm"; None = unknown.
-        verdicts: Verdicts of all methods, the most reliable first.
+        detections: Those of all methods, the most reliable first.
     """
 
     kind: str | None
-    verdicts: tuple[Verdict, ...] = ()
+    detections: tuple[Detection, ...] = ()
 
     @property
     def disputed(self) -> bool:
         """Whether two methods contradict each other."""
-        return len({verdict.says for verdict in self.verdicts if verdict.says}) > 1
+        return len({detection.kind for detection in self.detections if detection.kind}) > 1
 
     @property
-    def votes(self) -> int:
+    def num_known(self) -> int:
         """Number of methods that know the prediction type."""
-        return sum(verdict.says is not None for verdict in self.verdicts)
+        return sum(detection.kind is not None for detection in self.detections)
 
     def __str__(self) -> str:
-        answers = [f"{v.method}: {v.says or 'nothing'} ({v.evidence})" for v in self.verdicts]
-        return f"{self.kind or 'unknown'} by {'; '.join(answers)}"
+        results = [f"{d.method}: {d.kind or 'nothing'} ({d.evidence})" for d in self.detections]
+        return f"{self.kind or 'unknown'} by {'; '.join(results)}"
 
 
 def recognize_family(
@@ -240,24 +242,24 @@ def detect_prediction(
         step: Training step; None = unknown.
         markers: Metadata of the file, with the names of its marker tensors.
     """
-    verdicts = list(_vote_by_marker(markers))
+    detections = list(_detect_by_marker(markers))
     if family is not None and family.predicts:
         # Of fine-tunes, too: only the marker counts. But metadata and diffusers' schedulers have no
         # name for EDM's preconditioning, and say "epsilon" or "sample".
-        if verdicts and family.predicts != "edm":
-            return _choose_prediction(verdicts)
-        return _choose_prediction([Verdict("family", family.predicts, family.title)])
+        if detections and family.predicts != "edm":
+            return _choose_prediction(detections)
+        return _choose_prediction([Detection("family", family.predicts, family.title)])
     if family is not None:
-        verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
-        verdicts.append(_vote_by_bias(state))
+        detections.append(Detection("step", STEPS.get(step or 0), f"global_step {step}"))
+        detections.append(_detect_by_bias(state))
         if SD_TURBO.search(name.lower()):
-            verdicts.append(Verdict("name", "eps", name))
-    return _choose_prediction(verdicts)
+            detections.append(Detection("name", "eps", name))
+    return _choose_prediction(detections)
 
 
 @torch.no_grad()
 def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
-    """Add the verdict of one UNet pass on a constant input at the last timestep.
+    """Add the result of one UNet pass on a constant input at the last timestep.
 
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
     """
@@ -266,37 +268,37 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
     tokens = torch.full((1, 2, context), 0.5, device=weight.device, dtype=weight.dtype)
     output = unet(x, torch.tensor([999], device=weight.device), context=tokens)
     shift = float((output.float() - x.float()).mean())
-    says = None
+    kind = None
     if not math.isnan(shift):
-        says = "v" if shift < PROBE_LIMIT else "eps"
-    verdict = Verdict("probe", says, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
-    return _choose_prediction([*prediction.verdicts, verdict])
+        kind = "v" if shift < PROBE_LIMIT else "eps"
+    detection = Detection("probe", kind, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
+    return _choose_prediction([*prediction.detections, detection])
 
 
-def _vote_by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
+def _detect_by_marker(markers: Mapping[str, str]) -> Iterator[Detection]:
     prediction_type = markers.get("modelspec.prediction_type", "")
-    says = PREDICTION_TYPES.get(prediction_type, prediction_type)  # other programs write ours
+    kind = PREDICTION_TYPES.get(prediction_type, prediction_type)  # other programs write ours
     if "edm_mean" in markers:
-        yield Verdict("marker", "edm", "`edm_mean`")
+        yield Detection("marker", "edm", "`edm_mean`")
     elif "edm_vpred.sigma_max" in markers:
-        yield Verdict("marker", "v", "`edm_vpred.sigma_max`")
+        yield Detection("marker", "v", "`edm_vpred.sigma_max`")
     elif "v_pred" in markers:
-        yield Verdict("marker", "v", f"`{prediction_type or 'v_pred'}`")
-    elif says in PREDICTION_TYPES.values():
-        yield Verdict("marker", says, f"`{prediction_type}`")
+        yield Detection("marker", "v", f"`{prediction_type or 'v_pred'}`")
+    elif kind in PREDICTION_TYPES.values():
+        yield Detection("marker", kind, f"`{prediction_type}`")
 
 
-def _vote_by_bias(state: Mapping[str, Tensor]) -> Verdict:
+def _detect_by_bias(state: Mapping[str, Tensor]) -> Detection:
     if BIAS not in state:
-        return Verdict("bias", None, "no such layer")
+        return Detection("bias", None, "no such layer")
     std = float(state[BIAS].float().std())
-    says = "v" if std > BIAS_LIMIT else "eps"
-    return Verdict("bias", says, f"std {std:.4f}, v above {BIAS_LIMIT}")
+    kind = "v" if std > BIAS_LIMIT else "eps"
+    return Detection("bias", kind, f"std {std:.4f}, v above {BIAS_LIMIT}")
 
 
-def _choose_prediction(verdicts: list[Verdict]) -> Prediction:
-    """Rank verdicts from the most reliable method to the least; the first with an answer counts."""
+def _choose_prediction(detections: list[Detection]) -> Prediction:
+    """Rank detections from the most reliable method to the least; the first with a type counts."""
     order = ("marker", "family", "step", "name", "probe", "bias")
-    ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
-    kind = next((verdict.says for verdict in ranked if verdict.says), None)
+    ranked = sorted(detections, key=lambda detection: order.index(detection.method))
+    kind = next((detection.kind for detection in ranked if detection.kind), None)
     return Prediction(kind, tuple(ranked))

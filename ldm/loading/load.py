@@ -378,7 +378,7 @@ def _find_schedule_tolerance(table: Tensor) -> float:
 def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_given: bool) -> None:
     """Warn if the weights look like another parameterization than the config's.
 
-    With a config that was found, not given, fewer than two votes are too few: the UNet is run, too.
+    With a config that was found, not given, one method is too few: the UNet is run, too.
     """
     family, prediction = weights.family, weights.prediction
     if not is_config_given and family is not None and is_in_doubt(weights):

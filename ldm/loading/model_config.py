@@ -118,7 +118,7 @@ def probe_weights(weights: Weights) -> Prediction:
 def is_in_doubt(weights: Weights) -> bool:
     """Return whether fewer than two methods know the prediction type, and the family has both."""
     family = weights.family
-    return family is not None and family.predicts is None and weights.prediction.votes < 2
+    return family is not None and family.predicts is None and weights.prediction.num_known < 2
 
 
 def _set_denoiser(params: JsonObject, weights: Weights) -> None:

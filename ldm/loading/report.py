@@ -110,7 +110,14 @@ class Report:
         """Return plain values, for JSON."""
         plain = asdict(self)
         if self.prediction is not None:
-            plain["prediction"]["disputed"] = self.prediction.disputed
+            plain["prediction"] = {  # keys that programs read: not the names of the fields
+                "kind": self.prediction.kind,
+                "verdicts": [
+                    {"method": d.method, "says": d.kind, "evidence": d.evidence}
+                    for d in self.prediction.detections
+                ],
+                "disputed": self.prediction.disputed,
+            }
         return plain
 
     def lines(self) -> Iterator[str]:
@@ -130,8 +137,9 @@ class Report:
         if self.prediction is not None:
             doubt = ", but the methods disagree" if self.prediction.disputed else ""
             yield f"predicts    {self.prediction.kind or 'unknown'}{doubt}"
-            for verdict in self.prediction.verdicts:
-                yield f"  {verdict.method:10}{verdict.says or 'nothing'} ({verdict.evidence})"
+            for detection in self.prediction.detections:
+                method, kind = detection.method, detection.kind or "nothing"
+                yield f"  {method:10}{kind} ({detection.evidence})"
         for i, (name, value) in enumerate(sorted(self.model_spec.items())):
             yield f"{'' if i else 'ModelSpec':12}{name:20}{_shorten(value)}"
         for i, part in enumerate(self.parts):

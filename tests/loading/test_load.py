@@ -466,7 +466,7 @@ def test_predictions_and_configs_are_chosen_by_several_methods(step, bias, notes
     weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=notes))
     prediction = weights.prediction
     assert (prediction.kind, prediction.disputed) == (says, disputed)
-    assert prediction.votes == sum(v is not None for v in (step, bias)) + bool(notes)
+    assert prediction.num_known == sum(v is not None for v in (step, bias)) + bool(notes)
     name = "v2-inference-v" if says == "v" else "v2-inference"
     assert choose_config(weights) == f"configs/stable-diffusion/{name}.yaml"
 

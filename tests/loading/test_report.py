@@ -9,8 +9,9 @@ from tinyfamilies import write
 
 from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.families import Detection, Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, read_checkpoint, write_checkpoint
-from ldm.loading.report import inspect_checkpoint
+from ldm.loading.report import Report, inspect_checkpoint
 
 
 @pytest.fixture
@@ -57,6 +58,15 @@ def test_text_and_json_say_the_same(file, tiny_yaml, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["step"] == 5
     assert {"family", "config", "prediction", "parts", "pickle_names"} <= report.keys()
+
+
+def test_the_keys_of_a_prediction_in_json_stay():
+    prediction = Prediction("v", (Detection("marker", "v", "`v_pred`"),))
+    assert Report("x.ckpt", 1, "", prediction=prediction).as_dict()["prediction"] == {
+        "kind": "v",
+        "verdicts": [{"method": "marker", "says": "v", "evidence": "`v_pred`"}],
+        "disputed": False,
+    }
 
 
 def test_hostile_files_are_described_and_not_run(tmp_path, capsys):
