@@ -26,6 +26,7 @@ CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
 IDENTITY = "torch.nn.Identity"
 IMAGES, LOWRES = "ldm.encoders.image.", "ldm.encoders.lowres."
 SCHEDULES = "ldm.diffusion.schedule."
+DDPM = "ldm.models.diffusion.ddpm."
 ENCODERS, LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
 OPENAI_MODEL = "modules.diffusionmodules.openaimodel.UNetModel"
 SGM_ENCODERS = "sgm.modules.encoders.modules."
@@ -89,10 +90,20 @@ UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",
     "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
     "sgm.models.autoencoder.AutoencodingEngine": "autoencoders of separate encoder and decoder",
+    "taming.models.vqgan.VQModel": "VQ autoencoders",
+    "taming.models.vqgan.GumbelVQ": "VQ autoencoders",
+    "taming.models.vqgan.EMAVQ": "VQ autoencoders",
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
-    "ldm.modules.encoders.modules.BERTEmbedder": "text-to-image and layout models with BERT",
-    "ldm.modules.encoders.modules.ClassEmbedder": "class-conditional models",
-    "ldm.modules.encoders.modules.SpatialRescaler": "semantic synthesis models",
+    LOSSES + "vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
+    ENCODERS + "BERTEmbedder": "text-to-image and layout models with BERT",
+    ENCODERS + "TransformerEmbedder": "text-to-image and layout models with BERT",
+    ENCODERS + "ClassEmbedder": "class-conditional models",
+    ENCODERS + "SpatialRescaler": "semantic synthesis models",
+    ENCODERS + "FrozenCLIPTextEmbedder": "retrieval-augmented models",
+    DDPM + "Layout2ImgDiffusion": "layout models",
+    "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": "classifiers of noisy latents",
+    ENCODERS + "FrozenT5Embedder": "text encoders of T5",
+    ENCODERS + "FrozenCLIPT5Encoder": "text encoders of T5",
     SGM_ENCODERS + "FrozenT5Embedder": "text encoders of T5",
     SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
@@ -293,7 +304,6 @@ def _make_image_embedding(model: _ModelTranslator) -> Encoders:
     return {"image": {"target": IMAGES + "ImageEmbedding", "params": params}}
 
 
-DDPM = "ldm.models.diffusion.ddpm."
 MODEL_CLASSES = {
     DDPM + "LatentDiffusion": _ModelClass("crossattn"),
     DDPM + "LatentInpaintDiffusion": _ModelClass(

@@ -64,6 +64,9 @@ FILE_TYPES = {
     r"^visual\.(conv1|proj)\b|^vision_model\.": "a CLIP, for CLIP score (`ldm evaluate --clip`)",
     r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
     r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
+    r"quantize\.embed(ding)?\.": "a model with a VQ autoencoder, which is not supported",
+    r"\btoken_emb\.": "a model with BERT's text encoder, which is not supported",
+    r"^encoder\.down\.\d+\.block\.": "an autoencoder alone, which replaces a model's (`vae`)",
     r"^Mixed_5b\.": "an Inception network, for FID (`ldm evaluate --inception`)",
     r"double_blocks|joint_blocks": "SD 3 or Flux, which are not supported",
 }

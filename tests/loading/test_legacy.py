@@ -1,6 +1,7 @@
 """The original's names: published configs, weights renamed in both directions, model classes."""
 
 import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.loading.weight_names import rename_weights, restore_names, select_buffers
+from ldm.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
@@ -215,6 +217,22 @@ def test_what_only_training_of_a_family_needs_is_accepted(name, changes):
 def test_a_family_refuses_what_it_cannot_do(name, changes, message):
     with pytest.raises(ValueError, match=message):
         family(name, **changes)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "taming.models.vqgan.VQModel",
+        "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+        "ldm.modules.encoders.modules.TransformerEmbedder",
+        "ldm.modules.encoders.modules.FrozenT5Embedder",
+        "ldm.models.diffusion.ddpm.Layout2ImgDiffusion",
+        "ldm.models.diffusion.classifier.NoisyLatentImageClassifier",
+    ],
+)
+def test_classes_that_are_not_supported_are_refused_by_name(target):
+    with pytest.raises(ConfigError, match=rf" are not supported yet \(`{re.escape(target)}`\)"):
+        translate_config({"target": target})
 
 
 def test_a_family_without_its_part_is_refused():
