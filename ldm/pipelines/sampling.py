@@ -6,7 +6,7 @@ invert     latent -> the noisy latent from which DDIM returns to it
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 
@@ -100,7 +100,9 @@ def sample(
     """Sample a latent for each sample of `cond`.
 
     Args:
-        cond: The condition, which may compose prompts and depend on the step.
+        cond: The condition, which may compose prompts and depend on the step. That of a model
+            without conditions, `model.condition({})`, has no rows: as many as z_t, x_T, z or
+            `seeds` are then sampled, else one.
         uncond: The unconditional or negative condition of guidance; None = no guidance.
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
@@ -170,8 +172,9 @@ def sample(
     check_embedded_guidance(model, guidance, rescale, guidance_interval)
     if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)
-    noise = noise or noise_source(seeds, len(cond), quirks.names)
-    shape = get_latent_shape(model, len(cond), size, z=z, x_T=x_T, z_t=z_t)
+    n = len(cond) or _count_rows(z_t, x_T, z, seeds)
+    noise = noise or noise_source(seeds, n, quirks.names)
+    shape = get_latent_shape(model, n, size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
         x, first = z_t.to(model.device, torch.float32) * _std(sigmas[0]), 0
     else:
@@ -192,7 +195,7 @@ def sample(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
     )
     if brownian and sampler_options["noise"] is not None:
-        sampler_options["interval_noise"] = _make_interval_noise(seeds, len(cond), sigmas, s_noise)
+        sampler_options["interval_noise"] = _make_interval_noise(seeds, n, sigmas, s_noise)
     if SAMPLERS[sampler].takes_uncond:
         sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
     guide: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
@@ -254,6 +257,14 @@ def invert(
     denoise = quirks.build_inverse_denoise(model, sigmas, cond, uncond, scale)
     x = euler(denoise, z.float() * _std(sigmas[0]), sigmas)
     return x / _std(sigmas[-1])
+
+
+def _count_rows(*values: object) -> int:
+    """Return the length of the first of the values that has one; 1 if none has."""
+    for value in values:
+        if isinstance(value, Sized) and not (isinstance(value, Tensor) and value.dim() == 0):
+            return len(value)
+    return 1
 
 
 def _add_start_noise(

@@ -11,12 +11,14 @@ from torch import Tensor
 import ldm
 from goldfile import gold
 from ldm.conditioning import Cond
+from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.model import LatentDiffusion
 from ldm.pipelines import NonFinite, Stop, invert, sample, txt2img
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import get_sigmas
 from pipelines.goldmodels import model_of
 from quick import some
+from recipe import fill
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,18 @@ def test_seeds_may_be_of_numpy_or_torch(model):
     seeds = (5, np.int64(5), np.array([5]), torch.tensor(5))
     images = [run(model, ["a"], steps=1, scale=1, seeds=each) for each in seeds]
     assert all(torch.equal(images[0], image) for image in images)
+
+
+def test_a_model_without_conditions_is_sampled_as_recorded():
+    file, name = gold("ldm_uncond_kl"), "kl_churches_like"
+    info, model = file.case(name)["info"], ldm.instantiate(file.meta["config_kl"]).eval()
+    weights = fill(restore_names(model.state_dict()), file.meta["salt"])
+    model.load_state_dict(rename_weights(weights))
+    model.scale_factor = info["scale_factor"]
+    z = sample(model, model.condition({}), x_T=file.rng(name)[0], steps=info["steps"])
+    file.assert_close(name, latents=z, images=model.decode(z))
+    for seeds, n in (([1, 2, 3], 3), (torch.tensor(5), 1), (None, 1)):
+        assert len(sample(model, model.condition({}), seeds=seeds, steps=1)) == n
 
 
 def test_the_negative_prompt_matters_only_under_guidance(model):

@@ -121,6 +121,16 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
         assert families.FAMILIES[family].function == task
 
 
+def test_a_model_without_conditions_is_trained_and_drawn(tmp_path: Path) -> None:
+    raw = tiny_config("lightning.trainer.max_steps=1", "lightning.callbacks.images=2")
+    params = raw["model"]["params"]
+    params |= {"cond_stage_config": "__is_unconditional__", "cond_stage_trainable": False}
+    params |= {"conditioning_key": None}
+    params["unet_config"]["params"] |= {"use_spatial_transformer": False, "context_dim": None}
+    train(build_run_from(raw, tmp_path))
+    assert len(list((tmp_path / "images" / "train").glob("*.png"))) == 1
+
+
 def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> None:
     text = build_tiny_run(tmp_path / "text")
     export(text)
