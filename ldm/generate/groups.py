@@ -187,7 +187,7 @@ class Sampling:
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
         help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL and LDM3D 5,"
-        " most few-step models and CFG++ samplers 1, demo models 1 … 3)")
+        " image variations 3, most few-step models and CFG++ samplers 1, demo models 1 … 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
         help="rescale the contrast of guided predictions, against over-exposure at high scales:"

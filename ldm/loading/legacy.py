@@ -108,8 +108,10 @@ UNSUPPORTED_CLASSES = {
     SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
 
-# Default sampling options of LDM3D and LDM3D-SR, from their pipelines in diffusers.
-LDM3D_DEFAULTS = {"scale": 5.0}
+# Default sampling options of SD 1 image variations, from the original's script.
+VARIATION_DEFAULTS = {"scale": 3.0}
+# Those of LDM3D and LDM3D-SR, from their pipelines in diffusers.
+LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
 # Parameters of the original model class that are used only by training or logging.
 TRAINING_ONLY = {
@@ -199,6 +201,8 @@ class _ModelTranslator:
         defaults = dict(params.get("defaults") or {})
         if ddconfig.get("in_channels", 3) in (4, 6):  # colour and depth
             defaults = (LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS) | defaults
+        if encoders.get("text", {}).get("target") == CLIP_IMAGE:
+            defaults = VARIATION_DEFAULTS | defaults
         if defaults:
             parts["defaults"] = {"target": "ldm.model.Defaults", "params": defaults}
         return {"target": MODEL, "params": parts, "where": self.where}

@@ -23,6 +23,7 @@ from ldm.pipelines.generate import generate, make_noise
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
 from ldm.pipelines.sampling import sample
+from ldm.pipelines.sampling_options import default_scale
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.warn import warn_caller
@@ -107,13 +108,13 @@ def vary(
     Args:
         prompts: Only their number is used: the number of images to make.
         images, weights: See `unclip`.
-        scale: Guidance scale; None = 3.
+        scale: Guidance scale; None = the model's default, 3 as published.
         negative_prompt: Ignored with a warning, as the model does not read text.
         size, tile, options: See `txt2img`.
     """
     if any(negative_prompt):  # of a text, or of a list of texts
         warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
-    scale = 3.0 if scale is None else scale
+    scale = default_scale(model, options.get("sampler")) if scale is None else scale
     noise = make_noise(prompts, options)
     n = len(prompts)
     weights = _normalize(weights, len(images))

@@ -20,7 +20,8 @@ def test_a_folder_is_loaded_like_its_file(convert_family, name):
     model, expected = ldm.load(folder), ldm.load(source).state_dict()
     torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
     assert model.autoencoder.in_channels == (6 if name == "ldm3d" else 4)
-    assert model.defaults.scale == (9 if name == "ldm3d-sr" else 5)
+    scale_and_steps = (9, 75) if name == "ldm3d-sr" else (5, 49)
+    assert (model.defaults.scale, model.defaults.steps) == scale_and_steps
 
 
 @pytest.mark.parametrize("name", some(FAMILIES[:2], "ldm3d-4c"))

@@ -276,6 +276,7 @@ def test_an_image_variation_model_reads_images_instead_of_prompts(models, image)
     first, other = (vary(model, [""] * 2, [x], **options) for x in (image, -image))
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
+    assert model.defaults.scale == 3  # of commands, too: not unCLIP's 10
     with pytest.warns(UserWarning, match="does not read a negative prompt: ignored"):
         vary(model, [""], [image], negative_prompt="blurry", **options)
 
