@@ -292,6 +292,8 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
         warnings.append("repeat is for the lines of a prompt file: ignored")
     if values.get("source_prompt") and not values["inversion"]:
         warnings.append("source_prompt is for DDIM inversion: ignored")
+    if values.get("inversion") and sampling.fixed_code:
+        warnings.append("DDIM inversion makes the initial noise: fixed_code is ignored")
     if values.get("noise_sigma") and family_of(model.conditioner) != "latent-upscaling":
         warnings.append("noise_sigma is for the x2 latent upscaler: ignored")
     ignored = ("torchscript", "ipex", "laion400m")

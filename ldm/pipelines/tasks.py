@@ -134,6 +134,8 @@ def img2img(
             model reads none.
         negative_prompt, scale, tile, upscaling, options: See `txt2img`.
     """
+    if source_prompt and not inversion:
+        raise ArgumentError("source_prompt needs inversion", "source_prompt")
     image = add_depth(model, image, depth)
     noise = make_noise(prompts, options)
     n = len(prompts)
@@ -411,7 +413,7 @@ def _keep_unmasked(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constra
 
 
 def _parse_source_prompt(prompt: str, options: TextOptions) -> StepPrompts | TextPair:
-    for name in ("sigmas", "rho"):
+    for name in ("sigmas", "rho", "x_T"):
         if options.get(name) is not None:
             raise ArgumentError(f"DDIM inversion takes no {name}", name)
     return parse_constant(prompt, options.get("syntax", PLAIN), "source_prompt")

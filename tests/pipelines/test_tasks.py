@@ -129,6 +129,8 @@ def test_known_pixels_come_back_bit_exact(models, image, mask, name):
     [
         ("2 negative prompts were given for 1 images", {"negative_prompt": ["b", "c"]}),
         ("DDIM inversion takes no rho", {"inversion": True, "scheduler": "karras", "rho": 5.0}),
+        ("DDIM inversion takes no x_T", {"inversion": True, "x_T": torch.zeros(1, 4, 8, 8)}),
+        ("source_prompt needs inversion", {"source_prompt": "a"}),
         ("source_prompt holds for the whole run",
          {"inversion": True, "source_prompt": "a AND b", "syntax": "a1111"}),
         ("sld_concept holds for the whole run",

@@ -43,13 +43,15 @@ class Img2Img(PreparedImageTask):
         from ldm import pipelines
 
         inputs = self.request.inputs_as(Img2ImgInputs)
+        if inputs.inversion:
+            options["x_T"] = None  # of `fixed_code`, which is ignored with a warning
         return pipelines.img2img(
             model,
             prompts,
             self.image,
             strength=inputs.strength,
             inversion=inputs.inversion,
-            source_prompt=inputs.source_prompt,
+            source_prompt=inputs.source_prompt if inputs.inversion else "",
             depth=self.depth,
             z=self._latent_for_all_batches(model, len(prompts)),
             **options,
