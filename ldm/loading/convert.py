@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
@@ -139,6 +140,7 @@ def plan_conversion(
         prune: Whether to leave EMA weights out of a file; a folder has none.
         variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype for
             the source of a file; None = see `read_component`.
+        clip_stats: See `load`.
         vae: Checkpoint whose autoencoder is used instead; None = the source's.
         text_encoder: Checkpoint whose text encoder is used instead, and whose autoencoder if the
             source, an x2 latent upscaler, contains none; None = the source's.
@@ -180,9 +182,13 @@ def plan_conversion(
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
         notes.append(f"added tokens are not written, load them as embeddings: {listed}")
-    if is_file and clip_stats is not None and isinstance(model, LatentDiffusion):
-        load_clip_statistics(model.conditioner, file.path, clip_stats)
-        file.state.update(get_clip_statistics(model.conditioner))
+    if clip_stats is not None:
+        if not isinstance(model, LatentDiffusion) or model.conditioner.find(ImageEmbedding) is None:
+            message = f"`{file.path}` is not an unCLIP model, it takes no clip_stats"
+            raise ArgumentError(message, "clip_stats")
+        if is_file:
+            load_clip_statistics(model.conditioner, file.path, clip_stats)
+            file.state.update(get_clip_statistics(model.conditioner))
     source_metadata = filter_metadata(file.metadata, same_weights=not loras)
     metadata = describe_model(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}

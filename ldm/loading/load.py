@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import Schedule
+from ldm.encoders.depth import MiDaSDepth
+from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.lowres import LowRes
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import add_loras, parse_loras, read_loras
@@ -115,15 +117,15 @@ def load(
         overrides: Changes to the YAML, such as `model.params.scale_factor=0.13`.
         allow: Packages of your own whose classes the YAML may name.
         clip_stats: File with mean and standard deviation of CLIP's embeddings; None = from the
-            checkpoint or a file near it. For unCLIP models.
-        midas: File with the depth network; None = from the checkpoint. For depth models.
+            checkpoint or a file near it. For unCLIP models only.
+        midas: File with the depth network; None = from the checkpoint. For depth models only.
         vae: A checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD: a file with its
             decoder only leaves the model's encoder in place. None = that of `ckpt`.
         text_encoder: A checkpoint whose (first) text encoder is used instead, and whose autoencoder
             if `ckpt` contains none; None = that of `ckpt`. The x2 latent upscaler takes both from a
             checkpoint of Stable Diffusion 1.
         base: A model whose autoencoder and text encoder are shared, not copied, where the
-            checkpoint contains none; for the x2 latent upscaler. None = no parts are shared.
+            checkpoint contains none; for the x2 latent upscaler only. None = no parts are shared.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
             `LoRAWeight`, or its text, such as "0.5:1" for text encoders and UNet.
         embeddings: Files of textual inversions, or folders of them: tokens for prompts.
@@ -158,6 +160,7 @@ def load(
     skipped: list[str] = []
     model = build_on_meta(raw, allow=as_list(allow), where=where, skipped=skipped)
     _log_ignored(raw, weights, ema, skipped)
+    _check_options_of_families(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if not isinstance(model, LatentDiffusion):
         _check_options_of_part(weights.path, loras, embeddings, vae, text_encoder)
         weights.select_ema(model.state_dict(), ema)
@@ -263,6 +266,22 @@ def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
     if file_variant and not is_diffusers_folder(find_checkpoint(ckpt, variant=file_variant)):
         raise unknown_name("variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant")
     return open_checkpoint(ckpt, file_variant)
+
+
+def _check_options_of_families(
+    model: nn.Module, weights: Weights, **options: str | Path | LatentDiffusion | None
+) -> None:
+    """Raise ArgumentError for an option that only models of another family take."""
+    encoders = model.conditioner.encoders.values() if isinstance(model, LatentDiffusion) else ()
+    families = {
+        "clip_stats": ("an unCLIP model", any(isinstance(e, ImageEmbedding) for e in encoders)),
+        "midas": ("a depth model", any(isinstance(e, MiDaSDepth) for e in encoders)),
+        "base": ("an x2 latent upscaler", weights.family is LATENT_UPSCALER),
+    }
+    for name, value in options.items():
+        title, is_taken = families[name]
+        if value is not None and not is_taken:
+            raise ArgumentError(f"`{weights.path}` is not {title}, it takes no {name}", name)
 
 
 def _check_options_of_part(

@@ -473,6 +473,8 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     for flag in ("--lora", "--vae", "--text-encoder"):
         error = fails(capsys, folder, target, flag, "none.ckpt")
         assert f"no checkpoint `none.ckpt` ({flag})" in error
+    error = fails(capsys, folder, target, "--clip-stats", "stats.th")
+    assert "is not an unCLIP model, it takes no clip_stats (--clip-stats)" in error
     assert "a folder in none" in fails(capsys, folder, tmp_path / "x.bin")
     assert "neither a diffusers folder" in fails(capsys, tmp_path, target)
     run(folder, copy)

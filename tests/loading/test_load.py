@@ -293,6 +293,16 @@ def test_another_schedule_in_the_file_is_a_warning(tmp_path, tiny_yaml, tiny_sta
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("clip_stats", "unCLIP model"), ("midas", "depth model"), ("base", "x2 latent upscaler")],
+)
+def test_options_of_another_family_are_refused(tmp_path, tiny_yaml, tiny_state, name, family):
+    torch.save(tiny_state, tmp_path / "x.ckpt")
+    with pytest.raises(ArgumentError, match=f"is not an? {family}, it takes no {name}"):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt", **{name: "absent.pt"})
+
+
 def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
     torch.save({**tiny_state, "scale_factor": torch.tensor(0.5)}, tmp_path / "x.ckpt")
     assert ldm.load(tiny_yaml, tmp_path / "x.ckpt").scale_factor == 0.5

@@ -82,8 +82,3 @@ def test_files_of_something_else_are_refused(files, names, change, message):
     torch.save(content, files / "x.pt")
     with pytest.raises(ValueError, match=message):
         ldm.load(files / "lean.safetensors", midas=files / "x.pt")
-
-
-def test_models_without_depth_need_none(tiny_yaml, tiny_state, tmp_path):
-    write_checkpoint(tmp_path / "tiny.ckpt", tiny_state)
-    ldm.load(tiny_yaml, tmp_path / "tiny.ckpt", midas="absent.pt")
