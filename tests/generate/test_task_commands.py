@@ -152,6 +152,16 @@ def test_options_of_sampling_are_recorded_and_read_again(run, call, photo, task,
     assert call("replay", out[0])[:2] == IDENTICAL
 
 
+def test_options_that_ddim_inversion_excludes_are_ignored_with_a_warning(run, photo):
+    flags = ["--init-img", photo, "--n_samples", "1", "--n_iter", "2", "--fixed_code"]
+    status, _, err = run("img2img", "base_v", *flags, "--ddim-inversion")
+    assert status == 0, err
+    assert "DDIM inversion makes the initial noise: fixed_code is ignored" in err
+    status, _, err = run("img2img", "base_v", *flags, "--source-prompt", "a")
+    assert status == 0, err
+    assert "source_prompt is for DDIM inversion: ignored" in err
+
+
 @pytest.mark.parametrize("rank", some((0, 1), 0))
 def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
     for name in ("one", "three", "two"):
