@@ -176,7 +176,8 @@ def check_files(
     pipelines, after loading.
     """
     weights = _identify(ckpt)
-    model = _find_kind(ckpt, weights)
+    # A config that is given may say something else than the folder's.
+    model = _find_kind(None if request.model.config else ckpt, weights)
     refiner_kind, upscaler_kind = (_find_kind(p, _identify(p)) for p in (refiner, upscaler))
     is_xl = model is not None and model.is_xl
     if upscaler is not None and upscaler_kind and upscaler_kind.name != "latent-upscaling":

@@ -340,6 +340,9 @@ class SDXL:
         if self.refiner_strength is not None and self.refiner_start is not None:
             message = "give refiner_strength or refiner_start, not both"
             raise ArgumentError(message, "refiner_strength")
+        for name in ("refiner_strength", "refiner_start"):
+            if self.refiner is None and vars(self)[name] is not None:
+                raise ArgumentError(f"{name} needs a refiner", name)
 
 
 @dataclass(frozen=True)

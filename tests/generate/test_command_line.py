@@ -203,6 +203,7 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("txt2img", "--crop=-1,0", "is not TOP,LEFT"),
         ("txt2img", "--refiner r --H 72", "height 72 is not a positive multiple of 64, which"),
         ("txt2img", "--refiner-strength 0.2 --refiner-start 0.8", "not both"),
+        ("txt2img", "--refiner-start 0.8", "refiner_start needs a refiner"),
         ("upscale", "--refiner r.ckpt", "unknown argument `--refiner`"),
     ],
 )
@@ -232,6 +233,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
         "sld_concept": ["--sld", "max"],
         "freeu_version": ["--freeu"],
         "unsafe": ["--safety-checker", "x"],
+        **{name: ["--refiner", "x"] for name in ("refiner_strength", "refiner_start")},
         **{name: ["--upscaler", "x"] for name in ("upscaler_steps", "upscaler_scale")},
     }
     for task in TASKS.values():
@@ -246,12 +248,12 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([*needed[name], row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
-        others = (  # not with the rest
+        others = {  # not with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--brownian", "--syntax", "--sigmas",
             "--save-latents",
             "--apg", "--perp-neg",
-        )  # fmt: skip
-        compatible = [argv for argv in argvs if argv[0] not in others]
+        }  # fmt: skip
+        compatible = [argv for argv in argvs if others.isdisjoint(argv)]
         parser = build_parser(task)
         for argv in [[], *argvs, list(chain(*compatible))]:
             request = parse_request(task, argv, parser)
