@@ -20,7 +20,7 @@ from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.find_variant import find_variant, supports_variants
-from ldm.loading.model_config import read_config
+from ldm.loading.model_config import has_defaults, read_config
 from ldm.loading.published import find_on_disk, read_published_files
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, open_checkpoint
@@ -185,7 +185,7 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
     if supports_variants(family) and (variant := find_variant(weights)):
-        has_scheduler = is_sdxl and path.is_dir()
+        has_scheduler = is_sdxl and path.is_dir() and has_defaults(raw)
         defaults = variant.update_defaults(defaults, has_scheduler=has_scheduler)
         image_size = VARIANTS[variant.name].image_size_xl if is_sdxl else image_size
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size

@@ -39,7 +39,7 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoin
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.find_variant import choose_variant, select_file_variant
 from ldm.loading.matching import match_weights
-from ldm.loading.model_config import is_in_doubt, read_config
+from ldm.loading.model_config import has_defaults, is_in_doubt, read_config
 from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
 from ldm.loading.replace_parts import (
@@ -203,7 +203,8 @@ def load(
     _check_prediction(model, weights, is_config_given=config is not None)
     if detected_variant is not None:
         is_folder = weights.checkpoint.format == "diffusers"
-        set_variant(model, detected_variant, has_scheduler=is_folder and is_sdxl(model))
+        has_scheduler = is_folder and is_sdxl(model) and has_defaults(raw)
+        set_variant(model, detected_variant, has_scheduler=has_scheduler)
     elif variant == NO_VARIANT:
         model.provenance["variant"] = None
     add_loras(model, adapters)

@@ -20,7 +20,10 @@ from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.runtime.errors import MissingArgument, WeightsMismatch
 from ldm.runtime.types import JsonObject
 
-__all__ = ["choose_config", "find_schedule_early", "is_in_doubt", "probe_weights", "read_config"]
+__all__ = [
+    "choose_config", "find_schedule_early", "has_defaults", "is_in_doubt", "probe_weights",
+    "read_config",
+]  # fmt: skip
 
 # In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
 PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
@@ -119,6 +122,11 @@ def is_in_doubt(weights: Weights) -> bool:
     """Return whether fewer than two methods know the prediction type, and the family has both."""
     family = weights.family
     return family is not None and family.predicts is None and weights.prediction.num_known < 2
+
+
+def has_defaults(raw: JsonObject) -> bool:
+    """Return whether a config has sampling options, as that of SDXL's diffusers folders."""
+    return bool((raw.get("model", raw).get("params") or {}).get("defaults"))
 
 
 def _set_denoiser(params: JsonObject, weights: Weights) -> None:

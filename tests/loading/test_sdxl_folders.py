@@ -80,6 +80,23 @@ def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
     assert (defaults.scale, defaults.steps) == (1.0, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("turbo", "EulerAncestralDiscreteScheduler"), ("lcm", "LCMScheduler")],
+)
+def test_a_few_step_model_is_sampled_alike_from_file_and_folder(
+    convert_family, tmp_path, name, scheduler
+):
+    file = tmp_path / f"sd_xl_{name}.safetensors"
+    file.hardlink_to(convert_family("xl")[0])
+    folder = convert(plan_conversion(file, tmp_path / f"sdxl-{name}"))
+    assert read_json(folder / "model_index.json")["scheduler"] == ["diffusers", scheduler]
+    defaults = ldm.load(file).defaults
+    assert ldm.load(folder).defaults == defaults
+    (folder / EXTRA_WEIGHTS).unlink()
+    assert ldm.load(folder).defaults.sampler == defaults.sampler
+
+
 def test_the_scale_of_an_autoencoder_is_kept(convert_family, tmp_path):
     state = {
         name.removeprefix("first_stage_model."): value

@@ -43,7 +43,7 @@ from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
 from ldm.loading.modelspec import PREFIX
-from ldm.loading.variants import SCHEDULER_KEY
+from ldm.loading.variants import SCHEDULER_KEY, detect_variant
 from ldm.loading.weight_names import (
     DERIVED_WEIGHTS,
     has_engine_names,
@@ -169,6 +169,9 @@ def build_folder(
     derived = _select_derived(file.state)
     model, spec = _build_model(raw, "config", derived)
     state = match_weights(model, rename_weights(file.state), file.path)
+    variant = detect_variant(file.path, file.metadata, state)
+    if variant is not None and isinstance(model, LatentDiffusion):
+        model.defaults = variant.defaults
     files = make_folder_configs(model, spec)
     if not isinstance(model, LatentDiffusion):
         scale, _ = find_scale_factor(file, None)

@@ -24,6 +24,10 @@ SCORE_KEY = "aesthetic_score"  # batch key
 TARGET_PREFIX = "sgm.modules.diffusionmodules."
 # sgm's class by prediction type.
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
+EULER = "EulerDiscreteScheduler"  # of all samplers but these
+SCHEDULERS = {
+    "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "tcd": "TCDScheduler",
+}  # fmt: skip
 IMAGE_SIZE = 128  # default side in latent pixels
 
 
@@ -149,7 +153,7 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
 
 
 def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
-    """Return the config of a scheduler for Euler's method, with the model's default spacing."""
+    """Return the config of a scheduler for the model's default sampler, with its spacing."""
     prediction_type = "epsilon"  # of EDM, too
     if model.parameterization != "edm":
         prediction_type = schedulers.to_prediction_type(model.parameterization)
@@ -164,15 +168,15 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
         }
     if not model.schedule.uses_plain_timesteps or model.parameterization == "edm":
         raise ConfigError("no scheduler of diffusers has the timesteps of this model's denoiser")
-    is_ancestral = model.defaults.sampler == "euler_a"
+    class_name = SCHEDULERS.get(model.defaults.sampler, EULER)
     config = {
-        "_class_name": f"Euler{'Ancestral' if is_ancestral else ''}DiscreteScheduler",
+        "_class_name": class_name,
         **schedulers.make_betas_config(schedule["betas"]),
         "prediction_type": prediction_type,
         "timestep_spacing": schedulers.get_timestep_spacing(model.defaults.scheduler),
         "steps_offset": 1,
     }
-    if not is_ancestral:
+    if class_name == EULER:
         config |= {"interpolation_type": "linear", "use_karras_sigmas": False}
     return config | ({"rescale_betas_zero_snr": True} if model.schedule.zero_snr else {})
 
