@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ldm.generate.command_line import add_options
 from ldm.generate.groups import ModelChoice
+from ldm.generate.option_parsers import parse_count, parse_positive
 from ldm.generate.options import options_of
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import ArgumentError
@@ -42,15 +43,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="DIR",
         help="folder for images (default: %(default)s)",
     )
-    add("--port", type=int, default=7860, help="port of the page (default: %(default)s)")
+    add("--port", type=parse_count, default=7860, help="port of the page (default: %(default)s)")
     add(
         "--listen", action="store_true", help="accept connections from other machines; needs --auth"
     )
     add("--auth", metavar="USER:PASSWORD", help="login of the page (default: none)")
     text = "memory for loaded models (default: half of the device's)"
-    add("--memory", type=float, metavar="GIB", help=text)
+    add("--memory", type=parse_positive, metavar="GIB", help=text)
     for flag, limit, text in MAXIMA:
-        add(flag, type=int, default=limit, metavar="N", help=f"{text} (default: %(default)s)")
+        add(
+            flag,
+            type=parse_count,
+            default=limit,
+            metavar="N",
+            help=f"{text} (default: %(default)s)",
+        )
     text = (
         "file of TAESD for previews, such as taesd_decoder.pth, or taesdxl_decoder.pth for SDXL;"
         " may be given several times (default: those in MODELS/vae_approx, else a linear map)"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
+from ldm.generate.option_parsers import parse_count
 from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
@@ -31,17 +32,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add(
         "--size",
-        type=int,
+        type=parse_count,
         default=512,
         help="training resolution in pixels (default: %(default)s)",
     )
     add(
         "--step",
-        type=int,
+        type=parse_count,
         default=64,
         help="sides of buckets are multiples of this (default: %(default)s)",
     )
-    add("--workers", type=int, default=4, help="decoding threads (default: %(default)s)")
+    add("--workers", type=parse_count, default=4, help="decoding threads (default: %(default)s)")
     add("--list", metavar="FILE", help="write the names of broken files to FILE")
     add(
         "--pack",
@@ -49,7 +50,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="PATTERN",
         help="write the folder as shards with such names: `DIR/name-%%06d.tar`",
     )
-    add("--count", type=int, default=1000, help="images in each shard (default: %(default)s)")
+    add(
+        "--count",
+        type=parse_count,
+        default=1000,
+        help="images in each shard (default: %(default)s)",
+    )
     return parser.run(_check, argv)
 
 

@@ -13,11 +13,11 @@ figure.png; the table is printed, too.
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.command_line import add_options
@@ -26,7 +26,7 @@ from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
 from ldm.generate.options import options_of
 from ldm.generate.tasks import TASKS
 from ldm.runtime.command import CommandParser
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name, errors_about
 from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SCALES = "1.5,2,3,4,5,6,7,8"  # as in the figures of Stable Diffusion 1's and 2's READMEs
 TASK = TASKS["txt2img"]
 
@@ -78,14 +79,27 @@ def _build_parser(prog: str | None) -> CommandParser:
         metavar="FILE",
         help="a model, as for txt2img; may be given several times (default: the demo model)",
     )
-    add("--scales", default=SCALES, metavar="S,S,…", help="guidance scales (default: %(default)s)")
+    add(
+        "--scales",
+        type=_list_parser(parse_number),
+        default=SCALES,
+        metavar="S,S,…",
+        help="guidance scales (default: %(default)s)",
+    )
     add(
         "--samplers",
+        type=_list_parser(_parse_sampler),
         default="ddim",
         metavar="NAME,…",
         help="as --sampler of txt2img (default: %(default)s)",
     )
-    add("--steps", default="50", metavar="N,N,…", help="sampling steps (default: %(default)s)")
+    add(
+        "--steps",
+        type=_list_parser(parse_count),
+        default="50",
+        metavar="N,N,…",
+        help="sampling steps (default: %(default)s)",
+    )
     add(
         "--images",
         action="append",
@@ -188,26 +202,23 @@ def _read_prompts(args: Namespace) -> "list[PromptSource]":
         if args.generate:
             raise ArgumentError("prompts are missing", "prompts")
         return []
-    sources = read_prompts(args.prompts)
+    with errors_about("prompts"):
+        sources = read_prompts(args.prompts)
     return draw_prompts(sources, args.count if args.generate else None, args.seed)
 
 
 def _make_settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
 
-    scales = [parse_number(text) for text in _split_list(args.scales)]
-    steps = [parse_count(text) for text in _split_list(args.steps)]
-    samplers = _split_list(args.samplers)
-    for name in samplers:
-        if name not in SAMPLERS:
-            raise unknown_name("sampler", name, SAMPLERS, argument="samplers")
     values = {name: getattr(args, name) for name in TASK.options() if hasattr(args, name)}
     values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
     values["from_file"] = str(write_prompts(out, [source.text for source in sources]))
     base = TASK.request(values)
     settings = []
     labels = _make_labels(args.ckpt or [None]).items()
-    for (label, ckpt), sampler, count, scale in product(labels, samplers, steps, scales):
+    for (label, ckpt), sampler, count, scale in product(
+        labels, args.samplers, args.steps, args.scales
+    ):
         sampling = replace(base.sampling, sampler=sampler, steps=count, scale=scale)
         model = replace(base.model, ckpt=ckpt)
         settings.append(Setting(label, replace(base, model=model, sampling=sampling)))
@@ -222,7 +233,7 @@ def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet
     if args.reference is None:
         log.warning("no reference images: FID, KID, precision and recall are not computed")
         return None
-    files = list_images(args.reference)
+    files = list_images(args.reference, "reference")
     names = dict.fromkeys(source.image for source in sources if source.image is not None)
     if names:
         by_name = {file.name: file for file in files}
@@ -242,7 +253,7 @@ def _find_folders(args: Namespace, sources: "list[PromptSource]") -> "list[Image
     prompts = [source.text for source in sources] or None
     sets = []
     for label, folder in _make_labels(args.images).items():
-        files = list_images(folder or ".")
+        files = list_images(folder or ".", "images")
         if prompts is not None and len(prompts) != len(files):
             message = f"{len(prompts)} prompts for the {len(files)} images of `{folder}`"
             raise ArgumentError(message, "prompts")
@@ -264,8 +275,21 @@ def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
     return labels
 
 
-def _split_list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def _list_parser(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Return a parser of values separated by commas, without duplicates."""
+
+    def parse_list(text: str) -> list[T]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise ArgumentError(f"`{text}` is not a list of values separated by commas")
+        return list(dict.fromkeys(map(parse, parts)))
+
+    return parse_list
+
+
+def _parse_sampler(name: str) -> str:
+    check_name("sampler", name, SAMPLERS)
+    return name
 
 
 if __name__ == "__main__":

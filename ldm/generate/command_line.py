@@ -7,7 +7,6 @@ to_argv          Request -> the command line that repeats it
 It does not import torch, so that `--help` and mistakes in flags are fast.
 """
 
-import argparse
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from ldm.generate.options import Option, Value, encode_option, options_of
 from ldm.generate.request import Request
 from ldm.generate.tasks import Task
 from ldm.runtime.command import CommandParser
-from ldm.runtime.errors import ArgumentError, MissingFile, check_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["add_options", "build_parser", "parse_request", "to_argv"]
 
@@ -29,6 +28,8 @@ ORIGINAL_FLAGS = (
     "--ckpt", "--seed", "--precision", "--repeat", "--device", "--torchscript", "--ipex", "--bf16",
     "--strength", "--init-img", "--negative-prompt",
 )  # fmt: skip
+
+ORIGINAL_PRECISIONS = ("full", "autocast")
 
 
 def build_parser(task: Task, prog: str | None = None) -> CommandParser:
@@ -114,15 +115,12 @@ def to_argv(request: Request) -> list[str]:
 
 
 def _argparse_type(option: Option) -> Callable[[str], Value]:
-    """Return the parser of an option, with its errors as argparse needs them."""
+    """Return the parser of an option's argument."""
 
     def parse(argument: str) -> Value:
-        try:
-            if option.choices:
-                check_name("choice", argument, option.choices)
-            return option.parse(option.read(argument))
-        except (ArgumentError, MissingFile) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+        if option.choices:
+            check_name("choice", argument, option.choices)
+        return option.parse(option.read(argument))
 
     return parse
 
@@ -130,7 +128,8 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 class _Store(Action):
     """Store a value, or the constant of a shortcut such as `--plms`.
 
-    The last value of a flag wins; different flags must not set different samplers.
+    The last value of a flag wins. Different flags must not set different values, but that `--bf16`
+    may be given with the precisions of the original, before or after it.
     """
 
     def __call__(
@@ -139,8 +138,12 @@ class _Store(Action):
         value, given = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
         key = f"{self.dest}_flag"
         given_before = vars(namespace).get(key, given)
+        before = getattr(namespace, self.dest)
         is_other_flag = given_before.split()[0] != given.split()[0]
-        if self.dest == "sampler" and is_other_flag and getattr(namespace, self.dest) != value:
-            parser.error(f"{given} contradicts {given_before}")
+        if is_other_flag and self.dest in ("sampler", "precision") and before != value:
+            if not {before, value} & {*ORIGINAL_PRECISIONS}:
+                parser.error(f"{given} contradicts {given_before}")
+            if self.nargs != 0:
+                return
         setattr(namespace, self.dest, value)
         setattr(namespace, key, given)

@@ -29,6 +29,7 @@ from ldm.generate.option_parsers import (
     parse_integer,
     parse_legacy,
     parse_lora,
+    parse_natural,
     parse_number,
     parse_positive,
     parse_sigma_interval,
@@ -377,7 +378,7 @@ class Output:
         help="batch size (default: %(default)s)")
     n_iter: int = option(3, "--n_iter", parse=parse_count, metavar="N", label="Batch count",
         help="number of batches, or of runs through the prompt file (default: %(default)s)")
-    n_rows: int = option(0, "--n_rows", parse=parse_integer, metavar="N",
+    n_rows: int = option(0, "--n_rows", parse=parse_natural, metavar="N",
         help="images per row of the grid (default: the batch size)")
     skip_grid: bool = option(False, "--skip_grid", help="do not save the grid")
     skip_save: bool = option(False, "--skip_save", help="do not save single images")

@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NoReturn
 
 from ldm.runtime.errors import LdmError, WrongFamily, explain, is_out_of_memory, nearest_name
@@ -76,6 +77,8 @@ class CommandParser(ArgumentParser):
 
     def _remember_flags(self, action: Action) -> Action:
         self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
+        if callable(action.type):
+            action.type = _keep_message(action.type)
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
@@ -156,6 +159,19 @@ class CommandParser(ArgumentParser):
 def _with_path_type(settings: dict[str, Any]) -> dict[str, Any]:
     is_path = settings.get("metavar") in PATH_METAVARS
     return {"type": os.path.expanduser} | settings if is_path else settings
+
+
+def _keep_message(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return the parser of an argument, with the messages of our errors, which argparse drops."""
+
+    @wraps(parse, updated=())  # argparse names it in messages
+    def parse_argument(argument: str) -> Any:
+        try:
+            return parse(argument)
+        except LdmError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
 
 
 def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:

@@ -542,6 +542,13 @@ def test_what_the_app_cannot_start_with_is_one_line(call, flags, message):
     assert err.endswith(f"{message}\n")
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--max-steps", "0"), ("--memory", "-1")])
+def test_limits_of_the_app_must_be_positive(call, flag, value):
+    status, _, err = call("app", f"{flag}={value}")
+    assert status == 2
+    assert f"argument {flag}: `{value}` is not a" in err
+
+
 def test_help_needs_neither_torch_nor_gradio():
     code = "import sys, ldm.commands.app; print({'torch', 'gradio', 'PIL'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

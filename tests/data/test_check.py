@@ -65,6 +65,13 @@ def test_paths_may_begin_in_the_home_folder(photos, monkeypatch, capsys):
     assert "5 images can be read, 0 are broken" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--size", "--step", "--workers", "--count"])
+def test_a_number_below_1_is_refused_with_its_flag(photos, flag, capsys):
+    with pytest.raises(SystemExit):
+        main([str(photos), flag, "0"])
+    assert f"argument {flag}: `0` is not a positive whole number" in capsys.readouterr().err
+
+
 def test_nothing_to_read_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "nope")]) == 1
     assert "there is no folder or file `" in capsys.readouterr().err

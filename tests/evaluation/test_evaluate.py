@@ -156,8 +156,8 @@ def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
         (["--prompts", "empty.txt", "--generate"], "empty.txt has no prompts (--prompts)"),
         (["--prompts", "own.txt", "--generate"], "`a fox` has eta, clip_skip: per-prompt"),
         (["--count", "9"], "9 prompts requested, there are 5 (--count)"),
-        (["--samplers", "dddim"], "unknown sampler `dddim`, did you mean `ddim`?"),
-        (["--reference", "nowhere"], "no folder `nowhere`"),
+        (["--prompts", "nope.txt", "--generate"], "no file `nope.txt` (--prompts)"),
+        (["--reference", "nowhere"], "no folder `nowhere` (--reference)"),
         (["--inception", "empty.txt", "--reference", "."], "empty.txt"),
         (["--images", "."], "images cannot be given together"),
         (["--resize", "dirty", "--reference", "."], "unknown resize `dirty`"),
@@ -176,6 +176,22 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(
     status, _, err = run(*flags)
     assert status == 1
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--samplers", "dddim", "unknown sampler `dddim`, did you mean `ddim`?"),
+        ("--scales", "7,x", "`x` is not a number"),
+        ("--steps", ",", "`,` is not a list of values"),
+        ("--count", "many", "`many` is not a positive whole number"),
+    ],
+)
+def test_values_of_flags_are_checked_without_generate_too(run, capsys, flag, value, message):
+    with pytest.raises(SystemExit) as stopped:
+        run("--images", "mine", flag, value)
+    assert stopped.value.code == 2
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
 def test_fewer_images_than_processes_is_one_line(run, monkeypatch):

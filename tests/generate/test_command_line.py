@@ -53,6 +53,9 @@ def parse(task, *words):
          {"sampler": "dpm", "scale": 7.5, "n_rows": 2}),
         ("txt2img", "--dpm --steps 25 --device cuda --bf16",
          {"sampler": "dpm", "device": "cuda", "precision": "bf16"}),
+        ("txt2img", "--precision full --device cpu --torchscript --ipex --bf16",
+         {"precision": "bf16"}),
+        ("txt2img", "--bf16 --precision full", {"precision": "bf16"}),
         ("txt2img", "--from-file prompts.txt --repeat 3",
          {"from_file": "prompts.txt", "repeat": 3}),
         ("txt2img", "--torchscript --ipex --laion400m", {"torchscript": True, "ipex": True}),
@@ -156,6 +159,8 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("txt2img", "--W -8", "width -8 is not a positive multiple of 8 (--W)"),
         ("txt2img", "--prompt", "argument --prompt: expected one argument"),
         ("txt2img", "--plms --sampler euler", "--sampler euler contradicts --plms"),
+        ("txt2img", "--bf16 --precision fp16", "--precision fp16 contradicts --bf16"),
+        ("txt2img", "--n_rows -1", "argument --n_rows: `-1` is not a whole number >= 0"),
         ("txt2img", "--plms --ddim_eta 1", "sampler `plms` takes no eta, only ddim, euler_a,"),
         (
             "txt2img",
