@@ -94,8 +94,7 @@ def check_steps(request: Request) -> None:
     It is not raised where the noise schedule is not known yet: sampling checks the steps, too.
     """
     choice, sampling = request.model, request.sampling
-    # The quirk takes any number, and levels that are given are counted.
-    if not sampling.steps or sampling.sigmas is not None or "steps" in sampling.legacy:
+    if not sampling.steps or sampling.sigmas is not None:  # which are counted
         return
     try:
         ckpt = _find_ckpt(request)
@@ -105,8 +104,11 @@ def check_steps(request: Request) -> None:
     except (OSError, ValueError):  # which loading reports
         return
     default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None
-    if schedule is not None:
-        schedule.check_steps(sampling.steps, sampling.scheduler or default or "uniform")
+    scheduler = sampling.scheduler or default or "uniform"
+    if schedule is not None and "steps" in sampling.legacy:
+        Quirks(frozenset(sampling.legacy)).get_sigmas(schedule, sampling.steps, scheduler)
+    elif schedule is not None:
+        schedule.check_steps(sampling.steps, scheduler)
 
 
 def _find_ckpt(request: Request) -> Path | None:
@@ -289,6 +291,9 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     if sampling.freeu is not None and request.sdxl.refiner is not None:
         warnings.append("freeu changes the base, not its refiner")
     values = request.get_values()
+    _, default_prompt = request.task.options()["prompt"]
+    if request.prompts.from_file is not None and request.prompts.prompt != default_prompt:
+        warnings.append("the prompts are those of from_file: prompt is ignored")
     if request.prompts.repeat != 1 and request.prompts.from_file is None:
         warnings.append("repeat is for the lines of a prompt file: ignored")
     if values.get("source_prompt") and not values["inversion"]:

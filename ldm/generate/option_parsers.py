@@ -3,13 +3,12 @@
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from ldm.diffusion.names import APG, API_LEGACY, FREEU_PRESETS, LEGACY, SLD, FreeUFactors
 from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
-from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+from ldm.runtime.errors import ArgumentError, unknown_name
 from ldm.runtime.files import read_text
 
 __all__ = [
@@ -162,10 +161,7 @@ def expand_file(argument: str) -> str:
     """Return an argument, or for `@FILE` the words of the file, joined by spaces."""
     if not argument.startswith("@"):
         return argument
-    path = Path(argument[1:]).expanduser()
-    if not path.is_file():
-        raise MissingFile(f"no file `{path}`")
-    return " ".join(read_text(path).split())
+    return " ".join(read_text(argument[1:]).split())
 
 
 def parse_legacy(argument: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from ldm.diffusion.names import SAMPLERS
 from ldm.generate.option_parsers import parse_count
 from ldm.generate.options import Option, Value, decode_option, options_of
 from ldm.imaging.metadata import parse_sampler
-from ldm.runtime.errors import ArgumentError, LdmError, MissingFile
+from ldm.runtime.errors import ArgumentError, LdmError, errors_about
 from ldm.runtime.files import read_text
 
 if TYPE_CHECKING:
@@ -69,14 +69,13 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
         task: Determines the options that lines may set.
     Raises:
         ArgumentError: A line is invalid; the message names file and line.
-        MissingFile: There is no such file.
-        FileFormatError: See `read_text`.
+        MissingFile, FileFormatError: See `read_text`.
     """
-    if not path.exists():  # it may be a pipe
-        raise MissingFile(f"no file `{path}`", "from_file")
+    with errors_about("from_file"):
+        content = read_text(path)
     options, names = task.options(), _allowed_options(task)
     lines = []
-    for line_number, text in enumerate(read_text(path).splitlines(), start=1):
+    for line_number, text in enumerate(content.splitlines(), start=1):
         try:
             lines.append(_parse_line(text, names, options))
         except LdmError as error:

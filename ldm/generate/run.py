@@ -30,6 +30,7 @@ from ldm.generate.prompt_checks import find_prompt_warnings, find_syntax_warning
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.mesh import check_can_save_meshes
+from ldm.imaging.output import check_outdir
 from ldm.loading.addons.lora import set_loras
 from ldm.runtime.errors import Stop
 
@@ -61,6 +62,7 @@ def run_request(
         NonFinite: The model returned NaN or infinity even in float32.
         Stop: The listener stopped the run; finished images and their grid are saved.
     """
+    check_outdir(request.output.outdir)
     batches = plan_batches(request, list_loras)
     syntax_warnings = find_syntax_warnings(batches, request)
     if request.output.glb:

@@ -16,9 +16,20 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.imaging.metadata import write_png
+from ldm.runtime.errors import ArgumentError
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["OutputFolder", "get_depth_path"]
+__all__ = ["OutputFolder", "check_outdir", "get_depth_path"]
+
+
+def check_outdir(outdir: str | Path) -> None:
+    """Raise ArgumentError if a folder, which need not exist, cannot be made or written into."""
+    path = Path(outdir).expanduser()
+    nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not nearest.is_dir():
+        raise ArgumentError(f"`{nearest}` is not a folder", "outdir")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ArgumentError(f"no permission to write into `{nearest}`", "outdir")
 
 
 class OutputFolder:

@@ -242,7 +242,7 @@ def convert(
 def check_is_new(target: str | Path, *, force: bool) -> None:
     """Raise ExistingFile for what is there already, unless it may be replaced."""
     if not force and Path(target).exists():
-        raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "target")
+        raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "force")
 
 
 def _replace_folder(target: Path, new: Path) -> None:

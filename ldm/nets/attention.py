@@ -11,6 +11,7 @@ float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISIO
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,8 @@ def _check_backend(name: str | None) -> str | None:
     if not name or name == "auto":
         return None
     check_name("attention backend", name, BACKENDS)
+    if name == "xformers":
+        _import_xformers()
     return name
 
 
@@ -112,14 +115,19 @@ def _prefers_tiles(q: Tensor) -> bool:
     return is_faster and cpu.applies(q) and not has_amx()
 
 
-def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _import_xformers() -> Callable[..., Tensor]:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         hint = "attention backend `xformers` needs `pip install 'ldm-revived[xformers]'`"
         raise ImportError(hint) from error
+    kernel: Callable[..., Tensor] = memory_efficient_attention
+    return kernel
+
+
+def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, heads, d), the layout of xformers
-    out: Tensor = memory_efficient_attention(q, k, v)
+    out: Tensor = _import_xformers()(q, k, v)
     return out.transpose(1, 2)  # (B, heads, N, d)
 
 

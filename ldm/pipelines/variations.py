@@ -67,16 +67,20 @@ def unclip(
         if embedding.shape[-1:] != (width,) or embedding[..., 0].numel() not in (1, n):
             message = f"embeddings must be tensors (1 or {n}, {width}), got "
             raise ArgumentError(f"{message}{tuple(embedding.shape)}", "embeddings")
+    num_sources = len(images) + len(embeddings)
+    levels = list(noise_levels) if isinstance(noise_levels, Sized) else [noise_levels] * num_sources
+    if len(levels) != num_sources:
+        message = f"{len(levels)} noise levels were given for {num_sources} images"
+        raise ArgumentError(message, "noise_level")
+    last = encoder.noise.max_noise_level - 1
+    mix_levels = [] if mix_level is None else [mix_level]
+    for name, given in (("noise_levels", levels), ("mix_level", mix_levels)):
+        for level in given:
+            if not 0 <= level <= last:
+                raise ArgumentError(f"{name}: noise levels are 0 … {last}, got {level}", name)
     sources = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
     weights = _normalize(weights, len(sources), is_legacy)
-    if isinstance(noise_levels, Sized):
-        levels = list(noise_levels)
-    else:
-        levels = [noise_levels] * len(sources)
-    if len(levels) != len(sources):
-        message = f"{len(levels)} noise levels were given for {len(sources)} images"
-        raise ArgumentError(message, "noise_level")
     mean = torch.zeros((), device=model.device)
     for embedding, weight, level in zip(sources, weights, levels, strict=True):
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)

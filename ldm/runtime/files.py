@@ -36,8 +36,16 @@ def find_file(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark."""
-    return decode_text(Path(path).expanduser().read_bytes(), path)
+    """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark.
+
+    Raises:
+        MissingFile: There is no such file.
+        FileFormatError: It has another encoding.
+    """
+    file = Path(path).expanduser()
+    if not file.exists() or file.is_dir():  # it may be a pipe
+        raise MissingFile(f"no file `{path}`")
+    return decode_text(file.read_bytes(), path)
 
 
 def decode_text(content: bytes, name: str | Path) -> str:

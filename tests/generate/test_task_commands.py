@@ -340,6 +340,8 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
         ("inpaint", ["--mask", "nope.png"], "no image `nope.png` (--mask)"),
         ("inpaint", ["--mask", "PHOTO", "--mask-box", "0,0,8,8"], "not both (--mask-box)"),
         ("inpaint", ["--mask-box", "0,0,8,8", "--mask-blur", "-1"], "`-1` is not a number >= 0"),
+        ("depth2img", ["--save-depth", "no/x.png"], "no folder `no` to save the depth in (--save"),
+        ("unclip", ["--prior", "nope.ckpt"], "no checkpoint `nope.ckpt` (--prior)"),
         (
             "img2img",
             ["--indir", "FOLDER"],
@@ -354,3 +356,13 @@ def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
     status, _, err = call(task, "--init-img", photo, *words)
     assert status
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "flag"),
+    [("depth2img", "depth", "--midas"), ("unclip", "unclip", "--clip-stats")],
+)
+def test_a_missing_file_of_a_part_is_named_with_its_flag(run, photo, task, name, flag):
+    status, _, err = run(task, name, "--init-img", photo, flag, "nope.pt")
+    assert status == 1
+    assert err.strip().endswith(f"nope.pt`) ({flag})")

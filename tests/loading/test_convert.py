@@ -299,10 +299,10 @@ def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
     (tmp_path / "x.safetensors").write_text("mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
-    assert "exists" in fails(capsys, tiny, tmp_path / "x.safetensors")
+    assert "replaces it (--force)" in fails(capsys, tiny, tmp_path / "x.safetensors")
     with pytest.raises(FileExistsError) as caught:
         convert(plan_conversion(tiny, tmp_path / "x.safetensors"))
-    assert caught.value.argument == "target"
+    assert caught.value.argument == "force"
     assert (tmp_path / "x.safetensors").read_text() == "mine"
     assert "is not replaced" in fails(capsys, tiny, tmp_path / "mine", "--force")
     assert (tmp_path / "mine/thesis.txt").read_text() == "mine"

@@ -1,6 +1,7 @@
 """Depth to image."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.generate.option_parsers import parse_fraction
@@ -8,7 +9,7 @@ from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
 from ldm.generate.tasks.images import ImageInputs, PreparedImageTask, fit_image
-from ldm.runtime.errors import errors_about
+from ldm.runtime.errors import MissingFile, errors_about
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,9 @@ class Depth2Img(PreparedImageTask):
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
         self._estimate: Tensor | None = None  # of any range
+        folder = Path(inputs.save_depth or "").parent
+        if not folder.is_dir():
+            raise MissingFile(f"no folder `{folder}` to save the depth in", "save_depth")
         if inputs.depth_map is not None:
             with errors_about("depth_map"):
                 depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)

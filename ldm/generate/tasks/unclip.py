@@ -1,6 +1,7 @@
 """Variations and mixes of images, by unCLIP and image variation models."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ldm.generate.groups import Inputs
@@ -56,6 +57,7 @@ class Unclip(PreparedTask):
     def __init__(self, request: Request) -> None:
         from ldm.imaging.pixels import to_tensor
         from ldm.imaging.reading import load_image
+        from ldm.loading.files.checkpoint import detect_format
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(UnclipInputs)
@@ -65,6 +67,9 @@ class Unclip(PreparedTask):
             raise MissingArgument("an image or a prior is missing", "init_img")
         if inputs.prior is not None and request.prompts.syntax != PLAIN:
             raise ArgumentError("the prior takes prompts of syntax plain only", "syntax")
+        if inputs.prior is not None:
+            with errors_about("prior"):
+                detect_format(Path(inputs.prior))
         self._prior: Prior | None = None
 
     def begin(self, model: "LatentDiffusion") -> None:
