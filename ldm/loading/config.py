@@ -23,7 +23,14 @@ from yaml import YAMLError
 from ldm.loading import legacy
 from ldm.loading.legacy import list_targets, translate_config
 from ldm.runtime.arguments import as_list
-from ldm.runtime.errors import ArgumentError, ConfigError, check_name, check_names, unknown_name
+from ldm.runtime.errors import (
+    ArgumentError,
+    ConfigError,
+    MissingFile,
+    check_name,
+    check_names,
+    unknown_name,
+)
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -57,7 +64,13 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> JsonObject:
 
 def read_config_text(path: str | Path) -> str:
     """Read the text of a YAML file, unless it is too long to be a config."""
-    full_path = find_file(path)
+    try:
+        full_path = find_file(path)
+    except MissingFile:
+        same = legacy.SAME_CONFIGS.get(Path(path).as_posix())
+        if same is None:
+            raise
+        full_path = find_file(same)
     size = full_path.stat().st_size
     if size > MAX_BYTES:
         raise ConfigError(f"{path}: {size} bytes is too much for a config")

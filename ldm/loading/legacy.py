@@ -85,6 +85,13 @@ TARGETS = {original: ours for ours, originals in CLASSES.items() for original in
 # Defaults of encoders under `cond_stage_config` in published files, where the class has others.
 COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
+# Configs of the original that differ from another one only in what the device decides here.
+SAME_CONFIGS = {
+    f"configs/stable-diffusion/intel/{name}-{dtype}.yaml": f"configs/stable-diffusion/{name}.yaml"
+    for name in ("v2-inference", "v2-inference-v")
+    for dtype in ("fp32", "bf16")
+}
+
 # Known but unsupported classes, and what they are for.
 UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",

@@ -94,6 +94,20 @@ def test_parts_are_built_by_old_and_new_names():
         assert "encoder.down.0.block.0.norm1.weight" in part.state_dict()
 
 
+@pytest.mark.parametrize("name", ["v2-inference", "v2-inference-v"])
+def test_configs_of_the_original_for_intel_are_those_without_a_dtype(name, tmp_path, monkeypatch):
+    folder = "configs/stable-diffusion"
+    for dtype in ("fp32", "bf16"):
+        assert read_yaml(f"{folder}/intel/{name}-{dtype}.yaml") == read_yaml(
+            f"{folder}/{name}.yaml"
+        )
+    monkeypatch.chdir(tmp_path)  # whose own file comes first
+    path = tmp_path / folder / f"intel/{name}-fp32.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("model: {target: mine}")
+    assert read_yaml(f"{folder}/intel/{name}-fp32.yaml") == {"model": {"target": "mine"}}
+
+
 def test_half_precision_of_a_config_is_ignored(tiny_yaml):
     spec = read_yaml(tiny_yaml)["model"]["params"]["unet_config"]
     spec["params"]["use_fp16"] = True
