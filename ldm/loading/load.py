@@ -48,6 +48,7 @@ from ldm.loading.replace_parts import (
     replace_autoencoder,
     replace_text_encoder,
 )
+from ldm.loading.sgm import ENGINE
 from ldm.loading.tiny_autoencoder import build_tiny_autoencoder, read_tiny_autoencoder
 from ldm.loading.variants import NO_VARIANT, VARIANTS, set_variant
 from ldm.loading.weight_names import restore_names
@@ -143,13 +144,21 @@ def load(
         ValueError: Config, files or options do not fit together.
     """
     _check_placement(device, dtype)
+    paths = {
+        "config": config, "ckpt": ckpt, "clip_stats": clip_stats, "midas": midas, "vae": vae,
+        "text_encoder": text_encoder,
+    }  # fmt: skip
+    for name, path in paths.items():
+        if not isinstance(path, str | Path | None):
+            raise ArgumentError(f"{name} must be a path, got {path!r}", name)
     for name, value in (("overrides", overrides), ("allow", allow), ("embeddings", embeddings)):
         if not isinstance(value, Iterable | Path):
             raise ArgumentError(f"{name} must be one text or path or a list, got {value!r}", name)
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(parse_loras(loras)), as_list(embeddings)
     weights = identify_weights(_open_weights(ckpt, variant))
-    config_path, raw = read_config(weights, config, as_list(overrides))
+    with errors_about("config"):
+        config_path, raw = read_config(weights, config, as_list(overrides))
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
             "`%s` is %s; config %s; predicts %s",
@@ -161,6 +170,10 @@ def load(
     model = build_on_meta(raw, allow=as_list(allow), where=where, skipped=skipped)
     _log_ignored(raw, weights, ema, skipped)
     _check_options_of_families(model, weights, clip_stats=clip_stats, midas=midas, base=base)
+    for name in ("clip_stats", "midas"):
+        if (path := paths[name]) is not None:
+            with errors_about(name):
+                find_file(path)
     if not isinstance(model, LatentDiffusion):
         _check_options_of_part(weights.path, loras, embeddings, vae, text_encoder)
         weights.select_ema(model.state_dict(), ema)
@@ -347,9 +360,13 @@ def _log_ignored(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[st
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if weights.checkpoint.has_ema and not ema:
         # The original samples with them where the config says `use_ema` and they exist.
-        params = raw.get("model", raw).get("params") or {}
-        verb = "asks" if params.get("use_ema", True) else "does not ask"
-        log.info("`%s` also has EMA weights, the config %s for them", weights.path, verb)
+        spec = raw.get("model", raw)
+        params = spec.get("params") or {}
+        if params.get("use_ema", spec.get("target") != ENGINE):
+            message = "`%s` also has EMA weights, and the config asks for them: `ema` takes them"
+            log.warning(message, weights.path)
+        else:
+            log.info("`%s` also has EMA weights: `ema` takes them", weights.path)
 
 
 def _describe_origin(raw: JsonMapping, weights: Weights) -> JsonObject:

@@ -210,7 +210,7 @@ def _find_cause(
         return f"the weights look like {family.title} ({config})"
     if file_type := guess_file_type(state):
         return f"the file is {file_type}"
-    if missing := list_missing(PARTS):
+    if missing := list_missing((UNET, *SEPARABLE_PARTS)):
         return f"the file holds nothing of {', '.join(f'`{original(p)}`' for p in missing)}"
     return None
 

@@ -207,6 +207,15 @@ def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
     assert all(torch.equal(alone[name], ema[name]) for name in ema)
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_config_that_asks_for_ema_weights_is_a_warning(
+    tmp_path, tiny_yaml, tiny_state, asks, caplog
+):
+    torch.save(tiny_state | ema_of(tiny_state), tmp_path / "x.ckpt")
+    ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[f"model.params.use_ema={asks}"])
+    assert ("the config asks for them: `ema` takes them" in caplog.text) == asks
+
+
 @pytest.mark.parametrize("entry", ["ema_state_dict", "ema"])
 def test_ema_weights_may_be_another_entry_of_the_file(tmp_path, tiny_yaml, tiny_state, entry):
     averages = {f"module.{n}": v + 1 for n, v in tiny_state.items() if n.startswith("model.")}
@@ -319,7 +328,7 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("cond_stage_model.transformer.token_emb.weight", "a model with BERT's text encoder"),
         ("encoder.down.0.block.0.conv1.weight", "an autoencoder alone, which replaces a model's"),
         ("down_blocks.0.resnets.0.norm1.weight", "a part of a diffusers folder"),
-        ("encoder.conv_in.weight", "holds nothing of `model.diffusion_model.`, "),
+        ("encoder.conv_in.weight", "holds nothing of .*, `cond_stage_model.`"),
     ],
 )
 def test_the_type_of_another_file_is_named(tmp_path, tiny_yaml, name, kind):
@@ -410,10 +419,12 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     ("dtype", "float16", "got 'float16'"), ("dtype", torch.int8, "got torch.int8"),
     ("loras", None, "must be (file, weight) pairs"), ("embeddings", None, "or a list, got None"),
     ("device", "foo", "`foo` is not available here"), ("device", None, "choose one such as cpu"),
+    ("config", 3, "must be a path, got 3"), ("ckpt", 3, "must be a path, got 3"),
+    ("vae", [], "must be a path, got []"),
 ])  # fmt: skip
 def test_an_argument_of_another_type_is_one_line(tiny_yaml, tiny_file, name, value, message):
     with pytest.raises(ValueError, match=f"{name}.* {re.escape(message)}") as caught:
-        ldm.load(tiny_yaml, tiny_file, **{name: value})
+        ldm.load(**{"config": tiny_yaml, "ckpt": tiny_file, name: value})
     assert "\n" not in str(caught.value)
     assert caught.value.argument == name
 
