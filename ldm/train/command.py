@@ -99,6 +99,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     overrides += [argument for argument in args.base if "=" in argument] + args.overrides
     if not configs and resume is None:
         parser.error("-b/--base is needed, or -r/--resume with the folder of a run")
+    if resume and (args.name or args.postfix):
+        raise ValueError(f"`{resume}` keeps its name: leave out --name and --postfix")
     name = (args.name or (Path(configs[-1]).stem if configs else "")) + args.postfix
     if Path(name).name != name:
         raise ValueError(f"the name `{name}` of the run has a `/`: --logdir is for folders")
@@ -216,6 +218,7 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         "-b",
         "--base",
         nargs="*",
+        action="extend",
         default=[],
         help="config files (YAML), later ones over earlier; a diffusers folder brings "
         "its config and the weights to start from",

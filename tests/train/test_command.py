@@ -105,6 +105,10 @@ def test_two_runs_cannot_be_resumed() -> None:
         parse(["-b", TINY, "-r", "logs/x", "--resume_from_checkpoint", "logs/y"])
 
 
+def test_configs_are_joined_however_often_the_flag_is_given() -> None:
+    assert parse(["-b", "a.yaml", "-t", "-b", "b.yaml"]).configs == ("a.yaml", "b.yaml")
+
+
 def test_the_name_of_a_run_has_no_folder() -> None:
     with pytest.raises(ValueError, match="the name `a/b` of the run has a `/`"):
         parse(["-b", TINY, "-n", "a/b"])
@@ -157,6 +161,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         ("--validate", "--validate needs held-out data, `data.params.validation`"),
         ("-r", "no run `tiny` in"),
         ("--validate -r nowhere", "no run and no state `nowhere`"),
+        ("-r nowhere -n other", "`nowhere` keeps its name: leave out --name and --postfix"),
         ("--gpus 0,1, --num_nodes 2", "hint: torchrun --nnodes 2"),
     ],
 )
