@@ -42,6 +42,11 @@ class FeedForward(OldModule, transformer.FeedForward):
         super().__init__(dim=dim, dim_out=dim_out, mult=mult, glu=glu, dropout=dropout)
         relabel(self)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # The whole batch at once, not in blocks: programs hook and replace the layers of `net`.
+        out: Tensor = self.net(x)
+        return out
+
 
 class CrossAttention(OldModule, transformer.CrossAttention):
     """Attention of x to a context, or of x to itself."""

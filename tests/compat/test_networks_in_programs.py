@@ -277,7 +277,8 @@ def test_attention_is_exchanged_layer_by_layer_and_trained_alone(networks, expec
     assert len(learned) == 2 * blocks
 
 
-def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected):
+def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monkeypatch):
+    monkeypatch.setattr("ldm.nets.cpu.layers.BLOCK_BYTES", 1)  # as for inputs of normal size
     unet = copy.deepcopy(networks[0])
     features = {}
 
@@ -290,6 +291,7 @@ def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected):
         "in_layers": unet.output_blocks[-1][0].in_layers,
         "out_layers": unet.output_blocks[-1][0].out_layers,
         "attn1": transformer.transformer_blocks[0].attn1,
+        "geglu": transformer.transformer_blocks[0].ff.net[0],
         "norm": transformer.norm,
     }.items():
         layer.register_forward_hook(keep(name))
@@ -307,6 +309,7 @@ def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected):
         "in_layers": (2, 32, 8, 8),
         "out_layers": (2, 32, 8, 8),
         "attn1": (2, 64, 32),
+        "geglu": (2, 64, 128),
         "norm": (2, 32, 8, 8),
         "output 0": (2, 64, 4, 4),
         "output 1": (2, 64, 8, 8),
