@@ -21,7 +21,6 @@ from PIL import (
     ImageChops,
     ImageCms,
     ImageFile,
-    ImageOps,
     PngImagePlugin,
     UnidentifiedImageError,
 )
@@ -78,6 +77,12 @@ OTHER_FORMATS = {  # description -> marks in the first bytes of the file, in low
 }
 SRGB_GAMMA = 0.45455  # of the chunk gAMA in a PNG
 Tag = ExifTags.Base  # of TIFF files, too
+Turn = Image.Transpose
+TURNS = {  # by EXIF orientation
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+}  # fmt: skip
+QUARTER_TURNS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
 # Pillow scales the pixels of these PNGs to 8 bits, but not their transparent colour: raw mode ->
 # factor for it.
 TRANSPARENT_COLOR_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
@@ -206,7 +211,9 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
         _scale_transparent_color(file)
         if file.format == "TIFF" and _is_wide_planar(file):
             raise UnidentifiedImageError
-        image = ImageOps.exif_transpose(file)
+        file.load()  # which turns a TIFF
+        turn = _find_turn(file)
+        image = file.copy() if turn is None else file.transpose(turn)
         if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_invisible(image):
             image = image.convert("RGB")  # some programs leave the unused alpha channel at 0
         if image.mode[0] not in "IF":  # "I", "I;16" and "F" have more than 8 bits
@@ -268,9 +275,9 @@ def list_images(folder: str | Path, argument: str | None = None) -> list[Path]:
 def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
     """Read (width, height) of the upright image from the header; errors as `open_image`."""
     with open_image(file, None if isinstance(file, (str, Path)) else "the image") as image:
-        is_rotated = image.getexif().get(Tag.Orientation, 1) >= 5  # by 90 degrees, or mirrored so
         # Pillow swaps the sides of a rotated TIFF itself.
-        return image.size[::-1] if is_rotated and image.format != "TIFF" else image.size
+        is_rotated = image.format != "TIFF" and _find_turn(image) in QUARTER_TURNS
+        return image.size[::-1] if is_rotated else image.size
 
 
 def flatten_on_white(image: Image.Image) -> Image.Image:
@@ -301,6 +308,14 @@ def _describe_content(source: Path | BytesIO) -> str:
         return "an empty file, not an image"
     formats = (name for name, marks in OTHER_FORMATS.items() if any(m in start for m in marks))
     return next(formats, "something else, not an image")
+
+
+def _find_turn(image: ImageFile.ImageFile) -> Image.Transpose | None:
+    """Return what turns an image upright, by its EXIF data; None if it is, or they are damaged."""
+    try:
+        return TURNS.get(image.getexif().get(Tag.Orientation, 1))
+    except Exception:  # as Pillow's readers; the pixels are intact
+        return None
 
 
 def _find_color_space(data: bytes) -> str | None:

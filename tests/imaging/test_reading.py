@@ -112,6 +112,20 @@ def test_images_are_turned_as_their_camera_says(ending, orientation):
         assert (read(save(wide, ending, exif=exif(orientation))) == turned).all()
 
 
+ODD_EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack(  # the image's width is a text
+    "<HHHI4sHHIHHI", 2, 256, 2, 4, b"abc\0", 274, 3, 1, 6, 0, 0
+)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(("data", "turns"), [(ODD_EXIF, 1), (b"nonsense", 0), (exif(9), 0)])
+def test_damaged_exif_data_do_no_harm(ending, data, turns):
+    image = save(GREY.convert("RGB"), ending, exif=data, quality=95)
+    turned = np.rot90(RAMP, -turns).astype(int)[..., None]
+    assert abs(read(image) - turned).max() < 9
+    assert read_size(io.BytesIO(image)) == turned.shape[1::-1]
+
+
 def test_what_is_transparent_lies_on_white():
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     for image in (half, half.convert("RGBa")):
