@@ -28,6 +28,7 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.pipelines.families import SIZE_KEYS, family_of
 from ldm.runtime.errors import MissingFile, WeightsMismatch
+from ldm.runtime.files import list_files
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -98,9 +99,10 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise MissingFile(f"no folder `{folder}`", "models")
-    folders = {index.parent for index in root.rglob(INDEX)}
-    files = (f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    paths = {f for f in files if folders.isdisjoint(f.parents)} | folders - {root}
+    files = list(filter(Path.is_file, list_files(root)))
+    folders = {file.parent for file in files if file.name == INDEX}
+    weights = (file for file in files if file.suffix.lower() in SUFFIXES)
+    paths = {file for file in weights if folders.isdisjoint(file.parents)} | folders - {root}
     addons = {name for names in ADDON_FOLDERS.values() for name in names}
     models = [p for p in paths if addons.isdisjoint(map(str.lower, p.relative_to(root).parts[:-1]))]
     return {path.relative_to(root).as_posix(): path for path in sorted(models)}
@@ -111,7 +113,8 @@ def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for root in Path(folder).expanduser().iterdir():
         if root.is_dir() and root.name.lower() in ADDON_FOLDERS[kind]:
-            files = sorted(file for file in root.rglob("*") if file.suffix in ADDON_SUFFIXES)
+            listed = filter(Path.is_file, list_files(root))
+            files = sorted(file for file in listed if file.suffix.lower() in ADDON_SUFFIXES)
             paths |= {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
     return paths
 
@@ -149,9 +152,7 @@ def list_file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]
     if path is None:
         return ()
     root = Path(path).expanduser()
-    files = (
-        [file for file in sorted(root.rglob("*")) if file.is_file()] if root.is_dir() else [root]
-    )
+    files = sorted(filter(Path.is_file, list_files(root))) if root.is_dir() else [root]
     stats = [(file, file.stat()) for file in files]
     return tuple((str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 

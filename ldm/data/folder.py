@@ -12,9 +12,8 @@ DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; wi
 import csv
 import json
 import logging
-import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -23,10 +22,10 @@ from ldm.data.dataset import ImageDataset, UnreadableSample
 from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.reading import IMAGE_SUFFIXES, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
-from ldm.runtime.files import read_text
+from ldm.runtime.files import list_files, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["Folder", "is_hidden", "read_metadata"]
+__all__ = ["Folder", "read_metadata"]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Folder(ImageDataset):
         rows = [row for row in rows if all(row.get(key) == v for key, v in required.items())]
         if text != "text" and not any(text in row for row in rows):
             raise ArgumentError(f"`{root}`: no image has a `{text}`")
-        caption_fields = (text if text in row else "caption" for row in rows)
+        caption_fields = (text if row.get(text) else "caption" for row in rows)
         captioned = (
             {**row, "text": row[field]} if field in row else row
             for row, field in zip(rows, caption_fields, strict=True)
@@ -119,14 +118,6 @@ def read_metadata(root: Path) -> list[JsonObject]:
     return _read(root)[0]
 
 
-def is_hidden(path: str) -> bool:
-    """Return whether a path is or lies in a dot file or system folder (`__MACOSX`, `@eaDir`)."""
-    parts = path.replace("\\", "/").split("/")
-    return any(part[:1] == "." and part.strip(".") for part in parts) or bool(
-        {"__MACOSX", "@eaDir"}.intersection(parts)
-    )
-
-
 def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
     """Read the rows, and why captions of some cannot be read, by `file_name`."""
     if not root.is_dir():
@@ -135,6 +126,8 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
     files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
     if table := next((files[name] for name in METADATA if name in files), None):
         rows = list(_table_rows(table))
+        if not rows:
+            raise FileFormatError(f"`{table}` has no rows")
     else:
         rows = list(_list_images(root, caption_errors))
         if not rows:
@@ -173,16 +166,20 @@ def _csv_rows(path: Path) -> Iterator[JsonObject]:
     delimiter = max(",;\t", key=header.count)
     table = csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
     table.fieldnames = [name.strip() for name in table.fieldnames or ()]
-    for row in table:
-        if None in row:
-            message = f"more fields than the first line, quote texts with `{delimiter}`"
-            raise FileFormatError(f"`{path}`, line {table.line_num}: {message}")
-        yield row
+    try:
+        for row in table:
+            if None in row:
+                message = f"more fields than the first line, quote texts with `{delimiter}`"
+                raise FileFormatError(f"`{path}`, line {table.line_num}: {message}")
+            yield row
+    except csv.Error as error:  # such as a field of 128 KB, after a quote that is not closed
+        raise FileFormatError(f"`{path}`, after line {table.line_num}: {error}") from error
 
 
 def _json_rows(path: Path) -> Iterator[JsonObject]:
     """Read rows, one a line or in arrays."""
-    text, decoder = read_text(path), json.JSONDecoder()
+    # NaN, which pandas writes, is a value that is missing.
+    text, decoder = read_text(path), json.JSONDecoder(parse_constant=lambda _: None)
     line, position, end = 1, 0, 0
     while match := re.compile(r"\S").search(text, end):
         line, position = line + text.count("\n", position, match.start()), match.start()
@@ -208,7 +205,7 @@ def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObj
     tables: dict[Path, Path] = {}
     captions: dict[tuple[Path, str], Path] = {}
     left_out: Counter[str] = Counter()
-    for path in _walk(root, left_out):
+    for path in list_files(root, left_out):
         suffix = path.suffix.lower()
         if path.name.lower() in METADATA:
             tables.setdefault(path.parent, path)
@@ -258,30 +255,3 @@ def _read_caption(path: Path) -> str | list[str] | None:
     except ValueError as error:
         raise FileFormatError(f"`{path}`: {error}") from None
     return (fields.get("text") or fields.get("caption")) if isinstance(fields, dict) else None
-
-
-def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """List all files beneath a folder, those behind symbolic links last, each folder once.
-
-    Args:
-        left_out: Counts hidden folders and links to folders that were listed.
-    """
-    start, queue, visited = Path(os.path.realpath(root)), deque([root]), set[Path]()
-    while queue:
-        for folder, folders, files in os.walk(queue.popleft()):
-            real = Path(os.path.realpath(folder))
-            if real in visited or (real != start and start.is_relative_to(real)):
-                left_out["links to folders that are read already"] += 1
-                folders.clear()
-                continue
-            visited.add(real)
-            shown = sorted(name for name in folders if not is_hidden(name))
-            left_out["hidden folders"] += len(folders) - len(shown)
-            folders[:] = [name for name in shown if not _is_link(real / name)]
-            queue += [Path(folder, name) for name in shown if name not in folders]
-            yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
-
-
-def _is_link(path: Path) -> bool:
-    """Return whether a folder is a link, or a junction of Windows."""
-    return Path(os.path.realpath(path)) != path

@@ -37,12 +37,11 @@ from tqdm import tqdm
 
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
-from ldm.data.folder import is_hidden
 from ldm.data.source import Batch, BatchSource, collate
 from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
-from ldm.runtime.files import decode_text
+from ldm.runtime.files import decode_text, is_hidden
 
 __all__ = [
     "RawSample",
@@ -374,7 +373,8 @@ def _make_samples(
 
 
 def _read_json(raw: RawSample) -> dict[str, Any]:
-    fields = json.loads(raw.get("json", b"{}"))
+    # NaN, which pandas writes, is a value that is missing.
+    fields = json.loads(raw.get("json", b"{}"), parse_constant=lambda _: None)
     if not isinstance(fields, dict):
         raise FileFormatError(f"`{raw['__key__']}.json` is not an object")
     return fields

@@ -13,6 +13,7 @@ All randomness comes from `rng`, which the data set seeds with (seed, epoch, ind
 sample does not depend on what was read before it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Transform(ABC):
             fields = {"aesthetic_score": [DEFAULT_SCORE if score is None else float(score)]}
             if len(sides) == 2:
                 fields["original_size_as_tuple"] = [int(side) for side in sides]
+            if not math.isfinite(fields["aesthetic_score"][0]):
+                raise ValueError
         except (TypeError, ValueError) as error:
             name = row.get("file_name", "a row")
             raise FileFormatError(f"`{name}` has a size or score that is not a number") from error

@@ -10,7 +10,7 @@ from ldm.loading.hub import PREFIX as HUB_PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
-from ldm.runtime.files import find_file
+from ldm.runtime.files import find_file, list_files
 
 __all__ = ["Loras", "add_tagged_loras", "list_local_loras", "remove_tags", "split_tags"]
 
@@ -105,7 +105,7 @@ def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
 
 
 def _files_in(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = filter(Path.is_file, list_files(folder))
     paths = sorted(path for path in files if path.suffix.lower() in LORA_SUFFIXES)
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}
 

@@ -1,9 +1,10 @@
-"""Find files of the package, read text files, hash files, and write files atomically."""
+"""Find and list files, read text files, hash files, and write files atomically."""
 
 import codecs
 import hashlib
 import io
 import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ __all__ = [
     "decode_text",
     "find_file",
     "flush_to_disk",
+    "is_hidden",
+    "list_files",
     "read_text",
     "replace_when_written",
     "sha256_of_file",
@@ -33,6 +36,39 @@ def find_file(path: str | Path) -> Path:
             return candidate
     tried = ", ".join(f"`{candidate}`" for candidate in dict.fromkeys(map(str, candidates)))
     raise MissingFile(f"no file `{path}` (tried {tried})")
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a path is or lies in a dot file or system folder (`__MACOSX`, `@eaDir`)."""
+    parts = path.replace("\\", "/").split("/")
+    return any(part[:1] == "." and part.strip(".") for part in parts) or bool(
+        {"__MACOSX", "@eaDir"}.intersection(parts)
+    )
+
+
+def list_files(root: str | Path, left_out: Counter[str] | None = None) -> Iterator[Path]:
+    """List all files beneath a folder, those behind symbolic links last, each folder once.
+
+    Hidden files and folders are left out.
+
+    Args:
+        left_out: Counts hidden folders and links to folders that were listed; None = not counted.
+    """
+    left_out = Counter() if left_out is None else left_out
+    start, queue, visited = Path(os.path.realpath(root)), deque([Path(root)]), set[Path]()
+    while queue:
+        for folder, folders, files in os.walk(queue.popleft()):
+            real = Path(os.path.realpath(folder))
+            if real in visited or (real != start and start.is_relative_to(real)):
+                left_out["links to folders that are read already"] += 1
+                folders.clear()
+                continue
+            visited.add(real)
+            shown = sorted(name for name in folders if not is_hidden(name))
+            left_out["hidden folders"] += len(folders) - len(shown)
+            folders[:] = [name for name in shown if not _is_link(real / name)]
+            queue += [Path(folder, name) for name in shown if name not in folders]
+            yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
 
 
 def read_text(path: str | Path) -> str:
@@ -130,3 +166,8 @@ def flush_to_disk(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _is_link(path: Path) -> bool:
+    """Return whether a folder is a link, or a junction of Windows."""
+    return Path(os.path.realpath(path)) != path

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ldm.app.catalogue import list_checkpoints, read_catalogue
+from ldm.app.catalogue import list_addons, list_checkpoints, read_catalogue
 
 DEMO = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
 
@@ -49,3 +49,16 @@ def test_models_in_subfolders_and_diffusers_folders_are_named_by_their_path(tmp_
     assert list(catalogue.models) == ["people/a.safetensors"]
     assert len(catalogue.skipped) == 1
     assert "pipeline" in catalogue.skipped[0]
+
+
+def test_files_behind_links_and_with_suffixes_in_capitals_are_listed(tmp_path):
+    for name in ("a/x.SAFETENSORS", "a/._x.safetensors", "b/y.CKPT"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("models", "models/loras"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "models/b").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "models/gone.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    assert list(list_checkpoints(tmp_path / "models")) == ["a/x.SAFETENSORS", "b/y.CKPT"]
+    assert list(list_addons(tmp_path / "models", "lora")) == ["a/x"]

@@ -56,6 +56,11 @@ def test_a_folder_without_metadata_is_refused(tmp_path):
         ("metadata.jsonl", b'{"file_name": "a.png", "repeats": -1}', "`repeats` -1, which is not"),
         ("metadata.jsonl", b'{"image": "a.png", "text": "b"}', "`file_name`, only `image`, `text`"),
         ("metadata.csv", b"file_name,text\na.png,b, c\n", r"csv`, line 2: more fields than the fi"),
+        (
+            "metadata.csv",
+            b"file_name,text\na.png," + 2**17 * b"x" + b"x",
+            "after line 1: field larger than",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path):
@@ -69,6 +74,7 @@ def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path)
     ("name", "content"),
     [
         ("jsonl", '{"file_name": "b/a.png", "text": "one", "repeats": null}'),
+        ("jsonl", '{"file_name": "b/a.png", "text": NaN, "caption": "one", "repeats": NaN}'),
         ("jsonl", '{"file_name": "b/a.png", "text": "one"}\r\n\r\n'),
         ("jsonl", '[{"file_name": "b/a.png", "text": "one"}]'),
         ("jsonl", '[\n  {\n    "file_name": "b/a.png",\n    "text": "one"\n  }\n]\n'),

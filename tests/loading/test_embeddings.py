@@ -83,6 +83,7 @@ UNFIT = {  # tokens, and the error
     "xl": ({"clip_l": VECTORS, "clip_g": torch.ones(3, 1280)}, r"`xl` .* 1280 \(SDXL\).* takes 24"),
     "odd": ({"clip_l": VECTORS, "clip_g": VECTORS[:2]}, "`odd` has 3 vectors for CLIP-L and 2 for"),
     "none": ({"<none>": VECTORS[:0]}, "`<none>` has no vectors"),
+    "nameless": ({" ": VECTORS}, "nameless.safetensors`: one of its tokens has no name"),
     "nan": ({"<nan>": VECTORS * torch.nan}, "the vectors of `<nan>` are not finite"),
     "lora": ({"x": torch.zeros(2, 2, 1, 1)}, "is not a textual inversion: its tensors are not"),
 }
@@ -95,6 +96,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
         with pytest.raises(ValueError, match=message):
             load_embeddings(model, [tmp_path / f"{name}.safetensors"])
     write_embeddings(tmp_path / "people/fits.safetensors", {"<Fits>": VECTORS})
+    (tmp_path / "people/loop").symlink_to(tmp_path, target_is_directory=True)
     write_embeddings(tmp_path / ".hidden/x.safetensors", {"<hidden>": VECTORS})
     load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.added_embeddings) == ["<fits>"]

@@ -1,7 +1,7 @@
 import pytest
 
 from ldm.runtime.errors import FileFormatError
-from ldm.runtime.files import read_text, sha256_of_file
+from ldm.runtime.files import list_files, read_text, sha256_of_file
 
 TEXT = "a fox\nein Füchslein, 狐狸\n"
 
@@ -39,3 +39,13 @@ def test_a_hash_is_cached_until_the_file_changes(tmp_path):
     assert blocks == [5]
     path.write_bytes(b"two foxes")
     assert sha256_of_file(path) != digest
+
+
+def test_files_behind_links_are_listed_once_and_hidden_ones_never(tmp_path):
+    for name in ("models/a", "models/.b", "models/.cache/c", "models/people/d", "elsewhere/e"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name, target in (("more", "../elsewhere"), ("same", "../elsewhere"), ("loop", ".")):
+        (tmp_path / "models" / name).symlink_to(target, target_is_directory=True)
+    files = [path.relative_to(tmp_path / "models") for path in list_files(tmp_path / "models")]
+    assert [path.as_posix() for path in files] == ["a", "people/d", "more/e"]

@@ -14,7 +14,6 @@ et al. 2022 (arXiv:2208.01618).
 """
 
 import base64
-import glob
 import json
 import logging
 import re
@@ -30,6 +29,7 @@ from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, wr
 from ldm.loading.modelspec import describe_model
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
+from ldm.runtime.files import list_files
 
 __all__ = [
     "BUNDLE_PREFIX", "add_embeddings", "check_embeddings", "list_embedding_files",
@@ -167,9 +167,7 @@ def list_embedding_files(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
-    # Unlike Path.rglob, this leaves hidden files out and follows links.
-    paths = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
-    files = [file for file in paths if file.is_file()]
+    files = filter(Path.is_file, list_files(path))
     return sorted(f for f in files if f.suffix.lower() in SUFFIXES or _read_png_text(f))
 
 
@@ -273,9 +271,11 @@ def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[st
             f"`{path}` is not a textual inversion: its tensors are not vectors of tokens"
         )
     for token, vectors_by_encoder in tokens.items():
+        if not token.strip():
+            raise FileFormatError(f"`{path}`: one of its tokens has no name")
         if not all(vectors.numel() for vectors in vectors_by_encoder):
             raise FileFormatError(f"`{path}`: `{token}` has no vectors")
-        if not all(vectors.isfinite().all() for vectors in vectors_by_encoder):
+        if not all(vectors.float().isfinite().all() for vectors in vectors_by_encoder):
             raise FileFormatError(f"`{path}`: the vectors of `{token}` are not finite")
         counts = [vectors.numel() // vectors.shape[-1] for vectors in vectors_by_encoder]
         if len(set(counts)) > 1:
