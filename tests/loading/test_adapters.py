@@ -22,12 +22,13 @@ from lorahelp import (
 
 from ldm.encoders.text import OpenCLIPText
 from ldm.loading.addons import lora_files
-from ldm.loading.addons.lora import load_loras
+from ldm.loading.addons.lora import load_loras, read_changes
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
+from ldm.runtime.errors import FileFormatError
 from quick import some
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
@@ -372,6 +373,74 @@ def test_a_folder_of_peft_has_a_file_for_each_network(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no `pytorch_lora_weights` or `adapter_mo"):
         read_lora(tmp_path / "empty", model)
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "alpha"),
+    [
+        ({r".*attn1\.to_(q|k)": 2, "to_q": 3}, 2),
+        ({"^down_blocks.*to_q": 2}, 2),
+        ({"q": 2, "0.attentions.0.transformer_blocks.0.attn1.to_": 2}, 8),  # parts of words
+    ],
+)
+def test_patterns_of_alpha_are_those_of_peft(patterns, alpha, tmp_path):
+    """Regular expressions for the end of a name, of which the first counts."""
+    state, delta = low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
+    write_checkpoint(tmp_path / "adapter_model.safetensors", state)
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": patterns}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (layer,) = read_lora(tmp_path, tiny_model()).layers.values()
+    torch.testing.assert_close(layer.delta(), alpha / 4 * delta)
+
+
+def test_whole_matrices_of_lokr_are_scaled_as_in_peft(tmp_path):
+    """By alpha / r of the config, which files of lycoris-lora do not have: it does not scale."""
+    first, second = torch.randn(4, 4), torch.randn(8, 8)
+    state = {f"base_model.model.{LAYER}.lokr_w{n}": v for n, v in ((1, first), (2, second))}
+    write_checkpoint(tmp_path / "adapter_model.safetensors", state)
+    for config, scale in (({}, 1), ({"r": 4, "alpha": 8}, 2), (PATTERNS, 8)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        ((_, change),) = read_changes(tmp_path, tiny_model())
+        torch.testing.assert_close(change.delta(), scale * torch.kron(first, second))
+
+
+PATTERNS = {"r": 4, "alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_q": 16}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": [8]}, "alpha in its metadata or `adapter_config.json` is damaged"),
+        (
+            {"lora_alpha": 8, "alpha_pattern": {"(": 1}},
+            "or `adapter_config.json` is damaged: missi",
+        ),
+        (
+            {"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"},
+            "from `pissa_niter_4`, which cha",
+        ),
+    ],
+)
+def test_a_config_of_peft_that_cannot_be_followed_is_refused(config, message, tmp_path):
+    state, _ = low_rank(f"base_model.model.{LAYER}", "lora_A", "lora_B")
+    write_checkpoint(tmp_path / "adapter_model.safetensors", state)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileFormatError, match=message):
+        read_lora(tmp_path, tiny_model())
+
+
+def test_metadata_that_are_damaged_and_weights_of_whole_numbers_are_refused(file):
+    state, _ = low_rank(KOHYA)
+    for text in ("{", "[]"):
+        write_checkpoint(file, state, {lora_files.ALPHA_METADATA: text})
+        with pytest.raises(FileFormatError, match="alpha in its metadata or .* is damaged"):
+            read_lora(file, tiny_model())
+    write_checkpoint(file, {name: value.to(torch.int8) for name, value in state.items()})
+    with pytest.raises(FileFormatError, match="quantised LoRAs are not supported"):
+        read_lora(file, tiny_model())
 
 
 def test_bundled_embeddings_are_added_and_layers_of_rank_zero_change_nothing(file):

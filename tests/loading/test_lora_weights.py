@@ -58,6 +58,7 @@ def test_weights_are_read_as_people_write_them(text, weight, written):
     ("text", "message"),
     [
         ("much", "`much` is not a number"),
+        ("1e400", "`1e400` is not a number"),
         ("1:2:3:4", "is not the weight of a LoRA, such as"),
         ("foo=1", "is not the weight of a LoRA, such as"),
         ("te=1:te=2", "is not the weight of a LoRA, such as"),

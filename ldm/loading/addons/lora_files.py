@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from ldm.nets.lora import LoRA
 from ldm.nets.lycoris import find_rank, is_complete
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.hashes import hash_file
-from ldm.runtime.types import JsonObject
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "BIASES", "LOW_RANK", "Tensors", "add_alphas", "compute_a1111_hash", "find_base",
@@ -80,6 +80,8 @@ FAMILY_BY_NAME = {
     r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": SDXL.title,
     r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
 }
+# Values of peft's `init_lora_weights` with which training starts from a changed base model.
+CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 ALPHA_METADATA = "lora_adapter_metadata"  # key of diffusers for a JSON with alpha
 
 
@@ -136,28 +138,63 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
 def add_alphas(
     layers: Mapping[str, Tensors], file: Checkpoint, targets: Mapping[str, TargetLayer]
 ) -> None:
-    """Add the missing alpha of layers, from the metadata of diffusers or the config of peft."""
-    adapters: JsonObject = json.loads(file.metadata.get(ALPHA_METADATA, "{}"))
-    config_path = file.path.with_name("adapter_config.json")
-    configs: dict[str, JsonObject] = {}  # by network: "unet.", "text_encoder."
-    for key, value in adapters.items():
-        network, dot, name = key.partition(".")
-        configs.setdefault(network + dot, {})[name] = value
-    if not adapters and config_path.is_file():
-        configs = {"": read_json(config_path)}
-    for network, config in configs.items():
-        patterns = config.get("alpha_pattern") or {}
-        for kohya, tensors in layers.items():
-            name = targets[kohya].diffusers if kohya in targets else kohya
-            if not name.startswith(network) or "alpha" in tensors:
-                continue
-            matching = [a for n, a in patterns.items() if name.endswith(n.removeprefix("^"))]
-            alpha = matching[-1] if matching else config.get("lora_alpha", config.get("alpha"))
-            rank = find_rank(tensors)
-            if alpha is not None and rank is not None:
-                # rsLoRA divides by the root of the rank.
-                factor = rank**0.5 if config.get("use_rslora") else 1
-                tensors["alpha"] = torch.tensor(float(alpha) * factor)
+    """Add the missing alpha of layers, from the metadata of diffusers or the config of peft.
+
+    Raises:
+        FileFormatError: These are damaged, or the LoRA needs a base model that peft changed.
+    """
+    path = file.path.with_name("adapter_config.json")
+    content = read_json(path) if ALPHA_METADATA not in file.metadata and path.is_file() else {}
+    try:
+        configs: dict[str, JsonObject] = {"": content}  # by network: "unet.", "text_encoder."
+        for key, value in json.loads(file.metadata.get(ALPHA_METADATA, "{}")).items():
+            network, dot, name = key.partition(".")
+            configs.setdefault(network + dot, {})[name] = value
+        for network, config in configs.items():
+            _check_start(file.path, config)
+            for kohya, tensors in layers.items():
+                name = targets[kohya].diffusers if kohya in targets else kohya
+                if name.startswith(network) and "alpha" not in tensors:
+                    _add_alpha(tensors, config, name.partition(".")[2])
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        message = f"`{file.path}`: alpha in its metadata or `{path.name}` is damaged: {error}"
+        raise FileFormatError(message) from error
+
+
+def _check_start(path: Path, config: JsonMapping) -> None:
+    """Raise FileFormatError if peft subtracted the first matrices of a LoRA from the base model."""
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGED_BASE):
+        raise FileFormatError(
+            f"`{path}` is of an unsupported kind: LoRA from `{start}`, which changes the base "
+            "model, too: save it with peft's `path_initial_model_for_weight_conversion`"
+        )
+
+
+def _add_alpha(tensors: Tensors, config: JsonMapping, name: str) -> None:
+    """Add the alpha of one layer; `name` is that in peft's patterns."""
+    alpha = _find_value(
+        config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha"))
+    )
+    rank = find_rank(tensors)
+    if alpha is None:
+        return
+    if rank is not None:
+        # rsLoRA divides by the root of the rank.
+        factor = rank**0.5 if config.get("use_rslora") else 1
+        tensors["alpha"] = torch.tensor(float(alpha) * factor)
+    elif "lokr_w1" in tensors:  # of two whole matrices: peft scales their product, LyCORIS does not
+        scale = float(alpha) / float(_find_value(config, "rank_pattern", name, config.get("r")))
+        tensors["lokr_w1"] = tensors["lokr_w1"].float() * scale
+
+
+def _find_value(config: JsonMapping, patterns: str, name: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a name, as peft does."""
+    values = config.get(patterns) or {}
+    matching = (value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, default)
 
 
 def list_ranks(file: Checkpoint) -> set[int]:
@@ -266,7 +303,7 @@ def _check_keys(file: Checkpoint, layers: Mapping[str, Tensors], unknown: list[s
 
 
 def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
-    """Raise FileFormatError for layers that are incomplete or not finite."""
+    """Raise FileFormatError for layers that are incomplete, not finite or of whole numbers."""
     incomplete = [name for name, tensors in layers.items() if not _is_complete(tensors)]
     if incomplete:
         roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
@@ -281,6 +318,11 @@ def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
     if invalid:
         message = f"NaN or infinity in {len(invalid)} of its {len(layers)} layers: `{invalid[0]}`"
         raise FileFormatError(f"`{path}`: {message}")
+    for name, tensors in layers.items():
+        for role, value in tensors.items():
+            if role not in ("alpha", "on_input") and not value.is_floating_point():
+                message = f"`{name}` is of {value.dtype}: quantised LoRAs are not supported"
+                raise FileFormatError(f"`{path}`: {message}")
 
 
 def _is_complete(tensors: Tensors) -> bool:

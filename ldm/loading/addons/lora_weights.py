@@ -120,6 +120,6 @@ def split_weight(argument: str) -> tuple[str, str]:
 def _parse_number(text: str | None, weight: str, default: float) -> float:
     if text is None:
         return default
-    if not re.fullmatch(NUMBER, text, re.IGNORECASE):
+    if not re.fullmatch(NUMBER, text, re.IGNORECASE) or not math.isfinite(float(text)):
         raise ArgumentError(f"`{weight}`: `{text}` is not a number", "lora")
     return float(text)
