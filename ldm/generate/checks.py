@@ -1,6 +1,5 @@
 """Check files, LoRAs and options of a request against the model, before the first image."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from ldm.generate.tasks.images import RGBDInputs
 from ldm.loading.addons.lora import read_loras
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_config
+from ldm.loading.diffusers.layout import read_json
 from ldm.loading.families import IMAGE_CONV
 from ldm.loading.find_variant import (
     find_variant_early,
@@ -40,7 +40,7 @@ from ldm.pipelines.sampling_options import (
 from ldm.pipelines.sdxl import REFINER_FILE
 from ldm.pipelines.task import check_clip_skip
 from ldm.runtime.errors import ArgumentError, MissingArgument
-from ldm.runtime.files import find_file, read_text
+from ldm.runtime.files import find_file
 
 __all__ = [
     "check_depth", "check_files", "check_loras", "check_steps",
@@ -246,7 +246,7 @@ def _image_channels(path: Path, weights: Weights | None) -> int | None:
     """Return the channels of a model's images (`ldm.imaging.rgbd`); None if unknown yet."""
     config = path / "vae/config.json"
     if config.is_file():
-        channels = json.loads(read_text(config)).get("in_channels")
+        channels = read_json(config).get("in_channels")
         return channels if isinstance(channels, int) else None
     weight = None if weights is None else weights.state.get(IMAGE_CONV)
     return None if weight is None else weight.shape[1]

@@ -79,9 +79,12 @@ __all__ = ["DEMO_CHECKPOINT", "load", "save_model"]
 log = logging.getLogger(__name__)
 
 DEMO_CONFIG, DEMO_CHECKPOINT = "configs/demo/text2img.yaml", "checkpoints/demo.safetensors"
-# Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. bfloat16 is tried
-# first: most numbers with its 8 bits of precision are exact in float16, too.
-SCHEDULE_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2e-3}
+# Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. Those of fewer
+# bits of precision come first, as most numbers with these are exact in others, too.
+SCHEDULE_TOLERANCE = {
+    torch.float8_e5m2: 0.125, torch.float8_e4m3fn: 0.0625, torch.bfloat16: 4e-3,
+    torch.float16: 2e-3,
+}  # fmt: skip
 
 
 def load(
@@ -407,7 +410,7 @@ def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], su
 def _find_schedule_tolerance(table: Tensor) -> float:
     """Return the tolerance for the lowest precision to which a table was ever rounded."""
     for dtype, tolerance in SCHEDULE_TOLERANCE.items():
-        if torch.equal(table.to(dtype).to(table.dtype), table):
+        if torch.equal(table.to(dtype).float(), table.float()):
             return tolerance
     return 1e-5
 

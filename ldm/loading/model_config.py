@@ -69,7 +69,8 @@ def read_config(
     if unet_params is not None:
         raw = build_upscaler_config(unet_params, overrides)
     elif config is None and path == CONFIG_KEY:
-        raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=path)
+        where = f"`{weights.path}`: {CONFIG_KEY}"
+        raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=where)
     else:
         raw = read_yaml(path, overrides)
         if config is None:

@@ -107,6 +107,14 @@ def test_what_is_not_plain_weights_is_an_error(tmp_path):
         read_checkpoint(tmp_path / "absent.ckpt")
 
 
+def test_a_file_that_ends_within_its_header_is_said_to_be_damaged(tmp_path):
+    write_checkpoint(tmp_path / "x.safetensors", STATE)
+    for length in (9, 50):
+        (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:length])
+        with pytest.raises(ValueError, match=r"y\.safetensors` is damaged, perhaps an incomplete"):
+            read_checkpoint(tmp_path / "y.safetensors")
+
+
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -291,7 +291,10 @@ def test_one_file_of_embeddings_needs_no_list(tmp_path, tiny_yaml, tiny_state):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", embeddings=str(tmp_path / "nothing.pt"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+)
 def test_another_schedule_in_the_file_is_a_warning(tmp_path, tiny_yaml, tiny_state, dtype):
     state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tiny_state.items()}
     torch.save(state, tmp_path / "x.ckpt")

@@ -62,6 +62,7 @@ EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -251,10 +252,13 @@ def detect_format(path: Path) -> str:
         return "zip"
     if start.startswith(LEGACY_MAGIC):
         return "legacy"
-    if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+    header = int.from_bytes(start[:8], "little") if start[8:9] == b"{" else math.inf
+    if header <= size - 8:
         return "safetensors"
     start = start.lower()
     actual = next((k for k, marks in OTHER_FORMATS.items() if start.startswith(marks)), None)
+    if header <= MAX_HEADER:
+        actual = "damaged, perhaps an incomplete download"
     if b"<html" in start or b"<!doctype" in start:
         actual = "a web page, probably a failed download"
     actual = actual or ("not a checkpoint" if start else "an empty file")
@@ -362,7 +366,11 @@ def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tens
 
 
 def _has_overflow(value: Tensor, dtype: torch.dtype) -> bool:
-    return bool((value.isfinite() & ~value.to(dtype).isfinite()).any())
+    return bool((_is_finite(value) & ~_is_finite(value.to(dtype))).any())
+
+
+def _is_finite(value: Tensor) -> Tensor:
+    return (value.float() if value.dtype.itemsize == 1 else value).isfinite()
 
 
 def _make_overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> ArgumentError:
@@ -400,7 +408,7 @@ class _TensorToWrite:
         """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()
-        if new.dtype != old.dtype and not new.isfinite().all() and self.overflows:
+        if new.dtype != old.dtype and not _is_finite(new).all() and self.overflows:
             raise OverflowError
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
