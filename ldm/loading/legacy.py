@@ -299,6 +299,8 @@ def _make_low_res(model: _ModelTranslator) -> Encoders:
 
 
 def _make_patches(model: _ModelTranslator) -> Encoders:
+    if model.params.get("low_scale_config") is not None:
+        raise ConfigError(f"{model.where}: low_scale_config with patches is not supported yet")
     (key,) = model.params.get("concat_keys") or ["lr"]
     patch = model.params.get("reshuffle_patch_size") or 1
     params = {"key": key, "patch": patch}
@@ -333,7 +335,7 @@ MODEL_CLASSES = {
     DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
         "hybrid",
         _make_patches,
-        optional=("concat_keys", "reshuffle_patch_size"),
+        optional=("concat_keys", "reshuffle_patch_size", "low_scale_config"),
         training_only=(*FINETUNE, "low_scale_key"),
     ),
     DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(

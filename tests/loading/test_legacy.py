@@ -235,6 +235,13 @@ def test_classes_that_are_not_supported_are_refused_by_name(target):
         translate_config({"target": target})
 
 
+def test_noise_on_images_in_patches_is_refused_by_name():
+    changes = {"conditioning_key": "hybrid", "low_scale_config": {}, "concat_keys": ["lr"]}
+    spec = {"target": legacy.DDPM + "LatentUpscaleFinetuneDiffusion", "params": params() | changes}
+    with pytest.raises(ValueError, match="low_scale_config with patches is not supported yet"):
+        translate_config(spec)
+
+
 def test_a_family_without_its_part_is_refused():
     params = read_yaml(SHIPPED[0].with_name("x4-upscaling.yaml"))["model"]["params"]
     spec = {"target": legacy.DDPM + "LatentUpscaleDiffusion", "params": params}

@@ -353,6 +353,8 @@ def test_the_keywords_of_data_are_known(
         ("model.base_learning_rate=.nan", "rate: `nan` should be a finite number"),
         ("model.params.ucg_training={txt: 0.1}", "ucg_training.txt: `0.1` should be a mapping"),
         ("model.params.ucg_training={txt: {p: 0.1, val: cat}}", "txt.val: `cat` should be ''"),
+        ("model.params.unet_trainable=attn", "unet_trainable: `attn` should be 'all' or True"),
+        ("model.params.num_timesteps_cond=3", "params.num_timesteps_cond: `3` should be 1"),
         ("model.params.loss_type=l3", "model.params.loss_type: `l3` should be 'l2' or 'l1'"),
         ("model=7", "model: `7` should be a mapping"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),

@@ -408,6 +408,9 @@ class ModelParams(CriterionOptions, total=False):
     ucg_training: dict[str, Dropout]
     use_ema: Bool
     scheduler_config: JsonObject
+    # other values, which the original has, are not supported
+    num_timesteps_cond: Literal[1]
+    unet_trainable: Literal["all", True]
 
 
 class Model(Section):
