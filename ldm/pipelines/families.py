@@ -71,7 +71,9 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     if name in families:
         return
     if name is None:
-        keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys)) or "nothing"
+        keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys))
+        if not keys:
+            raise WrongFamily("this model has no conditions: use `ldm.sample` and `model.decode`")
         raise WrongFamily(f"this model reads {keys}, and no task provides that")
     raise wrong_family(file_name(model), name)
 

@@ -45,7 +45,7 @@ def test_a_model_of_no_known_family_says_what_it_reads():
         WrongFamily, match="this model reads `smell`, `txt`, and no task provides that"
     ):
         pipelines.txt2img(model({"txt", "smell"}), ["a"])
-    with pytest.raises(WrongFamily, match="this model reads nothing"):
+    with pytest.raises(WrongFamily, match="this model has no conditions: use `ldm.sample`"):
         pipelines.txt2img(prompts=["a"], model=model(()))
 
 
