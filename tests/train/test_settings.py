@@ -153,6 +153,17 @@ def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
     assert result.change(trainer={"scale_lr": False}).build_learning_rate(16)[0].lr == 1e-6
 
 
+@pytest.mark.parametrize(("target", "warns"), [("LatentDiffusion", True), ("AutoencoderKL", False)])
+def test_a_rate_that_scaling_makes_too_high_is_a_warning(
+    caplog: pytest.LogCaptureFixture, target: str, warns: bool
+) -> None:
+    """As that of lsun_churches, whose comment says not to scale it."""
+    model = f"model: {{target: {target}, base_learning_rate: 5e-5}}"
+    result = read_settings(parse_yaml(f"{{{model}, data: {{params: {{batch_size: 96}}}}}}"))
+    result.build_learning_rate()
+    assert ("learning rate 4.80e-03: above 3e-04 diffusion models diverge" in caplog.text) == warns
+
+
 def test_captions_are_dropped_as_the_model_config_says() -> None:
     model = "{params: {unet_config: {}, ucg_training: {txt: {p: 0.2, val: ''}}}}"
     assert read(model=model).objective == {"conditioning_dropout_prob": 0.2}

@@ -4,6 +4,7 @@
 `lightning`; ignored keys are listed as notes.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ ORIGINAL_OPTIMIZER: JsonObject = {
     "lr_warmup_steps": 0, "lr_scheduler": "constant", "weight_decay": 1e-2,
 }  # fmt: skip
 EPOCHS = 1000  # Lightning's default limit
+MAX_SCALED_RATE = 3e-4  # of a diffusion model: highest learning rate, scaled by the batch
 LIMITS = ("max_steps", "max_epochs", "max_time")
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -108,6 +112,8 @@ class Settings:
     def build_learning_rate(self, world_size: int = 1) -> tuple[LearningRateSchedule, str]:
         """Return the learning rate schedule of the run, and a line that explains its peak.
 
+        Warns if scaling by the batch makes it too high: the original did so in silence.
+
         Raises:
             ValueError: The config has no `base_learning_rate`.
         """
@@ -121,6 +127,11 @@ class Settings:
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
                 f"(ranks) x {batch_size} (batch_size) x {base:.2e} (base_learning_rate)"
             )
+            if lr > MAX_SCALED_RATE and not self.model.target.endswith("AutoencoderKL"):
+                log.warning(
+                    "learning rate %.2e: above %.0e diffusion models diverge; base_learning_rate "
+                    "is perhaps meant as it is (scale_lr false)", lr, MAX_SCALED_RATE,
+                )  # fmt: skip
         return _build_schedule(self.optimizer, lr), line
 
     def to_config(self) -> JsonObject:
