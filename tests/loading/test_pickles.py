@@ -9,6 +9,7 @@ import numpy as np
 import payloads
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm.loading.files import pickles
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -124,11 +125,13 @@ def test_other_objects_of_old_trainers_are_skipped(tmp_path, pretend):
         "state_dict": STATE,
         "callbacks": {stopping: {}},
         "hyper_parameters": argparse.Namespace(lr=1e-4),
+        "config": OmegaConf.create({"lr": 1e-4, "sizes": [1, "x", None], "copy": "${lr}"}),
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         content[module] = Foreign(pretend(module, "scalar"), np.dtype("f8"), b"12345678")
     torch.save(content, tmp_path / "x.ckpt")
     assert set(read_checkpoint(tmp_path / "x.ckpt").state) == set(STATE)
+    assert list_foreign_imports(tmp_path / "x.ckpt", "zip") == []
 
 
 def test_parameters_and_nested_tensors_load(tmp_path):

@@ -39,6 +39,7 @@ SCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes othe
 # Names that error messages do not list; this does not allow anything.
 HARMLESS = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
+    r"|__builtin__\.(dict|list|long)"
     rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTION.pattern}"
 )
 
@@ -46,6 +47,10 @@ HARMLESS = re.compile(
 INERT = (
     "_codecs.encode",
     "argparse.Namespace",
+    "builtins.dict",
+    "builtins.int",
+    "builtins.list",
+    "collections.defaultdict",
     "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning_fabric.utilities.data.AttributeDict",
@@ -55,9 +60,15 @@ INERT = (
     "numpy.core.multiarray.scalar",
     "numpy.dtype",
     "numpy.ndarray",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.utilities.parsing.AttributeDict",
+    "typing.Any",
 )
 
 
