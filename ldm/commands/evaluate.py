@@ -157,8 +157,10 @@ def _evaluate(args: Namespace) -> None:
     from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
     from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
+    from ldm.imaging.output import check_outdir
     from ldm.runtime.device import pick_device
 
+    check_outdir(args.outdir)
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
     out, rank = Path(args.outdir), get_rank_and_world_size()[0]
     if args.generate and args.images:
@@ -171,8 +173,10 @@ def _evaluate(args: Namespace) -> None:
     device = pick_device(args.device)
     extractor = None
     if reference is not None:
-        extractor = load_extractor(args.inception, args.resize, device)
-    clip = find_clip(args.clip)
+        with errors_about("inception"):
+            extractor = load_extractor(args.inception, args.resize, device)
+    with errors_about("clip"):
+        clip = find_clip(args.clip)
     if args.generate:
         generate_images(settings, out)
         if rank > 0:

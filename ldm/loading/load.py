@@ -160,8 +160,7 @@ def load(
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(parse_loras(loras)), as_list(embeddings)
     weights = identify_weights(_open_weights(ckpt, variant))
-    with errors_about("config"):
-        config_path, raw = read_config(weights, config, as_list(overrides))
+    config_path, raw = read_config(weights, config, as_list(overrides))
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
             "`%s` is %s; config %s; predicts %s",

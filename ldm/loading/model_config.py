@@ -17,7 +17,7 @@ from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import ENGINE
 from ldm.loading.variants import GUIDANCE_WEIGHT
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
-from ldm.runtime.errors import MissingArgument, WeightsMismatch
+from ldm.runtime.errors import MissingArgument, WeightsMismatch, errors_about
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -72,7 +72,8 @@ def read_config(
         where = f"`{weights.path}`: {CONFIG_KEY}"
         raw = parse_yaml(weights.metadata[CONFIG_KEY], overrides, where=where)
     else:
-        raw = read_yaml(path, overrides)
+        with errors_about("config"):
+            raw = read_yaml(path, overrides)
         if config is None:
             _set_denoiser(raw["model"]["params"], weights)
     check_overrides(raw, overrides, path)
