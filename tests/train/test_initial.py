@@ -9,6 +9,7 @@ import ldm
 from goldfile import gold
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import to_original_name
 from ldm.loading.weights import open_checkpoint
 from ldm.train.runs.initial import load_initial_weights, resize_weight
@@ -49,6 +50,19 @@ def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
     assert load_initial_weights(model, params)
     for name in ("unet.out.2.weight", "autoencoder.decoder.conv_in.weight"):
         assert torch.equal(model.get_parameter(name), state[to_original_name(name)])
+
+
+def test_a_config_of_another_prediction_than_the_weights_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "noob.safetensors"
+    write_checkpoint(file, tinyfamilies.write("xl-v", file))
+    for family, is_reported in (("xl-v", False), ("xl", True)):
+        model = instantiate(tinyfamilies.small(family), where="model")
+        load_initial_weights(model, {"ckpt_path": str(file)})
+        assert (
+            "noob.safetensors` looks like a model that predicts v" in caplog.text
+        ) == is_reported
 
 
 def test_a_folder_of_another_program_fits_the_config_of_its_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Load the initial weights of a run, from files that its config names."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor, nn
 from ldm.loading import legacy
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import rename_weights, select_buffers, strip_prefix
-from ldm.loading.weights import open_checkpoint
+from ldm.loading.weight_names import rename_weights, strip_prefix
+from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["load_initial_weights", "resize_weight", "set_scale_by_std"]
+
+log = logging.getLogger(__name__)
 
 
 def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
@@ -47,11 +50,17 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
         _load(model, params, "autoencoder.", widened_keys)
         return True
     if params.get("load_only_unet"):
-        buffers = _load(model.unet, params, "unet.", widened_keys)
+        weights = _load(model.unet, params, "unet.", widened_keys)
     else:
-        buffers = _load(model, params, "", widened_keys)
-    if params.get("scale_by_std") and "scale_factor" in buffers:
-        model.scale_factor = float(buffers["scale_factor"])
+        weights = _load(model, params, "", widened_keys)
+    prediction = weights.prediction
+    if prediction.kind not in (None, model.parameterization):
+        log.warning(
+            "`%s` looks like a model that predicts %s, the config says %s: %s",
+            weights.path, prediction.kind, model.parameterization, prediction,
+        )  # fmt: skip
+    if params.get("scale_by_std") and "scale_factor" in weights.buffers:
+        model.scale_factor = float(weights.buffers["scale_factor"])
     return True
 
 
@@ -71,17 +80,16 @@ def set_scale_by_std(model: LatentDiffusion, images: Tensor, generator: torch.Ge
 
 def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened_keys: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """Load the weights in `ckpt_path`; return the buffers of the file, such as `scale_factor`.
+) -> Weights:
+    """Load the weights in `ckpt_path`; return all that the file contains.
 
     Args:
         prefix: Of the module's weights in a file of a whole model, which has others, too.
         widened_keys: Weights that may have fewer input channels in the file.
     """
     path = find_checkpoint(params["ckpt_path"])
-    raw = open_checkpoint(path if path.is_dir() else find_file(path)).state
-    state = rename_weights(raw)
-    state = strip_prefix(state, prefix) or state
+    weights = identify_weights(open_checkpoint(path if path.is_dir() else find_file(path)))
+    state = strip_prefix(weights.state, prefix) or weights.state
     current = module.state_dict()
     ignored = tuple(params.get("ignore_keys") or ())
     state = {n: v for n, v in state.items() if not n.startswith(ignored)}
@@ -99,7 +107,7 @@ def _load(
     # Ignored weights keep their initial values; without them `match_weights` would miss them.
     state = {n: v for n, v in current.items() if n.startswith(ignored)} | state
     module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
-    return select_buffers(raw)
+    return weights
 
 
 def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:
