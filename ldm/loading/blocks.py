@@ -61,15 +61,17 @@ class Blocks:
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):
-            weights = dict.fromkeys(self.names, default)
+            weights: dict[str, float] = {}
             for entry in entries:
                 name, _, number = entry.partition("=")
                 block = name.strip().upper()
                 if block not in self.names:
                     message = f"the model has no block {block}, it has {_abbreviate(self.names)}"
                     raise ArgumentError(message, argument)
+                if block in weights:
+                    raise ArgumentError(f"block {block} has two weights", argument)
                 weights[block] = _parse_number(number.strip(), argument)
-            return weights
+            return dict.fromkeys(self.names, default) | weights
         numbers = [_parse_number(entry, argument) for entry in entries]
         choices = [self.names, self.names[1:]]
         if is_lora:

@@ -13,6 +13,5 @@ from ldm.prompts.syntax import PLAIN, SYNTAXES, check_syntax, parse_prompt
 
 __all__ = [
     "PLAIN", "SYNTAXES", "ParsedPrompt", "Part", "Piece", "Prompt", "PromptSteps", "PromptWarning",
-    "check_syntax",
-    "parse_prompt",
+    "check_syntax", "parse_prompt",
 ]  # fmt: skip

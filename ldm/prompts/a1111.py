@@ -222,7 +222,7 @@ class _Schedules:
     def last_step(self, number: str) -> int:
         """Return the last step before a switch: a number with a dot is a fraction of the steps."""
         step = float(number) * (self.steps if "." in number else 1)
-        return min(self.steps, int(step))
+        return int(max(0, min(step, self.steps)))  # clamped first: it may be infinite
 
     def _note_literal(self) -> None:
         """Record a bracket that looks like a schedule but is read literally."""

@@ -148,6 +148,8 @@ def _parse_weights(options: list[tuple[str, str]], count: int, operator: str) ->
         weights = [float(value) for name, value in options if not name] or [1.0] * count
     except ValueError as error:
         raise ArgumentError(f".{operator}(…) takes numbers: {error}") from error
+    if not all(map(math.isfinite, weights)):
+        raise ArgumentError(f".{operator}(…) takes finite numbers, got {weights}")
     if len(weights) != count or any(name for name, _ in options):
         raise ArgumentError(f".{operator}(…) takes no numbers or one for each of {count} texts")
     total = math.fsum(weights)
@@ -302,6 +304,10 @@ class _Parser:
             start, end = float(values["t_start"]), float(values["t_end"])
         except ValueError as error:
             raise ArgumentError(f".swap(…): {error}") from error
+        if not 0 <= start < end <= 1:
+            raise ArgumentError(
+                f".swap(…) takes 0 <= t_start < t_end <= 1, got {start:g} and {end:g}"
+            )
         pieces = [
             tuple(item for item in items if isinstance(item, Piece)) or (Piece(""),)
             for items in (original, edited)

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = [
-    "ParsedPrompt", "Part", "Piece", "Prompt", "PromptSteps", "PromptWarning", "join_pieces",
+    "ParsedPrompt", "Part", "Piece", "Prompt", "PromptSteps", "PromptWarning", "Section", "Text",
+    "join_pieces", "quote",
 ]  # fmt: skip
 
 MAX_QUOTED = 40  # characters of a prompt in messages

@@ -83,6 +83,7 @@ def test_name_weight_pairs_leave_other_blocks_unchanged(blocks):
         ("IN12=1", "no block IN12, it has BASE, IN00 … IN11, M00, OUT00 … OUT11"),
         ("IN00=much", "`much` is not a number"),
         ("nan", "`nan` is not a number"),
+        ("IN00=1,in00=0.5", "block IN00 has two weights"),
     ],
 )
 def test_numbers_that_fit_no_block_are_refused(blocks, text, message):
