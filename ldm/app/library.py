@@ -24,7 +24,7 @@ from ldm.loading.addons.embeddings import list_embedding_files, read_embeddings
 from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.addons.safety import COMPONENT
 from ldm.loading.files.checkpoint import compute_short_hash
-from ldm.loading.find_variant import detect_few_steps
+from ldm.loading.find_variant import detect_variant_of_loras
 from ldm.loading.report import inspect_checkpoint
 from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
 from ldm.model import Defaults, LatentDiffusion
@@ -214,7 +214,7 @@ class Library:
         files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
         with suppress(ArgumentError):  # Generate will say what is wrong with it
             files = add_tagged_loras(prompt, files, self.list_lora_files)
-        found, unset = detect_few_steps(files), Defaults()
+        found, unset = detect_variant_of_loras(files), Defaults()
         defaults = unset if entry is None else entry.defaults
         if found is not None:
             defaults = found.defaults

@@ -69,12 +69,12 @@ class Splitter:
         ids = [tokenizer.START, *(i for unit in chunk for i in unit.ids), tokenizer.END]
         return ids + [self.variant.pad] * (self.length - len(ids))
 
-    def weights(self, chunk: Chunk) -> list[float]:
+    def list_weights(self, chunk: Chunk) -> list[float]:
         """Return the weights of a chunk's tokens, (length,)."""
         weights = [1.0, *(unit.weight for unit in chunk for _ in unit.ids)]
         return weights + [1.0] * (self.length - len(weights))
 
-    def pieces(self, chunk: Chunk) -> list[int]:
+    def list_pieces(self, chunk: Chunk) -> list[int]:
         """Return the index of the piece of each token, (length,); -1 for special tokens."""
         pieces = [-1, *(unit.piece for unit in chunk for _ in unit.ids)]
         return pieces + [-1] * (self.length - len(pieces))

@@ -247,7 +247,7 @@ class TextEncoder(Encoder):
             else output.zero_samples(missing)
         )
 
-    def chunks(self, prompt: Prompt) -> list[list[Chunk]]:
+    def split_into_chunks(self, prompt: Prompt) -> list[list[Chunk]]:
         """Return the chunks of each text of a parsed prompt."""
         texts = [text for part in prompt.parts for text in part.texts]
         return [self._splitter.split(text, prompt.syntax) for text in texts]
@@ -261,7 +261,7 @@ class TextEncoder(Encoder):
         capacity, count = chunk_size, 0
         for composition in prompt.compositions:
             for _, entry in composition.entries:
-                for chunks in self.chunks(entry):
+                for chunks in self.split_into_chunks(entry):
                     tokens = sum(len(unit.ids) for chunk in chunks for unit in chunk)
                     candidate = (chunk_size * max(len(chunks), 1), tokens)
                     capacity, count = max((capacity, count), candidate)

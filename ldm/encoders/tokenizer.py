@@ -30,7 +30,7 @@ MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WEIGHT_SYNTAX = re.compile(
     r"(?<!\\)(\((\\.|[^(\\])*:\s*[+-]?\d*\.?\d+\s*\)|\(\([^()]+\)\)|\[\[[^][]+\]\])"
 )
-MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
+NUM_MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def load_vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """Load {symbol: id} without special tokens, and {pair of symbols to merge: rank}."""
     with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
-        merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
+        merges = [(a, b) for a, b in (next(file).split() for _ in range(NUM_MERGES))]
     letters = list(_byte_letters().values())
     symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     ids = {symbol: k for k, symbol in enumerate(symbols)}
@@ -154,7 +154,7 @@ def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
     symbols[-1] += "</w>"  # marks the end of a word
     while len(symbols) > 1:
         pairs = set(pairwise(symbols))
-        best = min(pairs, key=lambda pair: ranks.get(pair, MERGES))
+        best = min(pairs, key=lambda pair: ranks.get(pair, NUM_MERGES))
         if best not in ranks:
             break
         symbols = _merge(symbols, best)

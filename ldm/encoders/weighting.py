@@ -56,7 +56,7 @@ class PromptEncoder:
         chunks = self.splitter.split(text, syntax)
         ids = torch.tensor([self.splitter.to_ids(chunk) for chunk in chunks], device=self.device)
         weights = torch.tensor(
-            [self.splitter.weights(chunk) for chunk in chunks], device=self.device
+            [self.splitter.list_weights(chunk) for chunk in chunks], device=self.device
         )[..., None]  # (k, N, 1)
         z, pooled = split_output(self.run(ids, None))
         pooled = None if pooled is None else pooled[:1]
@@ -79,7 +79,8 @@ class PromptEncoder:
 
         A piece of weight w is masked in an output that gets the blend weight tan((1 - w) pi / 2).
         """
-        piece_indices = torch.tensor([self.splitter.pieces(chunk) for chunk in chunks])  # (k, N)
+        pieces = [self.splitter.list_pieces(chunk) for chunk in chunks]
+        piece_indices = torch.tensor(pieces)  # (k, N)
         z_sum, weight_sum = self._scale_from_empty(z, weights), 1.0
         for index, piece in enumerate(piece for section in text for piece in section):
             positions = (piece_indices.flatten() == index).nonzero()

@@ -14,7 +14,7 @@ from ldm.loading.variants import (
     NO_VARIANT,
     VARIANTS,
     DetectedVariant,
-    detect_lora,
+    detect_lora_variant,
     detect_variant,
     looks_distilled,
 )
@@ -25,7 +25,7 @@ from ldm.pipelines.families import family_of
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "choose_variant", "detect_few_steps", "find_variant", "find_variant_early",
+    "choose_variant", "detect_variant_of_loras", "find_variant", "find_variant_early",
     "select_file_variant", "supports_variants", "warn_if_distilled",
 ]  # fmt: skip
 
@@ -79,7 +79,7 @@ def choose_variant(
     return detected
 
 
-def detect_few_steps(
+def detect_variant_of_loras(
     loras: Iterable[tuple[str | Path, LoRAWeightLike]],
 ) -> DetectedVariant | None:
     """Return the variant that the first of (file, weight) pairs to show one makes of a model.
@@ -88,7 +88,7 @@ def detect_few_steps(
     """
     paths = [path for path, weight in loras if LoRAWeight.parse(weight).unet]
     files = (read_checkpoint(file) for path in paths for file in list_lora_files(path))
-    return next(filter(None, (detect_lora(file.path, file.metadata) for file in files)), None)
+    return next(filter(None, (detect_lora_variant(file.path, file.metadata) for file in files)), None)
 
 
 def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
@@ -130,7 +130,7 @@ def _combine_variants(
         return None
     if detected is not None and VARIANTS[detected.name].marker:
         return detected
-    detected = detect_few_steps(loras) or detected
+    detected = detect_variant_of_loras(loras) or detected
     if variant is not None and select_file_variant(variant) is None:
         detected = DetectedVariant(variant, ARGUMENT, detected.path if detected else path)
     if detected is not None and VARIANTS[detected.name].marker:

@@ -16,7 +16,7 @@ from ldm.pipelines.families import is_sdxl
 
 __all__ = [
     "ARGUMENT", "GUIDANCE_WEIGHT", "NO_VARIANT", "SCHEDULER_KEY", "VARIANTS", "DetectedVariant",
-    "Variant", "detect_lora", "detect_variant", "find_model_name", "is_variant_fixed",
+    "Variant", "detect_lora_variant", "detect_variant", "find_model_name", "is_variant_fixed",
     "looks_distilled", "set_variant",
 ]  # fmt: skip
 
@@ -164,7 +164,7 @@ def detect_variant(
     return detected
 
 
-def detect_lora(path: Path, metadata: Mapping[str, str]) -> DetectedVariant | None:
+def detect_lora_variant(path: Path, metadata: Mapping[str, str]) -> DetectedVariant | None:
     """Return the variant that a LoRA makes of a model, by metadata or file name; None = none."""
     patterns = {name: variant.lora_pattern for name, variant in VARIANTS.items()}
     return _search_names(patterns, path, metadata, LORA_METADATA)

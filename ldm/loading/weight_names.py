@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AUTOENCODER", "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2", "UNET",
+    "AUTOENCODER", "NON_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2", "UNET",
     "has_engine_names", "has_prefix", "normalize_layer_name", "pair_names", "remove_wrappers",
     "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "strip_prefix",
     "to_original_name",
@@ -85,7 +85,7 @@ TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
 # Tensors that are not weights of a model for sampling, by the original's names: noise schedule,
 # constants, markers, EMA, losses, and towers of CLIP that are not used.
-DERIVED_WEIGHTS = re.compile(
+NON_WEIGHTS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
     | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
@@ -121,7 +121,7 @@ def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (our name, name in the file) of weights, without DERIVED_WEIGHTS."""
+    """Yield (our name, name in the file) of weights, without NON_WEIGHTS."""
     names = list(names)
     if UPSCALER_UNET.issubset(names):  # the UNet of a diffusers folder, alone
         yield from ((f"unet.{name}", name) for name in names)
@@ -129,12 +129,12 @@ def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     originals = _strip_outer(names)
     unused = UNUSED_TEXT_ENCODER if VISION_TOWER in originals else ()
     for original, name in originals.items():
-        if not DERIVED_WEIGHTS.fullmatch(original) and not original.startswith(unused):
+        if not NON_WEIGHTS.fullmatch(original) and not original.startswith(unused):
             yield _to_our_name(original), name
 
 
 def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights under our names, without DERIVED_WEIGHTS."""
+    """Return weights under our names, without NON_WEIGHTS."""
     return {ours: state[name] for ours, name in pair_names(state)}
 
 

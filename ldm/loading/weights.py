@@ -71,14 +71,14 @@ class Weights:
     prediction: Prediction = field(init=False)
 
     def __post_init__(self) -> None:
-        self.detect_prediction()
+        self.update_prediction()
 
     @property
     def path(self) -> Path:
         """The file or folder."""
         return self.checkpoint.path
 
-    def detect_prediction(self) -> None:
+    def update_prediction(self) -> None:
         """Set the prediction type by all methods that do not run the network."""
         name, step = find_model_name(self.path), self.checkpoint.step
         self.prediction = detect_prediction(self.family, self.state, step, self.metadata, name)
@@ -98,7 +98,7 @@ class Weights:
             engine = has_engine_names(all_names)
             names_by_original = {to_original_name(name, engine=engine): name for name in all_names}
             use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
-            self.detect_prediction()
+            self.update_prediction()
         elif (
             self.checkpoint.has_ema and has_prefix(names, UNET) and not has_prefix(self.state, UNET)
         ):

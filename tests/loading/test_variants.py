@@ -19,7 +19,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant_early
-from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora, detect_variant
+from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora_variant, detect_variant
 from ldm.model import Defaults
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.errors import ArgumentError
@@ -66,14 +66,14 @@ def test_names_of_models(name, variant, steps):
     ],
 )  # fmt: skip
 def test_names_of_loras(path, variant, steps, sampler):
-    detected = detect_lora(Path(path), {})
+    detected = detect_lora_variant(Path(path), {})
     assert (detected and detected.name) == variant
     assert detected is None or (detected.defaults.steps, detected.defaults.sampler) == (
         steps,
         sampler,
     )
     assert (
-        detect_lora(Path("x.safetensors"), {"ss_output_name": Path(path).parts[0]}) or not detected
+        detect_lora_variant(Path("x.safetensors"), {"ss_output_name": Path(path).parts[0]}) or not detected
     )
 
 

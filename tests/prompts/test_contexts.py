@@ -143,7 +143,7 @@ def test_comfy_does_not_cut_words():
     count = encoder.count_tokens(word)
     prompt = parse_prompt("a " * 73 + word, "comfy").compositions[0].at(0)
     assert 1 < count < 8
-    assert [lengths(text) for text in encoder.chunks(prompt)] == [[73, count]]
+    assert [lengths(text) for text in encoder.split_into_chunks(prompt)] == [[73, count]]
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def test_rows_of_different_length_are_repeated():
 def test_the_pooled_output_is_that_of_the_first_chunk():
     second = encoders("sdxl")[1]
     text = parse_prompt(LONG, "a1111").compositions[0].at(0)
-    first = second.chunks(text)[0][0]
+    first = second.split_into_chunks(text)[0][0]
     ids = torch.tensor([[49406, *(i for unit in first for i in unit.ids), 49407]])
     ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))
     assert torch.allclose(second([text]).vector, second(ids).vector, atol=1e-6)
@@ -171,7 +171,7 @@ def test_a_textual_inversion_is_not_cut():
     encoder.added_embeddings = {"<thing>": torch.randn(8, encoder.width)}
     for syntax, expected in (("a1111", [70, 9]), ("comfy", [70, 9]), ("compel", [70, 9])):
         prompt = parse_prompt("a " * 70 + "<thing> b", syntax).compositions[0].at(0)
-        assert [lengths(text) for text in encoder.chunks(prompt)] == [expected]
+        assert [lengths(text) for text in encoder.split_into_chunks(prompt)] == [expected]
         assert encoder([prompt]).shape[1] == 154
 
 
@@ -179,7 +179,7 @@ def test_comfy_names_textual_inversions():
     (encoder,) = encoders("sd1")
     encoder.added_embeddings = {"thing": torch.randn(2, encoder.width)}
     chunks = [
-        encoder.chunks(parse_prompt(text, "comfy").compositions[0].at(0))
+        encoder.split_into_chunks(parse_prompt(text, "comfy").compositions[0].at(0))
         for text in ("a (embedding:thing:1.2), b", "a (thing:1.2), b")
     ]
     assert chunks[0] == chunks[1]

@@ -37,7 +37,7 @@ from ldm.loading.base_models import find_base_model
 from ldm.loading.blocks import BASE, find_blocks
 from ldm.loading.build import meta_device
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint
-from ldm.loading.find_variant import detect_few_steps, warn_if_distilled
+from ldm.loading.find_variant import detect_variant_of_loras, warn_if_distilled
 from ldm.loading.variants import is_variant_fixed, set_variant
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import (
@@ -149,7 +149,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     merged.tokens, merged.state = _record_loras(model, adapters), state
     if is_variant_fixed(model):
         return
-    if variant := detect_few_steps(pairs):
+    if variant := detect_variant_of_loras(pairs):
         merged.undo_sampling = set_variant(model, variant)
     else:
         warn_if_distilled(pairs)

@@ -42,7 +42,7 @@ from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "BIASES", "LOW_RANK", "Tensors", "add_alphas", "compute_a1111_hash", "find_base",
+    "BIASES", "LOW_RANK", "Tensors", "add_alphas", "compute_a1111_hash", "find_lora_family",
     "guess_family", "list_lora_files", "list_ranks", "read_bundled_embeddings", "read_layers",
     "write_lora",
 ]  # fmt: skip
@@ -203,7 +203,7 @@ def list_ranks(file: Checkpoint) -> set[int]:
     return {len(value) for match, value in matches if match and match[2] in DOWN}
 
 
-def find_base(path: str | Path) -> str | None:
+def find_lora_family(path: str | Path) -> str | None:
     """Return the title of the family that a LoRA was trained for; None if it is not recognised."""
     layers: dict[str, Tensors] = {}
     for file in list_lora_files(path):

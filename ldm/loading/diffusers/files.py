@@ -45,7 +45,7 @@ from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
 from ldm.loading.modelspec import PREFIX
 from ldm.loading.variants import SCHEDULER_KEY, detect_variant
 from ldm.loading.weight_names import (
-    DERIVED_WEIGHTS,
+    NON_WEIGHTS,
     has_engine_names,
     rename_weights,
     restore_names,
@@ -102,8 +102,8 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
     else:
         raw = make_original_config(files, str(path))
-    derived = _select_derived(extra.state)
-    model, _ = _build_model(raw, path.name, derived)
+    non_weights = _select_non_weights(extra.state)
+    model, _ = _build_model(raw, path.name, non_weights)
     model_state, locations = model.state_dict(), locate_weights(model)
     prefixes = get_component_prefixes(model)
     added_tokens: dict[str, list[Tensor]] = {}
@@ -135,7 +135,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     return Checkpoint(
         path=path,
         format="diffusers",
-        state=restore_names({name: state[name] for name in model_state}, buffers | derived),
+        state=restore_names({name: state[name] for name in model_state}, buffers | non_weights),
         step=extra.step,
         mapped=True,
         metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(raw)},
@@ -166,8 +166,8 @@ def build_folder(
         raw: Config of the file.
         clip_stats: See `load_clip_statistics`.
     """
-    derived = _select_derived(file.state)
-    model, spec = _build_model(raw, "config", derived)
+    non_weights = _select_non_weights(file.state)
+    model, spec = _build_model(raw, "config", non_weights)
     state = match_weights(model, rename_weights(file.state), file.path)
     variant = detect_variant(file.path, file.metadata, state)
     if variant is not None and isinstance(model, LatentDiffusion):
@@ -192,7 +192,7 @@ def build_folder(
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER).parts[0]] = {"mean": mean, "std": std}
     engine = has_engine_names(state)
-    return files, {**components, "": restore_names(extra, derived, engine=engine)}
+    return files, {**components, "": restore_names(extra, non_weights, engine=engine)}
 
 
 def get_weights_path(component: str, files: Files, variant: str | None = None) -> str:
@@ -245,22 +245,22 @@ def _collect_metadata(files: Files) -> dict[str, str]:
 
 
 def _build_model(
-    raw: JsonMapping, where: str, derived: Mapping[str, Tensor]
+    raw: JsonMapping, where: str, non_weights: Mapping[str, Tensor]
 ) -> tuple[nn.Module, JsonObject]:
-    """Return (model on the meta device, translated config); `derived` may have its scale factor."""
+    """Return (model on the meta device, translated config); `non_weights` may have its scale factor."""
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
-    if "scale_factor" in derived and isinstance(model, LatentDiffusion):
-        model.scale_factor = float(derived["scale_factor"])
+    if "scale_factor" in non_weights and isinstance(model, LatentDiffusion):
+        model.scale_factor = float(non_weights["scale_factor"])
     return model, spec
 
 
-def _select_derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _select_non_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that are not weights: buffers and markers, but no losses."""
     return {
         name: value
         for name, value in state.items()
-        if DERIVED_WEIGHTS.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
+        if NON_WEIGHTS.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
     }
 
 
@@ -280,7 +280,7 @@ def _has_same_config(extra: Checkpoint, files: Files) -> bool:
     if CONFIG_KEY not in extra.metadata:
         return False
     raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-    written = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, _select_derived(extra.state)))
+    written = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, _select_non_weights(extra.state)))
     for path, config in written.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
