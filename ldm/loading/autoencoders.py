@@ -14,7 +14,7 @@ from ldm.runtime.hashes import find_cached_sha256
 __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "is_finite_in_half"]
 
 SCALE, SCALE_XL = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
-# Metadata keys: of options in the config of a diffusers folder.
+# Metadata keys of options in the VAE's config of a diffusers folder.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected one
 # In lower-case file names: a corrected autoencoder; one of SDXL; one of SD.
@@ -28,6 +28,7 @@ def find_scale_factor(source: Checkpoint, family: Family | None) -> tuple[float 
 
     Args:
         family: Of the whole model in the file; None = a file of an autoencoder only.
+
     Returns:
         (None, "") if nothing shows it.
     """

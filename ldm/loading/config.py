@@ -24,6 +24,7 @@ from ldm.loading import legacy
 from ldm.loading.legacy import list_targets, translate_config
 from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import (
+    MALFORMED_DATA_ERRORS,
     ArgumentError,
     ConfigError,
     MissingFile,
@@ -42,11 +43,6 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20  # of a file
 MAX_DEPTH = 64  # of mappings, lists and references within each other
-# Errors that constructors raise for invalid parameters.
-PARAMETER_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
 PART_KEYS = ("target", "params", "base_learning_rate")  # the last for training
 Rename = Callable[[JsonObject], JsonObject]
 MAX_NODES = 10_000  # values in a file once aliases and references are followed
@@ -236,7 +232,7 @@ def instantiate(
             params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
     try:
         return factory(**params)
-    except PARAMETER_ERRORS as error:
+    except MALFORMED_DATA_ERRORS as error:
         if str(error).startswith(where):  # a nested `instantiate` has added the place already
             raise
         message = f"{where}: invalid parameters of {factory.__name__}: {error}"

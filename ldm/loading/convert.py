@@ -22,7 +22,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import format_yaml, parse_yaml, read_yaml
+from ldm.loading.config import format_yaml, parse_yaml, read_config_text, read_yaml
 from ldm.loading.diffusers.files import (
     build_folder,
     get_weights_path,
@@ -68,13 +68,12 @@ from ldm.runtime.errors import (
     WrongFamily,
     errors_about,
 )
-from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "LORA_PARTS", "SUFFIXES", "Conversion", "check_is_new", "convert", "find_config_text",
-    "plan_conversion", "to_original_names",
+    "LORA_PARTS", "SUFFIXES", "Conversion", "check_is_new", "convert", "fill_lora_parts",
+    "find_config_text", "plan_conversion", "to_original_names",
 ]  # fmt: skip
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
@@ -282,21 +281,22 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     if config is None and CONFIG_KEY in file.metadata:
         text = file.metadata[CONFIG_KEY]
     elif config is None and is_part and is_autoencoder:
-        text = read_text(find_file(f"{CONFIG_DIR}/v1-inference.yaml"))
+        text = read_config_text(f"{CONFIG_DIR}/v1-inference.yaml")
     elif config is not None and weights.family is not LATENT_UPSCALER:
-        text = read_text(find_file(config))
+        text = read_config_text(config)
     else:
         weights.prediction = probe_weights(weights)
         try:
             path, raw = read_config(weights, config)
         except MissingArgument:
             return None
-        text = read_text(find_file(path))
+        text = read_config_text(path)
         if parse_yaml(text) != raw:  # adapted to markers and shapes of the weights
             text = format_yaml(raw)
-    model = parse_yaml(text).get("model", {})
-    if is_part and AUTOENCODER_CONFIG in (model.get("params") or {}):
-        return format_yaml({"model": model["params"][AUTOENCODER_CONFIG]})
+    model = parse_yaml(text).get("model")
+    params = model.get("params") if is_part and isinstance(model, Mapping) else None
+    if isinstance(params, Mapping) and AUTOENCODER_CONFIG in params:
+        return format_yaml({"model": params[AUTOENCODER_CONFIG]})
     return text
 
 
@@ -320,6 +320,13 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     return replace(file, state=others | originals)
 
 
+def fill_lora_parts(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Fill a model on the meta device with the weights that LoRAs may change; they are shared."""
+    others = {n: v for n, v in model.state_dict().items() if not n.startswith(LORA_PARTS)}
+    changeable = {name: v for name, v in state.items() if name.startswith(LORA_PARTS)}
+    model.load_state_dict(match_weights(model, changeable | others, path), assign=True)
+
+
 def _merge_loras(
     file: Checkpoint,
     model: nn.Module | None,
@@ -332,11 +339,10 @@ def _merge_loras(
     """
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: LoRAs cannot be merged into it")
-    state = {n: v for n, v in rename_weights(file.state).items() if n.startswith(LORA_PARTS)}
+    state = rename_weights(file.state)
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    others = {n: v for n, v in model.state_dict().items() if not n.startswith(LORA_PARTS)}
-    model.load_state_dict(match_weights(model, state | others, file.path), assign=True)
+    fill_lora_parts(model, state, file.path)
     before = dict(model.named_parameters())
     load_loras(model, loras)
     engine = has_engine_names(before)

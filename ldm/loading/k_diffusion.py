@@ -7,6 +7,7 @@ from the shapes of the weights.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -53,13 +54,12 @@ def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | N
         config: Path of the JSON, or of our YAML of the upscaler.
     """
     if config.endswith(".json"):
-        model: JsonObject = read_yaml(config).get("model") or {}
-        if model.get("type") != TYPE:
-            raise ConfigError(
-                f"{config}: `model` must be of type `{TYPE}`, got `{model.get('type')}`"
-            )
+        model: Any = read_yaml(config).get("model")
+        model_type = model.get("type") if isinstance(model, dict) else None
+        if model_type != TYPE:
+            raise ConfigError(f"{config}: `model` must be of type `{TYPE}`, got `{model_type}`")
         # k-diffusion's default; the published JSON sets it to false.
-        return {"augment_wrapper": True} | model
+        return {"augment_wrapper": True, **model}
     has_weights = f"{INNER}proj_in.weight" in state
     return _infer_unet_params(state) if config == TEMPLATE and has_weights else None
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm.loading.sgm import ENGINE, check_params, translate_engine
-from ldm.runtime.errors import ConfigError
+from ldm.runtime.errors import ConfigError, errors_as
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["list_targets", "translate_config"]
@@ -172,12 +172,13 @@ def translate_config(
         raise ConfigError(
             f"{where}: {UNSUPPORTED_CLASSES[target]} are not supported yet (`{target}`)"
         )
-    if target in MODEL_CLASSES:
-        return _ModelTranslator(target, params, where, skipped).translate()
-    if target == ENGINE:
-        translate = partial(translate_config, skipped=skipped)
-        engine = translate_engine(params, f"{where}.params", skipped, translate)
-        return {"target": MODEL, "params": engine, "where": where}
+    with errors_as(ConfigError, f"{where}: invalid parameters"):
+        if target in MODEL_CLASSES:
+            return _ModelTranslator(target, params, where, skipped).translate()
+        if target == ENGINE:
+            translate = partial(translate_config, skipped=skipped)
+            engine = translate_engine(params, f"{where}.params", skipped, translate)
+            return {"target": MODEL, "params": engine, "where": where}
     return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
 
 

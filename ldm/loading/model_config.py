@@ -17,7 +17,13 @@ from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import ENGINE
 from ldm.loading.variants import GUIDANCE_WEIGHT
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
-from ldm.runtime.errors import MissingArgument, WeightsMismatch, errors_about
+from ldm.runtime.errors import (
+    ConfigError,
+    MissingArgument,
+    WeightsMismatch,
+    errors_about,
+    errors_as,
+)
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -65,7 +71,8 @@ def read_config(
     path = choose_config(weights) if config is None else str(config)
     unet_params = None
     if config is None or path.endswith(".json"):
-        unet_params = find_unet_params(path, weights.state)
+        with errors_as(WeightsMismatch, f"`{weights.path}` is not a complete x2 latent upscaler"):
+            unet_params = find_unet_params(path, weights.state)
     if unet_params is not None:
         raw = build_upscaler_config(unet_params, overrides)
     elif config is None and path == CONFIG_KEY:
@@ -78,7 +85,8 @@ def read_config(
             _set_denoiser(raw["model"]["params"], weights)
     check_overrides(raw, overrides, path)
     if config is None:
-        _adapt_config(raw, weights)
+        with errors_as(ConfigError, f"{path}: invalid parameters"):
+            _adapt_config(raw, weights)
     return path, raw
 
 

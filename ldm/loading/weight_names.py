@@ -18,9 +18,23 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AUTOENCODER", "NON_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2", "UNET",
-    "has_engine_names", "has_prefix", "normalize_layer_name", "pair_names", "remove_wrappers",
-    "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "strip_prefix",
+    "AUTOENCODER",
+    "MARKERS",
+    "NON_WEIGHTS",
+    "SECOND_TEXT",
+    "TEXT",
+    "TEXT_2",
+    "UNET",
+    "has_engine_names",
+    "has_prefix",
+    "normalize_layer_name",
+    "pair_names",
+    "remove_wrappers",
+    "rename_weights",
+    "restore_names",
+    "select_buffers",
+    "select_loss_weights",
+    "strip_prefix",
     "to_original_name",
 ]  # fmt: skip
 
@@ -83,8 +97,8 @@ LAYER_PREFIX = re.compile(
 # Older diffusers' names of a text encoder's attention.
 TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
-# Tensors that are not weights of a model for sampling, by the original's names: noise schedule,
-# constants, markers, EMA, losses, and towers of CLIP that are not used.
+# Tensors that are not weights of a model, by the original's names: noise schedule, constants,
+# markers, EMA, losses, and towers of CLIP that are not used.
 NON_WEIGHTS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
@@ -104,7 +118,7 @@ UPSCALER_UNET = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"
 # A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
-# Those of them that `select_buffers` keeps.
+# Of NON_WEIGHTS, what `select_buffers` keeps.
 BUFFERS = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
@@ -218,7 +232,7 @@ def restore_names(
 
 
 def _strip_outer(names: list[str]) -> dict[str, str]:
-    """Return name in the file by name, without outer models and with each prefix once."""
+    """Return the name in the file by the name without outer models and with each prefix once."""
     matches = {name: PART_PREFIX.match(name) for name in names}
     outer = {match["outer"] for match in matches.values() if match} - {""}
     originals: dict[str, str] = {}

@@ -27,7 +27,7 @@ from ldm.loading.weight_names import (
     select_buffers,
     to_original_name,
 )
-from ldm.runtime.errors import MissingArgument, MissingFile
+from ldm.runtime.errors import FileFormatError, MissingArgument, MissingFile, errors_as
 from ldm.runtime.files import read_text
 
 __all__ = [
@@ -140,7 +140,8 @@ def identify_weights(checkpoint: Checkpoint) -> Weights:
     """Return the weights by our names, with their family and prediction type."""
     state, buffers = rename_weights(checkpoint.state), select_buffers(checkpoint.state)
     metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state}
-    family = recognize_family(state, checkpoint.ema_state, metadata)
+    with errors_as(FileFormatError, f"`{checkpoint.path}` has weights of invalid shapes"):
+        family = recognize_family(state, checkpoint.ema_state, metadata)
     return Weights(checkpoint, state, buffers, metadata, family, checkpoint.mapped)
 
 

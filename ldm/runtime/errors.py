@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "MALFORMED_DATA_ERRORS",
     "ArgumentError",
     "ConfigError",
     "DownloadError",
@@ -42,6 +43,7 @@ __all__ = [
     "check_name",
     "check_names",
     "errors_about",
+    "errors_as",
     "explain",
     "is_out_of_memory",
     "nearest_name",
@@ -51,6 +53,10 @@ __all__ = [
 MAX_LISTED = 32  # longest list of allowed names in a message
 # In the messages of torch for CUDA, MPS, and the CPU.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
+MALFORMED_DATA_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
 class LdmError(Exception):
@@ -161,6 +167,21 @@ def errors_about(argument: str) -> Iterator[None]:
     except LdmError as error:
         error.argument = error.argument or argument
         raise
+
+
+@contextmanager
+def errors_as(error_type: type[LdmError], summary: str) -> Iterator[None]:
+    """Within the context, convert errors that malformed data causes to one of this package.
+
+    Args:
+        summary: Start of the message: what is malformed.
+    """
+    try:
+        yield
+    except LdmError:
+        raise
+    except MALFORMED_DATA_ERRORS as error:
+        raise error_type(f"{summary}: {type(error).__name__}: {error}") from error
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:

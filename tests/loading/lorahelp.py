@@ -16,10 +16,10 @@ from ldm.loading.diffusers.encoders import make_text_config, make_tokenizer_file
 from ldm.loading.diffusers.files import write_texts
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_text_encoder, locate_unet
 from ldm.loading.diffusers.networks import make_unet_config
-from ldm.loading.diffusers.xl import is_xl_model
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.nets.lora import LoRA, LoRALayer
+from ldm.pipelines.families import is_sdxl
 
 sys.path.append(str(Path(__file__).parents[1] / "nets"))
 
@@ -121,7 +121,7 @@ def their_pipeline(model: LatentDiffusion):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
-    is_xl, state = is_xl_model(model), model.unet.state_dict()
+    is_xl, state = is_sdxl(model), model.unet.state_dict()
     config = make_unet_config(model.unet, 8, size_width=SIZES if is_xl else None)
     unet = diffusers.UNet2DConditionModel.from_config(config).eval()
     unet.load_state_dict(convert_to_diffusers(locate_unet(state), state))

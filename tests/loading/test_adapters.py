@@ -541,6 +541,13 @@ def test_a_file_of_another_family_is_refused_in_one_line(
     )
 
 
+def test_the_family_is_found_beside_differences_of_vectors(file):
+    state = low_rank(SDXL_KEYS, width=2048)[0] | {"lora_unet_norm.diff": torch.ones(4)}
+    write_checkpoint(file, dict(sorted(state.items())))  # that of the norm comes first
+    with pytest.raises(ValueError, match="is a LoRA for Stable Diffusion XL"):
+        load_loras(tiny_model(), [(file, 1.0)])
+
+
 def test_a_file_of_an_unknown_family_is_refused_in_one_line(file):
     state = low_rank("lora_unet_down_blocks_3_x")[0] | low_rank("lora_unet_conv_in")[0]
     write_checkpoint(file, state)

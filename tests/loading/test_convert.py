@@ -488,6 +488,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
             "unet/config.json: `addition_embed_type: text_image` is not supported",
         ),
         ('cross_attention_dim": 32', 'cross_attention_dim": 48', "does not fit its own configs"),
+        ('"in_channels"', '"_in_channels"', "has a damaged config: KeyError: 'in_channels'"),
         (text, "{", "is damaged"),
     ):
         unet.write_text(text.replace(old, new))

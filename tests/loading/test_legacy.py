@@ -212,6 +212,8 @@ def test_what_only_training_of_a_family_needs_is_accepted(name, changes):
         ("x4-upscaling", {"low_scale_kee": "x"}, "LatentUpscaleDiffusion `low_scale_kee`, did you"),
         ("v2-midas-inference", {"conditioning_key": "concat"}, "only `hybrid`"),
         ("v2-inference", {"low_scale_key": "lr"}, "unknown parameter of LatentDiffusion"),
+        ("v2-inference", {"given_betas": "x"}, r"^x\.yaml: invalid parameters: "),
+        ("v2-inference", {"defaults": 5}, r"^x\.yaml: invalid parameters: "),
     ],
 )
 def test_a_family_refuses_what_it_cannot_do(name, changes, message):

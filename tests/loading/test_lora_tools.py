@@ -197,7 +197,7 @@ def test_a_resized_lora_is_the_nearest_of_its_rank(kind, tmp_path):
 def test_what_scales_or_turns_weights_is_not_joined(tensors, tmp_path):
     file = tmp_path / "x.safetensors"
     write_checkpoint(file, {f"{CONV}.{role}": torch.ones(shape) for role, shape in tensors.items()})
-    with pytest.raises(LdmError, match="scales or turns weights .* use `convert` to merge it"):
+    with pytest.raises(LdmError, match="scales or rotates weights .* which a LoRA cannot do"):
         join_loras([(file, 1.0)], tiny_model("sd1"))
 
 

@@ -128,6 +128,7 @@ def test_training_parameters_are_skipped():
         ("scale", 1.0, UnknownName, "did you mean `scale_factor`"),
         ("network_wrapper", "sgm.x.IdentityWrapper", ConfigError, "network_wrapper"),
         ("denoiser_config", {"target": "x.Denoiser", "params": {"flip": 1}}, UnknownName, "flip"),
+        ("denoiser_config", "x", ConfigError, "invalid parameters"),
         ("conditioner_config", {"params": {"emb_models": [{"target": "x"}]}}, ConfigError,
          "needs one `input_key`"),
     ],

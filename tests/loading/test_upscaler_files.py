@@ -13,7 +13,7 @@ from ldm.loading.load import load, save_model
 from ldm.loading.model_config import read_config
 from ldm.loading.report import inspect_checkpoint
 from ldm.loading.weights import identify_weights, open_checkpoint
-from ldm.runtime.errors import ArgumentError, ConfigError, MissingArgument
+from ldm.runtime.errors import ArgumentError, ConfigError, MissingArgument, WeightsMismatch
 from tinyupscaler import random_latent, tiny_config, tiny_upscaler
 
 
@@ -77,6 +77,9 @@ def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
     sidecar.write_text(json.dumps({"model": {"type": "image_v2"}}))
     with pytest.raises(ConfigError, match=r"must be of type `image_v1`, got `image_v2`"):
         read_config(weights, sidecar)
+    del weights.state["unet.inner_model.mapping_cond.weight"]
+    with pytest.raises(WeightsMismatch, match=r"x2.pth` is not a complete x2 latent upscaler"):
+        read_config(weights)
 
 
 def test_folder_and_back(model, files, tmp_path):

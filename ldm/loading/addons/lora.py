@@ -36,6 +36,7 @@ from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.base_models import find_base_model
 from ldm.loading.blocks import BASE, find_blocks
 from ldm.loading.build import meta_device
+from ldm.loading.diffusers.layout import INPAINTING_CHANNELS
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint
 from ldm.loading.find_variant import detect_variant_of_loras, warn_if_distilled
 from ldm.loading.variants import is_variant_fixed, set_variant
@@ -50,7 +51,12 @@ from ldm.nets.lora import (
 )
 from ldm.nets.lycoris import Adapter, build_change
 from ldm.pipelines.families import file_name
-from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily
+from ldm.runtime.errors import (
+    ArgumentError,
+    FileFormatError,
+    WeightsMismatch,
+    WrongFamily,
+)
 from ldm.runtime.offload import unload_all
 
 __all__ = [
@@ -61,7 +67,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 INPUT_CONVOLUTION = "input_blocks.0.0"
-INPAINTING_CHANNELS = 9  # of its input: latent, mask, and latent of the masked image
 
 
 class LoRAFile(NamedTuple):
@@ -80,9 +85,11 @@ def parse_loras(
     if isinstance(files, str | Path) or not isinstance(files, Iterable):
         files = [cast(tuple[str, float], files)]
     for pair in files:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            message = 'loras must be (file, weight) pairs, such as [("x.safetensors", 0.8)], got '
-            raise ArgumentError(f"{message}{pair!r}", "loras")
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], str | Path):
+            example = '[("x.safetensors", 0.8)]'
+            message = f"loras must be (file, weight) pairs, such as {example}, got {pair!r}"
+            raise ArgumentError(message, "loras")
         file, weight = pair
         pairs.append((Path(file).expanduser(), LoRAWeight.parse(weight)))
     return pairs

@@ -214,8 +214,8 @@ def find_lora_family(path: str | Path) -> str | None:
 def guess_family(layers: Mapping[str, Tensors]) -> str | None:
     """Return the family by the cross-attention dimension, else by the names of the layers."""
     for name, tensors in layers.items():
-        matrix = next((tensors[role] for role in INPUT_ROLES if role in tensors), None)
-        width = None if matrix is None else matrix.shape[1]
+        matrices = (value for role, value in tensors.items() if role in INPUT_ROLES)
+        width = next((value.shape[1] for value in matrices if value.dim() > 1), None)
         if normalize_layer_name(name).endswith("attn2_to_k") and width in BASE_MODELS:
             return BASE_MODELS[width].title
     names = "\n".join(text for name in layers for text in (name, normalize_layer_name(name)))

@@ -18,9 +18,8 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.addons.lora_weights import LoRAWeightLike
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.convert import LORA_PARTS
+from ldm.loading.convert import fill_lora_parts
 from ldm.loading.families import FAMILIES
-from ldm.loading.matching import match_weights
 from ldm.loading.merge import ModelFile, check_fits, read_model_file
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
@@ -214,9 +213,9 @@ def join_loras(
         for name, change in read_changes(path, model, weight):
             if not isinstance(change, Addition):
                 raise FileFormatError(
-                    f"`{path}` scales or turns weights (DoRA, (IA)^3, GLoRA, OFT, BOFT), by what "
-                    "they are in a model, and no LoRA does so: use `convert` to merge it into a "
-                    "checkpoint, `extract-lora` to make a LoRA of that one's difference"
+                    f"`{path}` scales or rotates weights (DoRA, (IA)^3, GLoRA, OFT, BOFT), which "
+                    "a LoRA cannot do: merge it into a checkpoint with `convert`, then extract a "
+                    "LoRA of the difference with `extract-lora`"
                 )
             names[change.target] = name
             additions.setdefault(change.target, []).append(change)
@@ -313,24 +312,20 @@ def _fill_mapped(model: ModelFile, base: ModelFile) -> LatentDiffusion:
 
     A file of a UNet only is completed by the text encoders of the base.
     """
-    names = [name for name in {**base.names, **model.names} if name.startswith(LORA_PARTS)]
+    names = base.names.keys() | model.names.keys()
     state = {name: (model if name in model else base)[name] for name in names}
-    network = model.model
-    others = {n: v for n, v in network.state_dict().items() if not n.startswith(LORA_PARTS)}
-    state = match_weights(network, state | others, model.file.path)
-    network.load_state_dict(state, assign=True)
-    return network
+    fill_lora_parts(model.model, state, model.file.path)
+    return model.model
 
 
 def _list_differing_weights(tuned: ModelFile, base: ModelFile) -> list[str]:
     names = []
     for name in base.names:
         if name in tuned and base[name].is_floating_point():
-            new, old = tuned[name], base[name]
-            if not new.float().equal(old.float()):
+            if not tuned[name].float().equal(base[name].float()):
                 names.append(name)
-            tuned.release(new)
-            base.release(old)
+            for model in (tuned, base):
+                model.release(model[name])
     return names
 
 

@@ -52,7 +52,7 @@ from ldm.loading.weight_names import (
     select_buffers,
 )
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import MissingFile
+from ldm.runtime.errors import FileFormatError, MissingFile, errors_as
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -98,10 +98,12 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     path = Path(path).expanduser()
     files = _read_configs(path)
     extra = _read_extra_weights(path, files) or Checkpoint(path, "diffusers", {})
-    if CONFIG_KEY in extra.metadata:
-        raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-    else:
-        raw = make_original_config(files, str(path))
+    with errors_as(FileFormatError, f"`{path}` has a damaged config"):
+        token_ids = {name: read_added_tokens(files, f) for name, f in TOKENIZERS.items()}
+        if CONFIG_KEY in extra.metadata:
+            raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+        else:
+            raw = make_original_config(files, str(path))
     non_weights = _select_non_weights(extra.state)
     model, _ = _build_model(raw, path.name, non_weights)
     model_state, locations = model.state_dict(), locate_weights(model)
@@ -115,8 +117,8 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     for component, folder in folders.items():
         component_state = read_component(folder, variant)
         if component in TOKENIZERS:
-            token_ids = read_added_tokens(files, TOKENIZERS[component])
-            for token, vectors in _pop_added_tokens(component_state, token_ids).items():
+            added = _pop_added_tokens(component_state, token_ids[component])
+            for token, vectors in added.items():
                 added_tokens.setdefault(token, []).append(vectors)
         if component == "text_encoder" and TOKEN_IDS in state:
             name = next(name for name in component_state if name.endswith(TOKEN_EMBEDDING))
@@ -234,7 +236,7 @@ def _collect_metadata(files: Files) -> dict[str, str]:
     keys = {SCALE_KEY: "scaling_factor", UPCAST_KEY: "force_upcast"}
     options = {k: json.dumps(vae_config[name]) for k, name in keys.items() if name in vae_config}
     scheduler: JsonMapping = files.get(SCHEDULER, {})
-    scheduler_class = scheduler.get("_class_name", "")
+    scheduler_class = str(scheduler.get("_class_name", ""))
     texts = {
         PIPELINE_KEY: files.get(INDEX, {}).get("_class_name"),
         SCHEDULER_KEY: scheduler_class,
@@ -247,7 +249,11 @@ def _collect_metadata(files: Files) -> dict[str, str]:
 def _build_model(
     raw: JsonMapping, where: str, non_weights: Mapping[str, Tensor]
 ) -> tuple[nn.Module, JsonObject]:
-    """Return (model on the meta device, translated config); `non_weights` may have its scale factor."""
+    """Return (model on the meta device, translated config).
+
+    Args:
+        non_weights: Buffers, in which the scale factor may be.
+    """
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
     if "scale_factor" in non_weights and isinstance(model, LatentDiffusion):
@@ -280,7 +286,8 @@ def _has_same_config(extra: Checkpoint, files: Files) -> bool:
     if CONFIG_KEY not in extra.metadata:
         return False
     raw = parse_yaml(extra.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
-    written = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, _select_non_weights(extra.state)))
+    non_weights = _select_non_weights(extra.state)
+    written = make_folder_configs(*_build_model(raw, EXTRA_WEIGHTS, non_weights))
     for path, config in written.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
@@ -317,8 +324,9 @@ def read_component(folder: Path, variant: str | None = None) -> dict[str, Tensor
     files = [best[0]]
     if best["index"]:
         # Only the names: an index that was downloaded must not lead to other folders.
-        weight_map = read_json(folder / best[0])["weight_map"]
-        files = sorted({Path(name).name for name in weight_map.values()})
+        with errors_as(FileFormatError, f"`{folder / best[0]}` is damaged"):
+            weight_map = read_json(folder / best[0])["weight_map"]
+            files = sorted({Path(name).name for name in weight_map.values()})
     elif best["shard"]:
         files = [match[0] for match in variants[chosen] if match["shard"]]
     return {k: v for name in files for k, v in read_checkpoint(folder / name).state.items()}

@@ -21,7 +21,6 @@ from ldm.loading.diffusers.latent_upscaler import (
 )
 from ldm.loading.diffusers.xl import (
     is_xl_folder,
-    is_xl_model,
     make_folder_configs_xl,
     make_original_config_xl,
 )
@@ -29,6 +28,7 @@ from ldm.loading.families import CONFIG_DIR, recognize_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import FileFormatError, WrongFamily
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -102,7 +102,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
-    if is_xl_model(model):
+    if is_sdxl(model):
         return make_folder_configs_xl(model, spec)
     if isinstance(model.unet, LatentUpscalerUNet):
         return make_folder_configs_x2(model, spec)

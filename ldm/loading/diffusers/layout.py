@@ -36,7 +36,7 @@ CLASSES = {
     "depth_estimator": ("transformers", "DPTForDepthEstimation"),
 }
 NO_COMPONENT = (None, None)  # in place of the class of a component that a folder does not have
-INPAINTING_CHANNELS = 9  # of the UNet's input
+INPAINTING_CHANNELS = 9  # of the UNet's input: latent, mask, and latent of the masked image
 REMEDY = "download the folder again, whole"  # for missing files, in messages
 MAX_JSON = 1 << 24  # bytes
 

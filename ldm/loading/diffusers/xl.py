@@ -18,7 +18,7 @@ from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["is_xl_folder", "is_xl_model", "make_folder_configs_xl", "make_original_config_xl"]
+__all__ = ["is_xl_folder", "make_folder_configs_xl", "make_original_config_xl"]
 
 SCORE_KEY = "aesthetic_score"  # batch key
 TARGET_PREFIX = "sgm.modules.diffusionmodules."
@@ -29,11 +29,6 @@ SCHEDULERS = {
     "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "tcd": "TCDScheduler",
 }  # fmt: skip
 IMAGE_SIZE = 128  # default side in latent pixels
-
-
-def is_xl_model(model: LatentDiffusion) -> bool:
-    """Return whether a model is SDXL: whether it reads sizes."""
-    return model.conditioner.find(SizeEmbedding) is not None
 
 
 def is_xl_folder(files: JsonMapping) -> bool:
