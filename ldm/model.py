@@ -9,6 +9,7 @@
 Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,14 +131,19 @@ class LatentDiffusion(nn.Module):
         self.parameterization = parameterization
         self.sigma_data = sigma_data
         self.scale_factor = float(scale_factor)  # of a config: it may be a text
+        if not 0 < self.scale_factor < math.inf:
+            raise ArgumentError(f"scale_factor must be a positive number, got {scale_factor}")
         # Not buffers, as the state dicts of the original do not have them.
         self.latent_mean = _channel_values(latent_mean)
         self.latent_std = _channel_values(latent_std)
         self.upcast_autoencoder = upcast_autoencoder
         self.defaults = defaults
-        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
-        self.latent_size = (height, width)
-        self.image_size = max(height, width)
+        sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            message = "image_size must be a positive number, or (height, width)"
+            raise ArgumentError(f"{message}, got {image_size!r}")
+        self.latent_size = (sides[0], sides[1])
+        self.image_size = max(sides)
         self.provenance: dict[str, Any] = {}
         self.merged: MergedChanges | None = None
         self._execution_device: torch.device | None = None

@@ -82,22 +82,24 @@ def choose_variant(
 def detect_variant_of_loras(
     loras: Iterable[tuple[str | Path, LoRAWeightLike]],
 ) -> DetectedVariant | None:
-    """Return the variant that the first of (file, weight) pairs to show one makes of a model.
+    """Return the variant of the first LoRA that shows one; None for ordinary LoRAs.
 
-    A LoRA that does not change the UNet is not considered.
+    Args:
+        loras: (file, weight) pairs; those with a weight of 0 for the UNet are not considered.
     """
     paths = [path for path, weight in loras if LoRAWeight.parse(weight).unet]
     files = (read_checkpoint(file) for path in paths for file in list_lora_files(path))
-    return next(filter(None, (detect_lora_variant(file.path, file.metadata) for file in files)), None)
+    variants = (detect_lora_variant(file.path, file.metadata) for file in files)
+    return next(filter(None, variants), None)
 
 
 def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
-    """Warn of LoRAs that look as if they were for few steps, though nothing shows the variant."""
+    """Warn about LoRAs that look like few-step ones although nothing shows their variant."""
     for file in (read_checkpoint(file) for path, _ in loras for file in list_lora_files(path)):
         if looks_distilled(file.state, list_ranks(file)):
             log.warning(
-                "`%s` looks like a few-step LoRA, but neither name nor metadata say of which kind: "
-                "set `variant`, for example to lcm",
+                "`%s` looks like a few-step LoRA, but neither its name nor its metadata says of "
+                "which variant: pass `variant`, such as lcm",
                 file.path,
             )
 
@@ -124,11 +126,14 @@ def _combine_variants(
         detected: The variant that the model itself shows; None = none.
         variant: The argument; NO_VARIANT = an ordinary model.
     Raises:
-        ArgumentError: The variant needs a tensor that the model does not have.
+        ArgumentError: A tensor shows that the model is of another variant.
     """
     if variant == NO_VARIANT:
         return None
     if detected is not None and VARIANTS[detected.name].marker:
+        if variant in VARIANTS and variant not in (detected.name, "lcm"):
+            message = f"`{path}` embeds the guidance scale, its variant is {detected.name}"
+            raise ArgumentError(f"{message}, not {variant}", "variant")
         return detected
     detected = detect_variant_of_loras(loras) or detected
     if variant is not None and select_file_variant(variant) is None:

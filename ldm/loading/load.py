@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -65,10 +65,11 @@ from ldm.runtime.arguments import as_list
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
+    FileFormatError,
     MissingArgument,
     MissingFile,
-    WrongFamily,
     errors_about,
+    errors_as,
     unknown_name,
 )
 from ldm.runtime.files import find_file
@@ -177,7 +178,10 @@ def load(
             with errors_about(name):
                 find_file(path)
     if not isinstance(model, LatentDiffusion):
-        _check_options_of_part(weights.path, loras, embeddings, vae, text_encoder)
+        _check_options_of_part(
+            vae=vae, text_encoder=text_encoder, loras=loras, embeddings=embeddings,
+            variant=variant in VARIANTS,
+        )  # fmt: skip
         weights.select_ema(model.state_dict(), ema)
         _fill(model, weights, summary, device, dtype)
         return cast(LatentDiffusion, model.eval())
@@ -204,17 +208,18 @@ def load(
         complete_upscaler(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False  # its tensors are in memory
+    load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     offload = offload and torch.device(device).type != "cpu"
     fill_device = "cpu" if offload else device
     autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
     _fill(model, weights, summary, fill_device, dtype, autoencoder_dtype)
     model.provenance = provenance
     if "scale_factor" in weights.buffers:  # stored by models trained with `scale_by_std`
-        model.scale_factor = float(weights.buffers["scale_factor"])
+        with errors_as(FileFormatError, f"`{weights.path}`: invalid scale_factor"):
+            model.scale_factor = float(weights.buffers["scale_factor"])
     _compare_schedules(model, weights.buffers, summary)
     if tiny is not None:
         model.autoencoder = build_tiny_autoencoder(tiny, model, fill_device, dtype)
-    load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     _check_prediction(model, weights, is_config_given=config is not None)
     if detected_variant is not None:
         is_folder = weights.checkpoint.format == "diffusers"
@@ -245,14 +250,14 @@ def save_model(
 
 
 def _check_placement(device: str | torch.device, dtype: torch.dtype) -> None:
-    """Raise ArgumentError for a device that is not available, or a dtype that is not one."""
+    """Raise ArgumentError for a device that is not available, or a dtype that cannot compute."""
     try:
         torch.empty(0, device=torch.device(device))
     except (AssertionError, RuntimeError, TypeError) as error:  # AssertionError: built without
         message = f"device `{device}` is not available here, choose one such as cpu, cuda or mps"
         raise ArgumentError(message, "device") from error
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        message = f"dtype must be a floating-point one, such as torch.float16, got {dtype!r}"
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        message = f"dtype must be torch.float16 or another of 16 bits or more, got {dtype!r}"
         raise ArgumentError(message, "dtype")
 
 
@@ -300,21 +305,12 @@ def _check_options_of_families(
             raise ArgumentError(f"`{weights.path}` is not {title}, it takes no {name}", name)
 
 
-def _check_options_of_part(
-    path: Path,
-    loras: tuple[object, ...],
-    embeddings: Sequence[object],
-    vae: str | Path | None,
-    text_encoder: str | Path | None,
-) -> None:
-    """Raise an error for options that need a whole model, as the config describes only a part."""
-    if vae is not None:
-        message = "another autoencoder needs a whole model, the config describes only a part"
-        raise ArgumentError(message, "vae")
-    if text_encoder is not None:
-        raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
-    if loras or embeddings:
-        raise WrongFamily("LoRAs and embeddings need a whole model, the config describes a part")
+def _check_options_of_part(**options: object) -> None:
+    """Raise ArgumentError for an option that is set, as the config describes only a part."""
+    for name, value in options.items():
+        if value:
+            message = f"the config describes only a part of a model, {name} needs a whole one"
+            raise ArgumentError(message, name)
 
 
 def _choose_autoencoder_dtype(
@@ -392,7 +388,7 @@ def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], su
     for name in sorted(expected.keys() & buffers.keys()):
         stored, table = buffers[name], expected[name]
         if stored.shape != table.shape:
-            difference = f"has {len(stored)} steps, the config's {len(table)}"
+            difference = f"has {stored.numel()} steps, the config's {len(table)}"
         else:
             error = float((stored.float() - table).abs().max() / table.abs().max())
             if error <= _find_schedule_tolerance(stored):

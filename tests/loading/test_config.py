@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ldm
+from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.files import find_file
@@ -200,6 +201,18 @@ def test_nonsense_values_are_one_error(tiny_yaml, value):
     raw["model"]["params"]["unet_config"]["params"]["model_channels"] = value
     with pytest.raises(ValueError, match=r"^tiny\.yaml: model"):
         instantiate(raw, where="tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*(("image_size", size) for size in ("16", 0, [16], [16, -1], [16, 16.0])), ("scale_factor", 0),
+     ("scale_factor", "nan")],
+)  # fmt: skip
+def test_nonsense_sizes_and_factors_of_a_model_are_one_error(tiny_yaml, key, value):
+    raw = read_yaml(tiny_yaml)
+    raw["model"]["params"][key] = value
+    with pytest.raises(ValueError, match=rf"^tiny\.yaml: .*{key} must be a positive number"):
+        build_on_meta(raw, where="tiny.yaml")
 
 
 def test_later_texts_go_over_earlier_ones():

@@ -15,6 +15,7 @@ import ldm
 from ldm.loading import families
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.convert import plan_conversion
 from ldm.loading.families import probe_prediction, recognize_family
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
@@ -30,7 +31,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.model_config import choose_config
 from ldm.loading.weight_names import rename_weights, restore_names, strip_prefix
 from ldm.loading.weights import identify_weights
-from ldm.runtime.errors import ArgumentError, ConfigError
+from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError
 from loading import tinyfamilies
 
 
@@ -270,6 +271,15 @@ def test_the_family_of_ema_weights_alone_is_recognised(tmp_path, tiny_yaml):
         ldm.load(tiny_yaml, tmp_path / "ema.ckpt", ema=True, overrides=overrides)
 
 
+@pytest.mark.parametrize("name", [
+    "scale_factor", "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+])  # fmt: skip
+def test_tensors_of_invalid_shapes_are_one_error(tmp_path, tiny_yaml, tiny_state, name):
+    write_checkpoint(tmp_path / "x.ckpt", tiny_state | {name: torch.ones(3)})
+    with pytest.raises(FileFormatError, match=r"x\.ckpt`.* invalid "):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt")
+
+
 def test_missing_and_unexpected_names_are_counted(tmp_path, tiny_yaml, tiny_state):
     state = {k: v for k, v in tiny_state.items() if "attn1.to_q" not in k}
     state |= {f"extra.{i}": torch.ones(1) for i in range(12)}
@@ -354,20 +364,20 @@ def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_ya
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("name", "value"),
     [
-        ({"loras": [("missing.safetensors", 1.0)]}, "LoRAs and embeddings need a whole model"),
-        ({"vae": "missing.ckpt"}, "another autoencoder needs a whole model"),
-        ({"text_encoder": "missing.ckpt"}, "has no text encoder to replace"),
+        ("loras", [("missing.safetensors", 1.0)]), ("embeddings", "missing.pt"), ("variant", "lcm"),
+        ("vae", "missing.ckpt"), ("text_encoder", "missing.ckpt"),
     ],
-)
+)  # fmt: skip
 def test_options_of_whole_models_are_refused_for_a_part(
-    tmp_path, tiny_yaml, tiny_file, option, message
+    tmp_path, tiny_yaml, tiny_file, name, value
 ):
     part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
     (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
-    with pytest.raises(ArgumentError, match=message):
-        ldm.load(tmp_path / "kl.yaml", tiny_file, **option)
+    with pytest.raises(ArgumentError, match=f"only a part of a model, {name} needs") as caught:
+        ldm.load(tmp_path / "kl.yaml", tiny_file, **{name: value})
+    assert caught.value.argument == name
 
 
 def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
@@ -396,6 +406,13 @@ def test_a_config_in_the_file_that_is_none_is_one_error(tmp_path, tiny_state):
     write_checkpoint(tmp_path / "x.ckpt", tiny_state, {CONFIG_KEY: "model: 3"})
     with pytest.raises(ConfigError, match=r"^ldm\.config: model: `target` is missing$"):
         ldm.load(ckpt=tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match=r"^config: model: `target` is missing$"):
+        plan_conversion(tmp_path / "x.ckpt", tmp_path / "y.ckpt")
+    embedding = {"model.diffusion_model.time_embedding.cond_proj.weight": torch.ones(32, 256)}
+    config = {CONFIG_KEY: "model: {target: x, params: {}}"}
+    write_checkpoint(tmp_path / "x.ckpt", tiny_state | embedding, config)
+    with pytest.raises(ConfigError, match=r"^ldm\.config: invalid parameters: KeyError"):
+        ldm.load(ckpt=tmp_path / "x.ckpt")
 
 
 def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file, tiny_state):
@@ -420,6 +437,7 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     ("loras", "x.safetensors", "(file, weight) pairs"),
     ("loras", [Path("x.safetensors")], "(file, weight) pairs"),
     ("dtype", "float16", "got 'float16'"), ("dtype", torch.int8, "got torch.int8"),
+    ("dtype", torch.float8_e5m2, "of 16 bits or more"), ("loras", [(3, 1.0)], "such as"),
     ("loras", None, "must be (file, weight) pairs"), ("embeddings", None, "or a list, got None"),
     ("device", "foo", "`foo` is not available here"), ("device", None, "choose one such as cpu"),
     ("config", 3, "must be a path, got 3"), ("ckpt", 3, "must be a path, got 3"),
