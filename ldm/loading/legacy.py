@@ -240,9 +240,11 @@ class _ModelTranslator:
         `torch.nn.Identity` the caller passes the condition itself.
         """
         config = self.params["cond_stage_config"]
-        if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
+        if config in ("__is_unconditional__", "__is_first_stage__"):
             return {}
         spec = self.translate_part("cond_stage_config")
+        if spec["target"] == IDENTITY:
+            return {}
         spec["params"] = COND_STAGE_DEFAULTS.get(spec["target"], {}) | spec["params"]
         if self.params.get("cond_stage_trainable"):
             spec["params"].setdefault("freeze", False)

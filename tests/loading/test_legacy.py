@@ -168,7 +168,10 @@ def test_given_betas_make_the_schedule():
     assert schedule.betas.tolist() == [0.1, 0.2]
 
 
-@pytest.mark.parametrize("text", ["__is_unconditional__", "__is_first_stage__"])
+IDENTITY = {"target": "torch.nn.Identity", "params": {}}
+
+
+@pytest.mark.parametrize("text", ["__is_unconditional__", "__is_first_stage__", IDENTITY])
 def test_models_without_text_have_no_encoder(text):
     spec = translate(params() | {"cond_stage_config": text})
     assert spec["params"]["conditioner"]["params"] == {}
