@@ -51,6 +51,8 @@ def make_ddim_timesteps(
             often more than asked for; "quad" is uniform in √t up to 0.8 num_ddpm_timesteps.
     """
     if ddim_discr_method == "uniform":
+        if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
+            raise ValueError(f"steps must be in 1 … {num_ddpm_timesteps}, got {num_ddim_timesteps}")
         # With 3, 9, 27 … steps of 1000 the last is 1000, which no table has: an IndexError later,
         # as in the original.
         step = num_ddpm_timesteps // num_ddim_timesteps

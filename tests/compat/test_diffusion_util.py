@@ -37,6 +37,8 @@ def test_steps_of_ddim_equal_the_recorded_ones(schedules):
         np.testing.assert_array_equal(steps, schedules.outputs(name)["timesteps"])
     with pytest.raises(NotImplementedError):
         util.make_ddim_timesteps("other", 10, 1000)
+    with pytest.raises(ValueError, match="steps must be in 1 … 1000, got 1001"):
+        util.make_ddim_timesteps("uniform", 1001, 1000)
 
 
 def test_tables_of_ddim_equal_the_recorded_ones(schedules):
