@@ -361,6 +361,7 @@ class AutoencoderKL(nn.Module):
 class PixelSpace(nn.Module):
     """Placeholder in models without an autoencoder: the latent is the image itself."""
 
+    IGNORED_PARAMETERS = frozenset({"vq_interface"})  # of the original's `quantize`
     in_channels = 3
     downscale = 1
 

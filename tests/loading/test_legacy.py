@@ -177,6 +177,13 @@ def test_models_without_text_have_no_encoder(text):
     assert spec["params"]["conditioner"]["params"] == {}
 
 
+def test_the_first_stage_of_pixel_space_takes_the_original_s_parameter():
+    spec = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    skipped = []
+    instantiate(spec | {"params": {"vq_interface": False}}, skipped=skipped)
+    assert skipped == ["config.vq_interface"]
+
+
 def test_trainable_text_is_not_frozen():
     changed = params() | {"cond_stage_trainable": True}
     changed["cond_stage_config"]["params"].pop("freeze")
