@@ -74,6 +74,7 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     small = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
     overrides = [f"model.params.ddconfig.{key}={value}" for key, value in small.items()]
     overrides += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
+    overrides += ["model.params.ema_decay=0.999"]
     data = [
         "batch_size=2",
         "train={root: x, transform: {name: photo, size: 64}}",
