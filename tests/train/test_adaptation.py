@@ -1,5 +1,6 @@
 """LoRA, textual inversion and DreamBooth: trained, exported, and loaded again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm.train.batches.class_images import sample_class_images
 from ldm.train.build import build_task
 from ldm.train.config.settings import read_settings
 from ldm.train.loop import train
+from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from loading.lorahelp import read_lora
 from train.tinyrun import build_tiny_run, resume_newest
@@ -155,6 +157,11 @@ def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
     del batch["prior"]
     alone = run.task.loss(batch, torch.Generator().manual_seed(0))
     assert torch.equal(alone["loss"], losses["instance"])
+
+
+def test_captions_of_validation_need_no_token(base: Path, tmp_path: Path) -> None:
+    run = build_adapted_run(tmp_path, base, "lightning.textual_inversion.token=<x>")
+    assert validate(replace(run, validation_source=run.source), batches=1)["val/loss"] > 0
 
 
 def test_images_are_selected_by_their_caption(tmp_path: Path) -> None:
