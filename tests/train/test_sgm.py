@@ -116,7 +116,8 @@ def test_an_example_of_generative_models_is_understood() -> None:
                           "rho": 5.0, "scale": 7.5}},
         ),
         (
-            ["model.params.sampler_config.params.guider_config=null"],
+            ["model.params.sampler_config.params.guider_config=null",
+             "model.params.sampler_config.params.s_tmax=.inf"],  # the original's default
             "callbacks", {"sampling": {"sampler": "euler", "steps": 50, "scale": 1.0,
                           "scheduler": "sgm_uniform"}},
         ),

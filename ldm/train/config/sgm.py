@@ -7,6 +7,8 @@ sampler_config      -> callbacks.sampling, for the image grids
 compile_model       -> trainer
 """
 
+import math
+
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.loading.sgm import ENGINE
 from ldm.runtime.errors import check_name, check_names
@@ -130,7 +132,7 @@ def _translate_sampler(config: JsonMapping) -> JsonObject:
     sampling: JsonObject = {"sampler": SAMPLER_NAMES[name], "scale": 1.0}  # without a guider
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
-    sampling |= {key: params[key] for key in STEP_NOISE if params.get(key) is not None}
+    sampling |= {key: params[key] for key in STEP_NOISE if params.get(key, math.inf) != math.inf}
     if params.get("discretization_config"):
         discretization, options = read_spec(
             params["discretization_config"],
