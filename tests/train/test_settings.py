@@ -227,6 +227,10 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
             "params: {project: p, log_model: true}}",
             "lightning.logger.params.log_model is ignored",
         ),
+        (
+            "strategy: {target: pytorch_lightning.strategies.DDPStrategy, params: {timeout: 9}}",
+            "lightning.strategy.params.timeout is ignored",
+        ),
     ],
 )
 def test_settings_without_effect_are_named(lightning: str, note: str) -> None:

@@ -123,8 +123,11 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     _translate_modelcheckpoint(raw, result)
     if lightning.get("logger") is not None:
         _translate_logger(lightning["logger"], result)
-    if lightning.get("strategy") is not None:
-        result.set_defaults("trainer", strategy=lightning["strategy"])
+    strategy = lightning.get("strategy")
+    if strategy is not None:
+        result.set_defaults("trainer", strategy=strategy)
+    if isinstance(strategy, Mapping):
+        result.ignore("lightning.strategy.params", strategy.get("params") or {})
     if lightning.get("find_unused_parameters") is not None:
         result.ignore("lightning", ["find_unused_parameters"], ": always true")
     _translate_model(raw, result)
