@@ -532,7 +532,7 @@ class DPMSolverSampler(Sampler):
         x = torch.randn(*shape, device=device) if x_T is None else x_T
         schedule = NoiseScheduleVP("discrete", alphas_cumprod=self.alphas_cumprod.to(device))
         predict = model_wrapper(
-            self.model.apply_model,
+            lambda x, t, c=None: self.model.apply_model(x, t, c),
             schedule,
             model_type=MODEL_TYPES[self.model.parameterization],
             guidance_type="classifier-free",

@@ -80,6 +80,7 @@ class Sampler:
 
     make_schedule: Callable[..., None]
     sample_loop: Callable[..., tuple[Tensor, Any]]  # all steps of that schedule
+    _follows_model = True  # also of subclasses whose constructor does not call this one
 
     def __init__(
         self, model: DiffusionModel, device: str | torch.device | None = None, **kwargs: object

@@ -196,13 +196,13 @@ def test_tables_have_the_types_that_programs_expect():
 
 @pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler, DPMSolverSampler])
 def test_samplers_take_models_and_conditions_of_other_programs(kind_of):
-    """A class with the few attributes that are asked for; a dict with None in it."""
+    """A class with the few attributes that are asked for; a dict with None in it, or None."""
     betas = torch.linspace(1e-4, 2e-2, 1000)
     alphas = (1 - betas).cumprod(0)
     seen = []
 
     def apply_model(x, t, c):
-        seen.append((len(x), None if c["c_concat"] is None else len(c["c_concat"]), len(c["y"][0])))
+        seen.append(c and (len(x), c["c_concat"], len(c["y"][0])))
         return 0.1 * x
 
     model = SimpleNamespace(
@@ -217,11 +217,17 @@ def test_samplers_take_models_and_conditions_of_other_programs(kind_of):
     )  # fmt: skip
     assert samples.shape == (2, 1, 4, 4)
     assert set(seen) == {(4, None, 4)}
+    kind_of(model).sample(4, 2, (1, 4, 4), verbose=False)
+    assert seen[-1] is None
 
 
 def test_callbacks_and_overridden_steps_are_called():
     class Sampler(DDIMSampler):
         steps = 0
+
+        def __init__(self, model):  # with all that CompVis's has
+            self.model, self.schedule = model, "linear"
+            self.ddpm_num_timesteps = model.num_timesteps
 
         def p_sample_ddim(self, x, c, t, index, *, unconditional_guidance_scale, **kwargs):
             """As written for a version without `dynamic_threshold`."""
