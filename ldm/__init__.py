@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         upscale,
         upscale_latent,
         upscale_rgbd,
+        vary,
     )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "upscale",
     "upscale_latent",
     "upscale_rgbd",
+    "vary",
 ]
 
 install()  # of the original's module names, none of which is imported

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import ldm
 from ldm import pipelines
 from ldm.model import LatentDiffusion
 from ldm.pipelines import WrongFamily
@@ -38,6 +39,10 @@ def test_a_model_of_another_family_names_its_own_function(task):
         with pytest.raises(WrongFamily) as caught:
             getattr(pipelines, task)(model(FAMILIES[name].keys), *[None] * count)
         assert f"use `{FAMILIES[name].function}`" in str(caught.value)
+
+
+def test_the_task_of_every_family_is_public():
+    assert {family.function for family in FAMILIES.values()} <= set(ldm.__all__)
 
 
 def test_a_model_of_no_known_family_says_what_it_reads():
