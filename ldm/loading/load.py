@@ -160,6 +160,9 @@ def load(
             raise ArgumentError(f"{name} must be one text or path or a list, got {value!r}", name)
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(parse_loras(loras)), as_list(embeddings)
+    for path in embeddings:
+        if not isinstance(path, str | Path):
+            raise ArgumentError(f"embeddings must be paths, got {path!r}", "embeddings")
     weights = identify_weights(_open_weights(ckpt, variant))
     config_path, raw = read_config(weights, config, as_list(overrides))
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
