@@ -12,7 +12,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.weights import open_checkpoint
-from ldm.runtime.errors import FileFormatError, MissingFile, UnknownName
+from ldm.runtime.errors import ConfigError, FileFormatError, MissingFile, UnknownName
 from quick import some
 
 KINDS = ("xl", "xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
@@ -112,6 +112,12 @@ def test_the_scale_of_an_autoencoder_is_kept(convert_family, tmp_path):
     assert read_json(tmp_path / "vae/config.json")["scaling_factor"] == 0.13025
     convert(plan_conversion(tmp_path / "vae", tmp_path / "back.safetensors"))
     assert read_checkpoint(tmp_path / "back.safetensors").metadata["ldm.scale_factor"] == "0.13025"
+
+
+def test_koala_is_refused_by_name(folder):
+    change_json(folder / "unet/config.json", mid_block_type=None)
+    with pytest.raises(ConfigError, match="a UNet without a middle block, as KOALA's, is not"):
+        ldm.load(folder)
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "vae"])

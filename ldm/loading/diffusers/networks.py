@@ -294,6 +294,8 @@ def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObje
 def _parse_depths(config: Config, res_blocks: int) -> JsonObject:
     """Return the transformer depths: one, one by level, or by block if up blocks differ."""
     middle = config.get("mid_block_type", MIDDLE)
+    if middle is None:
+        raise ConfigError(f"{UNET}: a UNet without a middle block, as KOALA's, is not supported")
     if middle not in (MIDDLE, MIDDLE_WITHOUT_ATTENTION):
         raise ConfigError(f"{UNET}: `mid_block_type: {middle}` is not supported")
     params: JsonObject = {"transformer_depth_middle": 0} if middle != MIDDLE else {}
