@@ -94,6 +94,8 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
         fetch: Whether to download a `hf:` address that is not in the cache.
         variant: Variant of the files of a `hf:` folder, such as `fp16`; None = see `find_or_fetch`.
     """
+    if not str(ckpt):  # which Path takes for the current folder
+        raise MissingFile("the path of a checkpoint is empty")
     path, name = Path(ckpt).expanduser(), ckpt if isinstance(ckpt, str) else ckpt.as_posix()
     if path.exists():
         return path

@@ -325,6 +325,15 @@ def test_options_of_another_family_are_refused(tmp_path, tiny_yaml, tiny_state, 
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", **{name: "absent.pt"})
 
 
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, tiny_yaml, tiny_state):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(tiny_state, tmp_path / "checkpoints/last.ckpt")
+    monkeypatch.chdir(tmp_path)
+    ldm.load(tiny_yaml, ".")
+    with pytest.raises(FileNotFoundError, match="the path of a checkpoint is empty"):
+        ldm.load(tiny_yaml, "")
+
+
 def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
     torch.save({**tiny_state, "scale_factor": torch.tensor(0.5)}, tmp_path / "x.ckpt")
     assert ldm.load(tiny_yaml, tmp_path / "x.ckpt").scale_factor == 0.5
