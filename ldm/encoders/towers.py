@@ -20,6 +20,7 @@ from ldm.conditioning import Config
 from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, Layer, LayerNorm, Linear
+from ldm.runtime.errors import ArgumentError
 
 VOCAB = 49408  # tokens of CLIP
 
@@ -228,6 +229,7 @@ class FusedAttention(Layer):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        _check_heads(width, heads)
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -335,6 +337,7 @@ class SplitAttention(Layer):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        _check_heads(width, heads)
         self.heads = heads
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
@@ -373,6 +376,11 @@ def run_causal(
 def select_tokens(x: Tensor, positions: Tensor) -> Tensor:
     """Return the vectors (B, D) of x (B, N, D) at one position (B,) of each sample."""
     return x[torch.arange(len(x), device=x.device), positions]
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ArgumentError(f"a width of {width} cannot be divided into {heads} heads")
 
 
 def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:

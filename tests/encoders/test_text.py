@@ -184,6 +184,8 @@ def test_sizes_and_activation_come_from_the_config():
         (OpenCLIPText, {"arch": ARCH, "always_return_pooled": True}, "needs `legacy: false`"),
         (CLIPText, {"arch": {"hidden": 8}}, "unknown arch key `hidden`"),
         (CLIPText, {"arch": {"hidden_act": "relu"}}, "unknown hidden_act `relu`"),
+        (OpenCLIPText, {"arch": {"text_cfg": {"heads": 5}}}, "512 cannot be divided into 5 heads"),
+        (CLIPText, {"arch": {"num_attention_heads": 0}}, "768 cannot be divided into 0 heads"),
         (CLIPText, {"arch": CLIP_ARCH, "layer": "hidden"}, "from -4 to 3, got `None`"),
         (CLIPText, {"arch": CLIP_ARCH, "layer": "hidden", "layer_idx": 4}, "got `4`"),
     ],
