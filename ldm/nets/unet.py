@@ -385,8 +385,9 @@ class UNet(nn.Module):
             raise ValueError(f"dims `{self.dims}` is not supported, only 2 (images)")
         if self.n_embed is not None:
             raise ValueError("n_embed (prediction of codebook entries) is not supported")
-        if self.num_heads == -1 and self.num_head_channels == -1:
-            raise ValueError("either num_heads or num_head_channels is needed")
+        heads = self.num_heads if self.num_head_channels == -1 else self.num_head_channels
+        if heads < 1:
+            raise ValueError("either num_heads or num_head_channels is needed, 1 or more")
         if self.use_spatial_transformer != (self.context_dim is not None):
             raise ValueError("use_spatial_transformer and context_dim go together, one is missing")
         depth = self.transformer_depth
@@ -397,6 +398,23 @@ class UNet(nn.Module):
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
+        for level, level_depth in enumerate(depth if isinstance(depth, Sequence) else ()):
+            blocks = self._level_blocks[level]
+            if (
+                isinstance(level_depth, Sequence)
+                and self._has_attention(level, 0)
+                and len(level_depth) != blocks
+            ):
+                raise ValueError(
+                    f"transformer_depth has {len(level_depth)} entries for the {blocks} blocks of "
+                    f"level {level}"
+                )
+        output_depths, blocks = self.transformer_depth_output, len(self.decoder_inputs)
+        if output_depths is not None and len(output_depths) != blocks:
+            raise ValueError(
+                f"transformer_depth_output has {len(output_depths)} entries for {blocks} output "
+                "blocks"
+            )
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
         # Average pooling halves odd sides to less than a skip connection needs when doubled.

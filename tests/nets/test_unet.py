@@ -270,6 +270,7 @@ def test_depth_may_differ_by_level():
 BAD = [
     ({"model_channels": 48}, "48 channels are not a multiple of 32"),
     ({"num_head_channels": -1}, "either num_heads or num_head_channels"),
+    ({"num_head_channels": 0, "num_heads": 4}, "num_head_channels is needed, 1 or more"),
     ({"num_head_channels": 128}, "num_head_channels 128 exceeds 32 channels"),
     ({"context_dim": None}, "use_spatial_transformer and context_dim go together"),
     ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks has 3 entries for 2 levels"),
@@ -277,6 +278,11 @@ BAD = [
     ({"num_classes": "sequential"}, "`sequential` with adm_in_channels"),
     ({"num_classes": "discrete"}, "num_classes `discrete`"),
     ({"transformer_depth": [[1], [2]]}, "by block needs transformer_depth_output"),
+    (
+        {"transformer_depth": [[1], []], "transformer_depth_output": [1] * 4},
+        "transformer_depth has 0 entries for the 1 blocks of level 1",
+    ),
+    ({"transformer_depth_output": [1] * 5}, "has 5 entries for 4 output blocks"),
     ({"dims": 3}, "dims `3` is not supported"),
     ({"n_embed": 8}, "n_embed"),
 ]
