@@ -6,7 +6,7 @@ selects one, in this order. Otherwise it is xformers if its kernel runs on this 
 else SDPA; for bfloat16 on most CPUs, the formula is computed in tiles instead.
 
 The fused kernels compute scores and softmax in float32. "math" casts q and k to float32 first, as
-float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is "fp16".
+float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is not "fp32".
 """
 
 import functools
@@ -49,7 +49,7 @@ def attention(
     backend = (
         _check_backend(backend)
         or _default_backend
-        or _check_backend(os.environ.get("LDM_ATTENTION"))
+        or _check_backend(os.environ.get("LDM_ATTENTION"), "LDM_ATTENTION")
     )
     if backend is None and mask is None:
         if _prefers_tiles(q):
@@ -68,10 +68,10 @@ def set_backend(name: str | None) -> None:
     _default_backend = _check_backend(name)
 
 
-def _check_backend(name: str | None) -> str | None:
+def _check_backend(name: str | None, where: str = "") -> str | None:
     if not name or name == "auto":
         return None
-    check_name("attention backend", name, BACKENDS)
+    check_name("attention backend", name, BACKENDS, where)
     if name == "xformers":
         _import_xformers()
     return name
