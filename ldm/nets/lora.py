@@ -207,12 +207,16 @@ class MergedChanges:
         self.undo_sampling: Callable[[], None] | None = None
 
     def merge(self, changes: Sequence[WeightChange]) -> None:
-        """Replace the changes merged before by these; see `merge_changes`."""
+        """Replace the changes merged before by these; if that fails, none are merged."""
         self.restore()
         for target in dict.fromkeys(change.target for change in changes):
             key = (target.layer, target.parameter)
             self.originals[key] = target.layer.get_parameter(target.parameter)
-        merge_changes(changes)
+        try:
+            merge_changes(changes)
+        except ArgumentError:
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Restore the original weights."""

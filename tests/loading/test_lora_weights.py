@@ -165,6 +165,16 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
         ldm.set_loras(fresh, [])
 
 
+def test_a_sum_too_large_for_the_weights_leaves_none_of_the_loras(file):
+    model = tiny_model().half()
+    base = collect_weights(model)
+    ldm.set_loras(model, [(file, 1.0)])
+    with pytest.raises(ValueError, match="too large for torch.float16"):
+        ldm.set_loras(model, [(file, 1e9)])
+    assert same(collect_weights(model), base)
+    assert model.provenance["loras"] == []
+
+
 LAYER = "lora_unet_mid_block_resnets_0_conv1"
 ROTATIONS = {  # of a weight (64, 64, 3, 3)
     "DoRA": {"diff": (64, 64, 3, 3), "dora_scale": (64, 1, 1, 1)},

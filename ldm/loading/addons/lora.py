@@ -129,7 +129,8 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     Args:
         files: (file, weight) pairs, the weight as in `ldm.load`; an empty list removes all LoRAs.
     Raises:
-        ArgumentError: The model was loaded with `loras`, which cannot be removed.
+        ArgumentError: The model was loaded with `loras`, which cannot be removed; or the sum of
+            weights is too large for its dtype, then it has no LoRAs.
         ValueError, FileNotFoundError: As `ldm.load`; the model is unchanged.
     """
     if model.merged is None and model.provenance.get("loras"):
@@ -151,8 +152,8 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     if merged.undo_sampling is not None:
         merged.undo_sampling()
         merged.undo_sampling = None
-    merged.merge([change for file in adapters for change in file.changes])
     model.provenance["loras"] = []
+    merged.merge([change for file in adapters for change in file.changes])
     merged.tokens, merged.state = _record_loras(model, adapters), state
     if is_variant_fixed(model):
         return
