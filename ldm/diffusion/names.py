@@ -29,8 +29,7 @@ __all__ = [
     "Sampler",
     "Scheduler",
     "check_guidance_options",
-]  # fmt: skip
-
+]
 
 # Sigma above which x is practically pure noise, as with zero terminal SNR and cosine schedules.
 # Some samplers give broken images from there: those that extrapolate over a whole step, or space
@@ -227,9 +226,10 @@ class SLD:
     momentum_beta: float
 
     def __post_init__(self) -> None:
-        numbers = [self.scale, self.threshold, self.momentum_scale]
+        numbers = (self.warmup, self.scale, self.threshold, self.momentum_scale)
         if not all(map(math.isfinite, numbers)) or min(self.warmup, self.scale) < 0:
-            raise ArgumentError("sld: numbers must be finite, warmup and scale not negative", "sld")
+            message = f"sld: numbers must be finite, warmup and scale not negative, got {numbers}"
+            raise ArgumentError(message, "sld")
         if not 0 <= self.momentum_beta <= 1:
             raise ArgumentError(f"sld: beta must be in 0 … 1, got {self.momentum_beta}", "sld")
 
@@ -265,7 +265,11 @@ class APG:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.eta) or not 0 <= self.norm < math.inf:
-            raise ArgumentError("apg: numbers must be finite, norm not negative", "apg")
+            raise ArgumentError(
+                f"apg: eta and norm must be finite, norm not negative, got {self.eta:g} and "
+                f"{self.norm:g}",
+                "apg",
+            )
         if not -1 < self.momentum < 1:
             raise ArgumentError(f"apg: momentum must be in -1 … 1, got {self.momentum:g}", "apg")
         if (self.eta, self.norm, self.momentum) == (1, 0, 0):
@@ -295,7 +299,7 @@ class FreeUFactors:
     def __post_init__(self) -> None:
         numbers = (self.b1, self.b2, self.s1, self.s2)
         if not all(0 <= number <= 10 for number in numbers):
-            raise ArgumentError("freeu: factors must be in 0 … 10", "freeu")
+            raise ArgumentError(f"freeu: factors must be in 0 … 10, got {numbers}", "freeu")
         if set(numbers) == {1}:
             raise ArgumentError("freeu with factors of 1 has no effect", "freeu")
 

@@ -201,7 +201,7 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("txt2img", "--unsafe black", "unsafe needs safety_checker (--unsafe)"),
         ("txt2img", "--freeu sd3", "unknown preset of freeu `sd3`, did you mean"),
         ("txt2img", "--freeu 1,1,1,1", "freeu with factors of 1 has no effect"),
-        ("txt2img", "--freeu 11,1,1,1", "factors must be in 0 … 10"),
+        ("txt2img", "--freeu 11,1,1,1", "factors must be in 0 … 10, got (11.0, 1.0, 1.0, 1.0)"),
         ("txt2img", "--freeu-version 2", "freeu_version needs freeu (--freeu-version)"),
         ("txt2img", "--scale nan", "is not a number"),
         ("txt2img", "--original-size 512", "is not HEIGHT,WIDTH"),
