@@ -202,7 +202,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
             changed = sorted(k for k in options.keys() | before if options.get(k) != before.get(k))
             if changed:
                 name = changed[0]
-                default = setting.request.task.options()[name][1]
+                _, default = setting.request.task.options().get(name, (None, None))
                 was, is_now = before.get(name, default), options.get(name, default)
                 raise ArgumentError(
                     f"{path.parent} has images with {name} {was}, not {is_now}: choose another"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ldm.runtime.errors import ArgumentError, FileFormatError
+from ldm.runtime.errors import ArgumentError, FileFormatError, errors_as
 from ldm.runtime.files import read_text
 
 __all__ = ["PromptSource", "draw_prompts", "read_prompts"]
@@ -54,13 +54,10 @@ def _read_lines(text: str) -> list[PromptSource]:
 
 
 def _read_coco(text: str, path: Path) -> list[PromptSource]:
-    try:
+    with errors_as(FileFormatError, f"{path} is not captions in COCO's format"):
         content = json.loads(text)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         return [
             PromptSource(" ".join(row["caption"].split()), names[row["image_id"]])
             for row in content["annotations"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
-        message = "not captions in COCO's format (`images` and `annotations`)"
-        raise FileFormatError(f"{path}: {message}") from error

@@ -1,7 +1,7 @@
 """Score folders of images, and report all choices with the numbers.
 
-Features are cached in ~/.cache/ldm/evaluation by the content of the images, so that those of the
-reference and of unchanged folders are computed once.
+Features are cached on disk (`ldm.runtime.hashes`) by the content of the images, so that those of
+the reference and of unchanged folders are computed once.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ldm.evaluation.progress import Progress
 from ldm.imaging.metadata import read_info
 from ldm.imaging.pixels import resize_and_center_crop
 from ldm.imaging.reading import list_images, load_image
-from ldm.runtime.errors import ArgumentError, MissingFile
+from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile, errors_as
 from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.hashes import get_cache_folder
 from ldm.runtime.types import JsonObject
@@ -43,7 +43,7 @@ __all__ = [
     "find_image_sets",
     "read_features",
     "score_sets",
-]  # fmt: skip
+]
 
 BATCH_SIZE = 32
 SCALE_PREFIX = "scale-"  # of folder names, before the guidance scale
@@ -125,14 +125,17 @@ class Result:
 
 
 def find_image_sets(out: str | Path) -> list[ImageSet]:
-    """List the image sets that `generate_images` has written into a folder."""
-    folders = Path(out).expanduser().glob(f"*/{SCALE_PREFIX}*/")
-    sets = [
-        ImageSet(
-            folder.parent.name, list_images(folder), float(folder.name.removeprefix(SCALE_PREFIX))
-        )
-        for folder in folders
-    ]
+    """List the image sets that `generate_images` has written into a folder.
+
+    Raises:
+        FileFormatError: A folder's name does not end in a guidance scale.
+        MissingFile: There are no images.
+    """
+    sets = []
+    for folder in Path(out).expanduser().glob(f"*/{SCALE_PREFIX}*/"):
+        with errors_as(FileFormatError, f"`{folder}` is not named by a guidance scale"):
+            scale = float(folder.name.removeprefix(SCALE_PREFIX))
+        sets.append(ImageSet(folder.parent.name, list_images(folder), scale))
     if not sets:
         raise MissingFile(f"`{out}` has no images of an evaluation")
     return sorted(sets, key=lambda images: (images.series, images.scale or 0))

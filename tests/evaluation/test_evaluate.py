@@ -116,6 +116,15 @@ def test_folder_of_another_model_of_the_name_is_refused(run, tmp_path):
     )
 
 
+def test_folder_with_an_option_of_another_version_is_refused(run, tmp_path):
+    run("--scales", "3", "--count", "2")
+    path = tmp_path / "out/base_v-ddim-2/options.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"removed": 1}))
+    status, _, err = run("--scales", "3", "--count", "2")
+    assert status == 1
+    assert "has images with removed 1, not None" in err
+
+
 def test_processes_share_the_images(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     folder = tmp_path / "out/base_v-ddim-2/scale-3"
@@ -214,9 +223,10 @@ def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
     assert len({source.text for source in drawn}) == 8
     assert drawn[0].text == f"caption {drawn[0].image[:-4]}"
     assert draw_prompts(sources, 5, seed=1) == drawn[:5]
-    path.write_text("[1]")
-    with pytest.raises(FileFormatError, match="not captions"):
-        read_prompts(path)
+    for malformed in ([1], {"images": images, "annotations": [{"image_id": 0, "caption": None}]}):
+        path.write_text(json.dumps(malformed))
+        with pytest.raises(FileFormatError, match="captions.json is not captions in COCO's format"):
+            read_prompts(path)
 
 
 @pytest.fixture
@@ -266,6 +276,12 @@ def test_features_of_a_network_of_unknown_hash_are_not_cached(folders, monkeypat
     images = ImageSet("reference", list_images(folders / "real"))
     read_features(images, Means(), "Reference")
     assert not (folders / "cache").exists()
+
+
+def test_folder_that_is_not_named_by_a_scale_is_named(folders):
+    (folders / "run/m-ddim-2/scale-2-old").mkdir()
+    with pytest.raises(FileFormatError, match="scale-2-old` is not named by a guidance scale"):
+        find_image_sets(folders / "run")
 
 
 def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog):
