@@ -4,8 +4,8 @@
     ldm check-data "data/{00000..00099}.tar" --size 768
     ldm check-data data/photos --pack "shards/photos-%06d.tar"
 
-Prints counts, broken files, missing and repeated captions, sizes, aspect ratios, buckets.
-Exit status: 0, or 1 if something is broken or there is nothing to read.
+Prints counts, unreadable files, missing and repeated captions, sizes, aspect ratios, buckets.
+Exit status: 0, or 1 if something is unreadable or there is nothing to read.
 """
 
 from argparse import Namespace
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="sides of buckets are multiples of this (default: %(default)s)",
     )
     add("--workers", type=parse_count, default=4, help="decoding threads (default: %(default)s)")
-    add("--list", metavar="FILE", help="write the names of broken files to FILE")
+    add("--list", metavar="FILE", help="write the names of unreadable files to FILE")
     add(
         "--pack",
         type=expanduser,
@@ -69,9 +69,9 @@ def _check(args: Namespace) -> int:
     report = check(folder or args.where, size=args.size, step=args.step, workers=args.workers)
     print("\n".join(report.lines()))
     if args.list:
-        names = "".join(f"{name}\n" for name, _ in report.broken)
+        names = "".join(f"{name}\n" for name, _ in report.unreadable)
         Path(args.list).write_text(names, "utf-8", errors="surrogateescape")
     if args.pack and folder is not None:
         for path in pack(folder, args.pack, count=args.count):
             print(path)
-    return 0 if report.sizes and not report.broken else 1
+    return 0 if report.sizes and not report.unreadable else 1

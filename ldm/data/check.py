@@ -49,7 +49,7 @@ class DataReport:
     Args:
         buckets: The buckets to count.
         sizes: (width, height) of every readable image, upright.
-        broken: (name, reason) of unreadable samples.
+        unreadable: (name, reason) of unreadable samples.
         no_caption: Names of samples without caption.
         captions: All captions, stripped.
         digests: SHA-256 of the pixels of every readable image.
@@ -57,7 +57,7 @@ class DataReport:
 
     buckets: Buckets
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
     no_caption: list[str] = field(default_factory=list)
     captions: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
@@ -65,8 +65,8 @@ class DataReport:
     def lines(self) -> Iterator[str]:
         """Format the report, line by line."""
         total = sum(self.sizes.values())
-        yield f"{total:,} images can be read, {len(self.broken):,} are broken"
-        yield from _format_first(reason for _, reason in self.broken)
+        yield f"{total:,} images can be read, {len(self.unreadable):,} are unreadable"
+        yield from _format_first(reason for _, reason in self.unreadable)
         yield f"{_count_repeats(self.digests):,} images are copies of others"
         yield f"{len(self.no_caption):,} have no caption"
         yield from _format_first(self.no_caption)
@@ -119,7 +119,7 @@ def check(
         while chunk := list(islice(loaders, CHUNK)):
             for (name, _), facts in zip(chunk, pool.map(_read_facts, chunk), strict=True):
                 if isinstance(facts, UnreadableSample):
-                    report.broken.append((name, str(facts)))
+                    report.unreadable.append((name, str(facts)))
                 else:
                     report.add(name, *facts)
                 bar.update()

@@ -152,8 +152,8 @@ class Shards(BatchSource):
             skipped = position - next_position  # batches of other ranks
             epoch, raws = next(itertools.islice(reader, skipped, None))
             readers[stream] = position + 1, reader
-            rng, broken = Random(f"{self.seed} {batch_index}"), list[str]()
-            samples = _make_samples(self.make_sample, raws, rng, broken)
+            rng, unreadable = Random(f"{self.seed} {batch_index}"), list[str]()
+            samples = _make_samples(self.make_sample, raws, rng, unreadable)
             if not samples:  # replaced by the first readable batch of the stream
                 substitutes = (
                     _make_samples(self.make_sample, batch, rng, [])
@@ -161,9 +161,9 @@ class Shards(BatchSource):
                 )
                 samples = next(filter(None, substitutes), [])
             if not samples:
-                raise ValueError(f"no sample of {len(raws)} can be read: {', '.join(broken)}")
+                raise ValueError(f"no sample of {len(raws)} can be read: {', '.join(unreadable)}")
             batch = collate([samples[k % len(samples)] for k in range(len(raws))])
-            yield {**batch, "broken": broken} if broken else batch
+            yield {**batch, "unreadable": unreadable} if unreadable else batch
 
     def _shards_of(self, stream: int) -> list[str]:
         return self.urls[stream :: self.streams]
@@ -204,7 +204,7 @@ class Shards(BatchSource):
             return 0
         try:
             return buckets.index(*read_size(BytesIO(find_image(raw)[1])))
-        except ValueError:  # it is broken, whatever the bucket
+        except ValueError:  # it is unreadable, whatever the bucket
             return buckets.index(1, 1)
 
     def _is_within_limits(self, raw: RawSample) -> bool:
@@ -360,15 +360,15 @@ def _shuffle(raws: Iterable[RawSample], buffer_size: int, rng: Random) -> Iterat
 
 
 def _make_samples(
-    make_sample: MakeSample, raws: Sequence[RawSample], rng: Random, broken: list[str]
+    make_sample: MakeSample, raws: Sequence[RawSample], rng: Random, unreadable: list[str]
 ) -> list[Sample]:
-    """Make the readable samples; add the names of the others to `broken`."""
+    """Make the readable samples; add the names of the others to `unreadable`."""
     samples = []
     for raw in raws:
         try:
             samples.append(make_sample(raw, rng))
         except UnreadableSample as error:
-            broken.append(error.name)
+            unreadable.append(error.name)
     return samples
 
 

@@ -4,8 +4,8 @@
     rank           0    1    0    1    0    1       with 2 ranks; one would read all of them
 
 A batch is a pure function of (seed, batch_index, batch_size), so that a run resumes exactly, on
-more or fewer ranks, with no state to save. A broken (unreadable) sample is replaced by another, the
-next one if possible, and the batch names it under "broken".
+more or fewer ranks, with no state to save. An unreadable sample is replaced by another, the
+next one if possible, and the batch names it under "unreadable".
 """
 
 import atexit
@@ -29,7 +29,7 @@ from ldm.data.dataset import Sample, SampleDataset, UnreadableSample
 
 __all__ = ["BatchSource", "DatasetSource", "collate", "derive_seed", "prefetch", "to_device"]
 
-MAX_CANDIDATES = 100  # samples tried per bucket, including the broken one
+MAX_CANDIDATES = 100  # samples tried per bucket, including the unreadable one
 
 Batch = dict[str, Any]
 ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, stride) -> endless batches
@@ -126,10 +126,10 @@ class DatasetSource(BatchSource):
 
     def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
         for batch_index in itertools.count(start, stride):
-            broken: list[str] = []
+            unreadable: list[str] = []
             indices = self.sample_indices(batch_index, batch_size)
-            batch = collate([read_or_substitute(self.dataset, *key, broken) for key in indices])
-            yield {**batch, "broken": broken} if broken else batch
+            batch = collate([read_or_substitute(self.dataset, *key, unreadable) for key in indices])
+            yield {**batch, "unreadable": unreadable} if unreadable else batch
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -160,11 +160,13 @@ def bucket_batches(
     return [batches[position] for position in draw_permutation(len(batches), seed).tolist()]
 
 
-def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: list[str]) -> Sample:
+def read_or_substitute(
+    dataset: SampleDataset, epoch: int, index: int, unreadable: list[str]
+) -> Sample:
     """Read a sample, or another one in its place if it cannot be read.
 
     Args:
-        broken: Names of broken samples are appended to it.
+        unreadable: Names of unreadable samples are appended to it.
     Raises:
         ValueError: Neither the sample nor any substitute can be read.
     """
@@ -174,7 +176,7 @@ def read_or_substitute(dataset: SampleDataset, epoch: int, index: int, broken: l
         try:
             return dataset[epoch, substitute]
         except UnreadableSample as error:
-            broken.append(error.name)
+            unreadable.append(error.name)
             last_error = error
     raise ValueError(f"none of {tries} samples that were tried can be read, the last: {last_error}")
 

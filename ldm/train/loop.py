@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.data.broken import BrokenFiles
 from ldm.data.dataset import Sample
+from ldm.data.unreadable import UnreadableFiles
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import NonFinite
 from ldm.train.distributed import parallel
@@ -109,7 +109,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         world_size=ranks.world_size,
         workers=settings.data.num_workers,
     )
-    broken = BrokenFiles(
+    unreadable = UnreadableFiles(
         run.folder / "broken.txt", settings.trainer.max_unreadable_fraction, run.source
     )
 
@@ -133,7 +133,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     ):
         is_stopped = False
         while run.progress() < 1 and not is_stopped:
-            step_batches = _next_batches(run, batches, broken)
+            step_batches = _next_batches(run, batches, unreadable)
             lr = learning_rate(state.step, run.progress())
             losses = train_step(run, step_batches, lr)
             is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
@@ -234,14 +234,16 @@ def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -
     return actions
 
 
-def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> IndexedBatches:
+def _next_batches(
+    run: Run, batches: Iterator[Sample], unreadable: UnreadableFiles
+) -> IndexedBatches:
     """Read this process's batches of the step."""
     state, ranks = run.state, run.ranks
     end = state.position + state.batches_per_step
     indices = range(state.position + ranks.rank, end, ranks.world_size)
     indexed = [(index, next(batches)) for index in indices]
     for _, batch in indexed:
-        broken.add(batch.pop("broken", []), run.batch_size)
+        unreadable.add(batch.pop("unreadable", []), run.batch_size)
     return indexed
 
 

@@ -31,7 +31,7 @@ def photos(tmp_path):
 def test_everything_is_counted(photos, capsys):
     assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
     out = capsys.readouterr().out
-    assert "5 images can be read, 10 are broken" in out
+    assert "5 images can be read, 10 are unreadable" in out
     assert "`huge.png` has more than 100000000 pixels" in out
     assert "words.txt:1: neither UTF-8 nor UTF-16" in out
     assert "1 images are copies of others" in out
@@ -50,7 +50,7 @@ def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys)
     ]
     report = check([str(tmp_path / "{000..001}.tar")])
     assert sum(report.sizes.values()) == 5
-    assert report.broken == []
+    assert report.unreadable == []
     assert report.captions == {"the same": 2, "another": 1}
     assert main([str(tmp_path / "*.tar"), "--pack", "%d.tar"]) == 1
     assert "only a folder can be packed" in capsys.readouterr().err
@@ -62,7 +62,7 @@ def test_paths_may_begin_in_the_home_folder(photos, monkeypatch, capsys):
     (photos / "cut.png").unlink()
     assert main(["~/photos", "--pack", "~/shards/%d.tar"]) == 1
     assert main(["~/shards/{0..0}.tar"]) == 0
-    assert "5 images can be read, 0 are broken" in capsys.readouterr().out
+    assert "5 images can be read, 0 are unreadable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--size", "--step", "--workers", "--count"])
@@ -79,4 +79,4 @@ def test_nothing_to_read_is_an_error(tmp_path, capsys):
     assert "nope-0.tar`" in capsys.readouterr().err
     tarfile.open(tmp_path / "empty.tar", "w").close()
     assert main([str(tmp_path / "empty.tar")]) == 1
-    assert "0 images can be read, 0 are broken" in capsys.readouterr().out
+    assert "0 images can be read, 0 are unreadable" in capsys.readouterr().out

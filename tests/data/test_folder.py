@@ -194,7 +194,7 @@ def test_files_that_are_not_images_are_named_and_replaced(tmp_path):
     for buckets in (None, {"step": 8}):
         folder = Folder(root=tmp_path, transform=PhotoTransform(size=8, buckets=buckets))
         batch = next(DatasetSource(folder).batches(len(folder)))
-        assert set(batch["broken"]) == set(names)
+        assert set(batch["unreadable"]) == set(names)
         assert batch["jpg"].shape == (len(folder), 3, 8, 8)
 
 
@@ -206,7 +206,7 @@ def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(place, tmp_pat
     folder = Folder(root=tmp_path, transform=PHOTO)
     batch = next(DatasetSource(folder).batches(len(folder)))
     assert set(batch["txt"]) == {"a"}
-    assert set(batch["broken"]) == {str(Path(place) / "b.png")}
+    assert set(batch["unreadable"]) == {str(Path(place) / "b.png")}
     with pytest.raises(UnreadableSample, match=r"b\.txt:1: neither UTF-8"):
         folder.row(len(folder) - 1)
     uncaptioned = Folder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
@@ -220,8 +220,10 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
     (tmp_path / "class" / "a.png").write_bytes(b"")
     data, others = (Folder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
     source = DatasetSource(WithClassImages(data, others), images=data)
-    broken = {name for batch in islice(source.batches(2), 2) for name in batch.get("broken", [])}
-    assert broken == {"prior/a.png"}
+    unreadable = {
+        name for batch in islice(source.batches(2), 2) for name in batch.get("unreadable", [])
+    }
+    assert unreadable == {"prior/a.png"}
     assert sorted(source.counts_by_name()) == ["a.png", "b.png", "prior/a.png", "prior/b.png"]
 
 

@@ -39,7 +39,7 @@ def test_what_was_saved_to_disk_is_read(table, tmp_path):
     batch = next(DatasetSource(hub).batches(6))
     assert batch["jpg"].shape == (6, 3, 16, 16)
     assert set(batch["txt"]) == set("01235")
-    assert batch["broken"] == [f"{tmp_path.name}/4"]
+    assert batch["unreadable"] == [f"{tmp_path.name}/4"]
     assert [row["text"] for row in hub.metadata()] == list("012345")
 
 

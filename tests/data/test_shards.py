@@ -115,8 +115,8 @@ def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
     write(tmp_path / "a.tar", {"1.png": png(1)[:30], "1.txt": b"x", "2.jpg": png(2), "3.txt": b"x"})
     batches = read(Shards([str(tmp_path / "*.tar")], SQUARE, streams=2), 16)
     assert all(batch["jpg"].isfinite().all() for batch in batches)
-    broken = {name for batch in batches for name in batch.get("broken", [])}
-    assert broken == {"a.tar/1", "a.tar/3", "b.tar"}
+    unreadable = {name for batch in batches for name in batch.get("unreadable", [])}
+    assert unreadable == {"a.tar/1", "a.tar/3", "b.tar"}
     (tmp_path / "a.tar").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="no sample of 1 can be read: a.tar"):
         read(Shards(str(tmp_path / "a.tar"), SQUARE), 1)

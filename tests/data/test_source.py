@@ -79,13 +79,13 @@ def test_a_damaged_sample_is_named_and_replaced_by_the_next():
     (intact,) = read(DatasetSource(Numbers(6)), 6, 1)
     (batch,) = read(DatasetSource(Numbers(6, damaged=(2, 3))), 6, 1)
     assert batch["index"] == [4 if i in (2, 3) else i for i in intact["index"]]
-    assert sorted(batch["broken"]) == ["2.png", "3.png", "3.png"]
-    assert "broken" not in intact
+    assert sorted(batch["unreadable"]) == ["2.png", "3.png", "3.png"]
+    assert "unreadable" not in intact
 
 
 def test_a_damaged_sample_is_replaced_by_one_of_its_group():
     batches = read(DatasetSource(Numbers(11, GROUPS, damaged=(8,))), 2, 6)
-    (batch,) = [batch for batch in batches if "broken" in batch]
+    (batch,) = [batch for batch in batches if "unreadable" in batch]
     assert {GROUPS[i] for i in batch["index"]} == {0}
     assert 8 not in batch["index"]
 

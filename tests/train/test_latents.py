@@ -161,7 +161,7 @@ def test_a_damaged_file_is_made_anew(model: Any, photos: Path, tmp_path: Path) -
     assert count_encoded(model, photos, tmp_path / "cache") == 12
 
 
-def test_latents_come_in_buckets_and_broken_images_are_named(
+def test_latents_come_in_buckets_and_unreadable_images_are_named(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     (photos / "2.png").write_bytes(b"")
@@ -171,7 +171,7 @@ def test_latents_come_in_buckets_and_broken_images_are_named(
     batches = DatasetSource(latents).batches(2)
     seen = [next(batches) for _ in range(4)]
     assert {batch["z"].shape[1:] for batch in seen} == {(4, 4, 4), (4, 2, 6)}
-    assert {name for batch in seen for name in batch.get("broken", [])} == {"2.png", "8.png"}
+    assert {name for batch in seen for name in batch.get("unreadable", [])} == {"2.png", "8.png"}
 
 
 def pack_photos(photos: Path, place: Path) -> list[str]:
@@ -242,7 +242,7 @@ def test_damaged_images_in_shards_are_named(
     shard.write_bytes(content.replace(b"image 0", b"image \xff"))  # a caption that is no text
     shards = cache_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
     batch = next(shards.batches(6))
-    assert sorted(batch["broken"]) == ["0.tar/000000000", "0.tar/000000002"]
+    assert sorted(batch["unreadable"]) == ["0.tar/000000000", "0.tar/000000002"]
     assert {*batch["txt"]} == {f"image {n}" for n in (1, 3, 4, 5)}
     assert batch["z"].shape == (6, 4, 4, 4)
     assert "1 latents could not be computed; they are tried again without `" in caplog.text

@@ -108,7 +108,7 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_image(tmp_path:
         source, _ = open_batches(model, make_data(train=train, **extras), 23)
         batch = next(source.batches(3))
         assert set(batch["txt"]) == {"a", "c"}
-        assert batch["broken"] == ["b.png"]
+        assert batch["unreadable"] == ["b.png"]
 
 
 def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:

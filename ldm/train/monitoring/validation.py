@@ -45,7 +45,7 @@ def _mean_losses(run: Run, source: BatchSource, count: int) -> dict[str, float]:
     sums: dict[str, float] = {}
     with eval_mode(run.model):
         for k, batch in enumerate(islice(batches, batches_per_rank)):
-            batch.pop("broken", None)
+            batch.pop("unreadable", None)
             seed = derive_seed(run.seed, k * world_size + rank)
             generator = torch.Generator().manual_seed(seed)
             with run.autocast():

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from ldm.data.broken import BrokenFiles
+from ldm.data.unreadable import UnreadableFiles
 
 
 class Counted:
@@ -37,23 +37,23 @@ def path(tmp_path):
     ],
 )
 def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged, message, path):
-    broken = BrokenFiles(path, limit, source)
+    unreadable = UnreadableFiles(path, limit, source)
     names = [str(k) for k in range(damaged)]
     for _ in range(2):  # epochs: what is found again counts once
         for name in names[:-1]:
-            broken.add([name, name], 50)
+            unreadable.add([name, name], 50)
     if message is None:
-        broken.add(names[-1:], 50)
+        unreadable.add(names[-1:], 50)
     else:
         with pytest.raises(
             ValueError, match=rf"{message} .*{limit} \(trainer.max_unreadable_fraction.*txt`"
         ):
-            broken.add(names[-1:], 50)
+            unreadable.add(names[-1:], 50)
     assert sorted(path.read_text().splitlines()) == sorted(names)
 
 
 def test_processes_count_together(path):
-    one, other = (BrokenFiles(path, 0.02, Counted(100)) for _ in range(2))
+    one, other = (UnreadableFiles(path, 0.02, Counted(100)) for _ in range(2))
     one.add(["1", "1"], 50)
     other.add(["1", "2"], 50)
     assert path.read_text() == "1\n2\n"
@@ -64,16 +64,16 @@ def test_processes_count_together(path):
 def test_files_of_an_earlier_start_count_when_they_are_found_again(path):
     path.parent.mkdir()
     path.write_text("".join(f"{index}\n" for index in range(50)))
-    broken = BrokenFiles(path, 0.01, Counted(100))
-    broken.add(["7"], 50)  # all others have been repaired since
+    unreadable = UnreadableFiles(path, 0.01, Counted(100))
+    unreadable.add(["7"], 50)  # all others have been repaired since
     with pytest.raises(ValueError, match="2 of 100 samples"):
-        broken.add(["8"], 50)
+        unreadable.add(["8"], 50)
     assert len(path.read_text().splitlines()) == 50
 
 
 def test_of_unknown_samples_the_fraction_is_judged_once_it_is_significant(path):
-    broken = BrokenFiles(path, 0.01)
-    broken.add([f"a.tar/{index}" for index in range(19)], 999)
-    broken.add([], 1)  # 10 are expected, 3.2 is a standard deviation
+    unreadable = UnreadableFiles(path, 0.01)
+    unreadable.add([f"a.tar/{index}" for index in range(19)], 999)
+    unreadable.add([], 1)  # 10 are expected, 3.2 is a standard deviation
     with pytest.raises(ValueError, match="20 of the 1001 samples read cannot be read"):
-        broken.add(["b.tar"], 1)
+        unreadable.add(["b.tar"], 1)

@@ -1,4 +1,4 @@
-"""The list of broken (unreadable) files of a run, `broken.txt`, and the limit on their number."""
+"""The list of unreadable files of a run, `broken.txt`, and the limit on their number."""
 
 import math
 from collections import Counter
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from ldm.data.source import BatchSource
 
-__all__ = ["BrokenFiles"]
+__all__ = ["UnreadableFiles"]
 
 MIN_READ = 1000  # samples read before the fraction is checked, if the total is unknown
 
 
-class BrokenFiles:
+class UnreadableFiles:
     """Lists the files that could not be read, one per line, and ends a run with too many.
 
     Args:
         path: The list, which all processes of a run append to and read.
-        limit: Fraction of all samples that may be broken.
+        limit: Fraction of all samples that may be unreadable.
         source: Where the samples come from; None = their number is unknown.
     """
 
@@ -31,32 +31,35 @@ class BrokenFiles:
         self.listed_before = self._read_list()
         self.names: set[str] = set()  # listed since, by any process
         self.counts: Counter[str] | None = None  # samples of an epoch by name; None = one each
-        self.broken = 0  # samples of an epoch with one of `names`
-        self.broken_here = 0  # broken samples among the next
+        self.unreadable = 0  # samples of an epoch with one of `names`
+        self.unreadable_here = 0  # unreadable samples among the next
         self.read_here = 0  # samples that this process has read, or tried to
 
     def add(self, names: Sequence[str], read: int) -> None:
         """Add the names that are not listed yet.
 
         Args:
-            names: Of one batch, from its "broken".
+            names: Of one batch, from its "unreadable".
             read: Number of samples of that batch.
         Raises:
-            ValueError: More than the limit of all samples is broken; or, where their number is
+            ValueError: More than the limit of all samples is unreadable; or, where their number is
                 unknown, significantly more than the limit among the samples read here.
         """
         if not self.names.issuperset(names):
             self._exchange(names)
-            self._count_broken()
-        self.broken_here, self.read_here = self.broken_here + len(names), self.read_here + read
+            self._count_unreadable()
+        self.unreadable_here, self.read_here = (
+            self.unreadable_here + len(names),
+            self.read_here + read,
+        )
         if self.total is not None:
-            if self.broken > self.limit * self.total:
-                raise self._too_many(f"{self.broken} of {self.total} samples")
+            if self.unreadable > self.limit * self.total:
+                raise self._too_many(f"{self.unreadable} of {self.total} samples")
             return
         expected = float(self.limit * self.read_here)
         deviation = 3 * math.sqrt(expected)  # three standard deviations of a Poisson variable
-        if self.read_here >= MIN_READ and self.broken_here > expected + deviation:
-            raise self._too_many(f"{self.broken_here} of the {self.read_here} samples read")
+        if self.read_here >= MIN_READ and self.unreadable_here > expected + deviation:
+            raise self._too_many(f"{self.unreadable_here} of the {self.read_here} samples read")
 
     def _too_many(self, count: str) -> ValueError:
         return ValueError(
@@ -79,11 +82,11 @@ class BrokenFiles:
         text = self.path.read_text("utf-8", errors="surrogateescape")
         return set(text.split("\n")) - {""}
 
-    def _count_broken(self) -> None:
-        """Count the broken samples of an epoch, in which a file may be repeated."""
+    def _count_unreadable(self) -> None:
+        """Count the unreadable samples of an epoch, in which a file may be repeated."""
         if self.counts is None and self.source is not None:
             self.counts = self.source.counts_by_name()
             if self.counts is not None:
                 self.total = self.counts.total()
         counts = self.counts
-        self.broken = sum(1 if counts is None else counts[name] for name in self.names)
+        self.unreadable = sum(1 if counts is None else counts[name] for name in self.names)
