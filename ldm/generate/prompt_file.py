@@ -24,7 +24,7 @@ from ldm.runtime.files import read_text
 if TYPE_CHECKING:
     from ldm.generate.tasks.base import Task
 
-__all__ = ["PromptLine", "read_prompt_file"]
+__all__ = ["PromptLine", "has_options", "read_prompt_file"]
 
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 COUNT_OPTIONS = ("n_samples", "n_iter")  # their product is the number of images of a line
@@ -87,6 +87,16 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     return lines
 
 
+def has_options(text: str, task: "Task") -> bool:
+    """Return whether a line of a prompt file sets options."""
+    return _find_first_option(text, _allowed_options(task)) is not None
+
+
+def _find_first_option(text: str, names: Mapping[str, str]) -> re.Match[str] | None:
+    allowed = names.keys() | ALIASES.keys()
+    return next((flag for flag in FLAG.finditer(text) if _normalize(flag[1]) in allowed), None)
+
+
 def _allowed_options(task: "Task") -> dict[str, str]:
     """Return the options that a line may set, by their normalized flags."""
     names = {text: text for text in PROMPTS} | {count: count for count in COUNT_OPTIONS}
@@ -103,8 +113,7 @@ def _allowed_options(task: "Task") -> dict[str, str]:
 def _parse_line(
     text: str, names: Mapping[str, str], options: Mapping[str, tuple[Option, Value]]
 ) -> PromptLine:
-    allowed = names.keys() | ALIASES.keys()
-    first = next((flag for flag in FLAG.finditer(text) if _normalize(flag[1]) in allowed), None)
+    first = _find_first_option(text, names)
     if first is None:
         return PromptLine(text)
     prompt, values = text[: first.start()], {}

@@ -69,11 +69,18 @@ def test_images_of_nan_do_not_end_the_run(tmp_path, overrides, monkeypatch, capl
     [
         ("prompts=nowhere.txt", "nowhere.txt"),
         ("clip=null", "needs `reference`, a folder of images, or `clip`, a file"),
+        ("prompts=steps.txt", "prompts: `a cat --steps 9` has options or LoRAs of its own"),
+        ("prompts=lora.txt", "prompts: `a cat <lora:x:1>` has options or LoRAs of its own"),
         ("count=9", "9 prompts requested, there are 3"),
         (f"clip={EMOJI / 'metadata.jsonl'}", "metadata.jsonl"),
     ],
 )
-def test_wrong_file_ends_the_run_before_its_first_step(tmp_path, overrides, override, message):
+def test_wrong_file_ends_the_run_before_its_first_step(
+    tmp_path, overrides, monkeypatch, override, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steps.txt").write_text("a dog\na cat --steps 9\n")
+    (tmp_path / "lora.txt").write_text("a cat <lora:x:1>\n")
     run = build_tiny_run(tmp_path / "run", *overrides, EVALUATION + override)
     assert run.settings.callbacks.evaluation is not None
     with pytest.raises((ConfigError, FileFormatError, ValueError, OSError), match=message):

@@ -217,6 +217,8 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
     ("lightning", "note"),
     [
         ("trainer: {shard_size: 2}", "trainer.shard_size is ignored: it is for `strategy: hsdp`"),
+        ("trainer: {devices: 2, gpus: 1}", "trainer.devices is ignored: `gpus` is set"),
+        ("trainer: {devices: 2, accelerator: cpu}", "trainer.devices is ignored: --nproc or"),
         ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),
         (
             "callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
@@ -260,6 +262,10 @@ def test_what_the_original_monitors_is_monitored() -> None:
     assert read_monitoring() == [0, None, None]
     fewer = "{modelcheckpoint: {params: {save_top_k: 1, monitor: val/loss_simple}}}"
     assert read_monitoring("{root: x}", fewer) == [1, "val/loss_simple", 1]
+    best = (
+        "{modelcheckpoint: {params: {monitor: val/loss}}, optimizer: {}, trainer: {max_steps: 1}}"
+    )
+    assert read_monitoring("{root: x}", best) == [1, "val/loss", None]
     none = "{modelcheckpoint: {params: {save_top_k: 0}}}"
     assert read_monitoring("{root: x}", none) == [0, "val/loss_simple_ema", 1]
     highest = "{modelcheckpoint: {params: {mode: max, monitor: val/psnr}}}"

@@ -131,6 +131,10 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     if lightning.get("find_unused_parameters") is not None:
         result.ignore("lightning", ["find_unused_parameters"], ": always true")
     _translate_model(raw, result)
+    # Lightning keeps the best weights of a `monitor` that its callback has; ours needs a number.
+    params = drop_nulls(get_section(raw, "lightning.modelcheckpoint.params"))
+    if params.get("monitor") and params.get("mode", "min") == "min":
+        result.set_defaults("callbacks", save_top_k=1)
     return result.sections, result.notes
 
 
@@ -164,6 +168,12 @@ def _translate_trainer(result: _Translation) -> None:
     for key in ("max_steps", "max_epochs"):
         if trainer.get(key) == -1:  # unlimited, for Lightning
             trainer[key] = None
+    if arguments["gpus"] is not None and arguments["devices"] is not None:
+        result.ignore("lightning.trainer", ["devices"], ": `gpus` is set")
+    elif arguments["accelerator"] == "cpu" and arguments["devices"] not in (None, 1, "1", "auto"):
+        result.ignore(
+            "lightning.trainer", ["devices"], ": --nproc or torchrun choose the processes"
+        )
     if arguments["fast_dev_run"]:
         trainer["max_steps"] = int(arguments["fast_dev_run"])  # a number of batches; true is 1
     if arguments["terminate_on_nan"]:

@@ -11,6 +11,9 @@ from ldm.evaluation.extractors import CLIPJudge, InceptionExtractor
 from ldm.evaluation.load import find_clip, load_extractor, load_judge
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.score import ImageSet, compute_scores, read_features
+from ldm.generate.lora_tags import split_tags
+from ldm.generate.prompt_file import has_options
+from ldm.generate.tasks.txt2img import TASK
 from ldm.imaging.pixels import to_pil
 from ldm.imaging.reading import list_images
 from ldm.model import LatentDiffusion
@@ -31,7 +34,8 @@ class Evaluator:
     """Scores a run; all files are opened in advance, so that a wrong one ends the run early.
 
     Raises:
-        ConfigError: The model is not text to image, or there is nothing to score images with.
+        ConfigError: The model is not text to image, a prompt has options, or there is nothing to
+            score images with.
         ValueError, OSError: A file cannot be read.
     """
 
@@ -43,6 +47,9 @@ class Evaluator:
             raise ConfigError(f"{WHERE}: only {FAMILIES['text'].title} can be evaluated")
         sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
         self.prompts = [source.text for source in sources]
+        for prompt in self.prompts:
+            if has_options(prompt, TASK) or split_tags(prompt)[1]:
+                raise ConfigError(f"{WHERE}.prompts: `{prompt}` has options or LoRAs of its own")
         self.reference: ImageSet | None = None
         self.extractor: InceptionExtractor | None = None
         self.judge: CLIPJudge | None = None
