@@ -238,6 +238,7 @@ class Encoder(nn.Module):
         null: The unconditional sample, such as ""; None = outputs of zeros.
         cache_key: Batch key whose entry latent caches store: an image, or a deterministic result of
             `prepare`; None = none.
+        source_key: Batch key of the conditioning image that the input is made of; None = none.
         sd_version: 1 or 2 for the text encoder of Stable Diffusion 1 or 2; None = other encoders.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
@@ -247,6 +248,7 @@ class Encoder(nn.Module):
     droppable: ClassVar[bool] = False
     null: object = None
     cache_key: str | None = None
+    source_key: str | None = None
     sd_version: ClassVar[int | None] = None
     ucg_rate: float = 0.0
     legacy_ucg_value: object = None

@@ -59,7 +59,7 @@ class LowRes(Encoder):
         super().__init__()
         self.max_noise_level = max_noise_level
         self.low_scale_key = low_scale_key
-        self.cache_key = low_scale_key
+        self.cache_key = self.source_key = low_scale_key
         self.schedule: Schedule | None = None
         if noise_schedule_config is not None:
             self.schedule = register_schedule(self, noise_schedule_config)
@@ -158,7 +158,7 @@ class PatchesToChannels(Encoder):
     def __init__(self, *, key: str = "lr", patch: int = 1) -> None:
         super().__init__()
         self.key = key
-        self.cache_key = key
+        self.cache_key = self.source_key = key
         self.patch = patch
 
     def forward(self, image: Tensor) -> Tensor:
@@ -173,6 +173,7 @@ class MaskedImage(Encoder):
     slot: Slot = "concat"
     key = "masked"
     cache_key = "masked"
+    source_key = "mask"
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Make `masked` from `mask` (B, 1, H, W) and `masked_image`, else `jpg` (B, 3, H, W)."""

@@ -10,6 +10,7 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.pipelines import families
+from ldm.runtime.errors import ConfigError
 from ldm.train.loop import train
 from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import Diffusion
@@ -119,6 +120,18 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     else:
         assert family is not None
         assert families.FAMILIES[family].function == task
+
+
+@pytest.mark.parametrize(
+    ("task", "key"), [("inpaint", "mask"), ("upscale", "lr"), ("enlarge", "lr")]
+)
+def test_a_missing_conditioning_image_is_named(task: str, key: str, tmp_path: Path) -> None:
+    raw = make_config(task, tmp_path)
+    raw["data"]["params"]["train"]["transform"]["records"] = {}
+    with pytest.raises(
+        ConfigError, match=rf"train.transform: .* add `conditions: {{{key}: {{}}}}`"
+    ):
+        build_run_from(raw, tmp_path / "run")
 
 
 def test_a_model_without_conditions_is_trained_and_drawn(tmp_path: Path) -> None:

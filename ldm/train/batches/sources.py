@@ -55,6 +55,8 @@ def open_batches(
         allow_commands: Whether to run `pipe:COMMAND` URLs of shards; never taken from the config.
     """
     specs = {"train": data.train, "validation": data.validation}
+    if isinstance(model, LatentDiffusion):
+        _check_conditions(model, data)
     opened = {
         split: open_images(spec, seed, f"data.params.{split}", commands=allow_commands)
         for split, spec in specs.items()
@@ -81,6 +83,23 @@ def open_batches(
             raise ValueError(f"data.params: {', '.join(names)} are for diffusion models only")
     source = _to_source(samples, seed, None if isinstance(images, Shards) else images)
     return source, None if validation is None else _to_source(validation, seed)
+
+
+def _check_conditions(model: LatentDiffusion, data: Data) -> None:
+    """Raise ConfigError for a conditioning image of the model that a transform does not make."""
+    transforms = {
+        "train": data.train["transform"],
+        "validation": data.validation and data.validation["transform"],
+        "prior": data.prior and data.prior.transform,
+    }
+    for encoder in model.conditioner.encoders.values():
+        key = encoder.source_key
+        for name, transform in transforms.items():
+            if key and transform and key not in (transform.get("conditions") or {}):
+                where = f"data.params.{name}.transform"
+                raise ConfigError(
+                    f"{where}: the model reads `{key}`, add `conditions: {{{key}: {{}}}}`"
+                )
 
 
 def _to_source(
