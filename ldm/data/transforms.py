@@ -78,6 +78,10 @@ class Transform(ABC):
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         """Make a caption from a row of metadata."""
 
+    def random_options(self) -> list[str]:
+        """Return the names of the options by which images of one variant differ between epochs."""
+        return ["mask"] if "mask" in self.conditions else []
+
     def row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
         """Make caption, aesthetic score and original size from a row of metadata."""
         score = row.get("aesthetic_score")
@@ -169,6 +173,10 @@ class PhotoTransform(Transform):
             original=original[::-1],
             crop=(round(top), round(left)),
         )
+
+    def random_options(self) -> list[str]:
+        drawn = {"crop": self.crop == "random", "flip": 0 < self.flip < 1}
+        return [*(name for name, is_drawn in drawn.items() if is_drawn), *super().random_options()]
 
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         captions = get_captions(row)

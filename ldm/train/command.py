@@ -41,6 +41,13 @@ NUMBER = re.compile(r"-\d+")
 SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
             "--allow-commands")  # fmt: skip
 IMPLICIT = {**dict.fromkeys(SWITCHES, "true"), "--resume": "", "--name": "", "--project": ""}
+# Options that forks of the original added, and what they mean here.
+FORK_OPTIONS = {
+    "finetune_from": "model.params.ckpt_path",
+    "actual_resume": "model.params.ckpt_path",
+    "data_root": "data.params.train.root",
+    "init_word": "lightning.textual_inversion.init",
+}
 EPILOG = """\
 Any other --NAME VALUE is an argument of Lightning's Trainer (--gpus 0,1, --max_epochs 3 --max_steps
 1000 --precision bf16 …) and means lightning.trainer.NAME=VALUE. On the signal SIGUSR1 a process of
@@ -304,6 +311,9 @@ def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -
     known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN_KEYS["trainer"]]
     for name in trainer:
         if name not in known and name not in RENAMED_TRAINER_KEYS:
+            if name in FORK_OPTIONS:
+                value = f"{FORK_OPTIONS[name]}={trainer[name]}"
+                raise ValueError(f"command line: unknown option `{name}`, use {value}")
             options = [spelling.lstrip("-") for spelling in spellings]
             raise unknown_name("option", name, known + options, "command line")
 

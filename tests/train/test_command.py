@@ -139,6 +139,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--finetune_from a.ckpt", "`finetune_from`, use model.params.ckpt_path=a.ckpt"),
         ("--max_stepz 3", "unknown option `max_stepz`, did you mean `max_steps`"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),

@@ -135,6 +135,27 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
     assert all(any(look in text for text in texts) for look in looks[:3])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": "random", "conditions": {"mask": {}}}, "`crop`, `flip`, `mask`: drawn once"),
+        ({"flip": 0.0}, ""),
+    ],
+)
+def test_what_is_drawn_once_with_one_variant_is_named(
+    options: dict[str, Any],
+    message: str,
+    model: Any,
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = Folder(root=photos, transform=PhotoTransform(size=16, **options))
+    cache_latents(model, folder, tmp_path / "cache")
+    assert message in caplog.text
+    assert bool(message) == bool(caplog.text)
+
+
 def test_an_interrupted_filling_goes_on(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ image, on the transform and on the weights (see `Store`), so that entries of a f
 when it is packed into shards.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ __all__ = ["LatentDataset", "cache_latents"]
 VERSION = 2  # of the entries; raise it if transforms with the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
 Size = tuple[int, int]  # (width, height) of a bucket
+log = logging.getLogger(__name__)
 
 
 class LatentInput(NamedTuple):
@@ -213,11 +215,17 @@ def cache_latents(
         precision: See `LatentCache`.
     """
     transform = images.transform
+    variants = variants_per_image or len(transform.variants) or 1
+    if variants == 1 and transform.random_options():
+        log.warning(
+            "%s: drawn once for each image, as latents are cached, or `variants_per_image` times",
+            ", ".join(f"`{name}`" for name in transform.random_options()),
+        )
     latents = LatentCache(
         Store(cache, "latents"),
         transform,
         digest_model(model, transform, precision),
-        len(transform.variants) or 1 if variants_per_image is None else variants_per_image,
+        variants,
         precision,
     )
     if isinstance(images, Shards):
