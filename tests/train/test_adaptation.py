@@ -54,8 +54,8 @@ def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path
     train(run)
     assert all(torch.equal(value, frozen[name]) for name, value in run.model.state_dict().items())
     model: Any = ldm.load(None, base)
-    for style in ("last", "last-diffusers"):
-        adapter: Any = read_lora(run.checkpoints / f"{style}.safetensors", model)
+    for path in (".", "checkpoints/last.safetensors", "checkpoints/last-diffusers.safetensors"):
+        adapter: Any = read_lora(run.folder / path, model)
         trained = dict(run.state.ema.shadow)
         assert {f"lora.{name}" for name, _ in adapter.named_parameters()} == trained.keys()
         for name, value in adapter.named_parameters():

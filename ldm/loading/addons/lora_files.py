@@ -86,10 +86,12 @@ ALPHA_METADATA = "lora_adapter_metadata"  # key of diffusers for a JSON with alp
 
 
 def list_lora_files(path: str | Path) -> list[Path]:
-    """Return the file at a path, or the LoRA files of diffusers or peft in a folder."""
+    """Return the file at a path, or those in a folder of diffusers, peft or a training run."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
+    if (export := path / "checkpoints/last.safetensors").is_file():
+        return [export]
     for ending in (".safetensors", ".bin"):
         files = [*path.glob(f"*{ending}"), *path.glob(f"*/*{ending}")]
         if files := sorted(file for file in files if file.stem in FOLDER_FILES):
