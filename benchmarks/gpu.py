@@ -1,7 +1,7 @@
 """All checks that need a GPU, in about ten minutes, with one table of results at the end.
 
     pip install -e '.[test,benchmarks,train]' && pip install xformers
-    python benchmarks/gpu.py                       # exit code 1 if a step fails
+    python benchmarks/gpu.py                       # exit code 1 if a check fails
     python benchmarks/gpu.py --only nccl attention
     python benchmarks/gpu.py --device cpu          # exercises this script: tiny sizes, no GPU code
 
@@ -12,10 +12,10 @@ attention  xformers against SDPA on the shapes of SD 2: the lowest and highest r
            (their outputs are compared by the tests)
 offload    an image of SDXL at 1024 x 1024 in 8 GB of the GPU's memory: peak and estimate
 nccl       one step of the demo's UNet with DistributedDataParallel, its gradients against those of
-           a step without; with one GPU as well, where it initialises NCCL
+           a step without; with one GPU as well, where it initializes NCCL
 trainer    scripts/train.py by torchrun on all GPUs
 
-A step that exceeds its time limit is stopped; the others still run. Nothing is installed: a step
+A check that exceeds its time limit is stopped; the others still run. Nothing is installed: a check
 whose package is missing is skipped, and the table says so. With --device cpu, gloo replaces NCCL,
 SDPA is compared with the formula in plain torch, and the tests are only collected.
 """
@@ -47,12 +47,12 @@ STEPS = 4  # of its image
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 
-def list_steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
-    """Return command and time limit in seconds of each step, whose last line is its result."""
+def list_checks(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
+    """Return command and time limit in seconds of each check, whose last line is its result."""
     is_cpu = device == "cpu"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     torchrun += [f"--nproc-per-node={2 if is_cpu else torch.cuda.device_count()}"]
-    this_script = ["benchmarks/gpu.py", "--device", device, "--step"]
+    this_script = ["benchmarks/gpu.py", "--device", device, "--check"]
     networks = ["benchmarks/run.py", "--device", device]
     training = ["benchmarks/train.py", "--device", device]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "tests"]
@@ -78,24 +78,24 @@ def list_steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
 
 def main() -> None:
     parser = harness.make_plain_parser(__doc__)
-    names = list(list_steps("cpu", ""))
+    names = list(list_checks("cpu", ""))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
-    parser.add_argument("--step", choices=["attention", "offload", "nccl"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK")
+    parser.add_argument("--check", choices=list(CHECK_FUNCTIONS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
-    if args.step:
-        return STEP_FUNCTIONS[args.step](device)
+    if args.check:
+        return CHECK_FUNCTIONS[args.check](device)
     is_cpu = args.device == "cpu"
     if not is_cpu and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device; --device cpu runs the steps at tiny sizes")
+        raise SystemExit("no CUDA device; --device cpu runs the checks at tiny sizes")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             print(f"== {name}", flush=True)
-            rows.append((name, *execute(*list_steps(args.device, folder)[name])))
+            rows.append((name, *execute(*list_checks(args.device, folder)[name])))
     print(f"\n{'CPU: no GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
-    print(f"{'step':10} {'result':8} {'seconds':>7}  worst / ratio")
+    print(f"{'check':10} {'result':8} {'seconds':>7}  worst / ratio")
     for name, state, seconds, last in rows:
         print(f"{name:10} {state:8} {seconds:7.0f}  {last}")
     if any(state == "FAILED" for _, state, *_ in rows):
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def execute(command: list[str], limit: int) -> tuple[str, float, str]:
-    """Run a step, showing its output; return its state, seconds and last line."""
+    """Run a check, showing its output; return its state, seconds and last line."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command],
@@ -165,7 +165,7 @@ def offload_model(device: torch.device) -> None:
         model = build_random_model(ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml")
     estimate = estimate_memory(model, size).with_offload / 2**30
     model.offload(device)
-    for _ in range(2):  # the first includes the initialisation of CUDA
+    for _ in range(2):  # the first includes the initialization of CUDA
         start = time.perf_counter()
         ldm.txt2img(model, ["a"], size=size, steps=STEPS, seeds=0, scale=5.0)
         seconds = time.perf_counter() - start
@@ -187,7 +187,7 @@ def build_random_model(config: Path) -> Any:
     return model.eval()
 
 
-def distributed_step(device: torch.device) -> None:
+def train_distributed(device: torch.device) -> None:
     """Train one step on two samples per process, and check the gradients of the whole batch."""
     import ldm
 
@@ -221,10 +221,10 @@ def distributed_step(device: torch.device) -> None:
         print(f"{backend}, {world_size} processes, gradients differ by {error:.1e}")
 
 
-STEP_FUNCTIONS = {
+CHECK_FUNCTIONS = {
     "attention": compare_attention,
     "offload": offload_model,
-    "nccl": distributed_step,
+    "nccl": train_distributed,
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import ROOT, Result, Side, Worker
+from harness import ROOT, Implementation, Result, Worker
 from torch import Tensor
 
 STEPS = 4
@@ -41,7 +41,7 @@ Call = Callable[[], Tensor]
 def main() -> None:
     parser = harness.make_parser(__doc__, dtypes=["float32"], threads=1)
     add = parser.add_argument
-    add("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    add("--stage", nargs="+", choices=STAGES, help="all; --against, without pag and freeu")
     add("--side", type=int, default=32, help="height and width of the latent (%(default)s)")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -49,15 +49,14 @@ def main() -> None:
     if args.worker:
         return run_worker(args)
     print(harness.describe_machine(args), flush=True)
-    pair = harness.get_sides(args)
-    if args.against != "diffusers":
-        args.stage = [stage for stage in args.stage if stage not in NEW_STAGES]
+    excluded = () if args.against == "diffusers" else NEW_STAGES
+    stages = args.stage or [stage for stage in STAGES if stage not in excluded]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         write_model(args.folder)
-        for stage in args.stage:
-            rows.append(compare(args, stage, pair))
+        for stage in stages:
+            rows.append(compare(args, stage))
     harness.finish(args, rows)
 
 
@@ -78,12 +77,12 @@ def write_model(folder: Path) -> None:
     harness.run(ROOT, "scripts/convert.py", file, folder / "model", "--config", config)
 
 
-def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> dict[str, Any]:
+def compare(args: argparse.Namespace, stage: str) -> dict[str, Any]:
     """Compare one stage; print and return the row."""
 
-    def start(side: Side) -> Worker:
+    def start(implementation: Implementation) -> Worker:
         words = ("--stage", stage, "--folder", args.folder, "--side", args.side)
-        return Worker(side, Path(__file__), args, *words)
+        return Worker(implementation, Path(__file__), args, *words)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         if stage not in SAME_NOISE:
@@ -95,7 +94,7 @@ def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> di
         return {"error": error}
 
     row: dict[str, Any] = {"stage": stage, "dtype": "float32"}
-    row |= harness.compare(start, pair, check, rounds=args.rounds)
+    row |= harness.compare(start, harness.get_implementations(args), check, rounds=args.rounds)
     error = f"  error {row['error']:.1e}" if "error" in row else ""
     print(f"{stage:13} {harness.describe(row)}{error}", flush=True)
     return row

@@ -28,7 +28,7 @@ Result = dict[str, Any]  # what a worker reports after its warm-up
 
 
 @dataclass(frozen=True)
-class Side:
+class Implementation:
     """One of the two implementations: "ours" or "diffusers", with the `ldm` of a checkout."""
 
     worker: str
@@ -56,14 +56,14 @@ def make_parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.Ar
     return parser
 
 
-def get_sides(args: argparse.Namespace) -> tuple[Side, Side]:
-    """Return our side and the baseline, which `--against` names."""
+def get_implementations(args: argparse.Namespace) -> tuple[Implementation, Implementation]:
+    """Return ours and the baseline, which `--against` names."""
     if args.against == "diffusers":
-        return Side("ours"), Side("diffusers")
+        return Implementation("ours"), Implementation("diffusers")
     root = Path(args.against).resolve()
     if not (root / "ldm").is_dir():
         raise SystemExit(f"--against: `{root}` is not a checkout of this project")
-    return Side("ours"), Side("ours", root)
+    return Implementation("ours"), Implementation("ours", root)
 
 
 def configure_torch(args: argparse.Namespace) -> None:
@@ -73,28 +73,35 @@ def configure_torch(args: argparse.Namespace) -> None:
 
 
 class Worker:
-    """A process that runs `serve` for a side: `script --worker …` with more arguments.
+    """A process that runs `serve` for an implementation: `script --worker …` with more arguments.
 
     Attributes:
         peak: Largest memory of the process so far, in GiB.
     """
 
-    def __init__(self, side: Side, script: Path, args: argparse.Namespace, *more: object) -> None:
-        common = ["--worker", side.worker, "--device", args.device, "--threads", args.threads]
+    def __init__(
+        self,
+        implementation: Implementation,
+        script: Path,
+        args: argparse.Namespace,
+        *options: object,
+    ) -> None:
+        common = ["--worker", implementation.worker]
+        common += ["--device", args.device, "--threads", args.threads]
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # lives as long as the worker
         self.process = subprocess.Popen(
-            [sys.executable, str(script), *map(str, [*common, *more])],
+            [sys.executable, str(script), *map(str, [*common, *options])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=make_environment(side.root),
+            env=make_environment(implementation.root),
         )
         self.peak = 0.0
 
     @cached_property
-    def first(self) -> Result:
-        """The worker's result after its warm-up, which is waited for."""
+    def warm_up_result(self) -> Result:
+        """What the worker reports after its warm-up, which is waited for."""
         return self._read()
 
     def measure(self) -> float:
@@ -130,9 +137,9 @@ class Worker:
         return result
 
 
-def serve(first: Result, call: Callable[[], object], device: torch.device) -> None:
-    """In the worker: report `first`, then time `call` for each line of standard input."""
-    print(json.dumps(first), flush=True)
+def serve(warm_up_result: Result, call: Callable[[], object], device: torch.device) -> None:
+    """In the worker: report the warm-up, then time `call` for each line of standard input."""
+    print(json.dumps(warm_up_result), flush=True)
     now = choose_clock(device)
     for _ in sys.stdin:
         calls, seconds, start = 0, 0.0, now()
@@ -143,15 +150,15 @@ def serve(first: Result, call: Callable[[], object], device: torch.device) -> No
 
 
 def compare(
-    start: Callable[[Side], Worker],
-    pair: tuple[Side, Side],
+    start: Callable[[Implementation], Worker],
+    pair: tuple[Implementation, Implementation],
     check: Callable[[Result, Result], dict[str, Any]],
     *,
     rounds: int,
     at_once: bool = True,
     measure_rate: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
-    """Measure both sides in the order A B, B A, A B …
+    """Measure both implementations in the order A B, B A, A B …
 
     Args:
         check: Compares the results of both workers after their warm-up, and exits if they disagree.
@@ -160,12 +167,13 @@ def compare(
         measure_rate: Measures a rate of this machine, before and after each measurement of ours.
 
     Returns:
-        The result of `check`, with `seconds` and `peaks` (GiB) of both sides, `ratios` (baseline /
-        ours), `rates` (means of before and after), and `others`, the fraction of the CPUs that
-        other processes used.
+        The result of `check`, with `seconds` and `peaks` (GiB) of both, `ratios` (baseline / ours),
+        `rates` (means of before and after), and `others`, the fraction of the CPUs that other
+        processes used.
     """
-    workers = [start(side) if at_once else None for side in pair]
-    results = [worker.first if worker else {} for worker in workers]  # warm before timing
+    # All are warm before any is timed.
+    workers = [start(each) if at_once else None for each in pair]
+    results = [worker.warm_up_result if worker else {} for worker in workers]
     row: dict[str, Any] = {}
     seconds: tuple[list[float], list[float]] = ([], [])
     rates: list[float] = []
@@ -173,7 +181,7 @@ def compare(
     for index in range(rounds):
         for i in (0, 1) if index % 2 == 0 else (1, 0):
             worker = workers[i] or start(pair[i])
-            results[i] = worker.first
+            results[i] = worker.warm_up_result
             if index == 0 and i == 1:
                 row |= check(results[0], results[1])
             for _ in range(1 if at_once else 3):
@@ -256,7 +264,7 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
 def make_environment(root: Path) -> dict[str, str]:
     """Return the environment of a process that imports the `ldm` of a checkout.
 
-    On both sides glibc keeps freed memory, as it does under the command `ldm`.
+    For both implementations glibc keeps freed memory, as it does under the command `ldm`.
     """
     keep_memory = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
@@ -270,11 +278,11 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
     if device.type == "cpu":
         return time.perf_counter
 
-    def call_and_synchronize() -> float:
+    def synchronize_and_read() -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    return call_and_synchronize
+    return synchronize_and_read
 
 
 def measure_cpu_seconds() -> float:

@@ -6,11 +6,11 @@
     python benchmarks/run.py --device cuda --dtype float16 bfloat16
     git worktree add /tmp/before main && python benchmarks/run.py --against /tmp/before
 
-Networks have the sizes of Stable Diffusion 2 and random weights. Each side runs in its own process.
-Outputs must agree: in float32 their difference is at most 1e-5 (relative L2); in 16 bits our error,
-relative to the baseline in float32, is at most 1.2 times the baseline's. Measurements alternate:
-ours, the baseline, the baseline, ours …; `ratio` is the baseline's time divided by ours, the median
-of pairs of measurements with its range.
+Networks have the sizes of Stable Diffusion 2 and random weights. Each implementation runs in its
+own process. Outputs must agree: in float32 their difference is at most 1e-5 (relative L2); in 16
+bits our error, relative to the baseline in float32, is at most 1.2 times the baseline's.
+Measurements alternate: ours, the baseline, the baseline, ours …; `ratio` is the baseline's time
+divided by ours, the median of pairs of measurements with its range.
 
 Stages that end in -xl are networks of SDXL. In bfloat16 they need 20 GB: both processes hold the
 UNet's weights, ours also in packed form. With `--one-at-a-time` they need half of that, or in
@@ -42,7 +42,7 @@ import harness
 import sdxl
 import torch
 import torch.nn.functional as F
-from harness import ROOT, Result, Side, Worker
+from harness import ROOT, Implementation, Result, Worker
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser = harness.make_parser(__doc__, dtypes=dtypes, threads=torch.get_num_threads())
     add = parser.add_argument
     add("--stage", nargs="+", choices=[*NETWORKS, *FILES], default=list(SD2_NETWORKS))
-    add("--one-at-a-time", action="store_true", help="never hold both sides in memory")
+    add("--one-at-a-time", action="store_true", help="never hold both in memory")
     add("--quick", action="store_true", help="small images, at most 2 rounds")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -128,12 +128,12 @@ def main() -> None:
 def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) -> dict[str, Any]:
     """Compare one stage in one dtype; print and return the row."""
     is_network, is_half = stage in NETWORKS, dtype != "float32"
-    ours, baseline = harness.get_sides(args)
+    ours, baseline = harness.get_implementations(args)
 
-    def start(side: Side, dtype: str = dtype) -> Worker:
+    def start(implementation: Implementation, dtype: str = dtype) -> Worker:
         options = ["--stage", stage, "--dtype", dtype, "--folder", args.folder]
         options += ["--quick"] if args.quick else []
-        return Worker(side, Path(__file__), args, *options)
+        return Worker(implementation, Path(__file__), args, *options)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         if not is_network:
@@ -150,7 +150,7 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) 
 
     if is_network and is_half:
         worker = start(baseline, "float32")
-        exact = read_output(worker.first)
+        exact = read_output(worker.warm_up_result)
         worker.close()
     row: dict[str, Any] = {"stage": stage, "dtype": dtype}
     row |= harness.compare(

@@ -5,10 +5,10 @@
     python benchmarks/train.py --device cuda --size sd2 --dtype bfloat16 --side 64
     python benchmarks/train.py --against /tmp/before             # another checkout
 
-Both sides train the same UNet from the same weights on given latents and text embeddings: noise,
+Both train the same UNet from the same weights on given latents and text embeddings: noise,
 forward, mean squared error, backward, gradient clipping, AdamW, EMA. The baseline is diffusers'
 example with its defaults: UNet2DConditionModel, DDPMScheduler, EMAModel; bfloat16 is autocast with
-float32 weights on both sides. Another checkout runs its own train.py.
+float32 weights in both. Another checkout runs its own train.py.
 
 The losses of one batch must agree, within 1e-4 in float32 and 2 % in bfloat16. After three steps of
 warm-up measurements alternate: ours, the baseline, the baseline, ours …; run.py describes what is
@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from harness import ROOT, Result, Side, Worker
+from harness import ROOT, Implementation, Result, Worker
 from make_checkpoint import random_weights
 from torch import Tensor, nn
 
@@ -89,10 +89,10 @@ def main() -> None:
 def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
     """Compare one size in one dtype; print and return the row."""
 
-    def start(side: Side) -> Worker:
+    def start(implementation: Implementation) -> Worker:
         options = ["--size", size, "--dtype", dtype, *(["--no-ema"] if args.no_ema else [])]
         options += ["--side", args.side] if args.side else []
-        return Worker(side, side.root / "benchmarks/train.py", args, *options)
+        return Worker(implementation, implementation.root / "benchmarks/train.py", args, *options)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         loss, baseline = result["loss"], other["loss"]
@@ -103,7 +103,7 @@ def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
     at_once = size != "sd2" or args.device.type == "cuda"
     row: dict[str, Any] = {"stage": f"train {size}", "dtype": dtype, "ema": not args.no_ema}
     row |= harness.compare(
-        start, harness.get_sides(args), check, rounds=args.rounds, at_once=at_once
+        start, harness.get_implementations(args), check, rounds=args.rounds, at_once=at_once
     )
     row["batch"] = SIZES[size].batch_size
     ema = "without EMA" if args.no_ema else "with EMA"
