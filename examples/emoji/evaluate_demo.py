@@ -31,7 +31,7 @@ from ldm.pipelines import txt2img
 # Styles of one artist with nearly the same drawings: a held-out one is easy to guess.
 SIMILAR_STYLES = ("flat", "soft gradient", "3d")
 
-Prompt = dict[str, Any]  # a row of the metadata, with `colour` and `prompt`
+Prompt = dict[str, Any]  # a row of the metadata, with `color` and `prompt`
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def choose_prompts(
     *,
     seed: int = 0,
 ) -> list[Prompt]:
-    """Choose rows of a split, and add a random `colour` and the `prompt` to each.
+    """Choose rows of a split, and add a random `color` and the `prompt` to each.
 
     Args:
         objects: Names of the objects; None for all.
@@ -139,9 +139,9 @@ def choose_prompts(
         rows = rng.sample(rows, count)
     prompts = []
     for row in rows:
-        colour = rng.choice(list(COLORS))
-        text = format_caption(row["object"], row["style"], colour)
-        prompts.append({**row, "colour": colour, "prompt": text})
+        color = rng.choice(list(COLORS))
+        text = format_caption(row["object"], row["style"], color)
+        prompts.append({**row, "color": color, "prompt": text})
     return prompts
 
 
@@ -177,16 +177,16 @@ def load_real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0
     images = []
     for row in prompts:
         image = folder.load(index[row["file_name"]])["image"]
-        images.append(folder.transform.image_fields(image, rng, row["colour"])["jpg"])
+        images.append(folder.transform.image_fields(image, rng, row["color"])["jpg"])
     return torch.stack(images)
 
 
 def score(judges: Judges, gallery: Gallery, images: Tensor, prompts: Sequence[Prompt]) -> Score:
     """Measure how many of the images show what their prompts ask for."""
-    colour, style, objects = judges.check(images, prompts)
+    color, style, objects = judges.check(images, prompts)
     top1, top5 = objects[:, 0], objects[:, :5].any(dim=1)
     nearest_object, nearest_style = gallery.nearest(images, prompts)
-    checks = (colour, style, top1, top5, colour & style & top1, nearest_style, nearest_object)
+    checks = (color, style, top1, top5, color & style & top1, nearest_style, nearest_object)
     return Score(len(prompts), *(float(check.float().mean()) for check in checks))
 
 

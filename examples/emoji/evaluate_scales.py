@@ -99,8 +99,8 @@ class EmojiJudge:
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         x = torch.cat([to_tensor(image) for image in images])
         rows = [self.rows[prompt] for prompt in prompts]
-        colour, style, objects = self.judges.check(x, rows)
-        return (colour & style & objects[:, 0]).double()
+        color, style, objects = self.judges.check(x, rows)
+        return (color & style & objects[:, 0]).double()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

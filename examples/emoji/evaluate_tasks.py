@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.encoders.lowres import mask_image
+from ldm.generate.option_parsers import parse_count
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -58,14 +59,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean errors of one method over all images.
+    """Quality of the images of one method, over all images.
 
     Attributes:
-        count: number of images.
-        psnr: over the damaged pixels, decibels.
-        edge_error: mean error of the differences between neighbouring pixels, as a fraction of
+        count: Number of images.
+        psnr: Over the damaged pixels, decibels.
+        edge_error: Mean error of the differences between neighboring pixels, as a fraction of
             the original's mean difference.
-        contrast: mean difference between neighbouring pixels, as a fraction of the original's.
+        contrast: Mean difference between neighboring pixels, as a fraction of the original's.
     """
 
     count: int
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the data set")
     parser.add_argument("--ckpt", help="weights (default: of the shipped model)")
-    parser.add_argument("--count", type=int, default=100, help="images, at most")
+    parser.add_argument("--count", type=parse_count, default=100, help="images, at most")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, help="guidance (default: what suits the model)")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     indices = range(0, step * min(args.count, len(folder)), step)
     samples = (folder[0, index] for index in tqdm(indices, unit="image"))
     model = load(ckpt=args.ckpt or find_file(task.checkpoint))
-    options = {"steps": args.steps, "scale": args.scale or task.scale, "seeds": 42}
+    scale = task.scale if args.scale is None else args.scale
+    options = {"steps": args.steps, "scale": scale, "seeds": 42}
     if args.task == "inpaint":
         qualities, images = compare_inpainting(model, load(), samples, **options)
     else:
@@ -114,7 +116,7 @@ def compare_inpainting(
         options: Keywords of `inpaint`.
 
     Returns:
-        Quality by method, and the images of every sample.
+        Quality by method, and the images of every sample by their names.
     """
 
     def restore(sample: Sample) -> Images:
@@ -135,7 +137,12 @@ def compare_upscaling(
 ) -> tuple[dict[str, Quality], list[Images]]:
     """Upscale `lr` of the samples by 4, by `model` and by bicubic interpolation.
 
-    Args and Returns: see `compare_inpainting`.
+    Args:
+        samples: Samples with `jpg`, `lr` and `txt`.
+        options: Keywords of `upscale`.
+
+    Returns:
+        As `compare_inpainting`.
     """
 
     def restore(sample: Sample) -> Images:
@@ -162,6 +169,7 @@ def format_table(qualities: dict[str, Quality]) -> str:
 def _compare(
     restore: Callable[[Sample], Images], samples: Iterable[Sample]
 ) -> tuple[dict[str, Quality], list[Images]]:
+    """Restore all samples, and measure the quality of each method; see `compare_inpainting`."""
     all_images: list[Images] = []
     sums: dict[str, Tensor] = {}
     for sample in samples:
@@ -176,9 +184,10 @@ def _compare(
 
 
 def _errors(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Return 1, the mean squared error, the error of edges, edges, and edges of the original.
+    """Return the terms of a sum over images, of which `_quality` takes means.
 
-    Edges are differences of neighbouring pixels, of which absolute values are summed.
+    These are 1, the mean squared error, and for edges, the differences of neighboring pixels, the
+    sums of absolute errors, of absolute values, and of those of the original.
     """
     mse = ((image - original).square() * mask).sum() / (3 * mask.sum())
     edges, original_edges = ([x.diff(dim=d) for d in (2, 3)] for x in (image, original))

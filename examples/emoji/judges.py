@@ -156,9 +156,9 @@ class Judges:
         """
         objects, styles = self.classify(image)
         object_labels, style_labels = self.labels(prompts)
-        colours = zip(classify_background(image), prompts, strict=True)
-        colour = torch.tensor([name == row["colour"] for name, row in colours])
-        return colour, styles[:, 0] == style_labels, objects == object_labels[:, None]
+        colors = zip(classify_background(image), prompts, strict=True)
+        color = torch.tensor([name == row["color"] for name, row in colors])
+        return color, styles[:, 0] == style_labels, objects == object_labels[:, None]
 
     @torch.inference_mode()
     def classify(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,20 +193,20 @@ class Gallery:
         self.styles = [folder.rows[k]["style"] for k in indices]
 
     @torch.inference_mode()
-    def distances(self, image: Tensor, colours: Sequence[str]) -> Tensor:
+    def distances(self, image: Tensor, colors: Sequence[str]) -> Tensor:
         """Compute the squared distances of images (B, 3, H, W) to all drawings, (B, drawings).
 
         Each is the smallest over shifts of the image by up to one of 64 pixels in each direction.
 
         Args:
-            colours: Name of the drawings' background for each image.
+            colors: Name of the drawings' background for each image.
         """
         result = torch.empty(len(image), len(self.drawings))
         small = F.interpolate(image.float(), (SIDE, SIDE), mode="area")
-        for colour in sorted(set(colours)):
-            indices = [k for k, name in enumerate(colours) if name == colour]
-            colours_rgb = torch.tensor(COLORS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
-            real = _composite(self.drawings, colours_rgb).flatten(1)  # (drawings, 3 * 64 * 64)
+        for color in sorted(set(colors)):
+            indices = [k for k, name in enumerate(colors) if name == color]
+            colors_rgb = torch.tensor(COLORS[color]).expand(len(self.drawings), 3) / 127.5 - 1
+            real = _composite(self.drawings, colors_rgb).flatten(1)  # (drawings, 3 * 64 * 64)
             shifted = F.unfold(F.pad(small[indices], (1, 1, 1, 1), mode="replicate"), SIDE)
             flat = shifted.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
             # |a - b|² = |a|² - 2 a b + |b|², of all pairs
@@ -218,12 +218,12 @@ class Gallery:
         """Return whether the nearest drawing shows the object, and the nearest of it the style.
 
         Args:
-            prompts: Prompt of each image, with `object`, `style` and `colour`.
+            prompts: Prompt of each image, with `object`, `style` and `color`.
 
         Returns:
             Two bool tensors (B,), for object and style.
         """
-        distances = self.distances(image, [row["colour"] for row in prompts])
+        distances = self.distances(image, [row["color"] for row in prompts])
         objects, styles = [], []
         for row, distance in zip(prompts, distances, strict=True):
             of_object = [k for k, name in enumerate(self.objects) if name == row["object"]]
@@ -234,12 +234,12 @@ class Gallery:
 
 
 def classify_background(image: Tensor) -> list[str]:
-    """Name the colour nearest to the median of the border, for each image of (B, 3, H, W)."""
+    """Name the color nearest to the median of the border, for each image of (B, 3, H, W)."""
     width = max(1, BORDER * image.shape[-1] // 128)
     mask = torch.ones(image.shape[-2:], dtype=torch.bool)
     mask[width:-width, width:-width] = False
     border = image[:, :, mask].median(dim=2).values  # (B, 3)
-    table = torch.tensor(list(COLORS.values())) / 127.5 - 1  # (colours, 3)
+    table = torch.tensor(list(COLORS.values())) / 127.5 - 1  # (colors, 3)
     nearest = torch.cdist(border, table).argmin(dim=1)
     return [list(COLORS)[k] for k in nearest.tolist()]
 
@@ -293,7 +293,7 @@ def _augment_full(
     side = drawings.shape[-1]
     top, left = (torch.randint(-4, 5, (2,), generator=generator) + (SIDE - side) // 2).tolist()
     padding = (left, SIDE - side - left, top, SIDE - side - top)
-    return _blur_half(_on_random_colours(F.pad(drawings, padding), generator), generator)
+    return _blur_half(_on_random_colors(F.pad(drawings, padding), generator), generator)
 
 
 def _augment_patches(drawings: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -301,24 +301,24 @@ def _augment_patches(drawings: Tensor, indices: Tensor, generator: torch.Generat
     side = PATCH_SIDES[int(torch.randint(len(PATCH_SIDES), (), generator=generator))]
     top, left = torch.randint(0, drawings.shape[-1] - side + 1, (2,), generator=generator).tolist()
     patches = drawings[indices, :, top : top + side, left : left + side]
-    image = _on_random_colours(patches, generator)
+    image = _on_random_colors(patches, generator)
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
     image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
     return _blur_half(image, generator)
 
 
-def _on_random_colours(drawings: Tensor, generator: torch.Generator) -> Tensor:
-    """Composite drawings (B, 4, h, w) on random named colours: (B, 3, h, w)."""
+def _on_random_colors(drawings: Tensor, generator: torch.Generator) -> Tensor:
+    """Composite drawings (B, 4, h, w) on random named colors: (B, 3, h, w)."""
     table = torch.tensor(list(COLORS.values())) / 127.5 - 1
     indices = torch.randint(len(table), (len(drawings),), generator=generator)
     return _composite(drawings, table[indices])
 
 
-def _composite(drawings: Tensor, colours: Tensor) -> Tensor:
-    """Composite drawings of `_load_drawings` on colours (B, 3) in [-1, 1]: (B, 3, h, w)."""
+def _composite(drawings: Tensor, colors: Tensor) -> Tensor:
+    """Composite drawings of `_load_drawings` on colors (B, 3) in [-1, 1]: (B, 3, h, w)."""
     rgb, alpha = drawings[:, :3] / 127.5, drawings[:, 3:] / 255
-    return colours[:, :, None, None] * (1 - alpha) + rgb - alpha
+    return colors[:, :, None, None] * (1 - alpha) + rgb - alpha
 
 
 def _blur_half(image: Tensor, generator: torch.Generator) -> Tensor:

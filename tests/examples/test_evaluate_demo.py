@@ -29,18 +29,18 @@ def images(folder, prompts):
 
 
 def test_the_background_is_read_from_the_border():
-    colours = torch.tensor(list(COLORS.values()))[:, :, None, None] / 127.5 - 1
-    image = colours.repeat(1, 1, 64, 64)
+    colors = torch.tensor(list(COLORS.values()))[:, :, None, None] / 127.5 - 1
+    image = colors.repeat(1, 1, 64, 64)
     image += 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     image[..., 8:56, 8:56] = torch.rand(len(image), 3, 48, 48)
     assert classify_background(image) == list(COLORS)
 
 
-def test_prompts_name_object_style_and_colour(folder):
+def test_prompts_name_object_style_and_color(folder):
     (held_out,) = evaluate_demo.choose_prompts(folder, "heldout")
     assert held_out["object"] == "red apple"
     assert f"{held_out['style']} emoji of a red apple on" in held_out["prompt"]
-    assert f"{held_out['colour']} background" in held_out["prompt"]
+    assert f"{held_out['color']} background" in held_out["prompt"]
     assert len(evaluate_demo.choose_prompts(folder, "train", count=5)) == 5
 
 

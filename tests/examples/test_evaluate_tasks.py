@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evaluate_tasks import compare_upscaling, format_table
+from evaluate_tasks import compare_upscaling, format_table, main
 
 
 def test_a_perfect_upscaler_beats_bicubic(monkeypatch):
@@ -18,3 +18,20 @@ def test_a_perfect_upscaler_beats_bicubic(monkeypatch):
     assert upscaler.contrast == pytest.approx(1, abs=1e-5)
     assert qualities["bicubic"].edge_error > 0.5
     assert "| upscaler | 2 | 40.0 dB | 0.00 | 1.00 |" in format_table(qualities)
+
+
+def test_a_guidance_scale_of_0_is_not_the_default(monkeypatch, tmp_path):
+    scales = []
+
+    def compare(model, samples, *, scale, **_):
+        scales.append(scale)
+        return {}, [{"original": torch.zeros(1, 3, 8, 8)}]
+
+    monkeypatch.setattr("evaluate_tasks.Folder", lambda **_: [])
+    monkeypatch.setattr("evaluate_tasks.load", lambda **_: None)
+    monkeypatch.setattr("evaluate_tasks.compare_upscaling", compare)
+    for flags in (["--scale", "0"], []):
+        main(["upscale", "--out", str(tmp_path), *flags])
+    assert scales == [0, 1]
+    with pytest.raises(SystemExit):
+        main(["upscale", "--count", "0"])
