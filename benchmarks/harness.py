@@ -240,7 +240,7 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
     """Run Python with the `ldm` of a checkout.
 
     Args:
-        folder: Working directory; None for the checkout.
+        folder: Working directory; None = the checkout.
 
     Returns:
         Seconds, CPU seconds, and the largest resident size in GiB.

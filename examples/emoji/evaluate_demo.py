@@ -129,8 +129,8 @@ def choose_prompts(
     """Choose rows of a split, and add a random `color` and the `prompt` to each.
 
     Args:
-        objects: Names of the objects; None for all.
-        count: Number of random rows; None for all.
+        objects: Names of the objects; None = all.
+        count: Number of random rows; None = all.
     """
     rng = Random(seed)
     rows = [row for row in folder.rows if row["split"] == split]
@@ -156,7 +156,7 @@ def generate(
     """Generate an image of each prompt, (N, 3, H, W), of the k-th with seed k.
 
     Args:
-        advance: Called with the number of images after each batch; None for no progress.
+        advance: Called with the number of images after each batch; None = not called.
         options: Keywords of `txt2img`: steps, scale, sampler …
     """
     images = []

@@ -110,7 +110,7 @@ class Judges:
         """Load the classifiers for the images of a folder, or train them and write `path`.
 
         Args:
-            objects: Names of the objects to classify; None for all. Styles are learned from all
+            objects: Names of the objects to classify; None = all. Styles are learned from all
                 images.
             steps: Training steps of each classifier.
         """

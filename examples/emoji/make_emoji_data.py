@@ -155,7 +155,7 @@ def build(
     Args:
         modules: Folder `node_modules` with the packages of PACKAGES.
         out: Folder to write.
-        objects: Number of objects to keep, first ones of the ranking; None for all.
+        objects: Number of objects to keep, first ones of the ranking; None = all.
         size: Height and width of the images in pixels; smaller ones are left out.
     """
     packages = {style: _Package(modules / name) for style, name in STYLES.items()}

@@ -60,7 +60,7 @@ def _replay(args: Namespace) -> int:
         remake_image,
         restore_request,
     )
-    from ldm.imaging.metadata import fingerprint, read_info, write_png
+    from ldm.imaging.metadata import hash_pixels, read_info, write_png
     from ldm.imaging.reading import open_image
 
     changes = {name: value for name in MODEL_OPTIONS if (value := vars(args)[name])}
@@ -82,7 +82,7 @@ def _replay(args: Namespace) -> int:
         write_png(args.output, shown or image, info)
     with open_image(args.image) as old:
         difference = compare_results(info, old, image, depth)
-        was_edited = fingerprint(old) != info.get("sha256")
+        was_edited = hash_pixels(old) != info.get("sha256")
     print(difference or "identical")
     if difference is None:
         return 0

@@ -25,7 +25,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = [
     "Denoise", "Evaluation", "Guidance", "PerpNeg", "PerturbedAttention", "ProjectedGuidance",
-    "SafeGuidance", "Scale", "StepCounter", "add_guidance", "follow_schedule",
+    "SafeGuidance", "Scale", "StepCounter", "add_guidance", "switch_conditions",
 ]  # fmt: skip
 
 Scale = float | Callable[[float], float]
@@ -248,7 +248,7 @@ class StepCounter:
         self.step = step
 
 
-def follow_schedule(
+def switch_conditions(
     guide: Callable[[Cond | Composition, Cond | None], Denoise],
     cond: AnyCond,
     uncond: Cond | ScheduledCond | None,

@@ -46,15 +46,15 @@ class Sampler:
     Args:
         function: Name in a module of `ldm.diffusion.samplers`.
         label: Name in A1111's text and on the page.
-        eta: Default amount of the noise that it adds between steps; None: it cannot be set.
+        eta: Default amount of the noise that it adds between steps; None = it cannot be set.
         adds_fixed_noise: Whether it adds noise between steps whose amount cannot be set.
         takes_path: Whether noise between steps may come from a Brownian path over sigma.
         takes_churn: Whether it adds noise before steps (s_churn).
         scales_time: Whether it takes `NoiseSchedule.scale_time`.
         takes_uncond: Whether it takes the unconditional estimate, too.
-        scale: Default guidance scale; None: the model's.
-        scheduler: Default scheduler; None: the model's.
-        high_sigma_scheduler: Default if the highest sigma is above HIGH_SIGMA; None: as otherwise.
+        scale: Default guidance scale; None = the model's.
+        scheduler: Default scheduler; None = the model's.
+        high_sigma_scheduler: Default if the highest sigma is above HIGH_SIGMA; None = as otherwise.
         a1111_scheduler: The scheduler that A1111's "Automatic" stands for.
         adapts_steps: Whether steps depend on the batch: commands and page make images one by one.
         skips_last_level: Whether one more step is planned and the last level before 0 dropped, as
@@ -90,9 +90,9 @@ class Scheduler:
         function: Name in `ldm.diffusion.schedulers`.
         label: Name in A1111's text and on the page; one of A1111's names only if its levels are
             the same.
-        max_steps: None: the number of timesteps.
-        for_sdxl: The scheduler that replaces it for SDXL; None: itself.
-        rho: Default exponent; None: it has none.
+        max_steps: None = the number of timesteps.
+        for_sdxl: The scheduler that replaces it for SDXL; None = itself.
+        rho: Default exponent; None = it has none.
     """
 
     function: str
@@ -323,7 +323,7 @@ def check_guidance_options(given: Collection[str], scale: float | None) -> None:
 
     Args:
         given: Names of all options that have a value.
-        scale: Guidance scale; None: not known.
+        scale: Guidance scale; None = not known.
     """
     methods = [name for name in EXCLUSIVE_GUIDANCE if name in given]
     if len(methods) > 1:

@@ -27,7 +27,7 @@ from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.prompt_file import read_prompt_file
 from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
-from ldm.imaging.metadata import fingerprint, write_png
+from ldm.imaging.metadata import hash_pixels, write_png
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import read_text, replace_when_written
 from ldm.runtime.ranks import get_rank_and_world_size
@@ -171,7 +171,7 @@ def _generate(
     folder.mkdir(parents=True, exist_ok=True)
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
         info = run_info | describe_image(prepared.request, [batch], 0, row)
-        info["sha256_unmarked"] = fingerprint(image)
+        info["sha256_unmarked"] = hash_pixels(image)
         with replace_when_written(_path(folder, batch.images[row].index)) as partial:
             write_png(partial, add_watermark(image, info), info)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.evaluation.labels import XY, place_labels
+from ldm.evaluation.figure_labels import XY, place_labels
 from ldm.evaluation.metrics import Estimate
 from ldm.evaluation.score import Result
 from ldm.runtime.files import replace_when_written

@@ -21,7 +21,7 @@ from ldm.generate.load import Models, find_checker
 from ldm.generate.options import encode_option, options_of
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
-from ldm.imaging.metadata import fingerprint
+from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.watermark import can_hold
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.model import LatentDiffusion
@@ -214,7 +214,7 @@ def describe_image(request: Request, batches: Sequence[Batch], batch_index: int,
 
 def describe_depth(depth: Image.Image) -> Info:
     """Return the info of an image's depth: its range, and a hash to compare with."""
-    return {"depth_range": list(depth.getextrema()), "sha256_depth": fingerprint(depth)}
+    return {"depth_range": list(depth.getextrema()), "sha256_depth": hash_pixels(depth)}
 
 
 def watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:

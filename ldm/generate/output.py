@@ -21,7 +21,7 @@ from ldm.generate.load import Models
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged, log_safety, safety_infos
 from ldm.imaging.mesh import save_mesh
-from ldm.imaging.metadata import fingerprint
+from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.pixels import make_grid, to_pil
 from ldm.imaging.rgbd import place_beside, split_color, split_depth
@@ -128,7 +128,7 @@ class ImageWriter:
         depth: Image.Image | None,
     ) -> Info:
         """Save an image with info, depth and mesh; return entries of the info about the files."""
-        unmarked = {"sha256_unmarked": fingerprint(image)}
+        unmarked = {"sha256_unmarked": hash_pixels(image)}
         marked = add_watermark(image, info, protected)
         path = self._folder.save_sample(marked, info | unmarked, depth)
         if depth is None:

@@ -18,7 +18,7 @@ from ldm.generate.plan import Batch, ImageSpec
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS, PreparedTask, Task
-from ldm.imaging.metadata import fingerprint
+from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.rgbd import split_depth
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import DEMO_CHECKPOINT
@@ -216,7 +216,7 @@ def compare_results(
         return _compare_images(old, new_depth)
     difference = _compare_images(old, new)
     if difference is None and new_depth is not None:
-        is_same = fingerprint(new_depth) == info.get("sha256_depth")
+        is_same = hash_pixels(new_depth) == info.get("sha256_depth")
         return None if is_same else "the depth differs, the colours do not"
     return difference
 

@@ -36,8 +36,8 @@ from ldm.prompts.a1111 import EMPHASIS_MODES
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "fingerprint",
     "format_parameters",
+    "hash_pixels",
     "parse_parameters",
     "parse_sampler",
     "read_info",
@@ -98,10 +98,10 @@ def _find_concept_name(text: str) -> str:
 
 def _get_sampler_label(name: str) -> str:
     """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the name of that."""
-    traits = SAMPLERS.get(name)
-    if traits is None:
+    row = SAMPLERS.get(name)
+    if row is None:
         return name
-    return SAMPLERS[traits.function].label if traits.function in SAMPLERS else traits.label
+    return SAMPLERS[row.function].label if row.function in SAMPLERS else row.label
 
 
 def _get_emphasis(syntax: str) -> str:
@@ -207,7 +207,7 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
         info: See the top of this file; `sha256` is added. Sets become lists, other values that
             JSON does not support become strings.
     """
-    entries = {**info, "sha256": fingerprint(image)}
+    entries = {**info, "sha256": hash_pixels(image)}
     text = PngInfo()
     # Pillow writes tEXt for Latin-1, else iTXt; neither can encode lone surrogates.
     text.add_text("parameters", format_parameters(info).encode("utf-8", "replace").decode())
@@ -234,7 +234,7 @@ def read_info(path: str | Path) -> JsonObject:
     return parse_parameters(parameters) if isinstance(parameters, str) else {}
 
 
-def fingerprint(image: Image.Image) -> str:
+def hash_pixels(image: Image.Image) -> str:
     """Return the SHA-256 of the RGB, or 16-bit grey, pixels of an image in hexadecimal."""
     pixels = image if image.mode == "I;16" else image.convert("RGB")
     return hashlib.sha256(pixels.tobytes()).hexdigest()
@@ -254,7 +254,7 @@ def format_parameters(info: JsonMapping) -> str:
 def _iter_settings(info: JsonMapping) -> Iterator[tuple[str, str]]:
     """Yield A1111's names and values of the settings in the info, in A1111's order."""
     sampler, strength = info.get("sampler"), info.get("refiner_strength")
-    traits = SAMPLERS.get(sampler or "")
+    row = SAMPLERS.get(sampler or "")
     values = {
         **info,
         "schedule_type": _get_schedule_type(info),
@@ -262,7 +262,7 @@ def _iter_settings(info: JsonMapping) -> Iterator[tuple[str, str]]:
     }
     if strength is not None:
         values["refiner_start"] = round(1 - strength, 4)
-    defaults = DEFAULTS | {"eta": traits.eta if traits else 0}
+    defaults = DEFAULTS | {"eta": row.eta if row else 0}
     left_out = ["Eta" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta DDIM"]
     if not info.get("s_churn"):
         left_out += ["Sigma tmin", "Sigma tmax"]
@@ -330,8 +330,8 @@ def parse_parameters(parameters: str) -> JsonObject:
     if other_settings.get("Sampler") == DDIM_CFG_PP and "scale" in info and not is_forge:
         info["scale"] /= 12.5
     info |= parse_sampler(other_settings, version)
-    traits = SAMPLERS.get(info.get("sampler", ""))
-    if traits and traits.takes_path and not is_ours:
+    row = SAMPLERS.get(info.get("sampler", ""))
+    if row and row.takes_path and not is_ours:
         info["brownian"] = True  # as in A1111, which uses k-diffusion's samplers
     return {**info, "other": other_settings} if other_settings else info
 
@@ -360,15 +360,15 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     if name:
         labels = {sampler.label: key for key, sampler in SAMPLERS.items()}
         options["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
-    traits = SAMPLERS.get(options.get("sampler", ""))
+    row = SAMPLERS.get(options.get("sampler", ""))
     ignores_schedule = options.get("sampler") in FIXED_SCHEDULE_SAMPLERS or name == DDIM_CFG_PP
-    if traits and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
+    if row and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
         match = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
         is_before_1_9 = match is not None and (int(match[1]), int(match[2])) < (1, 9)
         # Until then these two were part of the sampler's name; a name without them is "normal".
-        was_in_name = traits.a1111_scheduler in ("karras", "exponential")
+        was_in_name = row.a1111_scheduler in ("karras", "exponential")
         is_normal = is_before_1_9 and was_in_name
-        options["scheduler"] = "normal" if is_normal else traits.a1111_scheduler
+        options["scheduler"] = "normal" if is_normal else row.a1111_scheduler
     elif schedule in schedulers:
         options["scheduler"] = schedulers[schedule]
     if "scheduler" in options:

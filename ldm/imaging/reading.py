@@ -211,7 +211,7 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
         _scale_transparent_color(file)
         if file.format == "TIFF" and _is_wide_planar(file):
             raise UnidentifiedImageError
-        file.load()  # which turns a TIFF
+        file.load()  # which turns a TIFF upright
         turn = _find_turn(file)
         image = file.copy() if turn is None else file.transpose(turn)
         if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_invisible(image):

@@ -176,7 +176,7 @@ class SpatialTransformer(Layer):
 
     Args:
         depth: Number of blocks.
-        context_dim: Features of the context, or a list of one per block; None: see
+        context_dim: Features of the context, or a list of one per block; None = see
             TransformerBlock.
         disable_self_attn: See TransformerBlock.
         use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). Only

@@ -88,7 +88,7 @@ class UNet(nn.Module):
     channel_mult: Sequence[int] = (1, 2, 4, 8)
     conv_resample: bool = True  # else average pooling, nearest neighbor
     dims: Literal[2] = 2
-    # what `y` is, see `forward`; None: the network takes none
+    # what `y` is, see `forward`; None = the network takes none
     num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None
     use_checkpoint: bool = False
     num_heads: int = -1  # -1: channels / num_head_channels
@@ -97,15 +97,15 @@ class UNet(nn.Module):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False  # resampling by residual blocks
     use_new_attention_order: bool = False
-    use_spatial_transformer: bool | None = None  # None: True with a context_dim
+    use_spatial_transformer: bool | None = None  # None = True with a context_dim
     transformer_depth: Depth = 1  # blocks per transformer; a list by level, or by level and block
-    transformer_depth_middle: int | None = None  # None: as in the last level; 0: one ResBlock only
-    transformer_depth_output: Sequence[int] | None = None  # of each output block; None: by level
+    transformer_depth_middle: int | None = None  # None = as in the last level; 0: one ResBlock only
+    transformer_depth_output: Sequence[int] | None = None  # of each output block; None = by level
     context_dim: int | Sequence[int] | None = None  # a list if each block has its own context
     n_embed: None = None  # not supported: prediction of codebook entries
     legacy: bool = True  # features per head = channels / heads, not num_head_channels
     disable_self_attentions: Sequence[bool] | None = None  # per level: cross-attention only
-    num_attention_blocks: Sequence[int] | None = None  # per level; None: all
+    num_attention_blocks: Sequence[int] | None = None  # per level; None = all
     disable_middle_self_attn: bool = False
     disable_middle_transformer: bool = False
     use_linear_in_transformer: bool = False
@@ -188,12 +188,12 @@ class UNet(nn.Module):
             context: (B, M, context_dim), or a list of one per transformer block; None = networks
                 without cross-attention.
             y: By num_classes: n: class labels 0 … n-1, (B,); "continuous": (B, 1); "sequential":
-                (B, adm_in_channels); "timestep": (B,); None: None.
+                (B, adm_in_channels); "timestep": (B,); None = None.
             guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
-                distilled network (arXiv:2310.04378); None: zeros.
+                distilled network (arXiv:2310.04378); None = zeros.
             perturbed: Samples with identity self-attention in the middle block, bool (B,), for
-                perturbed-attention guidance; None: no samples.
-            freeu: Rescales the inputs of the output blocks; None: they are unchanged.
+                perturbed-attention guidance; None = no samples.
+            freeu: Rescales the inputs of the output blocks; None = they are unchanged.
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)

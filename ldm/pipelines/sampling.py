@@ -21,7 +21,7 @@ from ldm.diffusion.guidance import (
     Scale,
     StepCounter,
     add_guidance,
-    follow_schedule,
+    switch_conditions,
 )
 from ldm.diffusion.guidance_embedding import embed_guidance
 from ldm.diffusion.names import SAMPLERS, FreeUFactors
@@ -213,7 +213,7 @@ def sample(
     counter = StepCounter(first_step)
     with circular_padding(tiling):
         x = SAMPLER_FUNCTIONS[sampler](
-            follow_schedule(guide, cond, uncond, counter),
+            switch_conditions(guide, cond, uncond, counter),
             x,
             sigmas,
             callback=_wrap_callback(callback, len(sigmas) - 1, counter),
@@ -316,21 +316,21 @@ def _get_sampler_options(
         always_draws: Draw noise even where eta is 0, as the original did.
         is_continued: Whether another model samples on from the result.
     """
-    traits, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
+    row, s_noise, s_tmax = SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
     options: dict[str, object] = {}
-    if traits.takes_noise or traits.takes_churn:
+    if row.takes_noise or row.takes_churn:
         options["noise"] = scaled_noise
-    if traits.takes_churn:
+    if row.takes_churn:
         options["s_churn"], options["s_tmin"] = step_noise.s_churn, step_noise.s_tmin
         options["s_tmax"] = math.inf if s_tmax is None else s_tmax
-    if traits.eta is not None:
-        options["eta"] = eta = traits.eta if step_noise.eta is None else step_noise.eta
+    if row.eta is not None:
+        options["eta"] = eta = row.eta if step_noise.eta is None else step_noise.eta
         if eta == 0 and not always_draws:
             options["noise"] = None  # nothing is drawn; the original drew noise, times 0
-    if traits.scales_time:
+    if row.scales_time:
         options["scale_time"] = schedule.scale_time
-    if traits.function == "dpmpp_2m" and is_continued:
+    if row.function == "dpmpp_2m" and is_continued:
         options["lower_order_final"] = False  # its last step is not that of the run
     return options
 

@@ -178,7 +178,7 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
     """Run the main function of a command; print any error on stderr, without a traceback.
 
     Args:
-        main: The main function; returns the exit status, None for 0.
+        main: The main function; returns the exit status, None = 0.
         parser: It has parsed the arguments; `--verbose` logs more, and shows tracebacks.
 
     Returns:

@@ -90,7 +90,7 @@ class WrongFamily(ArgumentError):
 
     Args:
         message: What the model is for.
-        task: The task that it is for; None: no task of this package.
+        task: The task that it is for; None = no task of this package.
     """
 
     def __init__(self, message: str, task: str | None = None) -> None:

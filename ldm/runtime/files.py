@@ -107,7 +107,7 @@ def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None 
     Cached in this process as long as the files do not change.
 
     Args:
-        progress: Called with the number of bytes of each block read; None: not called.
+        progress: Called with the number of bytes of each block read; None = not called.
     """
     files = [Path(path).expanduser().resolve() for path in paths]
     key = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)

@@ -11,7 +11,7 @@ from goldfile import Gold, gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import add_guidance
-from ldm.diffusion.names import SAMPLERS as TRAITS
+from ldm.diffusion.names import SAMPLERS as SAMPLER_ROWS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.multistep import dpmpp_2m, plms
 from ldm.diffusion.samplers.sde import dpmpp_2m_sde
@@ -29,7 +29,7 @@ RECORDED_DDIM = [
 
 
 recorded = functools.cache(gold)
-STOCHASTIC = {name for name, traits in TRAITS.items() if traits.takes_noise}
+STOCHASTIC = {name for name, row in SAMPLER_ROWS.items() if row.takes_noise}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.imaging.metadata import fingerprint, format_parameters, read_info, write_png
+from ldm.imaging.metadata import format_parameters, hash_pixels, read_info, write_png
 from ldm.prompts.a1111 import EMPHASIS_MODES
 
 INFO = {
@@ -122,7 +122,7 @@ def test_info_and_pixels_come_back_as_written(tmp_path):
         assert json.loads(saved.info["ldm"])["seed"] == 42
     expected = hashlib.sha256(IMAGE.tobytes()).hexdigest()
     assert read_info(tmp_path / "a.png") == {**INFO, "sha256": expected}
-    assert fingerprint(IMAGE) == expected
+    assert hash_pixels(IMAGE) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from ldm.evaluation.labels import place_labels
+from ldm.evaluation.figure_labels import place_labels
 
 RADIUS = 4.0
 
 
-def boxes(centres, sizes):
-    pairs = zip(centres, sizes, strict=True)
+def boxes(centers, sizes):
+    pairs = zip(centers, sizes, strict=True)
     return [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for (x, y), (w, h) in pairs]
 
 
