@@ -41,12 +41,19 @@ NUMBER = re.compile(r"-\d+")
 SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
             "--allow-commands")  # fmt: skip
 IMPLICIT = {**dict.fromkeys(SWITCHES, "true"), "--resume": "", "--name": "", "--project": ""}
-# Options that forks of the original added, and what they mean here.
-FORK_OPTIONS = {
-    "finetune_from": "model.params.ckpt_path",
-    "actual_resume": "model.params.ckpt_path",
-    "data_root": "data.params.train.root",
+# Keys of the config, by options of the original's forks, of kohya's scripts and of diffusers.
+FOREIGN_OPTIONS = {
+    **dict.fromkeys(
+        ("finetune_from", "actual_resume", "pretrained_model_name_or_path"),
+        "model.params.ckpt_path",
+    ),
+    **dict.fromkeys(("data_root", "train_data_dir"), "data.params.train.root"),
     "init_word": "lightning.textual_inversion.init",
+    "learning_rate": "model.base_learning_rate",
+    "train_batch_size": "data.params.batch_size",
+    "max_train_steps": "lightning.trainer.max_steps",
+    "network_dim": "lightning.lora.rank",
+    "network_alpha": "lightning.lora.alpha",
 }
 EPILOG = """\
 Any other --NAME VALUE is an argument of Lightning's Trainer (--gpus 0,1, --max_epochs 3 --max_steps
@@ -154,6 +161,8 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
         required.append("model.base_learning_rate")
     check_complete(settings.raw, *required)
     check_data(settings.datasets, allow_commands=request.allow_commands)
+    if request.train and not {"root", "hub", "length"} & settings.datasets.train.keys():
+        settings.convert_epochs(None)  # raises for numbers of epochs
     if request.validate and not settings.datasets.validation:
         raise ValueError("--validate needs held-out data, `data.params.validation`")
     return settings
@@ -311,8 +320,8 @@ def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -
     known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN_KEYS["trainer"]]
     for name in trainer:
         if name not in known and name not in RENAMED_TRAINER_KEYS:
-            if name in FORK_OPTIONS:
-                value = f"{FORK_OPTIONS[name]}={trainer[name]}"
+            if name in FOREIGN_OPTIONS:
+                value = f"{FOREIGN_OPTIONS[name]}={trainer[name]}"
                 raise ValueError(f"command line: unknown option `{name}`, use {value}")
             options = [spelling.lstrip("-") for spelling in spellings]
             raise unknown_name("option", name, known + options, "command line")

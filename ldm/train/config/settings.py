@@ -104,7 +104,10 @@ class Settings:
                 continue
             if steps_per_epoch is None:
                 place = f"lightning.{section}.{key}_epochs"
-                raise ValueError(f"{place}: the data has no known length, give `{key}_steps`")
+                raise ValueError(
+                    f"{place}: the data has no known length, give `{key}_steps`, or for shards "
+                    "`data.params.train.length`"
+                )
             count = max(1, round(epochs * steps_per_epoch))
             changes[section][f"{key}_steps"] = min(count, limit) if limit else count
         return self.change(**changes)
