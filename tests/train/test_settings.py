@@ -219,6 +219,8 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
         ("trainer: {shard_size: 2}", "trainer.shard_size is ignored: it is for `strategy: hsdp`"),
         ("trainer: {devices: 2, gpus: 1}", "trainer.devices is ignored: `gpus` is set"),
         ("trainer: {devices: 2, accelerator: cpu}", "trainer.devices is ignored: --nproc or"),
+        ("lora: {targets: text}", "data.params.texts is not used"),
+        ("textual_inversion: {token: x}", "data.params.texts is not used"),
         ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),
         (
             "callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
@@ -236,7 +238,8 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
     ],
 )
 def test_settings_without_effect_are_named(lightning: str, note: str) -> None:
-    raw = f"{{lightning: {{{lightning}}}, data: {{params: {{validation: {{root: x}}}}}}}}"
+    data = "validation: {root: x}, texts: {cache: x}"
+    raw = f"{{lightning: {{{lightning}}}, data: {{params: {{{data}}}}}}}"
     assert [text for text in read_settings(parse_yaml(raw)).notes if note in text]
 
 
