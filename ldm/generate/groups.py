@@ -152,7 +152,8 @@ class Sampling:
     # fmt: off
     steps: int | None = option(None, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
         label="Sampling steps",
-        help="sampling steps (default: 50, unCLIP 20, few-step models 1 … 8)")
+        help="sampling steps (default: 50, LDM3D 49, LDM3D-SR 75, unCLIP and the x2 latent upscaler"
+        " 20, few-step models 1 … 8)")
     sampler: str | None = option(None, "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
         shortcuts={"--plms": "plms", "--dpm": "dpm", "--dpm_solver": "dpm"},
         label="Sampling method",
@@ -188,7 +189,8 @@ class Sampling:
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
         help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL and LDM3D 5,"
-        " image variations 3, most few-step models and CFG++ samplers 1, demo models 1 … 3)")
+        " image variations 3, x2 latent upscaler, most few-step models and CFG++ samplers 1, demo"
+        " models 1 … 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
         help="rescale the contrast of guided predictions, against over-exposure at high scales:"
