@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ from ldm.loading.weights import (
     open_checkpoint,
 )
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import is_sdxl
+from ldm.pipelines.families import check_model, is_sdxl
 from ldm.runtime.arguments import as_list
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
@@ -77,6 +77,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["DEMO_CHECKPOINT", "load", "save_model"]
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEMO_CONFIG, DEMO_CHECKPOINT = "configs/demo/text2img.yaml", "checkpoints/demo.safetensors"
@@ -155,16 +156,11 @@ def load(
     for name, path in paths.items():
         if not isinstance(path, str | Path | None):
             raise ArgumentError(f"{name} must be a path, got {path!r}", name)
-    for name, value in (("overrides", overrides), ("allow", allow), ("embeddings", embeddings)):
-        if not isinstance(value, Iterable | Path):
-            raise ArgumentError(f"{name} must be one text or path or a list, got {value!r}", name)
+    overrides, allow = _list_texts("overrides", overrides), _list_texts("allow", allow)
+    embeddings, loras = _list_texts("embeddings", embeddings), tuple(parse_loras(loras))
     config, ckpt = _choose_files(config, ckpt)
-    loras, embeddings = tuple(parse_loras(loras)), as_list(embeddings)
-    for path in embeddings:
-        if not isinstance(path, str | Path):
-            raise ArgumentError(f"embeddings must be paths, got {path!r}", "embeddings")
     weights = identify_weights(_open_weights(ckpt, variant))
-    config_path, raw = read_config(weights, config, as_list(overrides))
+    config_path, raw = read_config(weights, config, overrides)
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
             "`%s` is %s; config %s; predicts %s",
@@ -173,9 +169,11 @@ def load(
     where = Path(config_path).name
     summary = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
-    model = build_on_meta(raw, allow=as_list(allow), where=where, skipped=skipped)
+    model = build_on_meta(raw, allow=allow, where=where, skipped=skipped)
     _log_ignored(raw, weights, ema, skipped)
     _check_options_of_families(model, weights, clip_stats=clip_stats, midas=midas, base=base)
+    if base is not None:
+        check_model(base, "base")
     for name in ("clip_stats", "midas"):
         if (path := paths[name]) is not None:
             with errors_about(name):
@@ -262,6 +260,17 @@ def _check_placement(device: str | torch.device, dtype: torch.dtype) -> None:
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         message = f"dtype must be torch.float16 or another of 16 bits or more, got {dtype!r}"
         raise ArgumentError(message, "dtype")
+
+
+def _list_texts(name: str, values: T | Iterable[T]) -> list[T]:
+    """Return one text or path, or several, as a list; raise ArgumentError for anything else."""
+    is_list = isinstance(values, Iterable | Path)
+    items: list[T] = as_list(values) if is_list else [cast(T, values)]
+    for item in items:
+        if not isinstance(item, str | Path):
+            message = f"{name} must be one text or path or a list, got {item!r}"
+            raise ArgumentError(message, name)
+    return items
 
 
 def _choose_files(

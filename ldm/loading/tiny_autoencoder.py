@@ -25,8 +25,8 @@ from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
-from ldm.pipelines.families import file_name, is_sdxl
-from ldm.runtime.errors import WeightsMismatch
+from ldm.pipelines.families import check_model, file_name, is_sdxl
+from ldm.runtime.errors import ArgumentError, WeightsMismatch
 
 __all__ = [
     "TinyWeights", "build_tiny_autoencoder", "check_latents", "is_for_xl", "load_preview",
@@ -113,6 +113,9 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
     Raises:
         WeightsMismatch: It is not TAESD, or does not fit the model.
     """
+    check_model(model)
+    if not isinstance(path, str | Path):
+        raise ArgumentError(f"path must be a path, got {path!r}", "path")
     weights = read_tiny_autoencoder(path)
     if weights is None:
         raise WeightsMismatch(f"`{path}` is not TAESD, the small autoencoder of previews")

@@ -17,6 +17,7 @@ __all__ = ["check_arguments"]
 NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
          Iterable[str]: "one text or a list of texts"}  # fmt: skip
 PLURALS = {int: "whole numbers", float: "finite numbers", Tensor: "tensors"}
+MARGIN = 1  # allowed outside of a range, as resampling overshoots; 0 … 255 is further outside
 PAIRS = {"guidance_interval": "low, high", "crop": "top, left", "negative_crop": "top, left"}
 
 
@@ -42,17 +43,18 @@ def check_arguments(
             types.remove(Tensor)
         if Sequence[str] in types:
             _check(name, value, "one text or a list of texts", is_valid=_are_texts(value))
-        elif name in ("image", "images"):
-            channels = sorted({3, model.autoencoder.in_channels})
-            allowed = f"(1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
-            is_list = name == "images" and isinstance(value, list | tuple | Tensor)
-            rows = (1,) if is_list else (1, num_images)
+        elif name == "images":
+            is_list = isinstance(value, list | tuple)
+            is_list = is_list or (isinstance(value, Tensor) and value.dim() == 5)
             for image in cast(Sequence[object], value) if is_list else [value]:
-                is_valid = _is_batch(image, rows, channels)
-                _check(name, image, f"a tensor {allowed}", is_valid=is_valid)
+                _check_image(model, name, image, (1,) if is_list else ())
+        elif name == "image":
+            _check_image(model, name, value, (1, num_images))
         elif name in ("mask", "depth"):
             is_valid = _is_batch(value, (1, num_images), (1,))
             _check(name, value, "a tensor (1, 1, H, W)", is_valid=is_valid)
+            if name == "mask":  # the depth of depth models has any range
+                _check_range(name, cast(Tensor, value), 0, 1)
         elif types == [Tensor]:
             _check(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
         else:
@@ -67,6 +69,21 @@ def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
         if isinstance(value, Tensor):
             text = f"a tensor {tuple(value.shape)}"
         raise ArgumentError(f"{name} must be {allowed}, got {text}", name)
+
+
+def _check_image(model: LatentDiffusion, name: str, image: object, rows: Container[int]) -> None:
+    channels = sorted({3, model.autoencoder.in_channels})
+    kind = "a list of tensors" if name == "images" else "a tensor"
+    allowed = f"{kind} (1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
+    _check(name, image, allowed, is_valid=_is_batch(image, rows, channels))
+    _check_range(name, cast(Tensor, image), -1, 1)
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    lowest, highest = (float(value) for value in values.float().aminmax())
+    if not (low - MARGIN <= lowest and highest <= high + MARGIN):  # also for NaN
+        message = f"{name} must have values in {low} … {high}, got {lowest:g} … {highest:g}"
+        raise ArgumentError(message, name)
 
 
 def _describe(kind: object, name: str) -> str:
@@ -128,6 +145,8 @@ def _is_batch(
 
 def _is_number(value: object, *, is_whole: bool = False) -> bool:
     """Return whether a value, possibly of NumPy or a tensor, is a finite (whole) number."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dim() > 0):
+        return False
     try:
         number = operator.index(cast(SupportsIndex, value)) if is_whole else value
         return math.isfinite(cast(SupportsFloat, number))

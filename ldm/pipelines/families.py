@@ -9,7 +9,8 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
-    "FAMILIES", "Family", "check_family", "family_of", "file_name", "is_sdxl", "wrong_family",
+    "FAMILIES", "Family", "check_family", "check_model", "family_of", "file_name", "is_sdxl",
+    "wrong_family",
 ]  # fmt: skip
 
 # Sizes that Stable Diffusion XL reads; its other keys determine the family.
@@ -63,10 +64,15 @@ def is_sdxl(model: LatentDiffusion) -> bool:
     return not SIZE_KEYS.isdisjoint(model.conditioner.keys)
 
 
+def check_model(model: object, name: str = "model") -> None:
+    """Raise ArgumentError for an argument that is not a model."""
+    if not isinstance(model, LatentDiffusion):
+        raise ArgumentError(f"{name} must be what `ldm.load` returns, got {model!r}", name)
+
+
 def check_family(model: LatentDiffusion, *families: str) -> None:
     """Raise WrongFamily unless the model is of one of the families."""
-    if not isinstance(model, LatentDiffusion):
-        raise ArgumentError(f"model must be what `ldm.load` returns, got {model!r}", "model")
+    check_model(model)
     name = family_of(model.conditioner)
     if name in families:
         return

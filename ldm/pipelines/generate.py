@@ -165,7 +165,7 @@ def _sample_with_refiner(
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
         "callback": on_step(end - first), "constrain": constrain_refiner,
         "first_step": end - first,
-        "freeu": None,  # its factors are for the base model
+        "freeu": None, "freeu_version": None,  # its factors are for the base model
     }  # fmt: skip
     return _sample(refiner, refiner_conds, refiner_run)
 

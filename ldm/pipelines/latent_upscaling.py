@@ -21,6 +21,7 @@ from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import get_circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import sample
@@ -54,6 +55,9 @@ class Upscaling:
     model: LatentDiffusion
     steps: int | None = None
     scale: float | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(self.model, vars(self), Upscaling.__annotations__)
 
     def check_use(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
         """Raise ArgumentError unless `model` can double a latent of this size of the base model."""
@@ -208,6 +212,13 @@ def _start_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler) -> Ten
     )
     if x_T is not None and x_T.shape == start.shape:
         return x_T.to(start)
+    if x_T is not None and (
+        x_T.shape[:2] != start.shape[:2]
+        or x_T.shape[2] > start.shape[2]
+        or x_T.shape[3] > start.shape[3]
+    ):
+        shapes = f"{tuple(start.shape)}, got a tensor {tuple(x_T.shape)}"
+        raise ArgumentError(f"x_T must be a tensor of at most the shape {shapes}", "x_T")
     start = noise(start)
     if x_T is not None:
         start[..., : x_T.shape[-2], : x_T.shape[-1]] = x_T.to(start)

@@ -3,11 +3,13 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
+from torch import Tensor
 from typing_extensions import Required
 
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
+from ldm.pipelines.families import family_of
 from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_guidance
 from ldm.pipelines.images import DecodingOptions
 from ldm.pipelines.prompts import ANY_STEPS, CallPrompts, PromptOptions
@@ -16,12 +18,12 @@ from ldm.pipelines.sampling_options import (
     SamplingOptions,
     check_embedded_guidance,
     check_sampling,
-    get_latent_size,
+    check_tiles,
+    get_latent_shape,
     get_sigmas,
 )
-from ldm.pipelines.sdxl import SDXLOptions, check_sdxl
+from ldm.pipelines.sdxl import REFINER_MULTIPLE, SDXLOptions, check_sdxl
 from ldm.prompts import PLAIN, check_syntax
-from ldm.runtime.errors import ArgumentError
 
 __all__ = [
     "GuidedOptions", "TaskArguments", "TaskOptions", "TextOptions", "UnguidedOptions",
@@ -58,6 +60,21 @@ class TaskArguments(TextOptions, total=False):
     size: tuple[int, int] | None
     strength: float
     tile: int | None
+    image: Tensor | None
+    z: Tensor | None
+
+
+def _check_start(model: LatentDiffusion, arguments: TaskArguments) -> None:
+    """Raise ArgumentError for a size, or latents to start from, that do not fit."""
+    size, image = arguments.get("size"), arguments.get("image")
+    if image is not None:
+        if family_of(model.conditioner) in ("upscaling", "latent-upscaling"):
+            return  # their latents are larger than the image
+        multiple = REFINER_MULTIPLE if arguments.get("refiner") is not None else model.downscale
+        height, width = (side + -side % multiple for side in image.shape[-2:])
+        size = height, width
+    z, x_T = arguments.get("z"), arguments.get("x_T")
+    get_latent_shape(model, len(arguments["prompts"]), size if z is None else None, z=z, x_T=x_T)
 
 
 def select_sampling(options: Mapping[str, object]) -> SamplingOptions:
@@ -99,12 +116,10 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         interval,
     )
     quirks = Quirks.of(model, sampling.get("legacy", ()))
-    # The next four raise ArgumentError for values or combinations that are not possible.
+    # The next five raise ArgumentError for values or combinations that are not possible.
     get_sigmas(model, quirks, sampling)
-    get_latent_size(model, arguments.get("size"), None)
-    for name, side in (("tile", arguments.get("tile")), ("unet_tile", sampling.get("unet_tile"))):
-        if side is not None and side < 1:
-            raise ArgumentError(f"{name} must be 1 or more, got {side}", name)
+    _check_start(model, arguments)
+    check_tiles(tile=arguments.get("tile"), unet_tile=sampling.get("unet_tile"))
     quirks.get_denoiser(model, sampler)
     guidance = make_guidance(arguments, quirks)
     check_guidance(model, arguments.get("scale"), arguments, quirks)

@@ -93,7 +93,7 @@ class Quirks:
         if "strength" in self:
             first = total - min(int(strength * steps), total - 1)
             return first, first - 1
-        steps_to_run = round(strength * total)
+        steps_to_run = round(float(strength) * total)
         if strength > 0:
             steps_to_run = max(steps_to_run, 1)
         return total - steps_to_run, total - steps_to_run

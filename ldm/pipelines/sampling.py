@@ -43,6 +43,7 @@ from ldm.pipelines.sampling_options import (
     SamplingOptions,
     check_embedded_guidance,
     check_sampling,
+    check_tiles,
     default_scale,
     explain_excess,
     explain_high_start,
@@ -103,7 +104,8 @@ def sample(
         cond: The condition, which may compose prompts and depend on the step. That of a model
             without conditions, `model.condition({})`, has no rows: as many as z_t, x_T, z or
             `seeds` are then sampled, else one.
-        uncond: The unconditional or negative condition of guidance; None = no guidance.
+        uncond: The unconditional or negative condition of guidance; None = no guidance, which
+            takes no scale.
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
@@ -124,8 +126,9 @@ def sample(
             algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
         s_noise: Standard deviation of the noise of churn and between steps.
-        brownian: Whether the noise of `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_3m_sde` is a Brownian
-            path over sigma for each of the seeds, as in k-diffusion; else independent of steps.
+        brownian: Whether the noise of `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_2m_sde_heun` and
+            `dpmpp_3m_sde` is a Brownian path over sigma for each of the seeds, as in k-diffusion;
+            else it is independent for each step.
         scale: Guidance scale; 1 = no guidance, None = `default_scale`. A model that embeds it
             evaluates the network once a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
@@ -158,6 +161,14 @@ def sample(
         eta = model.defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
     check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds, guidance_interval)
+    check_tiles(unet_tile=unet_tile)
+    if freeu is None and freeu_version is not None:
+        raise ArgumentError("freeu_version needs freeu", "freeu_version")
+    if uncond is None and scale not in (None, 1) and model.guidance_embed_dim is None:
+        raise ArgumentError("scale needs uncond", "scale")
+    if uncond is not None and len(uncond) != len(cond):
+        message = f"uncond must have as many rows as cond, {len(cond)}, got {len(uncond)}"
+        raise ArgumentError(message, "uncond")
     scale = default_scale(model, sampler) if scale is None else scale
     if steps is None:
         steps = model.defaults.steps if sigmas is None else len(sigmas) - 1
@@ -167,8 +178,8 @@ def sample(
             "sigmas": sigmas,
         }  # fmt: skip
         sigmas = get_sigmas(model, quirks, options)
-    elif (sigmas.diff() > 0).any():  # a tensor may be a part of a run, checked as a whole
-        raise ArgumentError("sigmas must descend", "sigmas")
+    elif not len(sigmas) or (sigmas.diff() > 0).any():  # it may be a part of a checked run
+        raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
     check_embedded_guidance(model, guidance, rescale, guidance_interval)
     if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)

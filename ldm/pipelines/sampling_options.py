@@ -22,6 +22,7 @@ __all__ = [
     "SamplingOptions",
     "check_embedded_guidance",
     "check_sampling",
+    "check_tiles",
     "default_scale",
     "default_scheduler",
     "explain_excess",
@@ -186,6 +187,13 @@ def check_sampling(
     if guidance_interval is not None and guidance_interval[0] > guidance_interval[1]:
         message = f"guidance_interval must be (low, high), got {guidance_interval}"
         raise ArgumentError(message, "guidance_interval")
+
+
+def check_tiles(**sides: int | None) -> None:
+    """Raise ArgumentError for a side of tiles below 1, each by its argument."""
+    for name, side in sides.items():
+        if side is not None and side < 1:
+            raise ArgumentError(f"{name} must be 1 or more, got {side}", name)
 
 
 def check_embedded_guidance(

@@ -149,7 +149,9 @@ class Handover:
         steps = len(sigmas) - 1
         if self.start is None:
             return quirks.find_first_step(self.strength, steps, steps)[0]
-        last = round(len(schedule) - len(schedule) * self.start)  # lowest timestep of the base
+        last = round(
+            len(schedule) - len(schedule) * float(self.start)
+        )  # lowest timestep of the base
         if last == len(schedule):
             return 0
         # 1e-6: the level of `last` itself, computed in another way, counts as the base's.

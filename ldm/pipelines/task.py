@@ -15,13 +15,17 @@ from ldm.pipelines.arguments import check_arguments
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.finite import check_weights
 from ldm.pipelines.options import GuidedOptions, TaskArguments, check_options
-from ldm.runtime.errors import ArgumentError, NonFinite, unknown_name
+from ldm.runtime.errors import ArgumentError, NonFinite, UnknownName, unknown_name
 from ldm.runtime.warn import warn_caller
 
 __all__ = ["check_clip_skip", "task"]
 
 P = ParamSpec("P")
 FORMER_KEYWORDS = {"grid": "scheduler"}
+DIFFUSERS_KEYWORDS = {
+    "generator": "seeds", "guidance_rescale": "rescale", "guidance_scale": "scale",
+    "height": "size", "mask_image": "mask", "num_inference_steps": "steps", "width": "size",
+}  # fmt: skip
 
 
 def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -58,8 +62,13 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                 if takes_options and keyword in GuidedOptions.__annotations__:
                     raise ArgumentError(f"{keyword} needs a model that reads prompts", keyword)
                 kind = f"keyword of {function.__name__}"
+                if (nearest := DIFFUSERS_KEYWORDS.get(keyword, "")) in allowed:
+                    message = f"unknown {kind} `{keyword}`, did you mean `{nearest}`?"
+                    raise UnknownName(message, keyword)
                 raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
-            tiling, skip = keywords.pop("tiling", "none"), keywords.pop("clip_skip", 1)
+            context = {
+                name: keywords.pop(name) for name in ("tiling", "clip_skip") if name in keywords
+            }
             if isinstance(legacy := keywords.get("legacy"), str):
                 keywords["legacy"] = [legacy]
             bound = signature.bind(*args, **keywords)
@@ -70,13 +79,14 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
             check_family(model, *families)
             if takes_options:
                 arguments.pop(last.name, None)  # each is an argument of its own
-            check_arguments(model, arguments, annotations)
+            check_arguments(model, {**arguments, **context}, annotations)
             if takes_options:
                 check_options(model, cast(TaskArguments, arguments))
+            tiling, skip = context.get("tiling", "none"), cast(int, context.get("clip_skip", 1))
             if (warning := check_clip_skip(model, skip)) is not None:
                 warn_caller(warning)
             try:
-                with circular_padding(str(tiling)), clip_skip(cast(int, skip)):
+                with circular_padding(str(tiling)), clip_skip(skip):
                     return function(*bound.args, **bound.kwargs)
             except NonFinite as error:
                 for loaded in (model, keywords.get("refiner")):
@@ -89,9 +99,9 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
     return decorate
 
 
-def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
+def check_clip_skip(model: LatentDiffusion, number: int) -> str | None:
     """Return a warning if a clip skip has no effect on a model, else None."""
-    if not isinstance(number, int) or number < 1:
+    if number < 1:
         raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
     encoders = model.conditioner.find_all(TextEncoder)
     if number == 1:

@@ -434,7 +434,7 @@ def _invert_to_noise(
     steps = model.defaults.steps if steps is None else steps
     options["scheduler"] = scheduler
     sigmas = model.schedule.step_sigmas(steps, scheduler)
-    inversion_steps = max(round(strength * steps), 1)
+    inversion_steps = max(round(float(strength) * steps), 1)
     height, width = (side * model.downscale for side in z.shape[-2:])
     sizes, _ = size_conditions(model, select_sdxl(options), (height, width), Quirks())
     warn_about_prompts(model, [source])

@@ -71,7 +71,7 @@ def unclip(
     levels = list(noise_levels) if isinstance(noise_levels, Sized) else [noise_levels] * num_sources
     if len(levels) != num_sources:
         message = f"{len(levels)} noise levels were given for {num_sources} images"
-        raise ArgumentError(message, "noise_level")
+        raise ArgumentError(message, "noise_levels")
     last = encoder.noise.max_noise_level - 1
     mix_levels = [] if mix_level is None else [mix_level]
     for name, given in (("noise_levels", levels), ("mix_level", mix_levels)):
@@ -172,10 +172,10 @@ def _normalize(weights: Sequence[float] | None, n: int, is_legacy: bool = False)
     """Scale weights of n images to sum 1; under the quirk "weights", divide them by n."""
     weights = [1.0] * n if weights is None else list(weights)
     if not n:
-        raise MissingArgument("no image is given", "image")
+        raise MissingArgument("no image is given", "images")
     if len(weights) != n:
-        raise ArgumentError(f"{len(weights)} weights were given for {n} images", "weight")
+        raise ArgumentError(f"{len(weights)} weights were given for {n} images", "weights")
     total = n if is_legacy else sum(weights)
     if not total:
-        raise ArgumentError(f"weights must not sum to 0, got {weights}", "weight")
+        raise ArgumentError(f"weights must not sum to 0, got {weights}", "weights")
     return [weight / total for weight in weights]

@@ -450,7 +450,8 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     ("loras", None, "must be (file, weight) pairs"), ("embeddings", None, "or a list, got None"),
     ("device", "foo", "`foo` is not available here"), ("device", None, "choose one such as cpu"),
     ("config", 3, "must be a path, got 3"), ("ckpt", 3, "must be a path, got 3"),
-    ("vae", [], "must be a path, got []"), ("embeddings", [3], "must be paths, got 3"),
+    ("vae", [], "must be a path, got []"), ("embeddings", [3], "or a list, got 3"),
+    ("overrides", [3], "or a list, got 3"), ("allow", [3], "or a list, got 3"),
 ])  # fmt: skip
 def test_an_argument_of_another_type_is_one_line(tiny_yaml, tiny_file, name, value, message):
     with pytest.raises(ValueError, match=f"{name}.* {re.escape(message)}") as caught:

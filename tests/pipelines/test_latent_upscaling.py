@@ -175,6 +175,8 @@ def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
         (ArgumentError, "unknown kind of noise `gausian`",
          {"latent": random_latent(), "noise_kind": "gausian"}),
         (ArgumentError, "must be 0 or more", {"latent": random_latent(), "noise_sigma": -0.1}),
+        (ArgumentError, r"x_T must be a tensor of at most the shape \(1, 4, 16, 16\), got a",
+         {"latent": random_latent(), "x_T": torch.zeros(1, 4, 8, 18)}),
     ],
 )  # fmt: skip
 def test_bad_input(model, error, message, options):
@@ -187,6 +189,10 @@ def test_models_for_other_tasks(model, base):
         ldm.upscale(model, ["a cat"], torch.zeros(1, 3, 64, 64))
     with pytest.raises(ArgumentError, match="this is not an x2 latent upscaler"):
         ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(base))
+    for options, message in (({"steps": "9"}, "steps must be a whole number"), ({"model": None},
+                              "model must be of type LatentDiffusion")):  # fmt: skip
+        with pytest.raises(ArgumentError, match=f"{message}, got"):
+            ldm.Upscaling(**{"model": model, **options})
 
 
 def test_latents_of_another_kind(model, base, monkeypatch):

@@ -159,6 +159,13 @@ def test_bad_options_are_one_line_errors(model, options):
     ("x_T", torch.ones(2, 4, 8, 8), "a tensor (1, 4, 8, 8), got a tensor (2, 4, 8, 8)"),
     ("upscaling", b"x", "of type Upscaling, got b'x'"),
     ("unet_tile", 0, "1 or more, got 0"),
+    ("tiling", torch.zeros(2, 2), "a text, got a tensor (2, 2)"),
+    ("clip_skip", "2", "a whole number, got '2'"),
+    ("pag", True, "a finite number, got True"),
+    ("pag", torch.ones(1), "a finite number, got a tensor (1,)"),
+    ("image", torch.full((1, 3, 64, 64), 200), "have values in -1 … 1, got 200 … 200"),
+    ("image", torch.full((1, 3, 64, 64), torch.nan), "have values in -1 … 1, got nan … nan"),
+    ("mask", torch.full((1, 1, 64, 64), 255), "have values in 0 … 1, got 255 … 255"),
 ])  # fmt: skip
 def test_values_of_another_type_are_refused_before_a_network_runs(
     model, monkeypatch, name, value, message
@@ -175,10 +182,32 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     ({"z": torch.zeros(4, 8, 8)}, "z must be a tensor of 4 dimensions, got a tensor (4, 8, 8)"),
     ({"steps": "7"}, "steps must be a whole number, got '7'"),
     ({"strength": None}, "strength must be a finite number, got None"),
+    ({"unet_tile": 0}, "unet_tile must be 1 or more, got 0"),
+    ({"freeu_version": "2"}, "freeu_version needs freeu"),
+    ({"sigmas": torch.zeros(0)}, "sigmas must be one or more, and descend"),
+    ({"scale": 7}, "scale needs uncond"),
+    ({"uncond": Cond(torch.zeros(2, 77, 32))}, "as many rows as cond, 1, got 2"),
 ])  # fmt: skip
 def test_sample_checks_its_arguments_as_tasks_do(model, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sample(model, model.condition({"txt": ["a"]}), **options)
+
+
+@pytest.mark.parametrize("z", [None, torch.zeros(1, 4, 8, 8)])
+def test_noise_of_another_shape_is_refused_before_the_image_is_encoded(model, monkeypatch, z):
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("a network runs"))
+    image, x_T = torch.zeros(1, 3, 60, 60), torch.zeros(1, 4, 9, 8)
+    with pytest.raises(ValueError, match=r"x_T must be a tensor \(1, 4, 8, 8\), got a tensor"):
+        ldm.img2img(model, ["a"], image, z=z, x_T=x_T)
+
+
+def test_numbers_may_be_of_numpy_or_tensors(model):
+    image, options = torch.zeros(1, 3, 64, 64), {"steps": 4, "seeds": 1}
+    images = [
+        ldm.img2img(model, ["a"], image, strength=number(0.5), clip_skip=layer(1), **options)
+        for number, layer in ((float, int), (torch.tensor, np.int64))
+    ]
+    assert torch.equal(*images)
 
 
 def test_a_brownian_path_needs_seeds_as_is_said_before_a_network_runs(model, monkeypatch):

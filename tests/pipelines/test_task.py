@@ -59,6 +59,7 @@ def test_a_model_of_no_known_family_says_what_it_reads():
     [
         ("txt2img", {"stesp": 3}, "unknown keyword of txt2img `stesp`, did you mean `steps`?"),
         ("txt2img", {"strength": 0.2}, "unknown keyword of txt2img `strength`"),
+        ("txt2img", {"guidance_scale": 3}, "`guidance_scale`, did you mean `scale`?"),
         ("img2img", {"size": (64, 64)}, "unknown keyword of img2img `size`"),
         ("estimate_depth", {"steps": 3}, "unknown keyword of estimate_depth `steps`"),
     ],
@@ -72,3 +73,7 @@ def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, o
 def test_what_is_no_model_is_refused_in_one_line(loaded):
     with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
         pipelines.txt2img(loaded, ["a"])
+    with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
+        ldm.set_loras(loaded, [])
+    with pytest.raises(ArgumentError, match="model must be what `ldm.load` returns, got "):
+        ldm.load_preview("taesd.pth", loaded)

@@ -232,6 +232,7 @@ def test_each_image_and_their_mean_may_have_a_noise_level(models, image):
         ({"noise_levels": 1000}, "noise_levels: noise levels are 0 … 999"),
         ({"mix_level": -1}, "mix_level: noise levels are 0 … 999, got -1"),
         ({"images": []}, "no image is given"),
+        ({"images": torch.zeros(1, 3, 8, 8)}, r"images must be a list of tensors \(1, 3, H, W\)"),
         ({"embeddings": "x.pt"}, "embeddings must be a list of tensors, got 'x.pt'"),
     ],
 )
@@ -239,6 +240,7 @@ def test_wrong_inputs_of_unclip_are_refused_in_one_line(models, image, changes, 
     with pytest.raises(ValueError, match=message) as caught:
         unclip(models["unclip"], ["a"], **{"images": [image], **QUICK, **changes})
     assert "\n" not in str(caught.value)
+    assert [caught.value.argument] == list(changes)
 
 
 def test_embeddings_stand_for_images(models, image):

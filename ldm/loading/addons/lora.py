@@ -50,7 +50,7 @@ from ldm.nets.lora import (
     merge_changes,
 )
 from ldm.nets.lycoris import Adapter, build_change
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import check_model, file_name
 from ldm.runtime.errors import (
     ArgumentError,
     FileFormatError,
@@ -133,6 +133,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
             weights is too large for its dtype, then it has no LoRAs.
         ValueError, FileNotFoundError: As `ldm.load`; the model is unchanged.
     """
+    check_model(model)
     if model.merged is None and model.provenance.get("loras"):
         raise ArgumentError(
             f"{file_name(model)} was loaded with loras, which cannot be removed: load it without",
