@@ -72,7 +72,7 @@ def _serve(args: Namespace) -> None:
     if args.listen and ":" not in (args.auth or ""):
         raise ArgumentError("--listen needs a login: --auth USER:PASSWORD")
     if args.auth is not None and ":" not in args.auth:
-        raise ArgumentError(f"`{args.auth}` is not USER:PASSWORD", "auth")
+        raise ArgumentError("the login must be USER:PASSWORD", "auth")  # it may be the password
 
     from ldm.app.backend import Backend
     from ldm.app.library import Library
