@@ -65,11 +65,11 @@ class SafetyChecker(nn.Module):
 
     def __init__(self, visual: VisionTower, *, concepts: int = 17, special: int = 3) -> None:
         super().__init__()
-        width = visual.proj.shape[1]
+        embed_dim = visual.proj.shape[1]
         self.visual = visual
-        self.concept_embeds = nn.Parameter(torch.empty(concepts, width))
+        self.concept_embeds = nn.Parameter(torch.empty(concepts, embed_dim))
         self.concept_embeds_weights = nn.Parameter(torch.empty(concepts))
-        self.special_care_embeds = nn.Parameter(torch.empty(special, width))
+        self.special_care_embeds = nn.Parameter(torch.empty(special, embed_dim))
         self.special_care_embeds_weights = nn.Parameter(torch.empty(special))
 
     @torch.no_grad()
@@ -87,23 +87,23 @@ class SafetyChecker(nn.Module):
 
     def judge_embeddings(self, embeddings: Tensor) -> list[Verdict]:
         """Score images by their embeddings (B, D)."""
-        special, concepts = (
+        special_cosines, concept_cosines = (
             F.normalize(embeddings.float()) @ F.normalize(concept_embeddings.float()).mT
             for concept_embeddings in (self.special_care_embeds, self.concept_embeds)
         )  # (B, 3) and (B, 17)
-        pairs = zip(special.tolist(), concepts.tolist(), strict=True)
+        pairs = zip(special_cosines.tolist(), concept_cosines.tolist(), strict=True)
         return [self._judge_cosines(*cosines) for cosines in pairs]
 
-    def _judge_cosines(self, special: list[float], concepts: list[float]) -> Verdict:
+    def _judge_cosines(self, special_cosines: list[float], concept_cosines: list[float]) -> Verdict:
         special_scores, adjustment = [], 0.0
         thresholds = self.special_care_embeds_weights.tolist()
-        for cosine, threshold in zip(special, thresholds, strict=True):
+        for cosine, threshold in zip(special_cosines, thresholds, strict=True):
             special_scores.append(round(cosine - threshold + adjustment, DECIMALS))
             if special_scores[-1] > 0:
                 adjustment = ADJUSTMENT
         thresholds = self.concept_embeds_weights.tolist()
         scores = [
             round(cosine - threshold + adjustment, DECIMALS)
-            for cosine, threshold in zip(concepts, thresholds, strict=True)
+            for cosine, threshold in zip(concept_cosines, thresholds, strict=True)
         ]
         return Verdict(tuple(scores), tuple(special_scores))

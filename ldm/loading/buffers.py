@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule
-from ldm.loading.weight_names import has_engine_names
+from ldm.loading.weight_names import has_sgm_names
 from ldm.model import LatentDiffusion
 
 __all__ = ["make_buffers"]
@@ -18,18 +18,16 @@ def make_buffers(model: LatentDiffusion) -> dict[str, Tensor]:
     Playground 2.5's latents.
     """
     schedule, predicts_v = model.schedule, model.parameterization == "v"
-    is_engine = has_engine_names(model.state_dict())
+    is_sgm = has_sgm_names(model.state_dict())
     buffers: dict[str, Tensor] = {}
     if isinstance(schedule, Schedule):
         buffers = (
-            {"denoiser.sigmas": schedule.network_levels.float()}
-            if is_engine
-            else schedule.buffers()
+            {"denoiser.sigmas": schedule.network_levels.float()} if is_sgm else schedule.buffers()
         )
     if isinstance(schedule, ContinuousSchedule) and predicts_v:
         buffers["edm_vpred.sigma_min"] = torch.tensor(schedule.sigma_min)
         buffers["edm_vpred.sigma_max"] = torch.tensor(schedule.sigma_max)
-    elif predicts_v and (is_engine or schedule.zero_snr):
+    elif predicts_v and (is_sgm or schedule.zero_snr):
         buffers["v_pred"] = torch.empty(0)
     if schedule.zero_snr:
         buffers["ztsnr"] = torch.empty(0)

@@ -51,8 +51,8 @@ from ldm.loading.weight_names import (
     TEXT,
     TEXT_2,
     UNET,
-    has_engine_names,
     has_prefix,
+    has_sgm_names,
     pair_names,
     rename_weights,
     restore_names,
@@ -315,8 +315,8 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
     names_of_weights = set(dict(pair_names(file.state)).values())
     others = {name: v for name, v in file.state.items() if name not in names_of_weights}
     state = translate_names(model, weights.state, file.path)
-    engine = has_engine_names(expected)
-    originals = {to_original_name(name, engine=engine): value for name, value in state.items()}
+    is_sgm = has_sgm_names(expected)
+    originals = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
     return replace(file, state=others | originals)
 
 
@@ -345,9 +345,9 @@ def _merge_loras(
     fill_lora_parts(model, state, file.path)
     before = dict(model.named_parameters())
     load_loras(model, loras)
-    engine = has_engine_names(before)
+    is_sgm = has_sgm_names(before)
     merged = {
-        to_original_name(name, engine=engine): parameter.detach()
+        to_original_name(name, sgm=is_sgm): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter is not before[name]
     }
@@ -385,7 +385,7 @@ def _replace_text_encoder(
     """Return a checkpoint with another text encoder, and its autoencoder if there was none."""
     state = rename_weights(file.state)
     part = extract_text_encoder(open_checkpoint(text_encoder), model, state, file.path)
-    return _replace_part(file, TEXT, restore_names(part, engine=has_engine_names(state)))
+    return _replace_part(file, TEXT, restore_names(part, sgm=has_sgm_names(state)))
 
 
 def _replace_part(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:

@@ -25,8 +25,8 @@ from ldm.loading.weight_names import (
     TEXT,
     TEXT_2,
     UNET,
-    has_engine_names,
     has_prefix,
+    has_sgm_names,
     strip_prefix,
     to_original_name,
 )
@@ -110,7 +110,7 @@ def check_weights(
     Args:
         summary: Start of the message, such as "`x.ckpt` does not fit x.yaml".
     """
-    original = partial(to_original_name, engine=has_engine_names(expected))
+    original = partial(to_original_name, sgm=has_sgm_names(expected))
     problems = {
         "missing": [original(name) for name in expected if name not in state],
         "unexpected": [original(name) for name in state if name not in expected],
@@ -191,7 +191,7 @@ def _find_cause(
     def list_missing(prefixes: Iterable[str]) -> list[str]:
         return [p for p in prefixes if has_prefix(expected, p) and not has_prefix(state, p)]
 
-    original = partial(to_original_name, engine=has_engine_names(expected))
+    original = partial(to_original_name, sgm=has_sgm_names(expected))
     separable, family = list_missing(SEPARABLE_PARTS), recognize_family(state)
     if any(QUANTIZED.search(name) for name in unexpected):
         return "the weights are quantised, which is not supported"

@@ -11,7 +11,7 @@ from ldm.loading.config import check_overrides, instantiate, parse_yaml, read_ya
 from ldm.loading.diffusers.files import is_diffusers_folder
 from ldm.loading.families import LATENT_UPSCALER, XL_CONFIG_DIR, Prediction, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
-from ldm.loading.k_diffusion import build_upscaler_config, find_json, find_unet_params
+from ldm.loading.latent_upscaler import build_upscaler_config, find_json, find_unet_params
 from ldm.loading.legacy import MODEL, translate_config
 from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import ENGINE

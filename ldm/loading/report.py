@@ -18,7 +18,7 @@ from ldm.loading.model_config import probe_weights, read_config
 from ldm.loading.modelspec import PREFIX
 from ldm.loading.published import find_checkpoint, identify_hash, read_published_files
 from ldm.loading.replace_parts import UPSCALER_PARTS
-from ldm.loading.weight_names import has_engine_names, has_prefix, to_original_name
+from ldm.loading.weight_names import has_prefix, has_sgm_names, to_original_name
 from ldm.loading.weights import (
     TRANSPOSED_WARNING,
     Weights,
@@ -226,7 +226,7 @@ def _format_size(nbytes: int) -> str:
 
 def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
     groups: dict[str, list[Tensor]] = {}  # by prefix of our names
-    engine = has_engine_names(state)
+    is_sgm = has_sgm_names(state)
     for name, tensor in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
         adapter = ADAPTER.match(name)
@@ -234,7 +234,7 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         groups.setdefault(prefix, []).append(tensor)
     for prefix, tensors in groups.items():
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-        original = to_original_name(prefix, engine=engine)
+        original = to_original_name(prefix, sgm=is_sgm)
         parameters = sum(tensor.numel() for tensor in tensors)
         yield Part(prefix[:-1], original, len(tensors), parameters, dict(dtypes))
 
@@ -261,6 +261,6 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Non
             titles = " and ".join(UPSCALER_PARTS[prefix] for prefix in missing)
             report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
-    engine = has_engine_names(expected)
-    report.missing = [to_original_name(n, engine=engine) for n in expected if n not in state]
-    report.unexpected = [to_original_name(n, engine=engine) for n in state if n not in expected]
+    is_sgm = has_sgm_names(expected)
+    report.missing = [to_original_name(n, sgm=is_sgm) for n in expected if n not in state]
+    report.unexpected = [to_original_name(n, sgm=is_sgm) for n in state if n not in expected]

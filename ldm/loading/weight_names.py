@@ -5,9 +5,8 @@
     ours             unet.x                                                   autoencoder.decoder.x
 
 Text encoders are `cond_stage_model.` in files of SD 1 and 2, and `conditioner.embedders.N.` in
-those of sgm's `DiffusionEngine` (SDXL), called the engine's names here. Within the networks our
-names are the original's. Names of diffusers, which depend on the network, are translated by
-`matching`.
+those of sgm's `DiffusionEngine` (SDXL). Within the networks our names are the original's. Names of
+diffusers, which depend on the network, are translated by `matching`.
 """
 
 import re
@@ -25,8 +24,8 @@ __all__ = [
     "TEXT",
     "TEXT_2",
     "UNET",
-    "has_engine_names",
     "has_prefix",
+    "has_sgm_names",
     "normalize_layer_name",
     "pair_names",
     "remove_wrappers",
@@ -187,8 +186,8 @@ def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
 
 
-def has_engine_names(names: Iterable[str]) -> bool:
-    """Return whether the original of a model, by our names, is an engine of sgm."""
+def has_sgm_names(names: Iterable[str]) -> bool:
+    """Return whether a model, by our names of its weights, is one of sgm (SDXL)."""
     names = set(names)
     starts = ("conditioner.text_2.", "conditioner.embedder_")
     if any(name.startswith(starts) for name in names):
@@ -197,9 +196,9 @@ def has_engine_names(names: Iterable[str]) -> bool:
     return "unet.label_emb.0.0.weight" in names and not is_unclip
 
 
-def to_original_name(name: str, *, engine: bool = False) -> str:
-    """Convert our name, or the start of one, to the original's, or with `engine` to sgm's."""
-    if engine and (match := ENCODER.match(name)):
+def to_original_name(name: str, *, sgm: bool = False) -> str:
+    """Convert our name, or the start of one, to the original's, or with `sgm` to sgm's."""
+    if sgm and (match := ENCODER.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
         return f"conditioner.embedders.{index}.{name[match.end() :]}"
     for theirs, ours in PREFIXES:
@@ -212,18 +211,18 @@ def restore_names(
     state: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor] | None = None,
     *,
-    engine: bool | None = None,
+    sgm: bool | None = None,
 ) -> dict[str, Tensor]:
     """Return weights under the original's names.
 
     Args:
         buffers: Tensors to put first, under the original's names; None = none.
-        engine: See `to_original_name`; None = `has_engine_names`, for whole models.
+        sgm: See `to_original_name`; None = `has_sgm_names`, for whole models.
     """
     originals = dict(buffers or {})
-    engine = has_engine_names(state) if engine is None else engine
+    is_sgm = has_sgm_names(state) if sgm is None else sgm
     for name, value in state.items():
-        original = to_original_name(name, engine=engine)
+        original = to_original_name(name, sgm=is_sgm)
         if original.endswith(POSITIONS):
             ids = torch.arange(len(value), device="cpu")[None]
             originals[original.replace("embedding.weight", "ids")] = ids

@@ -21,8 +21,8 @@ from ldm.loading.variants import find_model_name
 from ldm.loading.weight_names import (
     MARKERS,
     UNET,
-    has_engine_names,
     has_prefix,
+    has_sgm_names,
     rename_weights,
     select_buffers,
     to_original_name,
@@ -95,8 +95,8 @@ class Weights:
         """
         if ema:
             all_names = (*names, *self.state)
-            engine = has_engine_names(all_names)
-            names_by_original = {to_original_name(name, engine=engine): name for name in all_names}
+            is_sgm = has_sgm_names(all_names)
+            names_by_original = {to_original_name(name, sgm=is_sgm): name for name in all_names}
             use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
             self.update_prediction()
         elif (

@@ -153,13 +153,13 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
 def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
     """Read and check the settings, before any process is started or folder created."""
     from ldm.train.batches.sources import check_data
-    from ldm.train.config.settings import check_complete, read_settings
+    from ldm.train.config.settings import read_settings, require_keys
 
     settings = read_settings(run_folder.read_config(request, existing))
     required = ["model.target", "data.params.train", "data.params.batch_size"]
     if request.train:
         required.append("model.base_learning_rate")
-    check_complete(settings.raw, *required)
+    require_keys(settings.raw, *required)
     check_data(settings.datasets, allow_commands=request.allow_commands)
     if request.train and not {"root", "hub", "length"} & settings.datasets.train.keys():
         settings.convert_epochs(None)  # raises for numbers of epochs

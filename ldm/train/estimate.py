@@ -143,12 +143,12 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
         changes.append(("trainer", "strategy", "fsdp"))
     for section, key, value in changes:
         override = f"lightning.{section}.{key}={str(value).lower()}"
-        yield override, settings.change(**{section: {key: value}})
+        yield override, settings.replace(**{section: {key: value}})
     if batch_size > 1:
         half, count = batch_size // 2, 2 * trainer.accumulate_grad_batches
         yield (
             f"data.params.batch_size={half} lightning.trainer.accumulate_grad_batches={count}",
-            settings.change(data={"batch_size": half}, trainer={"accumulate_grad_batches": count}),
+            settings.replace(data={"batch_size": half}, trainer={"accumulate_grad_batches": count}),
         )
 
 

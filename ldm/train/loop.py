@@ -61,12 +61,12 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     batches_per_epoch = run.source.batches_per_epoch(run.batch_size)
     # A resumed run keeps its batches per step, on any number of processes.
     accumulation = state.batches_per_step // ranks.world_size
-    settings = run.settings.change(trainer={"accumulate_grad_batches": accumulation})
+    settings = run.settings.replace(trainer={"accumulate_grad_batches": accumulation})
     settings = settings.convert_epochs(
         batches_per_epoch and batches_per_epoch / state.batches_per_step
     )
     run = replace(run, settings=settings)
-    learning_rate, explanation = settings.build_learning_rate(ranks.world_size)
+    learning_rate, explanation = settings.build_lr_schedule(ranks.world_size)
     for line in (*settings.notes, explanation):
         log.info("%s", line)
 

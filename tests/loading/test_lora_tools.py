@@ -63,7 +63,7 @@ def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
     assert all("embedding" in name or "projection" in name for name in result.other_weights)
     merge_changes(result.lora.layers.values())
     target = read_checkpoint(tuned).state
-    left_out = {to_original_name(name, engine=family == "xl") for name in result.other_weights}
+    left_out = {to_original_name(name, sgm=family == "xl") for name in result.other_weights}
     for name, value in restore_names(result.model.state_dict()).items():
         if _is_tuned(name, value) and name not in left_out:
             torch.testing.assert_close(value, target[name], rtol=0, atol=2e-6)  # seen 4e-7

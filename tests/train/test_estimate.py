@@ -90,7 +90,7 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     assert result.trainable - result.ema / 4 == discriminator
     assert result.optimizer == 8 * result.trainable
     assert result.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
-    saving = settings.change(trainer={"gradient_checkpointing": True})
+    saving = settings.replace(trainer={"gradient_checkpointing": True})
     assert estimate.estimate(saving).activations < result.activations
 
 

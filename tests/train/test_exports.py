@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def change(run: Run, **callbacks: Any) -> Run:
     """The same run with other settings."""
-    return replace(run, settings=run.settings.change(callbacks=callbacks))
+    return replace(run, settings=run.settings.replace(callbacks=callbacks))
 
 
 def test_validation_is_reproducible_and_changes_nothing(run: Run) -> None:

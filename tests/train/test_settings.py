@@ -18,7 +18,7 @@ from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, TagShuffle
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.train.config import schema
-from ldm.train.config.settings import Settings, check_complete, read_settings
+from ldm.train.config.settings import Settings, read_settings, require_keys
 from ldm.train.optim.schedules import build_lr_multiplier
 from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
 from ldm.train.tasks.criterion import Criterion
@@ -83,7 +83,7 @@ def test_our_recipes_are_read_without_notes(path: Path) -> None:
     assert result.notes == ()
     batches = result.data.batch_size * result.trainer.accumulate_grad_batches
     factor = batches if trainer.get("scale_lr") else 1
-    assert result.build_learning_rate()[0].lr == pytest.approx(factor * base)
+    assert result.build_lr_schedule()[0].lr == pytest.approx(factor * base)
 
 
 def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
@@ -144,13 +144,13 @@ def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
         model: {base_learning_rate: 1e-6}
         data: {params: {batch_size: 4}}
         lightning: {trainer: {accumulate_grad_batches: 2}}"""))  # fmt: skip
-    rate, line = result.build_learning_rate(16)
+    rate, line = result.build_lr_schedule(16)
     assert rate(0, 0.0) == rate(10_000, 0.9) == pytest.approx(1.28e-4)
     assert line == (
         "learning rate 1.28e-04 = 2 (accumulate_grad_batches) x 16 (ranks) x 4 (batch_size) x "
         "1.00e-06 (base_learning_rate)"
     )
-    assert result.change(trainer={"scale_lr": False}).build_learning_rate(16)[0].lr == 1e-6
+    assert result.replace(trainer={"scale_lr": False}).build_lr_schedule(16)[0].lr == 1e-6
 
 
 @pytest.mark.parametrize(("target", "warns"), [("LatentDiffusion", True), ("AutoencoderKL", False)])
@@ -160,8 +160,10 @@ def test_a_rate_that_scaling_makes_too_high_is_a_warning(
     """As that of lsun_churches, whose comment says not to scale it."""
     model = f"model: {{target: {target}, base_learning_rate: 5e-5}}"
     result = read_settings(parse_yaml(f"{{{model}, data: {{params: {{batch_size: 96}}}}}}"))
-    result.build_learning_rate()
-    assert ("learning rate 4.80e-03: above 3e-04 diffusion models diverge" in caplog.text) == warns
+    result.build_lr_schedule()
+    assert (
+        "learning rate 4.80e-03: above 3e-04 diffusion models often diverge" in caplog.text
+    ) == warns
 
 
 def test_captions_are_dropped_as_the_model_config_says() -> None:
@@ -284,13 +286,13 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
     model = {"base_learning_rate": 1.0, "params": {"scheduler_config": make_linear_config()}}
     raw = {"model": model, "data": {"params": {"batch_size": 2}}}
     result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
-    rate, _ = result.build_learning_rate()
+    rate, _ = result.build_lr_schedule()
     assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
     optimizer = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
     actual = read_settings(
         {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
     )
-    assert actual.build_learning_rate()[0](2, 0.5) == pytest.approx(0.5)
+    assert actual.build_lr_schedule()[0](2, 0.5) == pytest.approx(0.5)
     assert any("replaces" in note for note in actual.notes)
 
 
@@ -472,7 +474,7 @@ def test_a_printed_config_reads_back_the_same(path: Path) -> None:
 def test_missing_keys_are_named_at_once() -> None:
     raw = read_yaml(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
     with pytest.raises(ValueError, match="missing in the config: `data.params.train`, `data"):
-        check_complete(raw, "model.target", "data.params.train", "data.params.batch_size")
+        require_keys(raw, "model.target", "data.params.train", "data.params.batch_size")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_an_example_of_generative_models_is_understood() -> None:
         "sampler": "euler", "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5,
     }  # fmt: skip
     assert (result.data.batch_size, result.data.num_workers) == (64, 6)
-    rate, _ = result.build_learning_rate(8)
+    rate, _ = result.build_lr_schedule(8)
     assert rate(10_000, 0.0) == pytest.approx(1e-4)  # not scaled
     assert (result.optimizer.name, result.optimizer.options) == ("adamw", {"weight_decay": 1e-2})
     assert result.optimizer.ema_decay == 0

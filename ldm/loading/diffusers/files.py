@@ -46,7 +46,7 @@ from ldm.loading.modelspec import PREFIX
 from ldm.loading.variants import SCHEDULER_KEY, detect_variant
 from ldm.loading.weight_names import (
     NON_WEIGHTS,
-    has_engine_names,
+    has_sgm_names,
     rename_weights,
     restore_names,
     select_buffers,
@@ -187,14 +187,14 @@ def build_folder(
         text[name] = _expand_rows(text[name], state[TOKEN_IDS])
         extra[TOKEN_TABLE] = state[TOKEN_TABLE]
     if not isinstance(model, LatentDiffusion):
-        return files, {**components, "": restore_names(extra, engine=False)}
+        return files, {**components, "": restore_names(extra, sgm=False)}
     if NORMALIZER in files:
         buffers = select_buffers(file.state)
         load_clip_statistics(model.conditioner, file.path, clip_stats, buffers)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER).parts[0]] = {"mean": mean, "std": std}
-    engine = has_engine_names(state)
-    return files, {**components, "": restore_names(extra, non_weights, engine=engine)}
+    is_sgm = has_sgm_names(state)
+    return files, {**components, "": restore_names(extra, non_weights, sgm=is_sgm)}
 
 
 def get_weights_path(component: str, files: Files, variant: str | None = None) -> str:

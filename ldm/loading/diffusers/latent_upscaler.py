@@ -17,7 +17,7 @@ from ldm.loading.diffusers.layout import (
     check_files,
     make_index,
 )
-from ldm.loading.k_diffusion import build_upscaler_config
+from ldm.loading.latent_upscaler import build_upscaler_config
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import HEAD_DIM, LatentUpscalerUNet
 from ldm.runtime.errors import ConfigError, check_name

@@ -21,7 +21,7 @@ from ldm.train.config.schema import validate_section
 from ldm.train.config.specs import SPEC_KEYS, check_specs, drop_nulls, get_section
 from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
 
-__all__ = ["Devices", "Settings", "check_complete", "read_settings"]
+__all__ = ["Devices", "Settings", "read_settings", "require_keys"]
 
 SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
 # Defaults of configs without `lightning.optimizer`, which were written for the original.
@@ -29,8 +29,8 @@ ORIGINAL_TRAINER: JsonObject = {"gradient_clip_val": None, "scale_lr": True}
 ORIGINAL_OPTIMIZER: JsonObject = {
     "lr_warmup_steps": 0, "lr_scheduler": "constant", "weight_decay": 1e-2,
 }  # fmt: skip
-EPOCHS = 1000  # Lightning's default limit
-MAX_SCALED_RATE = 3e-4  # of a diffusion model: highest learning rate, scaled by the batch
+DEFAULT_MAX_EPOCHS = 1000  # as in Lightning
+HIGH_LEARNING_RATE = 3e-4  # scaled by the batch; above, training of diffusion models often diverges
 LIMITS = ("max_steps", "max_epochs", "max_time")
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class Settings:
         """The whole of `data.params`, read on first use: not all settings are for training."""
         return read_data(self.raw["data"])
 
-    def change(self, **sections: JsonMapping) -> "Settings":
-        """Return a copy with changed values, not validated: `change(trainer={"max_steps": 3})`."""
+    def replace(self, **sections: JsonMapping) -> "Settings":
+        """Return a copy with changed values, not validated: `replace(trainer={"max_steps": 3})`."""
         changed = copy(self)  # with `datasets`, if they were read
         for name, values in sections.items():
             vars(changed)[name] = vars(self)[name].model_copy(update=values)
@@ -95,7 +95,7 @@ class Settings:
         """
         trainer, callbacks = self.trainer, self.callbacks
         changes: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
-        for section, key, epochs, limit in (
+        for section, prefix, epochs, limit in (
             ("trainer", "max", trainer.max_epochs, trainer.max_steps),
             ("callbacks", "save", callbacks.save_epochs, callbacks.save_steps),
             ("callbacks", "validate", callbacks.validate_epochs, callbacks.validate_steps),
@@ -103,16 +103,16 @@ class Settings:
             if epochs is None:
                 continue
             if steps_per_epoch is None:
-                place = f"lightning.{section}.{key}_epochs"
+                place = f"lightning.{section}.{prefix}_epochs"
                 raise ValueError(
-                    f"{place}: the data has no known length, give `{key}_steps`, or for shards "
+                    f"{place}: the data has no known length, give `{prefix}_steps`, or for shards "
                     "`data.params.train.length`"
                 )
             count = max(1, round(epochs * steps_per_epoch))
-            changes[section][f"{key}_steps"] = min(count, limit) if limit else count
-        return self.change(**changes)
+            changes[section][f"{prefix}_steps"] = min(count, limit) if limit else count
+        return self.replace(**changes)
 
-    def build_learning_rate(self, world_size: int = 1) -> tuple[LearningRateSchedule, str]:
+    def build_lr_schedule(self, world_size: int = 1) -> tuple[LearningRateSchedule, str]:
         """Return the learning rate schedule of the run, and a line that explains its peak.
 
         Warns if scaling by the batch makes it too high: the original did so in silence.
@@ -120,7 +120,7 @@ class Settings:
         Raises:
             ValueError: The config has no `base_learning_rate`.
         """
-        check_complete(self.raw, "model.base_learning_rate")
+        require_keys(self.raw, "model.base_learning_rate")
         base = self.model.base_learning_rate or 0.0
         lr, line = base, f"learning rate {base:.2e} (base_learning_rate, scale_lr false)"
         if self.trainer.scale_lr:
@@ -130,10 +130,11 @@ class Settings:
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
                 f"(ranks) x {batch_size} (batch_size) x {base:.2e} (base_learning_rate)"
             )
-            if lr > MAX_SCALED_RATE and not self.model.target.endswith("AutoencoderKL"):
+            if lr > HIGH_LEARNING_RATE and not self.model.target.endswith("AutoencoderKL"):
                 log.warning(
-                    "learning rate %.2e: above %.0e diffusion models diverge; base_learning_rate "
-                    "is perhaps meant as it is (scale_lr false)", lr, MAX_SCALED_RATE,
+                    "learning rate %.2e: above %.0e diffusion models often diverge; "
+                    "if base_learning_rate is not to be scaled, set scale_lr: false",
+                    lr, HIGH_LEARNING_RATE,
                 )  # fmt: skip
         return _build_schedule(self.optimizer, lr), line
 
@@ -184,17 +185,19 @@ def read_settings(raw: JsonMapping) -> Settings:
         values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
         scaling = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
         notes.append(
-            f"no `lightning.optimizer`: AdamW as in the original, learning rate {scaling}, "
-            "no clipping"
+            f"no `lightning.optimizer`: {'Adam' if is_autoencoder else 'AdamW'} as in the "
+            f"original, learning rate {scaling}, no clipping"
         )
-        adam = {"weight_decay": 0.0} if is_autoencoder else {}  # the original's is not AdamW there
+        adam = {"weight_decay": 0.0} if is_autoencoder else {}  # which makes AdamW the same as Adam
         values["optimizer"] = ORIGINAL_OPTIMIZER | adam | values["optimizer"]
     limits = {key: values["trainer"].get(key) for key in LIMITS if key in values["trainer"]}
     if limits and not any(limits.values()):
         raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
     if not limits:
-        values["trainer"] = {**values["trainer"], "max_epochs": EPOCHS}
-        notes.append(f"lightning.trainer has no limit: {EPOCHS} epochs, as in Lightning")
+        values["trainer"] = {**values["trainer"], "max_epochs": DEFAULT_MAX_EPOCHS}
+        notes.append(
+            f"lightning.trainer has no limit: {DEFAULT_MAX_EPOCHS} epochs, as in Lightning"
+        )
 
     def read(schema_class: type[T], section: str) -> T:
         also = lightning.KNOWN_KEYS.get(section, ())
@@ -236,7 +239,7 @@ def read_settings(raw: JsonMapping) -> Settings:
     )
 
 
-def check_complete(raw: JsonMapping, *keys: str) -> None:
+def require_keys(raw: JsonMapping, *keys: str) -> None:
     """Raise ValueError if any of these dotted keys is missing from a config."""
     missing = []
     for key in keys:

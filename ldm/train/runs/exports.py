@@ -25,7 +25,7 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, to_ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import get_clip_statistics
 from ldm.loading.modelspec import describe_model
-from ldm.loading.weight_names import has_engine_names, restore_names, to_original_name
+from ldm.loading.weight_names import has_sgm_names, restore_names, to_original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.version import __version__
@@ -177,8 +177,8 @@ def _statistics_images(run: Run) -> Iterator[Tensor]:
 def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
     """Return `model_ema.*` as in the original: names without dots, decay, number of updates."""
     ema = run.state.ema
-    is_engine = has_engine_names(run.model.state_dict())
-    averaged = {to_original_name(name, engine=is_engine) for name in ema.shadow}
+    is_sgm = has_sgm_names(run.model.state_dict())
+    averaged = {to_original_name(name, sgm=is_sgm) for name in ema.shadow}
     state = {
         to_ema_name(name): value
         for name, value in _gather_weights(run, ema=True).items()

@@ -19,16 +19,16 @@ from ldm.runtime.types import JsonMapping, JsonObject
 __all__ = ["build_upscaler_config", "find_json", "find_unet_params"]
 
 TEMPLATE = f"{CONFIG_DIR}/x2-latent-upscaler.yaml"
-TYPE = "image_v1"
-INNER = "unet.inner_model."
-CONVOLUTION = re.compile(rf"{re.escape(INNER)}u_net\.d_blocks\.(\d+)\.(\d+)\.main\.2\.weight")
-ATTENTION = re.compile(rf"{re.escape(INNER)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|kv)_proj\.weight")
+MODEL_TYPE = "image_v1"
+PREFIX = "unet.inner_model."
+CONVOLUTION = re.compile(rf"{re.escape(PREFIX)}u_net\.d_blocks\.(\d+)\.(\d+)\.main\.2\.weight")
+ATTENTION = re.compile(rf"{re.escape(PREFIX)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|kv)_proj\.weight")
 
 
 def find_json(path: Path) -> Path | None:
-    """Return the JSON beside a file: NAME.json, or config_START.json with the start of its name.
+    """Return the JSON beside a file: NAME.json, or config_PREFIX.json with a prefix of its name.
 
-    Of several, the longest start counts: the names of two versions begin alike.
+    Of several, the longest prefix counts, as the names of two versions have one in common.
     """
     same_name = path.with_suffix(".json")
     if same_name.is_file():
@@ -56,40 +56,42 @@ def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | N
     if config.endswith(".json"):
         model: Any = read_yaml(config).get("model")
         model_type = model.get("type") if isinstance(model, dict) else None
-        if model_type != TYPE:
-            raise ConfigError(f"{config}: `model` must be of type `{TYPE}`, got `{model_type}`")
+        if model_type != MODEL_TYPE:
+            raise ConfigError(
+                f"{config}: `model` must be of type `{MODEL_TYPE}`, got `{model_type}`"
+            )
         # k-diffusion's default; the published JSON sets it to false.
         return {"augment_wrapper": True, **model}
-    has_weights = f"{INNER}proj_in.weight" in state
+    has_weights = f"{PREFIX}proj_in.weight" in state
     return _infer_unet_params(state) if config == TEMPLATE and has_weights else None
 
 
 def _infer_unet_params(state: Mapping[str, Tensor]) -> JsonObject:
     """Infer the network's arguments from the shapes of weights under our names."""
-    widths: dict[int, int] = {}
+    channels: dict[int, int] = {}
     depths: dict[int, int] = {}
     attentions: dict[str, set[int]] = {"qkv": set(), "kv": set()}
-    context = 0
+    context_dim = 0
     for name, value in state.items():
         if match := CONVOLUTION.fullmatch(name):
             level = int(match[1])
-            widths[level] = len(value)
+            channels[level] = len(value)
             depths[level] = depths.get(level, 0) + 1
         elif match := ATTENTION.fullmatch(name):
             attentions[match[2]].add(int(match[1]))
-            context = value.shape[1] if match[2] == "kv" else context
-    levels = range(len(widths))
-    channels = state[f"{INNER}proj_in.weight"].shape[1] // 2
-    mapping_out, mapping_cond_dim = state[f"{INNER}mapping_cond.weight"].shape
+            context_dim = value.shape[1] if match[2] == "kv" else context_dim
+    levels = range(len(channels))
+    in_channels = state[f"{PREFIX}proj_in.weight"].shape[1] // 2
+    mapping_out, mapping_cond_dim = state[f"{PREFIX}mapping_cond.weight"].shape
     return {
-        "input_channels": channels,
-        "unet_cond_dim": channels,
+        "input_channels": in_channels,
+        "unet_cond_dim": in_channels,
         "mapping_out": mapping_out,
         "mapping_cond_dim": mapping_cond_dim,
-        "cross_cond_dim": context,
+        "cross_cond_dim": context_dim,
         "depths": [depths[level] for level in levels],
-        "channels": [widths[level] for level in levels],
+        "channels": [channels[level] for level in levels],
         "self_attn_depths": [level in attentions["qkv"] for level in levels],
         "cross_attn_depths": [level in attentions["kv"] for level in levels],
-        "has_variance": len(state[f"{INNER}proj_out.weight"]) > channels,
+        "has_variance": len(state[f"{PREFIX}proj_out.weight"]) > in_channels,
     }
