@@ -64,12 +64,13 @@ def check_guidance(
     """Raise ArgumentError for guidance, or FreeU, that a model can't have or that has no effect.
 
     Args:
-        scale: Guidance scale; None = the model's default.
+        scale: Guidance scale; None = the default of the sampler or the model.
         keywords: All keywords of a task, by name.
     """
     values = {name: value for name, value in keywords.items() if value is not None}
     methods = [name for name in GuidanceOptions.__annotations__ if name in values]
-    scale = default_scale(model, None) if scale is None else scale
+    sampler = cast(str | None, values.get("sampler"))
+    scale = default_scale(model, sampler) if scale is None else scale
     check_guidance_options(values, None if callable(scale) else scale)
     if "freeu" in values:
         version = cast(str | None, values.get("freeu_version"))

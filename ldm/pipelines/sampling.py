@@ -243,9 +243,7 @@ def invert(
     cond: Cond,
     uncond: Cond | None = None,
     *,
-    steps: int = 50,
-    until: int | None = None,
-    scheduler: str | None = None,
+    sigmas: Tensor,
     scale: Scale = 1.0,
     legacy: Iterable[str] = (),
 ) -> Tensor:
@@ -253,19 +251,14 @@ def invert(
 
     Args:
         z: (B, C, h, w).
-        steps: Number of steps from z to pure noise.
-        until: Number of those steps to take; None = all.
-        scheduler: A name in SCHEDULERS; None = "uniform".
+        sigmas: Noise levels of the run from the result back to z, descending.
         cond, uncond, scale, legacy: See `sample`.
     Returns:
-        z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
+        z_t, √ᾱ z + √(1-ᾱ) noise at the first of `sigmas`, (B, C, h, w).
     """
+    sigmas = sigmas.flip(0).clamp(min=float(model.schedule.sigmas[0]))  # Euler divides by sigma
     names: list[str] = as_list(legacy)
-    quirks = Quirks(frozenset(names))
-    sigmas = quirks.get_sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
-    sigmas = sigmas.clamp(min=float(model.schedule.sigmas[0]))  # Euler divides by sigma
-    sigmas = sigmas[: (steps if until is None else until) + 1]
-    denoise = quirks.build_inverse_denoise(model, sigmas, cond, uncond, scale)
+    denoise = Quirks(frozenset(names)).build_inverse_denoise(model, sigmas, cond, uncond, scale)
     x = euler(denoise, z.float() * _std(sigmas[0]), sigmas)
     return x / _std(sigmas[-1])
 

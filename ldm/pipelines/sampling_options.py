@@ -128,8 +128,10 @@ def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str
     )
 
 
-def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
-    """Return the default guidance scale of the sampler, else of the model, else DEFAULT_SCALE.
+def default_scale(
+    model: LatentDiffusion, sampler: str | None, default: float = DEFAULT_SCALE
+) -> float:
+    """Return the default guidance scale of the sampler, else of the model, else `default`.
 
     Args:
         sampler: A name in SAMPLERS; None = the model's default.
@@ -137,7 +139,7 @@ def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
     scale = SAMPLERS[sampler or model.defaults.sampler].scale
     if scale is None:
         scale = model.defaults.scale
-    return DEFAULT_SCALE if scale is None else scale
+    return default if scale is None else scale
 
 
 def explain_excess(

@@ -57,6 +57,7 @@ from ldm.pipelines.prompts import (
 )
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import invert
+from ldm.pipelines.sampling_options import get_sigmas
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
 from ldm.pipelines.task import task
 from ldm.prompts import PLAIN
@@ -430,21 +431,22 @@ def _invert_to_noise(
 
     Sets `options["scheduler"]`: the sampling that follows must take the same steps in reverse.
     """
-    steps, scheduler = options.get("steps"), options.get("scheduler") or "uniform"
+    options["scheduler"] = options.get("scheduler") or "uniform"
+    quirks = Quirks.of(model, options.get("legacy", ()))
+    sigmas = get_sigmas(model, quirks, select_sampling(options))
+    steps, total = options.get("steps"), len(sigmas) - 1
     steps = model.defaults.steps if steps is None else steps
-    options["scheduler"] = scheduler
-    sigmas = model.schedule.step_sigmas(steps, scheduler)
-    inversion_steps = max(round(float(strength) * steps), 1)
+    # At strength 0 one step, as its last level may be 0.
+    first, noise_level = (
+        min(index, total - 1) for index in quirks.find_first_step(strength, steps, total)
+    )
     height, width = (side * model.downscale for side in z.shape[-2:])
     sizes, _ = size_conditions(model, select_sdxl(options), (height, width), Quirks())
     warn_about_prompts(model, [source])
     cond = encode_prompts(model, [get_pair(source)] * len(z), {}, sizes)
-    legacy = {"encode"}.intersection(options.get("legacy", ()))
-    z_t = invert(
-        model, z, cond, steps=steps, until=inversion_steps, scheduler=scheduler, legacy=legacy
-    )
-    sigma = float(sigmas[steps - inversion_steps])
+    z_t = invert(model, z, cond, sigmas=sigmas[first:], legacy=quirks.names)
+    sigma = float(sigmas[noise_level])
     x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE
-    # `sample` starts from x = z + sigma x_T, so solve this for x_T; at strength 1 it starts
-    # from x_T itself, scaled from VP to VE.
-    return z_t if strength == 1 else (x - z.to(x)) / sigma
+    # `sample` starts from x = z + sigma x_T, so solve this for x_T; or from x_T itself, scaled
+    # from VP to VE.
+    return z_t if quirks.is_pure_noise(strength) else (x - z.to(x)) / sigma

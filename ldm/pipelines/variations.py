@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
+from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
@@ -56,10 +57,10 @@ def unclip(
         noise_levels: Timestep of the noise on the embeddings, for all or one for each; more noise,
             more variation.
         mix_level: Timestep of the noise on the mean; None = no noise.
-        scale: Guidance scale; None = 10.
+        scale: Guidance scale; None = the default of the sampler or the model, else 10.
         negative_prompt, size, tile, options: See `txt2img`.
     """
-    scale = 10.0 if scale is None else scale
+    scale = default_scale(model, options.get("sampler"), 10.0) if scale is None else scale
     noise = make_noise(prompts, options)
     n, encoder = len(prompts), model.conditioner.get(ImageEmbedding)
     width = encoder.noise.width
@@ -129,7 +130,9 @@ def vary(
         if cond.crossattn is not None
     ]
     cond = Cond(crossattn=torch.stack(tokens).sum(dim=0))  # (1, 1, D)
-    uncond = None if scale == 1 else model.condition({"jpg": [None]}).repeat(n)
+    takes_uncond = SAMPLERS[options.get("sampler") or model.defaults.sampler].takes_uncond
+    is_guided = scale != 1 or takes_uncond
+    uncond = model.condition({"jpg": [None]}).repeat(n) if is_guided else None
     sampling = select_sampling(options)
     z = sample(model, cond.repeat(n), uncond, scale=scale, size=size, noise=noise, **sampling)
     return decode_latent(model, z, tile, options.get("on_latent"))

@@ -296,7 +296,7 @@ def test_legacy_inversion_is_the_recorded_one(kind):
         parameterization=kind,
     )
     cond, uncond = Cond(shared["c"]), Cond(shared["uc"])
-    options = {"steps": 10, "until": 6, "legacy": {"encode"}}
+    options = {"sigmas": denoiser.schedule.step_sigmas(10)[-7:], "legacy": {"encode"}}
     z = invert(model, shared["x0"], cond, **options)
     guided = invert(model, shared["x0"], cond, uncond, scale=2.0, **options)
     file.assert_close("encode", z=z, z_cfg=guided)

@@ -14,12 +14,16 @@ from ldm.pipelines import (
     encode_image,
     img2img,
     inpaint,
+    invert,
+    sample,
     sample_prior,
     txt2img,
     unclip,
     upscale,
     vary,
 )
+from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.sampling_options import get_sigmas
 from pipelines.goldmodels import model_of
 from quick import some
 
@@ -282,6 +286,11 @@ def test_an_image_variation_model_reads_images_instead_of_prompts(models, image)
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
     assert model.defaults.scale == 3  # of commands, too: not unCLIP's 10
+    euler, cfg_pp = (
+        vary(model, [""], [image], **options | {"sampler": sampler, "scale": 1.0})
+        for sampler in ("euler", "euler_cfg_pp")
+    )
+    assert not torch.equal(euler, cfg_pp)
     with pytest.warns(UserWarning, match="does not read a negative prompt: ignored"):
         vary(model, [""], [image], negative_prompt="blurry", **options)
 
@@ -320,6 +329,32 @@ def test_ddim_inversion_leads_back_to_the_image():
 def test_ddim_inversion_begins_above_a_noise_level_of_0(models, image, scheduler):
     images = img2img(models["text"], ["a"], image, inversion=True, scheduler=scheduler, **QUICK)
     assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"), [("dpm2", "karras"), ("euler", "ddim_uniform"), ("ddim", "uniform")]
+)
+def test_sampling_begins_at_the_inverted_latent(models, image, sampler, scheduler):
+    """dpm2 skips a level of karras, and ddim_uniform has 8 steps for 7."""
+    model, options = models["text"], {"sampler": sampler, "scheduler": scheduler, "steps": 7}
+    z = encode_image(model, image, 1, torch.zeros_like)
+    sigmas = get_sigmas(model, Quirks(), options)
+    sigmas = sigmas[-1 - round(0.5 * (len(sigmas) - 1)) :]
+    source, cond = (model.condition({"txt": [text]}) for text in ("", "a"))
+    z_t = invert(model, z, source, sigmas=sigmas)
+    expected = sample(model, cond, z_t=z_t, sigmas=sigmas, sampler=sampler, scale=1.0, seeds=0)
+    latents = []
+    img2img(
+        model, ["a"], image, z=z, inversion=True, strength=0.5, scale=1.0, seeds=0,
+        on_latent=latents.append, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(latents[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_unclip_takes_the_default_scale_of_a_sampler(models, image):
+    options = {"steps": 2, "seeds": 5, "sampler": "euler_cfg_pp"}
+    images = unclip(models["unclip"], ["a"], [image], **options)
+    assert torch.equal(images, unclip(models["unclip"], ["a"], [image], scale=1.0, **options))
 
 
 def test_guidance_acts_inside_its_interval_alone(models):

@@ -127,7 +127,7 @@ class Unclip(PreparedTask):
         seeds = cast(list[int], options["seeds"])
         embedding = pipelines.sample_prior(
             model,
-            self._prior,
+            self._prior.to(model.dtype),  # which an overflow in half precision changes
             prompts,
             negative_prompt=options["negative_prompt"],
             steps=self.inputs.prior_steps,
