@@ -1,4 +1,4 @@
-"""The server side of the page: does the runs of all visitors.
+"""The server side of the page: makes the images of all visitors.
 
 For safety, paths in requests and in images are never used: models are looked up by name, uploads by
 hash, and all other files are refused.
@@ -106,10 +106,10 @@ class Backend:
             ArgumentError: The model does not exist or support the task, or a value is invalid.
         """
         entry = self.library.find_model(name, task)
-        words = values.get("lora") or ()
-        if not isinstance(words, Sequence):
+        chosen = values.get("lora") or ()
+        if not isinstance(chosen, Sequence):
             raise ArgumentError("lora is not a list", "lora")
-        loras = self.library.find_lora_files(parse_lora(str(word)) for word in words)
+        loras = self.library.find_lora_files(parse_lora(str(lora)) for lora in chosen)
         addons = self.library.find_addon_files(values)
         ignored = {"lora", *options_of(UpscalerChoice if entry.is_sdxl else SDXL)}
         if COMPONENT not in addons:
@@ -118,8 +118,6 @@ class Backend:
             ignored |= {"aesthetic_score", "negative_aesthetic_score"}
         values = {key: value for key, value in values.items() if key not in ADDONS} | addons
         values = {key: value for key, value in values.items() if key not in ignored}
-        if values.get("scale") is None:
-            values["scale"] = self.library.find_defaults(task, name)["scale"]
         if values.get("dynamic_prompts"):
             values["wildcards"] = self.library.find_wildcards()
         embeddings = self.library.list_embeddings()
@@ -179,8 +177,8 @@ class Backend:
     def recent_images(self) -> list[Info]:
         """Return the infos of the newest images in the output folder, the newest run first."""
         files = (self.outdir / "samples").glob("[0-9]*.png")
-        paths = sorted(path for path in files if path.stem.isdigit())[-GALLERY_LIMIT:]
-        infos = [_read_own_info(path) for path in paths]
+        numbers = sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
+        infos = [_read_own_info(path) for _, path in numbers[-GALLERY_LIMIT:]]
         runs = [list(run) for _, run in groupby(infos, key=lambda info: info.get("request"))]
         return [info for run in reversed(runs) for info in run if "seed" in info]
 

@@ -27,7 +27,7 @@ from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.pipelines.families import SIZE_KEYS, family_of
-from ldm.runtime.errors import MissingFile, WeightsMismatch
+from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, errors_as
 from ldm.runtime.files import list_files
 from ldm.runtime.types import JsonObject
 
@@ -164,19 +164,24 @@ def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
     Args:
         stats: Of its files; only for the cache, so that changed files are read again.
     """
+    try:
+        with errors_as(FileFormatError, f"`{path}` cannot be used"):
+            return _build_entry(path)
+    except (OSError, ValueError) as error:
+        return str(error).splitlines()[0]
+
+
+def _build_entry(path: Path) -> CatalogueEntry:
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None
-    try:
-        weights = identify_weights(open_checkpoint(path))
-        _, raw = read_config(weights, config)
-        spec = legacy.translate_config(raw, where=path.name, skipped=[])
-        if spec["target"] != legacy.MODEL:
-            return f"`{path}` is not a complete model"
-        params = spec["params"]
-        conditioner = build_on_meta(_without_midas(params["conditioner"]), where=path.name)
-        downscale = _get_downscale(build_on_meta(params["autoencoder"], where=path.name))
-    except (OSError, ValueError, KeyError) as error:
-        return str(error).splitlines()[0]
+    weights = identify_weights(open_checkpoint(path))
+    _, raw = read_config(weights, config)
+    spec = legacy.translate_config(raw, where=path.name, skipped=[])
+    if spec["target"] != legacy.MODEL:
+        raise FileFormatError(f"`{path}` is not a complete model")
+    params = spec["params"]
+    conditioner = build_on_meta(_without_midas(params["conditioner"]), where=path.name)
+    downscale = _get_downscale(build_on_meta(params["autoencoder"], where=path.name))
     family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
     defaults, image_size = Defaults(), params.get("image_size", 64)  # latent pixels

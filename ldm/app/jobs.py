@@ -62,7 +62,9 @@ class Jobs:
 
     def list_images(self, owner: str) -> list[Info]:
         """Return the images of a visitor: the newest run first, each run in its own order."""
-        return self._galleries.setdefault(owner, self.first_images())
+        if owner not in self._galleries:  # its images are read from disk
+            self._galleries.setdefault(owner, self.first_images())
+        return self._galleries[owner]
 
     def submit(self, owner: str, title: str, work: Callable[[Progress], str]) -> Job:
         """Add a job to the queue.

@@ -44,7 +44,8 @@ class ModelCache:
         Only LoRAs of a cached model are replaced, see `set_loras`.
         """
         loras = tuple(options.pop("loras", ()))
-        states = [list_file_stats(file) for file in (ckpt, *options.get("embeddings", ()))]
+        files = (ckpt, config, options.get("vae"), *options.get("embeddings", ()))
+        states = [list_file_stats(file) for file in files]
         base = options.get("base")  # identified by its provenance, as its repr is not unique
         named = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), tuple(states), repr(sorted(named.items())))

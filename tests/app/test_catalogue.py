@@ -27,11 +27,15 @@ def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "page.ckpt").write_text("<!doctype html>")
     (tmp_path / "README.md").write_text("no checkpoint")
+    shutil.copy(DEMO, tmp_path / "yaml.safetensors")
+    (tmp_path / "yaml.yaml").write_text("5")
     catalogue = read_catalogue(tmp_path)
     assert catalogue.models == {}
-    assert list(list_checkpoints(tmp_path)) == ["cut.safetensors", "empty.ckpt", "page.ckpt"]
+    assert list(list_checkpoints(tmp_path)) == [
+        "cut.safetensors", "empty.ckpt", "page.ckpt", "yaml.safetensors",
+    ]  # fmt: skip
     for line, reason in zip(
-        catalogue.skipped, ("damaged", "an empty file", "a web page"), strict=True
+        catalogue.skipped, ("damaged", "an empty file", "a web page", "cannot be used"), strict=True
     ):
         assert reason in line
         assert "\n" not in line

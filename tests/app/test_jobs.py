@@ -89,6 +89,13 @@ def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
     assert [info["seed"] for info in jobs.list_images("me")] == [3, 4, 1, 2]
 
 
+def test_the_first_images_of_a_visitor_are_read_once():
+    reads = []
+    jobs = Jobs(1, first_images=lambda: reads.append(1) or [])
+    assert jobs.list_images("me") is jobs.list_images("me")
+    assert len(reads) == 1
+
+
 def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images(jobs):
     progress = Progress(total=6)
     progress.add_image({"seed": 1})

@@ -1,4 +1,4 @@
-"""loading.cache: models stay, within a bound, and have in common what is equal."""
+"""ldm.app.model_cache: models stay, within a bound, and have in common what is equal."""
 
 import pytest
 import torch
@@ -56,6 +56,16 @@ def test_the_same_model_is_given_again_and_another_of_a_changed_file(cache):
     assert cache(None, path, ema=True) is not first
     cache.file("a", lambda: Model(1, Text(0), 0), size=11)
     assert cache(None, path, ema=False) is not first
+
+
+@pytest.mark.parametrize("option", ["vae", "config"])
+def test_a_model_is_loaded_again_if_its_vae_or_config_changes(cache, tmp_path, option):
+    path, file = cache.file("a", lambda: Model(0, Text(0), 0)), tmp_path / "file"
+    file.write_text("1")
+    first = cache(ckpt=path, **{option: file})
+    assert cache(ckpt=path, **{option: file}) is first
+    file.write_text("12")
+    assert cache(ckpt=path, **{option: file}) is not first
 
 
 def test_equal_towers_and_autoencoders_are_there_once(cache):

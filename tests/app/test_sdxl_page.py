@@ -13,9 +13,11 @@ from ldm.app.form_events import FormEvents
 from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
+from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.model import Defaults
 from make_tiny_sdxl import make_tiny_sdxl
 
 BASE, REFINER = "sd_xl_base_1.0.safetensors", "sd_xl_refiner_1.0.safetensors"
@@ -83,6 +85,11 @@ def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
     assert follow(few, "a cat <lora:none") == follow(few, "<lora:none:1>") == plain
     assert follow(plain, sampler="euler_cfg_pp") == {**plain, "scale": 1.0}
     assert follow(plain, sampler="euler") == plain
+
+
+def test_an_empty_scale_is_the_default_of_the_sampler(backend):
+    request = make_request(backend, BASE, scale=None, sampler="euler_cfg_pp")
+    assert resolve_sampling(request, Defaults()).scale == 1.0
 
 
 def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
