@@ -29,7 +29,7 @@ from ldm.loading.model_config import find_schedule_early
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import FAMILIES, SIZE_KEYS, family_of, wrong_family
+from ldm.pipelines.families import FAMILIES, SIZE_KEYS, family_of, file_name, wrong_family
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
@@ -48,6 +48,16 @@ __all__ = [
 ]  # fmt: skip
 
 SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in the index of a diffusers folder
+# Options without effect unless the other one is set.
+NEEDED_OPTIONS = {
+    "repeat": "from_file", "source_prompt": "inversion", "depth_inverted": "depth_map",
+    "prior_steps": "prior", "prior_scale": "prior",
+}  # fmt: skip
+# Options that other models of their tasks read, by family.
+UNREAD_OPTIONS = {
+    "upscaling": ("noise_sigma", "noise_kind"), "rgbd-upscaling": ("noise_sigma", "noise_kind"),
+    "latent-upscaling": ("noise_level",), "variation": ("prompt",),
+}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -291,17 +301,22 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     if sampling.freeu is not None and request.sdxl.refiner is not None:
         warnings.append("freeu changes the base, not its refiner")
     values = request.get_values()
-    _, default_prompt = request.task.options()["prompt"]
-    if request.prompts.from_file is not None and request.prompts.prompt != default_prompt:
+    is_set = {n: values[n] != default for n, (_, default) in request.task.options().items()}
+    if request.prompts.from_file is not None and is_set["prompt"]:
         warnings.append("the prompts are those of from_file: prompt is ignored")
-    if request.prompts.repeat != 1 and request.prompts.from_file is None:
-        warnings.append("repeat is for the lines of a prompt file: ignored")
-    if values.get("source_prompt") and not values["inversion"]:
-        warnings.append("source_prompt is for DDIM inversion: ignored")
     if values.get("inversion") and sampling.fixed_code:
         warnings.append("DDIM inversion makes the initial noise: fixed_code is ignored")
-    if values.get("noise_sigma") and family_of(model.conditioner) != "latent-upscaling":
-        warnings.append("noise_sigma is for the x2 latent upscaler: ignored")
+    warnings += [
+        f"{name} needs {other}: ignored"
+        for name, other in NEEDED_OPTIONS.items()
+        if is_set.get(name) and not is_set[other]
+    ]
+    family = family_of(model.conditioner) or ""
+    warnings += [
+        f"{file_name(model)} is {FAMILIES[family].title}: {name} is ignored"
+        for name in UNREAD_OPTIONS.get(family, ())
+        if is_set.get(name)
+    ]
     ignored = ("torchscript", "ipex", "laion400m")
     return warnings + [f"`{name}` has no effect" for name in ignored if values[name]]
 

@@ -25,8 +25,15 @@ from ldm.nets.karlo import Prior
 from ldm.pipelines.prompts import repeat_texts
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["encode_texts", "get_prior_sigmas", "sample_image_embeddings", "sample_prior"]
+__all__ = [
+    "check_prior_steps",
+    "encode_texts",
+    "get_prior_sigmas",
+    "sample_image_embeddings",
+    "sample_prior",
+]
 
+NUM_TIMESTEPS = 1000  # of the noise schedule that the prior was trained with
 CLAMP = 10.0  # limit of predicted values, in standard deviations; as in Karlo
 
 
@@ -94,7 +101,7 @@ def sample_prior(
         noise: (like) -> standard normal noise; called for the initial noise, then for each step.
         sigmas: Noise levels (n + 1,), descending; None = those of `steps`.
     """
-    schedule = Schedule(make_betas("squaredcos_cap_v2"))
+    schedule = Schedule(make_betas("squaredcos_cap_v2", NUM_TIMESTEPS))
     sigmas = get_prior_sigmas(schedule, steps) if sigmas is None else sigmas
     denoise = add_guidance(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
     shape = (len(cond), prior.out_proj.out_features)
@@ -116,7 +123,12 @@ def get_prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
     Returns:
         (steps + 1,) float64, descending.
     """
-    if not 2 <= steps <= len(schedule):
-        raise ArgumentError(f"steps of the prior must be in 2 … {len(schedule)}, got {steps}")
+    check_prior_steps(steps)
     t = torch.linspace(0, len(schedule) - 1, steps, dtype=torch.float64).round().long()
     return torch.cat([schedule.sigmas[t].flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+def check_prior_steps(steps: int) -> None:
+    """Raise ArgumentError for a number of steps that the prior cannot take."""
+    if not 2 <= steps <= NUM_TIMESTEPS:
+        raise ArgumentError(f"steps of the prior must be in 2 … {NUM_TIMESTEPS}, got {steps}")

@@ -58,6 +58,7 @@ class Unclip(PreparedTask):
         from ldm.imaging.pixels import to_tensor
         from ldm.imaging.reading import load_image
         from ldm.loading.files.checkpoint import detect_format
+        from ldm.pipelines.karlo import check_prior_steps
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(UnclipInputs)
@@ -70,6 +71,17 @@ class Unclip(PreparedTask):
         if inputs.prior is not None:
             with errors_about("prior"):
                 detect_format(Path(inputs.prior))
+            with errors_about("prior_steps"):
+                check_prior_steps(inputs.prior_steps)
+        count = len(self.images) + (inputs.prior is not None)
+        for name, values, allowed in (
+            ("weight", inputs.weight, (0, count)),
+            ("noise_level", inputs.noise_level, (0, 1, count)),
+        ):
+            if len(values) not in allowed:
+                sources = "images and prior" if inputs.prior else "images"
+                message = f"{len(values)} values of {name} were given for {count} {sources}"
+                raise ArgumentError(message, name)
         self._prior: Prior | None = None
 
     def begin(self, model: "LatentDiffusion") -> None:
