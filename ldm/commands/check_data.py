@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ldm.generate.option_parsers import parse_count
 from ldm.runtime.command import CommandParser
+from ldm.runtime.files import check_folder_of
 
 __all__ = ["main"]
 
@@ -63,6 +64,8 @@ def _check(args: Namespace) -> int:
     from ldm.data.check import check, open_folder
     from ldm.data.pack import pack
 
+    if args.list:
+        check_folder_of(args.list, "list")
     folder = open_folder(args.where)
     if args.pack and folder is None:
         raise ValueError("only a folder can be packed")

@@ -19,6 +19,8 @@ from ldm.generate.command_line import add_options, to_argv
 from ldm.generate.groups import GROUPS, SDXL, ModelChoice, UpscalerChoice
 from ldm.generate.options import options_of
 from ldm.runtime.command import CommandParser
+from ldm.runtime.errors import FileFormatError, errors_as
+from ldm.runtime.files import check_folder_of
 
 __all__ = ["main"]
 
@@ -63,17 +65,22 @@ def _replay(args: Namespace) -> int:
     from ldm.imaging.metadata import hash_pixels, read_info, write_png
     from ldm.imaging.reading import open_image
 
+    if args.output:
+        check_folder_of(args.output, "output")
     changes = {name: value for name in MODEL_OPTIONS if (value := vars(args)[name])}
     info = read_info(args.image)
-    request = read_request(info, args.image)
+    summary = f"the generation parameters in {args.image} are damaged"
+    with errors_as(FileFormatError, summary):
+        request = read_request(info, args.image)
     if args.show_command:
         if "indir" in request.task.options():  # the command for this image of the folder
             request = request.with_values({"indir": None})
         words = ["ldm", request.task.name, *to_argv(request.with_values(changes))]
         print(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
         return 0
-    check_inputs(info)
-    request = restore_request(info, request, changes)
+    with errors_as(FileFormatError, summary):
+        check_inputs(info)
+        request = restore_request(info, request, changes)
     prepared = request.task.prepare(request)
     models = load_models(request, threads=info["threads"])
     image, depth = remake_image(prepared, models, info)

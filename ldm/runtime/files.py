@@ -12,6 +12,7 @@ from pathlib import Path
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
+    "check_folder_of",
     "decode_text",
     "find_file",
     "flush_to_disk",
@@ -26,6 +27,13 @@ PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK_SIZE = 1 << 22  # bytes read at once
 
 _digests: dict[tuple[tuple[Path, int, int], ...], str] = {}  # by (path, size, mtime) of the files
+
+
+def check_folder_of(path: str | Path, argument: str) -> None:
+    """Raise MissingFile unless the folder exists in which a file is to be written."""
+    folder = Path(path).expanduser().parent
+    if not folder.is_dir():
+        raise MissingFile(f"no folder `{folder}` to save `{Path(path).name}` in", argument)
 
 
 def find_file(path: str | Path) -> Path:

@@ -72,6 +72,12 @@ def test_a_number_below_1_is_refused_with_its_flag(photos, flag, capsys):
     assert f"argument {flag}: `0` is not a positive whole number" in capsys.readouterr().err
 
 
+def test_a_list_without_a_folder_is_refused_before_images_are_read(photos, tmp_path, capsys):
+    assert main([str(photos), "--list", str(tmp_path / "no/list.txt")]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.strip()[-31:]) == ("", "no` to save `list.txt` in (--list)"[-31:])
+
+
 def test_nothing_to_read_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "nope")]) == 1
     assert "there is no folder or file `" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from imagehelp import IDENTICAL
-from ldm.imaging.metadata import write_png
+from ldm.imaging.metadata import read_info, write_png
 from quick import some
 
 QUICK_CASES = [
@@ -78,6 +78,23 @@ def test_a_package_that_an_image_names_is_not_imported_unless_allowed_again(txt2
     assert "made with classes of `subprocess`: allow it again if you trust" in err
     assert "(--allow-module)" in err
     assert call("replay", path, "--allow-module", "subprocess")[:2] == IDENTICAL
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "int8"), ("inputs", 5), ("line", 5)])
+def test_damaged_parameters_are_one_line(txt2img, call, key, value, tmp_path):
+    path, copy = txt2img("--skip_grid")[1][0], tmp_path / "copy.png"
+    with Image.open(path) as picture:
+        write_png(copy, picture, read_info(path) | {key: value})
+    status, _, err = call("replay", copy)
+    assert status == 1
+    assert f"generation parameters in {copy} are damaged" in err.splitlines()[-1]
+
+
+def test_a_folder_that_is_missing_is_named_before_an_image_is_made(txt2img, call, tmp_path):
+    path = txt2img("--skip_grid")[1][0]
+    status, out, err = call("replay", path, "--output", tmp_path / "no/new.png")
+    assert (status, out) == (1, [])
+    assert err.strip().endswith("no` to save `new.png` in (--output)")
 
 
 def test_a_checkpoint_that_is_not_at_hand_is_asked_for(txt2img, call, tiny, tmp_path):

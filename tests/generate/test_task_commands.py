@@ -159,7 +159,22 @@ def test_options_that_ddim_inversion_excludes_are_ignored_with_a_warning(run, ph
     assert "DDIM inversion makes the initial noise: fixed_code is ignored" in err
     status, _, err = run("img2img", "base_v", *flags, "--source-prompt", "a")
     assert status == 0, err
-    assert "source_prompt is for DDIM inversion: ignored" in err
+    assert "source_prompt needs inversion: ignored" in err
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "flags", "message"),
+    [
+        ("depth2img", "depth", ["--depth-inverted"], "depth_inverted needs depth_map: ignored"),
+        ("unclip", "unclip", ["--prior-scale", "2"], "prior_scale needs prior: ignored"),
+        ("upscale", "upscale", ["--H", "16", "--W", "16", "--noise-kind", "fake"],
+         "`upscale.safetensors` is an upscaling model: noise_kind is ignored"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_named(run, photo, task, name, flags, message):
+    status, _, err = run(task, name, "--init-img", photo, "--steps", "1", *flags)
+    assert status == 0, err
+    assert message in err.splitlines()
 
 
 @pytest.mark.parametrize("rank", some((0, 1), 0))
@@ -265,6 +280,7 @@ def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, unclip, call, tmp
     info = read_info(out[1])
     assert (info["prior_steps"], info["prior_scale"]) == (3, 2.5)
     assert call("replay", out[1])[:2] == IDENTICAL
+    assert "in 2 … 1000, got 1 (--prior-steps)" in unclip(*flags, "--prior-steps", "1")[2]
     status, out, err = unclip(*flags, "--image", photo, "--weight", "1", "--weight", "2")
     assert status == 0, err
     assert [file["path"] for file in read_info(out[0])["inputs"]["prior"]] == [
@@ -298,8 +314,10 @@ def test_image_variations_of_sd_1_are_made_without_text(unclip, call, tmp_path, 
         "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
         "params": {"model": file.meta["tiny_arch"]},
     }
-    status, out, err = unclip(*write(tmp_path, config), "--image", photo, "--n_samples", "2")
+    flags = ["--image", photo, "--n_samples", "2", "--prompt", "a fox"]
+    status, out, err = unclip(*write(tmp_path, config), *flags)
     assert status == 0, err
+    assert "is an image variation model: prompt is ignored" in err
     assert len(out) == 2
     assert read_info(out[1])["scale"] == 3
     assert call("replay", out[1])[:2] == IDENTICAL
@@ -340,8 +358,14 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
         ("inpaint", ["--mask", "nope.png"], "no image `nope.png` (--mask)"),
         ("inpaint", ["--mask", "PHOTO", "--mask-box", "0,0,8,8"], "not both (--mask-box)"),
         ("inpaint", ["--mask-box", "0,0,8,8", "--mask-blur", "-1"], "`-1` is not a number >= 0"),
-        ("depth2img", ["--save-depth", "no/x.png"], "no folder `no` to save the depth in (--save"),
+        ("depth2img", ["--save-depth", "no/x.png"], "no folder `no` to save `x.png` in (--save-d"),
         ("unclip", ["--prior", "nope.ckpt"], "no checkpoint `nope.ckpt` (--prior)"),
+        (
+            "unclip",
+            ["--weight=1", "--weight=2"],
+            "2 values of weight were given for 1 images (--we",
+        ),
+        ("unclip", ["--noise-level=1", "--noise-level=2"], "for 1 images (--noise-level)"),
         (
             "img2img",
             ["--indir", "FOLDER"],

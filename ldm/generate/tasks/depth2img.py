@@ -1,7 +1,6 @@
 """Depth to image."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.generate.option_parsers import parse_fraction
@@ -9,7 +8,8 @@ from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
 from ldm.generate.tasks.images import ImageInputs, PreparedImageTask, fit_image
-from ldm.runtime.errors import MissingFile, errors_about
+from ldm.runtime.errors import errors_about
+from ldm.runtime.files import check_folder_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +47,8 @@ class Depth2Img(PreparedImageTask):
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
         self._estimate: Tensor | None = None  # of any range
-        folder = Path(inputs.save_depth or "").parent
-        if not folder.is_dir():
-            raise MissingFile(f"no folder `{folder}` to save the depth in", "save_depth")
+        if inputs.save_depth is not None:
+            check_folder_of(inputs.save_depth, "save_depth")
         if inputs.depth_map is not None:
             with errors_about("depth_map"):
                 depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
