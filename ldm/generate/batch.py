@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.info import dtype_name
+from ldm.generate.initial_noise import draw_initial_noise, save_generators, seed_globally
 from ldm.generate.listener import RunListener
 from ldm.generate.load import Models
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
-from ldm.generate.start_noise import save_generators, seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
 from ldm.model import LatentDiffusion
 from ldm.pipelines.guidance import GuidanceOptions
@@ -81,7 +81,7 @@ def generate_batch(
     arguments |= {
         "negative_prompt": [spec.negative_prompt for spec in batch.images],
         "seeds": [spec.seed for spec in batch.images],
-        "x_T": start_noise(request, model, prepared.output_size(model), batch),
+        "x_T": draw_initial_noise(request, model, prepared.output_size(model), batch),
         "callback": callback,
         "on_latent": on_latent,
     }

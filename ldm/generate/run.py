@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from tqdm import tqdm
@@ -130,10 +130,10 @@ class _InputRun:
     models: Models
     listener: RunListener
     without_folders: bool  # see `describe_run`
-    _started: set[LineOptions] = field(default_factory=set)
-    _infos: dict[tuple[LineOptions, Loras], Info] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._started: set[LineOptions] = set()
+        self._infos: dict[tuple[LineOptions, Loras], Info] = {}
         self.request = self.tasks[()].request
         self._sets_loras = len({batch.loras for batch in self.batches}) > 1
 

@@ -170,7 +170,7 @@ def double_latent(
     is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
     uncond = encode(negative_prompts) if is_guided else None
     sigmas = get_sigmas(model, quirks, options)
-    start = _start_noise(latent, options.get("x_T"), noise)
+    start = _draw_initial_noise(latent, options.get("x_T"), noise)
     # `sample` takes and returns latents scaled to the same variance at every level; this model
     # needs x itself.
     first, last = float(sigmas[0]), float(sigmas[-1])
@@ -200,7 +200,7 @@ def _pad(latent: Tensor, multiple: int) -> Tensor:
     )
 
 
-def _start_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler) -> Tensor:
+def _draw_initial_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler) -> Tensor:
     """Return noise of twice the size of a padded latent.
 
     Args:

@@ -192,7 +192,7 @@ def sample(
         if x_T is None:
             x_T = noise(torch.empty(shape, device=model.device))
         x_T = x_T.to(model.device, torch.float32)
-        x, first = _add_start_noise(z, x_T, sigmas, quirks, strength, steps)
+        x, first = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
     if z_t is None and (reason := explain_high_start(sampler, scheduler, float(sigmas[0]))):
         warn_caller(reason)
@@ -271,7 +271,7 @@ def _count_rows(*values: object) -> int:
     return 1
 
 
-def _add_start_noise(
+def _add_initial_noise(
     z: Tensor | None, x_T: Tensor, sigmas: Tensor, quirks: Quirks, strength: float, steps: int
 ) -> tuple[Tensor, int]:
     """Return the x that a run begins with, and the index of its noise level in sigmas.

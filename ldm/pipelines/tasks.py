@@ -201,12 +201,12 @@ def inpaint(
         if strength < 1:
             z = encode_image(model, padded, n, noise)
         if options.get("refiner") is not None:  # the refiner does not read masks
-            options["x_T"] = x_T = _get_start_noise(options, noise, masked_z)
+            options["x_T"] = x_T = _get_initial_noise(options, noise, masked_z)
             original = encode_image(model, padded, n, noise) if z is None else z
             constrain_refiner = _keep_unmasked(binary_mask, original, x_T, model.downscale)
     else:
         z = encode_image(model, padded, n, noise)
-        options["x_T"] = x_T = _get_start_noise(options, noise, z)
+        options["x_T"] = x_T = _get_initial_noise(options, noise, z)
         constrain = constrain_refiner = _keep_unmasked(binary_mask, z, x_T, model.downscale)
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
@@ -398,7 +398,7 @@ def _size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
 
 
-def _get_start_noise(options: TextOptions, noise: NoiseSampler, like: Tensor) -> Tensor:
+def _get_initial_noise(options: TextOptions, noise: NoiseSampler, like: Tensor) -> Tensor:
     x_T = options.get("x_T")
     return noise(like) if x_T is None else x_T.to(like)
 

@@ -24,7 +24,7 @@ def noise_of(seed):
 
 
 def their_latents(pipe, scheduler, cond, **options):
-    """Sample with a pipeline of diffusers, which gets text embeddings and start noise."""
+    """Sample with a pipeline of diffusers, which gets text embeddings and initial noise."""
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
     pipe.vae_scale_factor = 1  # as that of tiny models

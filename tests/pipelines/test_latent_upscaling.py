@@ -159,7 +159,7 @@ def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
         **options,
     )
     noise = ldm.pipelines.seeded_noise([3])
-    noise(latents[0])  # the base's start noise
+    noise(latents[0])  # the base's initial noise
     expected = double_latent(model, ["a cat"], [""], latents[0], noise=noise, steps=2)
     assert torch.equal(latents[1], expected)
     assert steps == [(k, 5) for k in range(5)]

@@ -104,7 +104,7 @@ def test_a_refiner_of_nine_channels_keeps_what_is_outside_the_mask(strength: flo
     inpaint(base, ["a fox"], image, mask, refiner=refiner, refiner_strength=0.25, **options)
     hook.remove()
     (z_t,) = inputs
-    order = (1, 2) if strength == 1 else (2, 1)  # of the start noise and the image's
+    order = (1, 2) if strength == 1 else (2, 1)  # of the initial noise and the image's
     posterior = base.autoencoder.encode(image)
     z = base.normalize(posterior.mean + posterior.std * draws[order[1]])
     sigma = float(base.schedule.step_sigmas(4, "sgm_uniform")[3])

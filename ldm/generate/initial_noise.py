@@ -11,7 +11,7 @@ from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
 from ldm.pipelines import seeded_noise
 
-__all__ = ["save_generators", "seed_globally", "start_noise"]
+__all__ = ["draw_initial_noise", "save_generators", "seed_globally"]
 
 
 def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
@@ -24,7 +24,7 @@ def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int
             torch.randn(shape, device=model.device)
 
 
-def start_noise(
+def draw_initial_noise(
     request: Request, model: LatentDiffusion, size: tuple[int, int], batch: Batch
 ) -> Tensor | None:
     """Draw the x_T (B, C, h, w) of a batch; None = the pipeline draws it."""
