@@ -145,6 +145,10 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
             "data.params.train.split=null data.params.train.shards=http://x/0.tar",
             "the data has no known length, give `max_steps`, or for shards `data.params.train.len",
         ),
+        (
+            "--base a.ckpt",
+            "`a.ckpt` is a checkpoint: give its config, and model.params.ckpt_path=a",
+        ),
         ("--max_stepz 3", "unknown option `max_stepz`, did you mean `max_steps`"),
         ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("data.params.trains=1", "data.params: unknown key `trains`, did you mean `train`"),

@@ -133,6 +133,10 @@ def _read_config_text(path: str | Path) -> str:
     from ldm.loading.files.checkpoint import CONFIG_KEY
     from ldm.loading.weights import open_checkpoint
 
+    if Path(path).suffix in (".ckpt", ".safetensors"):
+        raise ValueError(
+            f"`{path}` is a checkpoint: give its config, and model.params.ckpt_path={path}"
+        )
     is_folder = Path(path).expanduser().is_dir()
     return open_checkpoint(path).metadata[CONFIG_KEY] if is_folder else read_config_text(path)
 
