@@ -21,7 +21,6 @@ from tqdm import tqdm
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.encoders.lowres import mask_image
-from ldm.generate.option_parsers import parse_count
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -82,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the data set")
     parser.add_argument("--ckpt", help="weights (default: of the shipped model)")
-    parser.add_argument("--count", type=parse_count, default=100, help="images, at most")
+    parser.add_argument("--count", type=int, default=100, help="images, at most")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, help="guidance (default: what suits the model)")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error(f"--count must be 1 or more, got {args.count}")
     task = TASKS[args.task]
     folder = Folder(root=args.data, split="heldout", transform=EmojiTransform(**task.transform))
     step = max(1, len(folder) // args.count)

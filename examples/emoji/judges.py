@@ -113,17 +113,24 @@ class Judges:
             objects: Names of the objects to classify; None = all. Styles are learned from all
                 images.
             steps: Training steps of each classifier.
+
+        Raises:
+            SystemExit: `path` has classifiers of other objects or styles.
         """
         names = objects or sorted({row["object"] for row in folder.rows})
         judges = cls(names, sorted({row["style"] for row in folder.rows}))
         networks = nn.ModuleDict({"object": judges.by_object, "style": judges.by_style})
+        classes = {"objects": judges.objects, "styles": judges.styles}
         if path.exists():
-            networks.load_state_dict(torch.load(path, weights_only=True))
+            content = torch.load(path, weights_only=True)
+            if content.get("classes") != classes:
+                raise SystemExit(f"{path} has classifiers of other objects or styles: move it away")
+            networks.load_state_dict(content["state"])
         else:
             judges.train_objects(folder, steps)
             judges.train_styles(folder, steps)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(networks.state_dict(), path)
+            torch.save({"classes": classes, "state": networks.state_dict()}, path)
         networks.eval()
         return judges
 

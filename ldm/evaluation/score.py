@@ -79,7 +79,7 @@ class ImageSet:
 
     def first(self, count: int | None) -> "ImageSet":
         """Return the set of the first `count` images; None = all."""
-        if count is not None and count > len(self.files):
+        if count is not None and not 1 <= count <= len(self.files):
             message = f"{count} images requested, {self.title} has {len(self.files)}"
             raise ArgumentError(message, "count")
         prompts = None if self.prompts is None else self.prompts[:count]

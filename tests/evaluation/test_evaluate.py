@@ -289,6 +289,8 @@ def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog)
     sets = find_image_sets(folders / "run")
     score_sets(sets, real, Means())
     assert "the number of reference images = 3 is not above the 3 features" in caplog.text
+    with pytest.raises(ArgumentError, match="0 images requested, m-ddim-2 at scale 2 has 12"):
+        sets[0].first(0)
     with pytest.raises(ArgumentError, match="scale 2 has 12 images, .* scale 10 11: scores of"):
         score_sets([sets[0], sets[1].first(11)], real, Means())
 

@@ -91,3 +91,5 @@ def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
     assert styles.shape == (2, 8)
     again = Judges.load_or_train(folder, path, steps=1)
     torch.testing.assert_close(again.by_style(image), judges.by_style(image))
+    with pytest.raises(SystemExit, match="judges.pt has classifiers of other objects"):
+        Judges.load_or_train(folder, path, objects=["a", "b", "c"])

@@ -20,7 +20,7 @@ def test_a_perfect_upscaler_beats_bicubic(monkeypatch):
     assert "| upscaler | 2 | 40.0 dB | 0.00 | 1.00 |" in format_table(qualities)
 
 
-def test_a_guidance_scale_of_0_is_not_the_default(monkeypatch, tmp_path):
+def test_a_guidance_scale_of_0_is_not_the_default(monkeypatch, tmp_path, capsys):
     scales = []
 
     def compare(model, samples, *, scale, **_):
@@ -35,3 +35,4 @@ def test_a_guidance_scale_of_0_is_not_the_default(monkeypatch, tmp_path):
     assert scales == [0, 1]
     with pytest.raises(SystemExit):
         main(["upscale", "--count", "0"])
+    assert "--count must be 1 or more, got 0" in capsys.readouterr().err
