@@ -41,7 +41,7 @@ Call = Callable[[], Tensor]
 def main() -> None:
     parser = harness.make_parser(__doc__, dtypes=["float32"], threads=1)
     add = parser.add_argument
-    add("--stage", nargs="+", choices=STAGES, help="all; --against, without pag and freeu")
+    add("--stage", nargs="+", choices=STAGES, help="all; with --against, without pag, freeu")
     add("--side", type=int, default=32, help="height and width of the latent (%(default)s)")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -3,7 +3,7 @@
 All start from x = z + sigma·noise and integrate over `sigmas`. `denoise(x, sigma)` estimates the
 clean latent z: network, conditions and guidance are inside. Most samplers are written as generators
 of steps, see `common.sampler`; `lcm` is the simplest. With D = denoise(x, sigma), the ODE
-(arXiv:2206.00364, eq. 4) is
+(arXiv:2206.00364, eq. 1 and 3) is
 
     dx / dsigma = (x - D) / sigma.
 
