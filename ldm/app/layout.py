@@ -1,6 +1,8 @@
 """The components of the page: a tab for each task, shared prompts and settings, the output."""
 
 import html
+from abc import ABCMeta
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -125,7 +127,9 @@ class Layout:
             )
             with gr.Row(elem_id="file-send"):
                 self.file_sends = {name: _make_send_button(name, "file-send") for name in TASKS}
-            self.replay = gr.Button("Reproduce", variant="primary", elem_id="go-replay")
+            self.replay = gr.Button(
+                "Reproduce", variant="primary", interactive=False, elem_id="go-replay"
+            )
         self._follow_tab(tab, "replay")
 
     def _build_inspect(self) -> None:
@@ -187,7 +191,7 @@ class Layout:
                 _skip_checks(field)
             self._build_sdxl()
             self._build_upscaling()
-            with gr.Accordion("Advanced", open=False), gr.Row():
+            with gr.Accordion("Advanced", open=False), gr.Row(elem_id="advanced"):
                 for name in advanced:
                     self.fields[name] = _make_component(fields[name], min_width=150)
 
@@ -243,9 +247,9 @@ class Layout:
                 with gr.Row(elem_id="send"):
                     self.sends = {name: _make_send_button(name) for name in self.images}
                 with gr.Row(elem_classes="tools"):
-                    self.reuse = gr.Button("Reuse all", size="sm", elem_id="reuse-all")
-                    self.reuse_seed = gr.Button("Reuse seed", size="sm", elem_id="reuse-seed-2")
-                    self.download = gr.Button("Download all", size="sm", elem_id="download-all")
+                    self.reuse = _make_button("Reuse all", "reuse-all")
+                    self.reuse_seed = _make_button("Reuse seed", "reuse-seed-2")
+                    self.download = _make_button("Download all", "download-all")
                     self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
 
     def _follow_tab(self, tab: gr.Tab, name: str) -> None:
@@ -258,19 +262,29 @@ def _make_component(field: Field, **settings: Any) -> Any:
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
     component = getattr(gr, field.kind)(**field.settings, **brush, **settings)
     if field.kind == "Image":  # pass the path, as errors of our reader are clearer than gradio's
-        component.preprocess = lambda data: data and data.path
-    return (
-        component if field.kind in ("Image", "ImageEditor", "Gallery") else _skip_checks(component)
-    )
+        return _set_preprocess(component, lambda data: data and data.path)
+    return component if field.kind in ("ImageEditor", "Gallery") else _skip_checks(component)
 
 
 def _skip_checks(component: Any) -> Any:
     """Disable gradio's checks of a field, as `Limits` and options check values in one line."""
-    component.preprocess = lambda value: value
+    return _set_preprocess(component, lambda value: value)
+
+
+def _set_preprocess(component: Any, preprocess: Callable[[Any], Any]) -> Any:
+    """Replace `preprocess` in a class of its own, as each update makes a new component of it."""
+    kind = type(component)
+    attributes = {"preprocess": staticmethod(preprocess), "__module__": kind.__module__}
+    # ABCMeta's method, as that of gradio's metaclass writes a .pyi file beside the class.
+    component.__class__ = ABCMeta.__new__(type(kind), kind.__name__, (kind,), attributes)
     return component
 
 
 def _make_send_button(name: str, prefix: str = "send") -> gr.Button:
     title = TASKS[name].title if name in TASKS else INFO_TABS[name]
-    is_enabled = prefix != "send"
-    return gr.Button(title, size="sm", interactive=is_enabled, elem_id=f"{prefix}-{name}")
+    return _make_button(title, f"{prefix}-{name}")
+
+
+def _make_button(title: str, elem_id: str) -> gr.Button:
+    """Return a button that needs an image, of which there is none at first."""
+    return gr.Button(title, size="sm", interactive=False, elem_id=elem_id)

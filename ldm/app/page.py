@@ -175,7 +175,10 @@ class Page:
             fields["refiner"], fields["refiner_start"], **QUIET,
         )  # fmt: skip
         ui.checkpoint.change(events.offer_loras, [ui.checkpoint, ui.loras], ui.loras, **QUIET)
-        ui.offers.select(lambda name: name, ui.offers, ui.checkpoint, **QUIET)
+        ui.offers.select(  # with all names, as the file may be new
+            lambda name: gr.update(choices=self.backend.library.list_models(), value=name),
+            ui.offers, ui.checkpoint, **QUIET,
+        )  # fmt: skip
         ui.loras.change(events.name_weights, ui.loras, ui.weights, **QUIET)
         fields["sampler"].change(
             lambda name: [gr.update(visible=field in list_step_noise_fields(name))
@@ -221,15 +224,19 @@ class Page:
             self._connect_send(button, name, ui.chosen)
         for name, button in ui.file_sends.items():
             self._connect_send(button, name, ui.file_info, ui.images["replay"])
-        sends = [*ui.sends.values()]
-        ui.chosen.change(
-            lambda info: [gr.Button(interactive=info is not None)] * len(sends),
-            ui.chosen, sends, **QUIET,
-        )  # fmt: skip
+        self._enable_with(ui.chosen, [*ui.sends.values(), ui.reuse, ui.reuse_seed, ui.download])
+        self._enable_with(ui.images["replay"], [*ui.file_sends.values(), ui.replay])
         ui.chosen.change(jobs.show_relief, ui.chosen, ui.relief, **QUIET)
         ui.images["replay"].change(
             read_file_info, ui.images["replay"], [ui.file_info, ui.facts], **QUIET
         )
+
+    def _enable_with(self, image: Any, buttons: list[gr.Button]) -> None:
+        """Enable buttons while there is an image."""
+        image.change(
+            lambda value: [gr.Button(interactive=value is not None)] * len(buttons),
+            image, buttons, **QUIET,
+        )  # fmt: skip
 
     def _connect_send(self, button: gr.Button, name: str, info: Any, source: Any = None) -> None:
         """Connect a button that sends an image with its parameters to a tab.

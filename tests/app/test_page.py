@@ -109,8 +109,8 @@ def page(app):
         page.on("request", lambda request: page.urls.append(request.url))
         visit(page, app[0])
         assert page.evaluate("document.activeElement.closest('#prompt') !== null")
-        for name in ("img2img", "inpaint", "upscale"):  # there is no image to send yet
-            assert page.locator(f"#send-{name}").is_disabled()
+        for name in ("send-img2img", "send-inpaint", "send-upscale", "reuse-all"):
+            assert page.locator(f"#{name}").is_disabled()  # there is no image yet
         assert read_setting(page, "Batch size") == "1"
         fill(page, prompt=PROMPT)
         page.locator("#prompt textarea").press("Control+Enter")
@@ -289,6 +289,15 @@ def test_tokens_are_counted_and_what_has_no_effect_is_named(page):
     count.get_by_text("32/30, without effect: green apple …").wait_for()
 
 
+def test_a_pasted_number_beyond_its_slider_is_used(app, page):
+    fill(page, PARAMETERS.replace("scale: 3", "scale: 40") + ", Version: ldm 0.1.0")
+    page.locator("#paste").click()
+    wait_for_value(page, "input[aria-label='number input for CFG scale']", "40")
+    generate(page)
+    assert read_info(find_newest(app))["scale"] == 40
+    fill(page, **{"CFG scale": 2})
+
+
 @pytest.mark.slow
 def test_a_slider_says_when_it_changes_a_number(page):
     fill(page, **{"Sampling steps": 500})
@@ -359,6 +368,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     data.add_text("parameters", text)
     Image.new("RGB", (64, 64)).save(tmp_path / "a1111.png", pnginfo=data)
     area = open_tab(page, "replay")
+    assert page.locator("#go-replay").is_disabled()
     area.locator("input[type=file]").set_input_files(tmp_path / "a1111.png")
     wait_for_value(page, "#facts textarea", "Seed: 3735928559")
     page.locator("#go-replay").click()
