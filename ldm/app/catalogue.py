@@ -143,7 +143,8 @@ def read_catalogue(folder: str | Path) -> Catalogue:
         if isinstance(entry, CatalogueEntry):
             catalogue.models[name] = entry
         elif name in in_folder:
-            catalogue.skipped.append(entry)
+            line = entry.replace(str(path), name)
+            catalogue.skipped.append(line if f"`{name}" in line else f"`{name}`: {line}")
     return catalogue
 
 

@@ -26,7 +26,7 @@ from ldm.diffusion.names import (
 from ldm.diffusion.scheduler_options import TAKES_RHO
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
-from ldm.generate.option_parsers import parse_count, parse_fraction, parse_sigmas
+from ldm.generate.option_parsers import parse_count, parse_fraction
 from ldm.generate.options import Option, Value, options_of
 from ldm.generate.replay import eta_of
 from ldm.generate.tasks import Task
@@ -151,6 +151,7 @@ FIELDS = {
     "s_noise": _number(0.001),
     "rho": _number(0.1, value=0, info="of Karras, Polyexponential and EDM; 0: default"),
     "sigmas": _textbox("14.6,3.9,1.9,0.96,0.4,0, in place of steps and schedule type"),
+    "guidance_interval": _textbox("sigmas, such as 0.3,5"),
     "pag": _number(0.1, value=0, info="0: off; usual: 3"),
     "apg": _textbox("off; the authors': 0,15,-0.5"),
     "perp_neg": _number(0.1, value=0, info="0: off; usual: 1"),
@@ -163,6 +164,7 @@ FIELDS = {
     "sld_concept": _textbox("original"),
     "vae_tile": _number(64, value=0, info="pixels; 0: off"),
     "unet_tile": _number(64, value=0, info="pixels; 0: off"),
+    "tiling": _radio("none", ("None", "none"), ("X", "x"), ("Y", "y"), ("XY", "xy")),
     "safety_checker": _dropdown("", NO_ADDON),
     "unsafe": _radio("", ("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"),
                      ("Drop", "drop")),
@@ -243,7 +245,8 @@ class TaskForm:
         if values["scheduler"] not in TAKES_RHO:
             values["rho"] = None
         if values["sigmas"]:
-            values["steps"] = len(parse_sigmas(values["sigmas"])) - 1
+            count = len(values["sigmas"].replace(",", " ").split())
+            values["steps"] = max(1, count - 1)  # `Task.request` will check the text
             values["scheduler"] = values["rho"] = None
         for name, dependents in DEPENDENTS.items():
             if not values.get(name):

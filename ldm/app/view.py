@@ -4,13 +4,14 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ldm.app.jobs import Job
 from ldm.app.progress import Progress
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, read_info
-from ldm.runtime.errors import LdmError, explain, is_out_of_memory
+from ldm.runtime.errors import FileFormatError, LdmError, explain, is_out_of_memory
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -100,7 +101,7 @@ def read_file_info(path: str | None) -> tuple[JsonObject, str]:
     try:
         info = read_info(path)
         return info, describe_info(info)
-    except OSError:
-        return {}, "Not an image"
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except FileFormatError as error:
+        return {}, str(error).replace(path, Path(path).name)
+    except (OSError, TypeError, ValueError, KeyError, AttributeError):
         return {}, "Damaged generation parameters"

@@ -22,7 +22,7 @@ from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.page import Page
 from ldm.app.progress import Progress
-from ldm.app.view import describe_info, render_preview, render_progress
+from ldm.app.view import describe_info, read_file_info, render_preview, render_progress
 from ldm.commands.main import main
 from ldm.generate.groups import ModelChoice
 from ldm.generate.tasks import TASKS
@@ -224,6 +224,8 @@ def test_an_estimated_depth_map_is_taken_back(backend, make_request, run):
         ("unclip", {"init_img": None}, "No input image"),
         ("unclip", {"weight": "2; 1"}, "is not a number"),
         ("txt2img", {"seed": "five"}, "seed: `five` is not a whole number"),
+        ("txt2img", {"sigmas": "five"}, "sigmas: `five` is not a list of numbers"),
+        ("txt2img", {"sigmas": " ".join(map(str, range(22, -1, -1)))}, "steps must be 1 to 20"),
     ],
 )  # fmt: skip
 def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(backend, run, task, changes, message):
@@ -247,6 +249,7 @@ def test_bad_uploads_are_named_in_one_line_without_the_path(
     bad = tmp_path / "holiday.png"
     bad.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
     job = run(backend, "img2img", init_img=str(bad))
+    assert read_file_info(str(bad)) == ({}, job.message)
     assert re.match("`holiday.png` (is|has) ", job.message)
     assert reason in job.message
     assert "\n" not in job.message

@@ -38,21 +38,22 @@ def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
         catalogue.skipped, ("damaged", "an empty file", "a web page", "cannot be used"), strict=True
     ):
         assert reason in line
+        assert str(tmp_path) not in line
         assert "\n" not in line
 
 
 def test_models_in_subfolders_and_diffusers_folders_are_named_by_their_path(tmp_path):
     (tmp_path / "people").mkdir()
     shutil.copy(DEMO, tmp_path / "people/a.safetensors")
-    unet = tmp_path / "pipeline/unet"
+    unet = tmp_path / "people/pipeline/unet"
     unet.mkdir(parents=True)
     (unet.parent / "model_index.json").write_text("{}")
     shutil.copy(DEMO, unet / "model.safetensors")
-    assert list(list_checkpoints(tmp_path)) == ["people/a.safetensors", "pipeline"]
+    assert list(list_checkpoints(tmp_path)) == ["people/a.safetensors", "people/pipeline"]
     catalogue = read_catalogue(tmp_path)
     assert list(catalogue.models) == ["people/a.safetensors"]
     assert len(catalogue.skipped) == 1
-    assert "pipeline" in catalogue.skipped[0]
+    assert "`people/pipeline`" in catalogue.skipped[0]
 
 
 def test_files_behind_links_and_with_suffixes_in_capitals_are_listed(tmp_path):
