@@ -22,6 +22,13 @@
     }
   }, true);
 
+  const titles = {
+    "refresh": "Read the models folder again", "swap": "Swap width and height",
+    "any-seed": "Random seed", "reuse-seed": "Seed of the chosen image",
+    "paste": "Take parameters from the prompt field, or else of the chosen image",
+  };
+  for (const [id, title] of Object.entries(titles)) document.getElementById(id).title = title;
+
   const say = (text) => { document.querySelector("#browser-note").textContent = text; };
 
   // The editor of the inpainting tab is silent about files that are not images.
