@@ -16,6 +16,7 @@ from ldm.loading import families
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.convert import plan_conversion
+from ldm.loading.diffusers.files import read_folder
 from ldm.loading.families import probe_prediction, recognize_family
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
@@ -162,6 +163,16 @@ def test_casting_gives_the_file_back(tmp_path, tiny_yaml, tiny_state):
     file = read_checkpoint(tmp_path / "x.ckpt")
     release_pages(file.state["again"])
     assert torch.equal(file.state["again"], shared)
+
+
+def test_weights_that_a_folder_computes_are_not_lost(convert_family):
+    """Of three matrices for query, key and value OpenCLIP has one, which is in no file."""
+    _, expected, folder = convert_family("sd2")
+    file = read_folder(folder)
+    assert file.mapped
+    for name, value in file.state.items():
+        release_pages(value)
+        assert torch.equal(value, expected[name]), name
 
 
 def test_a_model_saved_is_the_model_loaded(tmp_path, tiny_yaml, tiny_file, tiny_state):

@@ -282,8 +282,11 @@ def compute_short_hash(path: str | Path) -> str:
 def release_pages(tensor: Tensor) -> None:
     """Release the memory of a mapped tensor that was copied; it is read again if it is used.
 
-    Only for tensors of a `mapped` checkpoint: other tensors would lose their values.
+    Only for tensors of a `mapped` checkpoint: others could lose their values. Those computed from
+    mapped ones, as of diffusers folders, are in memory of torch's own and stay as they are.
     """
+    if tensor.untyped_storage().resizable():  # allocated by torch, so not mapped
+        return
     # madvise takes whole pages: only those that belong to this tensor alone.
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
