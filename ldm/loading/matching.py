@@ -208,7 +208,8 @@ def _find_cause(
     if family is not None:
         config = f"`{family.config}.yaml`" if family.config else "which is not supported"
         return f"the weights look like {family.title} ({config})"
-    if file_type := guess_file_type(state):
+    file_type = guess_file_type(state)
+    if file_type is not None and file_type != guess_file_type(expected):
         return f"the file is {file_type}"
     if missing := list_missing((UNET, *SEPARABLE_PARTS)):
         return f"the file holds nothing of {', '.join(f'`{original(p)}`' for p in missing)}"

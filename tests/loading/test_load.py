@@ -448,9 +448,11 @@ def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file,
     lean = {name: value for name, value in tiny_state.items() if name not in other}
     write_checkpoint(tmp_path / "lean.ckpt", lean)
     assert same(ldm.load(tiny_yaml, tmp_path / "lean.ckpt", vae=path), tiny_state | other)
-    write_checkpoint(path, {"encoder.conv_in.weight": torch.ones(3)})
-    with pytest.raises(ValueError, match=r"vae.ckpt` does not fit .*tiny.safetensors`: .* 1 mism"):
+    write_checkpoint(path, {"encoder.down.0.block.0.conv1.weight": torch.ones(3)})
+    message = r"vae.ckpt` does not fit .*tiny.safetensors`: .* 1 mism"
+    with pytest.raises(ValueError, match=message) as caught:
         ldm.load(tiny_yaml, tiny_file, vae=path)
+    assert "hint" not in str(caught.value)  # that the file is an autoencoder, which it should be
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [
