@@ -121,6 +121,12 @@ def test_an_example_of_generative_models_is_understood() -> None:
             "callbacks", {"sampling": {"sampler": "euler", "steps": 50, "scale": 1.0,
                           "scheduler": "sgm_uniform"}},
         ),
+        (
+            [f"model.params.sampler_config.target={SGM}sampling.LinearMultistepSampler",
+             "model.params.sampler_config.params.order=4"],  # the original's default
+            "callbacks", {"sampling": {"sampler": "lms", "steps": 50, "scheduler": "sgm_uniform",
+                          "scale": 7.5}},
+        ),
         (  # before November 2023
             [LOSS + "loss_weighting_config=null", LOSS + "type=l1",
              "model.params.denoiser_config.params.weighting_config.target="
