@@ -17,23 +17,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AUTOENCODER",
-    "MARKERS",
-    "NON_WEIGHTS",
-    "SECOND_TEXT",
-    "TEXT",
-    "TEXT_2",
-    "UNET",
-    "has_prefix",
-    "has_sgm_names",
-    "normalize_layer_name",
-    "pair_names",
-    "remove_wrappers",
-    "rename_weights",
-    "restore_names",
-    "select_buffers",
-    "select_loss_weights",
-    "strip_prefix",
+    "AUTOENCODER", "MARKERS", "NON_WEIGHTS", "SECOND_TEXT", "TEXT", "TEXT_2", "UNET",
+    "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names", "remove_wrappers",
+    "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "strip_prefix",
     "to_original_name",
 ]  # fmt: skip
 

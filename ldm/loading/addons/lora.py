@@ -51,12 +51,7 @@ from ldm.nets.lora import (
 )
 from ldm.nets.lycoris import Adapter, build_change
 from ldm.pipelines.families import check_model, file_name
-from ldm.runtime.errors import (
-    ArgumentError,
-    FileFormatError,
-    WeightsMismatch,
-    WrongFamily,
-)
+from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily
 from ldm.runtime.offload import unload_all
 
 __all__ = [
