@@ -221,6 +221,7 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
         ("trainer: {shard_size: 2}", "trainer.shard_size is ignored: it is for `strategy: hsdp`"),
         ("trainer: {devices: 2, gpus: 1}", "trainer.devices is ignored: `gpus` is set"),
         ("trainer: {devices: 2, accelerator: cpu}", "trainer.devices is ignored: --nproc or"),
+        ("objective: {weighting: v, min_snr_gamma: 5}", "objective.weighting is ignored, as `min"),
         ("lora: {targets: text}", "data.params.texts is not used"),
         ("textual_inversion: {token: x}", "data.params.texts is not used"),
         ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),

@@ -209,6 +209,8 @@ def read_settings(raw: JsonMapping) -> Settings:
     if trainer.strategy != "hsdp" and trainer.shard_size:  # older configs may have it
         notes.append("lightning.trainer.shard_size is ignored: it is for `strategy: hsdp`")
     notes += _note_missing_validation(callbacks, get_section(raw, "data.params"))
+    if all(values["objective"].get(key) is not None for key in ("weighting", "min_snr_gamma")):
+        notes.append("lightning.objective.weighting is ignored, as `min_snr_gamma` is set")
     trains_text = values["textual_inversion"] or "text" in values["lora"].get("targets", ())
     if trains_text and get_section(raw, "data.params").get("texts"):
         notes.append("data.params.texts is not used: what is trained changes the contexts")
