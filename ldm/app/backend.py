@@ -49,6 +49,7 @@ from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.reading import open_image
 from ldm.loading.addons.embeddings import load_embeddings
+from ldm.loading.addons.lora import set_loras
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.load import load
@@ -243,6 +244,9 @@ class Backend:
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
             raise ValueError(remove_folders(str(error), files)) from error
+        if request.model.lora and (models.refiner or models.upscaler):
+            # The cache removed them from the base, with which the second model may share parts.
+            set_loras(models.base, request.model.lora)
         height, width = prepared.output_size(models.base)
         factor = 1 if models.upscaler is None else LATENT_UPSCALE_FACTOR
         is_upscaled = request.task.enlarges or factor > 1

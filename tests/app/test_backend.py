@@ -501,17 +501,32 @@ def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
     assert library.make_preview(model)(z).shape == (1, 3, 2, 2)
 
 
-@pytest.mark.slow
-def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(
-    files, make_request, tmp_path
-):
+@pytest.fixture
+def with_upscaler(files, tmp_path):
+    """A backend whose folder has a model and an x2 latent upscaler."""
     folder = tmp_path / "models"
     folder.mkdir()
     for suffix in (".safetensors", ".yaml"):
         shutil.copy(Path(files["base_eps"][1]).with_suffix(suffix), folder / f"base{suffix}")
     config = {"ldm.config": format_yaml(tiny_config())}
     save_model(tiny_upscaler(), folder / "x2.safetensors", config)
-    backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
+    return Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
+
+
+def test_a_model_keeps_its_loras_beside_an_upscaler(files, with_upscaler, run, tmp_path):
+    model = ldm.load(files["base_eps"][3], files["base_eps"][1])
+    (tmp_path / "models/lora").mkdir()
+    random_lora(tmp_path / "models/lora/style.safetensors", model, 1)
+    changes = {"upscaler": "x2.safetensors", "upscaler_steps": "1", "lora": ["style:0.8"]}
+    job = run(with_upscaler, "txt2img", "base.safetensors", **changes)
+    assert [lora["weight"] for lora in job.images[0]["loras"]] == [0.8]
+
+
+@pytest.mark.slow
+def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(
+    with_upscaler, make_request
+):
+    backend = with_upscaler
     changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
     request = partial(make_request, backend, "txt2img", "base.safetensors")
     progress = Progress()
