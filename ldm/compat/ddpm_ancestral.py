@@ -1,6 +1,6 @@
 """Ancestral sampling of the original's LatentDiffusion: all timesteps of the schedule, one by one.
 
-Ho et al. 2020 (arXiv:2006.11239), algorithm 2. As in the original, models of v are not supported.
+Ho et al. 2020 (arXiv:2006.11239), algorithm 2. As in the original, v-prediction is not supported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,7 @@ class AncestralSampling(DDPM):
             output, logits = output
             extra = (logits,)
         if self.parameterization == "v":
-            raise NotImplementedError("models that predict v have no ancestral sampling")
+            raise NotImplementedError("ancestral sampling does not support v-prediction")
         x0 = output
         if self.parameterization == "eps":
             x0 = self.predict_start_from_noise(x, t, output)
@@ -138,7 +138,7 @@ class AncestralSampling(DDPM):
             mask: 1 keeps `x0`; None changes all.
             temperature: Factor of the noise, or one for each timestep.
             x_T: Initial noise; None draws it.
-            start_T: Timesteps are those below; None = all of the model.
+            start_T: Only the timesteps below are run; None = all.
             log_every_t: Timesteps between the estimates; None = `self.log_every_t`.
         """
         if batch_size is not None:
@@ -185,7 +185,7 @@ class AncestralSampling(DDPM):
         Args:
             return_intermediates: Whether to return the initial noise and the latents at every
                 `log_every_t`-th timestep as well.
-            timesteps: The timesteps below are run; None = all. The others: see
+            timesteps: Only the timesteps below are run; None = all. The others: see
                 `progressive_denoising`.
         """
         img = torch.randn(*shape, device=self.betas.device) if x_T is None else x_T
@@ -261,7 +261,7 @@ class AncestralSampling(DDPM):
         """Sample latents by `p_sample_loop`.
 
         Args:
-            cond: Condition of `batch_size` samples or more; None = none.
+            cond: Condition of `batch_size` samples or more; None = unconditional.
             shape: Shape of the batch; None = `batch_size` latents of the model's size.
             kwargs: Ignored, as in the original.
         """

@@ -8,7 +8,7 @@ from ldm.generate.lora_tags import remove_tags
 from ldm.generate.plan import Batch, looks_dynamic
 from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
-from ldm.pipelines.prompts import MAX_QUOTED_WORDS, StepPrompts, find_lost_text, parse_constant
+from ldm.pipelines.prompts import MAX_QUOTED_WORDS, StepPrompts, describe_truncation, parse_constant
 from ldm.prompts import PLAIN, parse_prompt
 
 __all__ = ["find_prompt_warnings", "find_syntax_warnings"]
@@ -54,7 +54,7 @@ def find_prompt_warnings(
         return warnings
     constants = _constant_texts(request).values()
     texts = list(dict.fromkeys([*constants, *prompts, *negatives]))
-    if lost := find_lost_text(model, texts):
+    if lost := describe_truncation(model, texts):
         warnings.append(lost)
     if weighted := next(filter(has_weight_syntax, texts), None):
         words = " ".join(weighted.split()[:MAX_QUOTED_WORDS])

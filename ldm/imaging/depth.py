@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.imaging.reading import StoredImage, is_colored, load_stored
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["load_depth", "load_relative_depth", "save_depth"]
+__all__ = ["load_depth", "load_unnormalized_depth", "save_depth"]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     return 1 - depth if inverted else depth
 
 
-def load_relative_depth(path: str | Path) -> Image.Image:
+def load_unnormalized_depth(path: str | Path) -> Image.Image:
     """Load a depth map without normalizing it: "F" in [0, 1], where 1 is 255, 65535 or 1.0.
 
     Raises:

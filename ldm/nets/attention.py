@@ -104,8 +104,8 @@ def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = slice(first_head, first_head + tile_heads)
         for first_query in range(0, n, tile_queries):
             queries = slice(first_query, first_query + tile_queries)
-            scores = torch.bmm(q[heads, queries], k[heads]).softmax(-1)  # (heads, queries, M)
-            torch.bmm(scores, v[heads], out=flat_out[heads, queries])
+            weights = torch.bmm(q[heads, queries], k[heads]).softmax(-1)  # (heads, queries, M)
+            torch.bmm(weights, v[heads], out=flat_out[heads, queries])
     return out
 
 

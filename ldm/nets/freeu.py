@@ -47,10 +47,10 @@ class FreeU:
 def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     """Multiply the frequencies 0 and -1 of both axes of x (B, C, h, w), and take the real part.
 
-    These are the central 2 x 2 of a shifted Fourier transform, as in the authors' code. With a, b
+    These are the central 2 x 2 of a shifted Fourier transform, as in the authors' code. With θ, φ
     the phase differences of two positions along the axes, their sum is x convolved with
 
-        (1 + cos a)(1 + cos b) - sin a sin b,
+        (1 + cos θ)(1 + cos φ) - sin θ sin φ,
 
     which 1, cos and sin along each axis span, so that no full Fourier transform is needed.
     """
@@ -61,7 +61,7 @@ def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     # Autocast would sum over all positions in half precision.
     with torch.autocast(x.device.type, enabled=False):
         product = rows @ x.float() @ columns.T  # (B, C, 3, 3)
-        # sin a = sin y cos y' - cos y sin y': rotate (cos, sin) by 90° along both axes.
+        # sin θ = sin y cos y' - cos y sin y': rotate (cos, sin) by 90° along both axes.
         rotated = torch.zeros_like(product)
         rotated[..., 1, 1], rotated[..., 2, 2] = product[..., 2, 2], product[..., 1, 1]
         rotated[..., 1, 2], rotated[..., 2, 1] = -product[..., 2, 1], -product[..., 1, 2]

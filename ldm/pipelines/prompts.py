@@ -15,7 +15,7 @@ from ldm.runtime.warn import warn_caller
 
 __all__ = [
     "CallPrompts", "PromptOptions", "PromptPair", "StepPrompts", "TextPair",
-    "find_lost_text", "get_pair", "parse_constant", "parse_pair", "repeat_texts",
+    "describe_truncation", "get_pair", "parse_constant", "parse_pair", "repeat_texts",
     "warn_about_prompts",
 ]  # fmt: skip
 
@@ -186,7 +186,7 @@ def _pair_texts(
     return list(zip(firsts, seconds, strict=True))
 
 
-def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
+def describe_truncation(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
     """Return a warning about the first text that plain syntax truncates, else None."""
     for encoder in model.conditioner.find_all(TextEncoder):
         for text in texts:
@@ -199,7 +199,7 @@ def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
 def warn_about_prompts(model: LatentDiffusion, prompts: Sequence[StepPrompts | TextPair]) -> None:
     """Warn about text that the model truncates, or that the syntax reads literally."""
     plain = [text for pair in prompts if isinstance(pair, tuple) for text in pair if text]
-    messages = [find_lost_text(model, dict.fromkeys(plain))]
+    messages = [describe_truncation(model, dict.fromkeys(plain))]
     for pair in prompts:
         if isinstance(pair, StepPrompts):
             messages += [*pair.first.notes, *pair.second.notes]

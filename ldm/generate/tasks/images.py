@@ -130,14 +130,14 @@ def read_depth(request: Request) -> "Tensor | None":
     import numpy as np
     import torch
 
-    from ldm.imaging.depth import load_relative_depth
+    from ldm.imaging.depth import load_unnormalized_depth
     from ldm.imaging.reading import read_size
 
     inputs = request.inputs
     if not isinstance(inputs, RGBDInputs) or inputs.depth is None:
         return None
     with errors_about("depth"):
-        depth = load_relative_depth(inputs.depth)
+        depth = load_unnormalized_depth(inputs.depth)
     size = read_size(_image_path(request))
     if depth.size != size:
         sizes = ("{}x{}".format(*pair) for pair in (depth.size, size))

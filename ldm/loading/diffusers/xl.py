@@ -25,7 +25,7 @@ TARGET_PREFIX = "sgm.modules.diffusionmodules."
 # sgm's class by prediction type.
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
 EULER = "EulerDiscreteScheduler"  # of all samplers but these
-SCHEDULERS = {
+SCHEDULER_CLASSES = {
     "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "tcd": "TCDScheduler",
 }  # fmt: skip
 IMAGE_SIZE = 128  # default side in latent pixels
@@ -42,7 +42,9 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
     text_encoders = {get_text_component(e): e for e in conditioner.find_all(TextEncoder)}
     widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
     if len(widths) != 1 or "text_encoder_2" not in text_encoders:
-        raise ConfigError("diffusers' SDXL needs a pooled text encoder, and sizes of one width")
+        raise ConfigError(
+            "SDXL in diffusers needs a pooled text encoder, and size embeddings of one width"
+        )
     assert isinstance(model.unet, UNet)
     is_refiner, is_inpainting = SCORE_KEY in conditioner.keys, "masked" in conditioner.keys
     side = max(model.latent_size)
@@ -163,7 +165,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
         }
     if not model.schedule.uses_plain_timesteps or model.parameterization == "edm":
         raise ConfigError("no scheduler of diffusers has the timesteps of this model's denoiser")
-    class_name = SCHEDULERS.get(model.defaults.sampler, EULER)
+    class_name = SCHEDULER_CLASSES.get(model.defaults.sampler, EULER)
     config = {
         "_class_name": class_name,
         **schedulers.make_betas_config(schedule["betas"]),
