@@ -213,7 +213,10 @@ def _read_prompts(args: Namespace) -> "list[PromptSource]":
 
 def _make_settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
+    from ldm.generate.load import find_weights
 
+    for ckpt in args.ckpt or ():
+        find_weights(ckpt, "ckpt", args.variant)  # before anything is written
     values = {name: value for name, value in vars(args).items() if name in TASK.options()}
     values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
     values["from_file"] = str(write_prompts(out, [source.text for source in sources]))

@@ -20,11 +20,11 @@ from ldm.nets.attention import set_backend
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
-from ldm.runtime.errors import ArgumentError, MissingFile
+from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import find_cached_sha256
 
-__all__ = ["Models", "find_checker", "load_models"]
+__all__ = ["Models", "find_checker", "find_weights", "load_models"]
 
 SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
 
@@ -68,9 +68,12 @@ def load_models(
         ValueError, FileNotFoundError: See `ldm.load`.
     """
     choice, task = request.model, request.task
-    ckpt = _find_weights(choice.ckpt, "ckpt", select_file_variant(choice.variant))
-    refiner = _find_weights(request.sdxl.refiner, "refiner")
-    upscaler = _find_weights(request.upscaling.upscaler, "upscaler")
+    ckpt = find_weights(choice.ckpt, "ckpt", choice.variant)
+    refiner = find_weights(request.sdxl.refiner, "refiner")
+    upscaler = find_weights(request.upscaling.upscaler, "upscaler")
+    for path in filter(None, (ckpt, refiner, upscaler)):
+        if published := identify_hash(find_cached_sha256(path)):
+            log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     check_files(request, ckpt, refiner, upscaler)
     if request.uses_demo_model:
         log.info(
@@ -137,6 +140,24 @@ def find_checker(request: Request) -> Path | None:
     return find_safety_checker(folder)
 
 
+def find_weights(name: str | None, argument: str, variant: str | None = None) -> Path | None:
+    """Find a checkpoint by its path or published name; None for None.
+
+    Args:
+        argument: Name of the argument that `name` comes from, for errors.
+        variant: See `ldm.load`.
+    Raises:
+        MissingFile: It does not exist.
+    """
+    if name is None:
+        return None
+    with errors_about(argument):
+        path = find_checkpoint(name, variant=select_file_variant(variant))
+    if not path.exists():
+        raise MissingFile(f"no checkpoint `{path}`", argument)
+    return path
+
+
 def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
     """Return the embedding files that fit the last text encoder, the only one of a refiner."""
     encoders = base.conditioner.find_all(TextEncoder)
@@ -149,17 +170,3 @@ def _is_small_model(path: str | Path) -> bool:
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL_BYTES
-
-
-def _find_weights(name: str | None, argument: str, variant: str | None = None) -> Path | None:
-    """Find a checkpoint by its path or published name, and log which published one it is.
-
-    Args:
-        argument: Name of the argument that `name` comes from, for errors.
-    """
-    path = find_checkpoint(name, variant=variant) if name else None
-    if path is not None and not path.exists():
-        raise MissingFile(f"no checkpoint `{path}`", argument)
-    if path is not None and (published := identify_hash(find_cached_sha256(path))):
-        log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
-    return path

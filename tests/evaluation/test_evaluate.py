@@ -205,6 +205,13 @@ def test_values_of_flags_are_checked_without_generate_too(run, capsys, flag, val
     assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
+def test_a_missing_checkpoint_is_named_before_anything_is_written(run, tmp_path):
+    status, _, err = run("--ckpt", "nope.ckpt")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("no checkpoint `nope.ckpt` (--ckpt)")
+    assert not (tmp_path / "out").exists()
+
+
 def test_fewer_images_than_processes_is_one_line(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "0")

@@ -236,6 +236,8 @@ def test_out_of_memory_names_three_flags(txt2img, monkeypatch):
     ("flags", "message"),
     [
         (["--ckpt", "missing.ckpt"], "no checkpoint `missing.ckpt` (--ckpt)"),
+        (["--ckpt", ""], "the path of a checkpoint is empty (--ckpt)"),
+        (["--upscaler", ""], "the path of a checkpoint is empty (--upscaler)"),
         (["--upscaler", "missing.pt"], "no checkpoint `missing.pt` (--upscaler)"),
         (["--config", "missing.yaml"], "missing.yaml`) (--config)"),
         (["--attention", "xformers"], "attention backend `xformers` needs `pip install"),
