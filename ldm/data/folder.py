@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from posixpath import normpath
 
 from ldm.data.dataset import ImageDataset, UnreadableSample
 from ldm.data.transforms import Transform, get_captions
@@ -75,7 +76,8 @@ class Folder(ImageDataset):
             {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
         ]
         for row in self.rows:
-            get_captions(row)  # raises FileFormatError
+            get_captions(row)  # raises FileFormatError, as the next
+            transform.number_fields(row)
         if not self.rows:
             filters = ", ".join(f"{key} `{value}`" for key, value in required.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {filters}" if filters else ""))
@@ -128,6 +130,9 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
         rows = list(_table_rows(table))
         if not rows:
             raise FileFormatError(f"`{table}` has no rows")
+        images = [path for path in list_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
+        if count := _count_without_row(images, rows, root):
+            log.warning("`%s`: left out %d images without a row in `%s`", root, count, table.name)
     else:
         rows = list(_list_images(root, caption_errors))
         if not rows:
@@ -138,6 +143,12 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
         except (TypeError, ValueError) as error:
             raise FileFormatError(f"`{root}`: row {number} of the metadata {error}") from None
     return rows, caption_errors
+
+
+def _count_without_row(images: list[Path], rows: list[JsonObject], root: Path) -> int:
+    """Count the images that no row of the metadata names."""
+    names = {normpath(str(row.get("file_name")).replace("\\", "/")) for row in rows}
+    return sum(path.relative_to(root).as_posix() not in names for path in images)
 
 
 def _check_row(row: JsonObject, root: Path) -> None:
@@ -164,16 +175,32 @@ def _csv_rows(path: Path) -> Iterator[JsonObject]:
     text = read_text(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    table = csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    lines = list(StringIO(text))
+    table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+    end = table.line_num
     try:
         for row in table:
+            start, end = end, table.line_num
+            if end > start + 1:
+                _check_quotes(path, lines, start, end, delimiter)
             if None in row:
                 message = f"more fields than the first line, quote texts with `{delimiter}`"
                 raise FileFormatError(f"`{path}`, line {table.line_num}: {message}")
             yield row
     except csv.Error as error:  # such as a field of 128 KB, after a quote that is not closed
         raise FileFormatError(f"`{path}`, after line {table.line_num}: {error}") from error
+
+
+def _check_quotes(path: Path, lines: list[str], start: int, end: int, delimiter: str) -> None:
+    """Raise FileFormatError if a row of several lines has a quote that swallows other rows."""
+    row = csv.reader(lines[start:end], delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        list(row)
+    except csv.Error:  # the end of the file, or a text behind the next quote
+        start += next(k for k, line in enumerate(lines[start:end], 1) if line.strip())
+        message = "a quote is not closed, or within a text, where it must be doubled"
+        raise FileFormatError(f"`{path}`, line {start}: {message}") from None
 
 
 def _json_rows(path: Path) -> Iterator[JsonObject]:
@@ -216,10 +243,15 @@ def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObj
         else:
             left_out[suffix or path.name] += 1
     for folder, table in tables.items():
-        for row in _table_rows(table):
+        rows = list(_table_rows(table))
+        for row in rows:
             if isinstance(row.get("file_name"), str):
                 row["file_name"] = f"{folder.relative_to(root).as_posix()}/{row['file_name']}"
-            yield row
+        yield from rows
+        beneath = [path for path in images if folder in path.parents]
+        left_out[f"images without a row in `{table.relative_to(root)}`"] += _count_without_row(
+            beneath, rows, root
+        )
     used = set()  # keys of captions with an image
     for path in sorted(path for path in images if tables.keys().isdisjoint(path.parents)):
         row = {"file_name": path.relative_to(root).as_posix()}

@@ -84,19 +84,31 @@ class Transform(ABC):
 
     def row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
         """Make caption, aesthetic score and original size from a row of metadata."""
-        score = row.get("aesthetic_score")
-        sides = [row[key] for key in self.original_size_keys if row.get(key) is not None]
-        try:
-            fields = {"aesthetic_score": [DEFAULT_SCORE if score is None else float(score)]}
-            if len(sides) == 2:
-                fields["original_size_as_tuple"] = [int(side) for side in sides]
-            if not math.isfinite(fields["aesthetic_score"][0]):
-                raise ValueError
-        except (TypeError, ValueError) as error:
-            name = row.get("file_name", "a row")
-            raise FileFormatError(f"`{name}` has a size or score that is not a number") from error
-        caption = self.caption(row, rng, variant)
-        return {**{key: torch.tensor(value) for key, value in fields.items()}, "txt": caption}
+        fields = {key: torch.tensor(value) for key, value in self.number_fields(row).items()}
+        return {**fields, "txt": self.caption(row, rng, variant)}
+
+    def number_fields(self, row: JsonMapping) -> dict[str, list[float] | list[int]]:
+        """Return aesthetic score and original size of a row of metadata; empty cells are missing.
+
+        Raises:
+            FileFormatError: One of them is not a number, or a side is not positive.
+        """
+        name, numbers = row.get("file_name", "a row"), dict[str, float]()
+        for key in ("aesthetic_score", *self.original_size_keys):
+            if row.get(key) in (None, ""):
+                continue
+            try:
+                numbers[key] = float(row[key])
+            except (TypeError, ValueError):
+                numbers[key] = math.nan
+            if not math.isfinite(numbers[key]):
+                raise FileFormatError(f"`{name}` has `{key}` {row[key]}, which is not a number")
+            if key != "aesthetic_score" and numbers[key] < 1:
+                raise FileFormatError(f"`{name}` has `{key}` {row[key]}, it must be positive")
+        score = [numbers.pop("aesthetic_score", DEFAULT_SCORE)]
+        sides = [int(side) for side in numbers.values()]
+        size = {"original_size_as_tuple": sides} if len(sides) == 2 else {}
+        return {"aesthetic_score": score, **size}
 
     def cache_key(self) -> tuple[str, JsonObject]:
         """Return name and IMAGE_OPTIONS for keys of latent caches, with former names."""

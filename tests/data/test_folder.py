@@ -1,5 +1,6 @@
 """Folders of images, in the forms that people have."""
 
+import json
 import os
 from itertools import islice
 from pathlib import Path
@@ -56,6 +57,8 @@ def test_a_folder_without_metadata_is_refused(tmp_path):
         ("metadata.jsonl", b'{"file_name": "a.png", "repeats": -1}', "`repeats` -1, which is not"),
         ("metadata.jsonl", b'{"image": "a.png", "text": "b"}', "`file_name`, only `image`, `text`"),
         ("metadata.csv", b"file_name,text\na.png,b, c\n", r"csv`, line 2: more fields than the fi"),
+        ("metadata.csv", b'file_name,text\na.png,"b\nc.png,d', r"csv`, line 2: a quote is not clo"),
+        ("metadata.csv", b'file_name,text\na.png,b\n\na.png,"b\nc.png,"d"\n', "line 4: a quote is"),
         (
             "metadata.csv",
             b"file_name,text\na.png," + 2**17 * b"x" + b"x",
@@ -68,6 +71,37 @@ def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"aesthetic_score": "high"}, "`aesthetic_score` high, which is not a number"),
+        ({"aesthetic_score": "nan"}, "`aesthetic_score` nan, which is not a number"),
+        ({"original_width": [8]}, r"`original_width` \[8\], which is not a number"),
+        ({"original_width": -8}, "`original_width` -8, it must be positive"),
+        ({"original_height": "0"}, "`original_height` 0, it must be positive"),
+    ],
+)
+def test_a_score_or_size_that_is_not_one_is_named_before_training(row, message, tmp_path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **row}))
+    with pytest.raises(ValueError, match=f"`a.png` has {message}"):
+        Folder(root=tmp_path, transform=PHOTO)
+
+
+@pytest.mark.parametrize("place", ["", "train/"])
+def test_images_without_a_row_are_counted(place, tmp_path, caplog):
+    for name in ("a.png", "b.png", "c/d.png"):
+        draw(tmp_path / place / name)
+    table = tmp_path / place / "metadata.csv"
+    table.write_text('file_name,text\n./a.png,"two\nlines"\n')
+    assert len(read_metadata(tmp_path)) == 1
+    assert "2 images without a row" in caplog.text
+    caplog.clear()
+    table.write_text("file_name,text\na.png,a\nb.png,b\nc\\d.png,d\n")
+    assert len(read_metadata(tmp_path)) == 3
+    assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize(
