@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 
 import pytest
 import torch
@@ -113,6 +114,27 @@ def test_a_file_that_ends_within_its_header_is_said_to_be_damaged(tmp_path):
         (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:length])
         with pytest.raises(ValueError, match=r"y\.safetensors` is damaged, perhaps an incomplete"):
             read_checkpoint(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("part", [0.2, 0.8])  # within its pickle, within its tensors
+def test_a_cut_file_of_the_older_format_is_said_to_be_damaged(part, tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"w": torch.ones(400)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: round(part * len(whole))])
+    with pytest.raises(ValueError, match=r"x\.ckpt` is damaged, perhaps an incomplete download"):
+        read_checkpoint(path)
+
+
+def test_a_pickle_that_contains_itself_is_refused_in_bounded_time(tmp_path):
+    content = dict.fromkeys(map(str, range(2000)), 0)
+    wrappers = ("state_dict", "model_state_dict", "model", "module", "weights")
+    content.update(dict.fromkeys(wrappers, content))
+    torch.save(content, tmp_path / "x.ckpt")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"x\.ckpt` is refused: its pickle contains itself"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert time.monotonic() - start < 60  # hours without the bound
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:

@@ -9,6 +9,7 @@ when it is used.
 
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -40,6 +41,7 @@ CONFIG_KEY = "ldm.config"  # metadata key under which a file carries its own YAM
 TENSOR_HASH = "modelspec.hash_sha256"
 MAX_TENSORS = 20_000
 MAX_DEPTH = 8  # of mappings within mappings
+MAX_NODES = 1_000_000  # values in an entry of a pickle, which may contain itself many times
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
 # Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -137,7 +139,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             what = type(content).__name__
             raise FileFormatError(f"`{path}` holds a {what}, not weights by name")
         metadata = {}
-    weights, entries = _unwrap(content)
+    weights, entries = _unwrap(content, path)
     state = _check_tensors(weights, path)
     metadata |= {key: value for key, value in entries.items() if isinstance(value, str)}
     step = entries.get("global_step", metadata.get("global_step"))
@@ -147,7 +149,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     ema_names = [name for name in state if name.startswith("model_ema.")]
     ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
     for entry in EMA_ENTRIES:
-        ema_weights = remove_wrappers(dict(_flatten(entries.get(entry), "")))
+        ema_weights = remove_wrappers(dict(_flatten(entries.get(entry), path)))
         ema_state |= {to_ema_name(name): value for name, value in ema_weights.items()}
     step = step if isinstance(step, int) else None
     return Checkpoint(path, file_format, state, step, mapped, tuple(entries), metadata, ema_state)
@@ -314,7 +316,7 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
         raise FileFormatError(message) from error
 
 
-def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
+def _unwrap(content: JsonMapping, path: Path) -> tuple[JsonMapping, JsonObject]:
     """Return (mapping that contains the weights of a file, entries beside it)."""
     entries: JsonObject = {}
     ema = content.get(K_DIFFUSION_ENTRY)
@@ -328,21 +330,26 @@ def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
         entries |= {str(key): value for key, value in content.items() if key != inner}
         content = content[inner]
     # Entries among bare weights: those without a tensor. `_flatten` needs any prefix.
-    entries |= {str(k): value for k, value in content.items() if not any(_flatten(value, "."))}
+    entries |= {str(k): v for k, v in content.items() if not any(_flatten(v, path, "."))}
     return content, entries
 
 
-def _holds_weights(node: Any, depth: int = 0) -> bool:
-    """Return whether it is a mapping of tensors by name, possibly within wrappers."""
-    if not isinstance(node, Mapping) or depth == MAX_DEPTH:
+def _holds_weights(node: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> bool:
+    """Return whether it is a mapping of tensors by name, possibly within wrappers.
+
+    Args:
+        seen: The ids of mappings that contain it.
+    """
+    if not isinstance(node, Mapping) or depth == MAX_DEPTH or id(node) in seen:
         return False
     is_flat = any(isinstance(value, Tensor) for value in node.values())
-    return is_flat or any(_holds_weights(node.get(key), depth + 1) for key in WRAPPERS)
+    seen |= {id(node)}
+    return is_flat or any(_holds_weights(node.get(key), depth + 1, seen) for key in WRAPPERS)
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
     """Return weights by name; raise FileFormatError unless they are dense and real."""
-    tensors = dict(_flatten(content, ""))
+    tensors = dict(_flatten(content, path))
     for name, value in tensors.items():
         is_special = value.is_quantized or value.is_nested or value.is_complex()
         if value.layout is not torch.strided or is_special:
@@ -356,8 +363,19 @@ def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
     return remove_wrappers(tensors)
 
 
-def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of nested mappings and lists; names are joined by dots."""
+def _flatten(
+    node: Any, path: Path, prefix: str = "", depth: int = 0, nodes: Iterator[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of nested mappings and lists; names are joined by dots.
+
+    Args:
+        nodes: Counts the values; None = from 0. Raises FileFormatError above MAX_NODES.
+    """
+    nodes = itertools.count() if nodes is None else nodes
+    if next(nodes) > MAX_NODES:
+        raise FileFormatError(
+            f"`{path}` is refused: its pickle contains itself, or too many values"
+        )
     if isinstance(node, Tensor):
         yield prefix[:-1], node.detach()
     elif isinstance(node, int | float) and prefix.endswith(".alpha."):  # of a LoRA
@@ -365,7 +383,7 @@ def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tens
     elif isinstance(node, Mapping | list | tuple) and depth < MAX_DEPTH:
         items = node.items() if isinstance(node, Mapping) else enumerate(node)
         for key, value in items:
-            yield from _flatten(value, f"{prefix}{key}.", depth + 1)
+            yield from _flatten(value, path, f"{prefix}{key}.", depth + 1, nodes)
 
 
 def _has_overflow(value: Tensor, dtype: torch.dtype) -> bool:

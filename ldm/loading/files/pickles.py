@@ -136,6 +136,9 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
         if foreign:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
             reason = f"its pickle imports {names}, which weights do not need"
+        elif file_format == "legacy" and ("unexpected EOF" in reason or _ends_in_pickle(path)):
+            message = f"`{path}` is damaged, perhaps an incomplete download: {reason}"
+            raise FileFormatError(message) from error
         raise FileFormatError(f"`{path}` is refused: {reason}") from error
     return content, mapped
 
@@ -217,6 +220,18 @@ def _check_members(path: Path) -> bool:
     if problem:
         raise FileFormatError(f"`{path}` is refused: {problem}")
     return is_script
+
+
+def _ends_in_pickle(path: Path) -> bool:
+    """Return whether a file of the older format ends within one of its five pickles."""
+    with path.open("rb") as file:
+        try:
+            for _ in range(5):
+                for _ in pickletools.genops(file):
+                    pass
+        except (ValueError, EOFError, IndexError):
+            return not file.read(1)
+    return False
 
 
 def _list_imports(file: IO[bytes]) -> Iterator[str]:
