@@ -113,7 +113,7 @@ def plan_merge(
         config: The YAML of all models; None finds it as `load` does.
     """
     target = Path(target).expanduser()
-    if target.suffix not in SUFFIXES:
+    if target.suffix.lower() not in SUFFIXES:
         raise ArgumentError(f"`{target}`: must end in {' or '.join(SUFFIXES)}", "target")
     if weight is None:
         weight = 0.5 if subtract is None else 1.0

@@ -213,7 +213,8 @@ def find_model_name(path: Path) -> str:
 
     In the cache of the Hugging Face hub it is the name of the repository.
     """
-    names = [path.stem if path.suffix in SUFFIXES else path.name, *(p.name for p in path.parents)]
+    name = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    names = [name, *(p.name for p in path.parents)]
     names = [name for name in names if name not in GENERIC_NAMES]
     if len(names) > 2 and names[1] == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT
         return names[2]

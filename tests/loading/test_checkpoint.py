@@ -27,7 +27,7 @@ AVERAGES = {
 COUNTERS = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
 
 
-@pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("ending", [".ckpt", ".safetensors", ".CKPT", ".SafeTensors"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_written_weights_come_back(tmp_path, ending, dtype):
     state = {name: value.to(dtype) for name, value in STATE.items()}

@@ -204,8 +204,9 @@ def write_checkpoint(
         progress: Called with the size in bytes of each tensor once it is written.
     """
     path, metadata = Path(path), dict(metadata or {})
+    suffix = path.suffix.lower()
     has_hash = metadata.pop(TENSOR_HASH, None) is not None
-    if path.suffix not in (".safetensors", ".ckpt", ".pth"):
+    if suffix not in (".safetensors", ".ckpt", ".pth"):
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -214,7 +215,7 @@ def write_checkpoint(
     }
     with replace_when_written(path, sync=True) as temporary:
         try:
-            if path.suffix == ".safetensors":
+            if suffix == ".safetensors":
                 texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
                 _write_safetensors(temporary, tensors, texts, progress, has_hash)
             else:
@@ -222,7 +223,7 @@ def write_checkpoint(
                 for name, tensor in tensors.items():
                     weights[name] = tensor.make_contiguous()
                     progress(weights[name].nbytes)
-                entry = K_DIFFUSION_ENTRY if path.suffix == ".pth" else "state_dict"
+                entry = K_DIFFUSION_ENTRY if suffix == ".pth" else "state_dict"
                 torch.save({entry: weights, **metadata}, temporary)
         except OverflowError as error:
             names = [name for name, tensor in tensors.items() if tensor.overflows]
