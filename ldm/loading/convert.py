@@ -21,6 +21,7 @@ from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
+from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, is_finite_in_half
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml, read_config_text, read_yaml
 from ldm.loading.diffusers.files import (
@@ -45,6 +46,7 @@ from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import probe_weights, read_config
 from ldm.loading.modelspec import MERGED_FROM, describe_model, filter_metadata
 from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
+from ldm.loading.sgm import ENGINE
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
     AUTOENCODER,
@@ -61,6 +63,7 @@ from ldm.loading.weight_names import (
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import (
     ArgumentError,
     ExistingFile,
@@ -146,8 +149,9 @@ def plan_conversion(
         loras: (file, weight) pairs as in `load`, merged into the weights; EMA weights are left out.
     """
     target = Path(target).expanduser()
-    is_file = target.suffix in SUFFIXES
-    if target.suffix in OTHER_SUFFIXES:
+    suffix = target.suffix.lower()
+    is_file = suffix in SUFFIXES
+    if suffix in OTHER_SUFFIXES:
         message = f"`{target}`: a file must end in {' or '.join(SUFFIXES)}, a folder in none"
         raise ArgumentError(message, "target")
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
@@ -159,17 +163,19 @@ def plan_conversion(
         raise MissingArgument(message, "config")
     raw = parse_yaml(text) if text else {}
     model = build_on_meta(raw) if text else None
-    metadata = _make_metadata(file, text, ema)
     file = to_original_names(file, model, ema=ema)
     notes: list[str] = []
     if vae is not None:
         with errors_about("vae"):
-            file = _replace_autoencoder(file, model, vae)
+            file = _replace_autoencoder(file, model, raw, vae)
+        if text and parse_yaml(text) != raw:
+            text = format_yaml(raw)
         notes.append(f"autoencoder taken from {vae}")
     if text_encoder is not None:
         with errors_about("text_encoder"):
             file = _replace_text_encoder(file, model, text_encoder)
         notes.append(f"text encoder taken from {text_encoder}")
+    metadata = _make_metadata(file, text, ema)
     if loras:
         with errors_about("loras"):
             file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
@@ -192,7 +198,7 @@ def plan_conversion(
     metadata = describe_model(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
-    if target.suffix == K_DIFFUSION_SUFFIX:
+    if suffix == K_DIFFUSION_SUFFIX:
         weights, metadata = {"": _select_upscaler_weights(file, target)}, {}
     elif is_file:
         weights = {"": {**file.state, **ema_state}}
@@ -361,8 +367,14 @@ def _merge_loras(
     return file, json.dumps(all_loras), tokens
 
 
-def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | Path) -> Checkpoint:
-    """Return a checkpoint with another autoencoder, in the dtype of the replaced one."""
+def _replace_autoencoder(
+    file: Checkpoint, model: nn.Module | None, config: JsonObject, vae: str | Path
+) -> Checkpoint:
+    """Return a checkpoint with another autoencoder, in the dtype of the replaced one.
+
+    Args:
+        config: Of the file; for SDXL, whether the autoencoder overflows in float16 is set in it.
+    """
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
     else:
@@ -371,12 +383,20 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
     if read_tiny_autoencoder(vae) is not None:
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
-    part = extract_autoencoder(open_checkpoint(vae), autoencoder, file.path)
+    source = open_checkpoint(vae)
+    part = extract_autoencoder(source, autoencoder, file.path)
+    is_xl = isinstance(model, LatentDiffusion) and is_sdxl(model)
+    if is_xl and config["model"]["target"] == ENGINE:
+        overflows = not is_finite_in_half(source)
+        config["model"]["params"]["disable_first_stage_autocast"] = overflows
+    # What a folder says of its own autoencoder.
+    metadata = {k: v for k, v in file.metadata.items() if k not in (SCALE_KEY, UPCAST_KEY)}
+    metadata |= {k: v for k, v in source.metadata.items() if k == SCALE_KEY}
     originals = dict(pair_names(file.state))
     for name in part.keys() & originals.keys():
         original = originals[name]
         part[name] = cast_weight(original, part[name], file.state[original].dtype)
-    return _replace_part(file, AUTOENCODER, restore_names(part))
+    return _replace_part(replace(file, metadata=metadata), AUTOENCODER, restore_names(part))
 
 
 def _replace_text_encoder(

@@ -70,6 +70,9 @@ def test_another_autoencoder_runs_in_a_wide_dtype_although_the_folders_own_needs
     change_json(folder / "vae/config.json", force_upcast=False)
     model = ldm.load(folder, vae=vae, dtype=torch.float16)
     assert model.autoencoder.quant_conv.weight.dtype == torch.float32
+    for target in (folder.with_name("x.safetensors"), folder.with_name("converted")):
+        model = ldm.load(convert(plan_conversion(folder, target, vae=vae)), dtype=torch.float16)
+        assert model.autoencoder.quant_conv.weight.dtype == torch.float32
 
 
 def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
