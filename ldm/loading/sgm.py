@@ -237,6 +237,8 @@ def _make_discrete_schedule(
         betas: Any = betas_from_sigmas(
             _compute_edm_sigmas(num_steps, **_fill_defaults(discretization, EDM_DEFAULTS, where))
         )
+    elif "given_betas" in discretization:  # ours: of a diffusers folder, as in `LatentDiffusion`
+        betas = torch.tensor(discretization["given_betas"], dtype=torch.float64, device="cpu")
     else:
         linear = _get_beta_params(discretization, where)
         betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}

@@ -101,6 +101,18 @@ def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, 
         ldm.load(folder, ema=True)
 
 
+def test_the_spacing_of_a_folder_that_is_not_used_is_named(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    other = shutil.copytree(folder, tmp_path / "folder")
+    (other / EXTRA_WEIGHTS).unlink()
+    config = other / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_karras_sigmas": True}))
+    ldm.load(folder)
+    assert "spacing" not in caplog.text
+    ldm.load(other)
+    assert "its spacing is not used, scheduler `karras` has it" in caplog.text
+
+
 def test_what_no_computation_uses_may_be_missing(tiny, state, text, tmp_path):
     """Programs that write SD 2's text tower from diffusers' have no last block and projection."""
     tower, short = "cond_stage_model.model.", tmp_path / "short.ckpt"

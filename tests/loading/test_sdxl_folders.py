@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
@@ -63,6 +63,36 @@ def test_configs_of_a_folder_are_read(folder):
     assert model.autoencoder.quant_conv.weight.dtype == torch.float16
     assert model.latent_size == (64, 64)
     assert "version: laion2b_s39b_b160k" in open_checkpoint(folder).metadata["ldm.config"]
+
+
+@pytest.mark.parametrize(
+    ("options", "scheduler", "is_warned"),
+    [
+        ({"use_exponential_sigmas": True}, "exponential", False),
+        ({"use_beta_sigmas": True, "steps_offset": 0}, "beta_sigma", False),
+        ({"timestep_spacing": "leading", "steps_offset": 0}, "leading", True),
+        ({"timestep_spacing": "trailing", "steps_offset": 0}, "trailing", False),
+    ],
+)
+def test_spacings_of_a_scheduler_are_taken_over_or_named(
+    folder, caplog, options, scheduler, is_warned
+):
+    change_json(folder / "scheduler/scheduler_config.json", **options)
+    assert ldm.load(folder).defaults.scheduler == scheduler
+    assert ("`steps_offset` has no effect" in caplog.text) == is_warned
+
+
+def test_noise_levels_that_diffusers_has_no_name_for_come_back(convert_family, tmp_path):
+    file = read_checkpoint(convert_family("xl")[0])
+    raw = parse_yaml(file.metadata["ldm.config"])
+    denoiser = raw["model"]["params"]["denoiser_config"]["params"]
+    target = "sgm.modules.diffusionmodules.discretizer.EDMDiscretization"
+    denoiser["discretization_config"] = {"target": target}
+    source = tmp_path / "edm.safetensors"
+    write_checkpoint(source, file.state, {"ldm.config": format_yaml(raw)})
+    folder = convert(plan_conversion(source, tmp_path / "edm"))
+    for place in (folder, convert(plan_conversion(folder, tmp_path / "back.safetensors"))):
+        assert torch.equal(ldm.load(place).schedule.sigmas, ldm.load(source).schedule.sigmas)
 
 
 def test_another_autoencoder_runs_in_a_wide_dtype_although_the_folders_own_needs_none(folder):

@@ -4,6 +4,7 @@
 programs for the original's configs can read it.
 """
 
+import logging
 from typing import NamedTuple
 
 from torch import nn
@@ -33,6 +34,8 @@ from ldm.runtime.errors import FileFormatError, WrongFamily
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["Files", "make_folder_configs", "make_original_config"]
+
+log = logging.getLogger(__name__)
 
 Files = JsonObject  # path in the folder -> JSON, or text
 
@@ -160,8 +163,11 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(files[layout.VAE])
     params |= schedulers.parse_betas(files[layout.SCHEDULER], layout.SCHEDULER)
     params["parameterization"] = schedulers.parse_prediction_type(files[layout.SCHEDULER])
-    if files[layout.SCHEDULER].get("timestep_spacing") == "trailing":  # of few-step models
-        params["defaults"] = {"scheduler": "trailing"}
+    scheduler = schedulers.parse_scheduler(files[layout.SCHEDULER], "leading")
+    if scheduler == "trailing":  # of few-step models
+        params["defaults"] = {"scheduler": scheduler}
+    elif scheduler != "leading":
+        log.info("%s: its spacing is not used, scheduler `%s` has it", layout.SCHEDULER, scheduler)
     params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]

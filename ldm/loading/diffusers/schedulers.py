@@ -24,6 +24,11 @@ BETA_SCHEDULES = {
 }
 # diffusers' timestep_spacing -> our scheduler.
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
+SIGMA_SPACINGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta_sigma",
+}
 COSINE_OFFSET = 8e-3  # of diffusers' cosine schedule, the original's default
 LINEAR_START, LINEAR_END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 
@@ -91,10 +96,9 @@ def to_prediction_type(parameterization: str) -> str:
 
 
 def parse_scheduler(config: JsonMapping, default: str) -> str:
-    """Return our scheduler for the timestep spacing in a config."""
-    if config.get("use_karras_sigmas"):
-        return "karras"
-    return _read_name(config, "timestep_spacing", default, SPACINGS, SCHEDULER)
+    """Return our scheduler for the spacing of timesteps or sigmas in a config."""
+    name = _read_name(config, "timestep_spacing", default, SPACINGS, SCHEDULER)
+    return next((ours for key, ours in SIGMA_SPACINGS.items() if config.get(key)), name)
 
 
 def get_timestep_spacing(scheduler: str | None) -> str:

@@ -3,6 +3,7 @@
 Each text encoder has its own tokenizer; the refiner has only the second text encoder.
 """
 
+import logging
 from typing import Any
 
 from ldm.diffusion.schedule import ContinuousSchedule
@@ -19,6 +20,8 @@ from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["is_xl_folder", "make_folder_configs_xl", "make_original_config_xl"]
+
+log = logging.getLogger(__name__)
 
 SCORE_KEY = "aesthetic_score"  # batch key
 TARGET_PREFIX = "sgm.modules.diffusionmodules."
@@ -132,13 +135,15 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
         betas = schedulers.parse_betas(config, layout.SCHEDULER)
         if betas.pop("rescale_betas_zero_snr", False):
             params["rescale_betas_zero_snr"] = True
-        if betas.pop("beta_schedule", None) != "linear":
+        if "given_betas" not in betas and betas.pop("beta_schedule") != "linear":
             raise ConfigError(f"{layout.SCHEDULER}: `beta_schedule` of SDXL must be scaled_linear")
         betas["num_timesteps"] = betas.pop("timesteps")
         denoiser = params["denoiser_config"]["params"]
         denoiser["num_idx"] = betas["num_timesteps"]
         denoiser["discretization_config"]["params"] = betas
         defaults["scheduler"] = schedulers.parse_scheduler(config, "leading")
+        if defaults["scheduler"] == "leading" and config.get("steps_offset", 1) != 1:
+            log.warning("%s: `steps_offset` has no effect, it is 1", layout.SCHEDULER)
     spec: JsonObject = {"target": f"{TARGET_PREFIX}denoiser_scaling.{scaling}"}
     if scaling == "EDMScaling" and "sigma_data" in config:
         spec["params"] = {"sigma_data": config["sigma_data"]}
