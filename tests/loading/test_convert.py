@@ -102,7 +102,7 @@ def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, 
 
 
 def test_the_spacing_of_a_folder_that_is_not_used_is_named(folder, tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "ldm")
     other = shutil.copytree(folder, tmp_path / "folder")
     (other / EXTRA_WEIGHTS).unlink()
     config = other / "scheduler/scheduler_config.json"
