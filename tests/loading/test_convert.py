@@ -102,7 +102,6 @@ def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, 
 
 
 def test_the_spacing_of_a_folder_that_is_not_used_is_named(folder, tmp_path, caplog):
-    caplog.set_level("INFO", "ldm")
     other = shutil.copytree(folder, tmp_path / "folder")
     (other / EXTRA_WEIGHTS).unlink()
     config = other / "scheduler/scheduler_config.json"
@@ -110,7 +109,7 @@ def test_the_spacing_of_a_folder_that_is_not_used_is_named(folder, tmp_path, cap
     ldm.load(folder)
     assert "spacing" not in caplog.text
     ldm.load(other)
-    assert "its spacing is not used, scheduler `karras` has it" in caplog.text
+    assert "its spacing of steps is not used, the scheduler `karras` has it" in caplog.text
 
 
 def test_what_no_computation_uses_may_be_missing(tiny, state, text, tmp_path):

@@ -112,6 +112,13 @@ PAIR = [
 ]
 
 
+def test_a_second_token_of_sdxl_in_a_file_is_refused(tmp_path):
+    for tokens in ({"<one>": PAIR, "<two>": PAIR}, {"<one>": VECTORS, "<two>": PAIR}):
+        with pytest.raises(ValueError, match="only one token of SDXL, got `<one>`, `<two>`: write"):
+            write_embeddings(tmp_path / "x.safetensors", tokens)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow  # beside the towers of transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("style", ["one file", "pickle", "pair of files"])

@@ -28,7 +28,7 @@ from ldm.imaging.reading import open_image
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.loading.modelspec import describe_model
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
+from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily
 from ldm.runtime.files import list_files
 
 __all__ = [
@@ -234,6 +234,8 @@ def write_embeddings(
         tokens: Vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
         metadata: Further entries of the file's metadata; None = none.
         model: Model that they were trained for, for the metadata; None = unknown.
+    Raises:
+        ArgumentError: There are several tokens, and one is of SDXL: such a file holds only it.
     """
     state: dict[str, Tensor] = {}
     metadata = {"modelspec.trigger_phrase": ", ".join(tokens), **(metadata or {})}
@@ -244,6 +246,10 @@ def write_embeddings(
         for key, vectors in zip(keys, vectors_by_encoder, strict=True):
             state[key] = vectors.detach().cpu()
         if len(vectors_by_encoder) > 1:
+            if len(tokens) > 1:
+                listed = ", ".join(f"`{name}`" for name in tokens)
+                message = f"a file holds only one token of SDXL, got {listed}: write one file each"
+                raise ArgumentError(message, "tokens")
             entries[TOKEN_KEY] = token
     write_checkpoint(path, state, entries)
 

@@ -167,7 +167,8 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     if scheduler == "trailing":  # of few-step models
         params["defaults"] = {"scheduler": scheduler}
     elif scheduler != "leading":
-        log.info("%s: its spacing is not used, scheduler `%s` has it", layout.SCHEDULER, scheduler)
+        message = "%s: its spacing of steps is not used, the scheduler `%s` has it"
+        log.warning(message, layout.SCHEDULER, scheduler)
     params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]
