@@ -87,14 +87,22 @@ class Cond:
 
         Args:
             axis: That of `crossattn`: "tokens" (1), or "features" (2) of tokens repeated to equal
-                length. All other fields are concatenated along axis 1.
+                length, of which those are kept that both keep. All other fields are concatenated
+                along axis 1.
         """
-        joined = self.tensors()
-        for slot, value in other.tensors().items():
+        joined, added = self.tensors(), other.tensors()
+        if "context_mask" in joined.keys() | added.keys():
+            for fields in (joined, added):  # without a mask all tokens are kept
+                if (tokens := fields.get("crossattn")) is not None:
+                    ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+                    fields.setdefault("context_mask", ones)
+        for slot, value in added.items():
             if slot in joined:
                 pair = [joined[slot], value.to(joined[slot].device)]
-                if slot == "crossattn" and axis == "features":
-                    value = torch.cat(repeat_to_equal_length(pair), dim=2)
+                if slot in TOKEN_FIELDS and axis == "features":
+                    first, second = repeat_to_equal_length(pair)
+                    is_mask = slot == "context_mask"
+                    value = first & second if is_mask else torch.cat([first, second], dim=2)
                 else:
                     value = torch.cat(pair, dim=1)
             joined[slot] = value

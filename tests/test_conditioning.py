@@ -95,6 +95,24 @@ def test_an_encoder_may_fill_several_slots():
     assert Conditioner(**encoders)(batch).crossattn.shape == (2, 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("axis", "mask", "expected"),
+    [
+        ("tokens", [[1, 0]], [[1, 0, 1]]),
+        ("tokens", None, [[1, 1, 1]]),
+        ("features", [[1, 0]], [[1, 0]]),
+        ("features", None, [[1, 1]]),
+    ],
+)
+def test_a_mask_of_one_encoder_excludes_only_its_own_tokens(axis, mask, expected):
+    mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
+    masked = Cond(torch.zeros(1, 2, 1), context_mask=mask)
+    other = Cond(torch.ones(1, 1, 1), context_mask=torch.tensor([[True]]) if mask is None else None)
+    joined = masked.join(Cond(vector=torch.ones(1, 1))).join(other, axis)
+    assert joined.context_mask.shape == joined.crossattn.shape[:2]
+    assert joined.context_mask.int().tolist() == expected
+
+
 def test_rows_are_repeated_in_place_and_joined_in_order():
     a, b = Cond(torch.zeros(2, 1, 1)), Cond(torch.ones(1, 1, 1))
     assert a.cat(b).crossattn.flatten().tolist() == [0, 0, 1]
