@@ -318,8 +318,8 @@ def test_ddim_inversion_leads_back_to_the_image():
     z = encode_image(model, image, 1, torch.zeros_like)
     options = {"z": z, "strength": 0.6, "steps": 10, "scale": 1.0, "seeds": 5}
     inverted, noised = (
-        img2img(model, [prompt], image, inversion=inversion, source_prompt=prompt, **options)
-        for inversion in (True, False)
+        img2img(model, [prompt], image, **inversion, **options)
+        for inversion in ({"inversion": True, "source_prompt": prompt}, {})
     )
     coded = model.decode(z).clamp(-1, 1)
     assert (inverted - coded).abs().mean() < 0.5 * (noised - coded).abs().mean()
