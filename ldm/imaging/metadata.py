@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_CONCEPTS
@@ -216,7 +216,7 @@ def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
 
 
 def read_info(path: str | Path) -> JsonObject:
-    """Read the metadata of an image file: our JSON, else A1111's text.
+    """Read the metadata of an image file: our JSON, else A1111's text, of a PNG, JPEG or WebP.
 
     Returns:
         The info passed to `write_png`, with `sha256`; for files of other programs the keys at the
@@ -224,14 +224,26 @@ def read_info(path: str | Path) -> JsonObject:
     """
     with open_image(path) as image:
         texts = {**image.info, **getattr(image, "text", {})}
+        comment = _read_user_comment(image)
     try:
         info = json.loads(texts.get(JSON_KEY, ""))
     except (ValueError, TypeError):
         info = None
     if isinstance(info, dict):
         return info
-    parameters = texts.get("parameters")
+    parameters = texts.get("parameters", comment)
     return parse_parameters(parameters) if isinstance(parameters, str) else {}
+
+
+def _read_user_comment(image: Image.Image) -> str | None:
+    """Return the comment in the EXIF data, where A1111 writes its text into a JPEG or WebP."""
+    try:
+        exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+        comment: bytes = exif[ExifTags.Base.UserComment]
+        is_unicode = comment.startswith(b"UNICODE\0")
+        return comment[8:].decode("utf-16-be" if is_unicode else "utf-8").strip("\0")
+    except Exception:  # as Pillow's readers: no comment, or damaged EXIF data
+        return None
 
 
 def hash_pixels(image: Image.Image) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.imaging.metadata import format_parameters, hash_pixels, read_info, write_png
@@ -246,6 +246,28 @@ def test_options_of_sdxl_are_in_the_text_and_read_from_it(tmp_path):
 @pytest.mark.parametrize("text", ["", "only a prompt", 'Steps: x, Size: 3, Seed: "1', "\n\n"])
 def test_strange_texts_do_no_harm(tmp_path, text):
     assert "steps" not in read_info(write_text(tmp_path / "a.png", parameters=text))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+@pytest.mark.parametrize(
+    ("code", "encoding"), [("UNICODE\0", "utf-16-be"), ("ASCII\0\0\0", "utf-8")]
+)
+def test_the_text_in_the_exif_data_of_a1111_is_read(tmp_path, suffix, code, encoding):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = code.encode() + TEXT.encode(
+        encoding
+    )
+    IMAGE.save(tmp_path / f"a.{suffix}", exif=exif)
+    assert (
+        read_info(tmp_path / f"a.{suffix}").items() >= {"seed": 42, "scheduler": "karras"}.items()
+    )
+
+
+def test_a_damaged_comment_in_the_exif_data_is_no_text(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0\xd8"
+    IMAGE.save(tmp_path / "a.jpg", exif=exif)
+    assert read_info(tmp_path / "a.jpg") == {}
 
 
 def test_an_image_without_texts_has_no_info(tmp_path):
