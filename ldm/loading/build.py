@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.loading.config import instantiate
-from ldm.loading.files.checkpoint import release_pages
+from ldm.loading.files.checkpoint import has_overflow, release_pages
 from ldm.loading.legacy import MODEL, translate_config
 from ldm.loading.weight_names import AUTOENCODER
 from ldm.runtime.types import JsonMapping
+from ldm.runtime.warn import warn_caller
 
 __all__ = ["build_on_meta", "fill_weights", "meta_device"]
 
@@ -69,17 +70,31 @@ def fill_weights(
         autoencoder_dtype: Dtype of a whole model's autoencoder; None = `dtype`.
     """
     weights: dict[str, Tensor] = {}
+    too_large = None  # the first weight that overflows
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
         target_dtype = old.dtype
         if old.is_floating_point():
             is_autoencoder = name.startswith(AUTOENCODER)
             target_dtype = (autoencoder_dtype if is_autoencoder else None) or dtype
+            if too_large is None and _may_overflow(old, target_dtype):
+                too_large = name if has_overflow(old, target_dtype) else None
         new = old.to(device, target_dtype)
         weights[name] = new
         if mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
+    if too_large is not None:
+        warn_caller(f"`{too_large}` holds numbers too large for {dtype}, which become infinite")
+
+
+def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the range of a tensor exceeds another dtype: quick, without a copy."""
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(value.dtype).max or value.numel() == 0:
+        return False
+    low, high = value.aminmax()
+    return not (-limit <= float(low) and float(high) <= limit)
 
 
 class _NoInit(TorchFunctionMode):

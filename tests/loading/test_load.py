@@ -345,6 +345,20 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, tiny_yam
         ldm.load(tiny_yaml, "")
 
 
+def test_a_weight_too_large_for_half_precision_is_named_once(tmp_path, tiny_yaml, tiny_state):
+    name = "model.diffusion_model.out.2.bias"
+    state = {k: v.clone() for k, v in tiny_state.items()}
+    state[name].view(-1)[0] = -1e6
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    with pytest.warns(UserWarning, match="`unet.out.2.bias` holds numbers too large") as caught:
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt", dtype=torch.float16)
+    assert len(caught) == 1
+    ldm.load(tiny_yaml, tmp_path / "x.ckpt", dtype=torch.bfloat16)  # warnings are errors
+    state[name].view(-1)[0] = -torch.inf
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    ldm.load(tiny_yaml, tmp_path / "x.ckpt", dtype=torch.float16)
+
+
 def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
     torch.save({**tiny_state, "scale_factor": torch.tensor(0.5)}, tmp_path / "x.ckpt")
     assert ldm.load(tiny_yaml, tmp_path / "x.ckpt").scale_factor == 0.5

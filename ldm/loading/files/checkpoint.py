@@ -32,8 +32,8 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "CONFIG_KEY", "TENSOR_HASH", "Checkpoint", "ComputedTensor", "cast_weight",
-    "compute_short_hash", "detect_format", "opens_quickly", "read_checkpoint", "release_pages",
-    "to_ema_name", "use_ema_weights", "write_checkpoint",
+    "compute_short_hash", "detect_format", "has_overflow", "opens_quickly", "read_checkpoint",
+    "release_pages", "to_ema_name", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
 CONFIG_KEY = "ldm.config"  # metadata key under which a file carries its own YAML
@@ -232,7 +232,7 @@ def write_checkpoint(
 
 def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight in another dtype."""
-    if _has_overflow(value, dtype):
+    if has_overflow(value, dtype):
         raise _make_overflow_error([name], dtype)
     return value.to(dtype)
 
@@ -387,7 +387,8 @@ def _flatten(
             yield from _flatten(value, path, f"{prefix}{key}.", depth + 1, nodes)
 
 
-def _has_overflow(value: Tensor, dtype: torch.dtype) -> bool:
+def has_overflow(value: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a finite value is too large for another dtype."""
     return bool((_is_finite(value) & ~_is_finite(value.to(dtype))).any())
 
 
@@ -421,7 +422,7 @@ class _TensorToWrite:
 
     @property
     def overflows(self) -> bool:
-        return _has_overflow(self.value, self.dtype)
+        return has_overflow(self.value, self.dtype)
 
     def make_contiguous(self) -> Tensor:
         """Return the tensor contiguous, and alone in its storage.
