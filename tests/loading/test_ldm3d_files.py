@@ -1,5 +1,7 @@
 """LDM3D: folders are loaded, and diffusers' pipeline on a folder of ours."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from tinyfamilies import PROMPT
 
 import ldm
 from ldm.imaging.rgbd import split_depth
+from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from quick import some
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
@@ -22,6 +25,14 @@ def test_a_folder_is_loaded_like_its_file(convert_family, name):
     assert model.autoencoder.in_channels == (6 if name == "ldm3d" else 4)
     scale_and_steps = (9, 75) if name == "ldm3d-sr" else (5, 49)
     assert (model.defaults.scale, model.defaults.steps) == scale_and_steps
+
+
+def test_a_folder_without_the_unused_scheduler_is_read(convert_family, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(convert_family("ldm3d-sr")[2], folder)
+    shutil.rmtree(folder / "low_res_scheduler")
+    (folder / EXTRA_WEIGHTS).unlink(missing_ok=True)
+    assert "rgbd" in ldm.load(folder).conditioner.encoders
 
 
 @pytest.mark.parametrize("name", some(FAMILIES[:2], "ldm3d-4c"))

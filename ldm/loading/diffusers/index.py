@@ -241,7 +241,9 @@ def _find_folder_pipeline(files: Files) -> str:
     """Return the key in PIPELINES for the components of a folder."""
     components = {path.split("/")[0] for path in files}
     is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
-    if is_rgbd and "low_res_scheduler" in components:
+    channels = files.get(layout.UNET, {}).get("in_channels", 4)
+    # The scheduler of LDM3D-SR is unused, and may be missing; its UNet also reads a latent.
+    if is_rgbd and ("low_res_scheduler" in components or channels == 8):
         return "rgbd"
     for component, pipeline_key in PIPELINE_OF_COMPONENT.items():
         if component in components:
