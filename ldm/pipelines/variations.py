@@ -113,13 +113,13 @@ def vary(
     Args:
         prompts: Only their number is used: the number of images to make.
         images, weights: See `unclip`.
-        scale: Guidance scale; None = the model's default, 3 as published.
+        scale: Guidance scale; None = the default of the sampler or the model, else 3.
         negative_prompt: Ignored with a warning, as the model does not read text.
         size, tile, options: See `txt2img`.
     """
     if any(negative_prompt):  # of a text, or of a list of texts
         warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
-    scale = default_scale(model, options.get("sampler")) if scale is None else scale
+    scale = default_scale(model, options.get("sampler"), 3.0) if scale is None else scale
     noise = make_noise(prompts, options)
     n = len(prompts)
     weights = _normalize(weights, len(images))

@@ -7,6 +7,7 @@ import torch
 
 import ldm
 from goldfile import gold
+from ldm.model import Defaults
 from ldm.nets.karlo import Prior
 from ldm.nets.tiled import apply_tiled
 from ldm.pipelines import (
@@ -286,6 +287,8 @@ def test_an_image_variation_model_reads_images_instead_of_prompts(models, image)
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
     assert model.defaults.scale == 3  # of commands, too: not unCLIP's 10
+    model.defaults = Defaults()  # as in a config of our own classes
+    assert torch.equal(first, vary(model, [""] * 2, [image], **options))
     euler, cfg_pp = (
         vary(model, [""], [image], **options | {"sampler": sampler, "scale": 1.0})
         for sampler in ("euler", "euler_cfg_pp")
