@@ -149,12 +149,12 @@ def read_catalogue(folder: str | Path) -> Catalogue:
 
 
 def list_file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
-    """Return (path, bytes, mtime in ns) of a file, or of all files in a folder; () for None."""
+    """Return (path, bytes, mtime in ns) of a file, or of all files in a folder; () if missing."""
     if path is None:
         return ()
     root = Path(path).expanduser()
-    files = sorted(filter(Path.is_file, list_files(root))) if root.is_dir() else [root]
-    stats = [(file, file.stat()) for file in files]
+    files = sorted(list_files(root)) if root.is_dir() else [root]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
     return tuple((str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 

@@ -48,7 +48,7 @@ class ModelCache:
         states = [list_file_stats(file) for file in files]
         base = options.get("base")  # identified by its provenance, as its repr is not unique
         named = options | ({} if base is None else {"base": base.provenance})
-        key = (str(config), tuple(states), repr(sorted(named.items())))
+        key = (str(config), str(ckpt), tuple(states), repr(sorted(named.items())))
         cached = self._models.get(key)
         # LoRAs are merged into weights, which this model may share with others.
         for other in self._models.values():
