@@ -182,7 +182,7 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
         parser: It has parsed the arguments; `--verbose` logs more, and shows tracebacks.
 
     Returns:
-        The exit status: 1 after an error, 130 after Ctrl+C.
+        The exit status: 1 after an error, 130 after Ctrl+C, 141 if the reader of stdout has ended.
     """
     verbose = "--verbose" in parser.given_flags
     # Spinning OpenMP threads make small models up to 50 times slower on a busy machine.
@@ -193,7 +193,12 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return main() or 0
+            status = main() or 0
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:  # as by `| head`; the interpreter writes what is left at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except KeyboardInterrupt:
             log.error("interrupted; finished files are kept")
             return 130

@@ -299,6 +299,16 @@ def test_help_and_mistakes_answer_at_once_and_import_nothing_heavy(words, status
     assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 0.5  # of the CPU
 
 
+def test_a_reader_that_ends_early_is_no_error():
+    with subprocess.Popen([sys.executable, "-m", "ldm", "download"], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 @pytest.mark.parametrize(
     ("word", "nearest"),
     [
