@@ -194,7 +194,8 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
         warnings.showwarning = _show_warning
         try:
             status = main() or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as under pythonw
+                sys.stdout.flush()
             return status
         except BrokenPipeError:  # as by `| head`; the interpreter writes what is left at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
