@@ -102,7 +102,7 @@ class Denoiser:
         return c_skip * x + c_out * prediction
 
     def eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Compute the factor (1 or B, 1, 1, 1) of a change of the prediction in one of eps.
+        """Compute the factor from a difference of predictions to one of eps: (1 or B, 1, 1, 1).
 
         eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
         """
@@ -110,7 +110,7 @@ class Denoiser:
         return -self.estimate_factor(x, sigma) / rounded
 
     def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Compute the factor (1 or B, 1, 1, 1) of a change of the prediction in one of z."""
+        """Compute the factor from a difference of predictions to one of z: (1 or B, 1, 1, 1)."""
         _, c_out = self._get_scalings(_to_broadcastable(self._round_sigma(sigma), x))
         return c_out
 
@@ -167,7 +167,7 @@ class Denoiser:
         cond = cond or Cond()
         if cond.concat is not None:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
-        # Not in half precision, which would round fractional timesteps near 1000 to 0.5.
+        # Not in half precision: above 512, its steps are 0.5 in float16 and 4 in bfloat16.
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
         inputs = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:

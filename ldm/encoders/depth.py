@@ -32,7 +32,8 @@ class MiDaSDepth(Encoder):
     Args:
         model_type: Name in ARCHS; None = no network, so that a batch must have depth maps.
         arch: Overrides of entries of `model_type` in ARCHS; None = no overrides.
-        eps: Added to max - min before dividing by it; 0 is 0.001 in training, as in the original.
+        eps: Added to max - min before dividing by it. In training 0 becomes the 0.001 of the
+            original.
     """
 
     slot: Slot = "concat"

@@ -188,7 +188,7 @@ class UNet(nn.Module):
             context: (B, M, context_dim), or a list of one per transformer block; None = networks
                 without cross-attention.
             y: By num_classes: n: class labels 0 … n-1, (B,); "continuous": (B, 1); "sequential":
-                (B, adm_in_channels); "timestep": (B,); None = None.
+                (B, adm_in_channels); "timestep": (B,); None without classes.
             guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
                 distilled network (arXiv:2310.04378); None = zeros.
             perturbed: Samples with identity self-attention in the middle block, bool (B,), for

@@ -28,7 +28,6 @@ __all__ = [
     "explain_excess",
     "explain_high_start",
     "get_latent_shape",
-    "get_latent_size",
     "get_sigmas",
 ]
 
@@ -221,14 +220,15 @@ def check_embedded_guidance(
 def get_latent_shape(
     model: LatentDiffusion, n: int, size: tuple[int, int] | None, **latents: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """Return the shape (n, C, h, w) of a run's latents; see `get_latent_size`.
+    """Return the shape (n, C, h, w) of a run's latents.
 
     Args:
-        latents: Those that are given, by argument; the first has the size if `size` is None.
+        size: (H, W) in pixels; None = the size of the first of `latents`, else the model's own.
+        latents: Those that are given, by argument.
     """
     given = {name: latent for name, latent in latents.items() if latent is not None}
     like = next(iter(given.values()), None)
-    shape = (n, model.channels, *get_latent_size(model, size, like))
+    shape = (n, model.channels, *_get_latent_size(model, size, like))
     for name, latent in given.items():
         if latent.shape[1:] != shape[1:] or len(latent) not in (1 if name == "z" else n, n):
             message = f"{name} must be a tensor {shape}, got a tensor {tuple(latent.shape)}"
@@ -236,7 +236,7 @@ def get_latent_shape(
     return shape
 
 
-def get_latent_size(
+def _get_latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
     """Return (h, w) of latents: of `size` (H, W) in pixels, else of `like`, else the model's."""

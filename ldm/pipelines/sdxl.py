@@ -149,9 +149,8 @@ class Handover:
         steps = len(sigmas) - 1
         if self.start is None:
             return quirks.find_first_step(self.strength, steps, steps)[0]
-        last = round(
-            len(schedule) - len(schedule) * float(self.start)
-        )  # lowest timestep of the base
+        # The lowest timestep of the base, rounded as in diffusers.
+        last = round(len(schedule) - len(schedule) * float(self.start))
         if last == len(schedule):
             return 0
         # 1e-6: the level of `last` itself, computed in another way, counts as the base's.
