@@ -214,6 +214,7 @@ OLD_CLASSES.update(
     {
         transformer.GEGLU: GEGLU,
         transformer.FeedForward: FeedForward,
+        transformer.ContextLinear: nn.Linear,
         transformer.CrossAttention: CrossAttention,
         transformer.TransformerBlock: BasicTransformerBlock,
         transformer.SpatialTransformer: SpatialTransformer,

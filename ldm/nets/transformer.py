@@ -25,6 +25,7 @@ from ldm.nets.blocks import (
 __all__ = [
     "GEGLU",
     "AttentionBlock",
+    "ContextLinear",
     "CrossAttention",
     "FeedForward",
     "SpatialTransformer",
@@ -75,6 +76,13 @@ class FeedForward(Layer):
         return cpu.apply_in_blocks(self.net, x, self.hidden_features)  # (B, N, dim_out)
 
 
+class ContextLinear(Linear):
+    """A linear layer, without bias, of a context that is the same at all steps of sampling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.linear_of_context(x, self.weight)
+
+
 class CrossAttention(Layer):
     """Multi-head attention of x to a context, or of x to itself.
 
@@ -96,8 +104,9 @@ class CrossAttention(Layer):
         self.heads = heads
         self.context_dim = context_dim or query_dim
         self.to_q = Linear(query_dim, inner_dim, bias=False)
-        self.to_k = Linear(self.context_dim, inner_dim, bias=False)
-        self.to_v = Linear(self.context_dim, inner_dim, bias=False)
+        linear_class = Linear if context_dim is None else ContextLinear
+        self.to_k = linear_class(self.context_dim, inner_dim, bias=False)
+        self.to_v = linear_class(self.context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(Linear(inner_dim, query_dim), nn.Dropout(dropout))
 
     def forward(

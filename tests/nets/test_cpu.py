@@ -10,7 +10,7 @@ from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear, Upsample, UpsampleConv2d
 from ldm.nets.cpu import layers, products, support, weight_cache, winograd
-from ldm.nets.transformer import FeedForward
+from ldm.nets.transformer import ContextLinear, FeedForward
 
 pytestmark = pytest.mark.skipif(not support.get_fast_dtypes(), reason="this CPU has no fast paths")
 needs_bfloat16 = pytest.mark.skipif(
@@ -41,6 +41,11 @@ def linear(**options):
     return Linear(48, 80, **options).eval(), torch.randn(2, 7, 48)
 
 
+def context_linear():
+    torch.manual_seed(0)
+    return ContextLinear(48, 80, bias=False).eval(), torch.randn(2, 7, 48)
+
+
 def conv(kind=Conv2d, channels=(128, 160), size=(8, 10), kernel=3, **options):
     torch.manual_seed(0)
     layer = kind(*channels, kernel, **{"padding": kernel // 2, **options}).eval()
@@ -50,6 +55,7 @@ def conv(kind=Conv2d, channels=(128, 160), size=(8, 10), kernel=3, **options):
 CASES = {
     "linear": linear,
     "linear without bias": lambda: linear(bias=False),
+    "linear of a context": context_linear,
     "Winograd": conv,
     "Winograd without bias": lambda: conv(bias=False),
     "Winograd in bfloat16": lambda: conv(channels=(640, 640), size=(8, 8)),
@@ -159,7 +165,9 @@ WRITES = COUNTED_WRITES | {
 }
 
 
-@pytest.mark.parametrize("case", ["linear", "Winograd", "one product", "1x1", "upsampled"])
+@pytest.mark.parametrize(
+    "case", ["linear", "linear of a context", "Winograd", "one product", "1x1", "upsampled"]
+)
 @pytest.mark.parametrize("write", WRITES)
 def test_every_write_to_a_weight_is_seen(case, write):
     """By all calls outside `cache_weights`, and by the next such block."""
@@ -176,7 +184,9 @@ def test_every_write_to_a_weight_is_seen(case, write):
             assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("case", ["Winograd", "upsampled", "upsampled and narrow"])
+@pytest.mark.parametrize(
+    "case", ["linear of a context", "Winograd", "upsampled", "upsampled and narrow"]
+)
 @pytest.mark.parametrize("write", COUNTED_WRITES)
 def test_writes_that_torch_counts_are_seen_while_weights_are_cached(case, write):
     layer, x = CASES[case]()
@@ -185,6 +195,29 @@ def test_writes_that_torch_counts_are_seen_while_weights_are_cached(case, write)
         COUNTED_WRITES[write](layer)
         assert distance(layer(x), run_plain(layer, x)) < LIMITS[torch.float32]
         assert not torch.equal(layer(x), before)
+
+
+def test_a_context_is_projected_once_while_its_values_stay_the_same():
+    layer, x = context_linear()
+    with torch.no_grad():
+        with cpu.cache_weights():
+            first = layer(x)
+            assert layer(x.clone()) is first
+            for context in [x[:1], x + 1, *torch.randn(6, 2, 7, 48), x]:
+                assert distance(layer(context), run_plain(layer, context)) < LIMITS[torch.float32]
+        assert layer(x) is not layer(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_write_to_a_context_is_seen(mode):
+    layer, _ = context_linear()
+    with mode(), cpu.cache_weights():
+        x = torch.randn(2, 7, 48)
+        for write in (lambda: x.mul_(2), lambda: x.data[1, 5, 7].add_(3), lambda: x.fill_(0.5)):
+            before = layer(x)
+            write()
+            assert not torch.equal(layer(x), before)
+            assert distance(layer(x), run_plain(layer, x)) < LIMITS[torch.float32]
 
 
 def test_nothing_is_cached_without_memory_for_it_or_for_weights_of_inference_mode(monkeypatch):

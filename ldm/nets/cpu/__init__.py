@@ -5,7 +5,7 @@
     3x3 convolution of few pixels                              -> one product of all patches
     float32 products by MKL, slow on some processors           -> by oneDNN there (`products`)
     feed-forward layer of many tokens                          -> in blocks that stay in cache
-    weights transformed in every call                          -> once within `cache_weights`
+    weights transformed, contexts projected in every call      -> once within `cache_weights`
     large buffers returned to the system after every use       -> `keep_memory`
 
 This applies to plain CPU tensors of the dtype of the weights, not under autocast, torch.compile or
@@ -14,7 +14,13 @@ count operations or to batch gradients (`is_grads_batched`), which support only 
 """
 
 from ldm.nets.cpu.group_norm import group_norm
-from ldm.nets.cpu.layers import apply_in_blocks, conv2d, linear, upsample_conv2d
+from ldm.nets.cpu.layers import (
+    apply_in_blocks,
+    conv2d,
+    linear,
+    linear_of_context,
+    upsample_conv2d,
+)
 from ldm.nets.cpu.support import applies, enable
 from ldm.nets.cpu.weight_cache import cache_weights
 from ldm.runtime.device import keep_memory
@@ -28,5 +34,6 @@ __all__ = [
     "group_norm",
     "keep_memory",
     "linear",
+    "linear_of_context",
     "upsample_conv2d",
 ]

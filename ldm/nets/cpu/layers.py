@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.nets.cpu import gradients, products, winograd
 from ldm.nets.cpu.products import multiply
 from ldm.nets.cpu.support import applies, applies_to_layer
-from ldm.nets.cpu.weight_cache import is_caching, transform_weight
+from ldm.nets.cpu.weight_cache import is_caching, reuse_output, transform_weight
 from ldm.runtime.device import has_amx
 
 # Minimum number of multiplications; below, call overhead dominates.
@@ -56,6 +56,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         return F.linear(x, weight, bias)
     return y.view(*x.shape[:-1], -1)
+
+
+def linear_of_context(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x W^T for a context x, which seldom changes: once within `cache_weights`."""
+    if torch.is_grad_enabled() or not applies_to_layer(x, weight):
+        return linear(x, weight, None)
+    return reuse_output(x, weight, lambda x: linear(x, weight, None))
 
 
 def apply_in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, features: int) -> Tensor:
