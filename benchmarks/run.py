@@ -22,6 +22,9 @@ median with its range, each of one measurement and the product's rate just befor
 which calls follow each other for 1.5 s. So processors can be compared. It may exceed 100 %, as
 Winograd convolution saves products.
 
+A UNet runs as in sampling: ours transforms its weights and projects its context in the first call.
+Text encoders run a prompt and its negative; `--prompts 64` as `ldm train` fills its caches.
+
 With one thread, times are CPU times. `others` is the fraction of the CPUs that other processes use:
 above 5 %, wall times are unreliable. On a GPU, memory is what torch allocated, and float32 is exact
 (no TF32).
@@ -95,6 +98,7 @@ def main() -> None:
     add = parser.add_argument
     add("--stage", nargs="+", choices=[*NETWORKS, *FILES], default=list(SD2_NETWORKS))
     add("--one-at-a-time", action="store_true", help="never hold both in memory")
+    add("--prompts", type=int, default=2, help="prompts that a text encoder takes at once")
     add("--quick", action="store_true", help="small images, at most 2 rounds")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -132,6 +136,7 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) 
 
     def start(implementation: Implementation, dtype: str = dtype) -> Worker:
         options = ["--stage", stage, "--dtype", dtype, "--folder", args.folder]
+        options += ["--prompts", args.prompts]
         options += ["--quick"] if args.quick else []
         return Worker(implementation, Path(__file__), args, *options)
 
@@ -278,12 +283,12 @@ def example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
     side = 32 if args.quick else 64
     if stage.endswith(XL):
         name = stage.removesuffix(XL)
-        return sdxl.example_inputs(name, 2 * side if name == "vae" else side)
+        return sdxl.example_inputs(name, 2 * side if name == "vae" else side, args.prompts)
     if stage == "unet":
         return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 1024)]
     if stage == "vae":
         return [torch.randn(1, 4, side, side)]
-    return [torch.randint(1, 49405, (2, 77))]
+    return [torch.randint(1, 49405, (args.prompts, 77))]
 
 
 def count_flop(stage: str, args: argparse.Namespace) -> int:

@@ -116,12 +116,12 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     return network, denoise
 
 
-def example_inputs(name: str, side: int) -> list[Tensor]:
-    """Return the inputs of a network, for latents of height and width `side`."""
+def example_inputs(name: str, side: int, prompts: int = 2) -> list[Tensor]:
+    """Return the inputs of a network, for latents of height and width `side`, or for prompts."""
     if name == "vae":
         return [torch.randn(1, 4, side, side)]
     if name == "text":
-        tokens = torch.randint(1, END - 1, (2, 77))
+        tokens = torch.randint(1, END - 1, (prompts, 77))
         tokens[:, 20] = END
         return [tokens]
     sizes = timestep_embedding(torch.tensor(SIZES), 256).flatten().expand(2, -1)
