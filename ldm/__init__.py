@@ -13,7 +13,7 @@ The public names are imported on first use, so that `import ldm` does not import
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ldm.compat.finder import install
+from ldm.compat.finder import install_finder
 from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ __all__ = [
     "vary",
 ]
 
-install()  # of the original's module names, none of which is imported
+install_finder()  # of the original's module names; imports none of them
 
 # Names of __all__ that are not in `ldm.pipelines`.
 _MODULES = {

@@ -1,8 +1,7 @@
 """`ldm.modules.attention` of the original: the transformer of the UNet.
 
-Classes derive from those of `ldm.nets.transformer` and hold torch's own layers. They look layers,
-methods and functions of this module up at each call, so that those that programs put in their place
-are used.
+Classes derive from those of `ldm.nets.transformer`, but have torch's own layers. Layers, methods
+and functions of this module are looked up at call time, so that programs can monkeypatch them.
 """
 
 from collections.abc import Sequence
@@ -10,26 +9,26 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ldm.compat.class_swap import COMPAT_CLASSES, CompatModule, swap_classes
 from ldm.compat.diffusion_util import checkpoint as checkpoint, zero_module as zero_module
 from ldm.compat.model import Normalize as Normalize
-from ldm.compat.relabel import OLD_CLASSES, OldModule, relabel
-from ldm.compat.util import default as default, exists as exists, to_plain
+from ldm.compat.util import default as default, exists as exists, to_builtin
 from ldm.nets import transformer
 from ldm.nets.attention import attention
 
 XFORMERS_IS_AVAILBLE = False  # (sic) no class depends on it: `ldm.nets.attention` chooses kernels
 
 
-class GEGLU(OldModule, transformer.GEGLU):
+class GEGLU(CompatModule, transformer.GEGLU):
     """value * gelu(gate), both halves of one projection, the value first."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__(dim_in=dim_in, dim_out=dim_out)
-        relabel(self)
+        swap_classes(self)
 
 
-class FeedForward(OldModule, transformer.FeedForward):
-    """MLP with one hidden layer, and GEGLU if `glu`, else GELU."""
+class FeedForward(CompatModule, transformer.FeedForward):
+    """MLP with one hidden layer, with GEGLU if `glu`, else GELU."""
 
     def __init__(
         self,
@@ -40,15 +39,15 @@ class FeedForward(OldModule, transformer.FeedForward):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim=dim, dim_out=dim_out, mult=mult, glu=glu, dropout=dropout)
-        relabel(self)
+        swap_classes(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The whole batch at once, not in blocks: programs hook and replace the layers of `net`.
+        # Without the chunks of the base class: programs hook and replace the layers of `net`.
         out: Tensor = self.net(x)
         return out
 
 
-class CrossAttention(OldModule, transformer.CrossAttention):
+class CrossAttention(CompatModule, transformer.CrossAttention):
     """Attention of x to a context, or of x to itself."""
 
     scale: float
@@ -68,9 +67,9 @@ class CrossAttention(OldModule, transformer.CrossAttention):
             dim_head=dim_head,
             dropout=dropout,
         )
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.scale = (self.to_q.out_features // self.heads) ** -0.5
 
     def forward(
@@ -94,7 +93,7 @@ class CrossAttention(OldModule, transformer.CrossAttention):
 MemoryEfficientCrossAttention = CrossAttention
 
 
-class BasicTransformerBlock(OldModule, transformer.TransformerBlock):
+class BasicTransformerBlock(CompatModule, transformer.TransformerBlock):
     """Self-attention, cross-attention, feed-forward, each with LayerNorm and residual connection.
 
     Attributes:
@@ -128,9 +127,9 @@ class BasicTransformerBlock(OldModule, transformer.TransformerBlock):
             use_checkpoint=checkpoint,
             disable_self_attn=disable_self_attn,
         )
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.checkpoint = self.use_checkpoint
         del self.use_checkpoint
 
@@ -142,13 +141,13 @@ class BasicTransformerBlock(OldModule, transformer.TransformerBlock):
         return out
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        # By keyword, as programs replace the layers' `forward` by functions that take it so.
+        # `context` by keyword, as it is called in the functions that programs replace `forward` by.
         x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
         x = self.attn2(self.norm2(x), context=context) + x
         return self.ff(self.norm3(x)) + x
 
 
-class SpatialTransformer(OldModule, transformer.SpatialTransformer):
+class SpatialTransformer(CompatModule, transformer.SpatialTransformer):
     """Transformer blocks over the positions of a feature map, with a residual connection."""
 
     in_channels: int
@@ -173,14 +172,14 @@ class SpatialTransformer(OldModule, transformer.SpatialTransformer):
             d_head=d_head,
             depth=depth,
             dropout=dropout,
-            context_dim=to_plain(context_dim),
+            context_dim=to_builtin(context_dim),
             disable_self_attn=disable_self_attn,
             use_linear=use_linear,
             use_checkpoint=use_checkpoint,
         )
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.in_channels = self.norm.num_channels
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -197,8 +196,10 @@ class SpatialTransformer(OldModule, transformer.SpatialTransformer):
         for block, block_context in zip(blocks, contexts, strict=True):
             h = block(h, context=block_context)
         # (B, C, h, w)
-        h = _to_map(self.proj_out(h), x) if self.use_linear else self.proj_out(_to_map(h, x))
-        return h + x
+        if self.use_linear:
+            return _to_feature_map(self.proj_out(h), x) + x
+        out: Tensor = self.proj_out(_to_feature_map(h, x))
+        return out + x
 
 
 def _to_tokens(x: Tensor) -> Tensor:
@@ -206,11 +207,11 @@ def _to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()  # (B, h w, C)
 
 
-def _to_map(tokens: Tensor, x: Tensor) -> Tensor:
+def _to_feature_map(tokens: Tensor, x: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(x), -1, *x.shape[-2:]).contiguous()  # (B, C, h, w)
 
 
-OLD_CLASSES.update(
+COMPAT_CLASSES.update(
     {
         transformer.GEGLU: GEGLU,
         transformer.FeedForward: FeedForward,

@@ -1,4 +1,4 @@
-"""`ldm.models.autoencoder` of the original: the KL autoencoder as a model that can be trained."""
+"""`ldm.models.autoencoder` of the original: the KL autoencoder, with its training steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.compat.ema import LitEma
-from ldm.compat.lightning import LightningModule, TrainingModule, read_state
+from ldm.compat.lightning import LightningModule, TrainingModule, read_state_dict
 from ldm.compat.model import Decoder, Encoder
 from ldm.compat.util import instantiate_from_config
 
@@ -19,14 +19,14 @@ class AutoencoderKL(TrainingModule):
     """Images <-> distributions over latents.
 
     Args:
-        ddconfig: Keywords of Encoder and Decoder.
-        lossconfig: Config of the loss, such as LPIPSWithDiscriminator; of `torch.nn.Identity` for
-            use without training.
+        ddconfig: Keyword arguments of Encoder and Decoder.
+        lossconfig: Config of the loss, such as LPIPSWithDiscriminator; `torch.nn.Identity` if the
+            model is not trained.
         embed_dim: Channels of the latent.
         ckpt_path, ignore_keys: See `init_from_ckpt`; None = random weights.
         image_key: Batch key of the images.
-        colorize_nlabels: Channels of label maps, for `to_rgb`; None = those of its first input.
-        monitor: Logged value by which Lightning chooses checkpoints; None = no attribute.
+        colorize_nlabels: Channels of label maps, for `to_rgb`; None = as many as its first input.
+        monitor: Logged value by which Lightning selects checkpoints; None = no attribute.
         ema_decay: Decay of the EMA of the weights; None = no EMA.
         learn_logvar: Whether to train the log variance of the loss.
     """
@@ -77,7 +77,7 @@ class AutoencoderKL(TrainingModule):
             path: A file of any format that `ldm.load` reads; objects in it are not unpickled.
             ignore_keys: Prefixes of names to leave out.
         """
-        self.load_state_dict(read_state(path, ignore_keys), strict=False)
+        self.load_state_dict(read_state_dict(path, ignore_keys), strict=False)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Encode images (B, 3, H, W) to distributions over latents (B, C, h, w)."""
@@ -91,7 +91,7 @@ class AutoencoderKL(TrainingModule):
     def forward(
         self, input: Tensor, sample_posterior: bool = True
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Reconstruct images from a sample of their posterior, or its mode; also return that."""
+        """Return reconstructions from a sample or the mode of the posterior, and the posterior."""
         posterior = self.encode(input)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
@@ -104,7 +104,7 @@ class AutoencoderKL(TrainingModule):
         """Train the autoencoder on a batch, then the discriminator."""
         for index, optimizer in enumerate(self.optimizers()):
             self.toggle_optimizer(optimizer)
-            loss = self._loss(batch, index, "train")
+            loss = self._compute_loss(batch, index, "train")
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -136,11 +136,11 @@ class AutoencoderKL(TrainingModule):
         """Return images of a batch, their reconstructions, and decoded noise, by name.
 
         Args:
-            only_inputs: Whether to return the images of the batch alone.
-            log_ema: Whether to return those of the EMA weights even if there is no EMA.
+            only_inputs: Whether to return the images of the batch only.
+            log_ema: Whether to add images of the EMA weights even without `use_ema`.
         """
         x = self.get_input(batch, self.image_key).to(self.device)
-        log = {"inputs": self._as_rgb(x)}
+        log = {"inputs": self._convert_to_rgb(x)}
         if only_inputs:
             return log
         log |= self._sample_images(x, "")
@@ -154,7 +154,7 @@ class AutoencoderKL(TrainingModule):
         noise = torch.randn_like(posterior.sample())
         return {
             f"samples{suffix}": self.decode(noise),
-            f"reconstructions{suffix}": self._as_rgb(reconstruction),
+            f"reconstructions{suffix}": self._convert_to_rgb(reconstruction),
         }
 
     def to_rgb(self, x: Tensor) -> Tensor:
@@ -163,35 +163,35 @@ class AutoencoderKL(TrainingModule):
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
         return show_as_rgb(x, self.colorize)
 
-    def _as_rgb(self, x: Tensor) -> Tensor:
+    def _convert_to_rgb(self, x: Tensor) -> Tensor:
         return self.to_rgb(x) if x.shape[1] > 3 else x
 
-    def _loss(self, batch: Batch, index: int, split: str) -> Tensor:
+    def _compute_loss(self, batch: Batch, optimizer_idx: int, split: str) -> Tensor:
         images = self.get_input(batch, self.image_key)
         reconstructions, posterior = self(images)
         loss: Tensor
-        loss, parts = self.loss(
+        loss, loss_dict = self.loss(
             images,
             reconstructions,
             posterior,
-            index,
+            optimizer_idx,
             self.global_step // 2,  # as Lightning 2 counts the steps of both optimizers
             last_layer=self.get_last_layer(),
             split=split,
         )
         is_training = split == "train"
         self.log_dict(
-            parts, prog_bar=False, logger=True, on_step=is_training, on_epoch=not is_training
+            loss_dict, prog_bar=False, logger=True, on_step=is_training, on_epoch=not is_training
         )
         return loss
 
     def _validate(self, batch: Batch, suffix: str) -> None:
         for index in range(2):
-            self._loss(batch, index, "val" + suffix)
+            self._compute_loss(batch, index, "val" + suffix)
 
 
 def show_as_rgb(x: Tensor, weight: Tensor) -> Tensor:
-    """Project maps (B, C, h, w) to images in [-1, 1], by random weights (3, C, 1, 1)."""
+    """Project maps (B, C, h, w) to images in [-1, 1] by (random) weights (3, C, 1, 1)."""
     x = nn.functional.conv2d(x, weight=weight)
     return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
 
@@ -219,11 +219,11 @@ class IdentityFirstStage(nn.Module):
 
 
 class VQModel(LightningModule):
-    """Name of the VQ autoencoder, for `isinstance` in programs; it cannot be built."""
+    """Placeholder for the VQ autoencoder, for `isinstance` in programs; it cannot be built."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError("VQ autoencoders are not supported yet")
 
 
 class VQModelInterface(VQModel):
-    """Name of the VQ autoencoder of latent diffusion models, likewise."""
+    """Placeholder for the VQ autoencoder of latent diffusion models."""

@@ -1,4 +1,4 @@
-"""CLIP's text model and tokenizer, with the interfaces of transformers, which is not needed.
+"""CLIP's text model and tokenizer, with the interfaces of transformers, but without its code.
 
 The network is `ldm.encoders.towers.CLIPTower` with layers of torch's own classes.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.compat.relabel import relabel
+from ldm.compat.class_swap import swap_classes
 from ldm.encoders import tokenizer
 from ldm.encoders.text import CLIP_LARGE, CLIP_SIZES, CLIPText
 from ldm.encoders.towers import select_tokens
@@ -56,8 +56,8 @@ class CLIPTextEmbeddings(nn.Module):
         Args:
             position_ids: (B, N); None = 0 … N-1.
             inputs_embeds: Token embeddings (B, N, D); None to compute them from `input_ids`.
-            embedding_manager: Textual inversion, called with ids and token embeddings, of which it
-                returns new ones; None = none.
+            embedding_manager: Textual inversion: (token ids, token embeddings) -> new token
+                embeddings; None = none.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -146,17 +146,17 @@ class CLIPTextModel(nn.Module):
     """The text model of SD 1, with parameter names as in its checkpoints.
 
     Args:
-        config: Name of a model, a folder with its `config.json`, or the entries of that file.
+        config: Name of a model, a folder with its `config.json`, or the content of that file.
     """
 
     def __init__(self, config: str | Path | Mapping[str, Any]) -> None:
         super().__init__()
-        sizes = _read_sizes(config)
+        sizes = _read_config(config)
         tower = CLIPText(arch=sizes, freeze=False).tower
         tower.embeddings.__class__ = CLIPTextEmbeddings  # type: ignore[assignment]
         tower.encoder.__class__ = CLIPEncoder  # type: ignore[assignment]
         tower.__class__ = CLIPTextTransformer  # type: ignore[assignment]
-        self.text_model = cast(CLIPTextTransformer, relabel(tower))
+        self.text_model = cast(CLIPTextTransformer, swap_classes(tower))
         self.config = SimpleNamespace(**sizes)
         self.name_or_path = str(config) if isinstance(config, (str, Path)) else ""
 
@@ -172,7 +172,7 @@ class CLIPTextModel(nn.Module):
 
         Args:
             name: As `config` of the constructor; None needs a `config`.
-            config: Overrides `name` for the sizes; None = no override.
+            config: Config to use instead of that of `name`; None = that of `name`.
         """
         source = config or name
         if source is None:
@@ -181,10 +181,10 @@ class CLIPTextModel(nn.Module):
         files = [] if name is None else [Path(name, file) for file in WEIGHT_FILES]
         path = next((path for path in files if path.is_file()), None)
         if path is not None:
-            state, prefix = read_checkpoint(path).state, "text_model."
-            if "final_layer_norm.weight" in state:  # as transformers 5 names them
-                state = {f"{prefix}{key}": value for key, value in state.items()}
-            model.load_state_dict({k: v for k, v in state.items() if k.startswith(prefix)})
+            state_dict, prefix = read_checkpoint(path).state, "text_model."
+            if "final_layer_norm.weight" in state_dict:  # as transformers 5 names them
+                state_dict = {f"{prefix}{name}": value for name, value in state_dict.items()}
+            model.load_state_dict({k: v for k, v in state_dict.items() if k.startswith(prefix)})
         return model.eval()
 
     @property
@@ -202,7 +202,7 @@ class CLIPTextModel(nn.Module):
         self.text_model.embeddings.token_embedding = embedding
 
     def resize_token_embeddings(self, count: int | None = None, *ignored: Any) -> nn.Module:
-        """Resize the token embedding to `count` rows, new ones random; None leaves it."""
+        """Resize the token embedding to `count` rows, new ones random; None = no change."""
         old = cast(nn.Embedding, self.get_input_embeddings())
         if count is None or count == old.num_embeddings:
             return old
@@ -222,7 +222,7 @@ class CLIPTextModel(nn.Module):
 
 
 class BatchEncoding(UserDict[str, Any]):
-    """Output of the tokenizer, a dict whose entries are attributes as well."""
+    """Output of the tokenizer: a dict whose entries are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "data" or name not in self.data:
@@ -264,7 +264,7 @@ class CLIPTokenizer:
     encoder = property(get_vocab)
 
     def add_tokens(self, tokens: str | Sequence[str], special_tokens: bool = False) -> int:
-        """Add tokens that prompts may contain, and return how many of them are new."""
+        """Add tokens to the vocabulary; return the number of those that it did not have."""
         count_before, vocabulary = len(self), self.get_vocab()
         for token in [tokens] if isinstance(tokens, str) else tokens:
             if token not in vocabulary and token not in self.added_tokens_encoder:
@@ -272,14 +272,14 @@ class CLIPTokenizer:
         return len(self) - count_before
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Return the id of a token, or a list of those of several."""
+        """Return the id of a token, or the list of ids of several."""
         vocabulary = self.get_vocab()
         if isinstance(tokens, str):
             return vocabulary.get(tokens, self.unk_token_id)
         return [vocabulary.get(token, self.unk_token_id) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | Tensor) -> Any:
-        """Return the token of an id, or a list of those of several."""
+        """Return the token of an id, or the list of tokens of several."""
         tokens = {token_id: token for token, token_id in self.get_vocab().items()}
         return tokens[ids] if isinstance(ids, int) else [tokens[int(token_id)] for token_id in ids]
 
@@ -308,7 +308,7 @@ class CLIPTokenizer:
             add_special_tokens: Whether to add start and end token.
             return_tensors: "pt" for tensors (B, N); None = lists.
             return_length: Whether to add an entry `length`, the lengths with padding.
-            ignored: Other keywords of transformers.
+            ignored: Other keyword arguments of transformers.
         """
         max_length = self.model_max_length if max_length is None else max_length
         special_count = 2 if add_special_tokens else 0
@@ -341,8 +341,8 @@ class CLIPTokenizer:
         return tokenizer.encode(text, tokenizer.CLIP, added)
 
 
-def _read_sizes(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes of a text model, by transformers' names."""
+def _read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes and the activation of a text model, by transformers' names."""
     if isinstance(config, Mapping):
         entries = config
     elif (path := Path(config, "config.json")).is_file():

@@ -1,4 +1,4 @@
-"""`ldm.data.base` and `ldm.data.util` of the original: a base of data sets, depth of samples."""
+"""`ldm.data.base` and `ldm.data.util` of the original: a dataset base class, inputs of MiDaS."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from ldm.compat import midas
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
-    """Base class of iterable data sets, for `isinstance` in programs.
+    """Base class of iterable datasets, for `isinstance` in programs.
 
     Args:
         num_records: Number of samples.
@@ -35,7 +35,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset[Any]):
 
 
 class AddMiDaS:
-    """Adds `midas_in`, (3, H', W') numpy, to a sample with an image `jpg`, (H, W, 3) in [-1, 1]."""
+    """Transform of samples: `jpg`, (H, W, 3) in [-1, 1] -> `midas_in`, (3, H', W') numpy."""
 
     def __init__(self, model_type: str) -> None:
         self.transform = midas.api.load_midas_transform(model_type)

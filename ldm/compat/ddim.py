@@ -1,4 +1,4 @@
-"""`ldm.models.diffusion.ddim` of the original: DDIM (arXiv:2010.02502) over `apply_model`."""
+"""`ldm.models.diffusion.ddim` of the original: DDIM (arXiv:2010.02502), calling `apply_model`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,14 +52,17 @@ class DDIMSampler(TableSampler):
         unconditional_conditioning: Condition = None,
         dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Step from x (B, C, h, w) at timesteps t (B,), entry `index` of the tables, to the next.
+        """Step from x (B, C, h, w) at timesteps t (B,) to the timesteps below them.
+
+        Args:
+            index: Index of t in `ddim_timesteps`. The others: see `sample`.
 
         Returns:
-            x at the next timestep, and the estimate of x0.
+            x at the next timesteps, and the predicted x0.
         """
         apply_model, scale = self.model.apply_model, unconditional_guidance_scale
         output = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
-        # The output of a model that predicts x0 is taken for eps, as in the original.
+        # The output of an x0-prediction model is used as eps, as in the original.
         predicts_v = self.model.parameterization == "v"
         e_t = self.model.predict_eps_from_z_and_v(x, t, output) if predicts_v else output
         if score_corrector is not None:
@@ -72,7 +75,7 @@ class DDIMSampler(TableSampler):
         if quantize_denoised:
             pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
         if dynamic_threshold is not None:
-            raise NotImplementedError("dynamic_threshold is for PLMS only")
+            raise NotImplementedError("dynamic_threshold is supported by PLMS only")
         noise = self.draw_noise(x, sigma_t, repeat_noise, temperature, noise_dropout)
         x_prev = a_prev.sqrt() * pred_x0 + (1.0 - a_prev - sigma_t**2).sqrt() * e_t + noise
         return x_prev, pred_x0
@@ -93,11 +96,11 @@ class DDIMSampler(TableSampler):
 
         Args:
             t_enc: Number of steps.
-            return_intermediates: About how many intermediate latents to return; None = none.
+            return_intermediates: Approximate number of intermediate latents to return; None = none.
 
         Returns:
-            Latents; and `x_encoded` (these again), `intermediate_steps` (numbers of steps), and,
-            if asked for, `intermediates`.
+            Latents; and a dict of `x_encoded` (the same latents), `intermediate_steps` (indices of
+            steps), and `intermediates` (their latents, if `return_intermediates`).
         """
         count = len(self.choose_timesteps(None, use_original_steps))
         if t_enc > count:
@@ -112,8 +115,8 @@ class DDIMSampler(TableSampler):
         intermediates: list[Tensor] = []
         intermediate_steps: list[int] = []
         for i in range(t_enc):
-            # As in the original, the model gets the number of the step, 0, 1, 2 …, in place of its
-            # timestep, and its output is taken for eps.
+            # As in the original, the model gets the index of the step, 0, 1, 2 …, instead of its
+            # timestep, and its output is used as eps.
             t = torch.full((len(x0),), i, device=self.model.device, dtype=torch.long)
             e_t = apply_with_guidance(apply_model, x, t, c, scale, unconditional_conditioning)
             a_t, a_next = alphas[i], alphas_next[i]
@@ -144,7 +147,7 @@ class DDIMSampler(TableSampler):
         Args:
             t: Noise levels (B,), indices into `ddim_timesteps`.
             use_original_steps: Whether t are timesteps of the model instead.
-            noise: None draws it.
+            noise: Standard normal, like x0; None draws it.
         """
         if use_original_steps:
             x0_scales, noise_scales = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
@@ -166,8 +169,8 @@ class DDIMSampler(TableSampler):
         callback: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Denoise latents of `stochastic_encode` or `encode` in the last `t_start` steps."""
-        # As in the original, the first is entry `t_start` - 1 of the tables: scripts add noise by
-        # `stochastic_encode` at entry `t_start`, which is more than the model expects here.
+        # As in the original, the first step is from index `t_start` - 1, though scripts call
+        # `stochastic_encode` with index `t_start`, which adds more noise than the model expects.
         timesteps = self.choose_timesteps(None, use_original_steps)[:t_start]
         x = x_latent
         for i, timestep in enumerate(np.flip(timesteps)):

@@ -1,4 +1,4 @@
-"""`ldm.models.diffusion.ddpm` of the original: its model classes, and the names that it imports."""
+"""`ldm.models.diffusion.ddpm` of the original: its model classes, and the names it imports."""
 
 from ldm.compat.autoencoder import (
     AutoencoderKL as AutoencoderKL,

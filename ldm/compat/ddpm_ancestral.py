@@ -1,4 +1,4 @@
-"""Ancestral sampling of the original's LatentDiffusion: all timesteps of the schedule, one by one.
+"""DDPM (ancestral) sampling of the original's LatentDiffusion: all timesteps, one by one.
 
 Ho et al. 2020 (arXiv:2006.11239), algorithm 2. As in the original, v-prediction is not supported.
 """
@@ -23,13 +23,13 @@ from ldm.compat.sampling import (
 
 
 class AncestralSampling(DDPM):
-    """Base class of LatentDiffusion: its methods of ancestral sampling."""
+    """Base class of LatentDiffusion: its methods of DDPM sampling."""
 
     clip_denoised: bool
     first_stage_model: Any
     shorten_cond_schedule: bool
     cond_ids: Tensor
-    apply_model: Callable[..., Any]  # of LatentDiffusion
+    apply_model: Callable[..., Any]  # defined by LatentDiffusion
 
     def p_mean_variance(
         self,
@@ -47,15 +47,15 @@ class AncestralSampling(DDPM):
 
         Args:
             return_codebook_ids: Whether to return the logits of the codes as well.
-            return_x0: Whether to return the estimate of x_0 as well, if not the logits.
+            return_x0: Whether to return the predicted x_0 as well, unless the logits are returned.
         """
         output = self.apply_model(x, t, c, **drop_none(return_ids=return_codebook_ids or None))
         if score_corrector is not None:
             output = correct_score(self, score_corrector, output, x, t, c, corrector_kwargs)
-        extra: tuple[Tensor, ...] = ()
+        extras: tuple[Tensor, ...] = ()
         if return_codebook_ids:
             output, logits = output
-            extra = (logits,)
+            extras = (logits,)
         if self.parameterization == "v":
             raise NotImplementedError("ancestral sampling does not support v-prediction")
         x0 = output
@@ -66,8 +66,8 @@ class AncestralSampling(DDPM):
         if quantize_denoised:
             x0 = self.first_stage_model.quantize(x0)[0]
         if return_x0 and not return_codebook_ids:
-            extra = (x0,)
-        return (*self.q_posterior(x0, x, t), *extra)
+            extras = (x0,)
+        return (*self.q_posterior(x0, x, t), *extras)
 
     @torch.no_grad()
     def p_sample(
@@ -90,7 +90,7 @@ class AncestralSampling(DDPM):
         Args:
             return_codebook_ids, return_x0: See `p_mean_variance`; codes are the most likely ones.
         """
-        mean, _, log_variance, *extra = self.p_mean_variance(
+        mean, _, log_variance, *extras = self.p_mean_variance(
             x,
             c,
             t,
@@ -101,15 +101,15 @@ class AncestralSampling(DDPM):
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
-        # At t = 0 it has no effect, but is drawn: so the draws after it are those of the original.
+        # Drawn also at t = 0, where it has no effect, so that later draws equal the original's.
         noise = noise_like(x.shape, x.device, repeat_noise) * temperature
         if noise_dropout > 0.0:
             noise = F.dropout(noise, p=noise_dropout)
         is_last = (t == 0).reshape(-1, *(1,) * (x.dim() - 1))
-        previous = mean + (~is_last) * (0.5 * log_variance).exp() * noise
+        x_prev = mean + (~is_last) * (0.5 * log_variance).exp() * noise
         if return_codebook_ids:
-            return previous, extra[0].argmax(dim=1)
-        return (previous, extra[0]) if return_x0 else previous
+            return x_prev, extras[0].argmax(dim=1)
+        return (x_prev, extras[0]) if return_x0 else x_prev
 
     @torch.no_grad()
     def progressive_denoising(
@@ -131,22 +131,22 @@ class AncestralSampling(DDPM):
         start_T: int | None = None,
         log_every_t: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Sample latents, and collect estimates of x_0.
+        """Sample latents; return them, and the predicted x_0 of some timesteps.
 
         Args:
-            shape: Shape of the batch, or of one latent if there is a `batch_size`.
-            mask: 1 keeps `x0`; None changes all.
+            shape: Shape of the batch, or of one latent if `batch_size` is given.
+            mask: 1 keeps `x0`, 0 is sampled; None samples everywhere.
             temperature: Factor of the noise, or one for each timestep.
             x_T: Initial noise; None draws it.
-            start_T: Only the timesteps below are run; None = all.
-            log_every_t: Timesteps between the estimates; None = `self.log_every_t`.
+            start_T: Number of timesteps, of which the first is `start_T` - 1; None = all.
+            log_every_t: Return x_0 of each timestep divisible by this; None = `self.log_every_t`.
         """
         if batch_size is not None:
             shape = (batch_size, *shape)
             cond = slice_condition(cond, batch_size)
         img = torch.randn(*shape, device=self.device) if x_T is None else x_T
         timesteps = min(self.num_timesteps, start_T or self.num_timesteps)
-        img, _, estimates = self._run_steps(
+        img, _, pred_x0s = self._denoise_loop(
             img,
             cond,
             timesteps,
@@ -161,7 +161,7 @@ class AncestralSampling(DDPM):
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
-        return img, estimates
+        return img, pred_x0s
 
     @torch.no_grad()
     def p_sample_loop(
@@ -185,13 +185,13 @@ class AncestralSampling(DDPM):
         Args:
             return_intermediates: Whether to return the initial noise and the latents at every
                 `log_every_t`-th timestep as well.
-            timesteps: Only the timesteps below are run; None = all. The others: see
-                `progressive_denoising`.
+            timesteps, start_T: The smaller one is the number of timesteps; None = all. The others:
+                see `progressive_denoising`.
         """
         img = torch.randn(*shape, device=self.betas.device) if x_T is None else x_T
         timesteps = self.num_timesteps if timesteps is None else timesteps
         timesteps = min(timesteps, start_T or timesteps)
-        samples, intermediates, _ = self._run_steps(
+        samples, intermediates, _ = self._denoise_loop(
             img,
             cond,
             timesteps,
@@ -204,7 +204,7 @@ class AncestralSampling(DDPM):
         )
         return (samples, [img, *intermediates]) if return_intermediates else samples
 
-    def _run_steps(
+    def _denoise_loop(
         self,
         img: Tensor,
         cond: Condition,
@@ -217,12 +217,16 @@ class AncestralSampling(DDPM):
         temperature: float | Sequence[float] = 1.0,
         **options: Any,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return latents after the timesteps `timesteps` - 1 … 0; and those and x_0 to log."""
+        """Denoise at the timesteps `timesteps` - 1 … 0.
+
+        Returns:
+            Latents; the latents and the predicted x_0 after every `log_every_t`-th timestep.
+        """
         log_every_t = log_every_t or self.log_every_t
-        intermediates, estimates = [], []
+        intermediates, pred_x0s = [], []
         for i in reversed(range(timesteps)):
             t = torch.full((len(img),), i, device=self.betas.device, dtype=torch.long)
-            cond = self._noise_condition(cond, t)
+            cond = self._add_noise_to_condition(cond, t)
             img, pred_x0 = self.p_sample(
                 img,
                 cond,
@@ -236,12 +240,12 @@ class AncestralSampling(DDPM):
                 img = restore_masked(self, img, x0, mask, t)
             if i % log_every_t == 0 or i == timesteps - 1:
                 intermediates.append(img)
-                estimates.append(pred_x0)
+                pred_x0s.append(pred_x0)
             if callback:
                 callback(i)
             if img_callback:
                 img_callback(img, i)
-        return img, intermediates, estimates
+        return img, intermediates, pred_x0s
 
     @torch.no_grad()
     def sample(
@@ -262,7 +266,7 @@ class AncestralSampling(DDPM):
 
         Args:
             cond: Condition of `batch_size` samples or more; None = unconditional.
-            shape: Shape of the batch; None = `batch_size` latents of the model's size.
+            shape: Shape of the batch; None = `batch_size` latents of the model's `image_size`.
             kwargs: Ignored, as in the original.
         """
         if shape is None:
@@ -279,8 +283,8 @@ class AncestralSampling(DDPM):
             x0=x0,
         )
 
-    def _noise_condition(self, cond: Condition, t: Tensor) -> Condition:
-        """Add noise to the condition if it has a noise schedule, see `num_timesteps_cond`."""
+    def _add_noise_to_condition(self, cond: Condition, t: Tensor) -> Condition:
+        """Add noise to the condition if `num_timesteps_cond` is above 1."""
         if not self.shorten_cond_schedule:
             return cond
         return self.q_sample(cond, self.cond_ids[t.cpu()].to(t), torch.randn_like(cond))

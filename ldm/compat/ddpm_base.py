@@ -1,4 +1,4 @@
-"""DDPM of the original: a UNet, the tables of a noise schedule, loss and training.
+"""DDPM of the original: a UNet and the tables of a noise schedule, with loss and training steps.
 
 Ho et al. 2020 (arXiv:2006.11239).
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.compat.diffusion_util import extract_into_tensor, make_beta_schedule
 from ldm.compat.distributions import normal_kl
 from ldm.compat.ema import LitEma
-from ldm.compat.lightning import LightningModule, TrainingModule, read_state
+from ldm.compat.lightning import LightningModule, TrainingModule, read_state_dict
 from ldm.compat.util import instantiate_from_config, mean_flat
 from ldm.diffusion.schedule import Schedule
 
@@ -35,11 +35,11 @@ def uniform_on_device(
 
 
 class DiffusionWrapper(LightningModule):
-    """A UNet, and how it takes its conditions.
+    """A UNet, which gets its conditions by `conditioning_key`.
 
     Args:
-        diff_model_config: Config of the UNet. With `sequential_crossattn` beside its `target`, the
-            contexts are a list of one per block of a transformer, else they are joined.
+        diff_model_config: Config of the UNet. With `sequential_crossattn: true` beside `target`,
+            the UNet gets the list of contexts, one per transformer block, else their concatenation.
         conditioning_key: "concat" (channels), "crossattn" (context), "hybrid" (both), "adm" (class
             labels), "hybrid-adm" or "crossattn-adm"; None = no condition.
     """
@@ -64,49 +64,49 @@ class DiffusionWrapper(LightningModule):
 
         Args:
             c_concat: Channels to concatenate with x, (B, C_i, h, w) each.
-            c_crossattn: Contexts (B, M_i, D), concatenated over tokens; with "adm" the class
-                labels as only entry.
+            c_crossattn: Contexts (B, M_i, D), concatenated along the tokens; with "adm" a list of
+                the class labels only.
             c_adm: Class labels or vectors, `y` of the UNet.
         """
         key = self.conditioning_key
         if key in ("concat", "hybrid", "hybrid-adm"):
             assert c_concat is not None
             x = torch.cat([x, *c_concat], dim=1)
-        keywords: dict[str, object] = {}
+        kwargs: dict[str, object] = {}
         if key in ("crossattn", "hybrid", "hybrid-adm", "crossattn-adm"):
             assert c_crossattn is not None
             is_sequential = key == "crossattn" and self.sequential_cross_attn
-            keywords["context"] = c_crossattn if is_sequential else torch.cat([*c_crossattn], 1)
+            kwargs["context"] = c_crossattn if is_sequential else torch.cat([*c_crossattn], 1)
         if key == "adm":
             assert c_crossattn is not None
-            keywords["y"] = c_crossattn[0]
+            kwargs["y"] = c_crossattn[0]
         if key in ("hybrid-adm", "crossattn-adm"):
             assert c_adm is not None
-            keywords["y"] = c_adm
-        out: Tensor = self.diffusion_model(x, t, **keywords)
+            kwargs["y"] = c_adm
+        out: Tensor = self.diffusion_model(x, t, **kwargs)
         return out
 
 
 class DDPM(TrainingModule):
-    """A diffusion model of images, and the base class of those of latents.
+    """A diffusion model of images; the base class of LatentDiffusion.
 
     Args:
         unet_config, conditioning_key: See `DiffusionWrapper`.
         loss_type: "l1" or "l2".
         ckpt_path, ignore_keys: See `init_from_ckpt`; None = random weights.
         load_only_unet: Whether `ckpt_path` has the weights of the UNet alone.
-        monitor: Logged value by which Lightning chooses checkpoints; None = no attribute.
+        monitor: Logged value by which Lightning selects checkpoints; None = no attribute.
         given_betas: Betas instead of `beta_schedule` and `timesteps`; None to compute them.
         original_elbo_weight, l_simple_weight: Weights of the variational lower bound and of the
-            mean error.
-        v_posterior: Weight of beta against the posterior variance.
-        scheduler_config: Config of the learning rate schedule; None = a constant one.
-        learn_logvar: Whether to learn a log variance of the error of each timestep.
-        make_it_fit: Whether to repeat weights of a checkpoint whose layers have fewer channels.
-        ucg_training: {batch key: {"p": probability, "val": replacement}}, entries of a batch to
-            replace in training, for classifier-free guidance; None = none.
-        reset_ema: Whether the EMA starts from the weights of the checkpoint.
-        reset_num_ema_updates: Whether its warm-up starts again.
+            simple loss.
+        v_posterior: The variance of sampling steps is (1 - v) posterior variance + v beta.
+        scheduler_config: Config of the learning rate schedule; None = constant.
+        learn_logvar: Whether to learn a log variance of the error at each timestep.
+        make_it_fit: Whether to repeat weights of a checkpoint that has fewer channels.
+        ucg_training: {batch key: {"p": probability, "val": replacement}}, samples to replace in
+            training, for classifier-free guidance; None = none.
+        reset_ema: Whether to restart the EMA from the weights of the checkpoint.
+        reset_num_ema_updates: Whether to restart the warm-up of the EMA's decay.
     """
 
     betas: Tensor
@@ -162,8 +162,8 @@ class DDPM(TrainingModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
-            # Of the initial weights, as in the original: for a checkpoint without EMA weights,
-            # which is loaded later, `reset_ema` is needed.
+            # It starts from the initial weights, as in the original: `reset_ema` is needed if the
+            # checkpoint, which is loaded below, has no EMA weights.
             self.model_ema = LitEma(self.model)
         self.use_scheduler = scheduler_config is not None
         if self.use_scheduler:
@@ -182,7 +182,7 @@ class DDPM(TrainingModule):
         )
         self.loss_type = loss_type
         self.learn_logvar = learn_logvar
-        # On the CPU also if the weights are on the meta device: no checkpoint has these values.
+        # On the CPU even if weights are on the meta device, as no checkpoint has these values.
         logvar = torch.full((self.num_timesteps,), float(logvar_init), device="cpu")
         self.logvar: Tensor = nn.Parameter(logvar) if learn_logvar else logvar
         self.ucg_training = dict(ucg_training or {})
@@ -218,10 +218,10 @@ class DDPM(TrainingModule):
         self.update_cond_schedule()
 
     def update_cond_schedule(self) -> None:
-        """Update what LatentDiffusion derives from the number of timesteps."""
+        """Update the condition's timesteps, which only LatentDiffusion has."""
 
     def restart_ema(self, reset_ema: bool, reset_num_updates: bool) -> None:
-        """Start the EMA from the present weights, or its warm-up again."""
+        """Restart the EMA from the present weights, or restart the warm-up of its decay."""
         if (reset_ema or reset_num_updates) and not self.use_ema:
             raise ValueError("reset_ema and reset_num_ema_updates need use_ema")
         if reset_ema:
@@ -237,23 +237,23 @@ class DDPM(TrainingModule):
     def init_from_ckpt(
         self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False
     ) -> None:
-        """Load the weights of a checkpoint, as far as the model has their names.
+        """Load the weights of a checkpoint whose names the model has.
 
         Args:
             path: A file of any format that `ldm.load` reads; objects in it are not unpickled.
             ignore_keys: Prefixes of names to leave out.
             only_model: Whether to load the UNet only.
         """
-        state = read_state(path, ignore_keys)
+        weights = read_state_dict(path, ignore_keys)
         if self.make_it_fit:
-            state |= _fit_weights(state, self.state_dict())
+            weights |= _fit_weights(weights, self.state_dict())
         if only_model:
-            state = {name.removeprefix("model."): value for name, value in state.items()}
-        self.load_weights(state, only_model)
+            weights = {name.removeprefix("model."): value for name, value in weights.items()}
+        self.load_weights(weights, only_model)
 
-    def load_weights(self, state: Mapping[str, Tensor], only_model: bool = False) -> None:
-        """Load the weights of `init_from_ckpt`."""
-        (self.model if only_model else self).load_state_dict(state, strict=False)
+    def load_weights(self, weights: Mapping[str, Tensor], only_model: bool = False) -> None:
+        """Load the weights that `init_from_ckpt` has read."""
+        (self.model if only_model else self).load_state_dict(weights, strict=False)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and log variance of q(x_t | x_0) at timesteps t (B,)."""
@@ -262,7 +262,7 @@ class DDPM(TrainingModule):
         return mean, variance, self._extract("log_one_minus_alphas_cumprod", t, x_start)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Compute x_0 from x_t (B, …) at timesteps t (B,) and its noise."""
+        """Compute x_0 from x_t (B, …) and its noise, at timesteps t (B,)."""
         scaled = self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t
         return scaled - self._extract("sqrt_recipm1_alphas_cumprod", t, x_t) * noise
 
@@ -284,7 +284,7 @@ class DDPM(TrainingModule):
         return mean, variance, self._extract("posterior_log_variance_clipped", t, x_t)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Add noise to x_0 (B, …), as of timesteps t (B,); None draws the noise."""
+        """Add noise to x_0 (B, …), at the levels of timesteps t (B,); None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         scaled = self._extract("sqrt_alphas_cumprod", t, x_start) * x_start
         return scaled + self._extract("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
@@ -295,25 +295,26 @@ class DDPM(TrainingModule):
         return scaled - self._extract("sqrt_one_minus_alphas_cumprod", t, x) * x
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """Compute the error of each value, or the mean error."""
+        """Compute the mean error, or without `mean` the error of each element."""
         if self.loss_type not in ("l1", "l2"):
             raise NotImplementedError(f"unknown loss type `{self.loss_type}`")
         error = F.l1_loss if self.loss_type == "l1" else F.mse_loss
         return error(pred, target, reduction="mean" if mean else "none")
 
     def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Any:
-        """Compute the loss at timesteps t (B,), and the values to log; None draws the noise."""
+        """Compute the loss at timesteps t (B,), and the losses to log; None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.model(self.q_sample(x_start, t, noise), t)
-        error = self.get_loss(output, self.target(x_start, noise, t), mean=False).mean((1, 2, 3))
+        target = self.compute_target(x_start, noise, t)
+        error = self.get_loss(output, target, mean=False).mean((1, 2, 3))
         split = "train" if self.training else "val"
         simple, vlb = error.mean(), (self.lvlb_weights[t] * error).mean()
         loss = simple * self.l_simple_weight + self.original_elbo_weight * vlb
-        parts = {"loss_simple": simple, "loss_vlb": vlb, "loss": loss}
-        return loss, {f"{split}/{name}": value for name, value in parts.items()}
+        losses = {"loss_simple": simple, "loss_vlb": vlb, "loss": loss}
+        return loss, {f"{split}/{name}": value for name, value in losses.items()}
 
-    def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return what the UNet should predict."""
+    def compute_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Compute eps, v or x_0, which the UNet should predict."""
         if self.parameterization == "v":
             return self.get_v(x_start, noise, t)
         return noise if self.parameterization == "eps" else x_start
@@ -324,9 +325,9 @@ class DDPM(TrainingModule):
         return self.p_losses(x, t, *args, **kwargs)
 
     def shared_step(self, batch: Batch, **kwargs: Any) -> tuple[Tensor, Losses]:
-        """Compute the loss of a batch, and the values to log."""
-        loss, parts = self(self.get_input(batch, self.first_stage_key))
-        return loss, parts
+        """Compute the loss of a batch, and the losses to log."""
+        loss, loss_dict = self(self.get_input(batch, self.first_stage_key))
+        return loss, loss_dict
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch, after the replacements of `ucg_training`."""
@@ -335,8 +336,8 @@ class DDPM(TrainingModule):
             for i in range(len(batch[key])):
                 if self.ucg_prng.choice(2, p=[1 - options["p"], options["p"]]):
                     batch[key][i] = null_value
-        loss, parts = self.shared_step(batch)
-        self.log_dict(parts, prog_bar=True, logger=True, on_step=True, on_epoch=True)
+        loss, loss_dict = self.shared_step(batch)
+        self.log_dict(loss_dict, prog_bar=True, logger=True, on_step=True, on_epoch=True)
         step = torch.tensor(float(self.global_step))
         self.log("global_step", step, prog_bar=True, logger=True, on_step=True, on_epoch=False)
         if self.use_scheduler:
@@ -346,15 +347,15 @@ class DDPM(TrainingModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss of a batch, with the weights and with the EMA weights."""
-        _, parts = self.shared_step(batch)
+        """Log the losses of a batch, with the weights and with the EMA weights."""
+        _, loss_dict = self.shared_step(batch)
         with self.ema_scope():
-            _, ema_losses = self.shared_step(batch)
-        parts |= {f"{name}_ema": value for name, value in ema_losses.items()}
-        self.log_dict(parts, prog_bar=False, logger=True, on_step=False, on_epoch=True)
+            _, ema_loss_dict = self.shared_step(batch)
+        loss_dict |= {f"{name}_ema": value for name, value in ema_loss_dict.items()}
+        self.log_dict(loss_dict, prog_bar=False, logger=True, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW for the UNet, with `learning_rate`, an attribute that callers set."""
+        """Return AdamW for the UNet; callers set the attribute `learning_rate` before."""
         parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
@@ -363,29 +364,29 @@ class DDPM(TrainingModule):
         return extract_into_tensor(getattr(self, table), t, x.shape)
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
-        """Compute the KL divergence of x_T from the standard normal, (B,), in bits per value."""
+        """Return the KL divergence of x_T from the standard normal, (B,), in bits per dimension."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
 
 def _fit_weights(
-    state: Mapping[str, Tensor], model_state: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor], model_weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the weights whose shapes differ from the model's, repeated or cut in two axes."""
     fitted = {}
-    for name, target in model_state.items():
-        old = state.get(name)
-        if old is None or old.shape == target.shape:
+    for name, target in model_weights.items():
+        weight = weights.get(name)
+        if weight is None or weight.shape == target.shape:
             continue
-        if old.dim() != target.dim() or old.shape[2:] != target.shape[2:]:
-            raise ValueError(f"`{name}` of shape {tuple(old.shape)} fits no {tuple(target.shape)}")
-        value = old[torch.arange(len(target)) % len(old)]
-        if old.dim() > 1:
-            in_channels = torch.arange(target.shape[1]) % old.shape[1]
+        if weight.dim() != target.dim() or weight.shape[2:] != target.shape[2:]:
+            shape, expected = tuple(weight.shape), tuple(target.shape)
+            raise ValueError(f"make_it_fit: `{name}` has shape {shape}, expected {expected}")
+        value = weight[torch.arange(len(target)) % len(weight)]
+        if weight.dim() > 1:
+            in_channels = torch.arange(target.shape[1]) % weight.shape[1]
             # As in the original, divided by one more than the number of copies.
-            divisor = 1 + torch.bincount(in_channels, minlength=old.shape[1])[in_channels]
-            shape = (1, -1, *(1,) * (old.dim() - 2))
-            value = value[:, in_channels] / divisor.reshape(shape)
+            divisor = 1 + torch.bincount(in_channels, minlength=weight.shape[1])[in_channels]
+            value = value[:, in_channels] / divisor.reshape(1, -1, *(1,) * (weight.dim() - 2))
         fitted[name] = value
     return fitted

@@ -1,7 +1,7 @@
 """Families of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
 
-Each adds conditions in `get_input`: `c_concat`, channels concatenated with the latent, or `c_adm`,
-vectors.
+Each adds conditions in `get_input`: channels concatenated with the latent (`c_concat`) or vectors
+(`c_adm`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from ldm.compat.util import instantiate_from_config
 from ldm.encoders.depth import normalize_depth, resize_depth
 from ldm.encoders.lowres import PatchesToChannels
 
-# The first convolution, and its EMA copy.
+# The first convolution, and its EMA weight.
 FINETUNE_KEYS = (
     "model.diffusion_model.input_blocks.0.0.weight",
     "model_ema.diffusion_modelinput_blocks00weight",
@@ -25,7 +25,7 @@ FINETUNE_KEYS = (
 
 
 class ConcatDiffusion(LatentDiffusion):
-    """Base class of models with `c_concat`, which have other defaults of `log_images`."""
+    """Base class of models with `c_concat`, with other defaults of `log_images`."""
 
     def log_images(  # type: ignore[override]  # other defaults
         self,
@@ -47,11 +47,10 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
 
     Args:
         concat_keys: Batch keys of the channels that are concatenated with the latent.
-        finetune_keys: Weights of a checkpoint to extend by zeros for new input channels; None for
-            none.
+        finetune_keys: Weights of a checkpoint to zero-pad for new input channels; None = none.
         keep_finetune_dims: Number of input channels to copy from the checkpoint.
-        c_concat_log_start, c_concat_log_end: Channels of `c_concat` that `log_images` decodes; None
-            for the first and last, both None for no image.
+        c_concat_log_start, c_concat_log_end: Range of the channels of `c_concat` that `log_images`
+            decodes; both None = no image.
     """
 
     def __init__(
@@ -71,27 +70,27 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         self.c_concat_log_end = c_concat_log_end
         super().__init__(*args, **kwargs)
 
-    def load_weights(self, state: Mapping[str, Tensor], only_model: bool = False) -> None:
-        """Load the weights of a checkpoint, `finetune_keys` with zeros for new channels."""
+    def load_weights(self, weights: Mapping[str, Tensor], only_model: bool = False) -> None:
+        """Load the weights of a checkpoint; those of `finetune_keys` are zero-padded."""
         shapes = {name: weight.shape for name, weight in self.state_dict().items()}
-        extended = dict(state)
+        padded = dict(weights)
         for name in self.finetune_keys or ():
-            if name in state and name in shapes and state[name].shape != shapes[name]:
+            if name in weights and name in shapes and weights[name].shape != shapes[name]:
                 # Zeros, so that the new channels have no effect at first.
-                extended[name] = state[name].new_zeros(shapes[name])
-                extended[name][:, : self.keep_dims] = state[name]
-        super().load_weights(extended, only_model)
+                padded[name] = weights[name].new_zeros(shapes[name])
+                padded[name][:, : self.keep_dims] = weights[name]
+        super().load_weights(padded, only_model)
 
-    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+    def make_concat_channels(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         """Return the channels (B, C_i, h, w) of each of `concat_keys`, for latents (B, C, h, w)."""
         raise NotImplementedError
 
-    def image_conditions(self, c_concat: Tensor) -> dict[str, Any]:
-        """Return the conditions besides the prompt, given the channels (B, C, h, w)."""
+    def make_conditions(self, c_concat: Tensor) -> dict[str, Any]:
+        """Return all conditions but the prompt's, given the channels of `c_concat` (B, C, h, w)."""
         return {"c_concat": [c_concat]}
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # as in the original, a narrower signature
+    def get_input(  # type: ignore[override]  # incompatible in the original, too
         self,
         batch: Batch,
         k: str,
@@ -100,7 +99,7 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
         return_first_stage_outputs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Encode a batch: [z, condition], and with first stage outputs those and the prompts."""
+        """Encode a batch; see LatentDiffusion, but first stage outputs include the prompts."""
         z, c, *outputs = super().get_input(
             batch,
             self.first_stage_key,
@@ -109,11 +108,11 @@ class LatentFinetuneDiffusion(ConcatDiffusion):
             return_original_cond=return_first_stage_outputs,
             bs=bs,
         )
-        c_concat = torch.cat(self.concat_condition(batch, z, bs), dim=1)
-        return [z, {**self.image_conditions(c_concat), "c_crossattn": [c]}, *outputs]
+        c_concat = torch.cat(self.make_concat_channels(batch, z, bs), dim=1)
+        return [z, {**self.make_conditions(c_concat), "c_crossattn": [c]}, *outputs]
 
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, with decoded channels of the condition."""
+        """Return images to log, including decoded channels of the condition."""
         log = super().log_images(batch, N, *args, **kwargs)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             _, c = self.get_input(batch, self.first_stage_key, bs=N)[:2]
@@ -136,7 +135,7 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         self.masked_image_key = masked_image_key
         super().__init__(concat_keys, finetune_keys, *args, **kwargs)
 
-    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+    def make_concat_channels(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         conditions = []
         for key in self.concat_keys:
             image = DDPM.get_input(self, batch, key)[:bs].to(self.device)
@@ -148,7 +147,7 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         return conditions
 
     def log_images(self, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, with the masked images."""
+        """Return images to log, including the masked images."""
         log = super().log_images(batch, *args, **kwargs)
         log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)
         return log
@@ -168,7 +167,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         self.depth_model: nn.Module = instantiate_from_config(depth_stage_config)
         (self.depth_stage_key,) = concat_keys
 
-    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+    def make_concat_channels(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         image: Tensor = batch[self.depth_stage_key][:bs].to(self.device)
         depth = self.depth_model(image)
         # The eps of the original's training; its scripts have none.
@@ -176,7 +175,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     @torch.no_grad()
     def log_images(self, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, with the depth maps."""
+        """Return images to log, including the depth maps."""
         log = super().log_images(batch, *args, **kwargs)
         depth = self.depth_model(batch[self.depth_stage_key].to(self.device))
         log["depth"] = normalize_depth(depth)
@@ -184,10 +183,10 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
-    """Images concatenated with the latent, such as ones of low resolution with noise.
+    """Images concatenated with the latent, such as noise-augmented images of low resolution.
 
     Args:
-        reshuffle_patch_size: Tiles along each side, see `PatchesToChannels`; None keeps the images.
+        reshuffle_patch_size: Patches per side, see `PatchesToChannels`; None = images unchanged.
         low_scale_config: Config of the noise augmentation model; None = no noise.
         low_scale_key: Unused, as in the original.
     """
@@ -208,14 +207,14 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
             self.low_scale_model = freeze(instantiate_from_config(low_scale_config))
             self.low_scale_key = low_scale_key
 
-    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+    def make_concat_channels(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         images = [DDPM.get_input(self, batch, key)[:bs].to(self.device) for key in self.concat_keys]
         if self.reshuffle_patch_size is None:
             return images
         to_channels = PatchesToChannels(patch=self.reshuffle_patch_size)
         return [to_channels(image) for image in images]
 
-    def image_conditions(self, c_concat: Tensor) -> dict[str, Any]:
+    def make_conditions(self, c_concat: Tensor) -> dict[str, Any]:
         if self.low_scale_model is None:
             return {"c_concat": [c_concat]}
         c_concat, noise_level = self.low_scale_model(c_concat)
@@ -223,7 +222,7 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
 
 
 class LatentUpscaleDiffusion(ConcatDiffusion):
-    """Upscaling: a low-resolution image with noise, concatenated with the latent.
+    """Upscaling: a noise-augmented low-resolution image, concatenated with the latent.
 
     Args:
         low_scale_config: Config of the noise augmentation model.
@@ -251,7 +250,7 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
         self.low_scale_model: Any = freeze(instantiate_from_config(config))
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # as in the original, a narrower signature
+    def get_input(  # type: ignore[override]  # incompatible in the original, too
         self,
         batch: Batch,
         k: str,
@@ -264,8 +263,8 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
         """Encode a batch: [z, condition].
 
         Args:
-            log_mode: Whether to append images, their reconstructions, prompts, the low-resolution
-                images without and with noise, and the noise levels.
+            log_mode: Whether to return images, their reconstructions, prompts, the low-resolution
+                images without and with noise, and the noise levels as well.
         """
         returns_images = log_mode or return_first_stage_outputs
         z, c, *outputs = super().get_input(
@@ -287,19 +286,19 @@ class LatentUpscaleDiffusion(ConcatDiffusion):
 
     @torch.no_grad()
     def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return images to log, with the low-resolution images."""
+        """Return images to log, including the low-resolution images."""
         log = super().log_images(batch, N, *args, **kwargs)
         log["x_lr"] = DDPM.get_input(self, batch, self.low_scale_key)[:N]
         return log
 
 
 class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
-    """Stable unCLIP: an image embedding with noise, besides the prompt.
+    """Stable unCLIP: a noise-augmented image embedding besides the prompt.
 
     Args:
         embedder_config: Config of the image encoder.
-        embedding_key: Batch key of its images.
-        embedding_dropout: Probability of zeros instead of the embedding, in training.
+        embedding_key: Batch key of the images.
+        embedding_dropout: Probability of a zero embedding, in training.
         noise_aug_config: Config of the noise augmentation model; None = no noise.
     """
 
@@ -323,7 +322,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
             self.noise_augmentor = freeze(instantiate_from_config(noise_aug_config))
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # as in the original, a narrower signature
+    def get_input(  # type: ignore[override]  # incompatible in the original, too
         self,
         batch: Batch,
         k: str,
@@ -338,6 +337,6 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         if self.noise_augmentor is not None:
             c_adm = torch.cat(self.noise_augmentor(c_adm), dim=1)
         if self.training:
-            keep = torch.full((len(c_adm), 1), 1.0 - self.embedding_dropout, device=c_adm.device)
-            c_adm = torch.bernoulli(keep) * c_adm
+            keep_probs = torch.full((len(c_adm), 1), 1.0 - self.embedding_dropout)
+            c_adm = torch.bernoulli(keep_probs.to(c_adm.device)) * c_adm
         return [z, {"c_crossattn": [c], "c_adm": c_adm}, *outputs]

@@ -1,4 +1,4 @@
-"""Images that the original's LatentDiffusion logs while it trains: `log_images`."""
+"""Images that the original's LatentDiffusion logs during training: `log_images`."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,15 +17,15 @@ from ldm.compat.sampling import Condition, drop_none
 from ldm.compat.util import isimage, ismap, log_txt_as_img
 
 Images = dict[str, Any]
-GRID_GAP = 2  # pixels between the images of a grid, as torchvision's `make_grid` has
+GRID_PADDING = 2  # pixels around the images of a grid, as in torchvision's `make_grid`
 
 
 class ImageLogging(AncestralSampling):
     """Base class of LatentDiffusion: its methods that log images."""
 
     cond_stage_key: str
-    decode_first_stage: Callable[..., Tensor]  # of LatentDiffusion
-    get_unconditional_conditioning: Callable[..., Any]  # of LatentDiffusion
+    decode_first_stage: Callable[..., Tensor]  # defined by LatentDiffusion
+    get_unconditional_conditioning: Callable[..., Any]  # defined by LatentDiffusion
 
     def get_input(self, batch: Batch, k: str, **kwargs: Any) -> Any:
         """Encode a batch; see LatentDiffusion."""
@@ -35,7 +35,7 @@ class ImageLogging(AncestralSampling):
     def sample_log(
         self, cond: Condition, batch_size: int, ddim: bool, ddim_steps: int | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Sample latents by DDIM, or by ancestral sampling; keywords go to the sampler."""
+        """Sample latents by DDIM, or by DDPM; `kwargs` are passed to the sampler."""
         if ddim and ddim_steps is not None:
             shape = (self.channels, self.image_size, self.image_size)
             sampler = DDIMSampler(self)
@@ -68,9 +68,9 @@ class ImageLogging(AncestralSampling):
         """Return images of a batch, and images sampled with its conditions.
 
         Args:
-            N, n_row: Number of samples of the batch to use, and of those with noise levels shown.
-            ddim_steps: Steps of DDIM; None = ancestral sampling.
-            return_keys: Names of the images to return, if there are any such; None = all.
+            N, n_row: Number of samples of the batch to use, and of rows in `diffusion_row`.
+            ddim_steps: Steps of DDIM; None = DDPM sampling.
+            return_keys: Names of the images to return; None, or no such image = all.
             quantize_denoised: Whether to sample with quantized x_0 as well, with a VQ autoencoder.
             inpaint: Whether to inpaint the middle of the images, and to outpaint the rest.
             unconditional_guidance_scale: Above 1, sample with guidance as well.
@@ -90,7 +90,7 @@ class ImageLogging(AncestralSampling):
         )
         N, n_row = min(len(x), N), min(len(x), n_row)
         log: Images = {"inputs": x, "reconstruction": reconstruction}
-        log |= self._draw_condition(batch, x, c, original)
+        log |= self._visualize_condition(batch, x, c, original)
         options: dict[str, Any] = {
             "batch_size": N,
             "ddim": ddim_steps is not None,
@@ -100,11 +100,11 @@ class ImageLogging(AncestralSampling):
         if plot_diffusion_rows:
             log["diffusion_row"] = self._get_denoise_row_from_list(self._add_noise_steps(z[:n_row]))
 
-        scope = self.ema_scope if use_ema_scope else nullcontext
+        weights_scope = self.ema_scope if use_ema_scope else nullcontext
 
-        def sample_images(**more: Any) -> tuple[Tensor, Any]:
-            with scope():
-                samples, intermediates = self.sample_log(cond=c, **options, **more)
+        def sample_images(**kwargs: Any) -> tuple[Tensor, Any]:
+            with weights_scope():
+                samples, intermediates = self.sample_log(cond=c, **options, **kwargs)
             return self.decode_first_stage(samples), intermediates
 
         if sample:
@@ -119,7 +119,7 @@ class ImageLogging(AncestralSampling):
                 log["samples_x0_quantized"], _ = sample_images(quantize_denoised=True)
         if unconditional_guidance_scale > 1.0:
             uncond = self.get_unconditional_conditioning(N, unconditional_guidance_label)
-            if isinstance(c, dict):  # without the prompt, all else as in c
+            if isinstance(c, dict):  # all other conditions stay those of c
                 uncond = {**c, "c_crossattn": [uncond]}
             log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"], _ = sample_images(
                 unconditional_guidance_scale=unconditional_guidance_scale,
@@ -133,10 +133,10 @@ class ImageLogging(AncestralSampling):
             log["samples_inpainting"], _ = sample_images(x0=z[:N], mask=mask)
             log["samples_outpainting"], _ = sample_images(x0=z[:N], mask=1.0 - mask)
         if plot_progressive_rows:
-            with scope():
+            with weights_scope():
                 shape = (self.channels, self.image_size, self.image_size)
-                _, estimates = self.progressive_denoising(c, shape=shape, batch_size=N)
-            log["progressive_row"] = self._get_denoise_row_from_list(estimates)
+                _, pred_x0s = self.progressive_denoising(c, shape=shape, batch_size=N)
+            log["progressive_row"] = self._get_denoise_row_from_list(pred_x0s)
         if return_keys and log.keys() & set(return_keys):
             return {key: log[key] for key in return_keys if key in log}
         return log
@@ -151,7 +151,7 @@ class ImageLogging(AncestralSampling):
     def _get_denoise_row_from_list(
         self, samples: Sequence[Tensor], desc: str = "", force_no_decoder_quantization: bool = False
     ) -> Tensor:
-        """Decode latents (B, C, h, w) of several steps to a grid with a row for each sample."""
+        """Decode latents (B, C, h, w) of several steps to a grid, one row per sample."""
         decoded = [
             self.decode_first_stage(
                 z.to(self.device),
@@ -162,13 +162,13 @@ class ImageLogging(AncestralSampling):
         return self._get_rows_from_list(decoded)
 
     def _get_rows_from_list(self, samples: Sequence[Tensor]) -> Tensor:
-        """Make a grid (3, H', W') of images (B, 3, H, W) of several steps, a row per sample."""
-        images = F.pad(torch.stack([*samples], dim=1), (0, GRID_GAP, 0, GRID_GAP))
+        """Make a grid (3, H', W') of images (B, 3, H, W) of several steps, one row per sample."""
+        images = F.pad(torch.stack([*samples], dim=1), (0, GRID_PADDING, 0, GRID_PADDING))
         grid = rearrange(images, "b steps c h w -> c (b h) (steps w)")
-        return F.pad(grid, (GRID_GAP, 0, GRID_GAP, 0))
+        return F.pad(grid, (GRID_PADDING, 0, GRID_PADDING, 0))
 
     def _add_noise_steps(self, z: Tensor) -> list[Tensor]:
-        """Add noise to latents as of every `log_every_t`-th timestep and the last one."""
+        """Return latents with the noise of each `log_every_t`-th timestep and of the last one."""
         last = self.num_timesteps - 1
         timesteps = [t for t in range(last + 1) if t % self.log_every_t == 0 or t == last]
         return [
@@ -176,8 +176,8 @@ class ImageLogging(AncestralSampling):
             for t in timesteps
         ]
 
-    def _draw_condition(self, batch: Batch, x: Tensor, c: Condition, original: Any) -> Images:
-        """Return the conditions of the samples as images, if they can be drawn."""
+    def _visualize_condition(self, batch: Batch, x: Tensor, c: Condition, original: Any) -> Images:
+        """Return the conditions of the samples as images, {} if they cannot be visualized."""
         if self.model.conditioning_key is None:
             return {}
         decode = getattr(self.cond_stage_model, "decode", None)
@@ -188,7 +188,7 @@ class ImageLogging(AncestralSampling):
         if key in ("caption", "txt", "human_label") and key in batch:
             height, width = x.shape[-2:]
             captions = batch[key][: len(x)]
-            # The original's font size: 25 lines in the height of the image
+            # The original's font size, a 25th of the image's height
             images = log_txt_as_img((width, height), captions, size=max(height // 25, 1))
             return {"conditioning": images}
         if isimage(original):

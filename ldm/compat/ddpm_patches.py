@@ -1,10 +1,14 @@
-"""Work of the original's LatentDiffusion on overlapping patches, for images that are too large.
+"""Patch-wise processing in the original's LatentDiffusion, for images that need too much memory.
 
-Programs set `split_input_params` on a model, a dict of: `ks` and `stride`, height and width of a
-patch and of a step, in pixels of what is cut; `vqf`, by which the autoencoder downscales;
-`patch_distributed_vq`, whether it works on patches as well; `tie_braker` (sic), whether patches at
-the border weigh less; and limits of the weights, `clip_{min,max}_weight` of pixels,
-`clip_{min,max}_tie_weight` of patches.
+Programs set the attribute `split_input_params` of a model, a dict:
+
+    ks, stride                    (height, width) of patches, and of the distance between them, in
+                                  pixels of the image or of the latent
+    vqf                           downscaling factor of the autoencoder
+    patch_distributed_vq          whether the autoencoder is applied to patches, too
+    tie_braker (sic)              whether patches at the border have smaller weights
+    clip_{min,max}_weight         limits of the weights of pixels
+    clip_{min,max}_tie_weight     limits of the weights of patches
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +19,12 @@ from torch import Tensor
 
 from ldm.compat.ddpm_base import DDPM
 
-# Batch keys of conditions that are maps of the latent's size, and cut with it
+# Batch keys of conditions that have the latent's size, and are cut into patches, too
 IMAGE_KEYS = ("image", "LR_image", "segmentation", "bbox_img")
 
 
-class Patchwise(DDPM):
-    """Base class of LatentDiffusion: its methods that work on patches, and blend the results."""
+class PatchProcessing(DDPM):
+    """Base class of LatentDiffusion: its methods that process patches, and blend the results."""
 
     cond_stage_key: str
     first_stage_model: Any
@@ -62,11 +66,11 @@ class Patchwise(DDPM):
         uf: int = 1,
         df: int = 1,
     ) -> tuple[torch.nn.Fold, torch.nn.Unfold, Tensor, Tensor]:
-        """Return what cuts x (B, C, h, w) into patches, what adds them up again, and their weights.
+        """Build modules that cut x (B, C, h, w) into patches and sum them, and the weights.
 
         Args:
-            kernel_size, stride: Height and width, in pixels of x.
-            uf, df: Factor by which the processed patches are larger, or smaller, than those of x.
+            kernel_size, stride: (height, width), in pixels of x.
+            uf, df: Factor by which patches are upscaled, or downscaled, before they are summed.
 
         Returns:
             Fold and Unfold; the sum of the weights at each pixel, (1, 1, h, w); and the weights of
@@ -97,14 +101,14 @@ class Patchwise(DDPM):
         return fold, unfold, normalization, weighting.reshape(1, 1, *kernel, rows * columns)
 
     def encode_patches(self, x: Tensor) -> Any:
-        """Encode images, by patches with `patch_distributed_vq`."""
+        """Encode images, patch by patch with `patch_distributed_vq`."""
         options = self.split_input_params
-        options["original_image_size"] = x.shape[-2:]  # which programs read
-        return self._code_patches(self.first_stage_model.encode, x, df=options["vqf"])
+        options["original_image_size"] = x.shape[-2:]  # programs read it
+        return self._process_patches(self.first_stage_model.encode, x, df=options["vqf"])
 
     def decode_patches(self, decode: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """Decode latents, by patches with `patch_distributed_vq`."""
-        image: Tensor = self._code_patches(decode, z, uf=self.split_input_params["vqf"])
+        """Decode latents, patch by patch with `patch_distributed_vq`."""
+        image: Tensor = self._process_patches(decode, z, uf=self.split_input_params["vqf"])
         return image
 
     def apply_to_patches(self, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
@@ -124,20 +128,20 @@ class Patchwise(DDPM):
         ]
         return _blend(outputs, fold, normalization, weighting)
 
-    def _code_patches(
-        self, code: Callable[[Tensor], Any], x: Tensor, uf: int = 1, df: int = 1
+    def _process_patches(
+        self, process: Callable[[Tensor], Any], x: Tensor, uf: int = 1, df: int = 1
     ) -> Any:
         options = self.split_input_params
         if not options.get("patch_distributed_vq"):
-            return code(x)
+            return process(x)
         kernel, stride = (
             tuple(map(min, options[key], x.shape[-2:]))  # a small image is one patch
             for key in ("ks", "stride")
         )
         fold, unfold, normalization, weighting = self.get_fold_unfold(x, kernel, stride, uf, df)
-        outputs = [code(patch) for patch in _cut(unfold, x, kernel)]
+        outputs = [process(patch) for patch in _cut(unfold, x, kernel)]
         if not all(isinstance(output, Tensor) for output in outputs):
-            raise TypeError("only autoencoders that encode to tensors can do so by patches")
+            raise TypeError("patch_distributed_vq needs an autoencoder that encodes to a tensor")
         return _blend(outputs, fold, normalization, weighting)
 
 

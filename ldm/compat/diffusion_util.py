@@ -1,4 +1,4 @@
-"""`ldm.modules.diffusionmodules.util` of the original: noise schedule, tables, torch's layers."""
+"""`ldm.modules.diffusionmodules.util` of the original: noise schedules, timesteps, layers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -48,7 +48,8 @@ def make_ddim_timesteps(
 
     Args:
         ddim_discr_method: "uniform" takes every c-th, c = num_ddpm_timesteps // num_ddim_timesteps,
-            often more than asked for; "quad" is uniform in √t up to 0.8 num_ddpm_timesteps.
+            often more than num_ddim_timesteps; "quad" is uniform in √t up to 0.8
+            num_ddpm_timesteps.
     """
     if ddim_discr_method == "uniform":
         if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
@@ -61,7 +62,9 @@ def make_ddim_timesteps(
         square_roots = np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps)
         timesteps: NDArray[np.int64] = (square_roots**2).astype(np.int64) + 1
         return timesteps
-    raise NotImplementedError(f"there is no DDIM discretization `{ddim_discr_method}`")
+    raise NotImplementedError(
+        f"unknown ddim_discr_method `{ddim_discr_method}`, choose one of quad, uniform"
+    )
 
 
 def make_ddim_sampling_parameters(
@@ -73,12 +76,12 @@ def make_ddim_sampling_parameters(
         alphacums: ᾱ at each timestep of the model.
 
     Returns:
-        sigma of the noise that each step adds (float64); ᾱ; and ᾱ at the next lower timestep
-        (float64 numpy). The first two are tensors if `alphacums` is one, else numpy.
+        sigma of the noise that each step adds (float64); ᾱ; and ᾱ at the timestep before (float64
+        numpy). The first two are tensors if `alphacums` is a tensor, else numpy.
     """
     table = torch.as_tensor(alphacums)
     alphas = table[torch.as_tensor(ddim_timesteps)]
-    # The first is ᾱ of timestep 0, not 1, so that the last step leaves a little noise.
+    # The first is ᾱ of timestep 0, which is below 1: the last step leaves a little noise.
     previous = torch.cat([table[:1], alphas[:-1]]).double()
     alphas64 = alphas.double()
     variance = (1 - previous) / (1 - alphas64) * (1 - alphas64 / previous)
@@ -117,7 +120,7 @@ def timestep_embedding(
     """Embed timesteps (B,) as sines and cosines, (B, dim) float32.
 
     Args:
-        repeat_only: Whether to repeat the timestep `dim` times instead, in its dtype.
+        repeat_only: Whether to return each timestep repeated `dim` times instead, in its dtype.
     """
     if repeat_only:
         return timesteps[:, None].repeat(1, dim)
@@ -130,10 +133,10 @@ def checkpoint(
     """Call a function; with `flag`, recompute its activations in the backward pass.
 
     Args:
-        params: Ignored: gradients of parameters need no list of them here.
+        params: Ignored, as torch finds the parameters itself.
     """
     if flag and torch.is_grad_enabled():
-        # Not reentrant: so parameters get gradients even if no input needs one.
+        # Not reentrant, so that parameters get gradients even if no input requires one.
         result: Result = _checkpoint(func, *inputs, use_reentrant=False)
         return result
     return func(*inputs)
@@ -150,7 +153,7 @@ class GroupNorm32(nn.GroupNorm):
     """GroupNorm with mean and variance in float32 whatever the dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernels take x and weight of one dtype only, and compute half in float32 themselves.
+        # torch's kernels need x and weight of one dtype, and compute in float32 for half precision.
         y = super().forward(x if x.dtype == self.weight.dtype else x.float())
         return y.type(x.dtype)
 
@@ -162,12 +165,12 @@ def normalization(channels: int) -> nn.Module:
 
 def conv_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
     """Build a convolution of 1, 2 or 3 dimensions."""
-    return _by_dims((nn.Conv1d, nn.Conv2d, nn.Conv3d), dims)(*args, **kwargs)
+    return _select_by_dims((nn.Conv1d, nn.Conv2d, nn.Conv3d), dims)(*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
     """Build average pooling of 1, 2 or 3 dimensions."""
-    return _by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
+    return _select_by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
 
 
 def linear(*args: object, **kwargs: object) -> nn.Module:
@@ -177,7 +180,7 @@ def linear(*args: object, **kwargs: object) -> nn.Module:
 
 
 class HybridConditioner(nn.Module):
-    """Two encoders from configs, for channels to concatenate and for cross-attention."""
+    """Two encoders, built from configs: one for `c_concat`, one for `c_crossattn`."""
 
     def __init__(self, c_concat_config: Config, c_crossattn_config: Config) -> None:
         super().__init__()
@@ -191,7 +194,7 @@ class HybridConditioner(nn.Module):
         }
 
 
-def _by_dims(classes: Sequence[type[nn.Module]], dims: int) -> Callable[..., nn.Module]:
+def _select_by_dims(classes: Sequence[type[nn.Module]], dims: int) -> Callable[..., nn.Module]:
     if dims not in (1, 2, 3):
-        raise ValueError(f"unsupported dimensions: {dims}")
+        raise ValueError(f"unsupported dimensions: {dims}")  # the original's text
     return classes[dims - 1]

@@ -19,7 +19,8 @@ class DiagonalGaussianDistribution(DiagonalGaussian):
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw a sample mean + std * noise, (B, C, h, w); the noise is drawn on the CPU."""
         noise = torch.randn(self.mean.shape, generator=generator)
-        # Not in the dtype of the mean: as in the original, the sample is float32 or wider.
+        # The noise stays float32, whatever the dtype of the mean: as in the original, the sample
+        # has at least float32 precision.
         return self.mean + self.std * noise.to(self.parameters.device)
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:

@@ -1,14 +1,14 @@
 """`ldm.models.diffusion.dpm_solver` of the original, with its modules `dpm_solver` and `sampler`.
 
-Lu et al. 2022: DPM-Solver (arXiv:2206.00927) for models of the noise, and DPM-Solver++
-(arXiv:2211.01095) for models of x0. Both step from time s to time t by
+Lu et al. 2022: DPM-Solver (arXiv:2206.00927) for noise prediction, and DPM-Solver++
+(arXiv:2211.01095) for x0 prediction. Both step from time s to time t by
 
     x_t = b x_s - a (phi_1 m + sign phi_2 m' + phi_3 m''),   phi_1 = exp(sign h) - 1
 
     phi_2 = phi_1 / h - sign,   phi_3 = phi_2 / h - 1/2
 
-with lambda = log(alpha / sigma), half the log SNR; h = lambda_t - lambda_s; m the model's output;
-m' and m'' its derivatives with respect to lambda, times h and h^2:
+where lambda = log(alpha / sigma) is half the log SNR, h = lambda_t - lambda_s, m the prediction of
+the model, and m' and m'' its derivatives with respect to lambda, times h and h^2:
 
     m = noise    sign = 1     a = sigma_t    b = alpha_t / alpha_s
     m = x0       sign = -1    a = alpha_t    b = sigma_t / sigma_s
@@ -28,10 +28,10 @@ ModelFunction = Callable[[Tensor, Tensor], Tensor]
 MODEL_TYPES = {"eps": "noise", "v": "v"}  # `model_type` of `model_wrapper` by parameterization
 COSINE_S = 0.008  # offset of the cosine schedule (arXiv:2102.09672)
 QUANTILE = 0.995  # of |x0|, for dynamic thresholding
-# Of adaptive steps: the first one in lambda, a factor of all others, and where t counts as reached
-INITIAL_STEP = 0.05
-SAFETY_FACTOR = 0.9
-TIME_TOLERANCE = 1e-5
+# For adaptive steps
+INITIAL_STEP = 0.05  # in lambda
+SAFETY_FACTOR = 0.9  # of the estimated step size
+TIME_TOLERANCE = 1e-5  # difference to the last time at which sampling ends
 
 
 class NoiseScheduleVP:
@@ -42,7 +42,7 @@ class NoiseScheduleVP:
     Args:
         schedule: "discrete", which interpolates log alpha linearly between the entries of a table;
             or "linear" or "cosine", which are continuous.
-        betas, alphas_cumprod: Table of "discrete": one of them is needed.
+        betas, alphas_cumprod: Table of "discrete", which needs one of them.
         continuous_beta_0, continuous_beta_1: First and last beta of "linear", per unit of time.
     """
 
@@ -81,9 +81,8 @@ class NoiseScheduleVP:
             return interpolate_fn(t, self.t_array.to(t), self.log_alpha_array.to(t)).reshape(-1)
         if self.schedule == "linear":
             return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
-        return (
-            torch.log(torch.cos((t + COSINE_S) / (1 + COSINE_S) * math.pi / 2)) - _LOG_COSINE_AT_0
-        )
+        log_cosine = torch.log(torch.cos((t + COSINE_S) / (1 + COSINE_S) * math.pi / 2))
+        return log_cosine - _LOG_COSINE_AT_0
 
     def marginal_alpha(self, t: Tensor) -> Tensor:
         """Return alpha at times t."""
@@ -114,7 +113,7 @@ class NoiseScheduleVP:
         return angle * 2.0 * (1.0 + COSINE_S) / math.pi - COSINE_S
 
 
-# By which the cosine schedule is divided, so that alpha is 1 at time 0
+# Subtracted from log alpha of the cosine schedule, so that alpha is 1 at time 0
 _LOG_COSINE_AT_0 = math.log(math.cos(COSINE_S / (1.0 + COSINE_S) * math.pi / 2.0))
 
 
@@ -130,18 +129,18 @@ def model_wrapper(
     classifier_fn: Callable[..., Tensor] | None = None,
     classifier_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelFunction:
-    """Return the noise that a model predicts, with guidance, as a function of x and time.
+    """Return a function (x, time) -> predicted noise, with guidance, for a model of any type.
 
     Args:
-        model: Called with (x, timesteps), or (x, timesteps, condition). Timesteps of a discrete
-            schedule are 0 … 999, fractional; those of a continuous one are the times.
+        model: Called with (x, timesteps), or (x, timesteps, condition). Timesteps are fractional,
+            0 … 999, for a discrete noise schedule, and the times themselves for a continuous one.
         model_type: What the model predicts: "noise", "x_start", "v" or "score".
-        model_kwargs: Keywords for the model; None = none.
+        model_kwargs: Keyword arguments of the model; None = none.
         guidance_type: "uncond" (none), "classifier" or "classifier-free".
-        condition: For the model or the classifier; None = none.
+        condition: Condition of the model, or of the classifier; None = none.
         unconditional_condition: Negative condition; None disables "classifier-free".
-        classifier_fn: (x, timesteps, condition) -> log probabilities, needed by "classifier".
-        classifier_kwargs: Keywords for `classifier_fn`; None = none.
+        classifier_fn: (x, timesteps, condition) -> log probabilities, needed for "classifier".
+        classifier_kwargs: Keyword arguments of `classifier_fn`; None = none.
     """
     if model_type not in ("noise", "x_start", "v", "score"):
         raise ValueError(f"unknown model_type `{model_type}`")
@@ -175,12 +174,12 @@ def model_wrapper(
                 predict_noise, x, t, condition, guidance_scale, unconditional_condition
             )
         if classifier_fn is None:
-            raise TypeError("guidance by a classifier needs classifier_fn")
+            raise TypeError("guidance_type `classifier` needs classifier_fn")
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
-            options = classifier_kwargs or {}
-            log_prob = classifier_fn(leaf, to_timesteps(t), condition, **options)
-            (grad,) = torch.autograd.grad(log_prob.sum(), leaf)
+            x_in = x.detach().requires_grad_(True)
+            kwargs = classifier_kwargs or {}
+            log_prob = classifier_fn(x_in, to_timesteps(t), condition, **kwargs)
+            (grad,) = torch.autograd.grad(log_prob.sum(), x_in)
         std = expand_dims(noise_schedule.marginal_std(t), x.dim())
         return predict_noise(x, t) - guidance_scale * std * grad
 
@@ -193,8 +192,9 @@ class DPM_Solver:
     Args:
         model_fn: (x, t) -> noise, from `model_wrapper`.
         predict_x0: Whether to use DPM-Solver++, else DPM-Solver.
-        thresholding: Whether to apply dynamic thresholding (Imagen, arXiv:2205.11487), with
-            `predict_x0`: x0 is divided by its `QUANTILE` if that is above `max_val`.
+        thresholding: Whether to apply dynamic thresholding (Imagen, arXiv:2205.11487) with
+            `predict_x0`.
+        max_val: Bound of |x0| with `thresholding`.
     """
 
     def __init__(
@@ -212,11 +212,11 @@ class DPM_Solver:
         self.max_val = max_val
 
     def noise_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise of x."""
+        """Predict the noise in x."""
         return self.model(x, t)
 
     def data_prediction_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict x0 of x."""
+        """Predict x0 from x."""
         noise = self.noise_prediction_fn(x, t)
         alpha, std = self.noise_schedule.marginal_alpha(t), self.noise_schedule.marginal_std(t)
         x0 = (x - expand_dims(std, x.dim()) * noise) / expand_dims(alpha, x.dim())
@@ -227,14 +227,18 @@ class DPM_Solver:
         return x0
 
     def model_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict x0 or the noise, by `predict_x0`."""
+        """Predict x0 if `predict_x0`, else the noise."""
         predict = self.data_prediction_fn if self.predict_x0 else self.noise_prediction_fn
         return predict(x, t)
 
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
     ) -> Tensor:
-        """Return N + 1 times from t_T down to t_0, evenly spaced in the log SNR, t or √t."""
+        """Return N + 1 times from t_T down to t_0.
+
+        Args:
+            skip_type: Evenly spaced in t ("time_uniform"), √t ("time_quadratic") or "logSNR".
+        """
         if skip_type == "time_uniform":
             return torch.linspace(t_T, t_0, N + 1, device=device)
         if skip_type == "time_quadratic":
@@ -256,9 +260,9 @@ class DPM_Solver:
         t_0: float,
         device: torch.device | str,
     ) -> tuple[Tensor, list[int]]:
-        """Return the K + 1 ends of the steps and their K orders, which sum to `steps`.
+        """Return the K + 1 times between which K steps are made, and the orders of the steps.
 
-        An order is the number of model evaluations of a step.
+        The order of a step is its number of model evaluations; the orders sum to `steps`.
         """
         orders = [order] * (steps // order)
         if order == 3 and steps % 3 == 0:
@@ -277,13 +281,13 @@ class DPM_Solver:
     def dpm_solver_first_update(
         self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor | None = None
     ) -> Tensor:
-        """Step from time s to t by one model evaluation.
+        """Step from time s to t with one model evaluation.
 
         Args:
-            model_s: The model's output at s; None = evaluate it.
+            model_s: Prediction at s; None computes it.
         """
         model_s = self.model_fn(x, s) if model_s is None else model_s
-        return self._combine(x, s, t, model_s)
+        return self._integrate(x, s, t, model_s)
 
     def singlestep_dpm_solver_update(
         self,
@@ -296,36 +300,36 @@ class DPM_Solver:
         r2: float | Tensor | None = None,
         model_s: Tensor | None = None,
     ) -> Tensor:
-        """Step from time s to t by `order` evaluations.
+        """Step from time s to t with `order` model evaluations.
 
         Args:
-            solver_type: "dpm_solver" or "taylor", how derivatives are estimated.
-            r1, r2: Where the second and third evaluation are, as fractions of the step in lambda;
-                None = 1/2 of a step of order 2, 1/3 and 2/3 of one of order 3.
-            model_s: Output of the model at s; None computes it.
+            solver_type: Estimate of the derivatives, "dpm_solver" or "taylor".
+            r1, r2: Positions of the second and third evaluation, as fractions of the step in
+                lambda; None = 1/2 for order 2, 1/3 and 2/3 for order 3.
+            model_s: Prediction at s; None computes it.
         """
         model_s = self.model_fn(x, s) if model_s is None else model_s
         if order == 1:
-            return self._combine(x, s, t, model_s)
+            return self._integrate(x, s, t, model_s)
         _check_solver_type(solver_type)
         schedule = self.noise_schedule
-        lambda_s, h = schedule.marginal_lambda(s), self._lambda_step(s, t)
+        lambda_s, h = schedule.marginal_lambda(s), self._get_lambda_step(s, t)
         r1 = (0.5 if order == 2 else 1.0 / 3.0) if r1 is None else r1
         s1 = schedule.inverse_lambda(lambda_s + r1 * h)
-        model_s1 = self.model_fn(self._combine(x, s, s1, model_s), s1)
+        model_s1 = self.model_fn(self._integrate(x, s, s1, model_s), s1)
         D1_0 = (model_s1 - model_s) / r1
         if order == 2:
             return self._second_order_update(x, s, t, model_s, D1_0, solver_type)
         r2 = 2.0 / 3.0 if r2 is None else r2
         s2 = schedule.inverse_lambda(lambda_s + r2 * h)
-        # D1_0 is the derivative times h, and this step is r2 h long.
-        model_s2 = self.model_fn(self._combine(x, s, s2, model_s, r2 * D1_0), s2)
+        # D1_0 is the derivative times h, and the length of this step is r2 h.
+        model_s2 = self.model_fn(self._integrate(x, s, s2, model_s, r2 * D1_0), s2)
         D1_1 = (model_s2 - model_s) / r2
         if solver_type == "dpm_solver":
-            return self._combine(x, s, t, model_s, D1_1)
+            return self._integrate(x, s, t, model_s, D1_1)
         D1 = (r2 * D1_0 - r1 * D1_1) / (r2 - r1)
         D2 = 2.0 * (D1_1 - D1_0) / (r2 - r1)
-        return self._combine(x, s, t, model_s, D1, D2)
+        return self._integrate(x, s, t, model_s, D1, D2)
 
     def multistep_dpm_solver_update(
         self,
@@ -336,21 +340,21 @@ class DPM_Solver:
         order: int,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step to time t by the model's outputs at the `order` times before, oldest first."""
+        """Step to time t from the predictions at the `order` times before, oldest first."""
         _check_solver_type(solver_type)
         s, model_s = t_prev_list[-1], model_prev_list[-1]
         if order == 1:
-            return self._combine(x, s, t, model_s)
-        h = self._lambda_step(s, t)
+            return self._integrate(x, s, t, model_s)
+        h = self._get_lambda_step(s, t)
         slopes, ratios = [], []  # difference quotients, and previous steps relative to h
         for before, after in ((-2, -1), (-3, -2))[: order - 1]:
-            ratio = self._lambda_step(t_prev_list[before], t_prev_list[after]) / h
+            ratio = self._get_lambda_step(t_prev_list[before], t_prev_list[after]) / h
             ratios.append(expand_dims(ratio, x.dim()))
             slopes.append((model_prev_list[after] - model_prev_list[before]) / ratios[-1])
         if order == 2:
             return self._second_order_update(x, s, t, model_s, slopes[0], solver_type)
         D2 = (slopes[0] - slopes[1]) / (ratios[0] + ratios[1])
-        return self._combine(x, s, t, model_s, slopes[0] + ratios[0] * D2, D2)
+        return self._integrate(x, s, t, model_s, slopes[0] + ratios[0] * D2, D2)
 
     def dpm_solver_adaptive(
         self,
@@ -362,17 +366,17 @@ class DPM_Solver:
         rtol: float = 0.05,
         solver_type: str = "dpm_solver",
     ) -> Tensor:
-        """Step from t_T to t_0, with steps adapted to the difference between two orders.
+        """Step from t_T to t_0, with step sizes adapted to the error.
 
         Args:
-            order: 2 or 3, the higher one.
-            atol, rtol: Absolute and relative tolerance.
+            order: 2 or 3; the error is the difference to the next lower order.
+            atol, rtol: Absolute and relative tolerance of the error.
         """
         if order not in (2, 3):
-            raise ValueError(f"adaptive steps have order 2 or 3, got {order}")
+            raise ValueError(f"order must be 2 or 3 for adaptive steps, got {order}")
         schedule = self.noise_schedule
         s, end = (torch.full((1,), time, device=x.device) for time in (t_T, t_0))
-        h, x_before = INITIAL_STEP, x
+        h, x_prev = INITIAL_STEP, x
         r1, r2 = (0.5, None) if order == 2 else (1.0 / 3.0, 2.0 / 3.0)
         while float((s - end).abs()) > TIME_TOLERANCE:
             t = schedule.inverse_lambda(schedule.marginal_lambda(s) + h)
@@ -381,11 +385,11 @@ class DPM_Solver:
                 self.singlestep_dpm_solver_update(x, s, t, n, solver_type, r1, r2, model_s)
                 for n in (order - 1, order)
             )
-            tolerance = torch.maximum(low.abs(), x_before.abs()).mul(rtol).clamp(min=atol)
+            tolerance = torch.maximum(low.abs(), x_prev.abs()).mul(rtol).clamp(min=atol)
             error = float(((high - low) / tolerance).square().flatten(1).mean(1).sqrt().max())
-            if error <= 1.0:  # else the step is repeated, shorter
-                x, s, x_before = high, t, low
-            h_to_end = float(self._lambda_step(s, end))
+            if error <= 1.0:  # else the step is rejected, and repeated with a smaller h
+                x, s, x_prev = high, t, low
+            h_to_end = float(self._get_lambda_step(s, end))
             growth = error ** (-1.0 / order) if error > 0.0 else math.inf
             h = min(SAFETY_FACTOR * h * growth, h_to_end)
         return x
@@ -413,10 +417,11 @@ class DPM_Solver:
             t_start: First time; None = T of the noise schedule.
             t_end: Last time; None = 1 / total_N of the noise schedule.
             skip_type: "time_uniform", "logSNR" or "time_quadratic", see `get_time_steps`.
-            method: "multistep", "singlestep", "singlestep_fixed" (all steps of one order) or
-                "adaptive".
-            lower_order_final: Whether the last multisteps have lower orders if steps < 15.
-            denoise_to_zero: Whether to predict x0 at the end.
+            method: "multistep", "singlestep", "singlestep_fixed" (all steps have the same order)
+                or "adaptive".
+            lower_order_final: Whether the last steps of "multistep" have lower orders if there are
+                fewer than 15 steps.
+            denoise_to_zero: Whether the last step predicts x0.
         """
         t_T = self.noise_schedule.T if t_start is None else t_start
         t_0 = 1.0 / self.noise_schedule.total_N if t_end is None else t_end
@@ -424,19 +429,19 @@ class DPM_Solver:
             x = self.dpm_solver_adaptive(x, order, t_T, t_0, atol, rtol, solver_type)
         elif method == "multistep":
             if steps < order:
-                raise ValueError(f"order {order} needs as many steps, got {steps}")
+                raise ValueError(f"steps must be at least the order, {order}, got {steps}")
             times = self.get_time_steps(skip_type, t_T, t_0, steps, x.device)[:, None]
-            models = [self.model_fn(x, times[0])]
+            predictions = [self.model_fn(x, times[0])]
             for step in range(1, steps + 1):
                 step_order = min(order, step)
                 if lower_order_final and steps < 15:
                     step_order = min(step_order, steps + 1 - step)
                 x = self.multistep_dpm_solver_update(
-                    x, models, list(times[:step]), times[step], step_order, solver_type
+                    x, predictions, list(times[:step]), times[step], step_order, solver_type
                 )
-                if step < steps:  # an output at the last time would not be used
-                    models.append(self.model_fn(x, times[step]))
-                models = models[-order:]
+                if step < steps:  # the prediction at the last time is not needed
+                    predictions.append(self.model_fn(x, times[step]))
+                predictions = predictions[-order:]
         elif method in ("singlestep", "singlestep_fixed"):
             if method == "singlestep":
                 times, orders = self.get_orders_and_timesteps_for_singlestep_solver(
@@ -447,8 +452,8 @@ class DPM_Solver:
                 times = self.get_time_steps(skip_type, t_T, t_0, len(orders), x.device)
             for i, step_order in enumerate(orders):
                 ends = float(times[i]), float(times[i + 1])
-                evaluations = self.get_time_steps(skip_type, *ends, step_order, x.device)
-                lambdas = self.noise_schedule.marginal_lambda(evaluations)
+                evaluation_times = self.get_time_steps(skip_type, *ends, step_order, x.device)
+                lambdas = self.noise_schedule.marginal_lambda(evaluation_times)
                 ratios = (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])
                 r1, r2 = (ratios[k] if step_order > k else None for k in (1, 2))
                 x = self.singlestep_dpm_solver_update(
@@ -460,17 +465,17 @@ class DPM_Solver:
             x = self.denoise_to_zero_fn(x, torch.full((1,), t_0, device=x.device))
         return x
 
-    def _lambda_step(self, s: Tensor, t: Tensor) -> Tensor:
+    def _get_lambda_step(self, s: Tensor, t: Tensor) -> Tensor:
         return self.noise_schedule.marginal_lambda(t) - self.noise_schedule.marginal_lambda(s)
 
     def _second_order_update(
         self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor, D1: Tensor, solver_type: str
     ) -> Tensor:
         if solver_type == "dpm_solver":  # phi_2 is about phi_1 / 2
-            return self._combine(x, s, t, model_s + 0.5 * D1)
-        return self._combine(x, s, t, model_s, D1)
+            return self._integrate(x, s, t, model_s + 0.5 * D1)
+        return self._integrate(x, s, t, model_s, D1)
 
-    def _combine(
+    def _integrate(
         self,
         x: Tensor,
         s: Tensor,
@@ -479,12 +484,12 @@ class DPM_Solver:
         D1: Tensor | None = None,
         D2: Tensor | None = None,
     ) -> Tensor:
-        """Step from s to t by m and its derivatives m' and m''; see the module's docstring."""
+        """Step from time s to t, given m, m' (D1) and m'' (D2) of the module's docstring."""
         schedule = self.noise_schedule
         sign = -1.0 if self.predict_x0 else 1.0
         scales = (schedule.marginal_alpha, schedule.marginal_std)
         model_scale, x_scale = scales if self.predict_x0 else scales[::-1]
-        h = self._lambda_step(s, t)
+        h = self._get_lambda_step(s, t)
         phi_1 = torch.expm1(sign * h)
         phi_2 = phi_1 / h - sign
         phi_3 = phi_2 / h - 0.5
@@ -501,10 +506,10 @@ class DPM_Solver:
 
 
 class DPMSolverSampler(Sampler):
-    """DPM-Solver++ 2M over `apply_model`, which gets fractional timesteps.
+    """DPM-Solver++ 2M, which calls `apply_model` with fractional timesteps.
 
-    As in the original, `sample` ignores all but the number of steps, conditions, guidance scale and
-    `x_T`.
+    As in the original, `sample` ignores all arguments but the number of steps, the conditions, the
+    guidance scale and `x_T`.
     """
 
     alphas_cumprod: Tensor
@@ -548,14 +553,14 @@ def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:
     """Interpolate C functions linearly at x (N, C); extrapolate beyond the ends.
 
     Args:
-        xp, yp: Arguments, ascending, and values of each function, (C, K).
+        xp, yp: Knots, ascending, and values of each function at them, (C, K).
     """
-    columns = []
-    for column, knots, values in zip(x.unbind(1), xp, yp, strict=True):
-        right = torch.searchsorted(knots, column.contiguous()).clamp(1, len(knots) - 1)
-        weight = (column - knots[right - 1]) / (knots[right] - knots[right - 1])
-        columns.append(values[right - 1] + weight * (values[right] - values[right - 1]))
-    return torch.stack(columns, dim=1)
+    outputs = []
+    for inputs, knots, values in zip(x.unbind(1), xp, yp, strict=True):
+        right = torch.searchsorted(knots, inputs.contiguous()).clamp(1, len(knots) - 1)
+        weight = (inputs - knots[right - 1]) / (knots[right] - knots[right - 1])
+        outputs.append(values[right - 1] + weight * (values[right] - values[right - 1]))
+    return torch.stack(outputs, dim=1)
 
 
 def expand_dims(v: Tensor, dims: int) -> Tensor:

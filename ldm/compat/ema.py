@@ -9,14 +9,15 @@ from torch import Tensor, nn
 class LitEma(nn.Module):
     """Exponential moving average (EMA) of the parameters of a model that require gradients.
 
-    ema -= (1 - decay) (ema - weight). The EMA of a parameter is a buffer of its name without dots.
+    ema -= (1 - decay) (ema - weight). The name of an EMA buffer is that of its parameter without
+    dots.
 
     Args:
-        decay: After n updates, the smaller one of this and (1 + n) / (10 + n) is used.
-        use_num_upates: False uses `decay` from the first update on.
+        decay: Largest decay; after n updates it is limited to (1 + n) / (10 + n).
+        use_num_upates: Whether to limit the decay, which warms it up.
 
     Attributes:
-        m_name2s_name: Name of the buffer by name of the parameter.
+        m_name2s_name: Parameter name -> buffer name.
     """
 
     decay: Tensor
@@ -39,27 +40,27 @@ class LitEma(nn.Module):
         self.collected_params: list[Tensor] = []
 
     def reset_num_updates(self) -> None:
-        """Start the warm-up of the decay again."""
+        """Restart the warm-up of the decay."""
         self.num_updates = torch.zeros_like(self.num_updates)
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Update the EMA by the weights of a model."""
+        """Update the EMA with the weights of a model."""
         decay = self.decay
         if self.num_updates >= 0:
             self.num_updates += 1
             decay = torch.minimum(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for ema, weight in self._pairs(model):
+        for ema, weight in self._iter_pairs(model):
             ema.sub_((1 - decay) * (ema - weight.type_as(ema)))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the weights of a model with their EMA."""
-        for ema, weight in self._pairs(model):
+        for ema, weight in self._iter_pairs(model):
             weight.copy_(ema)
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep a copy of parameters, for `restore`."""
+        """Copy parameters, for `restore`."""
         self.collected_params = [parameter.clone() for parameter in parameters]
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ class LitEma(nn.Module):
         for stored, parameter in zip(self.collected_params, parameters, strict=False):
             parameter.copy_(stored)
 
-    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iter_pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         parameters = dict(model.named_parameters())
         for name, ema_name in self.m_name2s_name.items():
             yield self.get_buffer(ema_name), parameters[name]

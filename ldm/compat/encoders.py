@@ -16,7 +16,7 @@ from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
 from ldm.compat.names import MISSING_ENCODERS
 from ldm.compat.openaimodel import Timestep
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
-from ldm.compat.util import disabled_train as disabled_train, to_plain
+from ldm.compat.util import disabled_train as disabled_train, to_builtin
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, CLIPVision, OpenCLIPImage, preprocess
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -24,13 +24,14 @@ from ldm.loading.files.clip_statistics import read_clip_statistics
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.files import find_file
 
-# Config of the vision tower that open_clip builds in any case: a small one, which is removed.
-UNUSED_VISION = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+# open_clip always builds a vision tower: this small one is removed afterwards.
+UNUSED_VISION_CONFIG = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
 
 
 def __getattr__(name: str) -> Any:
-    if name in MISSING_ENCODERS:  # not an AttributeError, whose text `from … import` would hide
-        raise ImportError(f"`{name}` is missing here: {MISSING_ENCODERS[name]}", name=name)
+    if name in MISSING_ENCODERS:
+        # `from … import` replaces the text of an AttributeError, but not of an ImportError.
+        raise ImportError(f"`{name}` is not available: {MISSING_ENCODERS[name]}", name=name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 
@@ -56,7 +57,7 @@ class ClassEmbedder(nn.Module):
     Args:
         embed_dim: D.
         key: Batch key of the labels.
-        ucg_rate: Probability of replacing a label by the last class, which means no class.
+        ucg_rate: Probability of replacing a label by the last class, the unconditional one.
     """
 
     def __init__(
@@ -71,29 +72,28 @@ class ClassEmbedder(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], key: str | None = None, disable_dropout: bool = False
     ) -> Tensor:
-        """Encode the labels of a batch at `key`; None for the key of the constructor."""
+        """Encode the labels of a batch; `key` overrides the constructor's."""
         labels = batch[key or self.key][:, None]
         if self.ucg_rate > 0 and not disable_dropout:
-            dropped = torch.bernoulli(torch.ones_like(labels) * self.ucg_rate).bool()
-            labels = labels.masked_fill(dropped, self.n_classes - 1)
+            is_dropped = torch.bernoulli(torch.ones_like(labels) * self.ucg_rate).bool()
+            labels = labels.masked_fill(is_dropped, self.n_classes - 1)
         out: Tensor = self.embedding(labels)
         return out
 
     def get_unconditional_conditioning(
         self, bs: int, device: str | torch.device | None = None
     ) -> dict[str, Tensor]:
-        """Return a batch of `bs` labels of the last class, on the device of the weights if None."""
+        """Return a batch of `bs` labels of the last class; device None = that of the weights."""
         device = device or self.embedding.weight.device
         return {self.key: torch.full((bs,), self.n_classes - 1, device=device)}
 
 
 class SpatialRescaler(nn.Module):
-    """Resizes a map (B, C, h, w), such as a segmentation, in several steps.
+    """Resizes a map (B, C, h, w), such as a segmentation, `n_stages` times.
 
     Args:
-        n_stages: Number of steps.
         method: Interpolation mode, as in `torch.nn.functional.interpolate`.
-        multiplier: Factor of the size in each step.
+        multiplier: Factor of the size in each stage.
         out_channels: Output channels of a 1x1 convolution at the end; None = no convolution.
     """
 
@@ -131,7 +131,7 @@ class EncoderWithDevice(AbstractEncoder):
 
     @property
     def device(self) -> torch.device:
-        """Device that inputs are moved to; programs assign to it, without effect."""
+        """Device that inputs are moved to. Programs assign to it, which has no effect."""
         return next(p.device for p in self.parameters())
 
     @device.setter
@@ -141,7 +141,7 @@ class EncoderWithDevice(AbstractEncoder):
         return self(text, **kwargs)
 
     def freeze(self) -> None:
-        """Set to eval mode, without gradients of the weights."""
+        """Set eval mode, and do not compute gradients of the weights."""
         self.eval()
         self.requires_grad_(False)
 
@@ -157,7 +157,7 @@ class FrozenCLIPEmbedder(EncoderWithDevice):
         layer: "last"; "pooled" for the vector at the first end token, (B, 1, D); or "hidden" for
             the output of block `layer_idx` (0 is the embedding), without the final norm.
         layer_idx: Hidden state, -layers … layers; None unless `layer` is "hidden".
-        arch: Sizes by transformers' names, not in the original; None = those of `version`.
+        arch: Sizes, by transformers' names; None = those of `version`. Not in the original.
     """
 
     LAYERS: ClassVar = ["last", "pooled", "hidden"]
@@ -185,13 +185,13 @@ class FrozenCLIPEmbedder(EncoderWithDevice):
         self.layer_idx = layer_idx
         if layer == "hidden":
             assert layer_idx is not None, 'layer "hidden" needs a layer_idx'
-            blocks = len(self.transformer.text_model.encoder.layers)
-            assert abs(layer_idx) <= blocks, f"layer_idx must be up to {blocks}, got {layer_idx}"
+            depth = len(self.transformer.text_model.encoder.layers)
+            assert abs(layer_idx) <= depth, f"layer_idx must be -{depth} … {depth}, got {layer_idx}"
         if freeze:
             self.freeze()
 
     def forward(self, text: str | Sequence[str], **kwargs: Any) -> Tensor:
-        """Encode prompts; keywords, such as `embedding_manager`, go to `transformer`."""
+        """Encode prompts; `kwargs`, such as `embedding_manager`, are passed to `transformer`."""
         encoding = self.tokenizer(
             text,
             truncation=True,
@@ -222,7 +222,7 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
         version: A file of weights, or "openai" for quick GELU; any other value is ignored.
         device: Ignored, see `device`.
         freeze: Whether to freeze the weights.
-        layer: "last", or "penultimate" for all blocks but the last.
+        layer: Block whose output is returned, after the final norm: "last" or "penultimate".
     """
 
     LAYERS: ClassVar = ["last", "penultimate"]
@@ -246,7 +246,7 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
             self.freeze()
 
     def forward(self, text: str | Sequence[str], **kwargs: Any) -> Tensor:
-        """Encode prompts; keywords go to `encode_with_transformer`."""
+        """Encode prompts; `kwargs` are passed to `encode_with_transformer`."""
         texts = [text] if isinstance(text, str) else text
         tokens = tokenizer.tokenize(texts, tokenizer.OPEN_CLIP, self.max_length)
         return self.encode_with_transformer(tokens.to(self.device), **kwargs)
@@ -263,7 +263,7 @@ class FrozenOpenCLIPEmbedder(EncoderWithDevice):
         return out
 
     def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Run the blocks that `layer` selects on x (N, B, D); a mask of None masks nothing."""
+        """Run the blocks up to `layer` on x (N, B, D); attn_mask None masks nothing."""
         transformer = self.model.transformer
         for block in transformer.resblocks[: len(transformer.resblocks) - self.layer_idx]:
             if transformer.grad_checkpointing and torch.is_grad_enabled():
@@ -286,16 +286,16 @@ class ImageEmbedder(CLIPVision):
         return preprocess(x, size, antialias=self.antialias, blur=self.blur)
 
     def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
-        """Encode images, without zeros for unconditional guidance."""
+        """Encode images, without the dropout of `ucg_rate`."""
         return self.embed(img).to(img.dtype)
 
     def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
-        """Encode images, and replace some embeddings by zeros unless `no_dropout`."""
+        """Encode images; unless `no_dropout`, drop some embeddings (set them to zeros)."""
         x = self.encode_with_vision_transformer(image)
         if no_dropout or self.ucg_rate <= 0:
             return x
-        keep = torch.bernoulli(torch.full((len(x), 1), 1 - self.ucg_rate, device=x.device))
-        return keep * x
+        keep_mask = torch.bernoulli(torch.full((len(x), 1), 1 - self.ucg_rate, device=x.device))
+        return keep_mask * x
 
 
 class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
@@ -306,7 +306,7 @@ class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
         device, max_length: Ignored.
         layer: Must be "pooled".
         antialias: Whether to blur before downscaling, as kornia 0.6.0 does.
-        ucg_rate: Probability of zeros instead of an embedding.
+        ucg_rate: Probability of dropping an embedding, for classifier-free guidance.
     """
 
     def __init__(
@@ -376,7 +376,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
         timestep_dim: int = 256,
     ) -> None:
         super().__init__(noise_schedule_config, max_noise_level, to_cuda)
-        with torch.device("cpu"):  # not on the meta device: no checkpoint has these values
+        with torch.device("cpu"):  # not on the meta device, as no checkpoint has these values
             mean, std = torch.zeros(timestep_dim), torch.ones(timestep_dim)
             if clip_stats_path is not None:
                 mean, std = read_clip_statistics(find_file(clip_stats_path))
@@ -408,24 +408,24 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
         # A program has replaced the function, so as to build a model without weights.
         model, *_ = open_clip.create_model_and_transforms(arch, pretrained=version)
     else:
-        config = open_clip.get_model_config(arch) if isinstance(arch, str) else to_plain(arch)
+        config = open_clip.get_model_config(arch) if isinstance(arch, str) else to_builtin(arch)
         if config is None:
             raise unknown_name("arch", arch, open_clip.list_models())
         if version == "openai":
             config["quick_gelu"] = True
-        model = open_clip.CLIP(**{**config, "vision_cfg": UNUSED_VISION})
+        model = open_clip.CLIP(**{**config, "vision_cfg": UNUSED_VISION_CONFIG})
     if "visual" in model._modules:
         del model.visual
     if Path(version).is_file():
-        state = read_checkpoint(version).state
+        weights = read_checkpoint(version).state
         model.load_state_dict(
-            {key: value for key, value in state.items() if not key.startswith("visual.")}
+            {name: value for name, value in weights.items() if not name.startswith("visual.")}
         )
     # open_clip has the batch first since 2.26, but programs call the blocks with (N, B, D).
     model.transformer.batch_first = False
     for block in model.transformer.resblocks:
         block.attn.batch_first = False
-    # On the CPU also if the weights are on the meta device: no checkpoint has these values.
+    # On the CPU even if weights are on the meta device, as no checkpoint has these values.
     length = model.positional_embedding.shape[0]
     model.attn_mask = torch.full((length, length), -torch.inf, device="cpu").triu(1)
     return model

@@ -1,9 +1,9 @@
 """Finds the modules of `names.MODULES`, and the other modules of vendored `ldm` folders.
 
-A vendored folder is one called `ldm` on `sys.path` that is not this package. Python prefers a
-package with `__init__.py` to folders without, so this package would hide all of their files: those
-that it has no module for are found here. If both have a module, that of this package is imported;
-with the environment variable LDM_VENDORED=1 the vendored one, in packages of the original.
+A vendored folder is a folder `ldm` on `sys.path` that is not this package. Python prefers a package
+with `__init__.py` to folders without, so this package would hide all files of vendored folders:
+modules that it does not have are found here. If both have a module, that of this package is
+imported; with the environment variable LDM_VENDORED=1 the vendored one (see VENDORED_PACKAGES).
 """
 
 import functools
@@ -17,32 +17,33 @@ from types import ModuleType
 
 from ldm.compat.names import DISTRIBUTION, MISSING_MODULES, MODULES, PACKAGES, VENDORED_PACKAGES
 
-# Old names that are also files of this package, as web UIs look for them
+# Names of the original that are also files of this package, as web UIs look for the file
 FILES_ON_DISK = ("ldm.models.diffusion.ddpm",)
 PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
-class OldNames:
-    """Finder and loader of old names, each the same module object as one of `ldm.compat`."""
+class CompatFinder:
+    """Finder and loader of the original's module names, as the module objects of `ldm.compat`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of an old name; None leaves the name to the other finders."""
+        """Return the spec of a name of the original; None leaves the name to other finders."""
         if not fullname.startswith("ldm."):
             return None
         parent, _, name = fullname.rpartition(".")
-        vendored = _vendored_folders(parent, tuple(sys.path))
-        if isinstance(path, list):  # of the parent package: so the other finders search it as well
+        vendored = _find_vendored_folders(parent, tuple(sys.path))
+        if isinstance(path, list):
+            # The `__path__` of the parent package: other finders shall search these folders, too.
             path += [folder for folder in vendored if folder not in path]
         vendored_spec = PathFinder.find_spec(fullname, vendored) if vendored else None
-        if vendored_spec is not None and vendored_spec.loader is not None:  # not a mere folder
+        if vendored_spec is not None and vendored_spec.loader is not None:  # not just a folder
             is_preferred = os.environ.get("LDM_VENDORED") == "1" and (
                 fullname in MODULES or fullname.startswith(VENDORED_PACKAGES)
             )
             if is_preferred or (fullname in PACKAGES and fullname not in MODULES):
                 if vendored_spec.submodule_search_locations is not None:
-                    vendored_spec.submodule_search_locations.append(_folder_of(fullname))
+                    vendored_spec.submodule_search_locations.append(_get_folder(fullname))
                 return vendored_spec
         if fullname not in MODULES and fullname not in PACKAGES:
             if fullname in MISSING_MODULES and PathFinder.find_spec(fullname, path) is None:
@@ -56,14 +57,14 @@ class OldNames:
         return spec
 
     def invalidate_caches(self) -> None:
-        """Search for vendored folders again, such as of a repository cloned meanwhile."""
-        _vendored_folders.cache_clear()
+        """Search for vendored folders again: a repository may have been cloned meanwhile."""
+        _find_vendored_folders.cache_clear()
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Import the module that an old name stands for; None creates an empty package."""
+        """Import the module for a name of the original; None creates an empty package."""
         if spec.name not in MODULES:
             return None
-        _warn_of_foreign_files()
+        _warn_about_foreign_files()
         module = import_module(f"ldm.compat.{MODULES[spec.name]}")
         spec.loader_state = module.__spec__
         return module
@@ -75,16 +76,16 @@ class OldNames:
             module.__spec__ = spec.loader_state
 
 
-def install() -> None:
-    """Make old names importable."""
-    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
-        sys.meta_path.insert(0, OldNames())
+def install_finder() -> None:
+    """Make the original's module names importable."""
+    if not any(isinstance(finder, CompatFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, CompatFinder())
 
 
 @functools.cache
-def _warn_of_foreign_files() -> None:
-    """Warn of another distribution's files in this package: pip lets them overwrite each other."""
-    files = [_folder_of(name) + ".py" for name in ("ldm", *MODULES) if name not in FILES_ON_DISK]
+def _warn_about_foreign_files() -> None:
+    """Warn if another distribution has files in this package, which pip may have overwritten."""
+    files = [_get_folder(name) + ".py" for name in ("ldm", *MODULES) if name not in FILES_ON_DISK]
     foreign = [file for file in files if os.path.isfile(file)]
     if not foreign:
         return
@@ -97,19 +98,19 @@ def _warn_of_foreign_files() -> None:
     }
     names = ", ".join(f"`{name}`" for name in sorted(owners - {DISTRIBUTION})) or "another package"
     warnings.warn(
-        f"`{foreign[0]}` belongs to {names}, not to `{DISTRIBUTION}`, which takes its place: "
-        f"uninstall both, then install `{DISTRIBUTION}` alone",
+        f"`{foreign[0]}` belongs to {names}, not to `{DISTRIBUTION}`, which replaces it: "
+        f"uninstall both, then install only `{DISTRIBUTION}`",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def _folder_of(package: str) -> str:
+def _get_folder(package: str) -> str:
     return os.path.join(PACKAGE_FOLDER, *package.split(".")[1:])
 
 
 @functools.lru_cache(maxsize=64)
-def _vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
+def _find_vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
     """List the folders of a package in the vendored `ldm` folders of a search path."""
     roots = [
         root

@@ -10,34 +10,34 @@ from torch import Tensor, nn
 from ldm.compat.autoencoder import VQModelInterface
 from ldm.compat.ddpm_base import DDPM, Batch, Config, Losses
 from ldm.compat.ddpm_images import ImageLogging
-from ldm.compat.ddpm_patches import Patchwise
+from ldm.compat.ddpm_patches import PatchProcessing
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.compat.sampling import Condition, slice_condition
-from ldm.compat.util import disabled_train, instantiate_from_config, to_plain
+from ldm.compat.util import disabled_train, instantiate_from_config, to_builtin
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
 TEXT_KEYS = ("caption", "coordinates_bbox", "txt")
 CLASS_KEYS = ("class_label", "cls")
 
 
-class LatentDiffusion(Patchwise, ImageLogging):
-    """A latent diffusion model as the original has it.
+class LatentDiffusion(PatchProcessing, ImageLogging):
+    """A latent diffusion model with the original's interface.
 
-    Programs subclass it, override its methods, and replace them on the class.
+    Programs subclass it, override its methods, and monkeypatch them.
 
     Args:
         first_stage_config: Config of the autoencoder.
-        cond_stage_config: Config of the encoder of conditions, or "__is_first_stage__" for the
-            autoencoder, or "__is_unconditional__" for none.
-        num_timesteps_cond: Timesteps of the noise that is added to conditions; None or 1 for none.
+        cond_stage_config: Config of the encoder of conditions, "__is_first_stage__" for the
+            autoencoder, or "__is_unconditional__" for no encoder.
+        num_timesteps_cond: Number of noise levels of conditions; None or 1 = no noise.
         cond_stage_key: Batch key of the condition.
-        concat_mode: Whether a `conditioning_key` that is None means "concat", else "crossattn".
+        concat_mode: Whether `conditioning_key` None means "concat", else "crossattn".
         cond_stage_forward: Method of the encoder to call; None = `encode`.
         conditioning_key: See `DiffusionWrapper`, and `concat_mode`.
-        scale_by_std: Whether to measure the scale factor on the first batch of a training.
+        scale_by_std: Whether to measure the scale factor on the first training batch.
         force_null_conditioning: Whether to keep `conditioning_key` without an encoder; `get_input`
-            then gives None for the condition.
-        args, kwargs: Arguments of DDPM; the keyword `timesteps` is needed.
+            then returns the condition None.
+        args, kwargs: Arguments of DDPM; `timesteps` is required, as a keyword.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # Before the constructor of DDPM, whose `register_schedule` reads them.
+        # Set before the constructor of DDPM, whose `register_schedule` reads them.
         self.force_null_conditioning = force_null_conditioning
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         self.scale_by_std = scale_by_std
@@ -69,7 +69,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
             conditioning_key = None
-        # The checkpoint is loaded at the end, when autoencoder and encoder exist.
+        # The checkpoint is loaded at the end, after autoencoder and encoder are built.
         ckpt_path = kwargs.pop("ckpt_path", None)
         ignore_keys = kwargs.pop("ignore_keys", ())
         reset_ema = kwargs.pop("reset_ema", False)
@@ -100,7 +100,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
             self.make_cond_schedule()
 
     def make_cond_schedule(self) -> None:
-        """Choose the timestep of the condition's noise, `cond_ids`, for each timestep."""
+        """Set `cond_ids`, the timestep of the condition's noise for each timestep."""
         last = self.num_timesteps - 1
         ids = torch.full((self.num_timesteps,), last, dtype=torch.long)
         steps = torch.linspace(0, last, self.num_timesteps_cond).round().long()
@@ -123,7 +123,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """With `scale_by_std`, measure the scale factor on the first batch of a training.
+        """With `scale_by_std`, measure the scale factor on the first training batch.
 
         Lightning 1 passes `dataloader_idx`, Lightning 2 does not.
         """
@@ -161,8 +161,8 @@ class LatentDiffusion(Patchwise, ImageLogging):
         """Decode latents (B, C, h, w) to images, not clamped.
 
         Args:
-            predict_cids: Whether z are logits (B, C, h, w), or indices, of codes.
-            force_not_quantize: Whether a VQ autoencoder decodes z without quantizing it.
+            predict_cids: Whether z are logits (B, C, h, w) of codes, or their indices.
+            force_not_quantize: Whether a VQ autoencoder decodes z without quantization.
         """
         if predict_cids:
             ids = z.exp().argmax(dim=1) if z.dim() == 4 else z
@@ -184,11 +184,11 @@ class LatentDiffusion(Patchwise, ImageLogging):
         return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """Encode the negative condition of guidance, for a batch.
+        """Encode the unconditional (negative) condition for a batch.
 
         Args:
-            null_label: Such as [""], a list of one prompt. None is for models of class labels: the
-                label of no class.
+            null_label: A list of one prompt, such as [""]; None = the unconditional class, for
+                class-conditional models.
         """
         if null_label is None:
             if self.cond_stage_key not in CLASS_KEYS:
@@ -198,13 +198,13 @@ class LatentDiffusion(Patchwise, ImageLogging):
             encoder: Any = self.cond_stage_model
             labels = encoder.get_unconditional_conditioning(batch_size, device=self.device)
             return self.get_learned_conditioning(labels)
-        null_label = to_plain(null_label)
+        null_label = to_builtin(null_label)
         if isinstance(null_label, Tensor):
             null_label = null_label.to(self.device)
         return _repeat_sample(self.get_learned_conditioning(null_label), batch_size)
 
     @torch.no_grad()
-    def get_input(  # type: ignore[override]  # keywords by name
+    def get_input(  # type: ignore[override]  # more parameters
         self,
         batch: Batch,
         k: str,
@@ -220,16 +220,16 @@ class LatentDiffusion(Patchwise, ImageLogging):
         Args:
             k: Batch key of the images.
             return_first_stage_outputs: Whether to return images and their reconstructions.
-            force_c_encode: Whether to encode the condition even if its encoder is trained, which
-                `forward` does otherwise.
+            force_c_encode: Whether to encode the condition even if its encoder is trained; else
+                `forward` encodes it.
             cond_key: Batch key of the condition; None = `cond_stage_key`.
             return_original_cond: Whether to return the condition before encoding.
             bs: Number of samples to use; None = all.
             return_x: Whether to return the images.
 
         Returns:
-            [z, c, …]: latents and condition; then, as asked for, images and reconstructions,
-            images, and the original condition.
+            [z, c, …]: latents and condition; then images and reconstructions, images, and the
+            condition before encoding, if they are to be returned.
         """
         x = DDPM.get_input(self, batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
@@ -238,8 +238,9 @@ class LatentDiffusion(Patchwise, ImageLogging):
             original = self._read_condition(batch, cond_key or self.cond_stage_key, x)
             c = original
             if not self.cond_stage_trainable or force_c_encode:
-                moved = original.to(self.device) if isinstance(original, Tensor) else original
-                c = self.get_learned_conditioning(moved)
+                if isinstance(c, Tensor):
+                    c = c.to(self.device)
+                c = self.get_learned_conditioning(c)
             if bs is not None:
                 c = slice_condition(c, bs)
         out = [z, c]
@@ -266,9 +267,9 @@ class LatentDiffusion(Patchwise, ImageLogging):
         """Run the UNet.
 
         Args:
-            cond: Keywords of `DiffusionWrapper.forward`. A tensor or list becomes `c_concat` if
-                `conditioning_key` is "concat", else `c_crossattn`.
-            return_ids: Whether to return the whole tuple of a UNet that predicts codes, too.
+            cond: Keyword arguments of `DiffusionWrapper.forward`. A tensor or list becomes
+                `c_concat` if `conditioning_key` is "concat", else `c_crossattn`.
+            return_ids: Whether to return the whole tuple if the UNet predicts codes, too.
         """
         if not isinstance(cond, dict):
             key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
@@ -290,37 +291,37 @@ class LatentDiffusion(Patchwise, ImageLogging):
                 c = self.q_sample(c, self.cond_ids[t.cpu()].to(t), torch.randn_like(c.float()))
         return self.p_losses(x, c, t, *args, **kwargs)
 
-    def p_losses(  # type: ignore[override]  # the original puts the condition in between
+    def p_losses(  # type: ignore[override]  # another order of parameters, as in the original
         self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
-        """Compute the loss at timesteps t (B,), and the values to log; None draws the noise."""
+        """Compute the loss at timesteps t (B,), and the losses to log; None draws the noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_noisy = self.q_sample(x_start=x_start, t=t, noise=noise)
         output = self.apply_model(x_noisy, t, cond)
-        target = self.target(x_start, noise, t)
+        target = self.compute_target(x_start, noise, t)
         error = self.get_loss(output, target, mean=False).mean((1, 2, 3))  # (B,)
         logvar = self.logvar.to(t.device)[t].to(self.device)
         loss = error / logvar.exp() + logvar
         split = "train" if self.training else "val"
-        parts = {f"{split}/loss_simple": error.mean()}
+        loss_dict = {f"{split}/loss_simple": error.mean()}
         if self.learn_logvar:
-            parts |= {f"{split}/loss_gamma": loss.mean(), "logvar": self.logvar.data.mean()}
+            loss_dict |= {f"{split}/loss_gamma": loss.mean(), "logvar": self.logvar.data.mean()}
         # Not `error` again: the original calls `get_loss`, which programs replace, a second time.
         vlb = self.get_loss(output, target, mean=False).mean((1, 2, 3))
         vlb = (self.lvlb_weights[t] * vlb).mean()
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * vlb
-        return loss, parts | {f"{split}/loss_vlb": vlb, f"{split}/loss": loss}
+        return loss, loss_dict | {f"{split}/loss_vlb": vlb, f"{split}/loss": loss}
 
     def shared_step(self, batch: Batch, **kwargs: Any) -> tuple[Tensor, Losses]:
-        """Compute the loss of a batch, and the values to log."""
+        """Compute the loss of a batch, and the losses to log."""
         x, c = self.get_input(batch, self.first_stage_key)
-        loss, parts = self(x, c)
-        return loss, parts
+        loss, loss_dict = self(x, c)
+        return loss, loss_dict
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, with `learning_rate`, an attribute that callers set, for all trained parts.
+        """Return AdamW for all trained weights; callers set the attribute `learning_rate` before.
 
-        With a `scheduler_config`, also return its learning rate schedule, as Lightning takes it.
+        With a `scheduler_config`, also return its learning rate schedule, in Lightning's format.
         """
         parameters = list(self.model.parameters())
         if self.cond_stage_trainable and self.cond_stage_model is not None:
@@ -337,15 +338,15 @@ class LatentDiffusion(Patchwise, ImageLogging):
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Set a module to eval mode for good, without gradients."""
+    """Set a module to eval mode permanently, without gradients."""
     module.eval().requires_grad_(False)
-    # `train` of the whole model calls `train` of its modules, which must not change this one.
+    # `train` of the whole model calls `train` of its modules, which must have no effect here.
     module.train = partial(disabled_train, module)  # type: ignore[method-assign]
     return module
 
 
 def _count_downsamplings(config: Config) -> int:
-    """Return how often an autoencoder halves an image, by its config; 0 if unknown."""
+    """Return how often an autoencoder halves the image size, by its config; 0 if unknown."""
     params = config.get("params") or {}
     ddconfig = params.get("ddconfig") or {}
     return len(ddconfig.get("ch_mult") or (1,)) - 1

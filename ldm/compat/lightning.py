@@ -1,4 +1,4 @@
-"""The base class of the original's models: Lightning's if that is installed, else a small one."""
+"""Base classes of the original's models: Lightning's if it is installed, else a replacement."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ldm.loading.files.checkpoint import read_checkpoint
 
 
 class PlainModule(nn.Module):
-    """Stands in for LightningModule in everything but `Trainer.fit`."""
+    """Replacement for LightningModule without Lightning; it cannot be trained by its Trainer."""
 
     global_step = 0
     current_epoch = 0
@@ -43,7 +43,7 @@ class PlainModule(nn.Module):
         loss.backward()
 
     def optimizers(self) -> Any:
-        """Raise an error: there is no trainer that has optimizers."""
+        """Raise RuntimeError: there is no trainer, which would have optimizers."""
         raise RuntimeError("this model has no trainer")
 
 
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     LightningModule = PlainModule
 else:
     try:
-        # Not from `lightning.pytorch`, which has a class of its own: programs test for this one.
+        # Not the class of `lightning.pytorch`, which is another one: programs test for this one.
         from pytorch_lightning import LightningModule
     except ImportError:
         LightningModule = PlainModule
 
 
 class TrainingModule(LightningModule):
-    """Base class of autoencoder and diffusion model: images of a batch, EMA."""
+    """Base class of AutoencoderKL and DDPM, with EMA weights and inputs from batches."""
 
     use_ema: bool
     model_ema: LitEma
@@ -70,7 +70,7 @@ class TrainingModule(LightningModule):
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Use the EMA weights within the context, if there are any; its name is ignored."""
+        """Use the EMA weights within the context, if there are any; `context` is ignored."""
         if not self.use_ema:
             yield
             return
@@ -94,7 +94,7 @@ class TrainingModule(LightningModule):
         return x.movedim(-1, 1).to(memory_format=torch.contiguous_format).float()
 
 
-def read_state(path: str, ignore_keys: Sequence[str]) -> dict[str, Tensor]:
+def read_state_dict(path: str, ignore_keys: Sequence[str]) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, EMA weights included, without unpickling objects.
 
     Args:

@@ -35,16 +35,17 @@ class DummyLoss(nn.Module):
 
 
 class LPIPSWithDiscriminator(nn.Module):
-    """L1 + LPIPS + KL divergence, and the GAN loss from step `disc_start` on.
+    """L1 + LPIPS + KL divergence + the GAN loss.
 
     Errors are summed over an image. The weights of LPIPS come from the checkpoint of the model.
 
     Args:
-        disc_start: First step with the discriminator.
+        disc_start: First step with the GAN losses.
         logvar_init: Initial log variance of the error.
-        pixelloss_weight: Unused, as in the original.
-        disc_factor: Weight of both GAN losses.
-        disc_weight: Gradient norm of the GAN loss at the last layer, relative to that of the error.
+        pixelloss_weight: Ignored, as in the original.
+        disc_factor: Weight of the GAN losses, of the autoencoder and of the discriminator.
+        disc_weight: Gradient norm of the autoencoder's GAN loss at the last layer, relative to that
+            of the other losses.
         use_actnorm: Must be False.
         disc_conditional: Whether the discriminator gets `cond` as well.
         disc_loss: "hinge" or "vanilla".
@@ -108,24 +109,23 @@ class LPIPSWithDiscriminator(nn.Module):
         split: str = "train",
         weights: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Compute a loss, and the values to log.
+        """Compute a loss, and the values to log by name.
 
         Args:
             inputs, reconstructions: Images (B, 3, H, W) in [-1, 1].
             optimizer_idx: 0 for the loss of the autoencoder, 1 for that of the discriminator.
-            last_layer: Weight of the decoder's last layer; None omits the GAN loss.
+            last_layer: Weight of the decoder's last layer; None omits the autoencoder's GAN loss.
             cond: Channels (B, C, H, W) for the discriminator; None without `disc_conditional`.
             split: Prefix of the names to log.
-            weights: Weights of the errors (B, 3, H, W); None = 1.
+            weights: Weights of the errors, (B, 3, H, W); None = 1.
         """
         factor = adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start)
         if optimizer_idx == 1:
             real = self._discriminate(inputs.contiguous().detach(), cond)
             fake = self._discriminate(reconstructions.contiguous().detach(), cond)
             d_loss = factor * self.disc_loss(real, fake)
-            parts = {"disc_loss": d_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-            logged = {f"{split}/{name}": value.detach() for name, value in parts.items()}
-            return d_loss, logged
+            values = {"disc_loss": d_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+            return d_loss, {f"{split}/{name}": value.detach() for name, value in values.items()}
         error = (inputs.contiguous() - reconstructions.contiguous()).abs()
         if self.perceptual_weight > 0:
             distance = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
@@ -140,7 +140,7 @@ class LPIPSWithDiscriminator(nn.Module):
         if self.disc_factor > 0.0 and last_layer is not None and torch.is_grad_enabled():
             d_weight = self.calculate_adaptive_weight(nll, g_loss, last_layer)
         loss = weighted_nll + self.kl_weight * kl + d_weight * factor * g_loss
-        parts = {
+        values = {
             "total_loss": loss,
             "logvar": self.logvar,
             "kl_loss": kl,
@@ -150,7 +150,7 @@ class LPIPSWithDiscriminator(nn.Module):
             "disc_factor": torch.tensor(factor),
             "g_loss": g_loss,
         }
-        return loss, {f"{split}/{name}": value.detach().clone() for name, value in parts.items()}
+        return loss, {f"{split}/{name}": value.detach().clone() for name, value in values.items()}
 
     def _discriminate(self, images: Tensor, cond: Tensor | None) -> Tensor:
         if self.disc_conditional:

@@ -6,9 +6,9 @@ from ldm.train.optim.schedules import build_lr_multiplier
 
 
 class LearningRateMultiplier:
-    """Base class: the multiplier of each step; see `ldm.train.optim.schedules`."""
+    """Base class of functions step -> multiplier; see `ldm.train.optim.schedules`."""
 
-    target: str  # not the name of the class, which programs may subclass
+    target: str  # not taken from the name of the class, as programs may subclass it
 
     def __init__(self, **params: object) -> None:
         self.multiplier = build_lr_multiplier({"target": self.target, "params": params})
@@ -45,7 +45,7 @@ class LambdaWarmUpCosineScheduler(LearningRateMultiplier):
 
 
 class LambdaWarmUpCosineScheduler2(LearningRateMultiplier):
-    """Cycles of a linear warm-up and a half cosine; lists have one entry per cycle."""
+    """Cycles of a linear warm-up and a half cosine; arguments are lists with an entry per cycle."""
 
     target = "LambdaWarmUpCosineScheduler2"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.encoders.depth import MiDaSDepth, preprocess_for_midas
 from ldm.loading.files.checkpoint import read_checkpoint
 
-# Where `load_model` looks for weights; programs assign paths of their own.
+# Files from which `load_model` reads weights; programs assign their own paths.
 ISL_PATHS = {
     "dpt_large": "midas_models/dpt_large-midas-2f21e586.pt",
     "dpt_hybrid": "midas_models/dpt_hybrid-midas-501f0c75.pt",
@@ -26,7 +26,7 @@ api = sys.modules[__name__]  # this module is `ldm.modules.midas.api`, too
 
 
 def load_midas_transform(model_type: str) -> Transform:
-    """Build the transform of a sample: its `image` (H, W, 3) in [0, 1] becomes (3, H', W')."""
+    """Build a transform of samples: `image`, (H, W, 3) in [0, 1] -> (3, H', W'), normalized."""
 
     def transform(sample: Mapping[str, Any]) -> dict[str, Any]:
         image = torch.as_tensor(np.asarray(sample["image"], dtype=np.float32))
@@ -39,8 +39,8 @@ def load_midas_transform(model_type: str) -> Transform:
 def load_model(model_type: str) -> tuple[nn.Module, Transform]:
     """Build a depth network and its transform.
 
-    Weights are read from the file `ISL_PATHS[model_type]` if it exists; else they are random until
-    the checkpoint of a depth model is loaded.
+    Weights are read from the file `ISL_PATHS[model_type]` if it exists; else they are random, until
+    the checkpoint of a depth-to-image model is loaded.
 
     Raises:
         ArgumentError: `model_type` is not "dpt_hybrid".
@@ -54,7 +54,7 @@ def load_model(model_type: str) -> tuple[nn.Module, Transform]:
 
 
 class MiDaSInference(nn.Module):
-    """Outputs (B, 3, H, W) of `load_midas_transform` -> relative inverse depth (B, 1, H, W)."""
+    """Images (B, 3, H, W) of `load_midas_transform` -> relative inverse depth (B, 1, H, W)."""
 
     MODEL_TYPES_ISL: ClassVar = list(ISL_PATHS)
 
@@ -65,8 +65,8 @@ class MiDaSInference(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def of_network(cls, network: nn.Module) -> "MiDaSInference":
-        """Build one that runs an existing network."""
+    def from_network(cls, network: nn.Module) -> "MiDaSInference":
+        """Build an instance that runs an existing network."""
         inference = cls.__new__(cls)
         nn.Module.__init__(inference)
         inference.model = network.eval()

@@ -1,7 +1,7 @@
 """`ldm.modules.diffusionmodules.model` of the original: encoder and decoder of the autoencoder.
 
-Classes derive from those of `ldm.nets.autoencoder` and hold torch's own layers. They look layers,
-methods and `nonlinearity` up at each call, so that those that programs put in their place are used.
+Classes derive from those of `ldm.nets.autoencoder`, but have torch's own layers. Layers, methods
+and `nonlinearity` are looked up at call time, so that programs can monkeypatch them.
 """
 
 import math as math
@@ -14,13 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.compat.relabel import OLD_CLASSES, OldModule, relabel
+from ldm.compat.class_swap import COMPAT_CLASSES, CompatModule, swap_classes
 from ldm.nets import autoencoder, blocks
 from ldm.nets.autoencoder import ATTENTION_TYPES, NORM_EPS, AutoencoderConfig
 from ldm.runtime.errors import unknown_name
 
 np = np
-DEFAULT_RESOLUTION = 256  # that of SD's configs, as weights do not tell it
+DEFAULT_RESOLUTION = 256  # that of SD's configs: it cannot be inferred from weights
 
 
 def nonlinearity(x: Tensor) -> Tensor:
@@ -29,17 +29,17 @@ def nonlinearity(x: Tensor) -> Tensor:
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
-    """Build the norm of the autoencoder, which is also that in front of a transformer."""
-    # Residual blocks of the UNet have an eps of 1e-5.
+    """Build the norm of the autoencoder and of SpatialTransformer."""
+    # The eps is 1e-6; the norms of the UNet's residual blocks have 1e-5.
     return nn.GroupNorm(num_groups, in_channels, eps=NORM_EPS)
 
 
-class Resampler(OldModule):
+class ResampleBase(CompatModule):
     """Base class of Upsample and Downsample."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__(in_channels, use_conv=with_conv)
-        relabel(self)
+        swap_classes(self)
 
     @property
     def with_conv(self) -> bool:
@@ -47,27 +47,27 @@ class Resampler(OldModule):
         return any(isinstance(layer, nn.Conv2d) for layer in self.children())
 
 
-class Upsample(Resampler, blocks.Upsample):
-    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `with_conv`."""
+class Upsample(ResampleBase, blocks.Upsample):
+    """Nearest-neighbor upsampling by 2, with a 3x3 convolution if `with_conv`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
         return x if self.conv is None else self.conv(x)
 
 
-class Downsample(Resampler, autoencoder.AsymmetricDownsample):
-    """Halves the size (rounded down) by stride 2, with padding at the right and bottom only."""
+class Downsample(ResampleBase, autoencoder.AsymmetricDownsample):
+    """Downsampling by 2 (rounded down), with padding at the right and bottom only."""
 
 
-class ResnetBlock(OldModule, autoencoder.ResnetBlock):
+class ResnetBlock(CompatModule, autoencoder.ResnetBlock):
     """Norm, SiLU and convolution, twice, with a residual connection.
 
     Args:
         out_channels: None = `in_channels`.
-        conv_shortcut: Whether the residual connection of blocks that change the number of
-            channels is a 3x3 convolution, else 1x1.
-        temb_channels: Features of the embedding that is added between both convolutions; 0 for
-            none.
+        conv_shortcut: Whether the shortcut of a block that changes the number of channels is a
+            3x3 convolution, else 1x1.
+        temb_channels: Features of the time embedding that is added between the convolutions; 0 =
+            no time embedding.
     """
 
     use_conv_shortcut: bool
@@ -83,7 +83,7 @@ class ResnetBlock(OldModule, autoencoder.ResnetBlock):
     ) -> None:
         out_channels = out_channels or in_channels
         super().__init__(in_channels=in_channels, out_channels=out_channels, dropout=dropout)
-        relabel(self)
+        swap_classes(self)
         self.use_conv_shortcut = conv_shortcut
         if temb_channels > 0:
             self.temb_proj = nn.Linear(temb_channels, out_channels)
@@ -91,7 +91,7 @@ class ResnetBlock(OldModule, autoencoder.ResnetBlock):
             del self.nin_shortcut
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.in_channels = self.conv1.in_channels
         self.out_channels = self.conv1.out_channels
         self.use_conv_shortcut = False
@@ -99,7 +99,7 @@ class ResnetBlock(OldModule, autoencoder.ResnetBlock):
             del self.nin_shortcut
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Transform x (B, C, h, w); add an embedding (B, temb_channels) unless it is None."""
+        """Transform x (B, C, h, w); add a time embedding (B, temb_channels) unless it is None."""
         h = self.conv1(nonlinearity(self.norm1(x)))  # (B, C_out, h, w)
         if temb is not None:
             h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
@@ -109,14 +109,14 @@ class ResnetBlock(OldModule, autoencoder.ResnetBlock):
         return x + h
 
 
-class AttnBlock(OldModule, autoencoder.AttnBlock):
+class AttnBlock(CompatModule, autoencoder.AttnBlock):
     """Single-head self-attention over all positions, with a residual connection."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels)
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.in_channels = self.norm.num_channels
 
 
@@ -132,14 +132,13 @@ def make_attn(
     return nn.Identity() if attn_type == "none" else AttnBlock(in_channels)
 
 
-class Coder(OldModule):
-    """Base class of Encoder and Decoder: the constructor, which takes the settings of both.
-
-    Arguments are the fields of `ldm.nets.autoencoder.AutoencoderConfig`, and:
+class EncoderDecoderBase(CompatModule):
+    """Base class of Encoder and Decoder, which have the same constructor.
 
     Args:
-        double_z: Whether the encoder's output is mean and log variance; else it has z_channels.
-        ignored: Other settings of an autoencoder.
+        double_z: Whether the encoder returns mean and log variance, 2 z_channels; else z_channels.
+        ignored: Other keys of a `ddconfig`. The others: see
+            `ldm.nets.autoencoder.AutoencoderConfig`.
     """
 
     double_z = True
@@ -182,32 +181,33 @@ class Coder(OldModule):
         )
         super().__init__(config)
         self.double_z = double_z
-        relabel(self)
+        swap_classes(self)
         self.ch = ch
         self.in_channels = in_channels
         self.resolution = resolution
 
 
-class Encoder(Coder, autoencoder.Encoder):
+class Encoder(EncoderDecoderBase, autoencoder.Encoder):
     """image (B, in_channels, H, W) -> moments (B, 2 z_channels, h, w)."""
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         if not self.double_z:
             channels, z_channels = self.conv_out.in_channels, self.conv_out.out_channels // 2
-            self.conv_out = nn.Conv2d(  # type: ignore[assignment]  # torch's, as all layers here
+            self.conv_out = nn.Conv2d(  # type: ignore[assignment]  # torch's own, as all layers
                 channels, z_channels, 3, padding=1
             )
         self.ch = self.conv_in.out_channels
         self.temb_ch = 0
         self.in_channels = self.conv_in.in_channels
         self.num_resolutions = len(self.down)
-        self.num_res_blocks = len(_levels(self.down)[0].block)
+        self.num_res_blocks = len(_cast_levels(self.down)[0].block)
         self.resolution = DEFAULT_RESOLUTION
 
     def forward(self, x: Tensor) -> Tensor:
-        temb = None  # an argument of replaced blocks; autoencoders have no time embedding
+        # Autoencoders have no time embedding, but blocks that programs put in take the argument.
+        temb = None
         h = self.conv_in(x)  # (B, ch, H, W)
-        for i, level in enumerate(_levels(self.down)):
+        for i, level in enumerate(_cast_levels(self.down)):
             for j, block in enumerate(level.block):
                 h = block(h, temb)
                 if len(level.attn) > 0:
@@ -218,24 +218,24 @@ class Encoder(Coder, autoencoder.Encoder):
         return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
-class Decoder(Coder, autoencoder.Decoder):
+class Decoder(EncoderDecoderBase, autoencoder.Decoder):
     """(B, z_channels, h, w) -> image (B, out_ch, H, W); up[0], of full resolution, runs last.
 
     Attributes:
         last_z_shape: Shape of the last input.
     """
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.ch = self.conv_out.in_channels
         self.temb_ch = 0
         self.in_channels = 3  # of the encoder's images
         self.num_resolutions = len(self.up)
-        self.num_res_blocks = len(_levels(self.up)[0].block) - 1
+        self.num_res_blocks = len(_cast_levels(self.up)[0].block) - 1
         self.resolution = DEFAULT_RESOLUTION
         side = self.resolution // 2 ** (self.num_resolutions - 1)
         self.z_shape = (1, self.conv_in.in_channels, side, side)
         self.last_z_shape = torch.Size(self.z_shape)
-        for level in _levels(self.up):
+        for level in _cast_levels(self.up):
             if isinstance(level.upsample, blocks.Upsample):
                 level.upsample.__class__ = Upsample
 
@@ -244,7 +244,7 @@ class Decoder(Coder, autoencoder.Decoder):
         temb = None
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
-        for i, level in reversed(list(enumerate(_levels(self.up)))):
+        for i, level in reversed(list(enumerate(_cast_levels(self.up)))):
             for j, block in enumerate(level.block):
                 h = block(h, temb)
                 if len(level.attn) > 0:
@@ -257,11 +257,11 @@ class Decoder(Coder, autoencoder.Decoder):
         return torch.tanh(h) if self.tanh_out else h
 
 
-def _levels(modules: nn.ModuleList) -> list[autoencoder.ResolutionLevel]:
+def _cast_levels(modules: nn.ModuleList) -> list[autoencoder.ResolutionLevel]:
     return cast(list[autoencoder.ResolutionLevel], list(modules))
 
 
-OLD_CLASSES.update(
+COMPAT_CLASSES.update(
     {
         autoencoder.Encoder: Encoder,
         autoencoder.Decoder: Decoder,

@@ -1,4 +1,4 @@
-"""Module names of the original code base, and the modules of `ldm.compat` that they stand for."""
+"""Module names of the original code base, the modules of `ldm.compat` for them, missing names."""
 
 from itertools import accumulate
 
@@ -29,27 +29,26 @@ MODULES = {
     "ldm.modules.distributions.distributions": "distributions",
 }
 
-# Parent packages of those names, of which some are also in MODULES. `ldm` and `ldm.data` are on
-# disk.
+# Parent packages of MODULES, some of which are in MODULES, too. `ldm` and `ldm.data` are on disk.
 PACKAGES = {
     package
     for name in MODULES
     for package in list(accumulate(name.split("."), "{}.{}".format))[1:-1]
 } - {"ldm.data"}
 DISTRIBUTION = "ldm-revived"
-# Where LDM_VENDORED=1 prefers the files of a vendored folder
+# Packages in which LDM_VENDORED=1 prefers vendored modules, besides those of MODULES
 VENDORED_PACKAGES = ("ldm.data.", "ldm.models.", "ldm.modules.")
 
-# Hints of where modules and classes of the originals are today, if they are not here
-DEGRADATION = "the degradations of BSRGAN live in https://github.com/cszn/BSRGAN"
+# Alternatives to modules and classes of the original that this package does not have
+DEGRADATION = "the degradations of BSRGAN are in https://github.com/cszn/BSRGAN"
 KARLO = "the prior of unCLIP is `ldm.nets.karlo`, and is run by `ldm.unclip`"
 DATA = "read images with torchvision.datasets, or train with `ldm train` (docs/training.md)"
 MIDAS = "MiDaS is `ldm.modules.midas.api`, and its network `ldm.encoders.dpt.DPT`"
-TAMING = "VQ autoencoders live in https://github.com/CompVis/taming-transformers"
+TAMING = "VQ autoencoders are in https://github.com/CompVis/taming-transformers"
 MISSING_MODULES = {
     "ldm.data.imagenet": DATA,
     "ldm.data.lsun": DATA,
-    "ldm.models.diffusion.classifier": "it lives in https://github.com/CompVis/latent-diffusion",
+    "ldm.models.diffusion.classifier": "it is in https://github.com/CompVis/latent-diffusion",
     "ldm.modules.image_degradation": DEGRADATION,
     "ldm.modules.image_degradation.bsrgan": DEGRADATION,
     "ldm.modules.image_degradation.bsrgan_light": DEGRADATION,
@@ -58,17 +57,17 @@ MISSING_MODULES = {
     "ldm.modules.losses.vqperceptual": TAMING,
     "ldm.modules.midas.midas": MIDAS,
     "ldm.modules.midas.utils": MIDAS,
-    "ldm.modules.x_transformer": "it lives in the package `x-transformers`, with other numbers",
+    "ldm.modules.x_transformer": "the package `x-transformers` has it, with other numerics",
 }
-BERT = "it lives in https://github.com/CompVis/latent-diffusion"
+BERT = "it is in https://github.com/CompVis/latent-diffusion"
 T5 = "load it with transformers.T5EncoderModel"
-# Of `ldm.modules.encoders.modules`
+# Classes of `ldm.modules.encoders.modules`
 MISSING_ENCODERS = {
     "BERTEmbedder": BERT,
     "BERTTokenizer": "transformers.BertTokenizerFast gives the same ids",
     "TransformerEmbedder": BERT,
     "FrozenT5Embedder": T5,
     "FrozenCLIPT5Encoder": T5,
-    "FrozenCLIPTextEmbedder": "its tower is `ldm.encoders.text.OpenCLIPText`",
-    "FrozenClipImageEmbedder": "its tower is `ldm.encoders.image.CLIPImage`",
+    "FrozenCLIPTextEmbedder": "its network is `ldm.encoders.text.OpenCLIPText`",
+    "FrozenClipImageEmbedder": "its network is `ldm.encoders.image.CLIPImage`",
 }

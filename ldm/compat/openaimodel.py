@@ -1,9 +1,8 @@
 """`ldm.modules.diffusionmodules.openaimodel` of the original: the UNet.
 
-Classes derive from those of `ldm.nets` and hold torch's own layers. They look layers, methods and
-functions of this module up at each call, so that those that programs put in their place are used.
-Among these is `th`: programs replace it by an object whose `cat` takes feature maps of different
-sizes.
+Classes derive from those of `ldm.nets`, but have torch's own layers. Layers, methods and names of
+this module are looked up at call time, so that programs can monkeypatch them. One of these is `th`:
+programs replace it by an object whose `cat` takes feature maps of different sizes.
 """
 
 import math as math
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.compat.attention import SpatialTransformer
+from ldm.compat.class_swap import COMPAT_CLASSES, CompatModule, swap_classes
 from ldm.compat.diffusion_util import (
     avg_pool_nd as avg_pool_nd,
     checkpoint,
@@ -28,8 +28,7 @@ from ldm.compat.diffusion_util import (
     timestep_embedding,
     zero_module as zero_module,
 )
-from ldm.compat.relabel import OLD_CLASSES, OldModule, relabel
-from ldm.compat.util import exists as exists, to_plain
+from ldm.compat.util import exists as exists, to_builtin
 from ldm.nets import blocks, transformer, unet
 
 np = np
@@ -61,7 +60,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence of layers, each called with the conditions that it takes besides x."""
+    """Runs layers in order, with the timestep embedding or context for those that take it."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: unet.Context = None
@@ -76,7 +75,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
         return x
 
 
-class Resampler(OldModule):
+class ResampleBase(CompatModule):
     """Base class of Upsample and Downsample.
 
     Args:
@@ -99,11 +98,11 @@ class Resampler(OldModule):
         super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
         if (conv := self._find_conv()) is not None:
             conv.padding = (padding, padding)
-        self.channels = channels  # `add_attributes` reads them from the convolution, if any
+        self.channels = channels  # if there is no convolution from which they can be inferred
         self.out_channels = channels
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.dims = 2
         conv = self._find_conv()
         self.use_conv = conv is not None
@@ -115,20 +114,20 @@ class Resampler(OldModule):
         return next((layer for layer in self.children() if isinstance(layer, nn.Conv2d)), None)
 
 
-class Upsample(Resampler, blocks.Upsample):
-    """Nearest-neighbor upsampling by 2, then a 3x3 convolution if `use_conv`."""
+class Upsample(ResampleBase, blocks.Upsample):
+    """Nearest-neighbor upsampling by 2, with a 3x3 convolution if `use_conv`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
         return x if self.conv is None else self.conv(x)  # (B, C_out, 2h, 2w)
 
 
-class Downsample(Resampler, blocks.Downsample):
-    """Downsampling by 2: a 3x3 convolution of stride 2 if `use_conv`, else average pooling."""
+class Downsample(ResampleBase, blocks.Downsample):
+    """Downsampling by 2, by a 3x3 convolution of stride 2 if `use_conv`, else average pooling."""
 
 
-class ResBlock(OldModule, blocks.ResBlock, TimestepBlock):
-    """Residual block: norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv.
+class ResBlock(CompatModule, blocks.ResBlock, TimestepBlock):
+    """Residual block: norm, SiLU, conv; add the timestep embedding; norm, SiLU, dropout, conv.
 
     Args:
         out_channels: None = `channels`. The others: see `ldm.nets.blocks.ResBlock`.
@@ -167,9 +166,9 @@ class ResBlock(OldModule, blocks.ResBlock, TimestepBlock):
             up=up,
             down=down,
         )
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         conv, linear, dropout = self.in_layers[-1], self.emb_layers[-1], self.out_layers[2]
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(linear, nn.Linear)
@@ -209,7 +208,7 @@ class ResBlock(OldModule, blocks.ResBlock, TimestepBlock):
         return out
 
 
-class AttentionBlock(OldModule, transformer.AttentionBlock):
+class AttentionBlock(CompatModule, transformer.AttentionBlock):
     """Self-attention over all positions, with a residual connection."""
 
     def __init__(
@@ -227,9 +226,9 @@ class AttentionBlock(OldModule, transformer.AttentionBlock):
             use_checkpoint=use_checkpoint,
             use_new_attention_order=use_new_attention_order,
         )
-        relabel(self)
+        swap_classes(self)
 
-    def add_attributes(self) -> None:
+    def set_original_attributes(self) -> None:
         self.channels = self.norm.num_channels
         self.num_heads = self.heads
 
@@ -242,11 +241,11 @@ class AttentionBlock(OldModule, transformer.AttentionBlock):
         return self.compute(x)
 
 
-class UNetModel(OldModule, unet.UNet):
-    """The denoising network; its settings are those of `ldm.nets.unet.UNet`.
+class UNetModel(CompatModule, unet.UNet):
+    """The denoising network; for the arguments see `ldm.nets.unet.UNet`.
 
     Attributes:
-        dtype: Dtype that x is converted to. Programs set it: it does not follow the weights.
+        dtype: Dtype that x is converted to. Programs set it: `half()` does not change it.
         num_res_blocks: Number of residual blocks of each level, always a list.
     """
 
@@ -289,10 +288,10 @@ class UNetModel(OldModule, unet.UNet):
             in_channels=in_channels,
             model_channels=model_channels,
             out_channels=out_channels,
-            num_res_blocks=to_plain(num_res_blocks),
-            attention_resolutions=to_plain(attention_resolutions),
+            num_res_blocks=to_builtin(num_res_blocks),
+            attention_resolutions=to_builtin(attention_resolutions),
             dropout=dropout,
-            channel_mult=to_plain(channel_mult),
+            channel_mult=to_builtin(channel_mult),
             conv_resample=conv_resample,
             dims=dims,
             num_classes=num_classes,
@@ -304,24 +303,24 @@ class UNetModel(OldModule, unet.UNet):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
             use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=to_plain(transformer_depth),
-            context_dim=to_plain(context_dim),
+            transformer_depth=to_builtin(transformer_depth),
+            context_dim=to_builtin(context_dim),
             n_embed=n_embed,
             legacy=legacy,
-            disable_self_attentions=to_plain(disable_self_attentions),
-            num_attention_blocks=to_plain(num_attention_blocks),
+            disable_self_attentions=to_builtin(disable_self_attentions),
+            num_attention_blocks=to_builtin(num_attention_blocks),
             disable_middle_self_attn=disable_middle_self_attn,
             use_linear_in_transformer=use_linear_in_transformer,
             adm_in_channels=adm_in_channels,
         )
-        relabel(self)
+        swap_classes(self)
         self.image_size = image_size
         self.dtype = torch.float16 if use_fp16 else torch.float32
         if use_bf16:
             self.dtype = torch.bfloat16
 
-    def add_attributes(self) -> None:
-        self.image_size = 32  # that of SD 1, as weights do not tell it
+    def set_original_attributes(self) -> None:
+        self.image_size = 32  # that of SD's configs: it cannot be inferred from weights
         self.dtype = next(self.parameters()).dtype
         self.predict_codebook_ids = False
         if self.num_heads_upsample == -1:
@@ -338,7 +337,8 @@ class UNetModel(OldModule, unet.UNet):
             for layer in block:
                 if isinstance(layer, ResBlock):
                     channels = layer.out_channels
-                elif isinstance(layer, (Upsample, Downsample)):  # which may have no convolution
+                elif isinstance(layer, (Upsample, Downsample)):
+                    # Again: without a convolution, its own method could not infer them.
                     layer.channels = channels
                     layer.out_channels = channels
 
@@ -369,7 +369,7 @@ class UNetModel(OldModule, unet.UNet):
         emb = self.time_embed(emb)  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self._embed_label(y)
-        # Blocks get three arguments, unlike those of `ldm.nets`: replaced ones take no more.
+        # Three arguments, unlike in `ldm.nets`: blocks that programs put in take no more.
         h, skips = x.type(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
@@ -384,10 +384,10 @@ class UNetModel(OldModule, unet.UNet):
 
 def _check_dims(dims: int) -> None:
     if dims != 2:
-        raise ValueError(f"dims `{dims}` is not supported, only 2 (images)")
+        raise ValueError(f"dims must be 2 (images), got {dims}")
 
 
-OLD_CLASSES.update(
+COMPAT_CLASSES.update(
     {
         unet.UNetBlock: TimestepEmbedSequential,
         unet.UNet: UNetModel,

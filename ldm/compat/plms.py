@@ -1,4 +1,4 @@
-"""`ldm.models.diffusion.plms` of the original: PLMS (arXiv:2202.09778) over `apply_model`."""
+"""`ldm.models.diffusion.plms` of the original: PLMS (arXiv:2202.09778), calling `apply_model`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from ldm.compat.sampling import (
 )
 from ldm.compat.sampling_util import norm_thresholding
 
-# Adams–Bashforth coefficients of the predicted noise, newest first, by number of predictions.
+# Number of steps -> Adams–Bashforth coefficients of their predicted noise, newest first
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -30,7 +30,7 @@ ADAMS_BASHFORTH = {
 
 
 class PLMSSampler(TableSampler):
-    """PLMS; the output of the model is taken for eps whatever it predicts, as in the original."""
+    """PLMS; as in the original, the output of the model is used as eps, even if it predicts v."""
 
     supports_eta = False
     plms_sampling = TableSampler.run_steps
@@ -67,16 +67,17 @@ class PLMSSampler(TableSampler):
         t_next: Tensor | None = None,
         dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step from x (B, C, h, w) at timesteps t (B,), entry `index` of the tables, to the next.
+        """Step from x (B, C, h, w) at timesteps t (B,) to the timesteps below them.
 
         Args:
-            old_eps: Predicted noise of the up to three steps before, oldest first; None or empty
-                at the first step.
+            index: Index of t in `ddim_timesteps`.
+            old_eps: Predicted noise of up to three previous steps, oldest first; None or empty at
+                the first step.
             t_next: The next timesteps (B,), needed at the first step only.
-            dynamic_threshold: See `norm_thresholding`; None = no limit.
+            dynamic_threshold: See `norm_thresholding`; None = no limit. The others: see `sample`.
 
         Returns:
-            x at the next timestep, the estimate of x0, and the predicted noise.
+            x at the next timesteps, the predicted x0, and the predicted noise.
         """
         apply_model, scale = self.model.apply_model, unconditional_guidance_scale
 
@@ -101,7 +102,7 @@ class PLMSSampler(TableSampler):
         if not old_eps:
             if t_next is None:
                 raise TypeError("the first step needs t_next")
-            # Heun's method, as there is no history yet: evaluates twice, and draws noise twice.
+            # Heun's method, as there is no history yet: two evaluations, and two draws of noise.
             x_next, _ = step(e_t)
             e_t_prime = (e_t + predict_noise(x_next, t_next)) / 2
         else:

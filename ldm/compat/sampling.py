@@ -1,7 +1,7 @@
 """Base classes of the original's samplers: arguments, tables, guidance, initial noise.
 
-They call `model.apply_model(x, t, c)`, which programs override, at integer timesteps. So they are
-written anew here: `ldm.diffusion.samplers` are functions of sigma.
+They call `model.apply_model(x, t, c)`, which programs override, at integer timesteps. This is why
+they do not use `ldm.diffusion.samplers`, which are functions of sigma.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ from ldm.compat.diffusion_util import (
     noise_like,
 )
 
-# A tensor, a list of tensors, or a dict of tensors and of lists; passed to the model unchanged.
+# A tensor, a list of tensors, or a dict of tensors and lists; passed to the model unchanged.
 Condition = Any
 Intermediates = dict[str, list[Tensor]]
-StepOutput = tuple[Tensor, Tensor]  # x at the next timestep, and the estimate of x0
+StepOutput = tuple[Tensor, Tensor]  # x at the next timesteps, and the predicted x0
 
 
 class FirstStage(Protocol):
@@ -45,10 +45,10 @@ class ScoreCorrector(Protocol):
 
 
 class DiffusionModel(Protocol):
-    """What samplers use of a model, which may be a class of the importing program.
+    """The part of a model's interface that samplers use; programs have their own model classes.
 
-    The `predict_*` methods are called on v models only, `q_sample` with a mask, and
-    `first_stage_model` to quantize x0.
+    `predict_*` are called on v-prediction models only, `q_sample` with a mask only, and
+    `first_stage_model` is used to quantize x0 only.
     """
 
     num_timesteps: int
@@ -74,20 +74,21 @@ class Sampler:
     """Base class of the samplers.
 
     Args:
-        device: Device of the tables; None = that of the model.
+        device: Device of the tables; None = that of the model at each `make_schedule`.
         kwargs: Ignored, as in the original.
     """
 
     make_schedule: Callable[..., None]
-    sample_loop: Callable[..., tuple[Tensor, Any]]  # all steps of that schedule
-    _follows_model = True  # also of subclasses whose constructor does not call this one
+    sample_loop: Callable[..., tuple[Tensor, Any]]  # runs all steps of that schedule
+    # Whether `device` was None; set here, too, for subclasses that do not call this constructor
+    _follows_model_device = True
 
     def __init__(
         self, model: DiffusionModel, device: str | torch.device | None = None, **kwargs: object
     ) -> None:
         self.model = model
         self.device = model.device if device is None else torch.device(device)
-        self._follows_model = device is None
+        self._follows_model_device = device is None
 
     def register_buffer(self, name: str, attr: object) -> None:
         """Set an attribute; tensors are moved to the device."""
@@ -123,13 +124,13 @@ class Sampler:
         """Sample latents (batch_size, *shape).
 
         Args:
-            S: Number of steps; the original's choice of timesteps may give a few more.
+            S: Number of steps; `make_ddim_timesteps` may give a few more.
             conditioning: Condition of the model; None = none.
-            callback: Called with the number of each step, from 0.
-            img_callback: Called with the estimate of x0 and the number of each step.
+            callback: Called with the index of each step, from 0.
+            img_callback: Called with the predicted x0 and the index of each step.
             normals_sequence: Ignored, as in the original.
-            mask: (B, 1, h, w), 1 where `x0` is kept; None keeps nothing.
-            temperature: Factor of the noise between steps.
+            mask: (B, 1, h, w), 1 where `x0` is kept, 0 is sampled; None samples everywhere.
+            temperature: Factor of the noise that each step adds.
             x_T: Initial noise; None draws it.
             unconditional_conditioning: Negative condition; None disables guidance.
             dynamic_threshold: Largest root mean square of x0, see `norm_thresholding`; PLMS only.
@@ -138,8 +139,8 @@ class Sampler:
             kwargs: Ignored, as in the original.
 
         Returns:
-            Latents, and intermediate ones: those and estimates of x0 at every `log_every_t`-th
-            step (`x_inter`, `pred_x0`), or None from DPM-Solver.
+            Latents; and a dict of latents and predicted x0 at every `log_every_t`-th step
+            (`x_inter`, `pred_x0`), which is None for DPM-Solver.
         """
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
         return self.sample_loop(
@@ -164,12 +165,12 @@ class Sampler:
 
 
 class TableSampler(Sampler):
-    """Base class of DDIM and PLMS, which step through tables at chosen timesteps of a model.
+    """Base class of DDIM and PLMS, which read tables at some timesteps of the model.
 
     Attributes:
-        ddim_timesteps: Chosen timesteps, int64, ascending.
-        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the one below it.
-        ddim_sigmas: Standard deviations of the noise that each step adds.
+        ddim_timesteps: Timesteps of a run, int64, ascending.
+        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the timestep before it.
+        ddim_sigmas: Standard deviation of the noise that each step adds.
     """
 
     supports_eta = True
@@ -202,15 +203,15 @@ class TableSampler(Sampler):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Choose timesteps and compute the tables, from those of the model as they are now."""
+        """Choose timesteps, and compute the tables from the model's current ones."""
         if ddim_eta != 0 and not self.supports_eta:
             raise ValueError("ddim_eta must be 0 for PLMS")
-        if self._follows_model:  # which may have been moved since
+        if self._follows_model_device:  # the model may have been moved since
             self.device = self.model.device
         self.ddim_timesteps = make_ddim_timesteps(
             ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps, verbose=verbose
         )
-        alphas, previous = (
+        alphas, alphas_prev = (
             table.detach().float().cpu()
             for table in (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
         )
@@ -221,11 +222,11 @@ class TableSampler(Sampler):
         sigmas, ddim_alphas, ddim_alphas_prev = make_ddim_sampling_parameters(
             alphas, self.ddim_timesteps, ddim_eta, verbose=verbose
         )
-        ratio = (1 - previous) / (1 - alphas) * (1 - alphas / previous)
+        variance = (1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev)
         tables: dict[str, object] = {
             "betas": self.model.betas.detach().float(),
             "alphas_cumprod": alphas,
-            "alphas_cumprod_prev": previous,
+            "alphas_cumprod_prev": alphas_prev,
             "sqrt_alphas_cumprod": alphas.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
             "log_one_minus_alphas_cumprod": (1 - alphas).log(),
@@ -235,7 +236,7 @@ class TableSampler(Sampler):
             "ddim_alphas": ddim_alphas,
             "ddim_alphas_prev": ddim_alphas_prev,
             "ddim_sqrt_one_minus_alphas": (1 - torch.as_tensor(ddim_alphas)).sqrt(),
-            "ddim_sigmas_for_original_num_steps": ddim_eta * ratio.sqrt(),
+            "ddim_sigmas_for_original_num_steps": ddim_eta * variance.sqrt(),
         }
         for name, table in tables.items():
             self.register_buffer(name, table)
@@ -263,10 +264,10 @@ class TableSampler(Sampler):
         dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """Sample latents of a shape (B, C, h, w) by the schedule of `make_schedule`.
+        """Sample latents of a shape (B, C, h, w) at the timesteps of `make_schedule`.
 
         Args:
-            timesteps: See `choose_timesteps`. The others: see `sample`.
+            ddim_use_original_steps, timesteps: See `choose_timesteps`. The others: see `sample`.
         """
         device = self.model.betas.device
         img = torch.randn(shape, device=device) if x_T is None else x_T
@@ -281,7 +282,7 @@ class TableSampler(Sampler):
             index = len(run_timesteps) - i - 1
             t, t_next = (
                 torch.full((shape[0],), int(timestep), device=device, dtype=torch.long)
-                # No timestep is below the last one, which stands for both.
+                # At the last step, `t_next` is t: there is no timestep below it.
                 for timestep in (run_timesteps[index], run_timesteps[max(index - 1, 0)])
             )
             if mask is not None:  # before the step: nothing is restored after the last one
@@ -319,8 +320,8 @@ class TableSampler(Sampler):
 
         Args:
             args: x, condition, and t.
-            old_eps: Predicted noise of the steps before, oldest first; multistep methods append.
-            options: Keywords of `p_sample_ddim` or `p_sample_plms`.
+            old_eps: Predicted noise of previous steps, oldest first; PLMS appends to it.
+            options: Keyword arguments of `p_sample_ddim` or `p_sample_plms`.
         """
         raise NotImplementedError
 
@@ -330,10 +331,10 @@ class TableSampler(Sampler):
         """Return the timesteps of a run, ascending.
 
         Args:
-            timesteps: Number of them. Of those of `make_schedule` it gives one fewer, as in the
-                original; None = all.
-            use_original_steps: Whether to choose among all timesteps of the model, where
-                `timesteps` may also be an array of them.
+            timesteps: Number of timesteps, the lowest ones; None = all. As in the original, one
+                fewer is returned from those of `make_schedule`.
+            use_original_steps: Whether to choose from all timesteps of the model, not from those of
+                `make_schedule`; `timesteps` may then be an array of them.
         """
         if use_original_steps:
             if timesteps is None:
@@ -347,7 +348,7 @@ class TableSampler(Sampler):
     def read_tables(
         self, index: int, x: Tensor, use_original_steps: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ᾱ, ᾱ below, sigma of the added noise, and √(1 - ᾱ) for x, (B, 1, 1, 1) each."""
+        """Return ᾱ, ᾱ before, sigma of the added noise, and √(1 - ᾱ), (B, 1, 1, 1) each for x."""
         if use_original_steps:
             tables: tuple[Tensor | np.ndarray, ...] = (
                 self.model.alphas_cumprod,
@@ -362,18 +363,18 @@ class TableSampler(Sampler):
                 self.ddim_sigmas,
                 self.ddim_sqrt_one_minus_alphas,
             )
-        # Tables are float32 and float64; here, as in the original, all become float32.
+        # Some tables are float64; as in the original, the values are float32.
         shape = (len(x), *(1,) * (x.dim() - 1))
-        a_t, a_prev, sigma_t, root = (
+        a_t, a_prev, sigma_t, sqrt_one_minus_at = (
             torch.full(shape, float(table[index]), device=x.device) for table in tables
         )
-        return a_t, a_prev, sigma_t, root
+        return a_t, a_prev, sigma_t, sqrt_one_minus_at
 
     def draw_noise(
         self, x: Tensor, sigma: Tensor, repeat: bool, temperature: float, dropout: float
     ) -> Tensor:
         """Draw the noise that a step adds."""
-        # Also where sigma is 0, so that the draws after it are those of the original.
+        # Drawn even if sigma is 0, so that later draws equal the original's.
         noise = sigma * noise_like(x.shape, x.device, repeat) * temperature
         return F.dropout(noise, p=dropout) if dropout > 0 else noise
 
@@ -381,7 +382,7 @@ class TableSampler(Sampler):
 def restore_masked(
     model: DiffusionModel, img: Tensor, x0: Tensor | None, mask: Tensor, t: Tensor
 ) -> Tensor:
-    """Replace latents by x0 with the noise of timesteps t (B,), where the mask is 1."""
+    """Replace latents by x0 with the noise level of timesteps t (B,), where the mask is 1."""
     if x0 is None:
         raise TypeError("a mask needs x0")
     return model.q_sample(x0, t) * mask + (1.0 - mask) * img
@@ -396,15 +397,15 @@ def correct_score(
     c: Condition,
     options: Mapping[str, object] | None,
 ) -> Tensor:
-    """Apply a score corrector to the noise that an eps model predicts."""
+    """Apply a score corrector to the predicted noise of an eps-prediction model."""
     if model.parameterization != "eps":
-        raise ValueError("a score corrector needs a model that predicts eps")
+        raise ValueError("score_corrector needs an eps-prediction model")
     return corrector.modify_score(model, e_t, x, t, c, **(options or {}))
 
 
-def drop_none(**keywords: Any) -> dict[str, Any]:
-    """Return the keywords that are not None: overridden methods may not take the newer ones."""
-    return {name: value for name, value in keywords.items() if value is not None}
+def drop_none(**kwargs: Any) -> dict[str, Any]:
+    """Return the keyword arguments that are not None: older overrides do not take the others."""
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def apply_with_guidance(
@@ -418,20 +419,20 @@ def apply_with_guidance(
     """Return the output of a model, with classifier-free guidance unless `uncond` is None."""
     if uncond is None or scale == 1.0:
         return apply_model(x, t, c)
-    # In one batch, the unconditional half first: programs that override `apply_model` rely on it.
-    outputs = apply_model(torch.cat([x] * 2), torch.cat([t] * 2), join_conditions(uncond, c))
+    # One batch, unconditional half first: programs that override `apply_model` rely on this.
+    outputs = apply_model(torch.cat([x] * 2), torch.cat([t] * 2), cat_conditions(uncond, c))
     uncond_output, cond_output = outputs.chunk(2)
     return uncond_output + scale * (cond_output - uncond_output)
 
 
-def join_conditions(uncond: Condition, c: Condition) -> Condition:
-    """Concatenate two conditions along the batch axis, entry by entry; None stays None."""
+def cat_conditions(uncond: Condition, c: Condition) -> Condition:
+    """Concatenate two conditions along the batch axis, tensor by tensor; None stays None."""
     if c is None:
         return None
     if isinstance(c, dict):
-        return {key: join_conditions(uncond[key], value) for key, value in c.items()}
+        return {key: cat_conditions(uncond[key], value) for key, value in c.items()}
     if isinstance(c, list | tuple):
-        return [join_conditions(*entries) for entries in zip(uncond, c, strict=True)]
+        return [cat_conditions(*entries) for entries in zip(uncond, c, strict=True)]
     return torch.cat([uncond, c])
 
 

@@ -1,4 +1,4 @@
-"""`ldm.models.diffusion.sampling_util` of the original: shapes, and limits of x0."""
+"""`ldm.models.diffusion.sampling_util` of the original: broadcasting, thresholding of x0."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     """Append axes of length 1 until a tensor has `target_dims` axes."""
     missing = target_dims - x.dim()
     if missing < 0:
-        raise ValueError(f"a tensor of {x.dim()} axes cannot have {target_dims}")
+        raise ValueError(f"target_dims must be at least {x.dim()}, got {target_dims}")
     return x.reshape(*x.shape, *(1,) * missing)
 
 
@@ -18,5 +18,5 @@ def norm_thresholding(x0: Tensor, value: float) -> Tensor:
 
 
 def spatial_norm_thresholding(x0: Tensor, value: float) -> Tensor:
-    """Scale each pixel of x0 (B, C, h, w) to a root mean square over channels up to `value`."""
+    """Scale each pixel of x0 (B, C, h, w) down to a root mean square of at most `value`."""
     return x0 * (value / x0.square().mean(1, keepdim=True).sqrt().clamp(min=value))

@@ -1,4 +1,4 @@
-"""`ldm.modules.diffusionmodules.upscaling` of the original: noise augmentation of conditions."""
+"""`ldm.modules.diffusionmodules.upscaling` of the original: noise-augmented conditions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ class AbstractLowScaleModel(nn.Module):
     """Base class of noise augmentation.
 
     Args:
-        noise_schedule_config: Keywords of `register_schedule`; None = no schedule.
+        noise_schedule_config: Keyword arguments of `register_schedule`; None = no schedule.
     """
 
     sqrt_alphas_cumprod: Tensor
@@ -52,7 +52,7 @@ class AbstractLowScaleModel(nn.Module):
 
         Args:
             noise: None draws it from torch's global generator.
-            seed: Seed of that generator; None to leave it.
+            seed: Seed that the generator is set to before; None = not set.
         """
         if noise is None:
             if seed is not None:
@@ -72,7 +72,7 @@ class AbstractLowScaleModel(nn.Module):
 
 
 class SimpleImageConcat(AbstractLowScaleModel):
-    """No noise augmentation: images unchanged, with level 0."""
+    """No noise augmentation: images are returned unchanged, with noise level 0."""
 
     max_noise_level = 0
 
@@ -81,11 +81,11 @@ class SimpleImageConcat(AbstractLowScaleModel):
 
 
 class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
-    """Noise augmentation of a given or random level.
+    """Noise augmentation with given or random levels.
 
     Args:
         max_noise_level: Random levels are 0 … max_noise_level - 1.
-        to_cuda: Ignored: levels are on the device of the images.
+        to_cuda: Ignored, as levels are on the device of the images.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
     def forward(
         self, x: Tensor, noise_level: Tensor | None = None, seed: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return noised images and their levels (B,); None draws the levels."""
+        """Return noised images and their noise levels (B,); None draws the levels."""
         if noise_level is None:
             noise_level = torch.randint(0, self.max_noise_level, (len(x),), device=x.device)
         return self.q_sample(x, noise_level, seed=seed), noise_level

@@ -15,15 +15,15 @@ log = logging.getLogger(__name__)
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any:
-    """Call the class or function that `config["target"]` names, whatever it is.
+    """Import and call the class or function `config["target"]`, whatever it is.
 
-    `ldm.instantiate` has a closed table of targets instead: use this function only for configs that
-    you would run as a program.
+    Use this function only for configs that you would run as a program: unlike `ldm.instantiate`, it
+    allows any target.
 
     Args:
-        config: A mapping or a node of OmegaConf; its `params` are the keywords. The strings
-            "__is_first_stage__" and "__is_unconditional__" give None.
-        more: Additional keywords.
+        config: A mapping or a node of OmegaConf; its `params` are the keyword arguments. The
+            strings "__is_first_stage__" and "__is_unconditional__" give None.
+        more: Additional keyword arguments.
     """
     if "target" not in config:
         if config in ("__is_first_stage__", "__is_unconditional__"):
@@ -34,12 +34,12 @@ def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any
     return get_obj_from_str(config["target"])(**(config.get("params") or {}), **more)
 
 
-def to_plain(value: Any) -> Any:
-    """Convert mappings and lists of OmegaConf, nested ones included, to dicts and lists."""
+def to_builtin(value: Any) -> Any:
+    """Convert nested mappings and sequences, such as OmegaConf's, to dicts and lists."""
     if isinstance(value, Mapping):
-        return {key: to_plain(entry) for key, entry in value.items()}
+        return {key: to_builtin(entry) for key, entry in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [to_plain(entry) for entry in value]
+        return [to_builtin(entry) for entry in value]
     return value
 
 
@@ -91,24 +91,24 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
 
     Args:
         wh: Width and height of each image.
-        xc: B captions, broken after int(40 * width / 256) characters.
+        xc: B captions; lines have int(40 * width / 256) characters.
         size: Font size in pixels.
 
     Returns:
         (B, 3, height, width) float64 in [-1, 1].
     """
     width, height = wh
-    chars = int(40 * width / 256)
+    line_length = int(40 * width / 256)
     font = ImageFont.load_default(size)
     images = []
     for caption in xc:
         image = Image.new("RGB", (width, height), color="white")
-        lines = [caption[i : i + chars] for i in range(0, len(caption), chars)]
+        lines = [caption[i : i + line_length] for i in range(0, len(caption), line_length)]
         ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
         images.append(np.array(image).transpose(2, 0, 1) / 127.5 - 1.0)
     return torch.tensor(np.stack(images))
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Return a frozen module unchanged: replaces its method `train`."""
+    """Return the module unchanged; this replaces the method `train` of frozen modules."""
     return self

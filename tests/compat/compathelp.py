@@ -1,4 +1,4 @@
-"""What the tests of the old names share: building from configs as programs do, and comparing."""
+"""What the tests of `ldm.compat` share: building from configs as programs do, and comparing."""
 
 from pathlib import Path
 

@@ -90,7 +90,7 @@ def test_a_vendored_folder_adds_its_own_modules(vendored, order, variable):
 
 
 def test_a_vendored_package_runs_its_own_init(vendored):
-    """Where ours is none: parents of old names are empty packages."""
+    """Where ours is none: parents of the original's names are empty packages."""
     init = Path(vendored, "ldm/modules/distributions/__init__.py")
     init.write_text("from ldm.modules.distributions import extra", "utf-8")
     (init.parent / "extra.py").write_text("value = 3", "utf-8")

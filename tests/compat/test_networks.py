@@ -1,4 +1,4 @@
-"""The networks under their old names: recorded numbers, types, attributes."""
+"""The networks under the original's names: recorded numbers, types, attributes."""
 
 import copy
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from goldfile import gold
 from ldm.compat import model
+from ldm.compat.class_swap import swap_classes
 from ldm.compat.openaimodel import UNetModel
-from ldm.compat.relabel import relabel
 from ldm.compat.util import get_obj_from_str, instantiate_from_config
 from nets import nethelp
 from quick import some
@@ -118,7 +118,7 @@ MODERN = [
 @pytest.mark.parametrize("changes", MODERN)
 def test_a_network_of_ours_becomes_one_of_the_original(changes):
     unet = nethelp.tiny_unet(**changes)
-    old = relabel(copy.deepcopy(unet))
+    old = swap_classes(copy.deepcopy(unet))
     assert type(old) is UNetModel
     y = {"sequential": torch.ones(2, 6), "timestep": torch.ones(2)}.get(changes.get("num_classes"))
     x, t, context = nethelp.tiny_inputs()
@@ -132,7 +132,7 @@ def test_a_network_of_ours_becomes_one_of_the_original(changes):
 def test_an_autoencoder_of_ours_becomes_one_of_the_original():
     vae = nethelp.tiny_autoencoder(attn_resolutions=[128])
     x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
-    old = relabel(copy.deepcopy(vae))
+    old = swap_classes(copy.deepcopy(vae))
     assert [type(old.encoder), type(old.decoder)] == [model.Encoder, model.Decoder]
     assert [type(old.decoder.up[1].upsample), old.encoder.num_resolutions] == [model.Upsample, 3]
     assert [old.decoder.num_res_blocks, old.encoder.in_channels] == [1, 3]

@@ -1,4 +1,4 @@
-"""DDIM, PLMS and DPM-Solver under their old names: recorded runs, types of tables, hooks.
+"""DDIM, PLMS and DPM-Solver under the original's names: recorded runs, types of tables, hooks.
 
 Worst errors, as a fraction of the largest value: ddim 5.0e-5, plms 5.1e-5, dpm 1.0e-4, dpm_schedule
 6e-8; the original's own noise on another build of torch is 3e-5 there.

@@ -337,7 +337,7 @@ TASKS = {
         lambda model, **k: ldm.upscale(model, ["a"], IMAGE[..., :16, :16], noise_level=20, **k),
     ),
 }
-OLD_CLASSES = {
+COMPAT_CLASSES = {
     "depth": LatentDepth2ImageDiffusion,
     "inpaint": LatentInpaintDiffusion,
     "unclip": ImageEmbeddingConditionedLatentDiffusion,
@@ -351,7 +351,7 @@ def test_families_are_bridged_there_and_back(name):
     file, task = TASKS[name]
     modern = model_of(recorded(file), name)
     old = from_modern(modern)
-    assert type(old) is OLD_CLASSES[name]
+    assert type(old) is COMPAT_CLASSES[name]
     back = to_modern(old)
     assert set(back.conditioner.encoders) == set(modern.conditioner.encoders)
     addresses = {weight.data_ptr() for weight in modern.parameters()}

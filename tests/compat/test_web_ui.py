@@ -38,7 +38,7 @@ sys.path.append(os.path.abspath(folder))
 for name in {YAMLS}:
     assert os.path.exists(os.path.join(folder, "configs/stable-diffusion", name)), name
 for name in {IMPORTED}:
-    assert importlib.util.find_spec(name).loader.__class__.__name__ == "OldNames", name
+    assert importlib.util.find_spec(name).loader.__class__.__name__ == "CompatFinder", name
 import scripts.extension
 assert scripts.extension.__file__.startswith(os.getcwd())
 print(folder)
