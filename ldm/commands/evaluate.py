@@ -31,7 +31,7 @@ from ldm.runtime.ranks import get_rank_and_world_size
 
 if TYPE_CHECKING:
     from ldm.evaluation.generate import Setting
-    from ldm.evaluation.prompts import PromptSource
+    from ldm.evaluation.prompts import EvaluationPrompt
     from ldm.evaluation.score import ImageSet
 
 __all__ = ["main"]
@@ -183,7 +183,8 @@ def _evaluate(args: Namespace) -> None:
             return
         wait_for_images(settings, out)
         sets = [
-            ImageSet(each.series, each.files(out), each.request.sampling.scale) for each in settings
+            ImageSet(each.series, each.list_files(out), each.request.sampling.scale)
+            for each in settings
         ]
     else:
         sets = _find_folders(args, sources) if args.images else find_image_sets(out)
@@ -199,7 +200,7 @@ def _evaluate(args: Namespace) -> None:
     print("\n".join(map(str, paths)))
 
 
-def _read_prompts(args: Namespace) -> "list[PromptSource]":
+def _read_prompts(args: Namespace) -> "list[EvaluationPrompt]":
     from ldm.evaluation.prompts import draw_prompts, read_prompts
 
     if args.prompts is None:
@@ -211,7 +212,9 @@ def _read_prompts(args: Namespace) -> "list[PromptSource]":
     return draw_prompts(sources, args.count if args.generate else None, args.seed)
 
 
-def _make_settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "list[Setting]":
+def _make_settings(
+    args: Namespace, out: Path, sources: "list[EvaluationPrompt]"
+) -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
     from ldm.generate.load import find_weights
 
@@ -232,7 +235,7 @@ def _make_settings(args: Namespace, out: Path, sources: "list[PromptSource]") ->
     return settings
 
 
-def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
+def _find_reference(args: Namespace, sources: "list[EvaluationPrompt]") -> "ImageSet | None":
     """Return the reference images: those with captions in the prompt file, else all."""
     from ldm.evaluation.score import ImageSet
     from ldm.imaging.reading import list_images
@@ -241,7 +244,7 @@ def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet
         log.warning("no reference images: FID, KID, precision and recall are not computed")
         return None
     files = list_images(args.reference, "reference")
-    names = dict.fromkeys(source.image for source in sources if source.image is not None)
+    names = dict.fromkeys(source.image_name for source in sources if source.image_name is not None)
     if names:
         by_name = {file.name: file for file in files}
         missing = [name for name in names if name not in by_name]
@@ -252,7 +255,7 @@ def _find_reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet
     return ImageSet("reference", files, side=args.reference_size or None)
 
 
-def _find_folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
+def _find_folders(args: Namespace, sources: "list[EvaluationPrompt]") -> "list[ImageSet]":
     """Return folders of images as sets, with the prompts of the prompt file, if there is one."""
     from ldm.evaluation.score import ImageSet
     from ldm.imaging.reading import list_images

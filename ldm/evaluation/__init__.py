@@ -1,1 +1,1 @@
-"""Evaluation: generate images of prompts with several settings; score, tabulate and plot them."""
+"""Evaluation: generate images of prompts with several settings, score them, plot the scores."""

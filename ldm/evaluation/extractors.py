@@ -1,7 +1,7 @@
-"""Networks for scores: features of images (Inception), and how well images fit prompts (CLIP).
+"""Networks for scores: Inception for features of images, CLIP for how well images fit prompts.
 
-Anything with the methods of `FeatureExtractor` or `PromptJudge` can replace Inception and CLIP,
-such as classifiers of one's own data.
+Any object with the methods of `FeatureExtractor` or `PromptJudge` can replace Inception or CLIP,
+such as a classifier for a dataset of your own.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ class FeatureExtractor(Protocol):
         ...
 
     def describe(self) -> JsonObject:
-        """Return name, hash (`sha256`) and choices, to be printed beside the scores.
+        """Return name, hash of the weights (`sha256`) and settings, for reports.
 
-        Features are cached by this description, unless its hash is None.
+        Features are cached by this description, unless `sha256` is None.
         """
         ...
 
@@ -55,11 +55,11 @@ class PromptJudge(Protocol):
     """Scores how well each image fits its prompt."""
 
     def describe(self) -> JsonObject:
-        """Return name, hash (`sha256`) and choices; see `FeatureExtractor.describe`."""
+        """Return name, hash of the weights (`sha256`) and settings, as FeatureExtractor does."""
         ...
 
     def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Return a score (N,) for each pair; higher is better."""
+        """Return the score of each image with its prompt, (N,); higher is better."""
         ...
 
 
@@ -69,7 +69,7 @@ class InceptionExtractor:
 
     Args:
         resize: Name in RESIZE_MODES, see `preprocess_for_inception`.
-        sha256: Of the weights' file, for reports; None = unknown, then features are not cached.
+        sha256: Hash of the weights' file, for reports; None = unknown, features are not cached.
     """
 
     dimensions: ClassVar[int] = INCEPTION_FEATURES
@@ -91,11 +91,11 @@ class InceptionExtractor:
 
 @dataclass(frozen=True, eq=False)
 class CLIPJudge:
-    """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1.
+    """CLIP score: the cosine similarity of the embeddings of image and prompt, -1 … 1.
 
     Args:
-        name: Of the model, for reports.
-        sha256: Of the weights' file, for reports; None = unknown, then scores are not cached.
+        name: Name of the score, for reports.
+        sha256: Hash of the weights' file, for reports; None = unknown, scores are not cached.
     """
 
     clip: CLIP
@@ -146,15 +146,15 @@ def preprocess_for_inception(image: Image.Image, resize: str) -> Tensor:
         ]
         x = torch.from_numpy(np.stack([np.array(plane) for plane in planes]))[None]
         return (x.clamp(0, 255) - 128) / 128
-    # Without antialiasing a smaller image aliases, which "clean" avoids (arXiv:2104.11222).
-    unit = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255
-    return 2 * F.interpolate(unit, (side, side), mode="bilinear", align_corners=False) - 1
+    # Downscaling without antialiasing aliases, which "clean" avoids (arXiv:2104.11222).
+    x = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255  # in [0, 1]
+    return 2 * F.interpolate(x, (side, side), mode="bilinear", align_corners=False) - 1
 
 
 def preprocess_for_clip(image: Image.Image, side: int = 224) -> Tensor:
     """Resize an image's shorter side, center-crop and normalize it for CLIP: (1, 3, side, side)."""
-    shorter = min(image.size)
-    width, height = (int(side * length / shorter) for length in image.size)
+    shorter_side = min(image.size)
+    width, height = (int(side * length / shorter_side) for length in image.size)
     scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((length - side) / 2) for length in scaled.size)
     cropped = scaled.crop((left, top, left + side, top + side))

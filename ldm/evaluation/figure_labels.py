@@ -1,4 +1,4 @@
-"""Place labels of points in a figure, overlapping neither each other nor the points."""
+"""Place labels beside the points of a figure, without overlaps."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,12 +6,12 @@ from itertools import count
 
 __all__ = ["XY", "place_labels"]
 
-XY = tuple[float, float]
+XY = tuple[float, float]  # in pixels, as all lengths of this module
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 DIRECTIONS = (45, 135, 315, 225, 90, 270, 0, 180)  # degrees, in order of preference
-MARGIN = 1.0  # around labels, in pixels
-EXTRA_DISTANCES = 3  # to try after the first free one, for a position that crosses no line
+MARGIN = 1.0  # between labels
+EXTRA_DISTANCES = 3  # tried after the first with a free position, to avoid crossing lines
 
 
 def place_labels(
@@ -21,35 +21,37 @@ def place_labels(
     radius: float,
     lines: Sequence[tuple[XY, XY]] = (),
 ) -> list[XY]:
-    """Return a free center for each label near its point, within the area if possible.
+    """Return the center of each label, near its point and within the area if possible.
+
+    Labels overlap neither each other nor the points.
 
     Args:
-        points: (x, y) in pixels, as everything here.
         sizes: (width, height) of each label.
         radius: Radius of the markers at the points.
         lines: Lines that labels should not cross, if possible.
     """
-    taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
+    occupied = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     line_points = [point for line in lines for point in _sample_line(*line)]
-    reach = math.hypot(area[2] - area[0], area[3] - area[1])
+    diagonal = math.hypot(area[2] - area[0], area[3] - area[1])
     centers = []
     for point, (width, height) in zip(points, sizes, strict=True):
-        free: list[tuple[int, XY, Box]] = []  # (line points under it, center, box)
+        candidates: list[tuple[int, XY, Box]] = []  # (number of covered line points, center, box)
         last_step = None
         for step in count():
             gap = radius * (1 + step)
             for center in _iter_centers(point, width / 2 + gap, height / 2 + gap):
                 box = _to_box(center, width + MARGIN, height + MARGIN)
-                is_inside = _contains(area, box) or gap > reach
-                if is_inside and not any(_overlaps(box, other) for other in taken):
-                    crossed = sum(_overlaps(box, (*p, *p)) for p in line_points)
-                    free.append((crossed, center, box))
-            last_step = step + EXTRA_DISTANCES if free and last_step is None else last_step
-            if step == last_step or any(crossed == 0 for crossed, *_ in free):
+                is_allowed = _contains(area, box) or gap > diagonal
+                if is_allowed and not any(_overlaps(box, other) for other in occupied):
+                    covered = sum(_overlaps(box, (*p, *p)) for p in line_points)
+                    candidates.append((covered, center, box))
+            if candidates and last_step is None:
+                last_step = step + EXTRA_DISTANCES
+            if step == last_step or any(covered == 0 for covered, *_ in candidates):
                 break
-        _, center, box = min(free, key=lambda position: position[0])  # the first of the best
+        _, center, box = min(candidates, key=lambda candidate: candidate[0])  # the first of equals
         centers.append(center)
-        taken.append(box)
+        occupied.append(box)
     return centers
 
 

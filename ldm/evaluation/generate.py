@@ -1,12 +1,12 @@
 """Generate images of prompts with several models, samplers, numbers of steps and guidance scales.
 
     OUT/prompts.txt                              the prompts, one per line
-    OUT/<model>-<sampler>-<steps>/options.json   options that all its images share
+    OUT/<model>-<sampler>-<steps>/options.json   options that all images in it share
     OUT/<model>-<sampler>-<steps>/scale-<s>/00000.png …
 
-Image k has prompt k // repeat and seed + k in each folder, so that all scales start from the same
+In each folder, image k has prompt k // repeat and seed + k, so that all scales start from the same
 noise, and images do not depend on each other, on the batch size or on the number of processes.
-Files are written atomically: the same command, run again, generates those that are missing.
+Files are written atomically, and a repeated command generates the missing ones only.
 """
 
 import json
@@ -39,7 +39,7 @@ __all__ = ["Setting", "generate_images", "wait_for_images", "write_prompts"]
 OPTIONS_WITHOUT_EFFECT = ("device", "attention", "offload", "outdir", "n_samples", "n_rows",
                           "skip_grid", "skip_save", "json", "from_file", "torchscript", "ipex",
                           "laion400m")  # fmt: skip
-IN_FOLDER_NAMES = ("scale", "sampler", "steps", "ckpt")
+OPTIONS_IN_FOLDER_NAMES = ("scale", "sampler", "steps", "ckpt")
 
 CHECKPOINT_HASH = "checkpoint_hash"
 WAIT_TIMEOUT = 1800.0  # seconds without a new image
@@ -49,11 +49,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of the images in one folder.
+    """A model and the options of its images, which are written into one folder.
 
     Args:
-        model: Label of the model.
-        request: A request of prompts from a file, with a guidance scale.
+        model: Label of the model, for names of folders.
+        request: Request with a prompt file and a guidance scale.
     """
 
     model: str
@@ -61,34 +61,35 @@ class Setting:
 
     @property
     def series(self) -> str:
-        """Name of the folder, and of its curve in the plot."""
+        """Name of the curve in the plot, and of the folder that has a folder for each scale."""
         sampling = self.request.sampling
         return f"{self.model}-{sampling.sampler}-{sampling.steps}"
 
-    def folder(self, out: Path) -> Path:
+    def get_folder(self, out: Path) -> Path:
         """Return the folder of its images."""
         return out / self.series / f"scale-{self.request.sampling.scale:g}"
 
-    def files(self, out: Path) -> list[Path]:
+    def list_files(self, out: Path) -> list[Path]:
         """Return the files of its images, which may not exist yet."""
-        return [_path(self.folder(out), k) for k in range(_count_images(self.request))]
+        folder, count = self.get_folder(out), _count_images(self.request)
+        return [_get_image_path(folder, k) for k in range(count)]
 
 
 def write_prompts(out: Path, lines: Sequence[str]) -> Path:
-    """Write the prompts of an evaluation into its folder, unless they are there; return the path.
+    """Write the prompts of an evaluation into its folder, or check those in it; return the path.
 
     Raises:
         ArgumentError: The folder has images of other prompts.
     """
     path = out / "prompts.txt"
     if path.is_file():
-        before = read_text(path).splitlines()
-        common = min(len(before), len(lines))
-        if before[:common] != list(lines[:common]):
+        recorded = read_text(path).splitlines()
+        count = min(len(recorded), len(lines))
+        if recorded[:count] != list(lines[:count]):
             raise ArgumentError(
                 f"{out} has images of other prompts, choose another folder", "outdir"
             )
-        if before == list(lines):
+        if recorded == list(lines):
             return path
     out.mkdir(parents=True, exist_ok=True)
     with replace_when_written(path) as partial:
@@ -99,11 +100,11 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
 def generate_images(settings: Sequence[Setting], out: Path) -> None:
     """Generate the missing images of all settings; each process generates its own batches only.
 
-    Each batch of prompts is generated with all settings of a model before the next one, so that all
-    have equally many images at any time.
+    Each batch of prompts is generated with all settings of a model before the next batch, so that
+    an interrupted run has equally many images of all settings.
 
     Args:
-        settings: Grouped by model.
+        settings: Settings, those of one model in sequence.
     Raises:
         ArgumentError: There are fewer images than processes, or the folder has images with other
             options.
@@ -111,11 +112,11 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
     """
     rank, world_size = get_rank_and_world_size()
     _check_options(settings, out)
-    # Images of a sampler with adaptive steps depend on the others of their batch, so it needs batch
-    # size 1, and all settings share the batches.
+    # With adaptive steps, an image depends on the others of its batch: such a sampler needs batch
+    # size 1, and so do all settings, as they have the same batches.
     samplers = (SAMPLERS[setting.request.sampling.sampler or "ddim"] for setting in settings)
-    limit = 1 if any(sampler.adapts_steps for sampler in samplers) else None
-    requests = [_limit_batches(setting.request, limit) for setting in settings]
+    max_batch_size = 1 if any(sampler.adapts_steps for sampler in samplers) else None
+    requests = [_limit_batch_size(setting.request, max_batch_size) for setting in settings]
     plans = [(s, plan_batches(request)) for s, request in zip(settings, requests, strict=True)]
     for setting, batches in plans:
         _check_prompts(setting, batches)
@@ -123,16 +124,16 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
     log.info("%d images to generate, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
     for model in dict.fromkeys(setting.model for setting in settings):
-        of_model = [(setting, batches) for setting, batches in plans if setting.model == model]
-        if any(_filter_missing(batch, s, out) for s, batches in of_model for batch in batches):
-            _generate_model(of_model, out, progress)
+        model_plans = [(setting, batches) for setting, batches in plans if setting.model == model]
+        if any(_filter_missing(batch, s, out) for s, batches in model_plans for batch in batches):
+            _generate_with_model(model_plans, out, progress)
     progress.close()
     if world_size > 1:
         log.info("rank %d of %d processes has generated its images", rank, world_size)
 
 
 def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:
-    """Raise ArgumentError for a prompt with options of its own."""
+    """Raise ArgumentError for a prompt with per-prompt options."""
     for batch in batches:
         names = [name for name, _ in batch.line_options]
         if batch.loras != setting.request.model.lora:
@@ -144,7 +145,7 @@ def _check_prompts(setting: Setting, batches: Sequence[Batch]) -> None:
             )
 
 
-def _generate_model(
+def _generate_with_model(
     plans: Sequence[tuple[Setting, list[Batch]]], out: Path, progress: Progress
 ) -> None:
     """Generate the missing images of all settings of one model."""
@@ -155,15 +156,15 @@ def _generate_model(
     for setting, _ in plans:
         _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
     tasks[0].begin(models.base)
-    for number in range(len(plans[0][1])):
+    for index in range(len(plans[0][1])):
         for (setting, batches), task, info in zip(plans, tasks, infos, strict=True):
-            batch = _filter_missing(batches[number], setting, out)
+            batch = _filter_missing(batches[index], setting, out)
             if batch:
-                _generate(task, batch, models, info, setting.folder(out))
+                _generate_batch(task, batch, models, info, setting.get_folder(out))
                 progress.add(len(batch))
 
 
-def _generate(
+def _generate_batch(
     prepared: PreparedTask, batch: Batch, models: Models, run_info: Info, folder: Path
 ) -> None:
     images = generate_with_fallback(prepared, batch, models, RunListener())
@@ -172,50 +173,49 @@ def _generate(
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
         info = run_info | describe_image(prepared.request, [batch], 0, row)
         info["sha256_unmarked"] = hash_pixels(image)
-        with replace_when_written(_path(folder, batch.images[row].index)) as partial:
+        with replace_when_written(_get_image_path(folder, batch.images[row].index)) as partial:
             write_png(partial, add_watermark(image, info), info)
 
 
-def _limit_batches(request: Request, limit: int | None) -> Request:
-    """Cap the batch size so that there are at least `world_size` batches.
+def _limit_batch_size(request: Request, max_batch_size: int | None) -> Request:
+    """Limit the batch size so that there are at least `world_size` batches.
 
     Args:
-        limit: Further limit of the batch size; None = none.
+        max_batch_size: Further limit; None = none.
     """
     _, world_size = get_rank_and_world_size()
     count = _count_images(request)
     if count < world_size:
-        raise ArgumentError(f"{count} images, {world_size} processes: start fewer", "prompts")
-    largest = min(count // world_size, limit or count)
-    output = replace(request.output, n_samples=min(request.output.n_samples, largest), n_iter=1)
+        message = f"{count} images for {world_size} processes: start fewer processes"
+        raise ArgumentError(message, "prompts")
+    limit = min(count // world_size, max_batch_size or count)
+    output = replace(request.output, n_samples=min(request.output.n_samples, limit), n_iter=1)
     return replace(request, output=output)
 
 
 def _check_options(settings: Sequence[Setting], out: Path) -> None:
-    """Record the options of each series; raise if its folder has images with others."""
+    """Record the options of each series; raise ArgumentError if its folder has other options."""
     for setting in {setting.series: setting for setting in settings}.values():
         path = out / setting.series / "options.json"
         options = _get_shared_options(setting)
         if path.is_file():
-            before = json.loads(path.read_text("utf-8"))
-            before.pop(CHECKPOINT_HASH, None)
-            changed = sorted(k for k in options.keys() | before if options.get(k) != before.get(k))
+            recorded = json.loads(path.read_text("utf-8"))
+            recorded.pop(CHECKPOINT_HASH, None)
+            names = options.keys() | recorded
+            changed = sorted(name for name in names if options.get(name) != recorded.get(name))
             if changed:
                 name = changed[0]
                 _, default = setting.request.task.options().get(name, (None, None))
-                was, is_now = before.get(name, default), options.get(name, default)
-                raise ArgumentError(
-                    f"{path.parent} has images with {name} {was}, not {is_now}: choose another"
-                    " folder",
-                    name,
-                )
+                old, new = recorded.get(name, default), options.get(name, default)
+                message = f"{path.parent} has images with {name} {old}, not {new}"
+                raise ArgumentError(f"{message}: choose another folder", name)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json(path, options)
 
 
 def _check_checkpoint(path: Path, digest: str) -> None:
-    """Record the hash of the model with the options; raise if the folder has images of another."""
+    """Record the hash of the model; raise ArgumentError if the folder has another one's images."""
     options = json.loads(path.read_text("utf-8"))
     if options.setdefault(CHECKPOINT_HASH, digest) != digest:
         message = f"{path.parent} has images of another model of this name: choose another folder"
@@ -235,29 +235,29 @@ def _get_shared_options(setting: Setting) -> JsonObject:
     return {
         name: value
         for name, value in values.items()
-        if name not in (*OPTIONS_WITHOUT_EFFECT, *IN_FOLDER_NAMES)
+        if name not in (*OPTIONS_WITHOUT_EFFECT, *OPTIONS_IN_FOLDER_NAMES)
         and value != json.loads(json.dumps(defaults[name]))
     }
 
 
 def _filter_missing(batch: Batch, setting: Setting, out: Path) -> Batch:
-    folder = setting.folder(out)
-    images = [spec for spec in batch.images if not _path(folder, spec.index).exists()]
+    folder = setting.get_folder(out)
+    images = [spec for spec in batch.images if not _get_image_path(folder, spec.index).exists()]
     return replace(batch, images=images)
 
 
-def _path(folder: Path, index: int) -> Path:
+def _get_image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
 def wait_for_images(settings: Sequence[Setting], out: Path) -> None:
     """Wait for the images of other processes, at most WAIT_TIMEOUT seconds without a new one."""
-    files = [file for setting in settings for file in setting.files(out)]
-    before, since = -1, time.monotonic()
+    files = [file for setting in settings for file in setting.list_files(out)]
+    last_missing, last_change = -1, time.monotonic()
     while missing := sum(not file.exists() for file in files):
-        if missing != before:
-            before, since = missing, time.monotonic()
-        elif time.monotonic() - since > WAIT_TIMEOUT:
+        if missing != last_missing:
+            last_missing, last_change = missing, time.monotonic()
+        elif time.monotonic() - last_change > WAIT_TIMEOUT:
             raise TimeoutError(f"{missing} of {len(files)} images are missing: run this again")
         time.sleep(1)
 

@@ -1,4 +1,4 @@
-"""Load Inception and CLIP, from given files or from downloaded published ones."""
+"""Load Inception and CLIP from given files, or from published files that were downloaded."""
 
 import logging
 from pathlib import Path
@@ -23,28 +23,29 @@ log = logging.getLogger(__name__)
 def load_extractor(
     file: str | Path | None, resize: str, device: torch.device
 ) -> InceptionExtractor | None:
-    """Load Inception; if there is none, log a warning and return None.
+    """Load Inception; if there is no file, log a warning and return None.
 
     Args:
-        file: None = INCEPTION, if it was downloaded.
+        file: File of weights; None = INCEPTION, if it was downloaded.
+        resize: Name in RESIZE_MODES.
     """
     check_name("resize", resize, RESIZE_MODES, argument="resize")
-    path = _find(file, INCEPTION)
+    path = _find_weights(file, INCEPTION)
     if path is None:
-        log.warning("no Inception is given: no FID, KID, precision and recall")
+        log.warning("no Inception is given: FID, KID, precision and recall are not computed")
         return None
     return InceptionExtractor(load_inception(path, device=device), resize, hash_file(path))
 
 
 def find_clip(file: str | Path | None) -> Path | None:
-    """Find and check the file of CLIP without loading it; if there is none, warn and return None.
+    """Find and check the weights of CLIP without loading them; if there is no file, return None.
 
     Args:
-        file: None = CLIP, if it was downloaded.
+        file: File or folder of weights; None = CLIP, if it was downloaded.
     """
-    path = _find(file, CLIP)
+    path = _find_weights(file, CLIP)
     if path is None:
-        log.warning("no CLIP is given: no CLIP score")
+        log.warning("no CLIP is given: the CLIP score is not computed")
         return None
     check_clip(path)
     return path
@@ -57,5 +58,5 @@ def load_judge(path: Path, device: torch.device) -> CLIPJudge:
     return CLIPJudge(clip, f"CLIP score ({get_clip_name(clip)})", digest)
 
 
-def _find(file: str | Path | None, name: str) -> Path | None:
+def _find_weights(file: str | Path | None, name: str) -> Path | None:
     return find_on_disk(read_published_files()[name]) if file is None else find_checkpoint(file)

@@ -39,7 +39,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (d,) and unbiased covariance (d, d) of the features of `count` images, float64."""
+    """Mean (d,) and unbiased covariance (d, d), float64, of the features of `count` images."""
 
     mean: Tensor
     covariance: Tensor
@@ -58,24 +58,24 @@ class Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Return ‖μ₁-μ₂‖² + tr(C₁) + tr(C₂) - 2 Σ√λ, where λ are the eigenvalues of √C₁ C₂ √C₁.
 
-    Negative eigenvalues, which are zeros with rounding errors, count as 0.
+    Negative eigenvalues are rounding errors, and are set to 0.
     """
-    return _distance(a.mean, a.covariance, b, _square_root(b.covariance))
+    return _compute_distance(a.mean, a.covariance, b, _compute_square_root(b.covariance))
 
 
 def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
     """Compute the Fréchet distance of features (N, d) to a reference.
 
-    The standard error, due to the generated images only, is that of `estimate_error`.
+    The standard error is that of `estimate_error`, which leaves out the error of the reference.
     """
-    root = _square_root(reference.covariance)
+    root = _compute_square_root(reference.covariance)
 
-    def distance(x: Tensor) -> float:
+    def compute_distance(x: Tensor) -> float:
         statistics = Statistics.of(x)
-        return _distance(statistics.mean, statistics.covariance, reference, root)
+        return _compute_distance(statistics.mean, statistics.covariance, reference, root)
 
     x = features.double()
-    return Estimate(distance(x), estimate_error(distance, x, seed))
+    return Estimate(compute_distance(x), estimate_error(compute_distance, x, seed))
 
 
 def kid(
@@ -90,24 +90,25 @@ def kid(
 
     Args:
         features, reference: (N, d) and (M, d).
-        subset_size: Images per subset of either set, at most N and M.
+        subset_size: Number of images of each subset, reduced to N or M if larger.
     """
     x, y = features.double(), reference.double()
     subset_size = min(subset_size, len(x), len(y))
     if subset_size < 2:
-        raise ArgumentError(f"KID needs at least 2 images of each, got {len(x)} and {len(y)}")
+        message = "features and reference must have at least 2 images each"
+        raise ArgumentError(f"{message}, got {len(x)} and {len(y)}")
     generator = torch.Generator().manual_seed(seed)
     if subset_size == len(x) == len(y):
-        subsets = 1  # all subsets are the whole sets
+        subsets = 1  # every subset is the whole set
     values = []
     for _ in range(subsets):
         a, b = _draw(x, subset_size, generator), _draw(y, subset_size, generator)
         values.append(_mean_within(a) + _mean_within(b) - 2 * _mean_between(a, b))
 
-    def distance(half: Tensor) -> float:  # without the reference's term, which cancels out
+    def compute_score(half: Tensor) -> float:  # without the reference's term, which cancels out
         return _mean_within(half) - 2 * _mean_between(half, y)
 
-    return Estimate(sum(values) / len(values), estimate_error(distance, x, seed))
+    return Estimate(sum(values) / len(values), estimate_error(compute_score, x, seed))
 
 
 def precision_recall(
@@ -115,22 +116,22 @@ def precision_recall(
 ) -> tuple[Estimate, Estimate]:
     """Compute the fraction of each set, (N, d) and (M, d), in the manifold of the other.
 
-    The manifold of a set is the union of balls around its points, whose radius is the distance to
-    the k-th nearest neighbor, k = `neighbors`.
+    The manifold of a set is the union of balls around its points; the radius of a ball is the
+    distance to the k-th nearest neighbor, k = `neighbors`.
 
     Returns:
-        Precision (of the features) and recall (of the reference); NaN for sets that are too small.
+        Precision (of `features`) and recall (of `reference`); NaN if a set has too few points.
     """
     if min(len(features), len(reference)) <= neighbors:
         return Estimate(math.nan, math.nan), Estimate(math.nan, math.nan)
     x, y = features.double(), reference.double()
-    inside_y = _in_manifold(x, y, neighbors)
-    inside_x = _in_manifold(y, x, neighbors)
-    return mean_estimate(inside_y.double()), mean_estimate(inside_x.double())
+    is_inside_y = _is_in_manifold(x, y, neighbors)
+    is_inside_x = _is_in_manifold(y, x, neighbors)
+    return mean_estimate(is_inside_y.double()), mean_estimate(is_inside_x.double())
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """Return cosine similarities (N,), float64, of embeddings of images and their texts (N, d)."""
+    """Return the cosine similarities (N,), float64, of images and texts, embeddings (N, d)."""
     x, y = images.double(), texts.double()
     return torch.nn.functional.cosine_similarity(x, y, dim=1)
 
@@ -145,35 +146,38 @@ def mean_estimate(values: Tensor) -> Estimate:
 def estimate_error(score: Callable[[Tensor], float], features: Tensor, seed: int = 0) -> float:
     """Estimate the standard error of a score of features (N, d) from random halves.
 
-    Scores of two halves have independent errors of twice the variance: with their difference Δ in
-    SPLITS random splits, it is √(mean Δ²) / 2. Biases, such as that of FID, cancel out.
+    The scores of two halves have independent errors, each with twice the variance of the whole: if
+    Δ is their difference, the standard error is √(mean Δ²) / 2 over SPLITS random splits. A bias,
+    such as that of FID, cancels out.
     """
     half = len(features) // 2
     if half < 2:
         return math.nan
     generator = torch.Generator().manual_seed(seed)
-    squares = 0.0
+    sum_of_squares = 0.0
     for _ in range(SPLITS):
         order = torch.randperm(len(features), generator=generator).to(features.device)
         first, second = features[order[:half]], features[order[half : 2 * half]]
-        squares += (score(first) - score(second)) ** 2
-    return math.sqrt(squares / SPLITS) / 2
+        sum_of_squares += (score(first) - score(second)) ** 2
+    return math.sqrt(sum_of_squares / SPLITS) / 2
 
 
-def _square_root(covariance: Tensor) -> Tensor:
+def _compute_square_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     return root
 
 
-def _distance(mean: Tensor, covariance: Tensor, reference: Statistics, root: Tensor) -> float:
+def _compute_distance(
+    mean: Tensor, covariance: Tensor, reference: Statistics, root: Tensor
+) -> float:
     """Compute the Fréchet distance; `root` is the square root of the reference's covariance."""
     product = root @ covariance @ root
-    # Symmetric but for rounding; eigenvalues of √C₁ C₂ √C₁ are those of C₁ C₂, and real.
-    values = torch.linalg.eigvalsh((product + product.mT) / 2)
+    # √C₁ C₂ √C₁ has the eigenvalues of C₁ C₂, and is symmetric except for rounding.
+    eigenvalues = torch.linalg.eigvalsh((product + product.mT) / 2)
     traces = covariance.trace() + reference.covariance.trace()
-    shift = (mean - reference.mean).square().sum()
-    return float(shift + traces - 2 * values.clamp(min=0).sqrt().sum())
+    mean_distance = (mean - reference.mean).square().sum()
+    return float(mean_distance + traces - 2 * eigenvalues.clamp(min=0).sqrt().sum())
 
 
 def _mean_between(x: Tensor, y: Tensor) -> float:
@@ -185,7 +189,7 @@ def _mean_between(x: Tensor, y: Tensor) -> float:
 def _mean_within(x: Tensor) -> float:
     """Return the mean of the kernel over all pairs of different rows of x (N, d)."""
     n, d = x.shape
-    diagonal = float(_kernel(x.square().sum(dim=1), d).sum())  # pairs of a row with itself
+    diagonal = float(_kernel(x.square().sum(dim=1), d).sum())  # of each row with itself
     return (_mean_between(x, x) * n * n - diagonal) / (n * (n - 1))
 
 
@@ -198,11 +202,11 @@ def _draw(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
 
 
-def _in_manifold(x: Tensor, points: Tensor, neighbors: int) -> Tensor:
-    """Return for each row of x whether it lies in the manifold of `points`, as bool (N,)."""
+def _is_in_manifold(x: Tensor, points: Tensor, neighbors: int) -> Tensor:
+    """Return whether each row of x (N, d) is in the manifold of `points` (M, d), bool (N,)."""
     radii = torch.cat(
         [
-            # + 1, as the nearest one is the point itself
+            # + 1, as the nearest neighbor is the point itself
             torch.cdist(block, points).kthvalue(neighbors + 1, dim=1).values
             for block in points.split(BLOCK)
         ]

@@ -8,56 +8,58 @@ from random import Random
 from ldm.runtime.errors import ArgumentError, FileFormatError, errors_as
 from ldm.runtime.files import read_text
 
-__all__ = ["PromptSource", "draw_prompts", "read_prompts"]
+__all__ = ["EvaluationPrompt", "draw_prompts", "read_prompts"]
 
 
 @dataclass(frozen=True)
-class PromptSource:
+class EvaluationPrompt:
     """A prompt, and the image that it describes.
 
     Args:
         text: Line of a prompt file, including its options.
-        image: File name; None = unknown.
+        image_name: File name of the image; None = unknown.
     """
 
     text: str
-    image: str | None = None
+    image_name: str | None = None
 
 
-def read_prompts(path: str | Path) -> list[PromptSource]:
+def read_prompts(path: str | Path) -> list[EvaluationPrompt]:
     """Read a prompt file (one prompt per line), or COCO's captions (`captions_val2017.json`)."""
     path = Path(path).expanduser()
     text = read_text(path)
-    sources = _read_coco(text, path) if path.suffix == ".json" else _read_lines(text)
-    if not sources:
+    prompts = _parse_coco(text, path) if path.suffix == ".json" else _parse_lines(text)
+    if not prompts:
         raise ArgumentError(f"{path} has no prompts", "prompts")
-    return sources
+    return prompts
 
 
-def draw_prompts(sources: list[PromptSource], count: int | None, seed: int) -> list[PromptSource]:
-    """Draw prompts without replacement; a larger count starts with those of a smaller one.
+def draw_prompts(
+    prompts: list[EvaluationPrompt], count: int | None, seed: int
+) -> list[EvaluationPrompt]:
+    """Draw prompts without replacement; a larger count starts with the prompts of a smaller one.
 
     Args:
-        count: None = all, in the order of the file.
+        count: Number of prompts; None = all, in the order of the file.
     """
     if count is None:
-        return sources
-    if count > len(sources):
-        raise ArgumentError(f"{count} prompts requested, there are {len(sources)}", "count")
-    drawn = list(sources)
-    Random(seed).shuffle(drawn)
-    return drawn[:count]
+        return prompts
+    if count > len(prompts):
+        raise ArgumentError(f"{count} prompts requested, there are {len(prompts)}", "count")
+    shuffled = list(prompts)
+    Random(seed).shuffle(shuffled)
+    return shuffled[:count]
 
 
-def _read_lines(text: str) -> list[PromptSource]:
-    return [PromptSource(line) for line in text.splitlines() if line.strip()]
+def _parse_lines(text: str) -> list[EvaluationPrompt]:
+    return [EvaluationPrompt(line) for line in text.splitlines() if line.strip()]
 
 
-def _read_coco(text: str, path: Path) -> list[PromptSource]:
+def _parse_coco(text: str, path: Path) -> list[EvaluationPrompt]:
     with errors_as(FileFormatError, f"{path} is not captions in COCO's format"):
         content = json.loads(text)
         names = {image["id"]: image["file_name"] for image in content["images"]}
         return [
-            PromptSource(" ".join(row["caption"].split()), names[row["image_id"]])
+            EvaluationPrompt(" ".join(row["caption"].split()), names[row["image_id"]])
             for row in content["annotations"]
         ]

@@ -1,4 +1,4 @@
-"""Write results as JSON, as a table and as a figure."""
+"""Write scores as JSON, as a table and as a figure."""
 
 import itertools
 import json
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["format_choices", "format_table", "save_figure", "save_results"]
 
-MARKER_RADIUS = 4.0  # with some space, in points
-FAR_DISTANCE = 14.0  # of a label from its marker, at which a line connects them, in points
+MARKER_RADIUS = 4.0  # in points, with some space around the marker
+MAX_LABEL_DISTANCE = 14.0  # in points, from the marker; beyond it, a line connects them
 
 log = logging.getLogger(__name__)
 
-# name of a score: (heading, factor, decimals)
+# Name of a score -> (heading, factor, decimals)
 COLUMNS = {
     "fid": ("FID", 1.0, 3),
     "kid": ("KID × 1000", 1000.0, 3),
@@ -40,9 +40,9 @@ def save_results(results: Sequence[Result], out: Path) -> list[Path]:
     for result in results:
         name = result.series if result.scale is None else f"{result.series}-{result.scale:g}"
         paths.append(out / f"{name.replace('/', '-')}.json")
-        _write(paths[-1], json.dumps(result.to_json(), indent=1, default=str) + "\n")
+        _write_text(paths[-1], json.dumps(result.to_json(), indent=1, default=str) + "\n")
     paths.append(out / "table.md")
-    _write(paths[-1], format_table(results) + "\n")
+    _write_text(paths[-1], format_table(results) + "\n")
     return paths
 
 
@@ -65,11 +65,11 @@ def format_table(results: Sequence[Result]) -> str:
 
 
 def format_choices(result: Result) -> list[str]:
-    """Return what the scores depend on besides the images, a line for each network or set."""
+    """Format `Result.choices`, one line for each network or set of images."""
     lines = []
-    for name, choices in result.choices.items():
-        if isinstance(choices, dict):
-            values = (f"{key} {value}" for key, value in choices.items() if value is not None)
+    for name, settings in result.choices.items():
+        if isinstance(settings, dict):
+            values = (f"{key} {value}" for key, value in settings.items() if value is not None)
             lines.append(f"{name}: {', '.join(values)}")
     return lines
 
@@ -78,12 +78,12 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
     """Plot FID against the prompt score as SVG and PNG: a line per series, a marker per scale.
 
     Args:
-        title: None = a title that names the scores and the number of images.
+        title: Title of the figure; None = the scores and the number of images.
     Returns:
         The paths; [] if there is nothing to plot or matplotlib is not installed.
     """
-    points = [r for r in results if {"fid", "prompt_score"} <= r.scores.keys()]
-    if not points:
+    plotted = [r for r in results if {"fid", "prompt_score"} <= r.scores.keys()]
+    if not plotted:
         return []
     try:
         from matplotlib.figure import Figure
@@ -94,32 +94,33 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
     axes = figure.add_subplot()
     labels: list[tuple[str, XY]] = []
     lines: list[tuple[XY, XY]] = []
-    for series in dict.fromkeys(result.series for result in points):
-        curve = sorted((r for r in points if r.series == series), key=lambda r: r.scale or 0)
+    for series in dict.fromkeys(result.series for result in plotted):
+        curve = sorted((r for r in plotted if r.series == series), key=lambda r: r.scale or 0)
         x, y = ([r.scores[score] for r in curve] for score in ("prompt_score", "fid"))
         axes.errorbar(
             [e.value for e in x], [e.value for e in y], xerr=[e.error for e in x],
             yerr=[e.error for e in y], marker="o", markersize=4, capsize=2, linewidth=1.2,
             elinewidth=0.7, label=series,
         )  # fmt: skip
-        middles = [(a.value, b.value) for a, b in zip(x, y, strict=True)]
-        lines += itertools.pairwise(middles)
-        for a, b in zip(x, y, strict=True):
+        points = [(a.value, b.value) for a, b in zip(x, y, strict=True)]
+        lines += itertools.pairwise(points)
+        for a, b in zip(x, y, strict=True):  # the error bars
             lines += [
                 ((a.value - a.error, b.value), (a.value + a.error, b.value)),
                 ((a.value, b.value - b.error), (a.value, b.value + b.error)),
             ]
         labels += [
-            (f"{result.scale:g}", middle)
-            for result, middle in zip(curve, middles, strict=True)
+            (f"{result.scale:g}", point)
+            for result, point in zip(curve, points, strict=True)
             if result.scale is not None
         ]
-    judge = points[0].choices["judge"]["name"]
-    size = points[0].facts.get("size")
-    size_note = f" on {size[1]}x{size[0]} samples" if size else ""
-    axes.set_xlabel(judge)
-    axes.set_ylabel(f"FID ({points[0].choices['features']['name']})")
-    axes.set_title(title or f"FID vs {judge}{size_note}, N = {points[0].count}", fontsize=11)
+    first = plotted[0]
+    judge_name = first.choices["judge"]["name"]
+    size = first.facts.get("size")
+    sample_size = f" on {size[1]}x{size[0]} samples" if size else ""
+    axes.set_xlabel(judge_name)
+    axes.set_ylabel(f"FID ({first.choices['features']['name']})")
+    axes.set_title(title or f"FID vs {judge_name}{sample_size}, N = {first.count}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
     _draw_labels(axes, labels, lines)
@@ -144,19 +145,22 @@ def _draw_labels(
         return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
 
     points = to_pixels([point for _, point in labels])
-    trials = [axes.annotate(text, point, fontsize=8) for text, point in labels]
-    sizes = [(box.width, box.height) for box in (trial.get_window_extent() for trial in trials)]
-    for trial in trials:
-        trial.remove()
+    # Each label is drawn and removed to measure its size.
+    annotations = [axes.annotate(text, point, fontsize=8) for text, point in labels]
+    boxes = [annotation.get_window_extent() for annotation in annotations]
+    for annotation in annotations:
+        annotation.remove()
+    sizes = [(box.width, box.height) for box in boxes]
     left, bottom, right, top = map(float, axes.get_window_extent().extents)
-    pixels = figure.dpi / 72
+    pixels_per_point = figure.dpi / 72
     ends = to_pixels([end for line in lines for end in line])
-    pairs = zip(ends[::2], ends[1::2], strict=True)
-    drawn = [pair for pair in pairs if all(map(math.isfinite, pair[0] + pair[1]))]
-    centers = place_labels(points, sizes, (left, bottom, right, top), MARKER_RADIUS * pixels, drawn)
+    segments = zip(ends[::2], ends[1::2], strict=True)
+    finite = [(start, end) for start, end in segments if all(map(math.isfinite, start + end))]
+    radius = MARKER_RADIUS * pixels_per_point
+    centers = place_labels(points, sizes, (left, bottom, right, top), radius, finite)
     for (text, point), (x, y), center in zip(labels, points, centers, strict=True):
-        offset = ((center[0] - x) / pixels, (center[1] - y) / pixels)
-        is_far = math.hypot(*offset) > FAR_DISTANCE
+        offset = ((center[0] - x) / pixels_per_point, (center[1] - y) / pixels_per_point)
+        is_far = math.hypot(*offset) > MAX_LABEL_DISTANCE
         axes.annotate(
             text, point, xytext=offset, textcoords="offset points", fontsize=8, ha="center",
             va="center",
@@ -170,6 +174,6 @@ def _format_cell(estimate: Estimate | None, factor: float, decimals: int) -> str
     return f"{factor * estimate.value:.{decimals}f} ± {factor * estimate.error:.{decimals}f}"
 
 
-def _write(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     with replace_when_written(path) as partial:
         partial.write_text(text, "utf-8")

@@ -1,4 +1,4 @@
-"""Score folders of images, and report all choices with the numbers.
+"""Score folders of images, and report all settings that the scores depend on.
 
 Features are cached on disk (`ldm.runtime.hashes`) by the content of the images, so that those of
 the reference and of unchanged folders are computed once.
@@ -59,11 +59,11 @@ class ImageSet:
     """Images that are scored together.
 
     Args:
-        series: Name of the curve in the figure that the set is a point of.
-        files: In the order of the prompts.
+        series: Name of the set's curve in the figure.
+        files: Image files, in the order of the prompts.
         scale: Guidance scale; None = unknown.
-        side: Pixels to resize the shorter side to, and center-crop; None = keep the size.
-        prompts: One per file; None = those in the metadata of the files.
+        side: Pixels; images are resized by their shorter side, and center-cropped. None = not.
+        prompts: Prompts, one per file; None = those in the metadata of the files.
     """
 
     series: str
@@ -107,9 +107,9 @@ class Result:
     Args:
         series, scale: See `ImageSet`.
         count: Number of images.
-        scores: By name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
+        scores: Scores by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
         facts: How the images were generated, from the metadata of the first one.
-        choices: Everything that the scores depend on besides the images.
+        choices: Networks, reference and settings that the scores depend on besides the images.
     """
 
     series: str
@@ -142,13 +142,13 @@ def find_image_sets(out: str | Path) -> list[ImageSet]:
 
 
 def check_counts(sets: Sequence[ImageSet]) -> None:
-    """Raise ArgumentError unless all sets have equally many images, on which FID depends."""
+    """Raise ArgumentError unless all sets have equally many images: FID depends on their number."""
     first = sets[0]
-    for images in sets:
-        if len(images.files) != len(first.files):
+    for image_set in sets:
+        if len(image_set.files) != len(first.files):
             raise ArgumentError(
-                f"{first.title} has {len(first.files)} images, {images.title} {len(images.files)}: "
-                "scores of different numbers of images cannot be compared",
+                f"{first.title} has {len(first.files)} images, {image_set.title} "
+                f"{len(image_set.files)}: scores of different numbers of images cannot be compared",
                 "count",
             )
 
@@ -163,8 +163,8 @@ def score_sets(
 
     Args:
         reference: Real images; None = no FID, KID, precision and recall.
-        extractor: Features for the same scores; None = none of them.
-        judge: Scores images and prompts; None = no prompt score.
+        extractor: Computes the features for these scores; None = none of these scores.
+        judge: Computes the prompt scores; None = no prompt score.
     """
     check_counts(sets)
     reference_features: Tensor | None = None
@@ -173,7 +173,7 @@ def score_sets(
         count, d = len(sets[0].files), extractor.dimensions
         for name, n in (("N", count), ("the number of reference images", len(reference.files))):
             if n <= d:
-                log.warning("%s = %d is not above the %d features: FID means little", name, n, d)
+                log.warning("%s = %d is not above the %d features: FID is unreliable", name, n, d)
         reference_features = read_features(reference, extractor, "Reference")
         choices["features"] = extractor.describe()
         choices["reference"] = {
@@ -184,25 +184,24 @@ def score_sets(
     if judge is not None:
         choices["judge"] = judge.describe()
     results = []
-    for images in sets:
+    for image_set in sets:
         features = None
         if extractor is not None and reference_features is not None:
-            features = read_features(images, extractor, images.title)
-        prompt_scores = None if judge is None else _judge_set(images, judge)
+            features = read_features(image_set, extractor, image_set.title)
+        prompt_scores = None if judge is None else _score_prompts(image_set, judge)
         scores = compute_scores(features, reference_features, prompt_scores)
-        info = read_info(images.files[0])
+        info = read_info(image_set.files[0])
         facts = {name: info[name] for name in FACTS if name in info}
-        choices_of_set = {**choices, "sha256": sha256_of_file(*images.files)}
-        results.append(
-            Result(images.series, images.scale, len(images.files), scores, facts, choices_of_set)
-        )
+        set_choices = {**choices, "sha256": sha256_of_file(*image_set.files)}
+        count = len(image_set.files)
+        results.append(Result(image_set.series, image_set.scale, count, scores, facts, set_choices))
     return results
 
 
 def compute_scores(
     features: Tensor | None, reference: Tensor | None, prompt_scores: Tensor | None
 ) -> dict[str, Estimate]:
-    """Compute all scores by name; those that need a missing argument are left out.
+    """Compute all scores by name; those that need an argument that is None are left out.
 
     Args:
         features: Features of the generated images, (N, d).
@@ -219,44 +218,44 @@ def compute_scores(
     return scores
 
 
-def read_features(images: ImageSet, extractor: FeatureExtractor, title: str) -> Tensor:
+def read_features(image_set: ImageSet, extractor: FeatureExtractor, title: str) -> Tensor:
     """Return the features (N, d) of a set, from the cache if possible."""
 
     def compute(indices: range) -> Tensor:
-        return extractor.features([images.load(k) for k in indices])
+        return extractor.features([image_set.load(k) for k in indices])
 
-    return _read_or_compute(images, title, compute, extractor.describe())
+    return _read_or_compute(image_set, title, compute, extractor.describe())
 
 
-def _judge_set(images: ImageSet, judge: PromptJudge) -> Tensor | None:
+def _score_prompts(image_set: ImageSet, judge: PromptJudge) -> Tensor | None:
     """Return the prompt score of each image, (N,); None if prompts are unknown."""
-    prompts = images.read_prompts()
+    prompts = image_set.read_prompts()
     if prompts is None:
-        log.warning("%s: no prompts are given or recorded: no prompt score", images.title)
+        log.warning("%s: no prompts are given or recorded: no prompt score", image_set.title)
         return None
 
     def compute(indices: range) -> Tensor:
-        return judge.scores([images.load(k) for k in indices], [prompts[k] for k in indices])
+        return judge.scores([image_set.load(k) for k in indices], [prompts[k] for k in indices])
 
-    return _read_or_compute(images, images.title, compute, judge.describe(), prompts)
+    return _read_or_compute(image_set, image_set.title, compute, judge.describe(), prompts)
 
 
 def _read_or_compute(
-    images: ImageSet,
+    image_set: ImageSet,
     title: str,
     compute: Callable[[range], Tensor],
     description: JsonObject,
     prompts: Sequence[str] = (),
 ) -> Tensor:
-    """Return a value for each image of a set, (N, …), from the cache if it is there.
+    """Return the values of a network for each image of a set, (N, …), from the cache if possible.
 
     Args:
         compute: (indices of a batch) -> their values.
-        description: Of the network; if its hash is None (unknown), values of two networks could be
-            confused, so the cache is not used.
+        description: Description of the network; if its `sha256` is None, the cache is not used, as
+            it could not tell networks apart.
     """
-    count = len(images.files)
-    content = [sha256_of_file(*images.files), count, images.side, description, prompts]
+    count = len(image_set.files)
+    content = [sha256_of_file(*image_set.files), count, image_set.side, description, prompts]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path = get_cache_folder() / "evaluation" / f"{key}.npy"
     is_cached = description.get("sha256", "") is not None
@@ -270,11 +269,11 @@ def _read_or_compute(
     progress.close()
     values = torch.cat(batches)
     if is_cached:
-        _store(path, values)
+        _write_to_cache(path, values)
     return values
 
 
-def _store(path: Path, values: Tensor) -> None:
+def _write_to_cache(path: Path, values: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_when_written(path) as partial, partial.open("wb") as file:

@@ -148,7 +148,7 @@ def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     values = {"from_file": str(tmp_path / "prompts.txt"), "steps": 2, "scale": 3.0}
     setting = Setting("m", TASKS["txt2img"].request(values))
-    first, second = setting.files(tmp_path)
+    first, second = setting.list_files(tmp_path)
     first.parent.mkdir(parents=True)
     for path in (first, first.with_name("00007.png")):
         path.touch()
@@ -217,7 +217,9 @@ def test_fewer_images_than_processes_is_one_line(run, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     status, _, err = run()
     assert status == 1
-    assert err.splitlines()[-1].endswith("5 images, 6 processes: start fewer (--prompts)")
+    assert err.splitlines()[-1].endswith(
+        "5 images for 6 processes: start fewer processes (--prompts)"
+    )
 
 
 def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
@@ -228,7 +230,7 @@ def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
     sources = read_prompts(path)
     drawn = draw_prompts(sources, 8, seed=1)
     assert len({source.text for source in drawn}) == 8
-    assert drawn[0].text == f"caption {drawn[0].image[:-4]}"
+    assert drawn[0].text == f"caption {drawn[0].image_name[:-4]}"
     assert draw_prompts(sources, 5, seed=1) == drawn[:5]
     for malformed in ([1], {"images": images, "annotations": [{"image_id": 0, "caption": None}]}):
         path.write_text(json.dumps(malformed))
