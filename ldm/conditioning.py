@@ -24,8 +24,8 @@ __all__ = [
     "repeat_to_equal_length", "zero_samples",
 ]  # fmt: skip
 
-Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by key
-Config = Mapping[str, Any]  # parameters as in a YAML file
+Batch = Mapping[str, Any]  # tensors, lists of texts and lists of images, by key
+Config = Mapping[str, Any]  # keys as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
 JoinAxis = Literal["tokens", "features"]
 DropRate = float | Mapping[str, float] | None  # see `Conditioner.forward`
@@ -37,15 +37,14 @@ EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 @dataclass(frozen=True)
 class Cond:
-    """The condition of a batch. Unused fields are None; all others have the same batch size.
+    """The condition of a batch. Fields that are not None have the same batch size.
 
     Args:
         crossattn: Tokens for cross-attention, (B, N, D).
         concat: Channels concatenated to the noisy latent, (B, C, h, w).
         vector: Features added to the time embedding, (B, D) or (B,).
         context_mask: Tokens of `crossattn` to keep, bool (B, N); None = all.
-        perturbed: Samples with perturbed self-attention, for guidance, bool (B,); None = none of
-            them.
+        perturbed: Samples to run with perturbed self-attention (PAG), bool (B,); None = none.
     """
 
     crossattn: Tensor | None = None
@@ -67,66 +66,67 @@ class Cond:
     def cat(self, other: "Cond") -> "Cond":
         """Concatenate two conditions with the same fields along the batch axis.
 
-        Tokens are repeated to equal length, which does not change attention.
+        See `repeat_to_equal_length` for different numbers of tokens.
         """
         first, second = self.tensors(), other.tensors()
         if first.keys() != second.keys():
             fields = f"{sorted(first)} and {sorted(second)}"
             raise ValueError(f"cannot concatenate conditions with the fields {fields}")
-        pairs = {name: [first[name], second[name]] for name in first}
-        for name in TOKEN_FIELDS & pairs.keys():
-            pairs[name] = repeat_to_equal_length(pairs[name])
-        return Cond(**{name: torch.cat(pair) for name, pair in pairs.items()})
+        values = {name: [first[name], second[name]] for name in first}
+        for name in TOKEN_FIELDS & values.keys():
+            values[name] = repeat_to_equal_length(values[name])
+        return Cond(**{name: torch.cat(tensors) for name, tensors in values.items()})
 
     def repeat(self, n: int) -> "Cond":
-        """Repeat each sample n times: samples 0, 0, 1, 1, … for n = 2."""
-        return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
+        """Repeat each sample n times: 0, 0, 1, 1, … for n = 2."""
+        tensors = self.tensors().items()
+        return Cond(**{name: value.repeat_interleave(n, dim=0) for name, value in tensors})
 
     def join(self, other: "Cond", axis: JoinAxis = "tokens") -> "Cond":
         """Add another condition of the same samples, and concatenate the fields that both have.
 
         Args:
-            axis: That of `crossattn`: "tokens" (1), or "features" (2) of tokens repeated to equal
-                length, of which those are kept that both keep. All other fields are concatenated
-                along axis 1.
+            axis: Axis along which `crossattn` is concatenated, "tokens" (1) or "features" (2); all
+                other fields are concatenated along axis 1. With "features", tokens are repeated to
+                equal length, and `context_mask` keeps a token if both masks do.
         """
         joined, added = self.tensors(), other.tensors()
         if "context_mask" in joined.keys() | added.keys():
-            for fields in (joined, added):  # without a mask all tokens are kept
+            for fields in (joined, added):  # a missing mask keeps all tokens
                 if (tokens := fields.get("crossattn")) is not None:
                     ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
                     fields.setdefault("context_mask", ones)
-        for slot, value in added.items():
-            if slot in joined:
-                pair = [joined[slot], value.to(joined[slot].device)]
-                if slot in TOKEN_FIELDS and axis == "features":
-                    first, second = repeat_to_equal_length(pair)
-                    is_mask = slot == "context_mask"
+        for name, value in added.items():
+            if name in joined:
+                values = [joined[name], value.to(joined[name].device)]
+                if name in TOKEN_FIELDS and axis == "features":
+                    first, second = repeat_to_equal_length(values)
+                    is_mask = name == "context_mask"
                     value = first & second if is_mask else torch.cat([first, second], dim=2)
                 else:
-                    value = torch.cat(pair, dim=1)
-            joined[slot] = value
+                    value = torch.cat(values, dim=1)
+            joined[name] = value
         return Cond(**joined)
 
     def zero_samples(self, mask: Tensor) -> "Cond":
         """Return a copy in which samples are zero where a mask (B,) is true.
 
-        `context_mask` stays: attention to no token at all is not defined.
+        `context_mask` is unchanged, as attention without any token is undefined.
         """
-        zeroed = {slot: zero_samples(value, mask) for slot, value in self.tensors().items()}
+        zeroed = {name: zero_samples(value, mask) for name, value in self.tensors().items()}
         return replace(Cond(**zeroed), context_mask=self.context_mask)
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Conditions of several prompts per sample: their guidance is summed.
+    """Conditions of several subprompts per sample, whose guidance is summed.
 
     Liu et al. 2022 (arXiv:2206.01714).
 
     Args:
-        cond: Conditions of all M prompts.
-        rows: Index of each prompt's sample in the batch, int64 (M,).
-        weights: Guidance weight of each prompt, (M,).
+        cond: Conditions of all M subprompts of the batch.
+        rows: Index in the batch of each subprompt's sample, int64 (M,).
+        weights: Guidance weight of each subprompt, (M,).
         samples: Batch size, B.
     """
 
@@ -139,11 +139,11 @@ class Composition:
         return self.samples
 
     def compose(self, uncond: Tensor, predictions: Tensor) -> Tensor:
-        """Return u + sum of w (c - u) over the prompts of each sample, (B, C, h, w).
+        """Return u + sum of w (c - u) over the subprompts of each sample, (B, C, h, w).
 
         Args:
             uncond: Predictions u (B, C, h, w) for the negative prompts.
-            predictions: Predictions c (M, C, h, w) for the prompts, with weights w.
+            predictions: Predictions c (M, C, h, w) for the subprompts, whose weights are w.
         """
         rows = self.rows.to(uncond.device)
         weights = self.weights.to(uncond).view(-1, *[1] * (uncond.dim() - 1))
@@ -155,7 +155,7 @@ class ScheduledCond:
     """Conditions that change during sampling (prompt editing).
 
     Args:
-        entries: (last step, condition), in order; steps are counted from 0.
+        entries: (last step of the condition, condition), in order; steps are counted from 0.
     """
 
     entries: tuple[tuple[int, "Cond | Composition"], ...]
@@ -164,7 +164,7 @@ class ScheduledCond:
         return len(self.entries[0][1])
 
     def at(self, step: int) -> "Cond | Composition":
-        """Return the condition of a step; steps after the last entry have its condition."""
+        """Return the condition of a step; the last entry also applies to all later steps."""
         conditions = (cond for last_step, cond in self.entries if last_step >= step)
         return next(conditions, self.entries[-1][1])
 
@@ -175,7 +175,7 @@ AnyCond = Cond | Composition | ScheduledCond
 def repeat_to_equal_length(values: Sequence[Tensor]) -> list[Tensor]:
     """Repeat tensors (B, N, …) along axis 1 to the least common multiple of their lengths.
 
-    Attention is unchanged, as all tokens of a tensor are repeated equally often.
+    This does not change attention, as all tokens of a tensor are repeated equally often.
     """
     length = math.lcm(*(value.shape[1] for value in values))
     return [
@@ -222,8 +222,8 @@ class EncoderOptions(TypedDict, total=False):
 
     Args:
         ucg_rate: Probability of dropping a sample in training, see `Conditioner.forward`.
-        legacy_ucg_value: Replacement of a dropped sample, instead of zeros or `null`.
-        is_trainable: False freezes the encoder.
+        legacy_ucg_value: Replacement of a dropped sample; None = `null` or zeros.
+        is_trainable: Whether the encoder can be trained, else it is frozen.
         null: See `Encoder`.
     """
 
@@ -234,19 +234,18 @@ class EncoderOptions(TypedDict, total=False):
 
 
 class Encoder(nn.Module):
-    """Turns one entry of a batch into a slot of a `Cond`: `encoder(batch[encoder.key])`.
+    """Encodes one entry of a batch for a slot of a `Cond`: `encoder(batch[encoder.key])`.
 
-    `forward` returns a tensor, or a `Cond` if it fills several slots. That of this class returns
-    the entry unchanged.
+    `forward` returns a tensor, or a `Cond` if it fills several slots.
 
     Attributes:
         key: Batch key of the input.
-        slot: Slot of `Cond` that an output that is a tensor fills.
+        slot: Slot of `Cond` for an output that is a tensor.
         droppable: Whether classifier-free guidance replaces samples by `null`.
-        null: The unconditional sample, such as ""; None = outputs of zeros.
-        cache_key: Batch key whose entry latent caches store: an image, or a deterministic result of
-            `prepare`; None = none.
-        source_key: Batch key of the conditioning image that the input is made of; None = none.
+        null: The unconditional sample, such as ""; None = zeros as output.
+        cache_key: Batch key of the entry that latent caches store: an image, or a deterministic
+            result of `prepare`; None = none.
+        source_key: Batch key of the image from which `prepare` computes the input; None = none.
         sd_version: 1 or 2 for the text encoder of Stable Diffusion 1 or 2; None = other encoders.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
@@ -277,28 +276,27 @@ class Encoder(nn.Module):
         return samples
 
     def condition(self, samples: Any) -> Cond:
-        """Encode samples, and put the output into its slots."""
+        """Encode samples, and return a `Cond` with the output in its slots."""
         output: Tensor | Cond = self(samples)
         return output if isinstance(output, Cond) else Cond(**{self.slot: output})
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Compute entries that this encoder needs and that are not in the batch.
+        """Compute entries that this encoder needs and that are missing in the batch.
 
-        Slow or random steps belong here, not in `forward`, so that they run once, with the same
-        result for the conditional and the unconditional batch.
+        Slow or random steps belong here, not in `forward`: they are run once, and give the
+        conditional and the unconditional batch the same result.
         """
         return {}
 
 
 class Conditioner(nn.Module):
-    """Runs encoders, and joins their outputs.
+    """Runs encoders, and joins their outputs in the order of the encoders.
 
     Encoders are attributes, so that weights are called `conditioner.text.…`. The encoder of the
     prompt, or of the image that replaces it, is called `text`.
 
     Args:
-        join: Axis along which `crossattn` is concatenated, see `Cond.join`. Outputs for one slot
-            are concatenated in the order of the encoders.
+        join: Axis along which `crossattn` is concatenated, see `Cond.join`.
     """
 
     text: Encoder | None
@@ -350,18 +348,18 @@ class Conditioner(nn.Module):
     ) -> Cond:
         """Encode a batch, which has an entry for the `key` of each encoder.
 
-        `text_2` reads `txt_2` instead if the batch has it.
+        The encoder `text_2` reads `txt_2` instead if the batch has it.
 
         Args:
             drop: Probability of dropping a sample: one number for all `droppable` encoders, numbers
-                by batch key, such as {"txt": 0.1}, or None for the `ucg_rate` of each encoder.
+                by batch key, such as {"txt": 0.1}, or None = the `ucg_rate` of each encoder.
                 A dropped sample is replaced by the encoder's `legacy_ucg_value`; if that is None,
                 by its `null` (but not if `drop` is None); if that is None, too, its output is
-                zeros. Encoders of one batch key drop the same samples.
+                zeros. Encoders with the same batch key drop the same samples.
             generator: Random generator for `drop`; None = torch's global one.
             legacy: Quirks of sgm (`generative-models`), names in DROPOUT_QUIRKS:
-                "independent-dropout" drops each output independently, "mutating-legacy-ucg" lets
-                later encoders of a batch key see the replacement.
+                "independent-dropout" drops each output independently; with "mutating-legacy-ucg",
+                later encoders with the same batch key get the replaced samples.
         """
         cond, dropper = Cond(), _SampleDropper(drop, generator, legacy)
         entries = dict(batch)
@@ -385,44 +383,42 @@ class _SampleDropper:
     draws: dict[str, Tensor] = field(default_factory=dict)  # uniform in [0, 1), (B,), by batch key
 
     def replace(self, encoder: Encoder, samples: Any) -> tuple[Any, Any]:
-        """Return the samples for later encoders of the batch key, and those for this one."""
-        rate, null = self._rate(encoder), self._replacement(encoder)
-        if not rate or null is None:
+        """Return the samples for later encoders with the same key, and those for this encoder."""
+        rate, replacement = self._get_rate(encoder), self._get_replacement(encoder)
+        if not rate or replacement is None:
             return samples, samples
         mask = self._draw(encoder.key, len(samples)) < rate
-        pairs = zip(samples, mask, strict=True)
-        replaced = [null if is_dropped else sample for sample, is_dropped in pairs]
+        masked = zip(samples, mask, strict=True)
+        replaced = [replacement if is_dropped else sample for sample, is_dropped in masked]
         if "mutating-legacy-ucg" not in self.legacy:
             return samples, replaced
-        # As in sgm, the next encoder of the key draws again, and drops from the replaced samples.
+        # As in sgm, the next encoder with this key draws again, and drops replaced samples, too.
         del self.draws[encoder.key]
         return replaced, replaced
 
     def zero(self, encoder: Encoder, cond: Cond) -> Cond:
         """Zero the outputs of dropped samples, unless `replace` has replaced the samples."""
-        rate = self._rate(encoder)
-        if not rate or self._replacement(encoder) is not None:
+        rate = self._get_rate(encoder)
+        if not rate or self._get_replacement(encoder) is not None:
             return cond
         if "independent-dropout" not in self.legacy:
             return cond.zero_samples(self._draw(encoder.key, len(cond)) < rate)
-        keep_probability = torch.full((len(cond),), 1 - rate)  # for torch.bernoulli, as sgm draws
-        slots = {
-            slot: zero_samples(
-                value, torch.bernoulli(keep_probability, generator=self.generator) == 0
-            )
-            for slot, value in cond.tensors().items()
+        keep_probs = torch.full((len(cond),), 1 - rate)  # for torch.bernoulli, which sgm uses
+        fields = {
+            name: zero_samples(value, torch.bernoulli(keep_probs, generator=self.generator) == 0)
+            for name, value in cond.tensors().items()
         }
-        return Cond(**slots)
+        return Cond(**fields)
 
-    def _rate(self, encoder: Encoder) -> float:
+    def _get_rate(self, encoder: Encoder) -> float:
         if self.drop_rate is None:
             return encoder.ucg_rate
         if isinstance(self.drop_rate, Mapping):
             return self.drop_rate.get(encoder.key, 0.0)
         return self.drop_rate if encoder.droppable else 0.0
 
-    def _replacement(self, encoder: Encoder) -> object:
-        """Return the replacement of dropped samples; None for zeros."""
+    def _get_replacement(self, encoder: Encoder) -> object:
+        """Return the replacement of dropped samples; None = zeros as output."""
         if self.drop_rate is None or encoder.legacy_ucg_value is not None:
             return encoder.legacy_ucg_value
         return encoder.null

@@ -1,12 +1,12 @@
 """LatentDiffusion: UNet, autoencoder, conditioner and noise schedule of one model.
 
     autoencoder    image (B, 3, H, W) in [-1, 1]  <->  z (B, C, h, w), std about 1
-                   (with depth in further channels: `ldm.imaging.rgbd`)
+                   (RGB-D images have more channels: `ldm.imaging.rgbd`)
     conditioner    batch                           ->  Cond
     unet           (z_t, t, Cond)                  ->  prediction
     schedule       noise level of each timestep
 
-Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.10752).
+Other modules sample and train. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
 import math
@@ -32,7 +32,7 @@ from ldm.runtime.offload import offload
 
 __all__ = ["Defaults", "LatentDiffusion", "LatentSpace"]
 
-SCALE_TOLERANCE = 0.01  # relative difference of scale factors, which files round
+SCALE_FACTOR_TOLERANCE = 0.01  # relative, as files have rounded scale factors
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Defaults:
     Args:
         scale: Guidance scale; 1 disables guidance; None = the default of the task, mostly 9.
         sampler: Name in `ldm.SAMPLERS`.
-        scheduler: Choice of noise levels, see `NoiseSchedule.step_sigmas`; None = the sampler's
-            default.
-        eta: Amount of noise between steps, 0 is deterministic; None = the sampler's default.
-        max_steps, max_scale: Upper limits of a few-step (distilled) model; None = no limit.
+        scheduler: Name of the spacing of noise levels, see `NoiseSchedule.step_sigmas`; None = the
+            sampler's default.
+        eta: Amount of noise that steps add, 0 = deterministic; None = the sampler's default.
+        max_steps, max_scale: Upper limits for a few-step (distilled) model; None = no limit.
     """
 
     scale: float | None = None
@@ -77,7 +77,7 @@ class LatentSpace:
         """Return whether the models can exchange latents."""
         ratio = other.scale_factor / self.scale_factor
         is_equal = replace(other, scale_factor=self.scale_factor) == self
-        return is_equal and abs(ratio - 1) <= SCALE_TOLERANCE
+        return is_equal and abs(ratio - 1) <= SCALE_FACTOR_TOLERANCE
 
 
 class LatentDiffusion(nn.Module):
@@ -85,18 +85,19 @@ class LatentDiffusion(nn.Module):
 
     Args:
         parameterization: What `unet` predicts, "eps", "v", "x0" or "edm".
-        sigma_data: Standard deviation of z, which only "edm" uses.
+        sigma_data: Standard deviation of z, used by "edm" only.
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
         latent_mean, latent_std: (C,), z = (latent - mean) / std * scale_factor; None = 0 and 1.
         image_size: Side of the latents that the model was trained with, in latent pixels, or
             (height, width).
-        upcast_autoencoder: Whether the autoencoder overflows in float16, as that of SDXL.
+        upcast_autoencoder: Whether the autoencoder overflows in float16, as that of SDXL does.
         defaults: Default sampling options.
 
     Attributes:
-        latent_size: (height, width) of the latents in training; `image_size` is the larger of them.
+        latent_size: (height, width) of the latents in training.
+        image_size: The larger one of `latent_size`.
         provenance: Files and settings that the model was loaded with, set by `ldm.load`.
-        merged: What `ldm.set_loras` has merged into the weights; None if it was never called.
+        merged: LoRAs that `ldm.set_loras` has merged into the weights; None if never called.
     """
 
     def __init__(
@@ -130,17 +131,17 @@ class LatentDiffusion(nn.Module):
         self.schedule = schedule
         self.parameterization = parameterization
         self.sigma_data = sigma_data
-        self.scale_factor = float(scale_factor)  # of a config: it may be a text
+        self.scale_factor = float(scale_factor)  # YAML reads numbers such as 1e-1 as strings
         if not 0 < self.scale_factor < math.inf:
             raise ArgumentError(f"scale_factor must be a positive number, got {scale_factor}")
         # Not buffers, as the state dicts of the original do not have them.
-        self.latent_mean = _channel_values(latent_mean)
-        self.latent_std = _channel_values(latent_std)
+        self.latent_mean = _to_channel_tensor(latent_mean)
+        self.latent_std = _to_channel_tensor(latent_std)
         self.upcast_autoencoder = upcast_autoencoder
         self.defaults = defaults
         sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            message = "image_size must be a positive number, or (height, width)"
+            message = "image_size must be a positive integer, or (height, width)"
             raise ArgumentError(f"{message}, got {image_size!r}")
         self.latent_size = (sides[0], sides[1])
         self.image_size = max(sides)
@@ -160,17 +161,17 @@ class LatentDiffusion(nn.Module):
 
     @property
     def guidance_embed_dim(self) -> int | None:
-        """Features of the guidance-scale embedding of a distilled UNet (LCM); None for others."""
+        """Dimension of the guidance-scale embedding of a distilled UNet (LCM); None for others."""
         return self.unet.time_cond_proj_dim if isinstance(self.unet, UNet) else None
 
     @property
     def downscale(self) -> int:
-        """Image pixels per latent pixel along one side, often 8."""
+        """Image pixels per latent pixel along each side, often 8."""
         return self.autoencoder.downscale
 
     @property
     def latent_space(self) -> LatentSpace:
-        """What two models must share to exchange latents."""
+        """Properties that two models must share to exchange latents."""
         return LatentSpace(
             self.channels,
             self.downscale,
@@ -205,7 +206,7 @@ class LatentDiffusion(nn.Module):
         self._execution_device = device
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""
+        """Encode images (B, 3, H, W) in [-1, 1] to z (B, C, h, w) float32, a posterior sample."""
         return self.normalize(self.autoencoder.encode(image).sample(generator).float())
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -230,8 +231,8 @@ class LatentDiffusion(nn.Module):
 
         Args:
             tile: Side, in latent pixels, of overlapping tiles that are decoded one by one and
-                blended: needs less memory, but changes the image slightly, as group norms see
-                only the tile. None decodes everything at once.
+                blended. This needs less memory, but changes the image slightly, as the statistics
+                of group norms are those of a tile. None = no tiles.
         """
         z = self.denormalize(z)
         if tile is None:
@@ -243,7 +244,7 @@ class LatentDiffusion(nn.Module):
     ) -> dict[str, Any]:
         """Add inputs of encoders to a batch: a depth map, the latent of a masked image, noise.
 
-        It runs slow or random steps once, for both the conditional and the unconditional batch.
+        Slow or random steps are run here, once for the conditional and the unconditional batch.
 
         Args:
             batch: Images, masks, texts … by batch key.
@@ -268,8 +269,8 @@ class LatentDiffusion(nn.Module):
         return cond
 
 
-def _channel_values(values: Sequence[float] | Tensor | None) -> Tensor | None:
-    """Return one value per channel as (C, 1, 1) float32 on the CPU."""
+def _to_channel_tensor(values: Sequence[float] | Tensor | None) -> Tensor | None:
+    """Convert C values, one per channel, to (C, 1, 1) float32 on the CPU."""
     if values is None:
         return None
     return torch.as_tensor(values, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)

@@ -16,7 +16,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.tiny_autoencoder import TinyWeights, check_latents
 from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, rename_weights
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
-from ldm.model import SCALE_TOLERANCE, LatentDiffusion
+from ldm.model import SCALE_FACTOR_TOLERANCE, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
@@ -180,7 +180,7 @@ def _compare_scale_factors(model: LatentDiffusion, source: Checkpoint, path: Pat
     theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
     """
     factor, reason = find_scale_factor(source, identify_weights(source).family)
-    if factor is not None and abs(factor / model.scale_factor - 1) > SCALE_TOLERANCE:
+    if factor is not None and abs(factor / model.scale_factor - 1) > SCALE_FACTOR_TOLERANCE:
         warnings.warn(
             f"the autoencoder of `{source.path}` has scale factor {factor:g} ({reason}), `{path}` "
             f"{model.scale_factor:g}, which is used: colours will be wrong, SDXL needs an "
