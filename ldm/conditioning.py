@@ -245,7 +245,8 @@ class Encoder(nn.Module):
         null: The unconditional sample, such as ""; None = zeros as output.
         cache_key: Batch key of the entry that latent caches store: an image, or a deterministic
             result of `prepare`; None = none.
-        source_key: Batch key of the image from which `prepare` computes the input; None = none.
+        source_key: Batch key of the conditioning image, from which the input may be computed; None
+            = none.
         sd_version: 1 or 2 for the text encoder of Stable Diffusion 1 or 2; None = other encoders.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
@@ -387,7 +388,7 @@ class _SampleDropper:
         rate, replacement = self._get_rate(encoder), self._get_replacement(encoder)
         if not rate or replacement is None:
             return samples, samples
-        mask = self._draw(encoder.key, len(samples)) < rate
+        mask = self._draw_uniform(encoder.key, len(samples)) < rate
         masked = zip(samples, mask, strict=True)
         replaced = [replacement if is_dropped else sample for sample, is_dropped in masked]
         if "mutating-legacy-ucg" not in self.legacy:
@@ -402,7 +403,7 @@ class _SampleDropper:
         if not rate or self._get_replacement(encoder) is not None:
             return cond
         if "independent-dropout" not in self.legacy:
-            return cond.zero_samples(self._draw(encoder.key, len(cond)) < rate)
+            return cond.zero_samples(self._draw_uniform(encoder.key, len(cond)) < rate)
         keep_probs = torch.full((len(cond),), 1 - rate)  # for torch.bernoulli, which sgm uses
         fields = {
             name: zero_samples(value, torch.bernoulli(keep_probs, generator=self.generator) == 0)
@@ -423,7 +424,7 @@ class _SampleDropper:
             return encoder.legacy_ucg_value
         return encoder.null
 
-    def _draw(self, key: str, batch_size: int) -> Tensor:
+    def _draw_uniform(self, key: str, batch_size: int) -> Tensor:
         if key not in self.draws:
             # Once per batch key, so that two encoders of a prompt drop the same samples.
             self.draws[key] = torch.rand(batch_size, generator=self.generator)

@@ -42,7 +42,7 @@ class FeedForward(CompatModule, transformer.FeedForward):
         swap_classes(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without the chunks of the base class: programs hook and replace the layers of `net`.
+        # All rows at once, unlike in `ldm.nets`: programs hook and replace the layers of `net`.
         out: Tensor = self.net(x)
         return out
 

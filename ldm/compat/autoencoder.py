@@ -158,10 +158,10 @@ class AutoencoderKL(TrainingModule):
         }
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Show label maps (B, C, H, W) as images, see `show_as_rgb`."""
+        """Show label maps (B, C, H, W) as images, see `project_to_rgb`."""
         if "colorize" not in self._buffers:
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1).to(x))
-        return show_as_rgb(x, self.colorize)
+        return project_to_rgb(x, self.colorize)
 
     def _convert_to_rgb(self, x: Tensor) -> Tensor:
         return self.to_rgb(x) if x.shape[1] > 3 else x
@@ -190,7 +190,7 @@ class AutoencoderKL(TrainingModule):
             self._compute_loss(batch, index, "val" + suffix)
 
 
-def show_as_rgb(x: Tensor, weight: Tensor) -> Tensor:
+def project_to_rgb(x: Tensor, weight: Tensor) -> Tensor:
     """Project maps (B, C, h, w) to images in [-1, 1] by (random) weights (3, C, 1, 1)."""
     x = nn.functional.conv2d(x, weight=weight)
     return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0

@@ -109,7 +109,9 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
     )
     compat_model.model.diffusion_model = _to_compat_unet(model.unet)
     compat_model.first_stage_model = freeze(_to_compat_autoencoder(model.autoencoder))
-    compat_model.cond_stage_model = freeze(_to_compat_text(model.conditioner.encoders["text"]))
+    compat_model.cond_stage_model = freeze(
+        _to_compat_text_encoder(model.conditioner.encoders["text"])
+    )
     compat_model.num_downs = len(model.autoencoder.config.ch_mult) - 1
     family.add_module(compat_model, model.conditioner)
     return compat_model.to(model.device).eval()
@@ -139,7 +141,10 @@ def to_modern(model: LatentDiffusion) -> ModernLatentDiffusion:
     betas = model.betas_float64
     if not torch.equal(betas.float(), model.betas.cpu()):  # a program has replaced the buffer
         betas = model.betas.cpu().double()
-    encoders = {"text": _to_modern_text(model.cond_stage_model), **family.build_encoders(model)}
+    encoders = {
+        "text": _to_modern_text_encoder(model.cond_stage_model),
+        **family.build_encoders(model),
+    }
     modern = ModernLatentDiffusion(
         unet=_to_modern_unet(model.model.diffusion_model),
         autoencoder=_to_modern_autoencoder(model.first_stage_model),
@@ -216,7 +221,7 @@ def _to_modern_autoencoder(compat_autoencoder: nn.Module) -> AutoencoderKL:
     return autoencoder.requires_grad_(False)
 
 
-def _to_compat_text(encoder: Encoder) -> nn.Module:
+def _to_compat_text_encoder(encoder: Encoder) -> nn.Module:
     compat_encoder: nn.Module
     if isinstance(encoder, CLIPText):
         blocks = encoder.tower.blocks
@@ -253,7 +258,7 @@ def _to_compat_text(encoder: Encoder) -> nn.Module:
     return compat_encoder
 
 
-def _to_modern_text(compat_encoder: nn.Module | None) -> CLIPText | OpenCLIPText:
+def _to_modern_text_encoder(compat_encoder: nn.Module | None) -> CLIPText | OpenCLIPText:
     encoder: CLIPText | OpenCLIPText
     if isinstance(compat_encoder, compat_encoders.FrozenCLIPEmbedder):
         with meta_device():
@@ -295,7 +300,7 @@ def _make_open_clip_arch(model: Any, heads: int, layers: int) -> dict[str, Any]:
     return {"embed_dim": model.text_projection.shape[1], "text_cfg": text}
 
 
-def _add_depth(model: LatentDepth2ImageDiffusion, conditioner: Conditioner) -> None:
+def _add_depth_model(model: LatentDepth2ImageDiffusion, conditioner: Conditioner) -> None:
     network = conditioner.get(MiDaSDepth).model
     if network is None:
         raise WrongFamily("a depth model without MiDaS has no counterpart in the original")
@@ -311,7 +316,7 @@ def _build_depth_encoders(model: LatentDepth2ImageDiffusion) -> dict[str, Encode
     return {"depth": depth}
 
 
-def _add_low_scale(model: LatentUpscaleDiffusion, conditioner: Conditioner) -> None:
+def _add_low_scale_model(model: LatentUpscaleDiffusion, conditioner: Conditioner) -> None:
     lowres = conditioner.get(LowRes)
     model.low_scale_key = lowres.low_scale_key
     low_scale: AbstractLowScaleModel = SimpleImageConcat()
@@ -391,7 +396,7 @@ FAMILIES = (
         "hybrid",
         _build_depth_encoders,
         "depth_stage_config",
-        _add_depth,
+        _add_depth_model,
     ),
     _Family(
         LatentUpscaleDiffusion,
@@ -399,7 +404,7 @@ FAMILIES = (
         "hybrid-adm",
         _build_low_scale_encoders,
         "low_scale_config",
-        _add_low_scale,
+        _add_low_scale_model,
     ),
     _Family(
         ImageEmbeddingConditionedLatentDiffusion,

@@ -163,7 +163,7 @@ class DDPM(TrainingModule):
         self.use_ema = use_ema
         if use_ema:
             # It starts from the initial weights, as in the original: `reset_ema` is needed if the
-            # checkpoint, which is loaded below, has no EMA weights.
+            # checkpoint, which is loaded later, has no EMA weights.
             self.model_ema = LitEma(self.model)
         self.use_scheduler = scheduler_config is not None
         if self.use_scheduler:

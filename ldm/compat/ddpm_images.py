@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ldm.compat.autoencoder import AutoencoderKL, IdentityFirstStage, show_as_rgb
+from ldm.compat.autoencoder import AutoencoderKL, IdentityFirstStage, project_to_rgb
 from ldm.compat.ddim import DDIMSampler
 from ldm.compat.ddpm_ancestral import AncestralSampling
 from ldm.compat.ddpm_base import Batch
@@ -98,7 +98,9 @@ class ImageLogging(AncestralSampling):
             "eta": ddim_eta,
         }
         if plot_diffusion_rows:
-            log["diffusion_row"] = self._get_denoise_row_from_list(self._add_noise_steps(z[:n_row]))
+            log["diffusion_row"] = self._get_denoise_row_from_list(
+                self._add_noise_at_timesteps(z[:n_row])
+            )
 
         weights_scope = self.ema_scope if use_ema_scope else nullcontext
 
@@ -142,11 +144,11 @@ class ImageLogging(AncestralSampling):
         return log
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Show maps (B, C, h, w) of any number of channels as images, see `show_as_rgb`."""
+        """Show maps (B, C, h, w) of any number of channels as images, see `project_to_rgb`."""
         x = x.float()
         if "colorize" not in self.__dict__:
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
-        return show_as_rgb(x, self.colorize)
+        return project_to_rgb(x, self.colorize)
 
     def _get_denoise_row_from_list(
         self, samples: Sequence[Tensor], desc: str = "", force_no_decoder_quantization: bool = False
@@ -167,7 +169,7 @@ class ImageLogging(AncestralSampling):
         grid = rearrange(images, "b steps c h w -> c (b h) (steps w)")
         return F.pad(grid, (GRID_PADDING, 0, GRID_PADDING, 0))
 
-    def _add_noise_steps(self, z: Tensor) -> list[Tensor]:
+    def _add_noise_at_timesteps(self, z: Tensor) -> list[Tensor]:
         """Return latents with the noise of each `log_every_t`-th timestep and of the last one."""
         last = self.num_timesteps - 1
         timesteps = [t for t in range(last + 1) if t % self.log_every_t == 0 or t == last]

@@ -319,7 +319,7 @@ class DPM_Solver:
         model_s1 = self.model_fn(self._integrate(x, s, s1, model_s), s1)
         D1_0 = (model_s1 - model_s) / r1
         if order == 2:
-            return self._second_order_update(x, s, t, model_s, D1_0, solver_type)
+            return self._integrate_second_order(x, s, t, model_s, D1_0, solver_type)
         r2 = 2.0 / 3.0 if r2 is None else r2
         s2 = schedule.inverse_lambda(lambda_s + r2 * h)
         # D1_0 is the derivative times h, and the length of this step is r2 h.
@@ -352,7 +352,7 @@ class DPM_Solver:
             ratios.append(expand_dims(ratio, x.dim()))
             slopes.append((model_prev_list[after] - model_prev_list[before]) / ratios[-1])
         if order == 2:
-            return self._second_order_update(x, s, t, model_s, slopes[0], solver_type)
+            return self._integrate_second_order(x, s, t, model_s, slopes[0], solver_type)
         D2 = (slopes[0] - slopes[1]) / (ratios[0] + ratios[1])
         return self._integrate(x, s, t, model_s, slopes[0] + ratios[0] * D2, D2)
 
@@ -468,7 +468,7 @@ class DPM_Solver:
     def _get_lambda_step(self, s: Tensor, t: Tensor) -> Tensor:
         return self.noise_schedule.marginal_lambda(t) - self.noise_schedule.marginal_lambda(s)
 
-    def _second_order_update(
+    def _integrate_second_order(
         self, x: Tensor, s: Tensor, t: Tensor, model_s: Tensor, D1: Tensor, solver_type: str
     ) -> Tensor:
         if solver_type == "dpm_solver":  # phi_2 is about phi_1 / 2

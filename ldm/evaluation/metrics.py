@@ -102,11 +102,13 @@ def kid(
         subsets = 1  # every subset is the whole set
     values = []
     for _ in range(subsets):
-        a, b = _draw(x, subset_size, generator), _draw(y, subset_size, generator)
-        values.append(_mean_within(a) + _mean_within(b) - 2 * _mean_between(a, b))
+        a, b = _draw_rows(x, subset_size, generator), _draw_rows(y, subset_size, generator)
+        values.append(
+            _average_kernel_within(a) + _average_kernel_within(b) - 2 * _average_kernel(a, b)
+        )
 
     def compute_score(half: Tensor) -> float:  # without the reference's term, which cancels out
-        return _mean_within(half) - 2 * _mean_between(half, y)
+        return _average_kernel_within(half) - 2 * _average_kernel(half, y)
 
     return Estimate(sum(values) / len(values), estimate_error(compute_score, x, seed))
 
@@ -180,24 +182,24 @@ def _compute_distance(
     return float(mean_distance + traces - 2 * eigenvalues.clamp(min=0).sqrt().sum())
 
 
-def _mean_between(x: Tensor, y: Tensor) -> float:
+def _average_kernel(x: Tensor, y: Tensor) -> float:
     """Return the mean of the kernel over all pairs of x (N, d) and y (M, d)."""
-    total = sum(float(_kernel(block @ y.mT, x.shape[1]).sum()) for block in x.split(BLOCK))
+    total = sum(float(_apply_kernel(block @ y.mT, x.shape[1]).sum()) for block in x.split(BLOCK))
     return total / (len(x) * len(y))
 
 
-def _mean_within(x: Tensor) -> float:
+def _average_kernel_within(x: Tensor) -> float:
     """Return the mean of the kernel over all pairs of different rows of x (N, d)."""
     n, d = x.shape
-    diagonal = float(_kernel(x.square().sum(dim=1), d).sum())  # of each row with itself
-    return (_mean_between(x, x) * n * n - diagonal) / (n * (n - 1))
+    diagonal = float(_apply_kernel(x.square().sum(dim=1), d).sum())  # of each row with itself
+    return (_average_kernel(x, x) * n * n - diagonal) / (n * (n - 1))
 
 
-def _kernel(products: Tensor, d: int) -> Tensor:
+def _apply_kernel(products: Tensor, d: int) -> Tensor:
     return (products / d + 1) ** 3
 
 
-def _draw(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _draw_rows(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw rows of x without replacement."""
     return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
 

@@ -1,4 +1,4 @@
-"""What programs do with networks under the original's names: replace, subclass, hook, freeze, build empty."""
+"""What programs do with the original's networks: replace, subclass, hook, freeze, build empty."""
 
 import copy
 import pickle
