@@ -85,7 +85,7 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
         name = type(model.autoencoder).__name__
         raise WrongFamily(f"an autoencoder of class {name} has no counterpart in the original")
     if not isinstance(model.schedule, Schedule) or not model.schedule.uses_plain_timesteps:
-        raise WrongFamily("a noise schedule with other timesteps has no counterpart")
+        raise WrongFamily("a schedule with timestep options of sgm has no counterpart")
     if model.latent_mean is not None or model.latent_std is not None:
         raise WrongFamily("a mean and standard deviation of latents have no counterpart")
     configs: dict[str, Any] = {}

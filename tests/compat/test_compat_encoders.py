@@ -237,7 +237,7 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
     def create(name, pretrained=None, **kwargs):
         names.append(name)
-        small = {"vision_cfg": encoders.UNUSED_VISION, "text_cfg": ARCH["text_cfg"]}
+        small = {"vision_cfg": encoders.UNUSED_VISION_CONFIG, "text_cfg": ARCH["text_cfg"]}
         return build(name, pretrained=None, **kwargs, **small)
 
     old = CLIPTextModel.from_pretrained

@@ -109,10 +109,10 @@ def test_a_fork_keeps_its_files_of_data_and_all_else_is_ours(vendored):
     assert run(code, PYTHONPATH=path, LDM_VENDORED="1") == ["theirs", "ours", "ours"]
 
 
-def test_a_module_or_name_that_is_missing_says_where_it_lives(vendored):
-    for name in ("ldm.modules.image_degradation.bsrgan", "ldm.modules.x_transformer"):
-        with pytest.raises(ModuleNotFoundError, match="lives? in"):
-            importlib.import_module(name)
+def test_a_module_or_name_that_is_missing_names_an_alternative(vendored):
+    for name, alternative in (("image_degradation.bsrgan", "BSRGAN"), ("x_transformer", "x-trans")):
+        with pytest.raises(ModuleNotFoundError, match=alternative):
+            importlib.import_module(f"ldm.modules.{name}")
     with pytest.raises(ImportError, match="transformers.T5EncoderModel"):
         from ldm.modules.encoders.modules import FrozenT5Embedder  # noqa: F401
     Path(vendored, "ldm/modules/x_transformer.py").touch()

@@ -373,7 +373,7 @@ def test_settings_without_a_counterpart_are_refused(monkeypatch):
     text = modern.conditioner.text
     flipped = Schedule(modern.schedule.betas, flip_time=True)
     for owner, name, value, message in (
-        (modern, "schedule", flipped, "plain timesteps"),
+        (modern, "schedule", flipped, "timestep options"),
         (modern, "latent_std", torch.ones(1, 4, 1, 1), "standard deviation of latents"),
         (text, "added_embeddings", {"<dog>": torch.zeros(1, 4)}, "this model has: <dog>"),
     ):
