@@ -205,6 +205,8 @@ def test_a_context_is_projected_once_while_its_values_stay_the_same():
             assert layer(x.clone()) is first
             for context in [x[:1], x + 1, *torch.randn(6, 2, 7, 48), x]:
                 assert distance(layer(context), run_plain(layer, context)) < LIMITS[torch.float32]
+            x = torch.randn(1, 77, 48)  # its output is larger than the weight
+            assert layer(x) is not layer(x)
         assert layer(x) is not layer(x)
 
 

@@ -107,7 +107,9 @@ def reuse_output(x: Tensor, weight: Tensor, layer: Callable[[Tensor], Tensor]) -
         layer: A layer without other parameters than the weight; its output is not written to.
     """
     cache = _cache.get()
-    if cache is None or not is_caching(weight):
+    # Larger outputs, and the packed weight beside them, would not be within the budget.
+    is_large = x.shape[:-1].numel() > (FORM_SIZE - 1) * weight.shape[1]
+    if cache is None or is_large or not is_caching(weight):
         return layer(x)
     forms, x = cache.get_entry(weight).forms, cache.copy_input(x)
     last = forms.get("input and output")
