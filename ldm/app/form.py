@@ -23,8 +23,8 @@ from ldm.diffusion.names import (
     SLD_PRESETS,
     TILINGS,
 )
-from ldm.diffusion.scheduler_options import TAKES_RHO
-from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.diffusion.scheduler_options import SCHEDULERS_WITH_RHO
+from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
 from ldm.generate.option_parsers import parse_count, parse_fraction
 from ldm.generate.options import Option, Value, options_of
@@ -241,8 +241,8 @@ class TaskForm:
             values["scheduler"] = None
         defaults = {name: default for name, (_, default) in self.task.options().items()}
         shown = list_step_noise_fields(values["sampler"])
-        values |= {name: defaults[name] for name in STEP_NOISE if name not in shown}
-        if values["scheduler"] not in TAKES_RHO:
+        values |= {name: defaults[name] for name in STEP_NOISE_OPTIONS if name not in shown}
+        if values["scheduler"] not in SCHEDULERS_WITH_RHO:
             values["rho"] = None
         if values["sigmas"]:
             count = len(values["sigmas"].replace(",", " ").split())
@@ -271,7 +271,7 @@ class TaskForm:
 
     def _field(self, name: str, option: Option, default: Value) -> Field:
         settings: dict[str, Any] = {"label": option.label, "value": default}
-        if name in STEP_NOISE:
+        if name in STEP_NOISE_OPTIONS:
             settings["visible"] = name in list_step_noise_fields(SAMPLER)
         if name in FIELDS:
             return Field(FIELDS[name].kind, settings | FIELDS[name].settings)
@@ -304,7 +304,7 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the shared fields for an image, as far as its info contains them."""
     recorded = info.get("request")
     request = recorded if isinstance(recorded, Mapping) else {}
-    names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE)
+    names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE_OPTIONS)
     values = {name: info[name] for name in names if info.get(name) is not None}
     values |= {name: info.get(name) or value for name, value in UNRECORDED.items()}
     eta = eta_of(info)
@@ -336,7 +336,7 @@ def list_step_noise_fields(sampler: str) -> set[str]:
     row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
     noise = {"s_noise"} if row.takes_noise else set()
-    path = {"brownian"} if row.takes_path else set()
+    path = {"brownian"} if row.takes_brownian else set()
     return churn | noise | path | ({"eta"} if row.eta is not None else set())
 
 

@@ -17,7 +17,7 @@ from ldm.app.jobs import Job, Jobs
 from ldm.app.layout import Layout
 from ldm.app.library import ADDONS
 from ldm.app.view import explain_to_user, read_file_info
-from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.runtime.types import JsonObject
 
 __all__ = ["Page"]
@@ -182,8 +182,8 @@ class Page:
         ui.loras.change(events.name_weights, ui.loras, ui.weights, **QUIET)
         fields["sampler"].change(
             lambda name: [gr.update(visible=field in list_step_noise_fields(name))
-                          for field in STEP_NOISE],
-            fields["sampler"], [fields[name] for name in STEP_NOISE], **QUIET,
+                          for field in STEP_NOISE_OPTIONS],
+            fields["sampler"], [fields[name] for name in STEP_NOISE_OPTIONS], **QUIET,
         )  # fmt: skip
         for name, count in ui.counts.items():
             inputs = [ui.checkpoint, fields[name], fields["syntax"]]

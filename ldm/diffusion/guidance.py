@@ -85,7 +85,7 @@ class Guidance:
         uncond = evaluation.uncond
         return uncond + evaluation.scale * (evaluation.cond - uncond)
 
-    def explain_idle(self) -> str | None:
+    def explain_no_effect(self) -> str | None:
         """Say, after a run, why the method had no effect; None if it had one."""
         if self.name and self.calls and not self.guided:
             return f"{self.name} had no effect: there was no guidance at any noise level of the run"
@@ -132,7 +132,7 @@ class SafeGuidance(Guidance):
             guidance = guidance - safety / factor
         return uncond + evaluation.scale * guidance
 
-    def explain_idle(self) -> str | None:
+    def explain_no_effect(self) -> str | None:
         if self._momentum is None:
             return "sld had no effect: it needs a guidance scale other than 1"
         if self.calls <= self.settings.warmup:
@@ -229,8 +229,8 @@ class PerturbedAttention(Guidance):
         guided = cond if evaluation.scale == 1 else self.base.combine(evaluation)
         return guided + self.pag_scale * (cond - evaluation.perturbed)
 
-    def explain_idle(self) -> str | None:
-        return super().explain_idle() or self.base.explain_idle()
+    def explain_no_effect(self) -> str | None:
+        return super().explain_no_effect() or self.base.explain_no_effect()
 
     def count(self, *, guided: bool) -> None:
         super().count(guided=guided)

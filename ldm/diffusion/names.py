@@ -48,7 +48,7 @@ class Sampler:
         label: Name in A1111's text and on the page.
         eta: Default amount of the noise that it adds between steps; None = it cannot be set.
         adds_fixed_noise: Whether it adds noise between steps whose amount cannot be set.
-        takes_path: Whether noise between steps may come from a Brownian path over sigma.
+        takes_brownian: Whether noise between steps may come from a Brownian path over sigma.
         takes_churn: Whether it adds noise before steps (s_churn).
         scales_time: Whether it takes `NoiseSchedule.scale_time`.
         takes_uncond: Whether it takes the unconditional estimate, too.
@@ -65,7 +65,7 @@ class Sampler:
     label: str
     eta: float | None = None
     adds_fixed_noise: bool = False
-    takes_path: bool = False
+    takes_brownian: bool = False
     takes_churn: bool = False
     scales_time: bool = False
     takes_uncond: bool = False
@@ -111,13 +111,13 @@ SAMPLERS = {
     "heun": Sampler("heun", "Heun", takes_churn=True, high_sigma_scheduler="uniform"),
     "dpmpp_2s_a": Sampler("dpmpp_2s_ancestral", "DPM++ 2S a", eta=1.0, a1111_scheduler="karras"),
     "dpmpp_2m_sde": Sampler(
-        "dpmpp_2m_sde", "DPM++ 2M SDE", eta=1.0, takes_path=True, a1111_scheduler="exponential"
+        "dpmpp_2m_sde", "DPM++ 2M SDE", eta=1.0, takes_brownian=True, a1111_scheduler="exponential"
     ),
     "dpmpp_2m_sde_heun": Sampler(
         "dpmpp_2m_sde_heun",
         "DPM++ 2M SDE Heun",
         eta=1.0,
-        takes_path=True,
+        takes_brownian=True,
         a1111_scheduler="exponential",
     ),
     "lms": Sampler("lms", "LMS"),
@@ -134,13 +134,13 @@ SAMPLERS = {
         skips_last_level=True,
     ),
     "dpmpp_sde": Sampler(
-        "dpmpp_sde", "DPM++ SDE", eta=1.0, takes_path=True, a1111_scheduler="karras"
+        "dpmpp_sde", "DPM++ SDE", eta=1.0, takes_brownian=True, a1111_scheduler="karras"
     ),
     "dpmpp_3m_sde": Sampler(
         "dpmpp_3m_sde",
         "DPM++ 3M SDE",
         eta=1.0,
-        takes_path=True,
+        takes_brownian=True,
         a1111_scheduler="exponential",
         skips_last_level=True,
     ),

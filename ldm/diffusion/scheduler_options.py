@@ -7,9 +7,9 @@ from itertools import pairwise
 from ldm.diffusion.names import SCHEDULERS
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["TAKES_RHO", "check_rho", "check_sigmas"]
+__all__ = ["SCHEDULERS_WITH_RHO", "check_rho", "check_sigmas"]
 
-TAKES_RHO = [name for name, scheduler in SCHEDULERS.items() if scheduler.rho is not None]
+SCHEDULERS_WITH_RHO = [name for name, scheduler in SCHEDULERS.items() if scheduler.rho is not None]
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
@@ -28,8 +28,8 @@ def check_rho(rho: float | None, scheduler: str) -> None:
     """Raise ArgumentError for a rho out of range, or one that a scheduler does not take."""
     if rho is None:
         return
-    if scheduler not in TAKES_RHO:
-        message = f"scheduler `{scheduler}` takes no rho, only {', '.join(TAKES_RHO)} do"
+    if scheduler not in SCHEDULERS_WITH_RHO:
+        message = f"scheduler `{scheduler}` takes no rho, only {', '.join(SCHEDULERS_WITH_RHO)} do"
         raise ArgumentError(message, "rho")
     if not 0 < rho < math.inf:
         raise ArgumentError(f"rho must be greater than 0, got {rho:g}", "rho")

@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 from ldm.diffusion.names import SAMPLERS
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["STEP_NOISE", "StepNoise"]
+__all__ = ["STEP_NOISE_OPTIONS", "StepNoise"]
 
-TAKES_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
-TAKES_CHURN = [name for name, sampler in SAMPLERS.items() if sampler.takes_churn]
-TAKES_PATH = [name for name, sampler in SAMPLERS.items() if sampler.takes_path]
-TAKES_NOISE = [
+SAMPLERS_WITH_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
+SAMPLERS_WITH_CHURN = [name for name, sampler in SAMPLERS.items() if sampler.takes_churn]
+SAMPLERS_WITH_BROWNIAN = [name for name, sampler in SAMPLERS.items() if sampler.takes_brownian]
+SAMPLERS_WITH_NOISE = [
     name for name, sampler in SAMPLERS.items() if sampler.takes_noise or sampler.takes_churn
 ]
 
@@ -46,14 +46,14 @@ class StepNoise:
     def check(self, sampler: str) -> None:
         """Raise ArgumentError for a value that a sampler does not take."""
         for name, is_given, samplers in (
-            ("eta", bool(self.eta), TAKES_ETA),
-            ("s_churn", self.s_churn > 0, TAKES_CHURN),
-            ("s_noise", self.s_noise != 1, TAKES_NOISE),
-            ("brownian", self.brownian, TAKES_PATH),
+            ("eta", bool(self.eta), SAMPLERS_WITH_ETA),
+            ("s_churn", self.s_churn > 0, SAMPLERS_WITH_CHURN),
+            ("s_noise", self.s_noise != 1, SAMPLERS_WITH_NOISE),
+            ("brownian", self.brownian, SAMPLERS_WITH_BROWNIAN),
         ):
             if is_given and sampler not in samplers:
                 message = f"sampler `{sampler}` takes no {name}, only {', '.join(samplers)} do"
                 raise ArgumentError(message, name)
 
 
-STEP_NOISE = tuple(field.name for field in fields(StepNoise))
+STEP_NOISE_OPTIONS = tuple(field.name for field in fields(StepNoise))

@@ -16,7 +16,7 @@ from ldm.diffusion.names import (
     TILINGS,
     check_guidance_options,
 )
-from ldm.diffusion.scheduler_options import TAKES_RHO, check_rho
+from ldm.diffusion.scheduler_options import SCHEDULERS_WITH_RHO, check_rho
 from ldm.diffusion.step_noise import StepNoise
 from ldm.generate.option_parsers import (
     QUIRKS,
@@ -163,7 +163,7 @@ class Sampling:
         help=f"spacing of the noise levels: {', '.join(SCHEDULERS)} (default: the sampler's own)")
     rho: float | None = option(None, "--rho", parse=parse_number, metavar="RHO",
         label="Schedule rho", help="exponent of the scheduler (default:"
-        f" {', '.join(f'{name} {SCHEDULERS[name].rho:g}' for name in TAKES_RHO)})")
+        f" {', '.join(f'{name} {SCHEDULERS[name].rho:g}' for name in SCHEDULERS_WITH_RHO)})")
     sigmas: tuple[float, ...] | None = option(None, "--sigmas", parse=parse_sigmas,
         read=expand_file, metavar="LIST", label="Sigmas",
         help="custom noise levels, descending, such as 14.6,3.9,1.9,0.96,0.4,0, or @FILE with them,"

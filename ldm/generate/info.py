@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ldm.diffusion.names import SLD_CONCEPTS
-from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import SDXL, Sampling
 from ldm.generate.load import Models, find_checker
@@ -154,7 +154,7 @@ def _describe_optional(request: Request, sampling: Sampling, models: Models) -> 
     model, upscaler, values = models.base, models.upscaler, request.to_json()
     names = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *options_of(SDXL))
     info = {name: values.get(name) for name in names}
-    info |= {name: vars(sampling)[name] for name in STEP_NOISE}
+    info |= {name: vars(sampling)[name] for name in STEP_NOISE_OPTIONS}
     if sampling.sld is not None:
         concept = sampling.sld_concept or "original"
         info["sld_concept"] = SLD_CONCEPTS.get(concept, concept)

@@ -343,7 +343,7 @@ def parse_parameters(parameters: str) -> JsonObject:
         info["scale"] /= 12.5
     info |= parse_sampler(other_settings, version)
     row = SAMPLERS.get(info.get("sampler", ""))
-    if row and row.takes_path and not is_ours:
+    if row and row.takes_brownian and not is_ours:
         info["brownian"] = True  # as in A1111, which uses k-diffusion's samplers
     return {**info, "other": other_settings} if other_settings else info
 

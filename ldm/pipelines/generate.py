@@ -125,7 +125,7 @@ def generate(
             )  # fmt: skip
         else:
             latent = _sample(model, conds, run)
-        if guidance is not None and (reason := guidance.explain_idle()):
+        if guidance is not None and (reason := guidance.explain_no_effect()):
             warn_caller(reason)
     except Stop as stop:
         if stop.latent is None:

@@ -181,6 +181,6 @@ def test_one_call_of_the_network_computes_what_is_needed_and_no_more(guidance, s
 def test_a_rule_says_when_no_noise_level_had_guidance():
     guidance = PerturbedAttention(3.0, ProjectedGuidance(APG()))
     run(guidance, interval=(20.0, 30.0))
-    assert "pag had no effect" in guidance.explain_idle()
+    assert "pag had no effect" in guidance.explain_no_effect()
     run(guidance)
-    assert guidance.explain_idle() is None
+    assert guidance.explain_no_effect() is None

@@ -9,7 +9,7 @@ compile_model       -> trainer
 
 import math
 
-from ldm.diffusion.step_noise import STEP_NOISE
+from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.loading.sgm import ENGINE
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -42,7 +42,7 @@ SCHEDULER_NAMES = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization
 # guidance scale; None = the guider's parameter `scale`
 GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}
 SAMPLER_PARAMETERS = (
-    "num_steps", "discretization_config", "guider_config", "verbose", "device", *STEP_NOISE,
+    "num_steps", "discretization_config", "guider_config", "verbose", "device", *STEP_NOISE_OPTIONS,
 )  # fmt: skip
 
 
@@ -134,7 +134,9 @@ def _translate_sampler(config: JsonMapping) -> JsonObject:
     sampling: JsonObject = {"sampler": SAMPLER_NAMES[name], "scale": 1.0}  # without a guider
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
-    sampling |= {key: params[key] for key in STEP_NOISE if params.get(key, math.inf) != math.inf}
+    sampling |= {
+        key: params[key] for key in STEP_NOISE_OPTIONS if params.get(key, math.inf) != math.inf
+    }
     if params.get("discretization_config"):
         discretization, options = read_spec(
             params["discretization_config"],
