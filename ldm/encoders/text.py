@@ -259,7 +259,7 @@ class TextEncoder(Encoder):
         """
         chunk_size = self.length - 2
         capacity, count = chunk_size, 0
-        for composition in prompt.compositions:
+        for composition in prompt.subprompts:
             for _, entry in composition.entries:
                 for chunks in self.split_into_chunks(entry):
                     tokens = sum(len(unit.ids) for chunk in chunks for unit in chunk)

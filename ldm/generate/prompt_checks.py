@@ -8,7 +8,12 @@ from ldm.generate.lora_tags import remove_tags
 from ldm.generate.plan import Batch, looks_dynamic
 from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
-from ldm.pipelines.prompts import MAX_QUOTED_WORDS, StepPrompts, describe_truncation, parse_constant
+from ldm.pipelines.prompts import (
+    MAX_QUOTED_WORDS,
+    ParsedPair,
+    describe_truncation,
+    parse_fixed_prompt,
+)
 from ldm.prompts import PLAIN, parse_prompt
 
 __all__ = ["find_prompt_warnings", "find_syntax_warnings"]
@@ -27,10 +32,10 @@ def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str
     parsed = [parse_prompt(text, syntax) for text in prompts]
     parsed += [parse_prompt(text, syntax, is_negative=True) for text in negatives]
     for name, text in _constant_texts(request).items():
-        constant = parse_constant(text, syntax, name)
-        assert isinstance(constant, StepPrompts)
+        constant = parse_fixed_prompt(text, syntax, name)
+        assert isinstance(constant, ParsedPair)
         parsed.append(constant.first)
-    return list(dict.fromkeys(note for prompt in parsed for note in prompt.notes))
+    return list(dict.fromkeys(warning for prompt in parsed for warning in prompt.warnings))
 
 
 def find_prompt_warnings(

@@ -1,6 +1,6 @@
 """Encode the prompts of a call, and its other inputs, as conditions of a model.
 
-texts --CallPrompts--> parsed texts of each image --ConditionInputs--> EncodedConds
+texts --PromptBatch--> parsed texts of each image --ConditionInputs--> EncodedConds
 
 An encoded condition is a Cond, ScheduledCond or Composition.
 """
@@ -19,13 +19,13 @@ from ldm.diffusion.names import SAMPLERS
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import file_name
 from ldm.pipelines.finite import check_finite
-from ldm.pipelines.prompts import CallPrompts, PromptPair, StepPrompts, WeightedPair, get_pair
+from ldm.pipelines.prompts import ParsedPair, PromptBatch, PromptPair, WeightedPair, get_prompt_pair
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import default_scale
 from ldm.pipelines.sdxl import SDXLOptions, Sizes, size_conditions
 from ldm.runtime.warn import warn_caller
 
-__all__ = ["ConditionInputs", "EncodedConds", "encode_prompts", "encode_schedule"]
+__all__ = ["ConditionInputs", "EncodedConds", "encode_prompts", "encode_scheduled_prompts"]
 
 # (prompts, index of the image of each) -> condition, a row for each prompt
 EncodeFunction = Callable[[Sequence[PromptPair], Sequence[int]], Cond]
@@ -58,7 +58,7 @@ class ConditionInputs:
         sampler: A name in SAMPLERS; None = the default of each model.
     """
 
-    texts: CallPrompts
+    texts: PromptBatch
     inputs: Mapping[str, object]
     unconditional_inputs: Mapping[str, object]
     sdxl: SDXLOptions
@@ -77,7 +77,9 @@ class ConditionInputs:
         """
         sizes, negative_sizes = size_conditions(model, self.sdxl, self.size, quirks)
         inputs = {key: value for key, value in self.inputs.items() if key in model.conditioner.keys}
-        cond = encode_schedule(self.texts.prompts, partial(_encode_by_image, model, inputs, sizes))
+        cond = encode_scheduled_prompts(
+            self.texts.prompts, partial(_encode_by_image, model, inputs, sizes)
+        )
         if not self._needs_uncond(model, cond):
             return EncodedConds(cond)
 
@@ -91,12 +93,14 @@ class ConditionInputs:
         ]
         negative_inputs = {**inputs, **self.unconditional_inputs}
         encode_negative = partial(_encode_by_image, model, negative_inputs, negative_sizes)
-        uncond = encode_schedule(negatives, encode_negative)
+        uncond = encode_scheduled_prompts(negatives, encode_negative)
         assert not isinstance(uncond, Composition)  # negative prompts have no AND
 
         n = len(self.texts.prompts)
         guidance_conds = [
-            encode_prompts(model, [get_pair(self.texts.guidance_texts[text])] * n, inputs, sizes)
+            encode_prompts(
+                model, [get_prompt_pair(self.texts.guidance_texts[text])] * n, inputs, sizes
+            )
             if text
             else encode_negative([(null, null)] * n, range(n))
             for text in (self.guidance.texts if self.guidance else ())
@@ -114,9 +118,9 @@ class ConditionInputs:
         return scale != 1 or takes_uncond or has_composition(cond)
 
 
-def is_empty(prompts: StepPrompts | PromptPair) -> bool:
+def is_empty(prompts: ParsedPair | PromptPair) -> bool:
     """Return whether the texts for both text encoders are empty; parsed ones count as not empty."""
-    return not isinstance(prompts, StepPrompts) and not any(prompts)
+    return not isinstance(prompts, ParsedPair) and not any(prompts)
 
 
 def has_composition(cond: AnyCond) -> bool:
@@ -126,20 +130,22 @@ def has_composition(cond: AnyCond) -> bool:
     return isinstance(cond, Composition)
 
 
-def encode_schedule(prompts: Sequence[StepPrompts | PromptPair], encode: EncodeFunction) -> AnyCond:
+def encode_scheduled_prompts(
+    prompts: Sequence[ParsedPair | PromptPair], encode: EncodeFunction
+) -> AnyCond:
     """Encode the prompts of a batch, once for each change during the run.
 
     Returns:
         A ScheduledCond if any prompt changes; a Composition, or one in each entry, if prompts have
         AND or weights.
     """
-    parsed = [entry for entry in prompts if isinstance(entry, StepPrompts)]
-    last_steps = sorted({step for step_prompts in parsed for step in step_prompts.last_steps})
+    parsed = [entry for entry in prompts if isinstance(entry, ParsedPair)]
+    switch_steps = sorted({step for step_prompts in parsed for step in step_prompts.switch_steps})
     conds: dict[tuple[tuple[WeightedPair, ...], ...], Cond | Composition] = {}
     entries: list[tuple[int, Cond | Composition]] = []
-    for last_step in [*last_steps, last_steps[-1] + 1 if last_steps else 0]:
+    for last_step in [*switch_steps, switch_steps[-1] + 1 if switch_steps else 0]:
         current = tuple(
-            entry.at(last_step) if isinstance(entry, StepPrompts) else ((1.0, entry),)
+            entry.at(last_step) if isinstance(entry, ParsedPair) else ((1.0, entry),)
             for entry in prompts
         )
         if current not in conds:

@@ -19,7 +19,7 @@ from ldm.pipelines.guidance import make_guidance
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.latent_upscaling import Upscaling, double_latent
 from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
-from ldm.pipelines.prompts import CallPrompts, repeat_texts
+from ldm.pipelines.prompts import PromptBatch, repeat_texts
 from ldm.pipelines.quirks import Quirks, noise_source
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_shape, get_sigmas
@@ -99,7 +99,7 @@ def generate(
         default = model.defaults.steps if run.get("sigmas") is None else total
         first, _ = quirks.find_first_step(strength, run.get("steps") or default, total)
     steps = total - first
-    texts = CallPrompts.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
+    texts = PromptBatch.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
     texts.warn(model)
     condition_inputs = ConditionInputs(
         texts,

@@ -12,7 +12,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import family_of
 from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_guidance
 from ldm.pipelines.images import DecodingOptions
-from ldm.pipelines.prompts import ANY_STEPS, CallPrompts, PromptOptions
+from ldm.pipelines.prompts import PLACEHOLDER_STEPS, PromptBatch, PromptOptions
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
@@ -128,6 +128,6 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)
     negative_prompt = arguments.get("negative_prompt", "")
-    CallPrompts.parse(  # raises ArgumentError
-        arguments["prompts"], negative_prompt, arguments, guidance, syntax, ANY_STEPS
+    PromptBatch.parse(  # raises ArgumentError
+        arguments["prompts"], negative_prompt, arguments, guidance, syntax, PLACEHOLDER_STEPS
     )

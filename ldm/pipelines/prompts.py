@@ -14,13 +14,21 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "CallPrompts", "PromptOptions", "PromptPair", "StepPrompts", "TextPair",
-    "describe_truncation", "get_pair", "parse_constant", "parse_pair", "repeat_texts",
+    "ParsedPair",
+    "PromptBatch",
+    "PromptOptions",
+    "PromptPair",
+    "TextPair",
+    "describe_truncation",
+    "get_prompt_pair",
+    "parse_fixed_prompt",
+    "parse_pair",
+    "repeat_texts",
     "warn_about_prompts",
 ]  # fmt: skip
 
 MAX_QUOTED_WORDS = 4  # of a prompt, in warnings
-ANY_STEPS = 50  # to parse a text of which only the syntax is checked
+PLACEHOLDER_STEPS = 50  # to parse a text of which only the syntax is checked
 
 TextPair = tuple[str, str]  # for the first and the second text encoder
 PromptPair = tuple[str | Prompt | None, str | Prompt | None]  # None gives zeros
@@ -43,7 +51,7 @@ class PromptOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class StepPrompts:
+class ParsedPair:
     """The prompts of one image, which may change from step to step.
 
     Args:
@@ -55,21 +63,21 @@ class StepPrompts:
 
     def at(self, step: int) -> tuple[WeightedPair, ...]:
         """Return (weight, prompts) of a step, one for each prompt of a composition."""
-        firsts = self.first.compositions
-        seconds = self.second.compositions
+        firsts = self.first.subprompts
+        seconds = self.second.subprompts
         if len(seconds) == 1:
             seconds = seconds * len(firsts)
         pairs = zip(firsts, seconds, strict=True)
         return tuple((first.weight, (first.at(step), second.at(step))) for first, second in pairs)
 
     @property
-    def last_steps(self) -> frozenset[int]:
+    def switch_steps(self) -> frozenset[int]:
         """Steps after which a prompt may change."""
-        return self.first.last_steps | self.second.last_steps
+        return self.first.switch_steps | self.second.switch_steps
 
 
 @dataclass(frozen=True)
-class CallPrompts:
+class PromptBatch:
     """The texts of a call, parsed unless their syntax is plain.
 
     Args:
@@ -78,9 +86,9 @@ class CallPrompts:
         guidance_texts: Those of `Guidance.texts` that are not empty, as they are read.
     """
 
-    prompts: Sequence[StepPrompts | TextPair]
-    negatives: Sequence[StepPrompts | TextPair]
-    guidance_texts: Mapping[str, StepPrompts | TextPair] = field(default_factory=dict)
+    prompts: Sequence[ParsedPair | TextPair]
+    negatives: Sequence[ParsedPair | TextPair]
+    guidance_texts: Mapping[str, ParsedPair | TextPair] = field(default_factory=dict)
 
     @classmethod
     def parse(
@@ -91,7 +99,7 @@ class CallPrompts:
         guidance: Guidance | None,
         syntax: str,
         steps: int,
-    ) -> "CallPrompts":
+    ) -> "PromptBatch":
         """Parse the texts of a call for a run of `steps` steps.
 
         Args:
@@ -110,7 +118,11 @@ class CallPrompts:
                 parse_pair(pair, syntax, steps, is_negative=True) if any(pair) else pair
                 for pair in negatives
             ],
-            {text: parse_constant(text, syntax, "sld_concept") for text in guidance_texts if text},
+            {
+                text: parse_fixed_prompt(text, syntax, "sld_concept")
+                for text in guidance_texts
+                if text
+            },
         )
 
     def warn(self, model: LatentDiffusion) -> None:
@@ -119,8 +131,8 @@ class CallPrompts:
 
 
 def parse_pair(
-    pair: TextPair, syntax: str, steps: int = ANY_STEPS, *, is_negative: bool = False
-) -> StepPrompts | TextPair:
+    pair: TextPair, syntax: str, steps: int = PLACEHOLDER_STEPS, *, is_negative: bool = False
+) -> ParsedPair | TextPair:
     """Parse the prompts of one image for a run of `steps` steps; plain ones stay as they are.
 
     Raises:
@@ -130,13 +142,13 @@ def parse_pair(
     if syntax == PLAIN:
         return pair
     first, second = (parse_prompt(text, syntax, steps, is_negative=is_negative) for text in pair)
-    if len(second.compositions) not in (1, len(first.compositions)):
-        counts = f"{len(first.compositions)} parts, prompt_2 {len(second.compositions)}"
+    if len(second.subprompts) not in (1, len(first.subprompts)):
+        counts = f"{len(first.subprompts)} parts, prompt_2 {len(second.subprompts)}"
         raise ArgumentError(f"AND splits the prompt into {counts}", "prompt_2")
-    return StepPrompts(first, second)
+    return ParsedPair(first, second)
 
 
-def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
+def parse_fixed_prompt(text: str, syntax: str, name: str) -> ParsedPair | TextPair:
     """Parse a text that is not a prompt of an image, and holds for the whole run.
 
     Args:
@@ -150,7 +162,7 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
     except ArgumentError as error:
         error.argument = name
         raise
-    if isinstance(pair, StepPrompts) and (pair.last_steps or len(pair.at(0)) > 1):
+    if isinstance(pair, ParsedPair) and (pair.switch_steps or len(pair.at(0)) > 1):
         raise ArgumentError(
             f"{name} holds for the whole run, it takes no schedules, alternation or AND: "
             f"{quote(text)}",
@@ -159,9 +171,9 @@ def parse_constant(text: str, syntax: str, name: str) -> StepPrompts | TextPair:
     return pair
 
 
-def get_pair(constant: StepPrompts | TextPair) -> PromptPair:
-    """Return the two texts of `parse_constant`."""
-    return constant.at(0)[0][1] if isinstance(constant, StepPrompts) else constant
+def get_prompt_pair(constant: ParsedPair | TextPair) -> PromptPair:
+    """Return the two texts of `parse_fixed_prompt`."""
+    return constant.at(0)[0][1] if isinstance(constant, ParsedPair) else constant
 
 
 def repeat_texts(texts: str | Sequence[str], n: int, argument: str) -> list[str]:
@@ -196,12 +208,12 @@ def describe_truncation(model: LatentDiffusion, texts: Iterable[str]) -> str | N
     return None
 
 
-def warn_about_prompts(model: LatentDiffusion, prompts: Sequence[StepPrompts | TextPair]) -> None:
+def warn_about_prompts(model: LatentDiffusion, prompts: Sequence[ParsedPair | TextPair]) -> None:
     """Warn about text that the model truncates, or that the syntax reads literally."""
     plain = [text for pair in prompts if isinstance(pair, tuple) for text in pair if text]
     messages = [describe_truncation(model, dict.fromkeys(plain))]
     for pair in prompts:
-        if isinstance(pair, StepPrompts):
-            messages += [*pair.first.notes, *pair.second.notes]
+        if isinstance(pair, ParsedPair):
+            messages += [*pair.first.warnings, *pair.second.warnings]
     for message in dict.fromkeys(filter(None, messages)):
         warn_caller(message, PromptWarning)

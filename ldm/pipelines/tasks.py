@@ -48,10 +48,10 @@ from ldm.pipelines.latent_upscaling import (
 )
 from ldm.pipelines.options import GuidedOptions, TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import (
-    StepPrompts,
+    ParsedPair,
     TextPair,
-    get_pair,
-    parse_constant,
+    get_prompt_pair,
+    parse_fixed_prompt,
     repeat_texts,
     warn_about_prompts,
 )
@@ -413,17 +413,17 @@ def _keep_unmasked(mask: Tensor, z: Tensor, x_T: Tensor, factor: int) -> Constra
     return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)
 
 
-def _parse_source_prompt(prompt: str, options: TextOptions) -> StepPrompts | TextPair:
+def _parse_source_prompt(prompt: str, options: TextOptions) -> ParsedPair | TextPair:
     for name in ("sigmas", "rho", "x_T"):
         if options.get(name) is not None:
             raise ArgumentError(f"DDIM inversion takes no {name}", name)
-    return parse_constant(prompt, options.get("syntax", PLAIN), "source_prompt")
+    return parse_fixed_prompt(prompt, options.get("syntax", PLAIN), "source_prompt")
 
 
 def _invert_to_noise(
     model: LatentDiffusion,
     z: Tensor,
-    source: StepPrompts | TextPair,
+    source: ParsedPair | TextPair,
     strength: float,
     options: TextOptions,
 ) -> Tensor:
@@ -443,7 +443,7 @@ def _invert_to_noise(
     height, width = (side * model.downscale for side in z.shape[-2:])
     sizes, _ = size_conditions(model, select_sdxl(options), (height, width), Quirks())
     warn_about_prompts(model, [source])
-    cond = encode_prompts(model, [get_pair(source)] * len(z), {}, sizes)
+    cond = encode_prompts(model, [get_prompt_pair(source)] * len(z), {}, sizes)
     z_t = invert(model, z, cond, sigmas=sigmas[first:], legacy=quirks.names)
     sigma = float(sigmas[noise_level])
     x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE

@@ -25,7 +25,7 @@ from ldm.prompts.prompt import (
     quote,
 )
 
-__all__ = ["EMPHASIS_MODES", "expand_schedule", "parse", "parse_emphasis", "split_composition"]
+__all__ = ["EMPHASIS_MODES", "expand_schedule", "parse", "parse_emphasis", "split_subprompts"]
 
 # Syntax -> A1111's name of what weights do: keep the mean of a chunk's context, let it change,
 # nothing; with the last, brackets are text.
@@ -53,14 +53,14 @@ def parse(text: str, steps: int, is_negative: bool, *, syntax: str) -> ParsedPro
         is_negative: Whether it is a negative prompt, in which AND is a plain word.
         syntax: A key of EMPHASIS_MODES.
     """
-    prompts_and_weights = [(text, 1.0)] if is_negative else split_composition(text)
-    compositions, notes = [], []
+    prompts_and_weights = [(text, 1.0)] if is_negative else split_subprompts(text)
+    subprompts, warnings = [], []
     for prompt, weight in prompts_and_weights:
         entries, new_notes = expand_schedule(prompt, steps)
         prompts = ((last, _build_prompt(entry, syntax)) for last, entry in entries)
-        compositions.append(PromptSteps(tuple(prompts), weight))
-        notes += new_notes
-    return ParsedPrompt(tuple(compositions), tuple(notes))
+        subprompts.append(PromptSteps(tuple(prompts), weight))
+        warnings += new_notes
+    return ParsedPrompt(tuple(subprompts), tuple(warnings))
 
 
 def _build_prompt(text: str, syntax: str) -> Prompt:
@@ -70,7 +70,7 @@ def _build_prompt(text: str, syntax: str) -> Prompt:
     return Prompt(syntax, (Part((sections,)),))
 
 
-def split_composition(text: str) -> list[tuple[str, float]]:
+def split_subprompts(text: str) -> list[tuple[str, float]]:
     """Split a text at AND into (text, weight); a text without AND has weight 1."""
     parts = re.split(r"\bAND\b", text)
     if len(parts) == 1:
@@ -249,11 +249,11 @@ def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[
         note = f"a schedule is read as plain text, as `|` stands outside of [ ]: {quote(text)}"
         return [(steps, text)], [note] if has_brackets else []
     ends = sorted({*schedules.changes, steps})
-    notes = [
+    warnings = [
         f"not a schedule, read as plain text: {quote(group)}"
         for group in schedules.literal_brackets
     ]
-    return [(end, node(end)) for end in ends], notes
+    return [(end, node(end)) for end in ends], warnings
 
 
 def _constant(text: str) -> Node:

@@ -84,17 +84,17 @@ class ParsedPrompt:
     """A parsed text.
 
     Args:
-        compositions: Prompts whose guidance is summed, usually one.
-        notes: Warnings about text that looks like syntax but was read literally.
+        subprompts: Prompts whose guidance is summed, usually one.
+        warnings: Warnings about text that looks like syntax but was read literally.
     """
 
-    compositions: tuple[PromptSteps, ...]
-    notes: tuple[str, ...] = ()
+    subprompts: tuple[PromptSteps, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
-    def last_steps(self) -> frozenset[int]:
+    def switch_steps(self) -> frozenset[int]:
         """Steps after which a prompt may change."""
-        return frozenset(last for steps in self.compositions for last, _ in steps.entries[:-1])
+        return frozenset(last for steps in self.subprompts for last, _ in steps.entries[:-1])
 
 
 def join_pieces(pieces: Iterable[Piece], separator: str = "") -> Section:

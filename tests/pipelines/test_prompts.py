@@ -8,7 +8,7 @@ import torch
 import ldm
 from ldm.conditioning import Composition, ScheduledCond
 from ldm.diffusion.guidance import add_guidance
-from ldm.pipelines.conditions import encode_prompts, encode_schedule
+from ldm.pipelines.conditions import encode_prompts, encode_scheduled_prompts
 from ldm.pipelines.prompts import parse_pair
 from ldm.prompts import PromptWarning, parse_prompt
 from ldm.runtime.errors import ArgumentError
@@ -33,7 +33,7 @@ def latents(model, prompts, **options) -> list[torch.Tensor]:
 
 def encode(model, texts: list[str], steps: int = 4):
     pairs = [parse_pair((text, text), "a1111", steps) for text in texts]
-    return encode_schedule(pairs, lambda some, numbers: encode_prompts(model, some, {}))
+    return encode_scheduled_prompts(pairs, lambda some, numbers: encode_prompts(model, some, {}))
 
 
 IMAGE, LATENT = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 16, 16)
@@ -163,6 +163,6 @@ def test_second_prompts_have_the_same_compositions():
 
 
 def test_a_batch_entry_may_be_a_parsed_prompt(model):
-    prompt = parse_prompt("a (cat:1.2)", "a1111").compositions[0].at(0)
+    prompt = parse_prompt("a (cat:1.2)", "a1111").subprompts[0].at(0)
     cond = model.condition({"txt": [prompt, "a cat", None]})
     assert cond.crossattn.shape == (3, 77, 24)

@@ -94,7 +94,7 @@ def _units(encoder, section):
 def test_contexts_of_a1111(kind, syntax):
     for encoder in encoders(kind):
         for text in ("a (red:1.4) [apple]", LONG, f"short (one:1.2) BREAK {WORDS}"):
-            prompt = parse_prompt(text, syntax).compositions[0].entries[0][1]
+            prompt = parse_prompt(text, syntax).subprompts[0].entries[0][1]
             output = encoder([prompt])
             context = output if isinstance(output, torch.Tensor) else output.crossattn
             expected = reference(encoder, text, syntax)
@@ -107,7 +107,7 @@ def test_contexts_of_a1111(kind, syntax):
 def test_brackets_are_text_without_emphasis():
     (encoder,) = encoders("sd1")
     text = "a (red:1.4) [apple] BREAK b"
-    literal = encoder([parse_prompt(text, "a1111_none").compositions[0].at(0)])
+    literal = encoder([parse_prompt(text, "a1111_none").subprompts[0].at(0)])
     assert torch.equal(literal, encoder([text]))
 
 
@@ -118,7 +118,7 @@ def test_parsed_text_without_weights_has_the_plain_context(kind):
     for encoder in encoders(kind):
         plain = encoder([text])
         for syntax in ("a1111", "comfy", "compel"):
-            parsed = encoder([parse_prompt(text, syntax).compositions[0].entries[0][1]])
+            parsed = encoder([parse_prompt(text, syntax).subprompts[0].entries[0][1]])
             for ours, theirs in zip(tensors(parsed), tensors(plain), strict=True):
                 assert torch.equal(ours, theirs)
 
@@ -131,7 +131,7 @@ def tensors(output: torch.Tensor | Cond) -> list[torch.Tensor]:
 def test_comfy_moves_away_from_the_empty_prompt():
     (encoder,) = encoders("sd1")
     empty, plain = encoder(["", "a red apple"])
-    weighted = encoder([parse_prompt("a (red:1.5) apple", "comfy").compositions[0].at(0)])[0]
+    weighted = encoder([parse_prompt("a (red:1.5) apple", "comfy").subprompts[0].at(0)])[0]
     expected = plain.clone()
     expected[2] = empty[2] + 1.5 * (plain[2] - empty[2])
     assert torch.allclose(weighted, expected, atol=1e-6)
@@ -141,7 +141,7 @@ def test_comfy_does_not_cut_words():
     (encoder,) = encoders("sd1")
     word = "supercalifragilistic"
     count = encoder.count_tokens(word)
-    prompt = parse_prompt("a " * 73 + word, "comfy").compositions[0].at(0)
+    prompt = parse_prompt("a " * 73 + word, "comfy").subprompts[0].at(0)
     assert 1 < count < 8
     assert [lengths(text) for text in encoder.split_into_chunks(prompt)] == [[73, count]]
 
@@ -149,7 +149,7 @@ def test_comfy_does_not_cut_words():
 @torch.no_grad()
 def test_rows_of_different_length_are_repeated():
     (encoder,) = encoders("sd1")
-    prompts = [parse_prompt(text, "a1111").compositions[0].at(0) for text in ("a", LONG)]
+    prompts = [parse_prompt(text, "a1111").subprompts[0].at(0) for text in ("a", LONG)]
     both, alone = encoder(prompts), encoder(prompts[:1])
     assert both.shape[1] == 77 * 2
     assert torch.allclose(both[0], alone[0].repeat(2, 1), atol=1e-6)
@@ -158,7 +158,7 @@ def test_rows_of_different_length_are_repeated():
 @torch.no_grad()
 def test_the_pooled_output_is_that_of_the_first_chunk():
     second = encoders("sdxl")[1]
-    text = parse_prompt(LONG, "a1111").compositions[0].at(0)
+    text = parse_prompt(LONG, "a1111").subprompts[0].at(0)
     first = second.split_into_chunks(text)[0][0]
     ids = torch.tensor([[49406, *(i for unit in first for i in unit.ids), 49407]])
     ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))
@@ -170,7 +170,7 @@ def test_a_textual_inversion_is_not_cut():
     (encoder,) = encoders("sd1")
     encoder.added_embeddings = {"<thing>": torch.randn(8, encoder.width)}
     for syntax, expected in (("a1111", [70, 9]), ("comfy", [70, 9]), ("compel", [70, 9])):
-        prompt = parse_prompt("a " * 70 + "<thing> b", syntax).compositions[0].at(0)
+        prompt = parse_prompt("a " * 70 + "<thing> b", syntax).subprompts[0].at(0)
         assert [lengths(text) for text in encoder.split_into_chunks(prompt)] == [expected]
         assert encoder([prompt]).shape[1] == 154
 
@@ -179,7 +179,7 @@ def test_comfy_names_textual_inversions():
     (encoder,) = encoders("sd1")
     encoder.added_embeddings = {"thing": torch.randn(2, encoder.width)}
     chunks = [
-        encoder.split_into_chunks(parse_prompt(text, "comfy").compositions[0].at(0))
+        encoder.split_into_chunks(parse_prompt(text, "comfy").subprompts[0].at(0))
         for text in ("a (embedding:thing:1.2), b", "a (thing:1.2), b")
     ]
     assert chunks[0] == chunks[1]
@@ -227,7 +227,7 @@ def test_contexts_of_compel(tmp_path, kind, number):
     compel = compel_of(kind, encoder, tmp_path)
     worst = 0.0
     for text in COMPEL:
-        prompt = parse_prompt(text, "compel").compositions[0].at(0)
+        prompt = parse_prompt(text, "compel").subprompts[0].at(0)
         output, expected = encoder([prompt]), compel(text)
         context = output if isinstance(output, torch.Tensor) else output.crossattn
         assert context.shape == expected.shape

@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.prompts import parse_prompt
-from ldm.prompts.a1111 import expand_schedule, parse_emphasis, split_composition
+from ldm.prompts.a1111 import expand_schedule, parse_emphasis, split_subprompts
 from ldm.runtime.errors import ArgumentError
 from prompts.oracle import compel_module
 
@@ -75,21 +75,21 @@ def test_schedules_of_a1111(text, entries):
 
 @pytest.mark.parametrize("text", ["a [b:c:half]", "[b:c:0.5", "a | b [c:d:3]", "[a:b]"])
 def test_what_is_no_schedule_is_literal_and_said(text):
-    entries, notes = expand_schedule(text, 10)
+    entries, warnings = expand_schedule(text, 10)
     assert entries == [(10, text)]
-    assert len(notes) == 1
-    assert "plain text" in notes[0]
+    assert len(warnings) == 1
+    assert "plain text" in warnings[0]
 
 
 def test_an_entry_of_step_5_serves_six_steps():
-    (steps,) = parse_prompt("[a:b:5]", "a1111", 10).compositions
+    (steps,) = parse_prompt("[a:b:5]", "a1111", 10).subprompts
     assert "".join(steps.at(step).text for step in range(11)) == "aaaaaabbbbb"
 
 
 def test_composition():
-    assert split_composition("a AND b :0.5 AND c:-1") == [("a ", 1), (" b", 0.5), (" c", -1)]
-    assert split_composition("a BAND b, ratio 16:9") == [("a BAND b, ratio 16:9", 1)]
-    assert len(parse_prompt("a AND b", "a1111", is_negative=True).compositions) == 1
+    assert split_subprompts("a AND b :0.5 AND c:-1") == [("a ", 1), (" b", 0.5), (" c", -1)]
+    assert split_subprompts("a BAND b, ratio 16:9") == [("a BAND b, ratio 16:9", 1)]
+    assert len(parse_prompt("a AND b", "a1111", is_negative=True).subprompts) == 1
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_composition():
     ],
 )  # fmt: skip
 def test_weights_of_comfy(text, pieces):
-    (part,) = parse_prompt(text, "comfy").compositions[0].entries[0][1].parts
+    (part,) = parse_prompt(text, "comfy").subprompts[0].entries[0][1].parts
     (section,) = part.texts[0]
     assert [(piece.text, round(piece.weight, 4)) for piece in section] == pieces
 
@@ -155,7 +155,7 @@ def test_compel_parses_to_the_same_pieces(text):
             for weight, flat in zip(part.weights, part.prompts, strict=True)
         ]  # fmt: skip
         theirs.append((weight, mix))
-    ours = parse_prompt(text, "compel").compositions[0].entries[0][1]
+    ours = parse_prompt(text, "compel").subprompts[0].entries[0][1]
     assert [
         (part.weight, [(mix, [(piece.text, round(piece.weight, 9)) for piece in section])
                        for mix, (section,) in zip(part.mix, part.texts, strict=True)])
@@ -164,7 +164,7 @@ def test_compel_parses_to_the_same_pieces(text):
 
 
 def test_swap_exchanges_texts_between_two_fractions_of_the_steps():
-    (steps,) = parse_prompt("a (cat).swap(dog, t_end=0.8) x", "compel", 10).compositions
+    (steps,) = parse_prompt("a (cat).swap(dog, t_end=0.8) x", "compel", 10).subprompts
     texts = [steps.at(step).text for step in range(10)]
     assert texts == ["a cat x"] * 2 + ["a dog x"] * 6 + ["a cat x"] * 2
 
