@@ -26,7 +26,7 @@ from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
-from ldm.pipelines.families import SIZE_KEYS, family_of
+from ldm.pipelines.families import SIZE_KEYS, find_family
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, errors_as
 from ldm.runtime.files import list_files
 from ldm.runtime.types import JsonObject
@@ -183,7 +183,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     params = spec["params"]
     conditioner = build_on_meta(_without_midas(params["conditioner"]), where=path.name)
     downscale = _get_downscale(build_on_meta(params["autoencoder"], where=path.name))
-    family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
+    family = find_family(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
     defaults, image_size = Defaults(), params.get("image_size", 64)  # latent pixels
     if "defaults" in params:

@@ -29,12 +29,12 @@ from ldm.loading.model_config import find_schedule_early
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import FAMILIES, SIZE_KEYS, family_of, file_name, wrong_family
+from ldm.pipelines.families import FAMILIES, SIZE_KEYS, find_family, quote_name, wrong_family
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import (
     SamplingOptions,
-    explain_excess,
-    explain_high_start,
+    explain_exceeded_limits,
+    explain_high_sigma,
     get_sigmas,
 )
 from ldm.pipelines.sdxl import REFINER_FILE
@@ -95,7 +95,9 @@ def _few_steps_warning(request: Request) -> str | None:
     if found is None:
         return None
     resolved = resolve_sampling(request, found.defaults)
-    return explain_excess(found.defaults, f"`{found.path.name}`", resolved.steps, resolved.scale)
+    return explain_exceeded_limits(
+        found.defaults, f"`{found.path.name}`", resolved.steps, resolved.scale
+    )
 
 
 def check_steps(request: Request) -> None:
@@ -175,8 +177,8 @@ def _high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
         "steps": sampling.steps, "sampler": sampling.sampler, "scheduler": sampling.scheduler,
         "rho": sampling.rho, "sigmas": sampling.sigmas,
     }  # fmt: skip
-    sigmas = get_sigmas(model, Quirks.of(model, sampling.legacy), options)
-    return explain_high_start(sampling.sampler, sampling.scheduler, float(sigmas[0]))
+    sigmas = get_sigmas(model, Quirks.for_model(model, sampling.legacy), options)
+    return explain_high_sigma(sampling.sampler, sampling.scheduler, float(sigmas[0]))
 
 
 def check_files(
@@ -233,7 +235,7 @@ def _find_kind(path: Path | None, weights: Weights | None) -> _Kind | None:
             return None
         conditioner = build_on_meta(spec["params"]["conditioner"], where=path.name)
         assert isinstance(conditioner, Conditioner)
-        if (name := family_of(conditioner)) is None:
+        if (name := find_family(conditioner)) is None:
             return None
         return _Kind(name, FAMILIES[name].title, not SIZE_KEYS.isdisjoint(conditioner.keys))
     if weights is None or weights.family is None or not weights.family.task:
@@ -311,9 +313,9 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
         for name, other in NEEDED_OPTIONS.items()
         if is_set.get(name) and not is_set[other]
     ]
-    family = family_of(model.conditioner) or ""
+    family = find_family(model.conditioner) or ""
     warnings += [
-        f"{file_name(model)} is {FAMILIES[family].title}: {name} is ignored"
+        f"{quote_name(model)} is {FAMILIES[family].title}: {name} is ignored"
         for name in UNREAD_OPTIONS.get(family, ())
         if is_set.get(name)
     ]

@@ -8,7 +8,7 @@ from ldm.generate.groups import Sampling
 from ldm.generate.request import Request
 from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults, LatentDiffusion
-from ldm.pipelines.sampling_options import default_scheduler
+from ldm.pipelines.sampling_options import get_default_scheduler
 
 __all__ = ["log_variant", "resolve_sampling"]
 
@@ -49,7 +49,7 @@ def log_variant(request: Request, model: LatentDiffusion) -> None:
         VARIANTS[found["name"]].title,
         found["evidence"],
         sampling.sampler,
-        sampling.scheduler or default_scheduler(model, sampling.sampler),
+        sampling.scheduler or get_default_scheduler(model, sampling.sampler),
         sampling.steps,
         sampling.scale,
     )

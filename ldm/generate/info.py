@@ -26,9 +26,9 @@ from ldm.imaging.watermark import can_hold
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
-from ldm.pipelines.freeu import find_factors
+from ldm.pipelines.freeu import resolve_freeu_factors
 from ldm.pipelines.latent_upscaling import LATENT_UPSCALE_FACTOR
-from ldm.pipelines.sampling_options import default_scheduler
+from ldm.pipelines.sampling_options import get_default_scheduler
 from ldm.pipelines.sdxl import REFINER_STRENGTH
 from ldm.runtime.files import sha256_of_file
 from ldm.runtime.types import JsonObject
@@ -84,7 +84,7 @@ def describe_run(
         "scheduler": sampling.scheduler,
         "scheduler_in_use": None
         if sampling.sigmas
-        else sampling.scheduler or default_scheduler(model, sampling.sampler),
+        else sampling.scheduler or get_default_scheduler(model, sampling.sampler),
         "steps": sampling.steps,
         "scale": sampling.scale,
         "size": list(size),
@@ -159,7 +159,7 @@ def _describe_optional(request: Request, sampling: Sampling, models: Models) -> 
         concept = sampling.sld_concept or "original"
         info["sld_concept"] = SLD_CONCEPTS.get(concept, concept)
     if sampling.freeu is not None:
-        info["freeu"] = list(astuple(find_factors(model, sampling.freeu)))
+        info["freeu"] = list(astuple(resolve_freeu_factors(model, sampling.freeu)))
         info["freeu_version"] = sampling.freeu_version
     if sampling.clip_skip > 1:
         info["clip_skip"] = sampling.clip_skip

@@ -17,7 +17,7 @@ from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
-from ldm.pipelines.families import file_name, is_sdxl
+from ldm.pipelines.families import is_sdxl, quote_name
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
@@ -110,7 +110,7 @@ def load_models(
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     log_variant(request, model)
-    check_depth(request, file_name(model), model.autoencoder.in_channels)
+    check_depth(request, quote_name(model), model.autoencoder.in_channels)
     log_advice(request, model)
     refiner_model = upscaler_model = None
     if upscaler is not None:
@@ -118,7 +118,7 @@ def load_models(
         Upscaling(upscaler_model).check(model)
     if refiner is not None:
         if not is_sdxl(model):
-            message = f"a refiner is for Stable Diffusion XL, which {file_name(model)} is not"
+            message = f"a refiner is for Stable Diffusion XL, which {quote_name(model)} is not"
             raise ArgumentError(message, "refiner")
         refiner_model = load(None, refiner, embeddings=_refiner_embeddings(model), **placement)
     return Models(model, refiner_model, checker, upscaler_model)

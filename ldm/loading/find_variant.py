@@ -21,7 +21,7 @@ from ldm.loading.variants import (
 from ldm.loading.weight_names import pair_names
 from ldm.loading.weights import Weights
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import family_of
+from ldm.pipelines.families import find_family
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
@@ -68,7 +68,7 @@ def choose_variant(
     loras: Collection[tuple[str | Path, LoRAWeightLike]],
 ) -> DetectedVariant | None:
     """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
-    if not supports_variants(family_of(model.conditioner)):
+    if not supports_variants(find_family(model.conditioner)):
         if variant in VARIANTS:
             message = f"`{weights.path}` is of a family without few-step models"
             raise ArgumentError(f"{message}, its variant is not {variant}", "variant")

@@ -13,7 +13,7 @@ from torch import nn
 from ldm.loading.base_models import find_base_model
 from ldm.loading.files.checkpoint import TENSOR_HASH
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import family_of, is_sdxl
+from ldm.pipelines.families import find_family, is_sdxl
 
 __all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "filter_metadata"]
 
@@ -84,5 +84,5 @@ def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[
 
 def _get_architecture(model: LatentDiffusion, adapter: str) -> str:
     base = find_base_model(model)
-    suffix = f"/{adapter}" if adapter else SUFFIXES.get(family_of(model.conditioner) or "")
+    suffix = f"/{adapter}" if adapter else SUFFIXES.get(find_family(model.conditioner) or "")
     return "" if base is None or suffix is None else f"{base.architecture}{suffix}"

@@ -18,7 +18,7 @@ from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, rename_weigh
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import SCALE_FACTOR_TOLERANCE, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
-from ldm.pipelines.families import file_name, is_sdxl
+from ldm.pipelines.families import is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
 
 __all__ = [
@@ -153,7 +153,7 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
         message = f"`{path}` has no {' and no '.join(missing)}"
         if base is not None:
             raise MissingArgument(
-                f"{message}, nor has {file_name(base)} one that fits\nhint: give its diffusers "
+                f"{message}, nor has {quote_name(base)} one that fits\nhint: give its diffusers "
                 "folder, or convert it with a text encoder first",
                 "upscaler",
             )

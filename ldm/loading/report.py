@@ -26,7 +26,7 @@ from ldm.loading.weights import (
     identify_weights,
 )
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import FAMILIES, family_of
+from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.hashes import find_cached_sha256, hash_file
 from ldm.runtime.types import JsonObject
@@ -251,7 +251,7 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Non
     except ValueError as error:
         report.note = str(error)
         return
-    family = family_of(model.conditioner) if isinstance(model, LatentDiffusion) else None
+    family = find_family(model.conditioner) if isinstance(model, LatentDiffusion) else None
     if report.family is None and family is not None:
         report.title, report.task = FAMILIES[family].title, FAMILIES[family].function
     expected, state = model.state_dict(), translate_names(model, weights.state, weights.path)

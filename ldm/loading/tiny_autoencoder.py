@@ -25,7 +25,7 @@ from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
-from ldm.pipelines.families import check_model, file_name, is_sdxl
+from ldm.pipelines.families import check_model, is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, WeightsMismatch
 
 __all__ = [
@@ -137,14 +137,14 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
     if (model.channels, model.downscale, model.autoencoder.in_channels) != (4, 8, 3):
         raise WeightsMismatch(
             f"`{weights.path}` is TAESD, for latents of 4 channels and an eighth of the image's "
-            f"size: {file_name(model)} has {model.channels} channels, and a size of "
+            f"size: {quote_name(model)} has {model.channels} channels, and a size of "
             f"1/{model.downscale}"
         )
     if _find_name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
             f"`{weights.path}` is for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its name, "
-            f"{file_name(model)} needs `{needed}`: colours will be wrong",
+            f"{quote_name(model)} needs `{needed}`: colours will be wrong",
             stacklevel=4,
         )
 

@@ -18,7 +18,7 @@ quirks              differences of the original scripts, enabled by the keyword 
 from ldm.diffusion.names import LEGACY
 from ldm.pipelines.images import add_depth, encode_image
 from ldm.pipelines.latent_upscaling import Upscaling
-from ldm.pipelines.quirks import noise_source, seeded_noise
+from ldm.pipelines.quirks import make_noise_sampler, make_seeded_noise
 from ldm.pipelines.sampling import invert, sample
 from ldm.pipelines.tasks import (
     depth2img,
@@ -46,10 +46,10 @@ __all__ = [
     "img2img",
     "inpaint",
     "invert",
-    "noise_source",
+    "make_noise_sampler",
+    "make_seeded_noise",
     "sample",
     "sample_prior",
-    "seeded_noise",
     "txt2img",
     "unclip",
     "upscale",

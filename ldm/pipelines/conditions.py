@@ -17,12 +17,12 @@ from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.names import SAMPLERS
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import quote_name
 from ldm.pipelines.finite import check_finite
 from ldm.pipelines.prompts import ParsedPair, PromptBatch, PromptPair, WeightedPair, get_prompt_pair
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling_options import default_scale
-from ldm.pipelines.sdxl import SDXLOptions, Sizes, size_conditions
+from ldm.pipelines.sampling_options import get_default_scale
+from ldm.pipelines.sdxl import MicroConditions, SDXLOptions, get_micro_conditions
 from ldm.runtime.warn import warn_caller
 
 __all__ = ["ConditionInputs", "EncodedConds", "encode_prompts", "encode_scheduled_prompts"]
@@ -51,7 +51,7 @@ class ConditionInputs:
     Args:
         inputs: Values of batch keys besides text, a row per image.
         unconditional_inputs: Inputs that differ for the unconditional prediction.
-        sdxl: Sizes, scores, second prompts and refiner of SDXL.
+        sdxl: MicroConditions, scores, second prompts and refiner of SDXL.
         size: (height, width) of the images in pixels.
         scale: Guidance scale; None = the default of each model.
         guidance: The guidance method; None = classifier-free guidance.
@@ -75,7 +75,7 @@ class ConditionInputs:
         Args:
             after_base: Whether the model is a refiner that continues the run of a base model.
         """
-        sizes, negative_sizes = size_conditions(model, self.sdxl, self.size, quirks)
+        sizes, negative_sizes = get_micro_conditions(model, self.sdxl, self.size, quirks)
         inputs = {key: value for key, value in self.inputs.items() if key in model.conditioner.keys}
         cond = encode_scheduled_prompts(
             self.texts.prompts, partial(_encode_by_image, model, inputs, sizes)
@@ -111,9 +111,9 @@ class ConditionInputs:
         """Return whether a run also predicts from negative prompts; warn if they are ignored."""
         if model.guidance_embed_dim is not None:
             if not all(map(is_empty, self.texts.negatives)):
-                warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
+                warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
             return False
-        scale = default_scale(model, self.sampler) if self.scale is None else self.scale
+        scale = get_default_scale(model, self.sampler) if self.scale is None else self.scale
         takes_uncond = SAMPLERS[self.sampler or model.defaults.sampler].takes_uncond
         return scale != 1 or takes_uncond or has_composition(cond)
 
@@ -171,7 +171,7 @@ def _encode_weighted_prompts(
 def _encode_by_image(
     model: LatentDiffusion,
     inputs: Mapping[str, object],
-    sizes: Sizes,
+    sizes: MicroConditions,
     prompts: Sequence[PromptPair],
     image_indices: Sequence[int],
 ) -> Cond:
@@ -192,7 +192,7 @@ def encode_prompts(
     model: LatentDiffusion,
     prompts: Sequence[PromptPair],
     inputs: Mapping[str, object],
-    sizes: Sizes | None = None,
+    sizes: MicroConditions | None = None,
 ) -> Cond:
     """Encode prompts and inputs as a condition, a row per prompt; equal prompts are encoded once.
 

@@ -9,7 +9,13 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
-    "FAMILIES", "Family", "check_family", "check_model", "family_of", "file_name", "is_sdxl",
+    "FAMILIES",
+    "Family",
+    "check_family",
+    "check_model",
+    "find_family",
+    "is_sdxl",
+    "quote_name",
     "wrong_family",
 ]  # fmt: skip
 
@@ -51,7 +57,7 @@ FAMILIES = {
 }
 
 
-def family_of(conditioner: Conditioner) -> str | None:
+def find_family(conditioner: Conditioner) -> str | None:
     """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
     keys = conditioner.keys - SIZE_KEYS
     families = FAMILIES.items()
@@ -73,7 +79,7 @@ def check_model(model: object, name: str = "model") -> None:
 def check_family(model: LatentDiffusion, *families: str) -> None:
     """Raise WrongFamily unless the model is of one of the families."""
     check_model(model)
-    name = family_of(model.conditioner)
+    name = find_family(model.conditioner)
     if name in families:
         return
     if name is None:
@@ -81,7 +87,7 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
         if not keys:
             raise WrongFamily("this model has no conditions: use `ldm.sample` and `model.decode`")
         raise WrongFamily(f"this model reads {keys}, and no task provides that")
-    raise wrong_family(file_name(model), name)
+    raise wrong_family(quote_name(model), name)
 
 
 def wrong_family(model: str, family: str) -> WrongFamily:
@@ -93,7 +99,7 @@ def wrong_family(model: str, family: str) -> WrongFamily:
     return WrongFamily(f"{model} is {title}: {hint}", function)
 
 
-def file_name(model: LatentDiffusion) -> str:
+def quote_name(model: LatentDiffusion) -> str:
     """Return the name of the model's file in backticks, for messages; "this" if it has none."""
     path = model.provenance.get("checkpoint")
     return f"`{Path(path).name}`" if path else "this"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import quote_name
 from ldm.runtime.errors import NonFinite
 
 __all__ = ["check_finite", "check_weights"]
@@ -33,5 +33,5 @@ def check_weights(model: LatentDiffusion, error: NonFinite) -> None:
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         dtype = weights[broken[0]].dtype
         remedy = "download it again" if dtype == torch.float32 else "try float32"
-        cause = f"{len(broken)} of its weights in {file_name(model)} are not"
+        cause = f"{len(broken)} of its weights in {quote_name(model)} are not"
         raise NonFinite(error.stage, f"{cause}, such as `{broken[0]}`: {remedy}") from error

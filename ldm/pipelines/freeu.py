@@ -6,13 +6,13 @@ from ldm.diffusion.names import FREEU_VERSIONS, FreeUFactors
 from ldm.model import LatentDiffusion
 from ldm.nets.freeu import FreeU
 from ldm.nets.unet import UNet
-from ldm.pipelines.families import file_name, is_sdxl
+from ldm.pipelines.families import is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, check_name
 
-__all__ = ["find_factors", "make_freeu"]
+__all__ = ["make_freeu", "resolve_freeu_factors"]
 
 
-def find_factors(
+def resolve_freeu_factors(
     model: LatentDiffusion, value: str | Sequence[float] | FreeUFactors
 ) -> FreeUFactors:
     """Return factors as given, or those of a preset; "auto" is the preset of the model's family."""
@@ -31,7 +31,7 @@ def make_freeu(
     Args:
         version: A name in FREEU_VERSIONS; None = "1".
     """
-    factors, version = find_factors(model, value), version or "1"
+    factors, version = resolve_freeu_factors(model, value), version or "1"
     check_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")
     unet = model.unet
     if not isinstance(unet, UNet):
@@ -45,7 +45,7 @@ def make_freeu(
     by_block = [by_key.get(key) for key in keys]
     if not any(by_block):
         raise ArgumentError(
-            f"freeu has no effect on the UNet of {file_name(model)}, whose output blocks take "
+            f"freeu has no effect on the UNet of {quote_name(model)}, whose output blocks take "
             f"{sorted(set(keys))} channels: it changes those with {sorted(by_key)}",
             "freeu",
         )

@@ -17,10 +17,10 @@ from ldm.pipelines.conditions import ConditionInputs, EncodedConds
 from ldm.pipelines.finite import check_finite
 from ldm.pipelines.guidance import make_guidance
 from ldm.pipelines.images import decode_latent
-from ldm.pipelines.latent_upscaling import Upscaling, double_latent
+from ldm.pipelines.latent_upscaling import Upscaling, sample_upscaled_latent
 from ldm.pipelines.options import TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import PromptBatch, repeat_texts
-from ldm.pipelines.quirks import Quirks, noise_source
+from ldm.pipelines.quirks import Quirks, make_noise_sampler
 from ldm.pipelines.sampling import sample
 from ldm.pipelines.sampling_options import Callback, SamplingOptions, get_latent_shape, get_sigmas
 from ldm.pipelines.sdxl import Handover, check_size
@@ -28,7 +28,7 @@ from ldm.prompts import PLAIN
 from ldm.runtime.errors import Stop
 from ldm.runtime.warn import warn_caller
 
-__all__ = ["generate", "make_noise"]
+__all__ = ["generate", "make_task_noise"]
 
 
 class RunOptions(SamplingOptions, total=False):
@@ -46,9 +46,9 @@ class RunOptions(SamplingOptions, total=False):
     guidance: Guidance | None
 
 
-def make_noise(prompts: Sequence[str], options: SamplingOptions) -> NoiseSampler:
+def make_task_noise(prompts: Sequence[str], options: SamplingOptions) -> NoiseSampler:
     """Return the noise source of a call, a row per prompt, for its seeds."""
-    return noise_source(options.get("seeds"), len(prompts), options.get("legacy", ()))
+    return make_noise_sampler(options.get("seeds"), len(prompts), options.get("legacy", ()))
 
 
 def generate(
@@ -83,14 +83,14 @@ def generate(
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     """
     sampling, sdxl = select_sampling(options), select_sdxl(options)
-    quirks = Quirks.of(model, sampling.get("legacy", ()))
+    quirks = Quirks.for_model(model, sampling.get("legacy", ()))
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
     shape = get_latent_shape(model, len(prompts), size, z=z, x_T=sampling.get("x_T"))
     height, width = shape[-2:]
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
     if upscaling is not None:
-        upscaling.check_use(model, height, width, syntax)
+        upscaling.check_run(model, height, width, syntax)
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
     run = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
     sigmas = get_sigmas(model, quirks, run)
@@ -115,10 +115,10 @@ def generate(
     try:
         if upscaling is not None:
             negatives = repeat_texts(negative_prompt, len(prompts), "negative_prompt")
-            latent = _sample_and_double(model, upscaling, conds, (prompts, negatives), run, steps)
+            latent = _sample_and_upscale(model, upscaling, conds, (prompts, negatives), run, steps)
         elif (refiner := sdxl.get("refiner")) is not None:
             refiner_conds = condition_inputs.encode(refiner, quirks, after_base=True)
-            handover = Handover.of(sdxl).find_index(model.schedule, sigmas, quirks)
+            handover = Handover.from_options(sdxl).find_index(model.schedule, sigmas, quirks)
             latent = _sample_with_refiner(
                 model, refiner, conds, refiner_conds, run, constrain_refiner, sigmas,
                 first, max(handover, first),
@@ -159,7 +159,7 @@ def _sample_with_refiner(
     on_step = partial(_shift_steps, run.get("callback"), len(sigmas) - 1 - first)
     base_run: RunOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
     z_t = _sample(model, conds, base_run)
-    if "unused-draws" in Quirks.of(model, run.get("legacy", ())):
+    if "unused-draws" in Quirks.for_model(model, run.get("legacy", ())):
         run["noise"](z_t)
     refiner_run: RunOptions = {
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
@@ -170,7 +170,7 @@ def _sample_with_refiner(
     return _sample(refiner, refiner_conds, refiner_run)
 
 
-def _sample_and_double(
+def _sample_and_upscale(
     model: LatentDiffusion,
     upscaling: Upscaling,
     conds: EncodedConds,
@@ -187,7 +187,7 @@ def _sample_and_double(
     upscaler_steps = len(get_sigmas(upscaling.model, Quirks(), {"steps": upscaling.steps})) - 1
     on_step = partial(_shift_steps, run.get("callback"), steps + upscaler_steps)
     latent = _sample(model, conds, {**run, "callback": on_step(0)})
-    return double_latent(
+    return sample_upscaled_latent(
         upscaling.model,
         *texts,
         check_finite(latent, "the UNet"),

@@ -15,10 +15,10 @@ from ldm.diffusion.guidance import (
 from ldm.diffusion.names import APG, SLD, SLD_CONCEPTS, check_guidance_options
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import quote_name
 from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling_options import default_scale
+from ldm.pipelines.sampling_options import get_default_scale
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["GuidanceOptions", "check_guidance", "make_guidance"]
@@ -70,7 +70,7 @@ def check_guidance(
     values = {name: value for name, value in keywords.items() if value is not None}
     methods = [name for name in GuidanceOptions.__annotations__ if name in values]
     sampler = cast(str | None, values.get("sampler"))
-    scale = default_scale(model, sampler) if scale is None else scale
+    scale = get_default_scale(model, sampler) if scale is None else scale
     check_guidance_options(values, None if callable(scale) else scale)
     if "freeu" in values:
         version = cast(str | None, values.get("freeu_version"))
@@ -87,7 +87,7 @@ def check_guidance(
             raise ArgumentError(message, "legacy")
     if "pag" in methods and not model.unet.has_middle_self_attention:
         message = "pag needs self-attention in the middle block of the UNet: that of "
-        raise ArgumentError(f"{message}{file_name(model)} has none", "pag")
+        raise ArgumentError(f"{message}{quote_name(model)} has none", "pag")
 
 
 def _make_safe(options: GuidanceOptions, quirks: Quirks) -> SafeGuidance | None:

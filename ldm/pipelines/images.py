@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import quote_name
 from ldm.pipelines.finite import check_finite
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
@@ -74,9 +74,11 @@ def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Te
     if depth is None and image.shape[1] == channels:
         return image
     if channels == 3:
-        raise ArgumentError(f"{file_name(model)} makes images without depth, leave it out", "depth")
+        raise ArgumentError(
+            f"{quote_name(model)} makes images without depth, leave it out", "depth"
+        )
     if depth is None:
-        raise MissingArgument(f"{file_name(model)} also needs the depth of the image", "depth")
+        raise MissingArgument(f"{quote_name(model)} also needs the depth of the image", "depth")
     if depth.shape[-2:] != image.shape[-2:]:
         sizes = ("{1}x{0}".format(*value.shape[-2:]) for value in (depth, image))
         raise ArgumentError("the depth is {}, the image {}".format(*sizes), "depth")

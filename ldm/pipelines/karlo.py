@@ -30,7 +30,7 @@ __all__ = [
     "encode_texts",
     "get_prior_sigmas",
     "sample_image_embeddings",
-    "sample_prior",
+    "sample_normalized_embeddings",
 ]
 
 NUM_TIMESTEPS = 1000  # of the noise schedule that the prior was trained with
@@ -55,11 +55,13 @@ def sample_image_embeddings(
         clip: The CLIP that the prior was trained with, with its text encoder.
         negative: Negative prompts, one for all texts or one each.
         mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
-        steps, scale, noise: See `sample_prior`.
+        steps, scale, noise: See `sample_normalized_embeddings`.
     """
     negatives = repeat_texts(negative, len(texts), "negative_prompt")
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
-    x = sample_prior(prior, cond, uncond, steps=steps, scale=scale, noise=noise)  # (B, D)
+    x = sample_normalized_embeddings(
+        prior, cond, uncond, steps=steps, scale=scale, noise=noise
+    )  # (B, D)
     return x * std.to(x) + mean.to(x)
 
 
@@ -81,7 +83,7 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
     return Cond(crossattn=x * mask[..., None], vector=text)
 
 
-def sample_prior(
+def sample_normalized_embeddings(
     prior: Prior,
     cond: Cond,
     uncond: Cond,

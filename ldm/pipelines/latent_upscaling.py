@@ -22,10 +22,10 @@ from ldm.model import LatentDiffusion
 from ldm.nets.circular import get_circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.arguments import check_arguments
-from ldm.pipelines.families import family_of, file_name
+from ldm.pipelines.families import find_family, quote_name
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import SamplingOptions, default_scale, get_sigmas
+from ldm.pipelines.sampling_options import SamplingOptions, get_default_scale, get_sigmas
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, check_name
 
@@ -36,7 +36,7 @@ __all__ = [
     "check_noise",
     "check_plain_syntax",
     "check_sides",
-    "double_latent",
+    "sample_upscaled_latent",
 ]
 
 LATENT_UPSCALE_FACTOR = 2  # of the sides
@@ -59,7 +59,7 @@ class Upscaling:
     def __post_init__(self) -> None:
         check_arguments(self.model, vars(self), Upscaling.__annotations__)
 
-    def check_use(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
+    def check_run(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
         """Raise ArgumentError unless `model` can double a latent of this size of the base model."""
         self.check(base)
         check_sides(self.model, height, width)
@@ -67,12 +67,14 @@ class Upscaling:
 
     def check(self, base: LatentDiffusion) -> None:
         """Raise ArgumentError unless `model` is an upscaler for the latents of the base model."""
-        if family_of(self.model.conditioner) != "latent-upscaling":
-            raise ArgumentError(f"{file_name(self.model)} is not an x2 latent upscaler", "upscaler")
+        if find_family(self.model.conditioner) != "latent-upscaling":
+            raise ArgumentError(
+                f"{quote_name(self.model)} is not an x2 latent upscaler", "upscaler"
+            )
         get_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
         if not self.model.latent_space.matches(base.latent_space):
             raise ArgumentError(
-                f"{file_name(base)} has latents of another kind than the upscaler, which takes "
+                f"{quote_name(base)} has latents of another kind than the upscaler, which takes "
                 "those of Stable Diffusion 1 and 2: save the images, then upscale them",
                 "upscaler",
             )
@@ -93,7 +95,7 @@ def check_noise(model: LatentDiffusion, sigma: float, noise_kind: str) -> None:
     assert isinstance(model.unet, LatentUpscalerUNet)
     if sigma and not model.unet.uses_noise_level:
         raise ArgumentError(
-            f"{file_name(model)} comes from diffusers, which leaves out the embedding of noise "
+            f"{quote_name(model)} comes from diffusers, which leaves out the embedding of noise "
             f"levels: noise_sigma must be 0, got {sigma}",
             "noise_sigma",
         )
@@ -123,7 +125,7 @@ def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
             )
 
 
-def double_latent(
+def sample_upscaled_latent(
     model: LatentDiffusion,
     prompts: Sequence[str],
     negative_prompts: Sequence[str],
@@ -142,7 +144,7 @@ def double_latent(
 
     Args:
         noise_sigma, noise_kind: See `upscale_latent`.
-        scale: Guidance scale; 0 = the negative prompt only, None = `default_scale`.
+        scale: Guidance scale; 0 = the negative prompt only, None = `get_default_scale`.
         options: See `sample`; x_T may be smaller than the padded latents.
     """
     n, (height, width) = len(prompts), latent.shape[-2:]
@@ -157,7 +159,7 @@ def double_latent(
     lowres = model.conditioner.get(LowResLatent).add_noise(
         latent, noise_sigma, noise(latent) if with_noise else None
     )
-    quirks = Quirks.of(model, options.get("legacy", ()))
+    quirks = Quirks.for_model(model, options.get("legacy", ()))
 
     def encode(texts: Sequence[str]) -> Cond:
         sigma = torch.full((n,), noise_sigma, device=model.device)
@@ -165,7 +167,7 @@ def double_latent(
         return replace(cond, context_mask=None) if "unmasked" in quirks else cond
 
     sampler = options.get("sampler") or model.defaults.sampler
-    scale = default_scale(model, sampler) if scale is None else scale
+    scale = get_default_scale(model, sampler) if scale is None else scale
     cond = encode(negative_prompts if scale == 0 else prompts)
     is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
     uncond = encode(negative_prompts) if is_guided else None

@@ -9,7 +9,7 @@ from typing_extensions import Required
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import family_of
+from ldm.pipelines.families import find_family
 from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_guidance
 from ldm.pipelines.images import DecodingOptions
 from ldm.pipelines.prompts import PLACEHOLDER_STEPS, PromptBatch, PromptOptions
@@ -68,7 +68,7 @@ def _check_start(model: LatentDiffusion, arguments: TaskArguments) -> None:
     """Raise ArgumentError for a size, or latents to start from, that do not fit."""
     size, image = arguments.get("size"), arguments.get("image")
     if image is not None:
-        if family_of(model.conditioner) in ("upscaling", "latent-upscaling"):
+        if find_family(model.conditioner) in ("upscaling", "latent-upscaling"):
             return  # their latents are larger than the image
         multiple = REFINER_MULTIPLE if arguments.get("refiner") is not None else model.downscale
         height, width = (side + -side % multiple for side in image.shape[-2:])
@@ -115,7 +115,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         sampling.get("seeds"),
         interval,
     )
-    quirks = Quirks.of(model, sampling.get("legacy", ()))
+    quirks = Quirks.for_model(model, sampling.get("legacy", ()))
     # The next five raise ArgumentError for values or combinations that are not possible.
     get_sigmas(model, quirks, sampling)
     _check_start(model, arguments)

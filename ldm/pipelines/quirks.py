@@ -18,11 +18,11 @@ from ldm.diffusion.names import LEGACY, SDXL_LEGACY
 from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import family_of, is_sdxl
+from ldm.pipelines.families import find_family, is_sdxl
 from ldm.runtime.arguments import as_list
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["Quirks", "get_row_seeds", "noise_source", "seeded_noise"]
+__all__ = ["Quirks", "get_row_seeds", "make_noise_sampler", "make_seeded_noise"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Quirks:
         return name in self.names
 
     @classmethod
-    def of(cls, model: LatentDiffusion, names: str | Iterable[str]) -> "Quirks":
+    def for_model(cls, model: LatentDiffusion, names: str | Iterable[str]) -> "Quirks":
         """Return the quirks with these names, or this name, that have an effect on a model."""
         requested: list[str] = as_list(names)
         enabled = cls(frozenset(requested)).names
         if not is_sdxl(model):
             enabled -= SDXL_LEGACY.keys()
-        elif family_of(model.conditioner) == "refiner":
+        elif find_family(model.conditioner) == "refiner":
             enabled -= {"ignore-negative"}
         else:
             enabled -= {"refiner-from-noise"}
@@ -110,7 +110,7 @@ class Quirks:
         """Draw noise that the original's PLMS drew but did not use: later batches depend on it."""
         if "noise" in self and sampler == "plms":
             for _ in range(len(sigmas)):
-                global_noise(x)
+                draw_global_noise(x)
 
     def build_inverse_denoise(
         self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
@@ -134,7 +134,7 @@ class Quirks:
         return denoise
 
 
-def noise_source(
+def make_noise_sampler(
     seeds: int | Sequence[int] | NoiseSampler | None, n: int, legacy: Iterable[str] = ()
 ) -> NoiseSampler:
     """Make `noise(like)` for n rows; each call continues the random sequences.
@@ -147,12 +147,12 @@ def noise_source(
     if callable(seeds):
         return seeds
     if "noise" in legacy:
-        return global_noise
-    return seeded_noise(get_row_seeds(seeds, n))
+        return draw_global_noise
+    return make_seeded_noise(get_row_seeds(seeds, n))
 
 
 def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
-    """Return the seed of each of n rows, of integers of any kind; see `noise_source`."""
+    """Return the seed of each of n rows, of integers of any kind; see `make_noise_sampler`."""
     if seeds is None:
         seeds = int(torch.randint(2**31, ()))
     if isinstance(seeds, Tensor):
@@ -165,7 +165,7 @@ def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
     return [operator.index(seed) for seed in seeds]
 
 
-def seeded_noise(seeds: Sequence[int]) -> NoiseSampler:
+def make_seeded_noise(seeds: Sequence[int]) -> NoiseSampler:
     """Return `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
     generators = [torch.Generator().manual_seed(seed % (1 << 64)) for seed in seeds]
 
@@ -176,7 +176,7 @@ def seeded_noise(seeds: Sequence[int]) -> NoiseSampler:
     return noise
 
 
-def global_noise(like: Tensor) -> Tensor:
+def draw_global_noise(like: Tensor) -> Tensor:
     """Draw standard normal noise from the global generator of the device, float32."""
     return torch.randn_like(like, dtype=torch.float32)
 

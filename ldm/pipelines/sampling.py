@@ -35,18 +35,18 @@ from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiled import apply_tiled
 from ldm.pipelines.arguments import check_arguments
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import quote_name
 from ldm.pipelines.freeu import make_freeu
-from ldm.pipelines.quirks import Quirks, get_row_seeds, noise_source
+from ldm.pipelines.quirks import Quirks, get_row_seeds, make_noise_sampler
 from ldm.pipelines.sampling_options import (
     Callback,
     SamplingOptions,
     check_embedded_guidance,
     check_sampling,
     check_tiles,
-    default_scale,
-    explain_excess,
-    explain_high_start,
+    explain_exceeded_limits,
+    explain_high_sigma,
+    get_default_scale,
     get_latent_shape,
     get_sigmas,
 )
@@ -115,7 +115,7 @@ def sample(
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
         steps: Number of steps, 1 … T; None = the model's default.
         sampler: A name in SAMPLERS; None = the model's default.
-        scheduler: A name in SCHEDULERS; None = `default_scheduler`.
+        scheduler: A name in SCHEDULERS; None = `get_default_scheduler`.
         rho: Exponent of schedulers that have one; None = the scheduler's default.
         sigmas: Noise levels of the run, descending; None = those of steps, scheduler and rho.
         end: Index in sigmas of the level to stop at; the result is then noisy. None = the last.
@@ -129,7 +129,7 @@ def sample(
         brownian: Whether the noise of `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_2m_sde_heun` and
             `dpmpp_3m_sde` is a Brownian path over sigma for each of the seeds, as in k-diffusion;
             else it is independent for each step.
-        scale: Guidance scale; 1 = no guidance, None = `default_scale`. A model that embeds it
+        scale: Guidance scale; 1 = no guidance, None = `get_default_scale`. A model that embeds it
             evaluates the network once a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
@@ -155,7 +155,7 @@ def sample(
         (B, C, h, w) float32.
     """
     check_arguments(model, locals(), sample.__annotations__)
-    quirks = Quirks.of(model, legacy)
+    quirks = Quirks.for_model(model, legacy)
     scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
     if eta is None and sampler == model.defaults.sampler:
         eta = model.defaults.eta
@@ -169,7 +169,7 @@ def sample(
     if uncond is not None and len(uncond) != len(cond):
         message = f"uncond must have as many rows as cond, {len(cond)}, got {len(uncond)}"
         raise ArgumentError(message, "uncond")
-    scale = default_scale(model, sampler) if scale is None else scale
+    scale = get_default_scale(model, sampler) if scale is None else scale
     if steps is None:
         steps = model.defaults.steps if sigmas is None else len(sigmas) - 1
     if not isinstance(sigmas, Tensor):
@@ -181,10 +181,10 @@ def sample(
     elif not len(sigmas) or (sigmas.diff() > 0).any():  # it may be a part of a checked run
         raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
     check_embedded_guidance(model, guidance, rescale, guidance_interval)
-    if reason := explain_excess(model.defaults, _variant_name(model), steps, scale):
+    if reason := explain_exceeded_limits(model.defaults, _variant_name(model), steps, scale):
         warn_caller(reason)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
-    noise = noise or noise_source(seeds, n, quirks.names)
+    noise = noise or make_noise_sampler(seeds, n, quirks.names)
     shape = get_latent_shape(model, n, size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
         x, first = z_t.to(model.device, torch.float32) * _std(sigmas[0]), 0
@@ -194,7 +194,7 @@ def sample(
         x_T = x_T.to(model.device, torch.float32)
         x, first = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
-    if z_t is None and (reason := explain_high_start(sampler, scheduler, float(sigmas[0]))):
+    if z_t is None and (reason := explain_high_sigma(sampler, scheduler, float(sigmas[0]))):
         warn_caller(reason)
     denoiser = quirks.get_denoiser(model, sampler)
     if freeu is not None:
@@ -292,7 +292,7 @@ def _add_initial_noise(
 def _variant_name(model: LatentDiffusion) -> str:
     """Return the file that makes a model a few-step one: that of a LoRA, else its own."""
     variant = model.provenance.get("variant")
-    return f"`{variant['file']}`" if variant else file_name(model)
+    return f"`{variant['file']}`" if variant else quote_name(model)
 
 
 def _run_in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:

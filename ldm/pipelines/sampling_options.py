@@ -23,10 +23,10 @@ __all__ = [
     "check_embedded_guidance",
     "check_sampling",
     "check_tiles",
-    "default_scale",
-    "default_scheduler",
-    "explain_excess",
-    "explain_high_start",
+    "explain_exceeded_limits",
+    "explain_high_sigma",
+    "get_default_scale",
+    "get_default_scheduler",
     "get_latent_shape",
     "get_sigmas",
 ]
@@ -84,7 +84,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
             raise ArgumentError(message, "sigmas")
         return sigmas
     steps = model.defaults.steps if steps is None else steps
-    scheduler = options.get("scheduler") or default_scheduler(model, sampler)
+    scheduler = options.get("scheduler") or get_default_scheduler(model, sampler)
     if is_sdxl(model) and scheduler in SCHEDULERS:
         scheduler = SCHEDULERS[scheduler].for_sdxl or scheduler
     sigmas = quirks.get_sigmas(model.schedule, steps, scheduler, rho)
@@ -95,7 +95,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     return sigmas
 
 
-def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
+def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     """Return the scheduler for a sampler, the first of these that is set.
 
     1. The sampler's `high_sigma_scheduler`, if the model's sigmas exceed HIGH_SIGMA.
@@ -111,7 +111,7 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     return scheduler or ("trailing" if model.schedule.zero_snr else "uniform")
 
 
-def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str | None:
+def explain_high_sigma(sampler: str, scheduler: str | None, sigma: float) -> str | None:
     """Return a warning if a sampler makes broken images from its first sigma, else None.
 
     Args:
@@ -127,7 +127,7 @@ def explain_high_start(sampler: str, scheduler: str | None, sigma: float) -> str
     )
 
 
-def default_scale(
+def get_default_scale(
     model: LatentDiffusion, sampler: str | None, default: float = DEFAULT_SCALE
 ) -> float:
     """Return the default guidance scale of the sampler, else of the model, else `default`.
@@ -141,7 +141,7 @@ def default_scale(
     return default if scale is None else scale
 
 
-def explain_excess(
+def explain_exceeded_limits(
     defaults: Defaults, name: str, steps: int | None, scale: Scale | None
 ) -> str | None:
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.

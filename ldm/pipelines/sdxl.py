@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import family_of, file_name, is_sdxl
+from ldm.pipelines.families import find_family, is_sdxl, quote_name
 from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError
 
@@ -22,11 +22,11 @@ __all__ = [
     "REFINER_FILE",
     "REFINER_STRENGTH",
     "Handover",
+    "MicroConditions",
     "SDXLOptions",
-    "Sizes",
     "check_sdxl",
     "check_size",
-    "size_conditions",
+    "get_micro_conditions",
 ]
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ BUCKETS = [
 TRAINING_SIDE = 128  # of latents, for models trained with these buckets
 FAR_RATIO = 1.25  # ratio of sides above which a size is reported as far from the nearest bucket
 
-Sizes = Mapping[str, Sequence[float]]  # numbers of one image, by batch key
+MicroConditions = Mapping[str, Sequence[float]]  # numbers of one image, by batch key
 
 
 class SDXLOptions(TypedDict, total=False):
@@ -90,34 +90,34 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
     names = [name for name, value in options.items() if value is not None]
     if names and not is_sdxl(model):
         raise ArgumentError(
-            f"{names[0]} is for Stable Diffusion XL, which {file_name(model)} is not", names[0]
+            f"{names[0]} is for Stable Diffusion XL, which {quote_name(model)} is not", names[0]
         )
     for name in ("prompt_2", "negative_prompt_2"):
         if name in names and "text_2" not in model.conditioner.encoders:
             raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
     for name in ("aesthetic_score", "negative_aesthetic_score"):
-        if name in names and refiner is None and family_of(model.conditioner) != "refiner":
+        if name in names and refiner is None and find_family(model.conditioner) != "refiner":
             raise ArgumentError(f"{name} is for the refiner, the base does not read it", name)
     if refiner is None:
         for name in ("refiner_strength", "refiner_start"):
             if name in names:
                 raise ArgumentError(f"{name} needs a refiner", name)
         return
-    if family_of(refiner.conditioner) != "refiner":
-        message = f"{file_name(refiner)} is not the refiner of Stable Diffusion XL"
+    if find_family(refiner.conditioner) != "refiner":
+        message = f"{quote_name(refiner)} is not the refiner of Stable Diffusion XL"
         raise ArgumentError(f"{message}, such as {REFINER_FILE}", "refiner")
-    if family_of(model.conditioner) == "refiner":
+    if find_family(model.conditioner) == "refiner":
         raise ArgumentError(
-            f"{file_name(model)} is a refiner itself: leave out `refiner`", "refiner"
+            f"{quote_name(model)} is a refiner itself: leave out `refiner`", "refiner"
         )
     if not model.latent_space.matches(refiner.latent_space):
         raise ArgumentError(
-            f"{file_name(refiner)} has latents other than those of {file_name(model)}: refine its "
+            f"{quote_name(refiner)} has latents other than those of {quote_name(model)}: refine its "
             "images instead, with `img2img`", "refiner",
         )  # fmt: skip
     if "refiner_strength" in names and "refiner_start" in names:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
-    Handover.of(options)
+    Handover.from_options(options)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Handover:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
 
     @classmethod
-    def of(cls, options: SDXLOptions) -> "Handover":
+    def from_options(cls, options: SDXLOptions) -> "Handover":
         """Return the handover that the options describe."""
         strength, start = options.get("refiner_strength"), options.get("refiner_start")
         return cls(start=start) if strength is None else cls(strength, start)
@@ -157,9 +157,9 @@ class Handover:
         return int((sigmas[:-1] > schedule.sigmas[last] * (1 - 1e-6)).sum())
 
 
-def size_conditions(
+def get_micro_conditions(
     model: LatentDiffusion, options: SDXLOptions, size: tuple[int, int], quirks: Quirks
-) -> tuple[Sizes, Sizes]:
+) -> tuple[MicroConditions, MicroConditions]:
     """Return the sizes and scores that a model reads, for prompt and for negative prompt.
 
     Args:

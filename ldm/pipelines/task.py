@@ -12,7 +12,7 @@ from ldm.encoders.text import TextEncoder, clip_skip
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.pipelines.arguments import check_arguments
-from ldm.pipelines.families import check_family, file_name
+from ldm.pipelines.families import check_family, quote_name
 from ldm.pipelines.finite import check_weights
 from ldm.pipelines.options import GuidedOptions, TaskArguments, check_options
 from ldm.runtime.errors import ArgumentError, NonFinite, UnknownName, unknown_name
@@ -110,7 +110,7 @@ def check_clip_skip(model: LatentDiffusion, number: int) -> str | None:
     if not layers:
         return (
             f"clip_skip {number} is ignored: it is for Stable Diffusion 1, which "
-            f"{file_name(model)} is not"
+            f"{quote_name(model)} is not"
         )
     if number > min(layers):
         message = f"clip_skip {number}: the text encoder has {min(layers)} layers"

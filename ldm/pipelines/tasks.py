@@ -35,7 +35,7 @@ from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.conditions import encode_prompts
-from ldm.pipelines.generate import generate, make_noise
+from ldm.pipelines.generate import generate, make_task_noise
 from ldm.pipelines.images import add_depth, crop_like, decode_latent, encode_image, pad_to_multiple
 from ldm.pipelines.latent_upscaling import (
     LATENT_UPSCALE_FACTOR,
@@ -44,7 +44,7 @@ from ldm.pipelines.latent_upscaling import (
     check_noise,
     check_plain_syntax,
     check_sides,
-    double_latent,
+    sample_upscaled_latent,
 )
 from ldm.pipelines.options import GuidedOptions, TextOptions, select_sampling, select_sdxl
 from ldm.pipelines.prompts import (
@@ -58,7 +58,7 @@ from ldm.pipelines.prompts import (
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sampling_options import get_sigmas
-from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
+from ldm.pipelines.sdxl import REFINER_MULTIPLE, get_micro_conditions
 from ldm.pipelines.task import task
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, MissingArgument, Stop
@@ -99,7 +99,7 @@ def txt2img(
     Returns:
         (B, C, H, W) float32 in [-1, 1]; C = 3, or 4 or 6 for models with depth.
     """
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     return generate(
         model, prompts, negative_prompt, {}, scale, tile, noise=noise, size=size,
         upscaling=upscaling, **options,
@@ -138,14 +138,14 @@ def img2img(
     if source_prompt and not inversion:
         raise ArgumentError("source_prompt needs inversion", "source_prompt")
     image = add_depth(model, image, depth)
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     n = len(prompts)
     source = _parse_source_prompt(source_prompt, options) if inversion else None
     padded = pad_to_multiple(image, _size_multiple(model, options))
     if upscaling is not None:
         factor, like = (model.downscale, padded) if z is None else (1, z)
         height, width = (side // factor for side in like.shape[-2:])
-        upscaling.check_use(model, height, width, options.get("syntax", PLAIN))
+        upscaling.check_run(model, height, width, options.get("syntax", PLAIN))
     if z is None:
         z = encode_image(model, padded, n, noise)
     if source is not None:
@@ -186,7 +186,7 @@ def inpaint(
         negative_prompt, scale, tile, options: See `txt2img`.
     """
     image, mask = add_depth(model, image, depth), mask.float()
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     n, multiple = len(prompts), _size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
     binary_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
@@ -237,7 +237,7 @@ def depth2img(
         strength: 0 keeps the image, 1 keeps only its depth.
         negative_prompt, scale, tile, options: See `txt2img`.
     """
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     n = len(prompts)
     z = encode_image(model, image, n, noise)
     batch = {"jpg": image} if depth is None else {"depth": depth}
@@ -279,7 +279,7 @@ def upscale(
             unless `unet_tile` is given; None = the training size.
         negative_prompt, scale, options: See `txt2img`.
     """
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     n = len(prompts)
     encoder = model.conditioner.get(LowRes)
     _check_noise_level(noise_level, encoder.max_noise_level)
@@ -321,7 +321,7 @@ def upscale_rgbd(
         (B, 4, H, W).
     """
     image = add_depth(model, image, depth)
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     n = len(prompts)
     _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
     padded = pad_to_multiple(image, model.downscale)
@@ -366,7 +366,7 @@ def upscale_latent(
             default.
         negative_prompt, tile, options: See `txt2img`.
     """
-    noise = make_noise(prompts, options)
+    noise = make_task_noise(prompts, options)
     n = len(prompts)
     negatives = repeat_texts(negative_prompt, n, "negative_prompt")
     check_noise(model, noise_sigma, noise_kind)
@@ -381,7 +381,7 @@ def upscale_latent(
             raise ArgumentError("give an image or a latent, not both", "latent")
         check_latent(model, latent, n)
     try:
-        z = double_latent(
+        z = sample_upscaled_latent(
             model, prompts, negatives, latent, noise=noise, noise_sigma=noise_sigma,
             noise_kind=noise_kind, scale=scale, **select_sampling(options),
         )  # fmt: skip
@@ -432,7 +432,7 @@ def _invert_to_noise(
     Sets `options["scheduler"]`: the sampling that follows must take the same steps in reverse.
     """
     options["scheduler"] = options.get("scheduler") or "uniform"
-    quirks = Quirks.of(model, options.get("legacy", ()))
+    quirks = Quirks.for_model(model, options.get("legacy", ()))
     sigmas = get_sigmas(model, quirks, select_sampling(options))
     steps, total = options.get("steps"), len(sigmas) - 1
     steps = model.defaults.steps if steps is None else steps
@@ -441,7 +441,7 @@ def _invert_to_noise(
         min(index, total - 1) for index in quirks.find_first_step(strength, steps, total)
     )
     height, width = (side * model.downscale for side in z.shape[-2:])
-    sizes, _ = size_conditions(model, select_sdxl(options), (height, width), Quirks())
+    sizes, _ = get_micro_conditions(model, select_sdxl(options), (height, width), Quirks())
     warn_about_prompts(model, [source])
     cond = encode_prompts(model, [get_prompt_pair(source)] * len(z), {}, sizes)
     z_t = invert(model, z, cond, sigmas=sigmas[first:], legacy=quirks.names)

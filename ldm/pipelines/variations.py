@@ -19,12 +19,12 @@ from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 from ldm.pipelines import karlo
-from ldm.pipelines.families import file_name
-from ldm.pipelines.generate import generate, make_noise
+from ldm.pipelines.families import quote_name
+from ldm.pipelines.generate import generate, make_task_noise
 from ldm.pipelines.images import decode_latent
 from ldm.pipelines.options import GuidedOptions, UnguidedOptions, select_sampling
 from ldm.pipelines.sampling import sample
-from ldm.pipelines.sampling_options import default_scale
+from ldm.pipelines.sampling_options import get_default_scale
 from ldm.pipelines.task import task
 from ldm.runtime.errors import ArgumentError, MissingArgument
 from ldm.runtime.warn import warn_caller
@@ -60,8 +60,8 @@ def unclip(
         scale: Guidance scale; None = the default of the sampler or the model, else 10.
         negative_prompt, size, tile, options: See `txt2img`.
     """
-    scale = default_scale(model, options.get("sampler"), 10.0) if scale is None else scale
-    noise = make_noise(prompts, options)
+    scale = get_default_scale(model, options.get("sampler"), 10.0) if scale is None else scale
+    noise = make_task_noise(prompts, options)
     n, encoder = len(prompts), model.conditioner.get(ImageEmbedding)
     width = encoder.noise.width
     for embedding in embeddings:
@@ -118,9 +118,9 @@ def vary(
         size, tile, options: See `txt2img`.
     """
     if any(negative_prompt):  # of a text, or of a list of texts
-        warn_caller(f"{file_name(model)} does not read a negative prompt: ignored")
-    scale = default_scale(model, options.get("sampler"), 3.0) if scale is None else scale
-    noise = make_noise(prompts, options)
+        warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
+    scale = get_default_scale(model, options.get("sampler"), 3.0) if scale is None else scale
+    noise = make_task_noise(prompts, options)
     n = len(prompts)
     weights = _normalize(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]

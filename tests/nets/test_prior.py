@@ -12,7 +12,7 @@ from ldm.encoders.image import CLIPImage, OpenCLIPImage
 from ldm.encoders.text import OpenCLIPText
 from ldm.loading.build import meta_device
 from ldm.nets.karlo import Prior
-from ldm.pipelines.karlo import encode_texts, sample_image_embeddings, sample_prior
+from ldm.pipelines.karlo import encode_texts, sample_image_embeddings, sample_normalized_embeddings
 
 TINY = {"clip_dim": 16, "xf_width": 32, "xf_layers": 2, "xf_heads": 4}
 TEXT = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -55,7 +55,7 @@ def test_samples_equal_the_recorded_ones(steps):
     drawn = iter([noise[:2] for noise in golden.rng(case)])
     scale = golden.case(case)["info"]["cf_scale"]
     with torch.no_grad():
-        x = sample_prior(
+        x = sample_normalized_embeddings(
             prior, both[:2], both[2:], steps=steps, scale=scale, noise=lambda _: next(drawn)
         )
     given = golden.inputs("transformer")
@@ -69,7 +69,9 @@ def test_ddim_samples_equal_the_recorded_ones():
     sigmas = torch.cat([table[[750, 500, 250, 0]], torch.zeros(1)])
     start = golden.rng("sample_ddim4")[0][:2]
     with torch.no_grad():
-        x = sample_prior(prior, both[:2], both[2:], sigmas=sigmas, eta=0.0, noise=lambda _: start)
+        x = sample_normalized_embeddings(
+            prior, both[:2], both[2:], sigmas=sigmas, eta=0.0, noise=lambda _: start
+        )
     given = golden.inputs("transformer")
     expected = golden.outputs("sample_ddim4")["img_feat"]
     assert_close(x * given["clip_std"] + given["clip_mean"], expected)
@@ -124,7 +126,7 @@ def test_a_text_leads_to_an_embedding_in_the_units_of_clip():
     assert runs[0].shape == (1, 16)
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    plain = sample_prior(
+    plain = sample_normalized_embeddings(
         prior, encode_texts(clip, ["a cat"]), encode_texts(clip, [""]), steps=4,
         noise=torch.ones_like,
     )  # fmt: skip
@@ -154,4 +156,4 @@ def test_a_clip_without_text_tower_is_refused():
 def test_a_wrong_option_is_named():
     prior, cond = tiny_prior(), Cond(crossattn=torch.ones(1, 77, 16), vector=torch.ones(1, 16))
     with pytest.raises(ValueError, match="must be in 2 … 1000, got 1"):
-        sample_prior(prior, cond, cond, steps=1)
+        sample_normalized_embeddings(prior, cond, cond, steps=1)

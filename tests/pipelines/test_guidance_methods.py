@@ -11,7 +11,7 @@ from ldm.loading.build import meta_device
 from ldm.loading.config import read_yaml
 from ldm.nets.unet import UNet
 from ldm.pipelines import sample, txt2img
-from ldm.pipelines.freeu import find_factors, make_freeu
+from ldm.pipelines.freeu import make_freeu, resolve_freeu_factors
 from pipelines.goldmodels import model_of
 from quick import some
 from tinyupscaler import tiny_upscaler
@@ -155,4 +155,4 @@ def test_the_authors_choose_blocks_by_channels_and_diffusers_by_level(
     names = {(factors.b1, factors.s1): "1", (factors.b2, factors.s2): "2", None: "0"}
     freeu = make_freeu(owner, family, version)
     assert "".join(names[pair] for pair in freeu.factors) == BLOCKS[family, version]
-    assert find_factors(xl, "auto") == FREEU_PRESETS["sdxl"]
+    assert resolve_freeu_factors(xl, "auto") == FREEU_PRESETS["sdxl"]

@@ -13,7 +13,7 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.lowres import LowResLatent
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.loading.addons.lora_targets import list_lora_targets
-from ldm.pipelines.latent_upscaling import double_latent
+from ldm.pipelines.latent_upscaling import sample_upscaled_latent
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from nets.nethelp import assert_close
 from pipelines.goldmodels import model_of
@@ -76,7 +76,7 @@ def test_notebook(model, name, monkeypatch):
     settings = {"rtol": 0.05 * tolerance, "atol": tolerance / 127.5, "pcoeff": 0.2, "icoeff": 0.4}
     adaptive = functools.partial(ldm.SAMPLERS["dpm_adaptive"], **settings)
     monkeypatch.setitem(ldm.SAMPLERS, "dpm_adaptive", adaptive)
-    z = double_latent(
+    z = sample_upscaled_latent(
         model,
         [info["prompt"]],
         [info["uncond"]],
@@ -158,9 +158,9 @@ def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
         callback=lambda step, total, x, denoised: steps.append((step, total)),
         **options,
     )
-    noise = ldm.pipelines.seeded_noise([3])
+    noise = ldm.pipelines.make_seeded_noise([3])
     noise(latents[0])  # the base's initial noise
-    expected = double_latent(model, ["a cat"], [""], latents[0], noise=noise, steps=2)
+    expected = sample_upscaled_latent(model, ["a cat"], [""], latents[0], noise=noise, steps=2)
     assert torch.equal(latents[1], expected)
     assert steps == [(k, 5) for k in range(5)]
 

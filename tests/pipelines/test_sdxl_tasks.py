@@ -10,7 +10,7 @@ from ldm.loading.build import build_on_meta
 from ldm.model import LatentDiffusion
 from ldm.pipelines import WrongFamily, img2img, inpaint, txt2img
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sdxl import Handover, check_size, size_conditions
+from ldm.pipelines.sdxl import Handover, check_size, get_micro_conditions
 from ldm.runtime.errors import ArgumentError
 from loading import tinyfamilies
 
@@ -62,17 +62,17 @@ def test_the_refiner_alone_is_for_img2img():
 
 def test_sizes_follow_the_image_and_negative_ones_the_positive():
     options = {"crop": (8, 16), "negative_target_size": (512, 640)}
-    positive, negative = size_conditions(model("xl"), options, (64, 128), Quirks())
+    positive, negative = get_micro_conditions(model("xl"), options, (64, 128), Quirks())
     assert positive == {
         "original_size_as_tuple": (64, 128),
         "crop_coords_top_left": (8, 16),
         "target_size_as_tuple": (64, 128),
     }
     assert negative == positive | {"target_size_as_tuple": (512, 640)}
-    positive, negative = size_conditions(model("xl-refiner"), {}, (64, 128), Quirks())
+    positive, negative = get_micro_conditions(model("xl-refiner"), {}, (64, 128), Quirks())
     assert (positive["aesthetic_score"], negative["aesthetic_score"]) == ((6.0,), (2.5,))
     legacy = Quirks(frozenset({"api-scores"}))
-    positive, negative = size_conditions(model("xl-refiner"), {}, (64, 128), legacy)
+    positive, negative = get_micro_conditions(model("xl-refiner"), {}, (64, 128), legacy)
     assert (positive["aesthetic_score"], negative["aesthetic_score"]) == ((5.0,), (5.0,))
 
 

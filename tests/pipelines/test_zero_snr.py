@@ -18,7 +18,7 @@ from ldm.loading.config import instantiate
 from ldm.loading.load import load, save_model
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
-from ldm.pipelines.sampling_options import default_scheduler
+from ldm.pipelines.sampling_options import get_default_scheduler
 from loading import tinyfamilies
 from quick import some
 
@@ -69,7 +69,7 @@ def test_every_sampler_starts_from_pure_noise(sampler: str) -> None:
 
 
 def test_samplers_that_cannot_begin_at_the_last_timestep_have_other_schedulers() -> None:
-    defaults = {name: default_scheduler(tiny(), name) for name in SAMPLERS}
+    defaults = {name: get_default_scheduler(tiny(), name) for name in SAMPLERS}
     assert [name for name in SAMPLERS if defaults[name] == "uniform"] == ["plms", "heun", "dpm2_a"]
     assert defaults["restart"] == defaults["dpm_fast"] == defaults["dpm_adaptive"] == "edm"
     assert defaults["ddim"] == defaults["dpm2"] == "trailing"

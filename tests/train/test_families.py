@@ -114,7 +114,7 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     assert len(list((tmp_path / "run" / "images" / "train").glob("*.png"))) == 1
     (tmp_path / "model.yaml").write_text(format_yaml({"model": raw["model"]}))
     model = load(tmp_path / "model.yaml", run.checkpoints / "last.safetensors")
-    family = families.family_of(model.conditioner)
+    family = families.find_family(model.conditioner)
     if task == "enlarge":  # the originals have no script for it
         assert family is None
     else:

@@ -59,14 +59,14 @@ class Img2Img(PreparedImageTask):
 
     def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
         """With the quirk "noise", sample the image's latent once for all batches; else None."""
-        from ldm.pipelines import add_depth, encode_image, noise_source
+        from ldm.pipelines import add_depth, encode_image, make_noise_sampler
 
         legacy = self.request.sampling.legacy
         if "noise" not in legacy:
             return None
         if self._z is None:
             image = add_depth(model, self.image, self.depth)
-            self._z = encode_image(model, image, n, noise_source(None, n, legacy))
+            self._z = encode_image(model, image, n, make_noise_sampler(None, n, legacy))
         return self._z[:n]
 
 

@@ -86,9 +86,9 @@ class Unclip(PreparedTask):
 
     def begin(self, model: "LatentDiffusion") -> None:
         from ldm.loading.addons.karlo import load_prior
-        from ldm.pipelines.families import family_of, file_name
+        from ldm.pipelines.families import find_family, quote_name
 
-        if family_of(model.conditioner) == "variation":
+        if find_family(model.conditioner) == "variation":
             inputs = self.inputs
             of_unclip = {
                 "noise_level": any(inputs.noise_level),
@@ -97,7 +97,7 @@ class Unclip(PreparedTask):
             }
             for name, is_given in of_unclip.items():
                 if is_given:
-                    message = f"{name} is for unCLIP, which {file_name(model)} is not"
+                    message = f"{name} is for unCLIP, which {quote_name(model)} is not"
                     raise ArgumentError(message, name)
         if self.inputs.prior is not None:
             self._prior = load_prior(self.inputs.prior, device=model.device, dtype=model.dtype)
@@ -106,12 +106,12 @@ class Unclip(PreparedTask):
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
         from ldm import pipelines
-        from ldm.pipelines.families import family_of
+        from ldm.pipelines.families import find_family
 
         inputs = self.inputs
         size = self.output_size(model)
         weights = inputs.weight or None
-        if family_of(model.conditioner) == "variation":
+        if find_family(model.conditioner) == "variation":
             unguided = cast("UnguidedOptions", options)  # `vary` refuses the other keywords
             return pipelines.vary(
                 model, prompts, self.images, weights=weights, size=size, **unguided
@@ -144,7 +144,7 @@ class Unclip(PreparedTask):
             negative_prompt=options["negative_prompt"],
             steps=self.inputs.prior_steps,
             scale=self.inputs.prior_scale,
-            noise=pipelines.seeded_noise([seed + PRIOR_SEED for seed in seeds]),
+            noise=pipelines.make_seeded_noise([seed + PRIOR_SEED for seed in seeds]),
         )
         return [embedding]
 

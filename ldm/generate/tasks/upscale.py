@@ -71,11 +71,11 @@ class Upscale(PreparedImageTask):
     """Enlarge an image four times or twice, or an image with depth to any size."""
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
-        from ldm.pipelines.families import family_of
+        from ldm.pipelines.families import find_family
 
         height, width = super().output_size(model)
         size = self.request.inputs_as(UpscaleInputs).target_size
-        family = family_of(model.conditioner)
+        family = find_family(model.conditioner)
         if family == "rgbd-upscaling":
             return size or (2 * height, 2 * width)
         if size is not None:
@@ -88,9 +88,9 @@ class Upscale(PreparedImageTask):
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
         from ldm import pipelines
-        from ldm.pipelines.families import family_of
+        from ldm.pipelines.families import find_family
 
-        inputs, family = self.request.inputs_as(UpscaleInputs), family_of(model.conditioner)
+        inputs, family = self.request.inputs_as(UpscaleInputs), find_family(model.conditioner)
         level = inputs.noise_level
         if family == "latent-upscaling":
             return pipelines.upscale_latent(
@@ -124,11 +124,11 @@ class UpscaleLatent(PreparedTask):
         self.latent = load_latent(self.inputs.init_img or "")
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
-        from ldm.pipelines.families import family_of, file_name
+        from ldm.pipelines.families import find_family, quote_name
 
-        if family_of(model.conditioner) != "latent-upscaling":
+        if find_family(model.conditioner) != "latent-upscaling":
             raise ArgumentError(
-                f"{file_name(model)} enlarges images: only the x2 latent upscaler takes latents",
+                f"{quote_name(model)} enlarges images: only the x2 latent upscaler takes latents",
                 "init_img",
             )
         self.latent.normalize(model)  # raises ArgumentError

@@ -50,7 +50,7 @@ from ldm.nets.lora import (
     merge_changes,
 )
 from ldm.nets.lycoris import Adapter, build_change
-from ldm.pipelines.families import check_model, file_name
+from ldm.pipelines.families import check_model, quote_name
 from ldm.runtime.errors import ArgumentError, FileFormatError, WeightsMismatch, WrongFamily
 from ldm.runtime.offload import unload_all
 
@@ -131,7 +131,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     check_model(model)
     if model.merged is None and model.provenance.get("loras"):
         raise ArgumentError(
-            f"{file_name(model)} was loaded with loras, which cannot be removed: load it without",
+            f"{quote_name(model)} was loaded with loras, which cannot be removed: load it without",
             "loras",
         )
     pairs = parse_loras(files)

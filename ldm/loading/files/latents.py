@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.model import LatentDiffusion, LatentSpace
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import quote_name
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import replace_when_written
 from ldm.runtime.types import JsonMapping
@@ -51,7 +51,7 @@ class StoredLatent:
         channels = self.latent.shape[1]
         if channels != expected.channels or (self.space and not expected.matches(self.space)):
             raise ArgumentError(
-                f"`{self.path}` is a latent of another kind than {file_name(model)} takes: use "
+                f"`{self.path}` is a latent of another kind than {quote_name(model)} takes: use "
                 "its image",
                 "init_img",
             )

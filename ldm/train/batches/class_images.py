@@ -17,7 +17,7 @@ from ldm.imaging.pixels import to_pil
 from ldm.imaging.reading import IMAGE_SUFFIXES
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
-from ldm.pipelines.families import FAMILIES, family_of
+from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import replace_when_written
 from ldm.train.batches.images import open_images
@@ -56,7 +56,7 @@ def sample_class_images(
     missing = list(itertools.islice(free_seeds, max(0, count - existing_count)))
     if not missing:
         return
-    family = family_of(model.conditioner)
+    family = find_family(model.conditioner)
     if family not in (None, "text"):  # None = unknown: `txt2img` says what it reads
         raise ArgumentError(
             f"{len(missing)} class images are missing in `{folder}`, and {FAMILIES[family].title} "

@@ -18,7 +18,7 @@ from ldm.imaging.pixels import to_pil
 from ldm.imaging.reading import list_images
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
-from ldm.pipelines.families import FAMILIES, family_of
+from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ConfigError
 from ldm.train.config.schema import Evaluation
 from ldm.train.distributed.parallel import eval_mode, is_sharded
@@ -43,7 +43,7 @@ class Evaluator:
         self.run = run
         self.options = options
         model = run.model
-        if not isinstance(model, LatentDiffusion) or family_of(model.conditioner) != "text":
+        if not isinstance(model, LatentDiffusion) or find_family(model.conditioner) != "text":
             raise ConfigError(f"{WHERE}: only {FAMILIES['text'].title} can be evaluated")
         sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
         self.prompts = [source.text for source in sources]
