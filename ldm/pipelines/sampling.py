@@ -155,6 +155,8 @@ def sample(
         (B, C, h, w) float32.
     """
     check_arguments(model, locals(), sample.__annotations__)
+    if grid is not None and scheduler is not None:
+        raise ArgumentError("give scheduler or grid, its former name, not both", "grid")
     quirks = Quirks.for_model(model, legacy)
     scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
     if eta is None and sampler == model.defaults.sampler:

@@ -160,10 +160,10 @@ def explain_exceeded_limits(
         excess.append(f"guidance scale {scale:g}")
     if not excess:
         return None
-    return (
-        f"{name} is made for {defaults.steps} steps and guidance scale {defaults.scale:g}: "
-        f"{' and '.join(excess)} will make images worse"
-    )
+    purpose = f"{defaults.steps} steps"
+    if defaults.scale is not None:
+        purpose += f" and guidance scale {defaults.scale:g}"
+    return f"{name} is made for {purpose}: {' and '.join(excess)} will make images worse"
 
 
 def check_sampling(

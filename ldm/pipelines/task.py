@@ -54,7 +54,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
         @torch.no_grad()
         def call(*args: P.args, **keywords: P.kwargs) -> Tensor:
             for former, name in FORMER_KEYWORDS.items():
-                if former in keywords:
+                if former in keywords and keywords.get(name) is None:
                     keywords[name] = keywords.pop(former)
             for keyword in keywords:
                 if keyword in allowed:

@@ -102,6 +102,9 @@ def test_too_many_steps_and_too_large_a_scale_are_warned_of():
     with pytest.warns(UserWarning, match="4 steps and guidance scale 1: 50 steps and guidance"):
         ldm.txt2img(model, PROMPT, size=(8, 8), steps=50, scale=9, sampler="ddim")
     ldm.txt2img(model, PROMPT, size=(8, 8), steps=2)
+    model.defaults = Defaults(steps=2, max_steps=3)
+    with pytest.warns(UserWarning, match="is made for 2 steps: 4 steps will make images worse"):
+        ldm.txt2img(model, PROMPT, size=(8, 8), steps=4)
     model.defaults = Defaults()
     ldm.txt2img(model, PROMPT, size=(8, 8), steps=17)
 

@@ -186,6 +186,7 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     ({"freeu_version": "2"}, "freeu_version needs freeu"),
     ({"sigmas": torch.zeros(0)}, "sigmas must be one or more, and descend"),
     ({"scale": 7}, "scale needs uncond"),
+    ({"scheduler": "karras", "grid": "edm"}, "give scheduler or grid, its former name, not both"),
     ({"uncond": Cond(torch.zeros(2, 77, 32))}, "as many rows as cond, 1, got 2"),
 ])  # fmt: skip
 def test_sample_checks_its_arguments_as_tasks_do(model, options, message):

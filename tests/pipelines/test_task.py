@@ -62,6 +62,7 @@ def test_a_model_of_no_known_family_says_what_it_reads():
         ("txt2img", {"guidance_scale": 3}, "`guidance_scale`, did you mean `scale`?"),
         ("img2img", {"size": (64, 64)}, "unknown keyword of img2img `size`"),
         ("estimate_depth", {"steps": 3}, "unknown keyword of estimate_depth `steps`"),
+        ("txt2img", {"grid": "edm", "scheduler": "karras"}, "unknown keyword of txt2img `grid`"),
     ],
 )
 def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):
