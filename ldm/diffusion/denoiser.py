@@ -57,7 +57,7 @@ class Denoiser:
         network: (z_t, t, context=…, y=…) -> prediction; also gets `context_mask` and `perturbed`
             if conditions have them.
         parameterization: What the network predicts, a name in PARAMETERIZATIONS.
-        nearest: Whether to round sigma to a level of the schedule, as SDXL's original code does.
+        nearest: Whether to round sigma to the nearest level of the schedule, as sgm does.
         sigma_data: Standard deviation of the latents, for edm.
     """
 
@@ -84,7 +84,7 @@ class Denoiser:
         cond: Cond | None = None,
         t: Tensor | float | None = None,
     ) -> Tensor:
-        """Predict eps, v or x0 at x, (B, C, h, w) float32.
+        """Run the network at x, and return its prediction (B, C, h, w) float32.
 
         Args:
             x, sigma, cond: As in `__call__`.
@@ -92,8 +92,8 @@ class Denoiser:
         """
         sigma = self._round_sigma(sigma)
         t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
-        variance = self.sigma_data**2 if self.parameterization == "edm" else 1
-        std = (variance + _to_broadcastable(sigma, x) ** 2).sqrt()  # of x
+        data_variance = self.sigma_data**2 if self.parameterization == "edm" else 1
+        std = (data_variance + _to_broadcastable(sigma, x) ** 2).sqrt()  # of x
         return self._run_network(x / std, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ class Denoiser:
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """Add noise to latents z at timesteps t (B,), and predict; (B, C, h, w) float32."""
         schedule = self.schedule
-        is_index = not t.is_floating_point() and self.parameterization != "edm"
-        if is_index and isinstance(schedule, Schedule) and schedule.uses_plain_timesteps:
-            # As the original's `q_sample`: dividing z + sigma noise would round differently.
+        is_discrete = not t.is_floating_point() and self.parameterization != "edm"
+        if is_discrete and isinstance(schedule, Schedule) and schedule.uses_plain_timesteps:
+            # As CompVis' `q_sample`: dividing z + sigma noise would round differently.
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)
         return self.predict(z + _to_broadcastable(sigma, z) * noise, sigma, cond)
@@ -167,7 +167,8 @@ class Denoiser:
         cond = cond or Cond()
         if cond.concat is not None:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
-        # Not in half precision: above 512, its steps are 0.5 in float16 and 4 in bfloat16.
+        # float32 also for networks in half precision: above 512, float16 has a spacing of 0.5 and
+        # bfloat16 one of 4, which would round timesteps.
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
         inputs = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:
@@ -178,9 +179,6 @@ class Denoiser:
 
 
 def _to_broadcastable(value: Tensor | float, like: Tensor) -> Tensor:
-    """Reshape one value, or one per sample, to (1 or B, 1, 1, 1) float32, on the device of `like`.
-
-    From Python's numbers by way of float64, to round once.
-    """
+    """Reshape one value, or one per sample, to (1 or B, 1, 1, 1) float32, on `like`'s device."""
     value = torch.as_tensor(value, dtype=torch.float64).float()
     return value.to(like.device).reshape(-1, *(1,) * (like.dim() - 1))

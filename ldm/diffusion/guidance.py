@@ -86,7 +86,7 @@ class Guidance:
         return uncond + evaluation.scale * (evaluation.cond - uncond)
 
     def explain_no_effect(self) -> str | None:
-        """Say, after a run, why the method had no effect; None if it had one."""
+        """Return, after a run, the reason why the method had no effect; None if it had one."""
         if self.name and self.calls and not self.guided:
             return f"{self.name} had no effect: there was no guidance at any noise level of the run"
         return None
@@ -249,7 +249,7 @@ class StepCounter:
 
 
 def switch_conditions(
-    guide: Callable[[Cond | Composition, Cond | None], Denoise],
+    build_denoise: Callable[[Cond | Composition, Cond | None], Denoise],
     cond: AnyCond,
     uncond: Cond | ScheduledCond | None,
     counter: StepCounter,
@@ -257,22 +257,22 @@ def switch_conditions(
     """Build `denoise(x, sigma)` whose conditions follow the step of `counter`.
 
     Args:
-        guide: Builds `denoise` for conditions that are the same at all steps, see `add_guidance`.
+        build_denoise: Builds it for conditions that are the same at all steps, see `add_guidance`.
         uncond: None = no guidance.
     """
     if not isinstance(cond, ScheduledCond) and not isinstance(uncond, ScheduledCond):
-        return guide(cond, uncond)
-    built: dict[tuple[int, int], Denoise] = {}
+        return build_denoise(cond, uncond)
+    cache: dict[tuple[int, int], Denoise] = {}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         step_cond = cond.at(counter.step) if isinstance(cond, ScheduledCond) else cond
         step_uncond = uncond.at(counter.step) if isinstance(uncond, ScheduledCond) else uncond
         assert not isinstance(step_uncond, Composition)
         key = (id(step_cond), id(step_uncond))
-        if key not in built:
-            built.clear()  # joined conditions of earlier steps take memory
-            built[key] = guide(step_cond, step_uncond)
-        return built[key](x, sigma)
+        if key not in cache:
+            cache.clear()  # the concatenated conditions of earlier steps take memory
+            cache[key] = build_denoise(step_cond, step_uncond)
+        return cache[key](x, sigma)
 
     return denoise
 
@@ -322,14 +322,14 @@ def add_guidance(
     low, high = (-math.inf, math.inf) if interval is None else interval
 
     @functools.cache
-    def join(has_uncond: bool, is_guided: bool, perturbs: bool) -> Cond:
-        """Return the conditions of one evaluation of the network as one."""
+    def concatenate(has_uncond: bool, is_guided: bool, perturbs: bool) -> Cond:
+        """Concatenate the conditions of one evaluation of the network along the batch axis."""
         conditions = [prompts]
         if has_uncond:
             assert uncond is not None
             conditions = [uncond, prompts, *(further if is_guided else ())]
-        joined = functools.reduce(Cond.cat, conditions)
-        return _append_perturbed(joined, prompts) if perturbs else joined
+        batch = functools.reduce(Cond.cat, conditions)
+        return _append_perturbed(batch, prompts) if perturbs else batch
 
     def evaluate(
         x: Tensor, sigma: float, scale: float, *, has_uncond: bool, is_guided: bool, perturbs: bool
@@ -339,7 +339,7 @@ def add_guidance(
         inputs = [x, x_cond] if has_uncond else [x_cond]
         inputs += [x] * len(further) if is_guided else []
         inputs += [x_cond] if perturbs else []
-        conditions = join(has_uncond, is_guided, perturbs)
+        conditions = concatenate(has_uncond, is_guided, perturbs)
         prediction = denoiser.predict(torch.cat(inputs), sigma, conditions)
         predictions = list(prediction.split([len(value) for value in inputs]))
         pred_perturbed = predictions.pop() if perturbs else None
@@ -353,12 +353,12 @@ def add_guidance(
         )
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        has_guidance = low <= sigma <= high
+        is_in_interval = low <= sigma <= high
         current_scale = scale(sigma) if callable(scale) else scale
-        if not has_guidance:
+        if not is_in_interval:
             current_scale = 1.0
-        is_guided = current_scale != 1 or (on_uncond is not None and has_guidance)
-        perturbs = has_guidance and guidance.perturbs
+        is_guided = current_scale != 1 or (on_uncond is not None and is_in_interval)
+        perturbs = is_in_interval and guidance.perturbs
         has_uncond = is_guided or on_uncond is not None or isinstance(cond, Composition)
         if not has_uncond and not perturbs:
             guidance.count(guided=False)

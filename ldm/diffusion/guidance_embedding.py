@@ -42,7 +42,7 @@ def embed_guidance(
     scale: Scale,
     dim: int,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` for a network that takes the guidance scale: one prediction each.
+    """Build `denoise(x, sigma)` for a network that takes the guidance scale; it runs once per call.
 
     Args:
         uncond: Ignored; a parameter for the signature of `add_guidance`.

@@ -50,8 +50,8 @@ class Sampler:
         adds_fixed_noise: Whether it adds noise between steps whose amount cannot be set.
         takes_brownian: Whether noise between steps may come from a Brownian path over sigma.
         takes_churn: Whether it adds noise before steps (s_churn).
-        scales_time: Whether it takes `NoiseSchedule.scale_time`.
-        takes_uncond: Whether it takes the unconditional estimate, too.
+        scales_time: Whether it needs the function `NoiseSchedule.scale_time`.
+        takes_uncond: Whether it needs the unconditional estimate of z, too.
         scale: Default guidance scale; None = the model's.
         scheduler: Default scheduler; None = the model's.
         high_sigma_scheduler: Default if the highest sigma is above HIGH_SIGMA; None = as otherwise.
@@ -241,7 +241,7 @@ class SLD:
         if isinstance(value, str):
             check_name("preset of sld", value, SLD_PRESETS, argument="sld")
             return SLD_PRESETS[value]
-        warmup, *numbers = _check_numbers("sld", value, fields(cls))
+        warmup, *numbers = _parse_numbers("sld", value, fields(cls))
         if warmup % 1:  # NaN for infinity and NaN
             raise ArgumentError(f"sld: warmup {warmup} is not a whole number", "sld")
         return cls(int(warmup), *numbers)
@@ -278,7 +278,7 @@ class APG:
     @classmethod
     def parse(cls, value: "Sequence[float] | APG") -> "APG":
         """Return the hyperparameters of three numbers, in the order of the arguments."""
-        return value if isinstance(value, APG) else cls(*_check_numbers("apg", value, fields(cls)))
+        return value if isinstance(value, APG) else cls(*_parse_numbers("apg", value, fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -286,9 +286,9 @@ class FreeUFactors:
     """Factors of FreeU (arXiv:2309.11497), 0 … 10.
 
     Args:
-        b1, b2: Of half of the backbone's channels, in the output blocks of the lowest resolution
-            and in those of the next one.
-        s1, s2: Of the low frequencies of skip connections, in the same blocks.
+        b1, b2: Factors of the first half of the backbone's channels, in the output blocks of the
+            lowest resolution and in those of the next one.
+        s1, s2: Factors of the low frequencies of skip connections, in the same blocks.
     """
 
     b1: float
@@ -304,41 +304,43 @@ class FreeUFactors:
             raise ArgumentError("freeu with factors of 1 has no effect", "freeu")
 
     @classmethod
-    def parse(cls, value: "str | Sequence[float] | FreeUFactors", automatic: str) -> "FreeUFactors":
+    def parse(
+        cls, value: "str | Sequence[float] | FreeUFactors", auto_preset: str
+    ) -> "FreeUFactors":
         """Return the factors of a preset, or of four numbers in the order of the arguments.
 
         Args:
-            automatic: The preset for "auto".
+            auto_preset: The preset for "auto".
         """
         if isinstance(value, FreeUFactors):
             return value
         if isinstance(value, str):
             check_name("preset of freeu", value, ["auto", *FREEU_PRESETS], argument="freeu")
-            return FREEU_PRESETS[automatic if value == "auto" else value]
-        return cls(*_check_numbers("freeu", value, fields(cls)))
+            return FREEU_PRESETS[auto_preset if value == "auto" else value]
+        return cls(*_parse_numbers("freeu", value, fields(cls)))
 
 
-def check_guidance_options(given: Collection[str], scale: float | None) -> None:
+def check_guidance_options(options: Collection[str], scale: float | None) -> None:
     """Raise ArgumentError for guidance methods that exclude each other or need another scale.
 
     Args:
-        given: Names of all options that have a value.
+        options: Names of all options that have a value.
         scale: Guidance scale; None = not known.
     """
-    methods = [name for name in EXCLUSIVE_GUIDANCE if name in given]
+    methods = [name for name in EXCLUSIVE_GUIDANCE if name in options]
     if len(methods) > 1:
         message = f"{methods[0]} and {methods[1]} are both guidance methods: give one"
         raise ArgumentError(message, methods[1])
-    if scale == 1 and (idle := [name for name in methods if name != "sld"]):
-        raise ArgumentError(f"{idle[0]} needs a guidance scale other than 1", idle[0])
-    if "freeu_version" in given and "freeu" not in given:
+    if scale == 1 and methods and methods[0] != "sld":
+        raise ArgumentError(f"{methods[0]} needs a guidance scale other than 1", methods[0])
+    if "freeu_version" in options and "freeu" not in options:
         raise ArgumentError("freeu_version needs freeu", "freeu_version")
 
 
-def _check_numbers(
+def _parse_numbers(
     option: str, numbers: Sequence[float], args: Sequence["Field[object]"]
 ) -> Sequence[float]:
-    """Return the numbers as floats; raise ArgumentError unless there is one for each argument."""
+    """Convert numbers to floats; raise ArgumentError unless there is one for each argument."""
     count = len(numbers) if isinstance(numbers, Sized) else 1
     if count != len(args):
         names = ", ".join(arg.name for arg in args)

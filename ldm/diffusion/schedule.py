@@ -265,7 +265,7 @@ class Schedule(NoiseSchedule):
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha_cumprod)))  # √(1/ᾱ - 1)
 
     def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
-        """Return the nearest of `network_levels`; of two equally near ones the first."""
+        """Return the nearest of `network_levels`, the first of equally near ones."""
         index = self._nearest_index(torch.as_tensor(sigma, dtype=torch.float64).cpu())
         return self.network_levels[index]
 

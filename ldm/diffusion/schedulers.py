@@ -115,7 +115,7 @@ def karras_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 7.0) -> Te
 
 
 def exponential_sigmas(schedule: "NoiseSchedule", steps: int, rho: float = 1.0) -> Tensor:
-    """Space steps evenly in log sigma; with rho other than 1, as the power rho of even spacing."""
+    """Space steps evenly in log sigma; for rho other than 1 as u^rho, with u evenly from 1 to 0."""
     log_low, log_high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     ramp = linspace(1, 0, steps) ** rho
     return _append_zero((log_low + ramp * (log_high - log_low)).exp())

@@ -259,8 +259,8 @@ class TextEncoder(Encoder):
         """
         chunk_size = self.length - 2
         capacity, count = chunk_size, 0
-        for composition in prompt.subprompts:
-            for _, entry in composition.entries:
+        for subprompt in prompt.subprompts:
+            for _, entry in subprompt.entries:
                 for chunks in self.split_into_chunks(entry):
                     tokens = sum(len(unit.ids) for chunk in chunks for unit in chunk)
                     candidate = (chunk_size * max(len(chunks), 1), tokens)

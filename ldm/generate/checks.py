@@ -18,11 +18,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_config
 from ldm.loading.diffusers.layout import read_json
 from ldm.loading.families import IMAGE_CONV
-from ldm.loading.find_variant import (
-    find_variant_early,
-    select_file_variant,
-    supports_variants,
-)
+from ldm.loading.find_variant import find_variant_early, select_file_variant, supports_variants
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.model_config import find_schedule_early

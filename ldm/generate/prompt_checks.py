@@ -31,10 +31,10 @@ def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str
     prompts, negatives = _list_prompts(batches)
     parsed = [parse_prompt(text, syntax) for text in prompts]
     parsed += [parse_prompt(text, syntax, is_negative=True) for text in negatives]
-    for name, text in _constant_texts(request).items():
-        constant = parse_fixed_prompt(text, syntax, name)
-        assert isinstance(constant, ParsedPair)
-        parsed.append(constant.first)
+    for name, text in _get_fixed_prompts(request).items():
+        pair = parse_fixed_prompt(text, syntax, name)
+        assert isinstance(pair, ParsedPair)
+        parsed.append(pair.first)
     return list(dict.fromkeys(warning for prompt in parsed for warning in prompt.warnings))
 
 
@@ -57,10 +57,9 @@ def find_prompt_warnings(
         warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
     if request.prompts.syntax != PLAIN:
         return warnings
-    constants = _constant_texts(request).values()
-    texts = list(dict.fromkeys([*constants, *prompts, *negatives]))
-    if lost := describe_truncation(model, texts):
-        warnings.append(lost)
+    texts = list(dict.fromkeys([*_get_fixed_prompts(request).values(), *prompts, *negatives]))
+    if warning := describe_truncation(model, texts):
+        warnings.append(warning)
     if weighted := next(filter(has_weight_syntax, texts), None):
         words = " ".join(weighted.split()[:MAX_QUOTED_WORDS])
         warnings.append(f"A1111's syntax for weights is read as plain text: `{words} …`")
@@ -76,8 +75,8 @@ def _list_prompts(batches: Sequence[Batch]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(filter(None, prompts))), list(dict.fromkeys(filter(None, negatives)))
 
 
-def _constant_texts(request: Request) -> dict[str, str]:
-    """Return the texts that hold for the whole run, by option."""
+def _get_fixed_prompts(request: Request) -> dict[str, str]:
+    """Return the texts that are the same at all steps, by option."""
     values = request.get_values()
     names = ("sld_concept", "source_prompt")
     return {name: str(values[name]) for name in names if values.get(name)}

@@ -4,7 +4,7 @@ tasks               txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd,
 variations          unclip, vary, and the Karlo prior
 task                their decorator, which checks model and keywords
 arguments           checks of the types of their arguments
-options             their keywords; those for prompts, SDXL, … are beside what reads them
+options             their keywords; those for prompts, SDXL, … are in the modules that read them
 generate            what the tasks with prompts have in common: encode, sample, decode
 prompts             texts -> parsed prompts
 conditions          parsed prompts and other inputs -> conditions of a model

@@ -14,11 +14,12 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["check_arguments"]
 
-NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
-         Iterable[str]: "one text or a list of texts"}  # fmt: skip
+# Descriptions of types in messages, and of the numbers of a pair by argument.
+SINGULARS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text",
+             Iterable[str]: "one text or a list of texts"}  # fmt: skip
 PLURALS = {int: "whole numbers", float: "finite numbers", Tensor: "tensors"}
-MARGIN = 1  # allowed outside of a range, as resampling overshoots; 0 … 255 is further outside
-PAIRS = {"guidance_interval": "low, high", "crop": "top, left", "negative_crop": "top, left"}
+PAIR_NAMES = {"guidance_interval": "low, high", "crop": "top, left", "negative_crop": "top, left"}
+TOLERANCE = 1  # resampling overshoots a range; pixels in 0 … 255 exceed it by more
 
 
 def check_arguments(
@@ -58,7 +59,7 @@ def check_arguments(
         elif types == [Tensor]:
             _check(name, value, "a tensor of 4 dimensions", is_valid=_is_batch(value))
         else:
-            allowed = " or ".join(_describe(kind, name) for kind in types)
+            allowed = " or ".join(_describe_type(kind, name) for kind in types)
             is_valid = any(_is_instance(value, kind) for kind in types)
             _check(name, value, allowed, is_valid=is_valid)
 
@@ -71,29 +72,31 @@ def _check(name: str, value: object, allowed: str, *, is_valid: bool) -> None:
         raise ArgumentError(f"{name} must be {allowed}, got {text}", name)
 
 
-def _check_image(model: LatentDiffusion, name: str, image: object, rows: Container[int]) -> None:
+def _check_image(
+    model: LatentDiffusion, name: str, image: object, batch_sizes: Container[int]
+) -> None:
     channels = sorted({3, model.autoencoder.in_channels})
     kind = "a list of tensors" if name == "images" else "a tensor"
     allowed = f"{kind} (1, {' or '.join(map(str, channels))}, H, W) in [-1, 1]"
-    _check(name, image, allowed, is_valid=_is_batch(image, rows, channels))
+    _check(name, image, allowed, is_valid=_is_batch(image, batch_sizes, channels))
     _check_range(name, cast(Tensor, image), -1, 1)
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
     lowest, highest = (float(value) for value in values.float().aminmax())
-    if not (low - MARGIN <= lowest and highest <= high + MARGIN):  # also for NaN
+    if not (low - TOLERANCE <= lowest and highest <= high + TOLERANCE):  # also for NaN
         message = f"{name} must have values in {low} … {high}, got {lowest:g} … {highest:g}"
         raise ArgumentError(message, name)
 
 
-def _describe(kind: object, name: str) -> str:
+def _describe_type(kind: object, name: str) -> str:
     origin, items = get_origin(kind), get_args(kind)
     if origin is tuple:
-        return f"two {PLURALS[items[0]]} ({PAIRS.get(name, 'height, width')})"
+        return f"two {PLURALS[items[0]]} ({PAIR_NAMES.get(name, 'height, width')})"
     if origin is Callable:
         return "a function"
-    if kind in NAMES:
-        return NAMES[kind]
+    if kind in SINGULARS:
+        return SINGULARS[kind]
     if origin is Sequence:
         return f"a list of {PLURALS.get(items[0], items[0].__name__)}"
     return f"of type {cast(type, kind).__name__}"
@@ -131,14 +134,14 @@ def _are_texts(value: object) -> bool:
 
 
 def _is_batch(
-    value: object, rows: Container[int] | None = None, channels: Container[int] | None = None
+    value: object, batch_sizes: Container[int] | None = None, channels: Container[int] | None = None
 ) -> bool:
-    """Return whether a value is a tensor of 4 dimensions, not empty, with such rows, channels."""
+    """Return whether a value is a non-empty tensor of 4 dimensions, with allowed first two."""
     return (
         isinstance(value, Tensor)
         and value.dim() == 4
         and value.numel() > 0
-        and (rows is None or len(value) in rows)
+        and (batch_sizes is None or len(value) in batch_sizes)
         and (channels is None or value.shape[1] in channels)
     )
 

@@ -1,6 +1,6 @@
-"""Encode the prompts of a call, and its other inputs, as conditions of a model.
+"""Encode the prompts and other inputs of a task as conditions of a model.
 
-texts --PromptBatch--> parsed texts of each image --ConditionInputs--> EncodedConds
+texts --PromptBatch--> parsed prompts of each image --ConditionInputs--> EncodedConds
 
 An encoded condition is a Cond, ScheduledCond or Composition.
 """
@@ -46,19 +46,19 @@ class EncodedConds(NamedTuple):
 
 @dataclass(frozen=True)
 class ConditionInputs:
-    """What the models of a call are conditioned on, before each encodes it.
+    """Inputs of the conditions of one run, which each of its models encodes.
 
     Args:
         inputs: Values of batch keys besides text, a row per image.
         unconditional_inputs: Inputs that differ for the unconditional prediction.
-        sdxl: MicroConditions, scores, second prompts and refiner of SDXL.
+        sdxl: Micro-conditions, second prompts and refiner of SDXL.
         size: (height, width) of the images in pixels.
         scale: Guidance scale; None = the default of each model.
         guidance: The guidance method; None = classifier-free guidance.
         sampler: A name in SAMPLERS; None = the default of each model.
     """
 
-    texts: PromptBatch
+    prompts: PromptBatch
     inputs: Mapping[str, object]
     unconditional_inputs: Mapping[str, object]
     sdxl: SDXLOptions
@@ -75,32 +75,31 @@ class ConditionInputs:
         Args:
             after_base: Whether the model is a refiner that continues the run of a base model.
         """
-        sizes, negative_sizes = get_micro_conditions(model, self.sdxl, self.size, quirks)
-        inputs = {key: value for key, value in self.inputs.items() if key in model.conditioner.keys}
-        cond = encode_scheduled_prompts(
-            self.texts.prompts, partial(_encode_by_image, model, inputs, sizes)
+        micro_conds, negative_micro_conds = get_micro_conditions(
+            model, self.sdxl, self.size, quirks
         )
+        inputs = {key: value for key, value in self.inputs.items() if key in model.conditioner.keys}
+        encode = partial(_encode_with_inputs, model, inputs, micro_conds)
+        cond = encode_scheduled_prompts(self.prompts.prompts, encode)
         if not self._needs_uncond(model, cond):
             return EncodedConds(cond)
 
         text_encoder = model.conditioner.text
-        # None: zeros in place of the text encoder's output, for models trained so.
+        # None: zeros in place of the text encoder's output, for models that are trained with them.
         null = None if text_encoder is not None and text_encoder.null is None else ""
         ignores_negative = quirks.ignores_negative(after_base=after_base)
         negatives = [
             (null, null) if ignores_negative or is_empty(pair) else pair
-            for pair in self.texts.negatives
+            for pair in self.prompts.negative_prompts
         ]
         negative_inputs = {**inputs, **self.unconditional_inputs}
-        encode_negative = partial(_encode_by_image, model, negative_inputs, negative_sizes)
+        encode_negative = partial(_encode_with_inputs, model, negative_inputs, negative_micro_conds)
         uncond = encode_scheduled_prompts(negatives, encode_negative)
         assert not isinstance(uncond, Composition)  # negative prompts have no AND
 
-        n = len(self.texts.prompts)
+        n, texts = len(self.prompts.prompts), self.prompts.guidance_texts
         guidance_conds = [
-            encode_prompts(
-                model, [get_prompt_pair(self.texts.guidance_texts[text])] * n, inputs, sizes
-            )
+            encode_prompts(model, [get_prompt_pair(texts[text])] * n, inputs, micro_conds)
             if text
             else encode_negative([(null, null)] * n, range(n))
             for text in (self.guidance.texts if self.guidance else ())
@@ -110,7 +109,7 @@ class ConditionInputs:
     def _needs_uncond(self, model: LatentDiffusion, cond: AnyCond) -> bool:
         """Return whether a run also predicts from negative prompts; warn if they are ignored."""
         if model.guidance_embed_dim is not None:
-            if not all(map(is_empty, self.texts.negatives)):
+            if not all(map(is_empty, self.prompts.negative_prompts)):
                 warn_caller(f"{quote_name(model)} does not read a negative prompt: ignored")
             return False
         scale = get_default_scale(model, self.sampler) if self.scale is None else self.scale
@@ -119,7 +118,7 @@ class ConditionInputs:
 
 
 def is_empty(prompts: ParsedPair | PromptPair) -> bool:
-    """Return whether the texts for both text encoders are empty; parsed ones count as not empty."""
+    """Return whether both prompts of a pair are empty; parsed ones count as not empty."""
     return not isinstance(prompts, ParsedPair) and not any(prompts)
 
 
@@ -139,14 +138,14 @@ def encode_scheduled_prompts(
         A ScheduledCond if any prompt changes; a Composition, or one in each entry, if prompts have
         AND or weights.
     """
-    parsed = [entry for entry in prompts if isinstance(entry, ParsedPair)]
-    switch_steps = sorted({step for step_prompts in parsed for step in step_prompts.switch_steps})
+    parsed = [pair for pair in prompts if isinstance(pair, ParsedPair)]
+    switch_steps = sorted({step for pair in parsed for step in pair.switch_steps})
     conds: dict[tuple[tuple[WeightedPair, ...], ...], Cond | Composition] = {}
     entries: list[tuple[int, Cond | Composition]] = []
     for last_step in [*switch_steps, switch_steps[-1] + 1 if switch_steps else 0]:
         current = tuple(
-            entry.at(last_step) if isinstance(entry, ParsedPair) else ((1.0, entry),)
-            for entry in prompts
+            pair.at(last_step) if isinstance(pair, ParsedPair) else ((1.0, pair),)
+            for pair in prompts
         )
         if current not in conds:
             conds[current] = _encode_weighted_prompts(current, encode)
@@ -168,16 +167,16 @@ def _encode_weighted_prompts(
     return Composition(cond, torch.tensor(indices), torch.tensor(weights), len(weighted_prompts))
 
 
-def _encode_by_image(
+def _encode_with_inputs(
     model: LatentDiffusion,
     inputs: Mapping[str, object],
-    sizes: MicroConditions,
+    micro_conds: MicroConditions,
     prompts: Sequence[PromptPair],
     image_indices: Sequence[int],
 ) -> Cond:
     """Encode prompts, each with the inputs of its image."""
     selected = {key: _select_rows(value, image_indices) for key, value in inputs.items()}
-    return check_finite(encode_prompts(model, prompts, selected, sizes), "the text encoder")
+    return check_finite(encode_prompts(model, prompts, selected, micro_conds), "the text encoder")
 
 
 def _select_rows(value: object, indices: Sequence[int]) -> object:
@@ -192,26 +191,26 @@ def encode_prompts(
     model: LatentDiffusion,
     prompts: Sequence[PromptPair],
     inputs: Mapping[str, object],
-    sizes: MicroConditions | None = None,
+    micro_conds: MicroConditions | None = None,
 ) -> Cond:
     """Encode prompts and inputs as a condition, a row per prompt; equal prompts are encoded once.
 
     Args:
         inputs: Values of other batch keys, a row per prompt.
-        sizes: Values of SDXL's size and score keys, the same for all rows; None = none are read.
+        micro_conds: SDXL's micro-conditions, the same for all rows; None = the model reads none.
     """
     distinct = list(dict.fromkeys(prompts))
-    repeated_sizes = {key: [value] * len(distinct) for key, value in (sizes or {}).items()}
-    batch = {"txt": [first for first, _ in distinct], **repeated_sizes, **inputs}
+    repeated = {key: [value] * len(distinct) for key, value in (micro_conds or {}).items()}
+    batch = {"txt": [first for first, _ in distinct], **repeated, **inputs}
     if any(first != second for first, second in distinct):
         batch["txt_2"] = [second for _, second in distinct]
     cond = model.condition(batch)
     if len(distinct) == len(prompts):
         return cond
-    # The inputs have a row per prompt already; the rows of texts and sizes are repeated here.
+    # The inputs have a row per prompt already; those of texts and micro-conditions are repeated.
     row_indices = torch.tensor([distinct.index(prompt) for prompt in prompts])
     slots = cond.tensors()
-    for name in ("crossattn", "vector") if sizes else ("crossattn",):
+    for name in ("crossattn", "vector") if micro_conds else ("crossattn",):
         if name in slots:
             slots[name] = slots[name][row_indices.to(slots[name].device)]
     return Cond(**slots)

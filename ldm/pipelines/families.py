@@ -9,13 +9,7 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, WrongFamily
 
 __all__ = [
-    "FAMILIES",
-    "Family",
-    "check_family",
-    "check_model",
-    "find_family",
-    "is_sdxl",
-    "quote_name",
+    "FAMILIES", "Family", "check_family", "check_model", "find_family", "is_sdxl", "quote_name",
     "wrong_family",
 ]  # fmt: skip
 
@@ -61,8 +55,8 @@ def find_family(conditioner: Conditioner) -> str | None:
     """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
     keys = conditioner.keys - SIZE_KEYS
     families = FAMILIES.items()
-    fits = (name for name, family in families if family.keys == keys - family.optional_keys)
-    return next(fits, None)
+    names = (name for name, family in families if family.keys == keys - family.optional_keys)
+    return next(names, None)
 
 
 def is_sdxl(model: LatentDiffusion) -> bool:
@@ -95,7 +89,7 @@ def wrong_family(model: str, family: str) -> WrongFamily:
     title, function = FAMILIES[family].title, FAMILIES[family].function
     hint = f"use `{function}`"
     if family == "refiner":
-        hint += ", or give it as `refiner` beside a base model"
+        hint += ", or pass it as `refiner` with a base model"
     return WrongFamily(f"{model} is {title}: {hint}", function)
 
 

@@ -19,7 +19,7 @@ def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
     """Return the value; raise NonFinite if it contains NaN or infinity.
 
     Args:
-        stage: Part of the model that it comes from, for the error.
+        stage: Part of the model that computed it, for the error.
     """
     tensors = [value] if isinstance(value, Tensor) else value.tensors().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
@@ -28,7 +28,7 @@ def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
 
 
 def check_weights(model: LatentDiffusion, error: NonFinite) -> None:
-    """Raise a NonFinite that names the weights, if they are the reason of `error`."""
+    """Raise a NonFinite that names weights that are not finite, if there are any."""
     weights = {name: w for name, w in model.named_parameters() if w.is_floating_point()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         dtype = weights[broken[0]].dtype

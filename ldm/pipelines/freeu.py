@@ -15,7 +15,7 @@ __all__ = ["make_freeu", "resolve_freeu_factors"]
 def resolve_freeu_factors(
     model: LatentDiffusion, value: str | Sequence[float] | FreeUFactors
 ) -> FreeUFactors:
-    """Return factors as given, or those of a preset; "auto" is the preset of the model's family."""
+    """Return the given factors, or those of a preset; "auto" is that of the model's family."""
     text = model.conditioner.text
     sd_version = 1 if text is None else text.sd_version or 1
     return FreeUFactors.parse(value, "sdxl" if is_sdxl(model) else f"sd{sd_version}")
@@ -38,15 +38,15 @@ def make_freeu(
         raise ArgumentError("freeu is not for the x2 latent upscaler", "freeu")
     first, second = (factors.b1, factors.s1), (factors.b2, factors.s2)
     if version == "diffusers":
-        keys, by_key = [level for level, _ in unet.decoder_inputs], {0: first, 1: second}
+        keys, factors_by_key = [level for level, _ in unet.decoder_inputs], {0: first, 1: second}
     else:
         keys = [channels for _, channels in unet.decoder_inputs]
-        by_key = {4 * unet.model_channels: first, 2 * unet.model_channels: second}
-    by_block = [by_key.get(key) for key in keys]
-    if not any(by_block):
+        factors_by_key = {4 * unet.model_channels: first, 2 * unet.model_channels: second}
+    factors_by_block = [factors_by_key.get(key) for key in keys]
+    if not any(factors_by_block):
         raise ArgumentError(
             f"freeu has no effect on the UNet of {quote_name(model)}, whose output blocks take "
-            f"{sorted(set(keys))} channels: it changes those with {sorted(by_key)}",
+            f"{sorted(set(keys))} channels: it changes those with {sorted(factors_by_key)}",
             "freeu",
         )
-    return FreeU(by_block, by_mean=version == "2")
+    return FreeU(factors_by_block, by_mean=version == "2")

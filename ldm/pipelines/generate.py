@@ -1,4 +1,4 @@
-"""Encode the prompts of a call, sample and decode: what the tasks with prompts have in common.
+"""Encode prompts, sample and decode: what the tasks with prompts have in common.
 
 A refiner continues where the model stops, or an x2 latent upscaler doubles the latents.
 """
@@ -32,7 +32,7 @@ __all__ = ["generate", "make_task_noise"]
 
 
 class RunOptions(SamplingOptions, total=False):
-    """Keywords of `sample` that tasks set themselves, besides those of the caller."""
+    """Keywords of `sample`: those of the caller, and others that tasks set themselves."""
 
     scale: Scale | None
     noise: NoiseSampler
@@ -47,7 +47,7 @@ class RunOptions(SamplingOptions, total=False):
 
 
 def make_task_noise(prompts: Sequence[str], options: SamplingOptions) -> NoiseSampler:
-    """Return the noise source of a call, a row per prompt, for its seeds."""
+    """Return the noise sampler of a task, a row per prompt, for its seeds."""
     return make_noise_sampler(options.get("seeds"), len(prompts), options.get("legacy", ()))
 
 
@@ -57,7 +57,7 @@ def generate(
     negative_prompt: str | Sequence[str],
     inputs: Mapping[str, Tensor],
     scale: Scale | None,
-    tile: int | None,
+    vae_tile: int | None,
     *,
     noise: NoiseSampler,
     unconditional_inputs: Mapping[str, object] | None = None,
@@ -74,7 +74,7 @@ def generate(
     Args:
         inputs: Values of the batch keys that the model reads besides text, a row per prompt.
         unconditional_inputs: Those that differ for the unconditional prediction; None = none do.
-        tile: Side in latent pixels of the decoder's tiles; None = decode whole.
+        vae_tile: Side in latent pixels of the decoder's tiles; None = decode whole.
         scale, noise, z, strength, size, constrain: See `sample`.
         constrain_refiner: `constrain` for the steps of a refiner; None = no constraint.
         upscaling: Upscaler that doubles the latents before they are decoded; None = none.
@@ -87,26 +87,26 @@ def generate(
     guidance, syntax = make_guidance(options, quirks), options.get("syntax", PLAIN)
     shape = get_latent_shape(model, len(prompts), size, z=z, x_T=sampling.get("x_T"))
     height, width = shape[-2:]
-    size_in_pixels = (height * model.downscale, width * model.downscale)
-    check_size(model, size_in_pixels, sdxl)
+    pixel_size = (height * model.downscale, width * model.downscale)
+    check_size(model, pixel_size, sdxl)
     if upscaling is not None:
         upscaling.check_run(model, height, width, syntax)
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
-    run = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
-    sigmas = get_sigmas(model, quirks, run)
+    run_options = cast(RunOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
+    sigmas = get_sigmas(model, quirks, run_options)
     total, first = len(sigmas) - 1, 0
     if z is not None:
-        default = model.defaults.steps if run.get("sigmas") is None else total
-        first, _ = quirks.find_first_step(strength, run.get("steps") or default, total)
+        default = model.defaults.steps if sampling.get("sigmas") is None else total
+        first, _ = quirks.find_first_step(strength, sampling.get("steps") or default, total)
     steps = total - first
-    texts = PromptBatch.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
-    texts.warn(model)
+    prompt_batch = PromptBatch.parse(prompts, negative_prompt, sdxl, guidance, syntax, steps)
+    prompt_batch.warn(model)
     condition_inputs = ConditionInputs(
-        texts,
+        prompt_batch,
         inputs,
         unconditional_inputs or {},
         sdxl,
-        size_in_pixels,
+        pixel_size,
         scale,
         guidance,
         sampling.get("sampler"),
@@ -115,27 +115,28 @@ def generate(
     try:
         if upscaling is not None:
             negatives = repeat_texts(negative_prompt, len(prompts), "negative_prompt")
-            latent = _sample_and_upscale(model, upscaling, conds, (prompts, negatives), run, steps)
+            texts = (prompts, negatives)
+            latent = _sample_and_upscale(model, upscaling, conds, texts, run_options, steps)
         elif (refiner := sdxl.get("refiner")) is not None:
             refiner_conds = condition_inputs.encode(refiner, quirks, after_base=True)
             handover = Handover.from_options(sdxl).find_index(model.schedule, sigmas, quirks)
             latent = _sample_with_refiner(
-                model, refiner, conds, refiner_conds, run, constrain_refiner, sigmas,
+                model, refiner, conds, refiner_conds, run_options, constrain_refiner, sigmas,
                 first, max(handover, first),
             )  # fmt: skip
         else:
-            latent = _sample(model, conds, run)
+            latent = _sample(model, conds, run_options)
         if guidance is not None and (reason := guidance.explain_no_effect()):
             warn_caller(reason)
     except Stop as stop:
         if stop.latent is None:
             raise
         latent = stop.latent
-    return decode_latent(model, latent, tile, options.get("on_latent"))
+    return decode_latent(model, latent, vae_tile, options.get("on_latent"))
 
 
-def _sample(model: LatentDiffusion, conds: EncodedConds, run: RunOptions) -> Tensor:
-    return sample(model, conds.cond, conds.uncond, further=conds.guidance_conds, **run)
+def _sample(model: LatentDiffusion, conds: EncodedConds, options: RunOptions) -> Tensor:
+    return sample(model, conds.cond, conds.uncond, further=conds.guidance_conds, **options)
 
 
 def _sample_with_refiner(
@@ -143,7 +144,7 @@ def _sample_with_refiner(
     refiner: LatentDiffusion,
     conds: EncodedConds,
     refiner_conds: EncodedConds,
-    run: RunOptions,
+    options: RunOptions,
     constrain_refiner: Constrain | None,
     sigmas: Tensor,
     first: int,
@@ -156,18 +157,18 @@ def _sample_with_refiner(
         first: Index in sigmas at which the run begins.
         end: Index in sigmas of the handover.
     """
-    on_step = partial(_shift_steps, run.get("callback"), len(sigmas) - 1 - first)
-    base_run: RunOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
-    z_t = _sample(model, conds, base_run)
-    if "unused-draws" in Quirks.for_model(model, run.get("legacy", ())):
-        run["noise"](z_t)
-    refiner_run: RunOptions = {
-        **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
-        "callback": on_step(end - first), "constrain": constrain_refiner,
+    make_callback = partial(_shift_steps, options.get("callback"), len(sigmas) - 1 - first)
+    callback = make_callback(0)
+    z_t = _sample(model, conds, {**options, "sigmas": sigmas, "end": end, "callback": callback})
+    if "unused-draws" in Quirks.for_model(model, options.get("legacy", ())):
+        options["noise"](z_t)
+    refiner_options: RunOptions = {
+        **options, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
+        "callback": make_callback(end - first), "constrain": constrain_refiner,
         "first_step": end - first,
         "freeu": None, "freeu_version": None,  # its factors are for the base model
     }  # fmt: skip
-    return _sample(refiner, refiner_conds, refiner_run)
+    return _sample(refiner, refiner_conds, refiner_options)
 
 
 def _sample_and_upscale(
@@ -175,7 +176,7 @@ def _sample_and_upscale(
     upscaling: Upscaling,
     conds: EncodedConds,
     texts: tuple[Sequence[str], Sequence[str]],
-    run: RunOptions,
+    options: RunOptions,
     steps: int,
 ) -> Tensor:
     """Sample a latent, then double its size with the x2 latent upscaler.
@@ -185,21 +186,21 @@ def _sample_and_upscale(
         steps: Number of steps of the model.
     """
     upscaler_steps = len(get_sigmas(upscaling.model, Quirks(), {"steps": upscaling.steps})) - 1
-    on_step = partial(_shift_steps, run.get("callback"), steps + upscaler_steps)
-    latent = _sample(model, conds, {**run, "callback": on_step(0)})
+    make_callback = partial(_shift_steps, options.get("callback"), steps + upscaler_steps)
+    latent = _sample(model, conds, {**options, "callback": make_callback(0)})
     return sample_upscaled_latent(
         upscaling.model,
         *texts,
         check_finite(latent, "the UNet"),
-        noise=run["noise"],
+        noise=options["noise"],
         scale=upscaling.scale,
         steps=upscaling.steps,
-        callback=on_step(steps),
-        unet_tile=run.get("unet_tile"),
-        legacy=run.get("legacy", ()),
+        callback=make_callback(steps),
+        unet_tile=options.get("unet_tile"),
+        legacy=options.get("legacy", ()),
     )
 
 
 def _shift_steps(callback: Callback | None, total: int, offset: int) -> Callback | None:
-    """Return a callback that counts the steps of one of two models in those of both."""
+    """Wrap the callback for one of two models: its steps are counted over both."""
     return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))

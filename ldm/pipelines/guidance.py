@@ -1,4 +1,4 @@
-"""Keywords of tasks that choose a guidance method, and the method that they choose."""
+"""Keywords of tasks that choose a guidance method, and the construction of that method."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ class GuidanceOptions(TypedDict, total=False):
         sld_concept: What it guides away from: a text, or a name in SLD_CONCEPTS; None =
             "original". Each model encodes it as it does the prompt, with the same sizes and images.
         apg: Adaptive projected guidance: three numbers as in `APG`.
-        perp_neg: Perp-neg: weight of the part of the negative prompt that is perpendicular to the
+        perp_neg: Perp-Neg: weight of the component of the negative prompt perpendicular to the
             prompt; 1 as published.
         pag: Perturbed-attention guidance: its scale; 3 as published.
     """
@@ -48,7 +48,7 @@ class GuidanceOptions(TypedDict, total=False):
 
 def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
     """Build the guidance, a new object for each run; return None for classifier-free guidance."""
-    guidance: Guidance | None = _make_safe(options, quirks)
+    guidance: Guidance | None = _make_safe_guidance(options, quirks)
     if (apg := options.get("apg")) is not None:
         guidance = ProjectedGuidance(APG.parse(apg))
     if (weight := options.get("perp_neg")) is not None:
@@ -61,7 +61,7 @@ def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
 def check_guidance(
     model: LatentDiffusion, scale: Scale | None, keywords: Mapping[str, object], quirks: Quirks
 ) -> None:
-    """Raise ArgumentError for guidance, or FreeU, that a model can't have or that has no effect.
+    """Raise ArgumentError for guidance or FreeU that has no effect, or that a model can't have.
 
     Args:
         scale: Guidance scale; None = the default of the sampler or the model.
@@ -90,7 +90,7 @@ def check_guidance(
         raise ArgumentError(f"{message}{quote_name(model)} has none", "pag")
 
 
-def _make_safe(options: GuidanceOptions, quirks: Quirks) -> SafeGuidance | None:
+def _make_safe_guidance(options: GuidanceOptions, quirks: Quirks) -> SafeGuidance | None:
     sld, concept = options.get("sld"), options.get("sld_concept")
     if sld is None:
         if concept is not None:

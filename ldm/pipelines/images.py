@@ -48,18 +48,18 @@ def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: NoiseSamp
 def decode_latent(
     model: LatentDiffusion,
     z: Tensor,
-    tile: int | None,
+    vae_tile: int | None,
     on_latent: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Decode z (B, C, h, w) to images (B, 3, H, W), or more channels with depth, in [-1, 1].
 
     Args:
-        tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
+        vae_tile: Side in latent pixels of overlapping tiles to decode; None = decode whole.
     """
     check_finite(z, "the UNet")
     if on_latent is not None:
         on_latent(z)
-    images = model.decode(z, tile=tile)
+    images = model.decode(z, tile=vae_tile)
     return check_finite(images, "the VAE").clamp(-1, 1)
 
 
@@ -92,5 +92,5 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def crop_like(padded: Tensor, image: Tensor, factor: int = 1) -> Tensor:
-    """Crop a result to the size of the image before `pad_to_multiple`, times a factor."""
+    """Crop an output to the size of `image`, the input before `pad_to_multiple`, times a factor."""
     return padded[..., : factor * image.shape[-2], : factor * image.shape[-1]]

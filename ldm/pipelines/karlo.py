@@ -41,7 +41,7 @@ def sample_image_embeddings(
     prior: Prior,
     clip: CLIPVision,
     texts: Sequence[str],
-    negative: Sequence[str] | str = "",
+    negative_prompt: Sequence[str] | str = "",
     *,
     mean: Tensor,
     std: Tensor,
@@ -53,15 +53,13 @@ def sample_image_embeddings(
 
     Args:
         clip: The CLIP that the prior was trained with, with its text encoder.
-        negative: Negative prompts, one for all texts or one each.
+        negative_prompt: One for all texts, or one for each.
         mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
         steps, scale, noise: See `sample_normalized_embeddings`.
     """
-    negatives = repeat_texts(negative, len(texts), "negative_prompt")
+    negatives = repeat_texts(negative_prompt, len(texts), "negative_prompt")
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
-    x = sample_normalized_embeddings(
-        prior, cond, uncond, steps=steps, scale=scale, noise=noise
-    )  # (B, D)
+    x = sample_normalized_embeddings(prior, cond, uncond, steps=steps, scale=scale, noise=noise)
     return x * std.to(x) + mean.to(x)
 
 
@@ -94,7 +92,7 @@ def sample_normalized_embeddings(
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     sigmas: Tensor | None = None,
 ) -> Tensor:
-    """Sample normalized embeddings (B, D), one per row of `cond`, with DDIM.
+    """Sample embeddings (B, D), normalized to mean 0 and std 1, one per row of `cond`, by DDIM.
 
     Args:
         cond, uncond: From `encode_texts`, of prompts and of negative prompts.
@@ -107,10 +105,10 @@ def sample_normalized_embeddings(
     sigmas = get_prior_sigmas(schedule, steps) if sigmas is None else sigmas
     denoise = add_guidance(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
     shape = (len(cond), prior.out_proj.out_features)
-    start = noise(torch.empty(shape, device=prior.out_proj.weight.device))
+    initial_noise = noise(torch.empty(shape, device=prior.out_proj.weight.device))
     return SAMPLERS["ddim"](
         lambda x, sigma: denoise(x, sigma).clamp(-CLAMP, CLAMP),
-        start * math.sqrt(1 + float(sigmas[0]) ** 2),
+        initial_noise * math.sqrt(1 + float(sigmas[0]) ** 2),
         sigmas,
         eta=eta,
         noise=noise,

@@ -1,7 +1,7 @@
 """The x2 latent upscaler, alone or after another model.
 
-It is sampled as in k-diffusion's notebook: down to a noise level above 0, whose noise stays in the
-result.
+It is sampled as in k-diffusion's notebook: the last noise level is above 0, and its noise stays in
+the result.
 """
 
 import math
@@ -60,7 +60,7 @@ class Upscaling:
         check_arguments(self.model, vars(self), Upscaling.__annotations__)
 
     def check_run(self, base: LatentDiffusion, height: int, width: int, syntax: str) -> None:
-        """Raise ArgumentError unless `model` can double a latent of this size of the base model."""
+        """Raise ArgumentError unless `model` can upscale latents (height, width) of the base."""
         self.check(base)
         check_sides(self.model, height, width)
         check_plain_syntax(syntax)
@@ -68,14 +68,13 @@ class Upscaling:
     def check(self, base: LatentDiffusion) -> None:
         """Raise ArgumentError unless `model` is an upscaler for the latents of the base model."""
         if find_family(self.model.conditioner) != "latent-upscaling":
-            raise ArgumentError(
-                f"{quote_name(self.model)} is not an x2 latent upscaler", "upscaler"
-            )
+            name = quote_name(self.model)
+            raise ArgumentError(f"{name} is not an x2 latent upscaler", "upscaler")
         get_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
         if not self.model.latent_space.matches(base.latent_space):
             raise ArgumentError(
-                f"{quote_name(base)} has latents of another kind than the upscaler, which takes "
-                "those of Stable Diffusion 1 and 2: save the images, then upscale them",
+                f"{quote_name(base)} has another latent space than the upscaler, which takes "
+                "latents of Stable Diffusion 1 and 2: save the images, then upscale them",
                 "upscaler",
             )
 
@@ -88,7 +87,7 @@ def check_plain_syntax(syntax: str) -> None:
 
 
 def check_noise(model: LatentDiffusion, sigma: float, noise_kind: str) -> None:
-    """Raise ArgumentError for noise of the small latent that an upscaler does not support."""
+    """Raise ArgumentError for noise on the low-res latent that an upscaler does not support."""
     check_name("kind of noise", noise_kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
     if not sigma >= 0:
         raise ArgumentError(f"noise_sigma must be 0 or more, got {sigma}", "noise_sigma")
@@ -137,10 +136,10 @@ def sample_upscaled_latent(
     scale: Scale | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Sample latents (B, C, 2h, 2w) from small ones (1 | B, C, h, w), a row per prompt.
+    """Sample latents (B, C, 2h, 2w) from low-res ones (1 | B, C, h, w), a row per prompt.
 
-    The small latent is padded to sides that the UNet supports, and the result is cropped; tiles of
-    the UNet are enlarged to such sides.
+    The low-res latent is padded to sides that the UNet supports, and the result is cropped; tiles
+    of the UNet are enlarged to such sides.
 
     Args:
         noise_sigma, noise_kind: See `upscale_latent`.
@@ -155,9 +154,9 @@ def sample_upscaled_latent(
         options["unet_tile"] = _round_up(tile, model.unet.size_multiple)
     latent = latent.to(model.device, torch.float32).expand(n, -1, -1, -1)
     latent = _pad(latent, model.unet.size_multiple // LATENT_UPSCALE_FACTOR)
-    with_noise = noise_sigma > 0 and noise_kind == "gaussian"
+    adds_noise = noise_sigma > 0 and noise_kind == "gaussian"
     lowres = model.conditioner.get(LowResLatent).add_noise(
-        latent, noise_sigma, noise(latent) if with_noise else None
+        latent, noise_sigma, noise(latent) if adds_noise else None
     )
     quirks = Quirks.for_model(model, options.get("legacy", ()))
 
@@ -172,19 +171,19 @@ def sample_upscaled_latent(
     is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
     uncond = encode(negative_prompts) if is_guided else None
     sigmas = get_sigmas(model, quirks, options)
-    start = _draw_initial_noise(latent, options.get("x_T"), noise)
+    x_T = _draw_initial_noise(latent, options.get("x_T"), noise)
     # `sample` takes and returns latents scaled to the same variance at every level; this model
     # needs x itself.
     first, last = float(sigmas[0]), float(sigmas[-1])
-    run: SamplingOptions = {**options, "x_T": None, "sigmas": sigmas}
+    run_options: SamplingOptions = {**options, "x_T": None, "sigmas": sigmas}
     z = sample(
         model,
         cond,
         uncond,
-        z_t=start * (first / math.hypot(1, first)),
+        z_t=x_T * (first / math.hypot(1, first)),
         scale=1 if uncond is None else scale,
         noise=noise,
-        **run,
+        **run_options,
     )
     z = z[..., : LATENT_UPSCALE_FACTOR * height, : LATENT_UPSCALE_FACTOR * width]
     return z * math.hypot(1, last)
@@ -206,22 +205,18 @@ def _draw_initial_noise(latent: Tensor, x_T: Tensor | None, noise: NoiseSampler)
     """Return noise of twice the size of a padded latent.
 
     Args:
-        x_T: Noise for the top left corner of it, or for all; None = draw all.
+        x_T: Noise for its top left corner, or for all of it; None = draw all.
     """
     n, channels, height, width = latent.shape
-    start = latent.new_empty(
-        n, channels, LATENT_UPSCALE_FACTOR * height, LATENT_UPSCALE_FACTOR * width
-    )
-    if x_T is not None and x_T.shape == start.shape:
-        return x_T.to(start)
-    if x_T is not None and (
-        x_T.shape[:2] != start.shape[:2]
-        or x_T.shape[2] > start.shape[2]
-        or x_T.shape[3] > start.shape[3]
-    ):
-        shapes = f"{tuple(start.shape)}, got a tensor {tuple(x_T.shape)}"
+    height, width = LATENT_UPSCALE_FACTOR * height, LATENT_UPSCALE_FACTOR * width
+    like = latent.new_empty(n, channels, height, width)
+    if x_T is None:
+        return noise(like)
+    if x_T.shape == like.shape:
+        return x_T.to(like)
+    if x_T.shape[:2] != like.shape[:2] or x_T.shape[2] > height or x_T.shape[3] > width:
+        shapes = f"{tuple(like.shape)}, got a tensor {tuple(x_T.shape)}"
         raise ArgumentError(f"x_T must be a tensor of at most the shape {shapes}", "x_T")
-    start = noise(start)
-    if x_T is not None:
-        start[..., : x_T.shape[-2], : x_T.shape[-1]] = x_T.to(start)
-    return start
+    initial_noise = noise(like)
+    initial_noise[..., : x_T.shape[-2], : x_T.shape[-1]] = x_T.to(like)
+    return initial_noise

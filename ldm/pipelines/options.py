@@ -64,8 +64,8 @@ class TaskArguments(TextOptions, total=False):
     z: Tensor | None
 
 
-def _check_start(model: LatentDiffusion, arguments: TaskArguments) -> None:
-    """Raise ArgumentError for a size, or latents to start from, that do not fit."""
+def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> None:
+    """Raise ArgumentError for a size, or initial latents, that do not fit the model."""
     size, image = arguments.get("size"), arguments.get("image")
     if image is not None:
         if find_family(model.conditioner) in ("upscaling", "latent-upscaling"):
@@ -116,9 +116,9 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         interval,
     )
     quirks = Quirks.for_model(model, sampling.get("legacy", ()))
-    # The next five raise ArgumentError for values or combinations that are not possible.
+    # All that follow raise ArgumentError for invalid values or combinations.
     get_sigmas(model, quirks, sampling)
-    _check_start(model, arguments)
+    _check_initial_latent(model, arguments)
     check_tiles(tile=arguments.get("tile"), unet_tile=sampling.get("unet_tile"))
     quirks.get_denoiser(model, sampler)
     guidance = make_guidance(arguments, quirks)
@@ -128,6 +128,5 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
     syntax = arguments.get("syntax", PLAIN)
     check_syntax(syntax)
     negative_prompt = arguments.get("negative_prompt", "")
-    PromptBatch.parse(  # raises ArgumentError
-        arguments["prompts"], negative_prompt, arguments, guidance, syntax, PLACEHOLDER_STEPS
-    )
+    prompts = arguments["prompts"]
+    PromptBatch.parse(prompts, negative_prompt, arguments, guidance, syntax, PLACEHOLDER_STEPS)

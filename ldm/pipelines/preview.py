@@ -1,4 +1,4 @@
-"""Previews of latents by a linear map to RGB.
+"""Previews of latents by a linear map to RGB, also known as latent2rgb.
 
     z (B, C, h, w)  ->  image (B, 3, h, w), one pixel for each latent pixel
 
@@ -20,11 +20,11 @@ from ldm.model import LatentDiffusion
 
 __all__ = ["fit_preview"]
 
-COUNT = 4  # latents to fit the map to
-SIDE = 8  # sides of these latents; small, so that fitting is fast
-NOISE_SIDE = 4  # sides of the noise that they are interpolated from
+NUM_LATENTS = 4  # that the map is fitted to
+LATENT_SIDE = 8  # small, so that fitting is fast
+NOISE_SIDE = 4  # of the noise that these latents are interpolated from
 SDXL_SCALE_FACTOR = 0.13025
-SDXL_COLORS = (  # red, green, blue of each channel, and of the offset; from ComfyUI
+SDXL_RGB_FACTORS = (  # red, green, blue of each channel, and of the offset; from ComfyUI
     (0.3651, 0.4232, 0.4341),
     (-0.2533, -0.0042, 0.1068),
     (0.1076, 0.1111, -0.0362),
@@ -41,21 +41,22 @@ def fit_preview(model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
         z (B, C, h, w) -> (B, 3, h, w) in [-1, 1].
     """
     if model.scale_factor == SDXL_SCALE_FACTOR and model.channels == 4:
-        return partial(_map_to_rgb, matrix=torch.tensor(SDXL_COLORS).to(model.device))
+        return partial(_map_to_rgb, matrix=torch.tensor(SDXL_RGB_FACTORS).to(model.device))
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(COUNT, model.channels, NOISE_SIDE, NOISE_SIDE, generator=generator)
-    z = F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic").to(model.device)
+    noise = torch.randn(NUM_LATENTS, model.channels, NOISE_SIDE, NOISE_SIDE, generator=generator)
+    size = (LATENT_SIDE, LATENT_SIDE)
+    z = F.interpolate(noise, size=size, mode="bicubic").to(model.device)
     image = split_color(model.decode(z)).clamp(-1, 1)
-    rgb = F.adaptive_avg_pool2d(image, (SIDE, SIDE)).movedim(1, -1).reshape(-1, 3)
-    fit = torch.linalg.lstsq(_with_one(z).flatten(0, -2).cpu(), rgb.float().cpu())
+    rgb = F.adaptive_avg_pool2d(image, size).movedim(1, -1).reshape(-1, 3)
+    fit = torch.linalg.lstsq(_append_ones(z).flatten(0, -2).cpu(), rgb.float().cpu())
     matrix = fit.solution.nan_to_num().to(model.device)  # (C + 1, 3)
     return partial(_map_to_rgb, matrix=matrix)
 
 
 def _map_to_rgb(z: Tensor, matrix: Tensor) -> Tensor:
-    return (_with_one(z.float()) @ matrix).movedim(-1, 1).clamp(-1, 1)
+    return (_append_ones(z.float()) @ matrix).movedim(-1, 1).clamp(-1, 1)
 
 
-def _with_one(z: Tensor) -> Tensor:
+def _append_ones(z: Tensor) -> Tensor:
     """Turn (B, C, h, w) into (B, h, w, C + 1), with a last channel of 1 for the offset."""
     return F.pad(z.movedim(1, -1), (0, 1), value=1.0)

@@ -1,4 +1,4 @@
-"""Parse the prompts of a call, and warn about text in them that has no effect."""
+"""Parse the prompts of a task, and warn about text in them that has no effect."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,21 +14,12 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = [
-    "ParsedPair",
-    "PromptBatch",
-    "PromptOptions",
-    "PromptPair",
-    "TextPair",
-    "describe_truncation",
-    "get_prompt_pair",
-    "parse_fixed_prompt",
-    "parse_pair",
-    "repeat_texts",
-    "warn_about_prompts",
+    "ParsedPair", "PromptBatch", "PromptOptions", "PromptPair", "TextPair", "describe_truncation",
+    "get_prompt_pair", "parse_fixed_prompt", "parse_pair", "repeat_texts", "warn_about_prompts",
 ]  # fmt: skip
 
 MAX_QUOTED_WORDS = 4  # of a prompt, in warnings
-PLACEHOLDER_STEPS = 50  # to parse a text of which only the syntax is checked
+PLACEHOLDER_STEPS = 50  # for texts of which only the syntax is checked
 
 TextPair = tuple[str, str]  # for the first and the second text encoder
 PromptPair = tuple[str | Prompt | None, str | Prompt | None]  # None gives zeros
@@ -41,9 +32,9 @@ class PromptOptions(TypedDict, total=False):
     Attributes:
         syntax: Syntax of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
             "plain", in which brackets have no meaning.
-        clip_skip: Layer of the text encoder to use, counted from the end: 1 the last, 2 the last
-            but one, before the final norm. For Stable Diffusion 1; ignored with a warning by other
-            models, which have a fixed layer.
+        clip_skip: Layer of the text encoder whose output to use, counted from the end: 1 the last,
+            2 the penultimate; the final norm follows. For Stable Diffusion 1; ignored with a
+            warning by other models, which have a fixed layer.
     """
 
     syntax: str
@@ -52,17 +43,13 @@ class PromptOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ParsedPair:
-    """The prompts of one image, which may change from step to step.
-
-    Args:
-        first, second: For the first and the second text encoder.
-    """
+    """The parsed prompts of one image for the first and the second text encoder."""
 
     first: ParsedPrompt
     second: ParsedPrompt
 
     def at(self, step: int) -> tuple[WeightedPair, ...]:
-        """Return (weight, prompts) of a step, one for each prompt of a composition."""
+        """Return (weight, prompts) of each subprompt at a step."""
         firsts = self.first.subprompts
         seconds = self.second.subprompts
         if len(seconds) == 1:
@@ -78,16 +65,16 @@ class ParsedPair:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The texts of a call, parsed unless their syntax is plain.
+    """The prompts of a batch of images, parsed unless their syntax is plain.
 
     Args:
         prompts: Of each image.
-        negatives: Negative prompts of each image; empty ones are not parsed.
-        guidance_texts: Those of `Guidance.texts` that are not empty, as they are read.
+        negative_prompts: Of each image; empty ones are not parsed.
+        guidance_texts: Those of `Guidance.texts` that are not empty, parsed likewise, by text.
     """
 
     prompts: Sequence[ParsedPair | TextPair]
-    negatives: Sequence[ParsedPair | TextPair]
+    negative_prompts: Sequence[ParsedPair | TextPair]
     guidance_texts: Mapping[str, ParsedPair | TextPair] = field(default_factory=dict)
 
     @classmethod
@@ -100,7 +87,7 @@ class PromptBatch:
         syntax: str,
         steps: int,
     ) -> "PromptBatch":
-        """Parse the texts of a call for a run of `steps` steps.
+        """Parse the texts of a task for a run of `steps` steps.
 
         Args:
             negative_prompt: One for all prompts, or one for each.
@@ -110,24 +97,21 @@ class PromptBatch:
         n = len(prompts)
         pairs = _pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt")
         negative_prompt_2 = sdxl.get("negative_prompt_2")
-        negatives = _pair_texts(negative_prompt, negative_prompt_2, n, "negative_prompt")
-        guidance_texts = guidance.texts if guidance else ()
+        negative_pairs = _pair_texts(negative_prompt, negative_prompt_2, n, "negative_prompt")
+        texts = guidance.texts if guidance else ()
         return cls(
             [parse_pair(pair, syntax, steps) for pair in pairs],
             [
                 parse_pair(pair, syntax, steps, is_negative=True) if any(pair) else pair
-                for pair in negatives
+                for pair in negative_pairs
             ],
-            {
-                text: parse_fixed_prompt(text, syntax, "sld_concept")
-                for text in guidance_texts
-                if text
-            },
+            {text: parse_fixed_prompt(text, syntax, "sld_concept") for text in texts if text},
         )
 
     def warn(self, model: LatentDiffusion) -> None:
         """Warn about text that the model truncates, or that the syntax reads literally."""
-        warn_about_prompts(model, [*self.prompts, *self.negatives, *self.guidance_texts.values()])
+        texts = self.guidance_texts.values()
+        warn_about_prompts(model, [*self.prompts, *self.negative_prompts, *texts])
 
 
 def parse_pair(
@@ -137,19 +121,19 @@ def parse_pair(
 
     Raises:
         ArgumentError: See `ldm.prompts.parse_prompt`; or AND splits the two prompts into different
-            numbers of parts.
+            numbers of subprompts.
     """
     if syntax == PLAIN:
         return pair
     first, second = (parse_prompt(text, syntax, steps, is_negative=is_negative) for text in pair)
     if len(second.subprompts) not in (1, len(first.subprompts)):
-        counts = f"{len(first.subprompts)} parts, prompt_2 {len(second.subprompts)}"
+        counts = f"{len(first.subprompts)} subprompts, prompt_2 into {len(second.subprompts)}"
         raise ArgumentError(f"AND splits the prompt into {counts}", "prompt_2")
     return ParsedPair(first, second)
 
 
 def parse_fixed_prompt(text: str, syntax: str, name: str) -> ParsedPair | TextPair:
-    """Parse a text that is not a prompt of an image, and holds for the whole run.
+    """Parse a text, other than the prompt of an image, that is the same at all steps.
 
     Args:
         name: Name of the argument.
@@ -164,20 +148,20 @@ def parse_fixed_prompt(text: str, syntax: str, name: str) -> ParsedPair | TextPa
         raise
     if isinstance(pair, ParsedPair) and (pair.switch_steps or len(pair.at(0)) > 1):
         raise ArgumentError(
-            f"{name} holds for the whole run, it takes no schedules, alternation or AND: "
+            f"{name} is the same at all steps, it takes no schedules, alternation or AND: "
             f"{quote(text)}",
             name,
         )
     return pair
 
 
-def get_prompt_pair(constant: ParsedPair | TextPair) -> PromptPair:
-    """Return the two texts of `parse_fixed_prompt`."""
-    return constant.at(0)[0][1] if isinstance(constant, ParsedPair) else constant
+def get_prompt_pair(fixed: ParsedPair | TextPair) -> PromptPair:
+    """Return the prompts for the two text encoders, of a result of `parse_fixed_prompt`."""
+    return fixed.at(0)[0][1] if isinstance(fixed, ParsedPair) else fixed
 
 
 def repeat_texts(texts: str | Sequence[str], n: int, argument: str) -> list[str]:
-    """Return n texts.
+    """Return n texts; raise ArgumentError for another number of them.
 
     Args:
         texts: One for all, or n.
@@ -202,8 +186,8 @@ def describe_truncation(model: LatentDiffusion, texts: Iterable[str]) -> str | N
     """Return a warning about the first text that plain syntax truncates, else None."""
     for encoder in model.conditioner.find_all(TextEncoder):
         for text in texts:
-            if lost := encoder.find_truncated_text(text):
-                limit, words = encoder.length - 2, " ".join(lost.split()[:MAX_QUOTED_WORDS])
+            if truncated := encoder.find_truncated_text(text):
+                limit, words = encoder.length - 2, " ".join(truncated.split()[:MAX_QUOTED_WORDS])
                 return f"a prompt is longer than {limit} tokens: `{words} …` is left out"
     return None
 

@@ -61,7 +61,7 @@ class Quirks:
     ) -> Tensor:
         """Return the noise levels of a run; as `NoiseSchedule.step_sigmas` without a quirk."""
         if "steps" in self and scheduler == "uniform":
-            return _original_uniform_sigmas(schedule, steps)
+            return _compute_original_sigmas(schedule, steps)
         return schedule.step_sigmas(steps, scheduler, rho)
 
     def get_denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
@@ -76,7 +76,7 @@ class Quirks:
         return replace(denoiser, parameterization="eps") if v_as_eps or x0_as_eps else denoiser
 
     def find_first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
-        """Return where a run on an image begins.
+        """Find the noise levels at which a run on an image begins.
 
         Args:
             strength: Fraction of the steps to run, 0 … 1.
@@ -102,8 +102,8 @@ class Quirks:
         """Return whether a model, or a refiner after its base, ignores the negative prompt."""
         return ("refiner-empty-negative" if after_base else "ignore-negative") in self
 
-    def is_pure_noise(self, strength: float) -> bool:
-        """Return whether a run of this strength starts without the image, from noise alone."""
+    def starts_from_noise(self, strength: float) -> bool:
+        """Return whether a run on an image with this strength starts from noise alone."""
         return strength == 1 and "legacy-steps" not in self and "refiner-from-noise" not in self
 
     def draw_unused(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
@@ -112,7 +112,7 @@ class Quirks:
             for _ in range(len(sigmas)):
                 draw_global_noise(x)
 
-    def build_inverse_denoise(
+    def build_inversion_denoise(
         self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
     ) -> Denoise:
         """Return `denoise(x, sigma)` for DDIM inversion.
@@ -122,11 +122,11 @@ class Quirks:
         """
         if "encode" not in self:
             return add_guidance(model.denoiser, cond, uncond, scale)
-        index = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
+        indices = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             def network(z_t: Tensor, t: Tensor, **slots: Tensor | None) -> Tensor:
-                return model.denoiser.network(z_t, torch.full_like(t, index[sigma]), **slots)
+                return model.denoiser.network(z_t, torch.full_like(t, indices[sigma]), **slots)
 
             denoiser = Denoiser(network, model.schedule, "eps")
             return add_guidance(denoiser, cond, uncond, scale)(x, sigma)
@@ -141,7 +141,7 @@ def make_noise_sampler(
 
     Args:
         seeds: One for each row, or the first of consecutive ones; None = drawn from torch's
-            generator; a noise source is returned as it is.
+            generator; a noise sampler is returned unchanged.
         legacy: Names in LEGACY; "noise" draws all rows from the global generator of the device.
     """
     if callable(seeds):
@@ -152,7 +152,7 @@ def make_noise_sampler(
 
 
 def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
-    """Return the seed of each of n rows, of integers of any kind; see `make_noise_sampler`."""
+    """Return the seeds of n rows as Python integers; see `make_noise_sampler`."""
     if seeds is None:
         seeds = int(torch.randint(2**31, ()))
     if isinstance(seeds, Tensor):
@@ -166,7 +166,7 @@ def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def make_seeded_noise(seeds: Sequence[int]) -> NoiseSampler:
-    """Return `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
+    """Make `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
     generators = [torch.Generator().manual_seed(seed % (1 << 64)) for seed in seeds]
 
     def noise(like: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def draw_global_noise(like: Tensor) -> Tensor:
     return torch.randn_like(like, dtype=torch.float32)
 
 
-def _original_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Return the original's `uniform` steps, often more than requested."""
+def _compute_original_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Compute the original's `uniform` sigmas, often of more steps than requested."""
     if not 1 <= steps <= len(schedule):
         raise ArgumentError(f"steps must be in 1 … {len(schedule)}, got {steps}", "steps")
     t = torch.arange(0, len(schedule), len(schedule) // steps) + 1

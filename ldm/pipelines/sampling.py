@@ -109,9 +109,9 @@ def sample(
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
-        x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
-        z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise;
-            None = start from z or from pure noise.
+        x_T: (B, C, h, w), the initial noise, standard normal; None = drawn.
+        z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to continue from, without new
+            noise; None = start from z or from pure noise.
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
         steps: Number of steps, 1 … T; None = the model's default.
         sampler: A name in SAMPLERS; None = the model's default.
@@ -136,16 +136,15 @@ def sample(
         freeu: Factors of FreeU, the name of a preset, or "auto" for the preset of the model's
             family; None = off.
         freeu_version: A name in FREEU_VERSIONS; None = "1".
-        guidance: How predictions are combined, a new object for each run; None = classifier-free
-            guidance.
+        guidance: The guidance method, a new object for each run; None = classifier-free guidance.
         further: Conditions of `guidance.texts`, with a row for each row of `cond`.
         seeds: One per row, or the first of consecutive ones; None = drawn from torch's generator.
             The noise of a row depends on its own seed only.
         noise: (like) -> standard normal noise in its shape; None = that of `seeds`.
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = nothing is called.
-        constrain: (x, sigma) -> x, applied before every step; None = x stays as it is.
-        first_step: Number of the first step, for conditions that depend on the step.
+        constrain: (x, sigma) -> x, applied before every step; None = no constraint.
+        first_step: Index of the first step, for conditions that depend on the step.
         unet_tile: Side in latent pixels of overlapping tiles to run the network on; None = whole.
         tiling: Axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
             "xy" for textures, or "none". Tasks apply it to the autoencoder, too.
@@ -180,29 +179,30 @@ def sample(
             "sigmas": sigmas,
         }  # fmt: skip
         sigmas = get_sigmas(model, quirks, options)
-    elif not len(sigmas) or (sigmas.diff() > 0).any():  # it may be a part of a checked run
+    elif not len(sigmas) or (sigmas.diff() > 0).any():  # they may be a part of a checked run
         raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
     check_embedded_guidance(model, guidance, rescale, guidance_interval)
-    if reason := explain_exceeded_limits(model.defaults, _variant_name(model), steps, scale):
-        warn_caller(reason)
+    name = _quote_variant_name(model)
+    if warning := explain_exceeded_limits(model.defaults, name, steps, scale):
+        warn_caller(warning)
     n = len(cond) or _count_rows(z_t, x_T, z, seeds)
     noise = noise or make_noise_sampler(seeds, n, quirks.names)
     shape = get_latent_shape(model, n, size, z=z, x_T=x_T, z_t=z_t)
     if z_t is not None:
-        x, first = z_t.to(model.device, torch.float32) * _std(sigmas[0]), 0
+        x, first = z_t.to(model.device, torch.float32) * _compute_std(sigmas[0]), 0
     else:
         if x_T is None:
             x_T = noise(torch.empty(shape, device=model.device))
         x_T = x_T.to(model.device, torch.float32)
         x, first = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
-    if z_t is None and (reason := explain_high_sigma(sampler, scheduler, float(sigmas[0]))):
-        warn_caller(reason)
+    if z_t is None and (warning := explain_high_sigma(sampler, scheduler, float(sigmas[0]))):
+        warn_caller(warning)
     denoiser = quirks.get_denoiser(model, sampler)
     if freeu is not None:
         network = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
         denoiser = replace(denoiser, network=network)
-    denoiser = _run_in_tiles(denoiser, unet_tile)
+    denoiser = _tile_network(denoiser, unet_tile)
     unconds: deque[Tensor] = deque(maxlen=1)  # the latest unconditional estimate of z
     sampler_options = _get_sampler_options(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
@@ -211,7 +211,7 @@ def sample(
         sampler_options["interval_noise"] = _make_interval_noise(seeds, n, sigmas, s_noise)
     if SAMPLERS[sampler].takes_uncond:
         sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
-    guide: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
+    build_denoise: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
         add_guidance,
         denoiser,
         scale=scale,
@@ -222,11 +222,12 @@ def sample(
         on_uncond=unconds.append if "last_uncond" in sampler_options else None,
     )
     if model.guidance_embed_dim is not None:
-        guide = partial(embed_guidance, denoiser, scale=scale, dim=model.guidance_embed_dim)
+        dim = model.guidance_embed_dim
+        build_denoise = partial(embed_guidance, denoiser, scale=scale, dim=dim)
     counter = StepCounter(first_step)
     with circular_padding(tiling):
         x = SAMPLER_FUNCTIONS[sampler](
-            switch_conditions(guide, cond, uncond, counter),
+            switch_conditions(build_denoise, cond, uncond, counter),
             x,
             sigmas,
             callback=_wrap_callback(callback, len(sigmas) - 1, counter),
@@ -234,7 +235,7 @@ def sample(
             **sampler_options,
         )
     quirks.draw_unused(sampler, sigmas, x)
-    return x / _std(sigmas[-1])
+    return x / _compute_std(sigmas[-1])
 
 
 @torch.no_grad()
@@ -260,9 +261,9 @@ def invert(
     """
     sigmas = sigmas.flip(0).clamp(min=float(model.schedule.sigmas[0]))  # Euler divides by sigma
     names: list[str] = as_list(legacy)
-    denoise = Quirks(frozenset(names)).build_inverse_denoise(model, sigmas, cond, uncond, scale)
-    x = euler(denoise, z.float() * _std(sigmas[0]), sigmas)
-    return x / _std(sigmas[-1])
+    denoise = Quirks(frozenset(names)).build_inversion_denoise(model, sigmas, cond, uncond, scale)
+    x = euler(denoise, z.float() * _compute_std(sigmas[0]), sigmas)
+    return x / _compute_std(sigmas[-1])
 
 
 def _count_rows(*values: object) -> int:
@@ -276,29 +277,29 @@ def _count_rows(*values: object) -> int:
 def _add_initial_noise(
     z: Tensor | None, x_T: Tensor, sigmas: Tensor, quirks: Quirks, strength: float, steps: int
 ) -> tuple[Tensor, int]:
-    """Return the x that a run begins with, and the index of its noise level in sigmas.
+    """Return the x that a run starts from, and the index of its noise level in sigmas.
 
     Args:
         z: The latent to start from; None = start from pure noise.
         steps: Requested number of steps.
     """
     if z is None:
-        return x_T * _std(sigmas[0]), 0
-    first, noise_level = quirks.find_first_step(strength, steps, len(sigmas) - 1)
-    sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
-    x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
-    # With a quirk, z was noised to another level; its VP-scaled latent counts as one of the first.
-    return x * (_std(sigmas[first]) / std), first
+        return x_T * _compute_std(sigmas[0]), 0
+    first, noise_index = quirks.find_first_step(strength, steps, len(sigmas) - 1)
+    sigma, std = float(sigmas[noise_index]), _compute_std(sigmas[noise_index])
+    x = x_T * std if quirks.starts_from_noise(strength) else z.to(x_T) + sigma * x_T
+    # With a quirk, noise_index is not `first`: the VP-scaled latent is taken for one at `first`.
+    return x * (_compute_std(sigmas[first]) / std), first
 
 
-def _variant_name(model: LatentDiffusion) -> str:
-    """Return the file that makes a model a few-step one: that of a LoRA, else its own."""
+def _quote_variant_name(model: LatentDiffusion) -> str:
+    """Return the name of the file that makes a model few-step: that of a LoRA, else its own."""
     variant = model.provenance.get("variant")
     return f"`{variant['file']}`" if variant else quote_name(model)
 
 
-def _run_in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
-    """Run the denoiser's network on overlapping tiles and blend the results."""
+def _tile_network(denoiser: Denoiser, tile: int | None) -> Denoiser:
+    """Return a denoiser whose network runs on overlapping tiles, with blended results."""
     if tile is None:
         return denoiser
 
@@ -344,7 +345,7 @@ def _get_sampler_options(
 def _make_interval_noise(
     seeds: int | Sequence[int] | NoiseSampler | None, n: int, sigmas: Tensor, s_noise: float
 ) -> IntervalNoise:
-    """Return (like, sigma, sigma_next) -> noise between two levels, on a path for each row."""
+    """Return (like, sigma, next sigma) -> noise between two levels, by a path for each row."""
     assert not callable(seeds)  # as `check_sampling` has checked
     levels = sigmas[sigmas > 0].tolist()
     paths = BrownianPaths(get_row_seeds(seeds, n), levels[-1], levels[0])
@@ -365,6 +366,6 @@ def _wrap_callback(
     return after_step
 
 
-def _std(sigma: Tensor) -> float:
+def _compute_std(sigma: Tensor) -> float:
     """Return the standard deviation of x at `sigma` for a z of standard deviation 1."""
     return math.sqrt(1 + float(sigma) ** 2)

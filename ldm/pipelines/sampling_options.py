@@ -112,7 +112,7 @@ def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:
 
 
 def explain_high_sigma(sampler: str, scheduler: str | None, sigma: float) -> str | None:
-    """Return a warning if a sampler makes broken images from its first sigma, else None.
+    """Return a warning if a sampler makes broken images from the first sigma, else None.
 
     Args:
         scheduler: The requested scheduler; None = `sigmas` were given.
@@ -147,8 +147,8 @@ def explain_exceeded_limits(
     """Return a warning if a few-step model gets too many steps or too high a scale, else None.
 
     Args:
-        defaults: Defaults of the few-step model, or of the LoRA that makes a model few-step.
-        name: The file of the model or LoRA, for the message.
+        defaults: Of the few-step model, or of the LoRA that makes a model few-step.
+        name: Name of the file of the model or LoRA, for the message.
         steps: None = unknown, not checked.
         scale: Guidance scale; not checked if None or a function of sigma.
     """
@@ -191,7 +191,7 @@ def check_sampling(
 
 
 def check_tiles(**sides: int | None) -> None:
-    """Raise ArgumentError for a side of tiles below 1, each by its argument."""
+    """Raise ArgumentError for sides of tiles below 1, given by argument."""
     for name, side in sides.items():
         if side is not None and side < 1:
             raise ArgumentError(f"{name} must be 1 or more, got {side}", name)
@@ -203,7 +203,7 @@ def check_embedded_guidance(
     rescale: float,
     interval: tuple[float, float] | None,
 ) -> None:
-    """Raise ArgumentError for options that need an unconditional prediction, if there is none."""
+    """Raise ArgumentError for options without effect on a model that embeds the guidance scale."""
     if model.guidance_embed_dim is None:
         return
     for name, is_given in (

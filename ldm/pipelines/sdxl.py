@@ -46,7 +46,7 @@ BUCKETS = [
 TRAINING_SIDE = 128  # of latents, for models trained with these buckets
 FAR_RATIO = 1.25  # ratio of sides above which a size is reported as far from the nearest bucket
 
-MicroConditions = Mapping[str, Sequence[float]]  # numbers of one image, by batch key
+MicroConditions = Mapping[str, Sequence[float]]  # size, crop and score of an image, by batch key
 
 
 class SDXLOptions(TypedDict, total=False):
@@ -112,8 +112,8 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
         )
     if not model.latent_space.matches(refiner.latent_space):
         raise ArgumentError(
-            f"{quote_name(refiner)} has latents other than those of {quote_name(model)}: refine its "
-            "images instead, with `img2img`", "refiner",
+            f"{quote_name(refiner)} has latents other than those of {quote_name(model)}: refine "
+            "its images instead, with `img2img`", "refiner",
         )  # fmt: skip
     if "refiner_strength" in names and "refiner_start" in names:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
@@ -122,7 +122,7 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
 
 @dataclass(frozen=True)
 class Handover:
-    """Where a base model stops and the refiner begins.
+    """The point of a run at which the base model stops and the refiner begins.
 
     Args:
         strength: Fraction of the steps that the refiner takes.
@@ -153,14 +153,14 @@ class Handover:
         last = round(len(schedule) - len(schedule) * float(self.start))
         if last == len(schedule):
             return 0
-        # 1e-6: the level of `last` itself, computed in another way, counts as the base's.
+        # 1e-6: a sigma that equals this level up to rounding is still the base's.
         return int((sigmas[:-1] > schedule.sigmas[last] * (1 - 1e-6)).sum())
 
 
 def get_micro_conditions(
     model: LatentDiffusion, options: SDXLOptions, size: tuple[int, int], quirks: Quirks
 ) -> tuple[MicroConditions, MicroConditions]:
-    """Return the sizes and scores that a model reads, for prompt and for negative prompt.
+    """Return the micro-conditions that a model reads, for prompt and for negative prompt.
 
     Args:
         size: (height, width) of the images in pixels.
@@ -199,11 +199,11 @@ def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptio
             f"{size[0]} x {size[1]}", "size",
         )  # fmt: skip
     if is_sdxl(model) and model.image_size == TRAINING_SIDE:
-        _hint_at_bucket(size)
+        _log_nearest_bucket(size)
 
 
 @cache
-def _hint_at_bucket(size: tuple[int, int]) -> None:
+def _log_nearest_bucket(size: tuple[int, int]) -> None:
     """Log, once per size, the bucket of the nearest aspect ratio, if it is far from the size."""
     height, width = size
     nearest = min(BUCKETS, key=lambda bucket: abs(math.log(bucket[0] * width / bucket[1] / height)))

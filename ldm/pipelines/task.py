@@ -52,7 +52,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
 
         @wraps(function)
         @torch.no_grad()
-        def call(*args: P.args, **keywords: P.kwargs) -> Tensor:
+        def wrapper(*args: P.args, **keywords: P.kwargs) -> Tensor:
             for former, name in FORMER_KEYWORDS.items():
                 if former in keywords and keywords.get(name) is None:
                     keywords[name] = keywords.pop(former)
@@ -66,9 +66,8 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                     message = f"unknown {kind} `{keyword}`, did you mean `{nearest}`?"
                     raise UnknownName(message, keyword)
                 raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
-            context = {
-                name: keywords.pop(name) for name in ("tiling", "clip_skip") if name in keywords
-            }
+            names = ("tiling", "clip_skip")
+            context_options = {name: keywords.pop(name) for name in names if name in keywords}
             if isinstance(legacy := keywords.get("legacy"), str):
                 keywords["legacy"] = [legacy]
             bound = signature.bind(*args, **keywords)
@@ -79,14 +78,15 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
             check_family(model, *families)
             if takes_options:
                 arguments.pop(last.name, None)  # each is an argument of its own
-            check_arguments(model, {**arguments, **context}, annotations)
+            check_arguments(model, {**arguments, **context_options}, annotations)
             if takes_options:
                 check_options(model, cast(TaskArguments, arguments))
-            tiling, skip = context.get("tiling", "none"), cast(int, context.get("clip_skip", 1))
+            tiling = str(context_options.get("tiling", "none"))
+            skip = cast(int, context_options.get("clip_skip", 1))
             if (warning := check_clip_skip(model, skip)) is not None:
                 warn_caller(warning)
             try:
-                with circular_padding(str(tiling)), clip_skip(skip):
+                with circular_padding(tiling), clip_skip(skip):
                     return function(*bound.args, **bound.kwargs)
             except NonFinite as error:
                 for loaded in (model, keywords.get("refiner")):
@@ -94,7 +94,7 @@ def task(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
                         check_weights(loaded, error)
                 raise
 
-        return call
+        return wrapper
 
     return decorate
 
@@ -103,9 +103,9 @@ def check_clip_skip(model: LatentDiffusion, number: int) -> str | None:
     """Return a warning if a clip skip has no effect on a model, else None."""
     if number < 1:
         raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
-    encoders = model.conditioner.find_all(TextEncoder)
     if number == 1:
         return None
+    encoders = model.conditioner.find_all(TextEncoder)
     layers = [encoder.num_blocks for encoder in encoders if encoder.takes_clip_skip]
     if not layers:
         return (

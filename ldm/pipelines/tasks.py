@@ -141,7 +141,7 @@ def img2img(
     noise = make_task_noise(prompts, options)
     n = len(prompts)
     source = _parse_source_prompt(source_prompt, options) if inversion else None
-    padded = pad_to_multiple(image, _size_multiple(model, options))
+    padded = pad_to_multiple(image, _get_size_multiple(model, options))
     if upscaling is not None:
         factor, like = (model.downscale, padded) if z is None else (1, z)
         height, width = (side // factor for side in like.shape[-2:])
@@ -187,7 +187,7 @@ def inpaint(
     """
     image, mask = add_depth(model, image, depth), mask.float()
     noise = make_task_noise(prompts, options)
-    n, multiple = len(prompts), _size_multiple(model, options)
+    n, multiple = len(prompts), _get_size_multiple(model, options)
     padded = pad_to_multiple(image, multiple)
     binary_mask = (pad_to_multiple(mask, multiple) >= 0.5).float()
     masked_image = pad_to_multiple(mask_image(image, mask), multiple)
@@ -315,7 +315,7 @@ def upscale_rgbd(
     Args:
         image: (1, 3, H, W), resized to the size of the result.
         depth: (1, 1, H, W) in [0, 1], larger is nearer; None = the image has it.
-        noise_level: Level that the UNet is told, if it embeds one, although no noise is added.
+        noise_level: Input of the UNet, if it embeds noise levels; no noise is added.
         negative_prompt, scale, tile, options: See `txt2img`.
     Returns:
         (B, 4, H, W).
@@ -393,7 +393,7 @@ def upscale_latent(
     return images if image is None else crop_like(images, image, LATENT_UPSCALE_FACTOR)
 
 
-def _size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
+def _get_size_multiple(model: LatentDiffusion, options: TextOptions) -> int:
     """Return the number that the sides of images must be multiples of, in pixels."""
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
 
@@ -436,17 +436,17 @@ def _invert_to_noise(
     sigmas = get_sigmas(model, quirks, select_sampling(options))
     steps, total = options.get("steps"), len(sigmas) - 1
     steps = model.defaults.steps if steps is None else steps
-    # At strength 0 one step, as its last level may be 0.
-    first, noise_level = (
+    # At strength 0 one step, as the last level may be 0.
+    first, noise_index = (
         min(index, total - 1) for index in quirks.find_first_step(strength, steps, total)
     )
     height, width = (side * model.downscale for side in z.shape[-2:])
-    sizes, _ = get_micro_conditions(model, select_sdxl(options), (height, width), Quirks())
+    micro_conds, _ = get_micro_conditions(model, select_sdxl(options), (height, width), Quirks())
     warn_about_prompts(model, [source])
-    cond = encode_prompts(model, [get_prompt_pair(source)] * len(z), {}, sizes)
+    cond = encode_prompts(model, [get_prompt_pair(source)] * len(z), {}, micro_conds)
     z_t = invert(model, z, cond, sigmas=sigmas[first:], legacy=quirks.names)
-    sigma = float(sigmas[noise_level])
+    sigma = float(sigmas[noise_index])
     x = z_t * (1 + sigma**2) ** 0.5  # VP -> VE
     # `sample` starts from x = z + sigma x_T, so solve this for x_T; or from x_T itself, scaled
     # from VP to VE.
-    return z_t if quirks.is_pure_noise(strength) else (x - z.to(x)) / sigma
+    return z_t if quirks.starts_from_noise(strength) else (x - z.to(x)) / sigma

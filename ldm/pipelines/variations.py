@@ -73,17 +73,17 @@ def unclip(
     if len(levels) != num_sources:
         message = f"{len(levels)} noise levels were given for {num_sources} images"
         raise ArgumentError(message, "noise_levels")
-    last = encoder.noise.max_noise_level - 1
+    max_level = encoder.noise.max_noise_level - 1
     mix_levels = [] if mix_level is None else [mix_level]
-    for name, given in (("noise_levels", levels), ("mix_level", mix_levels)):
-        for level in given:
-            if not 0 <= level <= last:
-                raise ArgumentError(f"{name}: noise levels are 0 … {last}, got {level}", name)
-    sources = [*(encoder.embed(image) for image in images), *embeddings]
+    for name, values in (("noise_levels", levels), ("mix_level", mix_levels)):
+        for level in values:
+            if not 0 <= level <= max_level:
+                raise ArgumentError(f"{name}: noise levels are 0 … {max_level}, got {level}", name)
+    embeddings = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
-    weights = _normalize(weights, len(sources), is_legacy)
+    weights = _normalize_weights(weights, num_sources, is_legacy)
     mean = torch.zeros((), device=model.device)
-    for embedding, weight, level in zip(sources, weights, levels, strict=True):
+    for embedding, weight, level in zip(embeddings, weights, levels, strict=True):
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
         mean = mean + weight * encoder.noise(embedding, level, noise(embedding))
     if mix_level is not None:
@@ -122,7 +122,7 @@ def vary(
     scale = get_default_scale(model, options.get("sampler"), 3.0) if scale is None else scale
     noise = make_task_noise(prompts, options)
     n = len(prompts)
-    weights = _normalize(weights, len(images))
+    weights = _normalize_weights(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]
     tokens = [
         weight * cond.crossattn
@@ -171,7 +171,9 @@ def sample_prior(
     )
 
 
-def _normalize(weights: Sequence[float] | None, n: int, is_legacy: bool = False) -> list[float]:
+def _normalize_weights(
+    weights: Sequence[float] | None, n: int, is_legacy: bool = False
+) -> list[float]:
     """Scale weights of n images to sum 1; under the quirk "weights", divide them by n."""
     weights = [1.0] * n if weights is None else list(weights)
     if not n:

@@ -1,13 +1,13 @@
 """Parse the syntax of AUTOMATIC1111's web UI, in its order: AND, schedules, emphasis.
 
-a AND b :0.5      two prompts, whose guidance is summed with weights
+a AND b :0.5      two subprompts, whose guidance is summed with weights
 [a:b:w] [b:w]     a, or nothing, until step w (or fraction w of the steps), then b
 [a::w]            a until then, then nothing
 [a|b|c]           alternate between a, b and c each step
 (x) (x:1.3) [x]   weight 1.1, 1.3, 1/1.1
 BREAK             start a new chunk of tokens
 
-Weights act by its setting "Emphasis", for each choice of which there is a syntax.
+There is one syntax for each value of its setting "Emphasis".
 """
 
 import re
@@ -27,20 +27,19 @@ from ldm.prompts.prompt import (
 
 __all__ = ["EMPHASIS_MODES", "expand_schedule", "parse", "parse_emphasis", "split_subprompts"]
 
-# Syntax -> A1111's name of what weights do: keep the mean of a chunk's context, let it change,
-# nothing; with the last, brackets are text.
+# Syntax -> value of A1111's setting "Emphasis".
 EMPHASIS_MODES = {
-    "a1111": "Original",
-    "a1111_no_norm": "No norm",
-    "a1111_ignore": "Ignore",
-    "a1111_none": "None",
+    "a1111": "Original",  # weights scale the context, then the mean of each chunk is restored
+    "a1111_no_norm": "No norm",  # weights scale the context
+    "a1111_ignore": "Ignore",  # weights have no effect
+    "a1111_none": "None",  # brackets are plain text
 }
 
 ROUND_FACTOR, SQUARE_FACTOR = 1.1, 1 / 1.1
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 EMPHASIS = re.compile(rf"\\[()\[\]\\]|\\|\(|\[|:\s*(?P<weight>{NUMBER})\s*\)|\)|\]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
-COMPOSITION_WEIGHT = re.compile(rf"\s*:\s*({NUMBER})\s*$")
+SUBPROMPT_WEIGHT = re.compile(rf"\s*:\s*({NUMBER})\s*$")
 WHEN = re.compile(rf"\s*({NUMBER})\s*\]")
 PLAIN_TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
@@ -53,32 +52,32 @@ def parse(text: str, steps: int, is_negative: bool, *, syntax: str) -> ParsedPro
         is_negative: Whether it is a negative prompt, in which AND is a plain word.
         syntax: A key of EMPHASIS_MODES.
     """
-    prompts_and_weights = [(text, 1.0)] if is_negative else split_subprompts(text)
     subprompts, warnings = [], []
-    for prompt, weight in prompts_and_weights:
-        entries, new_notes = expand_schedule(prompt, steps)
+    for subprompt, weight in [(text, 1.0)] if is_negative else split_subprompts(text):
+        entries, new_warnings = expand_schedule(subprompt, steps)
         prompts = ((last, _build_prompt(entry, syntax)) for last, entry in entries)
         subprompts.append(PromptSteps(tuple(prompts), weight))
-        warnings += new_notes
+        warnings += new_warnings
     return ParsedPrompt(tuple(subprompts), tuple(warnings))
 
 
 def _build_prompt(text: str, syntax: str) -> Prompt:
     sections = ((Piece(text),),) if syntax == "a1111_none" else parse_emphasis(text)
-    if syntax == "a1111_ignore":  # pieces stay apart: their tokens are those of the others
+    if syntax == "a1111_ignore":  # pieces are not joined: tokens are those of the other syntaxes
         sections = tuple(tuple(replace(p, weight=1.0) for p in section) for section in sections)
     return Prompt(syntax, (Part((sections,)),))
 
 
 def split_subprompts(text: str) -> list[tuple[str, float]]:
-    """Split a text at AND into (text, weight); a text without AND has weight 1."""
-    parts = re.split(r"\bAND\b", text)
-    if len(parts) == 1:
+    """Split a text at AND into (subprompt, weight); a text without AND has weight 1."""
+    subprompts = re.split(r"\bAND\b", text)
+    if len(subprompts) == 1:
         return [(text, 1.0)]
     weighted = []
-    for part in parts:
-        match = COMPOSITION_WEIGHT.search(part)
-        weighted.append((part[: match.start()], float(match[1])) if match else (part, 1.0))
+    for subprompt in subprompts:
+        match = SUBPROMPT_WEIGHT.search(subprompt)
+        item = (subprompt[: match.start()], float(match[1])) if match else (subprompt, 1.0)
+        weighted.append(item)
     return weighted
 
 
@@ -107,8 +106,8 @@ def parse_emphasis(text: str) -> Text:
         elif token.startswith("\\") and len(token) == 2:
             pieces.append((token[1], 1.0))
         else:
-            for number, section in enumerate(BREAK.split(token)):
-                if number:
+            for index, section in enumerate(BREAK.split(token)):
+                if index:
                     pieces.append((None, 1.0))
                 pieces.append((section, 1.0))
     for first in open_round:
@@ -128,8 +127,8 @@ Node = Callable[[int], str]  # step, from 1 -> text
 
 
 @dataclass
-class _Schedules:
-    """Recursive descent parser of one text, which collects the steps at which it changes."""
+class _ScheduleParser:
+    """Recursive descent parser of one text, which collects the steps after which it changes."""
 
     text: str
     steps: int
@@ -147,8 +146,8 @@ class _Schedules:
             if self.next_char in "|\\":
                 return None
             if self.next_char == "[":
-                self._note_literal()
-            nodes.append(_constant(self.next_char))  # a bracket or colon without meaning here
+                self.record_literal_bracket()
+            nodes.append(_make_constant(self.next_char))  # a bracket or colon without meaning here
             self.position += 1
         return _concatenate(nodes)
 
@@ -161,15 +160,14 @@ class _Schedules:
         nodes: list[Node] = []
         while self.position < len(self.text):
             if plain := PLAIN_TEXT.match(self.text, self.position):
-                nodes.append(_constant(plain[0]))
+                nodes.append(_make_constant(plain[0]))
                 self.position = plain.end()
                 continue
             start, changes = self.position, set(self.changes)
             parsers = {"(": self.parse_round, "[": self.parse_square}
             node = parsers[self.next_char]() if self.next_char in parsers else None
             if node is None:
-                # Changes that were recorded on the way do not count, either.
-                self.position, self.changes = start, changes
+                self.position, self.changes = start, changes  # also drops changes recorded since
                 break
             nodes.append(node)
         return _concatenate(nodes)
@@ -182,23 +180,23 @@ class _Schedules:
 
     def parse_round(self) -> Node | None:
         self.take("(")
-        nodes = [_constant("("), self.parse_sequence()]
+        nodes = [_make_constant("("), self.parse_sequence()]
         if self.take(":"):
-            nodes += [_constant(":"), self.parse_sequence()]
-        return _concatenate([*nodes, _constant(")")]) if self.take(")") else None
+            nodes += [_make_constant(":"), self.parse_sequence()]
+        return _concatenate([*nodes, _make_constant(")")]) if self.take(")") else None
 
     def parse_square(self) -> Node | None:
         """Parse a schedule, alternatives, or `[less]`, which `parse_emphasis` will read."""
         self.take("[")
         first = self.parse_sequence()
         if self.take("]"):
-            return _concatenate([_constant("["), first, _constant("]")])
+            return _concatenate([_make_constant("["), first, _make_constant("]")])
         if self.next_char == "|":
             return self.parse_alternatives(first)
         if not self.take(":"):
             return None
         if when := WHEN.match(self.text, self.position):
-            return self.make_switch(_constant(""), first, when)
+            return self.make_switch(_make_constant(""), first, when)
         second = self.parse_sequence()
         if self.take(":") and (when := WHEN.match(self.text, self.position)):
             return self.make_switch(first, second, when)
@@ -214,18 +212,18 @@ class _Schedules:
     def make_switch(self, before: Node, after: Node, when: re.Match[str]) -> Node:
         """Build the node of a schedule, whose end `when` matched."""
         self.position = when.end()
-        last = self.last_step(when[1])
+        last = self.find_last_step(when[1])
         if last >= 1:
             self.changes.add(last)
         return lambda step: (before if step <= last else after)(step)
 
-    def last_step(self, number: str) -> int:
+    def find_last_step(self, number: str) -> int:
         """Return the last step before a switch: a number with a dot is a fraction of the steps."""
         step = float(number) * (self.steps if "." in number else 1)
         return int(max(0, min(step, self.steps)))  # clamped first: it may be infinite
 
-    def _note_literal(self) -> None:
-        """Record a bracket that looks like a schedule but is read literally."""
+    def record_literal_bracket(self) -> None:
+        """Record the bracket at this position if it looks like a schedule."""
         end, depth = self.position, 0
         for end in range(self.position, len(self.text)):
             depth += {"[": 1, "]": -1}.get(self.text[end], 0)
@@ -242,21 +240,19 @@ def expand_schedule(text: str, steps: int) -> tuple[list[tuple[int, str]], list[
     Returns:
         The entries, and warnings about text that was read literally.
     """
-    schedules = _Schedules(text, steps)
-    node = schedules.parse_all()
+    parser = _ScheduleParser(text, steps)
+    node = parser.parse_all()
     if node is None:
-        has_brackets = "[" in text
-        note = f"a schedule is read as plain text, as `|` stands outside of [ ]: {quote(text)}"
-        return [(steps, text)], [note] if has_brackets else []
-    ends = sorted({*schedules.changes, steps})
+        warning = f"a schedule is read as plain text, as `|` stands outside of [ ]: {quote(text)}"
+        return [(steps, text)], [warning] if "[" in text else []
+    last_steps = sorted({*parser.changes, steps})
     warnings = [
-        f"not a schedule, read as plain text: {quote(group)}"
-        for group in schedules.literal_brackets
+        f"not a schedule, read as plain text: {quote(group)}" for group in parser.literal_brackets
     ]
-    return [(end, node(end)) for end in ends], warnings
+    return [(last, node(last)) for last in last_steps], warnings
 
 
-def _constant(text: str) -> Node:
+def _make_constant(text: str) -> Node:
     return lambda step: text
 
 

@@ -25,31 +25,31 @@ def parse(text: str) -> ParsedPrompt:
 def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:
     r"""Parse brackets into pieces with weights; `\(` and `\)` are plain brackets."""
     pieces: list[Piece] = []
-    for part, is_group in _split_groups(text):
-        if not is_group:
-            pieces.append(Piece(re.sub(r"\\([()])", r"\1", part), weight))
-        elif match := WEIGHT.match(part):
+    for group, is_bracketed in _split_groups(text):
+        if not is_bracketed:
+            pieces.append(Piece(re.sub(r"\\([()])", r"\1", group), weight))
+        elif match := WEIGHT.match(group):
             pieces += parse_weights(match[1], float(match[2]))
         else:
-            pieces += parse_weights(part, weight * ROUND_FACTOR)
+            pieces += parse_weights(group, weight * ROUND_FACTOR)
     return [piece for piece in pieces if piece.text]
 
 
 def _split_groups(text: str) -> list[tuple[str, bool]]:
     """Split a text into (text, whether it was in brackets), without these brackets."""
-    parts: list[tuple[str, bool]] = []
+    groups: list[tuple[str, bool]] = []
     depth, current = 0, ""
     for token in TOKENS.findall(text):
         if token == "(":
             depth += 1
             if depth == 1:
-                parts.append((current, False))
+                groups.append((current, False))
                 current = ""
                 continue
         elif token == ")":
             depth -= 1
             if depth == 0:
-                parts.append((current, True))
+                groups.append((current, True))
                 current = ""
                 continue
             if depth < 0:
@@ -57,4 +57,4 @@ def _split_groups(text: str) -> list[tuple[str, bool]]:
         current += token
     if depth:
         raise ArgumentError(rf"`(` is not closed in {quote(text)}: `\(` is a plain bracket")
-    return [*parts, (current, False)]
+    return [*groups, (current, False)]

@@ -1,7 +1,7 @@
 """Parse the syntax of compel, which InvokeAI uses.
 
-    word+ word-- (a b)++ "a b"1.3 (a b)1.3    weight 1.1 per plus, 0.9 per minus, or the number
-    ("one", "another").blend(0.7, 0.3)        mixture of contexts; no_normalize keeps the weights
+    word+ word-- (a b)++ "a b"1.3 (a b)1.3    factor 1.1 for each plus, 0.9 for each minus, or 1.3
+    ("one", "another").blend(0.7, 0.3)        weighted sum of contexts; no_normalize keeps the sum
     ("one", "another").and(1, 0.5)            concatenated contexts, with weights
     cat.swap(dog, t_start=0.2, t_end=1)       cat, but dog between these fractions of the steps
 
@@ -59,32 +59,33 @@ def parse(text: str, steps: int) -> ParsedPrompt:
     _check_brackets(text)
     if LORA.search(text):
         raise ArgumentError(f"withLora is not supported, pass LoRAs separately: {quote(text)}")
-    mixtures = _parse_operators(re.sub(r",(\S)", r", \1", text))
-    texts = [items for mixture in mixtures for items in mixture.items]
+    blends = _parse_operators(re.sub(r",(\S)", r", \1", text))
+    texts = [items for blend in blends for items in blend.texts]
     swaps = [item for items in texts for item in items if isinstance(item, Swap)]
-    bounds = {_first_step(fraction, steps) for swap in swaps for fraction in (swap.start, swap.end)}
-    ends = sorted(end - 1 for end in bounds if 0 < end < steps)
-    entries = [(end, _build_prompt(mixtures, end, steps)) for end in [*ends, steps]]
+    fractions = {fraction for swap in swaps for fraction in (swap.start, swap.end)}
+    first_steps = {_find_first_step(fraction, steps) for fraction in fractions}
+    last_steps = [*sorted(first - 1 for first in first_steps if 0 < first < steps), steps]
+    entries = [(last, _build_prompt(blends, last, steps)) for last in last_steps]
     return ParsedPrompt((PromptSteps(tuple(entries)),))
 
 
 @dataclass(frozen=True)
-class _Mixture:
-    """The items of each text of a blend, with their factors; usually one text."""
+class _Blend:
+    """A `Part` before swaps are applied: the items of each text, usually of one."""
 
-    items: tuple[Items, ...]
+    texts: tuple[Items, ...]
     mix: tuple[float, ...] = (1.0,)
     weight: float = 1.0
 
 
-def _build_prompt(mixtures: list[_Mixture], step: int, steps: int) -> Prompt:
+def _build_prompt(blends: list[_Blend], step: int, steps: int) -> Prompt:
     parts = [
         Part(
-            tuple((_build_section(items, step, steps),) for items in mixture.items),
-            mixture.mix,
-            mixture.weight,
+            tuple((_build_section(items, step, steps),) for items in blend.texts),
+            blend.mix,
+            blend.weight,
         )
-        for mixture in mixtures
+        for blend in blends
     ]
     return Prompt("compel", tuple(parts))
 
@@ -96,12 +97,12 @@ def _build_section(items: Items, step: int, steps: int) -> Section:
         if isinstance(item, Piece):
             pieces.append(item)
         else:
-            is_edited = _first_step(item.start, steps) <= step < _first_step(item.end, steps)
-            pieces += item.edited if is_edited else item.original
+            start, end = (_find_first_step(fraction, steps) for fraction in (item.start, item.end))
+            pieces += item.edited if start <= step < end else item.original
     return join_pieces(pieces, " ")
 
 
-def _first_step(fraction: float, steps: int) -> int:
+def _find_first_step(fraction: float, steps: int) -> int:
     """Return the first step at or after a fraction of the steps; 1 is after all of them."""
     # Rounded, as 0.07 of 100 steps is 7.000000000000001 in floats.
     return math.ceil(round(fraction * steps, 6)) if fraction < 1 else steps + 1
@@ -118,14 +119,14 @@ def _check_brackets(text: str) -> None:
         raise ArgumentError(rf"{problem} in {quote(text)}: `\(` and `\)` are plain brackets")
 
 
-def _parse_operators(text: str) -> list[_Mixture]:
+def _parse_operators(text: str) -> list[_Blend]:
     """Parse a whole prompt: a blend, texts joined by `and`, or a single text."""
     parser = _Parser(text)
     texts = parser.parse_list()
     parser.skip_space()
     operator = re.compile(r"\.(blend|and|add)\s*\(").match(text, parser.position)
     if texts is None or operator is None:
-        return [_Mixture((_Parser(text).parse_prompt(),))]
+        return [_Blend((_Parser(text).parse_prompt(),))]
     parser.position = operator.end()
     options = parser.parse_options()
     is_closed = options is not None and parser.take(")")
@@ -133,10 +134,10 @@ def _parse_operators(text: str) -> list[_Mixture]:
         raise ArgumentError(f"a prompt must end with its .{operator[1]}(…), got {quote(text)}")
     weights = _parse_weights(options, len(texts), operator[1])
     if operator[1] != "blend":
-        return [_Mixture((items,), weight=w) for items, w in zip(texts, weights, strict=True)]
+        return [_Blend((items,), weight=w) for items, w in zip(texts, weights, strict=True)]
     if any(isinstance(item, Swap) for items in texts for item in items):
         raise ArgumentError(f"a blend cannot contain .swap(…), got {quote(text)}")
-    return [_Mixture(tuple(texts), tuple(weights))]
+    return [_Blend(tuple(texts), tuple(weights))]
 
 
 def _parse_weights(options: list[tuple[str, str]], count: int, operator: str) -> list[float]:
@@ -208,16 +209,16 @@ class _Parser:
                 self.parse_swap, self.parse_attention, self.parse_quoted, self.parse_round
             )
             if parsed is None:
-                parsed = [_piece(self.match(FREE_WORD) or "")]
+                parsed = [_make_piece(self.match(FREE_WORD) or "")]
             items += parsed
 
-    def parse_fragment(self, *others: Callable[[], Items | None]) -> Items:
-        """Parse as much valid syntax as possible."""
+    def parse_fragment(self, *more_parsers: Callable[[], Items | None]) -> Items:
+        """Parse as much valid syntax as possible, and what other parsers accept."""
         items: Items = []
         while True:
             parsed = self.try_each(
                 self.parse_attention, self.parse_swap, self.parse_round, self.parse_quoted,
-                self.parse_word, *others,
+                self.parse_word, *more_parsers,
             )  # fmt: skip
             if parsed is None:
                 return items
@@ -229,11 +230,11 @@ class _Parser:
 
     def parse_comma_or_period(self) -> Items | None:
         token = self.match(re.compile(r"[,.]"))
-        return None if token is None else [_piece(token)]
+        return None if token is None else [_make_piece(token)]
 
     def parse_word(self) -> Items | None:
         word = self.match(WORD)
-        return None if word is None else [_piece(word)]
+        return None if word is None else [_make_piece(word)]
 
     def parse_quoted(self) -> Items | None:
         content = self.parse_quotes()
@@ -260,6 +261,7 @@ class _Parser:
         return items if self.take(")") else None
 
     def parse_target(self) -> Items | None:
+        """Parse the text before an operator."""
         return self.try_each(self.parse_quoted, self.parse_round, self.parse_word)
 
     def parse_attention(self) -> Items | None:
@@ -268,21 +270,21 @@ class _Parser:
         items = self.parse_target()
         if items is not None and self.take(".attend") and self.take("("):
             self.skip_space()
-            weight = self.parse_weight(with_number=True)
+            weight = self.parse_weight(takes_number=True)
             return _scale(items, weight) if weight is not None and self.take(")") else None
         self.position = start
-        items, with_number = self.try_each(self.parse_quoted, self.parse_round), True
+        items, takes_number = self.try_each(self.parse_quoted, self.parse_round), True
         if items is None:
-            items, with_number = self.parse_word(), False
+            items, takes_number = self.parse_word(), False
         if items is None:
             return None
-        weight = self.parse_weight(with_number)
+        weight = self.parse_weight(takes_number)
         return None if weight is None else _scale(items, weight)
 
-    def parse_weight(self, with_number: bool) -> float | None:
+    def parse_weight(self, takes_number: bool) -> float | None:
         if signs := self.match(SIGNS):
             return float((PLUS_FACTOR if signs[0] == "+" else MINUS_FACTOR) ** len(signs))
-        number = self.match(NUMBER) if with_number else None
+        number = self.match(NUMBER) if takes_number else None
         return None if number is None else float(number)
 
     def parse_swap(self) -> Items | None:
@@ -338,7 +340,7 @@ class _Parser:
                 return texts if self.take(")") else None
 
 
-def _piece(text: str) -> Piece:
+def _make_piece(text: str) -> Piece:
     return Piece(re.sub(r'\\([()"])', r"\1", text))
 
 

@@ -12,7 +12,7 @@ MAX_QUOTED = 40  # characters of a prompt in messages
 
 
 class PromptWarning(UserWarning):
-    """A part of a prompt that has no effect, or is read literally although it looks like syntax."""
+    """Text of a prompt has no effect, or is read literally although it looks like syntax."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,11 @@ Text = tuple[Section, ...]  # each section starts a new chunk of tokens
 
 @dataclass(frozen=True)
 class Part:
-    """A mixture of texts, usually of one.
+    """A weighted sum (blend) of the contexts of texts, usually of one.
 
     Args:
-        texts: Texts whose contexts are mixed.
         mix: Factor of the context of each text.
-        weight: Factor of the mixture's difference from the context of the empty prompt.
+        weight: Factor of the sum's difference from the context of the empty prompt.
     """
 
     texts: tuple[Text, ...]
@@ -63,7 +62,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSteps:
-    """One prompt of a composition, which may change from step to step.
+    """A subprompt, which may change from step to step.
 
     Args:
         entries: (last step, prompt), in order.
@@ -84,8 +83,8 @@ class ParsedPrompt:
     """A parsed text.
 
     Args:
-        subprompts: Prompts whose guidance is summed, usually one.
-        warnings: Warnings about text that looks like syntax but was read literally.
+        subprompts: Prompts joined by AND, whose guidance is summed; usually one.
+        warnings: About text that looks like syntax but was read literally.
     """
 
     subprompts: tuple[PromptSteps, ...]
@@ -93,7 +92,7 @@ class ParsedPrompt:
 
     @property
     def switch_steps(self) -> frozenset[int]:
-        """Steps after which a prompt may change."""
+        """Steps after which a subprompt may change."""
         return frozenset(last for steps in self.subprompts for last, _ in steps.entries[:-1])
 
 

@@ -10,8 +10,6 @@ from ldm.runtime.errors import ArgumentError, check_name
 __all__ = ["PLAIN", "SYNTAXES", "check_syntax", "parse_prompt"]
 
 PLAIN = "plain"
-
-
 PARSERS: dict[str, Callable[[str, int, bool], ParsedPrompt]] = {
     **{syntax: partial(a1111.parse, syntax=syntax) for syntax in a1111.EMPHASIS_MODES},
     "comfy": lambda text, steps, is_negative: comfy.parse(text),

@@ -38,7 +38,7 @@ def files(tmp_path):
     ("command", "base", "refiner", "wrong", "says"),
     [
         ("txt2img", "refiner", None, "refiner", "is the refiner of Stable Diffusion XL: use"
-         " `img2img`, or give it as `refiner` beside a base model"),
+         " `img2img`, or pass it as `refiner` with a base model"),
         ("txt2img", "inpainting", None, "inpainting", "is an inpainting model: use `inpaint`"),
         ("txt2img", "base", "base", "base", "is Stable Diffusion XL, not the refiner of Stable"
          " Diffusion XL"),

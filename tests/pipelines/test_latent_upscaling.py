@@ -197,7 +197,7 @@ def test_models_for_other_tasks(model, base):
 
 def test_latents_of_another_kind(model, base, monkeypatch):
     monkeypatch.setattr(base, "scale_factor", 0.13025)
-    with pytest.raises(ArgumentError, match="latents of another kind than the upscaler"):
+    with pytest.raises(ArgumentError, match="another latent space than the upscaler"):
         ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(model))
 
 

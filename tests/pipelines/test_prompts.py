@@ -53,7 +53,7 @@ def test_texts_of_the_whole_run_are_read_by_the_syntax_of_prompts(model, name):
     assert not torch.equal(run(model, "(a cat:1.4)"), run(model, "a cat"))
     run(model, LONG)  # nothing is left out, so nothing is warned of
     for text in ("a [cat:dog:0.5]", "a [cat|dog]", "a AND b"):
-        with pytest.raises(ArgumentError, match=f"{name} holds for the whole run, it takes no"):
+        with pytest.raises(ArgumentError, match=f"{name} is the same at all steps, it takes no"):
             run(model, text)
 
 
@@ -158,7 +158,9 @@ def test_text_without_effect_is_said(model):
 
 
 def test_second_prompts_have_the_same_compositions():
-    with pytest.raises(ArgumentError, match="AND splits the prompt into 3 parts, prompt_2 2"):
+    with pytest.raises(
+        ArgumentError, match="AND splits the prompt into 3 subprompts, prompt_2 into 2"
+    ):
         parse_pair(("a AND b AND c", "a AND b"), "a1111", 4)
 
 

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused_in_one_line(family, options, message):
 def test_the_refiner_alone_is_for_img2img():
     with pytest.raises(WrongFamily, match="`xl-refiner.safetensors` is the refiner .* `img2img`"):
         txt2img(model("xl-refiner"), ["a"])
-    with pytest.raises(WrongFamily, match="give it as `refiner` beside a base model"):
+    with pytest.raises(WrongFamily, match="pass it as `refiner` with a base model"):
         inpaint(model("xl-refiner"), ["a"], IMAGE, IMAGE[:, :1])
     with pytest.raises(ArgumentError, match="prompt_2 needs a second text encoder"):
         img2img(model("xl-refiner"), ["a"], IMAGE, prompt_2=["b"])

@@ -31,17 +31,17 @@ IntervalNoise = Callable[[Tensor, float, float], Tensor]
 # (step, x after it, denoised), after each step
 StepCallback = Callable[[int, Tensor, Tensor], None]
 Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> constrained x, before each step
-# yields (x, denoised) after each step, and gets the x to go on from
+# yields (x, denoised) after each step, and is sent the x to continue from
 Steps = Generator[tuple[Tensor, Tensor], Tensor, None]
 
 
-def sampler(steps: Callable[..., Steps]) -> Callable[..., Tensor]:
+def sampler(generate_steps: Callable[..., Steps]) -> Callable[..., Tensor]:
     """Decorate a generator of steps, (denoise, x, sigmas, options) -> Steps, to be a sampler.
 
     The sampler also takes `callback` and `constrain`, and returns x after the last step.
     """
 
-    @wraps(steps)
+    @wraps(generate_steps)
     def sample(
         denoise: Denoise,
         x: Tensor,
@@ -51,14 +51,14 @@ def sampler(steps: Callable[..., Steps]) -> Callable[..., Tensor]:
         constrain: Constrain | None = None,
         **options: object,
     ) -> Tensor:
-        run: Steps | None = None
+        steps: Steps | None = None
         for i, sigma in enumerate(sigmas.tolist()[:-1]):
             x = constrain(x, sigma) if constrain else x
-            if run is None:
-                run = steps(denoise, x, sigmas, **options)
-                x, denoised = next(run)
+            if steps is None:
+                steps = generate_steps(denoise, x, sigmas, **options)
+                x, denoised = next(steps)
             else:
-                x, denoised = run.send(x)
+                x, denoised = steps.send(x)
             if callback:
                 callback(i, x, denoised)
         return x
@@ -96,7 +96,7 @@ def get_ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[flo
 def choose_interval_noise(
     noise: NoiseSampler | None, interval_noise: IntervalNoise | None
 ) -> IntervalNoise | None:
-    """Return `interval_noise`, such as a Brownian path, else `noise` without regard of levels."""
+    """Return `interval_noise`, such as a Brownian path, else `noise` regardless of the levels."""
     if interval_noise is not None or noise is None:
         return interval_noise
     return lambda like, sigma, sigma_next: noise(like)

@@ -161,8 +161,8 @@ def restart(
 ) -> Tensor:
     """Sample by Heun's method with restarts from sigma 0.1 back to 2 (arXiv:2306.14878).
 
-    As in A1111: with 20 steps or more only the ends and the number of `sigmas` are used. Levels are
-    Karras's, with one restart, from 36 steps on two. With fewer steps there is no restart.
+    As in A1111: with 20 steps or more only the ends and the number of `sigmas` are used. The levels
+    are Karras's, with one restart, or two from 36 steps. With fewer steps there is no restart.
     """
     steps_done, sigma = 0, math.inf
     for levels in _split_at_restarts(sigmas.tolist()):
