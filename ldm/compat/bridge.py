@@ -88,9 +88,7 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
         raise WrongFamily("a schedule with timestep options of sgm has no counterpart")
     if model.latent_mean is not None or model.latent_std is not None:
         raise WrongFamily("a mean and standard deviation of latents have no counterpart")
-    configs: dict[str, Any] = {}
-    if family.config_key is not None:
-        configs[family.config_key] = PLACEHOLDER_CONFIG
+    configs: dict[str, Any] = {family.config_key: PLACEHOLDER_CONFIG} if family.config_key else {}
     compat_model = family.compat_class(
         unet_config=dict(PLACEHOLDER_CONFIG),
         first_stage_config=PLACEHOLDER_CONFIG,
@@ -109,9 +107,8 @@ def from_modern(model: ModernLatentDiffusion) -> LatentDiffusion:
     )
     compat_model.model.diffusion_model = _to_compat_unet(model.unet)
     compat_model.first_stage_model = freeze(_to_compat_autoencoder(model.autoencoder))
-    compat_model.cond_stage_model = freeze(
-        _to_compat_text_encoder(model.conditioner.encoders["text"])
-    )
+    text_encoder = _to_compat_text_encoder(model.conditioner.encoders["text"])
+    compat_model.cond_stage_model = freeze(text_encoder)
     compat_model.num_downs = len(model.autoencoder.config.ch_mult) - 1
     family.add_module(compat_model, model.conditioner)
     return compat_model.to(model.device).eval()
@@ -126,29 +123,19 @@ def to_modern(model: LatentDiffusion) -> ModernLatentDiffusion:
         WrongFamily: The model, or a module of it, has no counterpart in this package.
     """
     key = model.model.conditioning_key
-    family = next(
-        (
-            family
-            for family in FAMILIES
-            if isinstance(model, family.compat_class) and family.conditioning_key == key
-        ),
-        None,
-    )
+    families = (family for family in FAMILIES if isinstance(model, family.compat_class))
+    family = next((family for family in families if family.conditioning_key == key), None)
     if family is None:
-        raise WrongFamily(
-            f"a {type(model).__name__} with conditioning_key `{key}` cannot be converted"
-        )
+        name = type(model).__name__
+        raise WrongFamily(f"a {name} with conditioning_key `{key}` cannot be converted")
     betas = model.betas_float64
     if not torch.equal(betas.float(), model.betas.cpu()):  # a program has replaced the buffer
         betas = model.betas.cpu().double()
-    encoders = {
-        "text": _to_modern_text_encoder(model.cond_stage_model),
-        **family.build_encoders(model),
-    }
+    text_encoder = _to_modern_text_encoder(model.cond_stage_model)
     modern = ModernLatentDiffusion(
         unet=_to_modern_unet(model.model.diffusion_model),
         autoencoder=_to_modern_autoencoder(model.first_stage_model),
-        conditioner=Conditioner(join="tokens", **encoders),
+        conditioner=Conditioner(join="tokens", text=text_encoder, **family.build_encoders(model)),
         schedule=Schedule(betas),
         parameterization=model.parameterization,
         scale_factor=float(model.scale_factor),
@@ -370,7 +357,6 @@ def _build_embedder_encoders(model: ImageEmbeddingConditionedLatentDiffusion) ->
     width = augmentor.data_mean.shape[1]
     noise = EmbeddingNoise(timestep_dim=width, max_noise_level=augmentor.max_noise_level)
     noise.set_statistics(augmentor.data_mean, augmentor.data_std)
-    noise.schedule = augmentor.schedule
     _copy_schedule(noise, augmentor, augmentor.schedule)
     return {"image": ImageEmbedding(clip=clip, noise=noise, embedding_key=model.embed_key)}
 

@@ -30,7 +30,7 @@ class TextOutput(NamedTuple):
         last_hidden_state: (B, N, D), after the final norm.
         pooler_output: Vectors at the first end tokens, (B, D); None without token ids.
         hidden_states: The embedding and the output of each block, (B, N, D), before the final norm;
-            None unless asked for.
+            None without `output_hidden_states`.
     """
 
     last_hidden_state: Tensor

@@ -234,11 +234,7 @@ class DPM_Solver:
     def get_time_steps(
         self, skip_type: str, t_T: float, t_0: float, N: int, device: torch.device | str
     ) -> Tensor:
-        """Return N + 1 times from t_T down to t_0.
-
-        Args:
-            skip_type: Evenly spaced in t ("time_uniform"), √t ("time_quadratic") or "logSNR".
-        """
+        """Return N + 1 times from t_T down to t_0, evenly spaced in t, √t or the log SNR."""
         if skip_type == "time_uniform":
             return torch.linspace(t_T, t_0, N + 1, device=device)
         if skip_type == "time_quadratic":

@@ -32,11 +32,11 @@ class CompatFinder:
         if not fullname.startswith("ldm."):
             return None
         parent, _, name = fullname.rpartition(".")
-        vendored = _find_vendored_folders(parent, tuple(sys.path))
+        folders = _find_vendored_folders(parent, tuple(sys.path))
         if isinstance(path, list):
             # The `__path__` of the parent package: other finders shall search these folders, too.
-            path += [folder for folder in vendored if folder not in path]
-        vendored_spec = PathFinder.find_spec(fullname, vendored) if vendored else None
+            path += [folder for folder in folders if folder not in path]
+        vendored_spec = PathFinder.find_spec(fullname, folders) if folders else None
         if vendored_spec is not None and vendored_spec.loader is not None:  # not just a folder
             is_preferred = os.environ.get("LDM_VENDORED") == "1" and (
                 fullname in MODULES or fullname.startswith(VENDORED_PACKAGES)
@@ -52,8 +52,8 @@ class CompatFinder:
             return None
         spec = ModuleSpec(fullname, self, is_package=fullname in PACKAGES)  # type: ignore[arg-type]
         if spec.submodule_search_locations is not None:
-            folders = [os.path.join(folder, name) for folder in path or ()]
-            spec.submodule_search_locations += filter(os.path.isdir, folders)
+            subfolders = [os.path.join(folder, name) for folder in path or ()]
+            spec.submodule_search_locations += filter(os.path.isdir, subfolders)
         return spec
 
     def invalidate_caches(self) -> None:
@@ -86,8 +86,8 @@ def install_finder() -> None:
 def _warn_about_foreign_files() -> None:
     """Warn if another distribution has files in this package, which pip may have overwritten."""
     files = [_get_folder(name) + ".py" for name in ("ldm", *MODULES) if name not in FILES_ON_DISK]
-    foreign = [file for file in files if os.path.isfile(file)]
-    if not foreign:
+    foreign_files = [file for file in files if os.path.isfile(file)]
+    if not foreign_files:
         return
     from importlib.metadata import distributions  # slow to import, and rarely needed
 
@@ -98,7 +98,7 @@ def _warn_about_foreign_files() -> None:
     }
     names = ", ".join(f"`{name}`" for name in sorted(owners - {DISTRIBUTION})) or "another package"
     warnings.warn(
-        f"`{foreign[0]}` belongs to {names}, not to `{DISTRIBUTION}`, which replaces it: "
+        f"`{foreign_files[0]}` belongs to {names}, not to `{DISTRIBUTION}`, which replaces it: "
         f"uninstall both, then install only `{DISTRIBUTION}`",
         RuntimeWarning,
         stacklevel=2,

@@ -169,12 +169,12 @@ class ResBlock(CompatModule, blocks.ResBlock, TimestepBlock):
         swap_classes(self)
 
     def set_original_attributes(self) -> None:
-        conv, linear, dropout = self.in_layers[-1], self.emb_layers[-1], self.out_layers[2]
+        conv, emb_linear, dropout = self.in_layers[-1], self.emb_layers[-1], self.out_layers[2]
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(emb_linear, nn.Linear)
         assert isinstance(dropout, nn.Dropout)
         self.channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.emb_channels, self.dropout = linear.in_features, dropout.p
+        self.emb_channels, self.dropout = emb_linear.in_features, dropout.p
         skip, resampler = self.skip_connection, self.resample
         self.use_conv = isinstance(skip, nn.Conv2d) and skip.kernel_size == (3, 3)
         self.updown = isinstance(resampler, (Upsample, Downsample))
@@ -338,7 +338,7 @@ class UNetModel(CompatModule, unet.UNet):
                 if isinstance(layer, ResBlock):
                     channels = layer.out_channels
                 elif isinstance(layer, (Upsample, Downsample)):
-                    # Again: without a convolution, its own method could not infer them.
+                    # Set again, as they cannot be inferred without a convolution.
                     layer.channels = channels
                     layer.out_channels = channels
 

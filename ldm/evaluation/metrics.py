@@ -60,7 +60,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     Negative eigenvalues are rounding errors, and are set to 0.
     """
-    return _compute_distance(a.mean, a.covariance, b, _compute_square_root(b.covariance))
+    return _compute_distance(a, b, _compute_square_root(b.covariance))
 
 
 def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
@@ -71,8 +71,7 @@ def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
     root = _compute_square_root(reference.covariance)
 
     def compute_distance(x: Tensor) -> float:
-        statistics = Statistics.of(x)
-        return _compute_distance(statistics.mean, statistics.covariance, reference, root)
+        return _compute_distance(Statistics.of(x), reference, root)
 
     x = features.double()
     return Estimate(compute_distance(x), estimate_error(compute_distance, x, seed))
@@ -170,15 +169,14 @@ def _compute_square_root(covariance: Tensor) -> Tensor:
     return root
 
 
-def _compute_distance(
-    mean: Tensor, covariance: Tensor, reference: Statistics, root: Tensor
-) -> float:
+def _compute_distance(statistics: Statistics, reference: Statistics, root: Tensor) -> float:
     """Compute the Fréchet distance; `root` is the square root of the reference's covariance."""
+    covariance = statistics.covariance
     product = root @ covariance @ root
     # √C₁ C₂ √C₁ has the eigenvalues of C₁ C₂, and is symmetric except for rounding.
     eigenvalues = torch.linalg.eigvalsh((product + product.mT) / 2)
     traces = covariance.trace() + reference.covariance.trace()
-    mean_distance = (mean - reference.mean).square().sum()
+    mean_distance = (statistics.mean - reference.mean).square().sum()
     return float(mean_distance + traces - 2 * eigenvalues.clamp(min=0).sqrt().sum())
 
 
