@@ -69,9 +69,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _serve(args: Namespace) -> None:
-    if args.listen and ":" not in (args.auth or ""):
+    has_login = all((args.auth or "").partition(":")[::2])  # neither user nor password is empty
+    if args.listen and not has_login:
         raise ArgumentError("--listen needs a login: --auth USER:PASSWORD")
-    if args.auth is not None and ":" not in args.auth:
+    if args.auth is not None and not has_login:
         raise ArgumentError("the login must be USER:PASSWORD", "auth")  # it may be the password
 
     from ldm.app.backend import Backend
