@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ldm.generate.option_parsers import parse_count
 from ldm.runtime.command import CommandParser
+from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import check_folder_of
 
 __all__ = ["main"]
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
     add(
-        "where",
+        "data",
         nargs="+",
         type=expanduser,
         metavar="DIR|SHARDS",
@@ -66,10 +67,10 @@ def _check(args: Namespace) -> int:
 
     if args.list:
         check_folder_of(args.list, "list")
-    folder = open_folder(args.where)
+    folder = open_folder(args.data)
     if args.pack and folder is None:
-        raise ValueError("only a folder can be packed")
-    report = check(folder or args.where, size=args.size, step=args.step, workers=args.workers)
+        raise ArgumentError(f"only a folder of images can be packed, not `{args.data[0]}`", "pack")
+    report = check(folder or args.data, size=args.size, step=args.step, workers=args.workers)
     print("\n".join(report.lines()))
     if args.list:
         names = "".join(f"{name}\n" for name, _ in report.unreadable)

@@ -52,8 +52,10 @@ def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys)
     assert sum(report.sizes.values()) == 5
     assert report.unreadable == []
     assert report.captions == {"the same": 2, "another": 1}
-    assert main([str(tmp_path / "*.tar"), "--pack", "%d.tar"]) == 1
-    assert "only a folder can be packed" in capsys.readouterr().err
+    shards = str(tmp_path / "*.tar")
+    assert main([shards, "--pack", "%d.tar"]) == 1
+    message = f"only a folder of images can be packed, not `{shards}` (--pack)\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_paths_may_begin_in_the_home_folder(photos, monkeypatch, capsys):
