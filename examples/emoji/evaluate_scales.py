@@ -30,7 +30,7 @@ from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
 from ldm.generate.tasks import TASKS
 from ldm.imaging.pixels import to_pil, to_tensor
 from ldm.imaging.reading import list_images
-from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.files import sha256_of_file, write_atomically
 from ldm.runtime.types import JsonObject
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
@@ -171,7 +171,7 @@ def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageS
         if missing:
             images = load_real_images(folder, [rows[k] for k in missing], seed=start)
             for k, image in zip(missing, to_pil(images), strict=True):
-                with replace_when_written(out / f"{k:05d}.png") as temporary:
+                with write_atomically(out / f"{k:05d}.png") as temporary:
                     image.save(temporary, "PNG")
     return ImageSet("reference", list_images(out))
 

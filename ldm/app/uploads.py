@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldm.imaging.reading import load_image
 from ldm.runtime.errors import MissingFile
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 
 __all__ = ["Uploads"]
 
@@ -54,6 +54,6 @@ class Uploads:
         # The content may have any format; our reader ignores the suffix.
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.png"
         if not path.is_file():
-            with replace_when_written(path) as part:
+            with write_atomically(path) as part:
                 part.write_bytes(content)
         return str(path)

@@ -13,7 +13,7 @@ from ldm.data.dataset import UnreadableSample
 from ldm.data.folder import Folder
 from ldm.data.transforms import get_captions
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 
 __all__ = ["pack"]
 
@@ -42,7 +42,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
             return
         path = Path(pattern % number).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(path) as partial, tarfile.open(partial, "w") as tar:
+        with write_atomically(path) as partial, tarfile.open(partial, "w") as tar:
             for index in shard:
                 _add(tar, folder, index)
         yield path

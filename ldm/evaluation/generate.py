@@ -29,7 +29,7 @@ from ldm.generate.request import Request
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.metadata import hash_pixels, write_png
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.files import read_text, replace_when_written
+from ldm.runtime.files import read_text, write_atomically
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.runtime.types import JsonObject
 
@@ -92,7 +92,7 @@ def write_prompts(out: Path, lines: Sequence[str]) -> Path:
         if recorded == list(lines):
             return path
     out.mkdir(parents=True, exist_ok=True)
-    with replace_when_written(path) as partial:
+    with write_atomically(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     return path
 
@@ -224,7 +224,7 @@ def _check_checkpoint(path: Path, digest: str) -> None:
 
 
 def _write_json(path: Path, options: JsonObject) -> None:
-    with replace_when_written(path) as partial:
+    with write_atomically(path) as partial:
         partial.write_text(json.dumps(options, indent=1), "utf-8")
 
 

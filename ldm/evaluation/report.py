@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ldm.evaluation.figure_labels import XY, place_labels
 from ldm.evaluation.metrics import Estimate
 from ldm.evaluation.score import Result
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +126,7 @@ def save_figure(results: Sequence[Result], out: Path, *, title: str | None = Non
     _draw_labels(axes, labels, lines)
     paths = [out / "figure.svg", out / "figure.png"]
     for path in paths:
-        with replace_when_written(path) as partial:
+        with write_atomically(path) as partial:
             metadata = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(partial, format=path.suffix[1:], dpi=110, metadata=metadata)
     return paths

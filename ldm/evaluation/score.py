@@ -30,7 +30,7 @@ from ldm.imaging.metadata import read_info
 from ldm.imaging.pixels import resize_and_center_crop
 from ldm.imaging.reading import list_images, load_image
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile, errors_as
-from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.files import sha256_of_file, write_atomically
 from ldm.runtime.hashes import get_cache_folder
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -276,7 +276,7 @@ def _read_or_compute(
 def _write_to_cache(path: Path, values: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(path) as partial, partial.open("wb") as file:
+        with write_atomically(path) as partial, partial.open("wb") as file:
             np.save(file, values.cpu().numpy())
     except OSError as error:
         log.warning("features are not cached: %s", error)

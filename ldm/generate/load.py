@@ -19,7 +19,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import is_sdxl, quote_name
 from ldm.pipelines.latent_upscaling import Upscaling
-from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
+from ldm.runtime.device import keep_freed_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import find_cached_sha256
@@ -87,7 +87,7 @@ def load_models(
     dtype = pick_dtype(choice.precision, device, is_small)
     if device.type == "cpu":
         set_threads(threads, is_small)
-        keep_memory()
+        keep_freed_memory()
     set_backend(choice.attention)
     checker_file = find_checker(request)
     checker_device = "cpu" if choice.offload else device

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import CachedDict, cache_sha256, get_cache_folder, hash_file
+from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, hash_file
 
 __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path"]
 
@@ -28,7 +28,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
 # Path of the complete folder, or of the only checkpoint, by "OWNER/NAME" or "OWNER/NAME:VARIANT".
-DOWNLOADS = CachedDict("hub_choices.json")
+DOWNLOADS = JsonCache("hub_choices.json")
 
 
 def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:

@@ -62,7 +62,7 @@ from ldm.loading.weights import (
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import check_model, is_sdxl
 from ldm.runtime.arguments import as_list
-from ldm.runtime.device import pick_wide_dtype
+from ldm.runtime.device import pick_wide_range_dtype
 from ldm.runtime.errors import (
     ArgumentError,
     FileFormatError,
@@ -333,7 +333,7 @@ def _choose_autoencoder_dtype(
         return dtype
     if model.conditioner.find(LowRes) is not None:  # the x4 upscaler's overflows
         return torch.float32
-    return pick_wide_dtype(device) if model.upcast_autoencoder else dtype
+    return pick_wide_range_dtype(device) if model.upcast_autoencoder else dtype
 
 
 def _fill(

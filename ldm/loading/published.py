@@ -21,7 +21,7 @@ from ldm.loading.hub import (
     get_url_path,
 )
 from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
-from ldm.runtime.hashes import CachedDict, find_cached_sha256, find_paths_by_sha256, hash_file
+from ldm.runtime.hashes import JsonCache, find_cached_sha256, find_paths_by_sha256, hash_file
 
 __all__ = [
     "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Place = tuple[str, str] | str  # (repository, file) on the hub, or a URL
 TABLE = Path(__file__).with_name("published.csv")
 # SHA-256 of the first download on this machine, by name of a row without a published SHA-256.
-FIRST_DOWNLOADS = CachedDict("first_downloads.json")
+FIRST_DOWNLOADS = JsonCache("first_downloads.json")
 ROUNDING = 0.01  # relative error of rounded sizes
 
 

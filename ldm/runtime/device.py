@@ -17,10 +17,10 @@ __all__ = [
     "has_amx",
     "has_fast_bf16",
     "is_intel",
-    "keep_memory",
+    "keep_freed_memory",
     "pick_device",
     "pick_dtype",
-    "pick_wide_dtype",
+    "pick_wide_range_dtype",
     "set_threads",
 ]
 
@@ -72,7 +72,7 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
     return torch.float16
 
 
-def pick_wide_dtype(device: torch.device) -> torch.dtype:
+def pick_wide_range_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for a network that overflows in float16: bfloat16 on GPUs that have it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
@@ -122,7 +122,7 @@ def get_free_memory() -> float:
     return min(limits)
 
 
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Make glibc keep freed buffers for reuse, in the whole process; return whether it does.
 
     Otherwise each large activation is mapped, faulted in page by page, and unmapped again.

@@ -19,8 +19,8 @@ __all__ = [
     "is_hidden",
     "list_files",
     "read_text",
-    "replace_when_written",
     "sha256_of_file",
+    "write_atomically",
 ]
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None 
 
 
 @contextmanager
-def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+def write_atomically(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, which replaces `path` after the block.
 
     If the block raises, `path` is unchanged.

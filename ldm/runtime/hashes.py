@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.files import sha256_of_file, write_atomically
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "CachedDict",
+    "JsonCache",
     "cache_sha256",
     "find_cached_sha256",
     "find_paths_by_sha256",
@@ -30,7 +30,7 @@ def get_cache_folder() -> Path:
     return Path(os.environ.get("LDM_CACHE") or f"{base}/ldm").expanduser()
 
 
-class CachedDict:
+class JsonCache:
     """A dict stored as JSON in the cache folder.
 
     Errors of reading and writing are ignored: a program works without its cache.
@@ -51,7 +51,7 @@ class CachedDict:
         """Add or replace an entry."""
         try:
             self._path().parent.mkdir(parents=True, exist_ok=True)
-            with replace_when_written(self._path()) as temporary:
+            with write_atomically(self._path()) as temporary:
                 temporary.write_text(json.dumps({**self.read(), key: value}, indent=1), "utf-8")
         except OSError:
             pass
@@ -60,7 +60,7 @@ class CachedDict:
         return get_cache_folder() / self.name
 
 
-HASHES = CachedDict("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]
+HASHES = JsonCache("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]
 
 
 def hash_file(path: str | Path) -> str:

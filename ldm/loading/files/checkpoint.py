@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm.loading.files.pickles import load_pickle
 from ldm.loading.weight_names import remove_wrappers
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
-from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.files import sha256_of_file, write_atomically
 from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -213,7 +213,7 @@ def write_checkpoint(
         name: _TensorToWrite(value, dtype, mapped and isinstance(value, Tensor))
         for name, value in state.items()
     }
-    with replace_when_written(path, sync=True) as temporary:
+    with write_atomically(path, sync=True) as temporary:
         try:
             if suffix == ".safetensors":
                 texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}

@@ -16,7 +16,7 @@ from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.model import LatentDiffusion, LatentSpace
 from ldm.pipelines.families import quote_name
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent"]
@@ -63,7 +63,7 @@ def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonM
     latent = model.denormalize(z[None].detach().float())
     tensors = {LATENT: latent.cpu().contiguous(), VERSION: torch.empty(0)}
     texts = {INFO: json.dumps(info, default=str), SPACE: json.dumps(asdict(model.latent_space))}
-    with replace_when_written(path) as part:
+    with write_atomically(path) as part:
         part.write_bytes(save(tensors, texts))
 
 

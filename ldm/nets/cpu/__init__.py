@@ -6,7 +6,7 @@
     float32 products by MKL, slow on some processors           -> by oneDNN there (`products`)
     feed-forward layer of many tokens                          -> in blocks that stay in cache
     weights transformed, contexts projected in every call      -> once within `cache_weights`
-    large buffers returned to the system after every use       -> `keep_memory`
+    large buffers returned to the system after every use       -> `keep_freed_memory`
 
 This applies to plain CPU tensors of the dtype of the weights, not under autocast, torch.compile or
 torch.func, nor after `enable(False)`; everything else uses torch's own operators. Switch it off to
@@ -23,7 +23,7 @@ from ldm.nets.cpu.layers import (
 )
 from ldm.nets.cpu.support import applies, enable
 from ldm.nets.cpu.weight_cache import cache_weights
-from ldm.runtime.device import keep_memory
+from ldm.runtime.device import keep_freed_memory
 
 __all__ = [
     "applies",
@@ -32,7 +32,7 @@ __all__ = [
     "conv2d",
     "enable",
     "group_norm",
-    "keep_memory",
+    "keep_freed_memory",
     "linear",
     "linear_of_context",
     "upsample_conv2d",

@@ -19,7 +19,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ArgumentError
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 from ldm.train.batches.images import open_images
 from ldm.train.config.schema import ClassImages
 from ldm.train.distributed.parallel import eval_mode
@@ -72,5 +72,5 @@ def sample_class_images(
                 model, [prompt] * len(seeds), steps=steps, scale=GUIDANCE_SCALE, seeds=seeds
             )
         for seed, image in zip(seeds, to_pil(images), strict=True):
-            with replace_when_written(folder / f"{seed:05}.png") as temporary:
+            with write_atomically(folder / f"{seed:05}.png") as temporary:
                 write_png(temporary, image, {"prompt": prompt, "seed": seed, "steps": steps})

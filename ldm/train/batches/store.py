@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.data.shards import Shards
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 
 __all__ = ["Store", "digest", "digest_weights", "fill_from_shards"]
 
@@ -127,7 +127,7 @@ class Store:
         names = entries[0][1]
         tensors = {name: torch.stack([entry[name] for _, entry in entries]) for name in names}
         path = self.folder / f"{self.prefix}-{digest(keys)[:16]}.pt"
-        with replace_when_written(path, sync=True) as temporary:
+        with write_atomically(path, sync=True) as temporary:
             torch.save({"keys": keys, **tensors}, temporary)
         self._open(path)
 

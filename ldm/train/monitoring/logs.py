@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.imaging import pixels, reading
-from ldm.runtime.files import replace_when_written
+from ldm.runtime.files import write_atomically
 from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import Ranks
 
@@ -258,7 +258,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        replace_when_written(path) as temporary,
+        write_atomically(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
