@@ -12,7 +12,7 @@ from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.commands.main import main
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import read_checkpoint
 from train.tinyrun import QUICK, TINY
@@ -62,7 +62,7 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tiny.safetensors").write_bytes(MODEL.read_bytes())
-    choice = ModelChoice(device="cpu", precision="full")
+    choice = ModelOptions(device="cpu", precision="full")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", choice, Limits())
     assert Page(backend, str).build().blocks
     gc.collect()

@@ -152,7 +152,7 @@ def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
         "precision": args.precision,
         "no_watermark": True,
     }
-    base = TASKS["txt2img"].request(values)
+    base = TASKS["txt2img"].build_request(values)
     label = Path(args.ckpt or "demo").stem
     settings = [
         Setting(label, replace(base, sampling=replace(base.sampling, scale=scale)))

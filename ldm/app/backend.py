@@ -26,11 +26,11 @@ from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
-from ldm.generate.groups import SDXL, ModelChoice, Sampling, UpscalerChoice
+from ldm.generate.groups import SDXL, ModelOptions, Sampling, UpscalerOptions
 from ldm.generate.info import Info, describe_run
 from ldm.generate.load import Models, load_models
 from ldm.generate.option_parsers import parse_lora
-from ldm.generate.options import Value, options_of
+from ldm.generate.options import Value, get_options
 from ldm.generate.replay import (
     compare_infos,
     compare_results,
@@ -79,7 +79,7 @@ class Backend:
         self,
         library: Library,
         outdir: str | Path,
-        choice: ModelChoice,
+        choice: ModelOptions,
         limits: Limits,
         memory: float | None = None,
     ) -> None:
@@ -112,7 +112,7 @@ class Backend:
             raise ArgumentError("lora is not a list", "lora")
         loras = self.library.find_lora_files(parse_lora(str(lora)) for lora in chosen)
         addons = self.library.find_addon_files(values)
-        ignored = {"lora", *options_of(UpscalerChoice if entry.is_sdxl else SDXL)}
+        ignored = {"lora", *get_options(UpscalerOptions if entry.is_sdxl else SDXL)}
         if COMPONENT not in addons:
             ignored.add("unsafe")
         if "refiner" not in addons and entry.family != "refiner":
@@ -122,7 +122,7 @@ class Backend:
         if values.get("dynamic_prompts"):
             values["wildcards"] = self.library.find_wildcards()
         embeddings = self.library.list_embeddings()
-        return self._set_model(task.request(values), entry, loras, embeddings)
+        return self._set_model(task.build_request(values), entry, loras, embeddings)
 
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message for the user."""
@@ -263,7 +263,7 @@ class Backend:
         if recorded.model.overrides or info["overrides"]:
             raise ArgumentError("it was made with overrides: use `ldm replay`")
         entry = self.library.find_recorded_model(info, recorded.task)
-        request = recorded.task.request(self._find_recorded_values(info, recorded))
+        request = recorded.task.build_request(self._find_recorded_values(info, recorded))
         names = {file: name for name, (file, _) in self.library.loras.items()}
         recorded_loras = info.get("loras", ())
         files = _find_files(recorded_loras, names, "--lora")
@@ -278,10 +278,10 @@ class Backend:
 
     def _find_recorded_values(self, info: dict[str, Any], recorded: Request) -> dict[str, Value]:
         """Return the options of an image that a visitor may set, with the server's own files."""
-        input_options = options_of(recorded.task.inputs)
+        input_options = get_options(recorded.task.inputs)
         allowed = {name for name, (option, _) in input_options.items() if not option.is_path}
-        allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
-        allowed |= options_of(UpscalerChoice).keys()
+        allowed |= get_options(Sampling).keys() | get_options(SDXL).keys() | {"no_watermark"}
+        allowed |= get_options(UpscalerOptions).keys()
         values = {key: value for key, value in recorded.get_values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
@@ -295,7 +295,7 @@ class Backend:
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
         values |= recorded_defaults(info, recorded)
         for kind in ("vae", "refiner", "upscaler"):
-            if kind in recorded.task.options():
+            if kind in recorded.task.options:
                 values[kind] = self._find_recorded_addon(kind, info)
         return values
 

@@ -27,7 +27,7 @@ from ldm.diffusion.scheduler_options import SCHEDULERS_WITH_RHO
 from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
 from ldm.generate.option_parsers import parse_count, parse_fraction
-from ldm.generate.options import Option, Value, options_of
+from ldm.generate.options import Option, Value, get_options
 from ldm.generate.replay import eta_of
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
@@ -195,21 +195,23 @@ class TaskForm:
     def __init__(self, task: Task, limits: Limits) -> None:
         self.task = task
         self.limits = limits
-        options = {name: row for name, row in task.options().items() if row[0].label}
-        inputs = [name for name in options_of(task.inputs) if name in options]
+        options = {name: row for name, row in task.options.items() if row[0].label}
+        inputs = [name for name in get_options(task.inputs) if name in options]
         self.images = {name: _make_image_field(options[name][0]) for name in inputs
                        if options[name][0].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
-        prompts = [name for name in options_of(Prompts) if name in options and name not in SETTINGS]
+        prompts = [
+            name for name in get_options(Prompts) if name in options and name not in SETTINGS
+        ]
         self.prompts = {name: self._field(name, *options[name]) for name in prompts}
         self.options = {name: self._field(name, *options[name]) for name in inputs
                         if not options[name][0].is_path and name != "mask_box"
                         and not (name == "resize_mode" and task.enlarges)}  # fmt: skip
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
-        sdxl = options_of(SDXL) if "sdxl" in task.groups() else {}
+        sdxl = get_options(SDXL) if "sdxl" in task.groups else {}
         self.sdxl = {name: self._field(name, *options[name]) for name in sdxl if name in options}
-        upscaling = options_of(UpscalerChoice) if "upscaling" in task.groups() else {}
+        upscaling = get_options(UpscalerOptions) if "upscaling" in task.groups else {}
         self.upscaling = {name: self._field(name, *options[name]) for name in upscaling}
 
     @property
@@ -239,7 +241,7 @@ class TaskForm:
             values["seed"] = secrets.randbelow(MAX_SEED)
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
-        defaults = {name: default for name, (_, default) in self.task.options().items()}
+        defaults = {name: default for name, (_, default) in self.task.options.items()}
         shown = list_step_noise_fields(values["sampler"])
         values |= {name: defaults[name] for name in STEP_NOISE_OPTIONS if name not in shown}
         if values["scheduler"] not in SCHEDULERS_WITH_RHO:
@@ -253,7 +255,7 @@ class TaskForm:
                 values = {key: value for key, value in values.items() if key not in dependents}
         if self.task.enlarges:  # by a fixed factor
             values["width"] = values["height"] = None
-        for name, (option, default) in self.task.options().items():
+        for name, (option, default) in self.task.options.items():
             if name in values and default is None:
                 values[name] = values[name] or None  # 0 and "" mean "not given"
             elif name in self.options and option.is_list:
@@ -314,7 +316,7 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     texts = ("sigmas", "sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
-    values |= {name: _format_value(info.get(name)) for name in (*texts, *options_of(SDXL))}
+    values |= {name: _format_value(info.get(name)) for name in (*texts, *get_options(SDXL))}
     values["guidance_interval"] = _format_value(request.get("guidance_interval"))
     strength = info.get("refiner_strength")
     values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)

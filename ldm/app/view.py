@@ -62,7 +62,7 @@ def explain_to_user(error: BaseException) -> str:
     if is_out_of_memory(error):
         return text + MEMORY_HINT
     name = error.argument if isinstance(error, LdmError) else None
-    rows = (task.options().get(name or "") for task in TASKS.values())
+    rows = (task.options.get(name or "") for task in TASKS.values())
     label = next((row[0].label for row in rows if row), "")
     return text if label.lower() in text.lower() else f"{text} ({label})"
 

@@ -10,9 +10,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from ldm.generate.command_line import add_options
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.generate.option_parsers import parse_count, parse_positive
-from ldm.generate.options import options_of
+from ldm.generate.options import get_options
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import ArgumentError
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         " may be given several times (default: those in MODELS/vae_approx, else a linear map)"
     )
     add("--preview", action="append", default=[], metavar="FILE", help=text)
-    options = options_of(ModelChoice)
+    options = get_options(ModelOptions)
     add_options(parser.add_group("models"), {name: options[name] for name in MODEL_OPTIONS})
     return parser.run(_serve, argv)
 
@@ -79,7 +79,7 @@ def _serve(args: Namespace) -> None:
     from ldm.app.library import Library
     from ldm.app.limits import Limits
 
-    model_choice = ModelChoice(
+    model_choice = ModelOptions(
         device=args.device,
         precision=args.precision,
         attention=args.attention,

@@ -19,8 +19,8 @@ from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from ldm.generate.command_line import add_options
-from ldm.generate.groups import ModelChoice
-from ldm.generate.options import options_of
+from ldm.generate.groups import ModelOptions
+from ldm.generate.options import get_options
 from ldm.runtime.command import CommandParser
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="file with mean and standard deviation of CLIP's embeddings, for unCLIP-L",
     )
     add("--force", action="store_true", help="replace an existing target")
-    options = options_of(ModelChoice)
+    options = get_options(ModelOptions)
     add_options(add, {name: options[name] for name in ("lora", "vae", "text_encoder")})
     return parser.run(_convert, argv)
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.command_line import add_options
-from ldm.generate.groups import GROUPS, SDXL, ModelChoice, Sampling
+from ldm.generate.groups import GROUPS, SDXL, ModelOptions, Sampling
 from ldm.generate.option_parsers import parse_count, parse_natural, parse_number
-from ldm.generate.options import options_of
+from ldm.generate.options import get_options
 from ldm.generate.tasks import TASKS
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import ArgumentError, check_name, errors_about
@@ -141,13 +141,13 @@ def _build_parser(prog: str | None) -> CommandParser:
     )
     add("--title", metavar="TEXT", help="title of the figure")
     names: dict[str, Iterable[str]] = {
-        "model": options_of(ModelChoice),
-        "sampling": ("negative_prompt", "n_samples", *options_of(Sampling)),
-        "sdxl": options_of(SDXL),
+        "model": get_options(ModelOptions),
+        "sampling": ("negative_prompt", "n_samples", *get_options(Sampling)),
+        "sdxl": get_options(SDXL),
     }
     own = ("ckpt", "scale", "sampler", "steps")  # those above, which take several values
     for group, chosen in names.items():
-        options = {name: TASK.options()[name] for name in chosen if name not in own}
+        options = {name: TASK.options[name] for name in chosen if name not in own}
         add_options(parser.add_group(GROUPS[group]), options)
     return parser
 
@@ -220,10 +220,10 @@ def _make_settings(
 
     for ckpt in args.ckpt or ():
         find_weights(ckpt, "ckpt", args.variant)  # before anything is written
-    values = {name: value for name, value in vars(args).items() if name in TASK.options()}
+    values = {name: value for name, value in vars(args).items() if name in TASK.options}
     values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
     values["from_file"] = str(write_prompts(out, [source.text for source in sources]))
-    base = TASK.request(values)
+    base = TASK.build_request(values)
     settings = []
     labels = _make_labels(args.ckpt or [None]).items()
     for (label, ckpt), sampler, count, scale in product(

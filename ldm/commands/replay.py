@@ -16,8 +16,8 @@ from dataclasses import replace
 from os.path import expanduser
 
 from ldm.generate.command_line import add_options, to_argv
-from ldm.generate.groups import GROUPS, SDXL, ModelChoice, UpscalerChoice
-from ldm.generate.options import options_of
+from ldm.generate.groups import GROUPS, SDXL, ModelOptions, UpscalerOptions
+from ldm.generate.options import get_options
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import FileFormatError, errors_as
 from ldm.runtime.files import check_folder_of
@@ -25,9 +25,9 @@ from ldm.runtime.files import check_folder_of
 __all__ = ["main"]
 
 MODEL_OPTIONS = {
-    **options_of(ModelChoice),
-    "refiner": options_of(SDXL)["refiner"],
-    "upscaler": options_of(UpscalerChoice)["upscaler"],
+    **get_options(ModelOptions),
+    "refiner": get_options(SDXL)["refiner"],
+    "upscaler": get_options(UpscalerOptions)["upscaler"],
 }
 
 
@@ -73,7 +73,7 @@ def _replay(args: Namespace) -> int:
     with errors_as(FileFormatError, summary):
         request = read_request(info, args.image)
     if args.show_command:
-        if "indir" in request.task.options():  # the command for this image of the folder
+        if "indir" in request.task.options:  # the command for this image of the folder
             request = request.with_values({"indir": None})
         words = ["ldm", request.task.name, *to_argv(request.with_values(changes))]
         print(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))

@@ -231,7 +231,7 @@ def _write_json(path: Path, options: JsonObject) -> None:
 def _get_shared_options(setting: Setting) -> JsonObject:
     request = setting.request
     values = request.to_json()
-    defaults = {name: default for name, (_, default) in request.task.options().items()}
+    defaults = {name: default for name, (_, default) in request.task.options.items()}
     return {
         name: value
         for name, value in values.items()

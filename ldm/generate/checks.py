@@ -299,7 +299,7 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     if sampling.freeu is not None and request.sdxl.refiner is not None:
         warnings.append("freeu changes the base, not its refiner")
     values = request.get_values()
-    is_set = {n: values[n] != default for n, (_, default) in request.task.options().items()}
+    is_set = {n: values[n] != default for n, (_, default) in request.task.options.items()}
     if request.prompts.from_file is not None and is_set["prompt"]:
         warnings.append("the prompts are those of from_file: prompt is ignored")
     if values.get("inversion") and sampling.fixed_code:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ldm.generate.groups import GROUPS
-from ldm.generate.options import Option, Value, encode_option, options_of
+from ldm.generate.options import Option, Value, encode_option, get_options
 from ldm.generate.request import Request
 from ldm.generate.tasks import Task
 from ldm.runtime.command import CommandParser
@@ -41,10 +41,10 @@ def build_parser(task: Task, prog: str | None = None) -> CommandParser:
         original=ORIGINAL_FLAGS,
         overrides=True,
     )
-    options = task.options()
-    for name, group in task.groups().items():
+    options = task.options
+    for name, group in task.groups.items():
         add_options(
-            parser.add_group(GROUPS[name]), {name: options[name] for name in options_of(group)}
+            parser.add_group(GROUPS[name]), {name: options[name] for name in get_options(group)}
         )
     return parser
 
@@ -88,9 +88,9 @@ def parse_request(
     """
     parser = parser or build_parser(task)
     args = parser.parse(argv)
-    values = {name: getattr(args, name) for name in task.options()}
+    values = {name: getattr(args, name) for name in task.options}
     try:
-        return task.request(values)
+        return task.build_request(values)
     except ArgumentError as error:
         parser.error(f"{error}{parser.hint(error)}")
 
@@ -99,7 +99,7 @@ def to_argv(request: Request) -> list[str]:
     """Return the arguments that parse to this request, without the name of the command."""
     arguments: list[str] = []
     values = request.get_values()
-    for name, (option, default) in request.task.options().items():
+    for name, (option, default) in request.task.options.items():
         value = values[name]
         if value == default:
             continue

@@ -43,7 +43,7 @@ from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "GROUPS", "SDXL", "Inputs", "ModelChoice", "Output", "Prompts", "Sampling", "UpscalerChoice",
+    "GROUPS", "SDXL", "Inputs", "ModelOptions", "Output", "Prompts", "Sampling", "UpscalerOptions",
 ]  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class ModelChoice:
+class ModelOptions:
     """Which model, its files, device and precision; `overrides` (`key=value`) change the YAML."""
 
     # fmt: off
@@ -349,7 +349,7 @@ class SDXL:
 
 
 @dataclass(frozen=True)
-class UpscalerChoice:
+class UpscalerOptions:
     """An x2 latent upscaler, which doubles latents before they are decoded."""
 
     # fmt: off

@@ -18,7 +18,7 @@ from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.defaults import resolve_sampling
 from ldm.generate.groups import SDXL, Sampling
 from ldm.generate.load import Models, find_checker
-from ldm.generate.options import encode_option, options_of
+from ldm.generate.options import encode_option, get_options
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
 from ldm.imaging.metadata import hash_pixels
@@ -72,7 +72,7 @@ def describe_run(
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     checkpoint = model.provenance["checkpoint"]
-    input_options, values = options_of(request.task.inputs), request.get_values()
+    input_options, values = get_options(request.task.inputs), request.get_values()
     files = {
         name: encode_option(option, values[name])
         for name, (option, _) in input_options.items()
@@ -152,7 +152,7 @@ def dtype_name(model: LatentDiffusion) -> str:
 def _describe_optional(request: Request, sampling: Sampling, models: Models) -> Info:
     """Return entries for options that are set, and for models besides the base."""
     model, upscaler, values = models.base, models.upscaler, request.to_json()
-    names = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *options_of(SDXL))
+    names = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *get_options(SDXL))
     info = {name: values.get(name) for name in names}
     info |= {name: vars(sampling)[name] for name in STEP_NOISE_OPTIONS}
     if sampling.sld is not None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.hub import PREFIX as HUB_PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
@@ -67,7 +67,7 @@ def add_tagged_loras(
     return tuple(combined)
 
 
-def list_local_loras(choice: ModelChoice) -> dict[str, str]:
+def list_local_loras(choice: ModelOptions) -> dict[str, str]:
     """Return the LoRA files that prompts may name: relative POSIX path without suffix -> file.
 
     They are in `lora_dir`, else in each folder `lora` or `loras` beside the checkpoint, beside its
@@ -90,7 +90,7 @@ def list_local_loras(choice: ModelChoice) -> dict[str, str]:
     return files
 
 
-def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
+def _checkpoint_folders(choice: ModelOptions) -> list[Path]:
     """Return the parent of the checkpoint's folder, then its folder, which takes precedence."""
     if choice.ckpt is not None and choice.ckpt.startswith(HUB_PREFIX):
         return []  # it is in the hub's cache or not downloaded yet: nobody keeps LoRAs there

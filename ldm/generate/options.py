@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["Option", "Value", "decode_option", "encode_option", "option", "options_of"]
+__all__ = ["Option", "Value", "decode_option", "encode_option", "get_options", "option"]
 
 Value = Any  # of one option: str, int, float, bool, None, or a tuple of them
 
@@ -75,7 +75,7 @@ def option(
     return field(default=default, metadata={"option": Option(flags, help, parse, **settings)})
 
 
-def options_of(group: type) -> dict[str, tuple[Option, Value]]:
+def get_options(group: type) -> dict[str, tuple[Option, Value]]:
     """Return the options of a group with their defaults, by name."""
     return {field.name: (field.metadata["option"], field.default) for field in fields(group)}
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.option_parsers import parse_count
-from ldm.generate.options import Option, Value, decode_option, options_of
+from ldm.generate.options import Option, Value, decode_option, get_options
 from ldm.imaging.metadata import parse_sampler
 from ldm.runtime.errors import ArgumentError, LdmError, errors_about
 from ldm.runtime.files import read_text
@@ -73,7 +73,7 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """
     with errors_about("from_file"):
         content = read_text(path)
-    options, names = task.options(), _allowed_options(task)
+    options, names = task.options, _allowed_options(task)
     lines = []
     for line_number, text in enumerate(content.splitlines(), start=1):
         try:
@@ -100,9 +100,9 @@ def _find_first_option(text: str, names: Mapping[str, str]) -> re.Match[str] | N
 def _allowed_options(task: "Task") -> dict[str, str]:
     """Return the options that a line may set, by their normalized flags."""
     names = {text: text for text in PROMPTS} | {count: count for count in COUNT_OPTIONS}
-    groups, options = task.groups(), task.options()
+    groups, options = task.groups, task.options
     for group in ("inputs", "sampling", "sdxl"):
-        for name in options_of(groups[group]) if group in groups else ():
+        for name in get_options(groups[group]) if group in groups else ():
             option, _ = options[name]
             has_text_value = not (option.is_path or option.is_switch or option.is_list)
             if has_text_value and name not in RUN_OPTIONS:

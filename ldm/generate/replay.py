@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.generate.batch import generate_batch, start_task
 from ldm.generate.info import COMPARED_KEYS, FILE_KEYS
 from ldm.generate.load import Models
-from ldm.generate.options import Value, options_of
+from ldm.generate.options import Value, get_options
 from ldm.generate.output import add_watermark, to_images
 from ldm.generate.plan import Batch, ImageSpec
 from ldm.generate.request import Request
@@ -75,8 +75,8 @@ def read_request(info: JsonMapping, where: str) -> Request:
     # It was the default, which may have changed since; that of a line is not the run's.
     if values.get("scale") is None and "scale" not in line_values(info):
         values["scale"] = info.get("scale")
-    options = task.options()
-    return task.request({name: value for name, value in values.items() if name in options})
+    options = task.options
+    return task.build_request({name: value for name, value in values.items() if name in options})
 
 
 def line_values(info: JsonMapping) -> JsonObject:
@@ -133,10 +133,10 @@ def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
     # `remake_image` follows the recorded verdict.
-    unused = {"safety_checker", "unsafe", "save_depth"} & request.task.options().keys()
+    unused = {"safety_checker", "unsafe", "save_depth"} & request.task.options.keys()
     values |= dict.fromkeys(unused)
     for key, name in FILE_KEYS.items():
-        if name in changes or name not in request.task.options():
+        if name in changes or name not in request.task.options:
             continue
         files = recorded_files(info, key)
         for file in files:
@@ -240,7 +240,7 @@ def _compare_images(old: Image.Image, new: Image.Image) -> str | None:
 
 def _values_of_v0_1(task: Task, info: JsonMapping) -> JsonObject:
     """Return values of options from an info without "request" (version 0.1)."""
-    names = {**{name: name for name in task.options()}, **V0_1_KEYS}
+    names = {**{name: name for name in task.options}, **V0_1_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
     values = {
         name: info[key]
@@ -257,7 +257,7 @@ def _values_of_v0_1(task: Task, info: JsonMapping) -> JsonObject:
 
 def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
     """Return the options that name input files, with the recorded absolute paths."""
-    files = {name: info.get("inputs", {}).get(name) for name in options_of(task.inputs)}
+    files = {name: info.get("inputs", {}).get(name) for name in get_options(task.inputs)}
     return {
         name: _list_or_first(task, name, [file["path"] for file in recorded])
         for name, recorded in files.items()
@@ -266,7 +266,7 @@ def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
 
 
 def _list_or_first(task: Task, name: str, values: list[Value]) -> Value:
-    return values if task.options()[name][0].is_list else next(iter(values), None)
+    return values if task.options[name][0].is_list else next(iter(values), None)
 
 
 def _hashes_and_weights(info: JsonMapping, key: str) -> list[str]:

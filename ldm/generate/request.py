@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ldm.generate.groups import SDXL, Inputs, ModelChoice, Output, Prompts, Sampling, UpscalerChoice
+from ldm.generate.groups import (
+    SDXL,
+    Inputs,
+    ModelOptions,
+    Output,
+    Prompts,
+    Sampling,
+    UpscalerOptions,
+)
 from ldm.generate.options import Value, decode_option
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, unknown_name
@@ -37,10 +45,10 @@ class Request:
     task: "Task"
     inputs: Inputs
     prompts: Prompts = field(default_factory=Prompts)
-    model: ModelChoice = field(default_factory=ModelChoice)
+    model: ModelOptions = field(default_factory=ModelOptions)
     sampling: Sampling = field(default_factory=Sampling)
     sdxl: SDXL = field(default_factory=SDXL)
-    upscaling: UpscalerChoice = field(default_factory=UpscalerChoice)
+    upscaling: UpscalerOptions = field(default_factory=UpscalerOptions)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
@@ -48,7 +56,7 @@ class Request:
         if sampling.sigmas is not None:
             steps = len(sampling.sigmas) - 1
             # The task's default may be in the request although nobody asked for it.
-            _, default = self.task.options()["steps"]
+            _, default = self.task.options["steps"]
             if sampling.steps not in (default, steps):
                 raise ArgumentError(f"sigmas have {steps} steps, not {sampling.steps}", "steps")
         multiple = 64 if self.sdxl.refiner is not None else 8
@@ -85,7 +93,7 @@ class Request:
             UnknownName: The task does not have the option.
             ArgumentError: The option does not allow the value.
         """
-        options = self.task.options()
+        options = self.task.options
         for name in values:
             if name not in options:
                 kind = f"option of {self.task.name}"
@@ -105,14 +113,14 @@ class Request:
         """
         values = self.get_values()
         if without_folders:
-            options = self.task.options()
+            options = self.task.options
             paths = {name for name in values if options[name][0].is_path} - {"config"}
             values |= {name: _file_names(values[name]) for name in paths}
         json_values: dict[str, Value] = json.loads(json.dumps(values))
         return json_values
 
     def _groups(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.task.groups()}
+        return {name: getattr(self, name) for name in self.task.groups}
 
 
 def _file_names(value: Value) -> Value:

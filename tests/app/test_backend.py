@@ -24,7 +24,7 @@ from ldm.app.page import Page
 from ldm.app.progress import Progress
 from ldm.app.view import describe_info, read_file_info, render_preview, render_progress
 from ldm.commands.main import main
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings
@@ -40,7 +40,7 @@ from tinyupscaler import tiny_config, tiny_upscaler
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
           "upscale": "upscale", "unclip": "unclip"}  # fmt: skip
 LIMITS = Limits(side=256, steps=20, batch=2, batches=2)
-CHOICE = ModelChoice(device="cpu", precision="full")
+CHOICE = ModelOptions(device="cpu", precision="full")
 
 
 @pytest.fixture(scope="module")
@@ -539,7 +539,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
     alone = request(**changes | {"upscaler": ""})
-    assert alone.upscaling == TASKS["txt2img"].request().upscaling
+    assert alone.upscaling == TASKS["txt2img"].build_request().upscaling
     with pytest.raises(ArgumentError, match="unknown upscaler"):
         request(upscaler="../secret.ckpt")
 

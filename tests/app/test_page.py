@@ -26,7 +26,7 @@ from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.commands.main import main
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder
 
@@ -517,7 +517,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
 def test_with_others_a_visitor_sees_no_older_images(tmp_path, is_shared):
     page = pytest.importorskip("ldm.app.page", reason="needs gradio")
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
-    backend = Backend(Library(tmp_path), tmp_path, ModelChoice(), Limits())
+    backend = Backend(Library(tmp_path), tmp_path, ModelOptions(), Limits())
     seeds = [
         info["seed"] for info in page.Page(backend, is_shared=is_shared).jobs.list_images("me")
     ]

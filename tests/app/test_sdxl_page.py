@@ -14,7 +14,7 @@ from ldm.app.library import Library
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.generate.defaults import resolve_sampling
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.model import Defaults
@@ -31,7 +31,7 @@ def backend(tmp_path_factory):
     (folder / "models/sd_xl_turbo_1.0.safetensors").symlink_to(models["xl"])
     demo = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
     shutil.copy(demo, folder / "models")
-    choice = ModelChoice(device="cpu", precision="full")
+    choice = ModelOptions(device="cpu", precision="full")
     return Backend(Library(folder / "models"), folder / "out", choice, Limits())
 
 
@@ -137,6 +137,6 @@ def test_what_does_not_fit_is_refused(backend, model, changes, message):
 def test_fields_of_sdxl_do_nothing_for_other_models(backend):
     changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
     plain = make_request(backend, "demo.safetensors", **changes)
-    assert plain.sdxl == TXT2IMG.request().sdxl
+    assert plain.sdxl == TXT2IMG.build_request().sdxl
     alone = make_request(backend, BASE, **changes | {"refiner": ""})
     assert (alone.sdxl.crop, alone.sdxl.aesthetic_score) == ((8, 8), None)

@@ -13,9 +13,9 @@ import pytest
 from ldm.commands.main import main
 from ldm.generate.command_line import build_parser, parse_request, to_argv
 from ldm.generate.defaults import resolve_sampling
-from ldm.generate.groups import ModelChoice
+from ldm.generate.groups import ModelOptions
 from ldm.generate.option_parsers import SCRIPT_QUIRKS
-from ldm.generate.options import options_of
+from ldm.generate.options import get_options
 from ldm.generate.replay import read_request
 from ldm.generate.tasks import TASKS
 from ldm.model import Defaults
@@ -243,7 +243,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     }
     for task in TASKS.values():
         argvs = []
-        for name, (row, _) in task.options().items():
+        for name, (row, _) in task.options.items():
             word = words.get(name, "8")
             if not row.flags:
                 argvs.append([f"{name}.x=1"])
@@ -271,7 +271,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
 
 
 def test_the_list_of_attention_backends_is_the_true_one():
-    assert set(options_of(ModelChoice)["attention"][0].choices) == set(BACKENDS)
+    assert set(get_options(ModelOptions)["attention"][0].choices) == set(BACKENDS)
 
 
 @pytest.mark.parametrize("task", TASKS)

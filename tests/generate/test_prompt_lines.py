@@ -12,7 +12,7 @@ from ldm.generate.command_line import parse_request
 from ldm.generate.lora_tags import add_tagged_loras, list_local_loras, split_tags
 from ldm.generate.plan import plan_batches
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
-from ldm.generate.request import ModelChoice
+from ldm.generate.request import ModelOptions
 from ldm.generate.tasks import TASKS
 from ldm.generate.wildcards import DynamicPrompts
 from ldm.imaging.metadata import format_parameters, parse_parameters, read_info
@@ -216,4 +216,4 @@ def test_loras_for_a_checkpoint_of_the_hub_are_in_the_current_folder(tmp_path, m
     (tmp_path / "loras").mkdir()
     (tmp_path / "loras/style.safetensors").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert list(list_local_loras(ModelChoice(ckpt="hf:nobody/not-here"))) == ["style"]
+    assert list(list_local_loras(ModelOptions(ckpt="hf:nobody/not-here"))) == ["style"]

@@ -207,7 +207,7 @@ def test_a_command_overrides_it_and_warns(lora, tmp_path, capsys, caplog):
 def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):
     path = tmp_path / "my-lcm.ckpt"
     torch.save({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, path)
-    request = TASKS["txt2img"].request({"ckpt": str(path), "steps": 17})
+    request = TASKS["txt2img"].build_request({"ckpt": str(path), "steps": 17})
     tasks = {(): request.task.prepare(request)}
     (warning,) = find_few_steps_warnings(tasks, plan_batches(request))
     assert "`my-lcm.ckpt` is made for 4 steps" in warning

@@ -5,8 +5,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ldm.generate.groups import SDXL, Inputs, ModelChoice, Output, Prompts, Sampling, UpscalerChoice
-from ldm.generate.options import Option, Value, options_of
+from ldm.generate.groups import (
+    SDXL,
+    Inputs,
+    ModelOptions,
+    Output,
+    Prompts,
+    Sampling,
+    UpscalerOptions,
+)
+from ldm.generate.options import Option, Value, get_options
 from ldm.generate.request import Request
 
 if TYPE_CHECKING:
@@ -87,25 +95,27 @@ class Task:
     enlarges: bool = False
     takes_upscaler: bool = False
 
+    @property
     def groups(self) -> dict[str, type]:
-        """Return the groups of options by the names of their fields in `Request`."""
+        """Groups of options by the names of their fields in `Request`."""
         sdxl = {"sdxl": SDXL} if "text" in self.families else {}
-        upscaling = {"upscaling": UpscalerChoice} if self.takes_upscaler else {}
+        upscaling = {"upscaling": UpscalerOptions} if self.takes_upscaler else {}
         return {
             "inputs": self.inputs,
             "prompts": Prompts,
-            "model": ModelChoice,
+            "model": ModelOptions,
             "sampling": Sampling,
             **sdxl,
             **upscaling,
             "output": Output,
         }
 
+    @property
     def options(self) -> dict[str, tuple[Option, Value]]:
-        """Return (option, default) by name."""
-        return _options(tuple(self.groups().values()), tuple(self.defaults.items()))
+        """(option, default) by name."""
+        return _collect_options(tuple(self.groups.values()), tuple(self.defaults.items()))
 
-    def request(self, values: Mapping[str, object] | None = None) -> Request:
+    def build_request(self, values: Mapping[str, object] | None = None) -> Request:
         """Build a request for this task; options that are not in `values` have their defaults.
 
         Raises:
@@ -115,12 +125,12 @@ class Task:
 
 
 @cache
-def _options(
+def _collect_options(
     groups: tuple[type, ...], defaults: tuple[tuple[str, Value], ...]
 ) -> dict[str, tuple[Option, Value]]:
     options: dict[str, tuple[Option, Value]] = {}
     for group in groups:
-        options |= options_of(group)
+        options |= get_options(group)
     for name, default in defaults:
         options[name] = (options[name][0], default)
     return options
