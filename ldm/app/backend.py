@@ -34,11 +34,11 @@ from ldm.generate.options import Value, get_options
 from ldm.generate.replay import (
     compare_infos,
     compare_results,
-    line_values,
+    get_line_values,
+    get_recorded_defaults,
+    get_recorded_files,
     read_request,
-    recorded_defaults,
-    recorded_files,
-    remake_image,
+    reproduce_image,
 )
 from ldm.generate.request import Request
 from ldm.generate.run import run_request
@@ -153,7 +153,7 @@ class Backend:
         models = self._load(request, prepared, progress, threads=info["threads"])
         progress.make_preview = self.library.make_preview
         progress.begin(models.base, 1)
-        image, depth = remake_image(prepared, models, info, progress.on_step)
+        image, depth = reproduce_image(prepared, models, info, progress.on_step)
         info.pop("image", None)
         new = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
         progress.add_image(info | {"path": str(new)})
@@ -161,7 +161,7 @@ class Backend:
             difference = compare_results(read_info(path), old, image, depth)
         if difference is None:
             return "identical"
-        now = describe_run(request, models, prepared.output_size(models.base))
+        now = describe_run(request, models, prepared.get_output_size(models.base))
         return "; ".join([difference, *compare_infos(info, now)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
@@ -202,7 +202,7 @@ class Backend:
         """Return the file, by its hash, of an add-on that made an image; None if it had none."""
         files = map(str, self.library.list_addons(kind).values())
         place = "a file in the folder vae" if kind == "vae" else "a file in its folder"
-        return next(iter(_find_files(recorded_files(info, kind), files, place)), None)
+        return next(iter(_find_files(get_recorded_files(info, kind), files, place)), None)
 
     def _set_model(
         self,
@@ -247,7 +247,7 @@ class Backend:
         if request.model.lora and (models.refiner or models.upscaler):
             # The cache removed them from the base, with which the second model may share parts.
             set_loras(models.base, request.model.lora)
-        height, width = prepared.output_size(models.base)
+        height, width = prepared.get_output_size(models.base)
         factor = 1 if models.upscaler is None else LATENT_UPSCALE_FACTOR
         is_upscaled = request.task.enlarges or factor > 1
         self.limits.check_output(factor * width, factor * height, is_upscaled)
@@ -259,7 +259,7 @@ class Backend:
         Args:
             name: Name of the image file, for messages.
         """
-        recorded = read_request(info, name).with_values(line_values(info))
+        recorded = read_request(info, name).with_values(get_line_values(info))
         if recorded.model.overrides or info["overrides"]:
             raise ArgumentError("it was made with overrides: use `ldm replay`")
         entry = self.library.find_recorded_model(info, recorded.task)
@@ -293,7 +293,7 @@ class Backend:
         values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
         earlier = info.get("earlier", ())
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
-        values |= recorded_defaults(info, recorded)
+        values |= get_recorded_defaults(info, recorded)
         for kind in ("vae", "refiner", "upscaler"):
             if kind in recorded.task.options:
                 values[kind] = self._find_recorded_addon(kind, info)

@@ -28,7 +28,7 @@ from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
 from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
 from ldm.generate.option_parsers import parse_count, parse_fraction
 from ldm.generate.options import Option, Value, get_options
-from ldm.generate.replay import eta_of
+from ldm.generate.replay import get_eta
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
 from ldm.prompts import PLAIN, SYNTAXES
@@ -309,7 +309,7 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE_OPTIONS)
     values = {name: info[name] for name in names if info.get(name) is not None}
     values |= {name: info.get(name) or value for name, value in UNRECORDED.items()}
-    eta = eta_of(info)
+    eta = get_eta(info)
     values["eta"] = "" if eta is None else f"{eta:g}"
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip

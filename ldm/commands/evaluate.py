@@ -216,10 +216,10 @@ def _make_settings(
     args: Namespace, out: Path, sources: "list[EvaluationPrompt]"
 ) -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
-    from ldm.generate.load import find_weights
+    from ldm.generate.load import find_existing_checkpoint
 
     for ckpt in args.ckpt or ():
-        find_weights(ckpt, "ckpt", args.variant)  # before anything is written
+        find_existing_checkpoint(ckpt, "ckpt", args.variant)  # before anything is written
     values = {name: value for name, value in vars(args).items() if name in TASK.options}
     values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
     values["from_file"] = str(write_prompts(out, [source.text for source in sources]))

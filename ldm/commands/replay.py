@@ -58,9 +58,9 @@ def _replay(args: Namespace) -> int:
         check_inputs,
         compare_infos,
         compare_results,
+        make_replay_request,
         read_request,
-        remake_image,
-        restore_request,
+        reproduce_image,
     )
     from ldm.imaging.metadata import hash_pixels, read_info, write_png
     from ldm.imaging.reading import open_image
@@ -80,10 +80,10 @@ def _replay(args: Namespace) -> int:
         return 0
     with errors_as(FileFormatError, summary):
         check_inputs(info)
-        request = restore_request(info, request, changes)
+        request = make_replay_request(info, request, changes)
     prepared = request.task.prepare(request)
     models = load_models(request, threads=info["threads"])
-    image, depth = remake_image(prepared, models, info)
+    image, depth = reproduce_image(prepared, models, info)
     if args.output:
         shown = depth if info.get("image") == "depth" else image
         write_png(args.output, shown or image, info)
@@ -93,7 +93,7 @@ def _replay(args: Namespace) -> int:
     print(difference or "identical")
     if difference is None:
         return 0
-    size = prepared.output_size(models.base)
+    size = prepared.get_output_size(models.base)
     reasons = compare_infos(info, describe_run(request, models, size))
     if was_edited:
         reasons.append("the file was edited after it was made")

@@ -19,7 +19,7 @@ from pathlib import Path
 from ldm.diffusion.names import SAMPLERS
 from ldm.evaluation.progress import Progress
 from ldm.generate.batch import generate_with_fallback
-from ldm.generate.info import Info, describe_image, describe_run, dtype_name
+from ldm.generate.info import Info, describe_image, describe_run, get_dtype_name
 from ldm.generate.listener import RunListener
 from ldm.generate.load import Models, load_models
 from ldm.generate.output import add_watermark, to_images
@@ -151,7 +151,7 @@ def _generate_with_model(
     """Generate the missing images of all settings of one model."""
     tasks = [setting.request.task.prepare(setting.request) for setting, _ in plans]
     models = load_models(tasks[0].request)
-    size = tasks[0].output_size(models.base)
+    size = tasks[0].get_output_size(models.base)
     infos = [describe_run(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
         _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
@@ -168,7 +168,7 @@ def _generate_batch(
     prepared: PreparedTask, batch: Batch, models: Models, run_info: Info, folder: Path
 ) -> None:
     images = generate_with_fallback(prepared, batch, models, RunListener())
-    run_info["dtype"] = dtype_name(models.base)
+    run_info["dtype"] = get_dtype_name(models.base)
     folder.mkdir(parents=True, exist_ok=True)
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
         info = run_info | describe_image(prepared.request, [batch], 0, row)

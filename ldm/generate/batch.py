@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ldm.generate.defaults import resolve_sampling
-from ldm.generate.info import dtype_name
-from ldm.generate.initial_noise import draw_initial_noise, save_generators, seed_globally
+from ldm.generate.info import get_dtype_name
+from ldm.generate.initial_noise import draw_initial_noise, save_rng_state, seed_globally
 from ldm.generate.listener import RunListener
 from ldm.generate.load import Models
 from ldm.generate.plan import Batch
@@ -31,7 +31,7 @@ OnLatent = Callable[[Tensor], object]  # see `DecodingOptions`
 def start_task(prepared: PreparedTask, model: LatentDiffusion) -> None:
     """Let a task use the model before its first batch, and seed torch for legacy `noise`."""
     prepared.begin(model)
-    seed_globally(prepared.request, model, prepared.output_size(model))
+    seed_globally(prepared.request, model, prepared.get_output_size(model))
 
 
 def generate_with_fallback(
@@ -48,13 +48,13 @@ def generate_with_fallback(
     Raises:
         NonFinite: The model returned NaN or infinity in float32, too, or its weights contain them.
     """
-    restore_generators = save_generators(models.base)
+    restore_generators = save_rng_state(models.base)
     try:
         return generate_batch(prepared, batch, models, listener.on_step, on_latent)
     except NonFinite as error:
         if models.base.dtype == torch.float32 or error.cause:  # a cause that float32 keeps
             raise
-        listener.warn(f"{error} in {dtype_name(models.base)}: continuing in float32")
+        listener.warn(f"{error} in {get_dtype_name(models.base)}: continuing in float32")
     # Not in the handler: the error holds the frames, and with them the tensors, of what failed.
     models.to_float32()
     restore_generators()  # from which legacy `noise` draws
@@ -81,7 +81,7 @@ def generate_batch(
     arguments |= {
         "negative_prompt": [spec.negative_prompt for spec in batch.images],
         "seeds": [spec.seed for spec in batch.images],
-        "x_T": draw_initial_noise(request, model, prepared.output_size(model), batch),
+        "x_T": draw_initial_noise(request, model, prepared.get_output_size(model), batch),
         "callback": callback,
         "on_latent": on_latent,
     }

@@ -35,8 +35,17 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "COMPARED_KEYS", "FILE_KEYS", "FLOAT_WATERMARK", "INTEGER_WATERMARK", "Info", "describe_depth",
-    "describe_image", "describe_run", "dtype_name", "result_size", "watermark_method",
+    "COMPARED_KEYS",
+    "FILE_KEYS",
+    "FLOAT_WATERMARK",
+    "INTEGER_WATERMARK",
+    "Info",
+    "choose_watermark_method",
+    "describe_depth",
+    "describe_image",
+    "describe_run",
+    "get_dtype_name",
+    "get_result_size",
 ]  # fmt: skip
 
 Info = JsonObject  # the metadata of one image, or of all images of a run
@@ -101,7 +110,7 @@ def describe_run(
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
         "syntax": request.prompts.syntax,
-        "payload": watermark_payload(model),
+        "payload": choose_watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": compute_short_hash(checkpoint),
         "ema": choice.ema,
@@ -113,14 +122,14 @@ def describe_run(
         "config_hash": model.provenance["config_hash"],
         "overrides": list(choice.overrides),
         "device": model.device.type,
-        "dtype": dtype_name(model),
+        "dtype": get_dtype_name(model),
         "attention": choice.attention,
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "torch": torch.__version__,
         "ldm": __version__,
         "request": request.to_json(without_folders),
     }
-    info["watermark"] = watermark_method(request, result_size(info), info["payload"])
+    info["watermark"] = choose_watermark_method(request, get_result_size(info), info["payload"])
     return _remove_folders(info) if without_folders else info
 
 
@@ -137,14 +146,14 @@ def _remove_folders(info: Info) -> Info:
     return {key: value if key == "inputs" else reduce(value) for key, value in info.items()}
 
 
-def result_size(info: Info) -> tuple[int, int]:
+def get_result_size(info: Info) -> tuple[int, int]:
     """Return (height, width) of the images of a run: an upscaler doubles "size", the base's."""
     height, width = info["size"]
     factor = LATENT_UPSCALE_FACTOR if "upscaler" in info else 1
     return factor * height, factor * width
 
 
-def dtype_name(model: LatentDiffusion) -> str:
+def get_dtype_name(model: LatentDiffusion) -> str:
     """Return the name of a model's data type, such as float16."""
     return str(model.dtype).removeprefix("torch.")
 
@@ -217,7 +226,7 @@ def describe_depth(depth: Image.Image) -> Info:
     return {"depth_range": list(depth.getextrema()), "sha256_depth": hash_pixels(depth)}
 
 
-def watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
+def choose_watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
     """Return the watermark method for images of a size (height, width); None = no watermark."""
     if request.output.no_watermark or not can_hold(size[::-1]):
         return None
@@ -226,7 +235,7 @@ def watermark_method(request: Request, size: tuple[int, int], payload: str) -> s
     return INTEGER_WATERMARK if "watermark" in request.sampling.legacy else "dwtDctSvd"
 
 
-def watermark_payload(model: LatentDiffusion) -> str:
+def choose_watermark_payload(model: LatentDiffusion) -> str:
     """Return the name in PAYLOADS of what the original scripts embed for this kind of model."""
     if is_sdxl(model):
         return "SDXL"

@@ -11,7 +11,7 @@ from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
 from ldm.pipelines import make_seeded_noise
 
-__all__ = ["draw_initial_noise", "save_generators", "seed_globally"]
+__all__ = ["draw_initial_noise", "save_rng_state", "seed_globally"]
 
 
 def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
@@ -51,7 +51,7 @@ def _latent_shape(model: LatentDiffusion, size: tuple[int, int]) -> tuple[int, i
     return model.channels, height, width
 
 
-def save_generators(model: LatentDiffusion) -> Callable[[], None]:
+def save_rng_state(model: LatentDiffusion) -> Callable[[], None]:
     """Return a function that sets torch's global generators back to their present states."""
     state = torch.get_rng_state()
     is_cuda = model.device.type == "cuda"

@@ -24,7 +24,7 @@ from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import find_cached_sha256
 
-__all__ = ["Models", "find_checker", "find_weights", "load_models"]
+__all__ = ["Models", "find_checker", "find_existing_checkpoint", "load_models"]
 
 SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
 
@@ -68,9 +68,9 @@ def load_models(
         ValueError, FileNotFoundError: See `ldm.load`.
     """
     choice, task = request.model, request.task
-    ckpt = find_weights(choice.ckpt, "ckpt", choice.variant)
-    refiner = find_weights(request.sdxl.refiner, "refiner")
-    upscaler = find_weights(request.upscaling.upscaler, "upscaler")
+    ckpt = find_existing_checkpoint(choice.ckpt, "ckpt", choice.variant)
+    refiner = find_existing_checkpoint(request.sdxl.refiner, "refiner")
+    upscaler = find_existing_checkpoint(request.upscaling.upscaler, "upscaler")
     for path in filter(None, (ckpt, refiner, upscaler)):
         if published := identify_hash(find_cached_sha256(path)):
             log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
@@ -140,7 +140,9 @@ def find_checker(request: Request) -> Path | None:
     return find_safety_checker(folder)
 
 
-def find_weights(name: str | None, argument: str, variant: str | None = None) -> Path | None:
+def find_existing_checkpoint(
+    name: str | None, argument: str, variant: str | None = None
+) -> Path | None:
     """Find a checkpoint by its path or published name; None for None.
 
     Args:

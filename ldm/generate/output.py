@@ -13,13 +13,13 @@ from ldm.generate.info import (
     FLOAT_WATERMARK,
     INTEGER_WATERMARK,
     Info,
+    choose_watermark_method,
     describe_depth,
-    watermark_method,
 )
 from ldm.generate.listener import PATH_KEYS, RunListener
 from ldm.generate.load import Models
 from ldm.generate.request import Request
-from ldm.generate.safety import hide_flagged, log_safety, safety_infos
+from ldm.generate.safety import describe_safety, hide_flagged, log_safety
 from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.output import OutputFolder, get_depth_path
@@ -35,7 +35,7 @@ GRID_LIMIT = 1024  # maximum number of images in a grid, which are kept in memor
 
 log = logging.getLogger(__name__)
 
-ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.protected_pixels`
+ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.get_protected_pixels`
 
 
 def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
@@ -100,7 +100,7 @@ class ImageWriter:
         depths = split_depth(images)
         truncate = "truncate" in self.request.sampling.legacy
         originals = to_images(images, infos[0], truncate=truncate)
-        safety = safety_infos(self.models.safety_checker, originals, output.unsafe)
+        safety = describe_safety(self.models.safety_checker, originals, output.unsafe)
         for row, original in enumerate(originals):
             info = infos[row] | safety[row]
             image, depth = hide_flagged(original, depths[row] if depths else None, info)
@@ -158,7 +158,7 @@ class ImageWriter:
         ]
         # The first image's info, as in A1111's grids, without the files of that image.
         info = {key: value for key, value in first.items() if key not in PATH_KEYS}
-        method = watermark_method(self.request, (grid.height, grid.width), first["payload"])
+        method = choose_watermark_method(self.request, (grid.height, grid.width), first["payload"])
         if method == FLOAT_WATERMARK:  # the pixels of a grid are integers
             method = INTEGER_WATERMARK
         info |= {"task": "grid", "watermark": method, "images": cells}

@@ -24,7 +24,7 @@ from ldm.runtime.ranks import get_rank_and_world_size
 if TYPE_CHECKING:
     from ldm.generate.wildcards import DynamicPrompts
 
-__all__ = ["Batch", "ImageSpec", "LineOptions", "looks_dynamic", "plan_batches"]
+__all__ = ["Batch", "ImageSpec", "LineOptions", "has_dynamic_syntax", "plan_batches"]
 
 SEED_RANGE = 1 << 64  # of torch's generators; seeds are reduced modulo this
 
@@ -118,7 +118,7 @@ def plan_batches(
     return batches_of_rank
 
 
-def looks_dynamic(prompt: str) -> bool:
+def has_dynamic_syntax(prompt: str) -> bool:
     """Return whether a prompt contains what looks like dynamic prompts, such as {a|b}."""
     return DYNAMIC.search(prompt) is not None
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.tokenizer import has_weight_syntax
 from ldm.generate.lora_tags import remove_tags
-from ldm.generate.plan import Batch, looks_dynamic
+from ldm.generate.plan import Batch, has_dynamic_syntax
 from ldm.generate.request import Request
 from ldm.model import LatentDiffusion
 from ldm.pipelines.prompts import (
@@ -52,7 +52,7 @@ def find_prompt_warnings(
     if tagged := next((text for text in second if remove_tags(text) != text), None):
         warnings.append(f"a LoRA in the second prompt is read as plain text: `{tagged}`")
     expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
-    dynamic = next(filter(looks_dynamic, [*prompts, *negatives]), None)
+    dynamic = next(filter(has_dynamic_syntax, [*prompts, *negatives]), None)
     if dynamic is not None and not expands:
         warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
     if request.prompts.syntax != PLAIN:

@@ -1,6 +1,6 @@
 """Make an image again from its info, and compare it with the file.
 
-info in the PNG -> read_request -> restore_request -> remake_image -> compare_results
+info in the PNG -> read_request -> make_replay_request -> reproduce_image -> compare_results
 """
 
 from collections.abc import Callable, Mapping
@@ -33,13 +33,13 @@ __all__ = [
     "check_inputs",
     "compare_infos",
     "compare_results",
-    "eta_of",
-    "line_values",
+    "get_eta",
+    "get_line_values",
+    "get_recorded_defaults",
+    "get_recorded_files",
+    "make_replay_request",
     "read_request",
-    "recorded_defaults",
-    "recorded_files",
-    "remake_image",
-    "restore_request",
+    "reproduce_image",
 ]  # fmt: skip
 
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
@@ -71,21 +71,21 @@ def read_request(info: JsonMapping, where: str) -> Request:
     values = info.get("request") or _values_of_v0_1(task, info)
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
-    values = {**values, "eta": eta_of(values), **_input_paths(task, info)}
+    values = {**values, "eta": get_eta(values), **_input_paths(task, info)}
     # It was the default, which may have changed since; that of a line is not the run's.
-    if values.get("scale") is None and "scale" not in line_values(info):
+    if values.get("scale") is None and "scale" not in get_line_values(info):
         values["scale"] = info.get("scale")
     options = task.options
     return task.build_request({name: value for name, value in values.items() if name in options})
 
 
-def line_values(info: JsonMapping) -> JsonObject:
+def get_line_values(info: JsonMapping) -> JsonObject:
     """Return the options that a line of the prompt file set for an image."""
     line: JsonObject = info.get("line") or {}
     return line
 
 
-def eta_of(values: JsonMapping) -> float | None:
+def get_eta(values: JsonMapping) -> float | None:
     """Return the eta in recorded values; None = the default of the sampler.
 
     Versions in which only DDIM had eta recorded 0 for all samplers.
@@ -109,7 +109,7 @@ def check_inputs(info: JsonMapping) -> None:
             _check_unchanged(file, sha256_of_file, "sha256")
 
 
-def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
+def make_replay_request(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
     """Return the request for one image: its line's options, and models as they were then.
 
     Files are looked for at their recorded paths. That of the checkpoint may be another one of the
@@ -122,23 +122,23 @@ def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -
         MissingFile, ArgumentError: A file is missing, or one besides the checkpoint has changed; or
             packages are needed that `changes` do not allow.
     """
-    request = request.with_values(line_values(info))
+    request = request.with_values(get_line_values(info))
     if request.model.allow_module and "allow_module" not in changes:
         packages = ", ".join(f"`{package}`" for package in request.model.allow_module)
         message = f"made with classes of {packages}: allow it again if you trust the image"
         raise ArgumentError(message, "allow_module")
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
-    values |= recorded_defaults(info, request)
+    values |= get_recorded_defaults(info, request)
     values["device"] = _recorded_device(info["device"])
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
-    # `remake_image` follows the recorded verdict.
+    # `reproduce_image` follows the recorded verdict.
     unused = {"safety_checker", "unsafe", "save_depth"} & request.task.options.keys()
     values |= dict.fromkeys(unused)
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options:
             continue
-        files = recorded_files(info, key)
+        files = get_recorded_files(info, key)
         for file in files:
             _check_unchanged(file, compute_short_hash, "hash", name)
         paths = [(file["path"], file["weight"]) if "weight" in file else file["path"]
@@ -149,7 +149,7 @@ def restore_request(info: JsonMapping, request: Request, changes: JsonMapping) -
     return request.with_values({**values, **changes})
 
 
-def remake_image(
+def reproduce_image(
     prepared: PreparedTask,
     models: Models,
     info: JsonMapping,
@@ -173,11 +173,11 @@ def remake_image(
     original = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
     shown, depth = hide_flagged(original, next(iter(split_depth(image)), None), info)
     assert shown is not None, "an image that was dropped has no file"
-    kept = prepared.protected_pixels() if shown is original else None
+    kept = prepared.get_protected_pixels() if shown is original else None
     return add_watermark(shown, info, kept), depth
 
 
-def recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
+def get_recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
     """Return recorded values of options that were left at their defaults, which may have changed.
 
     Returns:
@@ -188,7 +188,7 @@ def recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
     return {name: info[name] for name in names}
 
 
-def recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:
+def get_recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:
     """Return the files recorded under a key of FILE_KEYS, as a list for one file, too."""
     files = info.get(key) or []
     return [files] if isinstance(files, dict) else files
@@ -270,7 +270,7 @@ def _list_or_first(task: Task, name: str, values: list[Value]) -> Value:
 
 
 def _hashes_and_weights(info: JsonMapping, key: str) -> list[str]:
-    files = recorded_files(info, key)
+    files = get_recorded_files(info, key)
     return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
 
 

@@ -20,7 +20,7 @@ from ldm.generate.checks import (
     find_option_warnings,
 )
 from ldm.generate.defaults import log_variant
-from ldm.generate.info import Info, describe_image, describe_run, dtype_name, result_size
+from ldm.generate.info import Info, describe_image, describe_run, get_dtype_name, get_result_size
 from ldm.generate.listener import RunListener, hides_progress
 from ldm.generate.load import Models, load_models
 from ldm.generate.lora_tags import Loras
@@ -152,7 +152,7 @@ class _InputRun:
                 images = generate_with_fallback(
                     prepared, batch, self.models, self.listener, on_latent
                 )
-                info["dtype"] = dtype_name(self.models.base)
+                info["dtype"] = get_dtype_name(self.models.base)
                 if self.listener.stopped_at is not None:
                     info["unfinished"] = self.listener.stopped_at
                 infos = [
@@ -160,7 +160,7 @@ class _InputRun:
                     for row in range(len(batch))
                 ]
                 latent = latents[-1] if latents else None
-                writer.save(images, infos, prepared.protected_pixels(), latent)
+                writer.save(images, infos, prepared.get_protected_pixels(), latent)
                 if self.listener.stopped_at is not None:
                     raise Stop
         finally:
@@ -181,7 +181,7 @@ class _InputRun:
         key = batch.line_options, batch.loras
         if key not in self._infos:
             prepared = self.tasks[batch.line_options]
-            size = prepared.output_size(self.models.base)
+            size = prepared.get_output_size(self.models.base)
             info = describe_run(prepared.request, self.models, size, self.without_folders)
             if batch.line_options:
                 values = self.request.to_json(self.without_folders)
@@ -192,8 +192,8 @@ class _InputRun:
 
     def _log_size_and_variant(self, info: Info, request: Request) -> None:
         """Log a new size that is too small for a watermark, and a few-step LoRA of the batch."""
-        size = result_size(info)
-        is_new_size = size not in [result_size(other) for other in self._infos.values()]
+        size = get_result_size(info)
+        is_new_size = size not in [get_result_size(other) for other in self._infos.values()]
         if is_new_size and info["watermark"] is None and not self.request.output.no_watermark:
             height, width = size
             log.warning(

@@ -10,7 +10,7 @@ from ldm.generate.info import Info
 from ldm.generate.listener import RunListener
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["hide_flagged", "log_safety", "safety_infos"]
+__all__ = ["describe_safety", "hide_flagged", "log_safety"]
 
 BLUR = 1 / 16  # standard deviation, as a fraction of the image's longer side
 ACTIONS = {None: "kept", "black": "replaced by black", "blur": "blurred",
@@ -19,7 +19,7 @@ ACTIONS = {None: "kept", "black": "replaced by black", "blur": "blurred",
 log = logging.getLogger(__name__)
 
 
-def safety_infos(
+def describe_safety(
     checker: SafetyChecker | None, images: Sequence[Image.Image], unsafe_action: str | None
 ) -> list[Info]:
     """Return the entry of each image for its info: scores, and the action if it is flagged.

@@ -37,7 +37,7 @@ class PreparedTask:
     def __init__(self, request: Request) -> None:
         self.request = request
 
-    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+    def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         """Return (height, width) of the images in pixels: as requested, else the model's own."""
         height, width = self.request.sampling.size
         native_height, native_width = (side * model.downscale for side in model.latent_size)
@@ -56,7 +56,7 @@ class PreparedTask:
         """
         raise NotImplementedError
 
-    def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
+    def get_protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
         """Return (image, mask "1"): where the mask is False, results keep the image's pixels."""
         return None
 

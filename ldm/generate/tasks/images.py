@@ -176,5 +176,5 @@ class PreparedImageTask(PreparedTask):
         super().__init__(request)
         self.image, self.depth = to_tensor(read_image(request)), read_depth(request)
 
-    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+    def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         return self.image.shape[-2], self.image.shape[-1]

@@ -106,7 +106,7 @@ class Inpaint(PreparedImageTask):
             **options,
         )
 
-    def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
+    def get_protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
         from PIL import Image
 
         from ldm.imaging.pixels import to_pil

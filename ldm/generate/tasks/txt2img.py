@@ -20,7 +20,7 @@ class Txt2Img(PreparedTask):
     ) -> "Tensor":
         from ldm import pipelines
 
-        size = self.output_size(model)
+        size = self.get_output_size(model)
         return pipelines.txt2img(model, prompts, size=size, **options)
 
 

@@ -109,7 +109,7 @@ class Unclip(PreparedTask):
         from ldm.pipelines.families import find_family
 
         inputs = self.inputs
-        size = self.output_size(model)
+        size = self.get_output_size(model)
         weights = inputs.weight or None
         if find_family(model.conditioner) == "variation":
             unguided = cast("UnguidedOptions", options)  # `vary` refuses the other keywords

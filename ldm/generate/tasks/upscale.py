@@ -70,10 +70,10 @@ class UpscaleInputs(FolderInputs):
 class Upscale(PreparedImageTask):
     """Enlarge an image four times or twice, or an image with depth to any size."""
 
-    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+    def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         from ldm.pipelines.families import find_family
 
-        height, width = super().output_size(model)
+        height, width = super().get_output_size(model)
         size = self.request.inputs_as(UpscaleInputs).target_size
         family = find_family(model.conditioner)
         if family == "rgbd-upscaling":
@@ -102,7 +102,7 @@ class Upscale(PreparedImageTask):
                 **options,
             )
         if family == "rgbd-upscaling":
-            image, depth = enlarge(self.image, self.depth, self.output_size(model))
+            image, depth = enlarge(self.image, self.depth, self.get_output_size(model))
             return pipelines.upscale_rgbd(
                 model, prompts, image, depth, noise_level=level, **options
             )
@@ -123,7 +123,7 @@ class UpscaleLatent(PreparedTask):
                 raise ArgumentError(f"a latent is doubled as it is, leave {name} out", name)
         self.latent = load_latent(self.inputs.init_img or "")
 
-    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+    def get_output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         from ldm.pipelines.families import find_family, quote_name
 
         if find_family(model.conditioner) != "latent-upscaling":
