@@ -152,7 +152,7 @@ class Backend:
         prepared = request.task.prepare(request)
         models = self._load(request, prepared, progress, threads=info["threads"])
         progress.make_preview = self.library.make_preview
-        progress.begin(models.base, 1)
+        progress.on_start(models.base, 1)
         image, depth = reproduce_image(prepared, models, info, progress.on_step)
         info.pop("image", None)
         new = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
@@ -249,7 +249,7 @@ class Backend:
             set_loras(models.base, request.model.lora)
         height, width = prepared.get_output_size(models.base)
         factor = 1 if models.upscaler is None else LATENT_UPSCALE_FACTOR
-        is_upscaled = request.task.enlarges or factor > 1
+        is_upscaled = request.task.upscales or factor > 1
         self.limits.check_output(factor * width, factor * height, is_upscaled)
         return models
 

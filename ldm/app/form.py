@@ -207,7 +207,7 @@ class TaskForm:
         self.prompts = {name: self._field(name, *options[name]) for name in prompts}
         self.options = {name: self._field(name, *options[name]) for name in inputs
                         if not options[name][0].is_path and name != "mask_box"
-                        and not (name == "resize_mode" and task.enlarges)}  # fmt: skip
+                        and not (name == "resize_mode" and task.upscales)}  # fmt: skip
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
         sdxl = get_options(SDXL) if "sdxl" in task.groups else {}
         self.sdxl = {name: self._field(name, *options[name]) for name in sdxl if name in options}
@@ -253,7 +253,7 @@ class TaskForm:
         for name, dependents in DEPENDENTS.items():
             if not values.get(name):
                 values = {key: value for key, value in values.items() if key not in dependents}
-        if self.task.enlarges:  # by a fixed factor
+        if self.task.upscales:  # by a fixed factor
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options.items():
             if name in values and default is None:

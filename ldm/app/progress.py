@@ -69,7 +69,7 @@ class Progress(RunListener):
             raise Stop
         self.message = message
 
-    def begin(self, model: LatentDiffusion, total: int) -> None:
+    def on_start(self, model: LatentDiffusion, total: int) -> None:
         self.total = total
         self._to_rgb = self.make_preview(model)
         self.set_message("sampling")

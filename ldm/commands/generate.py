@@ -16,9 +16,9 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
     request = parse_request(task, argv, parser)
 
     def work() -> None:
-        from ldm.generate.listener import Console
+        from ldm.generate.listener import ConsoleListener
         from ldm.generate.run import run_request
 
-        run_request(request, Console(request.output.json))
+        run_request(request, ConsoleListener(request.output.json))
 
     return run_command(work, parser)

@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from ldm.generate.listener import hides_progress
+from ldm.generate.listener import is_progress_hidden
 
 __all__ = ["Progress"]
 

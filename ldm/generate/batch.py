@@ -23,14 +23,14 @@ from ldm.pipelines.task import check_clip_skip
 from ldm.prompts import PLAIN
 from ldm.runtime.errors import NonFinite
 
-__all__ = ["generate_batch", "generate_with_fallback", "start_task"]
+__all__ = ["generate_batch", "generate_with_fallback", "set_up_task"]
 
 OnLatent = Callable[[Tensor], object]  # see `DecodingOptions`
 
 
-def start_task(prepared: PreparedTask, model: LatentDiffusion) -> None:
+def set_up_task(prepared: PreparedTask, model: LatentDiffusion) -> None:
     """Let a task use the model before its first batch, and seed torch for legacy `noise`."""
-    prepared.begin(model)
+    prepared.set_up(model)
     seed_globally(prepared.request, model, prepared.get_output_size(model))
 
 

@@ -284,7 +284,7 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     """Return warnings about options that have no effect on a model, or not the expected one."""
     choice, sampling = request.model, request.sampling
     warnings = []
-    if sampling.used_eta != sampling.eta:
+    if sampling.effective_eta != sampling.eta:
         warnings.append(f"sampler `dpm` is deterministic: eta {sampling.eta:g} is ignored")
     if choice.channels not in (None, model.channels):
         warnings.append(f"`C` {choice.channels} is ignored: the model has {model.channels}")

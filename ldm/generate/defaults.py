@@ -32,7 +32,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
         scale=next(scale for scale in scales if scale is not None),
         steps=len(sampling.sigmas) - 1 if sampling.sigmas else sampling.steps or defaults.steps,
         sampler=sampler,
-        eta=eta if sampling.used_eta is None else sampling.used_eta,
+        eta=eta if sampling.effective_eta is None else sampling.effective_eta,
     )
 
 

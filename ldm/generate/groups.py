@@ -257,7 +257,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         noise = StepNoise(
-            self.used_eta,
+            self.effective_eta,
             self.s_churn,
             self.s_tmin,
             self.s_tmax,
@@ -279,7 +279,7 @@ class Sampling:
         )
 
     @property
-    def used_eta(self) -> float | None:
+    def effective_eta(self) -> float | None:
         """Amount of noise between steps; None for `dpm`, where the original ignored it."""
         return None if self.sampler == "dpm" else self.eta
 

@@ -31,7 +31,7 @@ def draw_initial_noise(
     sampling, shape = request.sampling, _latent_shape(model, size)
     is_legacy = "noise" in sampling.legacy
     # The original's demos of these tasks draw in numpy, in float64.
-    if is_legacy and request.task.noise_from_numpy:
+    if is_legacy and request.task.uses_numpy_noise:
         values = np.random.RandomState(sampling.seed).randn(len(batch), *shape)
         return torch.from_numpy(values).float()
     if is_legacy and sampling.fixed_code:

@@ -12,7 +12,7 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import get_rank_and_world_size
 from ldm.runtime.types import JsonObject
 
-__all__ = ["PATH_KEYS", "Console", "RunListener", "hides_progress"]
+__all__ = ["PATH_KEYS", "ConsoleListener", "RunListener", "is_progress_hidden"]
 
 # Keys of an info for the files of an image.
 PATH_KEYS = ("path", "depth_path", "relief_path", "latent_path")
@@ -30,7 +30,7 @@ class RunListener:
 
     stopped_at: int | None = None
 
-    def begin(self, model: LatentDiffusion, total: int) -> None:
+    def on_start(self, model: LatentDiffusion, total: int) -> None:
         """Handle the start of a run of `total` images, of all input images together."""
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
@@ -47,7 +47,7 @@ class RunListener:
         log.warning("%s", message)
 
 
-class Console(RunListener):
+class ConsoleListener(RunListener):
     """Prints paths or JSON of images to stdout, and shows a progress bar for each batch."""
 
     def __init__(self, as_json: bool) -> None:
@@ -55,7 +55,7 @@ class Console(RunListener):
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         if step == 0:
-            self._bar = tqdm(desc="Steps", total=steps, leave=False, disable=hides_progress())
+            self._bar = tqdm(desc="Steps", total=steps, leave=False, disable=is_progress_hidden())
         self._bar.update()
         if step + 1 == steps:
             self._bar.close()
@@ -74,7 +74,7 @@ class Console(RunListener):
             _print_line(str(path))
 
 
-def hides_progress() -> bool:
+def is_progress_hidden() -> bool:
     """Return whether stderr is not a terminal, or this is not the first process."""
     return not sys.stderr.isatty() or get_rank_and_world_size()[0] > 0
 

@@ -154,7 +154,7 @@ def _check_legacy_noise(request: Request, lines: list[PromptLine], world_size: i
         message = "needs the same options for all lines"
     if message is not None:
         raise ArgumentError(f"legacy `noise` {message}", "legacy")
-    if request.task.noise_from_numpy and not 0 <= request.sampling.seed < 1 << 32:
+    if request.task.uses_numpy_noise and not 0 <= request.sampling.seed < 1 << 32:
         raise ArgumentError("legacy `noise` takes seeds 0 … 4294967295 for this task", "seed")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.generate.batch import generate_batch, start_task
+from ldm.generate.batch import generate_batch, set_up_task
 from ldm.generate.info import COMPARED_KEYS, FILE_KEYS
 from ldm.generate.load import Models
 from ldm.generate.options import Value, get_options
@@ -164,7 +164,7 @@ def reproduce_image(
         (image, depth); depth is None for models without.
     """
     spec, request, model = _read_spec(info), prepared.request, models.base
-    start_task(prepared, model)
+    set_up_task(prepared, model)
     for rows in info.get("earlier", ()):  # they drew from the same generator
         generate_batch(prepared, Batch([spec] * rows), models, callback)
     # Other images of its batch only matter by their number, on which kernels and draws depend.

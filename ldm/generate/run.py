@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.generate.batch import generate_with_fallback, start_task
+from ldm.generate.batch import generate_with_fallback, set_up_task
 from ldm.generate.checks import (
     check_loras,
     check_steps,
@@ -21,7 +21,7 @@ from ldm.generate.checks import (
 )
 from ldm.generate.defaults import log_variant
 from ldm.generate.info import Info, describe_image, describe_run, get_dtype_name, get_result_size
-from ldm.generate.listener import RunListener, hides_progress
+from ldm.generate.listener import RunListener, is_progress_hidden
 from ldm.generate.load import Models, load_models
 from ldm.generate.lora_tags import Loras
 from ldm.generate.output import ImageWriter
@@ -86,7 +86,7 @@ def run_request(
             ]
             _warn(listener, model_warnings)
             warned += model_warnings
-            listener.begin(models.base, len(inputs_by_image) * sum(map(len, batches)))
+            listener.on_start(models.base, len(inputs_by_image) * sum(map(len, batches)))
         with warnings.catch_warnings():
             for message in warned:  # which the pipelines would repeat
                 warnings.filterwarnings("ignore", re.escape(message))
@@ -141,7 +141,7 @@ class _InputRun:
         """Make and save the images of each batch; if one fails, still save the grid so far."""
         total = sum(map(len, self.batches))
         writer = ImageWriter(self.request, self.models, self.listener, total)
-        bar = tqdm(self.batches, "Sampling", disable=hides_progress())
+        bar = tqdm(self.batches, "Sampling", disable=is_progress_hidden())
         try:
             for batch_index, batch in enumerate(bar):
                 prepared = self._start(batch)
@@ -172,7 +172,7 @@ class _InputRun:
             set_loras(self.models.base, batch.loras)
         prepared = self.tasks[batch.line_options]
         if batch.line_options not in self._started:
-            start_task(prepared, self.models.base)
+            set_up_task(prepared, self.models.base)
             self._started.add(batch.line_options)
         return prepared
 

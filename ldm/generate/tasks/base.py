@@ -43,7 +43,7 @@ class PreparedTask:
         native_height, native_width = (side * model.downscale for side in model.latent_size)
         return height or native_height, width or native_width
 
-    def begin(self, model: "LatentDiffusion") -> None:
+    def set_up(self, model: "LatentDiffusion") -> None:
         """Do what needs the model before the first batch."""
 
     def generate(
@@ -76,8 +76,8 @@ class Task:
         scale: Default guidance scale for Stable Diffusion 1 and 2.
         demo_model: Path of the demo model for this task; None = the text-to-image demo model.
         example_flags: Flags for a published model, as an example.
-        noise_from_numpy: Whether the original drew the initial noise with numpy.
-        enlarges: Whether its images are larger than its input.
+        uses_numpy_noise: Whether the original drew the initial noise with numpy.
+        upscales: Whether its images are larger than its input.
         takes_upscaler: Whether it may be followed by an x2 latent upscaler.
     """
 
@@ -91,8 +91,8 @@ class Task:
     scale: float = 9.0
     demo_model: str | None = None
     example_flags: str = "--ckpt sd-v2-1 --H 768 --W 768"
-    noise_from_numpy: bool = False
-    enlarges: bool = False
+    uses_numpy_noise: bool = False
+    upscales: bool = False
     takes_upscaler: bool = False
 
     @property

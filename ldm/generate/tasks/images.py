@@ -156,7 +156,7 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
     """Resize an image to the requested size; with legacy `size` to its own, in multiples of 64."""
     from ldm.imaging.pixels import resize_to, resize_to_multiple
 
-    if "size" in request.sampling.legacy and not request.task.enlarges:
+    if "size" in request.sampling.legacy and not request.task.upscales:
         return resize_to_multiple(image, 64)
     mode = request.inputs_as(ImageInputs).resize_mode
     return resize_to(image, request.sampling.size, mode)

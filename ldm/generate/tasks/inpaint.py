@@ -136,5 +136,5 @@ text-to-image model works as well: the unmasked part is then fixed at every step
     scale=10.0,
     demo_model="checkpoints/demo-inpainting.safetensors",
     example_flags="--ckpt sd-v2-inpainting",
-    noise_from_numpy=True,
+    uses_numpy_noise=True,
 )

@@ -84,7 +84,7 @@ class Unclip(PreparedTask):
                 raise ArgumentError(message, name)
         self._prior: Prior | None = None
 
-    def begin(self, model: "LatentDiffusion") -> None:
+    def set_up(self, model: "LatentDiffusion") -> None:
         from ldm.loading.addons.karlo import load_prior
         from ldm.pipelines.families import find_family, quote_name
 

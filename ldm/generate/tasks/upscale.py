@@ -208,6 +208,6 @@ LDM3D-SR enlarges an image with its depth:
     },
     demo_model="checkpoints/demo-upscaler.safetensors",
     example_flags="--ckpt sd-x4-upscaler",
-    noise_from_numpy=True,
-    enlarges=True,
+    uses_numpy_noise=True,
+    upscales=True,
 )
