@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def as_list(values: T | Iterable[T]) -> list[T]:
-    """Return one text or path, or several, as a list."""
+    """Return values as a list; a single text or path becomes a list of one."""
     if isinstance(values, str | Path):
         return [cast(T, values)]
     return list(cast(Iterable[T], values))

@@ -1,4 +1,4 @@
-"""Choose device, precision and number of threads for this machine; read its memory size."""
+"""Choose device, precision and number of threads for this machine; get the size of its memory."""
 
 import ctypes
 import functools
@@ -61,7 +61,7 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
 
     Args:
         precision: "full", "fp16", "bf16", or "autocast": half precision where it is faster.
-        is_small: Whether the model is small: "autocast" is then float32.
+        is_small: Whether the model is small, which makes "autocast" float32.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
@@ -73,7 +73,7 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
 
 
 def pick_wide_range_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for a network that overflows in float16: bfloat16 on GPUs that have it."""
+    """Return the dtype for networks that overflow in float16: bfloat16 on GPUs that have it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
 
@@ -139,21 +139,21 @@ def keep_freed_memory() -> bool:
 
 def has_fast_bf16() -> bool:
     """Return whether this CPU multiplies bfloat16 natively; on others it is slower than float32."""
-    return any(feature in _cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
+    return any(feature in _read_cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
 
 
 def has_amx() -> bool:
     """Return whether this CPU has AMX, a unit that multiplies bfloat16 matrices."""
-    return " amx_bf16" in _cpu_info()
+    return " amx_bf16" in _read_cpu_info()
 
 
 def is_intel() -> bool:
     """Return whether Intel made this CPU."""
-    return "GenuineIntel" in _cpu_info()
+    return "GenuineIntel" in _read_cpu_info()
 
 
 @functools.cache
-def _cpu_info() -> str:
-    """Return /proc/cpuinfo; outside Linux the name of the processor, as far as Python knows it."""
+def _read_cpu_info() -> str:
+    """Return /proc/cpuinfo; without it the processor's name according to `platform`."""
     info = Path("/proc/cpuinfo")
     return info.read_text("utf-8") if info.is_file() else platform.processor()

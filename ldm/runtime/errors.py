@@ -99,15 +99,14 @@ class WrongFamily(ArgumentError):
 
 
 class MissingFile(LdmError, FileNotFoundError):
-    """A file that does not exist."""
+    """A file does not exist."""
 
 
 class DownloadError(LdmError, OSError):
     """A file cannot be downloaded.
 
     Args:
-        is_local: Whether the cause is this machine or its connection, so that another server would
-            not help.
+        is_local: Whether the cause is this machine or its connection, not the server.
     """
 
     def __init__(self, message: str, *, is_local: bool = False) -> None:
@@ -135,9 +134,9 @@ class NonFinite(LdmError, ArithmeticError):
     """A part of the model returned NaN or infinity.
 
     Args:
-        stage: The part as messages name it, such as "the VAE".
+        stage: Name of the part, such as "the VAE".
         cause: Description of weights that are not finite, so that another dtype would not help;
-            None if all are.
+            None if all weights are finite.
     """
 
     def __init__(self, stage: str, cause: str | None = None) -> None:
@@ -161,7 +160,7 @@ class Stop(Exception):
 
 @contextmanager
 def errors_about(argument: str) -> Iterator[None]:
-    """Within the context, add the argument's name to errors that do not name one."""
+    """Context manager that adds the argument's name to errors without one."""
     try:
         yield
     except LdmError as error:
@@ -171,7 +170,7 @@ def errors_about(argument: str) -> Iterator[None]:
 
 @contextmanager
 def errors_as(error_type: type[LdmError], summary: str) -> Iterator[None]:
-    """Within the context, convert errors that malformed data causes to one of this package.
+    """Context manager that converts errors caused by malformed data to one of this package.
 
     Args:
         summary: Start of the message: what is malformed.
@@ -196,10 +195,10 @@ def unknown_name(
 ) -> UnknownName:
     """Build the error for a name that is not in a list.
 
-    Its message has the nearest allowed name, and all of them if they are few.
+    Its message has the nearest allowed name, and all allowed names if they are few.
 
     Args:
-        kind: What the name is for, such as "sampler".
+        kind: Kind of name, such as "sampler".
         where: File, or file and key, that the name was read from, put before the message; "" for
             none.
         argument: Name of the invalid argument, see `LdmError`; None if it is not known.
@@ -221,7 +220,7 @@ def check_name(
     where: str = "",
     argument: str | None = None,
 ) -> None:
-    """Raise UnknownName for a name outside a closed list; arguments as those of `unknown_name`."""
+    """Raise UnknownName for a name that is not in a list; for arguments see `unknown_name`."""
     if name not in allowed:
         raise unknown_name(kind, name, map(str, allowed), where, argument)
 
@@ -229,7 +228,7 @@ def check_name(
 def check_names(
     kind: str, names: Iterable[object], allowed: Collection[object], where: str = ""
 ) -> None:
-    """Raise UnknownName for the first name outside a closed list."""
+    """Raise UnknownName for the first name that is not in a list."""
     for name in names:
         check_name(kind, name, allowed, where)
 

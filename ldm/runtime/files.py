@@ -30,7 +30,7 @@ _digests: dict[tuple[tuple[Path, int, int], ...], str] = {}  # by (path, size, m
 
 
 def check_folder_of(path: str | Path, argument: str) -> None:
-    """Raise MissingFile unless the folder exists in which a file is to be written."""
+    """Raise MissingFile unless the folder of a file to be written exists."""
     folder = Path(path).expanduser().parent
     if not folder.is_dir():
         raise MissingFile(f"no folder `{folder}` to save `{Path(path).name}` in", argument)
@@ -47,7 +47,7 @@ def find_file(path: str | Path) -> Path:
 
 
 def is_hidden(path: str) -> bool:
-    """Return whether a path is or lies in a dot file or system folder (`__MACOSX`, `@eaDir`)."""
+    """Return whether a path has a dot file or dot folder, `__MACOSX` or `@eaDir` in it."""
     parts = path.replace("\\", "/").split("/")
     return any(part[:1] == "." and part.strip(".") for part in parts) or bool(
         {"__MACOSX", "@eaDir"}.intersection(parts)
@@ -60,7 +60,7 @@ def list_files(root: str | Path, left_out: Counter[str] | None = None) -> Iterat
     Hidden files and folders are left out.
 
     Args:
-        left_out: Counts hidden folders and links to folders that were listed; None = not counted.
+        left_out: Counter for hidden folders and for links to folders that are listed already.
     """
     left_out = Counter() if left_out is None else left_out
     start, queue, visited = Path(os.path.realpath(root)), deque([Path(root)]), set[Path]()
@@ -80,7 +80,7 @@ def list_files(root: str | Path, left_out: Counter[str] | None = None) -> Iterat
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark.
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
         MissingFile: There is no such file.
@@ -165,9 +165,9 @@ def write_atomically(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the entries of a folder (not on Windows), are on disk."""
+    """Wait until a file is on disk, or (not on Windows) the entries of a folder are."""
     is_folder = path.is_dir()
-    with suppress(OSError) if is_folder else nullcontext():  # Windows opens no folder
+    with suppress(OSError) if is_folder else nullcontext():  # Windows cannot open folders
         # Windows flushes only what is open for writing.
         handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:

@@ -21,7 +21,7 @@ __all__ = [
     "hash_file",
 ]
 
-LARGE = 50_000_000  # bytes from which hashing shows a progress bar, and is cached
+LARGE_FILE_BYTES = 50_000_000  # hashing larger files shows a progress bar, and is cached
 
 
 def get_cache_folder() -> Path:
@@ -31,9 +31,9 @@ def get_cache_folder() -> Path:
 
 
 class JsonCache:
-    """A dict stored as JSON in the cache folder.
+    """A JSON object in a file of the cache folder.
 
-    Errors of reading and writing are ignored: a program works without its cache.
+    Errors of reading and writing are ignored: programs work without the cache.
     """
 
     def __init__(self, name: str) -> None:
@@ -70,10 +70,10 @@ def hash_file(path: str | Path) -> str:
         return digest
     size = path.stat().st_size
     label = f"hashing {path.name}"
-    disable = None if size >= LARGE else True  # None: shown on a terminal only
+    disable = None if size >= LARGE_FILE_BYTES else True  # None: shown on a terminal only
     with tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=disable) as bar:
         digest = sha256_of_file(path, progress=bar.update)
-    if size >= LARGE:
+    if size >= LARGE_FILE_BYTES:
         cache_sha256(path, digest)
     return digest
 
@@ -82,7 +82,7 @@ def find_cached_sha256(path: str | Path) -> str | None:
     """Return the cached SHA-256 of a file; None if it is not cached, or the file has changed."""
     path = Path(path).expanduser().absolute()
     entry = HASHES.read().get(str(path))
-    return entry[2] if entry and path.is_file() and entry[:2] == _size_and_time(path) else None
+    return entry[2] if entry and path.is_file() and entry[:2] == _get_size_and_mtime(path) else None
 
 
 def find_paths_by_sha256(digest: str) -> list[Path]:
@@ -94,9 +94,9 @@ def find_paths_by_sha256(digest: str) -> list[Path]:
 def cache_sha256(path: str | Path, digest: str) -> None:
     """Cache the hash of a file in its current state."""
     path = Path(path).expanduser().absolute()
-    HASHES.set(str(path), [*_size_and_time(path), digest])
+    HASHES.set(str(path), [*_get_size_and_mtime(path), digest])
 
 
-def _size_and_time(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+def _get_size_and_mtime(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

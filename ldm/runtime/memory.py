@@ -30,8 +30,10 @@ class PeakMemoryMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}  # views create nothing
-        for storage in _storages(output):
+        inputs = {
+            storage._cdata for storage in _list_storages((args, kwargs))
+        }  # views create nothing
+        for storage in _list_storages(output):
             if storage._cdata not in inputs:
                 self._track(storage)
         return output
@@ -64,5 +66,5 @@ def make_fake(module: nn.Module) -> None:
                 submodule._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _list_storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

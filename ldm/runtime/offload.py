@@ -37,13 +37,13 @@ class _OffloadedModule:
     def unload(self) -> None:
         """Restore the CPU weights; changes of the copy on the device are lost."""
         for tensor, data in self.cpu_data:
-            # `model.float()` may have converted the copy: then it is moved to the CPU.
+            # If `model.float()` has converted the copy, it replaces the CPU data.
             tensor.data = data if data.dtype == tensor.dtype else tensor.data.to(data.device)
         self.cpu_data.clear()
         _loaded.pop(self.device, None)
 
 
-# The module on each device. For all models of this process, so that base and refiner are not on the
+# The loaded module of each device. One dict for all models, so that base and refiner are not on the
 # device together.
 _loaded: weakref.WeakValueDictionary[torch.device, _OffloadedModule] = weakref.WeakValueDictionary()
 

@@ -1,4 +1,4 @@
-"""Types of JSON or YAML objects, whose content is not checked."""
+"""Types for JSON or YAML objects with unchecked content."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias

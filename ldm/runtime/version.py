@@ -1,3 +1,3 @@
-"""The version of this package, which is written into the files that it makes."""
+"""Version of this package, also written into images and checkpoints."""
 
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ import warnings
 
 __all__ = ["warn_caller"]
 
-# torch and contextlib: their decorators call functions of this package.
+# torch and contextlib, as functions with their decorators are called by them.
 INNER_PACKAGES = ("ldm", "torch", "contextlib")
 
 
