@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from goldfile import gold
-from ldm.generate.tasks.upscale import enlarge
+from ldm.generate.tasks.upscale import resize_with_depth
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.imaging.rgbd import join_depth, split_color, split_depth
 from ldm.loading.weight_names import rename_weights, restore_names
@@ -138,7 +138,7 @@ def test_image_and_depth_are_enlarged_as_recorded(sr, name):
     inputs = sr.inputs(name)
     image = to_tensor(Image.fromarray(inputs["rgb"].numpy()))
     depth = inputs["depth"][None, None].float() / 65535
-    larger, levels = enlarge(image, depth, tuple(sr.case(name)["info"]["target_res"]))
+    larger, levels = resize_with_depth(image, depth, tuple(sr.case(name)["info"]["target_res"]))
     assert torch.equal(larger, inputs["pre_rgb"])
     error = 1e-6 if name == "sr_float" else 4e-5
     torch.testing.assert_close(2 * levels - 1, inputs["pre_depth"], atol=error, rtol=0)

@@ -1,4 +1,4 @@
-"""Tasks of the command line and the page: each is a module with a `TASK`, and a name here."""
+"""Tasks of the command line and the page: a module with a `TASK` for each, named in MODULES."""
 
 from importlib import import_module
 

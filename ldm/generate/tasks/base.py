@@ -1,4 +1,4 @@
-"""Base classes of tasks: Task describes one, PreparedTask has read its inputs from disk."""
+"""Task, the description of a task, and PreparedTask, a task that has read its inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class PreparedTask:
         return height or native_height, width or native_width
 
     def set_up(self, model: "LatentDiffusion") -> None:
-        """Do what needs the model before the first batch."""
+        """Check inputs against the model and load further files, before the first batch."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
@@ -57,7 +57,7 @@ class PreparedTask:
         raise NotImplementedError
 
     def get_protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
-        """Return (image, mask "1"): where the mask is False, results keep the image's pixels."""
+        """Return (image, mask of mode "1"); results keep the image's pixels where it is False."""
         return None
 
 
@@ -76,8 +76,8 @@ class Task:
         scale: Default guidance scale for Stable Diffusion 1 and 2.
         demo_model: Path of the demo model for this task; None = the text-to-image demo model.
         example_flags: Flags for a published model, as an example.
-        uses_numpy_noise: Whether the original drew the initial noise with numpy.
-        upscales: Whether its images are larger than its input.
+        uses_numpy_noise: Whether the original draws the initial noise with numpy.
+        upscales: Whether its images are larger than their input.
         takes_upscaler: Whether it may be followed by an x2 latent upscaler.
     """
 

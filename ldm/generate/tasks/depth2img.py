@@ -46,7 +46,7 @@ class Depth2Img(PreparedImageTask):
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
-        self._estimate: Tensor | None = None  # of any range
+        self._estimated_depth: Tensor | None = None  # not normalized
         if inputs.save_depth is not None:
             check_folder_of(inputs.save_depth, "save_depth")
         if inputs.depth_map is not None:
@@ -55,7 +55,7 @@ class Depth2Img(PreparedImageTask):
             self.depth = self._fit_depth(depth)
 
     def _fit_depth(self, depth: "Tensor") -> "Tensor":
-        """Fit a depth map (1, 1, H, W) as the image was fitted, if its aspect ratio differs."""
+        """Resize a depth map (1, 1, H, W) like the image, if its aspect ratio differs."""
         import numpy as np
         import torch
         from PIL import Image
@@ -70,7 +70,7 @@ class Depth2Img(PreparedImageTask):
         """Estimate the depth (relative inverse depth, (1, 1, H', W')), and save it if asked for.
 
         Raises:
-            NonFinite: It is NaN or infinite; in half precision the batch is then made again.
+            NonFinite: It is NaN or infinite; in half precision the batch is then retried.
         """
         from ldm import pipelines
         from ldm.imaging.depth import save_depth
@@ -86,9 +86,10 @@ class Depth2Img(PreparedImageTask):
     ) -> "Tensor":
         from ldm import pipelines
 
-        if self._estimate is None and (self.depth is None or self.inputs.save_depth is not None):
-            self._estimate = self.estimate_depth(model)
-        depth = self._estimate if self.depth is None else self.depth
+        needs_estimate = self.depth is None or self.inputs.save_depth is not None
+        if self._estimated_depth is None and needs_estimate:
+            self._estimated_depth = self.estimate_depth(model)
+        depth = self._estimated_depth if self.depth is None else self.depth
         return pipelines.depth2img(
             model, prompts, self.image, depth=depth, strength=self.inputs.strength,
             **options,

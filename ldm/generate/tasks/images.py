@@ -1,4 +1,4 @@
-"""What tasks with an input image share: groups of inputs, reading the image, folders of images."""
+"""Tasks with an input image: their groups of inputs, reading the image, folders of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
 __all__ = [
-    "DEPTH", "FolderInputs", "ImageInputs", "PreparedImageTask", "RGBDInputs", "fit_image",
+    "DEPTH_SUFFIX", "FolderInputs", "ImageInputs", "PreparedImageTask", "RGBDInputs", "fit_image",
 ]  # fmt: skip
 
-DEPTH = "_depth"  # suffix of the file name of an image's depth
+DEPTH_SUFFIX = "_depth"  # of the file name of an image's depth, before the extension
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RGBDInputs(ImageInputs):
 
 @dataclass(frozen=True)
 class FolderInputs(RGBDInputs):
-    """An input image, or a folder of them; with `depth`, that of X.png is X_depth.png."""
+    """An input image, or a folder of them; in the folder `depth`, X.png has X_depth.png."""
 
     # fmt: off
     indir: str | None = option(None, "--indir", metavar="DIR",
@@ -83,16 +83,16 @@ class FolderInputs(RGBDInputs):
         paths = list_images(folder, "indir")
         if self.depth is None:
             return [replace(self, init_img=str(path)) for path in paths]
-        paths = [path for path in paths if not path.stem.endswith(DEPTH)]
-        return [self.replace_image(path) for path in paths]
+        paths = [path for path in paths if not path.stem.endswith(DEPTH_SUFFIX)]
+        return [self.with_image(path) for path in paths]
 
-    def replace_image(self, path: Path) -> Self:
-        """Return the inputs for an image of the folder, with its depth if there is a folder of it.
+    def with_image(self, path: Path) -> Self:
+        """Return the inputs for one image of the folder, with its depth if `depth` is given.
 
         Raises:
             MissingFile: The depth of the image is missing.
         """
-        depth = Path(self.depth or "") / f"{path.stem}{DEPTH}.png"
+        depth = Path(self.depth or "") / f"{path.stem}{DEPTH_SUFFIX}.png"
         if self.depth is not None and not depth.is_file():
             raise MissingFile(f"no depth `{depth}` for the image `{path}`", "depth")
         return replace(self, init_img=str(path), depth=self.depth and str(depth))
@@ -140,8 +140,8 @@ def read_depth(request: Request) -> "Tensor | None":
         depth = load_unnormalized_depth(inputs.depth)
     size = read_size(_image_path(request))
     if depth.size != size:
-        sizes = ("{}x{}".format(*pair) for pair in (depth.size, size))
-        raise ArgumentError("the depth is {}, the image {}".format(*sizes), "depth")
+        message = f"the depth is {depth.width}x{depth.height}, the image {size[0]}x{size[1]}"
+        raise ArgumentError(message, "depth")
     return torch.tensor(np.asarray(fit_image(request, depth)))[None, None].clamp(0, 1)
 
 

@@ -44,7 +44,7 @@ class Img2Img(PreparedImageTask):
 
         inputs = self.request.inputs_as(Img2ImgInputs)
         if inputs.inversion:
-            options["x_T"] = None  # of `fixed_code`, which is ignored with a warning
+            options["x_T"] = None  # from `fixed_code`, which is ignored with a warning
         return pipelines.img2img(
             model,
             prompts,
@@ -53,12 +53,12 @@ class Img2Img(PreparedImageTask):
             inversion=inputs.inversion,
             source_prompt=inputs.source_prompt if inputs.inversion else "",
             depth=self.depth,
-            z=self._latent_for_all_batches(model, len(prompts)),
+            z=self._sample_latent_once(model, len(prompts)),
             **options,
         )
 
-    def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
-        """With the quirk "noise", sample the image's latent once for all batches; else None."""
+    def _sample_latent_once(self, model: "LatentDiffusion", batch_size: int) -> "Tensor | None":
+        """With legacy `noise`, sample the image's latent once for all batches; else return None."""
         from ldm.pipelines import add_depth, encode_image, make_noise_sampler
 
         legacy = self.request.sampling.legacy
@@ -66,8 +66,9 @@ class Img2Img(PreparedImageTask):
             return None
         if self._z is None:
             image = add_depth(model, self.image, self.depth)
-            self._z = encode_image(model, image, n, make_noise_sampler(None, n, legacy))
-        return self._z[:n]
+            noise = make_noise_sampler(None, batch_size, legacy)
+            self._z = encode_image(model, image, batch_size, noise)
+        return self._z[:batch_size]
 
 
 TASK = Task(

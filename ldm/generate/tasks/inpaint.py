@@ -9,7 +9,7 @@ from ldm.generate.option_parsers import parse_box, parse_fraction, parse_natural
 from ldm.generate.options import option
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import Task
-from ldm.generate.tasks.images import DEPTH, FolderInputs, PreparedImageTask, fit_image
+from ldm.generate.tasks.images import DEPTH_SUFFIX, FolderInputs, PreparedImageTask, fit_image
 from ldm.runtime.errors import ArgumentError, MissingFile, errors_about
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MASK = "_mask"  # at the end of a mask's name
+MASK_SUFFIX = "_mask"  # of a mask's file name, before the extension
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,19 @@ class InpaintInputs(FolderInputs):
             if vars(self)[name] is not None:
                 raise ArgumentError(f"a folder has a mask for each image, leave out {name}", name)
         paths = list_images(folder, "indir")
-        masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
-        endings = (MASK,) if self.depth is None else (MASK, DEPTH)
-        images = [path for path in paths if not path.stem.endswith(endings)]
+        mask_paths = [path for path in paths if path.stem.endswith(MASK_SUFFIX)]
+        masks = {path.stem.removesuffix(MASK_SUFFIX): path for path in mask_paths}
+        suffixes = (MASK_SUFFIX,) if self.depth is None else (MASK_SUFFIX, DEPTH_SUFFIX)
+        images = [path for path in paths if not path.stem.endswith(suffixes)]
         for stem in sorted(masks.keys() - {image.stem for image in images}):
             raise MissingFile(f"no image `{stem}` for the mask `{masks[stem]}`", "indir")
         if not masks:
-            raise MissingFile(f"no pairs X.png and X{MASK}.png in `{folder}`", "indir")
-        if alone := [image.name for image in images if image.stem not in masks]:
-            log.warning("`%s`: left out %d images without mask: %s …", folder, len(alone), alone[0])
+            raise MissingFile(f"no pairs X.png and X{MASK_SUFFIX}.png in `{folder}`", "indir")
+        if unmasked := [image.name for image in images if image.stem not in masks]:
+            count, example = len(unmasked), unmasked[0]
+            log.warning("`%s`: left out %d images without mask: %s …", folder, count, example)
         return [
-            replace(self.replace_image(image), mask=str(masks[image.stem]))
+            replace(self.with_image(image), mask=str(masks[image.stem]))
             for image in images
             if image.stem in masks
         ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.nets.karlo import Prior
     from ldm.pipelines.options import TaskOptions, UnguidedOptions
 
-PRIOR_SEED = 1 << 32  # added to seeds, so that the prior's noise differs from that of images
+PRIOR_SEED_OFFSET = 1 << 32  # added to seeds, so that the prior's noise differs from that of images
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class Unclip(PreparedTask):
 
         if find_family(model.conditioner) == "variation":
             inputs = self.inputs
-            of_unclip = {
+            unclip_options = {
                 "noise_level": any(inputs.noise_level),
                 "mix_noise_level": inputs.mix_noise_level is not None,
                 "prior": inputs.prior is not None,
             }
-            for name, is_given in of_unclip.items():
+            for name, is_given in unclip_options.items():
                 if is_given:
                     message = f"{name} is for unCLIP, which {quote_name(model)} is not"
                     raise ArgumentError(message, name)
@@ -112,7 +112,7 @@ class Unclip(PreparedTask):
         size = self.get_output_size(model)
         weights = inputs.weight or None
         if find_family(model.conditioner) == "variation":
-            unguided = cast("UnguidedOptions", options)  # `vary` refuses the other keywords
+            unguided = cast("UnguidedOptions", options)  # `vary` rejects other keyword arguments
             return pipelines.vary(
                 model, prompts, self.images, weights=weights, size=size, **unguided
             )
@@ -139,12 +139,12 @@ class Unclip(PreparedTask):
         seeds = cast(list[int], options["seeds"])
         embedding = pipelines.sample_prior(
             model,
-            self._prior.to(model.dtype),  # which an overflow in half precision changes
+            self._prior.to(model.dtype),  # float32 after an overflow in half precision
             prompts,
             negative_prompt=options["negative_prompt"],
             steps=self.inputs.prior_steps,
             scale=self.inputs.prior_scale,
-            noise=pipelines.make_seeded_noise([seed + PRIOR_SEED for seed in seeds]),
+            noise=pipelines.make_seeded_noise([seed + PRIOR_SEED_OFFSET for seed in seeds]),
         )
         return [embedding]
 

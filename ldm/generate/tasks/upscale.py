@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.options import TaskOptions
 
-LATENT = ".latent"
+LATENT_SUFFIX = ".latent"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class UpscaleInputs(FolderInputs):
 
     @property
     def is_latent(self) -> bool:
-        """Whether the input is a latent file, or a folder, which is taken for one of latents."""
+        """Whether the input is a latent file, or a folder, which must then contain latents."""
         return self.init_img is not None and (
-            Path(self.init_img).suffix == LATENT or Path(self.init_img).is_dir()
+            Path(self.init_img).suffix == LATENT_SUFFIX or Path(self.init_img).is_dir()
         )
 
     def split_by_image(self) -> Sequence[FolderInputs]:
@@ -102,7 +102,7 @@ class Upscale(PreparedImageTask):
                 **options,
             )
         if family == "rgbd-upscaling":
-            image, depth = enlarge(self.image, self.depth, self.get_output_size(model))
+            image, depth = resize_with_depth(self.image, self.depth, self.get_output_size(model))
             return pipelines.upscale_rgbd(
                 model, prompts, image, depth, noise_level=level, **options
             )
@@ -110,7 +110,7 @@ class Upscale(PreparedImageTask):
 
 
 class UpscaleLatent(PreparedTask):
-    """Double a latent from a file, without decoding it in between."""
+    """Upscale a latent file by two, without decoding it first."""
 
     def __init__(self, request: Request) -> None:
         from ldm.loading.files.latents import load_latent
@@ -151,16 +151,16 @@ class UpscaleLatent(PreparedTask):
 
 
 def prepare(request: Request) -> PreparedTask:
-    """Read the input, an image or a latent."""
+    """Return the task for the input: an image or a latent."""
     if request.inputs_as(UpscaleInputs).is_latent:
         return UpscaleLatent(request)
     return Upscale(request)
 
 
-def enlarge(
+def resize_with_depth(
     image: "Tensor", depth: "Tensor | None", size: tuple[int, int]
 ) -> "tuple[Tensor, Tensor | None]":
-    """Resize image and depth to (height, width) by Lanczos, the image in 8 bits."""
+    """Resize an image, in 8 bits, and its depth to (height, width) by Lanczos."""
     import numpy as np
     import torch
     from PIL import Image
@@ -170,8 +170,8 @@ def enlarge(
     resized = to_tensor(resize_to(to_pil(image)[0], size, "stretch"))
     if depth is None:
         return resized, None
-    levels = resize_to(Image.fromarray(depth[0, 0].numpy()), size, "stretch")
-    return resized, torch.tensor(np.asarray(levels))[None, None].clamp(0, 1)
+    resized_depth = resize_to(Image.fromarray(depth[0, 0].numpy()), size, "stretch")
+    return resized, torch.tensor(np.asarray(resized_depth))[None, None].clamp(0, 1)
 
 
 TASK = Task(
