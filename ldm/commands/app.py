@@ -18,7 +18,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
-MAXIMA = (
+LIMIT_FLAGS = (
     ("--max-side", 2048, "maximum height and width in pixels"),
     ("--max-steps", 150, "maximum number of sampling steps"),
     ("--max-batch", 4, "maximum batch size"),
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--listen", action="store_true", help="accept connections from other machines; needs --auth"
     )
     add("--auth", metavar="USER:PASSWORD", help="login of the page (default: none)")
-    text = "memory for loaded models (default: half of the device's)"
+    text = "device memory for loaded models, in GiB (default: half of it)"
     add("--memory", type=parse_positive, metavar="GIB", help=text)
-    for flag, limit, text in MAXIMA:
+    for flag, limit, text in LIMIT_FLAGS:
         add(
             flag,
             type=parse_count,
@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             help=f"{text} (default: %(default)s)",
         )
     text = (
-        "file of TAESD for previews, such as taesd_decoder.pth, or taesdxl_decoder.pth for SDXL;"
-        " may be given several times (default: those in MODELS/vae_approx, else a linear map)"
+        "TAESD decoder for previews, such as taesd_decoder.pth, for SDXL taesdxl_decoder.pth; may"
+        " be given several times (default: those in MODELS/vae_approx, else a linear"
+        " approximation)"
     )
     add("--preview", action="append", default=[], metavar="FILE", help=text)
     options = get_options(ModelOptions)
@@ -73,13 +74,14 @@ def _serve(args: Namespace) -> None:
     if args.listen and not has_login:
         raise ArgumentError("--listen needs a login: --auth USER:PASSWORD")
     if args.auth is not None and not has_login:
-        raise ArgumentError("the login must be USER:PASSWORD", "auth")  # it may be the password
+        # Without the value, which may be the password.
+        raise ArgumentError("the login must be USER:PASSWORD", "auth")
 
     from ldm.app.backend import Backend
     from ldm.app.library import Library
     from ldm.app.limits import Limits
 
-    model_choice = ModelOptions(
+    model_options = ModelOptions(
         device=args.device,
         precision=args.precision,
         attention=args.attention,
@@ -88,7 +90,7 @@ def _serve(args: Namespace) -> None:
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
     library = Library(args.models, args.embedding, args.lora, args.preview)
-    backend = Backend(library, args.outdir, model_choice, limits, memory)
+    backend = Backend(library, args.outdir, model_options, limits, memory)
     from ldm.app.page import Page  # imports gradio, which takes seconds
 
     page = Page(backend, args.max_queue, is_shared=args.listen)

@@ -26,20 +26,17 @@ from ldm.runtime.command import CommandParser
 if TYPE_CHECKING:
     from ldm.loading.convert import Conversion
 
-__all__ = ["main", "write_with_progress"]
+__all__ = ["DTYPES", "SOURCE_HELP", "main", "write_with_progress"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+SOURCE_HELP = "a file, a diffusers folder, or the folder of a training run"
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] SOURCE TARGET")
     add = parser.add_argument
-    add(
-        "source",
-        type=expanduser,
-        help="a file, a diffusers folder, or the folder of a training run",
-    )
+    add("source", type=expanduser, help=SOURCE_HELP)
     add(
         "target",
         type=expanduser,

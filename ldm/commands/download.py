@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] [NAME ...]")
     parser.add_argument("names", nargs="*", metavar="NAME", help="name or hf: address to download")
-    return parser.run(_run, argv)
+    return parser.run(_download, argv)
 
 
-def _run(args: Namespace) -> None:
+def _download(args: Namespace) -> None:
     for name in args.names:
         print(download(name))
     if not args.names:
@@ -38,10 +38,12 @@ def _run(args: Namespace) -> None:
 
 
 def _list_files() -> Iterator[str]:
-    yield f"{'name':24} {'what':42} {'size':>8} memory  {'licence':20} on this machine"
+    yield f"{'name':24} {'title':42} {'size':>8} memory  {'licence':20} on this machine"
     for file in read_published_files().values():
-        words = [f"{file.name:24}", f"{file.title:42}", f"{file.size:>8}", f"{file.memory:.1f} GB",
-                 f" {file.licence:20}", str(find_on_disk(file) or "-")]  # fmt: skip
+        columns = [
+            f"{file.name:24}", f"{file.title:42}", f"{file.size:>8}", f"{file.memory:.1f} GB",
+            f" {file.licence:20}", str(find_on_disk(file) or "-"),
+        ]  # fmt: skip
         if not file.sha256:
-            words.append(f"(unverified {file.expected_sha256 or ''}".rstrip() + ")")
-        yield " ".join(words)
+            columns.append(f"(unverified {file.expected_sha256 or ''}".rstrip() + ")")
+        yield " ".join(columns)

@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _build_parser(prog: str | None) -> CommandParser:
     parser = CommandParser(
-        prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...]", overrides=True
+        prog=prog,
+        description=__doc__,
+        usage="%(prog)s [flags] [key=value ...]",
+        takes_overrides=True,
     )
     add = parser.add_group("images")
     add("--generate", action="store_true", help="make the images that do not exist yet")
@@ -81,21 +84,21 @@ def _build_parser(prog: str | None) -> CommandParser:
     )
     add(
         "--scales",
-        type=_list_parser(parse_number),
+        type=_make_list_parser(parse_number),
         default=SCALES,
         metavar="S,S,…",
         help="guidance scales (default: %(default)s)",
     )
     add(
         "--samplers",
-        type=_list_parser(_parse_sampler),
+        type=_make_list_parser(_parse_sampler),
         default="ddim",
         metavar="NAME,…",
         help="as --sampler of txt2img (default: %(default)s)",
     )
     add(
         "--steps",
-        type=_list_parser(parse_count),
+        type=_make_list_parser(parse_count),
         default="50",
         metavar="N,N,…",
         help="sampling steps (default: %(default)s)",
@@ -145,9 +148,9 @@ def _build_parser(prog: str | None) -> CommandParser:
         "sampling": ("negative_prompt", "n_samples", *get_options(Sampling)),
         "sdxl": get_options(SDXL),
     }
-    own = ("ckpt", "scale", "sampler", "steps")  # those above, which take several values
-    for group, chosen in names.items():
-        options = {name: TASK.options[name] for name in chosen if name not in own}
+    plural = ("ckpt", "scale", "sampler", "steps")  # the flags above take several values
+    for group, group_names in names.items():
+        options = {name: TASK.options[name] for name in group_names if name not in plural}
         add_options(parser.add_group(GROUPS[group]), options)
     return parser
 
@@ -183,13 +186,13 @@ def _evaluate(args: Namespace) -> None:
             return
         wait_for_images(settings, out)
         sets = [
-            ImageSet(each.series, each.list_files(out), each.request.sampling.scale)
-            for each in settings
+            ImageSet(setting.series, setting.list_files(out), setting.request.sampling.scale)
+            for setting in settings
         ]
     else:
-        sets = _find_folders(args, sources) if args.images else find_image_sets(out)
+        sets = _make_image_sets(args, sources) if args.images else find_image_sets(out)
     if not args.generate and args.count is not None:
-        sets = [each.first(args.count) for each in sets]
+        sets = [image_set.first(args.count) for image_set in sets]
     if reference is not None and args.reference_size is None:
         reference = replace(reference, side=min(sets[0].load(0).size))
     judge = None if clip is None else load_judge(clip, device)
@@ -255,8 +258,8 @@ def _find_reference(args: Namespace, sources: "list[EvaluationPrompt]") -> "Imag
     return ImageSet("reference", files, side=args.reference_size or None)
 
 
-def _find_folders(args: Namespace, sources: "list[EvaluationPrompt]") -> "list[ImageSet]":
-    """Return folders of images as sets, with the prompts of the prompt file, if there is one."""
+def _make_image_sets(args: Namespace, sources: "list[EvaluationPrompt]") -> "list[ImageSet]":
+    """Return an image set for each folder, with the prompts of the prompt file, if there is one."""
     from ldm.evaluation.score import ImageSet
     from ldm.imaging.reading import list_images
 
@@ -272,7 +275,7 @@ def _find_folders(args: Namespace, sources: "list[EvaluationPrompt]") -> "list[I
 
 
 def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
-    """Return paths by unique labels: their names, "demo" for the demo model (None)."""
+    """Return paths by unique labels: the file names, or "demo" for the demo model (None)."""
     labels: dict[str, str | None] = {}
     for path in paths:
         stem = "demo" if path is None else Path(path).name
@@ -285,14 +288,14 @@ def _make_labels(paths: Sequence[str | None]) -> dict[str, str | None]:
     return labels
 
 
-def _list_parser(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+def _make_list_parser(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     """Return a parser of values separated by commas, without duplicates."""
 
     def parse_list(text: str) -> list[T]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if not parts:
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        if not items:
             raise ArgumentError(f"`{text}` is not a list of values separated by commas")
-        return list(dict.fromkeys(map(parse, parts)))
+        return list(dict.fromkeys(map(parse, items)))
 
     return parse_list
 

@@ -49,18 +49,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="clamp each layer's weights to their quantile Q, 1 = do not (default: 0.99)",
     )
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
-    add("--config", type=expanduser, metavar="FILE", help="YAML of both models")
+    add("--config", metavar="FILE", help="YAML of both models")
     return parser.run(_extract, argv)
 
 
 def add_rank_options(parser: CommandParser) -> None:
-    """Add the flags of `make_rank_rule`, and those of `save_lora`."""
+    """Add the flags that `make_rank_rule` and `save_lora` read."""
     add = parser.add_argument
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
     text = "keep this fraction of the singular values' sum, such as 0.9"
-    add("--keep-sum", dest="sum_fraction", type=float, metavar="PART", help=text)
+    add("--keep-sum", dest="sum_fraction", type=float, metavar="FRACTION", help=text)
     text = "keep this fraction of the sum of their squares"
-    add("--keep-squares", dest="square_fraction", type=float, metavar="PART", help=text)
+    add("--keep-squares", dest="square_fraction", type=float, metavar="FRACTION", help=text)
     add("--ratio", type=float, metavar="R", help="keep those of at least the largest / R")
     text = "dtype of the weights (default: float16)"
     add("--dtype", choices=DTYPES, default="float16", help=text)
@@ -88,9 +88,9 @@ def save_lora(
     from ldm.loading.modelspec import MERGED_FROM
 
     dtype = getattr(torch, args.dtype)
-    cast = {name: value.to(dtype) for name, value in (other_tensors or {}).items()}
+    others = {name: tensor.to(dtype) for name, tensor in (other_tensors or {}).items()}
     sources: dict[str, str | int] = {MERGED_FROM: ", ".join(merged_from)}
-    write_lora(lora.to(dtype), args.target, model, metadata=sources, other_tensors=cast)
+    write_lora(lora.to(dtype), args.target, model, metadata=sources, other_tensors=others)
     print(args.target)
 
 
@@ -122,11 +122,11 @@ def _extract(args: Namespace) -> None:
             config=args.config,
             progress=bar.update,
         )
-    part = f"{result.retained_fraction:.1%} of their squared difference"
-    print(f"{len(result.lora.layers)} layers, {part}", file=sys.stderr)
+    fraction = f"{result.retained_fraction:.1%} of their squared difference"
+    print(f"{len(result.lora.layers)} layers, {fraction}", file=sys.stderr)
     if result.other_weights:
         examples = ", ".join(result.other_weights[:2])
         count = len(result.other_weights)
-        print(f"{count} weights differ that are not in it: {examples}", file=sys.stderr)
+        print(f"{count} other weights differ, not in the LoRA: {examples}", file=sys.stderr)
     names = [Path(path).name for path in (args.tuned, args.base)]
     save_lora(args, result.lora, result.model, names)

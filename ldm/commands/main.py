@@ -28,14 +28,14 @@ PROGRAMS = {
     "merge-lora": "join LoRAs, or reduce the rank of one",
     "inspect-checkpoint": "describe a checkpoint, without executing pickled code",
     "check-data": "check a data set, pack it into shards",
-    "read-watermark": "print which invisible watermark an image carries",
+    "read-watermark": "print which invisible watermark is in an image",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ldm COMMAND …` (None = the arguments of this process); return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # characters that a console lacks must not end a run
+        if isinstance(stream, TextIOWrapper):  # a run must not end at what a console cannot show
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", category=PromptWarning)  # programs have their own messages
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[1:] == ["--version"]:
         name = "--version"
     if name in ("--help", "-h", "help"):
-        print(_help())
+        print(_format_help())
         return 0
     if name == "--version":
         print(__version__)
@@ -66,19 +66,17 @@ def main_of_alias() -> int:
 
 
 def _suggest(name: str) -> str:
-    """Return the commands of a similar name, or with a word like it: `inspect`, `lora`."""
+    """Suggest commands with a similar name, or with a similar word in it: `inspect`, `lora`."""
     words = {command: (command, *command.split("-")) for command in (*TASKS, *PROGRAMS)}
     nearest = nearest_name(name, chain.from_iterable(words.values()))
     similar = [f"`{command}`" for command in words if nearest in words[command]]
     return f", did you mean {' or '.join(similar)}?" if similar else ""
 
 
-def _help() -> str:
+def _format_help() -> str:
     tasks = {name: task.summary.splitlines()[0].rstrip(".") for name, task in TASKS.items()}
     lines = [f"  {name:<20}{text}" for name, text in {**tasks, **PROGRAMS}.items()]
-    return "\n".join(
-        ["usage: ldm COMMAND [flags]", "", *lines, "", "ldm COMMAND --help says more."]
-    )
+    return "\n".join(["usage: ldm COMMAND [flags]", "", *lines, "", "See ldm COMMAND --help."])
 
 
 if __name__ == "__main__":  # `python -m ldm.commands.main`

@@ -14,12 +14,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from os.path import expanduser
 
-from ldm.commands.convert import DTYPES, write_with_progress
+from ldm.commands.convert import DTYPES, SOURCE_HELP, write_with_progress
 from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
-
-SOURCE = "a file, a diffusers folder, or the folder of a training run"
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,7 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] MODEL OTHER TARGET"
     )
     add = parser.add_argument
-    add("model", type=expanduser, help=SOURCE)
+    add("model", type=expanduser, help=SOURCE_HELP)
     add("other", type=expanduser, help="another model of the same family")
     add("target", type=expanduser, help="*.safetensors or *.ckpt, in the original's layout")
     add(
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--block-weights",
         metavar="NUMBERS",
         help="a weight for each block, separated by commas: BASE (text encoders, VAE; may be left"
-        " out), IN00 … IN11, M00, OUT00 … OUT11; or NAME=NUMBER for some. Others have --weight",
+        " out), IN00 … IN11, M00, OUT00 … OUT11; or NAME=NUMBER for some, --weight for the others",
     )
     add("--merge-vae", action="store_true", help="merge the autoencoders, too")
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
@@ -68,7 +66,7 @@ def _merge(args: Namespace) -> None:
         block_weights=args.block_weights,
         merge_vae=args.merge_vae,
         ema=args.ema,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        dtype=args.dtype and getattr(torch, args.dtype),
         config=args.config,
     )
     write_with_progress(plan, args.force)

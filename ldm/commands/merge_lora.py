@@ -6,8 +6,8 @@
     ldm merge-lora style.safetensors small.safetensors --keep-squares 0.9
 
 The joined LoRA has exactly the effect of all together, each with its weight; its rank is the sum of
-theirs. With limits of the rank, the smallest singular values of each layer are dropped. LoHa, LoKr
-and other additions of LyCORIS are decomposed, to full rank unless it is limited.
+theirs. If the rank is limited, the smallest singular values of each layer are dropped. LoHa, LoKr
+and other methods of LyCORIS are decomposed, to full rank unless it is limited.
 """
 
 import sys
@@ -33,12 +33,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("files", nargs="+", metavar="FILE[:WEIGHT]", help=text)
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    add(
-        "--model",
-        type=expanduser,
-        metavar="FILE",
-        help="checkpoint of the model that they are for (default: recognised by the first one)",
-    )
+    text = "checkpoint of the model that they are for (default: recognised from the first LoRA)"
+    add("--model", metavar="FILE", help=text)
     return parser.run(_merge, argv)
 
 

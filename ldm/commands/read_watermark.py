@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _read(args: Namespace) -> int:
-    marked = sum(_report(path, args.json, args.all) for path in args.images)
+    marked = sum(_print_findings(path, args.json, args.all) for path in args.images)
     return 0 if marked == len(args.images) else 1
 
 
-def _report(path: Path, as_json: bool, with_absent: bool) -> bool:
+def _print_findings(path: Path, as_json: bool, with_absent: bool) -> bool:
     """Print the watermarks of a file; return whether there is one."""
     try:
         with open_image(path) as image:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(
         prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...] IMAGE",
-        overrides=True,
+        takes_overrides=True,
     )  # fmt: skip
     # No defaults, as options that are not given keep their recorded values.
     options = {
@@ -75,8 +75,8 @@ def _replay(args: Namespace) -> int:
     if args.show_command:
         if "indir" in request.task.options:  # the command for this image of the folder
             request = request.with_values({"indir": None})
-        words = ["ldm", request.task.name, *to_argv(request.with_values(changes))]
-        print(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
+        command = ["ldm", request.task.name, *to_argv(request.with_values(changes))]
+        print(subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command))
         return 0
     with errors_as(FileFormatError, summary):
         check_inputs(info)
@@ -85,18 +85,18 @@ def _replay(args: Namespace) -> int:
     models = load_models(request, threads=info["threads"])
     image, depth = reproduce_image(prepared, models, info)
     if args.output:
-        shown = depth if info.get("image") == "depth" else image
-        write_png(args.output, shown or image, info)
-    with open_image(args.image) as old:
-        difference = compare_results(info, old, image, depth)
-        was_edited = hash_pixels(old) != info.get("sha256")
+        output = depth if info.get("image") == "depth" else image
+        write_png(args.output, output or image, info)
+    with open_image(args.image) as recorded:
+        difference = compare_results(info, recorded, image, depth)
+        was_edited = hash_pixels(recorded) != info.get("sha256")
     print(difference or "identical")
     if difference is None:
         return 0
     size = prepared.get_output_size(models.base)
-    reasons = compare_infos(info, describe_run(request, models, size))
+    changes_since = compare_infos(info, describe_run(request, models, size))
     if was_edited:
-        reasons.append("the file was edited after it was made")
-    for reason in reasons or ["no recorded setting has changed"]:
-        print(f"  {reason}")
+        changes_since.append("the file was edited after it was made")
+    for change in changes_since or ["no recorded setting has changed"]:
+        print(f"  {change}")
     return 1

@@ -1,4 +1,4 @@
-"""Convert between command lines and requests: the only module that parses argv for a task.
+"""Convert between command lines and requests.
 
 build_parser     task -> parser, with a flag for every option
 parse_request    argv -> Request
@@ -20,7 +20,7 @@ from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["add_options", "build_parser", "parse_request", "to_argv"]
 
-# Flags of the original scripts: abbreviations of them, such as `--n_i`, keep their meaning although
+# Flags of the original scripts: their abbreviations, such as `--n_i`, keep their meaning although
 # there are more flags now.
 ORIGINAL_FLAGS = (
     "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code", "--ddim_eta", "--n_iter",
@@ -38,8 +38,8 @@ def build_parser(task: Task, prog: str | None = None) -> CommandParser:
         prog=prog,
         description=task.summary,
         usage="%(prog)s [flags] [key=value ...]",
-        original=ORIGINAL_FLAGS,
-        overrides=True,
+        original_flags=ORIGINAL_FLAGS,
+        takes_overrides=True,
     )
     options = task.options
     for name, group in task.groups.items():
@@ -63,7 +63,7 @@ def add_options(add: Callable[..., Action], options: Mapping[str, tuple[Option, 
         if option.is_switch:
             kwargs["action"] = "store_false" if default else "store_true"
         else:
-            kwargs |= {"type": _argparse_type(option), "metavar": option.metavar}
+            kwargs |= {"type": _make_argparse_type(option), "metavar": option.metavar}
             kwargs |= {"default": default, "action": _Store}
             if option.is_list:
                 kwargs |= {"default": [*(default or ())], "action": "append"}
@@ -84,7 +84,7 @@ def parse_request(
 
     Args:
         argv: Arguments without the program's name; None = those of this process.
-        parser: From `build_parser`; None = build it.
+        parser: Parser from `build_parser`; None = a new one.
     """
     parser = parser or build_parser(task)
     args = parser.parse(argv)
@@ -92,11 +92,11 @@ def parse_request(
     try:
         return task.build_request(values)
     except ArgumentError as error:
-        parser.error(f"{error}{parser.hint(error)}")
+        parser.error(f"{error}{parser.find_suffix(error)}")
 
 
 def to_argv(request: Request) -> list[str]:
-    """Return the arguments that parse to this request, without the name of the command."""
+    """Return the arguments that `parse_request` parses to this request."""
     arguments: list[str] = []
     values = request.get_values()
     for name, (option, default) in request.task.options.items():
@@ -114,13 +114,13 @@ def to_argv(request: Request) -> list[str]:
     return arguments
 
 
-def _argparse_type(option: Option) -> Callable[[str], Value]:
-    """Return the parser of an option's argument."""
+def _make_argparse_type(option: Option) -> Callable[[str], Value]:
+    """Return the argparse type of an option: the parser of its arguments."""
 
     def parse(argument: str) -> Value:
         if option.choices:
             check_name("choice", argument, option.choices)
-        return option.parse(option.read(argument))
+        return option.parse(option.expand(argument))
 
     return parse
 
@@ -128,22 +128,22 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 class _Store(Action):
     """Store a value, or the constant of a shortcut such as `--plms`.
 
-    The last value of a flag wins. Different flags must not set different values, but that `--bf16`
-    may be given with the precisions of the original, before or after it.
+    The last value of a flag wins. Different flags must not set different values, except that
+    `--bf16` overrides the precisions of the original, before or after it.
     """
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
     ) -> None:
-        value, given = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
+        value, usage = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
         key = f"{self.dest}_flag"
-        given_before = vars(namespace).get(key, given)
-        before = getattr(namespace, self.dest)
-        is_other_flag = given_before.split()[0] != given.split()[0]
-        if is_other_flag and self.dest in ("sampler", "precision") and before != value:
-            if not {before, value} & {*ORIGINAL_PRECISIONS}:
-                parser.error(f"{given} contradicts {given_before}")
+        previous_usage = vars(namespace).get(key, usage)
+        previous = getattr(namespace, self.dest)
+        is_other_flag = previous_usage.split()[0] != usage.split()[0]
+        if is_other_flag and self.dest in ("sampler", "precision") and previous != value:
+            if not {previous, value} & {*ORIGINAL_PRECISIONS}:
+                parser.error(f"{usage} contradicts {previous_usage}")
             if self.nargs != 0:
                 return
         setattr(namespace, self.dest, value)
-        setattr(namespace, key, given)
+        setattr(namespace, key, usage)

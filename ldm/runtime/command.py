@@ -35,9 +35,9 @@ class CommandParser(ArgumentParser):
     """A parser with `--verbose`; accepts abbreviated flags, and `_` for `-` in them.
 
     Args:
-        original: Flags of the original scripts; abbreviations of these are preferred to those of
-            other flags.
-        overrides: Whether `key=value` arguments are accepted, as `args.overrides`.
+        original_flags: Flags of the original scripts, whose abbreviations take precedence over
+            those of other flags.
+        takes_overrides: Whether `key=value` arguments are accepted, as `args.overrides`.
 
     Attributes:
         actions_by_flag: Argparse's action of each flag.
@@ -45,14 +45,14 @@ class CommandParser(ArgumentParser):
     """
 
     def __init__(
-        self, *, original: Sequence[str] = (), overrides: bool = False, **settings: Any
+        self, *, original_flags: Sequence[str] = (), takes_overrides: bool = False, **kwargs: Any
     ) -> None:
         self.actions_by_flag: dict[str, Action] = {}
-        self.original = frozenset(original) | {"--help"}
-        self.takes_overrides = overrides
+        self.original_flags = frozenset(original_flags) | {"--help"}
+        self.takes_overrides = takes_overrides
         self.given_flags: frozenset[str] = frozenset()
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **settings)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
         self.add_argument(
             "--verbose", action="store_true", help="log more, and show the traceback of an error"
         )
@@ -61,24 +61,23 @@ class CommandParser(ArgumentParser):
         """Add a group of flags with a heading in `--help`; return its `add_argument`."""
         group = self.add_argument_group(title)
 
-        def add(*names: str, **settings: Any) -> Action:
-            return self._remember_flags(group.add_argument(*names, **_with_path_type(settings)))
+        def add(*names: str, **kwargs: Any) -> Action:
+            return self._register_flags(group.add_argument(*names, **_add_path_type(kwargs)))
 
         return add
 
-    def add_argument(self, *names: Any, **settings: Any) -> Action:
+    def add_argument(self, *names: Any, **kwargs: Any) -> Action:
         """Add a flag as argparse does.
 
-        `parse` accepts abbreviations of it, and suggests it for a misspelt flag.
-
-        The metavar FILE or DIR makes it a path, in which `~` is the home folder.
+        `parse` accepts abbreviations of it, and suggests it for a misspelt flag. The metavar FILE
+        or DIR makes its value a path, in which `~` is the home folder.
         """
-        return self._remember_flags(super().add_argument(*names, **_with_path_type(settings)))
+        return self._register_flags(super().add_argument(*names, **_add_path_type(kwargs)))
 
-    def _remember_flags(self, action: Action) -> Action:
+    def _register_flags(self, action: Action) -> Action:
         self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
         if callable(action.type):
-            action.type = _keep_message(action.type)
+            action.type = _keep_messages(action.type)
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
@@ -104,16 +103,17 @@ class CommandParser(ArgumentParser):
         return args
 
     def run(
-        self, work: Callable[[Namespace], int | None], argv: Sequence[str] | None = None
+        self, main: Callable[[Namespace], int | None], argv: Sequence[str] | None = None
     ) -> int:
         """Parse arguments, see `parse`, and run a command with them, see `run_command`."""
         args = self.parse(argv)
-        return run_command(lambda: work(args), self)
+        return run_command(lambda: main(args), self)
 
-    def hint(self, error: BaseException) -> str:
-        """Return what to do about an error on the command line, to append to its message, or "".
+    def find_suffix(self, error: BaseException) -> str:
+        """Return what the command line appends to the message of an error, "" for nothing.
 
-        For an error about an argument that is its flag, such as " (--steps)".
+        This is the flag of an invalid argument, such as " (--steps)", the command for a model of
+        another task, or flags that save memory.
         """
         if is_out_of_memory(error):
             return MEMORY_HINT if "--vae-tile" in self.actions_by_flag else ""
@@ -126,7 +126,7 @@ class CommandParser(ArgumentParser):
         return ""
 
     def _find_flag(self, argument: str) -> str | None:
-        """Find the flag of an argument of the library, preferably as it was given."""
+        """Return the flag of a library argument, in the given spelling if it was given."""
         names = (argument, argument.removesuffix("s"))  # "loras": --lora
         flags = [flag for flag, action in self.actions_by_flag.items() if action.dest in names]
         return next((flag for flag in flags if flag in self.given_flags), next(iter(flags), None))
@@ -138,7 +138,8 @@ class CommandParser(ArgumentParser):
             return argument
         normalized = name.replace("-", "_")
         matches: list[str] = []
-        for flags in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
+        known = self.actions_by_flag.keys()
+        for flags in (self.original_flags & known, known):
             exact = [flag for flag in flags if flag.replace("-", "_") == normalized]
             matches = exact or [
                 flag for flag in flags if flag.replace("-", "_").startswith(normalized)
@@ -156,13 +157,13 @@ class CommandParser(ArgumentParser):
         self.error(f"unknown argument `{argument}`{suggestion}")
 
 
-def _with_path_type(settings: dict[str, Any]) -> dict[str, Any]:
-    is_path = settings.get("metavar") in PATH_METAVARS
-    return {"type": os.path.expanduser} | settings if is_path else settings
+def _add_path_type(kwargs: dict[str, Any]) -> dict[str, Any]:
+    is_path = kwargs.get("metavar") in PATH_METAVARS
+    return {"type": os.path.expanduser} | kwargs if is_path else kwargs
 
 
-def _keep_message(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return the parser of an argument, with the messages of our errors, which argparse drops."""
+def _keep_messages(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Wrap the parser of an argument, so that argparse shows the messages of LdmErrors."""
 
     @wraps(parse, updated=())  # argparse names it in messages
     def parse_argument(argument: str) -> Any:
@@ -179,10 +180,10 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
 
     Args:
         main: The main function; returns the exit status, None = 0.
-        parser: It has parsed the arguments; `--verbose` logs more, and shows tracebacks.
+        parser: Parser that has parsed the arguments: `--verbose` logs more and shows tracebacks.
 
     Returns:
-        The exit status: 1 after an error, 130 after Ctrl+C, 141 if the reader of stdout has ended.
+        The exit status: 1 after an error, 130 after Ctrl+C, 141 if stdout is a closed pipe.
     """
     verbose = "--verbose" in parser.given_flags
     # Spinning OpenMP threads make small models up to 50 times slower on a busy machine.
@@ -197,14 +198,14 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
             if sys.stdout is not None:  # as under pythonw
                 sys.stdout.flush()
             return status
-        except BrokenPipeError:  # as by `| head`; the interpreter writes what is left at its end
+        except BrokenPipeError:  # as by `| head`; Python flushes stdout once more when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except KeyboardInterrupt:
             log.error("interrupted; finished files are kept")
             return 130
         except Exception as error:  # top level: users see the message of any error
-            text = explain(error) + parser.hint(error)
+            text = explain(error) + parser.find_suffix(error)
             if not verbose and text.startswith(f"{type(error).__name__}:"):
                 text += " (--verbose shows where)"
             log.error("%s: error: %s", parser.prog, text, exc_info=verbose)
@@ -212,7 +213,7 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
 
 
 def log_to_stderr(level: int) -> None:
-    """Send the log of this package to stderr, as stdout is for results."""
+    """Send the log of this package to stderr, as results go to stdout."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package_logger = logging.getLogger("ldm")

@@ -236,7 +236,7 @@ def test_the_commands_write_files_that_name_their_sources(files, tmp_path, capsy
     printed = capsys.readouterr()
     assert printed.out == f"{style}\n"
     assert "95 layers, " in printed.err
-    assert "2 weights differ that are not in it: conditioner.text" in printed.err
+    assert "2 other weights differ, not in the LoRA: conditioner.text" in printed.err
     words = [f"{style}:0.5", style, joined, "--keep-squares", "0.8", "--model", base]
     assert merge(words) == 0
     assert "of the squares" in capsys.readouterr().err
