@@ -1,4 +1,4 @@
-"""Make the images of one batch: options of the request -> arguments of the task's pipeline."""
+"""Generate the images of one batch: options of the request -> arguments of the task's pipeline."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -25,11 +25,11 @@ from ldm.runtime.errors import NonFinite
 
 __all__ = ["generate_batch", "generate_with_fallback", "set_up_task"]
 
-OnLatent = Callable[[Tensor], object]  # see `DecodingOptions`
+LatentCallback = Callable[[Tensor], object]  # see `DecodingOptions`
 
 
 def set_up_task(prepared: PreparedTask, model: LatentDiffusion) -> None:
-    """Let a task use the model before its first batch, and seed torch for legacy `noise`."""
+    """Set up a task for the model before its first batch, and seed torch for legacy `noise`."""
     prepared.set_up(model)
     seed_globally(prepared.request, model, prepared.get_output_size(model))
 
@@ -39,25 +39,25 @@ def generate_with_fallback(
     batch: Batch,
     models: Models,
     listener: RunListener,
-    on_latent: OnLatent | None = None,
+    on_latent: LatentCallback | None = None,
 ) -> Tensor:
-    """Make a batch; where half precision overflows, make it again and go on in float32.
+    """Generate a batch as `generate_batch`; if half precision overflows, retry it in float32.
 
-    See `generate_batch`.
+    The models then stay in float32.
 
     Raises:
         NonFinite: The model returned NaN or infinity in float32, too, or its weights contain them.
     """
-    restore_generators = save_rng_state(models.base)
+    restore_rng_state = save_rng_state(models.base)
     try:
         return generate_batch(prepared, batch, models, listener.on_step, on_latent)
     except NonFinite as error:
-        if models.base.dtype == torch.float32 or error.cause:  # a cause that float32 keeps
+        if models.base.dtype == torch.float32 or error.cause:  # NaN weights stay NaN in float32
             raise
         listener.warn(f"{error} in {get_dtype_name(models.base)}: continuing in float32")
-    # Not in the handler: the error holds the frames, and with them the tensors, of what failed.
+    # Outside the handler, as the traceback of the error keeps the tensors of the failed batch.
     models.to_float32()
-    restore_generators()  # from which legacy `noise` draws
+    restore_rng_state()  # for legacy `noise`
     return generate_batch(prepared, batch, models, listener.on_step, on_latent)
 
 
@@ -66,9 +66,9 @@ def generate_batch(
     batch: Batch,
     models: Models,
     callback: Callback | None,
-    on_latent: OnLatent | None = None,
+    on_latent: LatentCallback | None = None,
 ) -> Tensor:
-    """Make the images of a batch.
+    """Generate the images of a batch.
 
     Args:
         callback: Called after each step, see `ldm.sample`; None = not called.
@@ -77,7 +77,8 @@ def generate_batch(
         (B, 3, H, W) in [-1, 1], or (B, 4, H, W) with depth.
     """
     request, model = prepared.request, models.base
-    arguments = _sampling_arguments(request, model) | _sdxl_arguments(request, batch, models)
+    arguments = _make_sampling_arguments(request, model)
+    arguments |= _make_sdxl_arguments(request, batch, models)
     arguments |= {
         "negative_prompt": [spec.negative_prompt for spec in batch.images],
         "seeds": [spec.seed for spec in batch.images],
@@ -86,25 +87,25 @@ def generate_batch(
         "on_latent": on_latent,
     }
     if models.upscaler is not None:
-        choice = request.upscaling
+        options = request.upscaling
         arguments["upscaling"] = Upscaling(
-            models.upscaler, choice.upscaler_steps, choice.upscaler_scale
+            models.upscaler, options.upscaler_steps, options.upscaler_scale
         )
     prompts = [spec.prompt for spec in batch.images]
     return prepared.generate(model, prompts, cast(TaskOptions, arguments))
 
 
-def _sampling_arguments(request: Request, model: LatentDiffusion) -> dict[str, object]:
-    """Return the arguments that are the same for all images, most by the names of their options."""
+def _make_sampling_arguments(request: Request, model: LatentDiffusion) -> dict[str, object]:
+    """Return the arguments that all images share; most have the names of their options."""
     sampling = resolve_sampling(request, model.defaults)
     values = vars(sampling)
     arguments = {name: values[name] for name in SamplingOptions.__annotations__ if name in values}
     arguments |= {
         "scale": sampling.scale,
-        "tile": _latent_pixels(sampling.vae_tile, model),
-        "unet_tile": _latent_pixels(sampling.unet_tile, model),
+        "tile": _to_latent_pixels(sampling.vae_tile, model),
+        "unet_tile": _to_latent_pixels(sampling.unet_tile, model),
     }
-    # Left out unless set: tasks whose models read no prompt do not take them.
+    # Only those that are set, as tasks without prompts do not take them.
     guidance = {name: values[name] for name in GuidanceOptions.__annotations__}
     arguments |= {name: value for name, value in guidance.items() if value is not None}
     if request.prompts.syntax != PLAIN:
@@ -114,26 +115,30 @@ def _sampling_arguments(request: Request, model: LatentDiffusion) -> dict[str, o
     return arguments
 
 
-def _latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
+def _to_latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
     return None if pixels is None else max(pixels // model.downscale, 1)
 
 
-def _sdxl_arguments(request: Request, batch: Batch, models: Models) -> dict[str, object]:
+def _make_sdxl_arguments(request: Request, batch: Batch, models: Models) -> dict[str, object]:
     """Return the arguments for SDXL that have a value."""
-    arguments = {**vars(request.sdxl), "refiner": models.refiner}
-    pairs = [(spec.prompt_2, spec.prompt) for spec in batch.images]
-    negative_pairs = [(spec.negative_prompt_2, spec.negative_prompt) for spec in batch.images]
-    arguments["prompt_2"] = _second_prompts(pairs)
-    arguments["negative_prompt_2"] = _second_prompts(negative_pairs)
+    images = batch.images
+    arguments = {
+        **vars(request.sdxl),
+        "refiner": models.refiner,
+        "prompt_2": _fill_prompts([(spec.prompt_2, spec.prompt) for spec in images]),
+        "negative_prompt_2": _fill_prompts(
+            [(spec.negative_prompt_2, spec.negative_prompt) for spec in images]
+        ),
+    }
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _second_prompts(pairs: Sequence[tuple[str | None, str]]) -> list[str] | None:
+def _fill_prompts(prompts: Sequence[tuple[str | None, str]]) -> list[str] | None:
     """Return the prompt of the second text encoder for each image; None if no image has its own.
 
     Args:
-        pairs: (prompt of the second encoder, prompt of the first) of each image; None = the same.
+        prompts: (prompt of the second encoder or None, prompt of the first) of each image.
     """
-    if all(second is None for second, _ in pairs):
+    if all(second is None for second, _ in prompts):
         return None
-    return [first if second is None else second for second, first in pairs]
+    return [first if second is None else second for second, first in prompts]

@@ -43,14 +43,14 @@ __all__ = [
     "find_few_steps_warnings", "find_option_warnings", "log_advice",
 ]  # fmt: skip
 
-SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in the index of a diffusers folder
-# Options without effect unless the other one is set.
+SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in `model_index.json` of a diffusers folder
+# Option -> the option without which it has no effect.
 NEEDED_OPTIONS = {
     "repeat": "from_file", "source_prompt": "inversion", "depth_inverted": "depth_map",
     "prior_steps": "prior", "prior_scale": "prior",
 }  # fmt: skip
-# Options that other models of their tasks read, by family.
-UNREAD_OPTIONS = {
+# Options of a task that some of its families ignore.
+IGNORED_OPTIONS = {
     "upscaling": ("noise_sigma", "noise_kind"), "rgbd-upscaling": ("noise_sigma", "noise_kind"),
     "latent-upscaling": ("noise_level",), "variation": ("prompt",),
 }  # fmt: skip
@@ -68,48 +68,46 @@ def find_few_steps_warnings(
     warnings = []
     for options, loras in dict.fromkeys((batch.line_options, batch.loras) for batch in batches):
         request = tasks[options].request
-        choice = replace(request.model, lora=loras)
-        warnings.append(_few_steps_warning(replace(request, model=choice)))
+        request = replace(request, model=replace(request.model, lora=loras))
+        warnings.append(_find_few_steps_warning(request))
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _few_steps_warning(request: Request) -> str | None:
-    """Say why steps and scale do not suit a few-step model, by its name and metadata alone.
+def _find_few_steps_warning(request: Request) -> str | None:
+    """Warn if steps or scale do not suit a few-step model, as its name and metadata show.
 
     Returns:
         None if they do, or if the model does not seem to be one.
     """
-    choice, sampling = request.model, request.sampling
+    model, sampling = request.model, request.sampling
     sets_steps_or_scale = sampling.steps or sampling.scale is not None or sampling.sigmas
     if not sets_steps_or_scale or not any(map(supports_variants, request.task.families)):
         return None
     try:
         ckpt = _find_ckpt(request)
-        found = None if ckpt is None else find_variant_early(ckpt, choice.lora, choice.variant)
-    except (OSError, ValueError):  # which loading reports
+        variant = None if ckpt is None else find_variant_early(ckpt, model.lora, model.variant)
+    except (OSError, ValueError):  # loading reports it
         return None
-    if found is None:
+    if variant is None:
         return None
-    resolved = resolve_sampling(request, found.defaults)
-    return explain_exceeded_limits(
-        found.defaults, f"`{found.path.name}`", resolved.steps, resolved.scale
-    )
+    resolved, name = resolve_sampling(request, variant.defaults), f"`{variant.path.name}`"
+    return explain_exceeded_limits(variant.defaults, name, resolved.steps, resolved.scale)
 
 
 def check_steps(request: Request) -> None:
     """Raise ArgumentError, before weights are read, for more steps than a scheduler can choose.
 
-    It is not raised where the noise schedule is not known yet: sampling checks the steps, too.
+    If the noise schedule is not known yet, sampling checks the steps.
     """
-    choice, sampling = request.model, request.sampling
-    if not sampling.steps or sampling.sigmas is not None:  # which are counted
+    model, sampling = request.model, request.sampling
+    if not sampling.steps or sampling.sigmas is not None:  # `sigmas` set the number of steps
         return
     try:
         ckpt = _find_ckpt(request)
         if ckpt is None:
             return
-        schedule = find_schedule_early(ckpt, choice.config, choice.overrides)
-    except (OSError, ValueError):  # which loading reports
+        schedule = find_schedule_early(ckpt, model.config, model.overrides)
+    except (OSError, ValueError):  # loading reports it
         return
     default = SAMPLERS[sampling.sampler].scheduler if sampling.sampler is not None else None
     scheduler = sampling.scheduler or default or "uniform"
@@ -120,24 +118,24 @@ def check_steps(request: Request) -> None:
 
 
 def _find_ckpt(request: Request) -> Path | None:
-    """Find the checkpoint of a request, which may be the demo model; None = a config alone."""
-    choice = request.model
-    if choice.ckpt is not None:
-        return find_checkpoint(choice.ckpt, variant=select_file_variant(choice.variant))
-    if choice.config is not None:
+    """Find the checkpoint of a request, which may be the demo model; None = only a config."""
+    model = request.model
+    if model.ckpt is not None:
+        return find_checkpoint(model.ckpt, variant=select_file_variant(model.variant))
+    if model.config is not None:
         return None
     return find_file(request.task.demo_model or DEMO_CHECKPOINT)
 
 
 def check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
-    """Read the LoRAs of all images now if they differ, so that a wrong one fails before the first.
+    """Read the LoRAs of all batches if they differ, so that errors come before the first image.
 
     Raises:
         ValueError, OSError: See `read_loras`.
     """
-    choices = dict.fromkeys(batch.loras for batch in batches)
-    if len(choices) > 1:
-        for lora in dict.fromkeys(lora for loras in choices for lora in loras):
+    combinations = dict.fromkeys(batch.loras for batch in batches)
+    if len(combinations) > 1:
+        for lora in dict.fromkeys(lora for loras in combinations for lora in loras):
             read_loras(model, [lora])
 
 
@@ -147,22 +145,22 @@ def find_option_warnings(
     """Return warnings about options that do not suit the model, or have no effect on it.
 
     Raises:
-        ArgumentError: There are not as many layers as clip skip needs.
+        ArgumentError: The text encoder has fewer layers than clip skip needs.
     """
     requests = [prepared.request for prepared in tasks.values()]
     skip = max(request.sampling.clip_skip for request in requests)
     warnings = [
-        *(warning for request in requests for warning in _ignored_options(request, model)),
+        *(warning for request in requests for warning in _find_ignored_options(request, model)),
         check_clip_skip(model, skip),
-        *(_high_start_warning(request, model) for request in requests),
+        *(_find_high_start_warning(request, model) for request in requests),
     ]
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
+def _find_high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
     """Warn if the first sigma of the scheduler is too high for the sampler.
 
-    Runs from an image begin at a lower sigma, which `sample` checks.
+    Runs from an image start at a lower sigma, which `sample` checks.
     """
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
@@ -180,38 +178,38 @@ def _high_start_warning(request: Request, model: LatentDiffusion) -> str | None:
 def check_files(
     request: Request, ckpt: Path | None, refiner: Path | None, upscaler: Path | None
 ) -> None:
-    """Raise ArgumentError if a file or folder of a model is not suitable, as far as it shows.
+    """Raise ArgumentError if headers or configs show that a model does not suit the request.
 
-    Weights are not read, only headers and configs. Files of unusual shapes are checked by the
-    pipelines, after loading.
+    Weights are not read. Models of unknown families are checked by the pipelines, after loading.
     """
     weights = _identify(ckpt)
-    # A config that is given may say something else than the folder's.
-    model = _find_kind(None if request.model.config else ckpt, weights)
-    refiner_kind, upscaler_kind = (_find_kind(p, _identify(p)) for p in (refiner, upscaler))
-    is_xl = model is not None and model.is_xl
-    if upscaler is not None and upscaler_kind and upscaler_kind.name != "latent-upscaling":
-        message = f"`{upscaler.name}` is {upscaler_kind.title}, not an x2 latent upscaler"
+    # A config that is given may differ from the folder's.
+    family = _find_family(None if request.model.config else ckpt, weights)
+    refiner_family = _find_family(refiner, _identify(refiner))
+    upscaler_family = _find_family(upscaler, _identify(upscaler))
+    is_sdxl = family is not None and family.is_sdxl
+    if upscaler is not None and upscaler_family and upscaler_family.name != "latent-upscaling":
+        message = f"`{upscaler.name}` is {upscaler_family.title}, not an x2 latent upscaler"
         raise ArgumentError(message, "upscaler")
-    if upscaler is not None and (refiner is not None or is_xl):
+    if upscaler is not None and (refiner is not None or is_sdxl):
         raise ArgumentError(
             "the x2 latent upscaler is for latents of Stable Diffusion 1 and 2, not XL", "upscaler"
         )
-    if ckpt is not None and model is not None:
-        if model.name not in request.task.families:
-            raise wrong_family(f"`{ckpt.name}`", model.name)
-        if refiner is not None and not is_xl:
-            message = f"`{ckpt.name}` is {model.title}: a refiner needs Stable Diffusion XL"
+    if ckpt is not None and family is not None:
+        if family.name not in request.task.families:
+            raise wrong_family(f"`{ckpt.name}`", family.name)
+        if refiner is not None and not is_sdxl:
+            message = f"`{ckpt.name}` is {family.title}: a refiner needs Stable Diffusion XL"
             raise ArgumentError(message, "refiner")
-    if refiner is not None and refiner_kind is not None and refiner_kind.name != "refiner":
-        message = f"`{refiner.name}` is {refiner_kind.title}, not the refiner of"
+    if refiner is not None and refiner_family is not None and refiner_family.name != "refiner":
+        message = f"`{refiner.name}` is {refiner_family.title}, not the refiner of"
         raise ArgumentError(f"{message} Stable Diffusion XL, such as {REFINER_FILE}", "refiner")
-    if ckpt is not None and (channels := _image_channels(ckpt, weights)) is not None:
+    if ckpt is not None and (channels := _find_image_channels(ckpt, weights)) is not None:
         check_depth(request, f"`{ckpt.name}`", channels)
 
 
-class _Kind(NamedTuple):
-    """What a checkpoint is.
+class _Family(NamedTuple):
+    """Family of a checkpoint.
 
     Args:
         name: Name in `pipelines.families.FAMILIES`.
@@ -220,11 +218,11 @@ class _Kind(NamedTuple):
 
     name: str
     title: str
-    is_xl: bool
+    is_sdxl: bool
 
 
-def _find_kind(path: Path | None, weights: Weights | None) -> _Kind | None:
-    """Return what a checkpoint is, if it is a diffusers folder or of a published family."""
+def _find_family(path: Path | None, weights: Weights | None) -> _Family | None:
+    """Return the family of a diffusers folder, or of weights of a published family; else None."""
     if path is not None and is_diffusers_folder(path):
         spec = translate_config(read_folder_config(path), where=path.name)
         if "conditioner" not in spec["params"]:
@@ -233,14 +231,14 @@ def _find_kind(path: Path | None, weights: Weights | None) -> _Kind | None:
         assert isinstance(conditioner, Conditioner)
         if (name := find_family(conditioner)) is None:
             return None
-        return _Kind(name, FAMILIES[name].title, not SIZE_KEYS.isdisjoint(conditioner.keys))
+        return _Family(name, FAMILIES[name].title, not SIZE_KEYS.isdisjoint(conditioner.keys))
     if weights is None or weights.family is None or not weights.family.task:
         return None
-    family = weights.family
-    name = next(n for n, each in FAMILIES.items() if each.function == family.task)
-    if family.has_vision_tower:  # whose command is that of unCLIP
+    published = weights.family
+    name = next(key for key, family in FAMILIES.items() if family.function == published.task)
+    if published.has_vision_tower:  # its task is also that of unCLIP
         name = "variation"
-    return _Kind(name, family.title, family.is_xl)
+    return _Family(name, published.title, published.is_xl)
 
 
 def _identify(path: Path | None) -> Weights | None:
@@ -250,7 +248,7 @@ def _identify(path: Path | None) -> Weights | None:
     return identify_weights(open_checkpoint(path))
 
 
-def _image_channels(path: Path, weights: Weights | None) -> int | None:
+def _find_image_channels(path: Path, weights: Weights | None) -> int | None:
     """Return the channels of a model's images (`ldm.imaging.rgbd`); None if unknown yet."""
     config = path / "vae/config.json"
     if config.is_file():
@@ -264,8 +262,8 @@ def check_depth(request: Request, model_name: str, channels: int) -> None:
     """Raise ArgumentError or MissingArgument unless depth options suit a model.
 
     Args:
-        model_name: In messages.
-        channels: Of the model's images: 3, with depth (LDM3D) 4 or 6.
+        model_name: Name of the model in messages.
+        channels: Channels of its images: 3, with depth (LDM3D) 4 or 6.
     """
     inputs, has_depth = request.inputs, channels != 3
     if request.output.glb and not has_depth:
@@ -280,16 +278,16 @@ def check_depth(request: Request, model_name: str, channels: int) -> None:
         raise MissingArgument(f"{model_name} also needs the depth of the image", "depth")
 
 
-def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
+def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     """Return warnings about options that have no effect on a model, or not the expected one."""
-    choice, sampling = request.model, request.sampling
+    model_options, sampling = request.model, request.sampling
     warnings = []
     if sampling.effective_eta != sampling.eta:
         warnings.append(f"sampler `dpm` is deterministic: eta {sampling.eta:g} is ignored")
-    if choice.channels not in (None, model.channels):
-        warnings.append(f"`C` {choice.channels} is ignored: the model has {model.channels}")
-    if choice.factor not in (None, model.downscale):
-        warnings.append(f"`f` {choice.factor} is ignored: the model has {model.downscale}")
+    if model_options.channels not in (None, model.channels):
+        warnings.append(f"`C` {model_options.channels} is ignored: the model has {model.channels}")
+    if model_options.factor not in (None, model.downscale):
+        warnings.append(f"`f` {model_options.factor} is ignored: the model has {model.downscale}")
     sampler = SAMPLERS.get(sampling.sampler or "")
     if sampler and sampler.takes_uncond and (sampling.scale or 0) > 2 * (sampler.scale or 1):
         warnings.append(
@@ -299,7 +297,8 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     if sampling.freeu is not None and request.sdxl.refiner is not None:
         warnings.append("freeu changes the base, not its refiner")
     values = request.get_values()
-    is_set = {n: values[n] != default for n, (_, default) in request.task.options.items()}
+    options = request.task.options
+    is_set = {name: values[name] != default for name, (_, default) in options.items()}
     if request.prompts.from_file is not None and is_set["prompt"]:
         warnings.append("the prompts are those of from_file: prompt is ignored")
     if values.get("inversion") and sampling.fixed_code:
@@ -312,11 +311,11 @@ def _ignored_options(request: Request, model: LatentDiffusion) -> list[str]:
     family = find_family(model.conditioner) or ""
     warnings += [
         f"{quote_name(model)} is {FAMILIES[family].title}: {name} is ignored"
-        for name in UNREAD_OPTIONS.get(family, ())
+        for name in IGNORED_OPTIONS.get(family, ())
         if is_set.get(name)
     ]
-    ignored = ("torchscript", "ipex", "laion400m")
-    return warnings + [f"`{name}` has no effect" for name in ignored if values[name]]
+    no_effect = ("torchscript", "ipex", "laion400m")
+    return warnings + [f"`{name}` has no effect" for name in no_effect if values[name]]
 
 
 def log_advice(request: Request, model: LatentDiffusion) -> None:
@@ -324,7 +323,9 @@ def log_advice(request: Request, model: LatentDiffusion) -> None:
     sampling = request.sampling
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
         log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
-    native = model.image_size * model.downscale
+    native_size = model.image_size * model.downscale
     is_text_v = request.task.families == ("text",) and model.parameterization == "v"
-    if native == 512 and is_text_v and sampling.size == (None, None):
-        log.info("Stable Diffusion 2 v models were trained at 768 x 768: that size may be better")
+    if native_size == 512 and is_text_v and sampling.size == (None, None):
+        log.info(
+            "v-prediction models of Stable Diffusion 2 are trained at 768 x 768: use that size"
+        )

@@ -1,4 +1,4 @@
-"""Sampling options of a run with the defaults of its task and model."""
+"""Fill in the defaults of task and model for sampling options that are not set."""
 
 import logging
 from dataclasses import replace
@@ -19,7 +19,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
 
     Args:
-        defaults: Defaults of the model; without a scale in it, the task sets it.
+        defaults: Defaults of the model; its scale may be None, which means that of the task.
     """
     sampling = request.sampling
     sampler = sampling.sampler or defaults.sampler
@@ -37,17 +37,17 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
 
 
 def log_variant(request: Request, model: LatentDiffusion) -> None:
-    """Log the kind of a few-step model, and how it will be sampled."""
-    found = model.provenance.get("variant")
-    if found is None:
+    """Log which few-step model it is, if it is one, and how it will be sampled."""
+    variant = model.provenance.get("variant")
+    if variant is None:
         return
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     log.info(
         "`%s` is %s (by %s): sampler %s, scheduler %s, steps %d, guidance scale %g",
-        found["file"],
-        VARIANTS[found["name"]].title,
-        found["evidence"],
+        variant["file"],
+        VARIANTS[variant["name"]].title,
+        variant["evidence"],
         sampling.sampler,
         sampling.scheduler or get_default_scheduler(model, sampling.sampler),
         sampling.steps,

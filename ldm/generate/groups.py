@@ -1,7 +1,7 @@
-"""Groups of options, the parts of a `Request`: their flags, labels, defaults and checks.
+"""Groups of options, the fields of a `Request`: their flags, labels, defaults and checks.
 
 An option is a field (`ldm.generate.options`). Each task has its own group of inputs
-(`ldm.generate.tasks`); not all have the groups of SDXL and of the x2 latent upscaler.
+(`ldm.generate.tasks`); only some have the groups of SDXL and of the x2 latent upscaler.
 """
 
 from collections.abc import Sequence
@@ -49,10 +49,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a task reads besides prompts; the base class of each task's group of inputs."""
+    """Base class of each task's group of inputs: what it reads besides prompts."""
 
     def split_by_image(self) -> "Sequence[Inputs]":
-        """Return the inputs for each image to work on: these, or one for each of a folder."""
+        """Return the inputs of each run: these, or those for each image of a folder."""
         return [self]
 
     @property
@@ -68,7 +68,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts, or a file of them."""
+    """Prompt and negative prompt, or a file of prompts."""
 
     # fmt: off
     prompt: str = option("", "--prompt", metavar="TEXT", label="Prompt",
@@ -94,7 +94,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, its files, device and precision; `overrides` (`key=value`) change the YAML."""
+    """The model, its files, device and precision; `overrides` (`key=value`) change the YAML."""
 
     # fmt: off
     ckpt: str | None = option(None, "--ckpt", metavar="FILE", label="Checkpoint",
@@ -165,7 +165,7 @@ class Sampling:
         label="Schedule rho", help="exponent of the scheduler (default:"
         f" {', '.join(f'{name} {SCHEDULERS[name].rho:g}' for name in SCHEDULERS_WITH_RHO)})")
     sigmas: tuple[float, ...] | None = option(None, "--sigmas", parse=parse_sigmas,
-        read=expand_file, metavar="LIST", label="Sigmas",
+        expand=expand_file, metavar="LIST", label="Sigmas",
         help="custom noise levels, descending, such as 14.6,3.9,1.9,0.96,0.4,0, or @FILE with them,"
         " instead of steps and scheduler")
     eta: float | None = option(None, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
@@ -202,7 +202,7 @@ class Sampling:
         metavar="PRESET", label="Safe latent diffusion",
         help=f"guide away from unsafe content: {', '.join(SLD_PRESETS)}, or"
         " WARMUP,SCALE,THRESHOLD,MOMENTUM,BETA (default: off)")
-    sld_concept: str | None = option(None, "--sld-concept", read=expand_file, metavar="TEXT",
+    sld_concept: str | None = option(None, "--sld-concept", expand=expand_file, metavar="TEXT",
         label="Unsafe concept",
         help="what --sld guides away from: a text, @FILE with one, or a predefined text: original"
         " (the authors') or diffusers (default: original)")
@@ -229,7 +229,7 @@ class Sampling:
         + " (default: 1)")
     clip_skip: int = option(1, "--clip-skip", parse=parse_count, metavar="N", label="Clip skip",
         slider_max=12, help="layer of Stable Diffusion 1's text encoder to use, from the end: 1 the"
-        " last, 2 the last but one (default: %(default)s)")
+        " last, 2 the penultimate (default: %(default)s)")
     seed: int = option(42, "--seed", parse=parse_integer, metavar="N", label="Seed",
         help="image k of the run has seed + k (default: %(default)s)")
     fixed_code: bool = option(False, "--fixed_code", help="use the same initial noise for all"
@@ -280,12 +280,12 @@ class Sampling:
 
     @property
     def effective_eta(self) -> float | None:
-        """Amount of noise between steps; None for `dpm`, where the original ignored it."""
+        """Eta; None for `dpm`, for which the original ignores it."""
         return None if self.sampler == "dpm" else self.eta
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """(height, width) in pixels, rounded down to multiples of 8 under the quirk "size"."""
+        """(height, width) in pixels; with legacy `size`, rounded down to multiples of 8."""
         height, width = self.height, self.width
         if "size" in self.legacy:
             height = height and height - height % 8
@@ -410,7 +410,7 @@ class Output:
             raise ArgumentError("unsafe needs safety_checker", "unsafe")
 
 
-# Headings of `--help`, in its order; the inputs of a task come first.
+# Headings of `--help` by field of `Request`, in this order.
 GROUPS = {
     "inputs": "inputs",
     "prompts": "prompt",

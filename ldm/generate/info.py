@@ -35,17 +35,9 @@ from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "COMPARED_KEYS",
-    "FILE_KEYS",
-    "FLOAT_WATERMARK",
-    "INTEGER_WATERMARK",
-    "Info",
-    "choose_watermark_method",
-    "describe_depth",
-    "describe_image",
-    "describe_run",
-    "get_dtype_name",
-    "get_result_size",
+    "COMPARED_KEYS", "FILE_KEYS", "FLOAT_WATERMARK", "INTEGER_WATERMARK", "Info",
+    "choose_watermark_method", "describe_depth", "describe_image", "describe_run",
+    "get_dtype_name", "get_result_size",
 ]  # fmt: skip
 
 Info = JsonObject  # the metadata of one image, or of all images of a run
@@ -74,10 +66,10 @@ def describe_run(
 
     Args:
         size: (height, width) of the base model's images in pixels.
-        without_folders: Record names of files, not whole paths; but of input images, which `replay`
-            must find. See also `Request.to_json`.
+        without_folders: Record names of files instead of paths, except for input files, which
+            `replay` must find. See also `Request.to_json`.
     """
-    model, choice = models.base, request.model
+    model, model_options = models.base, request.model
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     checkpoint = model.provenance["checkpoint"]
@@ -113,17 +105,17 @@ def describe_run(
         "payload": choose_watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": compute_short_hash(checkpoint),
-        "ema": choice.ema,
+        "ema": model_options.ema,
         "vae": model.provenance.get("vae"),
         "text_encoder": model.provenance.get("text_encoder"),
         "loras": model.provenance.get("loras", []),
         "embeddings": model.provenance.get("embeddings", []),
-        "config": choice.config,
+        "config": model_options.config,
         "config_hash": model.provenance["config_hash"],
-        "overrides": list(choice.overrides),
+        "overrides": list(model_options.overrides),
         "device": model.device.type,
         "dtype": get_dtype_name(model),
-        "attention": choice.attention,
+        "attention": model_options.attention,
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "torch": torch.__version__,
         "ldm": __version__,
@@ -136,18 +128,18 @@ def describe_run(
 def _remove_folders(info: Info) -> Info:
     """Reduce the paths of recorded files to their names, except those of inputs."""
 
-    def reduce(value: Any) -> Any:
+    def remove(value: Any) -> Any:
         if isinstance(value, list):
-            return [reduce(entry) for entry in value]
+            return [remove(entry) for entry in value]
         if not isinstance(value, dict) or "path" not in value:
             return value
         return {**value, "path": Path(value["path"]).name}
 
-    return {key: value if key == "inputs" else reduce(value) for key, value in info.items()}
+    return {key: value if key == "inputs" else remove(value) for key, value in info.items()}
 
 
 def get_result_size(info: Info) -> tuple[int, int]:
-    """Return (height, width) of the images of a run: an upscaler doubles "size", the base's."""
+    """Return (height, width) of a run's images: "size", which an x2 latent upscaler doubles."""
     height, width = info["size"]
     factor = LATENT_UPSCALE_FACTOR if "upscaler" in info else 1
     return factor * height, factor * width
@@ -159,7 +151,7 @@ def get_dtype_name(model: LatentDiffusion) -> str:
 
 
 def _describe_optional(request: Request, sampling: Sampling, models: Models) -> Info:
-    """Return entries for options that are set, and for models besides the base."""
+    """Return entries for options that are set, and for models other than the base."""
     model, upscaler, values = models.base, models.upscaler, request.to_json()
     names = ("rho", "sigmas", "sld", "apg", "perp_neg", "pag", *get_options(SDXL))
     info = {name: values.get(name) for name in names}
@@ -194,10 +186,10 @@ def _describe_file(file: str | Path) -> Info:
 
 
 def describe_image(request: Request, batches: Sequence[Batch], batch_index: int, row: int) -> Info:
-    """Return the info of a single image: prompts, seed, and its place in the batch.
+    """Return the info of a single image: prompts, seed, and its row in the batch.
 
     Args:
-        batch_index: In the run.
+        batch_index: Index of the batch in the run.
         row: Index of the image in the batch.
     """
     batch = batches[batch_index]
@@ -215,14 +207,14 @@ def describe_image(request: Request, batches: Sequence[Batch], batch_index: int,
     if request.sampling.fixed_code:
         info["start_seed"] = spec.initial_noise_seed
     if "noise" in request.sampling.legacy:
-        # One generator draws for the whole run: earlier batches are needed to reach its state.
+        # One generator draws for the whole run, so a replay must repeat the earlier batches.
         info["seed"] = request.sampling.seed
         info["earlier"] = [len(batch) for batch in batches[:batch_index]]
     return info
 
 
 def describe_depth(depth: Image.Image) -> Info:
-    """Return the info of an image's depth: its range, and a hash to compare with."""
+    """Return the info of an image's depth: its range and a hash of its pixels."""
     return {"depth_range": list(depth.getextrema()), "sha256_depth": hash_pixels(depth)}
 
 
@@ -236,7 +228,7 @@ def choose_watermark_method(request: Request, size: tuple[int, int], payload: st
 
 
 def choose_watermark_payload(model: LatentDiffusion) -> str:
-    """Return the name in PAYLOADS of what the original scripts embed for this kind of model."""
+    """Return the name in PAYLOADS of the text that the original scripts embed for a model."""
     if is_sdxl(model):
         return "SDXL"
     text = model.conditioner.text

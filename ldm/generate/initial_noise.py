@@ -30,13 +30,13 @@ def draw_initial_noise(
     """Draw the x_T (B, C, h, w) of a batch; None = the pipeline draws it."""
     sampling, shape = request.sampling, _latent_shape(model, size)
     is_legacy = "noise" in sampling.legacy
-    # The original's demos of these tasks draw in numpy, in float64.
+    # The original's demos of these tasks draw it with numpy, in float64.
     if is_legacy and request.task.uses_numpy_noise:
         values = np.random.RandomState(sampling.seed).randn(len(batch), *shape)
         return torch.from_numpy(values).float()
     if is_legacy and sampling.fixed_code:
         generator = torch.Generator(model.device).manual_seed(sampling.seed % SEED_RANGE)
-        # For a full batch, as in the original; a shorter last batch takes its first rows.
+        # For a full batch, as in the original; a shorter last batch uses its first rows.
         full_shape = (request.output.n_samples, *shape)
         noise = torch.randn(full_shape, generator=generator, device=model.device)
         return noise[: len(batch)]
@@ -52,7 +52,7 @@ def _latent_shape(model: LatentDiffusion, size: tuple[int, int]) -> tuple[int, i
 
 
 def save_rng_state(model: LatentDiffusion) -> Callable[[], None]:
-    """Return a function that sets torch's global generators back to their present states."""
+    """Save the states of torch's global generators; return a function that restores them."""
     state = torch.get_rng_state()
     is_cuda = model.device.type == "cuda"
     device_state = torch.cuda.get_rng_state(model.device) if is_cuda else None

@@ -1,4 +1,4 @@
-"""Progress of a run: callbacks, and their output on a console."""
+"""Callbacks for the progress of a run, and those of the command line."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["PATH_KEYS", "ConsoleListener", "RunListener", "is_progress_hidden"]
 
-# Keys of an info for the files of an image.
+# Keys of an info that contain the paths of an image's files.
 PATH_KEYS = ("path", "depth_path", "relief_path", "latent_path")
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ class RunListener:
     """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
 
     Attributes:
-        stopped_at: The step after which `on_step` raised Stop with a latent, which is decoded and
-            marked as unfinished; None = it did not.
+        stopped_at: Step after which `on_step` raised Stop with a latent: the run decodes it, and
+            marks the images as unfinished. None = it did not.
     """
 
     stopped_at: int | None = None

@@ -28,7 +28,7 @@ __all__ = ["Models", "find_checker", "find_existing_checkpoint", "load_models"]
 
 SMALL_MODEL_BYTES = 200e6  # bytes of weights below which half precision and many threads are slower
 
-MODEL_FILES = ("clip_stats", "midas")  # options of tasks that are keywords of `ldm.load`
+TASK_FILES = ("clip_stats", "midas")  # options of single tasks that `ldm.load` takes
 
 OWN_CHECKER = "own"  # value of `safety_checker` for the one in the --ckpt folder
 
@@ -45,7 +45,7 @@ class Models:
     upscaler: LatentDiffusion | None = None
 
     def to_float32(self) -> None:
-        """Convert the weights to float32, but for the safety checker's."""
+        """Convert the weights to float32, except those of the safety checker."""
         for model in filter(None, (self.base, self.refiner, self.upscaler)):
             model.float()
 
@@ -57,18 +57,18 @@ def load_models(
     load: Callable[..., LatentDiffusion] = load_from_files,
     load_checker: Callable[..., SafetyChecker] = load_safety_checker,
 ) -> Models:
-    """Load the models of a request; sets the threads and the attention backend of the process.
+    """Load the models of a request, and set threads and attention backend of the process.
 
     Args:
-        threads: Number of CPU threads; None = chosen by the size of the model.
+        threads: Number of CPU threads; None = depends on the size of the model.
         load: Replaces `ldm.load`, with its arguments.
         load_checker: Replaces `load_safety_checker`, with its arguments.
     Raises:
-        ArgumentError: A file is of the wrong family, or an option does not suit the model.
+        ArgumentError: A model is of the wrong family, or an option does not suit it.
         ValueError, FileNotFoundError: See `ldm.load`.
     """
-    choice, task = request.model, request.task
-    ckpt = find_existing_checkpoint(choice.ckpt, "ckpt", choice.variant)
+    options, task = request.model, request.task
+    ckpt = find_existing_checkpoint(options.ckpt, "ckpt", options.variant)
     refiner = find_existing_checkpoint(request.sdxl.refiner, "refiner")
     upscaler = find_existing_checkpoint(request.upscaling.upscaler, "upscaler")
     for path in filter(None, (ckpt, refiner, upscaler)):
@@ -83,30 +83,30 @@ def load_models(
         )
         ckpt = find_file(task.demo_model) if task.demo_model else None
     is_small = ckpt is None or _is_small_model(ckpt)
-    device = pick_device(choice.device)
-    dtype = pick_dtype(choice.precision, device, is_small)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.precision, device, is_small)
     if device.type == "cpu":
         set_threads(threads, is_small)
         keep_freed_memory()
-    set_backend(choice.attention)
+    set_backend(options.attention)
     checker_file = find_checker(request)
-    checker_device = "cpu" if choice.offload else device
+    checker_device = "cpu" if options.offload else device
     checker = load_checker(checker_file, device=checker_device) if checker_file else None
-    placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": choice.offload}
+    placement: dict[str, Any] = {"device": device, "dtype": dtype, "offload": options.offload}
     values = request.get_values()
     model = load(
-        choice.config,
+        options.config,
         ckpt,
-        ema=choice.ema,
-        overrides=choice.overrides,
-        allow=choice.allow_module,
-        loras=choice.lora,
-        embeddings=choice.embedding,
-        vae=choice.vae,
-        text_encoder=choice.text_encoder,
-        variant=choice.variant,
+        ema=options.ema,
+        overrides=options.overrides,
+        allow=options.allow_module,
+        loras=options.lora,
+        embeddings=options.embedding,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
+        variant=options.variant,
         **placement,
-        **{name: values[name] for name in MODEL_FILES if name in values},
+        **{name: values[name] for name in TASK_FILES if name in values},
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     log_variant(request, model)
@@ -161,14 +161,14 @@ def find_existing_checkpoint(
 
 
 def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
-    """Return the embedding files that fit the last text encoder, the only one of a refiner."""
+    """Return the embedding files with vectors for the last text encoder, which a refiner shares."""
     encoders = base.conditioner.find_all(TextEncoder)
     files = base.provenance.get("embeddings", [])
     return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
 
 
 def _is_small_model(path: str | Path) -> bool:
-    """Return whether the weights of a file or diffusers folder have less than SMALL_MODEL_BYTES."""
+    """Return whether the weights of a file or folder take less than SMALL_MODEL_BYTES."""
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL_BYTES

@@ -33,8 +33,8 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
             raise ArgumentError(f"`<{kind}:{content}>`: hypernetworks are not supported", "prompt")
         name, weight = split_weight(content)
         if ":" in name:
-            wrong = f"`{name.partition(':')[2]}` is not a weight, such as 0.8 or 0.5:1"
-            raise ArgumentError(f"`<{kind}:{content}>`: {wrong}", "prompt")
+            reason = f"`{name.partition(':')[2]}` is not a weight, such as 0.8 or 0.5:1"
+            raise ArgumentError(f"`<{kind}:{content}>`: {reason}", "prompt")
         loras.append((name, LoRAWeight.parse(weight or 1.0).to_json()))
     return remove_tags(prompt), loras
 
@@ -50,7 +50,7 @@ def add_tagged_loras(
     """Return the LoRAs of an image: those of the run, and those named in its prompt.
 
     Args:
-        list_loras: Returns files by name, see `list_local_loras`; called only if there are tags.
+        list_loras: Returns files by name as `list_local_loras`; only called if there are tags.
     Raises:
         ArgumentError: A LoRA is unknown, ambiguous or given twice, or a weight is invalid.
     """
@@ -67,7 +67,7 @@ def add_tagged_loras(
     return tuple(combined)
 
 
-def list_local_loras(choice: ModelOptions) -> dict[str, str]:
+def list_local_loras(options: ModelOptions) -> dict[str, str]:
     """Return the LoRA files that prompts may name: relative POSIX path without suffix -> file.
 
     They are in `lora_dir`, else in each folder `lora` or `loras` beside the checkpoint, beside its
@@ -77,26 +77,26 @@ def list_local_loras(choice: ModelOptions) -> dict[str, str]:
     Raises:
         MissingFile: `lora_dir` does not exist.
     """
-    if choice.lora_dir is not None:
-        folder = Path(choice.lora_dir)
+    if options.lora_dir is not None:
+        folder = Path(options.lora_dir)
         if not folder.is_dir():
             raise MissingFile(f"no folder `{folder}`", "lora_dir")
-        return _files_in(folder)
+        return _list_lora_files(folder)
     files: dict[str, str] = {}
-    for parent in dict.fromkeys([Path(), *_checkpoint_folders(choice)]):
+    for parent in dict.fromkeys([Path(), *_find_checkpoint_folders(options)]):
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
             if folder.name.lower() in LORA_FOLDERS and folder.is_dir():
-                files |= _files_in(folder)
+                files |= _list_lora_files(folder)
     return files
 
 
-def _checkpoint_folders(choice: ModelOptions) -> list[Path]:
+def _find_checkpoint_folders(options: ModelOptions) -> list[Path]:
     """Return the parent of the checkpoint's folder, then its folder, which takes precedence."""
-    if choice.ckpt is not None and choice.ckpt.startswith(HUB_PREFIX):
-        return []  # it is in the hub's cache or not downloaded yet: nobody keeps LoRAs there
-    if choice.ckpt is not None:
-        path = find_checkpoint(choice.ckpt, fetch=False)
-    elif choice.config is None:
+    if options.ckpt is not None and options.ckpt.startswith(HUB_PREFIX):
+        return []  # it is in the hub's cache, which has no LoRA folders, or not downloaded yet
+    if options.ckpt is not None:
+        path = find_checkpoint(options.ckpt, fetch=False)
+    elif options.config is None:
         path = find_file(DEMO_CHECKPOINT)
     else:
         return []
@@ -104,7 +104,7 @@ def _checkpoint_folders(choice: ModelOptions) -> list[Path]:
     return [folder.parent, folder]
 
 
-def _files_in(folder: Path) -> dict[str, str]:
+def _list_lora_files(folder: Path) -> dict[str, str]:
     files = filter(Path.is_file, list_files(folder))
     paths = sorted(path for path in files if path.suffix.lower() in LORA_SUFFIXES)
     return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in paths}

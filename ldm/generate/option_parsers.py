@@ -1,4 +1,4 @@
-"""Parse command-line arguments of options: numbers, sizes, presets, names of quirks."""
+"""Parse the arguments of options: numbers, sizes, presets, LoRAs, names of quirks."""
 
 import math
 import os
@@ -21,11 +21,11 @@ __all__ = [
 Number = TypeVar("Number", int, float)
 
 QUIRKS = tuple(sorted(LEGACY))
-# Quirks of the original scripts; those of sgm's sampling pipeline exclude them.
+# Quirks of the original scripts; they cannot be combined with those of sgm's SamplingPipeline.
 SCRIPT_QUIRKS = tuple(sorted(LEGACY.keys() - API_LEGACY))
 
 
-def _number_parser(
+def _make_number_parser(
     convert: Callable[[str], Number], is_allowed: Callable[[Number], bool], description: str
 ) -> Callable[[str], Number]:
     """Return a parser of numbers that raises ArgumentError unless `is_allowed`."""
@@ -48,13 +48,13 @@ def _parse_unsigned(argument: str) -> int:
     return int(argument) if argument.strip().isdecimal() else -1
 
 
-parse_count = _number_parser(_parse_unsigned, lambda n: n >= 1, "a positive whole number")
-parse_natural = _number_parser(_parse_unsigned, lambda n: n >= 0, "a whole number >= 0")
-parse_integer = _number_parser(int, lambda n: True, "a whole number")
-parse_number = _number_parser(float, math.isfinite, "a number")
-parse_fraction = _number_parser(float, lambda x: 0 <= x <= 1, "a number in 0 … 1")
-parse_nonnegative = _number_parser(float, lambda x: 0 <= x < math.inf, "a number >= 0")
-parse_positive = _number_parser(float, lambda x: 0 < x < math.inf, "a number above 0")
+parse_count = _make_number_parser(_parse_unsigned, lambda n: n >= 1, "a positive whole number")
+parse_natural = _make_number_parser(_parse_unsigned, lambda n: n >= 0, "a whole number >= 0")
+parse_integer = _make_number_parser(int, lambda n: True, "a whole number")
+parse_number = _make_number_parser(float, math.isfinite, "a number")
+parse_fraction = _make_number_parser(float, lambda x: 0 <= x <= 1, "a number in 0 … 1")
+parse_nonnegative = _make_number_parser(float, lambda x: 0 <= x < math.inf, "a number >= 0")
+parse_positive = _make_number_parser(float, lambda x: 0 < x < math.inf, "a number above 0")
 
 
 def _parse_finite(argument: str) -> float:
@@ -68,18 +68,18 @@ def _parse_finite(argument: str) -> float:
 def _parse_numbers(argument: str, convert: Callable[[str], Number]) -> tuple[Number, ...]:
     """Parse numbers separated by commas; return () for anything else."""
     try:
-        return tuple(convert(part) for part in argument.split(","))
+        return tuple(convert(item) for item in argument.split(","))
     except ValueError:
         return ()
 
 
-def _tuple_parser(
+def _make_tuple_parser(
     count: int,
     convert: Callable[[str], Number],
     is_allowed: Callable[..., bool],
     description: str,
 ) -> Callable[[str], tuple[Number, ...]]:
-    """Return a parser of `count` numbers, which `is_allowed` gets as its arguments."""
+    """Return a parser of `count` numbers; it raises ArgumentError unless `is_allowed(*numbers)`."""
 
     def parse(argument: str) -> tuple[Number, ...]:
         numbers = _parse_numbers(argument, convert)
@@ -90,22 +90,22 @@ def _tuple_parser(
     return parse
 
 
-parse_sigma_interval = _tuple_parser(
+parse_sigma_interval = _make_tuple_parser(
     2,
     _parse_finite,
     lambda low, high: 0 <= low < high,
     "LOW,HIGH: two sigmas, 0 <= LOW < HIGH",
 )
-parse_box = _tuple_parser(
+parse_box = _make_tuple_parser(
     4,
     _parse_unsigned,
     lambda left, top, right, bottom: 0 <= left < right and 0 <= top < bottom,
     "LEFT,TOP,RIGHT,BOTTOM in pixels",
 )
-parse_size = _tuple_parser(
+parse_size = _make_tuple_parser(
     2, _parse_unsigned, lambda *size: min(size) >= 1, "HEIGHT,WIDTH in pixels"
 )
-parse_top_left = _tuple_parser(
+parse_top_left = _make_tuple_parser(
     2, _parse_unsigned, lambda *edges: min(edges) >= 0, "TOP,LEFT in pixels"
 )
 
@@ -134,7 +134,7 @@ def parse_apg(argument: str) -> tuple[float, ...]:
     return numbers
 
 
-def _preset_parser(
+def _make_preset_parser(
     check: Callable[[str | tuple[float, ...]], object], description: str
 ) -> Callable[[str], str | tuple[float, ...]]:
     """Return a parser of the name of a preset, or of numbers; `check` raises ArgumentError."""
@@ -150,15 +150,15 @@ def _preset_parser(
     return parse
 
 
-parse_sld = _preset_parser(SLD.parse, "five numbers")
-parse_freeu = _preset_parser(
-    lambda value: FreeUFactors.parse(value, auto_preset=next(iter(FREEU_PRESETS))),
+parse_sld = _make_preset_parser(SLD.parse, "five numbers")
+parse_freeu = _make_preset_parser(
+    lambda value: FreeUFactors.parse(value, automatic=next(iter(FREEU_PRESETS))),
     "B1,B2,S1,S2: four numbers",
 )
 
 
 def expand_file(argument: str) -> str:
-    """Return an argument, or for `@FILE` the words of the file, joined by spaces."""
+    """Return the text of the file for `@FILE`, on one line; other arguments unchanged."""
     if not argument.startswith("@"):
         return argument
     return " ".join(read_text(argument[1:]).split())

@@ -2,8 +2,8 @@
 
     steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, help="sampling steps")
 
-`decode_option` checks values from the page and from PNG metadata by the parser of command-line
-arguments: it writes them as an argument first.
+`decode_option` converts values from the page or PNG metadata to command-line arguments first, and
+parses those, so that all values are checked alike.
 """
 
 import os
@@ -35,9 +35,9 @@ class Option:
         metavar: Placeholder of the argument in `--help`.
         is_input_file: Whether the value names input files; PNGs record their hashes.
         label: Label of the field on the page; options without a label are not on it.
-        slider_max: Largest value of the slider on the page; larger ones are allowed elsewhere.
-        read: Converts a command-line argument before `parse`, such as @FILE to its text. Not for
-            values from the page or a PNG, which must not read the server's files.
+        slider_max: Largest value of the slider on the page; flags and PNGs may exceed it.
+        expand: Converts a command-line argument before `parse`, such as @FILE to its text. Not
+            called for values from the page or a PNG, which must not read the server's files.
     """
 
     flags: tuple[str, ...]
@@ -53,7 +53,7 @@ class Option:
     is_input_file: bool = False
     label: str = ""
     slider_max: float | None = None
-    read: Callable[[str], str] = str
+    expand: Callable[[str], str] = str
 
     @property
     def is_path(self) -> bool:
@@ -81,7 +81,7 @@ def get_options(group: type) -> dict[str, tuple[Option, Value]]:
 
 
 def encode_option(option: Option, value: Value) -> list[str]:
-    """Return a value as command-line arguments without the flag, one for each item of a list."""
+    """Convert a value to command-line arguments without the flag, one for each item of a list."""
     if value is None:
         return []
     return [_to_argument(option, item) for item in (value if option.is_list else [value])]
@@ -122,7 +122,7 @@ def _parse(name: str, option: Option, value: object) -> Value:
 
 def _to_argument(option: Option, value: object) -> str:
     if isinstance(value, list | tuple):
-        return option.separator.join(_to_argument(option, part) for part in value)
+        return option.separator.join(_to_argument(option, item) for item in value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)

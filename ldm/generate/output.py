@@ -39,9 +39,9 @@ ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.get_prote
 
 
 def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
-    """Convert images (B, C, H, W) in [-1, 1] to 8 bits, without depth.
+    """Convert images (B, 3 or 4, H, W) in [-1, 1] to 8-bit RGB, without their depth.
 
-    Adds the watermark first if it is FLOAT_WATERMARK.
+    FLOAT_WATERMARK is added before the conversion.
     """
     images = split_color(images)
     if info["watermark"] == FLOAT_WATERMARK:
@@ -56,7 +56,7 @@ def add_watermark(
 ) -> Image.Image:
     """Add the watermark named in the info, except to protected pixels.
 
-    FLOAT_WATERMARK is in the image already, see `to_images`.
+    `to_images` has added FLOAT_WATERMARK already.
     """
     if info["watermark"] not in (None, FLOAT_WATERMARK):
         image = embed_or_warn(image, PAYLOADS[info["payload"]], info["watermark"])
@@ -67,7 +67,7 @@ class ImageWriter:
     """Saves the images of a run with watermark, info, depth and latent, then a grid of them.
 
     Args:
-        models: Their safety checker checks the images; the base model describes latents.
+        models: The safety checker is applied to images; the base model describes saved latents.
         total: Number of images of the run.
     """
 
@@ -128,9 +128,8 @@ class ImageWriter:
         depth: Image.Image | None,
     ) -> Info:
         """Save an image with info, depth and mesh; return entries of the info about the files."""
-        unmarked = {"sha256_unmarked": hash_pixels(image)}
-        marked = add_watermark(image, info, protected)
-        path = self._folder.save_sample(marked, info | unmarked, depth)
+        recorded = info | {"sha256_unmarked": hash_pixels(image)}
+        path = self._folder.save_sample(add_watermark(image, info, protected), recorded, depth)
         if depth is None:
             return {"path": str(path)}
         low, high = info["depth_range"]
@@ -147,8 +146,8 @@ class ImageWriter:
         """Save the images so far as a grid with its own watermark and info, if grids are on."""
         if not self._grid_images:
             return
-        output, (_, first) = self.request.output, self._grid_images[0]
-        images = _pad_to_one_size([image for image, _ in self._grid_images])
+        output, (_, first_info) = self.request.output, self._grid_images[0]
+        images = _pad_to_same_size([image for image, _ in self._grid_images])
         # As in the original scripts, `n_rows` is the number of images per row.
         grid = make_grid(images, output.n_rows or output.n_samples)
         keys = ("prompt", "negative_prompt", "seed")
@@ -157,16 +156,17 @@ class ImageWriter:
             for _, info in self._grid_images
         ]
         # The first image's info, as in A1111's grids, without the files of that image.
-        info = {key: value for key, value in first.items() if key not in PATH_KEYS}
-        method = choose_watermark_method(self.request, (grid.height, grid.width), first["payload"])
+        info = {key: value for key, value in first_info.items() if key not in PATH_KEYS}
+        size, payload = (grid.height, grid.width), first_info["payload"]
+        method = choose_watermark_method(self.request, size, payload)
         if method == FLOAT_WATERMARK:  # the pixels of a grid are integers
             method = INTEGER_WATERMARK
         info |= {"task": "grid", "watermark": method, "images": cells}
         self.listener.add_grid(self._folder.save_grid(add_watermark(grid, info), info))
 
 
-def _pad_to_one_size(images: list[Image.Image]) -> list[Image.Image]:
-    """Center images on black where they differ in size, as lines of a prompt file may set it."""
+def _pad_to_same_size(images: list[Image.Image]) -> list[Image.Image]:
+    """Center smaller images on black: lines of a prompt file may set different sizes."""
     size = max(image.width for image in images), max(image.height for image in images)
     padded = []
     for image in images:

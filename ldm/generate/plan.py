@@ -28,7 +28,7 @@ __all__ = ["Batch", "ImageSpec", "LineOptions", "has_dynamic_syntax", "plan_batc
 
 SEED_RANGE = 1 << 64  # of torch's generators; seeds are reduced modulo this
 
-DYNAMIC = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
+DYNAMIC_SYNTAX = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class ImageSpec:
 
     Args:
         index: Position in the run, from 0, counted over all processes.
-        seed: seed of the noise between steps, and of dynamic prompts.
-        initial_noise_seed: seed of the initial noise; `fixed_code` repeats it in each batch.
-        prompt_2, negative_prompt_2: For the second text encoder; None = the same prompts.
+        seed: Seed of the noise between steps, and of dynamic prompts.
+        initial_noise_seed: Seed of the initial noise; `fixed_code` repeats it in each batch.
+        prompt_2, negative_prompt_2: Prompts of the second text encoder; None = the same.
     """
 
     index: int
@@ -58,11 +58,11 @@ LineOptions = tuple[tuple[str, Value], ...]  # (name, value) of options set by a
 
 @dataclass(frozen=True)
 class Batch:
-    """Images to make at once.
+    """Images to generate at once.
 
     Args:
-        line_options: Options that their line of the prompt file sets.
-        loras: Files and weights of their LoRAs.
+        line_options: Options set by the line of the prompt file that the images come from.
+        loras: Files and weights of the LoRAs of all these images.
     """
 
     images: Sequence[ImageSpec]
@@ -82,7 +82,7 @@ def plan_batches(
     `n_samples` times. Neighbouring images of an iteration with the same options and LoRAs are
     divided into batches of `n_samples`; a sampler that adapts its steps has batches of one image,
     since its result depends on the batch. Image k of the run has the seed seed + k. If its line has
-    seeds of its own, the images of the line have these, then count on from the last one.
+    seeds of its own, the images of the line have these, then the numbers after the last one.
 
     Args:
         list_loras: Returns the LoRA files that prompts may name; None = `list_local_loras`.
@@ -91,7 +91,7 @@ def plan_batches(
             or a guidance method does not allow.
         MissingFile: The folder of LoRAs or wildcards does not exist.
     """
-    # With a folder of inputs, its images are divided among the processes, not the batches.
+    # The images of an input folder are divided among the processes; each then has all batches.
     rank, world_size = (0, 1) if request.inputs.is_folder else get_rank_and_world_size()
     lines = _read_lines(request)
     if "noise" in request.sampling.legacy:
@@ -119,8 +119,8 @@ def plan_batches(
 
 
 def has_dynamic_syntax(prompt: str) -> bool:
-    """Return whether a prompt contains what looks like dynamic prompts, such as {a|b}."""
-    return DYNAMIC.search(prompt) is not None
+    """Return whether a prompt seems to contain the syntax of dynamic prompts, such as {a|b}."""
+    return DYNAMIC_SYNTAX.search(prompt) is not None
 
 
 def _read_lines(request: Request) -> list[PromptLine]:
@@ -147,7 +147,7 @@ def _check_perp_neg(group: Batch, perp_neg: float | None) -> None:
 def _check_legacy_noise(request: Request, lines: list[PromptLine], world_size: int) -> None:
     message = None
     if world_size > 1:
-        message = "draws noise for images in sequence: run a single process"
+        message = "draws the noise of all images in sequence: run a single process"
     elif any(line.seeds for line in lines):
         message = "allows only one seed for the run, not one per line"
     elif any(line.values for line in lines):
@@ -167,7 +167,7 @@ def _load_dynamic_prompts(prompts: Prompts) -> "DynamicPrompts | None":
 
 
 class _Planner:
-    """Makes the specs of a run from its prompt lines."""
+    """Makes the image specs of a run from its prompt lines."""
 
     def __init__(
         self, request: Request, list_loras: Callable[[], Mapping[str, str]] | None
@@ -188,9 +188,9 @@ class _Planner:
                 index = iteration * images_per_iteration + len(specs)
                 seed = self.request.sampling.seed + index
                 if line.seeds:
-                    nth = iteration * images + k  # image of the line
+                    index_in_line = iteration * images + k
                     last = len(line.seeds) - 1
-                    seed = line.seeds[min(nth, last)] + max(nth - last, 0)
+                    seed = line.seeds[min(index_in_line, last)] + max(index_in_line - last, 0)
                 spec, loras = self._make_spec(line, index, len(specs), seed % SEED_RANGE)
                 specs.append((tuple(line.values.items()), loras, spec))
         return [
@@ -204,7 +204,7 @@ class _Planner:
         """Return an image and its LoRAs, those of the run and those that its prompt names.
 
         Args:
-            position: In the iteration.
+            position: Index of the image in the iteration.
         """
         request = self.request
         initial_noise_seed = seed

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptLine", "has_options", "read_prompt_file"]
 
-PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+PROMPT_OPTIONS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 COUNT_OPTIONS = ("n_samples", "n_iter")  # their product is the number of images of a line
-# Option by its name in kohya's scripts or A1111, where that is not one of our flags.
+# Options by their names in kohya's scripts and A1111, where those are not flags of ours.
 ALIASES = {
     "n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "scale", "s": "steps",
     "t": "strength", "ss": "sampler", "cfg_scale": "scale", "width": "width", "height": "height",
@@ -38,7 +38,7 @@ KOHYA_SAMPLERS = {
     "dpm_2": "dpm2", "dpm_2_a": "dpm2_a", "dpmsolver++": "dpmpp_2m", "k_lms": "lms",
     "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm2", "k_dpm_2_a": "dpm2_a",
 }  # fmt: skip
-RUN_OPTIONS = ("legacy",)  # of sampling, but for the whole run only
+RUN_OPTIONS = ("legacy",)  # sampling options that a line may not set
 FLAG = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=[\s=]|$)")
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class PromptLine:
     """One line of a prompt file.
 
     Args:
-        texts: Other prompts that the line sets, by name in PROMPTS.
+        texts: Other prompts that the line sets, by name in PROMPT_OPTIONS.
         seeds: Seeds of its first images; () = not set.
         count: Number of images, before `--repeat`.
         values: Other options that the line sets, by name.
@@ -73,7 +73,7 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """
     with errors_about("from_file"):
         content = read_text(path)
-    options, names = task.options, _allowed_options(task)
+    options, names = task.options, _list_allowed_options(task)
     lines = []
     for line_number, text in enumerate(content.splitlines(), start=1):
         try:
@@ -89,7 +89,7 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
 
 def has_options(text: str, task: "Task") -> bool:
     """Return whether a line of a prompt file sets options."""
-    return _find_first_option(text, _allowed_options(task)) is not None
+    return _find_first_option(text, _list_allowed_options(task)) is not None
 
 
 def _find_first_option(text: str, names: Mapping[str, str]) -> re.Match[str] | None:
@@ -97,9 +97,9 @@ def _find_first_option(text: str, names: Mapping[str, str]) -> re.Match[str] | N
     return next((flag for flag in FLAG.finditer(text) if _normalize(flag[1]) in allowed), None)
 
 
-def _allowed_options(task: "Task") -> dict[str, str]:
-    """Return the options that a line may set, by their normalized flags."""
-    names = {text: text for text in PROMPTS} | {count: count for count in COUNT_OPTIONS}
+def _list_allowed_options(task: "Task") -> dict[str, str]:
+    """Return the names of the options that a line may set, by normalized flag."""
+    names = {text: text for text in PROMPT_OPTIONS} | {count: count for count in COUNT_OPTIONS}
     groups, options = task.groups, task.options
     for group in ("inputs", "sampling", "sdxl"):
         for name in get_options(groups[group]) if group in groups else ():
@@ -121,10 +121,10 @@ def _parse_line(
         name = names.get(_normalize(flag)) or ALIASES.get(_normalize(flag))
         if name is None or name not in {*names.values()}:
             raise ArgumentError(f"`--{flag}` is not an option that a line may set")
-        if not value and name not in PROMPTS:
+        if not value and name not in PROMPT_OPTIONS:
             raise ArgumentError(f"--{flag} needs a value")
         values[name] = value
-    texts = {name: values.pop(name) for name in PROMPTS if name in values}
+    texts = {name: values.pop(name) for name in PROMPT_OPTIONS if name in values}
     if prompt.strip() and "prompt" in texts:
         raise ArgumentError("there is text before --prompt")
     seeds: tuple[int, ...] = ()
@@ -136,10 +136,10 @@ def _parse_line(
         count *= parse_count(values.pop(name, "1"))
     if "sampler" in values and values["sampler"] not in SAMPLERS:
         name = KOHYA_SAMPLERS.get(values["sampler"], values["sampler"])
-        # "ldm": without the scheduler that A1111 used by default for some samplers.
+        # "ldm": without the schedulers that are A1111's defaults for some samplers.
         values |= parse_sampler({"Sampler": name}, version="ldm")
-    checked = {name: decode_option(name, *options[name], value) for name, value in values.items()}
-    return PromptLine(texts.pop("prompt", prompt), texts, seeds, count, checked)
+    decoded = {name: decode_option(name, *options[name], value) for name, value in values.items()}
+    return PromptLine(texts.pop("prompt", prompt), texts, seeds, count, decoded)
 
 
 def _split_options(text: str) -> list[tuple[str, str]]:
@@ -158,8 +158,8 @@ def _split_options(text: str) -> list[tuple[str, str]]:
                 raise ArgumentError(f"missing closing quote in `{text}`")
             value, position = text[start + 1 : end.start()], end.end()
         else:
-            following = FLAG.search(text, start - 1)
-            position = following.start() if following else len(text)
+            next_flag = FLAG.search(text, start - 1)
+            position = next_flag.start() if next_flag else len(text)
             value = text[start:position].strip()
         entries.append((match[1], value))
     return entries

@@ -1,4 +1,4 @@
-"""Make an image again from its info, and compare it with the file.
+"""Reproduce an image from its info, and compare it with the file.
 
 info in the PNG -> read_request -> make_replay_request -> reproduce_image -> compare_results
 """
@@ -51,7 +51,7 @@ def read_request(info: JsonMapping, where: str) -> Request:
     """Return the request of the run that made an image.
 
     Args:
-        where: Name of the image, for messages.
+        where: File of the image, for messages.
     Raises:
         ArgumentError: The info is not that of a single image made by this program.
     """
@@ -66,13 +66,13 @@ def read_request(info: JsonMapping, where: str) -> Request:
     missing = [key for key in ("prompt", "seed", "rows", *COMPARED_KEYS) if key not in info]
     task = TASKS.get(str(info.get("task")))
     if task is None or missing:
-        what = f"`{missing[0]}` is missing" if missing else f"unknown task `{info.get('task')}`"
-        raise ArgumentError(f"{where}: {what}: it was not written by this program")
-    values = info.get("request") or _values_of_v0_1(task, info)
+        reason = f"`{missing[0]}` is missing" if missing else f"unknown task `{info.get('task')}`"
+        raise ArgumentError(f"{where}: {reason}: it was not written by this program")
+    values = info.get("request") or _read_values_of_v0_1(task, info)
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
-    values = {**values, "eta": get_eta(values), **_input_paths(task, info)}
-    # It was the default, which may have changed since; that of a line is not the run's.
+    values = {**values, "eta": get_eta(values), **_get_input_paths(task, info)}
+    # The default scale may have changed since; a scale set by a line is not that of the run.
     if values.get("scale") is None and "scale" not in get_line_values(info):
         values["scale"] = info.get("scale")
     options = task.options
@@ -88,7 +88,7 @@ def get_line_values(info: JsonMapping) -> JsonObject:
 def get_eta(values: JsonMapping) -> float | None:
     """Return the eta in recorded values; None = the default of the sampler.
 
-    Versions in which only DDIM had eta recorded 0 for all samplers.
+    Versions that had eta for DDIM only recorded 0 for all samplers.
     """
     eta: float | None = values.get("eta")
     return None if eta == 0 and "s_churn" not in values else eta
@@ -110,11 +110,10 @@ def check_inputs(info: JsonMapping) -> None:
 
 
 def make_replay_request(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
-    """Return the request for one image: its line's options, and models as they were then.
+    """Return the request to reproduce one image: with its line's options and the recorded files.
 
-    Files are looked for at their recorded paths. That of the checkpoint may be another one of the
-    same name, which `compare_infos` tells. The image may come from anybody: packages that it names
-    are not imported, and no file that it names is written.
+    The checkpoint may be another file of the same name: `compare_infos` then reports it. As the
+    image may be untrusted, packages that it names are not imported, and files not written.
 
     Args:
         changes: Options that replace the recorded ones.
@@ -129,7 +128,7 @@ def make_replay_request(info: JsonMapping, request: Request, changes: JsonMappin
         raise ArgumentError(message, "allow_module")
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
     values |= get_recorded_defaults(info, request)
-    values["device"] = _recorded_device(info["device"])
+    values["device"] = _find_recorded_device(info["device"])
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
     # `reproduce_image` follows the recorded verdict.
@@ -155,11 +154,11 @@ def reproduce_image(
     info: JsonMapping,
     callback: Callback | None = None,
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Make one image again, in a batch of the same shape; return it and its depth.
+    """Reproduce one image, in a batch of the same shape.
 
     Args:
-        prepared: The task of the run that made it.
-        info: Of the image.
+        prepared: The task of the run, from the request of `make_replay_request`.
+        info: Info of the image.
     Returns:
         (image, depth); depth is None for models without.
     """
@@ -167,21 +166,20 @@ def reproduce_image(
     set_up_task(prepared, model)
     for rows in info.get("earlier", ()):  # they drew from the same generator
         generate_batch(prepared, Batch([spec] * rows), models, callback)
-    # Other images of its batch only matter by their number, on which kernels and draws depend.
+    # Of the other images of its batch only the number matters, for kernels and random draws.
     images = generate_batch(prepared, Batch([spec] * info["rows"]), models, callback)
     image = images[info["row"] : info["row"] + 1]
     original = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
     shown, depth = hide_flagged(original, next(iter(split_depth(image)), None), info)
     assert shown is not None, "an image that was dropped has no file"
-    kept = prepared.get_protected_pixels() if shown is original else None
-    return add_watermark(shown, info, kept), depth
+    protected = prepared.get_protected_pixels() if shown is original else None
+    return add_watermark(shown, info, protected), depth
 
 
 def get_recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
-    """Return recorded values of options that were left at their defaults, which may have changed.
+    """Return the recorded scale, steps and sampler, of those that were not set.
 
-    Returns:
-        value by option, of scale, steps and sampler.
+    Their defaults may have changed since.
     """
     sampling = vars(request.sampling)
     names = [name for name in ("scale", "steps", "sampler") if sampling[name] is None]
@@ -189,25 +187,26 @@ def get_recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
 
 
 def get_recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:
-    """Return the files recorded under a key of FILE_KEYS, as a list for one file, too."""
+    """Return the files recorded under a key of FILE_KEYS; a single file as a list, too."""
     files = info.get(key) or []
     return [files] if isinstance(files, dict) else files
 
 
-def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
+def compare_infos(recorded: JsonMapping, current: JsonMapping) -> list[str]:
     """List differences that may explain another result: `torch: 2.10.0 then, 2.11.0 now`."""
     names = {"checkpoint_hash": "checkpoint"}
-    pairs = {names.get(key, key): (then[key], now[key]) for key in COMPARED_KEYS}
-    pairs |= {
-        key: (_hashes_and_weights(then, key), _hashes_and_weights(now, key)) for key in FILE_KEYS
+    values = {names.get(key, key): (recorded[key], current[key]) for key in COMPARED_KEYS}
+    values |= {
+        key: (_list_hashes_and_weights(recorded, key), _list_hashes_and_weights(current, key))
+        for key in FILE_KEYS
     }
-    return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
+    return [f"{key}: {old} then, {new} now" for key, (old, new) in values.items() if old != new]
 
 
 def compare_results(
     info: JsonMapping, old: Image.Image, new: Image.Image, new_depth: Image.Image | None
 ) -> str | None:
-    """Describe by how much a file, an image or a depth, differs from its reproduction.
+    """Describe by how much the file of an image, or of its depth, differs from the new ones.
 
     Returns:
         None if neither image nor depth differ.
@@ -227,19 +226,19 @@ def _compare_images(old: Image.Image, new: Image.Image) -> str | None:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
     is_depth = old.mode == new.mode == "I;16"
     images = (image if is_depth else image.convert("RGB") for image in (old, new))
-    then, now = (np.asarray(image, np.int32) for image in images)
-    difference = np.abs(then - now).reshape(*then.shape[:2], -1)
+    old_pixels, new_pixels = (np.asarray(image, np.int32) for image in images)
+    difference = np.abs(old_pixels - new_pixels).reshape(*old_pixels.shape[:2], -1)
     if not difference.any():
         return None
     fraction = (difference.max(-1) > 0).mean()
-    most, mean = difference.max(), difference.mean()
-    white = 65535 if is_depth else 255
-    differing = f"{fraction:.2%} of the pixels differ"
-    return f"{differing}, by {most} of {white} at most, {mean:.4f} on average"
+    largest, mean = difference.max(), difference.mean()
+    max_value = 65535 if is_depth else 255
+    summary = f"{fraction:.2%} of the pixels differ"
+    return f"{summary}, by {largest} of {max_value} at most, {mean:.4f} on average"
 
 
-def _values_of_v0_1(task: Task, info: JsonMapping) -> JsonObject:
-    """Return values of options from an info without "request" (version 0.1)."""
+def _read_values_of_v0_1(task: Task, info: JsonMapping) -> JsonObject:
+    """Return the values of options from an info without "request" (version 0.1)."""
     names = {**{name: name for name in task.options}, **V0_1_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
     values = {
@@ -255,7 +254,7 @@ def _values_of_v0_1(task: Task, info: JsonMapping) -> JsonObject:
     return values
 
 
-def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
+def _get_input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
     """Return the options that name input files, with the recorded absolute paths."""
     files = {name: info.get("inputs", {}).get(name) for name in get_options(task.inputs)}
     return {
@@ -269,24 +268,24 @@ def _list_or_first(task: Task, name: str, values: list[Value]) -> Value:
     return values if task.options[name][0].is_list else next(iter(values), None)
 
 
-def _hashes_and_weights(info: JsonMapping, key: str) -> list[str]:
+def _list_hashes_and_weights(info: JsonMapping, key: str) -> list[str]:
     files = get_recorded_files(info, key)
     return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
 
 
 def _check_unchanged(
-    file: JsonMapping, hash_of: Callable[[str], str], key: str, option: str | None = None
+    file: JsonMapping, compute_hash: Callable[[str], str], key: str, option: str | None = None
 ) -> None:
     path = file["path"]
-    hint = ": pass the path of that file" if option else ""
+    advice = ": pass the path of that file" if option else ""
     if not Path(path).exists():
-        raise MissingFile(f"made from `{path}`, which is missing{hint}", option)
-    if hash_of(path) != file[key]:
-        raise ArgumentError(f"`{path}` has changed since this image was made{hint}", option)
+        raise MissingFile(f"made from `{path}`, which is missing{advice}", option)
+    if compute_hash(path) != file[key]:
+        raise ArgumentError(f"`{path}` has changed since this image was made{advice}", option)
 
 
-def _recorded_device(device: str) -> str | None:
-    """Return the recorded kind of device if it is available, else None for the default."""
+def _find_recorded_device(device: str) -> str | None:
+    """Return the recorded device type if it is available, else None for the default."""
     try:
         return str(pick_device(device))
     except ValueError:

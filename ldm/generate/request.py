@@ -22,7 +22,7 @@ from ldm.generate.groups import (
 )
 from ldm.generate.options import Value, decode_option
 from ldm.prompts import PLAIN
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 if TYPE_CHECKING:
     from ldm.generate.tasks.base import Task
@@ -39,7 +39,7 @@ class Request:
     Args:
         inputs: The group of the task's inputs.
     Raises:
-        ArgumentError: Options that are out of range, or that exclude or need each other.
+        ArgumentError: Options are out of range, exclude each other, or need others.
     """
 
     task: "Task"
@@ -55,7 +55,7 @@ class Request:
         sampling = self.sampling
         if sampling.sigmas is not None:
             steps = len(sampling.sigmas) - 1
-            # The task's default may be in the request although nobody asked for it.
+            # Steps equal to the task's default may not have been given.
             _, default = self.task.options["steps"]
             if sampling.steps not in (default, steps):
                 raise ArgumentError(f"sigmas have {steps} steps, not {sampling.steps}", "steps")
@@ -76,9 +76,9 @@ class Request:
         """Whether the demo model is used, as no model is given."""
         return self.model.ckpt is None and self.model.config is None
 
-    def inputs_as(self, kind: type[InputsType]) -> InputsType:
-        """Return the inputs, narrowed to this type."""
-        assert isinstance(self.inputs, kind), f"{self.task.name} has no {kind.__name__}"
+    def inputs_as(self, group: type[InputsType]) -> InputsType:
+        """Return the inputs, narrowed to the type of a task's group."""
+        assert isinstance(self.inputs, group), f"{self.task.name} has no {group.__name__}"
         return self.inputs
 
     def get_values(self) -> dict[str, Value]:
@@ -93,15 +93,13 @@ class Request:
             UnknownName: The task does not have the option.
             ArgumentError: The option does not allow the value.
         """
-        options = self.task.options
-        for name in values:
-            if name not in options:
-                kind = f"option of {self.task.name}"
-                raise unknown_name(kind, name, options, argument=name)
-        decoded = {name: decode_option(name, *options[name], v) for name, v in values.items()}
+        options, decoded = self.task.options, {}
+        for name, value in values.items():
+            check_name(f"option of {self.task.name}", name, options, argument=name)
+            decoded[name] = decode_option(name, *options[name], value)
         groups = {
-            name: replace(group, **{k: decoded[k] for k in vars(group).keys() & decoded.keys()})
-            for name, group in self._groups().items()
+            key: replace(group, **{name: decoded[name] for name in vars(group).keys() & decoded})
+            for key, group in self._groups().items()
         }
         return Request(self.task, **groups)
 
@@ -109,13 +107,13 @@ class Request:
         """Return `get_values` with tuples as lists, as in JSON.
 
         Args:
-            without_folders: Reduce paths to file names, except `config`, which a replay must find.
+            without_folders: Reduce paths to file names, except `config`, which replay must find.
         """
         values = self.get_values()
         if without_folders:
             options = self.task.options
             paths = {name for name in values if options[name][0].is_path} - {"config"}
-            values |= {name: _file_names(values[name]) for name in paths}
+            values |= {name: _remove_folders(values[name]) for name in paths}
         json_values: dict[str, Value] = json.loads(json.dumps(values))
         return json_values
 
@@ -123,7 +121,7 @@ class Request:
         return {name: getattr(self, name) for name in self.task.groups}
 
 
-def _file_names(value: Value) -> Value:
+def _remove_folders(value: Value) -> Value:
     if isinstance(value, tuple):
-        return tuple(map(_file_names, value))
+        return tuple(map(_remove_folders, value))
     return Path(value).name if isinstance(value, str) else value

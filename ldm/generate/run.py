@@ -1,4 +1,4 @@
-"""Run a request: make its images and save them.
+"""Run a request: generate its images and save them.
 
 Request -> plan_batches -> prepare (read inputs) -> load_models -> generate each batch -> save
 """
@@ -38,7 +38,7 @@ __all__ = ["run_request"]
 
 log = logging.getLogger(__name__)
 
-Tasks = Mapping[LineOptions, PreparedTask]  # key (): the task of lines that set no options
+Tasks = Mapping[LineOptions, PreparedTask]  # key (): for lines that set no options
 
 
 def run_request(
@@ -49,10 +49,10 @@ def run_request(
     without_folders: bool = False,
     list_loras: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Make and save all images of a request.
+    """Generate and save all images of a request.
 
     Args:
-        listener: Informed about progress, images and warnings.
+        listener: Its callbacks get progress, images and warnings.
         load: Loads the models of a request for a prepared task.
         without_folders: See `describe_run`.
         list_loras: See `plan_batches`.
@@ -69,14 +69,14 @@ def run_request(
         check_can_save_meshes()
     inputs_by_image = request.inputs.split_by_image()
     models: Models | None = None
-    warned: list[str] = []
+    issued_warnings: list[str] = []
     for inputs in inputs_by_image:
         tasks = _prepare(replace(request, inputs=inputs), batches)
-        if models is None:  # only now, so that an invalid first input fails before the slow loading
+        if models is None:  # not earlier, as an invalid first input should fail before slow loading
             for prepared in tasks.values():
                 check_steps(prepared.request)
-            warned = find_few_steps_warnings(tasks, batches)
-            _warn(listener, warned)
+            issued_warnings = find_few_steps_warnings(tasks, batches)
+            _warn(listener, issued_warnings)
             models = load(_with_common_loras(tasks[()].request, batches), tasks[()])
             check_loras(models.base, batches)
             model_warnings = [
@@ -85,24 +85,24 @@ def run_request(
                 *find_option_warnings(tasks, models.base),
             ]
             _warn(listener, model_warnings)
-            warned += model_warnings
+            issued_warnings += model_warnings
             listener.on_start(models.base, len(inputs_by_image) * sum(map(len, batches)))
         with warnings.catch_warnings():
-            for message in warned:  # which the pipelines would repeat
+            for message in issued_warnings:  # the pipelines would repeat them
                 warnings.filterwarnings("ignore", re.escape(message))
-            _InputRun(tasks, batches, models, listener, without_folders).make_images()
+            _InputRun(tasks, batches, models, listener, without_folders).generate_images()
     log.info(
         "Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", request.output.outdir
     )
 
 
 def _prepare(request: Request, batches: Sequence[Batch]) -> Tasks:
-    """Prepare the task of a request, and that of each line of the prompt file that sets options."""
+    """Prepare the task of a request, once more for each set of options of prompt lines."""
     tasks: dict[LineOptions, PreparedTask] = {(): request.task.prepare(request)}
     for options in dict.fromkeys(batch.line_options for batch in batches):
         if options not in tasks:
-            changed = request.with_values(dict(options))
-            tasks[options] = changed.task.prepare(changed)
+            line_request = request.with_values(dict(options))
+            tasks[options] = line_request.task.prepare(line_request)
     return tasks
 
 
@@ -116,8 +116,8 @@ def _with_common_loras(request: Request, batches: Sequence[Batch]) -> Request:
 
     In the latter case `_InputRun` sets those of each batch.
     """
-    choices = {batch.loras for batch in batches}
-    loras = batches[0].loras if len(choices) == 1 else ()
+    combinations = {batch.loras for batch in batches}
+    loras = batches[0].loras if len(combinations) == 1 else ()
     return replace(request, model=replace(request.model, lora=loras))
 
 
@@ -132,21 +132,21 @@ class _InputRun:
     without_folders: bool  # see `describe_run`
 
     def __post_init__(self) -> None:
-        self._started: set[LineOptions] = set()
+        self._set_up_tasks: set[LineOptions] = set()
         self._infos: dict[tuple[LineOptions, Loras], Info] = {}
         self.request = self.tasks[()].request
         self._sets_loras = len({batch.loras for batch in self.batches}) > 1
 
-    def make_images(self) -> None:
-        """Make and save the images of each batch; if one fails, still save the grid so far."""
+    def generate_images(self) -> None:
+        """Generate and save the images of each batch; save the grid even if a batch fails."""
         total = sum(map(len, self.batches))
         writer = ImageWriter(self.request, self.models, self.listener, total)
         bar = tqdm(self.batches, "Sampling", disable=is_progress_hidden())
         try:
             for batch_index, batch in enumerate(bar):
-                prepared = self._start(batch)
+                prepared = self._set_up(batch)
                 info = self._describe(batch)
-                # Two, if the decoder overflowed and the batch was made again.
+                # Two if the decoder overflowed and the batch was retried.
                 latents: list[Tensor] = []
                 on_latent = latents.append if self.request.output.save_latents else None
                 images = generate_with_fallback(
@@ -166,14 +166,14 @@ class _InputRun:
         finally:
             writer.save_grid()
 
-    def _start(self, batch: Batch) -> PreparedTask:
-        """Set the LoRAs of a batch, and return its task, ready for the model."""
+    def _set_up(self, batch: Batch) -> PreparedTask:
+        """Set the LoRAs of a batch, and return its task, set up for the model."""
         if self._sets_loras:
             set_loras(self.models.base, batch.loras)
         prepared = self.tasks[batch.line_options]
-        if batch.line_options not in self._started:
+        if batch.line_options not in self._set_up_tasks:
             set_up_task(prepared, self.models.base)
-            self._started.add(batch.line_options)
+            self._set_up_tasks.add(batch.line_options)
         return prepared
 
     def _describe(self, batch: Batch) -> Info:

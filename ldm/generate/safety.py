@@ -1,4 +1,4 @@
-"""Check images with a safety checker, report the scores, and hide flagged images if asked."""
+"""Check images with a safety checker, report its scores, and hide flagged images on request."""
 
 import logging
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 def describe_safety(
     checker: SafetyChecker | None, images: Sequence[Image.Image], unsafe_action: str | None
 ) -> list[Info]:
-    """Return the entry of each image for its info: scores, and the action if it is flagged.
+    """Return what to add to the info of each image: scores, and the action if it is flagged.
 
     Args:
-        checker: None = no check, entries are empty.
+        checker: None = nothing is checked, and nothing added.
         unsafe_action: "black", "blur" or "drop"; None = flagged images are kept.
     """
     if checker is None:
@@ -36,9 +36,9 @@ def describe_safety(
 def hide_flagged(
     image: Image.Image, depth: Image.Image | None, info: JsonMapping
 ) -> tuple[Image.Image | None, Image.Image | None]:
-    """Replace an image and its depth as the info says: (None, None) if they are dropped.
+    """Apply the action in the info to a flagged image and its depth; (None, None) = dropped.
 
-    A blackened or blurred image has a depth of 0 everywhere.
+    The depth of a black or blurred image is 0 everywhere.
     """
     action = (info.get("safety") or {}).get("action")
     if action == "drop":
@@ -53,7 +53,7 @@ def hide_flagged(
 
 
 def log_safety(info: JsonMapping, listener: RunListener) -> None:
-    """Log the score of an image nearest to its threshold, or warn of those that flag it.
+    """Log the highest score of an image, or warn of the scores that flag it.
 
     A score is a cosine similarity minus its threshold; above 0 the image is flagged.
     """

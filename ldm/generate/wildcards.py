@@ -19,11 +19,11 @@ from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 
 __all__ = ["DynamicPrompts"]
 
-MARKS = ("{", "__", "${", "%{")
+SYNTAX_MARKS = ("{", "__")
 # Further special characters of the package, and their placeholders while it expands a prompt.
 PLACEHOLDERS = {"#": "\ue000", "%": "\ue001"}
 
-logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # it warns before we raise
+logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # its warnings repeat our errors
 
 
 class DynamicPrompts:
@@ -42,12 +42,12 @@ class DynamicPrompts:
         self._generator = RandomPromptGenerator(_Wildcards(path))
 
     def expand(self, prompt: str, seed: int) -> str:
-        """Return a prompt with its choices made by a seed.
+        """Expand a prompt with the choices that a seed gives.
 
         Raises:
             ArgumentError: The prompt does not parse, or names an unknown wildcard.
         """
-        if not any(mark in prompt for mark in MARKS):
+        if not any(mark in prompt for mark in SYNTAX_MARKS):
             return prompt
         template = prompt
         for character, placeholder in PLACEHOLDERS.items():
@@ -55,11 +55,11 @@ class DynamicPrompts:
                 template = template.replace(character, placeholder)
         try:
             with warnings.catch_warnings():
-                # It uses old names of pyparsing.
+                # The package uses deprecated names of pyparsing.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 text: str = self._generator.generate(template, 1, seeds=[seed])[0]
         except RecursionError as error:
-            message = f"`{prompt}` does not end: wildcards contain each other"
+            message = f"`{prompt}` expands without end: wildcards contain each other"
             raise ArgumentError(message, "dynamic_prompts") from error
         except (ParseException, StopIteration) as error:
             message = f"`{prompt}` is not a dynamic prompt: brackets or `__` are not closed"
@@ -70,7 +70,7 @@ class DynamicPrompts:
 
 
 class _Wildcards(WildcardManager):
-    """The wildcards of a folder, where a missing one is an error."""
+    """The wildcards of a folder; raises ArgumentError for a missing one."""
 
     def get_values(self, wildcard: str) -> WildcardValues:
         values = super().get_values(wildcard)
