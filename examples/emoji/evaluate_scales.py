@@ -30,7 +30,7 @@ from ldm.evaluation.score import ImageSet, find_image_sets, score_sets
 from ldm.generate.tasks import TASKS
 from ldm.imaging.pixels import to_pil, to_tensor
 from ldm.imaging.reading import list_images
-from ldm.runtime.files import sha256_of_file, write_atomically
+from ldm.runtime.files import compute_sha256, write_atomically
 from ldm.runtime.types import JsonObject
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.score is None:
         generate(args, prompts)
     reference = write_reference(folder, objects, args.out / "reference")
-    sha256 = sha256_of_file(args.judges)
+    sha256 = compute_sha256(args.judges)
     real = [reference.load(k) for k in range(len(reference.files))]
     extractor = JudgeFeatures(judges, real, sha256)
     judge = EmojiJudge(judges, prompts, sha256)

@@ -11,7 +11,7 @@ from ldm.loading.addons.inception import load_inception
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.published import find_checkpoint, find_on_disk, read_published_files
 from ldm.runtime.errors import check_name
-from ldm.runtime.hashes import hash_file
+from ldm.runtime.hashes import get_sha256
 
 __all__ = ["CLIP", "INCEPTION", "find_clip", "load_extractor", "load_judge"]
 
@@ -34,7 +34,7 @@ def load_extractor(
     if path is None:
         log.warning("no Inception is given: FID, KID, precision and recall are not computed")
         return None
-    return InceptionExtractor(load_inception(path, device=device), resize, hash_file(path))
+    return InceptionExtractor(load_inception(path, device=device), resize, get_sha256(path))
 
 
 def find_clip(file: str | Path | None) -> Path | None:
@@ -54,7 +54,7 @@ def find_clip(file: str | Path | None) -> Path | None:
 def load_judge(path: Path, device: torch.device) -> CLIPJudge:
     """Load CLIP from a file or folder, see `find_clip`."""
     clip = load_clip(path, device=device)
-    digest = compute_short_hash(path) if path.is_dir() else hash_file(path)
+    digest = compute_short_hash(path) if path.is_dir() else get_sha256(path)
     return CLIPJudge(clip, f"CLIP score ({get_clip_name(clip)})", digest)
 
 

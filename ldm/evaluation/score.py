@@ -30,7 +30,7 @@ from ldm.imaging.metadata import read_info
 from ldm.imaging.pixels import resize_and_center_crop
 from ldm.imaging.reading import list_images, load_image
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile, errors_as
-from ldm.runtime.files import sha256_of_file, write_atomically
+from ldm.runtime.files import compute_sha256, write_atomically
 from ldm.runtime.hashes import get_cache_folder
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -179,7 +179,7 @@ def score_sets(
         choices["reference"] = {
             "count": len(reference.files),
             "side": reference.side,
-            "sha256": sha256_of_file(*reference.files),
+            "sha256": compute_sha256(*reference.files),
         }
     if judge is not None:
         choices["judge"] = judge.describe()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, hash_file
+from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, get_sha256
 
 __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path"]
 
@@ -108,7 +108,7 @@ def fetch_file(
     for path in (target, partial_file, lock_path, ref_path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock_path):
-        if not target.is_file() or (expected and hash_file(target) != expected):
+        if not target.is_file() or (expected and get_sha256(target) != expected):
             source, place = metadata.location, f"{repo}/{name}"
             headers = _make_headers(url, source)
             _download(source, target, partial_file, metadata.size, expected, headers, place)
@@ -134,7 +134,7 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
     partial_file = target.with_name(f"{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(target.with_name(f"{target.name}.lock")):
-        if not target.is_file() or hash_file(target) != sha256:
+        if not target.is_file() or get_sha256(target) != sha256:
             if constants.HF_HUB_OFFLINE:
                 raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
             _download(url, target, partial_file, size, sha256, {}, url)
@@ -192,7 +192,7 @@ def _download(
                 if partial_file.stat().st_size <= done:  # retry only if there was some progress
                     raise
         done = partial_file.stat().st_size
-    digest = hash_file(partial_file)
+    digest = get_sha256(partial_file)
     if sha256 in (None, digest):
         partial_file.replace(target)
         cache_sha256(target, digest)

@@ -21,7 +21,7 @@ from ldm.loading.hub import (
     get_url_path,
 )
 from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
-from ldm.runtime.hashes import JsonCache, find_cached_sha256, find_paths_by_sha256, hash_file
+from ldm.runtime.hashes import JsonCache, find_cached_sha256, find_paths_by_sha256, get_sha256
 
 __all__ = [
     "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
@@ -121,7 +121,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
         verify: Whether to compute the hash of a file in the hub's cache, if it is unknown.
     """
     for path in _list_candidates(file):
-        digest = hash_file(path) if verify and file.expected_sha256 else find_cached_sha256(path)
+        digest = get_sha256(path) if verify and file.expected_sha256 else find_cached_sha256(path)
         if digest is None or file.expected_sha256 in (None, digest):
             return path
     return None
@@ -157,7 +157,7 @@ def download(name: str) -> Path:
                 raise
             log.warning("%s", error)
         else:
-            _log_hash(file, hash_file(path))
+            _log_hash(file, get_sha256(path))
             return path
     raise DownloadError(f"{name} cannot be downloaded from any of its {len(file.places)} places")
 

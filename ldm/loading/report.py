@@ -28,7 +28,7 @@ from ldm.loading.weights import (
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
-from ldm.runtime.hashes import find_cached_sha256, hash_file
+from ldm.runtime.hashes import find_cached_sha256, get_sha256
 from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
@@ -182,7 +182,7 @@ def inspect_checkpoint(
     needs_hash = size < MAX_SIZE_TO_HASH or any(
         file.may_have(size) for file in read_published_files().values()
     )
-    digest = hash_file(path) if needs_hash else find_cached_sha256(path)
+    digest = get_sha256(path) if needs_hash else find_cached_sha256(path)
     report = Report(str(path), size, digest or "")
     if file := identify_hash(digest):
         report.published = f"{file.name}, {file.title}"

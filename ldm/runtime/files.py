@@ -13,13 +13,13 @@ from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
     "check_folder_of",
+    "compute_sha256",
     "decode_text",
     "find_file",
     "flush_to_disk",
     "is_hidden",
     "list_files",
     "read_text",
-    "sha256_of_file",
     "write_atomically",
 ]
 
@@ -109,7 +109,7 @@ def decode_text(content: bytes, name: str | Path) -> str:
     raise FileFormatError(f"{name}:{line}: {message}")
 
 
-def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:
+def compute_sha256(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:
     """Return the SHA-256 of a file, or of several concatenated, in hexadecimal.
 
     Cached in this process as long as the files do not change.

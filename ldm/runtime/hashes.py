@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ldm.runtime.files import sha256_of_file, write_atomically
+from ldm.runtime.files import compute_sha256, write_atomically
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "find_cached_sha256",
     "find_paths_by_sha256",
     "get_cache_folder",
-    "hash_file",
+    "get_sha256",
 ]
 
 LARGE_FILE_BYTES = 50_000_000  # hashing larger files shows a progress bar, and is cached
@@ -63,7 +63,7 @@ class JsonCache:
 HASHES = JsonCache("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]
 
 
-def hash_file(path: str | Path) -> str:
+def get_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file; for large ones from the cache, or with a progress bar."""
     path = Path(path).expanduser()
     if digest := find_cached_sha256(path):
@@ -72,7 +72,7 @@ def hash_file(path: str | Path) -> str:
     label = f"hashing {path.name}"
     disable = None if size >= LARGE_FILE_BYTES else True  # None: shown on a terminal only
     with tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=disable) as bar:
-        digest = sha256_of_file(path, progress=bar.update)
+        digest = compute_sha256(path, progress=bar.update)
     if size >= LARGE_FILE_BYTES:
         cache_sha256(path, digest)
     return digest

@@ -1,7 +1,7 @@
 import pytest
 
 from ldm.runtime.errors import FileFormatError
-from ldm.runtime.files import list_files, read_text, sha256_of_file
+from ldm.runtime.files import compute_sha256, list_files, read_text
 
 TEXT = "a fox\nein Füchslein, 狐狸\n"
 
@@ -34,11 +34,11 @@ def test_another_encoding_is_named_with_its_line(tmp_path, content, line):
 def test_a_hash_is_cached_until_the_file_changes(tmp_path):
     path, blocks = tmp_path / "model.ckpt", []
     path.write_bytes(b"a fox")
-    digest = sha256_of_file(path, progress=blocks.append)
-    assert sha256_of_file(path, progress=lambda size: blocks.append(-size)) == digest
+    digest = compute_sha256(path, progress=blocks.append)
+    assert compute_sha256(path, progress=lambda size: blocks.append(-size)) == digest
     assert blocks == [5]
     path.write_bytes(b"two foxes")
-    assert sha256_of_file(path) != digest
+    assert compute_sha256(path) != digest
 
 
 def test_files_behind_links_are_listed_once_and_hidden_ones_never(tmp_path):

@@ -38,7 +38,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA
 from ldm.nets.lycoris import find_rank, is_complete
 from ldm.runtime.errors import FileFormatError, MissingFile
-from ldm.runtime.hashes import hash_file
+from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -239,7 +239,7 @@ def compute_a1111_hash(path: Path) -> str:
         with path.open("rb") as file:
             file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
             digest = hashlib.sha256(file.read()).hexdigest()
-    return str(digest or hash_file(path))[:12]
+    return str(digest or get_sha256(path))[:12]
 
 
 def write_lora(

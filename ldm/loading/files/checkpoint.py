@@ -26,8 +26,8 @@ from torch import Tensor
 from ldm.loading.files.pickles import load_pickle
 from ldm.loading.weight_names import remove_wrappers
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
-from ldm.runtime.files import sha256_of_file, write_atomically
-from ldm.runtime.hashes import hash_file
+from ldm.runtime.files import compute_sha256, write_atomically
+from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -277,9 +277,9 @@ def compute_short_hash(path: str | Path) -> str:
     """Return the first ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        return hash_file(path)[:10]
+        return get_sha256(path)[:10]
     matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
-    return sha256_of_file(*next(filter(None, matches), []))[:10]
+    return compute_sha256(*next(filter(None, matches), []))[:10]
 
 
 def release_pages(tensor: Tensor) -> None:
