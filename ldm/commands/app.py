@@ -47,23 +47,25 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add(
         "--listen", action="store_true", help="accept connections from other machines; needs --auth"
     )
-    add("--auth", metavar="USER:PASSWORD", help="login of the page (default: none)")
-    text = "device memory for loaded models, in GiB (default: half of it)"
-    add("--memory", type=parse_positive, metavar="GIB", help=text)
-    for flag, limit, text in LIMIT_FLAGS:
+    add(
+        "--auth", metavar="USER:PASSWORD", help="user name and password of the page (default: none)"
+    )
+    help_text = "device memory for loaded models, in GiB (default: half of it)"
+    add("--memory", type=parse_positive, metavar="GIB", help=help_text)
+    for flag, limit, description in LIMIT_FLAGS:
         add(
             flag,
             type=parse_count,
             default=limit,
             metavar="N",
-            help=f"{text} (default: %(default)s)",
+            help=f"{description} (default: %(default)s)",
         )
-    text = (
+    help_text = (
         "TAESD decoder for previews, such as taesd_decoder.pth, for SDXL taesdxl_decoder.pth; may"
         " be given several times (default: those in MODELS/vae_approx, else a linear"
         " approximation)"
     )
-    add("--preview", action="append", default=[], metavar="FILE", help=text)
+    add("--preview", action="append", default=[], metavar="FILE", help=help_text)
     options = get_options(ModelOptions)
     add_options(parser.add_group("models"), {name: options[name] for name in MODEL_OPTIONS})
     return parser.run(_serve, argv)

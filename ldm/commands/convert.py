@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="leave the EMA weights out of a file")
-    text = "variant in the file names of a diffusers folder: fp16"
-    add("--file-variant", "--variant", dest="variant", metavar="NAME", help=text)
+    help_text = "variant in the file names of a diffusers folder: fp16"
+    add("--file-variant", "--variant", dest="variant", metavar="NAME", help=help_text)
     add(
         "--clip-stats",
         metavar="FILE",

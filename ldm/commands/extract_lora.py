@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("base", type=expanduser, help="the model that it was fine-tuned from")
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    text = "rank of 3 x 3 convolutions (default: leave them out)"
-    add("--conv-rank", type=int, metavar="N", help=text)
+    help_text = "rank of 3 x 3 convolutions (default: leave them out)"
+    add("--conv-rank", type=int, metavar="N", help=help_text)
     add(
         "--clamp-quantile",
         type=float,
@@ -57,13 +57,14 @@ def add_rank_options(parser: CommandParser) -> None:
     """Add the flags that `make_rank_rule` and `save_lora` read."""
     add = parser.add_argument
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
-    text = "keep this fraction of the singular values' sum, such as 0.9"
-    add("--keep-sum", dest="sum_fraction", type=float, metavar="FRACTION", help=text)
-    text = "keep this fraction of the sum of their squares"
-    add("--keep-squares", dest="square_fraction", type=float, metavar="FRACTION", help=text)
-    add("--ratio", type=float, metavar="R", help="keep those of at least the largest / R")
-    text = "dtype of the weights (default: float16)"
-    add("--dtype", choices=DTYPES, default="float16", help=text)
+    help_text = "keep this fraction of the singular values' sum, such as 0.9"
+    add("--keep-sum", dest="sum_fraction", type=float, metavar="FRACTION", help=help_text)
+    help_text = "keep this fraction of the sum of their squares"
+    add("--keep-squares", dest="square_fraction", type=float, metavar="FRACTION", help=help_text)
+    help_text = "keep singular values of at least the largest divided by R"
+    add("--ratio", type=float, metavar="R", help=help_text)
+    help_text = "dtype of the weights (default: float16)"
+    add("--dtype", choices=DTYPES, default="float16", help=help_text)
     add("--force", action="store_true", help="replace an existing target")
 
 

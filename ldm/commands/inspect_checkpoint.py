@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add("--config", metavar="FILE", help="compare with this YAML instead of the family's")
     add("--json", action="store_true", help="print a JSON object instead of text")
-    text = "do not run the UNet to find the prediction type (eps or v)"
-    add("--no-probe", action="store_true", help=text)
+    help_text = "do not run the UNet to find the prediction type (eps or v)"
+    add("--no-probe", action="store_true", help=help_text)
     return parser.run(_inspect, argv)
 
 

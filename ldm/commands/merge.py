@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="FILE",
         help="add the difference OTHER - FILE to MODEL; FILE is the model OTHER was tuned from",
     )
-    text = "weight of OTHER (default: 0.5), or of the difference (default: 1)"
-    add("--weight", type=float, help=text)
+    help_text = "weight of OTHER (default: 0.5), or of the difference (default: 1)"
+    add("--weight", type=float, help=help_text)
     add(
         "--block-weights",
         metavar="NUMBERS",

@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] FILE[:WEIGHT] … TARGET"
     )
     add = parser.add_argument
-    text = "LoRAs in any format, with their weights (default: 1)"
-    add("files", nargs="+", metavar="FILE[:WEIGHT]", help=text)
+    help_text = "LoRAs in any format, with their weights (default: 1)"
+    add("files", nargs="+", metavar="FILE[:WEIGHT]", help=help_text)
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    text = "checkpoint of the model that they are for (default: recognised from the first LoRA)"
-    add("--model", metavar="FILE", help=text)
+    help_text = "checkpoint of their model (default: recognised from the first LoRA)"
+    add("--model", metavar="FILE", help=help_text)
     return parser.run(_merge, argv)
 
 
@@ -51,11 +51,11 @@ def _merge(args: Namespace) -> None:
         joined = join_loras(files, model, rule, progress=bar.update)
     layers = joined.lora.layers.values()
     ranks = sum(layer.rank for layer in layers)
-    text = f"{ranks} ranks in {len(layers)} layers"
+    summary = f"{ranks} ranks in {len(layers)} layers"
     if rule.is_limited:
-        text = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, "
-        text += f"{joined.retained_fraction:.1%} of the squares"
-    print(text, file=sys.stderr)
+        summary = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, "
+        summary += f"{joined.retained_fraction:.1%} of the squares"
+    print(summary, file=sys.stderr)
     save_lora(
         args, joined.lora, model, [Path(path).name for path, _ in files], joined.other_tensors
     )
