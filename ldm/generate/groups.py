@@ -62,7 +62,7 @@ class Inputs:
 
     @property
     def output_name(self) -> str | None:
-        """File name of the result, without suffix; None = results are numbered."""
+        """File name of the result, without extension; None = results are numbered."""
         return None
 
 

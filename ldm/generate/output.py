@@ -26,7 +26,7 @@ from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.pixels import make_grid, to_pil
 from ldm.imaging.rgbd import place_beside, split_color, split_depth
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
-from ldm.loading.files.latents import SUFFIX, save_latent
+from ldm.loading.files.latents import LATENT_SUFFIX, save_latent
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["ImageWriter", "add_watermark", "to_images"]
@@ -111,7 +111,7 @@ class ImageWriter:
                 is_hidden = image is not original
                 info |= self._save_image(image, info, None if is_hidden else protected, depth)
                 if latents is not None and not is_hidden:
-                    path = Path(info["path"]).with_suffix(SUFFIX)
+                    path = Path(info["path"]).with_suffix(LATENT_SUFFIX)
                     save_latent(path, latents[row], self.models.base, info)
                     info["latent_path"] = str(path)
             log_safety(info, self.listener)

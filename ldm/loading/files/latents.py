@@ -19,9 +19,9 @@ from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import write_atomically
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent"]
+__all__ = ["LATENT_SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent"]
 
-SUFFIX = ".latent"
+LATENT_SUFFIX = ".latent"
 LATENT, VERSION = "latent_tensor", "latent_format_version_0"
 INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the metadata
 # ComfyUI's files without a version are in the UNet's scale of SD 1 and 2.
@@ -92,7 +92,7 @@ def load_latent(path: str | Path) -> StoredLatent:
 
 def list_latents(folder: str | Path) -> list[Path]:
     """Return the latent files in a folder, sorted by name."""
-    paths = sorted(Path(folder).glob(f"[!.]*{SUFFIX}"))
+    paths = sorted(Path(folder).glob(f"[!.]*{LATENT_SUFFIX}"))
     if not paths:
-        raise MissingFile(f"no latents (`*{SUFFIX}`) in `{folder}`", "init_img")
+        raise MissingFile(f"no latents (`*{LATENT_SUFFIX}`) in `{folder}`", "init_img")
     return paths
