@@ -155,7 +155,7 @@ def _generate_with_model(
     infos = [describe_run(task.request, models, size, without_folders=True) for task in tasks]
     for setting, _ in plans:
         _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
-    tasks[0].begin(models.base)
+    tasks[0].set_up(models.base)
     for index in range(len(plans[0][1])):
         for (setting, batches), task, info in zip(plans, tasks, infos, strict=True):
             batch = _filter_missing(batches[index], setting, out)
@@ -173,7 +173,7 @@ def _generate_batch(
     for row, image in enumerate(to_images(images, run_info, truncate=False)):
         info = run_info | describe_image(prepared.request, [batch], 0, row)
         info["sha256_unmarked"] = hash_pixels(image)
-        with replace_when_written(_get_image_path(folder, batch.images[row].index)) as partial:
+        with write_atomically(_get_image_path(folder, batch.images[row].index)) as partial:
             write_png(partial, add_watermark(image, info), info)
 
 
@@ -205,7 +205,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
             changed = sorted(name for name in names if options.get(name) != recorded.get(name))
             if changed:
                 name = changed[0]
-                _, default = setting.request.task.options().get(name, (None, None))
+                _, default = setting.request.task.options.get(name, (None, None))
                 old, new = recorded.get(name, default), options.get(name, default)
                 message = f"{path.parent} has images with {name} {old}, not {new}"
                 raise ArgumentError(f"{message}: choose another folder", name)

@@ -22,7 +22,7 @@ class Progress:
         self.title = title
         self.count = 0
         self.start_time = self.last_log_time = time.monotonic()
-        self.bar = tqdm(total=total, desc=title, unit="image", disable=hides_progress())
+        self.bar = tqdm(total=total, desc=title, unit="image", disable=is_progress_hidden())
 
     def add(self, count: int) -> None:
         """Add a number of finished images."""

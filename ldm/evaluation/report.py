@@ -175,5 +175,5 @@ def _format_cell(estimate: Estimate | None, factor: float, decimals: int) -> str
 
 
 def _write_text(path: Path, text: str) -> None:
-    with replace_when_written(path) as partial:
+    with write_atomically(path) as partial:
         partial.write_text(text, "utf-8")

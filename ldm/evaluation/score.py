@@ -192,7 +192,7 @@ def score_sets(
         scores = compute_scores(features, reference_features, prompt_scores)
         info = read_info(image_set.files[0])
         facts = {name: info[name] for name in FACTS if name in info}
-        set_choices = {**choices, "sha256": sha256_of_file(*image_set.files)}
+        set_choices = {**choices, "sha256": compute_sha256(*image_set.files)}
         count = len(image_set.files)
         results.append(Result(image_set.series, image_set.scale, count, scores, facts, set_choices))
     return results
@@ -255,7 +255,7 @@ def _read_or_compute(
             it could not tell networks apart.
     """
     count = len(image_set.files)
-    content = [sha256_of_file(*image_set.files), count, image_set.side, description, prompts]
+    content = [compute_sha256(*image_set.files), count, image_set.side, description, prompts]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path = get_cache_folder() / "evaluation" / f"{key}.npy"
     is_cached = description.get("sha256", "") is not None

@@ -540,7 +540,8 @@ def test_no_file_outside_the_output_folder_is_served(app):
     [
         (["--listen"], "--listen needs a login: --auth USER:PASSWORD"),
         (["--listen", "--auth", "me"], "--listen needs a login: --auth USER:PASSWORD"),
-        (["--listen", "--auth", "me:", "--models", "none"], "--listen needs a login: --auth USER:PASSWORD"),
+        (["--listen", "--auth", "me:", "--models", "none"],
+         "--listen needs a login: --auth USER:PASSWORD"),
         (["--auth", "me"], "the login must be USER:PASSWORD (--auth)"),
         *((["--models", str(Path(__file__).parent), flag, "none"], f"`none` ({flag})")
           for flag in ("--models", "--preview", "--lora")),

@@ -147,7 +147,7 @@ def test_fewer_images_than_the_folder_has_are_scored_alone(run, tmp_path):
 def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     values = {"from_file": str(tmp_path / "prompts.txt"), "steps": 2, "scale": 3.0}
-    setting = Setting("m", TASKS["txt2img"].request(values))
+    setting = Setting("m", TASKS["txt2img"].build_request(values))
     first, second = setting.list_files(tmp_path)
     first.parent.mkdir(parents=True)
     for path in (first, first.with_name("00007.png")):
