@@ -25,7 +25,7 @@ from ldm.diffusion.names import (
 )
 from ldm.diffusion.scheduler_options import SCHEDULERS_WITH_RHO
 from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
-from ldm.generate.groups import SDXL, Prompts, UpscalerChoice
+from ldm.generate.groups import SDXL, Prompts, UpscalerOptions
 from ldm.generate.option_parsers import parse_count, parse_fraction
 from ldm.generate.options import Option, Value, get_options
 from ldm.generate.replay import get_eta

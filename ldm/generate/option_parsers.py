@@ -152,7 +152,7 @@ def _make_preset_parser(
 
 parse_sld = _make_preset_parser(SLD.parse, "five numbers")
 parse_freeu = _make_preset_parser(
-    lambda value: FreeUFactors.parse(value, automatic=next(iter(FREEU_PRESETS))),
+    lambda value: FreeUFactors.parse(value, auto_preset=next(iter(FREEU_PRESETS))),
     "B1,B2,S1,S2: four numbers",
 )
 

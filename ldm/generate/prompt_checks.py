@@ -31,11 +31,11 @@ def find_syntax_warnings(batches: Sequence[Batch], request: Request) -> list[str
     prompts, negatives = _list_prompts(batches)
     parsed = [parse_prompt(text, syntax) for text in prompts]
     parsed += [parse_prompt(text, syntax, is_negative=True) for text in negatives]
-    for name, text in _get_constant_prompts(request).items():
-        constant = parse_fixed_prompt(text, syntax, name)
-        assert isinstance(constant, ParsedPair)
-        parsed.append(constant.first)
-    return list(dict.fromkeys(note for prompt in parsed for note in prompt.notes))
+    for name, text in _get_fixed_prompts(request).items():
+        pair = parse_fixed_prompt(text, syntax, name)
+        assert isinstance(pair, ParsedPair)
+        parsed.append(pair.first)
+    return list(dict.fromkeys(warning for prompt in parsed for warning in prompt.warnings))
 
 
 def find_prompt_warnings(
@@ -57,10 +57,9 @@ def find_prompt_warnings(
         warnings.append(f"dynamic prompts are off: `{dynamic}` is read as plain text")
     if request.prompts.syntax != PLAIN:
         return warnings
-    constants = _get_constant_prompts(request).values()
-    texts = list(dict.fromkeys([*constants, *prompts, *negatives]))
-    if truncation := describe_truncation(model, texts):
-        warnings.append(truncation)
+    texts = list(dict.fromkeys([*_get_fixed_prompts(request).values(), *prompts, *negatives]))
+    if warning := describe_truncation(model, texts):
+        warnings.append(warning)
     if weighted := next(filter(has_weight_syntax, texts), None):
         words = " ".join(weighted.split()[:MAX_QUOTED_WORDS])
         warnings.append(f"A1111's syntax for weights is read as plain text: `{words} …`")
@@ -76,8 +75,8 @@ def _list_prompts(batches: Sequence[Batch]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(filter(None, prompts))), list(dict.fromkeys(filter(None, negatives)))
 
 
-def _get_constant_prompts(request: Request) -> dict[str, str]:
-    """Return prompts by option that apply to the whole run, besides prompt and negative prompt."""
+def _get_fixed_prompts(request: Request) -> dict[str, str]:
+    """Return the prompts that are the same at all steps, by option."""
     values = request.get_values()
     names = ("sld_concept", "source_prompt")
     return {name: str(values[name]) for name in names if values.get(name)}
