@@ -176,6 +176,15 @@ def test_steps_that_end_at_zero_ends_in_the_last_estimate(name):
         torch.testing.assert_close(end, seen[-1][2])
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_single_step_to_zero_gives_the_estimate(name):
+    sigmas, x = torch.tensor([10.0, 0.0], dtype=torch.float64), torch.ones(1, 1, 1, 1)
+    steps = []
+    end = SAMPLERS[name](gaussian, x, sigmas, callback=lambda *a: steps.append(a[0]))
+    torch.testing.assert_close(end, gaussian(x, 10.0))
+    assert steps == [0]
+
+
 # Results of k-diffusion 0.1.1 from x = 9 with D(x, sigma) = tanh(x / (1 + sigma)), all noise 0.3.
 K_DIFFUSION = [
     ("dpm2", None, 0.4776607833330908),

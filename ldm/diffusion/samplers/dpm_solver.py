@@ -1,7 +1,8 @@
 """DPM-Solver (arXiv:2206.00927) of mixed orders, which chooses its levels between `sigmas`' ends.
 
-If `sigmas` end at 0, the level before is the end, as in A1111: the result keeps that noise.
-`callback` is called as often as `sigmas` have steps, several times for a step of higher order.
+If `sigmas` end at 0, the level before is the end, as in A1111: the result keeps that noise. A
+single step to 0 is Euler's, where A1111 would return x unchanged. `callback` is called as often as
+`sigmas` have steps, several times for a step of higher order.
 
 In terms of sigma, DPM-Solver's steps are those of Euler's method with corrected slopes: its lambda
 is -ln sigma, and its eps the slope (x - D) / sigma.
@@ -20,6 +21,7 @@ from ldm.diffusion.samplers.common import (
     get_ancestral_step,
     log_ratio,
 )
+from ldm.diffusion.samplers.single_step import euler
 
 __all__ = ["dpm_adaptive", "dpm_fast"]
 
@@ -39,6 +41,8 @@ def dpm_fast(
     A step of order k takes k evaluations, in all as many as `sigmas` have steps.
     """
     start, end = _find_ends(sigmas)
+    if start == end:
+        return euler(denoise, x, sigmas, callback=callback, constrain=constrain)
     evaluations = len(sigmas) - 1
     full_steps, remainder = divmod(evaluations, 3)
     orders = [3] * full_steps + [remainder] if remainder else [3] * (full_steps - 1) + [2, 1]
@@ -94,6 +98,8 @@ def dpm_adaptive(
         accept_safety: A step is rejected if the next one should be shorter by this factor.
     """
     start, end = _find_ends(sigmas)
+    if start == end:
+        return euler(denoise, x, sigmas, callback=callback, constrain=constrain)
     order = 1.5 if eta else 3  # of the error, as in k-diffusion: noise lowers it
     exponents = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
     sigma, h, steps_done = start, first_step, 0
