@@ -56,7 +56,7 @@ class Sampler:
         scheduler: Default scheduler; None = the model's.
         high_sigma_scheduler: Default if the highest sigma is above HIGH_SIGMA; None = as otherwise.
         a1111_scheduler: The scheduler that A1111's "Automatic" stands for.
-        adapts_steps: Whether steps depend on the batch: commands and page make images one by one.
+        adapts_steps: Whether its steps depend on the batch; commands and page use batches of one.
         skips_last_level: Whether one more step is planned and the last level before 0 dropped, as
             A1111 does.
     """
@@ -401,7 +401,7 @@ LEGACY = {
     "x0-eps": "an x0 prediction is taken for eps",
     "encode": "DDIM inversion gives the network the loop index as timestep, and takes v for eps",
     "watermark": "the weaker watermark, dwtDct",
-    "size": "height and width cut down to multiples of 8, images squeezed to multiples of 64",
+    "size": "height and width cut down to multiples of 8, images resized to multiples of 64",
     "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
     "sld-off": "safe latent diffusion is off at a scale of 1 or less, as in diffusers",
     "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",

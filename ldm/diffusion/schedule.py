@@ -154,7 +154,7 @@ class NoiseSchedule(ABC):
         return SIGMA_FUNCTIONS[scheduler](self, steps, **options)
 
     def check_steps(self, steps: int, scheduler: str) -> None:
-        """Raise ArgumentError unless `step_sigmas` takes a number of steps with a scheduler."""
+        """Raise ArgumentError unless a scheduler exists and supports a number of steps."""
         check_name("scheduler", scheduler, SIGMA_FUNCTIONS, argument="scheduler")
         max_steps = names.SCHEDULERS[scheduler].max_steps
         if not 1 <= steps <= (max_steps or len(self)):
@@ -207,8 +207,7 @@ class Schedule(NoiseSchedule):
     @property
     def uses_plain_timesteps(self) -> bool:
         """Whether the network gets t itself, as no option of sgm's `DiscreteDenoiser` is set."""
-        is_changed = self.log_time or self.flip_time or self.append_zero
-        return self.quantize_time and not is_changed
+        return self.quantize_time and not (self.log_time or self.flip_time or self.append_zero)
 
     def scale_time(self, sigma: float, factor: float) -> float:
         """Return the noise level at `factor` times the timestep of sigma, rounded down."""

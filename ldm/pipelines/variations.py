@@ -48,14 +48,14 @@ def unclip(
     tile: int | None = None,
     **options: Unpack[GuidedOptions],
 ) -> Tensor:
-    """Make variations of the mean of some images, one per prompt.
+    """Make variations of the weighted mean of image embeddings, one per prompt.
 
     Args:
         images: Each (1, 3, H, W).
         embeddings: CLIP image embeddings to mix with those of the images, each (1 | B, D).
         weights: Of images, then embeddings; normalized to sum to 1. None = equal weights.
-        noise_levels: Timestep of the noise on the embeddings, for all or one for each; more noise,
-            more variation.
+        noise_levels: Timesteps of the noise on the embeddings, one for all or one for each; more
+            noise, more variation.
         mix_level: Timestep of the noise on the mean; None = no noise.
         scale: Guidance scale; None = the default of the sampler or the model, else 10.
         negative_prompt, size, tile, options: See `txt2img`.
@@ -108,7 +108,7 @@ def vary(
     tile: int | None = None,
     **options: Unpack[UnguidedOptions],
 ) -> Tensor:
-    """Make variations of the mean of some images, by a model that reads images instead of text.
+    """Make variations of the weighted mean of images, by a model that reads no text.
 
     Args:
         prompts: Only their number is used: the number of images to make.

@@ -123,7 +123,7 @@ def parse_emphasis(text: str) -> Text:
     return tuple(map(join_pieces, sections))
 
 
-Node = Callable[[int], str]  # step, from 1 -> text
+Node = Callable[[int], str]  # step, counted from 1 -> text
 
 
 @dataclass
