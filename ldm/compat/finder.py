@@ -84,7 +84,7 @@ def install_finder() -> None:
 
 @functools.cache
 def _warn_about_foreign_files() -> None:
-    """Warn if another distribution has files in this package, which pip may have overwritten."""
+    """Warn if another distribution has files in this package: it may have overwritten ours."""
     files = [_get_folder(name) + ".py" for name in ("ldm", *MODULES) if name not in FILES_ON_DISK]
     foreign_files = [file for file in files if os.path.isfile(file)]
     if not foreign_files:

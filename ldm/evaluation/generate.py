@@ -104,7 +104,7 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
     an interrupted run has equally many images of all settings.
 
     Args:
-        settings: Settings, those of one model in sequence.
+        settings: Settings, grouped by model.
     Raises:
         ArgumentError: There are fewer images than processes, or the folder has images with other
             options.

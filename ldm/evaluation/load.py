@@ -13,9 +13,9 @@ from ldm.loading.published import find_checkpoint, find_on_disk, read_published_
 from ldm.runtime.errors import check_name
 from ldm.runtime.hashes import get_sha256
 
-__all__ = ["CLIP", "INCEPTION", "find_clip", "load_extractor", "load_judge"]
+__all__ = ["find_clip", "load_extractor", "load_judge"]
 
-INCEPTION, CLIP = "fid-inception", "open-clip-g"  # names of published files
+DEFAULT_INCEPTION, DEFAULT_CLIP = "fid-inception", "open-clip-g"  # names of published files
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ def load_extractor(
     """Load Inception; if there is no file, log a warning and return None.
 
     Args:
-        file: File of weights; None = INCEPTION, if it was downloaded.
+        file: File of weights; None = DEFAULT_INCEPTION, if it was downloaded.
         resize: Name in RESIZE_MODES.
     """
     check_name("resize", resize, RESIZE_MODES, argument="resize")
-    path = _find_weights(file, INCEPTION)
+    path = _find_weights(file, DEFAULT_INCEPTION)
     if path is None:
         log.warning("no Inception is given: FID, KID, precision and recall are not computed")
         return None
@@ -41,9 +41,9 @@ def find_clip(file: str | Path | None) -> Path | None:
     """Find and check the weights of CLIP without loading them; if there is no file, return None.
 
     Args:
-        file: File or folder of weights; None = CLIP, if it was downloaded.
+        file: File or folder of weights; None = DEFAULT_CLIP, if it was downloaded.
     """
-    path = _find_weights(file, CLIP)
+    path = _find_weights(file, DEFAULT_CLIP)
     if path is None:
         log.warning("no CLIP is given: the CLIP score is not computed")
         return None
