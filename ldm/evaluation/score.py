@@ -62,7 +62,7 @@ class ImageSet:
         series: Name of the set's curve in the figure.
         files: Image files, in the order of the prompts.
         scale: Guidance scale; None = unknown.
-        side: Pixels; images are resized by their shorter side, and center-cropped. None = not.
+        side: Size in pixels of a square center crop, after resizing; None = images unchanged.
         prompts: Prompts, one per file; None = those in the metadata of the files.
     """
 
