@@ -71,7 +71,7 @@ class AutoencoderKL(TrainingModule):
             self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load the weights of a checkpoint, as far as the model has their names.
+        """Load the weights of a checkpoint whose names the model has.
 
         Args:
             path: A file of any format that `ldm.load` reads; objects in it are not unpickled.

@@ -37,7 +37,7 @@ class ConcatDiffusion(LatentDiffusion):
         ddim_eta: float = 1.0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return images to log, by default without inpainting and ancestral sampling."""
+        """Return images to log, by default without inpainting and DDPM sampling."""
         options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
         return super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
 

@@ -18,5 +18,5 @@ def norm_thresholding(x0: Tensor, value: float) -> Tensor:
 
 
 def spatial_norm_thresholding(x0: Tensor, value: float) -> Tensor:
-    """Scale each pixel of x0 (B, C, h, w) down to a root mean square of at most `value`."""
+    """Scale each pixel of x0 (B, C, h, w) down to a root mean square over C of at most `value`."""
     return x0 * (value / x0.square().mean(1, keepdim=True).sqrt().clamp(min=value))
