@@ -40,7 +40,7 @@ from ldm.runtime.files import find_file
 
 __all__ = [
     "check_depth", "check_files", "check_loras", "check_steps",
-    "find_few_steps_warnings", "find_option_warnings", "log_advice",
+    "find_few_step_warnings", "find_option_warnings", "log_advice",
 ]  # fmt: skip
 
 SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in `model_index.json` of a diffusers folder
@@ -58,7 +58,7 @@ IGNORED_OPTIONS = {
 log = logging.getLogger(__name__)
 
 
-def find_few_steps_warnings(
+def find_few_step_warnings(
     tasks: Mapping[LineOptions, PreparedTask], batches: Sequence[Batch]
 ) -> list[str]:
     """Return warnings about steps and scales that do not suit few-step (distilled) models.
@@ -69,11 +69,11 @@ def find_few_steps_warnings(
     for options, loras in dict.fromkeys((batch.line_options, batch.loras) for batch in batches):
         request = tasks[options].request
         request = replace(request, model=replace(request.model, lora=loras))
-        warnings.append(_find_few_steps_warning(request))
+        warnings.append(_find_few_step_warning(request))
     return list(dict.fromkeys(filter(None, warnings)))
 
 
-def _find_few_steps_warning(request: Request) -> str | None:
+def _find_few_step_warning(request: Request) -> str | None:
     """Warn if steps or scale do not suit a few-step model, as its name and metadata show.
 
     Returns:
@@ -182,11 +182,11 @@ def check_files(
 
     Weights are not read. Models of unknown families are checked by the pipelines, after loading.
     """
-    weights = _identify(ckpt)
+    weights = _open_weights(ckpt)
     # A config that is given may differ from the folder's.
     family = _find_family(None if request.model.config else ckpt, weights)
-    refiner_family = _find_family(refiner, _identify(refiner))
-    upscaler_family = _find_family(upscaler, _identify(upscaler))
+    refiner_family = _find_family(refiner, _open_weights(refiner))
+    upscaler_family = _find_family(upscaler, _open_weights(upscaler))
     is_sdxl = family is not None and family.is_sdxl
     if upscaler is not None and upscaler_family and upscaler_family.name != "latent-upscaling":
         message = f"`{upscaler.name}` is {upscaler_family.title}, not an x2 latent upscaler"
@@ -241,7 +241,7 @@ def _find_family(path: Path | None, weights: Weights | None) -> _Family | None:
     return _Family(name, published.title, published.is_xl)
 
 
-def _identify(path: Path | None) -> Weights | None:
+def _open_weights(path: Path | None) -> Weights | None:
     """Return the weights of a single-file .safetensors checkpoint; None for other files."""
     if path is None or path.suffix != ".safetensors" or not path.is_file():
         return None
@@ -291,7 +291,7 @@ def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
     sampler = SAMPLERS.get(sampling.sampler or "")
     if sampler and sampler.takes_uncond and (sampling.scale or 0) > 2 * (sampler.scale or 1):
         warnings.append(
-            f"sampler `{sampling.sampler}` is made for guidance scales about 1,"
+            f"sampler `{sampling.sampler}` is made for guidance scales around 1,"
             f" not {sampling.scale:g}"
         )
     if sampling.freeu is not None and request.sdxl.refiner is not None:
@@ -302,7 +302,7 @@ def _find_ignored_options(request: Request, model: LatentDiffusion) -> list[str]
     if request.prompts.from_file is not None and is_set["prompt"]:
         warnings.append("the prompts are those of from_file: prompt is ignored")
     if values.get("inversion") and sampling.fixed_code:
-        warnings.append("DDIM inversion makes the initial noise: fixed_code is ignored")
+        warnings.append("DDIM inversion computes the initial noise: fixed_code is ignored")
     warnings += [
         f"{name} needs {other}: ignored"
         for name, other in NEEDED_OPTIONS.items()

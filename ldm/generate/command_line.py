@@ -92,7 +92,7 @@ def parse_request(
     try:
         return task.build_request(values)
     except ArgumentError as error:
-        parser.error(f"{error}{parser.find_suffix(error)}")
+        parser.error(f"{error}{parser.find_error_suffix(error)}")
 
 
 def to_argv(request: Request) -> list[str]:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One image to make.
+    """One image to generate.
 
     Args:
         index: Position in the run, from 0, counted over all processes.
@@ -78,7 +78,7 @@ def plan_batches(
 ) -> list[Batch]:
     """Return the batches of this process.
 
-    Each of `n_iter` iterations makes every line of the prompt file `repeat` times, or the prompt
+    Each of `n_iter` iterations has every line of the prompt file `repeat` times, or the prompt
     `n_samples` times. Neighbouring images of an iteration with the same options and LoRAs are
     divided into batches of `n_samples`; a sampler that adapts its steps has batches of one image,
     since its result depends on the batch. Image k of the run has the seed seed + k. If its line has
@@ -101,7 +101,7 @@ def plan_batches(
     for iteration in range(request.output.n_iter):
         for group in planner.make_groups(lines, iteration):
             options = dict(group.line_options)
-            _check_perp_neg(group, options.get("perp_neg", request.sampling.perp_neg))
+            _check_perp_neg(group.images, options.get("perp_neg", request.sampling.perp_neg))
             sampler = options.get("sampler", request.sampling.sampler)
             adapts_steps = sampler in SAMPLERS and SAMPLERS[sampler].adapts_steps
             batch_size = 1 if adapts_steps else request.output.n_samples
@@ -137,8 +137,8 @@ def _read_lines(request: Request) -> list[PromptLine]:
     return lines
 
 
-def _check_perp_neg(group: Batch, perp_neg: float | None) -> None:
-    for spec in group.images:
+def _check_perp_neg(images: Sequence[ImageSpec], perp_neg: float | None) -> None:
+    for spec in images:
         if perp_neg is not None and not spec.negative_prompt and not spec.negative_prompt_2:
             message = f"perp_neg needs a negative prompt: `{spec.prompt}` has none"
             raise ArgumentError(message, "perp_neg")
@@ -183,12 +183,12 @@ class _Planner:
         images_per_iteration = repeat * sum(line.count for line in lines)
         specs: list[tuple[LineOptions, Loras, ImageSpec]] = []
         for line in lines:
-            images = repeat * line.count
-            for k in range(images):
+            count = repeat * line.count
+            for k in range(count):
                 index = iteration * images_per_iteration + len(specs)
                 seed = self.request.sampling.seed + index
                 if line.seeds:
-                    index_in_line = iteration * images + k
+                    index_in_line = iteration * count + k
                     last = len(line.seeds) - 1
                     seed = line.seeds[min(index_in_line, last)] + max(index_in_line - last, 0)
                 spec, loras = self._make_spec(line, index, len(specs), seed % SEED_RANGE)

@@ -104,8 +104,8 @@ def _list_allowed_options(task: "Task") -> dict[str, str]:
     for group in ("inputs", "sampling", "sdxl"):
         for name in get_options(groups[group]) if group in groups else ():
             option, _ = options[name]
-            has_text_value = not (option.is_path or option.is_switch or option.is_list)
-            if has_text_value and name not in RUN_OPTIONS:
+            is_single_value = not (option.is_path or option.is_switch or option.is_list)
+            if is_single_value and name not in RUN_OPTIONS:
                 names |= {_normalize(flag): name for flag in option.flags}
     return names
 

@@ -96,10 +96,15 @@ def get_eta(values: JsonMapping) -> float | None:
 
 def _read_spec(info: JsonMapping) -> ImageSpec:
     """Return the spec of an image from its info."""
-    seed = info["seed"]
-    start = info.get("start_seed", seed)
-    second = info.get("prompt_2"), info.get("negative_prompt_2")
-    return ImageSpec(info["index"], info["prompt"], info["negative_prompt"], seed, start, *second)
+    return ImageSpec(
+        info["index"],
+        info["prompt"],
+        info["negative_prompt"],
+        seed=info["seed"],
+        initial_noise_seed=info.get("start_seed", info["seed"]),
+        prompt_2=info.get("prompt_2"),
+        negative_prompt_2=info.get("negative_prompt_2"),
+    )
 
 
 def check_inputs(info: JsonMapping) -> None:
@@ -131,7 +136,7 @@ def make_replay_request(info: JsonMapping, request: Request, changes: JsonMappin
     values["device"] = _find_recorded_device(info["device"])
     if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
-    # `reproduce_image` follows the recorded verdict.
+    # `reproduce_image` repeats the recorded action of the safety checker.
     unused = {"safety_checker", "unsafe", "save_depth"} & request.task.options.keys()
     values |= dict.fromkeys(unused)
     for key, name in FILE_KEYS.items():

@@ -16,7 +16,7 @@ from ldm.generate.batch import generate_with_fallback, set_up_task
 from ldm.generate.checks import (
     check_loras,
     check_steps,
-    find_few_steps_warnings,
+    find_few_step_warnings,
     find_option_warnings,
 )
 from ldm.generate.defaults import log_variant
@@ -75,7 +75,7 @@ def run_request(
         if models is None:  # not earlier, as an invalid first input should fail before slow loading
             for prepared in tasks.values():
                 check_steps(prepared.request)
-            issued_warnings = find_few_steps_warnings(tasks, batches)
+            issued_warnings = find_few_step_warnings(tasks, batches)
             _warn(listener, issued_warnings)
             models = load(_with_common_loras(tasks[()].request, batches), tasks[()])
             check_loras(models.base, batches)

@@ -109,7 +109,7 @@ class CommandParser(ArgumentParser):
         args = self.parse(argv)
         return run_command(lambda: main(args), self)
 
-    def find_suffix(self, error: BaseException) -> str:
+    def find_error_suffix(self, error: BaseException) -> str:
         """Return what the command line appends to the message of an error, "" for nothing.
 
         This is the flag of an invalid argument, such as " (--steps)", the command for a model of
@@ -205,7 +205,7 @@ def run_command(main: Callable[[], int | None], parser: CommandParser) -> int:
             log.error("interrupted; finished files are kept")
             return 130
         except Exception as error:  # top level: users see the message of any error
-            text = explain(error) + parser.find_suffix(error)
+            text = explain(error) + parser.find_error_suffix(error)
             if not verbose and text.startswith(f"{type(error).__name__}:"):
                 text += " (--verbose shows where)"
             log.error("%s: error: %s", parser.prog, text, exc_info=verbose)

@@ -156,7 +156,7 @@ def test_options_that_ddim_inversion_excludes_are_ignored_with_a_warning(run, ph
     flags = ["--init-img", photo, "--n_samples", "1", "--n_iter", "2", "--fixed_code"]
     status, _, err = run("img2img", "base_v", *flags, "--ddim-inversion")
     assert status == 0, err
-    assert "DDIM inversion makes the initial noise: fixed_code is ignored" in err
+    assert "DDIM inversion computes the initial noise: fixed_code is ignored" in err
     status, _, err = run("img2img", "base_v", *flags, "--source-prompt", "a")
     assert status == 0, err
     assert "source_prompt needs inversion: ignored" in err

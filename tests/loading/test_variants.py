@@ -9,7 +9,7 @@ import torch
 
 import ldm
 from ldm.commands.main import main
-from ldm.generate.checks import find_few_steps_warnings
+from ldm.generate.checks import find_few_step_warnings
 from ldm.generate.plan import plan_batches
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
@@ -209,7 +209,7 @@ def test_a_pickle_named_lcm_is_warned_of_before_it_is_loaded(tmp_path):
     torch.save({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, path)
     request = TASKS["txt2img"].build_request({"ckpt": str(path), "steps": 17})
     tasks = {(): request.task.prepare(request)}
-    (warning,) = find_few_steps_warnings(tasks, plan_batches(request))
+    (warning,) = find_few_step_warnings(tasks, plan_batches(request))
     assert "`my-lcm.ckpt` is made for 4 steps" in warning
     embedded = {"model.diffusion_model.time_embedding.cond_proj.weight": torch.zeros(1)}
     torch.save({"state_dict": embedded}, path)
