@@ -167,12 +167,12 @@ def _evaluate(args: Namespace) -> None:
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
     out, rank = Path(args.outdir), get_rank_and_world_size()[0]
     if args.generate and args.images:
-        raise ArgumentError("images cannot be given together with generate", "images")
-    sources = _read_prompts(args)
+        raise ArgumentError("images cannot be combined with generate", "images")
+    prompts = _read_prompts(args)
     settings: list[Setting] = []
     if args.generate:
-        settings = _make_settings(args, out, sources)
-    reference = _find_reference(args, sources)
+        settings = _make_settings(args, out, prompts)
+    reference = _find_reference(args, prompts)
     device = pick_device(args.device)
     extractor = None
     if reference is not None:
@@ -190,7 +190,7 @@ def _evaluate(args: Namespace) -> None:
             for setting in settings
         ]
     else:
-        sets = _make_image_sets(args, sources) if args.images else find_image_sets(out)
+        sets = _make_image_sets(args, prompts) if args.images else find_image_sets(out)
     if not args.generate and args.count is not None:
         sets = [image_set.first(args.count) for image_set in sets]
     if reference is not None and args.reference_size is None:
@@ -211,12 +211,12 @@ def _read_prompts(args: Namespace) -> "list[EvaluationPrompt]":
             raise ArgumentError("prompts are missing", "prompts")
         return []
     with errors_about("prompts"):
-        sources = read_prompts(args.prompts)
-    return draw_prompts(sources, args.count if args.generate else None, args.seed)
+        prompts = read_prompts(args.prompts)
+    return draw_prompts(prompts, args.count if args.generate else None, args.seed)
 
 
 def _make_settings(
-    args: Namespace, out: Path, sources: "list[EvaluationPrompt]"
+    args: Namespace, out: Path, prompts: "list[EvaluationPrompt]"
 ) -> "list[Setting]":
     from ldm.evaluation.generate import Setting, write_prompts
     from ldm.generate.load import find_existing_checkpoint
@@ -225,20 +225,20 @@ def _make_settings(
         find_existing_checkpoint(ckpt, "ckpt", args.variant)  # before anything is written
     values = {name: value for name, value in vars(args).items() if name in TASK.options}
     values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
-    values["from_file"] = str(write_prompts(out, [source.text for source in sources]))
+    values["from_file"] = str(write_prompts(out, [prompt.text for prompt in prompts]))
     base = TASK.build_request(values)
     settings = []
     labels = _make_labels(args.ckpt or [None]).items()
-    for (label, ckpt), sampler, count, scale in product(
+    for (label, ckpt), sampler, steps, scale in product(
         labels, args.samplers, args.steps, args.scales
     ):
-        sampling = replace(base.sampling, sampler=sampler, steps=count, scale=scale)
+        sampling = replace(base.sampling, sampler=sampler, steps=steps, scale=scale)
         model = replace(base.model, ckpt=ckpt)
         settings.append(Setting(label, replace(base, model=model, sampling=sampling)))
     return settings
 
 
-def _find_reference(args: Namespace, sources: "list[EvaluationPrompt]") -> "ImageSet | None":
+def _find_reference(args: Namespace, prompts: "list[EvaluationPrompt]") -> "ImageSet | None":
     """Return the reference images: those with captions in the prompt file, else all."""
     from ldm.evaluation.score import ImageSet
     from ldm.imaging.reading import list_images
@@ -247,7 +247,7 @@ def _find_reference(args: Namespace, sources: "list[EvaluationPrompt]") -> "Imag
         log.warning("no reference images: FID, KID, precision and recall are not computed")
         return None
     files = list_images(args.reference, "reference")
-    names = dict.fromkeys(source.image_name for source in sources if source.image_name is not None)
+    names = dict.fromkeys(prompt.image_name for prompt in prompts if prompt.image_name is not None)
     if names:
         by_name = {file.name: file for file in files}
         missing = [name for name in names if name not in by_name]
@@ -258,19 +258,19 @@ def _find_reference(args: Namespace, sources: "list[EvaluationPrompt]") -> "Imag
     return ImageSet("reference", files, side=args.reference_size or None)
 
 
-def _make_image_sets(args: Namespace, sources: "list[EvaluationPrompt]") -> "list[ImageSet]":
+def _make_image_sets(args: Namespace, prompts: "list[EvaluationPrompt]") -> "list[ImageSet]":
     """Return an image set for each folder, with the prompts of the prompt file, if there is one."""
     from ldm.evaluation.score import ImageSet
     from ldm.imaging.reading import list_images
 
-    prompts = [source.text for source in sources] or None
+    texts = [prompt.text for prompt in prompts] or None
     sets = []
     for label, folder in _make_labels(args.images).items():
         files = list_images(folder or ".", "images")
-        if prompts is not None and len(prompts) != len(files):
-            message = f"{len(prompts)} prompts for the {len(files)} images of `{folder}`"
+        if texts is not None and len(texts) != len(files):
+            message = f"{len(texts)} prompts for the {len(files)} images of `{folder}`"
             raise ArgumentError(message, "prompts")
-        sets.append(ImageSet(label, files, prompts=prompts))
+        sets.append(ImageSet(label, files, prompts=texts))
     return sets
 
 

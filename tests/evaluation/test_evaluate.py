@@ -170,7 +170,7 @@ def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
         (["--inception", "empty.txt", "--reference", "."], "empty.txt` is not a checkpoint (--inc"),
         (["--clip", "nope.pt"], "no checkpoint `nope.pt` (--clip)"),
         (["--outdir", "empty.txt"], "empty.txt` is not a folder (--outdir)"),
-        (["--images", "."], "images cannot be given together"),
+        (["--images", "."], "images cannot be combined with generate"),
         (["--resize", "dirty", "--reference", "."], "unknown resize `dirty`"),
     ],
 )
