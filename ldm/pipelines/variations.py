@@ -79,9 +79,9 @@ def unclip(
         for level in values:
             if not 0 <= level <= max_level:
                 raise ArgumentError(f"{name}: noise levels are 0 … {max_level}, got {level}", name)
-    embeddings = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
     weights = _normalize_weights(weights, num_sources, is_legacy)
+    embeddings = [*(encoder.embed(image) for image in images), *embeddings]
     mean = torch.zeros((), device=model.device)
     for embedding, weight, level in zip(embeddings, weights, levels, strict=True):
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
