@@ -2,8 +2,8 @@
 
     D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(x / std(sigma), t),        x = z + sigma noise
 
-The prediction types eps, v, x0 and edm differ by c_skip and c_out, see `get_scalings`; the training
-target is the prediction for which D equals z. The input of the network has the same variance at
+The parameterizations eps, v, x0 and edm differ by c_skip and c_out, see `get_scalings`; the target
+of training is the prediction for which D equals z. The input of the network has the same variance at
 every level: std is the standard deviation of x, sqrt(1 + sigma²), so that
 
     x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise = z_t,
@@ -51,7 +51,7 @@ def get_scalings(
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its noise schedule and prediction type, for samplers and training losses.
+    """A network with its noise schedule and parameterization, for samplers and training losses.
 
     Args:
         network: (z_t, t, context=…, y=…) -> prediction; also gets `context_mask` and `perturbed`
