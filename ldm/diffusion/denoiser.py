@@ -2,9 +2,9 @@
 
     D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(x / std(sigma), t),        x = z + sigma noise
 
-The parameterizations eps, v, x0 and edm differ by c_skip and c_out, see `get_scalings`; the target
-of training is the prediction for which D equals z. The input of the network has the same variance at
-every level: std is the standard deviation of x, sqrt(1 + sigma²), so that
+The parameterizations eps, v, x0 and edm differ by c_skip and c_out, see `get_scalings`; the
+training target is the prediction for which D equals z. The input of the network has the same
+variance at every level: std is the standard deviation of x, sqrt(1 + sigma²), so that
 
     x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise = z_t,
 
