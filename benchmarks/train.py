@@ -36,7 +36,7 @@ from ldm.nets.autoencoder import PixelSpace
 from ldm.train.build import set_gradient_checkpointing
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 WARM_UP_STEPS = 3
@@ -163,7 +163,7 @@ def build_model(size: Size) -> Any:
 
 def build_ours(model: Any, batch: Batch, use_ema: bool) -> Step:
     """Return loss and step of our training loop."""
-    task = Diffusion(model, conditioning_dropout_prob=0.0)
+    task = DiffusionTask(model, conditioning_dropout_prob=0.0)
     generator = torch.Generator().manual_seed(0)
     optimizer = make_optimizer(task.trainable, 1e-5)
     ema = EMA(task.trainable) if use_ema else None

@@ -19,10 +19,10 @@ from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.state import LossScale, State, TrainedNetwork
-from ldm.train.tasks.adaptation import Adaptation
+from ldm.train.tasks.adaptation import AdaptationTask
 from ldm.train.tasks.autoencoder import build_autoencoder_task
 from ldm.train.tasks.criterion import Criterion
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.task import LossFunction, Task
 
 __all__ = [
@@ -72,7 +72,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     Args:
         load_weights: Whether to load the networks of the losses; False if only sizes matter.
     Raises:
-        ValueError: The model cannot be trained, or the settings do not fit it.
+        ValueError: The model cannot be trained, or the settings are invalid for it.
     """
     params = settings.model.params
     if isinstance(model, AutoencoderKL):
@@ -89,15 +89,15 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     lora, inversion = settings.lora, settings.textual_inversion
     if lora is None and inversion is None:
         return task
-    return Adaptation(
+    return AdaptationTask(
         task, lora.model_dump() if lora else None, inversion.model_dump() if inversion else None
     )
 
 
-def build_diffusion(model: LatentDiffusion, **options: Any) -> Diffusion:
-    """Build the task out of its keywords and those of `Criterion`."""
+def build_diffusion(model: LatentDiffusion, **options: Any) -> DiffusionTask:
+    """Build the task; `options` are its keywords and those of `Criterion`."""
     criterion = {f.name: options.pop(f.name) for f in fields(Criterion) if f.name in options}
-    return Diffusion(model, criterion_options=criterion, **options)
+    return DiffusionTask(model, criterion_options=criterion, **options)
 
 
 def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
@@ -113,7 +113,7 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
     }
     options |= objective
     probabilities = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
-    # Models of image embeddings drop half of them by default.
+    # The original's models of image embeddings drop half of these by default.
     default = 0.5 if "embedder_config" in params else 0.0
     if dropout := params.get("embedding_dropout", default):
         probabilities["embedding"] = dropout
@@ -129,17 +129,20 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
 
 
 def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:
-    """Build the initial optimizers and EMA; shard the weights first, if the strategy says so.
+    """Build the initial optimizers and EMA; with FSDP, shard the weights in place before.
 
     Raises:
-        ValueError: The settings do not go together.
+        ValueError: The strategy does not support the task or another setting.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     if trainer.strategy in ("fsdp", "hsdp") and ranks.world_size > 1:
         if not task.is_shardable:
-            raise ValueError(f"strategy `{trainer.strategy}` is for whole models, use `ddp`")
+            raise ValueError(
+                f"strategy `{trainer.strategy}` is not for LoRAs, embeddings and autoencoders: use "
+                "`ddp`"
+            )
         if trainer.channels_last or trainer.ema_device == "cpu":
-            raise ValueError("`channels_last` and `ema_device: cpu` do not go with fsdp and hsdp")
+            raise ValueError("`channels_last` and `ema_device: cpu` do not work with fsdp or hsdp")
         shard(task.trainable, ranks.world_size, trainer.strategy, trainer.shard_size, device.type)
     options = {"name": optimizer.name, **optimizer.options}
     if optimizer.name == "adamw" and task.betas is not None:
@@ -153,7 +156,7 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
         model,
         EMA(task.trainable, optimizer.ema_decay, ema_device),
         discriminator,
-        LossScale(is_half=trainer.precision == "16-mixed"),
+        LossScale(enabled=trainer.precision == "16-mixed"),
         batches_per_step=ranks.world_size * trainer.accumulate_grad_batches,
     )
 

@@ -1,12 +1,12 @@
-"""The command line of training, in the grammar of the original's `main.py`.
+"""The command line of training, with the options of the original's `main.py`.
 
     ldm train --base configs/demo/text2img.yaml -t data.params.batch_size=64
     ldm train --base configs/demo/text2img.yaml configs/train/lora.yaml -t
     ldm train --base my.yaml -t --gpus 0,1,           two GPUs
-    ldm train -t --resume logs/lora                   resumes the newest run of a name
+    ldm train -t --resume logs/lora                   resumes the newest run named `lora`
     torchrun --nnodes 2 --nproc-per-node 8 … -m ldm.train.command --base my.yaml -t
 
-Later files override earlier ones, `key.sub=value` overrides all. A run lives in LOGDIR/TIME_NAME.
+Later files override earlier ones, `key.sub=value` overrides all. Runs are in LOGDIR/TIME_NAME.
 
     argv -> parse -> TrainRequest -> settings, processes, a run folder -> Run -> train, export, …
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["main", "parse"]
 
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-NUMBER = re.compile(r"-\d+")
-# Options whose value may be omitted, and the value that this implies.
+NEGATIVE_NUMBER = re.compile(r"-\d+")
 SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
             "--allow-commands")  # fmt: skip
-IMPLICIT = {**dict.fromkeys(SWITCHES, "true"), "--resume": "", "--name": "", "--project": ""}
+# Options whose value may be omitted, and the value that this implies.
+IMPLICIT_VALUES = {**dict.fromkeys(SWITCHES, "true"), "--resume": "", "--name": "", "--project": ""}
 # Keys of the config, by options of the original's forks, of kohya's scripts and of diffusers.
 FOREIGN_OPTIONS = {
     **dict.fromkeys(
@@ -57,8 +57,8 @@ FOREIGN_OPTIONS = {
 }
 EPILOG = """\
 Any other --NAME VALUE is an argument of Lightning's Trainer (--gpus 0,1, --max_epochs 3 --max_steps
-1000 --precision bf16 …) and means lightning.trainer.NAME=VALUE. On the signal SIGUSR1 a process of
-the run saves at once; on SIGTERM and SIGINT the run ends after a step, and can be resumed.
+1000 --precision bf16 …) and means lightning.trainer.NAME=VALUE. On the signal SIGUSR1 the run saves
+its state after the current step; on SIGTERM and SIGINT it ends after that step, and can be resumed.
 """
 
 
@@ -97,19 +97,19 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, spellings = _build_parser(prog)
-    our_arguments, trainer = _split_arguments(arguments, spellings)
+    our_arguments, trainer_options = _split_arguments(arguments, spellings)
     args = parser.parse_intermixed_args(our_arguments)
-    resume = trainer.pop("resume_from_checkpoint", args.resume)
+    resume = trainer_options.pop("resume_from_checkpoint", args.resume)
     if args.resume not in (None, resume):
         raise ValueError("--resume and --resume_from_checkpoint name two runs: give one")
-    if trainer:
-        _check_trainer_options(trainer, spellings)
+    if trainer_options:
+        _check_trainer_options(trainer_options, spellings)
     if args.seed is not None:
-        trainer["seed"] = str(args.seed)
+        trainer_options["seed"] = str(args.seed)
     if args.scale_lr is not None:
-        trainer["scale_lr"] = str(args.scale_lr).lower()
+        trainer_options["scale_lr"] = str(args.scale_lr).lower()
     configs = [argument for argument in args.base if "=" not in argument]
-    overrides = [f"lightning.trainer.{name}={value}" for name, value in trainer.items()]
+    overrides = [f"lightning.trainer.{name}={value}" for name, value in trainer_options.items()]
     overrides += [argument for argument in args.base if "=" in argument] + args.overrides
     if not configs and resume is None:
         parser.error("-b/--base is needed, or -r/--resume with the folder of a run")
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
         raise ValueError(f"`{resume}` keeps its name: leave out --name and --postfix")
     name = (args.name or (Path(configs[-1]).stem if configs else "")) + args.postfix
     if Path(name).name != name:
-        raise ValueError(f"the name `{name}` of the run has a `/`: --logdir is for folders")
+        raise ValueError(f"the name `{name}` of the run has a `/`: give the folder as --logdir")
     return TrainRequest(
         configs=tuple(configs),
         overrides=tuple(overrides),
@@ -142,8 +142,8 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
     if request.dry_run:
         yield from _describe(request)
         return
-    existing = launch.choose_on_first_rank(
-        lambda torchruns: run_folder.find_run(request, torchruns)
+    existing = launch.run_on_first_rank(
+        lambda torchrun_ids: run_folder.find_run(request, torchrun_ids)
     )
     settings = _read_settings(request, existing)
     launch.launch(settings.devices, request.processes, request.argv)
@@ -159,22 +159,22 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
     required = ["model.target", "data.params.train", "data.params.batch_size"]
     if request.train:
         required.append("model.base_learning_rate")
-    require_keys(settings.raw, *required)
-    check_data(settings.datasets, allow_commands=request.allow_commands)
-    if request.train and not {"root", "hub", "length"} & settings.datasets.train.keys():
-        settings.convert_epochs(None)  # raises for numbers of epochs
-    if request.validate and not settings.datasets.validation:
+    require_keys(settings.config, *required)
+    check_data(settings.data, allow_commands=request.allow_commands)
+    if request.train and not {"root", "hub", "length"} & settings.data.train.keys():
+        settings.convert_epochs_to_steps(None)  # raises for numbers of epochs
+    if request.validate and not settings.data.validation:
         raise ValueError("--validate needs held-out data, `data.params.validation`")
     return settings
 
 
 def _describe(request: TrainRequest) -> Iterator[str]:
     """Yield the whole config, and an estimate of the memory that it needs."""
-    from ldm.train import estimate
+    from ldm.train import memory_estimate
 
     settings = _read_settings(request, run_folder.find_run(request))
     processes = launch.count_processes(settings.devices, request.processes)
-    yield from estimate.describe(settings, processes=processes)
+    yield from memory_estimate.describe_run(settings, processes=processes)
 
 
 def _run(
@@ -189,8 +189,8 @@ def _run(
     from ldm.train.runs.exports import export
 
     torch.set_num_threads(request.threads or torch.get_num_threads())
-    folder = launch.choose_on_first_rank(
-        lambda torchruns: run_folder.prepare_folder(request, existing, torchruns)
+    folder = launch.run_on_first_rank(
+        lambda torchrun_ids: run_folder.prepare_folder(request, existing, torchrun_ids)
     )
     try:
         run = build_run(settings, folder, allow_commands=request.allow_commands)
@@ -201,7 +201,7 @@ def _run(
     if existing and existing.state:
         run.resume(existing.state)
     if run.ranks.is_first and request.train:
-        run_folder.save_config(folder, settings.raw)
+        run_folder.save_config(folder, settings.config)
     if request.train:
         train(run, on_start=lambda: run_folder.link_name(request, folder))
     elif existing and not request.validate:
@@ -212,7 +212,7 @@ def _run(
         exports = [run.checkpoints / f"last.{suffix}" for suffix in ("safetensors", "ckpt")]
         paths = [str(path) for path in exports if path.exists()]
         yield from paths if paths and (request.train or existing) else ["the config is valid"]
-    run.ranks.stop()
+    run.ranks.disconnect()
 
 
 def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
@@ -236,16 +236,16 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         nargs="*",
         action="extend",
         default=[],
-        help="config files (YAML), later ones over earlier; a diffusers folder brings "
-        "its config and the weights to start from",
+        help="config files (YAML), later ones override earlier ones; a diffusers folder gives "
+        "its config and the initial weights",
     )
     add_switch("-t", "--train", help="train (else: check the config, or export)")
     add("-n", "--name", default="", help="name of the run (default: the last config's)")
-    text = "run to resume: its folder, or a state in it; alone: the newest run of this name"
+    text = "run to resume: its folder, or a state in it; without RUN: the newest of this name"
     add("-r", "--resume", metavar="RUN", help=text)
     add("-f", "--postfix", default="", help="appended to the name of the run")
     add("-l", "--logdir", type=expanduser, default="logs", help="folder of runs (default: logs)")
-    add("-s", "--seed", type=int, help="of weights, order and noise (default: 23)")
+    add("-s", "--seed", type=int, help="seed of weights, data order and noise (default: 23)")
     text = (
         "learning rate = accumulate x ranks x batch x base_learning_rate (default: if the config "
         "has no lightning.optimizer)"
@@ -259,42 +259,42 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         default=0,
         help="processes on this machine, with or without GPUs",
     )
-    text = "shards may come from `pipe:COMMAND`, which runs whatever the config says"
+    text = "allow shards from `pipe:COMMAND`, which runs any command in the config"
     add_switch("--allow-commands", help=text)
-    add("--threads", type=_parse_count, help="of the CPU, for each process")
+    add("--threads", type=_parse_count, help="CPU threads of each process")
     text = "run in LOGDIR/debug_runs; show tracebacks, and open pdb if there is a terminal"
     add_switch("-d", "--debug", help=text)
     add_switch("--no-test", help=argparse.SUPPRESS)
     add("-p", "--project", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="over the configs")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override configs")
     return parser, spellings
 
 
 def _split_arguments(
     arguments: Sequence[str], spellings: dict[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Separate our own arguments, with all values explicit, from those of Lightning's Trainer."""
+    """Separate our own arguments, with all values explicit, from options of Lightning's Trainer."""
     ours: list[str] = []
-    trainer: dict[str, str] = {}
+    trainer_options: dict[str, str] = {}
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
         name, equals, value = argument.partition("=")
-        if not argument.startswith("-") or NUMBER.fullmatch(argument):
+        if not argument.startswith("-") or NEGATIVE_NUMBER.fullmatch(argument):
             ours.append(argument)
             continue
         option = _find_option(name, spellings)
-        if option and option not in IMPLICIT:
+        if option and option not in IMPLICIT_VALUES:
             ours.append(argument)
             continue
         if not equals:
             has_value = bool(pending) and _may_be_value(option, pending[0])
-            value = pending.pop(0) if has_value else IMPLICIT.get(option, "true")
+            value = pending.pop(0) if has_value else IMPLICIT_VALUES.get(option, "true")
         if option:
             ours.append(f"{option}={value}")
         else:
-            trainer[name.lstrip("-")] = value
-    return ours, trainer
+            trainer_options[name.lstrip("-")] = value
+    return ours, trainer_options
 
 
 def _find_option(name: str, spellings: dict[str, str]) -> str:
@@ -309,19 +309,21 @@ def _may_be_value(option: str, argument: str) -> bool:
     """Return whether the argument after an option with an optional value is that value."""
     if option in SWITCHES:
         return argument.lower() in TRUE + FALSE
-    is_override = "=" in argument and not Path(argument).exists()
-    return NUMBER.fullmatch(argument) is not None or not (argument.startswith("-") or is_override)
+    if argument.startswith("-"):
+        return NEGATIVE_NUMBER.fullmatch(argument) is not None
+    return "=" not in argument or Path(argument).exists()
 
 
-def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -> None:
+def _check_trainer_options(trainer_options: dict[str, str], spellings: dict[str, str]) -> None:
+    """Raise ValueError for an option that neither Lightning's Trainer nor our config has."""
     from ldm.train.config import lightning, schema
-    from ldm.train.config.renamed import RENAMED_TRAINER_KEYS
+    from ldm.train.config.renamed_keys import RENAMED_TRAINER_KEYS
 
     known = [*schema.list_fields(schema.Trainer), *lightning.KNOWN_KEYS["trainer"]]
-    for name in trainer:
+    for name in trainer_options:
         if name not in known and name not in RENAMED_TRAINER_KEYS:
             if name in FOREIGN_OPTIONS:
-                value = f"{FOREIGN_OPTIONS[name]}={trainer[name]}"
+                value = f"{FOREIGN_OPTIONS[name]}={trainer_options[name]}"
                 raise ValueError(f"command line: unknown option `{name}`, use {value}")
             options = [spelling.lstrip("-") for spelling in spellings]
             raise unknown_name("option", name, known + options, "command line")

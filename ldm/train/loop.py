@@ -1,7 +1,7 @@
 """The training loop.
 
     batches -> losses -> gradients -> clip -> optimizer -> EMA
-    now and then: save, draw samples, validate, export, evaluate
+    at intervals: save, draw samples, validate, export, evaluate
 
 A step has `batches_per_step` batches: number of processes x gradient accumulation. Batches are
 numbered through the whole run, and all random numbers of a batch depend on its index only, so that
@@ -28,7 +28,7 @@ from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
 from ldm.train.monitoring import sanity
 from ldm.train.monitoring.evaluation import Evaluator
-from ldm.train.monitoring.logs import Loggers, ProgressBar
+from ldm.train.monitoring.logs import LoggerCollection, ProgressBar
 from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.timers import Interval, StepTimer
 from ldm.train.monitoring.timestep_losses import TimestepLosses
@@ -42,8 +42,8 @@ __all__ = ["save", "train", "train_step"]
 
 log = logging.getLogger(__name__)
 
-IndexedBatches = Sequence[tuple[int, Sample]]  # of a step, with their indices in the run
-Actions = dict[str, tuple[Interval, Callable[[], object]]]  # name -> (when, action)
+IndexedBatches = Sequence[tuple[int, Sample]]  # (index in the run, batch)
+Actions = dict[str, tuple[Interval, Callable[[], object]]]  # name -> (interval, action)
 
 
 def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
@@ -62,12 +62,12 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     # A resumed run keeps its batches per step, on any number of processes.
     accumulation = state.batches_per_step // ranks.world_size
     settings = run.settings.replace(trainer={"accumulate_grad_batches": accumulation})
-    settings = settings.convert_epochs(
+    settings = settings.convert_epochs_to_steps(
         batches_per_epoch and batches_per_epoch / state.batches_per_step
     )
     run = replace(run, settings=settings)
     learning_rate, explanation = settings.build_lr_schedule(ranks.world_size)
-    for line in (*settings.notes, explanation):
+    for line in (*settings.messages, explanation):
         log.info("%s", line)
 
     # Check the initial weights of a fine-tune.
@@ -75,7 +75,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         with run.autocast():
             sanity.check_initial_weights(
                 run.model,
-                run.source.fixed_samples(sanity.SAMPLES),
+                run.source.fixed_samples(sanity.NUM_SAMPLES),
                 batch_size=run.batch_size,
                 seed=run.seed,
                 timesteps=run.timesteps,
@@ -84,30 +84,30 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     # Validate one batch: wrong data or a wrong `monitor` would end the run only later.
     callbacks = settings.callbacks
     if callbacks.validate_steps and run.validation_source is not None:
-        validation_losses = validate(run, batches=1)
+        validation_losses = validate(run, num_batches=1)
         if callbacks.save_top_k:
             find_monitor(callbacks.monitor, validation_losses)
 
     # Open the logs.
-    loggers = Loggers(
+    loggers = LoggerCollection(
         run.folder,
         callbacks.loggers if ranks.is_first else (),
-        start=state.step,
+        start_step=state.step,
         wandb=callbacks.wandb,
-        config=settings.raw,
+        config=settings.config,
     )
-    # Losses of an autoencoder have no timesteps, so that no file is written.
+    # An autoencoder has no timesteps: no losses are added, so that no file is written.
     num_timesteps = len(run.model.schedule) if isinstance(run.model, LatentDiffusion) else 1
-    timestep_losses = TimestepLosses(run.folder, ranks, num_timesteps, start=state.step)
+    timestep_losses = TimestepLosses(run.folder, ranks, num_timesteps, start_step=state.step)
 
-    # Continue the sequence of batches at the position of the state.
+    # Open the sequence of batches at the position of the state.
     ranks.run_on_first(on_start)
     batches = run.source.batches(
         run.batch_size,
         start=state.position,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        workers=settings.data.num_workers,
+        workers=settings.loader.num_workers,
     )
     unreadable = UnreadableFiles(
         run.folder / "broken.txt", settings.trainer.max_unreadable_fraction, run.source
@@ -121,13 +121,13 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         loggers,
         ranks,
         run.device,
-        start=state.step,
-        steps=settings.trainer.max_steps,
-        every=callbacks.log_every,
+        start_step=state.step,
+        max_steps=settings.trainer.max_steps,
+        log_every=callbacks.log_every,
     )
     with (
         SignalHandler() as signals,
-        _saving_on_error(run),
+        _save_on_error(run),
         contextlib.closing(loggers),
         contextlib.closing(progress),
     ):
@@ -147,7 +147,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
             timer.start()
         save(run)
         export(run)
-        _draw(run, loggers, timestep_losses)
+        _log_images(run, loggers, timestep_losses)
 
 
 def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
@@ -156,15 +156,16 @@ def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
     task.step = state.step
     losses: Losses = {}
     is_finite = True
-    # The discriminator comes last: it is trained on what the updated model makes.
+    # The discriminator comes last: it is trained on reconstructions by the updated model.
     for network in state.networks.values():
         if network is state.discriminator and not task.trains_discriminator:
             continue
         losses = {**_compute_gradients(run, network, batches), **losses}  # "loss" is the model's
-        norm = _clip_gradients(network, state.scale.value, run.settings.trainer.gradient_clip_val)
+        max_norm = run.settings.trainer.gradient_clip_val
+        norm = _clip_gradients(network, state.loss_scale.value, max_norm)
         is_finite &= math.isfinite(norm)
         if math.isfinite(norm):
-            # Until all networks are updated, there is nothing to resume from after an exception.
+            # Until all networks are updated, an exception must not save the state.
             state.is_consistent = False
             state.is_saved = False
             for group in network.optimizer.param_groups:
@@ -172,13 +173,13 @@ def train_step(run: Run, batches: IndexedBatches, lr: float) -> Losses:
             network.optimizer.step()
     if is_finite:
         state.ema.update(task.trainable)
-        state.bad_steps = 0
+        state.consecutive_skips = 0
     state.step += 1
     state.position += state.batches_per_step
-    state.scale.update(is_finite)
+    state.loss_scale.update(is_finite)
     state.is_consistent = True
-    if not is_finite and not state.scale.is_adapting:
-        _count_bad_step(run, batches, losses)
+    if not is_finite and not state.loss_scale.is_adapting:
+        _count_skipped_step(run, batches, losses)
     return losses
 
 
@@ -188,9 +189,9 @@ def save(run: Run) -> None:
         run.states.save(run.state)
 
 
-def _draw(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> None:
-    """Draw the sample grids, and the plot of the loss by timestep."""
-    with _log_failures("draw"):  # not around `timestep_losses.write`, a collective of all processes
+def _log_images(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> None:
+    """Write and log the sample grids, and the plot of the loss by timestep."""
+    with _log_failures("draw samples"):  # not around `timestep_losses.write`, which is collective
         for path in draw_samples(run):
             loggers.log_image(run.state.step, f"{path.parent.name}/samples", path)
     plot = timestep_losses.write(run.state.step)
@@ -198,22 +199,22 @@ def _draw(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> None:
         loggers.log_image(run.state.step, "loss per timestep", plot)
 
 
-def _validate(run: Run, loggers: Loggers) -> None:
+def _validate(run: Run, loggers: LoggerCollection) -> None:
     losses = validate(run)
     _log_scores(run, loggers, losses)
     export_best(run, losses)
 
 
-def _log_scores(run: Run, loggers: Loggers, scores: Mapping[str, float]) -> None:
-    """Log validation losses or scores of samples, on the console, too."""
+def _log_scores(run: Run, loggers: LoggerCollection, scores: Mapping[str, float]) -> None:
+    """Log validation losses or scores of samples, also to the console."""
     if scores and run.ranks.is_first:
         text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         log.info("step %d: %s", run.state.step, text)
     loggers.log_scalars(run.state.step, scores)
 
 
-def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -> Actions:
-    """Return all actions by name, in the order in which they run when several are due."""
+def _list_actions(run: Run, loggers: LoggerCollection, timestep_losses: TimestepLosses) -> Actions:
+    """Return all actions by name, in the order in which due ones are run."""
     options = run.settings.callbacks
     draw_interval = Interval(
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
@@ -221,7 +222,7 @@ def _list_actions(run: Run, loggers: Loggers, timestep_losses: TimestepLosses) -
     save_interval = Interval(minutes=options.save_minutes, steps=options.save_steps)
     actions: Actions = {
         "save": (save_interval, lambda: save(run)),
-        "draw": (draw_interval, lambda: _draw(run, loggers, timestep_losses)),
+        "draw samples": (draw_interval, lambda: _log_images(run, loggers, timestep_losses)),
         "validate": (Interval(steps=options.validate_steps), lambda: _validate(run, loggers)),
         "export step": (Interval(steps=options.export_steps), lambda: export_step(run)),
     }
@@ -250,10 +251,10 @@ def _next_batches(
 def _compute_gradients(run: Run, network: TrainedNetwork, batches: IndexedBatches) -> Losses:
     """Compute the mean gradients over the step's batches, times the loss scale."""
     network.optimizer.zero_grad(set_to_none=True)
-    scale = run.state.scale.value / len(batches)
+    scale = run.state.loss_scale.value / len(batches)
     outputs: list[Losses] = []
     for k, (index, batch) in enumerate(batches):
-        with _gradient_sync(network, is_last=k == len(batches) - 1):
+        with _sync_gradients(network, enabled=k == len(batches) - 1):
             with run.autocast():
                 losses = network.loss(batch, seed_batch(run.seed, index))
             (losses["loss"] * scale).backward()
@@ -262,27 +263,27 @@ def _compute_gradients(run: Run, network: TrainedNetwork, batches: IndexedBatche
 
 
 def _merge_losses(values: Sequence[Tensor]) -> Tensor:
-    """Return the mean of scalars, all values of losses per sample (B,)."""
+    """Average scalars; concatenate losses per sample (B,)."""
     return torch.cat(list(values)) if values[0].ndim else torch.stack(list(values)).mean()
 
 
-def _gradient_sync(network: TrainedNetwork, *, is_last: bool) -> AbstractContextManager[None]:
-    """Exchange gradients between processes only in the last batch's backward pass.
+def _sync_gradients(network: TrainedNetwork, *, enabled: bool) -> AbstractContextManager[None]:
+    """Return a context in which backward passes exchange gradients between processes, if enabled.
 
-    Of sharded weights, this is switched here; of the others, by the returned context.
+    Only the last of the accumulated batches needs it.
     """
     if isinstance(network.loss, DistributedDataParallel):
-        return nullcontext() if is_last else network.loss.no_sync()
-    parallel.sync_gradients(network.module, is_last)
+        return nullcontext() if enabled else network.loss.no_sync()
+    parallel.set_gradient_sync(network.module, enabled)
     return nullcontext()
 
 
 def _clip_gradients(network: TrainedNetwork, scale: float, max_norm: float | None) -> float:
     """Divide gradients by the loss scale and clip their norm; return the norm before clipping."""
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
-    # On all processes: the norm of sharded gradients is that of all shards together.
-    total = parallel.gather_shards({"norm": nn.utils.get_total_norm(gradients)})["norm"]
-    norm = float(total) / scale
+    # All processes must do this: the norm of sharded gradients is reduced over them.
+    scaled_norm = parallel.gather_shards({"norm": nn.utils.get_total_norm(gradients)})["norm"]
+    norm = float(scaled_norm) / scale
     factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # as clip_grad_norm_
     if math.isfinite(norm) and factor / scale != 1:
         torch._foreach_mul_(gradients, factor / scale)  # no public torch function takes a list
@@ -292,42 +293,42 @@ def _clip_gradients(network: TrainedNetwork, scale: float, max_norm: float | Non
 def _agree_on_actions(
     run: Run, seconds: float, requests: set[str], actions: Actions
 ) -> tuple[bool, list[str]]:
-    """Agree with the other processes on training time, on stopping, and on due actions."""
+    """Agree with all processes on training time; return whether to stop, and the due actions."""
     is_first = run.ranks.is_first
     due = [
         (interval.is_due(run.state.step) and is_first) or name in requests
         for name, (interval, _) in actions.items()
     ]
-    # The first process's clock counts for all: the others contribute 0 to the maximum.
+    # All take the time of the first process: the others contribute 0 to the maximum.
     total = run.state.seconds + seconds if is_first else 0.0
     run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *due])
     return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 
 
-def _count_bad_step(run: Run, batches: IndexedBatches, losses: Mapping[str, Tensor]) -> None:
+def _count_skipped_step(run: Run, batches: IndexedBatches, losses: Mapping[str, Tensor]) -> None:
     """Count a step with non-finite gradients; raise if there are too many in a row."""
     state = run.state
-    state.skipped += 1
-    state.bad_steps += 1
+    state.skipped_steps += 1
+    state.consecutive_skips += 1
     loss = float(losses["loss"].detach())
-    log.warning("step %d is skipped: its loss is %g", state.step, loss)
-    if state.bad_steps >= run.settings.trainer.nan_limit or not run.is_finite("state"):
+    log.warning("step %d is skipped: NaN or inf gradients, loss %g", state.step, loss)
+    if state.consecutive_skips >= run.settings.trainer.nan_limit or not run.is_finite("state"):
         path = run.folder / f"not-finite-rank{run.ranks.rank}.pt"
         torch.save([batch for _, batch in batches], path)
         raise FloatingPointError(
-            f"{state.bad_steps} steps in a row had no finite gradients, the last loss is {loss:g}; "
-            f"its batches are in `{path}`; `{run.checkpoints}` has earlier states"
+            f"{state.consecutive_skips} steps in a row had NaN or inf gradients, the last loss is "
+            f"{loss:g}; its batches are in `{path}`; `{run.checkpoints}` has earlier states"
         )
 
 
 @contextmanager
-def _saving_on_error(run: Run) -> Iterator[None]:
-    """Save the last consistent state if a run of one process fails."""
+def _save_on_error(run: Run) -> Iterator[None]:
+    """Within the context, save the state on an error, if it is consistent; for one process only."""
     try:
         yield
     except Exception:
         state = run.state
-        # All processes save together: of several, the others may never come here.
+        # Saving is collective, and other processes may not have failed.
         if run.ranks.world_size == 1 and state.is_consistent and state.step:
             with contextlib.suppress(OSError):
                 save(run)
@@ -335,9 +336,9 @@ def _saving_on_error(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _log_failures(what: str) -> Iterator[None]:
-    """Log a full disk, a lack of GPU memory, or samples of NaN, and continue training."""
+def _log_failures(action: str) -> Iterator[None]:
+    """Within the context, only log a full disk, too little GPU memory, or samples of NaN."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError, NonFinite) as error:
-        log.error("could not %s: %s; training goes on", what, error)
+        log.error("could not %s: %s; training continues", action, error)

@@ -14,8 +14,8 @@ class TrainRequest:
         configs: YAML files or diffusers folders; later ones override earlier ones.
         overrides: `key.sub=value`, which override all files.
         validate: Whether to print the losses on held-out data.
-        dry_run: Whether to print the whole config and its memory instead.
-        resume: A run or one of its states; "" = the newest of this name; None = a new run.
+        dry_run: Whether only to print the whole config and an estimate of its memory.
+        resume: A run or one of its states; "" = the newest run of this name; None = a new run.
         processes: Number to start on this machine; 0 = one for each GPU of the config.
         threads: CPU threads of each process; None = torch's default.
         allow_commands: Whether to run `pipe:COMMAND` addresses of shards.

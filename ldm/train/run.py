@@ -1,4 +1,4 @@
-"""A training run, and how it is built from a config."""
+"""A training run, built from its settings."""
 
 import logging
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from ldm.train.build import build_state, build_task, configure_model
 from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.runs.initial import load_initial_weights, set_scale_by_std
-from ldm.train.runs.states import States
+from ldm.train.runs.initial_weights import load_initial_weights, set_scale_by_std
+from ldm.train.runs.states import StateFolder
 from ldm.train.state import State
 from ldm.train.tasks.task import Task
 
@@ -28,7 +28,7 @@ __all__ = ["Run", "build_run"]
 
 log = logging.getLogger(__name__)
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by `trainer.precision`
+AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Run:
 
     Args:
         source: Training data.
-        validation_source: Validation data; None = none.
-        is_fine_tune: Whether the model had weights to start from.
+        validation_source: Validation data; None = no validation.
+        is_fine_tune: Whether the initial weights of the model were loaded from a file.
     """
 
     settings: Settings
@@ -62,7 +62,7 @@ class Run:
     @property
     def batch_size(self) -> int:
         """Samples per batch, of which each process has `accumulate_grad_batches` in a step."""
-        return self.settings.data.batch_size
+        return self.settings.loader.batch_size
 
     @property
     def epoch(self) -> int:
@@ -81,9 +81,9 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
-    def states(self) -> States:
+    def states(self) -> StateFolder:
         """The resume states on disk."""
-        return States(self.checkpoints, self.ranks, limit=self.settings.trainer.keep_states)
+        return StateFolder(self.checkpoints, self.ranks, self.settings.trainer.keep_states)
 
     def progress(self) -> float:
         """Return the completed fraction of the run, by steps or by time, whichever is larger."""
@@ -94,36 +94,37 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context of mixed precision, for losses."""
-        dtype = AUTOCAST.get(self.settings.trainer.precision)
+        dtype = AUTOCAST_DTYPES.get(self.settings.trainer.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def is_finite(self, what: str) -> bool:
-        """Return whether the weights on all ranks are finite; else log that `what` is skipped."""
+    def is_finite(self, output: str) -> bool:
+        """Return whether all ranks' weights are finite; else log that `output` is not written."""
         (any_not_finite,) = self.ranks.max([not self.state.is_finite()])
         if any_not_finite:
             step = self.state.step
-            log.error("step %d: weights are NaN or inf, no %s is written", step, what)
+            log.error("step %d: weights are NaN or inf, no %s is written", step, output)
         return not any_not_finite
 
     def resume(self, path: Path) -> None:
-        """Load the state in a folder, with the number of batches per step that it had.
+        """Load the state in a folder; the run continues with the batches per step that it had.
 
         Raises:
-            ValueError: It is of another model, or its batches per step cannot be shared by these
-                processes.
+            ValueError: The state is of another model, or its batches per step are not a multiple of
+                the number of processes.
         """
         self.states.load(self.state, path)
         if isinstance(self.model, LatentDiffusion) and self.state.scale_factor is not None:
             self.model.scale_factor = self.state.scale_factor
-        count, world_size = self.state.batches_per_step, self.ranks.world_size
-        if count % world_size:
+        batches_per_step, world_size = self.state.batches_per_step, self.ranks.world_size
+        if batches_per_step % world_size:
             raise ValueError(
-                f"a step of `{path}` is {count} batches, {world_size} processes cannot share them"
+                f"`{path}` has {batches_per_step} batches per step, which {world_size} processes "
+                "cannot share equally"
             )
-        accumulation = count // world_size
+        accumulation = batches_per_step // world_size
         if accumulation != self.settings.trainer.accumulate_grad_batches:
-            message = "%d batches per step, as before: %d x %d ranks"
-            log.info(message, count, accumulation, world_size)
+            message = "%d batches per step, as before: %d accumulated x %d ranks"
+            log.info(message, batches_per_step, accumulation, world_size)
 
 
 def build_run(
@@ -133,14 +134,14 @@ def build_run(
     device: torch.device | None = None,
     allow_commands: bool = False,
 ) -> Run:
-    """Build a run from its config; only caches of the data are written.
+    """Build a run from its settings; the only files written are caches and class images.
 
     Args:
-        device: None = a GPU if there is one and the config does not choose the CPU, else the CPU.
+        device: None = a GPU if available and not disabled by the config (`gpus: 0`), else the CPU.
         allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
     trainer, params = settings.trainer, settings.model.params
-    data = settings.datasets
+    data = settings.data
     check_data(data, allow_commands=allow_commands)
 
     # Connect the processes.
@@ -153,7 +154,7 @@ def build_run(
     attention.set_backend(trainer.attention)
 
     log.info("Building the model")
-    model = instantiate(settings.raw["model"], where="model").to(device)
+    model = instantiate(settings.config["model"], where="model").to(device)
     is_fine_tune = load_initial_weights(model, params)
     configure_model(model, trainer)
 
@@ -164,9 +165,9 @@ def build_run(
         )
     if params.get("scale_by_std") and not is_fine_tune:
         if data.latents:
-            raise ValueError("`scale_by_std` does not go with `data.params.latents`")
+            raise ValueError("`scale_by_std` cannot be combined with `data.params.latents`")
         images = torch.stack(
-            [sample["jpg"] for sample in source.fixed_samples(settings.data.batch_size)]
+            [sample["jpg"] for sample in source.fixed_samples(settings.loader.batch_size)]
         )
         set_scale_by_std(model, images, seed_batch(trainer.seed, 0))
 
@@ -190,6 +191,7 @@ def build_run(
 
 def seed_batch(seed: int, index: int) -> torch.Generator:
     """Return the random generator of a batch, and seed torch's global one for dropout."""
-    batch_seed = (seed * 0x9E3779B1 + index) % 2**32  # 2^32 / golden ratio: they lie far apart
+    # The factor, 2^32 / golden ratio, keeps the batch seeds of different runs far apart.
+    batch_seed = (seed * 0x9E3779B1 + index) % 2**32
     torch.manual_seed(batch_seed)
     return torch.Generator().manual_seed(batch_seed)

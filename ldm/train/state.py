@@ -35,14 +35,14 @@ class TrainedNetwork:
     optimizer: torch.optim.Optimizer
     loss: LossFunction
 
-    def weights(self) -> dict[str, Tensor]:
+    def get_weights(self) -> dict[str, Tensor]:
         """Return trainable parameters and all buffers; frozen parameters are not saved."""
         frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
         state = self.module.state_dict()
         return {name: value for name, value in state.items() if name not in frozen}
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's state of each parameter, by "PARAMETER.KEY"."""
+    def get_optimizer_state(self) -> dict[str, Tensor]:
+        """Return the tensors in the optimizer's state, by "PARAMETER.KEY"."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         return {
             f"{names[id(p)]}.{key}": torch.as_tensor(value)
@@ -50,10 +50,10 @@ class TrainedNetwork:
             for key, value in values.items()
         }
 
-    def empty_optimizer_state(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Allocate an `optimizer_state` of these shapes, sharded as the parameters are.
+    def allocate_optimizer_state(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Allocate the tensors of an optimizer's state, sharded like the parameters.
 
-        Entries of other parameters, or of another optimizer, are left out.
+        Shapes of other parameters, or of another optimizer, are left out.
         """
         parameters = dict(self.module.named_parameters())
         state_keys = STATE_KEYS[type(self.optimizer).__name__]
@@ -70,7 +70,7 @@ class TrainedNetwork:
         return state
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load an `optimizer_state`; parameters without an entry are unchanged."""
+        """Load what `get_optimizer_state` returned; parameters without an entry are unchanged."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         state = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -81,31 +81,31 @@ class TrainedNetwork:
 
 
 class LossScale:
-    """Dynamic scale of the loss in half precision, so that small gradients do not underflow.
+    """Dynamic scale of the loss in float16, so that small gradients do not underflow.
 
-    It is halved when gradients overflow, and doubled after PATIENCE steps without overflow
-    (arXiv:1710.03740).
+    It is halved when gradients overflow, and doubled after GROWTH_INTERVAL steps without overflow
+    (arXiv:1710.03740). Without `enabled` it stays 1.
     """
 
-    PATIENCE = 2000
+    GROWTH_INTERVAL = 2000
 
-    def __init__(self, is_half: bool) -> None:
-        self.is_half = is_half
-        self.value = 65536.0 if is_half else 1.0
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = 65536.0 if enabled else 1.0
         self.finite_steps = 0
 
     @property
     def is_adapting(self) -> bool:
         """Whether a smaller scale may prevent overflow."""
-        return self.is_half and self.value >= 1
+        return self.enabled and self.value >= 1
 
     def update(self, is_finite: bool) -> None:
-        if not self.is_half:
+        if not self.enabled:
             return
         self.finite_steps = self.finite_steps + 1 if is_finite else 0
         if not is_finite:
             self.value /= 2
-        elif self.finite_steps % self.PATIENCE == 0:
+        elif self.finite_steps % self.GROWTH_INTERVAL == 0:
             self.value *= 2
 
 
@@ -116,10 +116,10 @@ class State:
     Args:
         batches_per_step: Batches of all processes, accumulated ones included.
         position: Batches that all processes together have consumed.
-        seconds: Time spent training, over all sessions.
-        scale_factor: Of latents, as `scale_by_std` has measured it; None = that of the config.
-        skipped: Number of steps whose gradients were not finite.
-        bad_steps: Number of them in a row, up to the last step; not saved.
+        seconds: Time spent training, that before the run was resumed included.
+        scale_factor: Scale factor of latents, measured by `scale_by_std`; None = the config's.
+        skipped_steps: Number of steps whose gradients were not finite.
+        consecutive_skips: Number of the last steps that were all skipped; not saved.
         is_consistent: False while weights are being updated; not saved.
         is_saved: Whether this state is on disk; not saved.
     """
@@ -127,14 +127,14 @@ class State:
     model: TrainedNetwork
     ema: EMA
     discriminator: TrainedNetwork | None
-    scale: LossScale
+    loss_scale: LossScale
     batches_per_step: int
     step: int = 0
     position: int = 0
     seconds: float = 0.0
     scale_factor: float | None = None
-    skipped: int = 0
-    bad_steps: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
     is_consistent: bool = True
     is_saved: bool = False
 
@@ -146,8 +146,8 @@ class State:
             networks["rival"] = self.discriminator  # as version 0.1 called it
         return networks
 
-    def numbers(self) -> dict[str, float]:
-        """Return all numbers, by their names in state files (which version 0.1 chose)."""
+    def get_numbers(self) -> dict[str, float]:
+        """Return all numbers, by their names in state files, which are those of version 0.1."""
         measured = {} if self.scale_factor is None else {"scale_factor": self.scale_factor}
         return {
             **measured,
@@ -155,10 +155,10 @@ class State:
             "position": self.position,
             "parts": self.batches_per_step,
             "seconds": self.seconds,
-            "skipped": self.skipped,
-            "scale": self.scale.value,
-            "steady": self.scale.finite_steps,
-            "averaged": self.ema.updates,
+            "skipped": self.skipped_steps,
+            "scale": self.loss_scale.value,
+            "steady": self.loss_scale.finite_steps,
+            "averaged": self.ema.num_updates,
         }
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
@@ -166,25 +166,25 @@ class State:
         self.position = int(numbers["position"])
         self.batches_per_step = int(numbers["parts"])
         self.seconds = numbers["seconds"]
-        self.skipped = int(numbers["skipped"])
-        self.scale.value = numbers["scale"]
-        self.scale.finite_steps = int(numbers["steady"])
-        self.ema.updates = int(numbers["averaged"])
+        self.skipped_steps = int(numbers["skipped"])
+        self.loss_scale.value = numbers["scale"]
+        self.loss_scale.finite_steps = int(numbers["steady"])
+        self.ema.num_updates = int(numbers["averaged"])
         self.scale_factor = numbers.get("scale_factor", self.scale_factor)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def get_tensors(self) -> dict[str, Tensor]:
         """Return all tensors: "average.…" (EMA), "NETWORK.weights.…", "NETWORK.optimizer.…"."""
-        tensors = self._allocated_tensors()
+        tensors = self._get_weights_and_ema()
         for name, network in self.networks.items():
-            tensors |= _add_prefix(network.optimizer_state(), f"{name}.optimizer.")
+            tensors |= _add_prefix(network.get_optimizer_state(), f"{name}.optimizer.")
         return tensors
 
-    def tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the tensors to read a saved state into, with new ones for the optimizers."""
-        tensors = self._allocated_tensors()
+    def get_tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Return tensors to read a saved state into; those of the optimizers are allocated."""
+        tensors = self._get_weights_and_ema()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer."
-            empty = network.empty_optimizer_state(strip_prefix(shapes, prefix))
+            empty = network.allocate_optimizer_state(strip_prefix(shapes, prefix))
             tensors |= _add_prefix(empty, prefix)
         return tensors
 
@@ -197,14 +197,14 @@ class State:
         tensors = list(self.ema.shadow.values())
         for network in self.networks.values():
             tensors += [p for p in network.module.parameters() if p.requires_grad]
-            tensors += network.optimizer_state().values()
+            tensors += network.get_optimizer_state().values()
         local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
         return all(bool(x.detach().isfinite().all()) for x in local if x.is_floating_point())
 
-    def _allocated_tensors(self) -> dict[str, Tensor]:
+    def _get_weights_and_ema(self) -> dict[str, Tensor]:
         tensors = _add_prefix(self.ema.shadow, "average.")
         for name, network in self.networks.items():
-            tensors |= _add_prefix(network.weights(), f"{name}.weights.")
+            tensors |= _add_prefix(network.get_weights(), f"{name}.weights.")
         return tensors
 
 

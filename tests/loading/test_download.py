@@ -25,7 +25,7 @@ from ldm.loading.load import load
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import DownloadError
 from ldm.runtime.hashes import find_cached_sha256
-from ldm.train.runs.initial import load_initial_weights
+from ldm.train.runs.initial_weights import load_initial_weights
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "checkpoints/demo.safetensors"

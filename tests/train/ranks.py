@@ -56,9 +56,9 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
 def digest(run: Run) -> str:
     """Hash weights, EMA, moments and numbers: the same for the same values, however sharded."""
     sha256 = hashlib.sha256()
-    for name, value in sorted(gather_shards(run.state.tensors()).items()):
+    for name, value in sorted(gather_shards(run.state.get_tensors()).items()):
         sha256.update(name.encode() + value.detach().contiguous().numpy().tobytes())
-    numbers = {k: v for k, v in run.state.numbers().items() if k not in ("seconds", "parts")}
+    numbers = {k: v for k, v in run.state.get_numbers().items() if k not in ("seconds", "parts")}
     sha256.update(repr(sorted(numbers.items())).encode())
     return sha256.hexdigest()[:16]
 

@@ -100,7 +100,7 @@ def test_a_state_of_a_larger_lora_is_refused(base: Path, tmp_path: Path) -> None
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
         (
             [*WORD, "lightning.textual_inversion.init=a qwertyuiop"],
-            "not in the vocabulary of the model: `qwertyuiop`",
+            "not in the model's vocabulary: `qwertyuiop`",
         ),
         ([*WORD, "lightning.textual_inversion.init='&#7;'"], "has no words"),
         (["lightning.textual_inversion.token=<x>"], "token `<x>` appears in no caption"),
@@ -161,7 +161,7 @@ def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
 
 def test_captions_of_validation_need_no_token(base: Path, tmp_path: Path) -> None:
     run = build_adapted_run(tmp_path, base, "lightning.textual_inversion.token=<x>")
-    assert validate(replace(run, validation_source=run.source), batches=1)["val/loss"] > 0
+    assert validate(replace(run, validation_source=run.source), num_batches=1)["val/loss"] > 0
 
 
 def test_images_are_selected_by_their_caption(tmp_path: Path) -> None:

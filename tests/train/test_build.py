@@ -13,7 +13,7 @@ from ldm.runtime.types import JsonObject
 from ldm.train.build import build_task, configure_model, set_gradient_checkpointing
 from ldm.train.config.schema import Trainer
 from ldm.train.config.settings import read_settings
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from loading.tinyfamilies import small
 from quick import some
 
@@ -32,7 +32,7 @@ def build_model(family: str = "sd2") -> LatentDiffusion:
 
 def compute_gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
     """Of one batch, with dropout."""
-    task, batch = Diffusion(model), {"z": torch.ones(2, 4, 8, 8), "txt": ["a cat", "a dog"]}
+    task, batch = DiffusionTask(model), {"z": torch.ones(2, 4, 8, 8), "txt": ["a cat", "a dog"]}
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = task.loss(batch, torch.Generator().manual_seed(2))["loss"]

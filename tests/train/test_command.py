@@ -17,7 +17,7 @@ from ldm.train.command import main, parse
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
-from ldm.train.estimate import Memory
+from ldm.train.memory_estimate import MemoryEstimate
 from ldm.train.request import TrainRequest
 from ldm.train.run import build_run
 from ldm.train.runs import run_folder
@@ -29,9 +29,9 @@ TINY = "configs/train/tiny.yaml"
 WRITTEN_BY_0_1 = Path("tests/data/written_by_0_1").resolve()
 
 
-def start_run(request: TrainRequest, *torchruns: str, state: int | None = None) -> Path:
+def start_run(request: TrainRequest, *torchrun_ids: str, state: int | None = None) -> Path:
     """A run folder as training leaves it, with a state if it got so far."""
-    folder = prepare_folder(request, None, torchruns)
+    folder = prepare_folder(request, None, torchrun_ids)
     run_folder.save_config(folder, read_config(request, None))
     run_folder.link_name(request, folder)
     if state is not None:
@@ -143,7 +143,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         (
             "lightning.trainer.max_epochs=1 data.params.train.root=null "
             "data.params.train.split=null data.params.train.shards=http://x/0.tar",
-            "the data has no known length, give `max_steps`, or for shards `data.params.train.len",
+            "the length of the data is unknown, give `max_steps`, or for shards `data.params.train",
         ),
         (
             "--base a.ckpt",
@@ -170,7 +170,7 @@ def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         ("model.base_learning_rate=null", "missing in the config: `model.base_learning_rate`"),
         ("--validate", "--validate needs held-out data, `data.params.validation`"),
         ("-r", "no run `tiny` in"),
-        ("--validate -r nowhere", "no run and no state `nowhere`"),
+        ("--validate -r nowhere", "there is no run or state `nowhere`"),
         ("-r nowhere -n other", "`nowhere` keeps its name: leave out --name and --postfix"),
         ("--gpus 0,1, --num_nodes 2", "hint: torchrun --nnodes 2"),
     ],
@@ -299,7 +299,8 @@ def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_config_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.train.estimate.estimate", lambda *_: Memory(1, 1, 1, 1, 1, 1, 1, 1))
+    memory = MemoryEstimate(1, 1, 1, 1, 1, 1, 1, 1)
+    monkeypatch.setattr("ldm.train.memory_estimate.estimate_memory", lambda *_: memory)
     assert main(["-b", TINY, "-l", str(tmp_path), "--dry-run"]) == 0
     assert capsys.readouterr().out.count("base_learning_rate: ") == 1
 
@@ -352,9 +353,9 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
     ("resume", "message"),
     [
         ("", "no run `tiny` in .* has a state"),
-        ("nothing", "no run and no state"),
+        ("nothing", "there is no run or state"),
         ("{run}", "has no checkpoints/state-"),
-        ("{run}/checkpoints/epoch=000001.ckpt", "hint: to start anew .* model.params.ckpt_path="),
+        ("{run}/checkpoints/epoch=000001.ckpt", "start a new run .* model.params.ckpt_path="),
     ],
 )
 def test_what_cannot_be_resumed_says_why(tmp_path: Path, resume: str, message: str) -> None:
@@ -373,9 +374,9 @@ def test_after_an_elastic_restart_the_same_run_is_resumed(tmp_path: Path) -> Non
     assert find_run(request, ["id node1 8"]) is None  # another torchrun with the same id
     assert find_run(request, ["id node1 7"]) == ExistingRun(run, None)
     four = save_state(run, 4)
-    torchruns = ["id node2 7", "id node4 7"]  # node1 was replaced
-    assert find_run(request, torchruns) == ExistingRun(run, four)
-    prepare_folder(request, find_run(request, torchruns), torchruns)
+    torchrun_ids = ["id node2 7", "id node4 7"]  # node1 was replaced
+    assert find_run(request, torchrun_ids) == ExistingRun(run, four)
+    prepare_folder(request, find_run(request, torchrun_ids), torchrun_ids)
     for words in ([], ["-r"], ["-r", str(four)], ["-r", "tiny"]):  # where `tiny` is another by now
         assert find_run(parse_tiny(tmp_path, *words), ["id node4 7"]) == ExistingRun(run, four)
 
@@ -434,7 +435,7 @@ def test_a_config_may_choose_the_cpu(
 
 def test_processes_are_counted_over_all_nodes() -> None:
     assert launch.count_processes(Devices([0, 1], num_nodes=3)) == 6
-    assert launch.count_processes(Devices(), per_node=4) == 4
+    assert launch.count_processes(Devices(), nproc_per_node=4) == 4
 
 
 def test_all_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def test_three_updates_equal_the_originals() -> None:
             average = recorded[f"after{step}/{name.replace('.', '')}"]
             shadow = ema.shadow[name.replace(".", "_")]
             torch.testing.assert_close(shadow, average, rtol=0, atol=1e-6)
-    assert ema.updates == 3
+    assert ema.num_updates == 3
 
 
 def test_applied_weights_are_taken_back() -> None:

@@ -78,7 +78,7 @@ def test_the_best_exports_stay(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert remaining(save_top_k=2) == ["0.300000", "0.100000"]
     assert len(remaining(save_top_k=-1)) == 4
     assert remaining(save_top_k=1, monitor="val/loss") == ["0.500000"]
-    with pytest.raises(ValueError, match="monitor: `val/psnr` is none of val/loss, val/loss_ema"):
+    with pytest.raises(ValueError, match="`val/psnr` should be one of val/loss, val/loss_ema"):
         remaining(save_top_k=1, monitor="val/psnr")
 
 

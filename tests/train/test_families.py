@@ -13,7 +13,7 @@ from ldm.pipelines import families
 from ldm.runtime.errors import ConfigError
 from ldm.train.loop import train
 from ldm.train.runs.exports import export
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from quick import some
 from train.tinyrun import build_run_from, build_tiny_run, tiny_config
 
@@ -100,7 +100,7 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     raw = make_config(task, tmp_path)
     run = build_run_from(raw, tmp_path / "run")
     if task == "unclip":
-        assert isinstance(run.task, Diffusion)
+        assert isinstance(run.task, DiffusionTask)
         assert run.task.conditioning_dropout_prob == {"txt": 0.1, "embedding": 0.25}
     source: Any = run.source
     sample = source.dataset[0, 0]

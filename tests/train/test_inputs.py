@@ -10,7 +10,7 @@ from torch import Tensor
 
 from goldfile import Gold, gold
 from ldm.model import LatentDiffusion
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from pipelines.goldmodels import model_of
 
 # case: what the recorded batch is called there, and the shares that are dropped
@@ -38,7 +38,7 @@ def test_inputs_equal_the_originals(
     case: str, golden: Gold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(golden, CONFIGS.get(case, case))
-    Diffusion(model)  # adds the 0.001 of training to the range of depth maps
+    DiffusionTask(model)  # adds the 0.001 of training to the range of depth maps
     info, expected = golden.case(case)["info"], golden.outputs(case)
     batch = {name: to_image(name, value) for name, value in golden.inputs(case).items()}
     replay(golden.rng(case), monkeypatch)

@@ -24,9 +24,9 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.batches.contexts import cache_contexts, digest_encoder
 from ldm.train.batches.latents import cache_latents, digest_model
 from ldm.train.batches.sources import open_batches
-from ldm.train.batches.store import Store
+from ldm.train.batches.store import TensorStore
 from ldm.train.config.schema import Data
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from loading.lorahelp import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -55,10 +55,10 @@ def photos(tmp_path: Path) -> Path:
 
 def count_encoded(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     """Cache the latents; return how many had to be encoded."""
-    before = len(Store(cache, "latents"))
+    before = len(TensorStore(cache, "latents"))
     folder = Folder(root=photos, transform=PhotoTransform(**{"size": 16, "flip": 0.5} | options))
     cache_latents(model, folder, cache, variants_per_image=2, batch_size=4)
-    return len(Store(cache, "latents")) - before
+    return len(TensorStore(cache, "latents")) - before
 
 
 def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_
 def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     cached = cache_latents(model, folder, tmp_path, precision="32")
-    task = Diffusion(model, conditioning_dropout_prob=0.0)
+    task = DiffusionTask(model, conditioning_dropout_prob=0.0)
     batches = (next(DatasetSource(data, seed=5).batches(4)) for data in (folder, cached))
     losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
     torch.testing.assert_close(
@@ -129,7 +129,7 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
     for variants, count in ((2, 46), (3, 69)):
         latents = cache_latents(model, folder, tmp_path, variants_per_image=variants)
         assert len(latents.cache.store) == count
-    looks = [latents.cache.variant_name(latents.digests[5], variant) for variant in range(11)]
+    looks = [latents.cache.get_variant_name(latents.digests[5], variant) for variant in range(11)]
     assert len(set(looks)) == 11
     texts = [latents[epoch, 5]["txt"] for epoch in range(100)]
     assert all(any(look in text for text in texts) for look in looks[:3])
@@ -138,7 +138,7 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crop": "random", "conditions": {"mask": {}}}, "`crop`, `flip`, `mask`: drawn once"),
+        ({"crop": "random", "conditions": {"mask": {}}}, "`crop`, `flip`, `mask`: drawn only once"),
         ({"flip": 0.0}, ""),
     ],
 )
@@ -159,7 +159,7 @@ def test_what_is_drawn_once_with_one_variant_is_named(
 def test_an_interrupted_filling_goes_on(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.train.batches.store.PER_FILE", 4)
+    monkeypatch.setattr("ldm.train.batches.store.ENTRIES_PER_FILE", 4)
     encode, calls = model.autoencoder.encode, []
 
     def failing(image: torch.Tensor) -> Any:
@@ -235,7 +235,7 @@ def test_shards_are_read_only_when_something_has_changed(
         shards = Shards(files, PhotoTransform(size=16, **options))
         cache_latents(model, shards, cache)
         cache_contexts(model, [shards], cache)
-        return len(read), len(Store(cache, "latents")), len(Store(cache, "contexts"))
+        return len(read), len(TensorStore(cache, "latents")), len(TensorStore(cache, "contexts"))
 
     assert fill() == (2, 6, 7)
     assert fill() == (0, 6, 7)
@@ -266,13 +266,13 @@ def test_damaged_images_in_shards_are_named(
     assert sorted(batch["unreadable"]) == ["0.tar/000000000", "0.tar/000000002"]
     assert {*batch["txt"]} == {f"image {n}" for n in (1, 3, 4, 5)}
     assert batch["z"].shape == (6, 4, 4, 4)
-    assert "1 latents could not be computed; they are tried again without `" in caplog.text
+    assert "1 latents could not be computed; delete `" in caplog.text
 
 
 def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.train.batches.store.PER_FILE", 8)
+    monkeypatch.setattr("ldm.train.batches.store.ENTRIES_PER_FILE", 8)
     done: list[int] = []
 
     def make(numbers: Any) -> list[Any]:
@@ -283,8 +283,8 @@ def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
 
     items = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
     with pytest.raises(KeyboardInterrupt):
-        Store(tmp_path, "x").fill(items, make, batch_size=4, group=lambda n: n % 20)
-    assert len(Store(tmp_path, "x")) > 60
+        TensorStore(tmp_path, "x").fill(items, make, batch_size=4, group=lambda n: n % 20)
+    assert len(TensorStore(tmp_path, "x")) > 60
 
 
 def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
         """How many contexts are cached once those of the captions are."""
         folder = Folder(root=photos, transform=PhotoTransform())
         cache_contexts(model, [folder], tmp_path / "cache")
-        return len(Store(tmp_path / "cache", "contexts"))
+        return len(TensorStore(tmp_path / "cache", "contexts"))
 
     text = model.conditioner.text
     with pytest.raises(ValueError, match="only contexts of a frozen text encoder"):
@@ -327,10 +327,10 @@ def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) ->
     batch = {"txt": ["image 1", ""], **sizes}
     cond = conditioner(batch)
     for count in (14, 0):  # six captions and the empty one for each tower; then all are found
-        before = len(Store(tmp_path, "contexts"))
+        before = len(TensorStore(tmp_path, "contexts"))
         model: Any = SimpleNamespace(conditioner=conditioner)
         cache_contexts(model, [Folder(root=photos, transform=PhotoTransform())], tmp_path)
-        assert len(Store(tmp_path, "contexts")) - before == count
+        assert len(TensorStore(tmp_path, "contexts")) - before == count
     tower = conditioner.text_2.model
     tower.token_embedding.weight.zero_()  # no longer read
     cached = conditioner(batch)

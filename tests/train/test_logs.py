@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.monitoring import timers
-from ldm.train.monitoring.logs import CsvLogger, Loggers, ProgressBar
+from ldm.train.monitoring.logs import CsvLogger, LoggerCollection, ProgressBar
 from ldm.train.monitoring.timers import Interval
 from ldm.train.monitoring.timestep_losses import TimestepLosses
 
@@ -37,13 +37,14 @@ def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> 
         table.log_scalars(step, {"loss": step})
     with path.open("a") as file:
         file.write("4,1")  # the process died here
-    CsvLogger(path, start=2).log_scalars(3, {"loss": 30})
+    CsvLogger(path, start_step=2).log_scalars(3, {"loss": 30})
     assert rows(path) == [["1", "1"], ["2", "2"], ["3", "30"]]
 
 
 def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
-    loggers = Loggers(tmp_path, ["csv"])
-    progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), start=3, steps=8, every=4)
+    loggers = LoggerCollection(tmp_path, ["csv"])
+    options = {"start_step": 3, "max_steps": 8, "log_every": 4}
+    progress = ProgressBar(loggers, Ranks(), torch.device("cpu"), **options)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
         losses = {"loss": torch.tensor(loss), "loss_per_sample": torch.ones(2)}
         progress.update(step, losses, 1e-3, images=2)
@@ -56,7 +57,7 @@ def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_numbers_and_images(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    loggers = Loggers(tmp_path, ["tensorboard"])
+    loggers = LoggerCollection(tmp_path, ["tensorboard"])
     loggers.log_scalars(5, {"loss": 0.5})
     Image.new("RGB", (4, 3), "red").save(tmp_path / "a.png")
     loggers.log_image(5, "samples", tmp_path / "a.png")
@@ -80,7 +81,7 @@ def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     stand_in.Image = lambda path: f"image {path}"
     stand_in.init = lambda **options: calls.append(options) or Handle()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    loggers = Loggers(tmp_path, ["wandb"], wandb={"project": "p"}, config={"a": 1})
+    loggers = LoggerCollection(tmp_path, ["wandb"], wandb={"project": "p"}, config={"a": 1})
     loggers.log_scalars(1, {"loss": 2.0})
     loggers.log_image(1, "samples", Path("a.png"))
     loggers.close()
@@ -93,10 +94,10 @@ def test_a_missing_package_is_an_error_for_wandb_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert len(Loggers(tmp_path, ["csv", "tensorboard"]).loggers) == 1
+    assert len(LoggerCollection(tmp_path, ["csv", "tensorboard"]).loggers) == 1
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[wandb\]'"):
-        Loggers(tmp_path, ["wandb"])
+        LoggerCollection(tmp_path, ["wandb"])
 
 
 def test_an_action_is_due_early_and_then_every_few_steps() -> None:
@@ -124,7 +125,7 @@ def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     log.add(torch.tensor([100, 100]), torch.tensor([8.0, 8.0]))
     log.write(20)  # the losses before count half
     assert rows(path)[2][3] == "6"
-    assert sorted(TimestepLosses(tmp_path, Ranks(), 1000, num_bins=4, start=10).curves) == [10]
+    assert sorted(TimestepLosses(tmp_path, Ranks(), 1000, num_bins=4, start_step=10).curves) == [10]
     assert rows(path) == expected
 
 

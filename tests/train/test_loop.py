@@ -91,7 +91,7 @@ def test_a_wrong_monitor_ends_the_run_before_its_first_step(tmp_path: Path) -> N
         f"data.params.validation={validation}",
         *(f"lightning.callbacks.{key}={value}" for key, value in callbacks.items()),
     )
-    with pytest.raises(ValueError, match="monitor: `val/psnr` is none of val/loss, val/loss_simpl"):
+    with pytest.raises(ValueError, match="`val/psnr` should be one of val/loss, val/loss_simpl"):
         train(run)
     assert (run.state.step, list(tmp_path.iterdir())) == (0, [])
 
@@ -112,7 +112,7 @@ def test_steps_without_finite_gradients_are_skipped(tmp_path: Path) -> None:
     fail_at(run, {1})
     before = run.model.state_dict()["unet.out.2.weight"].clone()
     train(run)
-    assert (run.state.step, run.state.skipped) == (3, 1)
+    assert (run.state.step, run.state.skipped_steps) == (3, 1)
     assert all(value.isfinite().all() for value in collect_weights(run).values())
     assert not torch.equal(before, run.model.state_dict()["unet.out.2.weight"])
 
@@ -175,7 +175,7 @@ def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.state.step == 6
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert [path.name for path in run.checkpoints.iterdir()] == ["state-00000004"]
     resume_newest(run)
     assert run.state.step == 4

@@ -17,9 +17,9 @@ from ldm.nets.autoencoder import PixelSpace
 from ldm.train.build import build_diffusion, collect_diffusion_options
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.runs.initial import set_scale_by_std
+from ldm.train.runs.initial_weights import set_scale_by_std
 from ldm.train.tasks.criterion import Criterion
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import draw_timesteps
 from quick import some
 
@@ -108,7 +108,9 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
 def test_min_snr_weighs_the_same_error_of_z_alike(parameterization: str) -> None:
     snr = SCHEDULE.sigmas**-2
     per_z = {"x0": 1.0, "eps": snr, "v": snr + 1}[parameterization]
-    weights = Criterion(SCHEDULE, parameterization, min_snr_gamma=5.0).weights(torch.arange(1000))
+    weights = Criterion(SCHEDULE, parameterization, min_snr_gamma=5.0).compute_weights(
+        torch.arange(1000)
+    )
     torch.testing.assert_close((weights * per_z).double(), snr.clamp(max=5.0), rtol=1e-5, atol=0)
 
 
@@ -117,7 +119,7 @@ def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
     criterion = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)
     losses = criterion(error, t)
     assert losses["loss_per_sample"].tolist() == [1.0, 1.0]
-    torch.testing.assert_close(losses["loss"], criterion.weights(t).mean())
+    torch.testing.assert_close(losses["loss"], criterion.compute_weights(t).mean())
 
 
 class Recorder(nn.Module):
@@ -134,13 +136,13 @@ class Recorder(nn.Module):
         return self.bias.expand_as(z_t)
 
 
-def build_task(**options: Any) -> Diffusion:
+def build_task(**options: Any) -> DiffusionTask:
     parts: dict[str, Any] = {"unet": Recorder(), "autoencoder": PixelSpace()}
     model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **parts)
     return build_diffusion(model, **options)
 
 
-def record_input_noise(task: Diffusion) -> tuple[Tensor, float]:
+def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:
     """The noise in the network's input, for latents of zeros, and the loss of predicting 0."""
     losses = task.loss({"z": torch.zeros(16, 4, 16, 16)}, torch.Generator().manual_seed(3))
     unet: Any = task.model.unet
@@ -155,9 +157,9 @@ def record_input_noise(task: Diffusion) -> tuple[Tensor, float]:
         ({"timesteps": (0, 1001)}, r"`\[0, 1001\]` should be a range"),
         (
             {"timesteps": (0, 200), "noise_levels": {}},
-            "`timesteps` and `noise_bias` do not go with",
+            "`timesteps` and `noise_bias` cannot be combined",
         ),
-        ({"noise_bias": 2.0, "noise_levels": {}}, "`timesteps` and `noise_bias` do not go with"),
+        ({"noise_bias": 2.0, "noise_levels": {}}, "`noise_bias` cannot be combined with"),
     ],
 )
 def test_timesteps_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
@@ -209,8 +211,8 @@ def test_logvar_is_learned_and_exported_if_asked_for() -> None:
     task = build_task(learn_logvar=True, logvar_init=-0.3)
     task.loss({"z": torch.ones(2, 4, 8, 8)}, torch.Generator().manual_seed(0))["loss"].backward()
     assert (task.trainable["criterion"].logvar.grad != 0).sum() == 2
-    assert task.weights_to_export([])["logvar"].shape == (1000,)
-    assert "logvar" not in build_task(logvar_init=0.5).weights_to_export([])
+    assert task.get_weights_to_export([])["logvar"].shape == (1000,)
+    assert "logvar" not in build_task(logvar_init=0.5).get_weights_to_export([])
     assert "criterion" not in build_task(logvar_init=0.5).trainable
 
 
@@ -220,7 +222,7 @@ def test_a_measured_scale_equals_the_originals() -> None:
     task = build_task(scale_by_std=True)
     set_scale_by_std(task.model, recorded["z"], torch.Generator())
     assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)
-    exported = task.weights_to_export([])["scale_factor"]
+    exported = task.get_weights_to_export([])["scale_factor"]
     assert float(exported) == pytest.approx(task.model.scale_factor, rel=1e-6)
     with pytest.raises(ValueError, match="scale_by_std measures `scale_factor`, which is"):
         set_scale_by_std(task.model, recorded["z"], torch.Generator())

@@ -75,10 +75,12 @@ def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
         step(whole, seed)
     for seed in range(2):
         step(parts, seed)
-    shapes = {n: (x.shape, x.dtype) for n, x in parts.optimizer_state().items()}
-    tensors = {name: value.clone() for name, value in parts.optimizer_state().items()}
+    shapes = {n: (x.shape, x.dtype) for n, x in parts.get_optimizer_state().items()}
+    tensors = {name: value.clone() for name, value in parts.get_optimizer_state().items()}
     third = build_network(name)
-    assert {n: (x.shape, x.dtype) for n, x in third.empty_optimizer_state(shapes).items()} == shapes
+    assert {
+        n: (x.shape, x.dtype) for n, x in third.allocate_optimizer_state(shapes).items()
+    } == shapes
     third.module.load_state_dict(parts.module.state_dict())
     third.load_optimizer_state(tensors)
     step(third, 2)

@@ -11,7 +11,7 @@ from ldm.data.folder import Folder
 from ldm.data.source import DatasetSource
 from ldm.loading.load import load
 from ldm.train.monitoring import sanity
-from ldm.train.monitoring.sanity import Comparison
+from ldm.train.monitoring.sanity import BaselineComparison
 
 EMOJI = Path(__file__).parents[1] / "data/emoji"
 
@@ -26,20 +26,20 @@ def source() -> DatasetSource:
     return DatasetSource(Folder(root=EMOJI, transform=EmojiTransform(size=64), seed=1))
 
 
-def compare(model: Any, source: DatasetSource) -> Comparison:
+def compare(model: Any, source: DatasetSource) -> BaselineComparison:
     generator = torch.Generator().manual_seed(0)
     return sanity.compare_with_baseline(model, source.fixed_samples(6), generator, batch_size=4)
 
 
 def test_a_trained_model_is_far_better_than_the_baseline(demo: Any, source: DatasetSource) -> None:
     right = compare(demo, source)
-    assert right.nearest == "v"
+    assert right.best_fit == "v"
     assert right.loss < 0.5 * right.baseline_loss
     assert right.find_problem() is None
 
 
 WRONG_TYPE = "the model predicts `v`, but model.params.parameterization says"
-WRONG_SCALE = "model.params.scale_factor does not suit this autoencoder"
+WRONG_SCALE = "model.params.scale_factor does not fit this autoencoder"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ldm.runtime.errors import ArgumentError
 from ldm.train.loop import train
 from ldm.train.monitoring.samples import sample_images
 from ldm.train.run import Run
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import LogNormal
 from loading.lorahelp import read_lora
 from loading.tinyfamilies import small, write
@@ -199,7 +199,7 @@ def test_class_images_that_a_refiner_cannot_make_are_asked_for(
     photos: Path, tmp_path: Path
 ) -> None:
     overrides = list_prior_overrides(tmp_path / "class")
-    with pytest.raises(ArgumentError, match="2 class images are missing in .*: put images of the"):
+    with pytest.raises(ArgumentError, match="2 class images are missing in .*: put class images"):
         make_run("xl-refiner", photos, tmp_path / "run", *overrides)
 
 
@@ -223,8 +223,8 @@ def test_a_training_config_of_generative_models_is_run_as_it_stands(
     raw["lightning"] = {"trainer": {"max_steps": 1, "sanity": False}}
     raw["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
     run = build_run_from(raw, tmp_path / "run")
-    assert isinstance(run.task, Diffusion)
+    assert isinstance(run.task, DiffusionTask)
     assert (run.task.conditioning_dropout_prob, run.task.sigma_distribution) == (None, LogNormal())
     assert run.state.ema.decay == 0
     train(run)
-    assert run.state.skipped == 0
+    assert run.state.skipped_steps == 0

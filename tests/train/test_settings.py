@@ -20,9 +20,9 @@ from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.train.config import schema
 from ldm.train.config.settings import Settings, read_settings, require_keys
 from ldm.train.optim.schedules import build_lr_multiplier
-from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
+from ldm.train.tasks.autoencoder import AdversarialTask, ReconstructionTask
 from ldm.train.tasks.criterion import Criterion
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import LogNormal
 from quick import some
 
@@ -80,7 +80,7 @@ def test_our_recipes_are_read_without_notes(path: Path) -> None:
     trainer = raw.setdefault("lightning", {}).setdefault("trainer", {})
     trainer.setdefault("max_steps", 1)
     result, base = read_settings(raw), raw["model"]["base_learning_rate"]
-    assert result.notes == ()
+    assert result.messages == ()
     batches = result.data.batch_size * result.trainer.accumulate_grad_batches
     factor = batches if trainer.get("scale_lr") else 1
     assert result.build_lr_schedule()[0].lr == pytest.approx(factor * base)
@@ -97,9 +97,9 @@ def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
     assert result.trainer.max_epochs == 1000
     assert result.trainer.benchmark is True
     assert result.optimizer.ema_decay == 0.0
-    assert any("num_sanity_val_steps" in note for note in result.notes)
-    assert "nothing is validated, as data.params.validation is missing" in result.notes
-    assert any("log_images_kwargs.plot_diffusion_rows" in note for note in result.notes)
+    assert any("num_sanity_val_steps" in message for message in result.messages)
+    assert "no validation: data.params.validation is missing" in result.messages
+    assert any("log_images_kwargs.plot_diffusion_rows" in message for message in result.messages)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_captions_for_validation_are_prompts_of_the_image_grids() -> None:
     spec = {"target": "ldm.data.simple.TextOnly", "params": {"captions": ["a", "b"], "n_gpus": 2}}
     result = read_settings({"data": {"params": {"batch_size": 1, "validation": spec}}})
     assert result.callbacks.prompts == ["a", "b"]
-    assert result.raw["data"]["params"] == {"batch_size": 1}
+    assert result.config["data"]["params"] == {"batch_size": 1}
 
 
 def test_arguments_of_lightning_get_our_names() -> None:
@@ -180,15 +180,15 @@ def test_callbacks_are_known_by_their_class() -> None:
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
     assert (result.callbacks.image_steps, result.callbacks.images) == (7, 4)
-    assert any("lightning.callbacks.lr is ignored" in note for note in result.notes)
+    assert any("lightning.callbacks.lr is ignored" in message for message in result.messages)
 
 
 def test_epochs_become_steps_once_their_length_is_known() -> None:
     result = read("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
                     "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
-    with pytest.raises(ValueError, match="no known length, give `max_steps`"):
-        result.convert_epochs(None)
-    result = result.convert_epochs(50)
+    with pytest.raises(ValueError, match="is unknown, give `max_steps`"):
+        result.convert_epochs_to_steps(None)
+    result = result.convert_epochs_to_steps(50)
     assert result.trainer.max_steps == 150
     assert result.callbacks.validate_steps == 100
     assert result.callbacks.save_steps == 50
@@ -211,23 +211,23 @@ def test_no_validation_batches_switch_validation_off(interval: str) -> None:
 def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
     result = read("{trainer: {limit_val_batches: 0.5, profiler: simple, min_steps: 3}}")
     assert result.callbacks.validate_batches == 8
-    ignored = [note.split()[0].rpartition(".")[2] for note in result.notes if "ignored" in note]
+    ignored = [text.split()[0].rpartition(".")[2] for text in result.messages if "ignored" in text]
     assert ignored == ["profiler", "min_steps", "limit_val_batches"]
 
 
 @pytest.mark.parametrize(
-    ("lightning", "note"),
+    ("lightning", "message"),
     [
         ("trainer: {shard_size: 2}", "trainer.shard_size is ignored: it is for `strategy: hsdp`"),
         ("trainer: {devices: 2, gpus: 1}", "trainer.devices is ignored: `gpus` is set"),
         ("trainer: {devices: 2, accelerator: cpu}", "trainer.devices is ignored: --nproc or"),
         ("objective: {weighting: v, min_snr_gamma: 5}", "objective.weighting is ignored, as `min"),
-        ("lora: {targets: text}", "data.params.texts is not used"),
-        ("textual_inversion: {token: x}", "data.params.texts is not used"),
+        ("lora: {targets: text}", "data.params.texts is ignored"),
+        ("textual_inversion: {token: x}", "data.params.texts is ignored"),
         ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),
         (
             "callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
-            "nothing is validated, as validate_steps and validate_epochs are missing",
+            "no validation: validate_steps and validate_epochs are missing",
         ),
         (
             "logger: {target: pytorch_lightning.loggers.WandbLogger, "
@@ -240,10 +240,10 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
         ),
     ],
 )
-def test_settings_without_effect_are_named(lightning: str, note: str) -> None:
+def test_settings_without_effect_are_named(lightning: str, message: str) -> None:
     data = "validation: {root: x}, texts: {cache: x}"
     raw = f"{{lightning: {{{lightning}}}, data: {{params: {{{data}}}}}}}"
-    assert [text for text in read_settings(parse_yaml(raw)).notes if note in text]
+    assert [text for text in read_settings(parse_yaml(raw)).messages if message in text]
 
 
 def test_a_fast_dev_run_has_as_many_steps_as_it_says() -> None:
@@ -294,7 +294,7 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
         {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
     )
     assert actual.build_lr_schedule()[0](2, 0.5) == pytest.approx(0.5)
-    assert any("replaces" in note for note in actual.notes)
+    assert any("replaces" in message for message in actual.messages)
 
 
 SECTIONS = {
@@ -318,7 +318,7 @@ def test_former_names_of_keys_are_read() -> None:
     assert result.callbacks.save_top_k == -1
     assert result.callbacks.sampling == {"scheduler": "karras"}
     renamed = {"cache": "cache", "variants_per_image": 3, "batch_size": 4}
-    assert result.raw["data"]["params"]["latents"] == renamed
+    assert result.config["data"]["params"]["latents"] == renamed
 
 
 @pytest.mark.parametrize("name", ["lora", "textual_inversion"])
@@ -342,9 +342,9 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
 
 
 def test_the_keywords_of_tasks_are_known() -> None:
-    keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
+    keywords = {*signature(ReconstructionTask).parameters, *signature(AdversarialTask).parameters}
     assert {*schema.list_fields(schema.AutoencoderObjective)} == keywords - {"model", "config"}
-    keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
+    keywords = {*signature(DiffusionTask).parameters, *signature(Criterion).parameters}
     positional = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
     assert {*schema.list_fields(schema.DiffusionObjective)} == keywords - positional
 
@@ -469,7 +469,7 @@ def test_times_are_read_as_lightning_writes_them() -> None:
 def test_a_printed_config_reads_back_the_same(path: Path) -> None:
     result = read_settings(read_yaml(path))
     again = read_settings(parse_yaml(format_yaml(result.to_config())))
-    assert replace(again, raw=result.raw, notes=result.notes) == result
+    assert replace(again, config=result.config, messages=result.messages) == result
 
 
 def test_missing_keys_are_named_at_once() -> None:
@@ -482,7 +482,7 @@ def test_missing_keys_are_named_at_once() -> None:
     ("changes", "message"),
     [
         ({"cycle_lengths": [10, 20]}, "must be equally long"),
-        ({"f_max": ["high"]}, "numbers cannot be used"),
+        ({"f_max": ["high"]}, "invalid values"),
         ({"f_top": [1]}, "unknown parameter of LambdaLinearScheduler `f_top`"),
     ],
 )

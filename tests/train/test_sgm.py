@@ -17,8 +17,8 @@ from ldm.train.config.sgm import translate_training
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.optim.schedules import build_lr_multiplier
-from ldm.train.tasks.criterion import Criterion, denoised_weights
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.criterion import Criterion, compute_denoised_weights
+from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from recipe import fill
 
@@ -188,7 +188,7 @@ def test_weights_of_the_denoised_latent_equal_the_originals(
     name: str, options: tuple[Any, ...]
 ) -> None:
     golden = gold("sdxl_train")
-    weights = denoised_weights(
+    weights = compute_denoised_weights(
         options[0], golden.inputs(f"weighting_{name}")["sigma"], *options[1:]
     )
     recorded = golden.outputs(f"weighting_{name}")["w"]
@@ -205,7 +205,7 @@ def test_noise_levels_equal_the_originals() -> None:
         (LogNormal(), LogNormal(mean=0.4, std=1.7)), golden.rng("sampling_edm"), ("sigma", "other"),
         strict=True,
     ):  # fmt: skip
-        sigma = levels.sigmas(torch.special.ndtr(draw.double())).float()
+        sigma = levels.compute_sigmas(torch.special.ndtr(draw.double())).float()
         check(sigma, golden.outputs("sampling_edm")[name])
 
 
@@ -254,14 +254,14 @@ def engine_loss(
     levels, drop = options.pop("noise_levels"), options.pop("conditioning_dropout_prob", 0.0)
     t = level
     if levels is not None:
-        sigma = LogNormal(**levels).sigmas(torch.special.ndtr(level.double()))
+        sigma = LogNormal(**levels).compute_sigmas(torch.special.ndtr(level.double()))
         t = model.schedule.sigma_to_t(sigma)
     options.pop("disable_first_stage_autocast")
     criterion = Criterion(model.schedule, model.parameterization, **options)
     shared = golden.under("shared/")
     cond = model.conditioner(shared, drop, legacy=("independent-dropout",))
     losses = criterion(model.denoiser.error(shared["x"], cond, t, noise), t)
-    return {**losses, "per_sample": criterion.weights(t) * losses["loss_per_sample"]}
+    return {**losses, "per_sample": criterion.compute_weights(t) * losses["loss_per_sample"]}
 
 
 def test_the_original_way_of_dropping_conditions_has_a_name(
@@ -273,7 +273,7 @@ def test_the_original_way_of_dropping_conditions_has_a_name(
     draws: list[Tensor] = []
     monkeypatch.setattr(torch, "bernoulli", lambda p, **_: draws.append(p) or torch.ones_like(p))
     for legacy, count in (((), 0), (("independent-dropout",), 3)):
-        task = Diffusion(model, conditioning_dropout_prob=None, legacy=legacy)
+        task = DiffusionTask(model, conditioning_dropout_prob=None, legacy=legacy)
         task.loss({**batch, "z": batch["x"]}, torch.Generator().manual_seed(0))
         assert len(draws) == count
 

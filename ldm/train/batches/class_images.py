@@ -32,7 +32,7 @@ GUIDANCE_SCALE = 5.0
 
 
 def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
-    """Open the class images, after sampling missing ones from the model."""
+    """Open the class images; missing ones are sampled from the model before."""
     sample_class_images(model, data.root, data.prompt, data.count)
     spec = {"root": data.root, "transform": data.transform, "fields": {"text": data.prompt}}
     images = open_images(spec, seed, "data.params.prior")
@@ -48,25 +48,25 @@ def sample_class_images(
     Existing images are kept and counted.
 
     Raises:
-        ArgumentError: Images are missing, and the model is not text to image.
+        ArgumentError: Images are missing, and the model is not a text-to-image model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing_count = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
     free_seeds = (seed for seed in itertools.count() if not (folder / f"{seed:05}.png").exists())
-    missing = list(itertools.islice(free_seeds, max(0, count - existing_count)))
-    if not missing:
+    missing_seeds = list(itertools.islice(free_seeds, max(0, count - existing_count)))
+    if not missing_seeds:
         return
     family = find_family(model.conditioner)
-    if family not in (None, "text"):  # None = unknown: `txt2img` says what it reads
+    if family not in (None, "text"):  # None: unknown, `txt2img` raises if it cannot use it
         raise ArgumentError(
-            f"{len(missing)} class images are missing in `{folder}`, and {FAMILIES[family].title} "
-            "cannot make them from text alone: put images of the class there"
+            f"{len(missing_seeds)} class images are missing in `{folder}`, and "
+            f"{FAMILIES[family].title} cannot make them from text alone: put class images there"
         )
-    log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
-    # As many pixels at once as 8 images of 512x512, whose latents have 64x64.
+    log.info("sampling %d images of `%s` into `%s`", len(missing_seeds), prompt, folder)
+    # As many latent pixels at once as in 8 images of 512x512, whose latents have 64x64.
     batch_size = max(1, 8 * 64**2 // math.prod(model.latent_size))
-    for start in tqdm(range(0, len(missing), batch_size), unit="batch", dynamic_ncols=True):
-        seeds = missing[start : start + batch_size]
+    for start in tqdm(range(0, len(missing_seeds), batch_size), unit="batch", dynamic_ncols=True):
+        seeds = missing_seeds[start : start + batch_size]
         with eval_mode(model):
             images = txt2img(
                 model, [prompt] * len(seeds), steps=steps, scale=GUIDANCE_SCALE, seeds=seeds

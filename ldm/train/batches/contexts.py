@@ -1,4 +1,4 @@
-"""Cached contexts of captions, computed once by a frozen text encoder (see `Store`)."""
+"""Cached contexts of captions, computed once by a frozen text encoder (see `TensorStore`)."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -13,12 +13,12 @@ from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, get_captions
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
-from ldm.train.batches.store import Entry, Store, digest, digest_weights, fill_from_shards
+from ldm.train.batches.store import Entry, TensorStore, digest, digest_weights, fill_from_shards
 
 __all__ = ["CachedContexts", "cache_contexts"]
 
-# Options that encoders got since caches exist, with their defaults, which keys leave out so that
-# old caches stay valid.
+# Options that were added to encoders after the first caches, with their defaults: keys leave these
+# out, so that old caches stay valid.
 LATER_OPTIONS = {
     ("always_return_pooled", False), ("always_return_mask", False), ("legacy", True)
 }  # fmt: skip
@@ -30,7 +30,7 @@ class CachedContexts:
     """Cached outputs of a text encoder by caption; a `ContextCache` for `TextEncoder.cache`."""
 
     def __init__(self, encoder: TextEncoder, cache: Path) -> None:
-        self.store = Store(cache, "contexts")
+        self.store = TensorStore(cache, "contexts")
         self.encoder_digest = digest_encoder(encoder)
 
     def __contains__(self, caption: object) -> bool:
@@ -63,7 +63,7 @@ def cache_contexts(
     *,
     batch_size: int = 64,
 ) -> None:
-    """Set each text encoder's cache of outputs for all captions, computing missing ones.
+    """Set each text encoder's cache to its outputs for all captions; compute missing ones.
 
     Raises:
         ValueError: The model has no text encoder, or one is trained, or captions are random.
@@ -89,11 +89,11 @@ def cache_contexts(
 
 def digest_encoder(encoder: TextEncoder) -> str:
     """Return the digest of the weights and options of an encoder."""
-    options = [_plain_options(module) for module in encoder.modules()]
+    options = [_get_plain_options(module) for module in encoder.modules()]
     return digest(digest_weights(encoder), options)
 
 
-def _plain_options(module: nn.Module) -> dict[str, object]:
+def _get_plain_options(module: nn.Module) -> dict[str, object]:
     """Return the class of a module, and its attributes with plain values."""
     plain_types = (str, int, float, bool, tuple)
     options = {

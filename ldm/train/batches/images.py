@@ -1,4 +1,4 @@
-"""Open the images of a run: a folder, a Hugging Face data set or tar shards."""
+"""Open the images of a run: a folder, a Hugging Face dataset or tar shards."""
 
 import logging
 from collections.abc import Callable
@@ -39,11 +39,11 @@ def build_transform(options: JsonMapping) -> Transform:
     return TRANSFORMS[keywords.pop("name")](**keywords)
 
 
-def check_images(spec: JsonMapping, where: str, *, commands: bool = False) -> None:
+def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False) -> None:
     """Raise the errors of `open_images` that are known before images are read.
 
     Raises:
-        ConfigError: The options of the transform do not go together.
+        ConfigError: The options of the transform cannot be combined.
         ArgumentError: Shards may not be read from a command, or their pattern is not supported.
         MissingFile: A folder or shard does not exist.
     """
@@ -55,13 +55,13 @@ def check_images(spec: JsonMapping, where: str, *, commands: bool = False) -> No
         raise MissingFile(f"{where}.root: there is no folder `{spec['root']}`")
     if "shards" in spec:
         try:
-            expand_patterns(spec["shards"], commands=commands)
+            expand_patterns(spec["shards"], commands=allow_commands)
         except MissingFile as error:
             raise MissingFile(f"{where}.shards: {error}") from None
 
 
 def open_images(
-    spec: JsonMapping, seed: int, where: str, *, commands: bool = False
+    spec: JsonMapping, seed: int, where: str, *, allow_commands: bool = False
 ) -> Folder | Hub | Shards:
     """Open images with their transform.
 
@@ -69,12 +69,12 @@ def open_images(
         spec: Keywords of `Folder` (with `root`), `Hub` (`hub`) or `Shards` (`shards`); `transform`
             is a mapping of `name` and the keywords of that transform.
         where: Section of the config, for messages.
-        commands: Whether to run `pipe:COMMAND` addresses of shards.
+        allow_commands: Whether to run `pipe:COMMAND` addresses of shards.
     """
     key = next(key for key in DATASETS if key in spec)
     options = {**spec, "transform": build_transform(spec["transform"]), "seed": seed}
     if key == "shards":
-        options["commands"] = commands
+        options["commands"] = allow_commands
     try:
         return DATASETS[key](**options)
     except FileNotFoundError as error:
@@ -82,7 +82,7 @@ def open_images(
 
 
 def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
-    """Set the tokens of pruned vocabularies that are not set, from all captions."""
+    """Set the token ids of pruned vocabularies from all captions, unless they are set."""
     for encoder in model.conditioner.find_all(TextEncoder):
         ids = encoder.token_ids
         if ids is not None and ids.equal(torch.arange(len(ids))):  # the initial placeholder

@@ -1,11 +1,11 @@
 """Cached latents of images, so that training steps need not encode.
 
-An entry is one variant of an image (emoji on some background, a photo with its random crop and
-flip): mean and standard deviation of the posterior, from which each epoch samples anew; inputs of
-the model's encoders that are slow to compute (their `cache_key`s: a mask with its masked latent, a
-depth map, a low-resolution image); and sizes that the model reads. Keys depend on the bytes of the
-image, on the transform and on the weights (see `Store`), so that entries of a folder remain valid
-when it is packed into shards.
+An entry is one variant of an image (an emoji on a background, a photo with a random crop and flip):
+mean and standard deviation of the posterior, from which latents are sampled in each epoch; inputs
+of the model's encoders that are slow to compute (their `cache_key`s: a mask with its masked latent,
+a depth map, a low-resolution image); and sizes that the model reads. Keys depend on the bytes of
+the image, on the transform and on the weights (see `TensorStore`), so that entries of a folder
+remain valid when it is packed into shards.
 """
 
 import logging
@@ -32,12 +32,12 @@ from ldm.imaging.reading import decode_image
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.types import JsonMapping
-from ldm.train.batches.store import Entry, Store, digest, digest_weights, fill_from_shards
+from ldm.train.batches.store import Entry, TensorStore, digest, digest_weights, fill_from_shards
 
 __all__ = ["LatentDataset", "cache_latents"]
 
 VERSION = 2  # of the entries; raise it if transforms with the same options give other pixels
-PRECISIONS = {"16": torch.float16, "32": torch.float32}
+DTYPES = {"16": torch.float16, "32": torch.float32}
 Size = tuple[int, int]  # (width, height) of a bucket
 log = logging.getLogger(__name__)
 
@@ -63,22 +63,22 @@ class LatentCache:
 
     Args:
         model_digest: Digest of everything but the image that latents depend on.
-        variants: Number of variants of each image, which are counted from 0.
+        variants: Number of variants of each image.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
 
-    store: Store
+    store: TensorStore
     transform: Transform
     model_digest: str
     variants: int
     precision: str
 
-    def key(self, file_digest: str, bucket_size: Size | None, variant: int) -> str:
-        """Return the key of a latent in the store."""
+    def make_key(self, file_digest: str, bucket_size: Size | None, variant: int) -> str:
+        """Make the key of a latent in the store; variants are counted from 0."""
         return digest(self.model_digest, file_digest, bucket_size, variant)
 
-    def variant_name(self, file_digest: str, variant: int) -> str:
-        """Return the transform's name of a variant, in an order that depends on the image."""
+    def get_variant_name(self, file_digest: str, variant: int) -> str:
+        """Return the transform's name of a variant; their order depends on the image."""
         names = self.transform.variants
         if not names:
             return ""
@@ -93,39 +93,39 @@ class LatentCache:
             UnreadableSample: The image was damaged, so that there is no latent.
         """
         variant = rng.randrange(self.variants)
-        key = self.key(file_digest, bucket_size, variant)
+        key = self.make_key(file_digest, bucket_size, variant)
         if key not in self.store:
             raise UnreadableSample(name, "its latent could not be computed")
         tensors = {
             name: value.float() if value.is_floating_point() else value
             for name, value in self.store[key].items()
         }
-        fields = self.transform.row_fields(row, rng, self.variant_name(file_digest, variant))
-        # Sizes depend on the crop, so that they are cached if the model reads them.
+        fields = self.transform.row_fields(row, rng, self.get_variant_name(file_digest, variant))
+        # Sizes depend on the crop: only cached ones, those that the model reads, are valid.
         fields = {k: v for k, v in fields.items() if k in tensors or k not in SIZE_KEYS}
         return {**tensors, **fields}
 
-    def inputs(
+    def iter_inputs(
         self, load: Callable[[], Image.Image], file_digest: str, bucket_size: Size | None
     ) -> Iterator[tuple[str, LatentInput]]:
         """Yield (key, input) of all variants of an image."""
         for variant in range(self.variants):
-            key = self.key(file_digest, bucket_size, variant)
+            key = self.make_key(file_digest, bucket_size, variant)
             yield key, LatentInput(load, file_digest, bucket_size, variant)
 
     def fill(
         self, inputs: Iterable[tuple[str, LatentInput]], model: LatentDiffusion, batch_size: int
     ) -> int:
         """Compute the missing latents; return the number of failures."""
-        # Restores the filters of warnings, which the threads that decode images change.
+        # `catch_warnings` restores the filters, which the threads that decode images change.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
 
             def encode(batch: Sequence[LatentInput]) -> Iterator[Entry | None]:
                 samples = list(pool.map(self._transform_image, batch))
                 readable = [sample for sample in samples if sample is not None]
-                # What `prepare` draws is to depend on the batch, not on when it is computed.
+                # Random numbers of `prepare` must depend on the batch only, not on earlier ones.
                 _, file_digest, bucket_size, variant = batch[0]
-                key = self.key(file_digest, bucket_size, variant)
+                key = self.make_key(file_digest, bucket_size, variant)
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
                 entries = iter(_encode(model, readable, self.precision, generator))
                 return (None if sample is None else next(entries) for sample in samples)
@@ -145,11 +145,11 @@ class LatentCache:
         except UnreadableSample:  # reported when the sample is read
             return None
         rng = Random(f"{file_digest} {variant}")
-        return self.transform.image_fields(image, rng, self.variant_name(file_digest, variant))
+        return self.transform.image_fields(image, rng, self.get_variant_name(file_digest, variant))
 
 
 class LatentDataset(SampleDataset):
-    """A data set with latents instead of images: {"z", "z_std", "txt", …}."""
+    """A dataset with latents instead of images: {"z", "z_std", "txt", …}."""
 
     def __init__(self, dataset: ImageDataset, cache: LatentCache) -> None:
         self.dataset = dataset
@@ -170,12 +170,12 @@ class LatentDataset(SampleDataset):
     def names(self) -> Iterator[str]:
         return self.dataset.names()
 
-    def missing_inputs(self) -> Iterator[tuple[str, LatentInput]]:
+    def iter_missing_inputs(self) -> Iterator[tuple[str, LatentInput]]:
         """Yield the inputs of all latents that are not in the cache."""
         for index, file_digest in enumerate(self.digests):
             if file_digest:
                 load = partial(self._load_image, index)
-                inputs = self.cache.inputs(load, file_digest, self._bucket_size(index))
+                inputs = self.cache.iter_inputs(load, file_digest, self._bucket_size(index))
                 yield from (item for item in inputs if item[0] not in self.cache.store)
 
     def _digest(self, index: int) -> str:
@@ -218,11 +218,12 @@ def cache_latents(
     variants = variants_per_image or len(transform.variants) or 1
     if variants == 1 and transform.random_options():
         log.warning(
-            "%s: drawn once for each image, as latents are cached, or `variants_per_image` times",
+            "%s: drawn only once for each image, as latents are cached; `variants_per_image` "
+            "caches more variants",
             ", ".join(f"`{name}`" for name in transform.random_options()),
         )
     latents = LatentCache(
-        Store(cache, "latents"),
+        TensorStore(cache, "latents"),
         transform,
         digest_model(model, transform, precision),
         variants,
@@ -236,7 +237,7 @@ def cache_latents(
         fill_from_shards(latents.store, images, dependencies, fill)
         return images.with_samples(partial(_make_shard_sample, latents, images))
     dataset = LatentDataset(images, latents)
-    latents.fill(list(dataset.missing_inputs()), model, batch_size)
+    latents.fill(list(dataset.iter_missing_inputs()), model, batch_size)
     return dataset
 
 
@@ -246,7 +247,7 @@ def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str
         with suppress(ValueError):  # reported when the sample is read
             file_digest = digest(find_image(raw)[1])
             load = partial(_decode_image, raw)
-            yield from cache.inputs(load, file_digest, shards.bucket_size(raw))
+            yield from cache.iter_inputs(load, file_digest, shards.bucket_size(raw))
 
 
 def _decode_image(raw: RawSample) -> Image.Image:
@@ -273,7 +274,7 @@ def _encode(
     precision: str,
     generator: torch.Generator,
 ) -> list[Entry]:
-    """Return latents of images, and the slow inputs of the encoders."""
+    """Return entries of samples: latents, slow inputs of the encoders, and sizes."""
     if not samples:
         return []
     names = sorted({e.cache_key for e in model.conditioner.encoders.values() if e.cache_key})
@@ -287,8 +288,8 @@ def _encode(
         if names:
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
     tensors = {"z": z, "z_std": z_std, **{name: batch[name] for name in names}}
-    tensors = {name: value.to("cpu", PRECISIONS[precision]) for name, value in tensors.items()}
-    tensors |= {name: batch[name].cpu() for name in _size_keys(model)}
+    tensors = {name: value.to("cpu", DTYPES[precision]) for name, value in tensors.items()}
+    tensors |= {name: batch[name].cpu() for name in _list_size_keys(model)}
     return [{name: v[index] for name, v in tensors.items()} for index in range(len(samples))]
 
 
@@ -301,11 +302,11 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     name, options = transform.cache_key()
     weights = digest_weights(*modules)
     dependencies: list[object] = [VERSION, name, options, weights, model.scale_factor, precision]
-    dependencies += _size_keys(model)
+    dependencies += _list_size_keys(model)
     dependencies += [v.tolist() for v in (model.latent_mean, model.latent_std) if v is not None]
     return digest(*dependencies)
 
 
-def _size_keys(model: LatentDiffusion) -> list[str]:
+def _list_size_keys(model: LatentDiffusion) -> list[str]:
     """Return the batch keys of the sizes that a model reads; they depend on the crop."""
     return [key for key in SIZE_KEYS if key in model.conditioner.keys]

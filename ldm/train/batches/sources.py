@@ -5,7 +5,7 @@ params:
     validation: …                                                           as `train`
     latents: {cache: DIR, variants_per_image: 5}    encode images once, before training
     texts: {cache: DIR}                             encode captions once, before training
-    prior: {root: DIR, prompt: a dog, count: 200, …}    class images of DreamBooth, and how many
+    prior: {root: DIR, prompt: a dog, count: 200, …}    class images of DreamBooth
 """
 
 from torch import nn
@@ -38,7 +38,7 @@ def check_data(data: Data, *, allow_commands: bool = False) -> None:
             raise ConfigError("data.params.prior: class images must have one size, not `buckets`")
     for name, spec in specs.items():
         if spec:
-            check_images(spec, f"data.params.{name}", commands=allow_commands)
+            check_images(spec, f"data.params.{name}", allow_commands=allow_commands)
 
 
 def open_batches(
@@ -46,7 +46,7 @@ def open_batches(
 ) -> tuple[BatchSource, BatchSource | None]:
     """Open the training data, and the validation data if there is any, as sources of batches.
 
-    The tokens of a model with a pruned vocabulary are set from the captions.
+    The token ids of a model with a pruned vocabulary are set from the captions.
 
     Args:
         model: The model to train, which computes cached latents and contexts and samples class
@@ -57,25 +57,25 @@ def open_batches(
     specs = {"train": data.train, "validation": data.validation}
     if isinstance(model, LatentDiffusion):
         _check_conditions(model, data)
-    opened = {
-        split: open_images(spec, seed, f"data.params.{split}", commands=allow_commands)
+    images_by_split = {
+        split: open_images(spec, seed, f"data.params.{split}", allow_commands=allow_commands)
         for split, spec in specs.items()
         if spec
     }
-    images, validation = opened["train"], opened.get("validation")
+    images, validation = images_by_split["train"], images_by_split.get("validation")
     samples: SampleDataset | Shards = images
     if isinstance(model, LatentDiffusion):
         fill_vocabulary(model, images)
         warn_of_missing_captions(model, images)
-        captioned = [images]
+        captioned_images = [images]
         if data.latents:
             samples = cache_latents(model, images, **data.latents.model_dump())
         if data.prior and not isinstance(samples, Shards):
             class_images = open_class_images(model, data.prior, seed)
             samples = WithClassImages(samples, class_images)
-            captioned.append(class_images)
+            captioned_images.append(class_images)
         if data.texts:
-            cache_contexts(model, captioned, **data.texts.model_dump())
+            cache_contexts(model, captioned_images, **data.texts.model_dump())
     else:
         options = {"latents": data.latents, "texts": data.texts, "prior": data.prior}
         names = [f"`{name}`" for name, option in options.items() if option]
@@ -86,7 +86,7 @@ def open_batches(
 
 
 def _check_conditions(model: LatentDiffusion, data: Data) -> None:
-    """Raise ConfigError for a conditioning image of the model that a transform does not make."""
+    """Raise ConfigError if the model reads a conditioning image that a transform does not make."""
     transforms = {
         "train": data.train["transform"],
         "validation": data.validation and data.validation["transform"],

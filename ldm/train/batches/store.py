@@ -1,9 +1,11 @@
 """Tensors cached on disk, under keys that are digests of everything they depend on.
 
-    DIR/latents-3f2a….pt    {"keys": [key, …], "z": (n, C, h, w), …}    up to PER_FILE of one shape
+    DIR/latents-3f2a….pt    {"keys": [key, …], "z": (n, C, h, w), …}
 
-So no entry is ever out of date: any change leads to another key. Files are written atomically, and
-an interrupted `fill` continues where it stopped.
+with up to ENTRIES_PER_FILE entries of the same shapes.
+
+Entries are never stale, as any change gives another key. Files are written atomically, and an
+interrupted `fill` continues where it stopped.
 """
 
 import hashlib
@@ -21,18 +23,18 @@ from tqdm import tqdm
 from ldm.data.shards import Shards
 from ldm.runtime.files import write_atomically
 
-__all__ = ["Store", "digest", "digest_weights", "fill_from_shards"]
+__all__ = ["TensorStore", "digest", "digest_weights", "fill_from_shards"]
 
 log = logging.getLogger(__name__)
 
-PER_FILE = 256  # entries
-MAX_PENDING = 4  # files of unwritten entries, which an interruption would lose
+ENTRIES_PER_FILE = 256
+MAX_PENDING_FILES = 4  # of unwritten entries, which an interruption would lose
 T = TypeVar("T")
 Entry = dict[str, Tensor]  # tensors by name
 
 
-class Store:
-    """The entries in the files PREFIX-*.pt of a folder; `store[key]` is a dict of tensors."""
+class TensorStore:
+    """Dicts of tensors by key, in the files PREFIX-*.pt of a folder."""
 
     def __init__(self, folder: str | Path, prefix: str) -> None:
         self.folder = Path(folder)
@@ -52,8 +54,8 @@ class Store:
         path, index = self._entries[key]
         return {name: values[index] for name, values in self._files[path].items()}
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
-        return Store, (self.folder, self.prefix)  # other processes map the files themselves
+    def __reduce__(self) -> tuple[type["TensorStore"], tuple[Path, str]]:
+        return TensorStore, (self.folder, self.prefix)  # other processes map the files themselves
 
     @property
     def files(self) -> set[str]:
@@ -73,8 +75,8 @@ class Store:
 
         Args:
             items: Pairs of key and input. Of an iterator, only incomplete batches are in memory.
-            compute: Up to `batch_size` inputs of one group -> the entry of each, or None if it
-                fails.
+            compute: Up to `batch_size` inputs of one group -> the entry of each, None for one that
+                cannot be computed.
             group: Input -> group; entries of a group have the same shapes.
             unit: Unit of the progress bar.
         """
@@ -85,28 +87,28 @@ class Store:
         if is_counted:
             log.info("computing %d of `%s` for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        failed = 0
+        num_failed = 0
         pending: dict[Hashable, list[tuple[str, Entry]]] = {}  # not written yet, by group
         with tqdm(
             total=total, unit=unit, dynamic_ncols=True, mininterval=2, disable=not is_counted
         ) as bar:
             missing = self._select_missing(items)
-            for batch in _batches(missing, batch_size, lambda item: group(item[1])):
+            for batch in _group_batches(missing, batch_size, lambda item: group(item[1])):
                 batch_group = group(batch[0][1])
                 entries = pending.setdefault(batch_group, [])
                 computed = compute([value for _, value in batch])
                 for (key, _), entry in zip(batch, computed, strict=True):
                     if entry is None:
-                        failed += 1
+                        num_failed += 1
                     else:
                         entries.append((key, entry))
-                if len(entries) >= PER_FILE:
+                if len(entries) >= ENTRIES_PER_FILE:
                     self._write(pending.pop(batch_group))
-                elif sum(map(len, pending.values())) >= MAX_PENDING * PER_FILE:
+                elif sum(map(len, pending.values())) >= MAX_PENDING_FILES * ENTRIES_PER_FILE:
                     self._write_all(pending)
                 bar.update(len(batch))
         self._write_all(pending)
-        return failed
+        return num_failed
 
     def _select_missing(self, items: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """Yield items without an entry, each key once."""
@@ -135,7 +137,7 @@ class Store:
         try:
             content = torch.load(path, weights_only=True, mmap=True)
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("`%s` is damaged and will be computed anew: %s", path, error)
+            log.warning("`%s` is damaged, its entries are computed again: %s", path, error)
             return
         if "keys" in content:  # files of older versions have none
             self._files[path] = {k: v for k, v in content.items() if isinstance(v, Tensor)}
@@ -143,7 +145,7 @@ class Store:
 
 
 def fill_from_shards(
-    store: Store, shards: Shards, dependencies: Sequence[object], fill: Callable[[], int]
+    store: TensorStore, shards: Shards, dependencies: Sequence[object], fill: Callable[[], int]
 ) -> None:
     """Fill a store from shards, unless that was done for the same shards and dependencies.
 
@@ -151,23 +153,23 @@ def fill_from_shards(
         dependencies: Everything but the shards that entries depend on.
         fill: Reads the shards; returns the number of entries that could not be computed.
     """
-    states = [(url, _stat_file(url)) for url in shards.urls]
-    fill_digest = digest(*dependencies, sorted(shards.limits.items()), states)
+    stats = [(url, _stat_file(url)) for url in shards.urls]
+    fill_digest = digest(*dependencies, sorted(shards.limits.items()), stats)
     path = store.folder / f"shards-{fill_digest[:16]}.json"
     summary = None
-    if all(state is not None for _, state in states):
+    if all(stat is not None for _, stat in stats):
         summary = _read_summary(path, store.files)
     if summary is None:
         log.info("reading %d shards for their %s", len(shards.urls), store.prefix)
         summary = {"damaged": fill(), "files": sorted(store.files)}
         path.write_text(json.dumps(summary), "utf-8")
     if summary["damaged"]:
-        message = "%d %s could not be computed; they are tried again without `%s`"
+        message = "%d %s could not be computed; delete `%s` to try again"
         log.warning(message, summary["damaged"], store.prefix, path)
 
 
 def _stat_file(url: str) -> tuple[int, ...] | None:
-    """Return size and times of a file; None for a remote one, which may change unnoticed."""
+    """Return size and times of a file; None for a remote one, whose changes are not detected."""
     if not Path(url).is_file():
         return None
     status = Path(url).stat()
@@ -175,7 +177,7 @@ def _stat_file(url: str) -> tuple[int, ...] | None:
 
 
 def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
-    """Read the summary of an earlier filling, if all cache files of that time still exist."""
+    """Read the summary of an earlier fill; None if a cache file of that time is missing."""
     try:
         summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return summary if files.issuperset(summary["files"]) else None
@@ -183,10 +185,10 @@ def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
         return None
 
 
-def _batches(
+def _group_batches(
     items: Iterable[T], batch_size: int, group: Callable[[T], Hashable]
 ) -> Iterator[list[T]]:
-    """Yield batches of one group each, as soon as they are full; incomplete ones at the end."""
+    """Yield batches of one group each when they are full, and incomplete ones at the end."""
     incomplete: dict[Hashable, list[T]] = {}
     for item in items:
         batch = incomplete.setdefault(group(item), [])

@@ -6,7 +6,7 @@
     ldm.data.simple.TextOnly                 as `validation`: prompts of the image grids
     sgm.data.dataset.StableDataModuleFromConfig    train: {datapipeline: {urls, …}, loader}
 
-The data sets of the published configs were never published; errors name the keys to use instead.
+The datasets of the published configs were never published; errors name the keys to use instead.
 """
 
 import logging
@@ -26,7 +26,7 @@ from ldm.train.config.schema import (
 )
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
-__all__ = ["read_data", "take_captions", "translate_data_module"]
+__all__ = ["extract_sample_prompts", "read_data", "translate_data_module"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ IGNORED_PARAMETERS = {
     **dict.fromkeys(("wrap", "use_worker_init_fn"), "samples depend on their index only"),
     "shuffle_val_dataloader": "validation data is always read in the same order",
     **dict.fromkeys(("multinode", "n_nodes"), "ranks share one sequence of samples"),
-    **dict.fromkeys(("val_num_workers", "num_val_workers"), "`num_workers` holds for both"),
+    **dict.fromkeys(("val_num_workers", "num_val_workers"), "`num_workers` applies to both"),
     "filter_word_list": "captions are NOT filtered: leave such samples out of the shards",
 }
 IGNORED_IN_DATASETS = {
@@ -57,10 +57,10 @@ IGNORED_IN_DATASETS = {
 }
 IGNORED_IN_CAPTIONS = {
     "output_size": "grids have the size of the training data",
-    "n_gpus": "the first process samples the grids",
+    "n_gpus": "rank 0 samples the grids",
     **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
-# All but four are ignored: our transform does the same.
+# Only the first four have an effect: our transform does what the others do anyway.
 IMAGE_TRANSFORMS = (
     "Resize", "RandomCrop", "CenterCrop", "RandomHorizontalFlip",
     "ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage",
@@ -85,7 +85,7 @@ def read_data(section: JsonMapping) -> Data:
     if target == WEB_MODULE:
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
-        raise _cannot_read("data", target)
+        raise _unsupported_target("data", target)
     data = validate_section(Data, params, "data.params")
     if data.prior and "shards" in data.train:
         raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
@@ -100,26 +100,26 @@ def read_data(section: JsonMapping) -> Data:
     return data.model_copy(update=splits)
 
 
-def take_captions(raw: JsonMapping) -> tuple[JsonMapping, object]:
-    """Return a whole config without validation data of captions alone, and these captions.
+def extract_sample_prompts(config: JsonMapping) -> tuple[JsonMapping, object]:
+    """Split a config into one without `TextOnly` validation data, and the captions of that data.
 
-    They are None if the validation data is something else.
+    The captions are None if the validation data has another class.
     """
     where = "data.params.validation"
-    spec = get_section(raw, where)
+    spec = get_section(config, where)
     if spec.get("target") != "ldm.data.simple.TextOnly":
-        return raw, None
+        return config, None
     _, options = read_spec(spec, ("TextOnly",), where)
     _pop_ignored(options, IGNORED_IN_CAPTIONS, where)
     check_names("key", options, ("captions",), where)
     if not options:
         raise ValueError(f"{where}: TextOnly needs `captions`")
-    params = {k: v for k, v in raw["data"]["params"].items() if k != "validation"}
-    return {**raw, "data": {**raw["data"], "params": params}}, options["captions"]
+    params = {k: v for k, v in config["data"]["params"].items() if k != "validation"}
+    return {**config, "data": {**config["data"], "params": params}}, options["captions"]
 
 
 def translate_data_module(section: JsonMapping) -> JsonMapping:
-    """Translate the data module of `sgm`, a pipeline of tar files; return others unchanged."""
+    """Translate the data module of `sgm`, which reads tar files; return others unchanged."""
     if section.get("target") != SGM_MODULE:
         return section
     params: JsonObject = {}
@@ -160,12 +160,12 @@ def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
     if "target" in spec and all(spec.get(key) is None for key in DATASET_OPTIONS):
         spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
-    # Our keys replace a data set of the original, which another config file may have set.
+    # Our keys replace a dataset of the original, which another config file may have set.
     spec = {k: v for k, v in drop_nulls(spec).items() if k not in SPEC_KEYS}
     keys = [key for key in DATASET_OPTIONS if key in spec]
     if len(keys) > 1:
         names = " and ".join(f"`{key}`" for key in keys)
-        raise ValueError(f"{where} has {names}: set all but one to null, and their options")
+        raise ValueError(f"{where} has {names}: set all but one, and its options, to null")
     if not keys:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
     if not isinstance(spec.get("transform"), Mapping):
@@ -179,9 +179,9 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
 def _read_transform(options: JsonMapping, where: str) -> JsonObject:
     name = str(options.get("name"))
     check_name("transform", name, TRANSFORM_OPTIONS, where)
-    # Nulls remove keys that another file has set for another transform.
+    # Null removes a key that another config file has set for another transform.
     options = drop_nulls(rename_options(name, options))
-    if options.get("flip") is True:  # as the runs of older versions may have it
+    if options.get("flip") is True:  # as in the configs of older versions
         log.warning("%s.transform.flip: `true` mirrors every image, 0.5 every second one", where)
         options["flip"] = 1.0
     result: JsonObject = validate_section(TRANSFORM_OPTIONS[name], options, f"{where}.transform")
@@ -191,7 +191,7 @@ def _read_transform(options: JsonMapping, where: str) -> JsonObject:
 def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:
     names = ORIGINAL_DATASETS.get(str(target))
     if names is None:
-        raise _cannot_read(where, target, params.get("size", 512))
+        raise _unsupported_target(where, target, params.get("size", 512))
     _pop_ignored(params, IGNORED_IN_DATASETS, where)
     transform = _pop_transform(params, where)
     check_names("key", params, names, where)
@@ -199,7 +199,7 @@ def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonOb
 
 
 def _translate_web_module(params: JsonObject) -> JsonObject:
-    """Translate the data module of tar files; its limits apply to img2dataset's metadata."""
+    """Translate `WebDataModuleFromConfig`; its limits apply to img2dataset's metadata."""
     size, base = params.pop("min_size", None), params.pop("tar_base", None)
     minimum = {"original_width": size, "original_height": size} if size else None
     names = {"max_pwatermark": "pwatermark", "p_unsafe_threshold": "punsafe"}
@@ -212,7 +212,7 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
             shuffle = spec.pop("shuffle", None) or 0
             translated = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
-                "shuffle": shuffle // 8,  # one buffer there, one per stream (8) here
+                "shuffle": shuffle // 8,  # it has one buffer, ours one for each of 8 streams
                 "length": spec.pop("n_examples", None),
                 "transform": _pop_transform(spec, where),
                 "minimum": minimum,
@@ -259,7 +259,7 @@ def _pop_ignored(params: JsonObject, reasons: Mapping[str, str], where: str) -> 
             log.info("%s.%s is ignored: %s", where, key, reason)
 
 
-def _cannot_read(where: str, target: object, size: object = 512) -> ValueError:
+def _unsupported_target(where: str, target: object, size: object = 512) -> ValueError:
     return ValueError(
         f"{where}: `{target}` cannot be read here (only {', '.join(ORIGINAL_DATASETS)}); write"
         f" {{root: DIR, transform: {{name: photo, size: {size}}}}} with a folder of images"

@@ -7,7 +7,7 @@
     model.params: scheduler_config, use_ema, ucg_training, monitor     how the model is trained;
                   and for `sgm`: see `sgm.py`
 
-Our keys are kept. Ignored keys of the trainer and the callbacks are listed as notes.
+Our keys are kept. A message says which keys of the trainer and the callbacks are ignored.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ from typing import Any
 from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, list_fields
-from ldm.train.config.sgm import is_engine, translate_training
+from ldm.train.config.sgm import is_sgm_model, translate_training
 from ldm.train.config.specs import SPEC_KEYS, drop_nulls, get_section, read_spec
 
 __all__ = ["KNOWN_KEYS", "SECTIONS", "read_gpus", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 # Ignored arguments of Lightning's Trainer, and why.
-IGNORED_TRAINER = {
+IGNORED_TRAINER_ARGUMENTS = {
     **dict.fromkeys(
         ("num_processes", "auto_select_gpus", "distributed_backend"),
         "--nproc, --gpus or torchrun choose the processes",
@@ -58,7 +58,6 @@ LOGGERS = {
     "TensorBoardLogger": "tensorboard",
     "CSVLogger": "csv",
 }
-WANDB = ("project", "name", "entity", "tags", "group", "mode", "id")  # parameters passed on
 BUILT_IN_CALLBACKS = (
     "setup_callback", "learning_rate_logger", "cuda_callback", "ignore_keys_callback",
     "checkpoint_callback",
@@ -71,21 +70,22 @@ CALLBACK_NAMES = {
     "LearningRateMonitor": "learning_rate_logger",
     "CUDACallback": "cuda_callback",
 }
-IMAGE_LOGGER = ("batch_frequency", "max_images", "increase_log_steps", "disabled",
-                "log_images_kwargs")  # fmt: skip
-IGNORED_IMAGE_LOGGER = (
+IMAGE_LOGGER_PARAMETERS = ("batch_frequency", "max_images", "increase_log_steps", "disabled",
+                           "log_images_kwargs")  # fmt: skip
+IGNORED_IMAGE_LOGGER_PARAMETERS = (
     "clamp", "rescale", "log_on_batch_idx", "log_first_step", "enable_autocast", "log_all_val",
     "save_input", "log_before_first_step",
 )  # fmt: skip
 # name in the original or Lightning -> ours
-SAMPLING = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddim_eta": "eta"}
-SAVING = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
-          "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
-SAVING_BEST = ("save_top_k", "monitor")
+SAMPLING_NAMES = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddim_eta": "eta"}
+SAVE_NAMES = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
+              "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
+WANDB_NAMES = {n: n for n in ("project", "name", "entity", "tags", "group", "mode", "id")}
+BEST_KEYS = ("save_top_k", "monitor")
 DEFAULT_SAVE_TOP_K = 3  # the original's, if the model has a `monitor`
 CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
 KNOWN_KEYS = {
-    "trainer": (*IGNORED_TRAINER, *list_fields(LightningTrainer)),
+    "trainer": (*IGNORED_TRAINER_ARGUMENTS, *list_fields(LightningTrainer)),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
 }
 
@@ -94,48 +94,49 @@ Sections = dict[str, JsonObject]
 
 @dataclass
 class _Translation:
-    """Sections with our keys, and notes for the user."""
+    """Sections with our keys, and messages to log."""
 
     sections: Sections
-    notes: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def set_defaults(self, section: str, **values: Any) -> None:
-        """Set values that the config does not set by our keys."""
+        """Set values of a section, except those that the config sets under our names."""
         for key, value in values.items():
             self.sections.setdefault(section, {}).setdefault(key, value)
 
-    def ignore(self, where: str, names: Iterable[str], reason: str = "") -> None:
-        """Add a note that keys in `where` are ignored."""
-        self.notes += [f"{where}.{name} is ignored{reason}" for name in names]
+    def add_ignored(self, where: str, names: Iterable[str], reason: str = "") -> None:
+        """Add messages that keys in `where` are ignored."""
+        suffix = f": {reason}" if reason else ""
+        self.messages += [f"{where}.{name} is ignored{suffix}" for name in names]
 
 
-def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
+def translate(config: JsonMapping) -> tuple[Sections, list[str]]:
     """Translate a whole config into sections of `lightning:` with our keys.
 
     Returns:
-        The sections, and notes on changed and ignored keys.
+        The sections, and messages on changed and ignored keys.
     """
-    lightning = get_section(raw, "lightning")
+    lightning = get_section(config, "lightning")
     names = [name for name in lightning if name not in SECTIONS]
-    result = _Translation({name: dict(get_section(raw, f"lightning.{name}")) for name in names})
+    result = _Translation({name: dict(get_section(config, f"lightning.{name}")) for name in names})
     _translate_trainer(result)
-    _translate_callbacks(raw, result)
-    _translate_modelcheckpoint(raw, result)
+    _translate_callbacks(config, result)
+    _translate_modelcheckpoint(config, result)
     if lightning.get("logger") is not None:
         _translate_logger(lightning["logger"], result)
     strategy = lightning.get("strategy")
     if strategy is not None:
         result.set_defaults("trainer", strategy=strategy)
     if isinstance(strategy, Mapping):
-        result.ignore("lightning.strategy.params", strategy.get("params") or {})
+        result.add_ignored("lightning.strategy.params", strategy.get("params") or {})
     if lightning.get("find_unused_parameters") is not None:
-        result.ignore("lightning", ["find_unused_parameters"], ": always true")
-    _translate_model(raw, result)
-    # Lightning keeps the best weights of a `monitor` that its callback has; ours needs a number.
-    params = drop_nulls(get_section(raw, "lightning.modelcheckpoint.params"))
+        result.add_ignored("lightning", ["find_unused_parameters"], "always true")
+    _translate_model(config, result)
+    # In Lightning, a callback with its own `monitor` keeps the best checkpoint by default.
+    params = drop_nulls(get_section(config, "lightning.modelcheckpoint.params"))
     if params.get("monitor") and params.get("mode", "min") == "min":
         result.set_defaults("callbacks", save_top_k=1)
-    return result.sections, result.notes
+    return result.sections, result.messages
 
 
 def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
@@ -161,18 +162,18 @@ def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
 
 def _translate_trainer(result: _Translation) -> None:
     trainer = result.sections.get("trainer", {})
-    for key in [key for key in trainer if key in IGNORED_TRAINER]:
+    for key in [key for key in trainer if key in IGNORED_TRAINER_ARGUMENTS]:
         del trainer[key]
-        result.ignore("lightning.trainer", [key], f": {IGNORED_TRAINER[key]}")
+        result.add_ignored("lightning.trainer", [key], IGNORED_TRAINER_ARGUMENTS[key])
     arguments = {key: trainer.pop(key, None) for key in list_fields(LightningTrainer)}
     for key in ("max_steps", "max_epochs"):
         if trainer.get(key) == -1:  # unlimited, for Lightning
             trainer[key] = None
     if arguments["gpus"] is not None and arguments["devices"] is not None:
-        result.ignore("lightning.trainer", ["devices"], ": `gpus` is set")
+        result.add_ignored("lightning.trainer", ["devices"], "`gpus` is set")
     elif arguments["accelerator"] == "cpu" and arguments["devices"] not in (None, 1, "1", "auto"):
-        result.ignore(
-            "lightning.trainer", ["devices"], ": --nproc or torchrun choose the processes"
+        result.add_ignored(
+            "lightning.trainer", ["devices"], "--nproc or torchrun choose the processes"
         )
     if arguments["fast_dev_run"]:
         trainer["max_steps"] = int(arguments["fast_dev_run"])  # a number of batches; true is 1
@@ -189,7 +190,7 @@ def _translate_trainer(result: _Translation) -> None:
         result.set_defaults("callbacks", validate_epochs=interval)
     elif interval is not None:
         accumulation = trainer.get("accumulate_grad_batches", 1)
-        if not isinstance(accumulation, int) or accumulation < 1:  # refused later, by its name
+        if not isinstance(accumulation, int) or accumulation < 1:  # `schema` raises for it later
             accumulation = 1
         result.set_defaults("callbacks", validate_steps=max(1, int(interval) // accumulation))
     elif arguments["check_val_every_n_epoch"] is not None:
@@ -197,40 +198,40 @@ def _translate_trainer(result: _Translation) -> None:
     if isinstance(batches, int) and batches > 0:
         result.set_defaults("callbacks", validate_batches=batches)
     elif batches:  # in Lightning a float is a fraction of the validation data
-        reason = ": give a number of batches, or lightning.callbacks.validate_batches"
-        result.ignore("lightning.trainer", ["limit_val_batches"], reason)
+        reason = "give a number of batches, or lightning.callbacks.validate_batches"
+        result.add_ignored("lightning.trainer", ["limit_val_batches"], reason)
 
 
-def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
+def _translate_callbacks(config: JsonMapping, result: _Translation) -> None:
     """Translate the original's callbacks, recognized by name or by the class in `target`."""
     callbacks = result.sections.get("callbacks", {})
     for key in list(callbacks):
         spec = callbacks[key] if isinstance(callbacks[key], Mapping) else {}
+        where = f"lightning.callbacks.{key}"
         target = str(spec.get("target", ""))
         class_name = target.rpartition(".")[2]
         name = CALLBACK_NAMES.get(class_name, key)
         if target and class_name not in CALLBACK_NAMES:
-            raise unknown_name("callback", target, CALLBACK_NAMES, f"lightning.callbacks.{key}")
+            raise unknown_name("callback", target, CALLBACK_NAMES, where)
         if name not in KNOWN_KEYS["callbacks"]:
             continue
-        check_names("key", spec, SPEC_KEYS, f"lightning.callbacks.{key}")
+        check_names("key", spec, SPEC_KEYS, where)
         del callbacks[key]
         if name in BUILT_IN_CALLBACKS:
-            result.ignore("lightning.callbacks", [key], ": it is built in")
+            result.add_ignored("lightning.callbacks", [key], "it is built in")
             continue
-        params = drop_nulls(get_section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
+        params = drop_nulls(get_section(config, f"{where}.params")) if spec else {}
         if name == "image_logger":
             _translate_image_logger(params, result)
         else:  # checkpoints at fixed steps
             interval = params.pop("every_n_train_steps", CHECKPOINT_INTERVAL)
             result.set_defaults("callbacks", export_steps=interval)
-            where = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params"
-            result.ignore(where, params, ": all of these checkpoints are kept")
+            result.add_ignored(f"{where}.params", params, "all of these checkpoints are kept")
 
 
 def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
-    known = [*IMAGE_LOGGER, *IGNORED_IMAGE_LOGGER]
+    known = [*IMAGE_LOGGER_PARAMETERS, *IGNORED_IMAGE_LOGGER_PARAMETERS]
     check_names("parameter of ImageLogger", params, known, where)
     kwargs = drop_nulls(get_section(params, "log_images_kwargs"))
     images = params.get("max_images", 4)
@@ -242,7 +243,7 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
         "callbacks",
         image_minutes=None,
         images=min(images, count),
-        sampling=_pop_renamed(kwargs, SAMPLING),
+        sampling=_pop_renamed(kwargs, SAMPLING_NAMES),
     )
     if not params.get("disabled"):
         result.set_defaults(
@@ -250,26 +251,26 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
             image_steps=params.get("batch_frequency", 750),
             image_early=params.get("increase_log_steps", True),
         )
-    ignored = [key for key in params if key in IGNORED_IMAGE_LOGGER]
-    result.ignore(where, [*ignored, *(f"log_images_kwargs.{key}" for key in kwargs)])
+    ignored = [key for key in params if key in IGNORED_IMAGE_LOGGER_PARAMETERS]
+    result.add_ignored(where, [*ignored, *(f"log_images_kwargs.{key}" for key in kwargs)])
 
 
-def _translate_modelcheckpoint(raw: JsonMapping, result: _Translation) -> None:
+def _translate_modelcheckpoint(config: JsonMapping, result: _Translation) -> None:
     where = "lightning.modelcheckpoint"
-    check_names("key", get_section(raw, where), SPEC_KEYS, where)
-    params = get_section(raw, f"{where}.params")
-    # `save_last: false` and the like ask for nothing, but `save_top_k: 0` does.
+    check_names("key", get_section(config, where), SPEC_KEYS, where)
+    params = get_section(config, f"{where}.params")
+    # False values such as `save_last: false` have no effect here, except `save_top_k: 0`.
     params = {key: value for key, value in params.items() if value or key == "save_top_k"}
-    values = _pop_renamed(params, SAVING)
+    values = _pop_renamed(params, SAVE_NAMES)
     if params.get("mode", "min") == "min":
         params.pop("mode", None)
-        values |= {key: params.pop(key) for key in SAVING_BEST if key in params}
+        values |= {key: params.pop(key) for key in BEST_KEYS if key in params}
     result.set_defaults("callbacks", **values)
     reason = (
-        ": the last `keep_states` states are kept to resume from, the `save_top_k` best weights by "
+        "the last `keep_states` states are kept to resume from, the `save_top_k` best weights by "
         "`monitor`"
     )
-    result.ignore(f"{where}.params", params, reason)
+    result.add_ignored(f"{where}.params", params, reason)
 
 
 def _pop_renamed(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
@@ -283,24 +284,24 @@ def _translate_logger(spec: object, result: _Translation) -> None:
     if name == "WandbLogger":
         if params.pop("offline", False):
             params["mode"] = "offline"
-        result.set_defaults("callbacks", wandb=_pop_renamed(params, {key: key for key in WANDB}))
-    result.ignore("lightning.logger.params", params)
+        result.set_defaults("callbacks", wandb=_pop_renamed(params, WANDB_NAMES))
+    result.add_ignored("lightning.logger.params", params)
 
 
-def _translate_model(raw: JsonMapping, result: _Translation) -> None:
+def _translate_model(config: JsonMapping, result: _Translation) -> None:
     """Translate training options among the parameters of the original's model class."""
-    model, params = get_section(raw, "model"), get_section(raw, "model.params")
+    model, params = get_section(config, "model"), get_section(config, "model.params")
     if params.get("scheduler_config") is not None:
         if "lr_scheduler" in result.sections.get("optimizer", {}):
-            result.notes.append(
+            result.messages.append(
                 "lightning.optimizer.lr_scheduler replaces model.params.scheduler_config"
             )
         else:
             result.set_defaults("optimizer", scheduler_config=params["scheduler_config"])
-    is_sgm = is_engine(model)
+    is_sgm = is_sgm_model(model)
     if is_sgm:
-        _translate_engine(params, result)
-    if "optimizer" in get_section(raw, "lightning"):
+        _translate_sgm_model(params, result)
+    if "optimizer" in get_section(config, "lightning"):
         return
     is_autoencoder = str(model.get("target")).endswith("AutoencoderKL")
     if is_autoencoder and params.get("ema_decay"):
@@ -309,8 +310,8 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
         reason = "ema_decay is missing" if is_autoencoder else "use_ema is false"
         result.set_defaults("optimizer", ema_decay=0.0)
         result.set_defaults("callbacks", weights="raw")
-        result.notes.append(f"model.params.{reason}: no EMA of the weights")
-    _translate_monitor(raw, result)
+        result.messages.append(f"model.params.{reason}: no EMA of the weights")
+    _set_validation_defaults(config, result)
     if is_sgm:
         result.set_defaults("trainer", scale_lr=False)
         result.set_defaults("objective", conditioning_dropout_prob=None)
@@ -320,11 +321,11 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
         result.set_defaults("objective", conditioning_dropout_prob=dropout.get("p", 0.0))
 
 
-def _translate_engine(params: JsonMapping, result: _Translation) -> None:
+def _translate_sgm_model(params: JsonMapping, result: _Translation) -> None:
     """Translate training options among the parameters of an `sgm` model."""
     translated = translate_training(params)
     if "name" in result.sections.get("optimizer", {}) and translated["optimizer"]:
-        result.notes.append("lightning.optimizer.name replaces model.params.optimizer_config")
+        result.messages.append("lightning.optimizer.name replaces model.params.optimizer_config")
         translated["optimizer"] = {}
     sampling = translated["callbacks"].pop("sampling", {})
     for name, values in translated.items():
@@ -333,15 +334,15 @@ def _translate_engine(params: JsonMapping, result: _Translation) -> None:
     callbacks["sampling"] = {**sampling, **(callbacks.get("sampling") or {})}
 
 
-def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
-    """Apply the original's defaults with validation data: validate each epoch, keep the best."""
-    data, params = get_section(raw, "data.params"), get_section(raw, "model.params")
+def _set_validation_defaults(config: JsonMapping, result: _Translation) -> None:
+    """Set the original's defaults with validation data: validate each epoch, keep the best."""
+    data, params = get_section(config, "data.params"), get_section(config, "model.params")
     if not data.get("validation"):
         return
     is_set = result.sections.get("callbacks", {}).keys() & {"validate_steps", "validate_epochs"}
     if not is_set and "shards" not in (data.get("train") or {}):
         result.set_defaults("callbacks", validate_epochs=1)
-    # Other autoencoder tasks have no losses of the names that `monitor` may have there.
+    # The losses of other autoencoder tasks do not have the names that a `monitor` has.
     loss_class = str(get_section(params, "lossconfig").get("target"))
     if params.get("monitor") and ("unet_config" in params or loss_class.endswith("Discriminator")):
         result.set_defaults("callbacks", monitor=params["monitor"], save_top_k=DEFAULT_SAVE_TOP_K)

@@ -65,8 +65,8 @@ __all__ = [
 T = TypeVar("T")
 
 UNKNOWN_KEY = "extra_forbidden"  # pydantic's type of error
-# Our texts for pydantic's messages that name Python types.
-EXPECTATIONS = {
+# Our messages, by pydantic's type of error, instead of those that name Python types.
+MESSAGES = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
     "bool_type": "should be true or false",
     "int_type": "should be a whole number",
@@ -113,7 +113,7 @@ def _check_whole(value: float) -> float:
     return value
 
 
-def _shorten_strategy(value: object) -> str:
+def _normalize_strategy(value: object) -> str:
     """Return `ddp` for a class …DDPStrategy or a name such as ddp_find_unused_parameters_false."""
     name = value.get("target") if isinstance(value, Mapping) else value
     short = str(name).rpartition(".")[2].lower().removesuffix("strategy").partition("_")[0]
@@ -131,8 +131,8 @@ def _one_of(names: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-PRECISIONS = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's other names
-PRECISION = BeforeValidator(lambda value: PRECISIONS.get(str(value), str(value)))
+PRECISION_ALIASES = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's
+NORMALIZE_PRECISION = BeforeValidator(lambda value: PRECISION_ALIASES.get(str(value), str(value)))
 OFF_AS_ZERO = BeforeValidator(lambda value: 0 if value is False else value)
 TO_INTEGER = BeforeValidator(_to_integer)
 TO_LIST = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
@@ -155,7 +155,7 @@ CountOrInf = Annotated[
 Steps = Annotated[NonnegativeOrInf, AfterValidator(_check_whole)]
 
 
-# of Lightning, whose version 1 also took strategies; the GPUs of this machine are used if there are
+# Lightning's, of which version 1 also took strategies; only cpu, gpu and cuda have an effect.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "dp", "ddp", "ddp2", "ddp_spawn")
 
 
@@ -166,36 +166,36 @@ class Section(BaseModel):
 
 
 class Trainer(Section):
-    """How long, how and on what a run trains."""
+    """Length of a run, precision, parallelism and memory."""
 
-    # The run ends after so many steps, passes over the data, or seconds over all sessions,
-    # whichever comes first; null: no limit.
+    # The run ends after this many steps, epochs, or seconds of training (those before it was
+    # resumed included), whichever comes first; null: no limit.
     max_steps: Steps | None = None
     max_epochs: Positive | None = None
     max_time: Annotated[Nonnegative, BeforeValidator(parse_duration)] | None = None
-    # maximum norm of the gradients; null or 0: no clipping
+    # maximum norm of the gradients; null or 0: no gradient clipping
     gradient_clip_val: Annotated[NonnegativeOrInf | None, BeforeValidator(lambda v: v or None)] = (
         1.0
     )
     accumulate_grad_batches: Count = 1
     scale_lr: Bool = False  # lr = accumulate_grad_batches x ranks x batch_size x base_learning_rate
-    precision: Annotated[Literal["32", "bf16-mixed", "16-mixed"], PRECISION] = "32"
+    precision: Annotated[Literal["32", "bf16-mixed", "16-mixed"], NORMALIZE_PRECISION] = "32"
     strategy: Annotated[
-        Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_shorten_strategy)
+        Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_normalize_strategy)
     ] = "auto"
-    shard_size: Count | None = None  # ranks that share one copy of the weights; hsdp needs it
+    shard_size: Count | None = None  # ranks that share one copy of the weights; for hsdp only
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
     seed: Annotated[int, Field(ge=-(10**12), le=10**12), TO_INTEGER] = (
         23  # within these bounds `ldm.data.source.derive_seed` fits 64 bits
     )
-    benchmark: Bool = False  # of cuDNN's algorithms
-    compile: Bool = False  # the UNet, by torch.compile
+    benchmark: Bool = False  # torch.backends.cudnn.benchmark
+    compile: Bool = False  # torch.compile of the UNet, or of the autoencoder
     channels_last: Bool = False
     gradient_checkpointing: Bool | None = None  # null: the model's `use_checkpoint`
     ema_device: Literal["cpu"] | None = None  # null: the device of the weights
     keep_states: Count = 2  # number of newest resume states to keep
-    nan_limit: CountOrInf = 10  # non-finite steps in a row that end the run
-    max_unreadable_fraction: Probability = 0.01  # of the samples; beyond it the run ends
+    nan_limit: CountOrInf = 10  # number of consecutive non-finite steps that ends the run
+    max_unreadable_fraction: Probability = 0.01  # of the samples; above, the run ends
     timeout: Positive = 45  # seconds without a heartbeat after which a rank counts as lost
     sanity: Bool = True  # check the initial loss of a fine-tune
 
@@ -206,7 +206,7 @@ class Optimizer(Section):
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     lr_warmup_steps: Nonnegative = 100
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    scheduler_config: JsonObject | None = None  # of the original, instead of the two above
+    scheduler_config: JsonObject | None = None  # the original's, replaces the two above
     ema_decay: BelowOne = 0.9999  # 0: no EMA
     options: JsonObject = {}
 
@@ -272,7 +272,7 @@ class Evaluation(Section):
 
     steps: Steps  # interval of evaluations
     prompts: NonEmptyStr  # a file, as for `ldm evaluate`
-    count: Count | None = None  # of prompts, drawn at random; null: all
+    count: Count | None = None  # number of prompts, drawn at random; null: all
     # guidance scales
     scales: Annotated[list[Number], TO_LIST] = [3.0]
     reference: NonEmptyStr | None = None  # folder of real images
@@ -297,7 +297,7 @@ class Callbacks(Section):
     image_steps: Steps | None = None
     image_early: Bool = False  # also at steps 1, 2, 4, 8 …
     images: Annotated[int, Field(ge=0), TO_INTEGER] = 16
-    # of the image grids; null: the first captions of the data
+    # prompts of the image grids; null: the first captions of the data
     prompts: Annotated[list[str], TO_LIST] | None = None
     sampling: Sampling = {}
     validate_steps: Steps | None = None
@@ -337,9 +337,9 @@ class NoiseLevels(TypedDict, total=False):
 
 @with_config(STRICT)
 class DiffusionObjective(CriterionOptions, total=False):
-    """`lightning.objective` of a latent diffusion model: keywords of `Diffusion`."""
+    """`lightning.objective` of a latent diffusion model: keywords of `DiffusionTask`."""
 
-    # of conditions, by batch key or of the caption; null: each encoder's `ucg_rate`
+    # probabilities by batch key, or that of the caption; null: each encoder's `ucg_rate`
     conditioning_dropout_prob: Probability | dict[str, Probability] | None
     prior_loss_weight: Nonnegative
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
@@ -358,7 +358,7 @@ class DiffusionObjective(CriterionOptions, total=False):
 class AutoencoderObjective(TypedDict, total=False):
     """`lightning.objective` of an autoencoder: keywords of the tasks in `tasks.autoencoder`."""
 
-    # weights of the losses, see `tasks.autoencoder.Reconstruction`
+    # weights of the losses, see `tasks.autoencoder.ReconstructionTask`
     l1: Nonnegative
     l2: Nonnegative
     gradient: Nonnegative
@@ -392,7 +392,7 @@ class TextualInversion(Section):
 class Dropout(BaseModel):
     """An entry of the original's `ucg_training`: probability of dropping a condition.
 
-    What replaces it, `val`, can only be the empty text.
+    `val`, which replaces the condition, can only be the empty text.
     """
 
     model_config = OPEN
@@ -408,7 +408,7 @@ class ModelParams(CriterionOptions, total=False):
     ucg_training: dict[str, Dropout]
     use_ema: Bool
     scheduler_config: JsonObject
-    # other values, which the original has, are not supported
+    # The original's other values are not supported.
     num_timesteps_cond: Literal[1]
     unet_trainable: Literal["all", True]
 
@@ -422,7 +422,7 @@ class Model(Section):
 
 
 class LoaderOptions(BaseModel):
-    """The part of `data.params` that all settings have, with defaults for configs without data."""
+    """The keys of `data.params` that are read even if a config has no data."""
 
     model_config = OPEN
     batch_size: Count = 1
@@ -433,7 +433,7 @@ class CachedLatents(Section):
     """Latents of images, encoded once before training."""
 
     cache: ExpandedPath
-    # null: all named variants of the transform, or 1
+    # null: all named variants of the transform, 1 if it has none
     variants_per_image: Count | None = None
     batch_size: Count = 32  # images encoded at once
     precision: Annotated[Literal["16", "32"], BeforeValidator(str)] = "16"
@@ -535,7 +535,7 @@ class ShardOptions(TypedDict, total=False):
 
 
 class ClassImages(Section):
-    """Class images of DreamBooth."""
+    """Class images of DreamBooth; missing ones are sampled from the model before training."""
 
     root: ExpandedPath
     prompt: NonEmptyStr
@@ -544,7 +544,7 @@ class ClassImages(Section):
 
 
 class Data(LoaderOptions):
-    """`data.params`; `train` and `validation` are options of a folder, a hub or shards."""
+    """`data.params`; `train` and `validation` are FolderOptions, HubOptions or ShardOptions."""
 
     model_config = STRICT
     batch_size: Count
@@ -585,21 +585,21 @@ def validate_section(
     where: str,
     *,
     kind: str = "key",
-    also: Collection[str] = (),
+    suggested_keys: Collection[str] = (),
 ) -> T:
     """Validate the values of a section.
 
     Args:
         where: Dotted name of the section, for messages.
-        kind: What messages call a key.
-        also: Other keys that messages may suggest for an unknown one.
+        kind: Name of a key in messages.
+        suggested_keys: More keys that messages may suggest instead of an unknown one.
     Raises:
         ValueError: A key is unknown or a value is not allowed; for the first one, in one line.
     """
     try:
         return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
-        # Of the errors of a union, those about types say the least.
+        # Of the errors of a union, those about types are the least specific.
         problem = min(
             error.errors(), key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"))
         )
@@ -607,15 +607,15 @@ def validate_section(
     if problem["type"] == UNKNOWN_KEY:
         parent = section
         for name in names[:-1]:
-            hint = get_type_hints(parent)[name]
-            parent = next(iter(get_args(hint)), hint)  # X of `X | None`
-        place = ".".join([where, *names[:-1]])
-        known = [*list_fields(parent), *(also if parent is section else ())]
-        raise unknown_name(kind, names[-1], known, place)
+            type_hint = get_type_hints(parent)[name]
+            parent = next(iter(get_args(type_hint)), type_hint)  # X of `X | None`
+        section_name = ".".join([where, *names[:-1]])
+        known = [*list_fields(parent), *(suggested_keys if parent is section else ())]
+        raise unknown_name(kind, names[-1], known, section_name)
     if problem["type"] == "missing" and problem["loc"][-1] == names[-1]:
         raise ValueError(f"{'.'.join([where, *names[:-1]])} needs `{names[-1]}`")
-    text = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    text = EXPECTATIONS.get(problem["type"], text)
+    message = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    message = MESSAGES.get(problem["type"], message)
     if len(names) == 1 and type(None) in get_args(get_type_hints(section)[names[0]]):
-        text += " or null"
-    raise ValueError(f"{'.'.join([where, *names])}: `{problem['input']}` {text}")
+        message += " or null"
+    raise ValueError(f"{'.'.join([where, *names])}: `{problem['input']}` {message}")

@@ -1,7 +1,7 @@
 """Settings of a run: the `lightning:` section of a config, and parts of the others.
 
 `schema` defines all keys. Keys of Lightning 1.4 and of the original's `main.py` are translated by
-`lightning`; ignored keys are listed as notes.
+`lightning`; a message says which are ignored.
 """
 
 import logging
@@ -15,8 +15,8 @@ from typing import TypeVar
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
-from ldm.train.config.datamodules import read_data, take_captions, translate_data_module
-from ldm.train.config.renamed import rename_keys
+from ldm.train.config.datamodules import extract_sample_prompts, read_data, translate_data_module
+from ldm.train.config.renamed_keys import rename_keys
 from ldm.train.config.schema import validate_section
 from ldm.train.config.specs import SPEC_KEYS, check_specs, drop_nulls, get_section
 from ldm.train.optim.schedules import SCHEDULER_CONFIG_KEY, LearningRateSchedule
@@ -30,8 +30,8 @@ ORIGINAL_OPTIMIZER: JsonObject = {
     "lr_warmup_steps": 0, "lr_scheduler": "constant", "weight_decay": 1e-2,
 }  # fmt: skip
 DEFAULT_MAX_EPOCHS = 1000  # as in Lightning
-HIGH_LEARNING_RATE = 3e-4  # scaled by the batch; above, training of diffusion models often diverges
-LIMITS = ("max_steps", "max_epochs", "max_time")
+HIGH_LEARNING_RATE = 3e-4  # scaled by the batch; diffusion models often diverge above
+LIMIT_KEYS = ("max_steps", "max_epochs", "max_time")
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Devices:
 
     Args:
         gpus: Indices, or a count, -1 = all; None = one process, on the first GPU if there is one.
-        needs_gpu: Whether to refuse a machine without a GPU, instead of training on its CPU.
+        needs_gpu: Whether a machine without a GPU is an error; else its CPU is used.
     """
 
     gpus: list[int] | int | None = None
@@ -56,14 +56,15 @@ class Settings:
     """The settings of one run.
 
     Args:
-        raw: The whole config, from which the others are read.
+        config: The whole config, from which the others are read.
+        loader: Batch size and number of workers, defaults in a config without data.
         objective: Keywords of the task, a `DiffusionObjective` or an `AutoencoderObjective`.
-        notes: Lines for the user, on translated and ignored keys.
+        messages: Lines to log, on translated and ignored keys.
     """
 
-    raw: JsonMapping
+    config: JsonMapping
     model: schema.Model
-    data: schema.LoaderOptions
+    loader: schema.LoaderOptions
     trainer: schema.Trainer
     optimizer: schema.Optimizer
     objective: JsonMapping
@@ -71,21 +72,21 @@ class Settings:
     devices: Devices = Devices()
     lora: schema.Lora | None = None
     textual_inversion: schema.TextualInversion | None = None
-    notes: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
     @cached_property
-    def datasets(self) -> schema.Data:
-        """The whole of `data.params`, read on first use: not all settings are for training."""
-        return read_data(self.raw["data"])
+    def data(self) -> schema.Data:
+        """All of `data.params`, read on first use, as it is missing if only a model is built."""
+        return read_data(self.config["data"])
 
     def replace(self, **sections: JsonMapping) -> "Settings":
         """Return a copy with changed values, not validated: `replace(trainer={"max_steps": 3})`."""
-        changed = copy(self)  # with `datasets`, if they were read
+        changed = copy(self)  # with the cached `data`
         for name, values in sections.items():
             vars(changed)[name] = vars(self)[name].model_copy(update=values)
         return changed
 
-    def convert_epochs(self, steps_per_epoch: Fraction | int | None) -> "Settings":
+    def convert_epochs_to_steps(self, steps_per_epoch: Fraction | int | None) -> "Settings":
         """Return a copy with all numbers of epochs converted to steps.
 
         Args:
@@ -103,30 +104,29 @@ class Settings:
             if epochs is None:
                 continue
             if steps_per_epoch is None:
-                place = f"lightning.{section}.{prefix}_epochs"
                 raise ValueError(
-                    f"{place}: the data has no known length, give `{prefix}_steps`, or for shards "
-                    "`data.params.train.length`"
+                    f"lightning.{section}.{prefix}_epochs: the length of the data is unknown, give "
+                    f"`{prefix}_steps`, or for shards `data.params.train.length`"
                 )
             count = max(1, round(epochs * steps_per_epoch))
             changes[section][f"{prefix}_steps"] = min(count, limit) if limit else count
         return self.replace(**changes)
 
     def build_lr_schedule(self, world_size: int = 1) -> tuple[LearningRateSchedule, str]:
-        """Return the learning rate schedule of the run, and a line that explains its peak.
+        """Return the learning rate schedule of the run, and an explanation of its peak.
 
-        Warns if scaling by the batch makes it too high: the original did so in silence.
+        Logs a warning if scaling by the batch probably makes it too high; the original does not.
 
         Raises:
             ValueError: The config has no `base_learning_rate`.
         """
-        require_keys(self.raw, "model.base_learning_rate")
+        require_keys(self.config, "model.base_learning_rate")
         base = self.model.base_learning_rate or 0.0
-        lr, line = base, f"learning rate {base:.2e} (base_learning_rate, scale_lr false)"
+        lr, explanation = base, f"learning rate {base:.2e} (base_learning_rate, scale_lr false)"
         if self.trainer.scale_lr:
-            accumulation, batch_size = self.trainer.accumulate_grad_batches, self.data.batch_size
+            accumulation, batch_size = self.trainer.accumulate_grad_batches, self.loader.batch_size
             lr = accumulation * world_size * batch_size * base
-            line = (
+            explanation = (
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
                 f"(ranks) x {batch_size} (batch_size) x {base:.2e} (base_learning_rate)"
             )
@@ -136,7 +136,7 @@ class Settings:
                     "if base_learning_rate is not to be scaled, set scale_lr: false",
                     lr, HIGH_LEARNING_RATE,
                 )  # fmt: skip
-        return _build_schedule(self.optimizer, lr), line
+        return _build_schedule(self.optimizer, lr), explanation
 
     def to_config(self) -> JsonObject:
         """Return the whole config, with defaults of all keys of `lightning:`."""
@@ -150,74 +150,74 @@ class Settings:
             "lora": self.lora.model_dump() if self.lora else {},
             "textual_inversion": inversion.model_dump() if inversion else {},
         }
-        return {**self.raw, "lightning": sections}
+        return {**self.config, "lightning": sections}
 
 
-def read_settings(raw: JsonMapping) -> Settings:
+def read_settings(config: JsonMapping) -> Settings:
     """Read and check the settings of a whole config, as `ldm.loading.config` reads it.
 
     Raises:
         ValueError: A section or key is unknown (the message suggests the nearest one), or a value
             is not allowed.
     """
-    raw = rename_keys(raw)
-    check_specs(get_section(raw, "model.params"), "model.params")
-    raw, captions = take_captions(raw)
-    data_module = get_section(raw, "data")
+    config = rename_keys(config)
+    check_specs(get_section(config, "model.params"), "model.params")
+    config, sample_prompts = extract_sample_prompts(config)
+    data_module = get_section(config, "data")
     check_names("key", data_module, SPEC_KEYS, "data")
     if data_module:
-        raw = {**raw, "data": translate_data_module(data_module)}
-    model = _read_section(schema.Model, raw, "model", also=["params.ckpt_path"])
-    _read_section(schema.ModelParams, raw, "model.params")
-    data = _read_section(schema.LoaderOptions, raw, "data.params")
-    lightning_trainer = _read_section(schema.LightningTrainer, raw, "lightning.trainer")
+        config = {**config, "data": translate_data_module(data_module)}
+    model = _read_section(schema.Model, config, "model", suggested_keys=["params.ckpt_path"])
+    _read_section(schema.ModelParams, config, "model.params")
+    loader = _read_section(schema.LoaderOptions, config, "data.params")
+    lightning_trainer = _read_section(schema.LightningTrainer, config, "lightning.trainer")
     known = [*SECTIONS, *lightning.SECTIONS]
-    check_names("section", get_section(raw, "lightning"), known, "lightning")
-    sections, notes = lightning.translate(raw)
+    check_names("section", get_section(config, "lightning"), known, "lightning")
+    sections, messages = lightning.translate(config)
     is_autoencoder = model.target.endswith("AutoencoderKL")
     values = {name: sections.get(name, {}) for name in SECTIONS}
-    if captions is not None:
-        values["callbacks"] = {"prompts": captions, **values["callbacks"]}
+    if sample_prompts is not None:
+        values["callbacks"] = {"prompts": sample_prompts, **values["callbacks"]}
     for name in ("lora", "textual_inversion"):
         if is_autoencoder and values[name]:
             raise ValueError(f"lightning.{name} is for diffusion models only")
-    if "optimizer" not in (raw.get("lightning") or {}):
+    if "optimizer" not in (config.get("lightning") or {}):
         values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
         scaling = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
-        notes.append(
+        messages.append(
             f"no `lightning.optimizer`: {'Adam' if is_autoencoder else 'AdamW'} as in the "
-            f"original, learning rate {scaling}, no clipping"
+            f"original, learning rate {scaling}, no gradient clipping"
         )
-        adam = {"weight_decay": 0.0} if is_autoencoder else {}  # which makes AdamW the same as Adam
-        values["optimizer"] = ORIGINAL_OPTIMIZER | adam | values["optimizer"]
-    limits = {key: values["trainer"].get(key) for key in LIMITS if key in values["trainer"]}
+        overrides = {"weight_decay": 0.0} if is_autoencoder else {}  # AdamW is then Adam
+        values["optimizer"] = ORIGINAL_OPTIMIZER | overrides | values["optimizer"]
+    limits = {key: values["trainer"].get(key) for key in LIMIT_KEYS if key in values["trainer"]}
     if limits and not any(limits.values()):
         raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
     if not limits:
         values["trainer"] = {**values["trainer"], "max_epochs": DEFAULT_MAX_EPOCHS}
-        notes.append(
+        messages.append(
             f"lightning.trainer has no limit: {DEFAULT_MAX_EPOCHS} epochs, as in Lightning"
         )
 
     def read(schema_class: type[T], section: str) -> T:
-        also = lightning.KNOWN_KEYS.get(section, ())
-        return validate_section(schema_class, values[section], f"lightning.{section}", also=also)
+        where, keys = f"lightning.{section}", lightning.KNOWN_KEYS.get(section, ())
+        return validate_section(schema_class, values[section], where, suggested_keys=keys)
 
     trainer, callbacks = read(schema.Trainer, "trainer"), read(schema.Callbacks, "callbacks")
     if trainer.strategy == "hsdp" and not trainer.shard_size:
         raise ValueError("lightning.trainer: `strategy: hsdp` needs `shard_size`")
     if trainer.strategy != "hsdp" and trainer.shard_size:  # older configs may have it
-        notes.append("lightning.trainer.shard_size is ignored: it is for `strategy: hsdp`")
-    notes += _note_missing_validation(callbacks, get_section(raw, "data.params"))
+        messages.append("lightning.trainer.shard_size is ignored: it is for `strategy: hsdp`")
+    messages += _list_unused_validation_keys(callbacks, get_section(config, "data.params"))
     if all(values["objective"].get(key) is not None for key in ("weighting", "min_snr_gamma")):
-        notes.append("lightning.objective.weighting is ignored, as `min_snr_gamma` is set")
+        messages.append("lightning.objective.weighting is ignored, as `min_snr_gamma` is set")
     trains_text = values["textual_inversion"] or "text" in values["lora"].get("targets", ())
-    if trains_text and get_section(raw, "data.params").get("texts"):
-        notes.append("data.params.texts is not used: what is trained changes the contexts")
+    if trains_text and get_section(config, "data.params").get("texts"):
+        messages.append("data.params.texts is ignored: training changes the contexts")
     return Settings(
-        raw=raw,
+        config=config,
         model=model,
-        data=data,
+        loader=loader,
         trainer=trainer,
         optimizer=_read_optimizer(values["optimizer"]),
         objective=(
@@ -237,42 +237,42 @@ def read_settings(raw: JsonMapping) -> Settings:
             if values["textual_inversion"]
             else None
         ),
-        notes=tuple(notes),
+        messages=tuple(messages),
     )
 
 
-def require_keys(raw: JsonMapping, *keys: str) -> None:
+def require_keys(config: JsonMapping, *keys: str) -> None:
     """Raise ValueError if any of these dotted keys is missing from a config."""
     missing = []
     for key in keys:
         section, _, name = key.rpartition(".")
-        if get_section(raw, section).get(name) is None:
+        if get_section(config, section).get(name) is None:
             missing.append(f"`{key}`")
     if missing:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _note_missing_validation(callbacks: schema.Callbacks, data: JsonMapping) -> Iterator[str]:
-    """Yield notes on settings of validation that have no effect."""
+def _list_unused_validation_keys(callbacks: schema.Callbacks, data: JsonMapping) -> Iterator[str]:
+    """Yield messages on validation keys that have no effect."""
     has_interval = callbacks.validate_steps or callbacks.validate_epochs
     if not data.get("validation"):
         if has_interval or callbacks.save_top_k:
-            yield "nothing is validated, as data.params.validation is missing"
+            yield "no validation: data.params.validation is missing"
     elif callbacks.save_top_k and not has_interval:
-        yield "nothing is validated, as validate_steps and validate_epochs are missing"
+        yield "no validation: validate_steps and validate_epochs are missing"
     if callbacks.monitor and not callbacks.save_top_k:
         yield "lightning.callbacks.monitor is ignored, as `save_top_k` is 0"
 
 
 def _read_section(
-    schema_class: type[T], raw: JsonMapping, where: str, also: Sequence[str] = ()
+    schema_class: type[T], config: JsonMapping, where: str, suggested_keys: Sequence[str] = ()
 ) -> T:
-    values = drop_nulls(get_section(raw, where))
-    return validate_section(schema_class, values, where, also=also)
+    values = drop_nulls(get_section(config, where))
+    return validate_section(schema_class, values, where, suggested_keys=suggested_keys)
 
 
 def _read_optimizer(values: JsonMapping) -> schema.Optimizer:
-    """Read the optimizer; keys that not all optimizers have are options of the chosen one."""
+    """Read the optimizer; keys that are not common to all optimizers are its `options`."""
     where, common_keys = "lightning.optimizer", schema.list_fields(schema.Optimizer)
     common_keys.remove("options")
     common = {key: value for key, value in values.items() if key in common_keys}
@@ -282,12 +282,12 @@ def _read_optimizer(values: JsonMapping) -> schema.Optimizer:
         {key: value for key, value in values.items() if key not in common_keys},
         where,
         kind=f"key of {optimizer.name}",
-        also=common_keys,
+        suggested_keys=common_keys,
     )
     try:
         _build_schedule(optimizer, 1.0)
     except (TypeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{SCHEDULER_CONFIG_KEY}: its numbers cannot be used: {error}") from error
+        raise ValueError(f"{SCHEDULER_CONFIG_KEY}: invalid values: {error}") from error
     return optimizer.model_copy(update={"options": options})
 
 

@@ -16,7 +16,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.specs import get_section, read_spec
 from ldm.train.tasks.criterion import LOSS_TYPES
 
-__all__ = ["is_engine", "translate_training"]
+__all__ = ["is_sgm_model", "translate_training"]
 
 PARAMS = "model.params"
 # name of a class or parameter -> ours
@@ -36,8 +36,8 @@ SAMPLER_NAMES = {
     "DPMPP2MSampler": "dpmpp_2m",
     "LinearMultistepSampler": "lms",
 }
-# The scheduler "edm" has the range of sgm's demo; "karras" has the model's, for continuous models
-# that of this very discretization.
+# EDMDiscretization is not our "edm", which has the sigma range of sgm's demo: "karras" has that of
+# the model, which a continuous model takes from its EDMDiscretization.
 SCHEDULER_NAMES = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "karras"}
 # guidance scale; None = the guider's parameter `scale`
 GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}
@@ -46,7 +46,7 @@ SAMPLER_PARAMETERS = (
 )  # fmt: skip
 
 
-def is_engine(model: JsonMapping) -> bool:
+def is_sgm_model(model: JsonMapping) -> bool:
     """Return whether the `model` section of a config is a DiffusionEngine of `sgm`."""
     return model.get("target") == ENGINE
 
@@ -73,30 +73,29 @@ def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
 
 
 def _translate_objective(params: JsonMapping) -> JsonObject:
-    # Where configs from before November 2023 have it.
+    # Configs from before November 2023 have the weighting here.
     weighting = get_section(params, "denoiser_config.params").get("weighting_config")
     weighting_where = f"{PARAMS}.denoiser_config.params.weighting_config"
     objective: JsonObject = {}
-    loss: JsonObject = {}
     if params.get("loss_fn_config"):
         where = f"{PARAMS}.loss_fn_config"
-        _, loss = read_spec(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
-        if "loss_weighting_config" in loss:
-            weighting = loss.pop("loss_weighting_config")
+        _, loss_params = read_spec(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
+        if "loss_weighting_config" in loss_params:
+            weighting = loss_params.pop("loss_weighting_config")
             weighting_where = f"{where}.params.loss_weighting_config"
-        sigma_sampler = loss.pop("sigma_sampler_config", None)
+        sigma_sampler = loss_params.pop("sigma_sampler_config", None)
         if sigma_sampler is not None:
             objective["noise_levels"] = _translate_sigma_sampler(
                 sigma_sampler, f"{where}.params.sigma_sampler_config"
             )
-        loss_type = loss.pop("loss_type", loss.pop("type", "l2"))
+        loss_type = loss_params.pop("loss_type", loss_params.pop("type", "l2"))
         check_name("loss_type", loss_type, LOSS_TYPES, where)
         objective["loss_type"] = loss_type
-        if offset := loss.pop("offset_noise_level", 0):
+        if offset := loss_params.pop("offset_noise_level", 0):
             objective |= {"noise_offset": offset, "noise_offset_by": "sample"}
-        if loss.pop("batch2model_keys", None):
+        if loss_params.pop("batch2model_keys", None):
             raise ValueError(f"{where}: `batch2model_keys` is for video models, not supported")
-        check_names("parameter", loss, (), where)
+        check_names("parameter", loss_params, (), where)
     if weighting is not None:
         name, options = read_spec(weighting, WEIGHTING_NAMES, weighting_where)
         check_names("parameter", options, ("sigma_data",), weighting_where)

@@ -10,17 +10,17 @@ __all__ = ["SPEC_KEYS", "check_specs", "drop_nulls", "get_section", "read_spec"]
 SPEC_KEYS = ("target", "params")
 
 
-def get_section(raw: JsonMapping, where: str) -> JsonMapping:
-    """Return the section `where`, "model.params", of a config; {} if there is none."""
-    node = raw
+def get_section(config: JsonMapping, where: str) -> JsonMapping:
+    """Return the section of a config at `where`, such as "model.params"; {} if it is missing."""
+    node = config
     names = where.split(".")
     for depth, name in enumerate(names, 1):
         value = node.get(name)
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            place = ".".join(names[:depth])
-            raise ValueError(f"{place}: `{value}` should be a mapping of keys")
+            full_key = ".".join(names[:depth])
+            raise ValueError(f"{full_key}: `{value}` should be a mapping of keys")
         node = value
     return node
 
@@ -32,7 +32,7 @@ def read_spec(
 
     Args:
         classes: Names that are allowed.
-        kind: What messages call the class.
+        kind: Name of the class in messages.
     """
     if not isinstance(spec, Mapping):
         raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
@@ -49,7 +49,7 @@ def drop_nulls(section: JsonMapping) -> JsonObject:
 
 
 def check_specs(section: JsonMapping, where: str) -> None:
-    """Refuse keys beside `target` and `params` in all specs of a section; nothing reads them."""
+    """Raise for keys other than `target` and `params` in the specs of a section; none is read."""
     if "target" in section:
         check_names("key", section, SPEC_KEYS, where)
     for key, value in section.items():

@@ -1,6 +1,6 @@
 """Start the processes of a run on their GPUs: `--gpus 0,1,` as in the original, or --nproc.
 
-For several processes, torchrun replaces this one.
+If there are several, this process is replaced by torchrun, which starts them.
 """
 
 import logging
@@ -17,30 +17,30 @@ from ldm.runtime.ranks import get_rank_and_world_size
 if TYPE_CHECKING:
     from ldm.train.config.settings import Devices
 
-__all__ = ["choose_on_first_rank", "count_processes", "launch"]
+__all__ = ["count_processes", "launch", "run_on_first_rank"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PROGRAM = "ldm.train.command"  # the module that torchrun starts
-NODES = """\
+NODES_ERROR = """\
 {nodes} nodes are started by torchrun on each of them
 hint: torchrun --nnodes {nodes} --nproc-per-node {count} --rdzv-backend c10d --rdzv-endpoint \
 HOST:29500 -m {program} …"""
 
 
-def count_processes(devices: "Devices", per_node: int = 0) -> int:
-    """Count the processes on all nodes; `per_node` 0: one for each GPU."""
-    count = per_node or max(1, len(_list_gpus(devices.gpus)))
+def count_processes(devices: "Devices", nproc_per_node: int = 0) -> int:
+    """Count the processes on all nodes; `nproc_per_node` 0 is one for each GPU."""
+    count = nproc_per_node or max(1, len(_list_gpus(devices.gpus)))
     return max(get_rank_and_world_size()[1], count * devices.num_nodes)
 
 
-def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
-    """Select the GPUs of this process; replace it by torchrun if there are to be several.
+def launch(devices: "Devices", nproc_per_node: int, argv: Sequence[str]) -> None:
+    """Select the GPUs of this process; replace it by torchrun if several processes are requested.
 
     Args:
-        per_node: Number of processes on this machine; 0: one for each GPU.
+        nproc_per_node: Number of processes on this machine; 0 = one for each GPU.
         argv: Command-line arguments of the processes.
     Raises:
         ValueError: There are too few GPUs, or several nodes are requested.
@@ -58,13 +58,13 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
     import torch
 
     available, indices = torch.cuda.device_count(), _list_gpus(devices.gpus)
-    count = per_node or max(1, len(indices))
+    count = nproc_per_node or max(1, len(indices))
     if devices.num_nodes > 1:
-        raise ValueError(NODES.format(nodes=devices.num_nodes, count=count, program=PROGRAM))
+        raise ValueError(NODES_ERROR.format(nodes=devices.num_nodes, count=count, program=PROGRAM))
     if available:
         if devices.gpus is not None:
             _set_visible_devices(indices, available)
-    elif len(indices) > 1 and not per_node:
+    elif len(indices) > 1 and not nproc_per_node:
         raise ValueError(
             f"{len(indices)} GPUs requested, none available\nhint: --nproc {len(indices)} starts "
             "as many processes on the CPU"
@@ -75,30 +75,30 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
         _replace_process(["--standalone", f"--nproc-per-node={count}", "-m", "--", PROGRAM, *argv])
 
 
-def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
-    """Call `choose` on the first process, and return its result on all.
+def run_on_first_rank(function: Callable[[Sequence[str]], T]) -> T:
+    """Call a function on the first process, and return its result on all.
 
     Args:
-        choose: Takes the ids of the torchruns that started the processes, some of which stay the
-            same when processes are restarted after a failure.
+        function: Takes the ids of the torchruns that started the processes. When processes are
+            restarted after a failure, some torchruns and their ids remain.
     """
-    torchrun_id = _torchrun_id()
+    torchrun_id = _get_torchrun_id()
     if get_rank_and_world_size()[1] == 1:
-        return choose([torchrun_id] if torchrun_id else [])
+        return function([torchrun_id] if torchrun_id else [])
     from ldm.runtime.device import pick_device
     from ldm.train.distributed import parallel
 
     ranks = parallel.connect(pick_device(None))
     torchrun_ids = sorted({*ranks.gather_texts(torchrun_id)} - {""})
-    choice = ranks.run_on_first(lambda: choose(torchrun_ids))
+    result = ranks.run_on_first(lambda: function(torchrun_ids))
     if ranks.heartbeat is not None:
         ranks.heartbeat.stop()  # the run has a heartbeat of its own
-    return choice
+    return result
 
 
-def _torchrun_id() -> str:
+def _get_torchrun_id() -> str:
     """Return an id of the torchrun that started this process; "" if none."""
-    launch_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     parent = os.getppid()
     # Process ids repeat in other containers and after a reboot: add start time and boot id.
     try:
@@ -107,11 +107,11 @@ def _torchrun_id() -> str:
         start += " " + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     except (OSError, IndexError):  # not Linux
         start = ""
-    return f"{launch_id} {platform.node()} {parent} {start}" if launch_id else ""
+    return f"{run_id} {platform.node()} {parent} {start}" if run_id else ""
 
 
 def _list_gpus(gpus: list[int] | int | None) -> list[int]:
-    """Return the indices of GPUs, of which -1 are all that are available."""
+    """Return the indices of GPUs from a list or a count; -1 = all that are available."""
     if isinstance(gpus, list):
         return gpus
     if gpus == -1:

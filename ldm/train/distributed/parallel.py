@@ -41,13 +41,13 @@ __all__ = [
     "gather_shards",
     "is_sharded",
     "reshard",
+    "set_gradient_sync",
     "shard",
-    "sync_gradients",
 ]
 
 T = TypeVar("T")
 
-BLOCKS = (ResBlock, TransformerBlock)  # sharded separately, so that one is gathered at a time
+SHARDED_BLOCKS = (ResBlock, TransformerBlock)  # separately, so that one is gathered at a time
 START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
 # Long, as ranks may be busy; the heartbeat detects dead ones.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -115,8 +115,8 @@ class Ranks:
         if self.is_first:
             self.max([0.0])
 
-    def stop(self) -> None:
-        """Disconnect this process from the others."""
+    def disconnect(self) -> None:
+        """Disconnect this process from the others, once all have come here."""
         if self.heartbeat is not None:
             dist.barrier()  # busy processes send heartbeats until here
             self.heartbeat.stop()
@@ -214,18 +214,19 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self.rank = rank
         self.timeout = timeout
-        self.watched = range(1, world_size) if rank == 0 else range(1)
-        self.stopped = threading.Event()
+        self.watched_ranks = range(1, world_size) if rank == 0 else range(1)
+        self.stop_event = threading.Event()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         self.store = dist.PrefixStore(f"heartbeat/{session}", store)
 
     def run(self) -> None:
-        last = dict.fromkeys(self.watched, (0, time.monotonic()))
-        while not self.stopped.wait(self.timeout / 10):
+        # rank -> number of its last heartbeat, and when it was received
+        last = dict.fromkeys(self.watched_ranks, (0, time.monotonic()))
+        while not self.stop_event.wait(self.timeout / 10):
             try:
                 self.store.add(str(self.rank), 1)
-                counts = {other: self.store.add(str(other), 0) for other in self.watched}
+                counts = {other: self.store.add(str(other), 0) for other in self.watched_ranks}
             except Exception:  # torch's store raises various errors when its server is gone
                 self._exit("the connection to the first process is lost")
                 return
@@ -237,11 +238,11 @@ class Heartbeat(threading.Thread):
                     self._exit(f"process {other} has been silent for {self.timeout:g} s")
 
     def stop(self) -> None:
-        self.stopped.set()
+        self.stop_event.set()
         self.join()
 
     def _exit(self, reason: str) -> None:
-        if not self.stopped.is_set():
+        if not self.stop_event.is_set():
             sys.stderr.write(f"process {self.rank} ends: {reason}\n")
             sys.stderr.flush()
             os._exit(1)  # the main thread may hang in an uninterruptible collective
@@ -279,15 +280,15 @@ def shard(
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
     for network in module.children() if isinstance(module, nn.ModuleDict) else [module]:
         if any(p.requires_grad for p in network.parameters()):
-            for block in [m for m in network.modules() if isinstance(m, BLOCKS)]:
+            for block in [m for m in network.modules() if isinstance(m, SHARDED_BLOCKS)]:
                 fully_shard(block, mesh=mesh)
-            # CLIP's `logit_scale`: scalars cannot be sharded, and no loss depends on it
+            # Scalars cannot be sharded: CLIP's `logit_scale`, on which no loss depends.
             scalars = {p for p in network.parameters() if p.ndim == 0}
             fully_shard(network, mesh=mesh, ignored_params=scalars)
 
 
-def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Set whether the next backward pass exchanges the gradients of sharded weights."""
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Set whether backward passes exchange the gradients of sharded weights."""
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
             submodule.set_requires_gradient_sync(enabled, recurse=False)
@@ -302,10 +303,10 @@ def reshard(module: nn.Module) -> None:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Keep a module in eval mode, without gradients, within the context; reshard it afterwards.
+    """Within the context, keep a module in eval mode, without gradients; reshard it afterwards.
 
-    `inference_mode` would make inference tensors of the gathered weights of sharded models, which
-    autograd cannot use when training goes on.
+    With `inference_mode`, the weights that a sharded model gathers would be inference tensors,
+    which autograd cannot use in the next training step.
     """
     training_modules = [submodule for submodule in module.modules() if submodule.training]
     module.eval()

@@ -1,4 +1,4 @@
-"""Signals of a training run: SIGTERM and SIGINT stop it after the step, SIGUSR1 saves its state.
+"""Signals of a training run: SIGTERM and SIGINT stop it after the step, SIGUSR1 saves a state.
 
 A second SIGTERM or SIGINT has its usual effect, and ends the process immediately.
 """
@@ -18,28 +18,28 @@ class SignalHandler:
     """Collects the actions that signals request, within its context."""
 
     def __init__(self) -> None:
-        self.pending: list[str] = []
-        self.previous: dict[int, Handler] = {}
+        self.pending_actions: list[str] = []
+        self.previous_handlers: dict[int, Handler] = {}
 
     def take(self) -> set[str]:
         """Return the actions requested since the last call, "stop" and "save"."""
-        count = len(self.pending)  # a signal may add one at any moment
-        actions = set(self.pending[:count])
-        del self.pending[:count]
+        count = len(self.pending_actions)  # a signal may add one at any moment
+        actions = set(self.pending_actions[:count])
+        del self.pending_actions[:count]
         return actions
 
     def __enter__(self) -> "SignalHandler":
         for number in signal.valid_signals():
             if isinstance(number, signal.Signals) and number.name in ACTIONS:
-                self.previous[number] = signal.signal(number, self._receive)
+                self.previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         action = ACTIONS[signal.Signals(number).name]
         if action == "stop":
-            signal.signal(number, self.previous[number])
-        self.pending.append(action)
+            signal.signal(number, self.previous_handlers[number])
+        self.pending_actions.append(action)

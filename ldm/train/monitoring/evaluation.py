@@ -1,4 +1,4 @@
-"""Evaluation during training: log FID, KID, CLIP score … of images of fixed prompts.
+"""Evaluation during training: FID, KID, CLIP score … of images sampled from fixed prompts.
 
 eval/fid_scale_3, eval/prompt_score_scale_3 …
 """
@@ -22,20 +22,20 @@ from ldm.pipelines.families import FAMILIES, find_family
 from ldm.runtime.errors import ConfigError
 from ldm.train.config.schema import Evaluation
 from ldm.train.distributed.parallel import eval_mode, is_sharded
-from ldm.train.monitoring.samples import SAMPLING
+from ldm.train.monitoring.samples import DEFAULT_SAMPLING
 from ldm.train.run import Run
 
 __all__ = ["Evaluator"]
 
-WHERE = "lightning.callbacks.evaluation"
+SECTION = "lightning.callbacks.evaluation"
 
 
 class Evaluator:
     """Scores a run; all files are opened in advance, so that a wrong one ends the run early.
 
     Raises:
-        ConfigError: The model is not text to image, a prompt has options, or there is nothing to
-            score images with.
+        ConfigError: The model is not a text-to-image model, a prompt has options, or there is
+            neither a folder of reference images nor a CLIP model.
         ValueError, OSError: A file cannot be read.
     """
 
@@ -44,16 +44,16 @@ class Evaluator:
         self.options = options
         model = run.model
         if not isinstance(model, LatentDiffusion) or find_family(model.conditioner) != "text":
-            raise ConfigError(f"{WHERE}: only {FAMILIES['text'].title} can be evaluated")
+            raise ConfigError(f"{SECTION}: only {FAMILIES['text'].title} can be evaluated")
         sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
         self.prompts = [source.text for source in sources]
         for prompt in self.prompts:
             if has_options(prompt, TASK) or split_tags(prompt)[1]:
-                raise ConfigError(f"{WHERE}.prompts: `{prompt}` has options or LoRAs of its own")
+                raise ConfigError(f"{SECTION}.prompts: `{prompt}` has options or LoRAs of its own")
         self.reference: ImageSet | None = None
         self.extractor: InceptionExtractor | None = None
         self.judge: CLIPJudge | None = None
-        if not run.ranks.is_first:  # which scores alone
+        if not run.ranks.is_first:  # the others never score
             return
         if options.reference is not None:
             side = model.image_size * model.downscale
@@ -63,12 +63,12 @@ class Evaluator:
         if clip is not None:
             self.judge = load_judge(clip, run.device)
         if self.extractor is None and self.judge is None:
-            raise ConfigError(f"{WHERE} needs `reference`, a folder of images, or `clip`, a file")
+            raise ConfigError(f"{SECTION} needs `reference`, a folder of images, or `clip`, a file")
 
     def __call__(self) -> dict[str, float]:
-        """Score images that are sampled with the EMA weights; return {} on processes but the first.
+        """Sample images with the EMA weights, and return their scores by name.
 
-        The first process samples and scores; if weights are sharded, all processes must sample.
+        The first process samples and scores; others return {}, but sample if weights are sharded.
         """
         run = self.run
         if not (run.ranks.is_first or is_sharded(run.task.trainable)):
@@ -84,11 +84,12 @@ class Evaluator:
     def _score(self, scale: float) -> dict[str, float]:
         run, model = self.run, self.run.model
         assert isinstance(model, LatentDiffusion)
-        sampling: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling, "scale": scale}
+        options = run.settings.callbacks.sampling
+        sampling: dict[str, Any] = {**DEFAULT_SAMPLING, **options, "scale": scale}
         features, prompt_scores = [], []
         for start in range(0, len(self.prompts), run.batch_size):
             prompts = self.prompts[start : start + run.batch_size]
-            # An image depends on its number alone, not on the batch size.
+            # An image depends on its index only, not on the batch size.
             seeds = list(range(start, start + len(prompts)))
             with run.autocast():
                 images = to_pil(txt2img(model, prompts, seeds=seeds, **sampling))

@@ -1,7 +1,7 @@
 """Progress bar and loggers of a run; only the first process logs.
 
 csv           log.csv, a row per logged step
-tensorboard   tensorboard/, skipped with a note if the package is not installed
+tensorboard   tensorboard/, skipped with a message if the package is not installed
 wandb         Weights & Biases
 """
 
@@ -22,7 +22,7 @@ from ldm.runtime.files import write_atomically
 from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import Ranks
 
-__all__ = ["CsvLogger", "Loggers", "ProgressBar", "read_table"]
+__all__ = ["CsvLogger", "LoggerCollection", "ProgressBar", "read_table"]
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +45,19 @@ class Logger:
         """Log a PNG."""
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write pending entries."""
 
 
-class Loggers(Logger):
+class LoggerCollection(Logger):
     """Several loggers as one.
 
     Args:
         names: "csv", "tensorboard", "wandb"; () on all processes but the first.
-        start: Step that the run resumes from; later entries are dropped, as they are logged again.
-        wandb: Keywords of `wandb.init` (project, name, …); None = none.
+        start_step: Step that the run resumes from; entries of later steps are dropped.
+        wandb: Keywords of `wandb.init` (project, name, …); None = its defaults.
         config: Config of the run, for wandb.
     Raises:
-        ImportError: Wandb is selected and not installed.
+        ImportError: "wandb" is given, but not installed.
     """
 
     def __init__(
@@ -65,21 +65,23 @@ class Loggers(Logger):
         folder: Path,
         names: Sequence[str],
         *,
-        start: int = 0,
+        start_step: int = 0,
         wandb: JsonMapping | None = None,
         config: JsonMapping | None = None,
     ) -> None:
         self.loggers: list[Logger] = []
         if "csv" in names:
-            self.loggers.append(CsvLogger(folder / "log.csv", start=start))
+            self.loggers.append(CsvLogger(folder / "log.csv", start_step=start_step))
         if "wandb" in names:
             self.loggers.append(WandbLogger(folder, wandb or {}, config or {}))
         if "tensorboard" in names:
             try:
-                self.loggers.append(TensorBoardLogger(folder / "tensorboard", start))
+                self.loggers.append(TensorBoardLogger(folder / "tensorboard", start_step))
             except ImportError:
-                hint = "pip install 'ldm-revived[train]'"
-                log.info("no log for TensorBoard, the package is not installed\nhint: %s", hint)
+                log.info(
+                    "no log for TensorBoard, the package is not installed\n"
+                    "hint: pip install 'ldm-revived[train]'"
+                )
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for logger in self.loggers if values else ():
@@ -95,12 +97,12 @@ class Loggers(Logger):
 
 
 class CsvLogger(Logger):
-    """A CSV table; new names add columns, and rows of steps after `start` are dropped."""
+    """A CSV table; new names add columns, and rows of steps after `start_step` are dropped."""
 
-    def __init__(self, path: Path, *, start: int = 0) -> None:
+    def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self.path = path
         self.columns, rows = read_table(path)
-        earlier = [row for row in rows if int(row["step"]) <= start]
+        earlier = [row for row in rows if int(row["step"]) <= start_step]
         if len(earlier) < len(rows):
             _write_table(path, self.columns, earlier)
 
@@ -119,10 +121,10 @@ class CsvLogger(Logger):
 class TensorBoardLogger(Logger):
     """Events in a folder that `tensorboard --logdir` shows."""
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -167,28 +169,28 @@ class ProgressBar:
     """A progress bar with losses, learning rate, images per second and memory, also logged.
 
     Args:
-        steps: Number of steps of the whole run; None = unknown, as it ends by time.
-        every: Interval of logging, in steps; between, losses stay on their device, so that the CPU
-            does not wait for a GPU.
+        max_steps: Number of steps of the whole run; None = unknown, as it ends by time.
+        log_every: Interval of logging, in steps; between, losses stay on their device, so that the
+            CPU does not wait for a GPU.
     """
 
     def __init__(
         self,
-        loggers: Loggers,
+        loggers: LoggerCollection,
         ranks: Ranks,
         device: torch.device,
         *,
-        start: int,
-        steps: float | None,
-        every: float = 20,
+        start_step: int,
+        max_steps: float | None,
+        log_every: float = 20,
     ) -> None:
         self.loggers = loggers
         self.ranks = ranks
         self.device = device
-        self.every = every
+        self.log_every = log_every
         self.bar = tqdm(
-            total=steps,
-            initial=start,
+            total=max_steps,
+            initial=start_step,
             unit="step",
             dynamic_ncols=True,
             mininterval=1 if sys.stderr.isatty() else 30,
@@ -197,11 +199,11 @@ class ProgressBar:
         self._reset()
 
     def update(self, step: int, losses: Mapping[str, Tensor], lr: float, images: int) -> None:
-        """Count a step.
+        """Count a step, and log means since the last logged step if the interval is over.
 
         Args:
             losses: Scalars, which are logged; other tensors are ignored.
-            images: Number of images of the step, of all processes.
+            images: Number of images of the step, on all processes together.
         """
         self.bar.update()
         for name, value in losses.items():
@@ -209,16 +211,16 @@ class ProgressBar:
                 self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach()
         self.images += images
         self.steps += 1
-        if step % self.every and step != self.bar.total:
+        if step % self.log_every and step != self.bar.total:
             return
         means = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
         means |= {
             "lr": lr,
             "images_per_second": self.images / (time.monotonic() - self.start_time),
-            "memory_gib": _peak_memory_gib(self.device),
+            "memory_gib": _get_peak_memory_gib(self.device),
         }
-        line = [text.format(means[name]) for name, text in FORMATS.items() if name in means]
-        self.bar.set_postfix_str(", ".join(line), refresh=False)
+        texts = [form.format(means[name]) for name, form in FORMATS.items() if name in means]
+        self.bar.set_postfix_str(", ".join(texts), refresh=False)
         self.loggers.log_scalars(step, means)
         self._reset()
 
@@ -232,7 +234,7 @@ class ProgressBar:
         self.start_time = time.monotonic()
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def _get_peak_memory_gib(device: torch.device) -> float:
     """Return the peak memory of the GPU, or of this process on a CPU; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -240,7 +242,7 @@ def _peak_memory_gib(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes; the number is in KiB but for macOS
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes; ru_maxrss is in KiB, but not on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 

@@ -2,9 +2,9 @@
 
     images/train/samples_gs-001000_e-000002_b-001000.png   and .txt, its prompts
 
-Each sample follows an image if the model is conditioned on images, or trained on a range of
-timesteps only, where samples start from that image with noise. Grids of an autoencoder show images
-above their reconstructions.
+An image is shown before each sample if the model is conditioned on images, or is trained on a range
+of timesteps only: sampling then starts from that image with noise. Grids of an autoencoder show
+images above their reconstructions.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ from ldm.train.tasks.diffusion import ZERO_SIZES
 __all__ = ["draw_samples"]
 
 LABEL_HEIGHT = 20  # pixels
-TEXT_AND_NUMBERS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys without images
-SAMPLING = {"steps": 20, "scale": 3.0}  # defaults of `callbacks.sampling`
+NON_IMAGE_KEYS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys of texts and numbers
+DEFAULT_SAMPLING = {"steps": 20, "scale": 3.0}  # defaults of `callbacks.sampling`
 
 
 def draw_samples(run: Run) -> list[Path]:
@@ -64,7 +64,7 @@ def draw_samples(run: Run) -> list[Path]:
         path = run.folder / "images" / split / name
         if run.ranks.is_first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _label_grids(grids).save(path)
+            _stack_labelled_grids(grids).save(path)
             if "txt" in samples[0]:
                 texts = [f"{item['txt']}\n" for item in samples]
                 path.with_suffix(".txt").write_text("".join(texts), "utf-8")
@@ -73,7 +73,7 @@ def draw_samples(run: Run) -> list[Path]:
 
 
 def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
-    """Sample a grid, in batches of the training's size, which fit into memory."""
+    """Sample a grid, in batches of the training batch size, as these fit into memory."""
     model, n, batch_size = run.model, len(samples), run.batch_size
     images = torch.stack([item["jpg"] for item in samples])  # (n, 3, H, W)
     starts = range(0, n, batch_size)
@@ -84,7 +84,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
     columns = max(1, round(n**0.5))
     sampled = [sample_images(run, model, samples[k : k + batch_size], k) for k in starts]
     cells = torch.cat(sampled)
-    if run.timesteps is not None or model.conditioner.keys - TEXT_AND_NUMBERS:
+    if run.timesteps is not None or model.conditioner.keys - NON_IMAGE_KEYS:
         columns, cells = 2 * columns, torch.stack([images, cells], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(cells), columns)
 
@@ -95,7 +95,7 @@ def sample_images(
     """Sample images (n, 3, H, W) in [-1, 1] on the CPU, conditioned on samples of the data.
 
     Args:
-        seed: Of the first image; the next ones count on.
+        seed: Seed of the first image; that of image k is seed + k.
     """
     batch = collate(list(samples))
     height, width = batch["jpg"].shape[-2:]
@@ -106,7 +106,7 @@ def sample_images(
     if ZERO_SIZES in run.settings.objective.get("legacy", ()):
         dropout = dict.fromkeys(model.conditioner.keys, 1.0)
     uncond = model.condition(batch, dropout)
-    options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
+    options: dict[str, Any] = {**DEFAULT_SAMPLING, **run.settings.callbacks.sampling}
     if run.timesteps is not None:  # start at the highest noise level that is trained
         strength = run.timesteps[1] / len(model.schedule)
         generator = torch.Generator().manual_seed(seed)
@@ -118,8 +118,8 @@ def sample_images(
     return image
 
 
-def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Stack grids, each below its label."""
+def _stack_labelled_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Stack (label, grid) pairs, each grid below its label."""
     font = ImageFont.load_default(size=12)
     width = max(max(grid.width, int(font.getlength(text)) + 8) for text, grid in grids)
     stacked = Image.new(

@@ -3,7 +3,7 @@
 The loss of the model is compared with a baseline without a network, the least-squares multiple of
 each noisy latent. A trained model is far better; one with the wrong prediction type
 (v taken for eps), or with latents of the wrong scale, is worse. The prediction is compared with
-eps, v and x0, to tell its actual type.
+eps, v and x0, to detect its actual type.
 """
 
 import logging
@@ -21,28 +21,28 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.distributed.parallel import eval_mode
 from ldm.train.tasks.noise_levels import draw_timesteps
 
-__all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_baseline"]
+__all__ = ["NUM_SAMPLES", "BaselineComparison", "check_initial_weights", "compare_with_baseline"]
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 16  # of the training data
+NUM_SAMPLES = 16  # that the training loop passes, from the training data
 # Maximum of loss / baseline loss. Measured on the demo model, which predicts v:
 #     correct                     0.22
 #     taken for eps, for x0       1.7, 6
 #     latents times 0.18, 5.5     1.4, 2.4
 #     random weights              1.0
-LIMIT = 0.85
+MAX_LOSS_RATIO = 0.85
 STD_RANGE = (0.4, 2.5)  # standard deviation of latents with a plausible scale factor
 HINT = "\nhint: lightning.trainer.sanity=false skips this check"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     """Losses of a model and of the baseline on one batch.
 
     Args:
         parameterization: That of the config.
-        ratios: Loss / baseline loss, as if the model predicted eps, v or x0.
+        ratios: Loss / baseline loss if the prediction is taken for eps, for v, and for x0.
         std: Standard deviation of the latents.
     """
 
@@ -53,28 +53,27 @@ class Comparison:
     std: float
 
     @property
-    def nearest(self) -> str:
+    def best_fit(self) -> str:
         """The parameterization that the prediction fits best."""
         return min(self.ratios, key=lambda name: self.ratios[name])
 
     def find_problem(self) -> str | None:
         """Return a description of the problem in one line; None if there is none."""
-        numbers = (
+        measurements = (
             f"(loss {self.loss:.3f}, baseline {self.baseline_loss:.3f}, latents with std "
             f"{self.std:.2f})"
         )
-        if self.nearest != self.parameterization and self.ratios[self.nearest] < LIMIT:
+        if self.best_fit != self.parameterization and self.ratios[self.best_fit] < MAX_LOSS_RATIO:
             return (
-                f"the model predicts `{self.nearest}`, but model.params.parameterization says "
-                f"`{self.parameterization}` {numbers}"
+                f"the model predicts `{self.best_fit}`, but model.params.parameterization says "
+                f"`{self.parameterization}` {measurements}"
             )
-        if self.ratios[self.parameterization] <= LIMIT:
+        if self.ratios[self.parameterization] <= MAX_LOSS_RATIO:
             return None
         if not STD_RANGE[0] <= self.std <= STD_RANGE[1]:
-            return f"model.params.scale_factor does not suit this autoencoder {numbers}"
-        return (
-            f"the model is hardly better than a trivial baseline: are its weights loaded? {numbers}"
-        )
+            return f"model.params.scale_factor does not fit this autoencoder {measurements}"
+        problem = "the model is hardly better than a trivial baseline: are its weights loaded?"
+        return f"{problem} {measurements}"
 
 
 def check_initial_weights(
@@ -89,7 +88,7 @@ def check_initial_weights(
 
     Args:
         samples: Samples of the training data with images ("jpg") of one size.
-        batch_size: Samples that fit into memory.
+        batch_size: Number of samples that fit into memory.
         timesteps: Range [first, end) of timesteps; None = all.
     Raises:
         ValueError: The weights do not fit the config; the message says what may be wrong.
@@ -104,7 +103,7 @@ def check_initial_weights(
                 model, samples, generator, batch_size=batch_size, timesteps=timesteps
             )
             log.info(
-                "the model predicts %s: initial loss %.3f, of a trivial baseline %.3f",
+                "the model predicts %s: initial loss %.3f, trivial baseline %.3f",
                 result.parameterization,
                 result.loss,
                 result.baseline_loss,
@@ -120,11 +119,11 @@ def compare_with_baseline(
     samples: Sequence[Sample],
     generator: torch.Generator,
     *,
-    batch_size: int = SAMPLES,
+    batch_size: int = NUM_SAMPLES,
     timesteps: Sequence[int] | None = None,
-) -> Comparison:
+) -> BaselineComparison:
     """Compare losses of a model and of the baseline; arguments as `check_initial_weights`."""
-    t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
+    t = draw_timesteps(model.schedule, len(samples), generator, timestep_range=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
     outputs = [
@@ -134,16 +133,18 @@ def compare_with_baseline(
     z, noise, prediction = (torch.cat(values) for values in zip(*outputs, strict=True))
     losses: dict[str, float] = {}
     baselines: dict[str, float] = {}
-    # The noisy latents, but for a scale, which the baseline fits.
+    # The noisy latents up to a factor, which the baseline fits anyway.
     x = z + model.schedule.t_to_sigma(t).to(z).view(-1, 1, 1, 1) * noise
     configured = model.parameterization
     names = ["edm"] if configured == "edm" else [p for p in PARAMETERIZATIONS if p != "edm"]
     for name in names:
         target = replace(model.denoiser, parameterization=name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
-        baselines[name] = float(_baseline_loss(x, target))
+        baselines[name] = float(_compute_baseline_loss(x, target))
     ratios = {name: losses[name] / baselines[name] for name in losses}
-    return Comparison(configured, losses[configured], baselines[configured], ratios, float(z.std()))
+    return BaselineComparison(
+        configured, losses[configured], baselines[configured], ratios, float(z.std())
+    )
 
 
 def _predict(
@@ -157,8 +158,8 @@ def _predict(
     return z, noise, model.denoiser.predict_at(z, model.condition(batch), t, noise)
 
 
-def _baseline_loss(x: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of the best multiple of x, chosen for each sample."""
+def _compute_baseline_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of the best multiple of x, fitted for each sample."""
     x, target = x.flatten(1), target.flatten(1)  # (B, N)
     factor = (x * target).sum(1) / x.square().sum(1)  # (B,)
     return (factor[:, None] * x - target).square().mean()
@@ -166,7 +167,7 @@ def _baseline_loss(x: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
-    """Compare reconstructions of images with their mean colors.
+    """Compare the errors of reconstructions with those of the images' mean colors.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
@@ -177,10 +178,10 @@ def find_autoencoder_problem(model: AutoencoderKL, image: Tensor) -> str | None:
     reconstruction = model.decode(model.encode(image).mode()).float()
     error = float((reconstruction - image).square().mean())
     baseline = float((image - image.mean((2, 3), keepdim=True)).square().mean())
-    log.info("initial reconstruction MSE %.4f, of mean colors %.4f", error, baseline)
-    if error <= LIMIT * baseline:
+    log.info("initial reconstruction MSE %.4f, MSE of mean colors %.4f", error, baseline)
+    if error <= MAX_LOSS_RATIO * baseline:
         return None
     return (
         "the autoencoder is hardly better than mean colors: are its weights loaded? "
-        f"(reconstruction MSE {error:.3f}, of mean colors {baseline:.3f})"
+        f"(reconstruction MSE {error:.3f}, MSE of mean colors {baseline:.3f})"
     )

@@ -22,23 +22,23 @@ class Interval:
         self.minutes = minutes or math.inf
         self.steps = steps
         self.early = early
-        self.last_time = time.monotonic()
+        self.last_due_time = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Return whether the action is due now; if so, the next minutes are counted from here."""
-        is_time = time.monotonic() - self.last_time >= 60 * self.minutes
+        """Return whether the action is due now; if so, count the minutes from now again."""
+        is_time = time.monotonic() - self.last_due_time >= 60 * self.minutes
         is_early = self.early and step & (step - 1) == 0  # a power of two
         is_step = self.steps is not None and self.steps > 0 and step % self.steps == 0
         if is_time or is_early or is_step:
-            self.last_time = time.monotonic()
+            self.last_due_time = time.monotonic()
         return is_time or is_early or is_step
 
 
 class StepTimer:
     """Measures the training time of a step, in seconds, between `start` and `stop`.
 
-    A step counts as at most MAX_RATIO median steps: if it takes longer, the process was suspended
-    (SIGSTOP, a closed laptop).
+    A step counts as at most MAX_RATIO median steps: a longer one means that the process was
+    suspended (SIGSTOP, a closed laptop).
     """
 
     MAX_RATIO = 10
@@ -48,11 +48,11 @@ class StepTimer:
         self.start()
 
     def start(self) -> None:
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
     def stop(self) -> float:
         """Return the seconds since `start` or the last `stop`."""
-        seconds = time.monotonic() - self.began
+        seconds = time.monotonic() - self.start_time
         typical = median(self.durations) if len(self.durations) >= 5 else math.inf
         self.durations.append(seconds)
         self.start()

@@ -21,11 +21,11 @@ MAX_CURVES = 8  # in the plot
 
 
 class TimestepLosses:
-    """Running means of the loss in bins of timesteps; each `write` halves their weight.
+    """Exponentially decayed means of the loss in bins of timesteps; `write` halves their weights.
 
     Args:
         num_timesteps: Timesteps of the noise schedule, which are divided into `num_bins`.
-        start: Step that the run resumes from.
+        start_step: Step that the run resumes from.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TimestepLosses:
         num_timesteps: int,
         *,
         num_bins: int = 50,
-        start: int = 0,
+        start_step: int = 0,
     ) -> None:
         self.plot_path = folder / "images" / "loss-per-timestep.png"
         self.ranks = ranks
@@ -43,11 +43,11 @@ class TimestepLosses:
         self.num_bins = num_bins
         self.sums = torch.zeros(num_bins)
         self.weights = torch.zeros(num_bins)  # numbers of samples, halved by each `write`
-        self.table: CsvLogger | None = None
+        self.csv_logger: CsvLogger | None = None
         self.curves: dict[int, Tensor] = {}
         if ranks.is_first:
-            self.table = CsvLogger(folder / "timesteps.csv", start=start)
-            self._read_curves(self.table.path)
+            self.csv_logger = CsvLogger(folder / "timesteps.csv", start_step=start_step)
+            self._read_curves(self.csv_logger.path)
 
     def add(self, t: Tensor, losses: Tensor) -> None:
         """Add losses (B,) of samples at timesteps t (B,); non-finite ones are skipped."""
@@ -61,24 +61,24 @@ class TimestepLosses:
         """Write and plot the means over all processes, then halve the weight of the losses.
 
         Returns:
-            The path of the plot; None on processes but the first, without matplotlib or without any
-            losses.
+            The path of the plot; None on processes other than the first, without matplotlib, or
+            without any losses.
         """
         totals = self.ranks.sum(torch.cat([self.sums, self.weights]).tolist())
         sums, weights = torch.tensor(totals).chunk(2)
         self.sums /= 2
         self.weights /= 2
-        if self.table is None or not weights.any():
+        if self.csv_logger is None or not weights.any():
             return None
         self.curves[step] = torch.where(weights > 0, sums / weights.clamp(min=1e-9), torch.nan)
         for index, (loss, weight) in enumerate(zip(self.curves[step], weights, strict=True)):
             if weight > 0:
-                first, last = self._timestep_range(index)
+                first, last = self._get_bin_range(index)
                 row = {"from": first, "to": last, "loss": float(loss), "samples": float(weight)}
-                self.table.log_scalars(step, row)
+                self.csv_logger.log_scalars(step, row)
         return self._plot()
 
-    def _timestep_range(self, bin_index: int) -> tuple[int, int]:
+    def _get_bin_range(self, bin_index: int) -> tuple[int, int]:
         """Return the first and last timestep of a bin."""
         first, end = (
             -(-edge * self.num_timesteps // self.num_bins) for edge in (bin_index, bin_index + 1)
@@ -86,9 +86,9 @@ class TimestepLosses:
         return first, end - 1
 
     def _read_curves(self, path: Path) -> None:
-        """Read the curves of earlier sessions of the run."""
+        """Read the curves that the run wrote before it was resumed."""
         for row in read_table(path)[1]:
-            if not row["samples"]:  # cut off by a crash
+            if not row["samples"]:  # truncated by a crash
                 continue
             bin_index = int(row["from"]) * self.num_bins // self.num_timesteps
             if bin_index < self.num_bins:
@@ -104,7 +104,7 @@ class TimestepLosses:
         figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
         axes = figure.add_subplot()
         steps = sorted(self.curves)[-MAX_CURVES:]
-        bin_centers = torch.tensor([sum(self._timestep_range(i)) / 2 for i in range(self.num_bins)])
+        bin_centers = torch.tensor([sum(self._get_bin_range(i)) / 2 for i in range(self.num_bins)])
         for index, step in enumerate(steps):
             recency = (index + 1) / len(steps)  # 1: the last step
             is_last = step == steps[-1]

@@ -15,33 +15,33 @@ from ldm.train.run import Run
 __all__ = ["validate"]
 
 
-def validate(run: Run, batches: int | None = None) -> dict[str, float]:
-    """Compute mean losses over the first batches of the held-out data; all ranks call this.
+def validate(run: Run, num_batches: int | None = None) -> dict[str, float]:
+    """Compute mean losses over the first batches of the validation data; all ranks call this.
 
     Args:
-        batches: Number of batches; None = `lightning.callbacks.validate_batches`.
+        num_batches: None = `lightning.callbacks.validate_batches`.
     Returns:
-        Losses by name, {} if no data is held out.
+        Losses by name; {} without validation data.
     """
     if run.validation_source is None:
         return {}
     losses: dict[str, float] = {}
     for suffix in ("", "_ema") if run.state.ema.decay else ("",):
         with run.state.ema.apply_to(run.task.trainable, enabled=bool(suffix)):
-            count = batches or run.settings.callbacks.validate_batches
-            means = _mean_losses(run, run.validation_source, count)
+            count = num_batches or run.settings.callbacks.validate_batches
+            means = _compute_mean_losses(run, run.validation_source, count)
         losses |= {f"val/{name}{suffix}": value for name, value in means.items()}
     return losses
 
 
-def _mean_losses(run: Run, source: BatchSource, count: int) -> dict[str, float]:
+def _compute_mean_losses(run: Run, source: BatchSource, num_batches: int) -> dict[str, float]:
     rank, world_size = run.ranks.rank, run.ranks.world_size
     batches = source.batches(run.batch_size, rank=rank, world_size=world_size)
     batches_per_epoch = source.batches_per_epoch(run.batch_size)
     if batches_per_epoch is not None:
-        count = max(1, min(count, int(batches_per_epoch)))
-    # All ranks need the same number, or gathering sharded weights for a forward pass would hang.
-    batches_per_rank = -(-count // world_size)
+        num_batches = max(1, min(num_batches, int(batches_per_epoch)))
+    # All ranks need the same number: a forward pass gathers sharded weights from all.
+    batches_per_rank = -(-num_batches // world_size)
     sums: dict[str, float] = {}
     with eval_mode(run.model):
         for k, batch in enumerate(islice(batches, batches_per_rank)):

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 __all__ = ["AdamW"]
 
-REGISTER = 32  # a multiple of the elements that a vector register holds
+REGISTER_SIZE = 32  # a multiple of the elements that a vector register holds
 
 
 class AdamW(torch.optim.AdamW):
@@ -31,18 +31,18 @@ class AdamW(torch.optim.AdamW):
             # Arguments of the kernel: (weight, gradient, mean, mean square, step) each.
             updates: list[list[Tensor]] = []
             padded: list[tuple[Tensor, Tensor]] = []  # (remainder, its padded copy)
-            for tensors in self._tensors_with_gradients(group):
+            for tensors in self._iter_tensors(group):
                 if _fits_kernel(*tensors[:2]):
                     updates.append(tensors)
                     continue
                 *elementwise, step = tensors
                 flat = [_flatten(x, like=tensors[0]) for x in elementwise]
-                end = flat[0].numel() // REGISTER * REGISTER  # of what fills registers
+                end = flat[0].numel() // REGISTER_SIZE * REGISTER_SIZE  # of what fills registers
                 if end:
                     updates.append([*(x[:end] for x in flat), step])
                     step = step.clone()  # the kernel increments the step once per update
                 if end < flat[0].numel():
-                    copies = [F.pad(x[end:], (0, REGISTER - len(x[end:]))) for x in flat]
+                    copies = [F.pad(x[end:], (0, REGISTER_SIZE - len(x[end:]))) for x in flat]
                     updates.append([*copies, step])
                     padded += [(x[end:], copy) for x, copy in zip(flat, copies, strict=True)]
             if updates:
@@ -66,8 +66,8 @@ class AdamW(torch.optim.AdamW):
             for remainder, copy in padded:
                 remainder.copy_(copy[: len(remainder)])
 
-    def _tensors_with_gradients(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """Yield (weight, gradient, mean, mean square, number of steps) of each weight."""
+    def _iter_tensors(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
+        """Yield (weight, gradient, mean, mean square, step) of each weight with a gradient."""
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -80,8 +80,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def _fits_kernel(weight: Tensor, gradient: Tensor) -> bool:
-    """Return whether the kernel needs no padding: registers are full, and the layouts equal."""
-    is_whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER == 0
+    """Return whether no padding is needed: all registers are full, and the layouts are equal."""
+    is_whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER_SIZE == 0
     return is_whole and weight.stride() == gradient.stride()
 
 

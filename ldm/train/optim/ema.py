@@ -15,7 +15,7 @@ class EMA:
     """shadow = decay shadow + (1 - decay) weights, over the trainable parameters of a module.
 
     Args:
-        module: Its trainable parameters are averaged, which may be sharded.
+        module: Its trainable parameters, which may be sharded, are averaged.
         decay: After n updates, the smaller one of this and (1 + n) / (10 + n) is used.
         device: Device of the EMA; None = that of the weights.
     """
@@ -24,16 +24,16 @@ class EMA:
         self, module: nn.Module, decay: float = 0.9999, device: torch.device | None = None
     ) -> None:
         self.decay = decay
-        self.updates = 0
+        self.num_updates = 0
         parameters = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
         self.shadow = {name: p.detach().clone().to(device or p.device) for name, p in parameters}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Update the EMA by the weights of `module`."""
-        self.updates += 1
-        # The warmup is the original's: without it, initial weights would count for 1e4 steps.
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        """Update the EMA with the weights of `module`."""
+        self.num_updates += 1
+        # The original's warmup: without it, the initial weights would dominate for 1e4 steps.
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         parameters = dict(module.named_parameters())
         shadow = list(self.shadow.values())
         weights = [parameters[name].detach().to(x.device) for name, x in self.shadow.items()]
@@ -47,7 +47,7 @@ class EMA:
             return
         reshard(module)  # FSDP may hold gathered weights after a forward pass
         parameters = dict(module.named_parameters())
-        # Values are copied, as optimizer and shards refer to the tensors.
+        # Values are copied in place, as the optimizer refers to these tensors.
         backup = {name: parameters[name].detach().clone() for name in self.shadow}
         _copy_values(self.shadow, parameters)
         try:

@@ -19,11 +19,11 @@ from ldm.train.optim.adamw import AdamW
 
 __all__ = ["STATE_KEYS", "Muon", "make_optimizer"]
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients: singular values go to about 1
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # singular values converge to about 1
 NEWTON_SCHULZ_STEPS = 5
 MIN_SIDE = 16  # matrices with a smaller side are updated by AdamW
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
-# Class of an optimizer -> keys that its state of a parameter may have.
+# Class of an optimizer -> possible keys of a parameter's state.
 STATE_KEYS = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
     "AdamW8bit": {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
@@ -73,8 +73,8 @@ def _make_adamw8bit(
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        hint = "the optimizer `adamw8bit` needs `pip install 'ldm-revived[8bit]'`"
-        raise ImportError(hint) from error
+        message = "the optimizer `adamw8bit` needs `pip install 'ldm-revived[8bit]'`"
+        raise ImportError(message) from error
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, **options)
 
     def restore_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -115,7 +115,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            compute_update = _muon_update if group["matrix"] else _adam_update
+            compute_update = _compute_muon_update if group["matrix"] else _compute_adam_update
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -129,7 +129,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     m <= n, are multiplied first; only X X^T (in float32, for small singular values) and the last
     product, in bfloat16, involve the long side.
     """
-    a, b, c = QUINTIC
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     x = x.mT if is_tall else x
@@ -148,7 +148,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return result
 
 
-def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
+def _compute_muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     """Compute Muon's update; a sharded gradient is gathered, and its update sharded again."""
     if not state:
         state["mean"] = torch.zeros_like(grad)
@@ -156,7 +156,7 @@ def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     nesterov = grad.lerp(state["mean"], group["momentum"])
     matrix = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
     matrix = matrix.flatten(1)  # (m, n)
-    # The root mean square of an update is then 0.2, about AdamW's: one learning rate suits both.
+    # The RMS of an update is then 0.2, about that of AdamW, so that both use one learning rate.
     scale = 0.2 * max(matrix.shape) ** 0.5
     update: Tensor = (orthogonalize(matrix) * scale).view(grad.shape)
     if not isinstance(grad, DTensor):
@@ -167,7 +167,7 @@ def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     return sharded
 
 
-def _adam_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
+def _compute_adam_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     if not state:
         state["step"] = torch.tensor(0.0)
         state["mean"] = torch.zeros_like(grad)

@@ -38,9 +38,9 @@ class LearningRateSchedule:
     """The learning rate as a function of the step and of the progress of the run.
 
     Args:
-        lr: The peak, which the schedule multiplies.
+        lr: Peak learning rate.
         scheduler: "constant"; or "linear" or "cosine", which end at 0.
-        scheduler_config: Of the original, instead of warmup and scheduler; None = those.
+        scheduler_config: The original's, which replaces `warmup_steps` and `scheduler`, or None.
     """
 
     lr: float
@@ -52,11 +52,11 @@ class LearningRateSchedule:
         self(0, 0.0)  # raises for an invalid `scheduler_config`
 
     def __call__(self, step: int, progress: float) -> float:
-        """Return the rate at a step, counted from 0.
+        """Return the learning rate at a step, counted from 0.
 
         Args:
-            progress: Completed fraction (0 … 1) of the run, which may be limited by time instead of
-                steps; a `scheduler_config` does not use it.
+            progress: Completed fraction (0 … 1) of the run, whose limit may be a time instead of a
+                number of steps; a `scheduler_config` does not use it.
         """
         if self.scheduler_config:
             return self.lr * build_lr_multiplier(self.scheduler_config)(step)
@@ -85,7 +85,7 @@ def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]
     ends = list(accumulate(length for *_, length in cycles))
 
     def multiplier(step: int) -> float:
-        # A cycle includes its last step; after the last cycle, its final value stays.
+        # A cycle includes its last step; after the last cycle, its final value is kept.
         k = min(bisect_left(ends, step), len(ends) - 1)
         warmup, f_min, f_max, f_start, length = cycles[k]
         n = min(step - (ends[k] - length), length)

@@ -6,8 +6,8 @@
     dtype    half or full
     export   formats: safetensors, ckpt
 
-Metadata are the config, the step and the origin of the weights. LoRA and embeddings are written by
-`Adaptation.write`.
+Their metadata are the config, the step and the training options. LoRA and embeddings are written by
+`AdaptationTask.write`.
 """
 
 import json
@@ -31,7 +31,7 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.version import __version__
 from ldm.train.distributed.parallel import gather_shards
 from ldm.train.run import Run
-from ldm.train.tasks.adaptation import Adaptation
+from ldm.train.tasks.adaptation import AdaptationTask
 
 __all__ = ["export", "export_best", "export_step", "find_monitor"]
 
@@ -58,7 +58,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
     options = run.settings.callbacks
     stem = stem or run.checkpoints / "last"
     has_ema = options.weights != "raw" and bool(run.state.ema.decay)
-    if isinstance(run.task, Adaptation):
+    if isinstance(run.task, AdaptationTask):
         path = stem.with_name(f"{stem.name}.safetensors")
         if run.ranks.is_first:
             with run.state.ema.apply_to(run.task.trainable, enabled=has_ema):
@@ -72,7 +72,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
     float32 = [n for n, value in state.items() if value.dtype == torch.float32 and value.ndim]
     if float32 and options.dtype == "half":
         names = ", ".join(f"`{name}`" for name in float32[:3])
-        message = "%d tensors stay in float32, their numbers are too large for half precision: %s"
+        message = "%d tensors stay in float32, their values are too large for half precision: %s"
         log.warning(message, len(float32), names)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in options.export]
     for path in paths:
@@ -82,7 +82,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
 
 def export_step(run: Run) -> list[Path]:
     """Export to checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…."""
-    return export(run, run.checkpoints / "trainstep_checkpoints" / _step_name(run))
+    return export(run, run.checkpoints / "trainstep_checkpoints" / _make_step_name(run))
 
 
 def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
@@ -96,23 +96,23 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
         ValueError: The monitored loss is not among them.
     """
     options = run.settings.callbacks
-    limit = options.save_top_k
-    if not (limit and losses):
+    count = options.save_top_k  # -1: all
+    if not (count and losses):
         return []
     monitor = find_monitor(options.monitor, losses)
     value = losses[monitor]
-    title = monitor.removeprefix("val/").replace("/", "_")  # in the names of the files
+    loss_name = monitor.removeprefix("val/").replace("/", "_")  # for file names
 
     def is_among_best() -> bool:
-        best = _find_best(run.checkpoints, title)
-        is_full = 0 < limit <= len(best)
-        return math.isfinite(value) and (not is_full or value < best[limit - 1][0])
+        best = _list_best_exports(run.checkpoints, loss_name)
+        is_full = 0 < count <= len(best)
+        return math.isfinite(value) and (not is_full or value < best[count - 1][0])
 
     if not run.ranks.run_on_first(is_among_best):
         return []
-    paths = export(run, run.checkpoints / f"{_step_name(run)}-{title}={value:.6f}")
-    if run.ranks.is_first and limit > 0:
-        for _, path in _find_best(run.checkpoints, title)[limit:]:
+    paths = export(run, run.checkpoints / f"{_make_step_name(run)}-{loss_name}={value:.6f}")
+    if run.ranks.is_first and count > 0:
+        for _, path in _list_best_exports(run.checkpoints, loss_name)[count:]:
             for file in path.parent.glob(f"{path.name}[.-]*"):
                 file.unlink()
     return paths
@@ -122,7 +122,8 @@ def find_monitor(monitor: str | None, losses: Collection[str]) -> str:
     """Return the name of the monitored validation loss.
 
     Args:
-        monitor: `lightning.callbacks.monitor`; None = the loss with the EMA weights, or raw ones.
+        monitor: `lightning.callbacks.monitor`; None = the loss with the EMA weights if there is an
+            EMA, else with the raw ones.
     Raises:
         ValueError: It is not among the losses.
     """
@@ -130,19 +131,21 @@ def find_monitor(monitor: str | None, losses: Collection[str]) -> str:
     if name not in losses:  # without an EMA
         name = name.removesuffix("_ema")
     if name not in losses:
-        raise ValueError(f"lightning.callbacks.monitor: `{name}` is none of {', '.join(losses)}")
+        raise ValueError(
+            f"lightning.callbacks.monitor: `{name}` should be one of {', '.join(losses)}"
+        )
     return name
 
 
-def _step_name(run: Run) -> str:
+def _make_step_name(run: Run) -> str:
     return f"epoch={run.epoch:06}-step={run.state.step:09}"
 
 
-def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
-    """List (value, path without suffix) of the exports for a loss, the best first."""
+def _list_best_exports(folder: Path, loss_name: str) -> list[tuple[float, Path]]:
+    """List (loss, path without suffix) of the exports that were the best by a loss, best first."""
     # `…=0.1-diffusers.safetensors` is the second file of a LoRA, not another export.
-    title = re.escape(title)
-    pattern = re.compile(rf"(epoch=\d+-step=\d+-{title}=(-?\d+\.\d+))\.(safetensors|ckpt)")
+    loss_name = re.escape(loss_name)
+    pattern = re.compile(rf"(epoch=\d+-step=\d+-{loss_name}=(-?\d+\.\d+))\.(safetensors|ckpt)")
     matches = [pattern.fullmatch(path.name) for path in folder.glob("epoch=*")]
     return sorted({(float(match[2]), folder / match[1]) for match in matches if match})
 
@@ -151,16 +154,16 @@ def _gather_weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     """Copy the weights of the whole model to the CPU, under the original's names."""
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
-        weights = run.task.weights_to_export(_statistics_images(run))
+        weights = run.task.get_weights_to_export(_load_statistics_images(run))
         weights = gather_shards(weights, keep=run.ranks.is_first)
         return {
-            name: _cast(name, value, dtype).to("cpu", copy=True)
+            name: _cast_if_possible(name, value, dtype).to("cpu", copy=True)
             for name, value in restore_names(weights).items()
         }
 
 
-def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a weight, unless it is a scalar or has values that overflow."""
+def _cast_if_possible(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a weight, unless it is a scalar or its values would overflow."""
     if not (value.is_floating_point() and value.ndim):
         return value
     try:
@@ -169,13 +172,13 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
 
 
-def _statistics_images(run: Run) -> Iterator[Tensor]:
-    """Yield images of the data, which are not read unless an autoencoder asks for them."""
+def _load_statistics_images(run: Run) -> Iterator[Tensor]:
+    """Yield images (3, H, W) of the data; none is read before the task asks for it."""
     yield from (sample["jpg"] for sample in run.source.fixed_samples(STATISTICS_IMAGES))
 
 
 def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
-    """Return `model_ema.*` as in the original: names without dots, decay, number of updates."""
+    """Return `model_ema.*` as in the original: weights (names without dots), decay, num_updates."""
     ema = run.state.ema
     is_sgm = has_sgm_names(run.model.state_dict())
     averaged = {to_original_name(name, sgm=is_sgm) for name in ema.shadow}
@@ -185,12 +188,12 @@ def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
         if name in averaged
     }
     state["model_ema.decay"] = torch.tensor(ema.decay, dtype=torch.float32)
-    state["model_ema.num_updates"] = torch.tensor(ema.updates, dtype=torch.int32)
+    state["model_ema.num_updates"] = torch.tensor(ema.num_updates, dtype=torch.int32)
     return state
 
 
 def _make_buffers(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return noise schedule, prediction type and CLIP statistics that the weights do not have."""
+    """Return noise schedule, prediction type and CLIP statistics, unless `state` has them."""
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
@@ -200,7 +203,7 @@ def _make_buffers(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _make_metadata(run: Run) -> dict[str, str | int]:
     state = run.state
-    origin = {
+    training = {
         "seed": run.seed,
         "batches_per_step": state.batches_per_step,
         "batch_size": run.batch_size,
@@ -212,10 +215,10 @@ def _make_metadata(run: Run) -> dict[str, str | int]:
         "global_step": state.step,
         "epoch": run.epoch,
         "ldm.version": __version__,
-        "ldm.training": json.dumps(origin),
+        "ldm.training": json.dumps(training),
     }
-    config = format_yaml(run.settings.raw)
-    if isinstance(run.task, Adaptation):  # its `write` adds the rest
+    config = format_yaml(run.settings.config)
+    if isinstance(run.task, AdaptationTask):  # its `write` adds the rest
         return {**metadata, ADAPTATION_CONFIG: config, "modelspec.title": run.folder.name}
     metadata[CONFIG_KEY] = config
     return describe_model(run.model, run.folder.name, metadata=metadata)

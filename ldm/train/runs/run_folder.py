@@ -33,42 +33,38 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-TIME = "%Y-%m-%dT%H-%M-%S"
+TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
-STATES = "checkpoints/state-*"
+STATE_PATTERN = "checkpoints/state-*"
 SECTIONS = ("model", "data", "lightning")
-LAUNCH = ".launch.json"  # torchruns that started the run, and the state that they resumed
+LAUNCH_FILE = ".launch.json"  # which torchruns started the run, and the state that they resumed
 
 
 @dataclass(frozen=True)
 class ExistingRun:
-    """An existing run.
-
-    Args:
-        state: The state to resume from; None if it has none yet.
-    """
+    """The folder of an existing run, and the state to resume from; None if it has none yet."""
 
     folder: Path
     state: Path | None
 
 
-def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRun | None:
+def find_run(request: TrainRequest, torchrun_ids: Sequence[str] = ()) -> ExistingRun | None:
     """Find the run to continue; None for a new one.
 
     Args:
-        torchruns: Ids of the torchruns that started these processes. A run that one of them has
-            started before is resumed, as after a failure, regardless of the request.
+        torchrun_ids: Ids of the torchruns that started these processes. A run that one of them
+            started earlier is resumed, as after a failure, regardless of the request.
     Raises:
         ValueError: The requested run does not exist, or has no state to resume from.
     """
     logdir = request.logdir
     path = Path(request.resume).expanduser() if request.resume else None
-    if torchruns and request.train:
+    if torchrun_ids and request.train:
         candidates = [_find_run_folder(path), _find_run_folder(logdir / path)] if path else []
-        for folder in (*candidates, *(file.parent for file in logdir.glob(f"*/{LAUNCH}"))):
+        for folder in (*candidates, *(file.parent for file in logdir.glob(f"*/{LAUNCH_FILE}"))):
             launch = _read_launch(folder)
-            if not {*torchruns}.isdisjoint(launch.get("starters", ())):
-                return ExistingRun(folder.resolve(), _state_since(folder, launch))
+            if not {*torchrun_ids}.isdisjoint(launch.get("starters", ())):
+                return ExistingRun(folder.resolve(), _find_state_since(folder, launch))
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             log.warning("no run of this torchrun was found to resume; wrappers must `exec`")
     if path:
@@ -76,7 +72,7 @@ def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRu
     if request.resume is None:
         return None
     if not request.name:
-        raise ValueError("--resume alone needs -n NAME or -b CONFIG to know which run is meant")
+        raise ValueError("--resume without RUN needs the run's name: -n NAME or -b CONFIG")
     for folder in _list_runs(logdir, request.name):
         if states := list_states(folder / "checkpoints"):
             return ExistingRun(folder, states[-1])
@@ -91,7 +87,7 @@ def list_states(checkpoints: Path) -> list[Path]:
 def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
     """Read the config of the existing run, updated by files, then by overrides."""
     from ldm.loading.config import format_yaml, parse_yaml
-    from ldm.train.config.renamed import rename_keys
+    from ldm.train.config.renamed_keys import rename_keys
 
     saved = _find_configs(existing.folder) if existing else []
     files: list[str | Path] = [*saved, *request.configs]
@@ -100,30 +96,32 @@ def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObje
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
     texts = [_read_config_text(file) for file in files]
     for path in (Path(file).expanduser() for file in files):
-        if path.is_dir():  # start from its weights, whatever the other files say
+        if path.is_dir():  # its weights are the initial ones, whatever the other files say
             overlay = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
             texts.append(format_yaml(overlay))
     where, sections = " + ".join(map(str, files)), SECTIONS[1:]
-    raw = parse_yaml(texts, request.overrides, where=where, sections=sections, rename=rename_keys)
-    # Others may hold values that references take; those of an existing run are resolved.
-    referring = "\n".join([*texts, *request.overrides])
-    for key in raw:
-        is_used = key in SECTIONS or re.search(rf"\$\{{{re.escape(key)}[.}}]", referring)
+    config = parse_yaml(
+        texts, request.overrides, where=where, sections=sections, rename=rename_keys
+    )
+    # Other sections may hold values for `${…}` references; an existing run has no references.
+    text = "\n".join([*texts, *request.overrides])
+    for key in config:
+        is_used = key in SECTIONS or re.search(rf"\$\{{{re.escape(key)}[.}}]", text)
         if not (existing or is_used):
             raise unknown_name("section", key, SECTIONS, where)
-    return {key: raw[key] for key in SECTIONS if key in raw}
+    return {key: config[key] for key in SECTIONS if key in config}
 
 
 def prepare_folder(
-    request: TrainRequest, existing: ExistingRun | None, torchruns: Sequence[str] = ()
+    request: TrainRequest, existing: ExistingRun | None, torchrun_ids: Sequence[str] = ()
 ) -> Path:
-    """Return the folder of the run, a new one if there is none; save the ids of torchruns."""
-    folder = existing.folder if existing else _new_folder(request)
-    if torchruns and request.train:
+    """Return the folder of the existing or new run; save the ids of its torchruns there."""
+    folder = existing.folder if existing else _make_new_folder(request)
+    if torchrun_ids and request.train:
         state = existing.state.name if existing and existing.state else None
         states = [path.name for path in list_states(folder / "checkpoints")]
-        launch = {"starters": [*torchruns], "from": state, "states": states}
-        (folder / LAUNCH).write_text(json.dumps(launch), "utf-8")
+        launch = {"starters": [*torchrun_ids], "from": state, "states": states}
+        (folder / LAUNCH_FILE).write_text(json.dumps(launch), "utf-8")
     return folder
 
 
@@ -141,17 +139,17 @@ def _read_config_text(path: str | Path) -> str:
     return open_checkpoint(path).metadata[CONFIG_KEY] if is_folder else read_config_text(path)
 
 
-def save_config(folder: Path, raw: JsonMapping) -> None:
+def save_config(folder: Path, config: JsonMapping) -> None:
     """Write the config into a run folder, unless the newest one there is the same."""
     from ldm.loading.config import format_yaml
 
-    project = {key: value for key, value in raw.items() if key != "lightning"}
-    configs = {"project": project, "lightning": {"lightning": raw.get("lightning", {})}}
-    texts = {name: format_yaml(config) for name, config in configs.items()}
+    project = {key: value for key, value in config.items() if key != "lightning"}
+    configs = {"project": project, "lightning": {"lightning": config.get("lightning", {})}}
+    texts = {name: format_yaml(content) for name, content in configs.items()}
     if [path.read_text("utf-8") for path in _find_configs(folder)] == list(texts.values()):
         return
     (folder / "configs").mkdir(parents=True, exist_ok=True)
-    now = datetime.now().strftime(TIME)
+    now = datetime.now().strftime(TIME_FORMAT)
     for name, text in texts.items():
         (folder / "configs" / f"{now}-{name}.yaml").write_text(text, "utf-8")
 
@@ -163,11 +161,11 @@ def link_name(request: TrainRequest, folder: Path) -> None:
         _replace_link(request.logdir / request.name, folder)
 
 
-def _new_folder(request: TrainRequest) -> Path:
-    """Return a folder with the time in its name, created if the run trains."""
+def _make_new_folder(request: TrainRequest) -> Path:
+    """Return a new folder with the time in its name, created if the request is to train."""
     now = datetime.now()
     while True:
-        folder = request.logdir / f"{now.strftime(TIME)}_{request.name}"
+        folder = request.logdir / f"{now.strftime(TIME_FORMAT)}_{request.name}"
         if not request.train:
             return folder
         try:
@@ -178,28 +176,28 @@ def _new_folder(request: TrainRequest) -> Path:
 
 
 def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
-    """Find a run by its folder, its name in the folder of runs, or a path in its checkpoints/."""
-    # The system may not allow the link logs/NAME: look for runs of that name, too.
+    """Find a run by its folder, its name, or a path in its checkpoints/."""
+    # The link logs/NAME may be missing where links are not allowed: look for runs of that name.
     candidates = (path, logdir / path, *_list_runs(logdir, path.name))
     path = next((candidate for candidate in candidates if candidate.exists()), path)
     if not path.exists():
-        raise ValueError(f"no run and no state `{path}`")
+        raise ValueError(f"there is no run or state `{path}`")
     checkpoints, folder = _find_checkpoints(path), _find_run_folder(path)
     if checkpoints and path != checkpoints and not path.name.startswith("last"):
         if not (path / "run.json").is_file():
             raise ValueError(
-                f"`{path}` is not a state to resume from, those are {STATES}\nhint: to start anew "
-                f"with its weights, set model.params.ckpt_path={path}"
+                f"`{path}` is not a resume state ({STATE_PATTERN})\nhint: to start a new run with "
+                f"its weights, set model.params.ckpt_path={path}"
             )
         return ExistingRun(folder, path.resolve())
     states = list_states(folder / "checkpoints")
     if not states:
-        raise ValueError(f"`{folder}` has no {STATES} to resume from")
+        raise ValueError(f"`{folder}` has no {STATE_PATTERN} to resume from")
     return ExistingRun(folder, states[-1])
 
 
 def _find_checkpoints(path: Path) -> Path | None:
-    """Return the folder `checkpoints` that a path is or lies in; None if there is none."""
+    """Return the folder `checkpoints` that a path is or is in; None if there is none."""
     return next((p for p in (path, *path.absolute().parents) if p.name == "checkpoints"), None)
 
 
@@ -212,14 +210,14 @@ def _find_run_folder(path: Path) -> Path:
 def _read_launch(folder: Path) -> JsonObject:
     """Read the launch that `prepare_folder` saved; {} if there is none."""
     try:
-        launch: JsonObject = json.loads((folder / LAUNCH).read_text("utf-8"))
+        launch: JsonObject = json.loads((folder / LAUNCH_FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return launch
 
 
-def _state_since(folder: Path, launch: JsonMapping) -> Path | None:
-    """Return the newest state since a launch, else the one it resumed, else the newest."""
+def _find_state_since(folder: Path, launch: JsonMapping) -> Path | None:
+    """Return the newest state since a launch, else the one that it resumed, else the newest."""
     states = {path.name: path for path in list_states(folder / "checkpoints")}
     since = [path for name, path in states.items() if name not in launch["states"]]
     if since:
@@ -243,7 +241,7 @@ def _find_configs(folder: Path) -> list[Path]:
 def _replace_link(link: Path, folder: Path) -> None:
     """Create or replace a relative link, but not a file or folder of that name."""
     if link.exists() and not link.is_symlink():
-        log.warning("`%s` is not a link, so it does not lead to the new run `%s`", link, folder)
+        log.warning("`%s` is not a link, so it does not point to the new run `%s`", link, folder)
         return
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     try:
@@ -253,4 +251,4 @@ def _replace_link(link: Path, folder: Path) -> None:
         temporary.replace(link)
     except (OSError, NotImplementedError):  # links are not allowed
         temporary.unlink(missing_ok=True)
-        log.info("the run is `%s`", folder)
+        log.info("the folder of the run is `%s`", folder)

@@ -25,12 +25,12 @@ from ldm.train.distributed.parallel import Ranks
 from ldm.train.runs.run_folder import list_states
 from ldm.train.state import State
 
-__all__ = ["States"]
+__all__ = ["StateFolder"]
 
 log = logging.getLogger(__name__)
 
-NUMBERS = "run.json"
-METADATA = ".metadata"
+NUMBERS_FILE = "run.json"
+METADATA_FILE = ".metadata"
 # The globals that torch's pickled index of a state may name; any other one is refused.
 TRUSTED_GLOBALS = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
@@ -41,16 +41,16 @@ Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 @dataclass(frozen=True)
-class States:
+class StateFolder:
     """The resume states in a folder of checkpoints.
 
     Args:
-        limit: Number of newest states that `save` keeps.
+        keep_states: Number of newest states that `save` keeps.
     """
 
     folder: Path
     ranks: Ranks
-    limit: int = 2
+    keep_states: int = 2
 
     def save(self, state: State) -> Path:
         """Write the state of all processes, then delete old ones.
@@ -60,7 +60,7 @@ class States:
         """
         path = self.folder / f"state-{state.step:08}"
         temporary = self.folder / f".{path.name}.part"
-        self.ranks.run_on_first(lambda: _make_empty(temporary))
+        self.ranks.run_on_first(lambda: _create_temporary_folder(temporary))
         try:
             self._write(state, temporary)
             self.ranks.run_on_first(lambda: self._commit(state, temporary, path))
@@ -78,14 +78,14 @@ class States:
             ValueError: `path` is not a state, is damaged, or belongs to another model.
         """
         saved = _read_shapes(path)
-        tensors = state.tensors_to_load(saved)
+        tensors = state.get_tensors_to_load(saved)
         _check_shapes(path, {n: (v.shape, v.dtype) for n, v in tensors.items()}, saved)
-        is_alone = self.ranks.world_size == 1
+        is_single_process = self.ranks.world_size == 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_alone)
-            state.load_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
+                dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_single_process)
+            state.load_numbers(json.loads((path / NUMBERS_FILE).read_text("utf-8")))
         except (CheckpointException, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"`{path}` is damaged, resume from an older state") from error
         state.load_optimizers(tensors)
@@ -93,19 +93,19 @@ class States:
 
     def _write(self, state: State, temporary: Path) -> None:
         writer = FileSystemWriter(temporary, sync_files=True)
-        is_alone = self.ranks.world_size == 1
+        is_single_process = self.ranks.world_size == 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.save(state.tensors(), storage_writer=writer, no_dist=is_alone)
+                dcp.save(state.get_tensors(), storage_writer=writer, no_dist=is_single_process)
         except (CheckpointException, RuntimeError) as error:  # RuntimeError: a disk is full
             failures = error.failures if isinstance(error, CheckpointException) else {}
             cause = next((failure[0] for failure in failures.values()), error)
             raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
 
     def _commit(self, state: State, temporary: Path, path: Path) -> None:
-        (temporary / NUMBERS).write_text(json.dumps(state.numbers()), "utf-8")
-        flush_to_disk(temporary / NUMBERS)
+        (temporary / NUMBERS_FILE).write_text(json.dumps(state.get_numbers()), "utf-8")
+        flush_to_disk(temporary / NUMBERS_FILE)
         flush_to_disk(temporary)
         if path.exists():  # the same step saved again, with other seconds
             path.replace(path.with_name(f".{path.name}.old"))
@@ -113,7 +113,7 @@ class States:
         flush_to_disk(self.folder)
         # Later states belong to a branch that was abandoned when an older state was resumed.
         states = list_states(self.folder)
-        newest = [old for old in states if old.name <= path.name][-self.limit :]
+        newest = [old for old in states if old.name <= path.name][-self.keep_states :]
         for old in states:
             if old not in newest:
                 old.replace(old.with_name(f".{old.name}.gone"))
@@ -121,8 +121,8 @@ class States:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _make_empty(temporary: Path) -> None:
-    """Create an empty folder, after cleaning up interrupted attempts."""
+def _create_temporary_folder(temporary: Path) -> None:
+    """Create an empty folder for a state, after cleaning up interrupted attempts."""
     folder = temporary.parent
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(".state-*.old"):  # moved aside for a new state, which may be missing
@@ -136,9 +136,11 @@ def _make_empty(temporary: Path) -> None:
 
 def _read_shapes(path: Path) -> Shapes:
     """Read shape and dtype of all tensors in a state."""
-    index = path / METADATA
-    if not index.exists() or not (path / NUMBERS).exists():
-        raise ValueError(f"`{path}` is not a state of a run, {METADATA} or {NUMBERS} is missing")
+    index = path / METADATA_FILE
+    if not index.exists() or not (path / NUMBERS_FILE).exists():
+        raise ValueError(
+            f"`{path}` is not a state of a run, {METADATA_FILE} or {NUMBERS_FILE} is missing"
+        )
     for name in list_pickle_imports(index, "bare"):
         if not TRUSTED_GLOBALS.fullmatch(name):
             raise ValueError(f"`{index}` is refused: it would call `{name}`")

@@ -22,10 +22,10 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.types import JsonMapping
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["TARGETS", "Adaptation"]
+__all__ = ["TARGETS", "AdaptationTask"]
 
 # Sets of layers by name, as patterns of the layers' diffusers names.
 TARGETS = {
@@ -34,28 +34,29 @@ TARGETS = {
     "convolutions": r"unet\..*(resnets|samplers)\.\d+\.conv.*",
     "text": r"text_encoder(_2)?\.text_model\.encoder\..*",
 }
-INIT = "lightning.textual_inversion.init"
+INIT_KEY = "lightning.textual_inversion.init"
 
 
-class Adaptation(Task):
-    """Training of a LoRA and/or the embedding of a new token, with the loss of `Diffusion`.
+class AdaptationTask(Task):
+    """Training of a LoRA and/or the embedding of a new token, with the loss of `DiffusionTask`.
 
     Args:
-        task: Provides the loss and the model, which is frozen.
-        lora: The fields of `config.schema.Lora`; None = none.
-        textual_inversion: Those of `TextualInversion`; None = none. Each text encoder has separate
-            vectors, initially those of the words `init`, or the mean of all token embeddings.
+        task: Task whose loss is used; its model is frozen.
+        lora: Fields of `config.schema.Lora`; None = no LoRA.
+        textual_inversion: Fields of `config.schema.TextualInversion`; None = no textual inversion.
+            Each text encoder has its own vectors, initially the embeddings of the words `init`, or
+            the mean of all token embeddings.
     """
 
     def __init__(
-        self, task: Diffusion, lora: JsonMapping | None, textual_inversion: JsonMapping | None
+        self, task: DiffusionTask, lora: JsonMapping | None, textual_inversion: JsonMapping | None
     ) -> None:
         self.task = task
         self.model: LatentDiffusion = task.model
         self.model.requires_grad_(False).eval()
         self.trainable = nn.ModuleDict()
         self.lora: LoRA | None = None
-        # (n, D) each, the embedding of the token for each text encoder
+        # The embedding of the token for each text encoder, (n, D)
         self.vectors = nn.ParameterDict()
         self.token = ""
         self._has_checked_captions = False
@@ -68,10 +69,10 @@ class Adaptation(Task):
             if not encoders:
                 raise ValueError("lightning.textual_inversion: the model has no text encoder")
             self.token = textual_inversion["token"].lower()
-            for number, encoder in enumerate(encoders, 1):
-                initial = _initial_vectors(encoder, textual_inversion["init"])  # (k, D)
+            for index, encoder in enumerate(encoders):
+                initial = _make_initial_vectors(encoder, textual_inversion["init"])  # (k, D)
                 indices = torch.arange(textual_inversion["vectors"]) % len(initial)
-                name = "vectors" if number == 1 else f"vectors_{number}"
+                name = f"vectors_{index + 1}" if index else "vectors"
                 self.vectors[name] = nn.Parameter(initial[indices])
             self.trainable["word"] = self.vectors  # its name in state files
             self.attach_vectors()
@@ -94,8 +95,8 @@ class Adaptation(Task):
             self._has_checked_captions = True
         return self.task.loss(batch, generator)
 
-    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        return self.task.weights_to_export(images)
+    def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+        return self.task.get_weights_to_export(images)
 
     def write(self, path: Path, metadata: Mapping[str, str | int]) -> None:
         """Write the LoRA and the embedding.
@@ -123,16 +124,16 @@ def _build_lora(
         if any(pattern.fullmatch(layer.diffusers) for pattern in patterns)
     }
     if not layers:
-        raise ValueError(f"lightning.lora: the model has no layers of {', '.join(targets)}")
+        raise ValueError(f"lightning.lora.targets: the model has no {', '.join(targets)} layers")
     return LoRA(layers)
 
 
-def _initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
+def _make_initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
     """Return the vectors (k, D) of the tokens of `init`, or (1, D), the mean of all tokens."""
     if init is None:
         return encoder.token_embeddings().mean(0, keepdim=True)
     if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
-        raise ValueError(f"{INIT}: `{init}` has no words")
+        raise ValueError(f"{INIT_KEY}: `{init}` has no words")
     if encoder.token_ids is not None and not encoder.token_ids.is_meta:
         vocabulary = set(encoder.token_ids.tolist())
         missing = [
@@ -141,7 +142,7 @@ def _initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
             if not vocabulary.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
         ]
         if missing:
-            raise ValueError(f"{INIT}: not in the vocabulary of the model: {', '.join(missing)}")
+            raise ValueError(f"{INIT_KEY}: not in the model's vocabulary: {', '.join(missing)}")
     return encoder.token_embeddings(init)
 
 

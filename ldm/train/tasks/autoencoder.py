@@ -1,7 +1,7 @@
 """Training of an autoencoder.
 
-    Reconstruction    pixel losses + KL, without other networks; sufficient for small models
-    Adversarial       the original's: L1 + LPIPS + KL, and a GAN loss from step `disc_start` on
+    ReconstructionTask   pixel losses + KL, without other networks; sufficient for small models
+    AdversarialTask      the original's: L1 + LPIPS + KL, and a GAN loss from step `disc_start` on
 
 Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752), G.
 """
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,40 +28,40 @@ from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.files import find_file
+from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = [
-    "Adversarial",
+    "AdversarialTask",
     "LossConfig",
-    "Reconstruction",
+    "ReconstructionTask",
     "build_autoencoder_task",
+    "compute_psnr",
     "normalize_latents",
-    "psnr",
 ]
 
-# Of the adaptive weight of the GAN loss, the original's `d_weight`: maximum, and a summand of its
-# denominator.
+# Maximum of the adaptive weight of the GAN loss, the original's `d_weight`, and what is added to
+# its denominator.
 MAX_D_WEIGHT = 1e4
 D_WEIGHT_EPS = 1e-4
 PEAK_DIVISOR = 500  # the peak error of an image is the mean of the largest 1 / 500 of its errors
 MAX_ACTIVATION = 6.0  # largest normalized activation without penalty
-# By `disc_loss`: penalty of logits that should be negative.
+# Penalties of logits that should be negative, by `disc_loss`.
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda logits: F.relu(1 + logits),
     "vanilla": F.softplus,
 }
-ConfigSection = Mapping[str, Any]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def build_autoencoder_task(
     model: AutoencoderKL,
-    params: ConfigSection,
-    objective: ConfigSection,
+    params: JsonMapping,
+    objective: JsonMapping,
     *,
     load_weights: bool = True,
-) -> "Reconstruction | Adversarial":
-    """Build the task of the `lossconfig` of a model; without one, Reconstruction.
+) -> "ReconstructionTask | AdversarialTask":
+    """Build the task of the `lossconfig` of a model; without one, ReconstructionTask.
 
     Args:
         params: `model.params`; the file `ckpt_path` may have weights of the losses.
@@ -71,28 +71,28 @@ def build_autoencoder_task(
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     config = instantiate(spec, where="model.params.lossconfig")
     is_adversarial = isinstance(config, LossConfig)
-    parameters = fields(Adversarial if is_adversarial else Reconstruction)
-    keywords = [field.name for field in parameters if field.kw_only]
-    kind = "keyword with a discriminator" if is_adversarial else "keyword without a discriminator"
-    check_names(kind, objective, keywords, "lightning.objective")
+    task_fields = fields(AdversarialTask if is_adversarial else ReconstructionTask)
+    keywords = [field.name for field in task_fields if field.kw_only]
+    where = f"lightning.objective (with{'' if is_adversarial else 'out'} a discriminator)"
+    check_names("key", objective, keywords, where)
     if not is_adversarial:
-        return Reconstruction(model, **objective)
+        return ReconstructionTask(model, **objective)
     options = {"learn_logvar": params.get("learn_logvar", False), **objective}
     perceptual = options.pop("perceptual", None) or {"ckpt_path": None}
     if not isinstance(perceptual, Mapping) or list(perceptual) != ["ckpt_path"]:
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
     if not load_weights:
-        return Adversarial(model, config, perceptual=LPIPS(), **options)
+        return AdversarialTask(model, config, perceptual=LPIPS(), **options)
     initial = _read_loss_weights(params)
     path = perceptual["ckpt_path"]
     network = read_lpips(path) if path else build_lpips(initial)
-    task = Adversarial(model, config, perceptual=network, **options)
+    task = AdversarialTask(model, config, perceptual=network, **options)
     task.load_loss_weights(initial)
     return task
 
 
 @dataclass(eq=False)
-class Reconstruction(Task):
+class ReconstructionTask(Task):
     """Training of an AutoencoderKL on pixel errors of images in [-1, 1].
 
     Args:
@@ -101,7 +101,7 @@ class Reconstruction(Task):
         gradient: Weight of the absolute error of the image gradient (edges).
         kl: Weight of the KL divergence from a standard normal distribution, in nats per image.
         peak: Weight of the mean of the largest 1 / 500 of absolute errors.
-        outlier: Weight of `_outlier_loss`, against huge activations in the decoder.
+        outlier: Weight of a penalty of huge activations in the decoder.
         trained: "all", or "decoder", which does not change the latents.
     """
 
@@ -134,12 +134,12 @@ class Reconstruction(Task):
             largest = errors.topk(max(1, errors.shape[1] // PEAK_DIVISOR)).values
             loss = loss + self.peak * largest.mean()
         if self.outlier:
-            loss = loss + self.outlier * _outlier_loss(maxima)
-        mean_psnr = psnr(reconstruction.detach().float(), image).mean()
+            loss = loss + self.outlier * _compute_outlier_loss(maxima)
+        mean_psnr = compute_psnr(reconstruction.detach().float(), image).mean()
         return {"loss": loss, "psnr": mean_psnr, "kl": kl.detach()}
 
     @torch.inference_mode()
-    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+    def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights; unless only the decoder is trained, latents are normalized."""
         if self.trained == "decoder":
             return self.model.state_dict()
@@ -159,7 +159,7 @@ class LossConfig:
         kl_weight: Weight of the KL divergence, in nats per image.
         pixelloss_weight: Unused, as in the original.
         disc_factor: Weight of both GAN losses; 0 disables them.
-        disc_weight: Gradient norm of the GAN loss at the last layer, relative to that of nll.
+        disc_weight: Gradient norm of the GAN loss at the last layer, relative to that of the nll.
         perceptual_weight: Weight of LPIPS, relative to the absolute error.
         disc_loss: "hinge" or "vanilla".
     """
@@ -187,7 +187,7 @@ class LossConfig:
 
 
 @dataclass(eq=False)
-class Adversarial(Task):
+class AdversarialTask(Task):
     """Training of an AutoencoderKL against a discriminator, as in the original.
 
     Errors are summed over an image, not averaged: hence the small weights and learning rates of
@@ -234,7 +234,7 @@ class Adversarial(Task):
 
     @property
     def trains_discriminator(self) -> bool:
-        # Before disc_start its loss is 0, so that training it has no effect.
+        # Before disc_start the discriminator's loss is 0: a step would have no effect.
         return self.config.disc_factor > 0 and self.step >= self.config.disc_start
 
     @property
@@ -258,7 +258,7 @@ class Adversarial(Task):
             reconstruction, posterior = self.model(image, generator)
         leaf = reconstruction.detach().float()  # (B, 3, H, W)
         leaf.requires_grad_(torch.is_grad_enabled())
-        rec, nll = self._nll(image, leaf)
+        rec, nll = self._compute_nll(image, leaf)
         g = -self.discriminator(leaf).float().mean()
         kl = posterior.kl().float().mean()
         factor = self._disc_factor
@@ -269,7 +269,9 @@ class Adversarial(Task):
             grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *learned])
             if config.disc_factor > 0:
                 (grad_g,) = torch.autograd.grad(g, leaf)
-                ratio = self._gradient_ratio(last_inputs[0].detach(), leaf.detach(), grad, grad_g)
+                ratio = self._compute_gradient_ratio(
+                    last_inputs[0].detach(), leaf.detach(), grad, grad_g
+                )
                 d_weight = config.disc_weight * ratio
                 grad = grad + factor * d_weight * grad_g
             gradients += [(reconstruction, grad), *zip(learned, logvar_grads, strict=True)]
@@ -282,7 +284,7 @@ class Adversarial(Task):
             "d_weight": d_weight,
             "disc_factor": g.new_tensor(factor),
             "logvar": self.logvar.clone(),
-            "psnr": psnr(leaf, image).mean(),
+            "psnr": compute_psnr(leaf, image).mean(),
         }
         logged = {name: value.detach() for name, value in terms.items()}
         return {"loss": _attach_gradients(total, gradients), **logged}
@@ -313,7 +315,7 @@ class Adversarial(Task):
         if "logvar" in weights:
             self.logvar.data.copy_(weights["logvar"])
 
-    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+    def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights unchanged, with `loss.*` if `export_losses`."""
         state = dict(self.model.state_dict())
         if self.export_losses:
@@ -324,7 +326,7 @@ class Adversarial(Task):
             state["loss.logvar"] = self.logvar.detach()
         return state
 
-    def _nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean error, and the negative log likelihood (Laplace) summed per image."""
         error = (image - reconstruction).abs()  # (B, 3, H, W)
         if self.perceptual is not None:
@@ -333,7 +335,7 @@ class Adversarial(Task):
         nll = error / self.logvar.exp() + self.logvar
         return error.mean(), nll.sum() / len(image)
 
-    def _gradient_ratio(
+    def _compute_gradient_ratio(
         self, last_input: Tensor, reconstruction: Tensor, grad_nll: Tensor, grad_g: Tensor
     ) -> Tensor:
         """Return |grad nll| / |grad g| of the last layer's weights, from those of its output."""
@@ -349,7 +351,7 @@ class Adversarial(Task):
         return ratio
 
 
-def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
+def compute_psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio (B,) of images in [-1, 1], in decibels."""
     error = (reconstruction.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3))
     # At most 126 dB, for equal images.
@@ -358,7 +360,7 @@ def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalize_latents(model: AutoencoderKL, z: Tensor) -> None:
-    """Fold mean and std per channel of latents z (N, C, h, w) into the 1x1 convolutions.
+    """Fold mean and std of each channel of latents z (N, C, h, w) into the 1x1 convolutions.
 
     Afterwards latents have mean 0 and std 1 (scale factor 1), and decode to the same images.
     """
@@ -376,13 +378,13 @@ def normalize_latents(model: AutoencoderKL, z: Tensor) -> None:
 
 
 def _move(module: ModuleT, device: torch.device) -> ModuleT:
-    """Move to a device if needed: fake tensors (of a dry run) cannot be moved."""
+    """Move a module, unless it is on the device: fake tensors of a dry run cannot be moved."""
     return module if next(module.parameters()).device == device else module.to(device)
 
 
 @contextmanager
 def _record_maxima(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the absolute maximum of each channel of layers' outputs, (B, C) each."""
+    """Within the context, collect the absolute maxima (B, C) of the channels of layers' outputs."""
     maxima: list[Tensor] = []
 
     def record(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
@@ -394,10 +396,10 @@ def _record_maxima(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
         yield maxima
 
 
-def _outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
+def _compute_outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
     """Return the mean over layers of (maximum - 6) / 6, where it is positive.
 
-    A norm removes the scale of an image. A decoder can pass it on by a few huge activations in a
+    Group norms remove the scale of activations. A decoder can preserve it by a few huge ones in a
     corner, which dominate the variance and leave a blob there (Karras et al. 2020,
     arXiv:1912.04958, section 2).
     """
@@ -411,7 +413,7 @@ def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
         model.quant_conv.requires_grad_(False)
 
 
-def _read_loss_weights(params: ConfigSection) -> dict[str, Tensor]:
+def _read_loss_weights(params: JsonMapping) -> dict[str, Tensor]:
     """Read `loss.*` of the initial checkpoint, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}

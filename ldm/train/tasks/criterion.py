@@ -9,7 +9,7 @@ from ldm.diffusion.denoiser import SIGMA_DATA, get_scalings
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["LOSS_TYPES", "WEIGHTINGS", "Criterion", "denoised_weights"]
+__all__ = ["LOSS_TYPES", "WEIGHTINGS", "Criterion", "compute_denoised_weights"]
 
 LOSS_TYPES = {"l2": 2, "l1": 1}  # power of the error
 WEIGHTINGS = ("eps", "v", "edm", "unit")
@@ -21,13 +21,13 @@ class Criterion(nn.Module):
 
         loss = l_simple_weight mean(l / exp(logvar_t) + logvar_t) + original_elbo_weight mean(w_t l)
 
-    where l is the mean squared (or absolute) error of each sample times `weights`, and w is
+    where l is the mean squared (or absolute) error of each sample times `compute_weights`, and w is
     `Schedule.vlb_weights`. It is a module, as `logvar` may be learned.
 
     Args:
         parameterization: What the network predicts: "eps", "v", "x0" or "edm".
-        weighting: Name in WEIGHTINGS of the weights of the denoised latent's error; None = weight 1
-            of the prediction's error.
+        weighting: Name in WEIGHTINGS of a weighting of the denoised latent's error; None = weight 1
+            for the prediction's error.
         sigma_data: Standard deviation of the latents, for the weighting "edm".
         model_sigma_data: The same, for the parameterization "edm".
         min_snr_gamma: Cap of the SNR (arXiv:2303.09556), instead of a weighting; None = no cap.
@@ -63,15 +63,15 @@ class Criterion(nn.Module):
         logvar = torch.full((len(self.schedule),), float(self.logvar_init))  # (T,)
         self.logvar = nn.Parameter(logvar, requires_grad=self.learn_logvar)
 
-    def weights(self, t: Tensor) -> Tensor:
+    def compute_weights(self, t: Tensor) -> Tensor:
         """Compute the weights (B,) float32 of the errors at timesteps t."""
         sigma = self.schedule.t_to_sigma(t)
         c_out = get_scalings(self.parameterization, sigma, self.model_sigma_data)[1]
-        # Weights are of the denoised latent's error, which is |c_out| times the prediction's.
+        # Weights are for the denoised latent's error, which is |c_out| times the prediction's.
         if self.min_snr_gamma is not None:
             weights = (sigma**-2).clamp(max=self.min_snr_gamma) * c_out**2
         elif self.weighting is not None:
-            weights = denoised_weights(self.weighting, sigma, self.sigma_data)
+            weights = compute_denoised_weights(self.weighting, sigma, self.sigma_data)
             weights = weights * c_out.abs() ** LOSS_TYPES[self.loss_type]
         else:
             weights = torch.ones_like(sigma)
@@ -89,8 +89,8 @@ class Criterion(nn.Module):
         """
         elementwise = error.abs() if self.loss_type == "l1" else error.square()
         unweighted = elementwise.mean(dim=(1, 2, 3))  # (B,)
-        weighted = self.weights(t).to(unweighted) * unweighted
-        indices = _nearest_indices(self.schedule, t)
+        weighted = self.compute_weights(t).to(unweighted) * unweighted
+        indices = _find_nearest_indices(self.schedule, t)
         logvar = self.logvar[indices.to(self.logvar.device)].to(weighted.device)  # (B,)
         simple = (weighted / logvar.exp() + logvar).mean()
         # The names are those of the original's logs.
@@ -104,10 +104,10 @@ class Criterion(nn.Module):
         return {**result, "t": indices, "loss_per_sample": unweighted.detach()}
 
 
-def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """Compute weights (B,) of the squared error of the denoised latent at sigma (B,).
+def compute_denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
+    """Compute weights (B,) for the squared error of the denoised latent at sigma (B,).
 
-    "eps", "v" and "edm" amount to weight 1 of the error of a prediction of that type
+    "eps", "v" and "edm" are equivalent to weight 1 for the error of a prediction of that type
     (arXiv:2206.00364, eq. 8).
 
     Args:
@@ -119,11 +119,11 @@ def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -
     return sigma**-2 + {"eps": 0.0, "v": 1.0, "edm": sigma_data**-2}[name]
 
 
-def _nearest_indices(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+def _find_nearest_indices(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """Return the indices (B,) int64 of the schedule's levels nearest to timesteps t (B,)."""
     if not t.is_floating_point():
         return t
-    # Continuous timesteps are divided into as many equal intervals.
+    # The range of continuous timesteps is divided into equal intervals.
     first, last = schedule.t_range
     last_index = len(schedule) - 1
     return ((t - first) / (last - first) * last_index).round().long().clamp(0, last_index)

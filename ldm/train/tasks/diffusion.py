@@ -19,7 +19,7 @@ from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["LEGACY_TRAINING", "ZERO_SIZES", "Diffusion"]
+__all__ = ["LEGACY_TRAINING", "ZERO_SIZES", "DiffusionTask"]
 
 ZERO_SIZES = "zero-sizes-in-previews"  # sizes of 0 for the unconditional half, in image grids
 LEGACY_TRAINING = (*DROPOUT_QUIRKS, ZERO_SIZES)
@@ -27,7 +27,7 @@ DEPTH_EPS = 0.001  # see `MiDaSDepth.eps`
 
 
 @dataclass(eq=False)
-class Diffusion(Task):
+class DiffusionTask(Task):
     """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen.
 
     Args:
@@ -38,8 +38,8 @@ class Diffusion(Task):
         noise_levels: Keywords of `LogNormal`; None = uniform timesteps, or the defaults of
             `LogNormal` for continuous schedules.
         timesteps: Range [first, end) to train on, (0, 200) for SDXL's refiner; None = all.
-        noise_bias: Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
-            noise, where the caption matters most.
+        noise_bias: Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 favors high
+            noise levels, where the caption matters most.
         noise_offset: Standard deviation of extra noise that is constant over each channel, so that
             the model learns to change the mean of an image; usually 0.1 (Guttenberg 2023).
         noise_offset_by: "channel", or "sample": the same constant in all channels.
@@ -111,7 +111,7 @@ class Diffusion(Task):
             "loss_per_sample": torch.cat([losses["loss_per_sample"], prior["loss_per_sample"]]),
         }
 
-    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+    def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.model.state_dict()
         if self.criterion.learn_logvar:
             state["logvar"] = self.criterion.logvar
@@ -124,8 +124,8 @@ class Diffusion(Task):
         is_uniform = self.noise_levels is None and isinstance(schedule, Schedule)
         if not is_uniform and (timesteps is not None or self.noise_bias != 1):
             raise ArgumentError(
-                "`timesteps` and `noise_bias` do not go with `noise_levels` or a continuous noise "
-                "schedule"
+                "`timesteps` and `noise_bias` cannot be combined with `noise_levels` or a "
+                "continuous noise schedule"
             )
         if timesteps is not None and not 0 <= timesteps[0] < timesteps[1] <= len(schedule):
             raise ArgumentError(
@@ -145,15 +145,15 @@ class Diffusion(Task):
         elif "z_std" in batch:
             z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
 
-        # Draw timesteps and noise. All draws are from one generator: another order would give other
-        # numbers for a seed.
+        # Draw timesteps and noise. All come from one generator: another order of drawing would
+        # change the numbers of a seed.
         t = draw_timesteps(
             model.schedule,
             len(z),
             generator,
             sigma_distribution=self.sigma_distribution,
             bias=self.noise_bias,
-            limits=self.timesteps,
+            timestep_range=self.timesteps,
         )  # (B,)
         noise, input_noise = self._draw_noise(z, generator)  # (B, C, h, w) each
 
@@ -172,7 +172,7 @@ class Diffusion(Task):
 
     def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw the noise to predict, and the noise to add to latents z (B, C, h, w)."""
-        # On the CPU, so that a seed means the same noise on every device.
+        # On the CPU, so that the noise of a seed is the same on every device.
         noise = torch.randn(z.shape, generator=generator)
         if self.noise_offset:
             channels = z.shape[1] if self.noise_offset_by == "channel" else 1

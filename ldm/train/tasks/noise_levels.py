@@ -22,9 +22,9 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
-    def sigmas(self, quantiles: Tensor) -> Tensor:
-        """Return sigmas, float64, at these quantiles (0 … 1) of the distribution."""
-        # The quantiles 0 and 1 of a normal distribution are infinite.
+    def compute_sigmas(self, quantiles: Tensor) -> Tensor:
+        """Compute sigmas, float64, at these quantiles (0 … 1) of the distribution."""
+        # Of a normal distribution, the quantiles 0 and 1 are infinite.
         normal: Tensor = torch.special.ndtri(quantiles.double().clamp(1e-6, 1 - 1e-6))
         return (self.mean + self.std * normal).exp()
 
@@ -36,21 +36,21 @@ def draw_timesteps(
     *,
     sigma_distribution: LogNormal | None = None,
     bias: float = 1.0,
-    limits: Sequence[int] | None = None,
+    timestep_range: Sequence[int] | None = None,
 ) -> Tensor:
     """Draw n timesteps (n,) of a schedule.
 
     Args:
         sigma_distribution: None = uniform timesteps, or the default LogNormal if the schedule is
             continuous.
-        bias: See `noise_bias` of `Diffusion`; for discrete timesteps only.
-        limits: Range [first, end) of timesteps; None = all.
+        bias: See `noise_bias` of `DiffusionTask`; for discrete timesteps only.
+        timestep_range: Range [first, end) of timesteps; None = all.
     """
     # In [0, 1), one from each n-quantile, in random order.
     quantiles = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
     if sigma_distribution is None and isinstance(schedule, Schedule):
-        first, end = limits or (0, len(schedule))
+        first, end = timestep_range or (0, len(schedule))
         count = end - first
         # A quantile close to 1 may be rounded to 1.
         return first + (quantiles ** (1 / bias) * count).long().clamp(max=count - 1)
-    return schedule.sigma_to_t((sigma_distribution or LogNormal()).sigmas(quantiles))
+    return schedule.sigma_to_t((sigma_distribution or LogNormal()).compute_sigmas(quantiles))

@@ -22,10 +22,10 @@ class Task(ABC):
 
     Attributes:
         model: The whole model, for sampling, validation and exports.
-        trainable: Holds all trained parameters, perhaps also frozen ones.
-        discriminator: Network to train against the model; None = none.
+        trainable: Module with all trained parameters; it may also have frozen ones.
+        discriminator: Network to train against the model; None = no discriminator.
         step: Current step, set by the training loop.
-        betas: Default of AdamW; None = torch's.
+        betas: Default betas of AdamW; None = torch's.
         is_shardable: Whether FSDP is supported.
     """
 
@@ -41,19 +41,19 @@ class Task(ABC):
         """Compute the losses of a batch.
 
         Args:
-            batch: Samples of the data set, or their cached latents.
-            generator: For all random numbers but dropout, which uses torch's global one.
+            batch: Samples of the dataset, or their cached latents.
+            generator: For all random numbers except dropout, which uses torch's global generator.
         Returns:
             "loss", a scalar to differentiate; detached scalars to log; and detached values per
             sample, "t" and "loss_per_sample" (B,), if the task has timesteps.
         """
 
     @abstractmethod
-    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+    def get_weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return the weights of the whole model, under our names.
 
         Args:
-            images: (3, H, W) in [-1, 1] of the training data, for tasks that need statistics.
+            images: Training images (3, H, W) in [-1, 1], for tasks that need statistics.
         """
 
     @property

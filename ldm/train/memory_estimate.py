@@ -24,24 +24,24 @@ from ldm.runtime.memory import PeakMemoryMode, make_fake
 from ldm.train.batches.images import build_transform
 from ldm.train.build import build_task, set_gradient_checkpointing
 from ldm.train.config.settings import Settings
-from ldm.train.tasks.adaptation import Adaptation
-from ldm.train.tasks.autoencoder import Adversarial
+from ldm.train.tasks.adaptation import AdaptationTask
+from ldm.train.tasks.autoencoder import AdversarialTask
 from ldm.train.tasks.task import Task
 
-__all__ = ["Memory", "describe", "estimate"]
+__all__ = ["MemoryEstimate", "describe_run", "estimate_memory"]
 
 # Bytes of optimizer state for each trainable parameter.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Memory of one process of a run, in bytes, and numbers of parameters.
 
     Args:
-        parameters: Number in all networks.
-        trainable: Number that are trained.
-        optimizer_step: Temporary memory of the optimizer, after activations are freed.
+        parameters: Number of parameters of all networks.
+        trainable: Number of trainable parameters.
+        optimizer_step: Temporary memory of an optimizer step, when activations are freed.
     """
 
     parameters: int
@@ -55,21 +55,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak of a step."""
+        """Peak memory of a training step."""
         persistent = self.weights + self.gradients + self.optimizer + self.ema
         return persistent + max(self.activations, self.optimizer_step)
 
 
-def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
-    """Yield the config with all defaults, its memory, and overrides that reduce it."""
+def describe_run(settings: Settings, *, processes: int = 1) -> Iterator[str]:
+    """Yield the config with all defaults, the memory of a run, and overrides that reduce it."""
     yield format_yaml(settings.to_config())
-    yield from settings.notes
+    yield from settings.messages
     cache: dict[Any, int] = {}
-    memory = estimate(settings, processes, cache)
+    memory = estimate_memory(settings, processes, cache)
     frozen = max(0, memory.parameters - memory.trainable)
-    accumulation = settings.trainer.accumulate_grad_batches
+    batch_size, accumulation = settings.loader.batch_size, settings.trainer.accumulate_grad_batches
     yield f"parameters  {memory.trainable / 1e6:.2f} M trainable, {frozen / 1e6:.2f} M frozen"
-    yield f"batch       {settings.data.batch_size} x {accumulation} accumulated x {processes} ranks"
+    yield f"batch       {batch_size} x {accumulation} accumulated x {processes} ranks"
     yield f"memory      about {_format_bytes(memory.total)} per process"
     bytes_by_name = {
         "weights": memory.weights,
@@ -82,56 +82,58 @@ def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
         yield f"  {name:11} {_format_bytes(number)}"
     yield "  plus PyTorch's own overhead (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
     for override, changed in _list_savings(settings, processes):
-        saved = memory.total - estimate(changed, processes, cache).total
+        saved = memory.total - estimate_memory(changed, processes, cache).total
         if saved > 0.01 * memory.total:
             yield f"saves {_format_bytes(saved):>9}  {override}"
 
 
-def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | None = None) -> Memory:
+def estimate_memory(
+    settings: Settings, processes: int = 1, cache: dict[Any, int] | None = None
+) -> MemoryEstimate:
     """Estimate the memory of one process of a run.
 
     Args:
         processes: Number of processes of the run, on all nodes.
-        cache: Measured activations, the slow part, shared by several estimates of a run; None =
-            they are measured.
+        cache: Measured activations, the slow part, for further estimates of the same run; None =
+            not cached.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _build_meta_task(settings)
-    averaged = [p for p in task.trainable.parameters() if p.requires_grad]
-    trainable = list(averaged)
+    ema_parameters = [p for p in task.trainable.parameters() if p.requires_grad]
+    trainable = list(ema_parameters)
     if task.discriminator is not None:
         trainable += task.discriminator.parameters()
     count = sum(p.numel() for p in trainable)
     parameters = sum(
         p.numel() for p in {p for net in _list_networks(task) for p in net.parameters()}
     )
-    # Weights, gradients and EMA are float32, 4 bytes each; each process holds a fraction of those
-    # that are trained.
-    fraction = _shard_fraction(settings, processes)
+    # Weights, gradients and EMA are float32, 4 bytes each; each process has a fraction of those of
+    # trainable parameters.
+    fraction = _get_shard_fraction(settings, processes)
     shard_bytes = int(4 * count * fraction)
     optimizer_bytes = OPTIMIZER_BYTES[optimizer.name] * count
     if optimizer.name == "muon":  # vectors are updated by AdamW: 4 more bytes, for a second moment
         optimizer_bytes += 4 * sum(p.numel() for p in trainable if p.ndim < 2)
     has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
     cache = {} if cache is None else cache
-    key = (settings.data.batch_size, trainer.precision, trainer.gradient_checkpointing)
+    key = (settings.loader.batch_size, trainer.precision, trainer.gradient_checkpointing)
     if key not in cache:
         cache[key] = _measure_activations(task, settings)
-    return Memory(
+    return MemoryEstimate(
         parameters=parameters,
         trainable=count,
         weights=4 * (parameters - count) + shard_bytes,
         gradients=shard_bytes,
         optimizer=int(optimizer_bytes * fraction),
-        ema=int(4 * sum(p.numel() for p in averaged) * fraction) if has_ema else 0,
+        ema=int(4 * sum(p.numel() for p in ema_parameters) * fraction) if has_ema else 0,
         activations=cache[key],
         optimizer_step=shard_bytes if optimizer.name.startswith("adamw") else 0,
     )
 
 
 def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
-    """Yield overrides that may reduce memory, and the settings with them."""
-    trainer, batch_size = settings.trainer, settings.data.batch_size
+    """Yield overrides that may reduce memory, and the settings with each."""
+    trainer, batch_size = settings.trainer, settings.loader.batch_size
     changes: list[tuple[str, str, str | bool]] = [
         ("trainer", "precision", "bf16-mixed"),
         ("trainer", "gradient_checkpointing", True),
@@ -148,13 +150,15 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
         half, count = batch_size // 2, 2 * trainer.accumulate_grad_batches
         yield (
             f"data.params.batch_size={half} lightning.trainer.accumulate_grad_batches={count}",
-            settings.replace(data={"batch_size": half}, trainer={"accumulate_grad_batches": count}),
+            settings.replace(
+                loader={"batch_size": half}, trainer={"accumulate_grad_batches": count}
+            ),
         )
 
 
 def _build_meta_task(settings: Settings) -> Task:
     """Build the task of a run, with its networks on the meta device."""
-    model = build_on_meta(settings.raw["model"], where="model")
+    model = build_on_meta(settings.config["model"], where="model")
     if settings.trainer.gradient_checkpointing is not None:
         set_gradient_checkpointing(model, settings.trainer.gradient_checkpointing)
     with torch.device("meta"):
@@ -163,19 +167,19 @@ def _build_meta_task(settings: Settings) -> Task:
 
 def _list_networks(task: Task) -> list[nn.Module]:
     """Return all networks of a task, with those of its losses."""
-    perceptual = task.perceptual if isinstance(task, Adversarial) else None
+    perceptual = task.perceptual if isinstance(task, AdversarialTask) else None
     networks = (task.model, task.trainable, task.discriminator, perceptual)
     return [network for network in networks if network is not None]
 
 
 def _measure_activations(task: Task, settings: Settings) -> int:
     """Return the bytes at the peak of a training step, beyond weights and their gradients."""
-    batch_size = settings.data.batch_size
-    size = build_transform(settings.datasets.train["transform"]).image_size
+    batch_size = settings.loader.batch_size
+    size = build_transform(settings.data.train["transform"]).image_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (task.model, task.trainable):
             make_fake(module)
-        if isinstance(task, Adaptation) and task.token:
+        if isinstance(task, AdaptationTask) and task.token:
             task.attach_vectors()
         # bfloat16 stands in for float16, which has the same size but is not supported everywhere.
         is_mixed = settings.trainer.precision != "32"
@@ -188,7 +192,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
                 return _measure_autoencoder(task, image)
             model = task.model
             peaks = [_measure_peak(lambda: _run_model(model, batch_size, size), task.trainable)]
-            if not settings.datasets.latents:
+            if not settings.data.latents:
                 with torch.no_grad(), PeakMemoryMode() as mode:
                     model.autoencoder.encode(image)
                 peaks.append(mode.peak)
@@ -196,7 +200,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
 
 
 def _run_model(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
-    """Run the text encoders and the UNet; return a scalar of all that needs gradients."""
+    """Run the text encoders and the UNet; return a scalar that depends on all trained outputs."""
     outputs: list[Tensor] = []
     for encoder in model.conditioner.find_all(TextEncoder):
         output = encoder.encode_tokens(torch.zeros(batch_size, encoder.length, dtype=torch.long))
@@ -210,7 +214,7 @@ def _run_model(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
 
 
 def _measure_autoencoder(task: Task, image: Tensor) -> int:
-    """Return the peak bytes of a step of the autoencoder and one of its discriminator."""
+    """Return the peak bytes of the steps of an autoencoder and of its discriminator."""
     batch, generator = {"jpg": image}, torch.Generator()
     peaks = [_measure_peak(lambda: task.loss(batch, generator)["loss"], task.trainable)]
     if task.discriminator is not None:
@@ -231,7 +235,7 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
     return mode.peak
 
 
-def _shard_fraction(settings: Settings, processes: int) -> float:
+def _get_shard_fraction(settings: Settings, processes: int) -> float:
     """Return the fraction of the trainable parameters that each process holds."""
     if settings.trainer.strategy == "fsdp":
         return 1 / processes

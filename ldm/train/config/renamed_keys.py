@@ -46,7 +46,7 @@ def rename_keys(config: JsonMapping, names: Names = RENAMED_KEYS, where: str = "
     """Return a config, or a section of it, with the present names of all keys.
 
     Args:
-        names: Former name -> name; for a section, the same of its keys.
+        names: Former name -> name; for a section, such a mapping of its keys.
         where: Dotted name of the section, for messages.
     Raises:
         ConfigError: A key is given under both names.
@@ -54,11 +54,13 @@ def rename_keys(config: JsonMapping, names: Names = RENAMED_KEYS, where: str = "
     renamed: JsonObject = {}
     for key, value in config.items():
         name = names.get(key, key)
-        place = f"{where}.{key}" if where else key
+        full_key = f"{where}.{key}" if where else key
         if not isinstance(name, str):  # a section
-            renamed[key] = rename_keys(value, name, place) if isinstance(value, Mapping) else value
+            renamed[key] = (
+                rename_keys(value, name, full_key) if isinstance(value, Mapping) else value
+            )
         elif name != key and name in config:
-            raise ConfigError(f"{place} is the former name of `{name}`: give one of the two")
+            raise ConfigError(f"{full_key} is the former name of `{name}`: give one of the two")
         else:
             renamed[name] = value
     return renamed

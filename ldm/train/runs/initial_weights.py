@@ -24,7 +24,7 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     """Load `ckpt_path` of the model and of its first stage, files or folders, if set.
 
     The EMA starts from these weights, as with the original's `reset_ema`. With `scale_by_std`, the
-    scale that was measured for them is loaded, too.
+    scale factor in the file is loaded, too.
 
     Args:
         params: `model.params` of the config. These of the original's options are supported:
@@ -38,7 +38,7 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     """
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
     is_partial = not params.get("ckpt_path") or params.get("load_only_unet")
-    # Not read if a whole model replaces it: the file may be missing by now.
+    # A first stage that a whole model would overwrite is not read: its file may be missing by now.
     if first_stage.get("ckpt_path") and (is_partial or params.get("ignore_keys")):
         _load(model.get_submodule("autoencoder"), first_stage, "autoencoder.")
     if not params.get("ckpt_path"):
@@ -84,7 +84,7 @@ def _load(
     """Load the weights in `ckpt_path`; return all that the file contains.
 
     Args:
-        prefix: Of the module's weights in a file of a whole model, which has others, too.
+        prefix: Prefix of the module's weights in a file of a whole model.
         widened_keys: Weights that may have fewer input channels in the file.
     """
     path = find_checkpoint(params["ckpt_path"])
@@ -96,7 +96,7 @@ def _load(
     for name in rename_weights(dict.fromkeys(widened_keys, torch.empty(0))):
         name = name.removeprefix(prefix)
         if name in state and name in current and _has_fewer_inputs(state[name], current[name]):
-            # New input channels have no effect yet: the fine-tune starts as the old model.
+            # With zeros, new input channels have no effect yet.
             widened = torch.zeros_like(current[name])
             widened[:, : state[name].shape[1]] = state[name]
             state[name] = widened
@@ -104,14 +104,14 @@ def _load(
         state = {
             n: resize_weight(v, current[n].shape) if n in current else v for n, v in state.items()
         }
-    # Ignored weights keep their initial values; without them `match_weights` would miss them.
+    # Ignored weights keep their current values, which `match_weights` requires to be given.
     state = {n: v for n, v in current.items() if n.startswith(ignored)} | state
     module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
     return weights
 
 
 def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:
-    """Return whether two weights (out, in, …) differ only in that `old` has fewer inputs."""
+    """Return whether weights (out, in, …) have equal shapes, but `old` has fewer input channels."""
     is_same_otherwise = old.shape[:1] + old.shape[2:] == new.shape[:1] + new.shape[2:]
     return is_same_otherwise and old.shape[1:2] < new.shape[1:2]
 

@@ -9,21 +9,22 @@ import torch
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
-from ldm.train import estimate
+from ldm.train import memory_estimate
 from ldm.train.config.settings import read_settings
+from ldm.train.memory_estimate import MemoryEstimate
 from quick import some
 
 ROOT = Path(__file__).parents[2]
 
 
-def estimate_memory(*overrides: str, processes: int = 1) -> estimate.Memory:
+def estimate_tiny(*overrides: str, processes: int = 1) -> MemoryEstimate:
     raw = read_yaml(ROOT / "configs/train/tiny.yaml", overrides)
-    return estimate.estimate(read_settings(raw), processes)
+    return memory_estimate.estimate_memory(read_settings(raw), processes)
 
 
 def test_the_peak_counts_storages_that_are_alive() -> None:
     outside = torch.zeros(1000)
-    with estimate.PeakMemoryMode() as mode:
+    with memory_estimate.PeakMemoryMode() as mode:
         first = outside[:10].t() + torch.zeros(1000)[:10]
         del first
         first = torch.zeros(1000)
@@ -40,7 +41,7 @@ def test_the_peak_counts_storages_that_are_alive() -> None:
 @pytest.mark.parametrize("parameterization", some(["v", "eps"], "v"))
 def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     model = f"model.params.parameterization={parameterization}"
-    whole = estimate_memory("lightning.optimizer.name=adamw", model)
+    whole = estimate_tiny("lightning.optimizer.name=adamw", model)
     assert whole.gradients == whole.ema == 4 * whole.trainable
     assert whole.optimizer == 8 * whole.trainable
     assert whole.weights == 4 * whole.parameters
@@ -49,21 +50,21 @@ def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole() -> estimate.Memory:
-    return estimate_memory()
+def whole() -> MemoryEstimate:
+    return estimate_tiny()
 
 
 @pytest.mark.slow
-def test_checkpointing_and_small_batches_keep_fewer_activations(whole: estimate.Memory) -> None:
-    small = estimate_memory(
+def test_checkpointing_and_small_batches_keep_fewer_activations(whole: MemoryEstimate) -> None:
+    small = estimate_tiny(
         "lightning.trainer.gradient_checkpointing=true", "data.params.batch_size=4"
     )
     assert small.activations < 0.75 * whole.activations
 
 
 @pytest.mark.slow
-def test_gradients_of_a_token_go_through_the_frozen_unet(whole: estimate.Memory) -> None:
-    token = estimate_memory("lightning.textual_inversion.token=<x>")
+def test_gradients_of_a_token_go_through_the_frozen_unet(whole: MemoryEstimate) -> None:
+    token = estimate_tiny("lightning.textual_inversion.token=<x>")
     assert token.trainable == 32
     assert token.activations > 0.5 * whole.activations
 
@@ -83,7 +84,7 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     overrides += [f"data.params.{override}" for override in data]
     raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", overrides)
     settings = read_settings(raw)
-    result = estimate.estimate(settings)
+    result = memory_estimate.estimate_memory(settings)
     discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
     lpips = sum(p.numel() for p in LPIPS().parameters())
     assert result.parameters - result.trainable == weight * lpips
@@ -91,27 +92,29 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     assert result.optimizer == 8 * result.trainable
     assert result.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
     saving = settings.replace(trainer={"gradient_checkpointing": True})
-    assert estimate.estimate(saving).activations < result.activations
+    assert memory_estimate.estimate_memory(saving).activations < result.activations
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the simulated step."""
     monkeypatch.setattr(
-        estimate, "_measure_activations", lambda task, settings: 1e6 * settings.data.batch_size
+        memory_estimate,
+        "_measure_activations",
+        lambda task, settings: 1e6 * settings.loader.batch_size,
     )
 
 
 @pytest.mark.usefixtures("quick")
 def test_settings_lower_the_memory() -> None:
-    whole = estimate_memory("lightning.optimizer.name=adamw")
-    split = estimate_memory(
+    whole = estimate_tiny("lightning.optimizer.name=adamw")
+    split = estimate_tiny(
         "lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", processes=4
     )
     assert split.optimizer == whole.optimizer // 4
     assert split.total < whole.total
-    assert estimate_memory("lightning.trainer.ema_device=cpu").ema == 0
-    lora = estimate_memory("lightning.lora.rank=2")
+    assert estimate_tiny("lightning.trainer.ema_device=cpu").ema == 0
+    lora = estimate_tiny("lightning.lora.rank=2")
     assert lora.trainable < 0.05 * lora.parameters
     assert lora.optimizer < 0.2 * lora.weights
 
@@ -119,7 +122,7 @@ def test_settings_lower_the_memory() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_dry_run_prints_the_whole_config_and_what_would_help() -> None:
     raw: Any = read_yaml(ROOT / "configs/train/tiny.yaml", ["data.params.batch_size=2"])
-    lines = list(estimate.describe(read_settings(raw), processes=2))
+    lines = list(memory_estimate.describe_run(read_settings(raw), processes=2))
     assert parse_yaml(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
     text = "\n".join(lines)
     assert "2 x 1 accumulated x 2 ranks" in text

@@ -12,7 +12,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import to_original_name
 from ldm.loading.weights import open_checkpoint
-from ldm.train.runs.initial import load_initial_weights, resize_weight
+from ldm.train.runs.initial_weights import load_initial_weights, resize_weight
 from loading import tinyfamilies
 
 ROOT = Path(__file__).parents[2]
