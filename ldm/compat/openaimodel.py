@@ -325,7 +325,7 @@ class UNetModel(CompatModule, unet.UNet):
         self.predict_codebook_ids = False
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
-        self.num_res_blocks = list(self._level_blocks)
+        self.num_res_blocks = list(self._level_num_res_blocks)
         # The sum of all blocks' channels: each level has n + 1 on the way down, the downsampling or
         # the middle block included, and as many on the way up.
         per_level = zip(self.num_res_blocks, self._level_channels, strict=True)

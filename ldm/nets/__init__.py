@@ -7,7 +7,7 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     circular                circular padding, for seamless images
     blocks                  layers, norms, residual blocks, timestep embedding
     transformer             self- and cross-attention of the UNet
-    perturbation, freeu     changes of the UNet's computation in one call
+    perturbation, freeu     modify the UNet's forward pass in one call
     unet                    UNet
     latent_upscaler         LatentUpscalerUNet
     autoencoder             AutoencoderKL
@@ -15,9 +15,9 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     karlo                   prior of unCLIP models
     discriminator, lpips    losses of the autoencoder
     inception               features of FID
-    lora, lycoris           LoRA and other adapters of any of these
-    tiled                   networks applied to tiles of a large image
+    lora, lycoris           LoRA and other adapters for any of these
+    tiled                   any function applied to tiles of a large image
 
-Parameter names are the original's, so that published weights load unchanged. Networks take and
-return tensors: files, noise schedules and prompts belong to other packages.
+Parameter names are those of the original, CompVis' `ldm`, so that published weights load unchanged.
+Networks take and return tensors: files, noise schedules and prompts belong to other packages.
 """

@@ -1,9 +1,9 @@
 """attention(q, k, v): one function, three backends, and the choice between them.
 
 "xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" computes the formula
-and allocates all N x M scores. The call, `set_backend` or the environment variable LDM_ATTENTION
-selects one, in this order. Otherwise it is xformers if its kernel runs on this device and dtype,
-else SDPA; for bfloat16 on most CPUs, the formula is computed in tiles instead.
+and allocates all N x M scores. The argument `backend`, `set_backend` or the environment variable
+LDM_ATTENTION selects one, in this order. The default is xformers if its kernel runs on this device
+and dtype, else SDPA; for bfloat16 on most CPUs, attention is computed in tiles instead.
 
 The fused kernels compute scores and softmax in float32. "math" casts q and k to float32 first, as
 float16 scores of SD 2.1 overflow, unless the environment variable ATTN_PRECISION is not "fp32".
@@ -41,7 +41,7 @@ def attention(
         k, v: (B, heads, M, d).
         mask: Bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query; None
             keeps all. With a mask, SDPA replaces xformers.
-        backend: One of BACKENDS; None = the default, see above.
+        backend: One of BACKENDS; None = see the docstring of this module.
 
     Returns:
         (B, heads, N, d), in the dtype of v.
@@ -52,11 +52,11 @@ def attention(
         or _check_backend(os.environ.get("LDM_ATTENTION"), "LDM_ATTENTION")
     )
     if backend is None and mask is None:
-        if _prefers_tiles(q):
+        if _should_tile(q):
             return _attend_in_tiles(q, k, v)
         backend = "xformers" if _can_use_xformers(q, k, v) else "sdpa"
     if backend == "math":
-        return _attend_by_formula(q, k, v, mask)
+        return _attend_by_math(q, k, v, mask)
     if backend == "xformers" and mask is None:
         return _attend_by_xformers(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -73,11 +73,11 @@ def _check_backend(name: str | None, where: str = "") -> str | None:
         return None
     check_name("attention backend", name, BACKENDS, where)
     if name == "xformers":
-        _import_xformers()
+        _load_xformers_kernel()
     return name
 
 
-def _attend_by_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if os.environ.get("ATTN_PRECISION", "fp32") == "fp32":
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
@@ -109,25 +109,25 @@ def _attend_in_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _prefers_tiles(q: Tensor) -> bool:
+def _should_tile(q: Tensor) -> bool:
     # On CPUs without AMX, SDPA computes bfloat16 in float32: tiles take two thirds of its time.
-    is_faster = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_HEAD_DIM
-    return is_faster and cpu.applies(q) and not has_amx()
+    is_tiling_faster = q.dtype == torch.bfloat16 and q.shape[-1] >= MIN_TILED_HEAD_DIM
+    return is_tiling_faster and cpu.applies(q) and not has_amx()
 
 
-def _import_xformers() -> Callable[..., Tensor]:
+def _load_xformers_kernel() -> Callable[..., Tensor]:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        hint = "attention backend `xformers` needs `pip install 'ldm-revived[xformers]'`"
-        raise ImportError(hint) from error
+        message = "attention backend `xformers` needs `pip install 'ldm-revived[xformers]'`"
+        raise ImportError(message) from error
     kernel: Callable[..., Tensor] = memory_efficient_attention
     return kernel
 
 
 def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, heads, d), the layout of xformers
-    out: Tensor = _import_xformers()(q, k, v)
+    out: Tensor = _load_xformers_kernel()(q, k, v)
     return out.transpose(1, 2)  # (B, heads, N, d)
 
 

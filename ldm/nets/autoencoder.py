@@ -43,7 +43,7 @@ class AutoencoderConfig:
     ch_mult: Sequence[int] = (1, 2, 4, 8)
     attn_resolutions: Sequence[int] = ()
     dropout: float = 0.0
-    resamp_with_conv: bool = True  # else average pooling, nearest neighbor
+    resamp_with_conv: bool = True  # else average pooling, nearest-neighbor upsampling
     double_z: bool = True  # the encoder predicts mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
@@ -58,7 +58,7 @@ class AutoencoderConfig:
         check_name("attn_type", self.attn_type, ATTENTION_TYPES, where="ddconfig")
 
     @property
-    def channels(self) -> list[int]:
+    def level_channels(self) -> list[int]:
         """Channels of each level, full resolution first."""
         return [self.ch * mult for mult in self.ch_mult]
 
@@ -119,7 +119,7 @@ class DiagonalGaussian:
 class ResnetBlock(CheckpointedLayer):
     """The residual block of the UNet, without a time embedding.
 
-    The residual connection is a 1x1 convolution if the number of channels changes.
+    The shortcut is a 1x1 convolution if the number of channels changes, else the identity.
     """
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
@@ -136,8 +136,8 @@ class ResnetBlock(CheckpointedLayer):
     def compute(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, h, w)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C_out, h, w)
-        skip: Tensor = self.nin_shortcut(x)
-        return skip + h
+        shortcut: Tensor = self.nin_shortcut(x)
+        return shortcut + h
 
 
 class AttnBlock(Layer):
@@ -240,7 +240,7 @@ class Encoder(Layer):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        channels = config.channels
+        channels = config.level_channels
         self.conv_in = Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
             ResolutionLevel(
@@ -272,7 +272,7 @@ class Decoder(Layer):
         super().__init__()
         self.give_pre_end = config.give_pre_end
         self.tanh_out = config.tanh_out
-        channels = config.channels
+        channels = config.level_channels
         self.conv_in = Conv2d(config.z_channels, channels[-1], 3, padding=1)
         self.mid = MiddleBlock(channels[-1], config)
         self.up = nn.ModuleList(
@@ -336,11 +336,11 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, in_channels, H, W) in [-1, 1] as distributions of z (B, D, h, w)."""
+        """Encode images (B, C, H, W) in [-1, 1] as distributions of z (B, embed_dim, h, w)."""
         if min(image.shape[-2:]) < self.downscale:
             raise ValueError(
                 f"an image of {image.shape[-1]}x{image.shape[-2]} pixels is too small: each side "
-                f"needs at least {self.downscale}"
+                f"must be at least {self.downscale}"
             )
         moments = self.quant_conv(self.encoder(image.to(self.dtype)))  # (B, 2 embed_dim, h, w)
         return DiagonalGaussian(moments.to(image.dtype).contiguous())
@@ -366,7 +366,7 @@ class PixelSpace(nn.Module):
     downscale = 1
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Return a distribution that has the image (B, 3, H, W) as its only sample."""
+        """Return a distribution with the image (B, 3, H, W) as mean, and standard deviation 0."""
         # The second half, the log variance, is not used.
         return DiagonalGaussian(torch.cat([image, image], dim=1), deterministic=True)
 

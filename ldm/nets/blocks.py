@@ -63,8 +63,8 @@ class Conv2d(nn.Conv2d, Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not get_circular_axes() or self.padding == (0, 0):
             return cpu.conv2d(x, self)
-        # x is wrapped by whole strides, which keeps the output pixels in place. The layer pads by
-        # zeros beyond that: output pixels that see them, `excess` at each side, are cut off.
+        # x is wrapped by whole strides, which keeps the output pixels in place. The layer pads
+        # with zeros beyond that: `excess` output pixels at each side, which see zeros, are cropped.
         stride, padding = self.stride[0], int(self.padding[0])
         excess = math.ceil(padding / stride)
         return crop(cpu.conv2d(wrap(x, excess * stride), self), excess)
@@ -77,7 +77,7 @@ class UpsampleConv2d(Conv2d):
         """Convolve `upsample_nearest(x, size)`, for x (B, C, h, w); see there for `size`."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
-            # One circular pixel of x is two of the output (see Conv2d for the reason to cut them).
+            # One wrapped pixel of x becomes two of the output, which are cropped as in Conv2d.
             return crop(cpu.upsample_conv2d(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
         return super().forward(upsample_nearest(x, size))
 

@@ -1,7 +1,7 @@
 """FreeU: rescale the two inputs of the UNet's output blocks.
 
-Half of the backbone's channels are multiplied by b, the lowest frequencies of the skip connection
-by s. Si et al. 2023 (arXiv:2309.11497).
+The first half of the backbone's channels is multiplied by b, the lowest frequencies of the skip
+connection by s. Si et al. 2023 (arXiv:2309.11497).
 """
 
 import math
@@ -34,13 +34,13 @@ class FreeU:
             return h, skip
         b, s = factors
         half = h.shape[1] // 2
-        factor: Tensor | float = b
+        backbone_factor: Tensor | float = b
         if self.by_mean:
             mean = h.float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
             lowest, highest = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
             span = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
-            factor = ((b - 1) * (mean - lowest) / span + 1).to(h.dtype)
-        h = torch.cat([h[:, :half] * factor, h[:, half:]], dim=1)
+            backbone_factor = ((b - 1) * (mean - lowest) / span + 1).to(h.dtype)
+        h = torch.cat([h[:, :half] * backbone_factor, h[:, half:]], dim=1)
         return h, scale_low_frequencies(skip, s)
 
 
@@ -57,23 +57,26 @@ def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
     if factor == 1:
         return x
     height, width = x.shape[-2:]
-    rows, columns = _make_waves(height, x.device), _make_waves(width, x.device)  # (3, h), (3, w)
+    rows, columns = (
+        _make_fourier_basis(height, x.device),
+        _make_fourier_basis(width, x.device),
+    )  # (3, h), (3, w)
     # Autocast would sum over all positions in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        product = rows @ x.float() @ columns.T  # (B, C, 3, 3)
+        coefficients = rows @ x.float() @ columns.T  # (B, C, 3, 3)
         # sin θ = sin y cos y' - cos y sin y': rotate (cos, sin) by 90° along both axes.
-        rotated = torch.zeros_like(product)
-        rotated[..., 1, 1], rotated[..., 2, 2] = product[..., 2, 2], product[..., 1, 1]
-        rotated[..., 1, 2], rotated[..., 2, 1] = -product[..., 2, 1], -product[..., 1, 2]
-        low = rows.T @ (product - rotated) @ columns / (height * width)
+        rotated = torch.zeros_like(coefficients)
+        rotated[..., 1, 1], rotated[..., 2, 2] = coefficients[..., 2, 2], coefficients[..., 1, 1]
+        rotated[..., 1, 2], rotated[..., 2, 1] = -coefficients[..., 2, 1], -coefficients[..., 1, 2]
+        low = rows.T @ (coefficients - rotated) @ columns / (height * width)
         return (x.float() + (factor - 1) * low).to(x.dtype)
 
 
-def _make_waves(n: int, device: torch.device) -> Tensor:
+def _make_fourier_basis(n: int, device: torch.device) -> Tensor:
     """Return 1, cos and sin of frequency -1 at n positions, (3, n) float32.
 
     A single position has the frequency 0 only: there cos and sin are 0.
     """
     phase = torch.arange(n, device=device) * (2 * math.pi / n)
-    waves = torch.stack([torch.ones_like(phase), phase.cos(), phase.sin()])
-    return waves if n > 1 else waves * torch.tensor([[1.0], [0.0], [0.0]], device=device)
+    basis = torch.stack([torch.ones_like(phase), phase.cos(), phase.sin()])
+    return basis if n > 1 else basis * torch.tensor([[1.0], [0.0], [0.0]], device=device)

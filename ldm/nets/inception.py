@@ -42,7 +42,7 @@ class Branch(NamedTuple):
 
     Args:
         steps: One or two parallel convolutions each, run one step after the other.
-        pool: Run before the steps; None = none.
+        pool: Runs before the steps; None = no pooling.
     """
 
     steps: Sequence[tuple[Conv, ...]]

@@ -2,8 +2,8 @@
 
     noisy latent | low-res latent, upsampled by 2 -> down and up levels -> output, log variance
 
-There are no transformer blocks: residual blocks and attention layers read the embedding of noise
-levels and text through the scale and shift of their group norms.
+There are no transformer blocks: the embedding of noise levels and text sets the scale and shift of
+the group norms in residual blocks and attention layers.
 
 Karras et al. 2022 (arXiv:2206.00364); random Fourier features: Tancik et al. 2020
 (arXiv:2006.10739).
@@ -81,7 +81,7 @@ class LatentUpscalerUNet(Layer):
 
     @property
     def size_multiple(self) -> int:
-        """Number that the sides of a latent must be multiples of, and at least twice as long as."""
+        """Latent sides must be multiples of this number, and at least twice as long."""
         return int(2 ** (len(self.channels) - 1))
 
     @property
@@ -202,7 +202,7 @@ class _UNetLevels(Layer):
         for level in self.d_blocks:
             x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i) at level i
             skips.append(x)
-        skips.pop()  # the last level's output is x itself, the input of the first level up
+        skips.pop()  # the last level's output is x itself, the input of the first up level
         for i, level in enumerate(self.u_blocks):
             x = torch.cat([x, skips.pop()], dim=1) if i else x
             x = _run_level(level, x, emb, context, mask)
@@ -360,5 +360,5 @@ def _split_heads(x: Tensor) -> Tensor:
 
 
 def _merge_heads(h: Tensor, like: Tensor) -> Tensor:
-    """Merge heads again: (B, heads, h w, d) -> (B, C, h, w)."""
+    """Merge heads: (B, heads, h w, d) -> (B, C, h, w), the shape of `like`."""
     return h.transpose(2, 3).reshape(like.shape)

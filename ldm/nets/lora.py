@@ -42,24 +42,24 @@ class Target(NamedTuple):
     name: str = "weight"
 
     @property
-    def parameter(self) -> str:
+    def parameter_name(self) -> str:
         """Name of the parameter in the layer."""
         return self.name if self.qkv_index is None else f"in_proj_{self.name}"
 
     @property
     def weight(self) -> Tensor:
         """(C_out, C_in), (C_out, C_in, kh, kw), or (C,) of a norm or a bias."""
-        weight = self.layer.get_parameter(self.parameter)
+        weight = self.layer.get_parameter(self.parameter_name)
         if self.name == PROJECTION:
             return weight.T
         return weight if self.qkv_index is None else weight.chunk(3)[self.qkv_index]
 
     @torch.no_grad()
-    def replace(self, value: Tensor) -> None:
-        """Replace the parameter by a new one, as the old one may be memory-mapped."""
-        old = self.layer.get_parameter(self.parameter)
+    def set_weight(self, value: Tensor) -> None:
+        """Set the weight to a value, in a new parameter, as the old one may be memory-mapped."""
+        old = self.layer.get_parameter(self.parameter_name)
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-        self.layer.register_parameter(self.parameter, new)
+        self.layer.register_parameter(self.parameter_name, new)
         self.weight.copy_(value)
         is_rounded = new.dtype != value.dtype
         if is_rounded and not self.weight.isfinite().all() and value.isfinite().all():
@@ -72,7 +72,7 @@ class WeightChange(ABC):
     """A change of one weight by a LoRA or a LyCORIS adapter.
 
     Attributes:
-        strength: Factor of the whole change, set by the user; 1 as trained.
+        strength: Factor of the whole change, set by the user; 1 = as trained.
     """
 
     target: Target
@@ -87,11 +87,11 @@ class Addition(WeightChange):
     """A change that does not depend on the weight."""
 
     @abstractmethod
-    def delta(self) -> Tensor:
+    def compute_delta(self) -> Tensor:
         """Return the addition to the weight, in its shape, float32."""
 
     def change_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.delta().to(weight.device)
+        return weight + self.compute_delta().to(weight.device)
 
 
 class LoRALayer(nn.Module, Addition):
@@ -139,7 +139,7 @@ class LoRALayer(nn.Module, Addition):
         return self.lora_up(self.lora_down(x)) * self.scale  # (B, N, C_out) or (B, C_out, h, w)
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
+    def compute_delta(self) -> Tensor:
         """Return the addition to the layer's weight, in its shape, float32."""
         down, up = self.lora_down.weight.float(), self.lora_up.weight.float()
         return (up.flatten(1) @ down.flatten(1) * self.scale).view(len(up), *down.shape[1:])
@@ -195,23 +195,23 @@ class MergedChanges:
     Attributes:
         originals: Original weights by (layer, parameter name).
         tokens: Tokens of textual inversions that came with the changes.
-        state: The merged files and strengths, to be compared with what a later call asks for.
-        undo_sampling: Resets the model's `defaults`, which a few-step LoRA replaces; None if none
-            did.
+        loras: The merged files and strengths, to be compared with those of a later call.
+        restore_defaults: Restores the model's `defaults`, which a few-step LoRA replaces; None if
+            none did.
     """
 
     def __init__(self) -> None:
         self.originals: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self.tokens: list[str] = []
-        self.state: object = None
-        self.undo_sampling: Callable[[], None] | None = None
+        self.loras: object = None
+        self.restore_defaults: Callable[[], None] | None = None
 
     def merge(self, changes: Sequence[WeightChange]) -> None:
         """Replace the changes merged before by these; if that fails, none are merged."""
         self.restore()
         for target in dict.fromkeys(change.target for change in changes):
-            key = (target.layer, target.parameter)
-            self.originals[key] = target.layer.get_parameter(target.parameter)
+            key = (target.layer, target.parameter_name)
+            self.originals[key] = target.layer.get_parameter(target.parameter_name)
         try:
             merge_changes(changes)
         except ArgumentError:
@@ -248,12 +248,12 @@ def merge_changes(changes: Iterable[WeightChange]) -> None:
         for change in group:
             if not isinstance(change, Addition):
                 weight = change.change_weight(weight)
-        target.replace(weight)
+        target.set_weight(weight)
 
 
 def sum_additions(additions: Sequence[Addition]) -> Tensor:
-    """Return the sum of additions to one weight, float32, the same bits in any order of them."""
-    deltas = [addition.delta() for addition in additions]
+    """Return the sum of additions to one weight, float32, bitwise equal for any order of them."""
+    deltas = [addition.compute_delta() for addition in additions]
     if len(deltas) > 2:
         # Rounding of a sum of more than two numbers depends on their order: sort them by value.
         return torch.stack(deltas).sort(0).values.sum(0)

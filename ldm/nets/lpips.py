@@ -17,7 +17,7 @@ from ldm.nets.blocks import Layer
 __all__ = ["CHANNELS", "LPIPS"]
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five layers
-CONVOLUTIONS = (2, 2, 3, 3, 3)  # in the slice that ends at each of them
+CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each slice of VGG16
 DROPOUT = 0.5  # has no effect (see `LPIPS.train`), but is part of the names of weights
 EPS = 1e-10  # added to norms, as by LPIPS's authors
 # Mean and standard deviation of VGG16's inputs in [-1, 1], rounded by LPIPS's authors.
@@ -40,7 +40,7 @@ class Scaling(Layer):
 
 
 class VGG16(nn.Module):  # not a Layer, as it returns a list
-    """The convolutions of VGG16, in five slices that end at the layers; numbered as in VGG16."""
+    """The convolutions of VGG16, numbered as there, in five slices that end at the layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,15 +93,15 @@ class LPIPS(Layer):
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:
         """Compute distances (B, 1, 1, 1) of images (B, 3, H, W) in [-1, 1], at least 16 x 16."""
-        pairs = zip(self.features(image), self.features(reference), strict=True)
+        pairs = zip(self.extract_features(image), self.extract_features(reference), strict=True)
         distance = image.new_zeros(len(image), 1, 1, 1)
         for k, (x, y) in enumerate(pairs):
             head = self.get_submodule(f"lin{k}")
             distance = distance + head((x - y).square()).mean(dim=(2, 3), keepdim=True)
         return distance  # (B, 1, 1, 1)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """Compute features (B, C, h, w) of the five layers, with unit norm over channels."""
+    def extract_features(self, image: Tensor) -> list[Tensor]:
+        """Return features (B, C, h, w) of the five layers, with unit norm over channels."""
         return [_normalize(x) for x in self.net(self.scaling_layer(image))]
 
 

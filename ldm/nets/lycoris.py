@@ -79,7 +79,7 @@ def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> Wei
     adapter_type = _find_type(adapter.tensors)
     if adapter_type is None:
         names = ", ".join(f"`{name}`" for name in adapter.tensors)
-        raise ValueError(f"no adapter consists of {names}")
+        raise ValueError(f"no type of adapter has the tensors {names}")
     try:
         shape = target.weight.shape
     except AttributeError as error:
@@ -112,7 +112,9 @@ def _build(
     if magnitude is None:
         return change
     if not isinstance(change, Addition):
-        raise ValueError("its magnitudes (DoRA) need an addition beside them")
+        raise ValueError(
+            "its magnitudes (DoRA) need the tensors of LoRA, LoHa, LoKr or a difference"
+        )
     if MAGNITUDE in adapter:
         magnitude = magnitude.reshape(-1, 1)
     return _DoRA(target, change, magnitude, strength)
@@ -127,7 +129,7 @@ class _Delta(Addition):
     adapter: Adapter
     strength: float
 
-    def delta(self) -> Tensor:
+    def compute_delta(self) -> Tensor:
         shape = self.target.weight.shape
         delta = self.compute(self.adapter, shape)
         if len(delta) != shape[0]:
@@ -211,9 +213,9 @@ def _get_difference(adapter: Adapter, shape: torch.Size) -> Tensor:
 
 
 def _scale_rows_or_columns(adapter: Adapter, weight: Tensor) -> Tensor:
-    vector, dims = adapter["weight"].flatten().to(weight.device), [1] * weight.dim()
-    dims[1 if adapter.on_input else 0] = -1
-    return weight * (1 + vector.view(dims))
+    vector, shape = adapter["weight"].flatten().to(weight.device), [1] * weight.dim()
+    shape[1 if adapter.on_input else 0] = -1
+    return weight * (1 + vector.view(shape))
 
 
 def _add_glora(adapter: Adapter, weight: Tensor) -> Tensor:

@@ -35,16 +35,17 @@ def perturb_self_attention(module: nn.Module, is_perturbed: Tensor) -> Iterator[
         is_perturbed: Samples to perturb, bool (B,).
     """
     thread = threading.get_ident()
-    perturbed, unchanged = is_perturbed.nonzero()[:, 0], (~is_perturbed).nonzero()[:, 0]  # indices
-    inputs: list[Tensor] = []  # the whole batch of the current layer
+    perturbed_indices = is_perturbed.nonzero()[:, 0]
+    unchanged_indices = (~is_perturbed).nonzero()[:, 0]
+    inputs: list[Tensor] = []  # the input of the current layer, with all samples
 
     # Attention runs on the unchanged samples only. With an identity map nothing but the value and
     # output projections remain of it: these run on the perturbed samples.
     def select_unchanged(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if threading.get_ident() != thread or not len(unchanged):
+        if threading.get_ident() != thread or not len(unchanged_indices):
             return None
         inputs.append(args[0])
-        return (args[0][unchanged.to(args[0].device)], *args[1:])
+        return (args[0][unchanged_indices.to(args[0].device)], *args[1:])
 
     def add_perturbed(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
@@ -52,8 +53,9 @@ def perturb_self_attention(module: nn.Module, is_perturbed: Tensor) -> Iterator[
         assert isinstance(layer, CrossAttention)
         x: Tensor = inputs.pop() if inputs else args[0]  # (B, N, query_dim)
         out = output.new_empty(x.shape)
-        out[unchanged.to(x.device)] = output[: len(unchanged)]
-        out[perturbed.to(x.device)] = layer.to_out(layer.to_v(x[perturbed.to(x.device)]))
+        out[unchanged_indices.to(x.device)] = output[: len(unchanged_indices)]
+        perturbed = perturbed_indices.to(x.device)
+        out[perturbed] = layer.to_out(layer.to_v(x[perturbed]))
         return out
 
     layers = find_self_attentions(module)

@@ -87,12 +87,12 @@ class TinyAutoencoder(nn.Module):
         return next(self.decoder.parameters()).dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encode images (B, 3, H, W) in [-1, 1] to the distribution of z; TAESD's has no noise."""
+        """Encode images (B, 3, H, W) in [-1, 1]: distribution of z, with standard deviation 0."""
         if self.encoder is None:
             assert self.fallback_encoder is not None, "TAESD without an encoder can only decode"
             return self.fallback_encoder.encode(image)
         z = self.encoder((image.to(self.dtype) + 1) / 2) / self.scale_factor
-        # The second z stands for the log variance, which is not read if `deterministic`.
+        # The second z is in place of the log variance, which `deterministic` ignores.
         return DiagonalGaussian(torch.cat([z, z], dim=1).to(image.dtype), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:

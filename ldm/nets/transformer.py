@@ -112,7 +112,7 @@ class CrossAttention(Layer):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Attend from x (B, N, query_dim) to a context; (B, N, query_dim).
+        """Attend from x (B, N, query_dim) to a context, and return (B, N, query_dim).
 
         Args:
             context: (B, M, context_dim); None = x.
@@ -121,8 +121,8 @@ class CrossAttention(Layer):
         context = x if context is None else context
         if context.shape[-1] != self.context_dim:
             raise ValueError(
-                f"cross-attention to {self.context_dim} features cannot take {context.shape[-1]}\n"
-                "hint: does the text encoder belong to this UNet (SD 1: 768, SD 2: 1024)?"
+                f"the context needs {self.context_dim} features, got {context.shape[-1]}\n"
+                "hint: does the text encoder match this UNet (SD 1: 768, SD 2: 1024)?"
             )
         q, k, v = (
             self._split_heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context))

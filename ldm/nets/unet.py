@@ -86,9 +86,9 @@ class UNet(nn.Module):
     attention_resolutions: Collection[int]  # factors 2 ** i of the levels with attention
     dropout: float = 0.0
     channel_mult: Sequence[int] = (1, 2, 4, 8)
-    conv_resample: bool = True  # else average pooling, nearest neighbor
+    conv_resample: bool = True  # else average pooling, nearest-neighbor upsampling
     dims: Literal[2] = 2
-    # what `y` is, see `forward`; None = the network takes none
+    # kind of `y`, see `forward`; None = the network takes no `y`
     num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None
     use_checkpoint: bool = False
     num_heads: int = -1  # -1: channels / num_head_channels
@@ -140,25 +140,25 @@ class UNet(nn.Module):
         return [self.model_channels * mult for mult in self.channel_mult]
 
     @property
-    def _level_blocks(self) -> Sequence[int]:
+    def _level_num_res_blocks(self) -> Sequence[int]:
         """Residual blocks of each level on the way down; there is one more on the way up."""
         blocks = self.num_res_blocks
         return [blocks] * len(self.channel_mult) if isinstance(blocks, int) else blocks
 
     @property
     def has_middle_self_attention(self) -> bool:
-        """Whether the middle block has a transformer with self-attention, as `perturbed` needs."""
+        """Whether the middle block has self-attention in a transformer: `perturbed` needs it."""
         return bool(find_self_attentions(self.middle_block))
 
     @property
-    def decoder_inputs(self) -> list[tuple[int, int]]:
+    def output_block_inputs(self) -> list[tuple[int, int]]:
         """(index, channels) of each output block's input, without its skip connection.
 
         The index is 0 at the lowest resolution, as `resolution_idx` in diffusers.
         """
         inputs, in_channels = [], self._level_channels[-1]
         for index, (channels, blocks) in enumerate(
-            zip(reversed(self._level_channels), reversed(self._level_blocks), strict=True)
+            zip(reversed(self._level_channels), reversed(self._level_num_res_blocks), strict=True)
         ):
             inputs += [(index, in_channels), *[(index, channels)] * blocks]
             in_channels = channels
@@ -187,13 +187,13 @@ class UNet(nn.Module):
             timesteps: (B,), 0 … 999, may be fractional.
             context: (B, M, context_dim), or a list of one per transformer block; None = networks
                 without cross-attention.
-            y: By num_classes: n: class labels 0 … n-1, (B,); "continuous": (B, 1); "sequential":
+            y: By num_classes: an int n: labels 0 … n - 1, (B,); "continuous": (B, 1); "sequential":
                 (B, adm_in_channels); "timestep": (B,); None without classes.
             guidance_embedding: (B, time_cond_proj_dim), embedding of the guidance scale of a
                 distilled network (arXiv:2310.04378); None = zeros.
             perturbed: Samples with identity self-attention in the middle block, bool (B,), for
                 perturbed-attention guidance; None = no samples.
-            freeu: Rescales the inputs of the output blocks; None = they are unchanged.
+            freeu: Rescales the inputs of the output blocks; None leaves them unchanged.
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
@@ -227,7 +227,7 @@ class UNet(nn.Module):
         blocks = [UNetBlock(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
         skip_channels = [self.model_channels]
         for level, channels in enumerate(self._level_channels):
-            for i in range(self._level_blocks[level]):
+            for i in range(self._level_num_res_blocks[level]):
                 layers: list[nn.Module] = [self._build_res_block(skip_channels[-1], channels)]
                 if self._has_attention(level, i):
                     depth = self._get_transformer_depth(level, i)
@@ -256,18 +256,18 @@ class UNet(nn.Module):
         return UNetBlock(first, attention, self._build_res_block(channels, channels))
 
     def _build_output_blocks(self, skip_channels: list[int]) -> nn.ModuleList:
-        """Build an output block for each skip connection, the last one first."""
+        """Build an output block for each skip connection, in reverse order."""
         blocks: list[UNetBlock] = []
         depths, in_channels = self.transformer_depth_output, self._level_channels[-1]
         for level, channels in reversed(list(enumerate(self._level_channels))):
-            for i in range(self._level_blocks[level] + 1):
+            for i in range(self._level_num_res_blocks[level] + 1):
                 res_block = self._build_res_block(in_channels + skip_channels.pop(), channels)
                 layers: list[nn.Module] = [res_block]
                 in_channels = channels
                 if self._has_attention(level, i):
                     depth = depths[len(blocks)] if depths else self._get_transformer_depth(level, i)
                     layers.append(self._build_attention(channels, level, depth, up=True))
-                if level and i == self._level_blocks[level]:
+                if level and i == self._level_num_res_blocks[level]:
                     layers.append(self._build_resampler(channels, up=True))
                 blocks.append(UNetBlock(*layers))
         return nn.ModuleList(blocks)
@@ -364,7 +364,7 @@ class UNet(nn.Module):
         if self.num_classes == "sequential" and self.adm_in_channels is not None:
             return nn.Sequential(self._build_mlp(self.adm_in_channels))
         raise ValueError(
-            f"num_classes `{self.num_classes}` is not a number, `continuous`, `timestep`, or "
+            f"num_classes `{self.num_classes}` is not an integer, `continuous`, `timestep`, or "
             "`sequential` with adm_in_channels"
         )
 
@@ -389,7 +389,7 @@ class UNet(nn.Module):
         if heads < 1:
             raise ValueError("either num_heads or num_head_channels is needed, 1 or more")
         if self.use_spatial_transformer != (self.context_dim is not None):
-            raise ValueError("use_spatial_transformer and context_dim go together, one is missing")
+            raise ValueError("use_spatial_transformer needs context_dim, and context_dim needs it")
         depth = self.transformer_depth
         is_by_block = isinstance(depth, Sequence) and any(isinstance(d, Sequence) for d in depth)
         if is_by_block and self.transformer_depth_output is None:
@@ -399,7 +399,7 @@ class UNet(nn.Module):
             if isinstance(value, Sequence) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
         for level, level_depth in enumerate(depth if isinstance(depth, Sequence) else ()):
-            blocks = self._level_blocks[level]
+            blocks = self._level_num_res_blocks[level]
             if (
                 isinstance(level_depth, Sequence)
                 and self._has_attention(level, 0)
@@ -409,7 +409,7 @@ class UNet(nn.Module):
                     f"transformer_depth has {len(level_depth)} entries for the {blocks} blocks of "
                     f"level {level}"
                 )
-        output_depths, blocks = self.transformer_depth_output, len(self.decoder_inputs)
+        output_depths, blocks = self.transformer_depth_output, len(self.output_block_inputs)
         if output_depths is not None and len(output_depths) != blocks:
             raise ValueError(
                 f"transformer_depth_output has {len(output_depths)} entries for {blocks} output "
@@ -417,7 +417,7 @@ class UNet(nn.Module):
             )
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
-        # Average pooling halves odd sides to less than a skip connection needs when doubled.
+        # Average pooling rounds odd sides down; doubled again, they do not fit the skip connection.
         rounds_down = self.resblock_updown or not self.conv_resample
         factor = 2 ** (len(self.channel_mult) - 1)
         if rounds_down and (x.shape[-2] % factor or x.shape[-1] % factor):

@@ -38,9 +38,10 @@ def make_freeu(
         raise ArgumentError("freeu is not for the x2 latent upscaler", "freeu")
     first, second = (factors.b1, factors.s1), (factors.b2, factors.s2)
     if version == "diffusers":
-        keys, factors_by_key = [level for level, _ in unet.decoder_inputs], {0: first, 1: second}
+        keys = [level for level, _ in unet.output_block_inputs]
+        factors_by_key = {0: first, 1: second}
     else:
-        keys = [channels for _, channels in unet.decoder_inputs]
+        keys = [channels for _, channels in unet.output_block_inputs]
         factors_by_key = {4 * unet.model_channels: first, 2 * unet.model_channels: second}
     factors_by_block = [factors_by_key.get(key) for key in keys]
     if not any(factors_by_block):

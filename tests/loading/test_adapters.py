@@ -136,7 +136,9 @@ def test_a_file_comes_back_bit_for_bit(kind, style, file):
     write_lora(adapter, file, model, style)
     again = read_lora(file, model)
     assert style == "diffusers" or same(again.state_dict(), adapter.state_dict())
-    assert all(torch.equal(again[name].delta(), adapter[name].delta()) for name in adapter)
+    assert all(
+        torch.equal(again[name].compute_delta(), adapter[name].compute_delta()) for name in adapter
+    )
 
 
 SPELLINGS = [
@@ -245,7 +247,7 @@ def test_layers_that_are_there_twice_are_those_with_the_names_of_diffusers(file,
             up = originals[f"{name}.lora_up.weight"]
             is_other = torch.equal(layer.lora_up.weight, up)
             assert is_other == ("output_blocks" in name), name
-            assert is_other or torch.equal(layer.delta(), expected[name].delta())
+            assert is_other or torch.equal(layer.compute_delta(), expected[name].compute_delta())
     assert "layers twice: those with the original's names are left out" in caplog.text
 
 
@@ -256,7 +258,7 @@ def test_a_lora_of_the_base_model_fits_an_inpainting_model(file):
     before = model.unet.state_dict()["input_blocks.0.0.weight"].clone()
     load_loras(model, [(file, 1.0)])
     delta = model.unet.state_dict()["input_blocks.0.0.weight"] - before
-    expected = adapter["lora_unet_conv_in"].delta()
+    expected = adapter["lora_unet_conv_in"].compute_delta()
     torch.testing.assert_close(delta[:, :4], expected, rtol=0, atol=1e-6)
     assert not delta[:, 4:].any()
 
@@ -330,7 +332,9 @@ def test_layers_may_have_the_names_of_the_original(file):
     ):
         state, delta = low_rank(layer)
         write_checkpoint(file, state | {f"{layer}.alpha": torch.tensor(2.0)})
-        changes = {name: change.delta() for name, change in read_lora(file, model).layers.items()}
+        changes = {
+            name: change.compute_delta() for name, change in read_lora(file, model).layers.items()
+        }
         torch.testing.assert_close(changes, {KOHYA: 2 / 4 * delta})
 
 
@@ -369,7 +373,9 @@ def test_a_folder_of_peft_has_a_file_for_each_network(tmp_path):
         name = prefix + (block if network == "unet" else text).replace(".", "_")
         deltas[name] = 8 / (2 if network == "unet" else 4) * delta
     lora = read_lora(tmp_path, model)
-    torch.testing.assert_close({n: layer.delta() for n, layer in lora.layers.items()}, deltas)
+    torch.testing.assert_close(
+        {n: layer.compute_delta() for n, layer in lora.layers.items()}, deltas
+    )
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no `pytorch_lora_weights` or `adapter_mo"):
         read_lora(tmp_path / "empty", model)
@@ -393,7 +399,7 @@ def test_patterns_of_alpha_are_those_of_peft(patterns, alpha, tmp_path):
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": patterns}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (layer,) = read_lora(tmp_path, tiny_model()).layers.values()
-    torch.testing.assert_close(layer.delta(), alpha / 4 * delta)
+    torch.testing.assert_close(layer.compute_delta(), alpha / 4 * delta)
 
 
 def test_whole_matrices_of_lokr_are_scaled_as_in_peft(tmp_path):
@@ -404,7 +410,7 @@ def test_whole_matrices_of_lokr_are_scaled_as_in_peft(tmp_path):
     for config, scale in (({}, 1), ({"r": 4, "alpha": 8}, 2), (PATTERNS, 8)):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         ((_, change),) = read_changes(tmp_path, tiny_model())
-        torch.testing.assert_close(change.delta(), scale * torch.kron(first, second))
+        torch.testing.assert_close(change.compute_delta(), scale * torch.kron(first, second))
 
 
 PATTERNS = {"r": 4, "alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_q": 16}}
@@ -560,7 +566,7 @@ def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path, file):
     for alpha in (2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half()):
         torch.save(state | {f"{KOHYA}.alpha": alpha}, tmp_path / "x.pt")
         lora = read_lora(tmp_path / "x.pt", tiny_model())
-        torch.testing.assert_close(lora[KOHYA].delta(), 2 / 4 * delta)
+        torch.testing.assert_close(lora[KOHYA].compute_delta(), 2 / 4 * delta)
     write_checkpoint(file, state | {f"{KOHYA}.alpha": torch.tensor(torch.nan)})
     with pytest.raises(ValueError, match="NaN or infinity in 1 of its 1 layers: `lora_unet_down_"):
         read_lora(file, tiny_model())

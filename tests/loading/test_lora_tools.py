@@ -52,7 +52,7 @@ def _is_tuned(name, value):
 
 
 def deltas(lora):
-    return {name: layer.delta() for name, layer in lora.layers.items()}
+    return {name: layer.compute_delta() for name, layer in lora.layers.items()}
 
 
 @pytest.mark.parametrize("family", some(["sd1", "xl"], "sd1"))

@@ -92,7 +92,7 @@ def test_each_tower_and_block_gets_its_own_number(file):
                   "unet.middle_block.1": 0.0, "unet.middle_block.2": 0.0,
                   "unet.output_blocks.2": 4.0}.get(block, 2.0)  # fmt: skip
         weight = weight if name.startswith("unet.") else 0.25
-        expected = base[f"{name}.weight"] + weight * layers[id(module)].delta()
+        expected = base[f"{name}.weight"] + weight * layers[id(module)].compute_delta()
         torch.testing.assert_close(module.weight, expected, rtol=0, atol=1e-6)
         applied.add(weight)
     assert applied == {0.25, 0, 1, 2, 4}
@@ -123,7 +123,7 @@ def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
     up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
     delta = (up @ down).view_as(layer.target.weight) * layer.alpha / layer.rank
     changes = dict(read_changes(file, model, "1:dyn=1"))
-    torch.testing.assert_close(changes[name].delta(), delta, rtol=0, atol=1e-6)
+    torch.testing.assert_close(changes[name].compute_delta(), delta, rtol=0, atol=1e-6)
     save_file({f"{name}.diff": torch.zeros_like(delta)}, tmp_path / "diff.safetensors")
     with pytest.raises(ValueError, match="is not a plain LoRA: its rank cannot be cut"):
         load_loras(model, [(tmp_path / "diff.safetensors", "1:dyn=1")])

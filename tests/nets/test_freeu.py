@@ -39,7 +39,7 @@ def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
 
     with torch.no_grad():
         unet(x, t, context, freeu=spy)
-    assert [h.shape[1] for h, _ in given] == [channels for _, channels in unet.decoder_inputs]
+    assert [h.shape[1] for h, _ in given] == [channels for _, channels in unet.output_block_inputs]
     for factors, (h, skip), (h_out, skip_out) in zip(freeu.factors, given, taken, strict=True):
         b, s = factors or (1, 1)
         mean = h.double().mean(1, keepdim=True)

@@ -174,7 +174,7 @@ WRONG = [
     ),
     (
         lambda: CrossAttention(**CROSS)(torch.ones(1, 3, 64), torch.ones(1, 5, 768)),
-        "to 24 features cannot take 768",
+        "the context needs 24 features, got 768",
     ),
 ]
 

@@ -59,7 +59,7 @@ def test_several_with_weights_are_their_sum(layer):
     first, second = make_lora(layer), make_lora(layer, rank=2)
     targets = [lora_layer.target for lora_layer in first.values()]
     expected = [
-        target.weight + 0.75 * first[name].delta() - 0.5 * second[name].delta()
+        target.weight + 0.75 * first[name].compute_delta() - 0.5 * second[name].compute_delta()
         for name, target in zip(first, targets, strict=True)
     ]
     x, plain = example(layer), layer(example(layer))
@@ -96,7 +96,7 @@ def test_only_the_lora_is_trained(layer):
 def test_half_precision_weights_are_rounded_once():
     layer = Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
     loras = [set_strength(make_lora(layer), 0.001) for _ in range(2)]
-    sum_ = sum(lora["layerNone"].delta() for lora in loras)
+    sum_ = sum(lora["layerNone"].compute_delta() for lora in loras)
     expected = (layer.weight.float() + sum_).to(torch.bfloat16)
     merge(*loras)
     assert torch.equal(layer.weight, expected)

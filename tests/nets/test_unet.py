@@ -272,7 +272,7 @@ BAD = [
     ({"num_head_channels": -1}, "either num_heads or num_head_channels"),
     ({"num_head_channels": 0, "num_heads": 4}, "num_head_channels is needed, 1 or more"),
     ({"num_head_channels": 128}, "num_head_channels 128 exceeds 32 channels"),
-    ({"context_dim": None}, "use_spatial_transformer and context_dim go together"),
+    ({"context_dim": None}, "use_spatial_transformer needs context_dim"),
     ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks has 3 entries for 2 levels"),
     ({"disable_self_attentions": [True]}, "disable_self_attentions has 1 entries for 2 levels"),
     ({"num_classes": "sequential"}, "`sequential` with adm_in_channels"),

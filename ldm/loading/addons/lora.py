@@ -135,8 +135,8 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
             "loras",
         )
     pairs = parse_loras(files)
-    state = [(*_read_file_state(path), weight) for path, weight in pairs]
-    if model.merged is not None and model.merged.state == state:
+    loras = [(*_read_file_state(path), weight) for path, weight in pairs]
+    if model.merged is not None and model.merged.loras == loras:
         return
     adapters = read_loras(model, pairs)
     merged = model.merged = model.merged or MergedChanges()
@@ -144,17 +144,17 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
     for encoder in model.conditioner.find_all(TextEncoder):
         for token in merged.tokens:
             encoder.added_embeddings.pop(token, None)
-    merged.state = None  # so that the next call merges again if this one fails
-    if merged.undo_sampling is not None:
-        merged.undo_sampling()
-        merged.undo_sampling = None
+    merged.loras = None  # so that the next call merges again if this one fails
+    if merged.restore_defaults is not None:
+        merged.restore_defaults()
+        merged.restore_defaults = None
     model.provenance["loras"] = []
     merged.merge([change for file in adapters for change in file.changes])
-    merged.tokens, merged.state = _record_loras(model, adapters), state
+    merged.tokens, merged.loras = _record_loras(model, adapters), loras
     if is_variant_fixed(model):
         return
     if variant := detect_variant_of_loras(pairs):
-        merged.undo_sampling = set_variant(model, variant)
+        merged.restore_defaults = set_variant(model, variant)
     else:
         warn_if_distilled(pairs)
 

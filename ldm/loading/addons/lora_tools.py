@@ -178,7 +178,7 @@ def extract_lora(
     if not layers:
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
     targets = [layer.target for layer in layers.values()]
-    changed = {id(target.layer.get_parameter(target.parameter)) for target in targets}
+    changed = {id(target.layer.get_parameter(target.parameter_name)) for target in targets}
     names = {name for name, value in networks[1].named_parameters() if id(value) in changed}
     others = tuple(name for name in differing if name not in names)
     return ExtractedLoRA(LoRA(layers), networks[1], 1 - squared_error / squared_delta, others)

@@ -197,7 +197,7 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
         "in_channels": ddconfig.in_channels,
         "out_channels": ddconfig.out_ch,
         "latent_channels": embed_dim,
-        "block_out_channels": ddconfig.channels,
+        "block_out_channels": ddconfig.level_channels,
         "layers_per_block": ddconfig.num_res_blocks,
         "down_block_types": [f"{prefix}DownEncoderBlock2D" for prefix in prefixes],
         "up_block_types": [f"{prefix}UpDecoderBlock2D" for prefix in reversed(prefixes)],

@@ -97,9 +97,9 @@ def _multiply_entries(
 ) -> list[Tensor]:
     """Compute the entries of M, with the bias of Y."""
     # Entry (1, 1) of M contributes to all four outputs of a tile with weight 1.
-    biased = 5 if len(matrices) == 16 else 4
+    bias_index = 5 if len(matrices) == 16 else 4
     return [
-        multiply_in_any_layout(x, matrix, bias if k == biased else None)
+        multiply_in_any_layout(x, matrix, bias if k == bias_index else None)
         for k, (x, matrix) in enumerate(zip(v, matrices, strict=True))
     ]
 
