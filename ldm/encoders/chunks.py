@@ -62,7 +62,7 @@ class Splitter:
             return split_at_commas(sections, chunk_size)
         if syntax == "compel":
             return _split_at_sentences(units, chunk_size)
-        return _fill(units, chunk_size)
+        return _fill_chunks(units, chunk_size)
 
     def to_ids(self, chunk: Chunk) -> list[int]:
         """Return the token ids of a chunk, with start token, end token and padding."""
@@ -97,20 +97,20 @@ class Splitter:
 
 
 def _split_comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
-    """Split at white space outside textual inversions, and drop `embedding:` before them."""
-    names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+    """Split at whitespace outside textual inversions, and drop `embedding:` before them."""
+    names = [re.escape(name) for name in sorted(added, key=len, reverse=True)]
     text = piece.text
     if names:
-        text = re.sub(rf"\bembedding:(?={names})", "", text, flags=re.IGNORECASE)
-    spaced = [re.escape(name) for name in sorted(added, key=len, reverse=True) if " " in name]
-    return re.findall("|".join([*spaced, r"\S+"]), text, re.IGNORECASE)
+        text = re.sub(rf"\bembedding:(?={'|'.join(names)})", "", text, flags=re.IGNORECASE)
+    names_with_spaces = [name for name in names if " " in name]
+    return re.findall("|".join([*names_with_spaces, r"\S+"]), text, re.IGNORECASE)
 
 
 def split_at_commas(sections: Sequence[Chunk], chunk_size: int = 75) -> list[Chunk]:
     """Fill chunks as A1111; where one overflows soon after a comma, split it after that comma.
 
     Args:
-        sections: Units between two BREAKs, which begin a new chunk.
+        sections: Units between two BREAKs; each section starts a new chunk.
     """
     chunks: list[Chunk] = []
     for index, section in enumerate(sections):
@@ -135,7 +135,7 @@ def split_at_commas(sections: Sequence[Chunk], chunk_size: int = 75) -> list[Chu
     return chunks
 
 
-def _fill(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
+def _fill_chunks(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
     chunks: list[Chunk] = [[]]
     for unit in units:
         if _count_tokens(chunks[-1]) + len(unit.ids) > chunk_size:
@@ -149,16 +149,15 @@ def _split_at_sentences(units: Sequence[Unit], chunk_size: int) -> list[Chunk]:
     chunks: list[Chunk] = []
     remaining = list(units)
     while _count_tokens(remaining) > chunk_size:
-        # Number of units that fit.
-        fitting = bisect_right(list(accumulate(len(unit.ids) for unit in remaining)), chunk_size)
-        last_ids = [max(unit.ids[-1], INVERSION) for unit in remaining[:fitting]]
+        fit_count = bisect_right(list(accumulate(len(unit.ids) for unit in remaining)), chunk_size)
+        last_ids = [max(unit.ids[-1], INVERSION) for unit in remaining[:fit_count]]
         ends = (
             end
             for symbols in _find_split_ids()
-            for end in range(fitting, 0, -1)
+            for end in range(fit_count, 0, -1)
             if last_ids[end - 1] in symbols
         )
-        end = next(ends, fitting)
+        end = next(ends, fit_count)
         chunks.append(remaining[:end])
         remaining = remaining[end:]
     return [*chunks, remaining] if remaining or not chunks else chunks

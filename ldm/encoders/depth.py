@@ -32,7 +32,7 @@ class MiDaSDepth(Encoder):
     Args:
         model_type: Name in ARCHS; None = no network, so that a batch must have depth maps.
         arch: Overrides of entries of `model_type` in ARCHS; None = no overrides.
-        eps: Added to max - min before dividing by it. In training 0 becomes the 0.001 of the
+        eps: Added to max - min before dividing by it. Training replaces 0 by 0.001, as the
             original.
     """
 
@@ -109,7 +109,7 @@ def compute_midas_size(height: int, width: int) -> tuple[int, int]:
     The side nearer to 384 decides the scale; halves round to even.
     """
     scale = min(MIDAS_SIZE / height, MIDAS_SIZE / width, key=lambda s: abs(1 - s))
-    return _to_multiple(height * scale), _to_multiple(width * scale)
+    return _round_to_multiple(height * scale), _round_to_multiple(width * scale)
 
 
 def resize_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
@@ -129,7 +129,7 @@ def normalize_depth(depth: Tensor, eps: float = 0.0) -> Tensor:
     return 2 * (depth - low) / span - 1
 
 
-def _to_multiple(side: float) -> int:
+def _round_to_multiple(side: float) -> int:
     return max(round(side / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
 
 

@@ -43,19 +43,19 @@ class DPT(nn.Module):
         self.hooks = hooks
         dim, stages = timm_vit.embed_dim, timm_vit.patch_embed.backbone.feature_info
         level_channels = [stages[1]["num_chs"], stages[2]["num_chs"], dim, dim]
-        coarse = {"4": Conv2d(dim, dim, 3, stride=2, padding=1)}
+        downsampling = {"4": Conv2d(dim, dim, 3, stride=2, padding=1)}
         self.pretrained = nn.ModuleDict(
             {
                 "model": vit,
                 "act_postprocess3": nn.ModuleDict(_build_reassembly(dim)),
-                "act_postprocess4": nn.ModuleDict(_build_reassembly(dim) | coarse),
+                "act_postprocess4": nn.ModuleDict(_build_reassembly(dim) | downsampling),
             }
         )
         scratch: dict[str, nn.Module] = {}
         for i, channels in enumerate(level_channels, start=1):
             scratch[f"layer{i}_rn"] = Conv2d(channels, features, 3, padding=1, bias=False)
             scratch[f"refinenet{i}"] = FeatureFusion(features)
-        # indices of MiDaS' files, of which 1, 3 and 5 are without weights
+        # Indices as in MiDaS' files; layers 1, 3 and 5 have no weights.
         scratch["output_conv"] = nn.Sequential(
             Conv2d(features, features // 2, 3, padding=1),
             nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=True),
@@ -70,17 +70,17 @@ class DPT(nn.Module):
         """Estimate inverse depth, larger = nearer; sides of x are multiples of SIZE_MULTIPLE."""
         if x.shape[-2] % SIZE_MULTIPLE or x.shape[-1] % SIZE_MULTIPLE:
             raise ArgumentError(
-                f"depth of an image of {x.shape[-2]} x {x.shape[-1]} pixels: "
-                f"both sides must be multiples of {SIZE_MULTIPLE}"
+                f"an image of {x.shape[-1]}x{x.shape[-2]} pixels does not fit MiDaS: both sides "
+                f"must be multiples of {SIZE_MULTIPLE}"
             )
         fused: Tensor | None = None
-        for i, features in reversed(list(enumerate(self._feature_maps(x), start=1))):
+        for i, features in reversed(list(enumerate(self._compute_feature_maps(x), start=1))):
             level = self.scratch[f"layer{i}_rn"](features)  # (B, F, h_i, w_i)
             fused = self.scratch[f"refinenet{i}"](level, fused)  # (B, F, 2 h_i, 2 w_i)
         depth: Tensor = self.scratch["output_conv"](fused)  # (B, 1, H, W)
         return depth
 
-    def _feature_maps(self, x: Tensor) -> list[Tensor]:
+    def _compute_feature_maps(self, x: Tensor) -> list[Tensor]:
         """Compute feature maps at 1/4, 1/8, 1/16 and 1/32 of the image's size."""
         vit: Any = self.pretrained["model"]
         resnet = vit.patch_embed.backbone
@@ -98,8 +98,8 @@ class DPT(nn.Module):
                 outputs.append(tokens)
         names = ("act_postprocess3", "act_postprocess4")
         maps = (
-            _reassemble(cast(nn.ModuleDict, self.pretrained[n]), t, size)
-            for n, t in zip(names, outputs, strict=True)
+            _reassemble(cast(nn.ModuleDict, self.pretrained[name]), output, size)
+            for name, output in zip(names, outputs, strict=True)
         )
         return [first, second, *maps]
 

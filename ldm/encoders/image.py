@@ -30,7 +30,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 # open_clip's `vision_cfg` of the models in `text.TEXT_SIZES`
-VISION: dict[str, dict[str, float]] = {
+VISION_CONFIGS: dict[str, dict[str, float]] = {
     "ViT-B-32": {"width": 768, "layers": 12, "patch_size": 32},
     "ViT-B-16": {"width": 768, "layers": 12, "patch_size": 16},
     "ViT-L-14": {"width": 1024, "layers": 24, "patch_size": 14},
@@ -60,16 +60,15 @@ def preprocess(
 
     Args:
         antialias: Whether to blur before downscaling.
-        blur: Sigma of the blur when downscaling by `factor`: "wide" is sigma = factor, as
-            in kornia 0.6.0, which the original pins; "narrow" is (factor - 1) / 2, as since
-            kornia 0.6.4.
+        blur: Sigma of the blur when downscaling by `factor`: "wide" = factor, as in kornia 0.6.0,
+            which the original pins; "narrow" = (factor - 1) / 2, as in kornia 0.6.4 and later.
     """
     image = image.float()
     factors = [length / size for length in image.shape[-2:]]
     if antialias and max(factors) > 1:
         for dim, factor in zip((-2, -1), factors, strict=True):
             image = _blur_axis(image, dim, *_choose_gaussian(factor, blur))
-    # Corners are aligned, as in the original's call of kornia.
+    # align_corners, as the original passes to kornia.
     image = F.interpolate(image, (size, size), mode="bicubic", align_corners=True)
     return normalize_pixels((image + 1) / 2)
 
@@ -81,7 +80,7 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
 
 
 class CLIPVision(nn.Module):
-    """Images -> CLIP embeddings (B, D); base class; keywords are those of `preprocess`."""
+    """Images -> CLIP embeddings (B, D); base class; `antialias` and `blur`: see `preprocess`."""
 
     def __init__(self, clip: CLIP, *, freeze: bool, antialias: bool, blur: Blur) -> None:
         super().__init__()
@@ -116,7 +115,8 @@ class OpenCLIPImage(CLIPVision):
     The state dict includes the text tower without its blocks, as in published files.
 
     Args:
-        arch: Name in VISION, or an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`).
+        arch: Name in VISION_CONFIGS, or an open_clip model config (`embed_dim`, `vision_cfg`,
+            `text_cfg`).
         version: "openai" selects quick GELU; any other value is ignored.
     """
 
@@ -146,8 +146,8 @@ class CLIPImage(CLIPVision, Encoder):
     Args:
         model: Name of a model in OpenAI's package, or an open_clip model config.
         key: Batch key of the images.
-        text_tower: Whether to build the blocks of the text tower, which are in unCLIP's files and
-            serve the Karlo prior.
+        text_tower: Whether to build the blocks of the text tower, which unCLIP's files contain
+            for the Karlo prior.
     """
 
     slot: Slot = "crossattn"
@@ -329,9 +329,9 @@ class ImageEmbedding(Encoder):
 
 
 def _get_vision_kwargs(arch: str | Config) -> dict[str, Any]:
-    """Return arguments of VisionTower for a name in VISION or an open_clip config."""
+    """Return arguments of VisionTower for a name in VISION_CONFIGS or an open_clip config."""
     if isinstance(arch, str):
-        config: Config = VISION[arch.removesuffix("-quickgelu")]
+        config: Config = VISION_CONFIGS[arch.removesuffix("-quickgelu")]
     else:
         config = arch.get("vision_cfg") or {}
     check_names("vision_cfg key", config, VISION_DEFAULTS)
@@ -355,12 +355,12 @@ def _blur_axis(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
     """Blur along one axis, with reflect padding of any width."""
     half, length = taps // 2, image.shape[dim]
     offsets = torch.arange(-half, half + 1, device=image.device)
-    window = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     shape = (1, 1, taps, 1) if dim == -2 else (1, 1, 1, taps)
     # Not F.pad, which reflects at most length - 1 pixels: sides may have 1 or 2.
     period = max(2 * (length - 1), 1)
     indices = torch.arange(-half, length + half, device=image.device) % period
     image = image.index_select(dim, torch.minimum(indices, period - indices))
     planes = image.flatten(0, 1)[:, None]  # (B C, 1, H, W)
-    blurred = F.conv2d(planes, (window / window.sum()).reshape(shape))
+    blurred = F.conv2d(planes, (kernel / kernel.sum()).reshape(shape))
     return blurred[:, 0].reshape(image.shape[0], image.shape[1], *blurred.shape[2:])

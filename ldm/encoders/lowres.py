@@ -111,7 +111,7 @@ class RGBDLatent(Encoder):
 
 
 class LowResLatent(Encoder):
-    """A low-resolution latent with noise, upsampled by nearest to channels (B, C, 2h, 2w).
+    """A low-resolution latent with noise, upsampled by nearest neighbor to channels (B, C, 2h, 2w).
 
     Its noise level is another condition, see `NoiseSigma`.
     """
@@ -128,7 +128,7 @@ class LowResLatent(Encoder):
 
         Args:
             noise: Standard normal noise; None leaves the latent unchanged: "fake" noise, of which
-                the network is told the sigma only.
+                the network gets the sigma only.
         """
         return latent if noise is None else (latent + sigma * noise) / (1 + sigma**2) ** 0.5
 
@@ -188,7 +188,7 @@ class MaskedImage(Encoder):
 def mask_image(image: Tensor, mask: Tensor) -> Tensor:
     """Set an image (B, 3, H, W) to 0 (gray) where a mask (B, 1, H, W) is at least 0.5."""
     if mask.shape[-2:] != image.shape[-2:]:
-        image_size, mask_size = ("{} x {}".format(*x.shape[-2:]) for x in (image, mask))
+        image_size, mask_size = (f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask))
         raise ArgumentError(f"an image of {image_size} pixels has a mask of {mask_size}", "mask")
     return image * (mask < 0.5)
 

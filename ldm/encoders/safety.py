@@ -3,7 +3,7 @@
     image --resize_and_center_crop, normalize--> VisionTower --> e (D,)
     score k = cos(e, concept k) - threshold k, rounded to 3 decimals; above 0 the image is flagged
 
-There are 17 concepts, and 3 for special care, which come first and flag no image by themselves:
+There are 17 concepts, and 3 special-care concepts, which come first and flag no image themselves:
 once one has a score above 0, all later scores are 0.01 higher. The texts of the concepts were not
 published; Rando et al. 2022 (arXiv:2210.04610) found all 17 to be sexual.
 """
@@ -23,8 +23,8 @@ from ldm.imaging.pixels import resize_and_center_crop
 
 __all__ = ["SafetyChecker", "Verdict"]
 
-ADJUSTMENT = 0.01  # added to scores after a match of a concept for special care
-DECIMALS = 3  # that scores are rounded to
+ADJUSTMENT = 0.01  # added to scores after a match of a special-care concept
+SCORE_DECIMALS = 3  # after rounding
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Verdict:
     """The scores of an image: cosine similarity minus threshold, above 0 for a match.
 
     Args:
-        scores: Of the concepts, each of which flags the image if it matches.
-        special_scores: Of the concepts for special care, which do not.
+        scores: One per concept; above 0 flags the image.
+        special_scores: One per special-care concept; above 0 does not flag the image.
     """
 
     scores: tuple[float, ...]
@@ -46,7 +46,7 @@ class Verdict:
 
     @property
     def special(self) -> list[int]:
-        """Indices of the matched concepts for special care."""
+        """Indices of the matched special-care concepts."""
         return [k for k, score in enumerate(self.special_scores) if score > 0]
 
     @property
@@ -56,11 +56,11 @@ class Verdict:
 
 
 class SafetyChecker(nn.Module):
-    """A vision tower of CLIP, and embedding and threshold of each concept.
+    """A vision tower of CLIP, with an embedding and a threshold per concept.
 
     Args:
         visual: Embeds images as (B, D).
-        concepts, special: Number of concepts, and of those for special care.
+        concepts, special: Number of concepts, and of special-care concepts.
     """
 
     def __init__(self, visual: VisionTower, *, concepts: int = 17, special: int = 3) -> None:
@@ -92,18 +92,18 @@ class SafetyChecker(nn.Module):
             for concept_embeddings in (self.special_care_embeds, self.concept_embeds)
         )  # (B, 3) and (B, 17)
         pairs = zip(special_cosines.tolist(), concept_cosines.tolist(), strict=True)
-        return [self._judge_cosines(*cosines) for cosines in pairs]
+        return [self._score_cosines(*cosines) for cosines in pairs]
 
-    def _judge_cosines(self, special_cosines: list[float], concept_cosines: list[float]) -> Verdict:
+    def _score_cosines(self, special_cosines: list[float], concept_cosines: list[float]) -> Verdict:
         special_scores, adjustment = [], 0.0
         thresholds = self.special_care_embeds_weights.tolist()
         for cosine, threshold in zip(special_cosines, thresholds, strict=True):
-            special_scores.append(round(cosine - threshold + adjustment, DECIMALS))
+            special_scores.append(round(cosine - threshold + adjustment, SCORE_DECIMALS))
             if special_scores[-1] > 0:
                 adjustment = ADJUSTMENT
         thresholds = self.concept_embeds_weights.tolist()
         scores = [
-            round(cosine - threshold + adjustment, DECIMALS)
+            round(cosine - threshold + adjustment, SCORE_DECIMALS)
             for cosine, threshold in zip(concept_cosines, thresholds, strict=True)
         ]
         return Verdict(tuple(scores), tuple(special_scores))

@@ -20,7 +20,7 @@ __all__ = ["SizeEmbedding"]
 class SizeEmbedding(Encoder):
     """Numbers (B, n) or (B,) -> concatenated sinusoidal embeddings, (B, n outdim) float32.
 
-    Sizes are (height, width) in pixels, crops (top, left); `key` is such as
+    Sizes are (height, width) in pixels, crops (top, left); `key` is a batch key such as
     `original_size_as_tuple`.
     """
 

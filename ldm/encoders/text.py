@@ -32,7 +32,7 @@ from ldm.conditioning import (
 )
 from ldm.encoders import tokenizer
 from ldm.encoders.chunks import Chunk, Splitter
-from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower, select_tokens
+from ldm.encoders.towers import ACTIVATIONS, VOCAB_SIZE, CLIPTower, OpenCLIPTower, select_tokens
 from ldm.encoders.weighting import PromptEncoder, split_output
 from ldm.prompts.prompt import ParsedPrompt, Prompt
 from ldm.runtime.arguments import as_list
@@ -59,7 +59,7 @@ TEXT_SIZES = {
 }
 
 CLIP_LARGE: dict[str, Any] = {
-    "vocab_size": VOCAB,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -74,7 +74,7 @@ CLIP_SIZES = {
     "openai/clip-vit-base-patch32": CLIP_LARGE | CLIP_BASE,
 }
 # Keys of a transformers config that are ignored.
-CLIP_UNUSED = frozenset(
+IGNORED_CLIP_KEYS = frozenset(
     {
         "projection_dim", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
         "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "architectures",
@@ -184,22 +184,22 @@ class TextEncoder(Encoder):
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Convert texts to token ids (B, length) int64; ids of added embeddings are negative."""
         return tokenizer.tokenize(
-            as_list(texts), self.tokenizer_variant, self.length, self._added_tokens()
+            as_list(texts), self.tokenizer_variant, self.length, self._get_added_tokens()
         )
 
     def count_tokens(self, prompt: str) -> int:
         """Count the tokens of a prompt, of which the encoder uses `length` - 2."""
-        return len(tokenizer.encode(prompt, self.tokenizer_variant, self._added_tokens()))
+        return len(tokenizer.encode(prompt, self.tokenizer_variant, self._get_added_tokens()))
 
     def find_truncated_text(self, prompt: str) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all fits."""
         return tokenizer.find_truncated_text(
-            prompt, self.tokenizer_variant, self.length, self._added_tokens()
+            prompt, self.tokenizer_variant, self.length, self._get_added_tokens()
         )
 
     def encode(self, texts: Sequence[str] | str) -> Tensor | Cond:
         """Encode texts, or read their outputs from the cache."""
-        table, entries = self.embedding_table, self._cached_entries(as_list(texts))
+        table, entries = self.embedding_table, self._read_cache(as_list(texts))
         if entries is None:
             output: Tensor | Cond = self(self.tokenize(texts).to(table.device))
             return output
@@ -214,7 +214,7 @@ class TextEncoder(Encoder):
         context, pooled = self.tower(
             self._to_rows(tokens),
             self.num_blocks - self.skipped_blocks,
-            self._added_table(),
+            self._get_added_table(),
             normalize=self.has_final_norm,
             ends=ends if self.always_return_pooled else None,
             is_masked=is_masked,
@@ -229,8 +229,8 @@ class TextEncoder(Encoder):
     def forward(self, prompts: Tensor | Sequence[str | Prompt | None]) -> Tensor | Cond:
         """Encode texts, parsed prompts, or token ids (B, N); None gives zeros.
 
-        Contexts of parsed prompts are multiples of `length` long, repeated to equal length; their
-        pooled output is that of the first chunk.
+        A parsed prompt gives `length` tokens per chunk, repeated to equal length within a batch,
+        and the pooled output of its first chunk.
         """
         if isinstance(prompts, Tensor):
             return self.encode_tokens(prompts)
@@ -238,13 +238,13 @@ class TextEncoder(Encoder):
         if len(texts) < len(prompts):
             return self._encode_parsed(prompts)
         output = self.encode([text or "" for text in texts])
-        missing = torch.tensor([prompt is None for prompt in prompts])
-        if not missing.any():
+        is_missing = torch.tensor([prompt is None for prompt in prompts])
+        if not is_missing.any():
             return output
         return (
-            zero_samples(output, missing)
+            zero_samples(output, is_missing)
             if isinstance(output, Tensor)
-            else output.zero_samples(missing)
+            else output.zero_samples(is_missing)
         )
 
     def split_into_chunks(self, prompt: Prompt) -> list[list[Chunk]]:
@@ -255,7 +255,7 @@ class TextEncoder(Encoder):
     def count_chunk_tokens(self, prompt: ParsedPrompt) -> tuple[int, int]:
         """Return the number of tokens of a parsed prompt, and the capacity of its chunks.
 
-        Of several texts (prompt editing, AND), these are of the one with the most chunks.
+        With several texts (prompt editing, AND), both are those of the text with the most chunks.
         """
         chunk_size = self.length - 2
         capacity, count = chunk_size, 0
@@ -269,7 +269,7 @@ class TextEncoder(Encoder):
 
     def _encode_parsed(self, prompts: Sequence[str | Prompt | None]) -> Tensor | Cond:
         if self.always_return_mask or self.context_length != self.length:
-            raise ArgumentError("this text encoder takes prompts of syntax plain only", "syntax")
+            raise ArgumentError("this text encoder supports the syntax `plain` only", "syntax")
         encoder = PromptEncoder(self.encode_tokens, self._splitter, self.embedding_table.device)
         outputs = [
             encoder.encode(prompt)
@@ -283,14 +283,14 @@ class TextEncoder(Encoder):
 
     @property
     def _splitter(self) -> Splitter:
-        return Splitter(self.tokenizer_variant, self._added_tokens(), self.length)
+        return Splitter(self.tokenizer_variant, self._get_added_tokens(), self.length)
 
     @property
     def context_length(self) -> int:
         """Number of tokens in the context of a plain prompt, N."""
         return self.length
 
-    def token_embeddings(self, text: str | None = None) -> Tensor:
+    def get_token_embeddings(self, text: str | None = None) -> Tensor:
         """Return the embeddings (n, D) of the n tokens of a text; the whole table for None."""
         table = self.embedding_table.detach()
         if text is None:
@@ -308,18 +308,18 @@ class TextEncoder(Encoder):
         indices = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
         return torch.where(ids[indices] == tokens, indices + 1, tokens.clamp(max=0))
 
-    def _added_tokens(self) -> dict[str, list[int]]:
-        """Return the ids of added embeddings: -1, -2, … for the rows of `_added_table`."""
+    def _get_added_tokens(self) -> dict[str, list[int]]:
+        """Return the ids of added embeddings: -1, -2, … for the rows of `_get_added_table`."""
         ids = (-1 - row for row in itertools.count())
         return {
             token: list(itertools.islice(ids, len(vectors)))
             for token, vectors in self.added_embeddings.items()
         }
 
-    def _added_table(self) -> Tensor | None:
+    def _get_added_table(self) -> Tensor | None:
         return torch.cat(list(self.added_embeddings.values())) if self.added_embeddings else None
 
-    def _cached_entries(self, texts: Sequence[str]) -> list[Mapping[str, Tensor]] | None:
+    def _read_cache(self, texts: Sequence[str]) -> list[Mapping[str, Tensor]] | None:
         """Read the cache, or return None if it is incomplete or the encoder is modified."""
         cache = self.cache
         if cache is None or any(text not in cache for text in texts):
@@ -341,8 +341,8 @@ def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
     ids = encoder.tokenize(sorted(set(texts))).unique()
     spare_rows = len(encoder.token_ids) - len(ids)
     if spare_rows < 0:
-        raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
-    return torch.cat([ids, torch.arange(spare_rows) + VOCAB])
+        raise ValueError(f"`compact_vocab` must be at least {len(ids) + 1} for {len(ids)} tokens")
+    return torch.cat([ids, torch.arange(spare_rows) + VOCAB_SIZE])
 
 
 class OpenCLIPText(TextEncoder):
@@ -351,7 +351,7 @@ class OpenCLIPText(TextEncoder):
     Args:
         arch: Name in TEXT_SIZES, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
-        layer: "last", or "penultimate" for the output of the last block but one.
+        layer: "last", or "penultimate" for the output of the penultimate block.
         compact_vocab: Rows of a pruned token embedding, see `token_ids`; None if it is not pruned.
         always_return_pooled: Whether to return a pooled output as well, projected to `embed_dim`.
         legacy: Whether the final norm follows `layer`, as in Stable Diffusion 2.
@@ -486,23 +486,23 @@ def get_open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
     if isinstance(arch, str):
         name = arch.removesuffix("-quickgelu")
         width, heads, layers = TEXT_SIZES[_check_choice(name, TEXT_SIZES, "arch")]
-        size: dict[str, Any] = {"width": width, "heads": heads, "layers": layers}
-        return size | {"quick_gelu": name != arch, "embed_dim": width, "context_length": 77}
+        kwargs: dict[str, Any] = {"width": width, "heads": heads, "layers": layers}
+        return kwargs | {"quick_gelu": name != arch, "embed_dim": width, "context_length": 77}
     config = {key: value for key, value in arch.items() if key not in ("text_cfg", "vision_cfg")}
     # open_clip's defaults of CLIPTextCfg
-    size = {"width": 512, "heads": 8, "layers": 12, "context_length": 77}
-    allowed = (*size, "vocab_size", "mlp_ratio", "embed_dim", "quick_gelu")
+    kwargs = {"width": 512, "heads": 8, "layers": 12, "context_length": 77}
+    allowed = (*kwargs, "vocab_size", "mlp_ratio", "embed_dim", "quick_gelu")
     for key, value in (config | dict(arch.get("text_cfg", {}))).items():
-        size[_check_choice(key, allowed, "text_cfg key")] = value
-    return {"embed_dim": size["width"]} | size
+        kwargs[_check_choice(key, allowed, "text_cfg key")] = value
+    return {"embed_dim": kwargs["width"]} | kwargs
 
 
 def _get_clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
-    size = dict(CLIP_SIZES.get(version, CLIP_LARGE))
-    for key in arch.keys() - CLIP_UNUSED:
-        size[_check_choice(key, size, "arch key")] = arch[key]
-    _check_choice(size["hidden_act"], ACTIVATIONS, "hidden_act")
-    return size
+    kwargs = dict(CLIP_SIZES.get(version, CLIP_LARGE))
+    for key in arch.keys() - IGNORED_CLIP_KEYS:
+        kwargs[_check_choice(key, kwargs, "arch key")] = arch[key]
+    _check_choice(kwargs["hidden_act"], ACTIVATIONS, "hidden_act")
+    return kwargs
 
 
 def _count_blocks(layer: str, layer_idx: int | None, layers: int) -> int:

@@ -1,6 +1,6 @@
 """CLIP's tokenizer, in the two variants that Stable Diffusion 1 and 2 were trained with.
 
-Byte-level BPE. The merge table is read from the open_clip package, without importing that. Words
+Byte-level BPE. The merge table is read from the open_clip package, without importing it. Words
 get the same ids in both variants; padding, special tokens and cleaning differ.
 
 Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2021 (arXiv:2103.00020).
@@ -39,7 +39,7 @@ class Variant:
 
     Args:
         start, end: Text of the special tokens, which prompts may contain.
-        pad: Id of the padding.
+        pad: Id of the padding token.
         unescape: Whether to decode HTML entities in texts with "<", too, where ftfy keeps them.
         split_first: Whether the text is split at special tokens before it is cleaned.
     """
@@ -72,13 +72,14 @@ def tokenize(
 def encode(text: str, variant: Variant, added: AddedTokens = NO_TOKENS) -> list[int]:
     """Convert one text to token ids, without start token, end token and padding."""
     if added:
-        pattern = "|".join(_added_patterns(added))
+        pattern = "|".join(_make_added_patterns(added))
         pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
-        return [i for p in pieces for i in added.get(p.lower()) or encode(p, variant)]
+        encoded = (added.get(piece.lower()) or encode(piece, variant) for piece in pieces)
+        return [token_id for ids in encoded for token_id in ids]
     word_pattern, special_pattern = _compile_patterns(variant)
     pieces = special_pattern.split(text) if variant.split_first else [text]
     words = (word for piece in pieces for word in word_pattern.findall(_clean(piece, variant)))
-    return [i for word in words for i in _encode_word(word, variant)]
+    return [token_id for word in words for token_id in _encode_word(word, variant)]
 
 
 def find_truncated_text(
@@ -87,7 +88,7 @@ def find_truncated_text(
     """Return the end of a text that `tokenize` drops, from the first incomplete word on."""
     if len(encode(text, variant, added)) <= length - 2:
         return ""
-    pattern = "|".join([*_added_patterns(added), r"\w+", r"[^\w\s]+"])
+    pattern = "|".join([*_make_added_patterns(added), r"\w+", r"[^\w\s]+"])
     words = list(re.finditer(pattern, text, re.IGNORECASE))
 
     def count_tokens(word: re.Match[str]) -> int:
@@ -105,16 +106,16 @@ def has_weight_syntax(prompt: str) -> bool:
 @cache
 def load_vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """Load {symbol: id} without special tokens, and {pair of symbols to merge: rank}."""
-    with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
+    with gzip.open(_find_merges_file(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
         merges = [(a, b) for a, b in (next(file).split() for _ in range(NUM_MERGES))]
-    letters = list(_byte_letters().values())
+    letters = list(_map_bytes_to_letters().values())
     symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     ids = {symbol: k for k, symbol in enumerate(symbols)}
     return ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
-def _added_patterns(added: AddedTokens) -> Iterator[str]:
+def _make_added_patterns(added: AddedTokens) -> Iterator[str]:
     """Yield a pattern for each token, which does not match within a longer word."""
     # The longest token first, as one may be the beginning of another.
     for token in sorted(added, key=len, reverse=True):
@@ -124,7 +125,7 @@ def _added_patterns(added: AddedTokens) -> Iterator[str]:
 
 
 def _clean(text: str, variant: Variant) -> str:
-    """Repair Unicode, collapse white space, convert to lower case."""
+    """Repair Unicode, collapse whitespace, convert to lower case."""
     import ftfy
 
     text = ftfy.fix_text(text)
@@ -149,15 +150,15 @@ def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
     if word in (variant.start, variant.end):
         return (START if word == variant.start else END,)
     ids, ranks = load_vocabulary()
-    letters = _byte_letters()
+    letters = _map_bytes_to_letters()
     symbols = [letters[byte] for byte in word.encode("utf-8")]
     symbols[-1] += "</w>"  # marks the end of a word
     while len(symbols) > 1:
         pairs = set(pairwise(symbols))
-        best = min(pairs, key=lambda pair: ranks.get(pair, NUM_MERGES))
-        if best not in ranks:
+        best_pair = min(pairs, key=lambda pair: ranks.get(pair, NUM_MERGES))
+        if best_pair not in ranks:
             break
-        symbols = _merge(symbols, best)
+        symbols = _merge(symbols, best_pair)
     return tuple(ids[symbol] for symbol in symbols)
 
 
@@ -176,7 +177,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 @cache
-def _byte_letters() -> dict[int, str]:
+def _map_bytes_to_letters() -> dict[int, str]:
     """Map each byte to the printable character that represents it, in order of ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(256) if byte not in printable]
@@ -184,7 +185,7 @@ def _byte_letters() -> dict[int, str]:
     return letters | {byte: chr(256 + k) for k, byte in enumerate(unprintable)}
 
 
-def _merges_path() -> Path:
+def _find_merges_file() -> Path:
     spec = importlib.util.find_spec("open_clip")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / MERGES_FILE

@@ -22,7 +22,7 @@ from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, Layer, LayerNorm, Linear
 from ldm.runtime.errors import ArgumentError
 
-VOCAB = 49408  # tokens of CLIP
+VOCAB_SIZE = 49408  # of CLIP's tokenizer
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
-class TextParts(NamedTuple):
-    """The parts of a text tower, whose names differ."""
+class TextComponents(NamedTuple):
+    """The components of a text tower, which subclasses name differently."""
 
     token_embedding: nn.Embedding
     positions: Tensor  # (longest N, D)
@@ -47,8 +47,8 @@ class TextTower(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> TextParts:
-        """The parts that `forward` runs."""
+    def components(self) -> TextComponents:
+        """The components that `forward` runs."""
 
     def project(self, pooled: Tensor) -> Tensor:
         """Project the pooled output (B, D); this class returns it unchanged."""
@@ -77,7 +77,7 @@ class TextTower(nn.Module, ABC):
         Returns:
             Vectors of the tokens (B, N, D), and the pooled output, if any.
         """
-        embedding, positions, blocks, final_norm = self.parts
+        embedding, positions, blocks, final_norm = self.components
         x = embed_tokens(embedding, tokens, added) + positions[: tokens.shape[1]]  # (B, N, D)
         x = run_causal(blocks[:num_blocks], x, is_masked)
         pooled = None
@@ -103,7 +103,7 @@ class OpenCLIPTower(TextTower):
         layers: int,
         embed_dim: int,
         context_length: int = 77,
-        vocab_size: int = VOCAB,
+        vocab_size: int = VOCAB_SIZE,
         mlp_ratio: float = 4.0,
         quick_gelu: bool = False,
     ) -> None:
@@ -131,9 +131,9 @@ class OpenCLIPTower(TextTower):
         _init_open_clip_blocks(self.blocks)
 
     @property
-    def parts(self) -> TextParts:
+    def components(self) -> TextComponents:
         embedding, positions = self.token_embedding, self.positional_embedding
-        return TextParts(embedding, positions, self.blocks, self.ln_final)
+        return TextComponents(embedding, positions, self.blocks, self.ln_final)
 
     def project(self, pooled: Tensor) -> Tensor:
         return pooled @ self.text_projection  # (B, embed_dim)
@@ -302,9 +302,9 @@ class CLIPTower(TextTower):
             _init_block(len(self.blocks), qkv_weights, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
     @property
-    def parts(self) -> TextParts:
+    def components(self) -> TextComponents:
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
-        return TextParts(self.token_embedding, positions, self.blocks, self.final_layer_norm)
+        return TextComponents(self.token_embedding, positions, self.blocks, self.final_layer_norm)
 
 
 class CLIPBlock(CheckpointedLayer):
@@ -363,7 +363,7 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
 def run_causal(
     blocks: Sequence[CheckpointedLayer], x: Tensor, is_masked: Tensor | None = None
 ) -> Tensor:
-    """Run blocks on x (B, N, D); a token attends to those up to itself that are not masked."""
+    """Run blocks on x (B, N, D); each token attends to itself and earlier tokens, unless masked."""
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     if is_masked is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.text import OpenCLIPText
-from ldm.encoders.towers import VOCAB
+from ldm.encoders.towers import VOCAB_SIZE
 from ldm.loading.diffusers.locations import (
     OLD_VAE_NAMES,
     TEXT_COMPONENTS,
@@ -283,7 +283,7 @@ def _fit_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pa
         return value
     if drop_1x1(value.shape) == drop_1x1(expected.shape):
         return value.reshape(expected.shape)
-    is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCAB
+    is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCAB_SIZE
     if is_table and value[: len(expected)].shape == expected.shape:
         added = len(value) - len(expected)
         log.warning("`%s`: %d added tokens without a name are left out", file, added)

@@ -71,7 +71,7 @@ def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
         tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat"
     )
     text: Any = run.model.conditioner.text
-    start = text.token_embeddings("a cat")
+    start = text.get_token_embeddings("a cat")
     assert torch.equal(text.added_embeddings["<thing>"], start[[0, 1, 0]])
     train(run)
     model: Any = ldm.load(None, base)

@@ -246,5 +246,5 @@ class FirstLetters(nn.Module):
 def test_a_vocabulary_is_sorted_and_filled_up_or_too_small() -> None:
     ids = collect_vocabulary(["cat", "ant", "cow"], FirstLetters()).tolist()
     assert ids == [7, ord("a"), ord("c"), 49408, 49409]
-    with pytest.raises(ValueError, match="`compact_vocab` is too small: 6 tokens"):
+    with pytest.raises(ValueError, match="`compact_vocab` must be at least 7 for 6 tokens"):
         collect_vocabulary(list("abcde"), FirstLetters())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.encoders.image import VISION, VISION_DEFAULTS
+from ldm.encoders.image import VISION_CONFIGS, VISION_DEFAULTS
 from ldm.encoders.towers import CLIP
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.encoders import get_tower_config, is_openai_clip
@@ -42,7 +42,7 @@ LAION = re.compile(r"laion|datacomp|open_?clip", re.IGNORECASE)
 OPENAI_WIDTHS = (512, 768)  # embeddings of ViT-B and ViT-L; the larger ones are LAION's
 HEAD_WIDTHS = {
     int(size["width"]): int(size.get("head_width", VISION_DEFAULTS["head_width"]))
-    for size in VISION.values()
+    for size in VISION_CONFIGS.values()
 }
 
 
@@ -73,7 +73,7 @@ def get_clip_name(clip: CLIP) -> str:
     patch, _ = visual.conv1.kernel_size
     sizes = {
         (size["width"], size["layers"], size.get("patch_size", 16), size.get("image_size", 224)): n
-        for n, size in VISION.items()
+        for n, size in VISION_CONFIGS.items()
     }
     width = len(visual.class_embedding)
     return sizes.get((width, len(visual.blocks), patch, visual.image_size), f"ViT-{width}-{patch}")

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from ldm.encoders import tokenizer
 from ldm.encoders.depth import ARCHS as DEPTH_ARCHS, MIDAS_SIZE, MiDaSDepth
-from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
+from ldm.encoders.image import MEAN, STD, VISION_CONFIGS, VISION_DEFAULTS
 from ldm.encoders.text import CLIP_LARGE, TEXT_SIZES, CLIPText, OpenCLIPText, TextEncoder, TextSize
-from ldm.encoders.towers import VOCAB, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
+from ldm.encoders.towers import VOCAB_SIZE, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
 from ldm.loading.diffusers.networks import read_equal, validate_config
 from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -73,7 +73,7 @@ def make_text_config(encoder: TextEncoder) -> JsonObject:
     return {
         "architectures": [class_name],
         "model_type": "clip_text_model",
-        "vocab_size": VOCAB,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": encoder.width,
         "intermediate_size": mlp_width,
         "num_hidden_layers": num_blocks,
@@ -213,7 +213,7 @@ def parse_vision_config(config: Config) -> JsonObject:
         "mlp_ratio": config["intermediate_size"] / width,
     }
     name, key = ("ViT-L-14", "model") if is_openai else ("ViT-H-14", "arch")
-    if vision_cfg == VISION_DEFAULTS | VISION[name] and embed_dim == TEXT_SIZES[name].width:
+    if vision_cfg == VISION_DEFAULTS | VISION_CONFIGS[name] and embed_dim == TEXT_SIZES[name].width:
         return {"model": "ViT-L/14"} if is_openai else {}
     text_cfg = {"width": embed_dim, "heads": 1, "layers": 0}  # the folder has no text encoder
     return {key: {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}

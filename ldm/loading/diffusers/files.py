@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.image import ImageEmbedding
-from ldm.encoders.towers import VOCAB
+from ldm.encoders.towers import VOCAB_SIZE
 from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, find_scale_factor
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
@@ -357,13 +357,13 @@ def read_network(path: Path) -> Checkpoint:
 def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[str, Tensor]:
     """Remove the rows of added tokens from a text encoder; return vectors (n, D) by token."""
     name = next((name for name in state if name.endswith(TOKEN_EMBEDDING)), None)
-    if name is None or len(state[name]) <= VOCAB:
+    if name is None or len(state[name]) <= VOCAB_SIZE:
         return {}
     table = state[name]
-    state[name] = table[:VOCAB]
-    rows = {token: table[i] for token, i in ids.items() if VOCAB <= i < len(table)}
+    state[name] = table[:VOCAB_SIZE]
+    rows = {token: table[i] for token, i in ids.items() if VOCAB_SIZE <= i < len(table)}
     if not rows:
-        log.warning("`%s` has %d rows without a token: left out", name, len(table) - VOCAB)
+        log.warning("`%s` has %d rows without a token: left out", name, len(table) - VOCAB_SIZE)
     vectors = {}
     for token in rows:  # `<cat>`, `<cat>_1`, `<cat>_2` are the vectors of one token
         numbered_tokens = takewhile(rows.__contains__, (f"{token}_{i}" for i in count(1)))
@@ -385,17 +385,17 @@ def _expand_rows(table: Tensor, ids: Tensor) -> Tensor:
         table: (n + 1, D); row 0 is that of tokens which are not in the compact vocabulary.
         ids: (n,) ids in CLIP's vocabulary of the other rows; larger ones mark unused rows.
     Returns:
-        (VOCAB, D).
+        (VOCAB_SIZE, D).
     """
-    rows = torch.zeros(VOCAB, dtype=torch.int64)
-    is_token = ids < VOCAB
+    rows = torch.zeros(VOCAB_SIZE, dtype=torch.int64)
+    is_token = ids < VOCAB_SIZE
     rows[ids[is_token]] = torch.arange(1, len(table))[is_token]
     return table[rows]
 
 
 def _compact_rows(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """Invert `_expand_rows`; unused rows are taken from `table`."""
-    is_token, is_unknown = ids < VOCAB, torch.ones(VOCAB, dtype=torch.bool)
+    is_token, is_unknown = ids < VOCAB_SIZE, torch.ones(VOCAB_SIZE, dtype=torch.bool)
     is_unknown[ids[is_token]] = False
     compact = table.clone()
     compact[0] = embedding[is_unknown.nonzero()[0, 0]]

@@ -131,7 +131,7 @@ def _build_lora(
 def _make_initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
     """Return the vectors (k, D) of the tokens of `init`, or (1, D), the mean of all tokens."""
     if init is None:
-        return encoder.token_embeddings().mean(0, keepdim=True)
+        return encoder.get_token_embeddings().mean(0, keepdim=True)
     if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
         raise ValueError(f"{INIT_KEY}: `{init}` has no words")
     if encoder.token_ids is not None and not encoder.token_ids.is_meta:
@@ -143,7 +143,7 @@ def _make_initial_vectors(encoder: TextEncoder, init: str | None) -> Tensor:
         ]
         if missing:
             raise ValueError(f"{INIT_KEY}: not in the model's vocabulary: {', '.join(missing)}")
-    return encoder.token_embeddings(init)
+    return encoder.get_token_embeddings(init)
 
 
 def _add_to_stem(path: Path, name: str) -> Path:
