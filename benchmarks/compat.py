@@ -45,10 +45,10 @@ def main() -> None:
     x, y = (run().float() for run in runs)  # the warm-up
     difference = ((x - y).norm() / y.norm()).item()
     times = harness.measure_in_turns(runs, args.rounds, args.device)
-    ratios = [baseline / old for old, baseline in zip(*times, strict=True)]
-    old_median, baseline_median = map(statistics.median, times)
+    ratios = [baseline / ours for ours, baseline in zip(*times, strict=True)]
+    our_median, baseline_median = map(statistics.median, times)
     print(
-        f"original's classes {old_median:.2f} s, diffusers {baseline_median:.2f} s, "
+        f"original's classes {our_median:.2f} s, diffusers {baseline_median:.2f} s, "
         f"{args.steps} steps"
     )
     print(
@@ -90,7 +90,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
     x = torch.randn(1, *shape, device=args.device, dtype=dtype)
     context = torch.randn(2, 77, SD1["context_dim"], device=args.device, dtype=dtype)
 
-    def sample_by_old_classes() -> Tensor:
+    def sample_by_original_classes() -> Tensor:
         return DDIMSampler(model).sample(
             args.steps, 1, shape, context[1:], verbose=False, x_T=x,
             unconditional_guidance_scale=SCALE, unconditional_conditioning=context[:1],
@@ -107,7 +107,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
             z = scheduler.step(guided, t, z).prev_sample
         return z
 
-    return [sample_by_old_classes, sample_by_diffusers]
+    return [sample_by_original_classes, sample_by_diffusers]
 
 
 if __name__ == "__main__":

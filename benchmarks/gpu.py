@@ -175,14 +175,14 @@ def offload_model(device: torch.device) -> None:
 
 def build_random_model(config: Path) -> Any:
     """Build a model with random weights in float16, its autoencoder in bfloat16, on the CPU."""
-    from make_checkpoint import random_weights
+    from make_checkpoint import draw_weights
 
     from ldm.loading.build import build_on_meta, fill_weights
     from ldm.loading.config import read_yaml
     from ldm.loading.legacy import translate_config
 
     model = build_on_meta(translate_config(read_yaml(config)), where=str(config))
-    state = random_weights(model.state_dict(), torch.float16)
+    state = draw_weights(model.state_dict(), torch.float16)
     fill_weights(model, state, dtype=torch.float16, autoencoder_dtype=torch.bfloat16)
     return model.eval()
 

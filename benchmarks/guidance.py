@@ -28,12 +28,12 @@ FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
 SAME_NOISE = ("plain", "pag", "freeu")
 NEW_STAGES = ("pag", "freeu")  # that older revisions do not have
 # Our sampler -> scheduler of diffusers, its order, and its number of steps
-SDE = {
+SDE_SCHEDULERS = {
     "dpmpp_sde": ("DPMSolverSinglestepScheduler", 2, 2 * STEPS - 1),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2, STEPS),
     "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", 3, STEPS),
 }
-STAGES = (*SAME_NOISE, *SDE)
+STAGES = (*SAME_NOISE, *SDE_SCHEDULERS)
 MAX_ERROR = 1e-3  # difference of latents, relative to their largest value
 Call = Callable[[], Tensor]
 
@@ -81,8 +81,8 @@ def compare(args: argparse.Namespace, stage: str) -> dict[str, Any]:
     """Compare one stage; print and return the row."""
 
     def start(implementation: Implementation) -> Worker:
-        words = ("--stage", stage, "--folder", args.folder, "--side", args.side)
-        return Worker(implementation, Path(__file__), args, *words)
+        options = ("--stage", stage, "--folder", args.folder, "--side", args.side)
+        return Worker(implementation, Path(__file__), args, *options)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         if stage not in SAME_NOISE:
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, stage: str) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage, "dtype": "float32"}
     row |= harness.compare(start, harness.get_implementations(args), check, rounds=args.rounds)
     error = f"  error {row['error']:.1e}" if "error" in row else ""
-    print(f"{stage:13} {harness.describe(row)}{error}", flush=True)
+    print(f"{stage:13} {harness.format_row(row)}{error}", flush=True)
     return row
 
 
@@ -125,7 +125,7 @@ def load_ours(stage: str, args: argparse.Namespace) -> Call:
         options["guidance"] = PerturbedAttention(PAG_SCALE, Guidance())
     if stage == "freeu":
         options |= {"freeu": FREEU, "freeu_version": "diffusers"}
-    if stage in SDE:
+    if stage in SDE_SCHEDULERS:
         options |= {"sampler": stage, "scheduler": "karras"}
     return lambda: ldm.sample(model, cond, uncond, seeds=0, **options)
 
@@ -142,8 +142,8 @@ def load_diffusers(stage: str, args: argparse.Namespace) -> Call:
     if stage == "freeu":
         b1, b2, s1, s2 = FREEU
         pipe.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
-    if stage in SDE:
-        scheduler_class, order, steps = SDE[stage]
+    if stage in SDE_SCHEDULERS:
+        scheduler_class, order, steps = SDE_SCHEDULERS[stage]
         settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
         config = {**pipe.scheduler.config, **settings, "use_karras_sigmas": True}
         pipe.scheduler = getattr(package, scheduler_class).from_config(config)

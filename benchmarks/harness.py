@@ -151,7 +151,7 @@ def serve(warm_up_result: Result, call: Callable[[], object], device: torch.devi
 
 def compare(
     start: Callable[[Implementation], Worker],
-    pair: tuple[Implementation, Implementation],
+    implementations: tuple[Implementation, Implementation],
     check: Callable[[Result, Result], dict[str, Any]],
     *,
     rounds: int,
@@ -162,8 +162,8 @@ def compare(
 
     Args:
         check: Compares the results of both workers after their warm-up, and exits if they disagree.
-        at_once: Whether both workers fit into memory; if not, each turn starts a worker and makes
-            three measurements.
+        at_once: Whether both workers fit into memory; if not, each turn starts a worker, measures
+            three times and ends it.
         measure_rate: Measures a rate of this machine, before and after each measurement of ours.
 
     Returns:
@@ -172,7 +172,7 @@ def compare(
         processes used.
     """
     # All are warm before any is timed.
-    workers = [start(each) if at_once else None for each in pair]
+    workers = [start(each) if at_once else None for each in implementations]
     results = [worker.warm_up_result if worker else {} for worker in workers]
     row: dict[str, Any] = {}
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -180,17 +180,17 @@ def compare(
     peaks, others, available = [0.0, 0.0], 0.0, 0.0
     for index in range(rounds):
         for i in (0, 1) if index % 2 == 0 else (1, 0):
-            worker = workers[i] or start(pair[i])
+            worker = workers[i] or start(implementations[i])
             results[i] = worker.warm_up_result
             if index == 0 and i == 1:
                 row |= check(results[0], results[1])
             for _ in range(1 if at_once else 3):
                 rate = measure_rate() if measure_rate and i == 0 else 0.0
                 busy = measure_busy_seconds() - worker.measure_cpu_seconds()
-                begin = time.perf_counter()
+                start_time = time.perf_counter()
                 seconds[i].append(worker.measure())
                 others += measure_busy_seconds() - worker.measure_cpu_seconds() - busy
-                available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
+                available += (time.perf_counter() - start_time) * (os.cpu_count() or 1)
                 if measure_rate and i == 0:
                     rates.append((rate + measure_rate()) / 2)
             peaks[i] = max(peaks[i], worker.peak)
@@ -217,8 +217,8 @@ def measure_in_turns(
     return seconds
 
 
-def describe(row: dict[str, Any]) -> str:
-    """Format the result of a comparison as a line."""
+def format_row(row: dict[str, Any]) -> str:
+    """Format the result of a comparison in one line."""
     ours, baseline = map(statistics.median, row["seconds"])
     low, high = min(row["ratios"]), max(row["ratios"])
     return (
@@ -246,17 +246,17 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
         Seconds, CPU seconds, and the largest resident size in GiB.
 
     Raises:
-        SystemExit: It failed; with its output.
+        SystemExit: It failed; the message is its output.
     """
-    words, start = [sys.executable, *map(str, command)], time.perf_counter()
+    argv, start = [sys.executable, *map(str, command)], time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
-            words, cwd=folder or root, stdout=log, stderr=log, env=make_environment(root)
+            argv, cwd=folder or root, stdout=log, stderr=log, env=make_environment(root)
         )
         _, process.returncode, usage = os.wait4(process.pid, 0)
         if process.returncode:
             log.seek(0)
-            raise SystemExit(f"{' '.join(words)}\n{log.read()}")
+            raise SystemExit(f"{' '.join(argv)}\n{log.read()}")
     seconds = time.perf_counter() - start
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
@@ -272,7 +272,7 @@ def make_environment(root: Path) -> dict[str, str]:
 
 
 def choose_clock(device: torch.device) -> Callable[[], float]:
-    """Return a clock: CPU time for a single thread, else wall time, with the work of a GPU."""
+    """Return a clock: CPU time for a single thread, else wall time, after a GPU has finished."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return measure_cpu_seconds
     if device.type == "cpu":

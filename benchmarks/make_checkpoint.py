@@ -44,7 +44,7 @@ def main() -> None:
     if not isinstance(model, LatentDiffusion):
         parser.error(f"`{args.config}` is not the config of a latent diffusion model")
     names = restore_names(model.state_dict(), make_buffers(model))
-    state = random_weights(names, dtype)
+    state = draw_weights(names, dtype)
     if args.out.suffix == ".ckpt":
         torch.save({"epoch": 11, "global_step": 875000, "state_dict": state}, args.out)
     else:
@@ -52,13 +52,13 @@ def main() -> None:
     if args.karlo:
         with torch.device("meta"):
             prior = Prior().state_dict()
-        torch.save({"state_dict": random_weights(prior, dtype)}, args.out.parent / KARLO_PRIOR)
+        torch.save({"state_dict": draw_weights(prior, dtype)}, args.out.parent / KARLO_PRIOR)
         mean, std = torch.zeros(1, 768), torch.ones(1, 768)
         torch.save((mean, std), args.out.parent / KARLO_STATISTICS)
     print(args.out)
 
 
-def random_weights(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def draw_weights(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Replace the tensors on the meta device by random weights, and keep the others."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(1 << 22, generator=generator)

@@ -18,9 +18,9 @@ float32 as much: each turn starts a worker and makes three measurements.
 
 `share` is our rate, the FLOP of a stage divided by its time, relative to that of the fastest large
 matrix product of this machine in the same dtype, torch's or oneDNN's, which is printed first: the
-median with its range, each of one measurement and the product's rate just before and after it, in
-which calls follow each other for 1.5 s. So processors can be compared. It may exceed 100 %, as
-Winograd convolution saves products.
+median of all measurements with its range. The product's rate is measured for 1.5 s just before and
+after each. It makes processors comparable, and may exceed 100 %, as Winograd convolution saves
+multiplications.
 
 A UNet runs as in sampling: ours transforms its weights and projects its context in the first call.
 Text encoders run a prompt and its negative; `--prompts 64` as `ldm train` fills its caches.
@@ -62,7 +62,7 @@ FILES = {
 CONFIG = ROOT / "configs/stable-diffusion/v2-inference.yaml"
 # (worker, stage) of the networks that sampling calls many times, with cached weights
 UNETS = [("ours", "unet"), ("ours", f"unet{XL}")]
-# A single call may be faster than a processor can go on for; networks run for seconds.
+# A processor may run a single call at a clock that it cannot sustain; networks run for seconds.
 RATE_SECONDS = 1.5
 MAX_DIFFERENCE = 1e-5  # in float32, relative L2
 MAX_ERROR_RATIO = 1.2  # of our error to the baseline's, in 16 bits
@@ -145,9 +145,9 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) 
             return {}
         x, y = read_output(result), read_output(other)
         if not is_half:
-            errors, limit = {"error": relative_error(x, y)}, MAX_DIFFERENCE
+            errors, limit = {"error": measure_error(x, y)}, MAX_DIFFERENCE
         else:
-            errors = {"error": relative_error(x, exact), "baseline_error": relative_error(y, exact)}
+            errors = {"error": measure_error(x, exact), "baseline_error": measure_error(y, exact)}
             limit = MAX_ERROR_RATIO * errors["baseline_error"]
         if not errors["error"] <= limit:
             raise SystemExit(f"{stage} {dtype}: error {errors['error']:.1e}, limit {limit:.1e}")
@@ -166,7 +166,7 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) 
         at_once=not args.one_at_a_time,
         measure_rate=product.measure_rate if is_network else None,
     )
-    line = f"{stage:9} {dtype:8}  {harness.describe(row)}"
+    line = f"{stage:9} {dtype:8}  {harness.format_row(row)}"
     if is_network:
         row["flop"] = count_flop(stage, args)
         measurements = zip(row["seconds"][0], row["rates"], strict=True)
@@ -187,9 +187,9 @@ def run_worker(args: argparse.Namespace) -> None:
     network, call = LOADERS[args.worker](stage, args.folder, dtype)
     if network is not None:
         network.to(device, dtype)
-        inputs = [x.to(device) for x in example_inputs(stage, args)]
+        inputs = [x.to(device) for x in make_example_inputs(stage, args)]
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-    with cached_weights() if (args.worker, stage) in UNETS else nullcontext():
+    with cache_weights() if (args.worker, stage) in UNETS else nullcontext():
         call(*inputs)
         output = call(*inputs)
         if network is not None:
@@ -200,7 +200,7 @@ def run_worker(args: argparse.Namespace) -> None:
         harness.serve(result, lambda: call(*inputs), device)
 
 
-def cached_weights() -> AbstractContextManager[None]:
+def cache_weights() -> AbstractContextManager[None]:
     """Return the context in which sampling runs a UNet; older revisions have none."""
     from ldm.nets import cpu
 
@@ -277,13 +277,13 @@ def read_output(result: Result) -> Tensor:
     return output
 
 
-def example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
+def make_example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
     """Return the inputs of a stage; a UNet's batch of 2 is one image with guidance."""
     torch.manual_seed(0)
     side = 32 if args.quick else 64
     if stage.endswith(XL):
         name = stage.removesuffix(XL)
-        return sdxl.example_inputs(name, 2 * side if name == "vae" else side, args.prompts)
+        return sdxl.make_example_inputs(name, 2 * side if name == "vae" else side, args.prompts)
     if stage == "unet":
         return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 1024)]
     if stage == "vae":
@@ -297,7 +297,7 @@ def count_flop(stage: str, args: argparse.Namespace) -> int:
     assert network is not None
     network.to("meta", torch.float32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(*(x.to("meta") for x in example_inputs(stage, args)))
+        call(*(x.to("meta") for x in make_example_inputs(stage, args)))
     return counter.get_total_flops()
 
 
@@ -323,8 +323,8 @@ def find_fastest_product(dtype: torch.dtype, device: torch.device) -> Product:
     return max(products, key=lambda product: product.measure_rate())
 
 
-def relative_error(x: Tensor, y: Tensor) -> float:
-    """Return the relative L2 error of x against y."""
+def measure_error(x: Tensor, y: Tensor) -> float:
+    """Compute the relative L2 error of x against y."""
     return ((x - y).norm() / y.norm()).item()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from harness import ROOT
-from make_checkpoint import random_weights
+from make_checkpoint import draw_weights
 from torch import Tensor, nn
 
 from ldm.loading.build import build_on_meta
@@ -48,7 +48,7 @@ def build_ours(name: str) -> tuple[nn.Module, Call]:
     model: Any = build_on_meta(translate_config(read_yaml(CONFIG)), where=str(CONFIG))
     conditioner = model.conditioner
     network: Any = {"unet": model.unet, "vae": model.autoencoder, "text": conditioner.text_2}[name]
-    state = random_weights(network.state_dict(), torch.float16)
+    state = draw_weights(network.state_dict(), torch.float16)
     network.load_state_dict(state, assign=True)
     network.eval()
     if name == "vae":
@@ -116,7 +116,7 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     return network, denoise
 
 
-def example_inputs(name: str, side: int, prompts: int = 2) -> list[Tensor]:
+def make_example_inputs(name: str, side: int, prompts: int = 2) -> list[Tensor]:
     """Return the inputs of a network, for latents of height and width `side`, or for prompts."""
     if name == "vae":
         return [torch.randn(1, 4, side, side)]

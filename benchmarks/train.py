@@ -25,7 +25,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import ROOT, Implementation, Result, Worker
-from make_checkpoint import random_weights
+from make_checkpoint import draw_weights
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond, Conditioner, Encoder
@@ -75,7 +75,7 @@ def main() -> None:
     parser = harness.make_parser(__doc__, dtypes=TOLERANCE, threads=1)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
-    add("--no-ema", action="store_true", help="train without EMA, which has 3.5 GB at size sd2")
+    add("--no-ema", action="store_true", help="train without EMA, which takes 3.5 GB at size sd2")
     add("--side", type=int, help="height and width of the latents (by size)")
     args = parser.parse_args()
     harness.configure_torch(args)
@@ -97,7 +97,7 @@ def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
     def check(result: Result, other: Result) -> dict[str, float]:
         loss, baseline = result["loss"], other["loss"]
         if not abs(loss - baseline) <= TOLERANCE[dtype] * baseline:
-            raise SystemExit(f"{size}: loss {loss:.6f}, of the baseline {baseline:.6f}")
+            raise SystemExit(f"{size}: loss {loss:.6f}, the baseline's is {baseline:.6f}")
         return {"loss": loss, "baseline_loss": baseline}
 
     at_once = size != "sd2" or args.device.type == "cuda"
@@ -107,7 +107,7 @@ def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
     )
     row["batch"] = SIZES[size].batch_size
     ema = "without EMA" if args.no_ema else "with EMA"
-    print(f"{size:5} {dtype:8} batch {row['batch']}  {harness.describe(row)}  {ema}", flush=True)
+    print(f"{size:5} {dtype:8} batch {row['batch']}  {harness.format_row(row)}  {ema}", flush=True)
     return row
 
 
@@ -147,7 +147,7 @@ def build_model(size: Size) -> Any:
     spec = translate_config(read_yaml(ROOT / size.config))["params"]
     with torch.device("meta"):
         unet: Any = instantiate(spec["unet"], where="unet")
-    unet.load_state_dict(random_weights(unet.state_dict(), torch.float32), assign=True)
+    unet.load_state_dict(draw_weights(unet.state_dict(), torch.float32), assign=True)
     # As in the baseline; the config of SD 2 enables it.
     set_gradient_checkpointing(unet, enabled=False)
     schedule = instantiate(spec["schedule"], where="schedule")
