@@ -7,7 +7,7 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     circular                circular padding, for seamless images
     blocks                  layers, norms, residual blocks, timestep embedding
     transformer             self- and cross-attention of the UNet
-    perturbation, freeu     modify the UNet's forward pass in one call
+    perturbation, freeu     modifications of one forward pass of the UNet
     unet                    UNet
     latent_upscaler         LatentUpscalerUNet
     autoencoder             AutoencoderKL

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.nets import cpu
-from ldm.nets.circular import crop, get_circular_axes, wrap
+from ldm.nets.circular import crop_circular, get_circular_axes, pad_circular
 
 NORM_GROUPS = 32  # of every GroupNorm
 
@@ -67,7 +67,7 @@ class Conv2d(nn.Conv2d, Layer):
         # with zeros beyond that: `excess` output pixels at each side, which see zeros, are cropped.
         stride, padding = self.stride[0], int(self.padding[0])
         excess = math.ceil(padding / stride)
-        return crop(cpu.conv2d(wrap(x, excess * stride), self), excess)
+        return crop_circular(cpu.conv2d(pad_circular(x, excess * stride), self), excess)
 
 
 class UpsampleConv2d(Conv2d):
@@ -78,7 +78,8 @@ class UpsampleConv2d(Conv2d):
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             # One wrapped pixel of x becomes two of the output, which are cropped as in Conv2d.
-            return crop(cpu.upsample_conv2d(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
+            y = cpu.upsample_conv2d(pad_circular(x, 1), self)
+            return crop_circular(y, 2)  # (B, C_out, 2h, 2w)
         return super().forward(upsample_nearest(x, size))
 
 

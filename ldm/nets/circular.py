@@ -16,7 +16,10 @@ from torch import Tensor
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["circular_padding", "crop", "get_circular_axes", "pad_end", "pad_reflect", "wrap"]
+__all__ = [
+    "circular_padding", "crop_circular", "get_circular_axes", "pad_circular", "pad_end",
+    "pad_reflect",
+]  # fmt: skip
 
 DIMS = {"x": 3, "y": 2}
 
@@ -46,7 +49,7 @@ def circular_padding(tiling: str, *, replace: bool = False) -> Iterator[None]:
         _axes.reset(token)
 
 
-def wrap(x: Tensor, padding: int) -> Tensor:
+def pad_circular(x: Tensor, padding: int) -> Tensor:
     """Pad both sides of x (B, C, h, w) along circular axes, by pixels of the opposite edge."""
     for axis in get_circular_axes():
         side = x.shape[DIMS[axis]]
@@ -55,7 +58,7 @@ def wrap(x: Tensor, padding: int) -> Tensor:
     return x
 
 
-def crop(x: Tensor, padding: int) -> Tensor:
+def crop_circular(x: Tensor, padding: int) -> Tensor:
     """Remove `padding` pixels from both sides of x (B, C, h, w) along circular axes."""
     for axis in get_circular_axes():
         x = x.narrow(DIMS[axis], padding, x.shape[DIMS[axis]] - 2 * padding)
@@ -65,7 +68,7 @@ def crop(x: Tensor, padding: int) -> Tensor:
 def pad_reflect(x: Tensor, padding: int) -> Tensor:
     """Pad all sides of x (B, C, h, w), circularly along circular axes, else by reflection."""
     pad_x, pad_y = (0 if axis in get_circular_axes() else padding for axis in ("x", "y"))
-    x = wrap(x, padding)
+    x = pad_circular(x, padding)
     return F.pad(x, (pad_x, pad_x, pad_y, pad_y), "reflect") if pad_x or pad_y else x
 
 

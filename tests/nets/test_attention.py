@@ -89,7 +89,7 @@ def test_scores_stay_in_float32_under_autocast():
 def record_backends(monkeypatch):
     """The backends that are called, in order."""
     calls = []
-    monkeypatch.setattr(module, "_attend_by_formula", lambda *args: calls.append("math"))
+    monkeypatch.setattr(module, "_attend_by_math", lambda *args: calls.append("math"))
     monkeypatch.setattr(module, "_attend_by_xformers", lambda *args: calls.append("xformers"))
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: calls.append("sdpa"))
     return calls
