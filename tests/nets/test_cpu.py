@@ -22,9 +22,9 @@ LIMITS = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def fast_paths_for_small_layers(monkeypatch):
-    for name in ("LINEAR_WORK", "CONV_WORK", "UPSAMPLED_WORK", "TAPS_CHANNELS"):
+    for name in ("MIN_LINEAR_WORK", "MIN_CONV_WORK", "MIN_TAPS_WORK", "MIN_TAPS_CHANNELS"):
         monkeypatch.setattr(layers, name, 1)
-    monkeypatch.setattr(layers, "MANY_WEIGHTS", 128 * 160 * 9)
+    monkeypatch.setattr(layers, "MIN_IM2COL_WEIGHTS", 128 * 160 * 9)
     yield
     cpu.enable()
 
@@ -277,7 +277,7 @@ BACKWARD = {
 
 @pytest.mark.parametrize("case", BACKWARD)
 def test_layers_with_gradients_equal_torchs(case, monkeypatch):
-    monkeypatch.setattr(layers, "FEW_PIXELS_WITH_GRADIENTS", 1 << 20)
+    monkeypatch.setattr(layers, "MAX_IM2COL_PIXELS_WITH_GRADIENTS", 1 << 20)
     monkeypatch.setattr(products, "onednn_is_faster", lambda rows: True)
     monkeypatch.setattr("ldm.nets.cpu.gradients.multiply", F.linear)
     layer, x = CASES[case]()
@@ -290,7 +290,7 @@ def test_layers_with_gradients_equal_torchs(case, monkeypatch):
 
 @pytest.mark.parametrize("case", BACKWARD)
 def test_frozen_layers_pass_gradients_on_and_keep_no_input(case, monkeypatch):
-    monkeypatch.setattr(layers, "FEW_PIXELS_WITH_GRADIENTS", 1 << 20)
+    monkeypatch.setattr(layers, "MAX_IM2COL_PIXELS_WITH_GRADIENTS", 1 << 20)
     layer, x = CASES[case]()
     layer.requires_grad_(False)
     y = layer(2 * x.requires_grad_())

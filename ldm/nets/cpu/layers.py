@@ -14,36 +14,36 @@ from ldm.nets.cpu.weight_cache import is_caching, reuse_output, transform_weight
 from ldm.runtime.device import has_amx
 
 # Minimum number of multiplications; below, call overhead dominates.
-LINEAR_WORK = 5e7
-CONV_WORK = 5e8
-UPSAMPLED_WORK = 1e7  # with gradients
-# A 3x3 convolution is one matrix product with at most so many output pixels in the batch and at
-# least so many weights, which torch's kernel would rearrange in every call.
-FEW_PIXELS = 128
-FEW_PIXELS_WITH_GRADIENTS = 64
-MANY_WEIGHTS = 1e6
+MIN_LINEAR_WORK = 5e7
+MIN_CONV_WORK = 5e8
+MIN_TAPS_WORK = 1e7  # with gradients
+# A 3x3 convolution is one matrix product of all patches (im2col) with at most so many output pixels
+# in the batch and at least so many weights, which torch's kernel would rearrange in every call.
+MAX_IM2COL_PIXELS = 128
+MAX_IM2COL_PIXELS_WITH_GRADIENTS = 64
+MIN_IM2COL_WEIGHTS = 1e6
 # A convolution after upsampling, with gradients, is computed tap by tap with at least so many
 # channels and at most so many products, which are temporarily in memory.
-TAPS_CHANNELS = 64
+MIN_TAPS_CHANNELS = 64
 MAX_TAPS = 1 << 25
 # Minimum number of channels. In float32, the transforms cost as much as they save with fewer; in
 # bfloat16 they round once more, which adds 6 % to the rounding error of a UNet's output, and 15 to
 # 40 % with fewer. With AMX, torch's channels-last convolutions are two to five times as fast.
-WINOGRAD_CHANNELS = {torch.float32: 128, torch.bfloat16: math.inf if has_amx() else 640}
+MIN_WINOGRAD_CHANNELS = {torch.float32: 128, torch.bfloat16: math.inf if has_amx() else 640}
 # Minimum number of output pixels of one image; with fewer, each product has a handful of rows, and
 # takes the time of reading its matrix.
-WINOGRAD_PIXELS = 64
+MIN_WINOGRAD_PIXELS = 64
 # Memory per thread of the largest activation in a feed-forward layer, to stay in cache.
 BLOCK_BYTES = 10 << 20
 # Minimum number of output pixels to transform a weight for a single call, so that it costs a tenth
 # of what it saves.
-WINOGRAD_UNCACHED = {torch.float32: 1024, torch.bfloat16: 8192}
+MIN_UNCACHED_PIXELS = {torch.float32: 1024, torch.bfloat16: 8192}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute x W^T + b for x (…, D_in)."""
     rows = x.shape[:-1].numel()
-    is_small = rows * weight.numel() < LINEAR_WORK
+    is_small = rows * weight.numel() < MIN_LINEAR_WORK
     if is_small or not applies_to_layer(x, weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
@@ -91,14 +91,14 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
         matrices = _transform_for_winograd(layer, len(x), x.shape[-2:].numel(), upsampled=False)
         if matrices is not None:
             return winograd.convolve(x, matrices, bias)
-    if _is_one_product(layer, _count_pixels(x) // math.prod(layer.stride)):
+    if _should_use_im2col(layer, _count_pixels(x) // math.prod(layer.stride)):
         stride = layer.stride[0]
         pixels: Tensor = gradients.Convolution.apply(x, weight, bias, stride)
         maps = pixels.view(len(x), (x.shape[2] - 1) // stride + 1, -1, layer.out_channels)
         return maps.permute(0, 3, 1, 2).contiguous()
     # Torch's kernels are slow if x is channels last and the weight is not.
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    is_large = _count_pixels(x) * weight.numel() >= CONV_WORK
+    is_large = _count_pixels(x) * weight.numel() >= MIN_CONV_WORK
     is_faster = is_channels_last or (is_large and is_caching(weight))
     if torch.is_grad_enabled() or not is_faster or layer.padding_mode != "zeros":
         return nn.Conv2d.forward(layer, x)
@@ -114,11 +114,11 @@ def upsample_conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     weight, bias, pixels = layer.weight, layer.bias, _count_pixels(x)
     if _is_3x3(layer) and applies_to_layer(x, weight):
         if torch.is_grad_enabled():
-            if _suits_taps(layer, pixels):
+            if _should_sum_taps(layer, pixels):
                 y: Tensor = gradients.UpsampleConvolution.apply(x, weight, bias)
                 maps = y.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
-        elif pixels * weight.numel() >= CONV_WORK:
+        elif pixels * weight.numel() >= MIN_CONV_WORK:
             matrices = _transform_for_winograd(layer, len(x), 4 * pixels // len(x), upsampled=True)
             if matrices is not None:
                 return winograd.convolve(x, matrices, bias)
@@ -149,17 +149,17 @@ def _is_1x1(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == layer.stride == (1, 1) and is_dense
 
 
-def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
-    """Return whether one product of all patches is fastest, for `pixels` of output."""
-    limit = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
-    is_faster = layer.weight.numel() >= MANY_WEIGHTS and pixels <= limit
+def _should_use_im2col(layer: nn.Conv2d, pixels: int) -> bool:
+    """Return whether one product of all patches (im2col) is fastest, for `pixels` of output."""
+    limit = MAX_IM2COL_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else MAX_IM2COL_PIXELS
+    is_faster = layer.weight.numel() >= MIN_IM2COL_WEIGHTS and pixels <= limit
     return is_faster and _is_3x3(layer, strides=(1, 2))
 
 
-def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
+def _should_sum_taps(layer: nn.Conv2d, pixels: int) -> bool:
     """Return whether `UpsampleConvolution` is fastest, for `pixels` of input."""
     work, taps = pixels * layer.weight.numel(), 9 * pixels * layer.out_channels
-    return work >= UPSAMPLED_WORK and taps <= MAX_TAPS and layer.out_channels >= TAPS_CHANNELS
+    return work >= MIN_TAPS_WORK and taps <= MAX_TAPS and layer.out_channels >= MIN_TAPS_CHANNELS
 
 
 def _transform_for_winograd(
@@ -167,11 +167,11 @@ def _transform_for_winograd(
 ) -> list[Tensor] | None:
     """Transform the weight; None if Winograd does not pay off. Pixels are those of the output."""
     weight, pixels = layer.weight, images * pixels_per_image
-    is_narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_CHANNELS[weight.dtype]
-    is_small = pixels_per_image < WINOGRAD_PIXELS or pixels * weight.numel() < CONV_WORK
+    is_narrow = min(layer.in_channels, layer.out_channels) < MIN_WINOGRAD_CHANNELS[weight.dtype]
+    is_small = pixels_per_image < MIN_WINOGRAD_PIXELS or pixels * weight.numel() < MIN_CONV_WORK
     if torch.is_grad_enabled() or is_narrow or is_small or not _is_3x3(layer):
         return None
-    if pixels < WINOGRAD_UNCACHED[weight.dtype] and not is_caching(weight):
+    if pixels < MIN_UNCACHED_PIXELS[weight.dtype] and not is_caching(weight):
         return None
     tiles = pixels // 4  # rows of the products
     packs = is_caching(weight) and not products.has_few_rows(tiles, weight.dtype)

@@ -14,7 +14,7 @@ from ldm.runtime.device import is_intel
 # in float32.
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 128}
 ROW_MULTIPLE = 16
-MANY_ROWS = 512  # on Intel's processors, MKL is faster for more rows
+MAX_ONEDNN_ROWS = 512  # on Intel's processors; with more rows, MKL is faster
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def pack(weight: Tensor) -> Tensor:
     if not (_onednn_works() if weight.dtype == torch.bfloat16 else onednn_is_faster(1)):
         return weight
     # The number of rows is a hint: the packed matrix serves any number.
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_ONEDNN_ROWS)
     return packed
 
 
@@ -59,7 +59,7 @@ def _find_max_onednn_rows() -> float:
     # Decided by the processor, not by a measurement, so that results are reproducible.
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _onednn_works():
         return 0
-    return MANY_ROWS if is_intel() else math.inf
+    return MAX_ONEDNN_ROWS if is_intel() else math.inf
 
 
 def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +75,7 @@ def _onednn_works() -> bool:
     weight = torch.ones(16, 16)
     try:
         _multiply_by_onednn(
-            weight, torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS), None
+            weight, torch.ops.mkldnn._reorder_linear_weight(weight, MAX_ONEDNN_ROWS), None
         )
     except (AttributeError, RuntimeError, TypeError):
         return False
