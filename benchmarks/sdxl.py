@@ -1,6 +1,6 @@
 """Networks of Stable Diffusion XL with random weights: ours, and diffusers' with the same.
 
-Each is built by itself, so that no process holds the whole model.
+Each is built separately, so that no process needs memory for the whole model.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    # Here, as another revision that ours is compared with may have no such modules.
+    # Imported here, as another revision may not have these modules.
     from ldm.loading.diffusers.locations import (
         convert_to_diffusers,
         locate_text_encoder,

@@ -124,7 +124,7 @@ class TextEncoder(Encoder):
             not pruned.
         added_embeddings: Textual inversions, lower-case token -> vectors (n, D); not part of the
             state dict.
-        cache: Outputs by prompt, used while the encoder is frozen and has no LoRA; None = none.
+        cache: Outputs by prompt, used while the encoder is frozen and has no LoRA; None = no cache.
     """
 
     slot: Slot = "crossattn"

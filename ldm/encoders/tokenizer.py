@@ -30,7 +30,9 @@ MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WEIGHT_SYNTAX = re.compile(
     r"(?<!\\)(\((\\.|[^(\\])*:\s*[+-]?\d*\.?\d+\s*\)|\(\([^()]+\)\)|\[\[[^][]+\]\])"
 )
-NUM_MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
+NUM_MERGES = (
+    48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file contains more than CLIP uses
+)
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ class TextTower(nn.Module, ABC):
         """Run the first `num_blocks` blocks on tokens (B, N).
 
         Args:
-            added: Vectors of added embeddings, see `embed_tokens`; None = none.
+            added: Vectors of added embeddings, see `embed_tokens`; None = no added embeddings.
             normalize: Whether the final norm follows.
             ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
-                the projection, are the pooled output; None = no such output.
+                the projection, are the pooled output; None = no pooled output.
             is_masked: Tokens to mask in attention, bool (B, N), never the first of a prompt; None
                 to mask none.
 

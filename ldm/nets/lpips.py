@@ -40,7 +40,7 @@ class Scaling(Layer):
 
 
 class VGG16(nn.Module):  # not a Layer, as it returns a list
-    """The convolutions of VGG16, numbered as there, in five slices that end at the layers."""
+    """The convolutions of VGG16, numbered as there, in five slices: one per feature layer."""
 
     def __init__(self) -> None:
         super().__init__()

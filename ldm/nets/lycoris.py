@@ -25,7 +25,7 @@ from ldm.nets.lora import Addition, Target, WeightChange
 __all__ = ["Adapter", "build_change", "find_rank", "is_complete"]
 
 EPS = torch.finfo(torch.float32).eps  # added to the norms of DoRA, as in lycoris-lora
-COFT_EPS = 1e-8  # added to the norm of constrained OFT, as there
+COFT_EPS = 1e-8  # added to the norm of constrained OFT, as in lycoris-lora
 GLORA = ("a1", "a2", "b1", "b2")
 MAGNITUDE = "magnitude"  # of DoRA, one per row of the weight: peft's name
 MAGNITUDES = ("dora_scale", MAGNITUDE)
@@ -228,7 +228,7 @@ def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
     """Rotate blocks of b rows of the weight, as OFT or BOFT.
 
     OFT's tensor is (k, b, b): one rotation for each of k blocks of successive rows. BOFT's is
-    (m, k, b, b): m such stages, in which the rows of a block are ever further apart (a butterfly).
+    (m, k, b, b): m such stages, with the rows of a block farther apart in each (a butterfly).
     """
     blocks = adapter["oft_blocks"].to(weight.device)
     block_size = blocks.shape[-1]

@@ -22,7 +22,7 @@ def apply_tiled(
 
     Args:
         function: (B, C, h, w) -> (B, C', h * factor, w * factor).
-        x: (B, C, H, W); if it is not larger than a tile, the function gets it whole.
+        x: (B, C, H, W); not split if it is no larger than a tile.
         tile: Side of the tiles, in pixels of x.
         factor: Scale of the function's output relative to its input.
     """

@@ -165,7 +165,7 @@ def _should_sum_taps(layer: nn.Conv2d, pixels: int) -> bool:
 def _transform_for_winograd(
     layer: nn.Conv2d, images: int, pixels_per_image: int, *, upsampled: bool
 ) -> list[Tensor] | None:
-    """Transform the weight; None if Winograd does not pay off. Pixels are those of the output."""
+    """Transform the weight; None if Winograd is not faster. Pixels are those of the output."""
     weight, pixels = layer.weight, images * pixels_per_image
     is_narrow = min(layer.in_channels, layer.out_channels) < MIN_WINOGRAD_CHANNELS[weight.dtype]
     is_small = pixels_per_image < MIN_WINOGRAD_PIXELS or pixels * weight.numel() < MIN_CONV_WORK

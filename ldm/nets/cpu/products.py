@@ -42,7 +42,7 @@ def pack(weight: Tensor) -> Tensor:
     # By 10 to 40 % in bfloat16, by 3 to 7 % in float32.
     if not (_onednn_works() if weight.dtype == torch.bfloat16 else onednn_is_faster(1)):
         return weight
-    # The number of rows is a hint: the packed matrix serves any number.
+    # The number of rows is a hint: the packed matrix fits any number.
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_ONEDNN_ROWS)
     return packed
 

@@ -47,7 +47,7 @@ def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tens
         (B, C_out, h, w), or (B, C_out, 2h, 2w) after upsampling, channels last.
     """
     is_upsampled = len(matrices) == 9
-    # Along each axis, a tile has n entries of U and V, and the next one begins `step` pixels later.
+    # Along each axis, a tile has n entries of U and V, and the next one starts `step` pixels later.
     n, step = (3, 1) if is_upsampled else (4, 2)
     transform_input = _transform_upsampled_input if is_upsampled else _transform_input
     transform_output: Callable[..., Sequence[Tensor]] = (
