@@ -15,10 +15,10 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
     parser = build_parser(task, prog)
     request = parse_request(task, argv, parser)
 
-    def work() -> None:
+    def run() -> None:
         from ldm.generate.listener import ConsoleListener
         from ldm.generate.run import run_request
 
         run_request(request, ConsoleListener(request.output.json))
 
-    return run_command(work, parser)
+    return run_command(run, parser)

@@ -27,7 +27,7 @@ PROGRAMS = {
     "extract-lora": "extract a LoRA from the difference of two models",
     "merge-lora": "join LoRAs, or reduce the rank of one",
     "inspect-checkpoint": "describe a checkpoint, without executing pickled code",
-    "check-data": "check a data set, pack it into shards",
+    "check-data": "check a dataset, pack it into shards",
     "read-watermark": "print which invisible watermark is in an image",
 }
 

@@ -20,7 +20,7 @@ def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int
         torch.manual_seed(request.sampling.seed % SEED_RANGE)
         if request.sampling.fixed_code:
             # Only to advance the generator: the original draws its start code here.
-            shape = (request.output.n_samples, *_latent_shape(model, size))
+            shape = (request.output.n_samples, *_get_latent_shape(model, size))
             torch.randn(shape, device=model.device)
 
 
@@ -28,7 +28,7 @@ def draw_initial_noise(
     request: Request, model: LatentDiffusion, size: tuple[int, int], batch: Batch
 ) -> Tensor | None:
     """Draw the x_T (B, C, h, w) of a batch; None = the pipeline draws it."""
-    sampling, shape = request.sampling, _latent_shape(model, size)
+    sampling, shape = request.sampling, _get_latent_shape(model, size)
     is_legacy = "noise" in sampling.legacy
     # The original's demos of these tasks draw it with numpy, in float64.
     if is_legacy and request.task.uses_numpy_noise:
@@ -46,7 +46,7 @@ def draw_initial_noise(
     return None
 
 
-def _latent_shape(model: LatentDiffusion, size: tuple[int, int]) -> tuple[int, int, int]:
+def _get_latent_shape(model: LatentDiffusion, size: tuple[int, int]) -> tuple[int, int, int]:
     height, width = (-(-side // model.downscale) for side in size)
     return model.channels, height, width
 

@@ -120,7 +120,7 @@ def load_models(
         if not is_sdxl(model):
             message = f"a refiner is for Stable Diffusion XL, which {quote_name(model)} is not"
             raise ArgumentError(message, "refiner")
-        refiner_model = load(None, refiner, embeddings=_refiner_embeddings(model), **placement)
+        refiner_model = load(None, refiner, embeddings=_list_refiner_embeddings(model), **placement)
     return Models(model, refiner_model, checker, upscaler_model)
 
 
@@ -160,7 +160,7 @@ def find_existing_checkpoint(
     return path
 
 
-def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
+def _list_refiner_embeddings(base: LatentDiffusion) -> list[str]:
     """Return the embedding files with vectors for the last text encoder, which a refiner shares."""
     encoders = base.conditioner.find_all(TextEncoder)
     files = base.provenance.get("embeddings", [])

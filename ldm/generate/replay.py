@@ -147,7 +147,7 @@ def make_replay_request(info: JsonMapping, request: Request, changes: JsonMappin
             _check_unchanged(file, compute_short_hash, "hash", name)
         paths = [(file["path"], file["weight"]) if "weight" in file else file["path"]
                  for file in files]  # fmt: skip
-        values[name] = _list_or_first(request.task, name, paths)
+        values[name] = _unwrap_single(request.task, name, paths)
     if not {"ckpt", "config"} & changes.keys():
         values["ckpt"] = _find_recorded_checkpoint(info, request)
     return request.with_values({**values, **changes})
@@ -263,13 +263,14 @@ def _get_input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
     """Return the options that name input files, with the recorded absolute paths."""
     files = {name: info.get("inputs", {}).get(name) for name in get_options(task.inputs)}
     return {
-        name: _list_or_first(task, name, [file["path"] for file in recorded])
+        name: _unwrap_single(task, name, [file["path"] for file in recorded])
         for name, recorded in files.items()
         if recorded
     }
 
 
-def _list_or_first(task: Task, name: str, values: list[Value]) -> Value:
+def _unwrap_single(task: Task, name: str, values: list[Value]) -> Value:
+    """Return the values of a list option, else the only value; None if there is none."""
     return values if task.options[name][0].is_list else next(iter(values), None)
 
 

@@ -76,14 +76,14 @@ class Request:
         """Whether the demo model is used, as no model is given."""
         return self.model.ckpt is None and self.model.config is None
 
-    def inputs_as(self, group: type[InputsType]) -> InputsType:
+    def get_inputs(self, group: type[InputsType]) -> InputsType:
         """Return the inputs, narrowed to the type of a task's group."""
         assert isinstance(self.inputs, group), f"{self.task.name} has no {group.__name__}"
         return self.inputs
 
     def get_values(self) -> dict[str, Value]:
         """Return the value of each option by name."""
-        groups = self._groups().values()
+        groups = self._get_groups().values()
         return {name: value for group in groups for name, value in vars(group).items()}
 
     def with_values(self, values: Mapping[str, object]) -> "Request":
@@ -99,7 +99,7 @@ class Request:
             decoded[name] = decode_option(name, *options[name], value)
         groups = {
             key: replace(group, **{name: decoded[name] for name in vars(group).keys() & decoded})
-            for key, group in self._groups().items()
+            for key, group in self._get_groups().items()
         }
         return Request(self.task, **groups)
 
@@ -117,7 +117,7 @@ class Request:
         json_values: dict[str, Value] = json.loads(json.dumps(values))
         return json_values
 
-    def _groups(self) -> dict[str, Any]:
+    def _get_groups(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.task.groups}
 
 

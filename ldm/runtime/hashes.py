@@ -42,7 +42,7 @@ class JsonCache:
     def read(self) -> JsonObject:
         """Return all entries; {} if the file is missing or damaged."""
         try:
-            content = json.loads(self._path().read_text("utf-8"))
+            content = json.loads(self._get_path().read_text("utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -50,13 +50,13 @@ class JsonCache:
     def set(self, key: str, value: object) -> None:
         """Add or replace an entry."""
         try:
-            self._path().parent.mkdir(parents=True, exist_ok=True)
-            with write_atomically(self._path()) as temporary:
+            self._get_path().parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(self._get_path()) as temporary:
                 temporary.write_text(json.dumps({**self.read(), key: value}, indent=1), "utf-8")
         except OSError:
             pass
 
-    def _path(self) -> Path:
+    def _get_path(self) -> Path:
         return get_cache_folder() / self.name
 
 

@@ -45,7 +45,7 @@ class Depth2Img(PreparedImageTask):
         from ldm.imaging.depth import load_depth
 
         super().__init__(request)
-        self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
+        self.inputs = inputs = request.get_inputs(Depth2ImgInputs)
         self._estimated_depth: Tensor | None = None  # not normalized
         if inputs.save_depth is not None:
             check_folder_of(inputs.save_depth, "save_depth")

@@ -115,7 +115,7 @@ def read_image(request: Request) -> "Image.Image":
     """
     from ldm.imaging.reading import load_image
 
-    path = _image_path(request)
+    path = _get_image_path(request)
     with errors_about("indir" if request.inputs.is_folder else "init_img"):
         image = load_image(path)
     return fit_image(request, image)
@@ -138,15 +138,15 @@ def read_depth(request: Request) -> "Tensor | None":
         return None
     with errors_about("depth"):
         depth = load_unnormalized_depth(inputs.depth)
-    size = read_size(_image_path(request))
+    size = read_size(_get_image_path(request))
     if depth.size != size:
         message = f"the depth is {depth.width}x{depth.height}, the image {size[0]}x{size[1]}"
         raise ArgumentError(message, "depth")
     return torch.tensor(np.asarray(fit_image(request, depth)))[None, None].clamp(0, 1)
 
 
-def _image_path(request: Request) -> str:
-    path = request.inputs_as(ImageInputs).init_img
+def _get_image_path(request: Request) -> str:
+    path = request.get_inputs(ImageInputs).init_img
     if path is None:
         raise MissingArgument("an input image is missing", "init_img")
     return path
@@ -158,7 +158,7 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
 
     if "size" in request.sampling.legacy and not request.task.upscales:
         return resize_to_multiple(image, 64)
-    mode = request.inputs_as(ImageInputs).resize_mode
+    mode = request.get_inputs(ImageInputs).resize_mode
     return resize_to(image, request.sampling.size, mode)
 
 

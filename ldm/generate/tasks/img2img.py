@@ -42,7 +42,7 @@ class Img2Img(PreparedImageTask):
     ) -> "Tensor":
         from ldm import pipelines
 
-        inputs = self.request.inputs_as(Img2ImgInputs)
+        inputs = self.request.get_inputs(Img2ImgInputs)
         if inputs.inversion:
             options["x_T"] = None  # from `fixed_code`, which is ignored with a warning
         return pipelines.img2img(

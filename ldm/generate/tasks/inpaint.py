@@ -80,7 +80,7 @@ class Inpaint(PreparedImageTask):
         from ldm.imaging.pixels import to_tensor
 
         super().__init__(request)
-        self.inputs = inputs = request.inputs_as(InpaintInputs)
+        self.inputs = inputs = request.get_inputs(InpaintInputs)
         assert inputs.init_img is not None  # checked by `read_image`
         if inputs.mask is not None and inputs.mask_box is not None:
             raise ArgumentError("give a mask or a mask box, not both", "mask_box")

@@ -61,7 +61,7 @@ class Unclip(PreparedTask):
         from ldm.pipelines.karlo import check_prior_steps
 
         super().__init__(request)
-        self.inputs = inputs = request.inputs_as(UnclipInputs)
+        self.inputs = inputs = request.get_inputs(UnclipInputs)
         with errors_about("init_img"):
             self.images = [to_tensor(load_image(path)) for path in inputs.init_img]
         if not self.images and inputs.prior is None:

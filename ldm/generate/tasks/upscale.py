@@ -74,7 +74,7 @@ class Upscale(PreparedImageTask):
         from ldm.pipelines.families import find_family
 
         height, width = super().get_output_size(model)
-        size = self.request.inputs_as(UpscaleInputs).target_size
+        size = self.request.get_inputs(UpscaleInputs).target_size
         family = find_family(model.conditioner)
         if family == "rgbd-upscaling":
             return size or (2 * height, 2 * width)
@@ -90,7 +90,7 @@ class Upscale(PreparedImageTask):
         from ldm import pipelines
         from ldm.pipelines.families import find_family
 
-        inputs, family = self.request.inputs_as(UpscaleInputs), find_family(model.conditioner)
+        inputs, family = self.request.get_inputs(UpscaleInputs), find_family(model.conditioner)
         level = inputs.noise_level
         if family == "latent-upscaling":
             return pipelines.upscale_latent(
@@ -116,7 +116,7 @@ class UpscaleLatent(PreparedTask):
         from ldm.loading.files.latents import load_latent
 
         super().__init__(request)
-        self.inputs = request.inputs_as(UpscaleInputs)
+        self.inputs = request.get_inputs(UpscaleInputs)
         values = request.get_values()
         for name in ("height", "width", "target_size", "depth"):
             if values[name] is not None:
@@ -152,7 +152,7 @@ class UpscaleLatent(PreparedTask):
 
 def prepare(request: Request) -> PreparedTask:
     """Return the task for the input: an image or a latent."""
-    if request.inputs_as(UpscaleInputs).is_latent:
+    if request.get_inputs(UpscaleInputs).is_latent:
         return UpscaleLatent(request)
     return Upscale(request)
 
