@@ -52,18 +52,18 @@ class Setting:
     """A model and the options of its images, which are written into one folder.
 
     Args:
-        model: Label of the model, for names of folders.
+        model_label: Label of the model, for names of folders.
         request: Request with a prompt file and a guidance scale.
     """
 
-    model: str
+    model_label: str
     request: Request
 
     @property
     def series(self) -> str:
         """Name of the curve in the plot, and of the folder that has a folder for each scale."""
         sampling = self.request.sampling
-        return f"{self.model}-{sampling.sampler}-{sampling.steps}"
+        return f"{self.model_label}-{sampling.sampler}-{sampling.steps}"
 
     def get_folder(self, out: Path) -> Path:
         """Return the folder of its images."""
@@ -123,8 +123,8 @@ def generate_images(settings: Sequence[Setting], out: Path) -> None:
     total = sum(len(_filter_missing(batch, s, out)) for s, batches in plans for batch in batches)
     log.info("%d images to generate, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
-    for model in dict.fromkeys(setting.model for setting in settings):
-        model_plans = [(setting, batches) for setting, batches in plans if setting.model == model]
+    for label in dict.fromkeys(setting.model_label for setting in settings):
+        model_plans = [(s, batches) for s, batches in plans if s.model_label == label]
         if any(_filter_missing(batch, s, out) for s, batches in model_plans for batch in batches):
             _generate_with_model(model_plans, out, progress)
     progress.close()
