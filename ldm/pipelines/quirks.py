@@ -65,7 +65,7 @@ class Quirks:
         return schedule.step_sigmas(steps, scheduler, rho)
 
     def get_denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
-        """Return the model's denoiser; with quirks it takes v or x0 predictions for eps."""
+        """Return the model's denoiser; with quirks, v or x0 predictions are taken for eps."""
         denoiser = replace(model.denoiser, nearest="nearest-sigma" in self)
         v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
         x0_as_eps = "x0-eps" in self and denoiser.parameterization == "x0"

@@ -98,14 +98,14 @@ def sample(
     legacy: Iterable[str] = (),
     grid: str | None = None,
 ) -> Tensor:
-    """Sample a latent for each sample of `cond`.
+    """Sample a latent for each row of `cond`.
 
     Args:
         cond: The condition, which may compose prompts and depend on the step. That of a model
             without conditions, `model.condition({})`, has no rows: as many as z_t, x_T, z or
             `seeds` are then sampled, else one.
-        uncond: The unconditional or negative condition of guidance; None = no guidance, which
-            takes no scale.
+        uncond: The unconditional or negative condition of guidance; None = no guidance, and then
+            no scale, unless the model embeds it.
         z: (1 | B, C, h, w), the latent to add noise to and start from; None = start from pure
             noise.
         strength: Fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).

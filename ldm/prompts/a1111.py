@@ -35,7 +35,7 @@ EMPHASIS_MODES = {
     "a1111_none": "None",  # brackets are plain text
 }
 
-ROUND_FACTOR, SQUARE_FACTOR = 1.1, 1 / 1.1
+ROUND_BRACKET_FACTOR, SQUARE_BRACKET_FACTOR = 1.1, 1 / 1.1
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 EMPHASIS = re.compile(rf"\\[()\[\]\\]|\\|\(|\[|:\s*(?P<weight>{NUMBER})\s*\)|\)|\]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
@@ -85,8 +85,8 @@ def parse_emphasis(text: str) -> Text:
     """Parse brackets into sections, separated by BREAK, of pieces with weights."""
     # None stands for BREAK.
     pieces: list[tuple[str | None, float]] = []
-    open_round: list[int] = []  # index of the first piece in each open bracket
-    open_square: list[int] = []
+    open_round_brackets: list[int] = []  # index of the first piece in each open bracket
+    open_square_brackets: list[int] = []
 
     def multiply(first: int, factor: float) -> None:
         pieces[first:] = [(piece, weight * factor) for piece, weight in pieces[first:]]
@@ -94,15 +94,15 @@ def parse_emphasis(text: str) -> Text:
     for match in EMPHASIS.finditer(text):
         token = match[0]
         if token == "(":
-            open_round.append(len(pieces))
+            open_round_brackets.append(len(pieces))
         elif token == "[":
-            open_square.append(len(pieces))
-        elif match["weight"] is not None and open_round:
-            multiply(open_round.pop(), float(match["weight"]))
-        elif token == ")" and open_round:
-            multiply(open_round.pop(), ROUND_FACTOR)
-        elif token == "]" and open_square:
-            multiply(open_square.pop(), SQUARE_FACTOR)
+            open_square_brackets.append(len(pieces))
+        elif match["weight"] is not None and open_round_brackets:
+            multiply(open_round_brackets.pop(), float(match["weight"]))
+        elif token == ")" and open_round_brackets:
+            multiply(open_round_brackets.pop(), ROUND_BRACKET_FACTOR)
+        elif token == "]" and open_square_brackets:
+            multiply(open_square_brackets.pop(), SQUARE_BRACKET_FACTOR)
         elif token.startswith("\\") and len(token) == 2:
             pieces.append((token[1], 1.0))
         else:
@@ -110,10 +110,10 @@ def parse_emphasis(text: str) -> Text:
                 if index:
                     pieces.append((None, 1.0))
                 pieces.append((section, 1.0))
-    for first in open_round:
-        multiply(first, ROUND_FACTOR)
-    for first in open_square:
-        multiply(first, SQUARE_FACTOR)
+    for first in open_round_brackets:
+        multiply(first, ROUND_BRACKET_FACTOR)
+    for first in open_square_brackets:
+        multiply(first, SQUARE_BRACKET_FACTOR)
     sections: list[list[Piece]] = [[]]
     for piece, weight in pieces:
         if piece is None:
@@ -164,7 +164,7 @@ class _ScheduleParser:
                 self.position = plain.end()
                 continue
             start, changes = self.position, set(self.changes)
-            parsers = {"(": self.parse_round, "[": self.parse_square}
+            parsers = {"(": self.parse_round_bracket, "[": self.parse_square_bracket}
             node = parsers[self.next_char]() if self.next_char in parsers else None
             if node is None:
                 self.position, self.changes = start, changes  # also drops changes recorded since
@@ -178,14 +178,14 @@ class _ScheduleParser:
         self.position += is_next
         return is_next
 
-    def parse_round(self) -> Node | None:
+    def parse_round_bracket(self) -> Node | None:
         self.take("(")
         nodes = [_make_constant("("), self.parse_sequence()]
         if self.take(":"):
             nodes += [_make_constant(":"), self.parse_sequence()]
         return _concatenate([*nodes, _make_constant(")")]) if self.take(")") else None
 
-    def parse_square(self) -> Node | None:
+    def parse_square_bracket(self) -> Node | None:
         """Parse a schedule, alternatives, or `[less]`, which `parse_emphasis` will read."""
         self.take("[")
         first = self.parse_sequence()

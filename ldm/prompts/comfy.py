@@ -10,7 +10,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["parse", "parse_weights"]
 
-ROUND_FACTOR = 1.1
+ROUND_BRACKET_FACTOR = 1.1
 TOKENS = re.compile(r"\\[()]|[()]|[^\\()]+|\\")
 WEIGHT = re.compile(r"(.+):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$", re.DOTALL)
 
@@ -31,7 +31,7 @@ def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:
         elif match := WEIGHT.match(group):
             pieces += parse_weights(match[1], float(match[2]))
         else:
-            pieces += parse_weights(group, weight * ROUND_FACTOR)
+            pieces += parse_weights(group, weight * ROUND_BRACKET_FACTOR)
     return [piece for piece in pieces if piece.text]
 
 

@@ -1,12 +1,13 @@
 """Parse the syntax of compel, which InvokeAI uses.
 
     word+ word-- (a b)++ "a b"1.3 (a b)1.3    factor 1.1 for each plus, 0.9 for each minus, or 1.3
-    ("one", "another").blend(0.7, 0.3)        weighted sum of contexts; no_normalize keeps the sum
+    ("one", "another").blend(0.7, 0.3)        sum of contexts with weights, normalized to 1
     ("one", "another").and(1, 0.5)            concatenated contexts, with weights
     cat.swap(dog, t_start=0.2, t_end=1)       cat, but dog between these fractions of the steps
 
-`swap` changes the text during sampling, not attention maps. Text that is not valid syntax is read
-literally, as in compel, but brackets must be closed.
+A last argument `no_normalize` of blend keeps its weights unchanged. `swap` changes the text during
+sampling, not attention maps. Text that is not valid syntax is read literally, as in compel, but
+brackets must be closed.
 """
 
 import math
@@ -29,8 +30,8 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["parse"]
 
 PLUS_FACTOR, MINUS_FACTOR = 1.1, 0.9
-SYNTAX = r'()",.+\-='
-WORD = re.compile(rf"(?:\\[{SYNTAX}]|[+-](?![\s{SYNTAX}]|$)|[^\s{SYNTAX}])+")
+SPECIAL = r'()",.+\-='  # characters of the syntax
+WORD = re.compile(rf"(?:\\[{SPECIAL}]|[+-](?![\s{SPECIAL}]|$)|[^\s{SPECIAL}])+")
 FREE_WORD = re.compile(r"\S+")
 QUOTED = re.compile(r'"((?:\\"|[^"\n])*)"')
 SIGNS = re.compile(r"\++|-+")
@@ -129,8 +130,7 @@ def _parse_operators(text: str) -> list[_Blend]:
         return [_Blend((_Parser(text).parse_prompt(),))]
     parser.position = operator.end()
     options = parser.parse_options()
-    is_closed = options is not None and parser.take(")")
-    if not is_closed or options is None or text[parser.position :].strip():
+    if not parser.take(")") or text[parser.position :].strip():
         raise ArgumentError(f"a prompt must end with its .{operator[1]}(…), got {quote(text)}")
     weights = _parse_weights(options, len(texts), operator[1])
     if operator[1] != "blend":
@@ -206,7 +206,7 @@ class _Parser:
             if self.position == len(self.text):
                 return items
             parsed = self.try_each(
-                self.parse_swap, self.parse_attention, self.parse_quoted, self.parse_round
+                self.parse_swap, self.parse_attention, self.parse_quoted, self.parse_round_bracket
             )
             if parsed is None:
                 parsed = [_make_piece(self.match(FREE_WORD) or "")]
@@ -217,7 +217,7 @@ class _Parser:
         items: Items = []
         while True:
             parsed = self.try_each(
-                self.parse_attention, self.parse_swap, self.parse_round, self.parse_quoted,
+                self.parse_attention, self.parse_swap, self.parse_round_bracket, self.parse_quoted,
                 self.parse_word, *more_parsers,
             )  # fmt: skip
             if parsed is None:
@@ -254,7 +254,7 @@ class _Parser:
         token = self.match(QUOTED)
         return None if token is None else token[1:-1]
 
-    def parse_round(self) -> Items | None:
+    def parse_round_bracket(self) -> Items | None:
         if not self.take("("):
             return None
         items = self.parse_sentence()
@@ -262,7 +262,7 @@ class _Parser:
 
     def parse_target(self) -> Items | None:
         """Parse the text before an operator."""
-        return self.try_each(self.parse_quoted, self.parse_round, self.parse_word)
+        return self.try_each(self.parse_quoted, self.parse_round_bracket, self.parse_word)
 
     def parse_attention(self) -> Items | None:
         """Parse a target with a weight."""
@@ -273,7 +273,7 @@ class _Parser:
             weight = self.parse_weight(takes_number=True)
             return _scale(items, weight) if weight is not None and self.take(")") else None
         self.position = start
-        items, takes_number = self.try_each(self.parse_quoted, self.parse_round), True
+        items, takes_number = self.try_each(self.parse_quoted, self.parse_round_bracket), True
         if items is None:
             items, takes_number = self.parse_word(), False
         if items is None:
@@ -294,7 +294,7 @@ class _Parser:
             return None
         edited = self.parse_fragment()
         options = self.parse_options() if self.take(",") else []
-        if options is None or not self.take(")"):
+        if not self.take(")"):
             return None
         values = SWAP_DEFAULTS | dict(options)
         if unknown := values.keys() - SWAP_DEFAULTS.keys():
@@ -316,7 +316,7 @@ class _Parser:
         ]
         return [Swap(pieces[0], pieces[1], start, end)]
 
-    def parse_options(self) -> list[tuple[str, str]] | None:
+    def parse_options(self) -> list[tuple[str, str]]:
         """Parse `name=value, value, …` into (name, value); the name may be ""."""
         options: list[tuple[str, str]] = []
         while match := OPTION.match(self.text, self.position):
