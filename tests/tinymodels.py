@@ -16,7 +16,7 @@ from imagehelp import QUICK
 from ldm.app.model_cache import ModelCache
 from ldm.commands.main import main
 from ldm.generate.load import load_models
-from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
 from ldm.loading.weight_names import restore_names
 from pipelines.goldmodels import config_of, model_of
 
@@ -72,6 +72,19 @@ def models(recorded, tmp_path_factory) -> dict[str, Files]:
     """The two models of the recorded images: `base_eps` and `base_v`."""
     folder = tmp_path_factory.mktemp("models")
     return {name: write_model(recorded, name, folder) for name in ("base_eps", "base_v")}
+
+
+@pytest.fixture(scope="session")
+def ema_model(recorded, tmp_path_factory) -> Files:
+    """A model with raw and EMA weights, whose config asks for these."""
+    files = write_model(recorded, "base_v", tmp_path_factory.mktemp("ema"))
+    config = json.loads(files.config.read_text())
+    config["model"]["params"]["use_ema"] = True
+    files.config.write_text(json.dumps(config))
+    state = read_checkpoint(files.ckpt).state
+    ema = {to_ema_name(name): 1.1 * v for name, v in state.items() if name.startswith("model.")}
+    write_checkpoint(files.ckpt, state | ema)
+    return files
 
 
 @pytest.fixture

@@ -218,6 +218,7 @@ class Backend:
             lora=tuple(loras),
             embedding=tuple(embeddings),
             vae=request.model.vae,
+            ema=request.model.ema,
         )
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
         return replace(request, model=choice, output=output)

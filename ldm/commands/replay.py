@@ -67,7 +67,7 @@ def _replay(args: Namespace) -> int:
 
     if args.output:
         check_folder_of(args.output, "output")
-    changes = {name: value for name in MODEL_OPTIONS if (value := vars(args)[name])}
+    changes = {name: v for name in MODEL_OPTIONS if (v := vars(args)[name]) not in (None, [])}
     info = read_info(args.image)
     summary = f"the generation parameters in {args.image} are damaged"
     with errors_as(FileFormatError, summary):

@@ -7,7 +7,7 @@ to_argv          Request -> the command line that repeats it
 It does not import torch, so that `--help` and mistakes in flags are fast.
 """
 
-from argparse import Action, ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +61,9 @@ def add_options(add: Callable[..., Action], options: Mapping[str, tuple[Option, 
             continue
         kwargs: dict[str, Any] = {"dest": name, "help": option.help}
         if option.is_switch:
-            kwargs["action"] = "store_false" if default else "store_true"
+            action = "store_false" if default else "store_true"
+            kwargs |= {"action": BooleanOptionalAction if option.is_negatable else action}
+            kwargs |= {"default": default}
         else:
             kwargs |= {"type": _make_argparse_type(option), "metavar": option.metavar}
             kwargs |= {"default": default, "action": _Store}
@@ -106,7 +108,8 @@ def to_argv(request: Request) -> list[str]:
         if not option.flags:
             arguments += value  # overrides, key=value
         elif option.is_switch:
-            arguments.append(option.flags[0])
+            is_off = option.is_negatable and not value
+            arguments.append(option.flags[0].replace("--", "--no-" if is_off else "--", 1))
         else:
             arguments += [
                 f"{option.flags[0]}={argument}" for argument in encode_option(option, value)

@@ -102,7 +102,9 @@ class ModelOptions:
         " lists, or hf:OWNER/NAME[/FILE] (default: the small demo model)")
     config: str | None = option(None, "--config", metavar="FILE",
         help="YAML of the model (default: recognised from the checkpoint)")
-    ema: bool = option(False, "--ema", help="use the EMA weights of the checkpoint")
+    ema: bool | None = option(None, "--ema", is_negatable=True,
+        help="use the EMA weights of the checkpoint, or the raw ones (default: EMA weights if the"
+        " YAML has use_ema and the checkpoint has them)")
     vae: str | None = option(None, "--vae", metavar="FILE", label="VAE",
         help="use the autoencoder in this file; TAESD is a smaller and faster one")
     text_encoder: str | None = option(None, "--text-encoder", metavar="FILE",

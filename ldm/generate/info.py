@@ -105,7 +105,7 @@ def describe_run(
         "payload": choose_watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": compute_short_hash(checkpoint),
-        "ema": model_options.ema,
+        "ema": model.provenance["ema"],
         "vae": model.provenance.get("vae"),
         "text_encoder": model.provenance.get("text_encoder"),
         "loras": model.provenance.get("loras", []),

@@ -29,6 +29,7 @@ class Option:
         separator: Joins the items of a tuple in one argument.
         is_list: Whether the flag may be given several times; the value is a tuple.
         is_switch: Whether the flag takes no argument; it sets the opposite of the default.
+        is_negatable: Whether a switch, whose default is None, also has a flag `--no-…`.
         const: Value of the flag without an argument; None = it needs one.
         choices: Allowed arguments; () = any.
         shortcuts: Flags for single values, such as "--plms" for sampler "plms".
@@ -46,6 +47,7 @@ class Option:
     separator: str = ","
     is_list: bool = False
     is_switch: bool = False
+    is_negatable: bool = False
     const: Value = None
     choices: tuple[str, ...] = ()
     shortcuts: Mapping[str, str] = field(default_factory=dict)
@@ -69,7 +71,7 @@ def option(
     **settings: Any,
 ) -> Any:
     """Declare a dataclass field that is an option; see `Option`."""
-    settings["is_switch"] = isinstance(default, bool)
+    settings["is_switch"] = isinstance(default, bool) or settings.get("is_negatable", False)
     if parse is str and settings.get("metavar") in ("FILE", "DIR"):
         parse = os.path.expanduser
     return field(default=default, metadata={"option": Option(flags, help, parse, **settings)})

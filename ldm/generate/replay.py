@@ -182,13 +182,13 @@ def reproduce_image(
 
 
 def get_recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
-    """Return the recorded scale, steps and sampler, of those that were not set.
+    """Return the recorded ema, and scale, steps and sampler if they were not set.
 
     Their defaults may have changed since.
     """
     sampling = vars(request.sampling)
     names = [name for name in ("scale", "steps", "sampler") if sampling[name] is None]
-    return {name: info[name] for name in names}
+    return {name: info[name] for name in ("ema", *names)}
 
 
 def get_recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:

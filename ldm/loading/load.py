@@ -39,7 +39,7 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoin
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.find_variant import choose_variant, select_file_variant
 from ldm.loading.matching import match_weights
-from ldm.loading.model_config import has_defaults, is_in_doubt, read_config
+from ldm.loading.model_config import asks_for_ema, has_defaults, is_in_doubt, read_config
 from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
 from ldm.loading.replace_parts import (
@@ -48,7 +48,6 @@ from ldm.loading.replace_parts import (
     replace_autoencoder,
     replace_text_encoder,
 )
-from ldm.loading.sgm import ENGINE
 from ldm.loading.tiny_autoencoder import build_tiny_autoencoder, read_tiny_autoencoder
 from ldm.loading.variants import NO_VARIANT, VARIANTS, set_variant
 from ldm.loading.weight_names import restore_names
@@ -96,7 +95,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
     overrides: str | Iterable[str] = (),
     allow: str | Iterable[str] = (),
     clip_stats: str | Path | None = None,
@@ -119,7 +118,8 @@ def load(
         dtype: Of all weights; every part computes in the dtype of its weights.
         offload: Keep each part on the CPU until it runs, see `LatentDiffusion.offload`; ignored if
             `device` is the CPU.
-        ema: Use the EMA weights of a file that has both.
+        ema: Whether to use the EMA weights of a file that has both; None = where the config says so
+            (`use_ema`), as the original's scripts do.
         overrides: Changes to the YAML, such as `model.params.scale_factor=0.13`.
         allow: Packages of your own whose classes the YAML may name.
         clip_stats: File with mean and standard deviation of CLIP's embeddings; None = from the
@@ -170,7 +170,9 @@ def load(
     summary = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
     model = build_on_meta(raw, allow=allow, where=where, skipped=skipped)
-    _log_ignored(raw, weights, ema, skipped)
+    if ema is None:
+        ema = weights.checkpoint.has_ema and asks_for_ema(raw)
+    _log_unused(weights, ema, skipped)
     _check_options_of_families(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if base is not None:
         check_model(base, "base")
@@ -364,19 +366,12 @@ def _fill(
     )
 
 
-def _log_ignored(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> None:
+def _log_unused(weights: Weights, ema: bool, skipped: list[str]) -> None:
     """Log which keys of a config, and which weights, are not used."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
-    if weights.checkpoint.has_ema and not ema:
-        # The original samples with them where the config says `use_ema` and they exist.
-        spec = raw.get("model", raw)
-        params = spec.get("params") or {}
-        if params.get("use_ema", spec.get("target") != ENGINE):
-            message = "`%s` also has EMA weights, and the config asks for them: `ema` takes them"
-            log.warning(message, weights.path)
-        else:
-            log.info("`%s` also has EMA weights: `ema` takes them", weights.path)
+    if weights.checkpoint.has_ema:
+        log.info("`%s`: its EMA weights are %s", weights.path, "used" if ema else "not used")
 
 
 def _describe_origin(raw: JsonMapping, weights: Weights) -> JsonObject:

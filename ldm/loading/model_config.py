@@ -12,7 +12,7 @@ from ldm.loading.diffusers.files import is_diffusers_folder
 from ldm.loading.families import LATENT_UPSCALER, XL_CONFIG_DIR, Prediction, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
 from ldm.loading.latent_upscaler import build_upscaler_config, find_json, find_unet_params
-from ldm.loading.legacy import MODEL, translate_config
+from ldm.loading.legacy import MODEL, MODEL_CLASSES, translate_config
 from ldm.loading.matching import guess_file_type, match_weights
 from ldm.loading.sgm import ENGINE
 from ldm.loading.variants import GUIDANCE_WEIGHT
@@ -27,8 +27,8 @@ from ldm.runtime.errors import (
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "choose_config", "find_schedule_early", "has_defaults", "is_in_doubt", "probe_weights",
-    "read_config",
+    "asks_for_ema", "choose_config", "find_schedule_early", "has_defaults", "is_in_doubt",
+    "probe_weights", "read_config",
 ]  # fmt: skip
 
 # In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
@@ -132,6 +132,16 @@ def is_in_doubt(weights: Weights) -> bool:
     """Return whether fewer than two methods know the prediction type, and the family has both."""
     family = weights.family
     return family is not None and family.predicts is None and weights.prediction.num_known < 2
+
+
+def asks_for_ema(raw: JsonObject) -> bool:
+    """Return whether a model samples with EMA weights: `use_ema`, or its class's default.
+
+    The original's model classes have EMA weights unless `use_ema` is false, sgm's if it is true.
+    """
+    spec = raw.get("model", raw)
+    params = spec.get("params") or {}
+    return bool(params.get("use_ema", spec["target"] in MODEL_CLASSES))
 
 
 def has_defaults(raw: JsonObject) -> bool:

@@ -14,7 +14,7 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpo
 from ldm.loading.files.pickles import list_foreign_imports, list_pickle_imports
 from ldm.loading.find_variant import find_variant
 from ldm.loading.matching import translate_names
-from ldm.loading.model_config import probe_weights, read_config
+from ldm.loading.model_config import asks_for_ema, probe_weights, read_config
 from ldm.loading.modelspec import PREFIX
 from ldm.loading.published import find_checkpoint, identify_hash, read_published_files
 from ldm.loading.replace_parts import UPSCALER_PARTS
@@ -66,6 +66,7 @@ class Report:
         kind: Format, "zip", "legacy" or "safetensors".
         refused: Why the file cannot be read; None = it can.
         task: Function of `ldm.pipelines` for it.
+        uses_ema: Whether `load` uses its EMA weights by default, with this config.
         config: Path of the config that the weights are compared with, or `CONFIG_KEY`.
         extras: Names of the entries beside the weights.
         pickle_names: Names that its pickle would import.
@@ -90,6 +91,7 @@ class Report:
     prediction: Prediction | None = None
     parts: list[Part] = field(default_factory=list)
     has_ema: bool = False
+    uses_ema: bool = False
     step: int | None = None
     extras: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
@@ -147,7 +149,8 @@ class Report:
             count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
             yield f"{'' if i else 'parts':12}{part.name:20}{part.prefix:25}{count}  {dtypes}"
         if self.parts:
-            yield f"EMA         {'yes, `ema` takes it' if self.has_ema else 'no'}"
+            use = "used, as the config says" if self.uses_ema else "`ema` takes it"
+            yield f"EMA         {f'yes, {use}' if self.has_ema else 'no'}"
             yield f"step        {'unknown' if self.step is None else self.step}"
             yield f"other keys  {', '.join(self.extras) or 'nothing'}"
         if self.pickle_names:
@@ -262,5 +265,6 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Non
             report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
     is_sgm = has_sgm_names(expected)
+    report.uses_ema = report.has_ema and asks_for_ema(raw)
     report.missing = [to_original_name(n, sgm=is_sgm) for n in expected if n not in state]
     report.unexpected = [to_original_name(n, sgm=is_sgm) for n in state if n not in expected]

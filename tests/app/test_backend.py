@@ -12,7 +12,7 @@ from PIL import Image
 
 import ldm
 from checkerhelp import write_checker
-from imagehelp import pixels, random_lora
+from imagehelp import QUICK, pixels, random_lora
 from imaging.badimages import HUGE
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
@@ -135,6 +135,18 @@ def test_every_task_makes_images_that_it_makes_again(backend, files, run, task):
     assert replay(backend, path) == "identical"
     if task == "inpaint":  # and the script, too
         assert main(["replay", path, "--ckpt", files["inpaint"][1]]) == 0
+
+
+def test_images_have_ema_weights_if_the_config_asks_and_replays_those_of_the_image(
+    ema_model, make_request, run, tmp_path
+):
+    backend = Backend(Library(ema_model.ckpt.parent), tmp_path, CHOICE, LIMITS)
+    image = run(backend, "txt2img").images[0]
+    assert image["ema"]
+    size = ["--H=64", "--W=64", f"--outdir={tmp_path / 'raw'}", "--no-ema"]
+    assert main(["txt2img", *ema_model.flags, *QUICK, *size]) == 0
+    for path in (image["path"], tmp_path / "raw/samples/00000.png"):
+        assert replay(backend, path) == "identical"
 
 
 @pytest.mark.filterwarnings("ignore::ldm.prompts.PromptWarning")  # as `ldm app` does

@@ -34,7 +34,7 @@ def parse(task, *words):
         ("img2img", "--prompt x --init-img a.jpg --strength 0.8 --ckpt m.ckpt",
          {"init_img": "a.jpg", "strength": 0.8, "n_samples": 2, "n_iter": 1}),
         ("img2img", "--init_img a.jpg --ddim_steps 20 --ddim_eta 0.5 --fixed_code --C 4 --f 8",
-         {"steps": 20, "eta": 0.5, "outdir": "outputs/img2img-samples"}),
+         {"steps": 20, "eta": 0.5, "outdir": "outputs/img2img-samples", "ema": None}),
         ("inpaint", "--indir in --outdir out --steps 20", {"indir": "in", "steps": 20}),
         ("inpaint", "--image a.png --mask m.png --mask-grow 4 --mask-box 0,1,20,30",
          {"mask": "m.png", "mask_grow": 4, "mask_box": (0, 1, 20, 30)}),
@@ -66,6 +66,8 @@ def parse(task, *words):
         ("txt2img", "--spacing trailing --unet-tile 64 --guidance-interval 0.3,5",
          {"scheduler": "trailing", "unet_tile": 64, "guidance_interval": (0.3, 5.0)}),
         ("txt2img", "a.b=1 --seed 2 c.d=x", {"overrides": ("a.b=1", "c.d=x"), "seed": 2}),
+        ("txt2img", "--ema a.b=1", {"ema": True, "overrides": ("a.b=1",)}),
+        ("txt2img", "--ema --no-ema", {"ema": False}),
         ("inpaint", "--refiner r.ckpt --refiner-start 0.8 --original-size 768,1024 --crop 0,64",
          {"refiner": "r.ckpt", "refiner_start": 0.8, "original_size": (768, 1024),
           "crop": (0, 64), "target_size": None}),
@@ -249,6 +251,8 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([f"{name}.x=1"])
             elif row.is_switch:
                 argvs.append([row.flags[0]])
+                if row.is_negatable:
+                    argvs.append([row.flags[0].replace("--", "--no-")])
             elif name in needed:
                 argvs.append([*needed[name], row.flags[0], word])
             else:

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, PngImagePlugin
 
-from imagehelp import IDENTICAL
+from imagehelp import IDENTICAL, QUICK
 from ldm.imaging.metadata import read_info, write_png
 from quick import some
 
@@ -38,6 +38,25 @@ def test_a_different_model_is_named_as_the_reason(txt2img, call, models, tmp_pat
     assert any(line.strip().startswith("config_hash: ") for line in reasons)
     with Image.open(new) as picture:
         assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize(("flags", "ema"), [([], True), (["--no-ema"], False)])
+def test_a_picture_is_made_again_with_the_weights_that_made_it(
+    call, ema_model, tmp_path, flags, ema
+):
+    size = ["--H", 64, "--W", 64, "--outdir", tmp_path]
+    path = call("txt2img", *ema_model.flags, *QUICK, *size, *flags)[1][0]
+    info, copy = read_info(path), tmp_path / "copy.png"
+    assert info["ema"] == ema
+    assert call("replay", path)[:2] == IDENTICAL
+    del info["request"]["ema"]  # as older versions could write it
+    with Image.open(path) as picture:
+        write_png(copy, picture, info)
+    assert call("replay", copy)[:2] == IDENTICAL
+    other = "--no-ema" if ema else "--ema"
+    status, (_, *reasons), _ = call("replay", path, other)
+    assert status == 1
+    assert f"  ema: {ema} then, {not ema} now" in reasons
 
 
 def test_input_files_are_found_from_any_folder(run, call, photo, tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def test_another_suffix_is_refused(tmp_path):
         (COUNTERS, "no EMA weights"),
         (
             AVERAGES | {"model_ema.what": torch.ones(1)},
-            "1 EMA weights fit no name: `model_ema",
+            "(?s)1 EMA weights fit no name: `model_ema.*load it with `ema=False`",
         ),
     ],
 )

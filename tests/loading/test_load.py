@@ -29,7 +29,7 @@ from ldm.loading.files.checkpoint import (
 )
 from ldm.loading.load import save_model
 from ldm.loading.matching import match_weights
-from ldm.loading.model_config import choose_config
+from ldm.loading.model_config import asks_for_ema, choose_config
 from ldm.loading.weight_names import rename_weights, restore_names, strip_prefix
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError
@@ -219,13 +219,39 @@ def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
     assert all(torch.equal(alone[name], ema[name]) for name in ema)
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_a_config_that_asks_for_ema_weights_is_a_warning(
-    tmp_path, tiny_yaml, tiny_state, asks, caplog
+@pytest.mark.parametrize("is_embedded", [False, True])
+@pytest.mark.parametrize(
+    ("use_ema", "ema", "expected"),
+    [
+        ("use_ema: true", None, True),
+        ("use_ema: false", None, False),
+        ("", None, True),  # the default of the original's class
+        ("use_ema: true", False, False),
+        ("use_ema: false", True, True),
+    ],
+)
+def test_the_config_says_whether_ema_weights_are_used(
+    tmp_path, tiny_yaml, tiny_state, use_ema, ema, expected, is_embedded
 ):
-    torch.save(tiny_state | ema_of(tiny_state), tmp_path / "x.ckpt")
-    ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[f"model.params.use_ema={asks}"])
-    assert ("the config asks for them: `ema` takes them" in caplog.text) == asks
+    text = tiny_yaml.read_text().replace("use_ema: false", use_ema)
+    (tmp_path / "x.yaml").write_text(text)
+    metadata = {CONFIG_KEY: text} if is_embedded else {}
+    config = None if is_embedded else tmp_path / "x.yaml"
+    write_checkpoint(tmp_path / "x.safetensors", tiny_state | ema_of(tiny_state), metadata)
+    model = ldm.load(config, tmp_path / "x.safetensors", ema=ema)
+    assert model.provenance["ema"] == expected
+    name = "model.diffusion_model.out.2.bias"
+    assert torch.equal(model.unet.out[2].bias, tiny_state[name] + expected)
+    # Such as Runway's inpainting model: the config has EMA weights, its file has none.
+    write_checkpoint(tmp_path / "raw.safetensors", tiny_state, metadata)
+    if not ema:
+        assert not ldm.load(config, tmp_path / "raw.safetensors", ema=ema).provenance["ema"]
+
+
+def test_models_that_are_recognised_have_raw_weights():
+    """No config that is chosen by the tensors asks for EMA weights."""
+    for path in Path("configs").glob("s*/*.yaml"):
+        assert not asks_for_ema(read_yaml(path)), path
 
 
 @pytest.mark.parametrize("entry", ["ema_state_dict", "ema"])

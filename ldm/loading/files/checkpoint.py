@@ -179,7 +179,8 @@ def use_ema_weights(
             unused.discard(key)
     if unused:
         examples = ", ".join(f"`{key}`" for key in sorted(unused)[:10])
-        raise FileFormatError(f"`{path}`: {len(unused)} EMA weights fit no name: {examples}")
+        message = f"`{path}`: {len(unused)} EMA weights fit no name: {examples}"
+        raise FileFormatError(f"{message}\nhint: load it with `ema=False`", "ema")
 
 
 def write_checkpoint(
