@@ -156,8 +156,11 @@ def load(
     for name, path in paths.items():
         if not isinstance(path, str | Path | None):
             raise ArgumentError(f"{name} must be a path, got {path!r}", name)
+    if ema is not None and not isinstance(ema, bool):
+        raise ArgumentError(f"ema must be True, False or None, got {ema!r}", "ema")
     overrides, allow = _list_texts("overrides", overrides), _list_texts("allow", allow)
     embeddings, loras = _list_texts("embeddings", embeddings), tuple(parse_loras(loras))
+    offload = offload and torch.device(device).type != "cpu"
     config, ckpt = _choose_files(config, ckpt)
     weights = identify_weights(_open_weights(ckpt, variant))
     config_path, raw = read_config(weights, config, overrides)
@@ -183,7 +186,7 @@ def load(
     if not isinstance(model, LatentDiffusion):
         _check_options_of_part(
             vae=vae, text_encoder=text_encoder, loras=loras, embeddings=embeddings,
-            variant=variant in VARIANTS,
+            variant=variant in VARIANTS, offload=offload,
         )  # fmt: skip
         weights.select_ema(model.state_dict(), ema)
         _fill(model, weights, summary, device, dtype)
@@ -212,7 +215,6 @@ def load(
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False  # its tensors are in memory
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
-    offload = offload and torch.device(device).type != "cpu"
     fill_device = "cpu" if offload else device
     autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
     _fill(model, weights, summary, fill_device, dtype, autoencoder_dtype)

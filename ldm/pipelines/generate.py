@@ -158,13 +158,18 @@ def _sample_with_refiner(
         end: Index in sigmas of the handover.
     """
     make_callback = partial(_shift_steps, options.get("callback"), len(sigmas) - 1 - first)
-    callback = make_callback(0)
-    z_t = _sample(model, conds, {**options, "sigmas": sigmas, "end": end, "callback": callback})
-    if "unused-draws" in Quirks.for_model(model, options.get("legacy", ())):
+    quirks = Quirks.for_model(model, options.get("legacy", ()))
+    options = {**options, "sigmas": sigmas, "scheduler": None, "rho": None}
+    base_options: RunOptions = {
+        **options, "steps": options.get("steps") if "strength" in quirks else None, "end": end,
+        "callback": make_callback(0),
+    }  # fmt: skip
+    z_t = _sample(model, conds, base_options)
+    if "unused-draws" in quirks:
         options["noise"](z_t)
     refiner_options: RunOptions = {
-        **options, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
-        "callback": make_callback(end - first), "constrain": constrain_refiner,
+        **options, "sigmas": sigmas[end:], "steps": None, "z_t": z_t, "z": None, "x_T": None,
+        "strength": 1.0, "callback": make_callback(end - first), "constrain": constrain_refiner,
         "first_step": end - first,
         "freeu": None, "freeu_version": None,  # its factors are for the base model
     }  # fmt: skip

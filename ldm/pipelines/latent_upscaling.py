@@ -175,7 +175,9 @@ def sample_upscaled_latent(
     # `sample` takes and returns latents scaled to the same variance at every level; this model
     # needs x itself.
     first, last = float(sigmas[0]), float(sigmas[-1])
-    run_options: SamplingOptions = {**options, "x_T": None, "sigmas": sigmas}
+    run_options: SamplingOptions = {
+        **options, "x_T": None, "sigmas": sigmas, "steps": None, "scheduler": None, "rho": None
+    }  # fmt: skip
     z = sample(
         model,
         cond,

@@ -78,8 +78,14 @@ def _check_initial_latent(model: LatentDiffusion, arguments: TaskArguments) -> N
 
 
 def select_sampling(options: Mapping[str, object]) -> SamplingOptions:
-    """Return the keywords of `sample` among those of a task."""
-    return cast(SamplingOptions, _select(options, SamplingOptions.__annotations__))
+    """Return the keywords of `sample` among those of a task.
+
+    Without seeds, which the noise source of the task replaces, but for those of Brownian paths.
+    """
+    names = SamplingOptions.__annotations__
+    if not options.get("brownian"):
+        names = {name: kind for name, kind in names.items() if name != "seeds"}
+    return cast(SamplingOptions, _select(options, names))
 
 
 def select_sdxl(options: Mapping[str, object]) -> SDXLOptions:
@@ -112,7 +118,7 @@ def check_options(model: LatentDiffusion, arguments: TaskArguments) -> None:
         step_noise,
         strength,
         rescale,
-        sampling.get("seeds"),
+        arguments.get("seeds"),
         interval,
     )
     quirks = Quirks.for_model(model, sampling.get("legacy", ()))

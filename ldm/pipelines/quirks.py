@@ -17,6 +17,7 @@ from ldm.diffusion.guidance import Denoise, Scale, add_guidance
 from ldm.diffusion.names import LEGACY, SDXL_LEGACY
 from ldm.diffusion.samplers.common import NoiseSampler
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.scheduler_options import check_rho
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import find_family, is_sdxl
 from ldm.runtime.arguments import as_list
@@ -61,6 +62,7 @@ class Quirks:
     ) -> Tensor:
         """Return the noise levels of a run; as `NoiseSchedule.step_sigmas` without a quirk."""
         if "steps" in self and scheduler == "uniform":
+            check_rho(rho, scheduler)
             return _compute_original_sigmas(schedule, steps)
         return schedule.step_sigmas(steps, scheduler, rho)
 
@@ -152,17 +154,26 @@ def make_noise_sampler(
 
 
 def get_row_seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
-    """Return the seeds of n rows as Python integers; see `make_noise_sampler`."""
+    """Return the seeds of n rows as Python integers; see `make_noise_sampler`.
+
+    Raises:
+        ArgumentError: A seed is not in -2^63 … 2^64 - 1, or there are not n.
+    """
     if seeds is None:
         seeds = int(torch.randint(2**31, ()))
     if isinstance(seeds, Tensor):
         seeds = seeds.tolist()
-    if not isinstance(seeds, Sized):
-        first = operator.index(seeds)
-        return [first + k for k in range(n)]
-    if len(seeds) != n:
-        raise ArgumentError(f"{len(seeds)} seeds were given for {n} images", "seeds")
-    return [operator.index(seed) for seed in seeds]
+    if isinstance(seeds, Sized):
+        rows = given = [operator.index(seed) for seed in seeds]
+    else:
+        given = [operator.index(seeds)]
+        rows = [given[0] + k for k in range(n)]
+    if len(rows) != n:
+        raise ArgumentError(f"{len(rows)} seeds were given for {n} images", "seeds")
+    for seed in given:
+        if not -(1 << 63) <= seed < 1 << 64:  # as `torch.manual_seed` takes
+            raise ArgumentError(f"seeds must be in -2^63 … 2^64 - 1, got {seed}", "seeds")
+    return rows
 
 
 def make_seeded_noise(seeds: Sequence[int]) -> NoiseSampler:

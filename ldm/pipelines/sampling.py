@@ -6,7 +6,7 @@ invert     latent -> the noisy latent from which DDIM returns to it
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 
@@ -41,6 +41,7 @@ from ldm.pipelines.quirks import Quirks, get_row_seeds, make_noise_sampler
 from ldm.pipelines.sampling_options import (
     Callback,
     SamplingOptions,
+    check_beside_sigmas,
     check_embedded_guidance,
     check_sampling,
     check_tiles,
@@ -55,6 +56,10 @@ from ldm.runtime.errors import ArgumentError
 from ldm.runtime.warn import warn_caller
 
 __all__ = ["invert", "sample"]
+
+# Arguments of `sample` that another one, which is missing or given, leaves without effect.
+NEEDED = {"strength": "z", "freeu_version": "freeu", "further": "guidance"}
+EXCLUDED = {"z": "z_t", "x_T": "z_t", "seeds": "noise", "grid": "scheduler"}
 
 
 @torch.no_grad()
@@ -118,7 +123,8 @@ def sample(
         scheduler: A name in SCHEDULERS; None = `get_default_scheduler`.
         rho: Exponent of schedulers that have one; None = the scheduler's default.
         sigmas: Noise levels of the run, descending; None = those of steps, scheduler and rho.
-        end: Index in sigmas of the level to stop at; the result is then noisy. None = the last.
+        end: Index in sigmas of the level to stop at, not before that of `strength`; the result is
+            then noisy. None = the last.
         eta: Amount of noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for
             samplers that have it; None = the model's default for its default sampler, else 0 for
             `ddim`, 0.3 for `tcd`, 1 for others.
@@ -138,9 +144,10 @@ def sample(
         freeu_version: A name in FREEU_VERSIONS; None = "1".
         guidance: The guidance method, a new object for each run; None = classifier-free guidance.
         further: Conditions of `guidance.texts`, with a row for each row of `cond`.
-        seeds: One per row, or the first of consecutive ones; None = drawn from torch's generator.
-            The noise of a row depends on its own seed only.
-        noise: (like) -> standard normal noise in its shape; None = that of `seeds`.
+        seeds: One per row, or the first of consecutive ones, less than 2^64; None = drawn from
+            torch's generator. The noise of a row depends on its own seed only.
+        noise: (like) -> standard normal noise in its shape; None = that of `seeds`, which are then
+            only for `brownian`.
         callback: Called with (step, steps, x, denoised) after each step; may raise Stop with a
             latent, which tasks then decode. None = nothing is called.
         constrain: (x, sigma) -> x, applied before every step; None = no constraint.
@@ -153,9 +160,9 @@ def sample(
     Returns:
         (B, C, h, w) float32.
     """
-    check_arguments(model, locals(), sample.__annotations__)
-    if grid is not None and scheduler is not None:
-        raise ArgumentError("give scheduler or grid, its former name, not both", "grid")
+    arguments = dict(locals())
+    check_arguments(model, arguments, sample.__annotations__)
+    _check_combinations(arguments)
     quirks = Quirks.for_model(model, legacy)
     scheduler, sampler = scheduler or grid, sampler or model.defaults.sampler
     if eta is None and sampler == model.defaults.sampler:
@@ -163,14 +170,11 @@ def sample(
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
     check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds, guidance_interval)
     check_tiles(unet_tile=unet_tile)
-    if freeu is None and freeu_version is not None:
-        raise ArgumentError("freeu_version needs freeu", "freeu_version")
-    if uncond is None and scale not in (None, 1) and model.guidance_embed_dim is None:
-        raise ArgumentError("scale needs uncond", "scale")
     if uncond is not None and len(uncond) != len(cond):
         message = f"uncond must have as many rows as cond, {len(cond)}, got {len(uncond)}"
         raise ArgumentError(message, "uncond")
     scale = get_default_scale(model, sampler) if scale is None else scale
+    _check_guidance(model, arguments, sampler, scale)
     if steps is None:
         steps = model.defaults.steps if sigmas is None else len(sigmas) - 1
     if not isinstance(sigmas, Tensor):
@@ -181,6 +185,10 @@ def sample(
         sigmas = get_sigmas(model, quirks, options)
     elif not len(sigmas) or (sigmas.diff() > 0).any():  # they may be a part of a checked run
         raise ArgumentError("sigmas must be one or more, and descend", "sigmas")
+    else:
+        # The quirk `strength` counts the steps that were asked for, not those of the run.
+        given_steps = None if "strength" in quirks else steps
+        check_beside_sigmas(len(sigmas) - 1, given_steps, scheduler, rho)
     check_embedded_guidance(model, guidance, rescale, guidance_interval)
     name = _quote_variant_name(model)
     if warning := explain_exceeded_limits(model.defaults, name, steps, scale):
@@ -195,7 +203,14 @@ def sample(
             x_T = noise(torch.empty(shape, device=model.device))
         x_T = x_T.to(model.device, torch.float32)
         x, first = _add_initial_noise(z, x_T, sigmas, quirks, strength, steps)
-    sigmas = sigmas[first : None if end is None else max(end, first) + 1]
+    if end is not None:
+        if not first <= end < len(sigmas):
+            message = (
+                f"end must be in {first} … {len(sigmas) - 1}, the levels of the run, got {end}"
+            )
+            raise ArgumentError(message, "end")
+        sigmas = sigmas[: end + 1]
+    sigmas = sigmas[first:]
     if z_t is None and (warning := explain_high_sigma(sampler, scheduler, float(sigmas[0]))):
         warn_caller(warning)
     denoiser = quirks.get_denoiser(model, sampler)
@@ -264,6 +279,44 @@ def invert(
     denoise = Quirks(frozenset(names)).build_inversion_denoise(model, sigmas, cond, uncond, scale)
     x = euler(denoise, z.float() * _compute_std(sigmas[0]), sigmas)
     return x / _compute_std(sigmas[-1])
+
+
+def _check_combinations(arguments: Mapping[str, object]) -> None:
+    """Raise ArgumentError for an argument of `sample` that others leave without effect."""
+    given = {name for name, value in arguments.items() if value is not None}
+    unset = {"strength": arguments["strength"] == 1, "further": not arguments["further"],
+             "seeds": arguments["brownian"]}  # fmt: skip
+    given -= {name for name, is_unset in unset.items() if is_unset}
+    for name, other in NEEDED.items():
+        if name in given and other not in given:
+            raise ArgumentError(f"{name} needs {other}", name)
+    for name, other in EXCLUDED.items():
+        if name in given and other in given:
+            raise ArgumentError(f"{other} is given, leave out {name}", name)
+
+
+def _check_guidance(
+    model: LatentDiffusion, arguments: Mapping[str, object], sampler: str, scale: Scale
+) -> None:
+    """Raise ArgumentError for options of guidance without `uncond`; warn of those without effect.
+
+    Args:
+        arguments: Those of `sample`.
+        scale: The guidance scale that is used.
+    """
+    if model.guidance_embed_dim is not None:
+        return  # see `check_embedded_guidance`
+    guidance = arguments["guidance"]
+    perturbs = isinstance(guidance, Guidance) and guidance.perturbs  # it needs no `uncond`
+    names = ["scale"] if perturbs else ["scale", "guidance", "rescale", "guidance_interval"]
+    given = [n for n in names if arguments[n] is not None and (n != "rescale" or arguments[n])]
+    has_uncond = arguments["uncond"] is not None
+    if given and scale != 1 and not has_uncond:
+        raise ArgumentError(f"{given[0]} needs uncond", given[0])
+    if scale == 1 and not (has_uncond and SAMPLERS[sampler].takes_uncond):
+        for name in given:
+            if name in ("rescale", "guidance_interval"):
+                warn_caller(f"{name} has no effect at a guidance scale of 1")
 
 
 def _count_rows(*values: object) -> int:

@@ -20,6 +20,7 @@ from ldm.runtime.errors import ArgumentError, check_name
 __all__ = [
     "Callback",
     "SamplingOptions",
+    "check_beside_sigmas",
     "check_embedded_guidance",
     "check_sampling",
     "check_tiles",
@@ -73,11 +74,7 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     if (given_sigmas := options.get("sigmas")) is not None:
         sigmas = torch.as_tensor(given_sigmas, dtype=torch.float64)
         check_sigmas(sigmas.tolist())
-        for name in ("scheduler", "rho"):
-            if options.get(name) is not None:
-                raise ArgumentError(f"sigmas are given, leave out {name}", name)
-        if steps not in (None, len(sigmas) - 1):
-            raise ArgumentError(f"sigmas have {len(sigmas) - 1} steps, not {steps}", "steps")
+        check_beside_sigmas(len(sigmas) - 1, steps, options.get("scheduler"), rho)
         highest = float(model.schedule.sigmas[-1])
         if sigmas[0] > 1.001 * highest:  # tolerance for rounded sigmas
             message = f"the model has noise levels up to {highest:g}, not {float(sigmas[0]):g}"
@@ -93,6 +90,17 @@ def get_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
         sigmas = quirks.get_sigmas(model.schedule, steps + 1, scheduler, rho)
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     return sigmas
+
+
+def check_beside_sigmas(
+    total: int, steps: int | None, scheduler: str | None, rho: float | None
+) -> None:
+    """Raise ArgumentError for options that given sigmas, of `total` steps, replace."""
+    for name, value in (("scheduler", scheduler), ("rho", rho)):
+        if value is not None:
+            raise ArgumentError(f"sigmas are given, leave out {name}", name)
+    if steps not in (None, total):
+        raise ArgumentError(f"sigmas have {total} steps, not {steps}", "steps")
 
 
 def get_default_scheduler(model: LatentDiffusion, sampler: str) -> str:

@@ -427,7 +427,7 @@ def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_ya
     ("name", "value"),
     [
         ("loras", [("missing.safetensors", 1.0)]), ("embeddings", "missing.pt"), ("variant", "lcm"),
-        ("vae", "missing.ckpt"), ("text_encoder", "missing.ckpt"),
+        ("vae", "missing.ckpt"), ("text_encoder", "missing.ckpt"), ("offload", True),
     ],
 )  # fmt: skip
 def test_options_of_whole_models_are_refused_for_a_part(
@@ -436,7 +436,7 @@ def test_options_of_whole_models_are_refused_for_a_part(
     part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
     (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
     with pytest.raises(ArgumentError, match=f"only a part of a model, {name} needs") as caught:
-        ldm.load(tmp_path / "kl.yaml", tiny_file, **{name: value})
+        ldm.load(tmp_path / "kl.yaml", tiny_file, device="meta", **{name: value})
     assert caught.value.argument == name
 
 

@@ -11,14 +11,18 @@ from torch import Tensor
 import ldm
 from goldfile import gold
 from ldm.conditioning import Cond
+from ldm.diffusion.guidance import Guidance
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.model import LatentDiffusion
 from ldm.pipelines import NonFinite, Stop, invert, sample, txt2img
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import get_sigmas
+from ldm.runtime.errors import ArgumentError
 from pipelines.goldmodels import model_of
 from quick import some
 from recipe import fill
+
+LATENT = torch.zeros(1, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,8 @@ def test_not_finite_values_are_located(model):
 
 
 @pytest.mark.parametrize("options", [
-    {"sampler": "dmp"}, {"grid": "even"}, {"steps": 0}, {"legacy": {"nois"}}, {"seeds": [1, 2]},
+    {"sampler": "dmp"}, {"grid": "even"}, {"steps": 0}, {"seeds": 1 << 64},
+    {"legacy": {"nois"}}, {"seeds": [1, 2]},
     {"sampler": "plms", "eta": 1.0}, {"s_churn": 1.0}, {"sampler": "lms", "s_noise": 0.5},
     {"sampler": "heun", "s_churn": -1.0}, {"sampler": "euler", "s_tmin": 2.0, "s_tmax": 1.0},
     {"rho": 2.0}, {"scheduler": "karras", "rho": 0.0}, {"sigmas": [1.0, 5.0, 0.0], "steps": None},
@@ -123,7 +128,7 @@ def test_not_finite_values_are_located(model):
 ])  # fmt: skip
 def test_bad_options_are_one_line_errors(model, options):
     with pytest.raises(
-        ValueError, match="choose|did you mean|must|seeds|takes no|sigmas|levels"
+        ValueError, match="choose|did you mean|must|seeds|takes no|sigmas|levels|leave out"
     ) as caught:
         run(model, ["a"], **options)
     assert "\n" not in str(caught.value)
@@ -186,12 +191,39 @@ def test_values_of_another_type_are_refused_before_a_network_runs(
     ({"freeu_version": "2"}, "freeu_version needs freeu"),
     ({"sigmas": torch.zeros(0)}, "sigmas must be one or more, and descend"),
     ({"scale": 7}, "scale needs uncond"),
-    ({"scheduler": "karras", "grid": "edm"}, "give scheduler or grid, its former name, not both"),
+    ({"rescale": 0.7}, "rescale needs uncond"),
+    ({"guidance_interval": (0, 5)}, "guidance_interval needs uncond"),
+    ({"guidance": Guidance()}, "guidance needs uncond"),
+    ({"further": [Cond(torch.zeros(1, 77, 32))]}, "further needs guidance"),
+    ({"strength": 0.5}, "strength needs z"),
+    ({"strength": 0.5, "z_t": LATENT}, "strength needs z"),
+    ({"z": LATENT, "z_t": LATENT}, "z_t is given, leave out z"),
+    ({"x_T": LATENT, "z_t": LATENT}, "z_t is given, leave out x_T"),
+    ({"seeds": 1, "noise": torch.randn_like}, "noise is given, leave out seeds"),
+    ({"seeds": 1 << 64}, "seeds must be in -2^63 … 2^64 - 1, got 18446744073709551616"),
+    ({"seeds": [-(1 << 63) - 1]}, "seeds must be in -2^63 … 2^64 - 1, got -9223372036854775809"),
+    ({"scheduler": "karras", "grid": "edm"}, "scheduler is given, leave out grid"),
+    ({"sigmas": torch.ones(2), "scheduler": "karras"}, "sigmas are given, leave out scheduler"),
+    ({"sigmas": torch.ones(2), "rho": 7.0}, "sigmas are given, leave out rho"),
+    ({"sigmas": torch.ones(2), "steps": 7}, "sigmas have 1 steps, not 7"),
+    ({"rho": 7.0, "legacy": "steps"}, "scheduler `uniform` takes no rho"),
+    ({"steps": 4, "end": 5}, "end must be in 0 … 4, the levels of the run, got 5"),
+    ({"steps": 4, "end": -1}, "end must be in 0 … 4, the levels of the run, got -1"),
+    ({"steps": 4, "end": 1, "z": LATENT, "strength": 0.5}, "end must be in 2 … 4, the levels of"),
     ({"uncond": Cond(torch.zeros(2, 77, 32))}, "as many rows as cond, 1, got 2"),
 ])  # fmt: skip
-def test_sample_checks_its_arguments_as_tasks_do(model, options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        sample(model, model.condition({"txt": ["a"]}), **options)
+def test_sample_checks_its_arguments_as_tasks_do(model, monkeypatch, options, message):
+    cond = model.condition({"txt": ["a"]})
+    monkeypatch.setattr(model.unet, "forward", lambda *_, **__: pytest.fail("a network runs"))
+    with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
+        sample(model, cond, **options)
+    assert caught.value.argument in options
+
+
+@pytest.mark.parametrize("name", ["rescale", "guidance_interval"])
+def test_options_of_guidance_without_guidance_are_a_warning(model, name):
+    with pytest.warns(UserWarning, match=f"{name} has no effect at a guidance scale of 1"):
+        run(model, ["a"], steps=1, scale=1, **{name: {"rescale": 0.7}.get(name, (0, 5))})
 
 
 @pytest.mark.parametrize("z", [None, torch.zeros(1, 4, 8, 8)])
