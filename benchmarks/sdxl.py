@@ -84,7 +84,9 @@ def build_diffusers(name: str) -> tuple[nn.Module, Call]:
     network: Any
     with torch.device("meta"):
         if name == "unet":
-            network = UNet2DConditionModel.from_config(make_unet_config(ours, 128, size_width=256))
+            network = UNet2DConditionModel.from_config(
+                make_unet_config(ours, 128, size_embed_dim=256)
+            )
         elif name == "vae":
             params = {"ddconfig": asdict(ours.config), "embed_dim": ours.embed_dim}
             network = AutoencoderKL.from_config(make_vae_config(params, None, 1024))

@@ -193,7 +193,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
     if supports_variants(family) and (variant := find_variant(weights)):
         has_scheduler = is_sdxl and path.is_dir() and has_defaults(raw)
-        defaults = variant.update_defaults(defaults, has_scheduler=has_scheduler)
+        defaults = variant.resolve_defaults(defaults, has_scheduler=has_scheduler)
         image_size = VARIANTS[variant.name].image_size_xl if is_sdxl else image_size
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     return CatalogueEntry(

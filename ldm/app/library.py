@@ -25,7 +25,7 @@ from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.addons.safety import COMPONENT
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.find_variant import detect_variant_of_loras
-from ldm.loading.report import inspect_checkpoint
+from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
 from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
@@ -250,7 +250,7 @@ class Library:
         path = list_checkpoints(self.folder).get(name or "")
         if path is None or path.is_dir():
             return "choose a checkpoint"
-        lines = "\n".join(inspect_checkpoint(path).lines())
+        lines = "\n".join(inspect_checkpoint(path).format_lines())
         return remove_folders(lines, [str(path)])
 
     def find_model(self, name: str | None, task: Task) -> CatalogueEntry:

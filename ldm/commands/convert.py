@@ -90,7 +90,7 @@ def write_with_progress(plan: "Conversion", force: bool) -> None:
 
     from ldm.loading.convert import convert
 
-    print("\n".join(plan.notes), file=sys.stderr)
+    print("\n".join(plan.summary), file=sys.stderr)
     with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
         path = convert(plan, force=force, progress=bar.update)
     print(path)

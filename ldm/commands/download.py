@@ -41,7 +41,7 @@ def _list_files() -> Iterator[str]:
     yield f"{'name':24} {'title':42} {'size':>8} memory  {'licence':20} on this machine"
     for file in read_published_files().values():
         columns = [
-            f"{file.name:24}", f"{file.title:42}", f"{file.size:>8}", f"{file.memory:.1f} GB",
+            f"{file.name:24}", f"{file.title:42}", f"{file.size_text:>8}", f"{file.memory:.1f} GB",
             f" {file.licence:20}", str(find_on_disk(file) or "-"),
         ]  # fmt: skip
         if not file.sha256:

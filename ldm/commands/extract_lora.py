@@ -86,11 +86,11 @@ def save_lora(
     import torch
 
     from ldm.loading.addons.lora_files import write_lora
-    from ldm.loading.modelspec import MERGED_FROM
+    from ldm.loading.modelspec import MERGED_FROM_KEY
 
     dtype = getattr(torch, args.dtype)
     others = {name: tensor.to(dtype) for name, tensor in (other_tensors or {}).items()}
-    sources: dict[str, str | int] = {MERGED_FROM: ", ".join(merged_from)}
+    sources: dict[str, str | int] = {MERGED_FROM_KEY: ", ".join(merged_from)}
     write_lora(lora.to(dtype), args.target, model, metadata=sources, other_tensors=others)
     print(args.target)
 

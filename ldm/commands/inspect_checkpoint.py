@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _inspect(args: Namespace) -> int:
-    from ldm.loading.report import inspect_checkpoint
+    from ldm.loading.inspection import inspect_checkpoint
 
     report = inspect_checkpoint(args.checkpoint, args.config, probe=not args.no_probe)
     if args.json:
         script = f"scripts/{report.task}.py" if report.task else None
         print(json.dumps({**report.as_dict(), "script": script}, indent=2))
     else:
-        print("\n".join(report.lines()))
+        print("\n".join(report.format_lines()))
     return 1 if report.refused or report.missing or report.unexpected else 0

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 
 from ldm.generate.groups import ModelOptions
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
-from ldm.loading.hub import PREFIX as HUB_PREFIX
+from ldm.loading.hub import HUB_PREFIX
 from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name

@@ -5,7 +5,7 @@
 class names), finds few-step models (`find_variant`, `variants`), takes parts from other files
 (`replace_parts`), and adds LoRAs and embeddings (`addons`). `published` and `hub` find and download
 checkpoints by name. `diffusers` reads and writes diffusers folders, `convert` converts between
-formats, `report` describes a file.
+formats, `inspection` describes a file.
 
 No code named in a file is executed: targets are looked up in a table, and pickles are read by a
 restricted unpickler. Only `hub` uses the network.

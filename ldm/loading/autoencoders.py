@@ -1,7 +1,7 @@
-"""Find the scale factor of an autoencoder, and whether it overflows in float16.
+"""Find the scale factor of an autoencoder, and whether it works in float16.
 
-The shapes do not show it: the autoencoders of SD 1, SD 2 and SDXL have the same, but their latents
-are scaled by 0.18215 or 0.13025, and SDXL's overflows in float16, except for a corrected one.
+Shapes do not show it: they are the same for SD 1, SD 2 and SDXL, but latents are scaled by 0.18215
+or 0.13025, and SDXL's autoencoder overflows in float16, except for a corrected version.
 """
 
 import re
@@ -11,42 +11,45 @@ from ldm.loading.files.checkpoint import Checkpoint
 from ldm.loading.published import identify_hash
 from ldm.runtime.hashes import find_cached_sha256
 
-__all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "is_finite_in_half"]
+__all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "works_in_float16"]
 
-SCALE, SCALE_XL = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
+SCALE_FACTOR, SCALE_FACTOR_XL = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
 # Metadata keys of options in the VAE's config of a diffusers folder.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
-FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected one
-# In lower-case file names: a corrected autoencoder; one of SDXL; one of SD.
+FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected autoencoder
+# Patterns in lower-case file names: a corrected autoencoder; one of SDXL; one of SD 1 or 2.
 FIXED_NAME = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
 XL_NAME = re.compile("xl")
 SD_NAME = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
 
 
-def find_scale_factor(source: Checkpoint, family: Family | None) -> tuple[float | None, str]:
-    """Return (scale factor that an autoencoder was trained with, how it is known).
+def find_scale_factor(file: Checkpoint, family: Family | None) -> tuple[float | None, str]:
+    """Return (scale factor that an autoencoder was trained with, evidence for messages).
+
+    Returns (None, "") if it is unknown.
 
     Args:
         family: Of the whole model in the file; None = a file of an autoencoder only.
-
-    Returns:
-        (None, "") if nothing shows it.
     """
-    if SCALE_KEY in source.metadata:
-        return float(source.metadata[SCALE_KEY]), "by its config"
+    if SCALE_KEY in file.metadata:
+        return float(file.metadata[SCALE_KEY]), "by its config"
     if family is not None:
-        return SCALE_XL if family.is_xl else SCALE, f"as it is of {family.title}"
-    name = source.path.stem.lower()
-    for pattern, scale in ((FIXED_NAME, SCALE_XL), (XL_NAME, SCALE_XL), (SD_NAME, SCALE)):
+        return SCALE_FACTOR_XL if family.is_xl else SCALE_FACTOR, f"as that of {family.title}"
+    name = file.path.stem.lower()
+    for pattern, scale in (
+        (FIXED_NAME, SCALE_FACTOR_XL),
+        (XL_NAME, SCALE_FACTOR_XL),
+        (SD_NAME, SCALE_FACTOR),
+    ):
         if pattern.search(name):
             return scale, "by its name"
     return None, ""
 
 
-def is_finite_in_half(source: Checkpoint) -> bool:
-    """Return whether an autoencoder works in float16, by its config, hash or file name."""
-    if UPCAST_KEY in source.metadata:
-        return source.metadata[UPCAST_KEY] == "false"
-    published = identify_hash(find_cached_sha256(source.path))
+def works_in_float16(file: Checkpoint) -> bool:
+    """Return whether SDXL's autoencoder in a file works in float16, by config, hash or name."""
+    if UPCAST_KEY in file.metadata:
+        return file.metadata[UPCAST_KEY] == "false"
+    published = identify_hash(find_cached_sha256(file.path))
     is_fixed = published is not None and published.name == FIXED_VAE
-    return is_fixed or FIXED_NAME.search(source.path.stem.lower()) is not None
+    return is_fixed or FIXED_NAME.search(file.path.stem.lower()) is not None

@@ -38,6 +38,6 @@ def find_base_model(model: LatentDiffusion) -> BaseModel | None:
     """Return the base model that a model is, or was fine-tuned from; None if there is none."""
     if is_sdxl(model):
         return REFINER if "aesthetic_score" in model.conditioner.keys else SDXL
-    width = model.unet.context_dim
-    base = BASE_MODELS.get(width) if isinstance(width, int) else None
+    context_dim = model.unet.context_dim
+    base = BASE_MODELS.get(context_dim) if isinstance(context_dim, int) else None
     return SD2_V if base is SD2 and model.parameterization == "v" else base

@@ -20,8 +20,8 @@ __all__ = ["BASE", "Blocks", "find_blocks"]
 BASE, MIDDLE = "BASE", "M00"
 NUMBERED = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
 LABELS = {"input": "IN", "output": "OUT"}
-# Parts outside the numbered blocks, by the start of their names.
-FIRST, CENTER, LAST = ("time_embed", "label_emb"), "middle_block.", "out."
+# Prefixes of layers outside the numbered blocks, which belong to the first, middle or last one.
+FIRST_PREFIXES, MIDDLE_PREFIX, LAST_PREFIX = ("time_embed", "label_emb"), "middle_block.", "out."
 ATTENTION = ".transformer_blocks."
 
 
@@ -30,8 +30,8 @@ class Blocks:
     """The blocks of one UNet.
 
     Args:
-        names: All, in the order BASE, IN00 …, M00, OUT00 ….
-        attention_names: BASE and the blocks with transformers, which most LoRAs change.
+        names: All of them, in the order BASE, IN00 …, M00, OUT00 ….
+        attention_names: BASE and the blocks with transformers: all that most LoRAs change.
     """
 
     names: tuple[str, ...]
@@ -42,19 +42,19 @@ class Blocks:
         if match := NUMBERED.match(name):
             return f"{LABELS[match[1]]}{int(match[2]):02}"
         inner = name.removeprefix("unet.")
-        if inner.startswith(FIRST):
+        if inner.startswith(FIRST_PREFIXES):
             return "IN00"
-        if inner.startswith(LAST):
+        if inner.startswith(LAST_PREFIX):
             return self.names[-1]
-        return MIDDLE if inner.startswith(CENTER) else BASE
+        return MIDDLE if inner.startswith(MIDDLE_PREFIX) else BASE
 
     def parse_weights(
         self, text: str, default: float, argument: str, *, is_lora: bool = False
     ) -> dict[str, float]:
-        """Return weight by block from a text: of all blocks, all but BASE, or `NAME=WEIGHT` pairs.
+        """Return the weight of each block.
 
         Args:
-            text: Weights or pairs, separated by commas.
+            text: Weights of all blocks, or all but BASE, or `NAME=WEIGHT`; separated by commas.
             default: Weight of blocks without one in the text.
             argument: Name of the argument that the text was passed as, for errors.
             is_lora: Whether the weights may also be those of `attention_names` alone.
@@ -73,19 +73,19 @@ class Blocks:
                 weights[block] = _parse_number(number.strip(), argument)
             return dict.fromkeys(self.names, default) | weights
         numbers = [_parse_number(entry, argument) for entry in entries]
-        choices = [self.names, self.names[1:]]
+        orders = [self.names, self.names[1:]]
         if is_lora:
-            choices.append(self.attention_names)
-        for names in choices:
+            orders.append(self.attention_names)
+        for names in orders:
             if len(numbers) == len(names):
                 return dict.fromkeys(self.names, default) | dict(zip(names, numbers, strict=True))
-        allowed = ", ".join(f"{len(names)} ({names[0]} … {names[-1]})" for names in choices)
+        allowed = ", ".join(f"{len(names)} ({names[0]} … {names[-1]})" for names in orders)
         message = f"{len(numbers)} block weights, this model takes {allowed}"
         raise ArgumentError(message, argument)
 
 
 def find_blocks(names: Iterable[str]) -> Blocks:
-    """Find the blocks of a model by the names of all its weights, or of its UNet's layers."""
+    """Find the blocks of a model by the names of its weights, or of its UNet's weights."""
     counts = {"input": 0, "output": 0}
     with_attention = {BASE}
     for name in names:
@@ -93,7 +93,7 @@ def find_blocks(names: Iterable[str]) -> Blocks:
             counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
             if ATTENTION in name:
                 with_attention.add(f"{LABELS[match[1]]}{int(match[2]):02}")
-        elif name.removeprefix("unet.").startswith(CENTER) and ATTENTION in name:
+        elif name.removeprefix("unet.").startswith(MIDDLE_PREFIX) and ATTENTION in name:
             with_attention.add(MIDDLE)
     numbered = {
         side: [f"{LABELS[side]}{number:02}" for number in range(count)]

@@ -70,26 +70,26 @@ def fill_weights(
         autoencoder_dtype: Dtype of a whole model's autoencoder; None = `dtype`.
     """
     weights: dict[str, Tensor] = {}
-    too_large = None  # the first weight that overflows
+    overflowing = None  # name of the first weight that overflows
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
         target_dtype = old.dtype
         if old.is_floating_point():
             is_autoencoder = name.startswith(AUTOENCODER)
             target_dtype = (autoencoder_dtype if is_autoencoder else None) or dtype
-            if too_large is None and _may_overflow(old, target_dtype):
-                too_large = name if has_overflow(old, target_dtype) else None
+            if overflowing is None and _may_overflow(old, target_dtype):
+                overflowing = name if has_overflow(old, target_dtype) else None
         new = old.to(device, target_dtype)
         weights[name] = new
         if mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
-    if too_large is not None:
-        warn_caller(f"`{too_large}` holds numbers too large for {dtype}, which become infinite")
+    if overflowing is not None:
+        warn_caller(f"`{overflowing}` holds numbers too large for {dtype}, which become infinite")
 
 
 def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether the range of a tensor exceeds another dtype: quick, without a copy."""
+    """Return whether a tensor's range exceeds another dtype's: quicker than `has_overflow`."""
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(value.dtype).max or value.numel() == 0:
         return False
@@ -98,7 +98,7 @@ def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips filling meta tensors: it has no effect, but torch would import its compiler for it."""
+    """Skips initialising meta tensors, which has no effect but makes torch import its compiler."""
 
     def __torch_function__(
         self,
@@ -109,13 +109,13 @@ class _NoInit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")  # `nn.init` passes it by name
-        is_fill = getattr(func, "__name__", "") in FILLS
-        if is_fill and isinstance(tensor, Tensor) and tensor.is_meta:
+        is_init = getattr(func, "__name__", "") in INIT_FUNCTIONS
+        if is_init and isinstance(tensor, Tensor) and tensor.is_meta:
             return tensor
         return func(*args, **kwargs)
 
 
-FILLS = frozenset(
+INIT_FUNCTIONS = frozenset(
     {
         "add_", "clamp_", "constant_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_",
         "kaiming_uniform_", "mul_", "normal_", "ones_", "orthogonal_", "trunc_normal_", "uniform_",

@@ -42,10 +42,10 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20  # of a file
-MAX_DEPTH = 64  # of mappings, lists and references within each other
-PART_KEYS = ("target", "params", "base_learning_rate")  # the last for training
-Rename = Callable[[JsonObject], JsonObject]
+MAX_DEPTH = 64  # of nested mappings, lists and references
 MAX_NODES = 10_000  # values in a file once aliases and references are followed
+PART_KEYS = ("target", "params", "base_learning_rate")  # the last one is for training
+KeyRenamer = Callable[[JsonObject], JsonObject]
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
@@ -63,10 +63,10 @@ def read_config_text(path: str | Path) -> str:
     try:
         full_path = find_file(path)
     except MissingFile:
-        same = legacy.SAME_CONFIGS.get(Path(path).as_posix())
-        if same is None:
+        alias = legacy.CONFIG_ALIASES.get(Path(path).as_posix())
+        if alias is None:
             raise
-        full_path = find_file(same)
+        full_path = find_file(alias)
     size = full_path.stat().st_size
     if size > MAX_BYTES:
         raise ConfigError(f"{path}: {size} bytes is too much for a config")
@@ -79,9 +79,9 @@ def parse_yaml(
     *,
     where: str = "config",
     sections: Sequence[str] = (),
-    rename: Rename | None = None,
+    rename: KeyRenamer | None = None,
 ) -> JsonObject:
-    """Parse the text of a YAML file like `read_yaml`, or of several, later ones over earlier.
+    """Parse the text of a YAML file as `read_yaml` does, or of several, where later ones win.
 
     Args:
         sections: Top-level keys that overrides may set even if no file has them.
@@ -98,7 +98,7 @@ def _parse(
     overrides: tuple[str, ...],
     where: str,
     sections: tuple[str, ...],
-    rename: Rename | None,
+    rename: KeyRenamer | None,
 ) -> JsonObject:
     try:
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
@@ -126,7 +126,7 @@ def _parse(
     return resolved
 
 
-def _rename_keys(config: Any, rename: Rename | None) -> Any:
+def _rename_keys(config: Any, rename: KeyRenamer | None) -> Any:
     if rename is None:
         return config
     values: Any = OmegaConf.to_container(config, resolve=False)
@@ -134,7 +134,7 @@ def _rename_keys(config: Any, rename: Rename | None) -> Any:
 
 
 def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> None:
-    """Raise UnknownName for an override that no part of a model reads, as `model.param.x=1`.
+    """Raise UnknownName for an override that no part of a model reads, such as `model.param.x=1`.
 
     Parameters are checked by `instantiate`.
 
@@ -143,14 +143,14 @@ def check_overrides(raw: JsonMapping, overrides: Iterable[str], where: str) -> N
     """
     for override in overrides:
         node: Any = raw
-        start = ""
+        prefix = ""
         for key in override.partition("=")[0].split("."):
             if not isinstance(node, Mapping):
                 break
             if "target" in node:
-                allowed = [start + name for name in PART_KEYS]
-                check_name("override", start + key, allowed, where, "overrides")
-            node, start = node.get(key), f"{start}{key}."
+                allowed = [prefix + name for name in PART_KEYS]
+                check_name("override", prefix + key, allowed, where, "overrides")
+            node, prefix = node.get(key), f"{prefix}{key}."
 
 
 def format_yaml(raw: JsonMapping) -> str:
@@ -159,7 +159,7 @@ def format_yaml(raw: JsonMapping) -> str:
 
 
 class _Resolver:
-    """Replaces `${section.key}` where that is the whole value, up to MAX_NODES values."""
+    """Resolves references `${section.key}`, each a whole value, in up to MAX_NODES values."""
 
     def __init__(self, root: Any, where: str) -> None:
         self.root = root
@@ -206,7 +206,7 @@ def instantiate(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> Any:
-    """Build what a `{"target": …, "params": {…}}` describes, nested ones included.
+    """Build the object that a `{"target": …, "params": {…}}` describes, nested ones included.
 
     Args:
         allow: Packages whose classes may be named in addition to the known ones.
@@ -233,14 +233,14 @@ def instantiate(
     try:
         return factory(**params)
     except MALFORMED_DATA_ERRORS as error:
-        if str(error).startswith(where):  # a nested `instantiate` has added the place already
+        if str(error).startswith(where):  # a nested `instantiate` has added `where` already
             raise
         message = f"{where}: invalid parameters of {factory.__name__}: {error}"
         raise ConfigError(message) from error
 
 
 def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
-    """Return the class (or function of ours) behind a dotted name; import nothing else."""
+    """Return the class (or function of ours) with a dotted name; import no other package."""
     if target in legacy.CLASSES:
         module, _, name = target.rpartition(".")
         factory: Callable[..., Any] = getattr(import_module(module), name)

@@ -21,7 +21,7 @@ from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
-from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, is_finite_in_half
+from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, works_in_float16
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml, read_config_text, read_yaml
 from ldm.loading.diffusers.files import (
@@ -44,7 +44,7 @@ from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_sta
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import probe_weights, read_config
-from ldm.loading.modelspec import MERGED_FROM, describe_model, filter_metadata
+from ldm.loading.modelspec import MERGED_FROM_KEY, describe_model, filter_metadata
 from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
 from ldm.loading.sgm import ENGINE
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
@@ -84,9 +84,9 @@ OTHER_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")  # refused, as no folder is m
 K_DIFFUSION_SUFFIX = ".pth"
 # Prefixes of the original's names in k-diffusion's file of the x2 latent upscaler.
 UPSCALER_PREFIXES = ("inner_model.", "low_res_noise_embed.")
-LORAS = "ldm.loras"  # metadata key under which merged LoRAs are listed
+LORAS_KEY = "ldm.loras"  # metadata key under which merged LoRAs are listed
 CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
-LORA_PARTS = (UNET, TEXT, TEXT_2)  # prefixes of our names: what LoRAs change
+LORA_PARTS = (UNET, TEXT, TEXT_2)  # parts that LoRAs change, by prefix of our names
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class Conversion:
     """A planned conversion.
 
     Args:
-        source: Where the tensors come from; `source.mapped` says whether they are memory-mapped.
+        source: Checkpoint of the tensors; `source.mapped` says whether they are memory-mapped.
         weights: Tensors, by the path of their file in a folder; "" is the path of a single file.
         texts: JSONs and texts of a folder by path; {} for a file.
         metadata: Of the file, or of EXTRA_WEIGHTS in a folder.
         dtype: Dtype of floating-point weights; None = unchanged.
-        notes: Lines of a summary for the user.
+        summary: Lines for the user.
     """
 
     source: Checkpoint
@@ -108,7 +108,7 @@ class Conversion:
     texts: JsonObject = field(default_factory=dict)
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
-    notes: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -135,13 +135,13 @@ def plan_conversion(
     Args:
         source: A file, a diffusers folder, or the folder of a training run.
         target: Path ending in .safetensors or .ckpt for a file in the original's layout, in .pth
-            for the UNet of an x2 latent upscaler as k-diffusion has it, else a folder.
+            for the UNet of an x2 latent upscaler in k-diffusion's layout, else a folder.
         config: The YAML of the source; None finds it as `load` does.
         dtype: Dtype of floating-point weights; None = unchanged.
         ema: Whether to replace raw weights by their EMA.
         prune: Whether to leave EMA weights out of a file; a folder has none.
-        variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype for
-            the source of a file; None = see `read_component`.
+        variant: Variant in the file names of folders, such as `fp16`, which also sets the dtype if
+            the source is a file; None = see `read_component`.
         clip_stats: See `load`.
         vae: Checkpoint whose autoencoder is used instead; None = the source's.
         text_encoder: Checkpoint whose text encoder is used instead, and whose autoencoder if the
@@ -164,29 +164,29 @@ def plan_conversion(
     raw = parse_yaml(text) if text else {}
     model = build_on_meta(raw) if text else None
     file = to_original_names(file, model, ema=ema)
-    notes: list[str] = []
+    summary: list[str] = []
     if vae is not None:
         with errors_about("vae"):
             file = _replace_autoencoder(file, model, raw, vae)
         if text and parse_yaml(text) != raw:
             text = format_yaml(raw)
-        notes.append(f"autoencoder taken from {vae}")
+        summary.append(f"autoencoder taken from {vae}")
     if text_encoder is not None:
         with errors_about("text_encoder"):
             file = _replace_text_encoder(file, model, text_encoder)
-        notes.append(f"text encoder taken from {text_encoder}")
+        summary.append(f"text encoder taken from {text_encoder}")
     metadata = _make_metadata(file, text, ema)
     if loras:
         with errors_about("loras"):
-            file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
+            file, metadata[LORAS_KEY], tokens = _merge_loras(file, model, loras, dtype)
         merged = (f"{name} of weight {LoRAWeight.parse(weight)}" for name, weight in loras)
-        notes.append(f"merged: {', '.join(merged)}")
+        summary.append(f"merged: {', '.join(merged)}")
         merged_from = [file.path.name, *(Path(lora).name for lora, _ in loras)]
-        metadata[MERGED_FROM] = ", ".join(merged_from)
+        metadata[MERGED_FROM_KEY] = ", ".join(merged_from)
         file.added_tokens.update(tokens)
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
-        notes.append(f"added tokens are not written, load them as embeddings: {listed}")
+        summary.append(f"added tokens are not written, load them as embeddings: {listed}")
     if clip_stats is not None:
         if not isinstance(model, LatentDiffusion) or model.conditioner.find(ImageEmbedding) is None:
             message = f"`{file.path}` is not an unCLIP model, it takes no clip_stats"
@@ -209,11 +209,11 @@ def plan_conversion(
         weights = {get_weights_path(c, texts, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _count_bytes(state, dtype) / 1e9
-        notes.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
+        summary.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
     if file.ema_state and not ema_state:
-        what = "replaced the raw ones" if ema else "left out (`ema` converts these instead)"
-        notes.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {what}")
-    return Conversion(file, target, weights, texts, metadata, dtype, tuple(notes))
+        result = "replaced the raw ones" if ema else "left out (`ema` converts these instead)"
+        summary.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {result}")
+    return Conversion(file, target, weights, texts, metadata, dtype, tuple(summary))
 
 
 def convert(
@@ -245,7 +245,7 @@ def convert(
 
 
 def check_is_new(target: str | Path, *, force: bool) -> None:
-    """Raise ExistingFile for what is there already, unless it may be replaced."""
+    """Raise ExistingFile if a file or folder exists, unless `force` is set."""
     if not force and Path(target).exists():
         raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "force")
 
@@ -272,14 +272,14 @@ def _check_target(conversion: Conversion, force: bool) -> None:
     check_is_new(target, force=force)
     is_folder = target.is_dir()
     if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
-        what = "not a diffusers folder" if is_folder else "a file"
-        raise ArgumentError(f"`{target}` is {what}: it is not replaced", "target")
+        kind = "not a diffusers folder" if is_folder else "a file"
+        raise ArgumentError(f"`{target}` is {kind}: it is not replaced", "target")
 
 
 def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     """Return the text of a model's YAML: the given one, that in the file, or that of the family.
 
-    For an autoencoder only, it has the content of `first_stage_config`; None for an unknown family.
+    For an autoencoder only, it is that of `first_stage_config`; for an unknown family None.
     """
     weights = identify_weights(file)
     is_part = not (file.has_ema or has_prefix(weights.state, UNET))
@@ -318,19 +318,19 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
         return file
     weights, expected = identify_weights(file), model.state_dict()
     weights.select_ema(expected, ema)
-    names_of_weights = set(dict(pair_names(file.state)).values())
-    others = {name: v for name, v in file.state.items() if name not in names_of_weights}
+    weight_names = set(dict(pair_names(file.state)).values())
+    non_weights = {name: v for name, v in file.state.items() if name not in weight_names}
     state = translate_names(model, weights.state, file.path)
     is_sgm = has_sgm_names(expected)
     originals = {to_original_name(name, sgm=is_sgm): value for name, value in state.items()}
-    return replace(file, state=others | originals)
+    return replace(file, state=non_weights | originals)
 
 
 def fill_lora_parts(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Fill a model on the meta device with the weights that LoRAs may change; they are shared."""
+    """Fill the parts that LoRAs change of a model on the meta device, without a copy of `state`."""
     others = {n: v for n, v in model.state_dict().items() if not n.startswith(LORA_PARTS)}
-    changeable = {name: v for name, v in state.items() if name.startswith(LORA_PARTS)}
-    model.load_state_dict(match_weights(model, changeable | others, path), assign=True)
+    filled = {name: v for name, v in state.items() if name.startswith(LORA_PARTS)}
+    model.load_state_dict(match_weights(model, filled | others, path), assign=True)
 
 
 def _merge_loras(
@@ -339,9 +339,9 @@ def _merge_loras(
     loras: Sequence[tuple[str | Path, LoRAWeightLike]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, list[Tensor]]]:
-    """Return the checkpoint with LoRAs merged, a JSON list of all its LoRAs, and their tokens.
+    """Return (checkpoint with LoRAs merged, JSON list of all its LoRAs, their tokens).
 
-    Sums are rounded to the dtype of the weights, or kept in float32 if that is written.
+    Sums are rounded to the dtype of the weights, unless float32 is written.
     """
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: LoRAs cannot be merged into it")
@@ -349,15 +349,15 @@ def _merge_loras(
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
     fill_lora_parts(model, state, file.path)
-    before = dict(model.named_parameters())
+    unmerged = dict(model.named_parameters())
     load_loras(model, loras)
-    is_sgm = has_sgm_names(before)
+    is_sgm = has_sgm_names(unmerged)
     merged = {
         to_original_name(name, sgm=is_sgm): parameter.detach()
         for name, parameter in model.named_parameters()
-        if parameter is not before[name]
+        if parameter is not unmerged[name]
     }
-    all_loras = json.loads(file.metadata.get(LORAS, "[]"))
+    all_loras = json.loads(file.metadata.get(LORAS_KEY, "[]"))
     all_loras += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
     tokens: dict[str, list[Tensor]] = {}
     for text in model.conditioner.find_all(TextEncoder):
@@ -373,7 +373,8 @@ def _replace_autoencoder(
     """Return a checkpoint with another autoencoder, in the dtype of the replaced one.
 
     Args:
-        config: Of the file; for SDXL, whether the autoencoder overflows in float16 is set in it.
+        config: Of the file; changed in place for SDXL: whether the autoencoder overflows in
+            float16.
     """
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
@@ -384,33 +385,33 @@ def _replace_autoencoder(
         message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
     source = open_checkpoint(vae)
-    part = extract_autoencoder(source, autoencoder, file.path)
+    state = extract_autoencoder(source, autoencoder, file.path)
     is_xl = isinstance(model, LatentDiffusion) and is_sdxl(model)
     if is_xl and config["model"]["target"] == ENGINE:
-        overflows = not is_finite_in_half(source)
+        overflows = not works_in_float16(source)
         config["model"]["params"]["disable_first_stage_autocast"] = overflows
-    # What a folder says of its own autoencoder.
+    # Scale factor and upcast are options of the replaced autoencoder.
     metadata = {k: v for k, v in file.metadata.items() if k not in (SCALE_KEY, UPCAST_KEY)}
     metadata |= {k: v for k, v in source.metadata.items() if k == SCALE_KEY}
-    originals = dict(pair_names(file.state))
-    for name in part.keys() & originals.keys():
-        original = originals[name]
-        part[name] = cast_weight(original, part[name], file.state[original].dtype)
-    return _replace_part(replace(file, metadata=metadata), AUTOENCODER, restore_names(part))
+    file_names = dict(pair_names(file.state))
+    for name in state.keys() & file_names.keys():
+        file_name = file_names[name]
+        state[name] = cast_weight(file_name, state[name], file.state[file_name].dtype)
+    return _replace_part(replace(file, metadata=metadata), AUTOENCODER, restore_names(state))
 
 
 def _replace_text_encoder(
     file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
 ) -> Checkpoint:
     """Return a checkpoint with another text encoder, and its autoencoder if there was none."""
-    state = rename_weights(file.state)
-    part = extract_text_encoder(open_checkpoint(text_encoder), model, state, file.path)
-    return _replace_part(file, TEXT, restore_names(part, sgm=has_sgm_names(state)))
+    names = rename_weights(file.state).keys()
+    state = extract_text_encoder(open_checkpoint(text_encoder), model, names, file.path)
+    return _replace_part(file, TEXT, restore_names(state, sgm=has_sgm_names(names)))
 
 
 def _replace_part(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:
     """Return a checkpoint with other tensors in place of those under a prefix of our names."""
-    names = [original for name, original in pair_names(file.state) if name.startswith(prefix)]
+    names = [file_name for name, file_name in pair_names(file.state) if name.startswith(prefix)]
     state = {name: value for name, value in file.state.items() if name not in names}
     return replace(file, state=state | tensors, mapped=False)
 

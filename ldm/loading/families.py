@@ -8,7 +8,7 @@ kept:
     marker   a tensor such as `v_pred`, or `modelspec.prediction_type` in the file's metadata
     family   all published models of the family predict the same
     step     `global_step` of the published SD 2 files
-    bias     standard deviation of one norm's bias in the last block, small in eps models of SD 2
+    bias     standard deviation of one norm's bias in the last block, small in SD 2's eps models
     name     SD-Turbo predicts eps
     probe    one UNet pass on a constant input: a v model returns about minus its input
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.loading.files.checkpoint import to_ema_name
-from ldm.loading.weight_names import UNET, strip_prefix, to_original_name
+from ldm.loading.weight_names import UNET, select_prefix, to_original_name
 
 __all__ = [
     "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES",
@@ -42,13 +42,13 @@ class Family:
 
     Args:
         title: Name in messages.
-        channels: Input channels of the UNet.
-        context: Dimension of the context of cross-attention; None = no context.
-        vector: Dimension of the vector (class) embedding; None = no such embedding.
-        predicts: "eps", "v" or "edm" if all its models without a marker predict that; None = its
+        in_channels: Input channels of the UNet.
+        context_dim: Dimension of the context of cross-attention; None = no context.
+        vector_dim: Dimension of the vector (class) embedding; None = no such embedding.
+        prediction: "eps", "v" or "edm" if all its models without a marker predict that; None = its
             models differ.
         config: Name of its YAML without `.yaml`; "" = the family is not supported.
-        config_v: Name of the YAML for its v models, if it is another one.
+        config_v: Name of the YAML for its v-prediction models, if it is another one.
         task: Function of `ldm.pipelines` for it.
         has_vision_tower: Whether it is conditioned on CLIP's vision tower instead of text.
         num_blocks: Number of transformer blocks; None = it does not distinguish the family.
@@ -58,10 +58,10 @@ class Family:
 
     name: str
     title: str
-    channels: int
-    context: int | None
-    vector: int | None
-    predicts: str | None
+    in_channels: int
+    context_dim: int | None
+    vector_dim: int | None
+    prediction: str | None
     config: str
     config_v: str = ""
     task: str = "txt2img"
@@ -73,7 +73,7 @@ class Family:
     @property
     def is_xl(self) -> bool:
         """Whether it is a family of Stable Diffusion XL."""
-        return self.vector in (2816, 2560)
+        return self.vector_dim in (2816, 2560)
 
     def config_path(self, prediction: str | None) -> str:
         """Return the path of the YAML for models that predict "eps", "v" or "x0"."""
@@ -127,21 +127,22 @@ FAMILIES = (
 # fmt: on
 
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
-STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
+GLOBAL_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # of diffusers
 IMAGE_CONV = "autoencoder.encoder.conv_in.weight"
 VISION_TOWER = "conditioner.text.model.visual.proj"
-BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+BIAS_NAME = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # Names in the UNet, of the original and of diffusers; without dots, as in `model_ema.*`.
 INPUT_CONVS = ("input_blocks00weight", "conv_inweight")
-UPSCALER = frozenset({"inner_modelmapping_condweight", "time_projweight"})  # k-diffusion's first
+# Only in the UNet of the x2 latent upscaler: a name of k-diffusion, and one of diffusers.
+UPSCALER_NAMES = frozenset({"inner_modelmapping_condweight", "time_projweight"})
 # Axis of the vector embedding's dimension, by name of its first layer: (out, in) of a linear layer,
 # (classes, out) of an embedding of a number.
 VECTOR_AXES = {
     "label_emb00weight": 1, "class_embeddinglinear_1weight": 1, "add_embeddinglinear_1weight": 1,
     "label_embweight": 0, "class_embeddingweight": 0,
 }  # fmt: skip
-TO_K = "attn2to_kweight"
+CROSS_ATTENTION_KEY = "attn2to_kweight"
 SD_TURBO = re.compile(r"sd[-_ ]?turbo")
 # Thresholds of the methods "bias" and "probe". 0.09, as in ComfyUI, is between the values of all
 # published models of SD 2; -1 is A1111's.
@@ -177,7 +178,7 @@ class Prediction:
     detections: tuple[Detection, ...] = ()
 
     @property
-    def disputed(self) -> bool:
+    def is_disputed(self) -> bool:
         """Whether two methods contradict each other."""
         return len({detection.kind for detection in self.detections if detection.kind}) > 1
 
@@ -203,25 +204,26 @@ def recognize_family(
         ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
         markers: Names of marker tensors in the file.
     """
-    unet = strip_prefix(state, UNET)
+    unet = select_prefix(state, UNET)
     if not unet and ema_state:
-        unet = strip_prefix(ema_state, to_ema_name(to_original_name(UNET)))
+        unet = select_prefix(ema_state, to_ema_name(to_original_name(UNET)))
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
-    if not UPSCALER.isdisjoint(shapes):
+    if not UPSCALER_NAMES.isdisjoint(shapes):
         return LATENT_UPSCALER
     conv_shape = next((shapes[name] for name in INPUT_CONVS if name in shapes), None)
     if conv_shape is None or len(conv_shape) != 4:
         return None
-    context = next((shape[1] for name, shape in shapes.items() if name.endswith(TO_K)), None)
-    vector = next((shapes[n][axis] for n, axis in VECTOR_AXES.items() if n in shapes), None)
-    num_blocks = sum(name.endswith(TO_K) for name in shapes)
+    key_shapes = [shape for name, shape in shapes.items() if name.endswith(CROSS_ATTENTION_KEY)]
+    context_dim = key_shapes[0][1] if key_shapes else None
+    vector_dim = next((shapes[n][axis] for n, axis in VECTOR_AXES.items() if n in shapes), None)
+    dims = (conv_shape[1], context_dim, vector_dim)
     image_channels = state[IMAGE_CONV].shape[1] if IMAGE_CONV in state else 3
     for family in FAMILIES:
         if (
-            (family.channels, family.context, family.vector) == (conv_shape[1], context, vector)
+            (family.in_channels, family.context_dim, family.vector_dim) == dims
             and family.has_vision_tower == (VISION_TOWER in state)
             and family.image_channels == image_channels
-            and family.num_blocks in (None, num_blocks)
+            and family.num_blocks in (None, len(key_shapes))
             and (not family.marker or family.marker in markers)
         ):
             return family
@@ -232,7 +234,7 @@ def detect_prediction(
     family: Family | None,
     state: Mapping[str, Tensor],
     step: int | None,
-    markers: Mapping[str, str],
+    metadata: Mapping[str, str],
     name: str = "",
 ) -> Prediction:
     """Return the prediction type by all methods that do not run the network.
@@ -240,17 +242,18 @@ def detect_prediction(
     Args:
         family: None = unknown.
         step: Training step; None = unknown.
-        markers: Metadata of the file, with the names of its marker tensors.
+        metadata: Metadata of the file, with the names of its marker tensors as keys.
+        name: Name of the file or folder.
     """
-    detections = list(_detect_by_marker(markers))
-    if family is not None and family.predicts:
-        # Of fine-tunes, too: only the marker counts. But metadata and diffusers' schedulers have no
-        # name for EDM's preconditioning, and say "epsilon" or "sample".
-        if detections and family.predicts != "edm":
+    detections = list(_detect_by_marker(metadata))
+    if family is not None and family.prediction:
+        # A fine-tune may predict something else, which only a marker shows. Not for EDM, for which
+        # metadata and diffusers' schedulers have no name: they say "epsilon" or "sample".
+        if detections and family.prediction != "edm":
             return _choose_prediction(detections)
-        return _choose_prediction([Detection("family", family.predicts, family.title)])
+        return _choose_prediction([Detection("family", family.prediction, family.title)])
     if family is not None:
-        detections.append(Detection("step", STEPS.get(step or 0), f"global_step {step}"))
+        detections.append(Detection("step", GLOBAL_STEPS.get(step or 0), f"global_step {step}"))
         detections.append(_detect_by_bias(state))
         if SD_TURBO.search(name.lower()):
             detections.append(Detection("name", "eps", name))
@@ -258,15 +261,17 @@ def detect_prediction(
 
 
 @torch.no_grad()
-def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
-    """Add the result of one UNet pass on a constant input at the last timestep.
+def probe_prediction(
+    unet: nn.Module, prediction: Prediction, context_dim: int = 1024
+) -> Prediction:
+    """Return the prediction type with the result of one UNet pass, on a constant input, added.
 
-    There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
+    At the last timestep z_t is almost pure noise, eps is nearly z_t, and v nearly minus the image.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)
-    tokens = torch.full((1, 2, context), 0.5, device=weight.device, dtype=weight.dtype)
-    output = unet(x, torch.tensor([999], device=weight.device), context=tokens)
+    context = torch.full((1, 2, context_dim), 0.5, device=weight.device, dtype=weight.dtype)
+    output = unet(x, torch.tensor([999], device=weight.device), context=context)
     shift = float((output.float() - x.float()).mean())
     kind = None
     if not math.isnan(shift):
@@ -275,29 +280,29 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
     return _choose_prediction([*prediction.detections, detection])
 
 
-def _detect_by_marker(markers: Mapping[str, str]) -> Iterator[Detection]:
-    prediction_type = markers.get("modelspec.prediction_type", "")
-    kind = PREDICTION_TYPES.get(prediction_type, prediction_type)  # other programs write ours
-    if "edm_mean" in markers:
+def _detect_by_marker(metadata: Mapping[str, str]) -> Iterator[Detection]:
+    prediction_type = metadata.get("modelspec.prediction_type", "")
+    kind = PREDICTION_TYPES.get(prediction_type, prediction_type)  # some programs write "eps", "v"
+    if "edm_mean" in metadata:
         yield Detection("marker", "edm", "`edm_mean`")
-    elif "edm_vpred.sigma_max" in markers:
+    elif "edm_vpred.sigma_max" in metadata:
         yield Detection("marker", "v", "`edm_vpred.sigma_max`")
-    elif "v_pred" in markers:
+    elif "v_pred" in metadata:
         yield Detection("marker", "v", f"`{prediction_type or 'v_pred'}`")
     elif kind in PREDICTION_TYPES.values():
         yield Detection("marker", kind, f"`{prediction_type}`")
 
 
 def _detect_by_bias(state: Mapping[str, Tensor]) -> Detection:
-    if BIAS not in state:
+    if BIAS_NAME not in state:
         return Detection("bias", None, "no such layer")
-    std = float(state[BIAS].float().std())
+    std = float(state[BIAS_NAME].float().std())
     kind = "v" if std > BIAS_LIMIT else "eps"
     return Detection("bias", kind, f"std {std:.4f}, v above {BIAS_LIMIT}")
 
 
 def _choose_prediction(detections: list[Detection]) -> Prediction:
-    """Rank detections from the most reliable method to the least; the first with a type counts."""
+    """Return the first known type of detections ranked by the reliability of their methods."""
     order = ("marker", "family", "step", "name", "probe", "bias")
     ranked = sorted(detections, key=lambda detection: order.index(detection.method))
     kind = next((detection.kind for detection in ranked if detection.kind), None)

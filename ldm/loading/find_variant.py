@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ldm.loading.addons.lora_files import list_lora_files, list_ranks
+from ldm.loading.addons.lora_files import find_ranks, list_lora_files
 from ldm.loading.addons.lora_weights import LoRAWeight, LoRAWeightLike
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder_metadata
 from ldm.loading.files.checkpoint import opens_quickly, read_checkpoint
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def find_variant(weights: Weights) -> DetectedVariant | None:
-    """Return the variant that weights alone show; None for ordinary models."""
+    """Return the variant by the weights, their metadata and path; None for ordinary models."""
     return detect_variant(weights.path, weights.metadata, weights.state)
 
 
@@ -42,7 +42,7 @@ def find_variant_early(
 ) -> DetectedVariant | None:
     """Return the variant that `load` will find, by names and metadata; weights are not read.
 
-    None where a tensor may show another variant than the name of a file that is slow to open.
+    Returns None for a file that is slow to open if one of its tensors may contradict the name.
 
     Args:
         path: Of the checkpoint.
@@ -70,8 +70,8 @@ def choose_variant(
     """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
     if not supports_variants(find_family(model.conditioner)):
         if variant in VARIANTS:
-            message = f"`{weights.path}` is of a family without few-step models"
-            raise ArgumentError(f"{message}, its variant is not {variant}", "variant")
+            message = f"there are no few-step models of the family of `{weights.path}`"
+            raise ArgumentError(f"{message}: its variant is not {variant}", "variant")
         return None
     detected = _combine_variants(find_variant(weights), loras, variant, weights.path)
     if detected is None and variant != NO_VARIANT:
@@ -96,7 +96,7 @@ def detect_variant_of_loras(
 def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> None:
     """Warn about LoRAs that look like few-step ones although nothing shows their variant."""
     for file in (read_checkpoint(file) for path, _ in loras for file in list_lora_files(path)):
-        if looks_distilled(file.state, list_ranks(file)):
+        if looks_distilled(file.state, find_ranks(file)):
             log.warning(
                 "`%s` looks like a few-step LoRA, but neither its name nor its metadata says of "
                 "which variant: pass `variant`, such as lcm",
@@ -105,12 +105,12 @@ def warn_if_distilled(loras: Iterable[tuple[str | Path, LoRAWeightLike]]) -> Non
 
 
 def supports_variants(family: str | None) -> bool:
-    """Return whether there are few-step models of a family, a name in `pipelines.families`."""
+    """Return whether a family, by its name in `pipelines.families`, has few-step models."""
     return family in ("text", "inpainting", "depth", "refiner")
 
 
 def select_file_variant(variant: str | None) -> str | None:
-    """Return a variant if it is one of a diffusers folder's files (`fp16`), else None."""
+    """Return a variant if it is one of a diffusers folder's files, such as `fp16`, else None."""
     return None if variant in (NO_VARIANT, *VARIANTS) else variant
 
 

@@ -1,7 +1,8 @@
 """Download files from the Hugging Face hub into its cache, and verify their SHA-256.
 
 `huggingface_hub` implements protocol, token and cache. It compares only sizes, and its newer
-versions do not resume downloads of other processes: this module adds both. Does not import torch.
+versions do not resume what another process began to download: this module verifies hashes and
+resumes. Does not import torch.
 """
 
 import errno
@@ -17,16 +18,18 @@ from ldm.loading.diffusers.layout import EXTRA_WEIGHTS, INDEX, read_json
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
 from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, get_sha256
 
-__all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path"]
+__all__ = [
+    "HUB_PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 SHA256_PATTERN = re.compile("[0-9a-f]{64}")
 TEXT_SUFFIXES = (".json", ".txt")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
+UNUSED_COMPONENTS = ("safety_checker",)  # components that pipelines do not need
 # Path of the complete folder, or of the only checkpoint, by "OWNER/NAME" or "OWNER/NAME:VARIANT".
 DOWNLOADS = JsonCache("hub_choices.json")
 
@@ -41,7 +44,7 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
         variant: Variant of the files of a folder, such as `fp16`, in components that have it; None
             = files without a variant, if there are any.
     """
-    owner, _, rest = address.removeprefix(PREFIX).partition("/")
+    owner, _, rest = address.removeprefix(HUB_PREFIX).partition("/")
     name, _, file = rest.partition("/")
     if not owner or not name:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
@@ -109,9 +112,9 @@ def fetch_file(
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock_path):
         if not target.is_file() or (expected and get_sha256(target) != expected):
-            source, place = metadata.location, f"{repo}/{name}"
+            source, title = metadata.location, f"{repo}/{name}"
             headers = _make_headers(url, source)
-            _download(source, target, partial_file, metadata.size, expected, headers, place)
+            _download(source, target, partial_file, metadata.size, expected, headers, title)
         ref_path.write_text(commit, "utf-8")  # `find_cached_file` looks at this commit
     return target
 
@@ -148,13 +151,13 @@ def _download(
     size: int,
     sha256: str | None,
     headers: dict[str, str],
-    place: str,
+    title: str,
 ) -> None:
     """Download what is missing of a file and verify it; replace a damaged partial file.
 
     Args:
         sha256: Expected SHA-256; None = unknown.
-        place: Repository and file, or URL, for messages.
+        title: Repository and file, or URL, for messages.
     """
     from huggingface_hub.file_download import http_get
 
@@ -165,14 +168,14 @@ def _download(
     done = partial_file.stat().st_size
     free = shutil.disk_usage(partial_file.parent).free
     if free < size - done:
-        need = f"{(size - done) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        sizes = f"{(size - done) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         raise DownloadError(
-            f"the disk is full: {need} in `{partial_file.parents[2]}`", is_local=True
+            f"the disk is full: {sizes} in `{partial_file.parents[2]}`", is_local=True
         )
     if done:
         log.info("resuming after %.2f of %.2f GB", done / 1e9, size / 1e9)
     while done < size:
-        with _convert_hub_errors(place):
+        with _convert_hub_errors(title):
             try:
                 with partial_file.open("ab") as file:
                     http_get(
@@ -181,7 +184,7 @@ def _download(
                         resume_size=done,
                         headers=headers,
                         expected_size=size,
-                        displayed_filename=place.rpartition("/")[2],
+                        displayed_filename=title.rpartition("/")[2],
                     )
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
@@ -199,8 +202,8 @@ def _download(
         return
     partial_file.unlink()
     if not is_resumed:
-        raise DownloadError(_format_mismatch(place, digest, str(sha256)))
-    _download(url, target, partial_file, size, sha256, headers, place)
+        raise DownloadError(_format_mismatch(title, digest, str(sha256)))
+    _download(url, target, partial_file, size, sha256, headers, title)
 
 
 def _make_headers(url: str, location: str) -> dict[str, str]:
@@ -214,8 +217,8 @@ def _make_headers(url: str, location: str) -> dict[str, str]:
 
 
 @contextmanager
-def _convert_hub_errors(place: str) -> Iterator[None]:
-    """Convert errors of the hub into a one-line DownloadError."""
+def _convert_hub_errors(title: str) -> Iterator[None]:
+    """Convert errors of the hub into a one-line DownloadError; `title` as in `_download`."""
     from huggingface_hub import constants, errors
 
     try:
@@ -227,24 +230,24 @@ def _convert_hub_errors(place: str) -> Iterator[None]:
             "HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True
         ) from error
     except errors.GatedRepoError as error:
-        hint = f"accept its licence on {constants.ENDPOINT}/{place} and set HF_TOKEN"
-        raise DownloadError(f"`{place}` is gated: {hint}") from error
+        remedy = f"accept its licence on {constants.ENDPOINT}/{title} and set HF_TOKEN"
+        raise DownloadError(f"`{title}` is gated: {remedy}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise DownloadError(f"`{place}` is not found, or private") from error
+        raise DownloadError(f"`{title}` is not found, or private") from error
     except errors.EntryNotFoundError as error:
-        raise DownloadError(f"`{place}` does not have this file") from error
+        raise DownloadError(f"`{title}` does not have this file") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        # The hub answers 401 for what does not exist, too.
-        is_hidden = status == 401
-        what = "is not found, or private" if is_hidden else f"is refused: the server says {status}"
-        raise DownloadError(f"`{place}` {what}") from error
+        problem = f"is refused: the server says {status}"
+        if status == 401:  # which the hub also answers for a repository that does not exist
+            problem = "is not found, or private"
+        raise DownloadError(f"`{title}` {problem}") from error
     except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
         error_type = type(error).__name__
         is_local = "Connect" in error_type or "Timeout" in error_type
-        what = f"no connection to {constants.ENDPOINT}" if is_local else f"`{place}`"
+        problem = f"no connection to {constants.ENDPOINT}" if is_local else f"`{title}`"
         reason = (str(error) or error_type).splitlines()[0]
-        raise DownloadError(f"{what}: {reason}", is_local=is_local) from error
+        raise DownloadError(f"{problem}: {reason}", is_local=is_local) from error
 
 
 def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
@@ -261,10 +264,10 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
 def _list_folder_files(
     repo: str, commit: str, sizes: Iterable[str], variant: str | None
 ) -> list[str]:
-    """List the files of a repository to download.
+    """List the files to download if no file is named.
 
     These are the files of a diffusers folder that a pipeline reads, its index first, or the only
-    checkpoint.
+    checkpoint of the repository.
     """
     if "config.json" in sizes and INDEX not in sizes:
         return ["config.json", *_choose_weights("", sizes, variant)]
@@ -286,9 +289,9 @@ def _list_folder_files(
 
 
 def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> list[str]:
-    """List the weights of a component: of the requested variant, else of none, fp16 or any other.
+    """List the weights of a component: of the requested variant, else without one, fp16, or any.
 
-    Of each variant, .safetensors are preferred to .bin.
+    For each variant .safetensors are preferred to .bin.
     """
     names = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
     requested = [rf"\.{re.escape(variant)}"] if variant else []
@@ -306,5 +309,5 @@ def _format_examples(sizes: Iterable[str]) -> str:
     return f"; it has {', '.join(names)}" if names else ", and no checkpoint"
 
 
-def _format_mismatch(place: str, actual: str, expected: str) -> str:
-    return f"SHA-256 mismatch for `{place}`: expected {expected}, got {actual}"
+def _format_mismatch(title: str, actual: str, expected: str) -> str:
+    return f"SHA-256 mismatch for `{title}`: expected {expected}, got {actual}"

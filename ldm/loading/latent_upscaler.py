@@ -28,7 +28,7 @@ ATTENTION = re.compile(rf"{re.escape(PREFIX)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|k
 def find_json(path: Path) -> Path | None:
     """Return the JSON beside a file: NAME.json, or config_PREFIX.json with a prefix of its name.
 
-    Of several, the longest prefix counts, as the names of two versions have one in common.
+    Of several, that with the longest prefix is used: the names of versions have common prefixes.
     """
     same_name = path.with_suffix(".json")
     if same_name.is_file():
@@ -39,7 +39,7 @@ def find_json(path: Path) -> Path | None:
 
 
 def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
-    """Return our config of the upscaler with arguments of the network, as of `find_unet_params`."""
+    """Return our config of the upscaler with arguments of the network, see `find_unet_params`."""
     raw = read_yaml(TEMPLATE)
     raw["model"]["params"]["unet"]["params"] = dict(unet_params)
     return parse_yaml(format_yaml(raw), overrides, where=TEMPLATE)
@@ -48,7 +48,7 @@ def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = (
 def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
     """Return the network's arguments from a JSON of k-diffusion, else from the shapes of weights.
 
-    None if the config, or the model, is not an x2 latent upscaler.
+    Returns None if the config, or the model, is not an x2 latent upscaler.
 
     Args:
         config: Path of the JSON, or of our YAML of the upscaler.

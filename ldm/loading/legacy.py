@@ -1,8 +1,8 @@
 """Translate configs of the original code: its class names and their parameters.
 
-    TARGETS               its class -> ours, which takes the same parameters
-    MODEL_CLASSES         its model class -> how to build a LatentDiffusion; also `sgm.ENGINE`
-    UNSUPPORTED_CLASSES   its class -> what it is for: known, but not supported
+    TARGETS               its class -> ours, with the same parameters
+    MODEL_CLASSES         its model class -> translation to LatentDiffusion; also `sgm.ENGINE`
+    UNSUPPORTED_CLASSES   its class -> its purpose: known, but not supported
 
 Names of weights are in `weight_names`.
 """
@@ -85,14 +85,14 @@ TARGETS = {original: ours for ours, originals in CLASSES.items() for original in
 # Defaults of encoders under `cond_stage_config` in published files, where the class has others.
 COND_STAGE_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
-# Configs of the original that differ from another one only in what the device decides here.
-SAME_CONFIGS = {
+# Original config -> the one to read instead, which differs only in dtype: here `load` sets it.
+CONFIG_ALIASES = {
     f"configs/stable-diffusion/intel/{name}-{dtype}.yaml": f"configs/stable-diffusion/{name}.yaml"
     for name in ("v2-inference", "v2-inference-v")
     for dtype in ("fp32", "bf16")
 }
 
-# Known but unsupported classes, and what they are for.
+# Known but unsupported classes, and their purpose, for messages.
 UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",
     "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
@@ -117,7 +117,7 @@ UNSUPPORTED_CLASSES = {
 
 # Default sampling options of SD 1 image variations, from the original's script.
 VARIATION_DEFAULTS = {"scale": 3.0}
-# Those of LDM3D and LDM3D-SR, from their pipelines in diffusers.
+# Likewise of LDM3D and LDM3D-SR, from their pipelines in diffusers.
 LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
 # Parameters of the original model class that are used only by training or logging.
@@ -131,8 +131,8 @@ TRAINING_ONLY = {
 # Parameters that repeat values of the parts, or that `load` reads itself.
 REDUNDANT = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
 # The weight that may have fewer input channels in the `ckpt_path` of a training run.
-FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
-FINETUNE = (
+INPUT_CONV = "model.diffusion_model.input_blocks.0.0.weight"
+FINETUNE_PARAMS = (
     "finetune_keys", "keep_finetune_dims", "concat_keys", "c_concat_log_start", "c_concat_log_end",
 )  # fmt: skip
 AUTOENCODER_CONFIG = "first_stage_config"
@@ -148,13 +148,14 @@ MODEL_KEYS = {
 def translate_config(
     spec: JsonMapping, *, where: str = "config", skipped: list[str] | None = None
 ) -> JsonObject:
-    """Return a config of the original as `{"target": …, "params": {…}, "where": …}` of ours.
+    """Translate a config of the original to `{"target": …, "params": {…}, "where": …}` of ours.
 
-    The `where` of the result is the place in the source, for messages.
+    The `where` of the result is the file and key that it was read from, for messages.
 
     Args:
         spec: A whole config (with `model:`) or a part of it (with `target:`); our own class names
             stay.
+        where: See `instantiate`.
         skipped: List to which keys that sampling does not need are appended; None = not wanted.
     """
     skipped = [] if skipped is None else skipped
@@ -264,7 +265,7 @@ class _ModelTranslator:
 
 
 Encoders = dict[str, JsonObject]  # specs by name in the conditioner
-LEVEL: Encoders = {"level": {"target": LOWRES + "NoiseLevel", "params": {}}}
+NOISE_LEVEL: Encoders = {"level": {"target": LOWRES + "NoiseLevel", "params": {}}}
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ class _ModelClass:
 
     Args:
         conditioning_key: Its only supported `conditioning_key`.
-        make_encoders: Returns its encoders besides the text encoder.
+        make_encoders: Returns the specs of its encoders besides the text encoder.
         required: Required parameters: configs of parts.
     """
 
@@ -296,9 +297,9 @@ def _make_low_res(model: _ModelTranslator) -> Encoders:
     low_res = model.translate_part("low_scale_config")
     if low_res["target"] == LOWRES + "RGBDLatent":  # ours: published as a diffusers folder only
         has_level = model.translate_part("unet_config")["params"].get("num_classes") is not None
-        return {"rgbd": low_res} | (LEVEL if has_level else {})
+        return {"rgbd": low_res} | (NOISE_LEVEL if has_level else {})
     low_res["params"]["low_scale_key"] = model.params.get("low_scale_key", "LR")
-    return {"lowres": low_res, **LEVEL}
+    return {"lowres": low_res, **NOISE_LEVEL}
 
 
 def _make_patches(model: _ModelTranslator) -> Encoders:
@@ -323,10 +324,10 @@ def _make_image_embedding(model: _ModelTranslator) -> Encoders:
 MODEL_CLASSES = {
     DDPM + "LatentDiffusion": _ModelClass("crossattn"),
     DDPM + "LatentInpaintDiffusion": _ModelClass(
-        "hybrid", _make_masked_image, training_only=(*FINETUNE, "masked_image_key")
+        "hybrid", _make_masked_image, training_only=(*FINETUNE_PARAMS, "masked_image_key")
     ),
     DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
-        "hybrid", _make_depth, required=("depth_stage_config",), training_only=FINETUNE
+        "hybrid", _make_depth, required=("depth_stage_config",), training_only=FINETUNE_PARAMS
     ),
     DDPM + "LatentUpscaleDiffusion": _ModelClass(
         "hybrid-adm",
@@ -339,7 +340,7 @@ MODEL_CLASSES = {
         "hybrid",
         _make_patches,
         optional=("concat_keys", "reshuffle_patch_size", "low_scale_config"),
-        training_only=(*FINETUNE, "low_scale_key"),
+        training_only=(*FINETUNE_PARAMS, "low_scale_key"),
     ),
     DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
         "crossattn-adm",

@@ -30,7 +30,7 @@ from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load
 from ldm.loading.addons.lora import add_loras, parse_loras, read_loras
 from ldm.loading.addons.lora_weights import LoRAWeightLike
 from ldm.loading.addons.midas import add_depth_network
-from ldm.loading.autoencoders import is_finite_in_half
+from ldm.loading.autoencoders import works_in_float16
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
@@ -39,7 +39,12 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoin
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.find_variant import choose_variant, select_file_variant
 from ldm.loading.matching import match_weights
-from ldm.loading.model_config import asks_for_ema, has_defaults, is_in_doubt, read_config
+from ldm.loading.model_config import (
+    asks_for_ema,
+    has_defaults,
+    is_prediction_uncertain,
+    read_config,
+)
 from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
 from ldm.loading.replace_parts import (
@@ -80,8 +85,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEMO_CONFIG, DEMO_CHECKPOINT = "configs/demo/text2img.yaml", "checkpoints/demo.safetensors"
-# Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. Those of fewer
-# bits of precision come first, as most numbers with these are exact in others, too.
+# Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. The least precise
+# dtypes come first, as numbers rounded to these are exact in most others, too.
 SCHEDULE_TOLERANCE = {
     torch.float8_e5m2: 0.125, torch.float8_e4m3fn: 0.0625, torch.bfloat16: 4e-3,
     torch.float16: 2e-3,
@@ -131,14 +136,14 @@ def load(
             if `ckpt` contains none; None = that of `ckpt`. The x2 latent upscaler takes both from a
             checkpoint of Stable Diffusion 1.
         base: A model whose autoencoder and text encoder are shared, not copied, where the
-            checkpoint contains none; for the x2 latent upscaler only. None = no parts are shared.
+            checkpoint contains none; for the x2 latent upscaler only. None = nothing is shared.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
             `LoRAWeight`, or its text, such as "0.5:1" for text encoders and UNet.
         embeddings: Files of textual inversions, or folders of them: tokens for prompts.
         variant: Kind of few-step (distilled) model, with its LoRAs: a name in `VARIANTS`, or "base"
             for an ordinary model; sets the model's `defaults`. None = detect it by tensors,
-            metadata or file name. Any other name chooses files of a diffusers folder, such as
-            `fp16`, in components that have them.
+            metadata or file name. Any other name, such as `fp16`, selects the files of a diffusers
+            folder that have it.
 
     Returns:
         The model in eval mode (or the part, for the config of a single part); its `provenance`
@@ -158,8 +163,8 @@ def load(
             raise ArgumentError(f"{name} must be a path, got {path!r}", name)
     if ema is not None and not isinstance(ema, bool):
         raise ArgumentError(f"ema must be True, False or None, got {ema!r}", "ema")
-    overrides, allow = _list_texts("overrides", overrides), _list_texts("allow", allow)
-    embeddings, loras = _list_texts("embeddings", embeddings), tuple(parse_loras(loras))
+    overrides, allow = _to_list("overrides", overrides), _to_list("allow", allow)
+    embeddings, loras = _to_list("embeddings", embeddings), tuple(parse_loras(loras))
     offload = offload and torch.device(device).type != "cpu"
     config, ckpt = _choose_files(config, ckpt)
     weights = identify_weights(_open_weights(ckpt, variant))
@@ -176,7 +181,7 @@ def load(
     if ema is None:
         ema = weights.checkpoint.has_ema and asks_for_ema(raw)
     _log_unused(weights, ema, skipped)
-    _check_options_of_families(model, weights, clip_stats=clip_stats, midas=midas, base=base)
+    _check_family_options(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if base is not None:
         check_model(base, "base")
     for name in ("clip_stats", "midas"):
@@ -184,23 +189,23 @@ def load(
             with errors_about(name):
                 find_file(path)
     if not isinstance(model, LatentDiffusion):
-        _check_options_of_part(
+        _refuse_model_options(
             vae=vae, text_encoder=text_encoder, loras=loras, embeddings=embeddings,
             variant=variant in VARIANTS, offload=offload,
         )  # fmt: skip
         weights.select_ema(model.state_dict(), ema)
-        _fill(model, weights, summary, device, dtype)
+        _match_and_fill(model, weights, summary, device, dtype)
         return cast(LatentDiffusion, model.eval())
-    with errors_about("embeddings"):  # refuse what does not fit before weights are read
+    with errors_about("embeddings"):  # checked before weights are read, which takes longer
         check_embeddings(model, embeddings)
     with errors_about("loras"):
-        adapters = read_loras(model, loras)
+        lora_files = read_loras(model, loras)
     detected_variant = choose_variant(model, weights, variant, loras)
     weights.select_ema(model.state_dict(), ema)
     provenance = {
-        "config": config_path, "ema": ema, "skipped": skipped, **_describe_origin(raw, weights)
+        "config": config_path, "ema": ema, "skipped": skipped, **_describe_source(raw, weights)
     }  # fmt: skip
-    model.upcast_autoencoder &= not is_finite_in_half(weights.checkpoint)
+    model.upcast_autoencoder &= not works_in_float16(weights.checkpoint)
     with errors_about("vae"):
         tiny = None if vae is None else read_tiny_autoencoder(vae)
         if tiny is not None:
@@ -213,11 +218,11 @@ def load(
     if weights.family is LATENT_UPSCALER:
         complete_upscaler(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
-        weights.mapped = False  # its tensors are in memory
+        weights.mapped = False  # the network's tensors are in memory
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     fill_device = "cpu" if offload else device
     autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
-    _fill(model, weights, summary, fill_device, dtype, autoencoder_dtype)
+    _match_and_fill(model, weights, summary, fill_device, dtype, autoencoder_dtype)
     model.provenance = provenance
     if "scale_factor" in weights.buffers:  # stored by models trained with `scale_by_std`
         with errors_as(FileFormatError, f"`{weights.path}`: invalid scale_factor"):
@@ -232,7 +237,7 @@ def load(
         set_variant(model, detected_variant, has_scheduler=has_scheduler)
     elif variant == NO_VARIANT:
         model.provenance["variant"] = None
-    add_loras(model, adapters)
+    add_loras(model, lora_files)
     add_embeddings(model, weights.checkpoint.added_tokens, weights.path)
     load_embeddings(model, embeddings)
     if offload:
@@ -246,8 +251,8 @@ def save_model(
     """Write a model as .safetensors, .ckpt or .pth, in the layout of the original code.
 
     Args:
-        metadata: Entries of the file; with the YAML's text under `ldm.config`, `load` needs no
-            config. None = only those of ModelSpec.
+        metadata: Entries besides those of ModelSpec; with the YAML's text under `ldm.config`,
+            `load` needs no config. None = no others.
     """
     state = restore_names(model.state_dict(), make_buffers(model))
     metadata = describe_model(model, Path(path).stem, metadata=metadata)
@@ -266,10 +271,10 @@ def _check_placement(device: str | torch.device, dtype: torch.dtype) -> None:
         raise ArgumentError(message, "dtype")
 
 
-def _list_texts(name: str, values: T | Iterable[T]) -> list[T]:
+def _to_list(name: str, values: T | Iterable[T]) -> list[T]:
     """Return one text or path, or several, as a list; raise ArgumentError for anything else."""
-    is_list = isinstance(values, Iterable | Path)
-    items: list[T] = as_list(values) if is_list else [cast(T, values)]
+    is_valid = isinstance(values, Iterable | Path)
+    items: list[T] = as_list(values) if is_valid else [cast(T, values)]
     for item in items:
         if not isinstance(item, str | Path):
             message = f"{name} must be one text or path or a list, got {item!r}"
@@ -298,17 +303,17 @@ def _choose_files(
 
 
 def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
-    """Open weights; a variant that is not in VARIANTS chooses the files of a diffusers folder."""
+    """Open weights; a variant that is not in VARIANTS selects the files of a diffusers folder."""
     file_variant = select_file_variant(variant)
     if file_variant and not is_diffusers_folder(find_checkpoint(ckpt, variant=file_variant)):
         raise unknown_name("variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant")
     return open_checkpoint(ckpt, file_variant)
 
 
-def _check_options_of_families(
+def _check_family_options(
     model: nn.Module, weights: Weights, **options: str | Path | LatentDiffusion | None
 ) -> None:
-    """Raise ArgumentError for an option that only models of another family take."""
+    """Raise ArgumentError for an option that is set, but only applies to another family."""
     encoders = model.conditioner.encoders.values() if isinstance(model, LatentDiffusion) else ()
     families = {
         "clip_stats": ("an unCLIP model", any(isinstance(e, ImageEmbedding) for e in encoders)),
@@ -316,13 +321,13 @@ def _check_options_of_families(
         "base": ("an x2 latent upscaler", weights.family is LATENT_UPSCALER),
     }
     for name, value in options.items():
-        title, is_taken = families[name]
-        if value is not None and not is_taken:
+        title, is_of_family = families[name]
+        if value is not None and not is_of_family:
             raise ArgumentError(f"`{weights.path}` is not {title}, it takes no {name}", name)
 
 
-def _check_options_of_part(**options: object) -> None:
-    """Raise ArgumentError for an option that is set, as the config describes only a part."""
+def _refuse_model_options(**options: object) -> None:
+    """Raise ArgumentError for an option that is set but only applies to a whole model."""
     for name, value in options.items():
         if value:
             message = f"the config describes only a part of a model, {name} needs a whole one"
@@ -332,15 +337,15 @@ def _check_options_of_part(**options: object) -> None:
 def _choose_autoencoder_dtype(
     model: LatentDiffusion, device: torch.device, dtype: torch.dtype
 ) -> torch.dtype:
-    """Return the dtype of a model's autoencoder: a wider one if it overflows in float16."""
+    """Return the dtype of a model's autoencoder: of wider range if it overflows in float16."""
     if dtype != torch.float16:
         return dtype
-    if model.conditioner.find(LowRes) is not None:  # the x4 upscaler's overflows
+    if model.conditioner.find(LowRes) is not None:  # the autoencoder of the x4 upscaler overflows
         return torch.float32
     return pick_wide_range_dtype(device) if model.upcast_autoencoder else dtype
 
 
-def _fill(
+def _match_and_fill(
     model: nn.Module,
     weights: Weights,
     summary: str,
@@ -376,7 +381,7 @@ def _log_unused(weights: Weights, ema: bool, skipped: list[str]) -> None:
         log.info("`%s`: its EMA weights are %s", weights.path, "used" if ema else "not used")
 
 
-def _describe_origin(raw: JsonMapping, weights: Weights) -> JsonObject:
+def _describe_source(raw: JsonMapping, weights: Weights) -> JsonObject:
     """Return entries of `provenance`: hash of the config, checkpoint, training step, pipeline."""
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
     return {
@@ -422,11 +427,12 @@ def _find_schedule_tolerance(table: Tensor) -> float:
 def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_given: bool) -> None:
     """Warn if the weights look like another parameterization than the config's.
 
-    With a config that was found, not given, one method is too few: the UNet is run, too.
+    If the config was not given, one method is not enough: the UNet is run, too, and its prediction
+    type replaces the config's.
     """
     family, prediction = weights.family, weights.prediction
-    if not is_config_given and family is not None and is_in_doubt(weights):
-        prediction = probe_prediction(model.unet, prediction, family.context or 0)
+    if not is_config_given and family is not None and is_prediction_uncertain(weights):
+        prediction = probe_prediction(model.unet, prediction, family.context_dim or 0)
         if prediction.kind and prediction.kind != model.parameterization:
             model.parameterization = prediction.kind
             model.provenance["config"] = family.config_path(prediction.kind)
@@ -437,7 +443,7 @@ def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_giv
             f"{model.parameterization}: {prediction}; images will be noise if the config is wrong",
             stacklevel=3,
         )
-    elif prediction.disputed and not is_config_given:
+    elif prediction.is_disputed and not is_config_given:
         warnings.warn(
             f"`{weights.path}`: methods disagree about what the model predicts: {prediction}\n"
             "hint: pass a config (v2-inference.yaml: eps, v2-inference-v.yaml: v)",

@@ -27,7 +27,7 @@ from ldm.loading.weight_names import (
     UNET,
     has_prefix,
     has_sgm_names,
-    strip_prefix,
+    select_prefix,
     to_original_name,
 )
 from ldm.model import LatentDiffusion
@@ -40,33 +40,33 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PARTS = (UNET, AUTOENCODER, "conditioner.")
-# Parts that some files of whole models do not contain, by prefix.
+PART_PREFIXES = (UNET, AUTOENCODER, "conditioner.")
+# Title of parts that some files of whole models do not contain, by prefix.
 SEPARABLE_PARTS = {
     AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
 }  # fmt: skip
 # Suffixes of names that only files of older versions of transformers and diffusers have.
 UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
-# Of a compact vocabulary: the ids of its tokens in CLIP's vocabulary, and their embeddings.
+# The ids in CLIP's vocabulary of the tokens of a compact one, and their embeddings.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
 # Names of tensors beside the weights of quantised layers.
 QUANTIZED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
 MAX_LISTED = 10  # names in each list of a message
-# Files that are not models, by a pattern in the names of their tensors.
+# Types of files that are not models, by a pattern in the names of their tensors.
 FILE_TYPES = {
     r"lora_|\.lora\.|lokr_|hada_": "a LoRA, which is merged into a model (`loras`)",
     r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
     "(`embeddings`)",
     r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
-    r"^(time_embed|input_blocks|output_blocks)\.": "a UNet alone",
+    r"^(time_embed|input_blocks|output_blocks)\.": "only a UNet",
     r"concept_embeds": "the safety checker of Stable Diffusion 1 (`safety_checker`)",
     r"^visual\.(conv1|proj)\b|^vision_model\.": "a CLIP, for CLIP score (`ldm evaluate --clip`)",
     r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
     r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
     r"quantize\.embed(ding)?\.": "a model with a VQ autoencoder, which is not supported",
     r"\btoken_emb\.": "a model with BERT's text encoder, which is not supported",
-    r"^encoder\.down\.\d+\.block\.": "an autoencoder alone, which replaces a model's (`vae`)",
+    r"^encoder\.down\.\d+\.block\.": "only an autoencoder, which replaces a model's (`vae`)",
     r"^Mixed_5b\.": "an Inception network, for FID (`ldm evaluate --inception`)",
     r"double_blocks|joint_blocks": "SD 3 or Flux, which are not supported",
 }
@@ -78,7 +78,7 @@ def match_weights(
     """Return the weights of a model, or of a part of one, under its names and in its shapes.
 
     Accepts diffusers' names and 1x1 kernels stored as matrices. Unused weights may be missing.
-    Weights that belong to no part of the model are left out, with a warning.
+    Tensors that belong to no part of the model are left out, with a warning.
 
     Args:
         state: Weights of the file under our names; for a part also names without prefix.
@@ -89,12 +89,12 @@ def match_weights(
         WeightsMismatch: Names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
-    state = _fit_text_encoder(model, _select_part(model, state))
+    state = _adapt_text_encoder(model, _select_part(model, state))
     state = translate_names(model, state, file)
     state |= _make_unused_weights(model, state, file)
-    foreign = [n for n in state if n not in expected and not n.startswith(PARTS)]
+    foreign = [n for n in state if n not in expected and not n.startswith(PART_PREFIXES)]
     if isinstance(model, LatentDiffusion) and foreign and expected.keys() <= state.keys():
-        log.warning("`%s`: left out, not of this model: %s", file, _list_groups(foreign))
+        log.warning("`%s`: left out, not of this model: %s", file, _format_groups(foreign))
         state = {name: value for name, value in state.items() if name not in foreign}
     check_weights(expected, state, summary or f"`{file}` does not fit the config")
     return state
@@ -105,22 +105,22 @@ def check_weights(
 ) -> None:
     """Raise WeightsMismatch unless weights have the expected names and shapes.
 
-    The message has counts, some of the original's names, and the likely cause.
+    The message has counts, the first names (the original's), and the likely cause.
 
     Args:
         summary: Start of the message, such as "`x.ckpt` does not fit x.yaml".
     """
-    original = partial(to_original_name, sgm=has_sgm_names(expected))
+    to_original = partial(to_original_name, sgm=has_sgm_names(expected))
     problems = {
-        "missing": [original(name) for name in expected if name not in state],
-        "unexpected": [original(name) for name in state if name not in expected],
+        "missing": [to_original(name) for name in expected if name not in state],
+        "unexpected": [to_original(name) for name in state if name not in expected],
         "mismatched": [
-            f"{original(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+            f"{to_original(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
             for name, value in expected.items()
             if name in state and state[name].shape != value.shape
         ]
         + [
-            f"{original(name)} of {state[name].dtype}"
+            f"{to_original(name)} of {state[name].dtype}"
             for name, value in expected.items()
             if name in state and value.is_floating_point() > state[name].is_floating_point()
         ],
@@ -157,7 +157,7 @@ def translate_names(
     """
     expected, renamed = model.state_dict(), dict(state)
     if expected.keys() == state.keys():
-        return {n: _fit_shape(n, value, expected[n], file) for n, value in renamed.items()}
+        return {n: _adapt_shape(n, value, expected[n], file) for n, value in renamed.items()}
     prefixes = get_component_prefixes(model)
     for component, locations in locate_weights(model).items():
         prefix = prefixes[component]
@@ -172,17 +172,17 @@ def translate_names(
             for name, value in component_state.items()
             if name in known or not name.endswith(UNUSED_WEIGHTS)
         }
-        gathered = convert_from_diffusers(locations, component_state)
-        used = {name for ours in gathered for name in locations[ours].keys}
+        converted = convert_from_diffusers(locations, component_state)
+        used = {name for ours in converted for name in locations[ours].keys}
         renamed |= {prefix + n: value for n, value in component_state.items() if n not in used}
-        renamed |= gathered
-    return {n: _fit_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
+        renamed |= converted
+    return {n: _adapt_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
 
 
 def _find_cause(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpected: Collection[str]
 ) -> str | None:
-    """Return the likely cause why weights do not fit, and what to do; None = unknown.
+    """Return the likely cause of a mismatch, and its remedy; None = unknown.
 
     Args:
         unexpected: The original's names of weights that are not expected.
@@ -191,7 +191,7 @@ def _find_cause(
     def list_missing(prefixes: Iterable[str]) -> list[str]:
         return [p for p in prefixes if has_prefix(expected, p) and not has_prefix(state, p)]
 
-    original = partial(to_original_name, sgm=has_sgm_names(expected))
+    to_original = partial(to_original_name, sgm=has_sgm_names(expected))
     separable, family = list_missing(SEPARABLE_PARTS), recognize_family(state)
     if any(QUANTIZED.search(name) for name in unexpected):
         return "the weights are quantised, which is not supported"
@@ -201,7 +201,7 @@ def _find_cause(
             "use the config of the weights, which a diffusers folder or its conversion contains"
         )
     if family is not None and separable and not unexpected:
-        titles = [f"{SEPARABLE_PARTS[prefix]} (`{original(prefix)}`)" for prefix in separable]
+        titles = [f"{SEPARABLE_PARTS[prefix]} (`{to_original(prefix)}`)" for prefix in separable]
         is_autoencoder = separable == [AUTOENCODER]
         remedy = "pass one (`vae`)" if is_autoencoder else "take a file of the whole model"
         return f"the file has no {' and no '.join(titles)}: {remedy}"
@@ -212,7 +212,7 @@ def _find_cause(
     if file_type is not None and file_type != guess_file_type(expected):
         return f"the file is {file_type}"
     if missing := list_missing((UNET, *SEPARABLE_PARTS)):
-        return f"the file holds nothing of {', '.join(f'`{original(p)}`' for p in missing)}"
+        return f"the file has no weights {', '.join(f'`{to_original(p)}*`' for p in missing)}"
     return None
 
 
@@ -223,15 +223,17 @@ def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     components = locate_weights(model).values()
     locations = [location for component in components for location in component.values()]
     names = [*model.state_dict(), *(name for location in locations for name in location.keys)]
-    prefix = next((p for p in ("", *PARTS[:2], TEXT) if any(p + n in state for n in names)), "")
-    return strip_prefix(state, prefix)
+    prefix = next(
+        (p for p in ("", UNET, AUTOENCODER, TEXT) if any(p + n in state for n in names)), ""
+    )
+    return select_prefix(state, prefix)
 
 
-def _fit_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _adapt_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Adapt a text encoder's weights: drop unused blocks of zeros, and compact the vocabulary.
 
-    Diffusers folders have whole vocabularies, with equal rows for all tokens that a compact
-    vocabulary does not have; SD 2's last block, which is not run, may be zeros.
+    SD 2's last block, which is not run, may be zeros. Diffusers folders have whole vocabularies,
+    with equal rows for all tokens that a compact vocabulary does not have.
     """
     expected = model.state_dict()
     blocks = [n for n in state if n.startswith(TEXT_BLOCKS) and n not in expected]
@@ -274,10 +276,10 @@ def _make_unused_weights(
     return missing
 
 
-def _fit_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
-    """Return a weight in the model's shape if only 1x1 kernels differ, without added tokens.
+def _adapt_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
+    """Return a weight with 1x1 kernels as the model has them, or without added tokens.
 
-    Other weights stay as they are: `check_weights` reports their shapes.
+    Weights of other shapes stay as they are: `check_weights` reports them.
     """
     if expected is None or value.shape == expected.shape:
         return value
@@ -286,13 +288,13 @@ def _fit_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pa
     is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCAB_SIZE
     if is_table and value[: len(expected)].shape == expected.shape:
         added = len(value) - len(expected)
-        log.warning("`%s`: %d added tokens without a name are left out", file, added)
+        log.warning("`%s`: %d added tokens without names are left out", file, added)
         return value[: len(expected)]
     return value
 
 
 def drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape (out, in, 1, 1) as (out, in), as some files have it; others unchanged."""
+    """Return a shape (C_out, C_in, 1, 1) as (C_out, C_in), as in some files; others unchanged."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 
@@ -307,7 +309,7 @@ def _to_current_name(component: str, name: str) -> str:
     return name
 
 
-def _list_groups(names: Iterable[str]) -> str:
-    """Format names as their first parts with counts."""
+def _format_groups(names: Iterable[str]) -> str:
+    """Format names in groups by their first word, with counts."""
     groups = Counter(name.partition(".")[0] for name in names)
     return ", ".join(f"`{group}` ({count} tensors)" for group, count in groups.items())

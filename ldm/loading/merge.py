@@ -1,11 +1,11 @@
 """Merge checkpoints of one family, in float32, one tensor after the other.
 
-    weighted sum        (1 - w) A + w B
-    added difference    A + w (B - C)        for weights that C has, else A
+    weighted sum      (1 - w) A + w B
+    add difference    A + w (B - C)        for weights that C has, else A
 
-w may differ by block. Everything else is A's: noise schedule, integers, and the autoencoder unless
-`merge_vae`. Input channels that only an inpainting model A has stay as they are, so that
-"inpainting + (custom - base)" is an inpainting model.
+w may differ by block. All else is taken from A: noise schedule, integers, and the autoencoder
+unless `merge_vae` is set. Input channels that only an inpainting model A has stay as they are, so
+that "inpainting + (custom - base)" is an inpainting model.
 """
 
 import json
@@ -34,31 +34,32 @@ from ldm.loading.files.checkpoint import (
     ComputedTensor,
     release_pages,
 )
-from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, filter_metadata
+from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, describe_model, filter_metadata
 from ldm.loading.weight_names import AUTOENCODER, TEXT, TEXT_2, UNET, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from ldm.runtime.version import __version__
 
-__all__ = ["RECIPE", "ModelFile", "check_fits", "plan_merge", "read_model_file"]
+__all__ = ["RECIPE_KEY", "ModelFile", "check_compatible", "plan_merge", "read_model_file"]
 
 SUFFIXES = (".safetensors", ".ckpt")
-RECIPE = "ldm.merge"  # metadata key: JSON of rule, models and weights
+RECIPE_KEY = "ldm.merge"  # metadata key: JSON of rule, models and weights
 INPUT_CONV = "unet.input_blocks.0.0.weight"
-TOKEN_IDS = ".token_ids"  # end of the name of a compact vocabulary's ids
+TOKEN_IDS_SUFFIX = ".token_ids"  # of the ids of a compact vocabulary
 LATENT_CHANNELS = 4  # all input channels of a text-to-image model
-# Metadata about the training or conversion of A, which are not valid for the result.
-HISTORY = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
+# Metadata about the training or conversion of A, which do not apply to the result.
+HISTORY_KEYS = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFile:
-    """A model in a file: a mapping of its weights by our names, with its config.
+    """A checkpoint of a whole model: a mapping from our names to its weights, with its config.
 
     Args:
         file: The weights, with the original's names.
         names: Name in `file` by our name.
+        model: The model on the meta device.
         family: None = unknown.
         config: Text of its YAML.
     """
@@ -125,7 +126,7 @@ def plan_merge(
     if ema and not any(m.file.has_ema for m in (a, *others)):
         raise ArgumentError("no model has EMA weights", "ema")
     for m in others:
-        check_fits(a, m)
+        check_compatible(a, m)
     blocks = find_blocks(a.names)
     weights = dict.fromkeys(blocks.names, weight)
     if block_weights is not None:
@@ -138,15 +139,14 @@ def plan_merge(
         if w := weights[blocks.find_block(name)]:  # of weight 0: A's tensor, not copied
             compute = partial(_merge, name, a, b, c, w)
             state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
-    paths = [m.file.path.name for m in (a, *others)]
-    notes = [_format_summary(paths, subtract is not None, weight, block_weights)]
-    notes += _list_missing(candidates, prefixes, others)
+    names = [m.file.path.name for m in (a, *others)]
+    summary = [_format_formula(names, subtract is not None, weight, block_weights)]
+    summary += _describe_missing(candidates, prefixes, others)
     size = f"{len(state)} tensors, {len(merged)} of them merged"
     metadata = _make_metadata(a, others, weights if block_weights else {BASE: weight})
     metadata = describe_model(a.model, target.stem, metadata=metadata)
-    return Conversion(
-        a.file, target, {"": state}, {}, metadata, dtype, (*notes, f"{target.name:60} {size}")
-    )
+    summary.append(f"{target.name:60} {size}")
+    return Conversion(a.file, target, {"": state}, {}, metadata, dtype, tuple(summary))
 
 
 def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -> ModelFile:
@@ -168,108 +168,109 @@ def read_model_file(path: str | Path, config: str | Path | None, *, ema: bool) -
     return ModelFile(file, dict(pair_names(file.state)), model, family, text)
 
 
-def check_fits(a: ModelFile, b: ModelFile) -> None:
-    """Raise WeightsMismatch unless b is of a's family, or a text-to-image model with fewer inputs.
+def check_compatible(a: ModelFile, b: ModelFile) -> None:
+    """Raise WeightsMismatch unless b can be merged into a: both are of the same family.
 
-    For an inpainting model a, b may be the text-to-image model of the same generation.
+    For an inpainting model a, b may be the text-to-image model of the same generation, whose UNet
+    has fewer input channels.
     """
-    ours, theirs = f"`{a.file.path}`", f"`{b.file.path}`"
-    unet = [name for name in {**a.names, **b.names} if name.startswith(UNET)]
-    misfits = [name for name in unet if not _fits(name, a, b)]
-    if misfits:
+    path_a, path_b = f"`{a.file.path}`", f"`{b.file.path}`"
+    unet_names = [name for name in {**a.names, **b.names} if name.startswith(UNET)]
+    mismatched = [name for name in unet_names if not _is_compatible(name, a, b)]
+    if mismatched:
         if a.title != b.title:
-            message = f"{theirs} is {b.title}, {ours} is {a.title}: only one family can be merged"
-            raise WeightsMismatch(message)
-        examples = ", ".join(f"`{name}`" for name in misfits[:3])
-        message = f"{theirs} does not fit {ours}: {len(misfits)} weights of the UNet differ in"
+            message = f"{path_b} is {b.title}, {path_a} is {a.title}"
+            raise WeightsMismatch(f"{message}: only models of one family can be merged")
+        examples = ", ".join(f"`{name}`" for name in mismatched[:3])
+        message = f"{path_b} does not fit {path_a}: {len(mismatched)} weights of the UNet differ in"
         raise WeightsMismatch(f"{message} shape or are in one of them only: {examples}")
     predictions = [m.model.parameterization for m in (a, b)]
     if predictions[0] != predictions[1]:
-        message = f"{theirs} predicts {predictions[1]}, {ours} predicts {predictions[0]}"
+        message = f"{path_b} predicts {predictions[1]}, {path_a} predicts {predictions[0]}"
         raise WeightsMismatch(message)
     if type(a.model.schedule) is not type(b.model.schedule):
-        raise WeightsMismatch(f"{theirs} has another kind of noise schedule than {ours}")
+        raise WeightsMismatch(f"{path_b} has another kind of noise schedule than {path_a}")
     for name in a.names:
         if name in b and name.startswith((TEXT, TEXT_2)):
             shapes = [tuple(m[name].shape) for m in (a, b)]
             if shapes[0] != shapes[1]:
-                message = f"{theirs} does not fit {ours}: `{name}` is {shapes[1]}, not {shapes[0]}"
-                raise WeightsMismatch(message)
-            if name.endswith(TOKEN_IDS) and not a[name].equal(b[name]):
-                raise WeightsMismatch(f"{theirs} has another vocabulary than {ours}")
+                message = f"{path_b} does not fit {path_a}: `{name}` has shape {shapes[1]}"
+                raise WeightsMismatch(f"{message}, not {shapes[0]}")
+            if name.endswith(TOKEN_IDS_SUFFIX) and not a[name].equal(b[name]):
+                raise WeightsMismatch(f"{path_b} has another vocabulary than {path_a}")
 
 
-def _fits(name: str, a: ModelFile, b: ModelFile) -> bool:
-    """Return whether both have a weight of one shape, but for inputs that only a may have."""
+def _is_compatible(name: str, a: ModelFile, b: ModelFile) -> bool:
+    """Return whether both have a weight of one shape; a may have additional input channels."""
     if name not in a or name not in b:
         return False
-    ours, theirs = a[name].shape, b[name].shape
-    if name != INPUT_CONV or ours == theirs:
-        return ours == theirs
-    is_text_model = theirs[1] == LATENT_CHANNELS and ours[1] > LATENT_CHANNELS
-    return is_text_model and (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
+    shape_a, shape_b = a[name].shape, b[name].shape
+    if name != INPUT_CONV or shape_a == shape_b:
+        return shape_a == shape_b
+    has_additional = shape_b[1] == LATENT_CHANNELS and shape_a[1] > LATENT_CHANNELS
+    return has_additional and (shape_a[0], *shape_a[2:]) == (shape_b[0], *shape_b[2:])
 
 
 def _merge(name: str, a: ModelFile, b: ModelFile, c: ModelFile | None, weight: float) -> Tensor:
     """Return a merged weight, float32; input channels that not all models have are a's."""
     models = [m for m in (a, b, c) if m is not None]
     values = [m[name].float() for m in models]
-    merged = part = values[0].clone()
+    merged = common = values[0].clone()
     if name == INPUT_CONV:
         count = min(value.shape[1] for value in values)
-        part = merged[:, :count]
+        common = merged[:, :count]
         values = [value[:, :count] for value in values]
     if c is None:
-        part.copy_((1 - weight) * values[0] + weight * values[1])
+        common.copy_((1 - weight) * values[0] + weight * values[1])
     else:
-        part.copy_(values[0] + weight * (values[1] - values[2]))
+        common.copy_(values[0] + weight * (values[1] - values[2]))
     for m in models:
         m.release(m[name])
     return merged
 
 
-def _format_summary(
-    paths: list[str], is_difference: bool, weight: float, blocks: str | None
+def _format_formula(
+    names: list[str], is_difference: bool, weight: float, blocks: str | None
 ) -> str:
     number = f"{weight:g}" if blocks is None else f"{weight:g}, by block {blocks}"
     if is_difference:
-        return f"{paths[0]} + w ({paths[1]} - {paths[2]}), w = {number}"
-    return f"(1 - w) {paths[0]} + w {paths[1]}, w = {number}"
+        return f"{names[0]} + w ({names[1]} - {names[2]}), w = {number}"
+    return f"(1 - w) {names[0]} + w {names[1]}, w = {number}"
 
 
-def _list_missing(
+def _describe_missing(
     names: list[str], prefixes: tuple[str, ...], others: list[ModelFile]
 ) -> list[str]:
     """Return lines about weights that are not merged, as another model does not have them."""
-    notes = []
+    lines = []
     for m in others:
         for prefix in prefixes:
             missing = [name for name in names if name.startswith(prefix) and name not in m]
             if missing:
                 examples = ", ".join(missing[:2])
-                path = m.file.path.name
-                notes.append(f"{path} does not have {len(missing)} weights, they stay: {examples}")
-    return notes
+                name = m.file.path.name
+                lines.append(f"{name} does not have {len(missing)} weights, they stay: {examples}")
+    return lines
 
 
 def _make_metadata(
     a: ModelFile, others: list[ModelFile], weights: Mapping[str, float]
 ) -> dict[str, str | int]:
-    models = [m.file for m in (a, *others)]
-    names = [file.path.name for file in models]
+    files = [m.file for m in (a, *others)]
+    names = [file.path.name for file in files]
     metadata: dict[str, str | int] = {
         name: value
         for name, value in filter_metadata(a.file.metadata, same_weights=False).items()
-        if name not in HISTORY
+        if name not in HISTORY_KEYS
     }
-    licenses = dict.fromkeys(f.metadata[LICENSE] for f in models if f.metadata.get(LICENSE))
+    licenses = dict.fromkeys(f.metadata[LICENSE_KEY] for f in files if f.metadata.get(LICENSE_KEY))
     if licenses:
-        metadata[LICENSE] = " AND ".join(licenses)
-    rule = "add difference" if len(models) > 2 else "weighted sum"
+        metadata[LICENSE_KEY] = " AND ".join(licenses)
+    rule = "add difference" if len(files) > 2 else "weighted sum"
     recipe = {"rule": rule, "models": names, "weights": weights}
     return metadata | {
         "ldm.version": __version__,
         CONFIG_KEY: a.config,
-        MERGED_FROM: ", ".join(names),
-        RECIPE: json.dumps(recipe),
+        MERGED_FROM_KEY: ", ".join(names),
+        RECIPE_KEY: json.dumps(recipe),
     }

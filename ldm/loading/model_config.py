@@ -27,14 +27,14 @@ from ldm.runtime.errors import (
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "asks_for_ema", "choose_config", "find_schedule_early", "has_defaults", "is_in_doubt",
-    "probe_weights", "read_config",
+    "asks_for_ema", "choose_config", "find_schedule_early", "has_defaults",
+    "is_prediction_uncertain", "probe_weights", "read_config",
 ]  # fmt: skip
 
-# In the names of LDM3D's files for panoramas, whose latents are twice as wide as high.
+# In the names of LDM3D's files for panoramas, whose latents are twice as wide as they are high.
 PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
-# YAML of SDXL with the denoiser and the noise levels that a marker tensor shows, by the marker.
-DENOISERS = {"edm_mean": "playground-v2.5", "edm_vpred.sigma_max": "sd_xl_cosxl"}
+# Name of an SDXL YAML with another denoiser and noise levels, by the marker tensor of such models.
+DENOISER_CONFIGS = {"edm_mean": "playground-v2.5", "edm_vpred.sigma_max": "sd_xl_cosxl"}
 
 
 def choose_config(weights: Weights) -> str:
@@ -49,8 +49,8 @@ def choose_config(weights: Weights) -> str:
     if family is None or not family.config:
         if family is None and (file_type := guess_file_type(weights.checkpoint.state)):
             raise MissingArgument(f"`{weights.path}` is {file_type}")
-        looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
-        message = f"`{weights.path}` {looks}\nhint: pass its config"
+        problem = f"looks like {family.title}, which is not supported" if family else "is unknown"
+        message = f"`{weights.path}` {problem}\nhint: pass its config"
         raise MissingArgument(message, "config")
     path = family.config_path(weights.prediction.kind)
     if family is LATENT_UPSCALER:
@@ -64,7 +64,7 @@ def read_config(
     """Return (path or `CONFIG_KEY`, content) of a config.
 
     Args:
-        config: A YAML, which is read as it is, or a JSON of the x2 latent upscaler; None =
+        config: A YAML, which is read as it is, or a JSON of the x2 latent upscaler; None = that of
             `choose_config`, adapted to buffers and shapes of the weights.
         overrides: See `read_yaml`.
     """
@@ -95,7 +95,7 @@ def find_schedule_early(
 ) -> NoiseSchedule | None:
     """Return the noise schedule of the model that `load` will build; weights are not read.
 
-    None for a part of a model, and for a file that is slow to open.
+    Returns None for a part of a model, and for a file that is slow to open.
 
     Args:
         path: Of the checkpoint.
@@ -112,12 +112,12 @@ def find_schedule_early(
 
 
 def probe_weights(weights: Weights) -> Prediction:
-    """Return the prediction type of weights; in doubt run their UNet once, see `probe_prediction`.
+    """Return the prediction type; if it is uncertain, run the UNet once, see `probe_prediction`.
 
     A UNet that does not fit its family is not run.
     """
     family = weights.family
-    if family is None or not is_in_doubt(weights):
+    if family is None or not is_prediction_uncertain(weights):
         return weights.prediction
     spec = translate_config(read_yaml(family.config_path(None)))
     unet = build_on_meta(spec["params"]["unet"])
@@ -125,13 +125,13 @@ def probe_weights(weights: Weights) -> Prediction:
         fill_weights(unet, match_weights(unet, weights.state, weights.path))
     except WeightsMismatch:
         return weights.prediction
-    return probe_prediction(unet.eval(), weights.prediction, family.context or 0)
+    return probe_prediction(unet.eval(), weights.prediction, family.context_dim or 0)
 
 
-def is_in_doubt(weights: Weights) -> bool:
+def is_prediction_uncertain(weights: Weights) -> bool:
     """Return whether fewer than two methods know the prediction type, and the family has both."""
     family = weights.family
-    return family is not None and family.predicts is None and weights.prediction.num_known < 2
+    return family is not None and family.prediction is None and weights.prediction.num_known < 2
 
 
 def asks_for_ema(raw: JsonObject) -> bool:
@@ -145,15 +145,15 @@ def asks_for_ema(raw: JsonObject) -> bool:
 
 
 def has_defaults(raw: JsonObject) -> bool:
-    """Return whether a config has sampling options, as that of SDXL's diffusers folders."""
+    """Return whether a config has default sampling options, as those of diffusers folders may."""
     return bool((raw.get("model", raw).get("params") or {}).get("defaults"))
 
 
 def _set_denoiser(params: JsonObject, weights: Weights) -> None:
-    """Set the denoiser that markers show, where the YAML of the family has another one."""
+    """Set the denoiser that markers indicate, if the YAML of the family has another one."""
     family, kind = weights.family, weights.prediction.kind
     if family is not None and family.is_xl:
-        names = [name for marker, name in DENOISERS.items() if marker in weights.metadata]
+        names = [name for marker, name in DENOISER_CONFIGS.items() if marker in weights.metadata]
         if kind == "v":
             names.append("sd_xl_v")
         if names and Path(family.config_path(kind)).stem != names[0]:
@@ -177,12 +177,12 @@ def _adapt_config(raw: JsonObject, weights: Weights) -> None:
         _apply_buffers(params, weights)
     if GUIDANCE_WEIGHT in weights.state:
         key = "network_config" if is_engine else "unet_config"
-        width = weights.state[GUIDANCE_WEIGHT].shape[1]
-        params[key]["params"]["time_cond_proj_dim"] = width
+        embed_dim = weights.state[GUIDANCE_WEIGHT].shape[1]
+        params[key]["params"]["time_cond_proj_dim"] = embed_dim
 
 
 def _is_panorama(weights: Weights) -> bool:
-    """Return whether the weights are LDM3D for panoramas, by the name of their file or folder."""
+    """Return whether the weights are LDM3D for panoramas, by the name of the file or a folder."""
     is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
     names = (*weights.path.parts, weights.metadata.get("ldm.source", ""))
     return is_ldm3d and any(PANORAMA.search(name.lower()) for name in names)

@@ -1,7 +1,7 @@
 """ModelSpec 1.0.1: standard metadata of .safetensors files about the model in them.
 
-Fields about the weights are computed; those by the author (title, author, licence …) are kept for
-the same weights, only the licence for changed ones.
+Fields about the weights are computed. Those that the author writes (title, author, licence …) are
+kept if the weights are unchanged, else only the licence.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,24 @@ from typing import Literal
 from torch import nn
 
 from ldm.loading.base_models import find_base_model
-from ldm.loading.files.checkpoint import TENSOR_HASH
+from ldm.loading.files.checkpoint import TENSOR_HASH_KEY
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import find_family, is_sdxl
 
-__all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "filter_metadata"]
+__all__ = [
+    "LICENSE_KEY", "MERGED_FROM_KEY", "MODELSPEC_PREFIX", "describe_model", "filter_metadata",
+]  # fmt: skip
 
-PREFIX = "modelspec."
-MERGED_FROM = f"{PREFIX}merged_from"
+MODELSPEC_PREFIX = "modelspec."
+MERGED_FROM_KEY = f"{MODELSPEC_PREFIX}merged_from"
 VERSION = "1.0.1"
 # Values of `implementation`: the program whose names the tensors have.
 ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
-LICENSE = f"{PREFIX}license"
-PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
-# Suffix of the base model's name, by family; the standard has no names for others.
+LICENSE_KEY = f"{MODELSPEC_PREFIX}license"
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
+# Suffix of the base model's architecture, by family; the standard has none for other families.
 SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
-STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH)  # of other tensors
+STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH_KEY)  # of other tensors
 
 
 def describe_model(
@@ -57,28 +59,29 @@ def describe_model(
         "implementation": ORIGINAL if is_original else DIFFUSERS,
         "title": title,
         "resolution": f"{width}x{height}",
-        "prediction_type": PREDICTIONS.get(prediction, prediction),
+        "prediction_type": PREDICTION_TYPES.get(prediction, prediction),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    spec = {f"{PREFIX}{name}": value for name, value in fields.items() if value}
-    metadata.pop(f"{PREFIX}prediction_type", None)  # the config is more reliable than the file
+    spec = {f"{MODELSPEC_PREFIX}{name}": value for name, value in fields.items() if value}
+    # The config is more reliable than the file.
+    metadata.pop(f"{MODELSPEC_PREFIX}prediction_type", None)
     # The hash is a placeholder, filled in when the file is written.
-    return {TENSOR_HASH: "", **spec, **metadata}
+    return {TENSOR_HASH_KEY: "", **spec, **metadata}
 
 
 def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
-    """Return the metadata of a file that are also true of a file made from it.
+    """Return the metadata of a file that also apply to a file made from it.
 
     Args:
-        same_weights: Whether weights were only renamed or cast, or a component swapped; for changed
-            ones only the licence stays valid of ModelSpec's fields, and none of kohya's about
+        same_weights: Whether weights were only renamed or cast, or a component replaced. If they
+            were changed, only ModelSpec's licence applies, and none of kohya's fields about
             training (`ss_…`).
     """
     return {
         name: value
         for name, value in metadata.items()
         if name not in STALE_HASHES
-        and (same_weights or name == LICENSE or not name.startswith((PREFIX, "ss_")))
+        and (same_weights or name == LICENSE_KEY or not name.startswith((MODELSPEC_PREFIX, "ss_")))
     }
 
 

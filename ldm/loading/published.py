@@ -1,7 +1,7 @@
 """Find and download published weights by name.
 
 They are listed in `published.csv`: `memory` of the weights in half precision, in GB; size in
-`bytes`, with a `~` if it is rounded; `places`, files on the Hugging Face hub or URLs, in the order
+`bytes`, with a `~` if it is rounded; `sources`, files on the Hugging Face hub or URLs, in the order
 to try; an empty `sha256` if none was published. Does not import torch.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ldm.loading.hub import (
-    PREFIX,
+    HUB_PREFIX,
     fetch_file,
     fetch_url,
     find_cached_file,
@@ -30,7 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-Place = tuple[str, str] | str  # (repository, file) on the hub, or a URL
+Source = tuple[str, str] | str  # (repository, file) on the hub, or a URL
 TABLE = Path(__file__).with_name("published.csv")
 # SHA-256 of the first download on this machine, by name of a row without a published SHA-256.
 FIRST_DOWNLOADS = JsonCache("first_downloads.json")
@@ -47,7 +47,7 @@ class PublishedFile:
         memory: Of the weights in half precision, GB.
         bytes: Size of the file, with a `~` if it is rounded; "" = unknown.
         sha256: None = none was published.
-        places: Where to download it, in the order to try; rows with a URL have exact `bytes` and
+        sources: Where to download it, in the order to try; rows with a URL have exact `bytes` and
             `sha256`.
     """
 
@@ -57,15 +57,15 @@ class PublishedFile:
     memory: float
     bytes: str
     sha256: str | None
-    places: tuple[Place, ...]
+    sources: tuple[Source, ...]
 
     @property
-    def size(self) -> str:
-        """Size of the file as text, such as "5.21 GB"."""
+    def size_text(self) -> str:
+        """Size of the file for messages, such as "5.21 GB"; "?" if unknown."""
         return f"{float(self.bytes.lstrip('~')) / 1e9:.2f} GB" if self.bytes else "?"
 
-    def may_have(self, size: int) -> bool:
-        """Return whether a size in bytes may be that of the file."""
+    def may_have_size(self, size: int) -> bool:
+        """Return whether the file may have a size in bytes, as published ones may be rounded."""
         if not self.bytes.startswith("~"):
             return self.bytes in ("", str(size))
         rounded = float(self.bytes[1:])
@@ -99,18 +99,18 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
     path, name = Path(ckpt).expanduser(), ckpt if isinstance(ckpt, str) else ckpt.as_posix()
     if path.exists():
         return path
-    if name.startswith(PREFIX):
+    if name.startswith(HUB_PREFIX):
         return find_or_fetch(name, fetch=fetch, variant=variant)
     files = read_published_files()
     if name in files:
         file = files[name]
         if local_path := find_on_disk(file, verify=True):
             return local_path
-        what = f"`{name}` ({file.title}, {file.size}) is not on this machine"
-        raise MissingFile(f"{what}: ldm download {name}")
-    near = nearest_name(name, files)
-    if near and not path.suffix and len(path.parts) == 1:
-        raise MissingFile(f"no checkpoint `{name}`, did you mean `{near}`?")
+        message = f"`{name}` ({file.title}, {file.size_text}) is not on this machine"
+        raise MissingFile(f"{message}: ldm download {name}")
+    nearest = nearest_name(name, files)
+    if nearest and not path.suffix and len(path.parts) == 1:
+        raise MissingFile(f"no checkpoint `{name}`, did you mean `{nearest}`?")
     return path
 
 
@@ -138,9 +138,9 @@ def download(name: str) -> Path:
 
     Raises:
         UnknownName: The table does not have this name.
-        DownloadError: No place has the file; the reason for each is logged.
+        DownloadError: No source has the file; the reason for each is logged.
     """
-    if name.startswith(PREFIX):
+    if name.startswith(HUB_PREFIX):
         return find_or_fetch(name)
     files = read_published_files()
     check_name("model", name, files)
@@ -148,52 +148,52 @@ def download(name: str) -> Path:
     if path := find_on_disk(file, verify=True):
         log.info("%s is on this machine already", name)
         return path
-    log.info("%s: %s, %s, licence %s", name, file.title, file.size, file.licence)
-    for place in file.places:
+    log.info("%s: %s, %s, licence %s", name, file.title, file.size_text, file.licence)
+    for source in file.sources:
         try:
-            path = _fetch(file, place)
+            path = _fetch(file, source)
         except DownloadError as error:
-            if error.is_local or len(file.places) == 1:
+            if error.is_local or len(file.sources) == 1:
                 raise
             log.warning("%s", error)
         else:
             _log_hash(file, get_sha256(path))
             return path
-    raise DownloadError(f"{name} cannot be downloaded from any of its {len(file.places)} places")
+    raise DownloadError(f"{name} cannot be downloaded from any of its {len(file.sources)} sources")
 
 
-def _fetch(file: PublishedFile, place: Place) -> Path:
-    if isinstance(place, str):
+def _fetch(file: PublishedFile, source: Source) -> Path:
+    if isinstance(source, str):
         assert file.sha256 is not None
-        return fetch_url(place, int(file.bytes), file.sha256)
-    return fetch_file(*place, file.expected_sha256)
+        return fetch_url(source, int(file.bytes), file.sha256)
+    return fetch_file(*source, file.expected_sha256)
 
 
 def _log_hash(file: PublishedFile, digest: str) -> None:
     if file.sha256:
         log.info("SHA-256 %s is the published one", digest)
         return
-    log.info("SHA-256 %s; none was published, so that the file is unverified", digest)
+    log.info("SHA-256 %s; none was published, so the file is unverified", digest)
     FIRST_DOWNLOADS.set(file.name, digest)
 
 
 def _list_candidates(file: PublishedFile) -> Iterator[Path]:
     if file.expected_sha256:
         yield from find_paths_by_sha256(file.expected_sha256)
-    for place in file.places:
-        path = get_url_path(place) if isinstance(place, str) else find_cached_file(*place)
+    for source in file.sources:
+        path = get_url_path(source) if isinstance(source, str) else find_cached_file(*source)
         if path is not None and path.is_file():
             yield path
 
 
 def _parse_row(
-    name: str, title: str, licence: str, memory: str, bytes: str, sha256: str, places: str
+    name: str, title: str, licence: str, memory: str, bytes: str, sha256: str, sources: str
 ) -> PublishedFile:
-    parsed_places = tuple(map(_parse_place, places.split()))
-    return PublishedFile(name, title, licence, float(memory), bytes, sha256 or None, parsed_places)
+    parsed = tuple(map(_parse_source, sources.split()))
+    return PublishedFile(name, title, licence, float(memory), bytes, sha256 or None, parsed)
 
 
-def _parse_place(text: str) -> Place:
+def _parse_source(text: str) -> Source:
     if text.startswith("https://"):
         return text
     owner, repo, file = text.split("/", 2)

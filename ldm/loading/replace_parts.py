@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
-from ldm.loading.autoencoders import find_scale_factor, is_finite_in_half
+from ldm.loading.autoencoders import find_scale_factor, works_in_float16
 from ldm.loading.diffusers.locations import locate_unet
 from ldm.loading.files.checkpoint import Checkpoint, compute_short_hash
 from ldm.loading.matching import match_weights
@@ -37,24 +37,24 @@ def replace_autoencoder(
 ) -> dict[str, str]:
     """Put the autoencoder of another checkpoint into `weights`; return its path and hash."""
     source = open_checkpoint(vae)
-    autoencoder = extract_autoencoder(source, model.autoencoder, weights.path)
+    state = extract_autoencoder(source, model.autoencoder, weights.path)
     _compare_scale_factors(model, source, weights.path)
-    overflows = model.upcast_autoencoder or is_sdxl(model)
-    model.upcast_autoencoder = overflows and not is_finite_in_half(source)
-    _replace_weights(weights, source, AUTOENCODER, autoencoder)
-    return _path_and_hash(source.path)
+    may_overflow = model.upcast_autoencoder or is_sdxl(model)
+    model.upcast_autoencoder = may_overflow and not works_in_float16(source)
+    _replace_weights(weights, source, AUTOENCODER, state)
+    return _describe_file(source.path)
 
 
 def remove_autoencoder(
     model: LatentDiffusion, weights: Weights, tiny: TinyWeights
 ) -> dict[str, str]:
-    """Do not load the autoencoder if TAESD replaces all of it; return path and hash of TAESD."""
+    """Remove the autoencoder from `weights` if TAESD has an encoder; return path and hash of it."""
     check_latents(tiny, model)
     if tiny.has_encoder:
         model.autoencoder = PixelSpace()
         model.upcast_autoencoder = False
         weights.state = {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
-    return _path_and_hash(tiny.path)
+    return _describe_file(tiny.path)
 
 
 def replace_text_encoder(
@@ -62,24 +62,24 @@ def replace_text_encoder(
 ) -> dict[str, str]:
     """Put the text encoder of another checkpoint into `weights`; return its path and hash.
 
-    Takes its autoencoder, too, if `weights` have none.
+    If `weights` have no autoencoder, that of the checkpoint is added.
     """
     source = open_checkpoint(text_encoder)
-    part = extract_text_encoder(source, model, weights.state, weights.path)
-    _replace_weights(weights, source, TEXT, part)
-    return _path_and_hash(source.path)
+    state = extract_text_encoder(source, model, weights.state, weights.path)
+    _replace_weights(weights, source, TEXT, state)
+    return _describe_file(source.path)
 
 
 def extract_autoencoder(
     source: Checkpoint, autoencoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
-    """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
+    """Return the autoencoder's weights, under our names, from a file of it or of a whole model.
 
     Args:
         model: The model's file, for messages.
     """
     if not isinstance(autoencoder, AutoencoderKL):
-        raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
+        raise WeightsMismatch(f"`{model}` has no autoencoder to replace")
     summary = f"the autoencoder of `{source.path}` does not fit `{model}`"
     state = match_weights(autoencoder, rename_weights(source.state), source.path, summary)
     return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
@@ -88,9 +88,9 @@ def extract_autoencoder(
 def extract_text_encoder(
     source: Checkpoint, model: nn.Module | None, names: Iterable[str], path: Path
 ) -> dict[str, Tensor]:
-    """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
+    """Return the text encoder's weights, under our names, from a file of it or of a whole model.
 
-    Those of its autoencoder are added if the model needs one and its file has none.
+    Those of its autoencoder are added if the model needs one that its own file does not contain.
 
     Args:
         model: Model to fill, for names and shapes; None = unknown.
@@ -101,14 +101,15 @@ def extract_text_encoder(
     if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
         raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
     prefix = "text_model."  # of transformers' CLIPTextModel
-    state = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
-    state = rename_weights(state)
+    all_weights = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
+    all_weights = rename_weights(all_weights)
     summary = f"the text encoder of `{source.path}` does not fit `{path}`"
-    part = {f"{TEXT}{n}": v for n, v in match_weights(text, state, source.path, summary).items()}
+    matched = match_weights(text, all_weights, source.path, summary)
+    state = {f"{TEXT}{name}": value for name, value in matched.items()}
     is_missing = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, AUTOENCODER)
-    if is_missing and has_prefix(state, AUTOENCODER):
-        part |= extract_autoencoder(source, model.autoencoder, path)
-    return part
+    if is_missing and has_prefix(all_weights, AUTOENCODER):
+        state |= extract_autoencoder(source, model.autoencoder, path)
+    return state
 
 
 def complete_upscaler(
@@ -116,7 +117,7 @@ def complete_upscaler(
 ) -> None:
     """Take autoencoder and text encoder of an x2 latent upscaler from `base` if they are missing.
 
-    A UNet with diffusers' names gets the weights that diffusers leaves out.
+    Weights that diffusers leaves out of the UNet are added.
 
     Args:
         base: A model whose tensors are shared, not copied; None = all parts must be in `weights`.
@@ -125,17 +126,16 @@ def complete_upscaler(
     """
     if "unet.time_proj.weight" in weights.state:
         unet_state = model.unet.state_dict()
-        located = locate_unet(unet_state)
-        for name in unet_state.keys() - located.keys():
+        for name in unet_state.keys() - locate_unet(unet_state).keys():
             value = unet_state[name]
-            filled = torch.zeros(value.shape) if value.is_meta else value
-            weights.state.setdefault(f"unet.{name}", filled)
+            value = torch.zeros(value.shape) if value.is_meta else value
+            weights.state.setdefault(f"unet.{name}", value)
         weights.mapped = False  # these tensors, and those of `base`, are in memory
     expected, base_state = model.state_dict(), {} if base is None else base.state_dict()
     for prefix in UPSCALER_PARTS:
         names = [name for name in expected if name.startswith(prefix)]
-        fits = all(n in base_state and base_state[n].shape == expected[n].shape for n in names)
-        if fits and not has_prefix(weights.state, prefix):
+        base_fits = all(n in base_state and base_state[n].shape == expected[n].shape for n in names)
+        if base_fits and not has_prefix(weights.state, prefix):
             weights.state |= {name: base_state[name] for name in names}
             weights.mapped = False
     check_upscaler(weights.state, weights.path, base)
@@ -153,23 +153,23 @@ def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | Non
         message = f"`{path}` has no {' and no '.join(missing)}"
         if base is not None:
             raise MissingArgument(
-                f"{message}, nor has {quote_name(base)} one that fits\nhint: give its diffusers "
+                f"{message}, and {quote_name(base)} has none that fits\nhint: pass its diffusers "
                 "folder, or convert it with a text encoder first",
                 "upscaler",
             )
-        hint = "a checkpoint of Stable Diffusion 1 has both: pass it"
-        raise MissingArgument(f"{message}\nhint: {hint}", "text_encoder")
+        remedy = "pass a checkpoint of Stable Diffusion 1, which has both"
+        raise MissingArgument(f"{message}\nhint: {remedy}", "text_encoder")
 
 
 def _replace_weights(
-    weights: Weights, source: Checkpoint, prefix: str, part: dict[str, Tensor]
+    weights: Weights, source: Checkpoint, prefix: str, state: dict[str, Tensor]
 ) -> None:
-    """Replace all weights with a prefix by those of a part from another file."""
-    weights.state = part | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
+    """Replace all weights with a prefix by those of a part of another file."""
+    weights.state = state | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
     weights.mapped = weights.mapped and source.mapped
 
 
-def _path_and_hash(path: Path) -> dict[str, str]:
+def _describe_file(path: Path) -> dict[str, str]:
     return {"path": str(path.resolve()), "hash": compute_short_hash(path)}
 
 
@@ -179,16 +179,16 @@ def _compare_scale_factors(model: LatentDiffusion, source: Checkpoint, path: Pat
     The model's is used, as its UNet was trained with it. Most files of autoencoders do not contain
     theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
     """
-    factor, reason = find_scale_factor(source, identify_weights(source).family)
+    factor, evidence = find_scale_factor(source, identify_weights(source).family)
     if factor is not None and abs(factor / model.scale_factor - 1) > SCALE_FACTOR_TOLERANCE:
         warnings.warn(
-            f"the autoencoder of `{source.path}` has scale factor {factor:g} ({reason}), `{path}` "
-            f"{model.scale_factor:g}, which is used: colours will be wrong, SDXL needs an "
+            f"the autoencoder of `{source.path}` has scale factor {factor:g} ({evidence}), that of "
+            f"`{path}` is used, {model.scale_factor:g}: colours will be wrong, SDXL needs an "
             "autoencoder of SDXL, SD 1 and 2 need one of theirs",
             stacklevel=4,
         )
     log.info(
         "autoencoder of `%s`: used with scale factor %g of `%s`, its own is %s",
         source.path, model.scale_factor, path,
-        "unknown" if factor is None else f"{factor:g} ({reason})",
+        "unknown" if factor is None else f"{factor:g} ({evidence})",
     )  # fmt: skip

@@ -78,8 +78,8 @@ def translate_engine(
     unet["params"] = {"legacy": False} | unet["params"]
     conditioner = _translate_conditioner(params, f"{where}.conditioner_config", translate)
     encoders = conditioner["params"].values()
-    channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
-    if channels[0] == 2 * channels[1] + 1:  # inpainting, as YAMLs of other programs mark it
+    in_channels, out_channels = (unet["params"].get(f"{k}_channels", 4) for k in ("in", "out"))
+    if in_channels == 2 * out_channels + 1:  # inpainting, which these YAMLs show only here
         conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
     has_sizes = any(
         isinstance(spec, Mapping) and spec["target"] == SIZE_EMBEDDING for spec in encoders
@@ -107,10 +107,11 @@ def check_params(
     training_only: Collection[str],
     where: str,
 ) -> list[str]:
-    """Raise an error for unknown and missing parameters; return the places of `training_only`.
+    """Raise an error for unknown and missing parameters; return those of `training_only`.
 
     Args:
         name: Class of the original, for messages.
+        where: For messages, and the prefix of the returned keys.
     """
     check_names(f"parameter of {name}", params, {*used, *training_only}, where)
     for key in required:
@@ -120,7 +121,7 @@ def check_params(
 
 
 def name_encoders(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
-    """Return our names in the conditioner for embedders by index in the list.
+    """Return our names of encoders in the conditioner by index in the list of embedders.
 
     Args:
         targets: (our class, batch key) by index.
@@ -240,10 +241,10 @@ def _make_discrete_schedule(
     elif "given_betas" in discretization:  # ours: of a diffusers folder, as in `LatentDiffusion`
         betas = torch.tensor(discretization["given_betas"], dtype=torch.float64, device="cpu")
     else:
-        linear = _get_beta_params(discretization, where)
-        betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
-        if num_steps != linear["timesteps"]:  # sgm takes that many of its levels
-            sigmas = Schedule(make_betas(**linear)).step_sigmas(num_steps, "sgm_uniform")
+        beta_params = _get_beta_params(discretization, where)
+        betas = {"target": "ldm.diffusion.schedule.make_betas", "params": beta_params}
+        if num_steps != beta_params["timesteps"]:  # sgm selects that many of the levels
+            sigmas = Schedule(make_betas(**beta_params)).step_sigmas(num_steps, "sgm_uniform")
             betas = betas_from_sigmas(sigmas[:-1].flip(0))
     return {"target": "ldm.diffusion.schedule.Schedule", "params": {"betas": betas, **options}}
 
@@ -263,13 +264,13 @@ def _make_continuous_schedule(sampler: JsonMapping, log_time: bool, where: str) 
 
 def _get_beta_params(discretization: JsonMapping, where: str) -> JsonObject:
     """Return the arguments of `make_betas` for parameters of a LegacyDDPMDiscretization."""
-    linear = _fill_defaults(discretization, LEGACY_DDPM_DEFAULTS, where)
-    linear["timesteps"] = int(linear.pop("num_timesteps"))
-    return linear
+    params = _fill_defaults(discretization, LEGACY_DDPM_DEFAULTS, where)
+    params["timesteps"] = int(params.pop("num_timesteps"))
+    return params
 
 
 def _fill_defaults(params: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
-    """Return parameters with defaults for missing ones; unknown ones are refused."""
+    """Return parameters with defaults for missing ones; raise UnknownName for unknown ones."""
     check_names("parameter", params, defaults, where)
     return {**defaults, **params}
 
@@ -277,7 +278,7 @@ def _fill_defaults(params: JsonMapping, defaults: JsonMapping, where: str) -> Js
 def _compute_edm_sigmas(
     num_steps: int, sigma_min: float, sigma_max: float, rho: float
 ) -> torch.Tensor:
-    """Compute the ascending levels (num_steps,) of arXiv:2206.00364, eq. 5."""
+    """Compute the noise levels (num_steps,), ascending, of arXiv:2206.00364, eq. 5."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.linspace(low, high, num_steps, dtype=torch.float64, device="cpu") ** rho
 

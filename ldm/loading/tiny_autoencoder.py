@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.autoencoders import SCALE_XL, XL_NAME
+from ldm.loading.autoencoders import SCALE_FACTOR_XL, XL_NAME
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.files import read_component
 from ldm.loading.diffusers.layout import read_json
@@ -39,7 +39,7 @@ LAYER_NAME = re.compile(
     r"(?:\w*?(?P<network>encoder|decoder)\.)?(?P<diffusers>layers\.)?(?P<layer>\d+)"
     r"(?P<rest>(?:\.conv\.[024])?\.(?:weight|bias))"
 )
-CLASS = "AutoencoderTiny"  # `_class_name` in diffusers' config
+CLASS_NAME = "AutoencoderTiny"  # in diffusers' config
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     path = find_checkpoint(path)
     config = path / "config.json"
     if path.is_dir():
-        if not config.is_file() or read_json(config).get("_class_name") != CLASS:
+        if not config.is_file() or read_json(config).get("_class_name") != CLASS_NAME:
             return None
         state = read_component(path, None)
     else:
@@ -88,16 +88,16 @@ def build_tiny_autoencoder(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> TinyAutoencoder:
-    """Build TAESD for the latents of a model; without an encoder, the model's own one encodes."""
-    # With latents normalized by channel, the model's factor is not the autoencoder's.
-    scale = SCALE_XL if model.latent_mean is not None else model.scale_factor
+    """Build TAESD for the latents of a model; if it has no encoder, the model's encodes."""
+    # If latents are normalized by channel, the model's factor is not the autoencoder's.
+    scale_factor = SCALE_FACTOR_XL if model.latent_mean is not None else model.scale_factor
     with meta_device():
-        tiny = TinyAutoencoder(scale)
+        tiny = TinyAutoencoder(scale_factor)
     expected = tiny.state_dict()
     if not weights.has_encoder:
         expected = {name: v for name, v in expected.items() if name.startswith("decoder.")}
         tiny.encoder = None
-    check_weights(expected, weights.state, f"`{weights.path}` is not TAESD of 4 latent channels")
+    check_weights(expected, weights.state, f"`{weights.path}` is not TAESD with 4 latent channels")
     fill_weights(tiny, dict(weights.state), device=device, dtype=dtype)
     if not weights.has_encoder and isinstance(model.autoencoder, AutoencoderKL):
         tiny.fallback_encoder = model.autoencoder
@@ -105,7 +105,7 @@ def build_tiny_autoencoder(
 
 
 def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
-    """Load TAESD for previews: to decode the estimates that a callback receives.
+    """Load TAESD as a decoder for previews of the estimates that a callback receives.
 
     Returns:
         A function that decodes latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
@@ -132,15 +132,14 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
 def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
     """Raise WeightsMismatch if the model's latents have another shape than TAESD's.
 
-    Warns if the file name says that they are of another model generation.
+    Warns if TAESD is for another model generation, by its file name.
     """
     if (model.channels, model.downscale, model.autoencoder.in_channels) != (4, 8, 3):
         raise WeightsMismatch(
-            f"`{weights.path}` is TAESD, for latents of 4 channels and an eighth of the image's "
-            f"size: {quote_name(model)} has {model.channels} channels, and a size of "
-            f"1/{model.downscale}"
+            f"`{weights.path}` is TAESD, for latents with 4 channels and 1/8 of the image's size: "
+            f"those of {quote_name(model)} have {model.channels} channels and 1/{model.downscale}"
         )
-    if _find_name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
+    if _find_taesd_name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
             f"`{weights.path}` is for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its name, "
@@ -151,11 +150,11 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
 
 def is_for_xl(path: Path) -> bool:
     """Return whether TAESD is for SDXL, by its file or folder name, as shapes are the same."""
-    return XL_NAME.search(_find_name(path)) is not None
+    return XL_NAME.search(_find_taesd_name(path)) is not None
 
 
-def _find_name(path: Path) -> str:
-    """Return the file or folder name, in lower case, that contains "taesd"; "" if none does."""
+def _find_taesd_name(path: Path) -> str:
+    """Return the file or folder name, in lower case, that contains "taesd"; "" if neither does."""
     names = (path.stem.lower(), path.parent.name.lower())
     return next((name for name in names if "taesd" in name), "")
 

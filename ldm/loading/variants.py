@@ -32,13 +32,13 @@ class Variant:
 
     Args:
         title: Name in messages.
-        defaults: Of sampling; a file name may contain another number of steps.
+        defaults: Default sampling options; a file name may contain another number of steps.
         model_pattern: For metadata and file names of models, in lower case; "(?!)" matches none.
-        lora_pattern: For those of LoRAs; stricter, as they are often named after their subject.
+        lora_pattern: For those of LoRAs; stricter, as these are often named after their subject.
         marker: Name of a tensor that only these models have; "" = none.
-        predicts: Prediction type; None = the family's.
-        keeps_scheduler: Whether sampler and scheduler of SDXL's diffusers folders fit.
-        image_size_xl: Side in latent pixels at which SDXL models of this kind were trained.
+        prediction: Prediction type; None = the family's.
+        keeps_scheduler: Whether sampler and scheduler of SDXL's diffusers folders are kept.
+        image_size_xl: Side in latent pixels at which SDXL models of this variant were trained.
     """
 
     title: str
@@ -46,15 +46,15 @@ class Variant:
     model_pattern: str
     lora_pattern: str
     marker: str = ""
-    predicts: str | None = None
+    prediction: str | None = None
     keeps_scheduler: bool = False
     image_size_xl: int = 128
 
 
-STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
+NUM_STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 
 
-def _word_pattern(word: str) -> str:
+def _make_word_pattern(word: str) -> str:
     """Return a pattern for a word that starts or ends at a word boundary."""
     return rf"(?<![a-z]){word}|{word}(?![a-z])"
 
@@ -68,7 +68,7 @@ VARIANTS = {
     "lcm": Variant(
         "LCM",
         Defaults(1.0, 4, "lcm", "lcm", max_steps=16, max_scale=2.5),
-        _word_pattern("lcm"), r"(?<![a-z])lcm(?![a-z])"),
+        _make_word_pattern("lcm"), r"(?<![a-z])lcm(?![a-z])"),
     "tcd": Variant(
         "TCD",
         Defaults(1.0, 4, "tcd", "tcd", max_scale=2.5),
@@ -88,17 +88,17 @@ VARIANTS = {
     "lightning-x0": Variant(
         "Lightning for one step",
         Defaults(1.0, 1, "euler", "trailing", max_steps=1, max_scale=1.0),
-        r"lightning.*1[-_ ]?step.*x0", "(?!)", predicts="x0"),
+        r"lightning.*1[-_ ]?step.*x0", "(?!)", prediction="x0"),
     "lightning": Variant(
         "Lightning",
         Defaults(1.0, 4, "euler", "trailing", max_steps=12, max_scale=2.5),
-        _word_pattern("lightning"),
+        _make_word_pattern("lightning"),
         r"lightning.*\d[-_ ]?steps?|lightning[-_ ]?lora|xl[-_ ]?lightning",
         keeps_scheduler=True),
     "turbo": Variant(
         "Turbo",
         Defaults(1.0, 4, "euler_a", "turbo", max_steps=10, max_scale=2.5),
-        _word_pattern("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
+        _make_word_pattern("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
         keeps_scheduler=True, image_size_xl=64),
 }
 # fmt: on
@@ -133,14 +133,14 @@ class DetectedVariant(NamedTuple):
     def defaults(self) -> Defaults:
         """Default sampling options, with the number of steps in the file name."""
         defaults = VARIANTS[self.name].defaults
-        steps = STEPS.search(find_model_name(self.path).lower())
+        steps = NUM_STEPS.search(find_model_name(self.path).lower())
         return replace(defaults, steps=int(steps[1])) if steps else defaults
 
-    def update_defaults(self, base: Defaults, *, has_scheduler: bool) -> Defaults:
+    def resolve_defaults(self, base: Defaults, *, has_scheduler: bool) -> Defaults:
         """Return the defaults of a model of this variant.
 
         Args:
-            base: The defaults that it has as an ordinary model.
+            base: The defaults that it would have as an ordinary model.
             has_scheduler: Whether it comes from a diffusers folder of SDXL, whose scheduler
                 determines sampler and scheduler of `base`.
         """
@@ -165,7 +165,7 @@ def detect_variant(
 
 
 def detect_lora_variant(path: Path, metadata: Mapping[str, str]) -> DetectedVariant | None:
-    """Return the variant that a LoRA makes of a model, by metadata or file name; None = none."""
+    """Return the variant that a LoRA turns models into, by metadata or file name, or None."""
     patterns = {name: variant.lora_pattern for name, variant in VARIANTS.items()}
     return _search_names(patterns, path, metadata, LORA_METADATA)
 
@@ -173,26 +173,26 @@ def detect_lora_variant(path: Path, metadata: Mapping[str, str]) -> DetectedVari
 def set_variant(
     model: LatentDiffusion, detected: DetectedVariant, *, has_scheduler: bool = False
 ) -> Callable[[], None]:
-    """Set the defaults of a model for few steps, and what it predicts; return what undoes it.
+    """Set the defaults and prediction type of a few-step model; return a function to undo it.
 
     Args:
-        has_scheduler: See `DetectedVariant.update_defaults`.
+        has_scheduler: See `DetectedVariant.resolve_defaults`.
     """
     attributes = ("defaults", "image_size", "latent_size", "parameterization")
-    before = {name: vars(model)[name] for name in attributes}
+    old_values = {name: vars(model)[name] for name in attributes}
     provenance = model.provenance.copy()
     variant = VARIANTS[detected.name]
-    model.defaults = detected.update_defaults(model.defaults, has_scheduler=has_scheduler)
+    model.defaults = detected.resolve_defaults(model.defaults, has_scheduler=has_scheduler)
     if is_sdxl(model):
         model.image_size = variant.image_size_xl
         model.latent_size = (variant.image_size_xl, variant.image_size_xl)
-    model.parameterization = variant.predicts or model.parameterization
+    model.parameterization = variant.prediction or model.parameterization
     model.provenance["variant"] = {
         "name": detected.name, "evidence": detected.evidence, "file": detected.path.name,
     }  # fmt: skip
 
     def undo() -> None:
-        vars(model).update(before)
+        vars(model).update(old_values)
         del model.provenance["variant"]
         if "variant" in provenance:
             model.provenance["variant"] = provenance["variant"]
@@ -209,7 +209,7 @@ def is_variant_fixed(model: LatentDiffusion) -> bool:
 
 
 def find_model_name(path: Path) -> str:
-    """Return the stem of a file or folder name; of its folder if the name is in GENERIC_NAMES.
+    """Return the stem of a file or folder name; if that is in GENERIC_NAMES, its folder's name.
 
     In the cache of the Hugging Face hub it is the name of the repository.
     """
@@ -224,8 +224,9 @@ def find_model_name(path: Path) -> str:
 def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
     """Return whether a LoRA has the layers and the rank of published few-step LoRAs."""
     keys = list(keys)
-    has_time = any(map(TIME_LAYER.search, keys))
-    return has_time and set(ranks) == {LORA_RANK} and not any(map(TEXT_LAYER.search, keys))
+    has_time_layers = any(map(TIME_LAYER.search, keys))
+    has_text_layers = any(map(TEXT_LAYER.search, keys))
+    return has_time_layers and not has_text_layers and set(ranks) == {LORA_RANK}
 
 
 def _search_names(

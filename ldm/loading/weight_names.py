@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AUTOENCODER", "MARKERS", "NON_WEIGHTS", "SECOND_TEXT", "TEXT", "TEXT_2", "UNET",
-    "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names", "remove_wrappers",
-    "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "strip_prefix",
+    "AUTOENCODER", "MARKERS", "NON_WEIGHTS", "SECOND_TEXT_PREFIX", "TEXT", "TEXT_2",
+    "UNET", "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names", "remove_wrappers",
+    "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "select_prefix",
     "to_original_name",
 ]  # fmt: skip
 
 T = TypeVar("T")
-# (the original's prefix, ours); `to_original_name` takes the first that fits.
+# (the original's prefix, ours); `to_original_name` uses the first that matches.
 PREFIXES = (
     # Of k-diffusion's upscaler.
     ("inner_model.", "unet.inner_model."),
@@ -50,20 +50,20 @@ ENCODER = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
-# Prefix of a part of a whole model, possibly within another model, or twice.
+# Prefix of a part of a model, which may be repeated, or follow the prefix of an outer model.
 PART_PREFIX = re.compile(
     r"(?P<outer>(?:.*?\.)??)"
     r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<part>first_stage_model|cond_stage_model))\.)+"
 )
-# Other names of the attention in the autoencoder: of diffusers, and of its versions before 0.15.
+# Names of the autoencoder's attention in diffusers, and in its versions before 0.15.
 ATTENTION = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
-ATTENTION_WORDS = {
+ATTENTION_LAYERS = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
-UNET, AUTOENCODER = "unet.", "autoencoder."
+UNET, AUTOENCODER = "unet.", "autoencoder."  # our prefixes
 TEXT, TEXT_2 = "conditioner.text.", "conditioner.text_2."
-SECOND_TEXT = "2_"  # prefix that `normalize_layer_name` gives layers of the second text encoder
+SECOND_TEXT_PREFIX = "2_"  # of the second text encoder's layers in `normalize_layer_name`
 # `transformer.text_model.` of SD 1's text encoder, or parts of it; ComfyUI adds the encoder's name.
 TEXT_MODEL = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
@@ -98,12 +98,12 @@ NON_WEIGHTS = re.compile(
 )
 # Marker tensors of the prediction type or noise levels; the first two are empty.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
-# In diffusers' UNet of the x2 latent upscaler alone.
+# Only in diffusers' UNet of the x2 latent upscaler.
 UPSCALER_UNET = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
 # A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
-# Of NON_WEIGHTS, what `select_buffers` keeps.
+# Those NON_WEIGHTS that are buffers, see `select_buffers`.
 BUFFERS = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
@@ -122,10 +122,10 @@ def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield (our name, name in the file) of weights, without NON_WEIGHTS."""
     names = list(names)
-    if UPSCALER_UNET.issubset(names):  # the UNet of a diffusers folder, alone
+    if UPSCALER_UNET.issubset(names):  # only the UNet of a diffusers folder
         yield from ((f"unet.{name}", name) for name in names)
         return
-    originals = _strip_outer(names)
+    originals = _normalize_prefixes(names)
     unused = UNUSED_TEXT_ENCODER if VISION_TOWER in originals else ()
     for original, name in originals.items():
         if not NON_WEIGHTS.fullmatch(original) and not original.startswith(unused):
@@ -138,14 +138,15 @@ def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def normalize_layer_name(name: str) -> str:
-    """Convert any name that LoRA files use for a layer to one that all these names have in common.
+    """Convert the names that LoRA files use for a layer to a common form.
 
-    It has `_` for dots, no prefix of a network, and `SECOND_TEXT` before layers of the second text
-    encoder.
+    It has `_` for dots, and no prefix of a network but SECOND_TEXT_PREFIX.
     """
     flat = name.replace(".", "_").replace("_processor_to_out", "_to_out_0")
     flat = TEXT_ATTENTION.sub(r"\1_proj", flat.replace("_processor_", "_"))
-    return LAYER_PREFIX.sub(lambda match: SECOND_TEXT if match["second"] else "", flat, count=1)
+    return LAYER_PREFIX.sub(
+        lambda match: SECOND_TEXT_PREFIX if match["second"] else "", flat, count=1
+    )
 
 
 def select_loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,8 +156,8 @@ def select_loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def select_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return buffers by the original's names: noise schedule, scale factor, statistics."""
-    originals = _strip_outer(list(state))
+    """Return buffers under the original's names: noise schedule, scale factor, statistics."""
+    originals = _normalize_prefixes(list(state))
     return {
         name: state[file_name] for name, file_name in originals.items() if BUFFERS.fullmatch(name)
     }
@@ -167,23 +168,23 @@ def has_prefix(names: Iterable[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 
-def strip_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """Return the values whose names begin with a prefix, without it."""
+def select_prefix(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Return the values whose names begin with a prefix, under names without it."""
     return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
 
 
 def has_sgm_names(names: Iterable[str]) -> bool:
-    """Return whether a model, by our names of its weights, is one of sgm (SDXL)."""
+    """Return whether the original model is sgm's (SDXL), by our names of its weights."""
     names = set(names)
-    starts = ("conditioner.text_2.", "conditioner.embedder_")
-    if any(name.startswith(starts) for name in names):
+    sgm_prefixes = ("conditioner.text_2.", "conditioner.embedder_")
+    if any(name.startswith(sgm_prefixes) for name in names):
         return True
     is_unclip = any(name.startswith("conditioner.image.") for name in names)
     return "unet.label_emb.0.0.weight" in names and not is_unclip
 
 
 def to_original_name(name: str, *, sgm: bool = False) -> str:
-    """Convert our name, or the start of one, to the original's, or with `sgm` to sgm's."""
+    """Convert our name, or a prefix of one, to the original's; `sgm` to that of sgm."""
     if sgm and (match := ENCODER.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
         return f"conditioner.embedders.{index}.{name[match.end() :]}"
@@ -216,8 +217,8 @@ def restore_names(
     return originals
 
 
-def _strip_outer(names: list[str]) -> dict[str, str]:
-    """Return the name in the file by the name without outer models and with each prefix once."""
+def _normalize_prefixes(names: list[str]) -> dict[str, str]:
+    """Return the names in a file by the names without outer models and repeated prefixes."""
     matches = {name: PART_PREFIX.match(name) for name in names}
     outer = {match["outer"] for match in matches.values() if match} - {""}
     originals: dict[str, str] = {}
@@ -243,5 +244,5 @@ def _to_our_name(original: str) -> str:
     if name.startswith(TEXT):
         return TEXT_MODEL.sub(f"{TEXT}transformer.text_model.", name, count=1)
     return ATTENTION.sub(
-        lambda match: f"{match[1]}.{ATTENTION_WORDS.get(match[2], match[2])}", name
+        lambda match: f"{match[1]}.{ATTENTION_LAYERS.get(match[2], match[2])}", name
     )

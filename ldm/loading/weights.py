@@ -109,7 +109,7 @@ class Weights:
 def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Open a checkpoint; names are those of the file, or the original ones for a diffusers folder.
 
-    A folder's config is added to the metadata, unless its file has one.
+    The config of a run folder is added to the metadata, unless its checkpoint contains one.
 
     Args:
         path: A .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
@@ -148,9 +148,9 @@ def identify_weights(checkpoint: Checkpoint) -> Weights:
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
     """Return whether the projection of SDXL's second text encoder is transposed by mistake.
 
-    Other tools make such files from a diffusers folder if they rename its weights and do not
-    transpose the projection. It is recognized by an entry whose value nearly all fine-tunes keep to
-    within ENTRY_TOLERANCE.
+    Some tools write such files: they rename the weights of a diffusers folder, and do not transpose
+    the projection. It is recognised by an entry that nearly all fine-tunes change by less than
+    ENTRY_TOLERANCE.
 
     Args:
         state: Weights of a file in the original's layout, by our names.

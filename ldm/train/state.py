@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ldm.loading.weight_names import strip_prefix
+from ldm.loading.weight_names import select_prefix
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import STATE_KEYS
 from ldm.train.tasks.task import LossFunction
@@ -75,7 +75,7 @@ class TrainedNetwork:
         state = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, p in enumerate(order):
-            if values := strip_prefix(tensors, f"{names[id(p)]}."):
+            if values := select_prefix(tensors, f"{names[id(p)]}."):
                 state["state"][index] = values
         self.optimizer.load_state_dict(state)
 
@@ -184,13 +184,13 @@ class State:
         tensors = self._get_weights_and_ema()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer."
-            empty = network.allocate_optimizer_state(strip_prefix(shapes, prefix))
+            empty = network.allocate_optimizer_state(select_prefix(shapes, prefix))
             tensors |= _add_prefix(empty, prefix)
         return tensors
 
     def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
         for name, network in self.networks.items():
-            network.load_optimizer_state(strip_prefix(tensors, f"{name}.optimizer."))
+            network.load_optimizer_state(select_prefix(tensors, f"{name}.optimizer."))
 
     def is_finite(self) -> bool:
         """Return whether weights, EMA and optimizer states of this process are finite."""

@@ -93,8 +93,8 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
     _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")
     assert "has no" in err
-    assert "text encoder (CLIP ViT-L/14), nor has `base_eps.safetensors`" in err
-    assert "give its diffusers folder" in err
+    assert "text encoder (CLIP ViT-L/14), and `base_eps.safetensors` has none that fits" in err
+    assert "pass its diffusers folder" in err
     _, _, err = run("txt2img", *flags, "--upscaler", "checkpoints/demo.safetensors")
     assert "is not an x2 latent upscaler" in err
 
@@ -131,7 +131,7 @@ def test_latents_that_are_refused(upscaler, run, tmp_path):
     assert "a latent is doubled as it is, leave height out" in refusal("--H", 64)
     save_file({"latent_tensor": torch.zeros(1, 4, 8, 8)}, file, {"ldm.latent_space":
               json.dumps(asdict(shifted))})  # fmt: skip
-    assert "is a latent of another kind than `x2.safetensors` takes" in refusal()
+    assert "is a latent of another kind than `x2.safetensors` reads" in refusal()
     save_file({"latent_tensor": torch.zeros(2, 4, 8, 8)}, file)
     assert "is not one latent: its shape is (2, 4, 8, 8)" in refusal()
     save_file({"latent": torch.zeros(1)}, file)

@@ -122,7 +122,7 @@ def their_pipeline(model: LatentDiffusion):
         warnings.simplefilter("ignore")
         import diffusers
     is_xl, state = is_sdxl(model), model.unet.state_dict()
-    config = make_unet_config(model.unet, 8, size_width=SIZES if is_xl else None)
+    config = make_unet_config(model.unet, 8, size_embed_dim=SIZES if is_xl else None)
     unet = diffusers.UNet2DConditionModel.from_config(config).eval()
     unet.load_state_dict(convert_to_diffusers(locate_unet(state), state))
     towers = [None, *map(their_tower, model.conditioner.find_all(TextEncoder))]

@@ -248,7 +248,7 @@ def test_layers_that_are_there_twice_are_those_with_the_names_of_diffusers(file,
             is_other = torch.equal(layer.lora_up.weight, up)
             assert is_other == ("output_blocks" in name), name
             assert is_other or torch.equal(layer.compute_delta(), expected[name].compute_delta())
-    assert "layers twice: those with the original's names are left out" in caplog.text
+    assert "layers twice: those under the original's names are ignored" in caplog.text
 
 
 def test_a_lora_of_the_base_model_fits_an_inpainting_model(file):
@@ -377,7 +377,7 @@ def test_a_folder_of_peft_has_a_file_for_each_network(tmp_path):
         {n: layer.compute_delta() for n, layer in lora.layers.items()}, deltas
     )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no `pytorch_lora_weights` or `adapter_mo"):
+    with pytest.raises(FileNotFoundError, match="contains no `pytorch_lora_weights` or `adapter"):
         read_lora(tmp_path / "empty", model)
 
 
@@ -441,7 +441,7 @@ def test_a_config_of_peft_that_cannot_be_followed_is_refused(config, message, tm
 def test_metadata_that_are_damaged_and_weights_of_whole_numbers_are_refused(file):
     state, _ = low_rank(KOHYA)
     for text in ("{", "[]"):
-        write_checkpoint(file, state, {lora_files.ALPHA_METADATA: text})
+        write_checkpoint(file, state, {lora_files.ADAPTER_METADATA_KEY: text})
         with pytest.raises(FileFormatError, match="alpha in its metadata or .* is damaged"):
             read_lora(file, tiny_model())
     write_checkpoint(file, {name: value.to(torch.int8) for name, value in state.items()})
@@ -485,7 +485,7 @@ def test_alpha_is_read_from_metadata(file):
     model = tiny_model()
     write_lora(random_adapter(model), file, model, "diffusers")
     alphas = {"unet.lora_alpha": 6, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 12}}
-    metadata = {lora_files.ALPHA_METADATA: json.dumps(alphas)}
+    metadata = {lora_files.ADAPTER_METADATA_KEY: json.dumps(alphas)}
     write_checkpoint(file, read_checkpoint(file).state, metadata)
     adapter = read_lora(file, model)
     assert adapter["lora_unet_conv_in"].alpha == 6
@@ -580,7 +580,7 @@ def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path, file):
         (["lora_unet_conv_in.on_input"], "has only `on_input`"),
         (["lora_unet_conv_in.lora_mid.weight"], "has only `mid`"),
         (["unet.conv_in.lora_magnitude_vector.weight"], "has only `magnitude`"),
-        (["lora_unet_conv_in.oft_diag"], "unsupported kind: OFT of another form"),
+        (["lora_unet_conv_in.oft_diag"], "unsupported kind: OFT in another format"),
         (["unet.conv_in.lora_B.bias"], "unsupported kind: LoRA with biases"),
         (["x.modules_to_save.default.weight"], "unsupported kind: LoRA with whole layers"),
         (["out.2.bias"], "is not a LoRA file: 1 of its 1 keys is not recognised"),

@@ -17,12 +17,15 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.diffusers.locations import OLD_VAE_NAMES
 from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
-from ldm.loading.weight_names import strip_prefix
+from ldm.loading.weight_names import select_prefix
 from ldm.loading.weights import open_checkpoint
+from ldm.runtime.errors import FileFormatError, WeightsMismatch
 from quick import some
 
 VAE = "first_stage_model."
 CONV_IN = "first_stage_model.encoder.conv_in.weight"
+# A run whose text encoder has a compact vocabulary.
+COMPACT_RUN = "tests/data/written_by_0_1/logs/2026-11-29T12-00-00_tiny"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def test_the_spacing_of_a_folder_that_is_not_used_is_named(folder, tmp_path, cap
     ldm.load(folder)
     assert "spacing" not in caplog.text
     ldm.load(other)
-    assert "its spacing of steps is not used, the scheduler `karras` has it" in caplog.text
+    assert "its timestep spacing is ignored, select it by the scheduler `karras`" in caplog.text
 
 
 def test_what_no_computation_uses_may_be_missing(tiny, state, text, tmp_path):
@@ -234,7 +237,7 @@ def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
 
 def test_a_lora_for_a_part_of_a_model_or_for_none_is_refused(tiny, state, tmp_path, capsys):
     vae, target = tmp_path / "vae.safetensors", tmp_path / "x.ckpt"
-    write_checkpoint(vae, strip_prefix(state, VAE))
+    write_checkpoint(vae, select_prefix(state, VAE))
     error = fails(capsys, vae, target, "--lora", "style.safetensors")
     assert "is not a whole model: LoRAs cannot be merged" in error
     assert "is not a LoRA file" in fails(capsys, tiny, target, "--lora", vae)
@@ -258,22 +261,22 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     if config == "part":
         raw = {"model": raw["model"]["params"]["first_stage_config"]}
     (tmp_path / "kl.yaml").write_text(format_yaml(raw))
-    content = strip_prefix(state, VAE) | {"loss.logvar": torch.zeros(())}
+    content = select_prefix(state, VAE) | {"loss.logvar": torch.zeros(())}
     torch.save({"state_dict": content}, tmp_path / "kl.ckpt")
     run(tmp_path / "kl.ckpt", tmp_path / "kl", "--config", tmp_path / "kl.yaml")
     bare = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     run(bare, tmp_path / "original.ckpt", "--config", tmp_path / "kl.yaml")
-    assert same(read_checkpoint(tmp_path / "original.ckpt").state, strip_prefix(state, VAE))
+    assert same(read_checkpoint(tmp_path / "original.ckpt").state, select_prefix(state, VAE))
     about = json.loads((tmp_path / "kl/config.json").read_text())
     assert about["block_out_channels"] == [32, 64]
-    assert same(open_checkpoint(tmp_path / "kl").state, strip_prefix(state, VAE))
-    assert same(ldm.load(tmp_path / "kl").state_dict(), strip_prefix(state, VAE))
+    assert same(open_checkpoint(tmp_path / "kl").state, select_prefix(state, VAE))
+    assert same(ldm.load(tmp_path / "kl").state_dict(), select_prefix(state, VAE))
 
 
 def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, capsys):
     """Such as one whose decoder was trained on: alone in its file, or within a whole model."""
     vae, x, y = (tmp_path / name for name in ("vae.ckpt", "x.ckpt", "y.safetensors"))
-    other = {name: (value + 1).half() for name, value in strip_prefix(state, VAE).items()}
+    other = {name: (value + 1).half() for name, value in select_prefix(state, VAE).items()}
     write_checkpoint(vae, other)
     run(tiny, x, "--vae", vae)
     expected = state | {VAE + name: value.float() for name, value in other.items()}
@@ -304,6 +307,24 @@ def test_given_statistics_are_written_into_a_file(tmp_path):
     run(source, tmp_path / "y.safetensors", "--clip-stats", stats)
     written = read_checkpoint(tmp_path / "y.safetensors").state
     assert all(torch.equal(written[name].flatten(), state[name]) for name in names)
+
+
+def test_missing_statistics_of_a_folder_are_named(tmp_path):
+    write("unclip-l", tmp_path / "x.ckpt")
+    run(tmp_path / "x.ckpt", tmp_path / "y")
+    path = tmp_path / "y/image_normalizer/diffusion_pytorch_model.safetensors"
+    write_checkpoint(path, {"mean": torch.ones(1)})
+    with pytest.raises(FileFormatError, match="image_normalizer` has damaged statistics: .*'std'"):
+        open_checkpoint(tmp_path / "y")
+
+
+def test_a_missing_token_embedding_of_a_folder_is_named(tmp_path):
+    run(COMPACT_RUN, tmp_path / "x")
+    path = tmp_path / "x/text_encoder/model.safetensors"
+    state = read_checkpoint(path).state
+    write_checkpoint(path, {n: v.clone() for n, v in state.items() if "token_embedding" not in n})
+    with pytest.raises(WeightsMismatch, match="\nmissing: .*token_embedding.weight"):
+        open_checkpoint(tmp_path / "x")
 
 
 def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):

@@ -12,7 +12,7 @@ from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import networks
-from ldm.loading.diffusers.index import make_folder_configs, make_original_config
+from ldm.loading.diffusers.folder_configs import make_folder_configs, make_original_config
 from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.legacy import translate_config

@@ -29,7 +29,7 @@ from ldm.train.runs.initial_weights import load_initial_weights
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "checkpoints/demo.safetensors"
-FIRST, SECOND = "first/one/a.safetensors", "second/two/b.ckpt"  # places of the file `small`
+FIRST, SECOND = "first/one/a.safetensors", "second/two/b.ckpt"  # sources of the file `small`
 COMMIT = "0123456789" * 4
 CONTENT = os.urandom(2_000_000)
 WRONG = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
@@ -124,11 +124,11 @@ def use_endpoint(monkeypatch, endpoint):
 
 @pytest.fixture
 def table(hub, monkeypatch, tmp_path):
-    """Replaces the table: `table(sha256)` has one row, `small`, in two places."""
+    """Replaces the table: `table(sha256)` has one row, `small`, with two sources."""
     monkeypatch.setattr(published, "TABLE", tmp_path / "table.csv")
 
     def write(sha256):
-        header = "name,title,licence,memory,bytes,sha256,places"
+        header = "name,title,licence,memory,bytes,sha256,sources"
         row = f"small,Small,mit,0.1,~2000000,{sha256},{FIRST} {SECOND}"
         published.TABLE.write_text(f"{header}\n{row}\n")
         published.read_published_files.cache_clear()
@@ -251,7 +251,7 @@ def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, download,
     assert status == 1
     assert first == f"SHA-256 mismatch for `{FIRST}`: expected {SHA256}, got {WRONG_SHA256}"
     assert second == "`second/two` is not found, or private"
-    assert "error: small cannot be downloaded from any of its 2 places" in last
+    assert "error: small cannot be downloaded from any of its 2 sources" in last
     assert final_files(cache) + list(cache.rglob("*.incomplete")) == []
 
 

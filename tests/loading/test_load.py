@@ -30,7 +30,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.load import save_model
 from ldm.loading.matching import match_weights
 from ldm.loading.model_config import asks_for_ema, choose_config
-from ldm.loading.weight_names import rename_weights, restore_names, strip_prefix
+from ldm.loading.weight_names import rename_weights, restore_names, select_prefix
 from ldm.loading.weights import identify_weights
 from ldm.runtime.errors import ArgumentError, ConfigError, FileFormatError
 from loading import tinyfamilies
@@ -396,19 +396,19 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("lora_unet_x.lora_down.weight", "a LoRA, which is merged"),
         ("string_to_param.*", "a textual inversion, which is added"),
         ("control_model.x", "a ControlNet, which is not supported"),
-        ("input_blocks.0.0.weight", "a UNet alone"),
+        ("input_blocks.0.0.weight", "only a UNet"),
         ("first_stage_model.quantize.embedding.weight", "a model with a VQ autoencoder, which is"),
         ("cond_stage_model.transformer.token_emb.weight", "a model with BERT's text encoder"),
-        ("encoder.down.0.block.0.conv1.weight", "an autoencoder alone, which replaces a model's"),
+        ("encoder.down.0.block.0.conv1.weight", "only an autoencoder, which replaces a model's"),
         ("down_blocks.0.resnets.0.norm1.weight", "a part of a diffusers folder"),
-        ("encoder.conv_in.weight", "holds nothing of .*, `cond_stage_model.`"),
+        ("encoder.conv_in.weight", r"has no weights .*, `cond_stage_model\.\*`"),
     ],
 )
 def test_the_type_of_another_file_is_named(tmp_path, tiny_yaml, name, kind):
     torch.save({name: torch.ones(1, 1)}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=f"hint: the file (is )?{kind}"):
         ldm.load(tiny_yaml, tmp_path / "x.ckpt")
-    if kind.startswith("a"):
+    if not kind.startswith("has"):
         with pytest.raises(ValueError, match=f"x.ckpt` is {kind}"):
             ldm.load(ckpt=tmp_path / "x.ckpt")
 
@@ -416,7 +416,7 @@ def test_the_type_of_another_file_is_named(tmp_path, tiny_yaml, name, kind):
 def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_yaml, tiny_state):
     part = read_yaml(tiny_yaml)["model"]["params"]["first_stage_config"]
     (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
-    own = strip_prefix(tiny_state, VAE)
+    own = select_prefix(tiny_state, VAE)
     torch.save({"state_dict": own | {"loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
     assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "kl.ckpt"), own)
     torch.save(tiny_state, tmp_path / "whole.ckpt")
@@ -446,7 +446,7 @@ def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
     weight = model.autoencoder.decoder.conv_in.weight
     assert torch.equal(weight, state["first_stage_model.decoder.conv_in.weight"])
     assert model.unet.out[2].weight.dtype == torch.float16
-    with pytest.raises(ArgumentError, match="a family without few-step models, .* is not lcm"):
+    with pytest.raises(ArgumentError, match="no few-step models of the family of .* is not lcm"):
         ldm.load(ckpt=tmp_path / "x4.safetensors", variant="lcm")
 
 
@@ -478,7 +478,7 @@ def test_a_config_in_the_file_that_is_none_is_one_error(tmp_path, tiny_state):
 def test_the_autoencoder_of_another_file_is_used(tmp_path, tiny_yaml, tiny_file, tiny_state):
     path = tmp_path / "vae.ckpt"
     other = {name: value + 1 for name, value in tiny_state.items() if name.startswith(VAE)}
-    write_checkpoint(path, strip_prefix(other, VAE))
+    write_checkpoint(path, select_prefix(other, VAE))
     model = ldm.load(tiny_yaml, tiny_file, vae=path)
     assert same(model, tiny_state | other)
     assert model.provenance["vae"] == {"path": str(path), "hash": compute_short_hash(path)}
@@ -555,7 +555,7 @@ EPS[::2] *= -1
 
 
 @pytest.mark.parametrize(
-    ("step", "bias", "notes", "says", "disputed"),
+    ("step", "bias", "metadata", "kind", "is_disputed"),
     [
         (875000, EPS, {}, "eps", False),
         (110000, V, {}, "v", False),
@@ -569,13 +569,13 @@ EPS[::2] *= -1
         (None, EPS, {"modelspec.prediction_type": "x0"}, "x0", True),
     ],
 )
-def test_predictions_and_configs_are_chosen_by_several_methods(step, bias, notes, says, disputed):
-    state = restore_names(full("v2-inference") | {families.BIAS: bias})
-    weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=notes))
+def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_disputed):
+    state = restore_names(full("v2-inference") | {families.BIAS_NAME: bias})
+    weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=metadata))
     prediction = weights.prediction
-    assert (prediction.kind, prediction.disputed) == (says, disputed)
-    assert prediction.num_known == sum(v is not None for v in (step, bias)) + bool(notes)
-    name = "v2-inference-v" if says == "v" else "v2-inference"
+    assert (prediction.kind, prediction.is_disputed) == (kind, is_disputed)
+    assert prediction.num_known == sum(v is not None for v in (step, bias)) + bool(metadata)
+    name = "v2-inference-v" if kind == "v" else "v2-inference"
     assert choose_config(weights) == f"configs/stable-diffusion/{name}.yaml"
 
 

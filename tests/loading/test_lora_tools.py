@@ -12,7 +12,7 @@ from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_tools import (
     RankRule,
     build_model_of_lora,
-    decompose,
+    compute_svd,
     extract_lora,
     join_loras,
 )
@@ -110,7 +110,7 @@ def test_rules_of_the_rank(rule, count):
 def test_a_matrix_of_lower_rank_is_decomposed(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape[0], 3).double() @ torch.randn(3, shape[1]).double()
-    u, values, v = decompose(matrix)
+    u, values, v = compute_svd(matrix)
     torch.testing.assert_close(u * values @ v, matrix)
     torch.testing.assert_close(values, torch.linalg.svdvals(matrix), rtol=0, atol=1e-6)
 

@@ -11,8 +11,8 @@ from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.modelspec import filter_metadata
-from ldm.loading.report import inspect_checkpoint
 
 AUTHOR = {"modelspec.title": "Barns", "modelspec.author": "Ann", "modelspec.license": "CC0-1.0"}
 
@@ -47,7 +47,7 @@ def test_a_conversion_keeps_the_authors_metadata_and_computes_a_new_hash(model_f
     assert spec["resolution"] == "32x32"
     assert spec["sai_model_spec"] == "1.0.1"
     assert "sshs_model_hash" not in read_checkpoint(path).metadata
-    assert "ModelSpec   author              Ann" in list(inspect_checkpoint(path).lines())
+    assert "ModelSpec   author              Ann" in list(inspect_checkpoint(path).format_lines())
 
 
 def test_changed_weights_keep_the_licence_only():

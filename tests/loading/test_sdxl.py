@@ -10,18 +10,18 @@ import yaml
 
 import ldm
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule
-from ldm.loading import report
+from ldm.loading import inspection
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.convert import find_config_text
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.find_variant import find_variant
+from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
 from ldm.loading.model_config import read_config
-from ldm.loading.report import inspect_checkpoint
-from ldm.loading.weight_names import rename_weights, restore_names, strip_prefix
+from ldm.loading.weight_names import rename_weights, restore_names, select_prefix
 from ldm.loading.weights import has_transposed_projection, identify_weights
 from ldm.model import Defaults
 from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName, WeightsMismatch
@@ -204,7 +204,7 @@ def test_families_are_recognised(full, config, markers, chosen):
     source, raw = read_config(weights)
     assert Path(source).stem == chosen
     model = translate_config(raw)["params"]
-    assert not weights.prediction.disputed
+    assert not weights.prediction.is_disputed
     if chosen == "sd_xl_cosxl":
         expected = {"sigma_min": 0.002, "sigma_max": 90.0, "log_time": True}
         assert model["schedule"]["params"] == expected
@@ -271,7 +271,7 @@ def tiny(tmp_path_factory):
 
 
 def write_vae(path, tiny):
-    write_checkpoint(path, strip_prefix(read_checkpoint(tiny).state, "first_stage_model."))
+    write_checkpoint(path, select_prefix(read_checkpoint(tiny).state, "first_stage_model."))
     return path
 
 
@@ -294,10 +294,10 @@ def test_the_scale_of_the_model_stays_with_another_autoencoder(tmp_path, tiny, n
 
 
 def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
-    monkeypatch.setattr(report, "MAX_SIZE_TO_HASH", 0)
+    monkeypatch.setattr(inspection, "MAX_SIZE_TO_HASH", 0)
     summary = inspect_checkpoint(tiny)
     assert summary.sha256 == ""
-    assert "no published file has this size" in "\n".join(summary.lines())
+    assert "no published file has this size" in "\n".join(summary.format_lines())
     assert (summary.missing, summary.unexpected) == ([], [])
 
 

@@ -65,7 +65,7 @@ def test_models_without_statistics_have_no_tensors_of_them(tmp_path):
 @pytest.mark.parametrize("content", [{"a": MEAN}, [MEAN, 3], MEAN, {}])
 def test_files_of_something_else_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "stats.th")
-    with pytest.raises(ValueError, match="does not hold statistics"):
+    with pytest.raises(ValueError, match="does not contain a mean and a standard deviation"):
         read_clip_statistics(tmp_path / "stats.th")
 
 

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(formats, tmp_path):
         ldm.load(vae=formats["encoder"])
     state = {k: v for k, v in torch.load(formats["decoder"]).items() if not k.startswith("19.")}
     torch.save(state, tmp_path / "cut.pth")
-    with pytest.raises(WeightsMismatch, match=r"is not TAESD of 4 latent channels: 2 missing"):
+    with pytest.raises(WeightsMismatch, match=r"is not TAESD with 4 latent channels: 2 missing"):
         ldm.load(vae=tmp_path / "cut.pth")
     with pytest.raises(ValueError, match="TAESD, a small autoencoder"):
         ldm.load(ckpt=formats["decoder"])

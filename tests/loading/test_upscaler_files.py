@@ -9,9 +9,9 @@ import torch
 import ldm
 from ldm.loading.config import format_yaml
 from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.inspection import inspect_checkpoint
 from ldm.loading.load import load, save_model
 from ldm.loading.model_config import read_config
-from ldm.loading.report import inspect_checkpoint
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.runtime.errors import ArgumentError, ConfigError, MissingArgument, WeightsMismatch
 from tinyupscaler import random_latent, tiny_config, tiny_upscaler

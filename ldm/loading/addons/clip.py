@@ -1,7 +1,7 @@
 """Load a complete CLIP, with image and text tower, for CLIP score and the Karlo prior.
 
-From a file of open_clip or OpenAI (TorchScript archives, too), a file or folder of transformers'
-CLIPModel, or an unCLIP checkpoint.
+It is read from a file of open_clip or OpenAI (TorchScript archives, too), a file or folder of
+transformers' CLIPModel, or an unCLIP checkpoint.
 """
 
 import re
@@ -25,21 +25,21 @@ from ldm.loading.diffusers.locations import (
 )
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import TEXT, rename_weights, strip_prefix
+from ldm.loading.weight_names import TEXT, rename_weights, select_prefix
 from ldm.runtime.errors import FileFormatError
 
 __all__ = ["check_clip", "get_clip_name", "load_clip"]
 
-# In an unCLIP checkpoint, under our names: a CLIP; that of ViT-H has a text tower without blocks,
-# which are in the text encoder.
-UNCLIP, TEXT_ENCODER = "conditioner.image.clip.model.", f"{TEXT}model."
+# Our prefixes in an unCLIP checkpoint: a CLIP, and the text encoder. With ViT-H only the latter has
+# the blocks of the text tower.
+UNCLIP_PREFIX, TEXT_PREFIX = "conditioner.image.clip.model.", f"{TEXT}model."
 TRANSFORMERS_PROJECTION = "visual_projection.weight"
 IMAGE_PROJECTION, FIRST_BLOCK = "visual.proj", "transformer.resblocks.0.ln_1.weight"  # open_clip
 # Prefixes of the weights of `CLIP`.
 PREFIXES = ("visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
          "text_projection", "logit_scale")  # fmt: skip
 LAION = re.compile(r"laion|datacomp|open_?clip", re.IGNORECASE)
-OPENAI_WIDTHS = (512, 768)  # embeddings of ViT-B and ViT-L; the larger ones are LAION's
+OPENAI_EMBED_DIMS = (512, 768)  # of ViT-B and ViT-L; larger models are LAION's
 HEAD_WIDTHS = {
     int(size["width"]): int(size.get("head_width", VISION_DEFAULTS["head_width"]))
     for size in VISION_CONFIGS.values()
@@ -49,8 +49,8 @@ HEAD_WIDTHS = {
 def load_clip(path: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
     """Load both towers in float32; sizes are inferred from the weights.
 
-    Weights do not show whether the activation is OpenAI's quick GELU. Without a config it is for
-    OpenAI's sizes, unless the file name says that the model is LAION's.
+    Weights do not show whether the activation is OpenAI's quick GELU. Without a config it is used
+    for models of OpenAI's sizes, unless the file name says that they are LAION's.
 
     Args:
         path: A file or folder, see the docstring of this module, or a published name.
@@ -93,7 +93,7 @@ def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
         config = get_tower_config(read_json(config_path), "text")
         quick_gelu = is_openai_clip(config, f"{path.name}/config.json")
     else:
-        is_openai = state["text_projection"].shape[1] in OPENAI_WIDTHS
+        is_openai = state["text_projection"].shape[1] in OPENAI_EMBED_DIMS
         quick_gelu = is_openai and (is_unclip or not LAION.search(path.name))
     with meta_device():
         clip = CLIP(_infer_text_size(state) | {"quick_gelu": quick_gelu}, _infer_vision_size(state))
@@ -105,7 +105,7 @@ def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of transformers' CLIPModel under open_clip's names."""
     text_layers = _count_blocks(state, "text_model.encoder.layers.")
     vision_layers = _count_blocks(state, "vision_model.encoder.layers.")
-    with meta_device():  # for its names; its sizes do not matter
+    with meta_device():  # only for the names of its weights, so any size
         size = {"width": 64, "heads": 1}
         text = {**size, "layers": text_layers, "embed_dim": 1}
         vision = {**size, "layers": vision_layers, "image_size": 1, "patch_size": 1}
@@ -119,7 +119,7 @@ def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _extract_unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CLIP's weights in an unCLIP checkpoint, under open_clip's names."""
     weights = rename_weights(state)
-    towers, text = strip_prefix(weights, UNCLIP), strip_prefix(weights, TEXT_ENCODER)
+    towers, text = select_prefix(weights, UNCLIP_PREFIX), select_prefix(weights, TEXT_PREFIX)
     norm, text_norm = towers.get("ln_final.weight"), text.get("ln_final.weight")
     is_same_tower = norm is not None and text_norm is not None and norm.shape == text_norm.shape
     if is_same_tower and FIRST_BLOCK not in towers:
@@ -139,14 +139,14 @@ def _select_towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
 
 
 def _infer_text_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    vocabulary, width = state["token_embedding.weight"].shape
+    vocab_size, width = state["token_embedding.weight"].shape
     return {
         "width": width,
         "heads": max(width // 64, 1),
         "layers": _count_blocks(state, "transformer.resblocks."),
         "embed_dim": state["text_projection"].shape[1],
         "context_length": len(state["positional_embedding"]),
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "mlp_ratio": _compute_mlp_ratio(state, "transformer.resblocks.0."),
     }
 
@@ -165,7 +165,7 @@ def _infer_vision_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    return len({name.split(".")[0] for name in strip_prefix(state, prefix)})
+    return len({name.split(".")[0] for name in select_prefix(state, prefix)})
 
 
 def _compute_mlp_ratio(state: Mapping[str, Tensor], block: str) -> float:

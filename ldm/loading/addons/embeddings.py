@@ -1,6 +1,6 @@
 """Read and write textual inversions: tokens for prompts, with vectors for one or two text encoders.
 
-The file is called a textual inversion, a token with its vectors an embedding.
+The file is called a textual inversion; a token with its vectors is an embedding.
 
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
                  is the name of the file, unless it has several. In a .png: base64 of JSON, in a
@@ -41,15 +41,15 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".pt", ".bin", ".safetensors")
 PNG_SUFFIX = ".png"
 PNG_TEXT_KEY = "sd-ti-embedding"  # text chunk of A1111's PNGs
-TENSOR_KEY = "TORCHTENSOR"  # A1111's mark of a tensor in JSON
-MAX_TOKENS = 76  # a file with more tensors is of another kind
+TENSOR_KEY = "TORCHTENSOR"  # A1111's key of a tensor in JSON
+MAX_TOKENS = 76  # a file with more tensors is not a textual inversion
 STRING_TO_PARAM_PREFIX = "string_to_param."
 ONLY_TOKEN_KEY = "emb_params"  # vectors of the only token, which is named after the file
-XL_KEYS = ("clip_l", "clip_g")  # the same, for each text encoder of SDXL
+XL_KEYS = ("clip_l", "clip_g")  # likewise, for each text encoder of SDXL
 # Keys of diffusers' training script.
 DIFFUSERS_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
-BUNDLE_PREFIX = "bundle_emb."  # of embeddings in LoRA files
+BUNDLE_PREFIX = "bundle_emb."  # of tensors of embeddings in LoRA files
 BUNDLE_KEY = re.compile(
     rf"{re.escape(BUNDLE_PREFIX)}(?:(?P<token>.+?)\.)?(?P<key>string_to_param\..*|[^.]+)"
 )
@@ -65,8 +65,8 @@ def load_embeddings(
     `model.provenance` records the files.
 
     Args:
-        strict: Whether to raise for a file that does not fit, else it is skipped; in folders such
-            files are skipped in any case.
+        strict: Whether to raise an error for a file that does not fit; if not, or in a folder, it
+            is skipped.
 
     Raises:
         FileFormatError: A file is not a textual inversion.
@@ -92,7 +92,7 @@ def load_embeddings(
             entries.append({"path": str(file.resolve()), "words": words, "hash": digest})
     if entries:
         model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *entries]
-    _warn_of_missing_vectors(model, added)
+    _warn_about_missing_vectors(model, added)
 
 
 def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
@@ -148,7 +148,7 @@ def _check_tokens(
             )
 
 
-def _warn_of_missing_vectors(model: LatentDiffusion, tokens: Iterable[str]) -> None:
+def _warn_about_missing_vectors(model: LatentDiffusion, tokens: Iterable[str]) -> None:
     """Warn about tokens with vectors for only one of two text encoders."""
     encoders = model.conditioner.find_all(TextEncoder)
     for token in dict.fromkeys(tokens):
@@ -235,7 +235,7 @@ def write_embeddings(
         metadata: Further entries of the file's metadata; None = none.
         model: Model that they were trained for, for the metadata; None = unknown.
     Raises:
-        ArgumentError: There are several tokens, and one is of SDXL: such a file holds only it.
+        ArgumentError: One of several tokens is for SDXL: such a file can contain only one.
     """
     state: dict[str, Tensor] = {}
     metadata = {"modelspec.trigger_phrase": ", ".join(tokens), **(metadata or {})}
@@ -255,7 +255,7 @@ def write_embeddings(
 
 
 def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
-    """Return a file's vectors (n, D) by token; `name` is the token if the file does not say it."""
+    """Return a file's vectors (n, D) by token; `name` is the token if the file has none."""
     state = {DIFFUSERS_XL_KEYS.get(key, key): value for key, value in state.items()}
     xl_vectors = [state[key] for key in XL_KEYS if key in state]
     params = {

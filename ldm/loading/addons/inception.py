@@ -1,4 +1,4 @@
-"""The Inception network of FID, from the file of pytorch-fid or torch-fidelity."""
+"""Load the Inception network of FID from the file of pytorch-fid or torch-fidelity."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from ldm.runtime.errors import FileFormatError
 
 __all__ = ["load_inception"]
 
-CLASSES = 1008  # of the last layer, which FID does not use
-NEEDED = "FID needs TensorFlow's weights of 2015-12-05: `ldm download fid-inception`"
+NUM_CLASSES = 1008  # of the last layer, which FID does not use
+REMEDY = "FID needs TensorFlow's weights of 2015-12-05: `ldm download fid-inception`"
 
 
 def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> Inception:
@@ -26,9 +26,9 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
     file = read_checkpoint(find_checkpoint(path))
     head = file.state.get("fc.weight")
     if "Mixed_7c.branch_pool.conv.weight" not in file.state or head is None:
-        raise FileFormatError(f"`{path}` is not an Inception network: {NEEDED}")
-    if len(head) != CLASSES:
-        raise FileFormatError(f"`{path}` is an Inception of {len(head)} classes: {NEEDED}")
+        raise FileFormatError(f"`{path}` is not an Inception network: {REMEDY}")
+    if len(head) != NUM_CLASSES:
+        raise FileFormatError(f"`{path}` is an Inception of {len(head)} classes: {REMEDY}")
     with meta_device():
         net = Inception()
     expected = net.state_dict()

@@ -1,4 +1,4 @@
-"""Load the LoRA and LyCORIS files of `lora_files` into a model, replace and remove them.
+"""Load LoRA and LyCORIS files into a model, replace and remove them.
 
 Target layers are the linear layers and convolutions (LoCon) of UNet and text encoders; of LyCORIS
 (see `nets/lycoris.py`) also norms and biases.
@@ -17,8 +17,8 @@ from torch import Tensor
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import add_embeddings, read_bundle
 from ldm.loading.addons.lora_files import (
-    BIASES,
-    LOW_RANK,
+    BIAS_ROLES,
+    LORA_ROLES,
     Tensors,
     add_alphas,
     compute_a1111_hash,
@@ -61,11 +61,11 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-INPUT_CONVOLUTION = "input_blocks.0.0"
+INPUT_CONV = "input_blocks.0.0"
 
 
 class LoRAFile(NamedTuple):
-    """A file or folder of a LoRA, its weight, and what it changes in a model with that weight."""
+    """A file or folder of a LoRA, its weight, and the changes to a model with that weight."""
 
     path: Path
     weight: LoRAWeight
@@ -100,7 +100,7 @@ def read_loras(
 ) -> list[LoRAFile]:
     """Read (file, weight) pairs for a model, which may be on the meta device.
 
-    Changes of weight 0 are left out. Raises what `read_changes` does.
+    Changes of weight 0 are left out. Raises the errors of `read_changes`.
     """
     loras = []
     for path, weight in parse_loras(files):
@@ -125,7 +125,7 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         files: (file, weight) pairs, the weight as in `ldm.load`; an empty list removes all LoRAs.
     Raises:
         ArgumentError: The model was loaded with `loras`, which cannot be removed; or the sum of
-            weights is too large for its dtype, then it has no LoRAs.
+            weights is too large for its dtype, and the model then has no LoRAs.
         ValueError, FileNotFoundError: As `ldm.load`; the model is unchanged.
     """
     check_model(model)
@@ -135,10 +135,10 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
             "loras",
         )
     pairs = parse_loras(files)
-    loras = [(*_read_file_state(path), weight) for path, weight in pairs]
-    if model.merged is not None and model.merged.loras == loras:
+    requested = [(str(path), _read_modification_time(path), weight) for path, weight in pairs]
+    if model.merged is not None and model.merged.loras == requested:
         return
-    adapters = read_loras(model, pairs)
+    loras = read_loras(model, pairs)
     merged = model.merged = model.merged or MergedChanges()
     unload_all()  # offloaded parts: their weights are changed on the CPU
     for encoder in model.conditioner.find_all(TextEncoder):
@@ -149,8 +149,8 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
         merged.restore_defaults()
         merged.restore_defaults = None
     model.provenance["loras"] = []
-    merged.merge([change for file in adapters for change in file.changes])
-    merged.tokens, merged.loras = _record_loras(model, adapters), loras
+    merged.merge([change for file in loras for change in file.changes])
+    merged.tokens, merged.loras = _record_loras(model, loras), requested
     if is_variant_fixed(model):
         return
     if variant := detect_variant_of_loras(pairs):
@@ -162,18 +162,18 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, LoRAWeig
 def read_changes(
     path: str | Path, model: LatentDiffusion, weight: LoRAWeightLike = 1.0
 ) -> list[tuple[str, WeightChange]]:
-    """Return kohya's name of a layer, and the change, for all that a file or folder changes.
+    """Return (kohya's name of the layer, change) for all changes by a file or folder.
 
     Raises:
-        ArgumentError: The weight is not for this UNet or this kind of file.
-        FileFormatError: It is not such a file, or of an unsupported kind.
+        ArgumentError: The weight does not fit this UNet or this kind of file.
+        FileFormatError: It is not a LoRA file, or of an unsupported kind.
         WeightsMismatch: It does not fit the model.
     """
     weight = LoRAWeight.parse(weight)
     targets = {layer.kohya: layer for layer in list_lycoris_targets(model)}
     aliases = map_aliases(targets.values(), model)
     blocks = find_blocks(name for name, _ in model.unet.named_parameters())
-    block_weights = weight.block_weights(blocks)
+    block_weights = weight.compute_block_weights(blocks)
     layers: dict[str, Tensors] = {}
     for file in map(read_checkpoint, list_lora_files(path)):
         file_layers = read_layers(file, aliases)
@@ -185,8 +185,8 @@ def read_changes(
             unknown.append(name)
             continue
         layer = targets[name]
-        in_unet = name.startswith(UNET_PREFIX)
-        strength = block_weights[blocks.find_block(layer.original) if in_unet else BASE]
+        is_in_unet = name.startswith(UNET_PREFIX)
+        strength = block_weights[blocks.find_block(layer.original) if is_in_unet else BASE]
         if weight.rank is not None:
             tensors = _cut_rank(tensors, weight.rank, path)
         try:
@@ -199,10 +199,10 @@ def read_changes(
     return changes
 
 
-def _read_file_state(path: Path) -> tuple[str, int]:
-    """Return path and modification time (ns) of a file or folder."""
+def _read_modification_time(path: Path) -> int:
+    """Return the latest modification time (ns) of a file, or of the files in a folder."""
     times = (file.stat().st_mtime_ns for file in list_lora_files(path) if file.is_file())
-    return str(path), max(times, default=0)
+    return max(times, default=0)
 
 
 def _record_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
@@ -229,7 +229,7 @@ def _record_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str
 
 
 def _warn_about_order(files: Sequence[LoRAFile]) -> None:
-    """Warn that the order matters, where several files scale or rotate the same weights."""
+    """Warn that the order matters if several files scale or rotate the same weights."""
     counts: Counter[Target] = Counter()
     paths = []
     for file in files:
@@ -243,23 +243,23 @@ def _warn_about_order(files: Sequence[LoRAFile]) -> None:
 
 def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> list[WeightChange]:
     """Build the changes of a layer's weight and bias; raise ValueError if shapes do not fit."""
-    of_bias = {role: value for role, value in tensors.items() if role in BIASES}
-    of_weight = {role: value for role, value in tensors.items() if role not in BIASES}
-    if layer.original == INPUT_CONVOLUTION and "down" in of_weight:
-        of_weight["down"] = _pad_channels(of_weight["down"], layer.target)
+    for_bias = {role: value for role, value in tensors.items() if role in BIAS_ROLES}
+    for_weight = {role: value for role, value in tensors.items() if role not in BIAS_ROLES}
+    if layer.original == INPUT_CONV and "down" in for_weight:
+        for_weight["down"] = _pad_channels(for_weight["down"], layer.target)
     changes = []
-    if of_weight.keys() - {"alpha"}:
-        changes.append(_build_change(layer.target, of_weight, strength))
-    if of_bias:
-        changes.append(_build_change(layer.target._replace(name="bias"), of_bias, strength))
+    if for_weight.keys() - {"alpha"}:
+        changes.append(_build_change(layer.target, for_weight, strength))
+    if for_bias:
+        changes.append(_build_change(layer.target._replace(name="bias"), for_bias, strength))
     return changes
 
 
 def _build_change(target: Target, tensors: Tensors, strength: float) -> WeightChange:
-    """Build the change of one weight; `tensors` is emptied of alpha and `on_input`."""
+    """Build the change of one weight; alpha and `on_input` are removed from `tensors`."""
     alpha = float(tensors.pop("alpha")) if "alpha" in tensors else None
     on_input = bool(tensors.pop("on_input", False))
-    if tensors.keys() != LOW_RANK:
+    if tensors.keys() != LORA_ROLES:
         return build_change(target, Adapter(tensors, alpha, on_input), strength)
     layer = build_lora_layer(target, tensors["down"], tensors["up"], alpha)
     layer.strength = strength
@@ -267,8 +267,8 @@ def _build_change(target: Target, tensors: Tensors, strength: float) -> WeightCh
 
 
 def _cut_rank(tensors: Tensors, rank: int, path: str | Path) -> Tensors:
-    """Return the first ranks of a plain LoRA's layer, with the same alpha / rank."""
-    if not LOW_RANK <= tensors.keys() <= {*LOW_RANK, "alpha"}:
+    """Return a layer of a plain LoRA reduced to its first ranks, with the same alpha / rank."""
+    if not LORA_ROLES <= tensors.keys() <= {*LORA_ROLES, "alpha"}:
         raise ArgumentError(f"`{path}` is not a plain LoRA: its rank cannot be cut (dyn)", "lora")
     down, up = tensors["down"], tensors["up"]
     alpha = float(tensors.get("alpha", torch.tensor(len(down))))
@@ -286,9 +286,9 @@ def build_lora_layer(
     """Build a layer of a plain LoRA, which can be merged or attached.
 
     Args:
-        down: (rank, features of the input), or in any shape of as many elements.
-        up: (features of the output, rank), likewise.
-        alpha: None = the rank, a scale of 1.
+        down: (rank, C_in), or with a kernel; any shape with the same number of elements.
+        up: (C_out, rank), likewise.
+        alpha: None = the rank, so that the scale is 1.
     Raises:
         ValueError: The shapes do not fit the target.
     """

@@ -7,12 +7,11 @@
                 text_encoder.text_model.….mlp.fc1.… (or lora_linear_layer.down.weight)
       SDXL      text_encoder.…, text_encoder_2.…
     peft        base_model.model.….lora_A.weight, with alpha in the `adapter_config.json` beside it
-    ComfyUI     the original's names, as `input_blocks.1.1.….to_q.lora_A.weight`
+    ComfyUI     the original's names: `input_blocks.1.1.….to_q.lora_A.weight`
 
 Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
-internally kohya's are used. The only text encoder of SDXL's refiner is the base's second one: names
-of the first or the second text encoder both mean it. A folder stands for all LoRA files in it
-(peft: one per network).
+here they have kohya's. The only text encoder of SDXL's refiner may have the names of the first or
+the second text encoder. For a folder all LoRA files in it are read (peft: one per network).
 """
 
 import hashlib
@@ -42,8 +41,8 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "BIASES", "LOW_RANK", "Tensors", "add_alphas", "compute_a1111_hash", "find_lora_family",
-    "guess_family", "list_lora_files", "list_ranks", "read_bundled_embeddings", "read_layers",
+    "BIAS_ROLES", "LORA_ROLES", "Tensors", "add_alphas", "compute_a1111_hash", "find_lora_family",
+    "find_ranks", "guess_family", "list_lora_files", "read_bundled_embeddings", "read_layers",
     "write_lora",
 ]  # fmt: skip
 
@@ -59,30 +58,30 @@ KEY = re.compile(
     re.VERBOSE,
 )
 VECTOR = re.compile(r"(.+)\.(weight)")  # of (IA)^3, beside `on_input`
-ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}  # where it is not the name
-BIASES = ("diff_b", "b_norm")  # roles of changes of the bias
-LOW_RANK = {"down", "up"}  # roles in a plain LoRA, beside alpha
-DOWN = ("down", "A")  # names of the first matrix, (rank, …)
-INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, features of the input)
+ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}  # name in some files -> role
+BIAS_ROLES = ("diff_b", "b_norm")  # changes of the bias
+LORA_ROLES = {"down", "up"}  # of a plain LoRA, beside alpha
+DOWN_ROLES = ("down", "A")  # names of the first matrix, (rank, C_in, …)
+INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, C_in)
 Tensors = dict[str, Tensor]  # of one layer, by their role
 ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
 UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that KEY does not match
     "lora_embedding": "LoRA of an embedding",
-    "oft_(R|diag)|boft": "OFT of another form",
+    "oft_(R|diag)|boft": "OFT in another format",
     "ia3_": "(IA)^3 of peft",
     r"\.bm\.": "GLoRA with biases",
     r"lora_\w+\.bias$": "LoRA with biases",
     r"\.modules_to_save\.": "LoRA with whole layers",
 }
-# Title by a pattern in the names; SDXL's transformers have several blocks, those of SD 1 and 2 one.
+# Family by a pattern in names of layers; only transformers of SDXL have several blocks.
 FAMILY_BY_NAME = {
     r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": SDXL.title,
     r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
 }
-# Values of peft's `init_lora_weights` with which training starts from a changed base model.
-CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-ALPHA_METADATA = "lora_adapter_metadata"  # key of diffusers for a JSON with alpha
+# Values of peft's `init_lora_weights` that change the base model before training.
+BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configs
 
 
 def list_lora_files(path: str | Path) -> list[Path]:
@@ -96,7 +95,7 @@ def list_lora_files(path: str | Path) -> list[Path]:
         files = [*path.glob(f"*{ending}"), *path.glob(f"*/*{ending}")]
         if files := sorted(file for file in files if file.stem in FOLDER_FILES):
             return files
-    raise MissingFile(f"`{path}` holds no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
+    raise MissingFile(f"`{path}` contains no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
 
 
 def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tensors]:
@@ -112,7 +111,7 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
     layers: dict[str, Tensors] = {}
     originals: dict[str, Tensors] = {}  # under the original's names
     unknown = []
-    # Files in peft's folders name layers without the network; the folder says which it is.
+    # Files in peft's folders name layers without the network, which is the name of the folder.
     prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = KEY.fullmatch(key)
@@ -126,15 +125,15 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
         elif not key.startswith(BUNDLE_PREFIX):
             unknown.append(key)
     if duplicates := originals.keys() & layers.keys():
-        message = "`%s` has %d layers twice: those with the original's names are left out"
+        message = "`%s` has %d layers twice: those under the original's names are ignored"
         log.warning(message, file.path, len(duplicates))
     layers = originals | layers
     _check_keys(file, layers, unknown)
     _check_layers(file.path, layers)
-    empty = [name for name, tensors in layers.items() if find_rank(tensors) == 0]
-    if empty:
-        log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
-    return {name: tensors for name, tensors in layers.items() if name not in empty}
+    rank_0 = [name for name, tensors in layers.items() if find_rank(tensors) == 0]
+    if rank_0:
+        log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(rank_0))
+    return {name: tensors for name, tensors in layers.items() if name not in rank_0}
 
 
 def add_alphas(
@@ -146,14 +145,15 @@ def add_alphas(
         FileFormatError: These are damaged, or the LoRA needs a base model that peft changed.
     """
     path = file.path.with_name("adapter_config.json")
-    content = read_json(path) if ALPHA_METADATA not in file.metadata and path.is_file() else {}
+    has_metadata = ADAPTER_METADATA_KEY in file.metadata
+    content = read_json(path) if not has_metadata and path.is_file() else {}
     try:
         configs: dict[str, JsonObject] = {"": content}  # by network: "unet.", "text_encoder."
-        for key, value in json.loads(file.metadata.get(ALPHA_METADATA, "{}")).items():
+        for key, value in json.loads(file.metadata.get(ADAPTER_METADATA_KEY, "{}")).items():
             network, dot, name = key.partition(".")
             configs.setdefault(network + dot, {})[name] = value
         for network, config in configs.items():
-            _check_start(file.path, config)
+            _check_initialization(file.path, config)
             for kohya, tensors in layers.items():
                 name = targets[kohya].diffusers if kohya in targets else kohya
                 if name.startswith(network) and "alpha" not in tensors:
@@ -165,13 +165,13 @@ def add_alphas(
         raise FileFormatError(message) from error
 
 
-def _check_start(path: Path, config: JsonMapping) -> None:
-    """Raise FileFormatError if peft subtracted the first matrices of a LoRA from the base model."""
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(CHANGED_BASE):
+def _check_initialization(path: Path, config: JsonMapping) -> None:
+    """Raise FileFormatError if peft subtracted the initial LoRA from the base model."""
+    initialization = str(config.get("init_lora_weights")).lower()
+    if initialization.startswith(BASE_CHANGING_INITS):
         raise FileFormatError(
-            f"`{path}` is of an unsupported kind: LoRA from `{start}`, which changes the base "
-            "model, too: save it with peft's `path_initial_model_for_weight_conversion`"
+            f"`{path}` is of an unsupported kind: LoRA from `{initialization}`, which changes the "
+            "base model, too: save it with peft's `path_initial_model_for_weight_conversion`"
         )
 
 
@@ -187,7 +187,7 @@ def _add_alpha(tensors: Tensors, config: JsonMapping, name: str) -> None:
         # rsLoRA divides by the root of the rank.
         factor = rank**0.5 if config.get("use_rslora") else 1
         tensors["alpha"] = torch.tensor(float(alpha) * factor)
-    elif "lokr_w1" in tensors:  # of two whole matrices: peft scales their product, LyCORIS does not
+    elif "lokr_w1" in tensors:  # two full matrices: peft scales their product, LyCORIS does not
         scale = float(alpha) / float(_find_value(config, "rank_pattern", name, config.get("r")))
         tensors["lokr_w1"] = tensors["lokr_w1"].float() * scale
 
@@ -199,10 +199,10 @@ def _find_value(config: JsonMapping, patterns: str, name: str, default: Any) -> 
     return next(matching, default)
 
 
-def list_ranks(file: Checkpoint) -> set[int]:
-    """Return the ranks of the plain LoRA's layers in a file."""
+def find_ranks(file: Checkpoint) -> set[int]:
+    """Return the ranks of the layers of a plain LoRA."""
     matches = ((KEY.fullmatch(name), value) for name, value in file.state.items())
-    return {len(value) for match, value in matches if match and match[2] in DOWN}
+    return {len(value) for match, value in matches if match and match[2] in DOWN_ROLES}
 
 
 def find_lora_family(path: str | Path) -> str | None:
@@ -217,9 +217,9 @@ def guess_family(layers: Mapping[str, Tensors]) -> str | None:
     """Return the family by the cross-attention dimension, else by the names of the layers."""
     for name, tensors in layers.items():
         matrices = (value for role, value in tensors.items() if role in INPUT_ROLES)
-        width = next((value.shape[1] for value in matrices if value.dim() > 1), None)
-        if normalize_layer_name(name).endswith("attn2_to_k") and width in BASE_MODELS:
-            return BASE_MODELS[width].title
+        context_dim = next((value.shape[1] for value in matrices if value.dim() > 1), None)
+        if normalize_layer_name(name).endswith("attn2_to_k") and context_dim in BASE_MODELS:
+            return BASE_MODELS[context_dim].title
     names = "\n".join(text for name in layers for text in (name, normalize_layer_name(name)))
     return next(
         (f for pattern, f in FAMILY_BY_NAME.items() if re.search(pattern, names, re.M)), None
@@ -233,7 +233,7 @@ def read_bundled_embeddings(path: str | Path) -> Tensors:
 
 
 def compute_a1111_hash(path: Path) -> str:
-    """Return A1111's twelve hex digits of a LoRA: the SHA-256 of its tensors, or of a .pt."""
+    """Return A1111's hash of a LoRA: 12 hex digits of the SHA-256 of its tensors, or of a .pt."""
     digest = read_checkpoint(path).metadata.get("sshs_model_hash")
     if not digest and path.suffix == ".safetensors":
         with path.open("rb") as file:
@@ -298,14 +298,14 @@ def _check_keys(file: Checkpoint, layers: Mapping[str, Tensors], unknown: list[s
         raise FileFormatError(f"`{file.path}` has no LoRA layers")
     if unknown:
         examples = ", ".join(f"`{key}`" for key in unknown[:3])
-        what = "is of an unsupported kind of LoRA" if layers else "is not a LoRA file"
+        problem = "is of an unsupported kind of LoRA" if layers else "is not a LoRA file"
         verb = "is" if len(unknown) == 1 else "are"
         count = f"{len(unknown)} of its {len(file.state)} keys {verb}"
-        raise FileFormatError(f"`{file.path}` {what}: {count} not recognised: {examples}")
+        raise FileFormatError(f"`{file.path}` {problem}: {count} not recognised: {examples}")
 
 
 def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
-    """Raise FileFormatError for layers that are incomplete, not finite or of whole numbers."""
+    """Raise FileFormatError for layers that are incomplete, not finite, or integers."""
     incomplete = [name for name, tensors in layers.items() if not _is_complete(tensors)]
     if incomplete:
         roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
@@ -328,5 +328,5 @@ def _check_layers(path: Path, layers: Mapping[str, Tensors]) -> None:
 
 
 def _is_complete(tensors: Tensors) -> bool:
-    of_weight = tensors.keys() - {"alpha", "on_input", *BIASES}
-    return is_complete(of_weight) if of_weight else not tensors.keys().isdisjoint(BIASES)
+    weight_roles = tensors.keys() - {"alpha", "on_input", *BIAS_ROLES}
+    return is_complete(weight_roles) if weight_roles else not tensors.keys().isdisjoint(BIAS_ROLES)

@@ -1,4 +1,4 @@
-"""The layers of a model that LoRA and LyCORIS files may change, with the names that files use."""
+"""List the layers of a model that LoRA and LyCORIS files may change, with their names in files."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.diffusers.locations import get_text_component
 from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers
-from ldm.loading.weight_names import SECOND_TEXT, normalize_layer_name
+from ldm.loading.weight_names import SECOND_TEXT_PREFIX, normalize_layer_name
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.lora import PROJECTION, Target
@@ -29,7 +29,7 @@ class TargetLayer(NamedTuple):
 
     Args:
         target: The weight in the model.
-        original: Name in the UNet; of text encoders, with diffusers' component as a prefix.
+        original: Our name in the UNet; for text encoders, with diffusers' component as a prefix.
         diffusers: `unet.down_blocks.0.…` or `text_encoder.text_model.…`.
         kohya: `lora_unet_…` or `lora_te_…`, by which `LoRA.layers` names it.
     """
@@ -53,21 +53,21 @@ def list_lycoris_targets(model: LatentDiffusion) -> list[TargetLayer]:
 
 
 def map_aliases(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[str, str]:
-    """Return kohya's name of each layer by its other names, as `normalize_layer_name` has them."""
+    """Return kohya's name of each layer by its other names after `normalize_layer_name`."""
     names = {
         normalize_layer_name(name): layer.kohya
         for layer in targets
         for name in (layer.original, layer.diffusers)
     }
     if len(model.conditioner.find_all(TextEncoder)) == 1:
-        # The refiner's text encoder is called the first one or the second one.
-        names |= {alias.removeprefix(SECOND_TEXT): kohya for alias, kohya in names.items()}
+        # Files name the refiner's only text encoder as the first or as the second one.
+        names |= {alias.removeprefix(SECOND_TEXT_PREFIX): kohya for alias, kohya in names.items()}
     return names
 
 
 def _list_unet_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
     if isinstance(model.unet, LatentUpscalerUNet):
-        raise WeightsMismatch("a LoRA is not for the x2 latent upscaler", "lora")
+        raise WeightsMismatch("the x2 latent upscaler does not support LoRAs", "lora")
     for original, diffusers in rename_unet_layers(_list_layers(model.unet, types)).items():
         # kohya trains SDXL in a UNet with the original's names.
         kohya = UNET_PREFIX + _flatten_name(original if is_sdxl(model) else diffusers)
@@ -76,13 +76,12 @@ def _list_unet_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[Ta
 
 
 def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[TargetLayer]:
-    for prefix, text in _list_text_encoders(model):
-        component = get_text_component(text)
-        names = [
-            name for name in _list_layers(text, types) if not name.startswith(text.unused_weights)
-        ]
+    for prefix, encoder in _list_text_encoders(model):
+        component = get_text_component(encoder)
+        names = _list_layers(encoder, types)
+        names = [name for name in names if not name.startswith(encoder.unused_weights)]
         for original, diffusers in rename_text_layers(names).items():
-            layer = text.get_submodule(original)
+            layer = encoder.get_submodule(original)
             is_fused = isinstance(layer, FusedAttention)
             for qkv_index, suffix in enumerate(QKV) if is_fused else [(None, "")]:
                 yield TargetLayer(
@@ -94,17 +93,19 @@ def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[Ta
 
 
 def _list_projections(model: LatentDiffusion) -> Iterator[TargetLayer]:
-    for prefix, text in _list_text_encoders(model):
-        if isinstance(text, OpenCLIPText) and text.always_return_pooled:
-            name = f"{get_text_component(text)}.{PROJECTION}"
-            yield TargetLayer(Target(text.model, name=PROJECTION), name, name, prefix + PROJECTION)
+    for prefix, encoder in _list_text_encoders(model):
+        if isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled:
+            name = f"{get_text_component(encoder)}.{PROJECTION}"
+            yield TargetLayer(
+                Target(encoder.model, name=PROJECTION), name, name, prefix + PROJECTION
+            )
 
 
 def _list_text_encoders(model: LatentDiffusion) -> Iterator[tuple[str, TextEncoder]]:
     """Yield (kohya's prefix of its layers, text encoder)."""
     encoders = model.conditioner.find_all(TextEncoder)
-    for number, text in enumerate(encoders, start=1):
-        yield f"lora_te{number}_" if len(encoders) > 1 else "lora_te_", text
+    for number, encoder in enumerate(encoders, start=1):
+        yield f"lora_te{number}_" if len(encoders) > 1 else "lora_te_", encoder
 
 
 def _list_layers(network: nn.Module, types: LayerTypes) -> list[str]:

@@ -1,7 +1,7 @@
 """Extract LoRAs from two models, join several into one, or reduce their rank.
 
 extract   W_tuned - W_base = U S V;  up = U S, down = V, cut to a rank
-join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up; then cut likewise
+join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up; then cut as above
           LyCORIS (LoHa, LoKr, Tucker LoCon, differences): w1 delta1 + w2 delta2 = U S V
 """
 
@@ -20,7 +20,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import fill_lora_parts
 from ldm.loading.families import FAMILIES
-from ldm.loading.merge import ModelFile, check_fits, read_model_file
+from ldm.loading.merge import ModelFile, check_compatible, read_model_file
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
@@ -29,7 +29,7 @@ __all__ = [
     "ExtractedLoRA", "JoinedLoRA", "RankRule", "build_model_of_lora", "extract_lora", "join_loras",
 ]  # fmt: skip
 
-ZERO = 1e-7  # singular values up to this, relative to the largest, are rounding errors
+ROUNDING_ERROR = 1e-7  # of singular values, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RankRule:
     """Limits for the singular values that a layer keeps: the strictest applies; None = no limit.
 
     Args:
-        rank: Maximum number.
+        rank: Maximum number of values.
         sum_fraction: Fraction of their sum to keep, above 0 to 1 (kohya's `sv_cumulative`).
         square_fraction: Fraction of the sum of their squares to keep, above 0 to 1: 1 - squared
             relative error (kohya's `sv_fro`).
@@ -67,14 +67,14 @@ class RankRule:
         return self != NO_LIMITS
 
     def count(self, values: Tensor) -> int:
-        """Return how many of the singular values (n,), descending, to keep: at least 1."""
+        """Return the number of singular values (n,), descending, to keep: at least 1."""
         counts = [len(values) if self.rank is None else self.rank]
-        for fraction, summands in (
+        for fraction, terms in (
             (self.sum_fraction, values),
             (self.square_fraction, values.square()),
         ):
             if fraction is not None:
-                sums = summands.cumsum(0)
+                sums = terms.cumsum(0)
                 counts.append(int((sums < fraction * sums[-1]).sum()) + 1)
         if self.ratio is not None:
             counts.append(int((values >= values[0] / self.ratio).sum()))
@@ -93,7 +93,7 @@ class JoinedLoRA:
         other_tensors: Tensors by their names in files: additions to norms and biases, textual
             inversions.
         total_rank: Sum of the layers' ranks before they were limited.
-        retained_fraction: Of the sum of squared singular values, what the limits keep.
+        retained_fraction: Fraction of the sum of squared singular values that the limits keep.
     """
 
     lora: LoRA
@@ -108,8 +108,8 @@ class ExtractedLoRA:
 
     Args:
         lora: The layers.
-        model: The base model, of which only the weights that LoRAs change are loaded.
-        retained_fraction: Of the squared difference of its layers, what it reproduces.
+        model: The base model; only the weights that LoRAs change are loaded.
+        retained_fraction: Fraction of the squared difference of the layers that it reproduces.
         other_weights: Names of other weights that differ between the models.
     """
 
@@ -131,17 +131,17 @@ def extract_lora(
     config: str | Path | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> ExtractedLoRA:
-    """Extract a LoRA that makes the model `base` similar to `tuned`, of the same family.
+    """Extract a LoRA that approximates the difference of `tuned` from `base`, of the same family.
 
     Layers that do not differ are left out.
 
     Args:
         rule: Limits for linear layers and 1 x 1 convolutions.
-        conv_rule: Limits for larger convolutions; None leaves them out.
+        conv_rule: Limits for larger convolutions; None = these are left out.
         clamp_quantile: Quantile to which the weights of a layer are clamped; 1 = no clamping.
         ema: Whether to use EMA weights of files that have them.
-        config: The YAML of both models; None finds it.
-        progress: Called with 1 for each layer that is done.
+        config: The YAML of both models; None finds it as `load` does.
+        progress: Called with 1 for each layer.
 
     Raises:
         ValueError: The models do not fit each other, or do not differ.
@@ -150,7 +150,7 @@ def extract_lora(
         message = f"clamp_quantile {clamp_quantile}: must be above 0.5 and at most 1"
         raise ArgumentError(message, "clamp_quantile")
     models = [read_model_file(path, config, ema=ema) for path in (tuned, base)]
-    check_fits(models[1], models[0])
+    check_compatible(models[1], models[0])
     differing = _list_differing_weights(*models)
     networks = [_fill_mapped(model, models[1]) for model in models]
     layers: dict[str, LoRALayer] = {}
@@ -166,7 +166,7 @@ def extract_lora(
             model.release(weight)
         if not delta.any():
             continue
-        up, values, down = decompose(delta.flatten(1))
+        up, values, down = compute_svd(delta.flatten(1))
         count = layer_rule.count(values)
         up, down = up[:, :count] * values[:count], down[:count]
         if clamp_quantile < 1:
@@ -192,7 +192,7 @@ def join_loras(
     *,
     progress: Callable[[int], object] = lambda count: None,
 ) -> JoinedLoRA:
-    """Join (file, weight) pairs into one LoRA with the effect of all together; alpha = rank.
+    """Join (file, weight) pairs into one LoRA with the effect of all of them; alpha = rank.
 
     The ranks of plain LoRAs add up, as their matrices are concatenated: adding `up` and `down`
     would not be exact. Other additions, of LyCORIS, are summed per layer and decomposed.
@@ -200,7 +200,7 @@ def join_loras(
     Args:
         model: Model whose layers they change; it may be on the meta device.
         rule: Limits of each layer's rank; additions to norms and biases stay whole.
-        progress: Called with 1 after each layer.
+        progress: Called with 1 for each layer.
 
     Raises:
         FileFormatError: A file scales or rotates weights, which a LoRA cannot do.
@@ -260,19 +260,19 @@ def build_model_of_lora(path: str | Path, base: str | Path | None = None) -> Lat
     return model
 
 
-def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compute_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the singular value decomposition U (m, k), S (k,), V (k, n), in float64.
 
-    Uses the eigenvectors of the smaller one of A A^T and A^T A: exact enough for float32 weights,
-    and several times as fast for the long rows of convolutions.
+    Uses the eigenvectors of A A^T or A^T A, the smaller one: exact enough for float32 weights, and
+    several times as fast as `torch.linalg.svd` for the long rows of convolutions.
     """
     matrix = matrix.double()
     if matrix.shape[0] > matrix.shape[1]:
-        u, values, v = decompose(matrix.T)
+        u, values, v = compute_svd(matrix.T)
         return v.T, values, u.T
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
     values, u = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    is_zero = values <= ZERO * values[0]
+    is_zero = values <= ROUNDING_ERROR * values[0]
     values = values.masked_fill(is_zero, 0)
     v = u.T @ matrix / values.masked_fill(is_zero, 1)[:, None]
     return u, values, v.masked_fill(is_zero[:, None], 0)
@@ -287,7 +287,7 @@ def _decompose_sum(
     """
     plain = [addition for addition in additions if isinstance(addition, LoRALayer)]
     if len(plain) < len(additions):
-        u, values, v = decompose(sum_additions(additions).flatten(1))
+        u, values, v = compute_svd(sum_additions(additions).flatten(1))
         count = int(values.count_nonzero())
         return u[:, :count], values[:count], v[:count]
     up = torch.cat([a.lora_up.weight.flatten(1).double() * float(a.scale) for a in plain], 1)
@@ -296,7 +296,7 @@ def _decompose_sum(
         return up, torch.ones(len(down)), down
     left, r_up = torch.linalg.qr(up)
     right, r_down = torch.linalg.qr(down.T)
-    u, values, v = decompose(r_up @ r_down.T)
+    u, values, v = compute_svd(r_up @ r_down.T)
     return left @ u, values, v @ right.T
 
 
@@ -310,7 +310,7 @@ def _get_vector_role(target: Target) -> str:
 def _fill_mapped(model: ModelFile, base: ModelFile) -> LatentDiffusion:
     """Return the model with the weights that LoRAs change, memory-mapped.
 
-    A file of a UNet only is completed by the text encoders of the base.
+    Text encoders that its file does not contain are taken from the base.
     """
     names = base.names.keys() | model.names.keys()
     state = {name: (model if name in model else base)[name] for name in names}
@@ -330,7 +330,7 @@ def _list_differing_weights(tuned: ModelFile, base: ModelFile) -> list[str]:
 
 
 def _compute_quantile(values: Tensor, q: float) -> float:
-    """Compute a quantile as `torch.quantile` does, which is limited to 16 million numbers."""
+    """Compute a quantile like `torch.quantile`, which is limited to 16 million numbers."""
     position = q * (len(values) - 1)
     below = values.kthvalue(int(position) + 1).values
     above = values.kthvalue(min(int(position) + 2, len(values))).values

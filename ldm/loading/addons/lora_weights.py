@@ -1,12 +1,12 @@
-"""Weight of a LoRA: for text encoders, UNet and its blocks, as A1111 and its extensions write it.
+"""The weight of a LoRA for text encoders, UNet and its blocks, in the syntax of A1111.
 
-    0.8                     for all
+    0.8                     for UNet and text encoders
     0.5:1                   0.5 for the text encoders, 1 for the UNet
     0.5:1:8                 the same, with the first 8 ranks only
     te=0.5:unet=1:dyn=8     the same, in any order; te defaults to 1, unet to te
     1:lbw=1,0,0,0,1,…       times a block weight (lora-block-weight), see `Blocks.parse_weights`
 
-Without torch, as the command line parses with it.
+Does not import torch, as the command line uses it.
 """
 
 import math
@@ -21,8 +21,8 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["LoRAWeight", "LoRAWeightLike", "split_weight"]
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
-PART = rf"(?:{NUMBER}|[^:=,]*,[^:]*|(?:te|unet|dyn|lbw)=[^:]*)"
-WEIGHTED = re.compile(rf"(.+?)((?::{PART})*)", re.IGNORECASE | re.DOTALL)
+ENTRY = rf"(?:{NUMBER}|[^:=,]*,[^:]*|(?:te|unet|dyn|lbw)=[^:]*)"
+NAME_AND_WEIGHT = re.compile(rf"(.+?)((?::{ENTRY})*)", re.IGNORECASE | re.DOTALL)
 POSITIONAL_KEYS = ("te", "unet", "dyn")
 
 
@@ -57,27 +57,27 @@ class LoRAWeight:
                 message = f"the weight of a LoRA must be a finite number, got {value!r}"
                 raise ArgumentError(message, "lora")
             return cls(float(value), float(value))
-        parts: dict[str, str] = {}
-        names = iter(POSITIONAL_KEYS)
-        for part in value.split(":"):
-            name, equals, number = (text.strip() for text in part.partition("="))
-            if "," in part and name.lower() != "lbw":
-                name, number = "lbw", part
+        entries: dict[str, str] = {}
+        keys = iter(POSITIONAL_KEYS)
+        for entry in value.split(":"):
+            key, equals, number = (text.strip() for text in entry.partition("="))
+            if "," in entry and key.lower() != "lbw":
+                key, number = "lbw", entry
             elif not equals:
-                name, number = next(names, ""), name
-            name = name.lower()
-            if name not in (*POSITIONAL_KEYS, "lbw") or name in parts:
+                key, number = next(keys, ""), key
+            key = key.lower()
+            if key not in (*POSITIONAL_KEYS, "lbw") or key in entries:
                 message = (
                     f"`{value}` is not the weight of a LoRA, such as 0.8, 0.5:1 or te=1:unet=0"
                 )
                 raise ArgumentError(message, "lora")
-            parts[name] = number
-        text = _parse_number(parts.get("te"), value, 1.0)
-        unet = _parse_number(parts.get("unet"), value, text)
-        rank = parts.get("dyn")
+            entries[key] = number
+        text = _parse_number(entries.get("te"), value, 1.0)
+        unet = _parse_number(entries.get("unet"), value, text)
+        rank = entries.get("dyn")
         if rank is not None and not (rank.isdecimal() and int(rank) > 0):
             raise ArgumentError(f"`{value}`: dyn `{rank}` is not a positive whole number", "lora")
-        return cls(text, unet, None if rank is None else int(rank), parts.get("lbw", ""))
+        return cls(text, unet, None if rank is None else int(rank), entries.get("lbw", ""))
 
     def __str__(self) -> str:
         """Return the text that `parse` reads."""
@@ -91,11 +91,11 @@ class LoRAWeight:
         is_number = self == LoRAWeight(self.text, self.text)
         return self.text if is_number else str(self)
 
-    def block_weights(self, blocks: Blocks) -> Mapping[str, float]:
-        """Return the weight by block of a model.
+    def compute_block_weights(self, blocks: Blocks) -> Mapping[str, float]:
+        """Return the weight for each block of a model.
 
         Raises:
-            ArgumentError: `blocks` does not suit the blocks of this model.
+            ArgumentError: The block weights do not fit the blocks of the model.
         """
         weights = dict.fromkeys(blocks.names, 1.0)
         if self.blocks:
@@ -107,12 +107,8 @@ LoRAWeightLike = float | str | LoRAWeight  # what `LoRAWeight.parse` takes
 
 
 def split_weight(argument: str) -> tuple[str, str]:
-    """Split NAME[:WEIGHT] into name and weight; a colon may also be part of the name.
-
-    Returns:
-        (name, weight); the weight is "" without one.
-    """
-    match = WEIGHTED.fullmatch(argument)
+    """Split NAME[:WEIGHT] into (name, weight, or ""); a colon may also be part of the name."""
+    match = NAME_AND_WEIGHT.fullmatch(argument)
     assert match is not None or not argument
     return (match[1], match[2].removeprefix(":")) if match else ("", "")
 

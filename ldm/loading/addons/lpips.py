@@ -1,6 +1,6 @@
 """Load LPIPS from local files; nothing is downloaded.
 
-Either a training checkpoint of an original autoencoder (`loss.perceptual_loss.*`), or two files:
+These are a training checkpoint of an original autoencoder (`loss.perceptual_loss.*`), or two files:
 the linear layers of the package lpips, and VGG16 of torchvision.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.weight_names import select_loss_weights
+from ldm.loading.weight_names import select_loss_weights, select_prefix
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
@@ -47,7 +47,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
 
 def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
     """Return LPIPS from weights of losses (see `select_loss_weights`); None if any are missing."""
-    state = {_rename(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
+    state = {_to_our_name(name): v for name, v in select_prefix(losses, PREFIX).items()}
     if not state:
         return None
     net = LPIPS()
@@ -60,7 +60,7 @@ def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
     return net
 
 
-def _rename(name: str) -> str:
+def _to_our_name(name: str) -> str:
     """Convert torchvision's `features.5.weight` to `net.slice2.5.weight`."""
     if match := TORCHVISION.fullmatch(name):
         return f"net.slice{1 + bisect.bisect(SLICES, int(match[1]))}.{match[1]}.{match[2]}"

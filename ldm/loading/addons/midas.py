@@ -1,7 +1,7 @@
 """Add the depth network (MiDaS) to a depth model whose checkpoint does not contain it.
 
-It is in the published depth checkpoint (`depth_model.*`). For others it is read from a given file,
-or from `dpt_hybrid-midas-501f0c75.pt` at its original path or in the checkpoint's folder.
+The published depth checkpoint contains it (`depth_model.*`). For others it is read from a given
+file, or from `dpt_hybrid-midas-501f0c75.pt` at its original path or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.files.clip_statistics import find_near
+from ldm.loading.files.clip_statistics import find_near_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import find_file
@@ -19,7 +19,7 @@ __all__ = ["MIDAS_FILE", "add_depth_network", "read_midas"]
 
 MIDAS_FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
 PREFIX = "conditioner.depth."
-# Of weights that only dpt_hybrid has, not MiDaS's other networks.
+# Of weights that dpt_hybrid has, unlike MiDaS's other networks.
 HYBRID_PREFIX = f"{PREFIX}model.pretrained.model.patch_embed.backbone."
 NETWORK_PREFIXES = ("pretrained.", "scratch.")
 
@@ -33,9 +33,9 @@ def add_depth_network(
     """Add the weights of the depth network to `state`, in place, if a model needs them.
 
     Args:
-        model_state: Of the model, for names and shapes.
+        model_state: State dict of the model, for names and shapes.
         state: Weights of the checkpoint.
-        ckpt: Its path.
+        ckpt: Path of the checkpoint.
         midas: File with the depth network, used instead of the checkpoint's; None = that of the
             checkpoint, else the file of MIDAS_FILE.
     Returns:
@@ -44,7 +44,7 @@ def add_depth_network(
     expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
     if not expected or (midas is None and expected.keys() & state.keys()):
         return False
-    path = find_near(ckpt, MIDAS_FILE) if midas is None else find_file(midas)
+    path = find_near_checkpoint(ckpt, MIDAS_FILE) if midas is None else find_file(midas)
     if path is None:
         raise MissingFile(
             f"`{ckpt}` contains no depth network (`depth_model.*`)\n"

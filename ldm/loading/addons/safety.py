@@ -68,8 +68,8 @@ def load_safety_checker(
     expected = checker.state_dict()
     locations = locate_vision_tower(expected)
     weights = convert_from_diffusers(locations, state)
-    gathered = {their_name for name in weights for their_name in locations[name].keys}
-    weights |= {name: value for name, value in state.items() if name not in gathered}
+    converted = {key for name in weights for key in locations[name].keys}
+    weights |= {name: value for name, value in state.items() if name not in converted}
     check_weights(expected, weights, summary)
     fill_weights(checker, weights, device=device, mapped=file.mapped)
     return checker.eval().requires_grad_(False)
@@ -85,7 +85,7 @@ def _check_type(file: Checkpoint) -> None:
 
 
 def _to_current_name(name: str) -> str:
-    """Return a name without the prefixes of older versions of transformers and pipelines."""
+    """Return a name without the prefixes of older versions of transformers, or of a component."""
     name = name.removeprefix(f"{COMPONENT}.")
     return name.removeprefix("vision_model.") if name.startswith("vision_model.vision_") else name
 
@@ -98,7 +98,7 @@ def _build_checker(state: dict[str, Tensor], heads: int | None, summary: str) ->
         positions = len(state["vision_model.embeddings.position_embedding.weight"])
         hidden = len(state["vision_model.encoder.layers.0.mlp.fc1.bias"])
         embed_dim = len(state["visual_projection.weight"])
-        concepts, special = len(state[MARKER]), len(state["special_care_embeds"])
+        num_concepts, num_special = len(state[MARKER]), len(state["special_care_embeds"])
     except KeyError as error:
         raise FileFormatError(f"{summary}: `{error.args[0]}` is missing") from error
     visual = VisionTower(
@@ -111,4 +111,4 @@ def _build_checker(state: dict[str, Tensor], heads: int | None, summary: str) ->
         mlp_ratio=hidden / width,
         quick_gelu=True,
     )
-    return SafetyChecker(visual, concepts=concepts, special=special)
+    return SafetyChecker(visual, concepts=num_concepts, special=num_special)

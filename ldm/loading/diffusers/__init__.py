@@ -2,7 +2,7 @@
 
     model_index.json   unet/   vae/   text_encoder/   tokenizer/   scheduler/   …
 
-`files` reads and writes folders, `index` defines the components of each family, `locations` maps
-our tensors to diffusers', `networks`, `encoders` and `schedulers` convert configs. diffusers and
-transformers are not needed.
+`files` reads and writes folders, `folder_configs` defines the components of each family,
+`locations` maps our tensors to diffusers', `networks`, `encoders` and `schedulers` convert configs.
+diffusers and transformers are not needed.
 """

@@ -12,7 +12,7 @@ from ldm.encoders.depth import ARCHS as DEPTH_ARCHS, MIDAS_SIZE, MiDaSDepth
 from ldm.encoders.image import MEAN, STD, VISION_CONFIGS, VISION_DEFAULTS
 from ldm.encoders.text import CLIP_LARGE, TEXT_SIZES, CLIPText, OpenCLIPText, TextEncoder, TextSize
 from ldm.encoders.towers import VOCAB_SIZE, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
-from ldm.loading.diffusers.networks import read_equal, validate_config
+from ldm.loading.diffusers.networks import read_uniform, validate_config
 from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -51,7 +51,7 @@ PROCESSORS = {
 def make_text_config(encoder: TextEncoder) -> JsonObject:
     """Return transformers' config of a text encoder, with only the blocks that are run.
 
-    Those of SDXL have all blocks, as diffusers' pipeline takes the hidden state before the last.
+    Those of SDXL have all blocks, as diffusers' pipeline reads the penultimate hidden state.
     """
     class_name = "CLIPTextModel"
     block: OpenCLIPBlock | CLIPBlock
@@ -96,7 +96,7 @@ def make_text_files(encoder: TextEncoder, component: str = "text_encoder") -> Js
 
 
 def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
-    """Return the sizes of SDXL's text encoder: CLIPText, or OpenCLIPText with `pooled`."""
+    """Return the parameters of SDXL's CLIPText, or with `pooled` of its OpenCLIPText."""
     layers = config["num_hidden_layers"]
     if not pooled:
         return {"layer_idx": layers - 1, **_parse_openai_arch(config)}
@@ -111,14 +111,14 @@ def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
 
 
 def _parse_openai_arch(config: Config) -> JsonObject:
-    """Return the keyword `arch` of CLIPText: sizes other than those of ViT-L/14."""
+    """Return the parameter `arch` of CLIPText: sizes that differ from those of ViT-L/14."""
     defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
     arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
     return {"arch": arch} if arch else {}
 
 
 def _find_size_name(width: int, heads: int, layers: int) -> str | None:
-    """Return open_clip's name of a size, the first that has it: ViT-H-14, not ViT-g-14."""
+    """Return open_clip's first name of a size: ViT-H-14, not ViT-g-14 of the same text tower."""
     size = TextSize(width, heads, layers)
     return next((name for name, other in TEXT_SIZES.items() if other == size), None)
 
@@ -136,9 +136,9 @@ def _make_text_cfg(config: Config, layers: int) -> JsonObject:
 def parse_text_config(config: Config) -> JsonObject:
     """Return the parameters of our text encoder: CLIPText for quick GELU, else OpenCLIPText.
 
-    OpenCLIP's last block, which Stable Diffusion 2 does not use, is usually missing in a folder;
-    then the model has a block more, with `layer: penultimate`. If all blocks of a known size are
-    there, `layer` is `last`.
+    A folder usually does not contain OpenCLIP's last block, which Stable Diffusion 2 does not use:
+    our encoder has one block more then, and `layer: penultimate`. If the folder has all blocks of a
+    known size, `layer` is `last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
         return _parse_openai_arch(config)
@@ -207,8 +207,8 @@ def parse_vision_config(config: Config) -> JsonObject:
     vision_cfg = {
         "width": width,
         "layers": config["num_hidden_layers"],
-        "patch_size": read_equal(config, "patch_size", where),
-        "image_size": read_equal(config, "image_size", where, 224),
+        "patch_size": read_uniform(config, "patch_size", where),
+        "image_size": read_uniform(config, "image_size", where, 224),
         "head_width": width // config["num_attention_heads"],
         "mlp_ratio": config["intermediate_size"] / width,
     }
@@ -271,7 +271,7 @@ def parse_depth_config(config: Config) -> JsonObject:
         "embed_dim": config.get("hidden_size", 768),
         "depth": config.get("num_hidden_layers", 12),
         "num_heads": config.get("num_attention_heads", 12),
-        "img_size": read_equal(config, "image_size", where, MIDAS_SIZE),
+        "img_size": read_uniform(config, "image_size", where, MIDAS_SIZE),
         "hooks": tuple(config.get("backbone_out_indices", (2, 5, 8, 11))[2:]),
         "features": config.get("fusion_hidden_size", 256),
     }
@@ -282,7 +282,7 @@ def parse_depth_config(config: Config) -> JsonObject:
 
 def get_tower_config(config: Config, tower: Literal["text", "vision"]) -> JsonObject:
     """Return the section of a tower in the config of a transformers' CLIPModel."""
-    # Older versions of transformers wrote both, with the values that count in the second.
+    # Older versions of transformers wrote both; the second one takes precedence.
     return (config.get(f"{tower}_config") or {}) | (config.get(f"{tower}_config_dict") or {})
 
 

@@ -23,7 +23,12 @@ from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import read_added_tokens
-from ldm.loading.diffusers.index import NORMALIZER, Files, make_folder_configs, make_original_config
+from ldm.loading.diffusers.folder_configs import (
+    NORMALIZER,
+    Files,
+    make_folder_configs,
+    make_original_config,
+)
 from ldm.loading.diffusers.layout import (
     EXTRA_WEIGHTS,
     INDEX,
@@ -42,7 +47,7 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
-from ldm.loading.modelspec import PREFIX
+from ldm.loading.modelspec import MODELSPEC_PREFIX
 from ldm.loading.variants import SCHEDULER_KEY, detect_variant
 from ldm.loading.weight_names import (
     NON_WEIGHTS,
@@ -70,7 +75,7 @@ CONFIGS = (
     "tokenizer.json", "added_tokens.json",
 )  # fmt: skip
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # classes of transformers
+TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # components of transformers
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # A file of weights, or the index of several shards.
 WEIGHTS_FILE = re.compile(
@@ -93,7 +98,8 @@ def is_diffusers_folder(path: str | Path) -> bool:
 def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the weights of a folder under the original's names, with config and added tokens.
 
-    The variant is that of `read_component`; at least one component must have it.
+    Args:
+        variant: See `read_component`; at least one component must have it.
     """
     path = Path(path).expanduser()
     files = _read_configs(path)
@@ -121,9 +127,10 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
             for token, vectors in added.items():
                 added_tokens.setdefault(token, []).append(vectors)
         if component == "text_encoder" and TOKEN_IDS in state:
-            name = next(name for name in component_state if name.endswith(TOKEN_EMBEDDING))
             ids, table = state[TOKEN_IDS], state.pop(TOKEN_TABLE)
-            component_state[name] = _compact_rows(component_state[name], ids, table)
+            for name in component_state:
+                if name.endswith(TOKEN_EMBEDDING):
+                    component_state[name] = _compact_rows(component_state[name], ids, table)
         state |= {f"{prefixes[component]}{name}": v for name, v in component_state.items()}
     dtype = next((v.dtype for v in component_state.values() if v.is_floating_point()), None)
     located = {name for names in locations.values() for name in names}
@@ -133,7 +140,9 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
     buffers = make_buffers(model) if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER in files:
-        buffers |= _convert_statistics(read_component((path / NORMALIZER).parent, variant))
+        folder = (path / NORMALIZER).parent
+        with errors_as(FileFormatError, f"`{folder}` has damaged statistics"):
+            buffers |= _convert_statistics(read_component(folder, variant))
     return Checkpoint(
         path=path,
         format="diffusers",
@@ -146,7 +155,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
 
 
 def read_folder_config(path: Path) -> JsonObject:
-    """Return the config of a folder, by its JSONs alone."""
+    """Return the config of a folder; only its JSONs are read."""
     return make_original_config(_read_configs(path), str(path))
 
 
@@ -159,7 +168,7 @@ def read_folder_metadata(path: Path) -> tuple[dict[str, str], bool]:
 def build_folder(
     file: Checkpoint, raw: JsonMapping, clip_stats: str | Path | None = None
 ) -> tuple[Files, Components]:
-    """Return the content of a folder: JSONs and texts by path, tensors by component.
+    """Return (JSONs and texts by path, tensors by component) of a folder to write.
 
     Tensors that diffusers does not have are in component "", under the original's names.
 
@@ -198,9 +207,10 @@ def build_folder(
 
 
 def get_weights_path(component: str, files: Files, variant: str | None = None) -> str:
-    """Return the path of a component's weights in a folder; "" is the component of extra weights.
+    """Return the path of a component's weights in a folder.
 
     Args:
+        component: Name of the component; "" for EXTRA_WEIGHTS.
         files: The JSONs of the folder by path.
         variant: Variant in the file name, such as `fp16`; None = none.
     """
@@ -242,7 +252,7 @@ def _collect_metadata(files: Files) -> dict[str, str]:
         SCHEDULER_KEY: scheduler_class,
     }
     if not scheduler_class.startswith("EDM"):  # its "epsilon" means EDM's preconditioning
-        texts[f"{PREFIX}prediction_type"] = scheduler.get("prediction_type")
+        texts[f"{MODELSPEC_PREFIX}prediction_type"] = scheduler.get("prediction_type")
     return options | {key: str(text) for key, text in texts.items() if text}
 
 
@@ -252,7 +262,7 @@ def _build_model(
     """Return (model on the meta device, translated config).
 
     Args:
-        non_weights: Buffers, in which the scale factor may be.
+        non_weights: Buffers, which may contain the scale factor.
     """
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
@@ -262,7 +272,7 @@ def _build_model(
 
 
 def _select_non_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that are not weights: buffers and markers, but no losses."""
+    """Return the tensors that are not weights, except for losses: buffers and markers."""
     return {
         name: value
         for name, value in state.items()
@@ -342,7 +352,7 @@ def _find_weights(folder: Path) -> dict[str, list[re.Match[str]]]:
 
 
 def _rank_file(match: re.Match[str]) -> tuple[bool, bool, int, bool]:
-    """Order files of weights: shards without an index last, safetensors before pickles."""
+    """Return a sort key: shards without an index last, safetensors before pickles."""
     is_pickle = match["suffix"] != "safetensors"
     return bool(match["shard"]), is_pickle, STEMS.index(match["stem"]), bool(match["index"])
 
@@ -372,7 +382,7 @@ def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[
 
 
 def _convert_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return mean and standard deviation of embeddings as buffers, unless they are 0 and 1."""
+    """Return mean and standard deviation of embeddings as buffers; {} if they are 0 and 1."""
     if not state["mean"].any() and bool((state["std"] == 1).all()):
         return {}
     return {f"noise_augmentor.data_{key}": state[key].flatten() for key in ("mean", "std")}
@@ -382,7 +392,7 @@ def _expand_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Expand a compact token embedding to CLIP's vocabulary.
 
     Args:
-        table: (n + 1, D); row 0 is that of tokens which are not in the compact vocabulary.
+        table: (n + 1, D); row 0 is for all tokens that are not in the compact vocabulary.
         ids: (n,) ids in CLIP's vocabulary of the other rows; larger ones mark unused rows.
     Returns:
         (VOCAB_SIZE, D).

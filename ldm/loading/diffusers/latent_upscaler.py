@@ -1,6 +1,7 @@
 """Convert configs of the x2 latent upscaler from and to diffusers folders.
 
-diffusers supports only the published layout of the network, and no noise on the small latent.
+diffusers supports only the published layout of the network, and no noise added to the latent that
+is upscaled.
 """
 
 import torch
@@ -68,7 +69,7 @@ def make_folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
 
 
 def make_original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
-    """Return our config of a folder; `folder` is its path for messages."""
+    """Return the config of a folder, with our keys; `folder` is its path for messages."""
     check_files(files, folder, VAE, SCHEDULER, TEXT)
     raw = build_upscaler_config(_parse_unet_config(files[UNET]))
     params = raw["model"]["params"]
@@ -124,7 +125,7 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
         "mapping_out": 2 * channels[0],
         "mapping_cond_dim": config["time_cond_proj_dim"],
         "cross_cond_dim": config["cross_attention_dim"],
-        "depths": [networks.read_equal(config, "layers_per_block", UNET, 2)] * levels,
+        "depths": [networks.read_uniform(config, "layers_per_block", UNET, 2)] * levels,
         "channels": channels,
         "self_attn_depths": [level == levels - 1 for level in range(levels)],
         "cross_attn_depths": [block == DOWN_BLOCKS[True] for block in down_blocks],

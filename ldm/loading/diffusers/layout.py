@@ -37,7 +37,7 @@ CLASSES = {
 }
 NO_COMPONENT = (None, None)  # in place of the class of a component that a folder does not have
 INPAINTING_CHANNELS = 9  # of the UNet's input: latent, mask, and latent of the masked image
-REMEDY = "download the folder again, whole"  # for missing files, in messages
+REMEDY = "download the complete folder again"  # of missing files, for messages
 MAX_JSON = 1 << 24  # bytes
 
 
@@ -54,7 +54,7 @@ def make_index(class_name: str, files: JsonMapping, extras: JsonMapping) -> Json
     Args:
         class_name: Class of the pipeline.
         files: The other files, by path.
-        extras: Entries besides the components that the files are of.
+        extras: Entries besides the components that have files.
     """
     components = {path.split("/")[0] for path in files} & CLASSES.keys()
     return {

@@ -5,8 +5,8 @@
     conditioner.text.model.….attn.in_proj_weight     text_encoder: three tensors
     conditioner.text.model.logit_scale               nowhere
 
-One mapping serves both directions: our names come from a model on the meta device, so that
-diffusers' names (keys) need not be converted to ours.
+One mapping serves both directions: our names come from a model on the meta device, so only ours are
+converted to diffusers' names (keys), never the reverse.
 """
 
 import re
@@ -248,7 +248,7 @@ def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
         if match and (block_type := UPSCALER_BLOCK_TYPES.get(name[match.end() :])):
             level = f"{'down' if match[1] == 'd' else 'up'}_blocks.{match[2]}"
             group = "resnets" if block_type == "resnets" else "attentions"
-            if group == "resnets":  # attentions have the number of the resnet before them
+            if group == "resnets":  # attentions have the index of the resnet before them
                 resnets[level] += 1
             blocks[match[0]] = block_type, f"{level}.{group}.{resnets[level] - 1}"
     locations: dict[str, Location] = {}
@@ -311,7 +311,7 @@ def locate_depth_estimator(names: Iterable[str]) -> dict[str, Location]:
     locations = {}
     for name in names:
         key = replace_all(DEPTH_RULES, name.removeprefix("model."))
-        if key.startswith("pretrained."):  # the unused head of a classifier
+        if key.startswith("pretrained."):  # the unused classification head
             continue
         layers = ("query", "key", "value") if ".qkv." in key else ("qkv",)
         locations[name] = Location(tuple(key.replace("qkv", layer) for layer in layers))

@@ -21,7 +21,7 @@ BLOCK_RULES = (
     (r"^\.skip_connection\b", ".conv_shortcut"),
     (r"^\.op\b", ".conv"),
 )
-# diffusers' prefix by ours, besides the numbered blocks, see `_map_blocks`.
+# diffusers' prefix by ours, outside of the numbered blocks, see `_map_blocks`.
 PREFIXES = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -36,14 +36,14 @@ PREFIXES = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-# Instead of these in UNets without transformers in the first level: SDXL's.
+# Other prefixes in UNets without transformers in the first level: SDXL's.
 XL_PREFIXES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
 FIRST_TRANSFORMER = "input_blocks.1.1."
 BLOCK = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
-BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by a layer in them
+BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by the name of one layer
 TEXT_RULES = (
     (r"transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"token_embedding|positional_embedding", r"text_model.embeddings.\g<0>"),
@@ -92,7 +92,7 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
 
 
 def _map_blocks(names: Iterable[str]) -> dict[str, str]:
-    """Return diffusers' prefix by ours, such as `input_blocks.4.1`.
+    """Return diffusers' prefix of blocks by ours, such as `input_blocks.4.1`.
 
     A down- or upsampler ends each level but the last.
     """
@@ -104,7 +104,7 @@ def _map_blocks(names: Iterable[str]) -> dict[str, str]:
         for n, k, layer in sorted(blocks):
             prefix = f"{direction}put_blocks.{n}.{k}"
             if layer in BLOCK_TYPES:
-                if layer == "in_layers":  # an attention has the number of the resnet before it
+                if layer == "in_layers":  # an attention has the index of the resnet before it
                     resnets += 1
                 block = f"{BLOCK_TYPES[layer]}.{resnets - 1}"
                 prefixes[prefix] = f"{their_direction}_blocks.{level}.{block}"

@@ -13,14 +13,14 @@ from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "DEFAULT_SCALE", "check_blocks", "make_unet_config", "make_vae_config", "parse_unet_config",
-    "parse_vae_config", "read_equal", "validate_config",
+    "DEFAULT_SCALE_FACTOR", "check_blocks", "make_unet_config", "make_vae_config",
+    "parse_unet_config", "parse_vae_config", "read_uniform", "validate_config",
 ]  # fmt: skip
 
 Config = JsonMapping
 
-# REQUIRED_VALUES: diffusers' options with one supported value. KEYS: those of which more values are
-# supported. All others must be null or false.
+# REQUIRED_VALUES: the only supported value of diffusers' options. KEYS: options with several
+# supported values. All others must be null or false.
 UNET_REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_num_groups": 32,
@@ -45,23 +45,23 @@ VAE_KEYS = frozenset({
     "layers_per_block", "latent_channels", "sample_size", "scaling_factor", "force_upcast",
     "mid_block_add_attention", "latents_mean", "latents_std",
 })  # fmt: skip
-MIDDLE, MIDDLE_WITHOUT_ATTENTION = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
+MIDDLE_BLOCK, MIDDLE_BLOCK_WITHOUT_ATTENTION = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"})
 UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
 VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
 RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
-DEFAULT_SCALE = 0.18215  # scaling_factor of a VAE that has none in its config
+DEFAULT_SCALE_FACTOR = 0.18215  # scaling_factor of a VAE that has none in its config
 RESOLUTION = 256  # as in original configs; it only determines which levels have attention
 
 
 def make_unet_config(
-    unet: UNet, sample_size: int | list[int], *, size_width: int | None = None
+    unet: UNet, sample_size: int | list[int], *, size_embed_dim: int | None = None
 ) -> JsonObject:
     """Return the config of a UNet.
 
     Args:
         sample_size: Side of the latent, or [height, width].
-        size_width: Dimension of the embedding of each size in SDXL's vector; None = not SDXL.
+        size_embed_dim: Dimension of the embedding of each size of SDXL; None = not SDXL.
     """
     head_dim, model_channels = unet.num_head_channels, unet.model_channels
     depth = unet.transformer_depth
@@ -110,17 +110,17 @@ def make_unet_config(
     }
     if isinstance(unet.num_classes, int):
         config["num_class_embeds"] = unet.num_classes
-    elif unet.num_classes == "sequential" and size_width is not None:
+    elif unet.num_classes == "sequential" and size_embed_dim is not None:
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": size_width,
+            "addition_time_embed_dim": size_embed_dim,
             "projection_class_embeddings_input_dim": unet.adm_in_channels,
         }
     elif unet.num_classes == "sequential":
         config["class_embed_type"] = "projection"
         config["projection_class_embeddings_input_dim"] = unet.adm_in_channels
     if unet.transformer_depth_middle == 0:
-        config["mid_block_type"] = MIDDLE_WITHOUT_ATTENTION
+        config["mid_block_type"] = MIDDLE_BLOCK_WITHOUT_ATTENTION
     if unet.transformer_depth_output is not None:
         config |= _make_depths_by_block(unet, has_attention)
     if unet.time_cond_proj_dim is not None:
@@ -145,11 +145,11 @@ def parse_unet_config(config: Config) -> JsonObject:
         "attention_resolutions": [
             2**level for level, block in enumerate(down_blocks) if block in CROSS_ATTENTION_BLOCKS
         ],
-        "num_res_blocks": read_equal(config, "layers_per_block", UNET, 2),
+        "num_res_blocks": read_uniform(config, "layers_per_block", UNET, 2),
         "channel_mult": [n // channels[0] for n in channels],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "context_dim": read_equal(config, "cross_attention_dim", UNET),
+        "context_dim": read_uniform(config, "cross_attention_dim", UNET),
         "use_checkpoint": True,
         "legacy": False,
         **_parse_heads(config, channels),
@@ -190,7 +190,7 @@ def make_vae_config(params: Config, scale_factor: float | None, sample_size: int
     levels = range(len(ddconfig.ch_mult))
     prefixes = ["Attn" if ddconfig.has_attention(level) else "" for level in levels]
     if scale_factor is None:  # the architecture of Stable Diffusion, or an unknown one
-        scale_factor = DEFAULT_SCALE if (len(ddconfig.ch_mult), embed_dim) == (4, 4) else 1.0
+        scale_factor = DEFAULT_SCALE_FACTOR if (len(ddconfig.ch_mult), embed_dim) == (4, 4) else 1.0
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
@@ -221,7 +221,7 @@ def parse_vae_config(config: Config) -> JsonObject:
         "out_ch": config.get("out_channels", 3),
         "ch": channels[0],
         "ch_mult": [n // channels[0] for n in channels],
-        "num_res_blocks": read_equal(config, "layers_per_block", VAE, 1),
+        "num_res_blocks": read_uniform(config, "layers_per_block", VAE, 1),
         "attn_resolutions": [RESOLUTION >> i for i, attends in enumerate(has_attention) if attends],
         "dropout": 0.0,
     }
@@ -249,8 +249,8 @@ def validate_config(
             raise ConfigError(f"{where}: `{key}: {value}` is not supported")
 
 
-def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
-    """Return a number that may be written as a list of equal numbers, one for each level or side.
+def read_uniform(config: Config, key: str, where: str, default: int = 0) -> int:
+    """Return an option that may be a list of numbers, one per level or side, if these are equal.
 
     Raises:
         ConfigError: The numbers differ.
@@ -263,7 +263,7 @@ def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
 
 
 def _check_options(network: str, unsupported: Mapping[str, object]) -> None:
-    """Raise ConfigError for the first option, by its text for the message, that is used."""
+    """Raise ConfigError for the first option, named as in `unsupported`, that is used."""
     for option, is_used in unsupported.items():
         if is_used:
             raise ConfigError(f"diffusers' {network} does not support {option}")
@@ -281,7 +281,7 @@ def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObje
     down_depths, depths = unet.transformer_depth, unet.transformer_depth_output
     if not isinstance(unet.num_res_blocks, int) or isinstance(down_depths, int) or depths is None:
         raise ConfigError("diffusers' UNet does not support these transformer depths")
-    count = unet.num_res_blocks + 1  # blocks of a level; up blocks have one more
+    count = unet.num_res_blocks + 1  # up levels have one block more than down levels
     up_depths = [list(depths[i : i + count]) for i in range(0, len(depths), count)]
     down_levels = zip(down_depths, has_attention, strict=True)
     up_levels = zip(up_depths, reversed(has_attention), strict=True)
@@ -291,14 +291,16 @@ def _make_depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObje
     }
 
 
-def _parse_depths(config: Config, res_blocks: int) -> JsonObject:
-    """Return the transformer depths: one, one by level, or by block if up blocks differ."""
-    middle = config.get("mid_block_type", MIDDLE)
+def _parse_depths(config: Config, num_res_blocks: int) -> JsonObject:
+    """Return the transformer depths: one, one per level, or one per block if up blocks differ."""
+    middle = config.get("mid_block_type", MIDDLE_BLOCK)
     if middle is None:
-        raise ConfigError(f"{UNET}: a UNet without a middle block, as KOALA's, is not supported")
-    if middle not in (MIDDLE, MIDDLE_WITHOUT_ATTENTION):
+        raise ConfigError(
+            f"{UNET}: a UNet without a middle block, such as KOALA's, is not supported"
+        )
+    if middle not in (MIDDLE_BLOCK, MIDDLE_BLOCK_WITHOUT_ATTENTION):
         raise ConfigError(f"{UNET}: `mid_block_type: {middle}` is not supported")
-    params: JsonObject = {"transformer_depth_middle": 0} if middle != MIDDLE else {}
+    params: JsonObject = {"transformer_depth_middle": 0} if middle != MIDDLE_BLOCK else {}
     depths = config.get("transformer_layers_per_block", 1)
     reverse = config.get("reverse_transformer_layers_per_block")
     if reverse is None:
@@ -312,10 +314,10 @@ def _parse_depths(config: Config, res_blocks: int) -> JsonObject:
 
     down_levels = zip(depths, config["down_block_types"], strict=True)
     up_levels = zip(reverse, config["up_block_types"], strict=True)
-    up_depths = [list_depths(depth, block, res_blocks + 1) for depth, block in up_levels]
+    up_depths = [list_depths(depth, block, num_res_blocks + 1) for depth, block in up_levels]
     return params | {
         "transformer_depth": [
-            list_depths(depth, block, res_blocks) for depth, block in down_levels
+            list_depths(depth, block, num_res_blocks) for depth, block in down_levels
         ],
         "transformer_depth_output": [depth for level in up_depths for depth in level],
     }
@@ -347,8 +349,8 @@ def _parse_class_embedding(config: Config) -> JsonObject:
     if addition not in (None, "text_time"):
         raise ConfigError(f"{UNET}: `addition_embed_type: {addition}` is not supported")
     if class_type == "projection" or addition:
-        width = config["projection_class_embeddings_input_dim"]
-        return {"num_classes": "sequential", "adm_in_channels": width}
+        channels = config["projection_class_embeddings_input_dim"]
+        return {"num_classes": "sequential", "adm_in_channels": channels}
     if class_type is not None:
         raise ConfigError(f"{UNET}: `class_embed_type: {class_type}` is not supported")
     return {"num_classes": config["num_class_embeds"]} if config.get("num_class_embeds") else {}

@@ -34,10 +34,10 @@ LINEAR_START, LINEAR_END = 1e-4, 2e-2  # defaults of `make_betas` and of diffuse
 
 
 def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
-    """Return the config of a DDIMScheduler with the steps of our default sampler.
+    """Return the config of a DDIMScheduler with the timesteps of our default sampler.
 
     Args:
-        betas: Of a translated config: {"params": arguments of `make_betas`}, or a tensor.
+        betas: As in a translated config: {"params": arguments of `make_betas`}, or a tensor.
     """
     config = {
         "_class_name": "DDIMScheduler",
@@ -70,7 +70,7 @@ def make_betas_config(betas: Any) -> JsonObject:
 
 
 def parse_betas(config: JsonMapping, where: str) -> JsonObject:
-    """Return the original's parameters for the noise schedule of any scheduler."""
+    """Return the original's parameters for the noise schedule in the config of a scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
     else:
@@ -96,13 +96,13 @@ def to_prediction_type(parameterization: str) -> str:
 
 
 def parse_scheduler(config: JsonMapping, default: str) -> str:
-    """Return our scheduler for the spacing of timesteps or sigmas in a config."""
+    """Return the name of our scheduler with a config's spacing of timesteps or sigmas."""
     name = _read_name(config, "timestep_spacing", default, SPACINGS, SCHEDULER)
     return next((ours for key, ours in SIGMA_SPACINGS.items() if config.get(key)), name)
 
 
 def get_timestep_spacing(scheduler: str | None) -> str:
-    """Return diffusers' timestep_spacing for a scheduler; "trailing" is near to `sgm_uniform`."""
+    """Return diffusers' timestep_spacing for a scheduler; "trailing" is close to `sgm_uniform`."""
     return next((spacing for spacing, name in SPACINGS.items() if name == scheduler), "trailing")
 
 

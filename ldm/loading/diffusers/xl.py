@@ -27,7 +27,7 @@ SCORE_KEY = "aesthetic_score"  # batch key
 TARGET_PREFIX = "sgm.modules.diffusionmodules."
 # sgm's class by prediction type.
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
-EULER = "EulerDiscreteScheduler"  # of all samplers but these
+EULER = "EulerDiscreteScheduler"  # for all samplers that are not in SCHEDULER_CLASSES
 SCHEDULER_CLASSES = {
     "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "tcd": "TCDScheduler",
 }  # fmt: skip
@@ -43,10 +43,10 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
     """Return all files of a folder except weights, for a model and its translated config."""
     params, conditioner = spec["params"], model.conditioner
     text_encoders = {get_text_component(e): e for e in conditioner.find_all(TextEncoder)}
-    widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
-    if len(widths) != 1 or "text_encoder_2" not in text_encoders:
+    embed_dims = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
+    if len(embed_dims) != 1 or "text_encoder_2" not in text_encoders:
         raise ConfigError(
-            "SDXL in diffusers needs a pooled text encoder, and size embeddings of one width"
+            "SDXL in diffusers needs a pooled text encoder, and size embeddings of one dimension"
         )
     assert isinstance(model.unet, UNet)
     is_refiner, is_inpainting = SCORE_KEY in conditioner.keys, "masked" in conditioner.keys
@@ -59,7 +59,7 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
         if values is not None:
             vae[key] = [round(value, 6) for value in values.flatten().tolist()]
     files: JsonObject = {
-        layout.UNET: networks.make_unet_config(model.unet, side, size_width=widths.pop()),
+        layout.UNET: networks.make_unet_config(model.unet, side, size_embed_dim=embed_dims.pop()),
         layout.VAE: vae,
         layout.SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
     }
@@ -67,7 +67,7 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
         files |= encoders.make_text_files(encoder, component)
     uses_zeros = any(encoder.null is None for encoder in text_encoders.values())
     extras: JsonObject = {"force_zeros_for_empty_prompt": uses_zeros, "add_watermarker": None}
-    if "text_encoder" not in text_encoders:  # of the refiner, which diffusers' index says
+    if "text_encoder" not in text_encoders:  # the refiner has only the second one
         extras |= {"text_encoder": layout.NO_COMPONENT, "tokenizer": layout.NO_COMPONENT}
     if is_refiner or is_inpainting:
         extras["requires_aesthetics_score"] = is_refiner
@@ -104,14 +104,14 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     if needs_score and layout.TEXT in files:
         conditioner["emb_models"][-1]["input_key"] = SCORE_KEY
     uses_zeros = index.get("force_zeros_for_empty_prompt", True)
-    if uses_zeros != (layout.TEXT in files):  # the default of `sgm.translate_engine`
+    if uses_zeros != (layout.TEXT in files):  # which is the default of `sgm.translate_engine`
         conditioner["force_uc_zero_embeddings"] = ["txt"] if uses_zeros else []
     return raw
 
 
 def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(config)
-    params["scale_factor"] = config.get("scaling_factor", networks.DEFAULT_SCALE)
+    params["scale_factor"] = config.get("scaling_factor", networks.DEFAULT_SCALE_FACTOR)
     params["disable_first_stage_autocast"] = bool(config.get("force_upcast", True))
     for parameter, key in (("latent_mean", "latents_mean"), ("latent_std", "latents_std")):
         if config.get(key) is not None:
@@ -119,7 +119,7 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
 
 
 def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
-    """Set an engine's noise schedule, prediction type, and default sampler and scheduler."""
+    """Set the noise schedule, prediction type, and default sampler and scheduler of a config."""
     class_name = config.get("_class_name", "")
     prediction_type = schedulers.parse_prediction_type(config)
     defaults: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
         denoiser["discretization_config"]["params"] = betas
         defaults["scheduler"] = schedulers.parse_scheduler(config, "leading")
         if defaults["scheduler"] == "leading" and config.get("steps_offset", 1) != 1:
-            log.warning("%s: `steps_offset` has no effect, it is 1", layout.SCHEDULER)
+            log.warning("%s: `steps_offset` is ignored, it is always 1", layout.SCHEDULER)
     spec: JsonObject = {"target": f"{TARGET_PREFIX}denoiser_scaling.{scaling}"}
     if scaling == "EDMScaling" and "sigma_data" in config:
         spec["params"] = {"sigma_data": config["sigma_data"]}

@@ -1,4 +1,4 @@
-"""Read and write weights: `.ckpt` (zip and older pickles) and `.safetensors`, told by content.
+"""Read and write weights: `.ckpt` (zip or older pickles) and `.safetensors`, detected by content.
 
 Pickled code is never executed, see `pickles`. Files are memory-mapped: a tensor takes memory only
 when it is used.
@@ -31,25 +31,25 @@ from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CONFIG_KEY", "TENSOR_HASH", "Checkpoint", "ComputedTensor", "cast_weight",
+    "CONFIG_KEY", "TENSOR_HASH_KEY", "Checkpoint", "ComputedTensor", "cast_weight",
     "compute_short_hash", "detect_format", "has_overflow", "opens_quickly", "read_checkpoint",
     "release_pages", "to_ema_name", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
-CONFIG_KEY = "ldm.config"  # metadata key under which a file carries its own YAML
+CONFIG_KEY = "ldm.config"  # metadata key of the model's YAML
 # Metadata key of the SHA-256 of all tensors' bytes, computed while a .safetensors is written.
-TENSOR_HASH = "modelspec.hash_sha256"
+TENSOR_HASH_KEY = "modelspec.hash_sha256"
 MAX_TENSORS = 20_000
 MAX_DEPTH = 8  # of mappings within mappings
 MAX_NODES = 1_000_000  # values in an entry of a pickle, which may contain itself many times
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
 # Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-OTHER_FORMATS = {  # by the first bytes of the file, in lower case
+OTHER_FORMATS = {  # description -> first bytes of the file, in lower case
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
     "a pickle that `torch.save` did not write, refused": (b"\x80",),
     "a GGUF file, quantised weights are not supported": (b"gguf",),
-    "an HDF5 file, of Keras perhaps, which is not supported": (b"\x89hdf",),
+    "an HDF5 file, perhaps of Keras, which is not supported": (b"\x89hdf",),
     "an image, not weights": (b"\x89png", b"\xff\xd8\xff", b"riff"),
     "an archive, which must be unpacked first": (b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"),
     "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
@@ -57,10 +57,10 @@ OTHER_FORMATS = {  # by the first bytes of the file, in lower case
 # Entries that contain the weights of a model, possibly nested.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
 EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
-# Of k-diffusion's upscaler: the entry with its weights, the EMA, and a name in it.
+# The entry with the weights of k-diffusion's upscaler, which are its EMA, and a name in it.
 K_DIFFUSION_ENTRY, K_DIFFUSION_NAME = "model_ema", "inner_model.mapping_cond.weight"
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
-# Weights in a folder, by the first pattern that matches: of a pipeline, of a component, as pickles.
+# Weights in a folder; the first pattern that matches counts: a pipeline, a component, pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -136,8 +136,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     else:
         content, mapped = load_pickle(path, file_format)
         if not isinstance(content, dict):
-            what = type(content).__name__
-            raise FileFormatError(f"`{path}` holds a {what}, not weights by name")
+            content_type = type(content).__name__
+            raise FileFormatError(f"`{path}` contains a {content_type}, not weights by name")
         metadata = {}
     weights, entries = _unwrap(content, path)
     state = _check_tensors(weights, path)
@@ -194,11 +194,11 @@ def write_checkpoint(
 ) -> None:
     """Write weights atomically, as `.safetensors`, `.ckpt` or `.pth` by the suffix of the path.
 
-    A `.pth` holds them under `model_ema`, as k-diffusion's upscaler does.
+    A `.pth` has them under `model_ema`, like the file of k-diffusion's upscaler.
 
     Args:
         state: Names as in the file; see `weight_names.restore_names`.
-        metadata: Read back as `Checkpoint.metadata`. If TENSOR_HASH is in it, with any value, a
+        metadata: Read back as `Checkpoint.metadata`. If TENSOR_HASH_KEY is in it, with any value, a
             `.safetensors` gets the hash of its tensors there. None = none.
         dtype: To cast floating-point tensors to; None leaves them as they are.
         mapped: Whether tensors are memory-mapped; their pages are released once written.
@@ -206,7 +206,7 @@ def write_checkpoint(
     """
     path, metadata = Path(path), dict(metadata or {})
     suffix = path.suffix.lower()
-    has_hash = metadata.pop(TENSOR_HASH, None) is not None
+    has_hash = metadata.pop(TENSOR_HASH_KEY, None) is not None
     if suffix not in (".safetensors", ".ckpt", ".pth"):
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,12 +227,12 @@ def write_checkpoint(
                 entry = K_DIFFUSION_ENTRY if suffix == ".pth" else "state_dict"
                 torch.save({entry: weights, **metadata}, temporary)
         except OverflowError as error:
-            names = [name for name, tensor in tensors.items() if tensor.overflows]
+            names = [name for name, tensor in tensors.items() if tensor.has_overflow]
             raise _make_overflow_error(names, dtype) from error
 
 
 def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in another dtype."""
+    """Return a weight in another dtype; raise ArgumentError if it overflows."""
     if has_overflow(value, dtype):
         raise _make_overflow_error([name], dtype)
     return value.to(dtype)
@@ -256,12 +256,13 @@ def detect_format(path: Path) -> str:
         return "zip"
     if start.startswith(LEGACY_MAGIC):
         return "legacy"
-    header = int.from_bytes(start[:8], "little") if start[8:9] == b"{" else math.inf
-    if header <= size - 8:
+    header_size = int.from_bytes(start[:8], "little") if start[8:9] == b"{" else math.inf
+    if header_size <= size - 8:
         return "safetensors"
     start = start.lower()
-    actual = next((k for k, marks in OTHER_FORMATS.items() if start.startswith(marks)), None)
-    if header <= MAX_HEADER:
+    formats = OTHER_FORMATS.items()
+    actual = next((title for title, prefixes in formats if start.startswith(prefixes)), None)
+    if header_size <= MAX_HEADER:
         actual = "damaged, perhaps an incomplete download"
     if b"<html" in start or b"<!doctype" in start:
         actual = "a web page, probably a failed download"
@@ -270,7 +271,7 @@ def detect_format(path: Path) -> str:
 
 
 def opens_quickly(path: Path) -> bool:
-    """Return whether a file opens without reading its weights, unlike a pickle before torch 1.6."""
+    """Return whether a file opens without reading its weights, unlike pickles before torch 1.6."""
     return path.is_file() and detect_format(path) != "legacy"
 
 
@@ -286,8 +287,8 @@ def compute_short_hash(path: str | Path) -> str:
 def release_pages(tensor: Tensor) -> None:
     """Release the memory of a mapped tensor that was copied; it is read again if it is used.
 
-    Only for tensors of a `mapped` checkpoint: others could lose their values. Those computed from
-    mapped ones, as of diffusers folders, are in memory of torch's own and stay as they are.
+    Only for tensors of a `mapped` checkpoint: others could lose their values. Tensors computed from
+    mapped ones, such as those of diffusers folders, are in torch's own memory and stay there.
     """
     if tensor.untyped_storage().resizable():  # allocated by torch, so not mapped
         return
@@ -319,34 +320,34 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 
 
 def _unwrap(content: JsonMapping, path: Path) -> tuple[JsonMapping, JsonObject]:
-    """Return (mapping that contains the weights of a file, entries beside it)."""
+    """Return (mapping that contains the weights of a file, entries beside the weights)."""
     entries: JsonObject = {}
     ema = content.get(K_DIFFUSION_ENTRY)
     if isinstance(ema, Mapping) and K_DIFFUSION_NAME in ema:
-        of_weights = (*WRAPPERS, *EMA_ENTRIES)
-        return ema, {str(k): v for k, v in content.items() if k not in of_weights}
-    for _ in range(MAX_DEPTH):  # a malicious one may contain itself
-        inner = next((key for key in WRAPPERS if _holds_weights(content.get(key))), None)
+        weight_entries = (*WRAPPERS, *EMA_ENTRIES)
+        return ema, {str(k): v for k, v in content.items() if k not in weight_entries}
+    for _ in range(MAX_DEPTH):  # a malicious mapping may contain itself
+        inner = next((key for key in WRAPPERS if _has_weights(content.get(key))), None)
         if inner is None:
             break
         entries |= {str(key): value for key, value in content.items() if key != inner}
         content = content[inner]
-    # Entries among bare weights: those without a tensor. `_flatten` needs any prefix.
+    # Entries beside bare weights are those without a tensor. `_flatten` needs any prefix.
     entries |= {str(k): v for k, v in content.items() if not any(_flatten(v, path, "."))}
     return content, entries
 
 
-def _holds_weights(node: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> bool:
-    """Return whether it is a mapping of tensors by name, possibly within wrappers.
+def _has_weights(node: Any, depth: int = 0, seen: frozenset[int] = frozenset()) -> bool:
+    """Return whether a node is a mapping of tensors by name, possibly within wrappers.
 
     Args:
-        seen: The ids of mappings that contain it.
+        seen: The ids of mappings that contain the node.
     """
     if not isinstance(node, Mapping) or depth == MAX_DEPTH or id(node) in seen:
         return False
     is_flat = any(isinstance(value, Tensor) for value in node.values())
     seen |= {id(node)}
-    return is_flat or any(_holds_weights(node.get(key), depth + 1, seen) for key in WRAPPERS)
+    return is_flat or any(_has_weights(node.get(key), depth + 1, seen) for key in WRAPPERS)
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
@@ -366,15 +367,15 @@ def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
 
 
 def _flatten(
-    node: Any, path: Path, prefix: str = "", depth: int = 0, nodes: Iterator[int] | None = None
+    node: Any, path: Path, prefix: str = "", depth: int = 0, counter: Iterator[int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of nested mappings and lists; names are joined by dots.
 
     Args:
-        nodes: Counts the values; None = from 0. Raises FileFormatError above MAX_NODES.
+        counter: Counts the values, of which MAX_NODES are allowed; None = from 0.
     """
-    nodes = itertools.count() if nodes is None else nodes
-    if next(nodes) > MAX_NODES:
+    counter = itertools.count() if counter is None else counter
+    if next(counter) > MAX_NODES:
         raise FileFormatError(
             f"`{path}` is refused: its pickle contains itself, or too many values"
         )
@@ -385,11 +386,11 @@ def _flatten(
     elif isinstance(node, Mapping | list | tuple) and depth < MAX_DEPTH:
         items = node.items() if isinstance(node, Mapping) else enumerate(node)
         for key, value in items:
-            yield from _flatten(value, path, f"{prefix}{key}.", depth + 1, nodes)
+            yield from _flatten(value, path, f"{prefix}{key}.", depth + 1, counter)
 
 
 def has_overflow(value: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a finite value is too large for another dtype."""
+    """Return whether any finite value of a tensor is too large for another dtype."""
     return bool((_is_finite(value) & ~_is_finite(value.to(dtype))).any())
 
 
@@ -405,7 +406,7 @@ def _make_overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> Arg
 
 @dataclass(frozen=True)
 class _TensorToWrite:
-    """A tensor that is computed, cast and copied only when it is written."""
+    """A tensor to compute, cast and copy when it is written."""
 
     source: Tensor | ComputedTensor
     target_dtype: torch.dtype | None  # None = that of the source
@@ -422,7 +423,7 @@ class _TensorToWrite:
         return self.source.dtype
 
     @property
-    def overflows(self) -> bool:
+    def has_overflow(self) -> bool:
         return has_overflow(self.value, self.dtype)
 
     def make_contiguous(self) -> Tensor:
@@ -432,7 +433,7 @@ class _TensorToWrite:
         """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()
-        if new.dtype != old.dtype and not _is_finite(new).all() and self.overflows:
+        if new.dtype != old.dtype and not _is_finite(new).all() and self.has_overflow:
             raise OverflowError
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
@@ -451,7 +452,7 @@ def _write_safetensors(
     """Write length of the header, header, and one tensor after the other."""
     # Widest dtypes first, so that each tensor is aligned to its element size.
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    placeholder = {TENSOR_HASH: _format_hash(b"")} if has_hash else {}
+    placeholder = {TENSOR_HASH_KEY: _format_hash(b"")} if has_hash else {}
     header: JsonObject = {"__metadata__": placeholder | dict(metadata)}
     end = 0
     for name in order:
@@ -482,5 +483,5 @@ def _write_safetensors(
 
 
 def _format_hash(digest: bytes) -> str:
-    """Return a digest as ModelSpec has it; an empty one gives zeros of the same length."""
+    """Return a digest in ModelSpec's format; for an empty one, zeros of the same length."""
     return f"0x{digest.hex():0<64}"

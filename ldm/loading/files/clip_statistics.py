@@ -1,4 +1,4 @@
-"""Load the mean and standard deviation of CLIP's embeddings that stable unCLIP-L needs.
+"""Load the mean and standard deviation of CLIP's embeddings, which stable unCLIP-L needs.
 
 Some checkpoints contain them; else they are read from a given file (`ViT-L-14_stats.th`, of the
 Karlo project), or from its path in the config or in the checkpoint's folder.
@@ -16,7 +16,9 @@ from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
 
-__all__ = ["find_near", "get_clip_statistics", "load_clip_statistics", "read_clip_statistics"]
+__all__ = [
+    "find_near_checkpoint", "get_clip_statistics", "load_clip_statistics", "read_clip_statistics",
+]  # fmt: skip
 
 
 def load_clip_statistics(
@@ -43,12 +45,12 @@ def load_clip_statistics(
     elif buffers and "noise_augmentor.data_mean" in buffers:
         mean, std = (buffers[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.set_statistics(mean, std)
-    elif path := find_near(ckpt, noise.clip_stats_path):
+    elif path := find_near_checkpoint(ckpt, noise.clip_stats_path):
         noise.set_statistics(*read_clip_statistics(path))
 
 
 def get_clip_statistics(conditioner: Conditioner) -> dict[str, Tensor]:
-    """Return the statistics of an unCLIP model as tensors to write in its file; {} without any."""
+    """Return the statistics of an unCLIP model as tensors of its file; {} if it has none."""
     image = conditioner.find(ImageEmbedding)
     if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:
         return {}
@@ -57,18 +59,18 @@ def get_clip_statistics(conditioner: Conditioner) -> dict[str, Tensor]:
 
 
 def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Return (mean, std) of CLIP's embeddings, D numbers each."""
+    """Return mean and standard deviation, (D,) each, of CLIP's embeddings."""
     path = Path(path)
     content, _ = load_pickle(path, detect_format(path))
-    pair = list(content.values()) if isinstance(content, Mapping) else content
-    is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-    if not is_pair or not all(isinstance(numbers, Tensor) for numbers in pair):
-        raise FileFormatError(f"`{path}` does not hold statistics: a mean and a standard deviation")
-    return pair[0].float().flatten(), pair[1].float().flatten()
+    values = list(content.values()) if isinstance(content, Mapping) else content
+    has_two = isinstance(values, list | tuple) and len(values) == 2
+    if not has_two or not all(isinstance(value, Tensor) for value in values):
+        raise FileFormatError(f"`{path}` does not contain a mean and a standard deviation")
+    return values[0].float().flatten(), values[1].float().flatten()
 
 
-def find_near(ckpt: Path, path: str | None) -> Path | None:
-    """Return the file at a path, or of that name in the checkpoint's folder, or None."""
+def find_near_checkpoint(ckpt: Path, path: str | None) -> Path | None:
+    """Return the file at a path, else that of the same name in the checkpoint's folder, or None."""
     if path is None:
         return None
     try:

@@ -1,6 +1,6 @@
 """Read and write `.latent` files in ComfyUI's format: one latent, in the autoencoder's scale.
 
-Ours also contain the info of the image, and the latent space.
+Ours also contain the generation info of the image, and the latent space.
 """
 
 import json
@@ -22,10 +22,10 @@ from ldm.runtime.types import JsonMapping
 __all__ = ["LATENT_SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent"]
 
 LATENT_SUFFIX = ".latent"
-LATENT, VERSION = "latent_tensor", "latent_format_version_0"
-INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the metadata
+LATENT_KEY, VERSION_KEY = "latent_tensor", "latent_format_version_0"  # names of tensors
+INFO_KEY, SPACE_KEY = "ldm", "ldm.latent_space"  # of the metadata
 # ComfyUI's files without a version are in the UNet's scale of SD 1 and 2.
-FORMER_SCALE = 0.18215
+UNVERSIONED_SCALE_FACTOR = 0.18215
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class StoredLatent:
 
     Args:
         latent: (1, C, h, w) float32, in the autoencoder's scale.
-        space: Models to which it belongs; None = unknown.
+        space: Latent space of the model that it is from; None = unknown.
     """
 
     path: str | Path
@@ -51,7 +51,7 @@ class StoredLatent:
         channels = self.latent.shape[1]
         if channels != expected.channels or (self.space and not expected.matches(self.space)):
             raise ArgumentError(
-                f"`{self.path}` is a latent of another kind than {quote_name(model)} takes: use "
+                f"`{self.path}` is a latent of another kind than {quote_name(model)} reads: use "
                 "its image",
                 "init_img",
             )
@@ -61,32 +61,33 @@ class StoredLatent:
 def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonMapping) -> None:
     """Write a latent (C, h, w) in the scale of a model's UNet, with the `info` of its image."""
     latent = model.denormalize(z[None].detach().float())
-    tensors = {LATENT: latent.cpu().contiguous(), VERSION: torch.empty(0)}
-    texts = {INFO: json.dumps(info, default=str), SPACE: json.dumps(asdict(model.latent_space))}
-    with write_atomically(path) as part:
-        part.write_bytes(save(tensors, texts))
+    tensors = {LATENT_KEY: latent.cpu().contiguous(), VERSION_KEY: torch.empty(0)}
+    space = json.dumps(asdict(model.latent_space))
+    texts = {INFO_KEY: json.dumps(info, default=str), SPACE_KEY: space}
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(save(tensors, texts))
 
 
 def load_latent(path: str | Path) -> StoredLatent:
     """Read a latent from a file."""
     checkpoint = read_checkpoint(path)
-    latent = checkpoint.state.get(LATENT)
+    latent = checkpoint.state.get(LATENT_KEY)
     if latent is None:
-        raise FileFormatError(f"`{path}` is not a latent: it has no `{LATENT}`")
+        raise FileFormatError(f"`{path}` is not a latent: it has no `{LATENT_KEY}`")
     if latent.dim() != 4 or latent.shape[0] != 1 or not latent.numel():
         raise FileFormatError(f"`{path}` is not one latent: its shape is {tuple(latent.shape)}")
     if not latent.isfinite().all():
         raise FileFormatError(f"`{path}` has values that are NaN or infinite")
     latent = latent.float().clone()
-    if VERSION not in checkpoint.state:
-        latent = latent / FORMER_SCALE
+    if VERSION_KEY not in checkpoint.state:
+        latent = latent / UNVERSIONED_SCALE_FACTOR
     try:
-        fields: Any = json.loads(checkpoint.metadata[SPACE])
+        fields: Any = json.loads(checkpoint.metadata[SPACE_KEY])
         space = LatentSpace(**fields)
     except KeyError:
         space = None
     except (ValueError, TypeError) as error:
-        raise FileFormatError(f"`{path}`: `{SPACE}` in it is damaged") from error
+        raise FileFormatError(f"`{path}`: `{SPACE_KEY}` in it is damaged") from error
     return StoredLatent(path, latent, space)
 
 

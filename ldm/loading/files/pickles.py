@@ -28,12 +28,12 @@ __all__ = ["list_foreign_imports", "list_pickle_imports", "load_pickle"]
 
 MAX_PICKLE = 100_000_000  # bytes
 MAX_MEMBERS = 100_000
-MEMBER = re.compile(
+TORCH_MEMBER = re.compile(  # files in an archive of torch.save
     r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id)"
 )
-SAFE_TORCH = (2, 10)  # the restricted unpickler of older versions had holes
-SCRIPT_MARK = "/constants.pkl"  # a member that only TorchScript archives have
+MIN_TORCH_VERSION = (2, 10)  # the restricted unpickler of older versions was not safe
+SCRIPT_MARKER = "/constants.pkl"  # a member that only TorchScript archives have
 SCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
 SCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
 # Names that error messages do not list; this does not allow anything.
@@ -43,8 +43,8 @@ HARMLESS = re.compile(
     rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTION.pattern}"
 )
 
-# Names in the training states that published files hold beside weights.
-INERT = (
+# Names in the training states of published files, replaced by stand-ins.
+IGNORED_NAMES = (
     "_codecs.encode",
     "argparse.Namespace",
     "builtins.dict",
@@ -72,15 +72,15 @@ INERT = (
 )
 
 
-class Inert:
-    """Stand-in for a foreign class: accepts any arguments and state, and ignores them."""
+class StandIn:
+    """Stand-in for a foreign class or function: accepts any arguments and state, ignores them."""
 
     def __init__(self, *args: object) -> None: ...
 
     def __setstate__(self, state: object) -> None: ...
 
 
-class Parameters(dict[str, torch.Tensor]):
+class ParameterDict(dict[str, torch.Tensor]):
     """Stand-in for `torch.nn.ParameterDict`, used in old textual inversions."""
 
     def __setstate__(self, state: Any) -> None:
@@ -97,9 +97,9 @@ class ScriptModule(dict[str, Any]):
 
 # One class for each name, as files use such classes as dictionary keys.
 STAND_INS: list[tuple[type, str]] = [
-    (type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT
+    (type(name.rpartition(".")[2], (StandIn,), {}), name) for name in IGNORED_NAMES
 ]
-STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
+STAND_INS.append((ParameterDict, "torch.nn.modules.container.ParameterDict"))
 
 
 def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
@@ -112,10 +112,10 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
         FileFormatError: The file is damaged, or contains more than plain data.
     """
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < MIN_TORCH_VERSION:
         raise FileFormatError(
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
-            f"{torch.__version__}\nhint: a .safetensors file can be read by any"
+            f"{torch.__version__}\nhint: any version reads .safetensors files"
         )
     is_script = file_format == "zip" and _check_members(path)
     script_stand_ins = _make_script_stand_ins(path) if is_script else []
@@ -125,7 +125,7 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            # torch.load goes by the suffix .safetensors, and memory-maps only paths.
+            # torch.load detects .safetensors by the suffix only, and memory-maps only paths.
             mapped = file_format == "zip" and path.suffix != ".safetensors" and not is_script
             with _copy_without_code(path) if is_script else path.open("rb") as file:
                 source: Any = str(path) if mapped else file
@@ -162,14 +162,14 @@ def list_pickle_imports(path: Path, file_format: str) -> list[str]:
 def list_foreign_imports(path: Path, file_format: str) -> list[str]:
     """Return the names in `list_pickle_imports` that weights do not need."""
     names = list_pickle_imports(path, file_format)
-    return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
+    return [name for name in names if name not in IGNORED_NAMES and not HARMLESS.fullmatch(name)]
 
 
 def _make_script_stand_ins(path: Path) -> list[tuple[type, str]]:
     """Return a stand-in for each class and function in a TorchScript archive."""
     stand_ins: list[tuple[type, str]] = []
     for name in list_pickle_imports(path, "zip"):
-        for pattern, base in ((SCRIPT_MODULE, ScriptModule), (SCRIPT_FUNCTION, Inert)):
+        for pattern, base in ((SCRIPT_MODULE, ScriptModule), (SCRIPT_FUNCTION, StandIn)):
             if pattern.fullmatch(name):
                 stand_ins.append((type(name.rpartition(".")[2], (base,), {}), name))
     return stand_ins
@@ -181,7 +181,7 @@ def _copy_without_code(path: Path) -> Iterator[IO[bytes]]:
     with tempfile.TemporaryFile() as copy:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as weights:
             for member in archive.infolist():
-                if MEMBER.fullmatch(member.filename):
+                if TORCH_MEMBER.fullmatch(member.filename):
                     target = weights.open(member.filename, "w", force_zip64=True)
                     with archive.open(member) as source, target:
                         shutil.copyfileobj(source, target)
@@ -201,12 +201,12 @@ def _check_members(path: Path) -> bool:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         message = f"`{path}` is damaged, perhaps an incomplete download: {error}"
         raise FileFormatError(message) from error
-    is_script = any(member.filename.endswith(SCRIPT_MARK) for member in members)
+    is_script = any(member.filename.endswith(SCRIPT_MARKER) for member in members)
     problem = None
     if is_script:
-        members = [member for member in members if MEMBER.fullmatch(member.filename)]
+        members = [member for member in members if TORCH_MEMBER.fullmatch(member.filename)]
     for member in members:
-        if not MEMBER.fullmatch(member.filename):
+        if not TORCH_MEMBER.fullmatch(member.filename):
             problem = f"`{member.filename}` does not belong in a checkpoint"
         elif member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             problem = f"`{member.filename}` is compressed"
@@ -235,7 +235,7 @@ def _ends_in_pickle(path: Path) -> bool:
 
 
 def _list_imports(file: IO[bytes]) -> Iterator[str]:
-    """Yield the names that a pickle imports, up to where it is malformed."""
+    """Yield the names that a pickle imports, until it ends or is malformed."""
     strings: list[str] = []
     memo: dict[Any, str] = {}
     try:

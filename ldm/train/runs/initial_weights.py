@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldm.loading import legacy
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import rename_weights, strip_prefix
+from ldm.loading.weight_names import rename_weights, select_prefix
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
@@ -45,7 +45,7 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
         if params.get("finetune_keys"):
             raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
         return False
-    widened_keys = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
+    widened_keys = params.get("finetune_keys", [legacy.INPUT_CONV]) or ()
     if not isinstance(model, LatentDiffusion):
         _load(model, params, "autoencoder.", widened_keys)
         return True
@@ -89,7 +89,7 @@ def _load(
     """
     path = find_checkpoint(params["ckpt_path"])
     weights = identify_weights(open_checkpoint(path if path.is_dir() else find_file(path)))
-    state = strip_prefix(weights.state, prefix) or weights.state
+    state = select_prefix(weights.state, prefix) or weights.state
     current = module.state_dict()
     ignored = tuple(params.get("ignore_keys") or ())
     state = {n: v for n, v in state.items() if not n.startswith(ignored)}

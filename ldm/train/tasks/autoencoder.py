@@ -21,7 +21,7 @@ from ldm.loading.addons.lpips import LPIPS_FILES, build_lpips, read_lpips
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import select_loss_weights, strip_prefix
+from ldm.loading.weight_names import select_loss_weights, select_prefix
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import GroupNorm
 from ldm.nets.discriminator import PatchDiscriminator
@@ -303,7 +303,7 @@ class AdversarialTask(Task):
 
     def load_loss_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load discriminator and logvar, if `weights` (from `select_loss_weights`) has them."""
-        state = strip_prefix(weights, "discriminator.")
+        state = select_prefix(weights, "discriminator.")
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
         if state and {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(

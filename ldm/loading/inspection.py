@@ -15,10 +15,10 @@ from ldm.loading.files.pickles import list_foreign_imports, list_pickle_imports
 from ldm.loading.find_variant import find_variant
 from ldm.loading.matching import translate_names
 from ldm.loading.model_config import asks_for_ema, probe_weights, read_config
-from ldm.loading.modelspec import PREFIX
+from ldm.loading.modelspec import MODELSPEC_PREFIX
 from ldm.loading.published import find_checkpoint, identify_hash, read_published_files
 from ldm.loading.replace_parts import UPSCALER_PARTS
-from ldm.loading.weight_names import has_prefix, has_sgm_names, to_original_name
+from ldm.loading.weight_names import has_prefix, has_sgm_names, select_prefix, to_original_name
 from ldm.loading.weights import (
     TRANSPOSED_WARNING,
     Weights,
@@ -58,7 +58,7 @@ class Part:
 
 @dataclass
 class Report:
-    """The result of an inspection of one file; None = unknown, where nothing else is said.
+    """The result of the inspection of one file; None = unknown, unless stated otherwise.
 
     Args:
         sha256: "" if it was not computed, as no published file has this size.
@@ -70,7 +70,7 @@ class Report:
         config: Path of the config that the weights are compared with, or `CONFIG_KEY`.
         extras: Names of the entries beside the weights.
         pickle_names: Names that its pickle would import.
-        foreign_names: Those of them that weights do not need.
+        foreign_names: Those pickle names that weights do not need.
         missing: The original's names of weights that the config needs and the file does not have;
             None = not compared.
         unexpected: Names in the file that the config does not need; None = not compared.
@@ -105,24 +105,23 @@ class Report:
     @property
     def model_spec(self) -> dict[str, str]:
         """The metadata of ModelSpec: title, author, licence …, without their common prefix."""
-        texts = self.metadata.items()
-        return {k.removeprefix(PREFIX): v for k, v in texts if k.startswith(PREFIX)}
+        return select_prefix(self.metadata, MODELSPEC_PREFIX)
 
     def as_dict(self) -> JsonObject:
-        """Return plain values, for JSON."""
-        plain = asdict(self)
+        """Return the report as values for JSON."""
+        values = asdict(self)
         if self.prediction is not None:
-            plain["prediction"] = {  # keys that programs read: not the names of the fields
+            values["prediction"] = {  # keys that programs read: not the names of the fields
                 "kind": self.prediction.kind,
                 "verdicts": [
                     {"method": d.method, "says": d.kind, "evidence": d.evidence}
                     for d in self.prediction.detections
                 ],
-                "disputed": self.prediction.disputed,
+                "disputed": self.prediction.is_disputed,
             }
-        return plain
+        return values
 
-    def lines(self) -> Iterator[str]:
+    def format_lines(self) -> Iterator[str]:
         """Yield the report as text."""
         yield f"file        {self.path}, {_format_size(self.bytes)}, {self.kind or 'unknown'}"
         digest = f"SHA-256 {self.sha256}" if self.sha256 else "no published file has this size"
@@ -137,8 +136,8 @@ class Report:
         if self.variant is not None:
             yield f"variant     {self.variant}"
         if self.prediction is not None:
-            doubt = ", but the methods disagree" if self.prediction.disputed else ""
-            yield f"predicts    {self.prediction.kind or 'unknown'}{doubt}"
+            remark = ", but the methods disagree" if self.prediction.is_disputed else ""
+            yield f"predicts    {self.prediction.kind or 'unknown'}{remark}"
             for detection in self.prediction.detections:
                 method, kind = detection.method, detection.kind or "nothing"
                 yield f"  {method:10}{kind} ({detection.evidence})"
@@ -168,12 +167,12 @@ class Report:
 def inspect_checkpoint(
     path: str | Path, config: str | Path | None = None, *, probe: bool = True
 ) -> Report:
-    """Inspect a checkpoint: family, config, prediction type, parts, and what does not fit.
+    """Inspect a checkpoint: family, config, prediction type, parts, missing and unexpected weights.
 
     Args:
         config: YAML to compare with; None = that of the family.
-        probe: Whether to run the UNet once (which reads its weights) if the prediction type is in
-            doubt.
+        probe: Whether to run the UNet once (which reads its weights) if the prediction type is
+            uncertain.
     """
     path = find_checkpoint(path)
     if path.is_dir():
@@ -183,7 +182,7 @@ def inspect_checkpoint(
         raise MissingFile(f"no checkpoint `{path}`")
     size = path.stat().st_size
     needs_hash = size < MAX_SIZE_TO_HASH or any(
-        file.may_have(size) for file in read_published_files().values()
+        file.may_have_size(size) for file in read_published_files().values()
     )
     digest = get_sha256(path) if needs_hash else find_cached_sha256(path)
     report = Report(str(path), size, digest or "")
@@ -213,7 +212,7 @@ def inspect_checkpoint(
     report.metadata = weights.checkpoint.metadata
     if has_transposed_projection(weights.state):
         report.note = TRANSPOSED_WARNING
-    _compare(report, weights, config)
+    _compare_with_config(report, weights, config)
     return report
 
 
@@ -242,8 +241,8 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         yield Part(prefix[:-1], original, len(tensors), parameters, dict(dtypes))
 
 
-def _compare(report: Report, weights: Weights, config: str | Path | None) -> None:
-    """Add to a report the config, how weights fit it, and a family that its encoders show."""
+def _compare_with_config(report: Report, weights: Weights, config: str | Path | None) -> None:
+    """Set a report's config, missing and unexpected weights, and its family if that is unknown."""
     try:
         path, raw = read_config(weights, config)
         report.config, where = path, Path(path).name

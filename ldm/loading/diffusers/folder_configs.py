@@ -1,6 +1,6 @@
 """Convert between a model's config and the JSONs of a diffusers folder, `model_index.json` …
 
-`make_original_config` fills the published YAML of the family with the folder's numbers, so that
+`make_original_config` fills the published YAML of the family with the folder's parameters, so that
 programs for the original's configs can read it.
 """
 
@@ -46,8 +46,8 @@ NORMALIZER = "image_normalizer/config.json"
 EMBEDDING_NOISE = "image_noising_scheduler/scheduler_config.json"
 LOW_RES_NOISE = "low_res_scheduler/scheduler_config.json"
 
-# Entries of the index, instead of the checker and its preprocessor.
-WITHOUT_CHECKER = {
+# Entries of the index for a pipeline without its safety checker.
+NO_SAFETY_CHECKER = {
     "safety_checker": layout.NO_COMPONENT, "requires_safety_checker": False,
     "feature_extractor": layout.NO_COMPONENT,
 }  # fmt: skip
@@ -60,16 +60,16 @@ class _Pipeline(NamedTuple):
         name: Class of diffusers.
         openai_config: Name of the YAML with OpenAI's CLIP as encoder; None = no such family.
         open_clip_config: Name of the YAML with OpenCLIP; None = no such family.
-        takes_checker: Whether it takes a safety checker, which our folders do not have.
+        has_safety_checker: Whether it has a safety checker, which our folders do not contain.
     """
 
     name: str
     openai_config: str | None
     open_clip_config: str | None
-    takes_checker: bool = True
+    has_safety_checker: bool = True
 
 
-# By the encoder that identifies the pipeline; "text" without another encoder. masked = inpainting,
+# By the encoder that identifies the pipeline, "text" if there is no other. masked = inpainting,
 # lowres = x4 upscaler, image = unCLIP, rgbd = LDM3D (-SR), variations = image instead of a prompt.
 # fmt: off
 PIPELINES = {
@@ -100,7 +100,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     """Return all files of a folder except weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
-        # The image size is unknown: Stable Diffusion's. diffusers uses it as the size of tiles.
+        # The image size, for diffusers the size of tiles, is unknown: Stable Diffusion's.
         return {"config.json": networks.make_vae_config(params, None, 512)}
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
@@ -125,7 +125,7 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     pipeline_key = _find_model_pipeline(model)
     files |= _make_encoder_configs(model, params["conditioner"]["params"], pipeline_key)
     pipeline = PIPELINES[pipeline_key]
-    extras = dict(WITHOUT_CHECKER if pipeline.takes_checker else {})
+    extras = dict(NO_SAFETY_CHECKER if pipeline.has_safety_checker else {})
     if PROCESSOR in files:
         extras["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
     if pipeline_key in ("lowres", "rgbd"):
@@ -167,9 +167,9 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     if scheduler == "trailing":  # of few-step models
         params["defaults"] = {"scheduler": scheduler}
     elif scheduler != "leading":
-        message = "%s: its spacing of steps is not used, the scheduler `%s` has it"
+        message = "%s: its timestep spacing is ignored, select it by the scheduler `%s`"
         log.warning(message, layout.SCHEDULER, scheduler)
-    params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE)
+    params["scale_factor"] = files[layout.VAE].get("scaling_factor", networks.DEFAULT_SCALE_FACTOR)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]
     if layout.TEXT in files:
@@ -193,7 +193,7 @@ def _make_encoder_configs(model: LatentDiffusion, specs: JsonMapping, pipeline_k
         name = layout.CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
         files[EMBEDDING_NOISE] = _make_noise_config(specs["image"]["params"]["noise"])
-    if pipeline_key in ("lowres", "rgbd"):  # the pipeline of rgbd requires it, unused
+    if pipeline_key in ("lowres", "rgbd"):  # diffusers' pipeline of rgbd requires it, but unused
         files[LOW_RES_NOISE] = _make_noise_config(specs[pipeline_key])
     if pipeline_key == "depth":
         files[DEPTH] = encoders.make_depth_config(conditioner.get(MiDaSDepth))
@@ -217,9 +217,8 @@ def _set_encoder_params(files: Files, params: JsonObject, pipeline_key: str) -> 
     if pipeline_key == "image":
         params["embedder_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
         betas = schedulers.parse_betas(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
-        width = files[IMAGE]["projection_dim"]
         params["noise_aug_config"]["params"] |= {
-            "timestep_dim": width,
+            "timestep_dim": files[IMAGE]["projection_dim"],
             "noise_schedule_config": betas,
         }
 
@@ -242,7 +241,8 @@ def _find_folder_pipeline(files: Files) -> str:
     components = {path.split("/")[0] for path in files}
     is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
     channels = files.get(layout.UNET, {}).get("in_channels", 4)
-    # The scheduler of LDM3D-SR is unused, and may be missing; its UNet also reads a latent.
+    # LDM3D-SR has a low-resolution scheduler, which may be missing as it is unused; its UNet has
+    # the channels of a second latent.
     if is_rgbd and ("low_res_scheduler" in components or channels == 8):
         return "rgbd"
     for component, pipeline_key in PIPELINE_OF_COMPONENT.items():
@@ -252,9 +252,9 @@ def _find_folder_pipeline(files: Files) -> str:
         return "variations"
     missing = {"unet", "vae", "text_encoder", "scheduler"} - components
     if missing or "text_encoder_2" in components:
-        what = f"no {', '.join(sorted(missing))}" if missing else "`text_encoder_2`"
+        reason = f"no {', '.join(sorted(missing))}" if missing else "`text_encoder_2`"
         name = files[layout.INDEX].get("_class_name")
-        raise FileFormatError(f"`{name}` is not a supported pipeline (it has {what})")
+        raise FileFormatError(f"`{name}` is not a supported pipeline (it has {reason})")
     if files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS:
         return "masked"
     return "text-rgbd" if is_rgbd else "text"
@@ -269,7 +269,7 @@ def _get_training_size(model: LatentDiffusion) -> int:
 
 
 def _make_noise_config(spec: JsonMapping) -> Files:
-    """Return the config of the noise schedule of a condition."""
+    """Return the scheduler config for the noise that is added to a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")
     config = schedulers.make_betas_config({"params": params})

@@ -11,7 +11,7 @@ from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.families import Detection, Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, read_checkpoint, write_checkpoint
-from ldm.loading.report import Report, inspect_checkpoint
+from ldm.loading.inspection import Report, inspect_checkpoint
 
 
 @pytest.fixture
