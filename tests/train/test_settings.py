@@ -75,7 +75,7 @@ def make_linear_config(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_our_recipes_are_read_without_notes(path: Path) -> None:
+def test_our_recipes_are_read_without_messages(path: Path) -> None:
     raw = read_yaml(path)
     trainer = raw.setdefault("lightning", {}).setdefault("trainer", {})
     trainer.setdefault("max_steps", 1)
@@ -100,6 +100,11 @@ def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
     assert any("num_sanity_val_steps" in message for message in result.messages)
     assert "no validation: data.params.validation is missing" in result.messages
     assert any("log_images_kwargs.plot_diffusion_rows" in message for message in result.messages)
+
+
+def test_null_removes_a_callback_of_another_file() -> None:
+    callbacks = read("{callbacks: {image_logger: null, setup_callback: null}}").callbacks
+    assert (callbacks.image_steps, callbacks.image_minutes) == (None, 10)
 
 
 @pytest.mark.parametrize(
@@ -415,12 +420,18 @@ def test_the_keywords_of_data_are_known(
             "conditioning_dropout_prob.txt: `2` should be less than or equal to 1",
         ),
         (
+            "lightning.objective.conditioning_dropout_prob={txt: a}",
+            "conditioning_dropout_prob.txt: `a` should be a valid number",
+        ),
+        ("lightning.trainer.fast_dev_run=abc", "fast_dev_run: `abc` should be a whole number"),
+        (
             "lightning.objective.noise_ofset=0",
             "lightning.objective: unknown key `noise_ofset`, did",
         ),
         ("lightning.callbacks.prompts=5", "prompts: `5` should be a valid string or null"),
         ("lightning.callbacks.sampling.step=3", "sampling: unknown key `step`, did you mean `st"),
         ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` should be greater"),
+        ("lightning.callbacks.image_logger=true", "image_logger: `True` should be a mapping"),
         ("lightning.callbacks.image_logger.params=5", "params: `5` should be a mapping"),
         ("lightning.textual_inversion.vectors=2", "textual_inversion needs `token`"),
         ("lightning.trainer.max_step=3", "lightning.trainer: unknown key `max_step`, did you mean"),

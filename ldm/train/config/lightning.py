@@ -176,7 +176,7 @@ def _translate_trainer(result: _Translation) -> None:
             "lightning.trainer", ["devices"], "--nproc or torchrun choose the processes"
         )
     if arguments["fast_dev_run"]:
-        trainer["max_steps"] = int(arguments["fast_dev_run"])  # a number of batches; true is 1
+        trainer["max_steps"] = int(arguments["fast_dev_run"])
     if arguments["terminate_on_nan"]:
         trainer.setdefault("nan_limit", 1)
     if arguments["log_every_n_steps"] is not None:
@@ -205,22 +205,23 @@ def _translate_trainer(result: _Translation) -> None:
 def _translate_callbacks(config: JsonMapping, result: _Translation) -> None:
     """Translate the original's callbacks, recognized by name or by the class in `target`."""
     callbacks = result.sections.get("callbacks", {})
-    for key in list(callbacks):
-        spec = callbacks[key] if isinstance(callbacks[key], Mapping) else {}
+    for key, spec in list(callbacks.items()):
         where = f"lightning.callbacks.{key}"
-        target = str(spec.get("target", ""))
+        target = str(spec.get("target", "")) if isinstance(spec, Mapping) else ""
         class_name = target.rpartition(".")[2]
         name = CALLBACK_NAMES.get(class_name, key)
         if target and class_name not in CALLBACK_NAMES:
             raise unknown_name("callback", target, CALLBACK_NAMES, where)
         if name not in KNOWN_KEYS["callbacks"]:
             continue
-        check_names("key", spec, SPEC_KEYS, where)
+        check_names("key", get_section(config, where), SPEC_KEYS, where)
         del callbacks[key]
+        if spec is None:  # null removes a callback that another config file has set
+            continue
         if name in BUILT_IN_CALLBACKS:
             result.add_ignored("lightning.callbacks", [key], "it is built in")
             continue
-        params = drop_nulls(get_section(config, f"{where}.params")) if spec else {}
+        params = drop_nulls(get_section(config, f"{where}.params"))
         if name == "image_logger":
             _translate_image_logger(params, result)
         else:  # checkpoints at fixed steps

@@ -135,6 +135,7 @@ PRECISION_ALIASES = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed"}  #
 NORMALIZE_PRECISION = BeforeValidator(lambda value: PRECISION_ALIASES.get(str(value), str(value)))
 OFF_AS_ZERO = BeforeValidator(lambda value: 0 if value is False else value)
 TO_INTEGER = BeforeValidator(_to_integer)
+BOOL_TO_INTEGER = BeforeValidator(lambda value: int(value) if isinstance(value, bool) else value)
 TO_LIST = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 TO_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
@@ -568,7 +569,7 @@ class LightningTrainer(TypedDict, total=False):
     limit_val_batches: Nonnegative
     log_every_n_steps: CountOrInf
     terminate_on_nan: Bool
-    fast_dev_run: bool | int
+    fast_dev_run: Annotated[int, Field(ge=0), BOOL_TO_INTEGER]  # batches; true is 1
     gradient_clip_algorithm: Literal["norm"]
 
 
@@ -599,9 +600,10 @@ def validate_section(
     try:
         return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
-        # Of the errors of a union, those about types are the least specific.
+        # Of the errors of a union, those about types are less specific, and outer ones.
         problem = min(
-            error.errors(), key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"))
+            error.errors(),
+            key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"), -len(p["loc"])),
         )
     names = [str(name) for name in problem["loc"] if str(name).isidentifier()]
     if problem["type"] == UNKNOWN_KEY:
