@@ -57,7 +57,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     state, ranks = run.state, run.ranks
     ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))
 
-    # Convert epochs to steps, and compute the learning rate.
+    # Convert epochs to steps, and build the learning rate schedule.
     batches_per_epoch = run.source.batches_per_epoch(run.batch_size)
     # A resumed run keeps its batches per step, on any number of processes.
     accumulation = state.batches_per_step // ranks.world_size
@@ -66,7 +66,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         batches_per_epoch and batches_per_epoch / state.batches_per_step
     )
     run = replace(run, settings=settings)
-    learning_rate, explanation = settings.build_lr_schedule(ranks.world_size)
+    lr_schedule, explanation = settings.build_lr_schedule(ranks.world_size)
     for line in (*settings.messages, explanation):
         log.info("%s", line)
 
@@ -132,9 +132,9 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         contextlib.closing(progress),
     ):
         is_stopped = False
-        while run.progress() < 1 and not is_stopped:
-            step_batches = _next_batches(run, batches, unreadable)
-            lr = learning_rate(state.step, run.progress())
+        while run.get_progress() < 1 and not is_stopped:
+            step_batches = _read_step_batches(run, batches, unreadable)
+            lr = lr_schedule(state.step, run.get_progress())
             losses = train_step(run, step_batches, lr)
             is_stopped, due = _agree_on_actions(run, timer.stop(), signals.take(), actions)
             if "t" in losses:
@@ -235,7 +235,7 @@ def _list_actions(run: Run, loggers: LoggerCollection, timestep_losses: Timestep
     return actions
 
 
-def _next_batches(
+def _read_step_batches(
     run: Run, batches: Iterator[Sample], unreadable: UnreadableFiles
 ) -> IndexedBatches:
     """Read this process's batches of the step."""

@@ -85,7 +85,7 @@ class Run:
         """The resume states on disk."""
         return StateFolder(self.checkpoints, self.ranks, self.settings.trainer.keep_states)
 
-    def progress(self) -> float:
+    def get_progress(self) -> float:
         """Return the completed fraction of the run, by steps or by time, whichever is larger."""
         trainer, state = self.settings.trainer, self.state
         by_steps = state.step / trainer.max_steps if trainer.max_steps else 0.0

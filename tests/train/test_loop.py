@@ -226,7 +226,7 @@ def test_a_run_ends_by_time(four_steps: Run, tmp_path: Path) -> None:
     run.state.seconds = 0.0
     train(run)
     assert 4 < run.state.step < 200
-    assert run.progress() >= 1
+    assert run.get_progress() >= 1
 
 
 @pytest.mark.usefixtures("no_states")

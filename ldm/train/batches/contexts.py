@@ -34,10 +34,10 @@ class CachedContexts:
         self.encoder_digest = digest_encoder(encoder)
 
     def __contains__(self, caption: object) -> bool:
-        return self._key(caption) in self.store
+        return self._make_key(caption) in self.store
 
     def __getitem__(self, caption: str) -> Entry:
-        return self.store[self._key(caption)]
+        return self.store[self._make_key(caption)]
 
     @torch.inference_mode()
     def fill(self, encoder: TextEncoder, captions: Iterable[str], batch_size: int) -> int:
@@ -49,10 +49,10 @@ class CachedContexts:
             tensors = {k: v.half().cpu() for k, v in outputs.items() if v is not None}
             return [{k: v[index] for k, v in tensors.items()} for index in range(len(texts))]
 
-        items = [(self._key(caption), caption) for caption in dict.fromkeys(["", *captions])]
+        items = [(self._make_key(caption), caption) for caption in dict.fromkeys(["", *captions])]
         return self.store.fill(items, encode, batch_size=batch_size, unit="caption")
 
-    def _key(self, caption: object) -> str:
+    def _make_key(self, caption: object) -> str:
         return digest(self.encoder_digest, caption)
 
 

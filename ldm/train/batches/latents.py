@@ -165,7 +165,7 @@ class LatentDataset(SampleDataset):
         epoch, index = key
         rng = Random(f"{self.dataset.seed} {epoch} {index}")
         row, name = self.dataset.row(index), self.dataset.name(index)
-        return self.cache.sample(name, self.digests[index], self._bucket_size(index), row, rng)
+        return self.cache.sample(name, self.digests[index], self._get_bucket_size(index), row, rng)
 
     def names(self) -> Iterator[str]:
         return self.dataset.names()
@@ -175,7 +175,7 @@ class LatentDataset(SampleDataset):
         for index, file_digest in enumerate(self.digests):
             if file_digest:
                 load = partial(self._load_image, index)
-                inputs = self.cache.iter_inputs(load, file_digest, self._bucket_size(index))
+                inputs = self.cache.iter_inputs(load, file_digest, self._get_bucket_size(index))
                 yield from (item for item in inputs if item[0] not in self.cache.store)
 
     def _digest(self, index: int) -> str:
@@ -185,7 +185,7 @@ class LatentDataset(SampleDataset):
         except OSError:
             return ""
 
-    def _bucket_size(self, index: int) -> Size | None:
+    def _get_bucket_size(self, index: int) -> Size | None:
         buckets = self.cache.transform.buckets
         if self.bucket_ids is None or buckets is None:
             return None

@@ -139,21 +139,21 @@ def translate_data_module(section: JsonMapping) -> JsonMapping:
 def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
     """Translate a pipeline of the package `sdata`, whose crops are random."""
     urls, options = pipeline.get("urls") or [], pipeline.get("pipeline_config") or {}
-    photo: JsonObject = {"name": "photo", "flip": 0.0}
+    transform: JsonObject = {"name": "photo", "flip": 0.0}
     for mapper in pipeline.get("postprocessors") or []:
         name, params = read_spec(mapper, POSTPROCESSORS, where, kind="postprocessor")
         if name == "TorchVisionImageTransforms":
-            photo |= _pop_transform({"image_transforms": params.get("transforms")}, where)
+            transform |= _pop_transform({"image_transforms": params.get("transforms")}, where)
         elif name == "AddOriginalImageSizeAsTupleAndCropToSquare":
             # the parameters `h_key` and `w_key`
             keys = [
                 params.get(f"{side[0]}_key", f"original_{side}") for side in ("height", "width")
             ]
-            photo |= {"crop": "random", "original_size_keys": keys}
+            transform |= {"crop": "random", "original_size_keys": keys}
     return {
         "shards": [urls] if isinstance(urls, str) else list(urls),
         "shuffle": int(options.get("sample_shuffle") or 0) // 8,  # see `_translate_web_module`
-        "transform": photo,
+        "transform": transform,
     }
 
 
@@ -226,30 +226,30 @@ def _translate_web_module(params: JsonObject) -> JsonObject:
 
 def _pop_transform(params: JsonObject, where: str) -> JsonObject:
     """Remove `image_transforms` and `postprocess`; return them as options of our `photo`."""
-    photo: JsonObject = {"name": "photo", "flip": 0.0}
+    transform: JsonObject = {"name": "photo", "flip": 0.0}
     for spec in params.pop("image_transforms", None) or []:
         name, options = read_spec(spec, IMAGE_TRANSFORMS, where, kind="transform")
         if name in ("Resize", "RandomCrop", "CenterCrop"):
             if "size" not in options:
                 raise ValueError(f"{where}: {name} needs `size`")
             size = options["size"]
-            photo["size"] = size if isinstance(size, int) else min(size)
+            transform["size"] = size if isinstance(size, int) else min(size)
             if name != "Resize":
-                photo["crop"] = "random" if name == "RandomCrop" else "centre"
+                transform["crop"] = "random" if name == "RandomCrop" else "centre"
         elif name == "RandomHorizontalFlip":
-            photo["flip"] = options.get("p", 0.5)
+            transform["flip"] = options.get("p", 0.5)
     postprocess = params.pop("postprocess", None)
     if postprocess:
         name, options = read_spec(postprocess, ("AddMask", "AddLR"), where, kind="postprocess")
         if name == "AddMask":
-            photo["conditions"] = {"mask": {"full_probability": options.pop("p_drop", 0.0)}}
+            transform["conditions"] = {"mask": {"full_probability": options.pop("p_drop", 0.0)}}
         elif "factor" in options:
-            photo["conditions"] = {"lr": {"factor": options.pop("factor")}}
+            transform["conditions"] = {"lr": {"factor": options.pop("factor")}}
         else:
             raise ValueError(f"{where}.postprocess: AddLR needs `factor`")
         for key in options:
             log.info("%s.postprocess.%s is ignored", where, key)
-    return photo
+    return transform
 
 
 def _pop_ignored(params: JsonObject, reasons: Mapping[str, str], where: str) -> None:

@@ -84,7 +84,7 @@ def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]
     cycles = list(zip(*values, strict=True))
     ends = list(accumulate(length for *_, length in cycles))
 
-    def multiplier(step: int) -> float:
+    def compute_multiplier(step: int) -> float:
         # A cycle includes its last step; after the last cycle, its final value is kept.
         k = min(bisect_left(ends, step), len(ends) - 1)
         warmup, f_min, f_max, f_start, length = cycles[k]
@@ -97,4 +97,4 @@ def build_lr_multiplier(scheduler_config: JsonMapping) -> Callable[[int], float]
             fraction = 0.5 * (1 + math.cos(math.pi * min(1.0, (n - warmup) / (length - warmup))))
         return float(f_min + (f_max - f_min) * fraction)
 
-    return multiplier
+    return compute_multiplier

@@ -68,7 +68,7 @@ def find_run(request: TrainRequest, torchrun_ids: Sequence[str] = ()) -> Existin
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             log.warning("no run of this torchrun was found to resume; wrappers must `exec`")
     if path:
-        return _find_by_path(path, logdir)
+        return _find_run_by_path(path, logdir)
     if request.resume is None:
         return None
     if not request.name:
@@ -175,7 +175,7 @@ def _make_new_folder(request: TrainRequest) -> Path:
             now += timedelta(seconds=1)
 
 
-def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
+def _find_run_by_path(path: Path, logdir: Path) -> ExistingRun:
     """Find a run by its folder, its name, or a path in its checkpoints/."""
     # The link logs/NAME may be missing where links are not allowed: look for runs of that name.
     candidates = (path, logdir / path, *_list_runs(logdir, path.name))

@@ -98,10 +98,10 @@ class DiffusionTask(Task):
         Returns:
             With a "prior": the weighted sum as "loss", its terms as "instance" and "prior".
         """
-        losses = self._loss(batch, generator)
+        losses = self._compute_loss(batch, generator)
         if "prior" not in batch:
             return losses
-        prior = self._loss(batch["prior"], generator)
+        prior = self._compute_loss(batch["prior"], generator)
         return {
             **losses,
             "loss": losses["loss"] + self.prior_loss_weight * prior["loss"],
@@ -133,14 +133,14 @@ class DiffusionTask(Task):
                 f"{len(schedule)}"
             )
 
-    def _loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+    def _compute_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         model = self.model
         batch = to_device(batch, model.device)
 
         # Encode the images, or sample cached latents from their posterior.
         z = batch.get("z")  # (B, C, h, w)
         if z is None:
-            with torch.no_grad(), self._first_stage_autocast():
+            with torch.no_grad(), self._make_first_stage_autocast():
                 z = model.encode(batch["jpg"], generator)
         elif "z_std" in batch:
             z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
@@ -165,7 +165,7 @@ class DiffusionTask(Task):
         losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
         return losses
 
-    def _first_stage_autocast(self) -> AbstractContextManager[object]:
+    def _make_first_stage_autocast(self) -> AbstractContextManager[object]:
         if self.disable_first_stage_autocast:
             return torch.autocast(self.model.device.type, enabled=False)
         return nullcontext()
