@@ -233,7 +233,9 @@ class AncestralSampling(DDPM):
                 t,
                 clip_denoised=self.clip_denoised,
                 return_x0=True,
-                temperature=temperature if isinstance(temperature, float) else temperature[i],
+                temperature=temperature
+                if isinstance(temperature, (int, float))
+                else temperature[i],
                 **options,
             )
             if mask is not None:  # after the step, unlike DDIM, as in the original
