@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             print(f"== {name}", flush=True)
-            rows.append((name, *execute(*list_checks(args.device, folder)[name])))
+            rows.append((name, *run_check(*list_checks(args.device, folder)[name])))
     print(f"\n{'CPU: no GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
     print(f"{'check':10} {'result':8} {'seconds':>7}  worst / ratio")
     for name, state, seconds, last in rows:
@@ -102,7 +102,7 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def execute(command: list[str], limit: int) -> tuple[str, float, str]:
+def run_check(command: list[str], limit: int) -> tuple[str, float, str]:
     """Run a check, showing its output; return its state, seconds and last line."""
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -57,7 +57,7 @@ def main() -> None:
         write_model(args.folder)
         for stage in stages:
             rows.append(compare(args, stage))
-    harness.finish(args, rows)
+    harness.report(args, rows)
 
 
 def write_model(folder: Path) -> None:

@@ -31,7 +31,7 @@ Result = dict[str, Any]  # what a worker reports after its warm-up
 class Implementation:
     """One of the two implementations: "ours" or "diffusers", with the `ldm` of a checkout."""
 
-    worker: str
+    name: str
     root: Path = ROOT
 
 
@@ -86,7 +86,7 @@ class Worker:
         args: argparse.Namespace,
         *options: object,
     ) -> None:
-        common = ["--worker", implementation.worker]
+        common = ["--worker", implementation.name]
         common += ["--device", args.device, "--threads", args.threads]
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # lives as long as the worker
         self.process = subprocess.Popen(
@@ -161,6 +161,7 @@ def compare(
     """Measure both implementations in the order A B, B A, A B …
 
     Args:
+        start: Starts the worker of an implementation.
         check: Compares the results of both workers after their warm-up, and exits if they disagree.
         at_once: Whether both workers fit into memory; if not, each turn starts a worker, measures
             three times and ends it.
@@ -228,7 +229,7 @@ def format_row(row: dict[str, Any]) -> str:
     )
 
 
-def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print the lowest ratio, and write the rows to `--json`."""
     lowest = min(rows, key=lambda row: row["ratio"])
     print(f"lowest ratio {lowest['ratio']:.2f}: {lowest['stage']} {lowest['dtype']}")

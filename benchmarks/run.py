@@ -126,7 +126,7 @@ def main() -> None:
             rate = product.measure_rate()
             print(f"{dtype}: fastest matrix product {rate / 1e9:.0f} GFLOP/s ({product.name})")
             rows += [compare(args, stage, dtype, product) for stage in args.stage]
-    harness.finish(args, rows)
+    harness.report(args, rows)
 
 
 def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) -> dict[str, Any]:

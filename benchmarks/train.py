@@ -83,7 +83,7 @@ def main() -> None:
         return run_worker(args)
     print(harness.describe_machine(args), flush=True)
     rows = [compare(args, size, dtype) for size in args.size for dtype in args.dtype]
-    harness.finish(args, rows)
+    harness.report(args, rows)
 
 
 def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from ldm.nets.blocks import Conv2d, Linear, UpsampleConv2d, upsample_nearest, ze
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "PROJECTION", "Addition", "LoRA", "LoRALayer", "MergedChanges", "Target", "WeightChange",
+    "TEXT_PROJECTION", "Addition", "LoRA", "LoRALayer", "MergedChanges", "Target", "WeightChange",
     "merge_changes", "sum_additions",
 ]  # fmt: skip
 
-PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower, (C_in, C_out)
+TEXT_PROJECTION = "text_projection"  # parameter of an OpenCLIP text tower, (C_in, C_out)
 
 
 class Target(NamedTuple):
@@ -34,7 +34,7 @@ class Target(NamedTuple):
     Args:
         layer: A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
         qkv_index: 0 for queries, 1 for keys, 2 for values; None = the whole parameter.
-        name: "weight", "bias", or PROJECTION, which is stored transposed.
+        name: "weight", "bias", or TEXT_PROJECTION, which is stored transposed.
     """
 
     layer: nn.Module
@@ -50,7 +50,7 @@ class Target(NamedTuple):
     def weight(self) -> Tensor:
         """(C_out, C_in), (C_out, C_in, kh, kw), or (C,) of a norm or a bias."""
         weight = self.layer.get_parameter(self.parameter_name)
-        if self.name == PROJECTION:
+        if self.name == TEXT_PROJECTION:
             return weight.T
         return weight if self.qkv_index is None else weight.chunk(3)[self.qkv_index]
 

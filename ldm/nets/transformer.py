@@ -80,7 +80,7 @@ class ContextLinear(Linear):
     """A linear layer, without bias, of a context that is the same at all steps of sampling."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.linear_of_context(x, self.weight)
+        return cpu.project_context(x, self.weight)
 
 
 class CrossAttention(Layer):
@@ -242,8 +242,9 @@ class SpatialTransformer(Layer):
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
             h = block(h, block_context)  # (B, h w, C)
         size = x.shape[-2:]
-        h = _to_map(self.proj_out(h), size) if self.use_linear else self.proj_out(_to_map(h, size))
-        return x + h  # (B, C, h, w)
+        if self.use_linear:
+            return x + _to_feature_map(self.proj_out(h), size)
+        return x + self.proj_out(_to_feature_map(h, size))  # (B, C, h, w)
 
 
 class AttentionBlock(CheckpointedLayer):
@@ -299,5 +300,5 @@ def _to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, h w, C)
 
 
-def _to_map(x: Tensor, size: Sequence[int]) -> Tensor:
+def _to_feature_map(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.transpose(1, 2).view(len(x), -1, *size)  # (B, C, h, w)

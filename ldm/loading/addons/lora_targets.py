@@ -12,7 +12,7 @@ from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers
 from ldm.loading.weight_names import SECOND_TEXT_PREFIX, normalize_layer_name
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
-from ldm.nets.lora import PROJECTION, Target
+from ldm.nets.lora import TEXT_PROJECTION, Target
 from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import WeightsMismatch
 
@@ -95,10 +95,9 @@ def _list_text_targets(model: LatentDiffusion, types: LayerTypes) -> Iterator[Ta
 def _list_projections(model: LatentDiffusion) -> Iterator[TargetLayer]:
     for prefix, encoder in _list_text_encoders(model):
         if isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled:
-            name = f"{get_text_component(encoder)}.{PROJECTION}"
-            yield TargetLayer(
-                Target(encoder.model, name=PROJECTION), name, name, prefix + PROJECTION
-            )
+            name = f"{get_text_component(encoder)}.{TEXT_PROJECTION}"
+            target = Target(encoder.model, name=TEXT_PROJECTION)
+            yield TargetLayer(target, name, name, prefix + TEXT_PROJECTION)
 
 
 def _list_text_encoders(model: LatentDiffusion) -> Iterator[tuple[str, TextEncoder]]:

@@ -18,7 +18,7 @@ from ldm.nets.cpu.layers import (
     apply_in_blocks,
     conv2d,
     linear,
-    linear_of_context,
+    project_context,
     upsample_conv2d,
 )
 from ldm.nets.cpu.support import applies, enable
@@ -34,6 +34,6 @@ __all__ = [
     "group_norm",
     "keep_freed_memory",
     "linear",
-    "linear_of_context",
+    "project_context",
     "upsample_conv2d",
 ]

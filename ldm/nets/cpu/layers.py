@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def linear_of_context(x: Tensor, weight: Tensor) -> Tensor:
+def project_context(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x W^T for a context x, which seldom changes: once within `cache_weights`."""
     if torch.is_grad_enabled() or not applies_to_layer(x, weight):
         return linear(x, weight, None)
