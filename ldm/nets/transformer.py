@@ -244,7 +244,8 @@ class SpatialTransformer(Layer):
         size = x.shape[-2:]
         if self.use_linear:
             return x + _to_feature_map(self.proj_out(h), size)
-        return x + self.proj_out(_to_feature_map(h, size))  # (B, C, h, w)
+        out: Tensor = self.proj_out(_to_feature_map(h, size))
+        return x + out  # (B, C, h, w)
 
 
 class AttentionBlock(CheckpointedLayer):
