@@ -39,9 +39,9 @@ def serve(folder: str) -> str:
 
 
 def generate(page: Page) -> None:
-    page.evaluate("document.querySelector('#live .message').textContent = ''")
+    page.evaluate("document.querySelector('#progress .message').textContent = ''")
     page.locator("#generate").click()
-    page.locator("#live").get_by_text("done: ").wait_for()
+    page.locator("#progress").get_by_text("done: ").wait_for()
 
 
 def report(what: str, clicks: int, start: float) -> None:

@@ -1,4 +1,4 @@
-"""The server side of the page: makes the images of all visitors.
+"""Make the images of all visitors of the page.
 
 For safety, paths in requests and in images are never used: models are looked up by name, uploads by
 hash, and all other files are refused.
@@ -70,7 +70,7 @@ class Backend:
     Args:
         library: The files that runs may use.
         outdir: Folder for `samples`, `uploads` and `replays`.
-        choice: Device, precision and attention of all runs.
+        model_options: Device, precision and attention of all runs.
         limits: Limits of each run.
         memory: Bytes for loaded models; None = half of the device's memory.
     """
@@ -79,13 +79,13 @@ class Backend:
         self,
         library: Library,
         outdir: str | Path,
-        choice: ModelOptions,
+        model_options: ModelOptions,
         limits: Limits,
         memory: float | None = None,
     ) -> None:
         self.library = library
         self.outdir = Path(outdir).resolve()
-        self.choice = choice
+        self.model_options = model_options
         self.limits = limits
         self.memory = memory
         self.uploads = Uploads(self.outdir / "uploads")
@@ -94,23 +94,23 @@ class Backend:
     @property
     def device(self) -> str:
         """Name of the device that models run on."""
-        return str(pick_device(self.choice.device))
+        return str(pick_device(self.model_options.device))
 
     def make_request(self, task: Task, name: str | None, values: Mapping[str, object]) -> Request:
         """Build the request of a run.
 
         Args:
             name: Name of the model.
-            values: Options by name; images are paths of uploads, LoRAs `NAME:WEIGHT`, and files of
-                ADDONS names that the page lists.
+            values: Options by name. Images are paths of uploads, LoRAs `NAME:WEIGHT`, and add-ons
+                names in the page's lists.
         Raises:
             ArgumentError: The model does not exist or support the task, or a value is invalid.
         """
         entry = self.library.find_model(name, task)
-        chosen = values.get("lora") or ()
-        if not isinstance(chosen, Sequence):
+        lora_texts = values.get("lora") or ()
+        if not isinstance(lora_texts, Sequence):
             raise ArgumentError("lora is not a list", "lora")
-        loras = self.library.find_lora_files(parse_lora(str(lora)) for lora in chosen)
+        loras = self.library.find_lora_files(parse_lora(str(text)) for text in lora_texts)
         addons = self.library.find_addon_files(values)
         ignored = {"lora", *get_options(UpscalerOptions if entry.is_sdxl else SDXL)}
         if COMPONENT not in addons:
@@ -155,14 +155,14 @@ class Backend:
         progress.on_start(models.base, 1)
         image, depth = reproduce_image(prepared, models, info, progress.on_step)
         info.pop("image", None)
-        new = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
-        progress.add_image(info | {"path": str(new)})
-        with open_image(path) as old:
-            difference = compare_results(read_info(path), old, image, depth)
+        replayed = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
+        progress.add_image(info | {"path": str(replayed)})
+        with open_image(path) as original:
+            difference = compare_results(read_info(path), original, image, depth)
         if difference is None:
             return "identical"
-        now = describe_run(request, models, prepared.get_output_size(models.base))
-        return "; ".join([difference, *compare_infos(info, now)])
+        new_info = describe_run(request, models, prepared.get_output_size(models.base))
+        return "; ".join([difference, *compare_infos(info, new_info)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
         """Estimate the depth of the input image; add it to the progress as a 16-bit PNG."""
@@ -175,19 +175,19 @@ class Backend:
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
-    def recent_images(self) -> list[Info]:
+    def list_recent_images(self) -> list[Info]:
         """Return the infos of the newest images in the output folder, the newest run first."""
         files = (self.outdir / "samples").glob("[0-9]*.png")
         numbers = sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
-        infos = [_read_own_info(path) for _, path in numbers[-GALLERY_LIMIT:]]
+        infos = [_read_info_with_path(path) for _, path in numbers[-GALLERY_LIMIT:]]
         runs = [list(run) for _, run in groupby(infos, key=lambda info: info.get("request"))]
         return [info for run in reversed(runs) for info in run if "seed" in info]
 
-    def make_relief(self, info: JsonMapping) -> tuple[str, int] | None:
+    def save_relief(self, info: JsonMapping) -> tuple[str, int] | None:
         """Save an image with depth as a 3D mesh; return its path and number of triangles.
 
         Returns:
-            None = an image without depth, or if the package trimesh is not installed.
+            None if the image has no depth, or the package trimesh is not installed.
         """
         path, depth = Path(info["path"]), get_depth_path(info["path"])
         if info.get("image") == "depth" or not depth.is_file() or not can_save_meshes():
@@ -199,10 +199,10 @@ class Backend:
             return str(target), save_mesh(target, image, levels)
 
     def _find_recorded_addon(self, kind: str, info: JsonMapping) -> str | None:
-        """Return the file, by its hash, of an add-on that made an image; None if it had none."""
+        """Return the file, found by its hash, of an image's add-on; None if it was made without."""
         files = map(str, self.library.list_addons(kind).values())
-        place = "a file in the folder vae" if kind == "vae" else "a file in its folder"
-        return next(iter(_find_files(get_recorded_files(info, kind), files, place)), None)
+        source = "a file in the folder vae" if kind == "vae" else "a file in its folder"
+        return next(iter(_find_files(get_recorded_files(info, kind), files, source)), None)
 
     def _set_model(
         self,
@@ -211,8 +211,8 @@ class Backend:
         loras: Sequence[tuple[str, float | str]],
         embeddings: Sequence[str],
     ) -> Request:
-        choice = replace(
-            self.choice,
+        model = replace(
+            self.model_options,
             ckpt=str(entry.path),
             config=str(entry.config) if entry.config else None,
             lora=tuple(loras),
@@ -221,7 +221,7 @@ class Backend:
             ema=request.model.ema,
         )
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
-        return replace(request, model=choice, output=output)
+        return replace(request, model=model, output=output)
 
     def _load(
         self,
@@ -234,7 +234,7 @@ class Backend:
             memory = self.memory or get_total_memory(pick_device(request.model.device)) / 2
             self._models = ModelCache(memory, _load_with_fitting_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
-        # As the image records, for the same rounding; but it may record any number.
+        # The recorded number, for the same rounding; but a file may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
             for lora, _ in request.model.lora:
@@ -246,7 +246,7 @@ class Backend:
             files = [file for file, _ in request.model.lora]
             raise ValueError(remove_folders(str(error), files)) from error
         if request.model.lora and (models.refiner or models.upscaler):
-            # The cache removed them from the base, with which the second model may share parts.
+            # Loading the second model from the cache removed them from the base.
             set_loras(models.base, request.model.lora)
         height, width = prepared.get_output_size(models.base)
         factor = 1 if models.upscaler is None else LATENT_UPSCALE_FACTOR
@@ -278,7 +278,7 @@ class Backend:
         return self._set_model(request, entry, loras, embeddings)
 
     def _find_recorded_values(self, info: dict[str, Any], recorded: Request) -> dict[str, Value]:
-        """Return the options of an image that a visitor may set, with the server's own files."""
+        """Return the recorded options that a visitor may set, with the server's own files."""
         input_options = get_options(recorded.task.inputs)
         allowed = {name for name, (option, _) in input_options.items() if not option.is_path}
         allowed |= get_options(Sampling).keys() | get_options(SDXL).keys() | {"no_watermark"}
@@ -307,10 +307,10 @@ def _load_checker(path: Path, *, device: torch.device) -> SafetyChecker:
     return load_safety_checker(path, device=device)
 
 
-def _read_own_info(path: Path) -> Info:
+def _read_info_with_path(path: Path) -> Info:
     try:
         return read_info(path) | {"path": str(path)}
-    except OSError:  # deleted in between
+    except OSError:  # deleted meanwhile
         return {}
 
 
@@ -323,13 +323,19 @@ def _load_with_fitting_embeddings(
     return model
 
 
-def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
-    """Return the files with the hashes recorded in an image; the message names the flag."""
+def _find_files(recorded: Any, files: Iterable[str], source: str) -> list[str]:
+    """Return the files with the hashes recorded in an image.
+
+    Args:
+        source: What provides such files, for messages, such as a flag of the app.
+    """
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
-        raise ArgumentError(f"its entry for {flag} is damaged")
+        raise ArgumentError(f"its entry for {source} is damaged")
     by_hash = {compute_short_hash(file): file for file in files} if recorded else {}
     for file in recorded:
         if file["hash"] not in by_hash:
             name = Path(file["path"]).name
-            raise ArgumentError(f"made with `{name}`, which is not here: start the app with {flag}")
+            raise ArgumentError(
+                f"made with `{name}`, which is not here: start the app with {source}"
+            )
     return [by_hash[file["hash"]] for file in recorded]

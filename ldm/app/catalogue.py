@@ -2,7 +2,7 @@
 
 The config of a model is the YAML beside its file, else it is found as by `ldm.load`: inside the
 file, or by the shapes of the weights. Its encoders determine the family, the family the tasks.
-LoRAs and others are in subfolders with the names in ADDON_FOLDERS.
+LoRAs and other add-ons are in subfolders with the names in ADDON_FOLDERS.
 """
 
 from dataclasses import dataclass, field
@@ -42,8 +42,8 @@ __all__ = [
     "read_catalogue",
 ]  # fmt: skip
 
-SUFFIXES = (".ckpt", ".safetensors")
-MIDAS = "ldm.encoders.depth.MiDaSDepth"
+CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors")
+MIDAS_TARGET = "ldm.encoders.depth.MiDaSDepth"
 ADDON_FOLDERS = {  # names in lower case, by kind
     "lora": ("lora", "loras"),
     "embedding": ("embedding", "embeddings"),
@@ -51,7 +51,7 @@ ADDON_FOLDERS = {  # names in lower case, by kind
     "preview": ("vae_approx", "vae-approx"),
     "safety_checker": ("safety_checker", "safety_checkers"),
 }
-ADDON_SUFFIXES = (*SUFFIXES, ".pt", ".pth", ".bin")
+ADDON_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +59,14 @@ class CatalogueEntry:
     """A checkpoint that can be loaded.
 
     Args:
-        config: The YAML beside it; None = inside the file, or of the family.
+        config: The YAML beside it; None = inside the file, or found by the shapes of the weights.
         tasks: Names of the tasks that it supports.
         family: Name in `ldm.pipelines.families.FAMILIES`; None = unknown.
         size: (height, width) of its images, in pixels.
         defaults: Its default sampling options.
         is_sdxl: Whether it is Stable Diffusion XL or its refiner.
         spec: The config, translated to our class names.
-        text_encoder: On the meta device; None = none.
+        text_encoder: The first one, on the meta device; None = it has none.
     """
 
     path: Path
@@ -82,7 +82,7 @@ class CatalogueEntry:
 
 @dataclass
 class Catalogue:
-    """Models by their name in the folder, and a line about each checkpoint that was skipped."""
+    """Models by their name in the folder, and one line about each skipped checkpoint."""
 
     models: dict[str, CatalogueEntry] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
         raise MissingFile(f"no folder `{folder}`", "models")
     files = list(filter(Path.is_file, list_files(root)))
     folders = {file.parent for file in files if file.name == INDEX}
-    weights = (file for file in files if file.suffix.lower() in SUFFIXES)
+    weights = (file for file in files if file.suffix.lower() in CHECKPOINT_SUFFIXES)
     paths = {file for file in weights if folders.isdisjoint(file.parents)} | folders - {root}
     addons = {name for names in ADDON_FOLDERS.values() for name in names}
     models = [p for p in paths if addons.isdisjoint(map(str.lower, p.relative_to(root).parts[:-1]))]
@@ -160,10 +160,10 @@ def list_file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]
 
 @lru_cache(maxsize=256)
 def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
-    """Return the entry of a checkpoint, or what is wrong with it in one line.
+    """Return the entry of a checkpoint, or one line that says why it cannot be used.
 
     Args:
-        stats: Of its files; only for the cache, so that changed files are read again.
+        stats: Of its files; part of the cache key, so that changed files are read again.
     """
     try:
         with errors_as(FileFormatError, f"`{path}` cannot be used"):
@@ -181,7 +181,7 @@ def _build_entry(path: Path) -> CatalogueEntry:
     if spec["target"] != legacy.MODEL:
         raise FileFormatError(f"`{path}` is not a complete model")
     params = spec["params"]
-    conditioner = build_on_meta(_without_midas(params["conditioner"]), where=path.name)
+    conditioner = build_on_meta(_remove_midas(params["conditioner"]), where=path.name)
     downscale = _get_downscale(build_on_meta(params["autoencoder"], where=path.name))
     family = find_family(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
@@ -209,10 +209,10 @@ def _build_entry(path: Path) -> CatalogueEntry:
     )
 
 
-def _without_midas(spec: JsonObject) -> JsonObject:
+def _remove_midas(spec: JsonObject) -> JsonObject:
     """Return a conditioner's spec without MiDaS, as importing timm takes seconds."""
     depth = spec.get("params", {}).get("depth")
-    if depth is None or depth["target"] != MIDAS:
+    if depth is None or depth["target"] != MIDAS_TARGET:
         return spec
     depth = {**depth, "params": {**depth.get("params", {}), "model_type": None}}
     return {**spec, "params": {**spec["params"], "depth": depth}}

@@ -2,8 +2,8 @@
 
 Each option with a label is a field; kind and bounds follow from the option. All tasks share prompts
 and settings; the tab of a task has its images and own options. Exceptions: image and mask of
-inpainting are one sketch, and some fields are defined by hand. Bounds are checked by `Limits`, not
-by gradio.
+inpainting are one sketch, and some fields are defined by hand, in FIELDS. `Limits` checks bounds,
+not gradio.
 """
 
 import secrets
@@ -37,32 +37,31 @@ from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
     "AUTOMATIC",
-    "FOLLOWERS",
+    "DEFAULTED_FIELDS",
     "LORA_SLOTS",
     "MAX_WEIGHT",
     "MODEL_VAE",
     "NO_ADDON",
     "NO_IMAGE",
     "SETTINGS",
-    "STEPS",
     "Field",
     "TaskForm",
     "get_field_values",
     "list_step_noise_fields",
 ]  # fmt: skip
 
-EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
+EXAMPLE_PROMPT = "a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
 NO_ADDON = ("None", "")
 MODEL_VAE = (AUTOMATIC, "")
-LORA_SLOTS = 4  # maximum number of LoRAs, each with a slider for its weight
-MAX_WEIGHT = 2  # of these sliders; the minimum is -MAX_WEIGHT
-# Fields that are set to the defaults of the chosen checkpoint.
-FOLLOWERS = ("scale", "width", "height", "steps", "sampler")
-SAMPLER = "ddim"
+LORA_SLOTS = 4  # maximum number of LoRAs
+MAX_WEIGHT = 2  # of the sliders for weights of LoRAs; the minimum is -MAX_WEIGHT
+# Fields that are set to the defaults of the selected checkpoint.
+DEFAULTED_FIELDS = ("scale", "width", "height", "steps", "sampler")
+DEFAULT_SAMPLER = "ddim"
 MAX_SEED = 1 << 31
-STEPS = 25  # for models without a default; the original scripts use 50, which is slow for a page
+DEFAULT_STEPS = 25  # for models without a default; the 50 of the original scripts are slow
 # Options, other than prompts, that are fields of all tasks, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
@@ -82,12 +81,12 @@ class Field:
     """A field of the page.
 
     Args:
-        kind: Name of the gradio component.
-        settings: Its keyword arguments.
+        kind: Class name of the gradio component.
+        kwargs: Its keyword arguments.
     """
 
     kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "height": 460,
@@ -95,16 +94,16 @@ SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "height": 460,
                "sources": ["upload", "clipboard"]})  # fmt: skip
 
 
-def _dropdown(value: str, *choices: tuple[str, str], **settings: Any) -> Field:
-    return Field("Dropdown", {"choices": choices, "value": value, **settings})
+def _dropdown(value: str, *choices: tuple[str, str], **kwargs: Any) -> Field:
+    return Field("Dropdown", {"choices": choices, "value": value, **kwargs})
 
 
 def _radio(value: str, *choices: tuple[str, str]) -> Field:
     return Field("Radio", {"choices": choices, "value": value})
 
 
-def _number(step: float, **settings: Any) -> Field:
-    return Field("Number", {"step": step, **settings})
+def _number(step: float, **kwargs: Any) -> Field:
+    return Field("Number", {"step": step, **kwargs})
 
 
 def _textbox(placeholder: str) -> Field:
@@ -115,28 +114,30 @@ SYNTAX_LABELS = {
     "plain": "Plain", "comfy": "ComfyUI", "compel": "Compel", "a1111": "A1111",
     **{name: f"A1111, emphasis {mode}" for name, mode in EMPHASIS_MODES.items() if name != "a1111"},
 }  # fmt: skip
-# Options that have no effect without another one, with which they are left out.
+# Option -> options that have no effect without it, and are then left out.
 DEPENDENTS = {
     "refiner": ("refiner_start",),
     "freeu": ("freeu_version",),
     "sld": ("sld_concept",),
     "upscaler": ("upscaler_steps", "upscaler_scale"),
 }
-# Values of fields for images whose info does not contain them.
-UNRECORDED = {
+# Values of fields for images whose info has no such key.
+INFO_DEFAULTS = {
     "scheduler": AUTOMATIC, "rho": 0, "tiling": "none", "clip_skip": 1, "syntax": PLAIN, "pag": 0,
     "perp_neg": 0, "freeu_version": "1",
 }  # fmt: skip
-# Fields of which more than the label is set here, not by their option.
+# Fields whose keyword arguments do not all follow from their option.
 FIELDS = {
-    "prompt": Field("Textbox", {"lines": 2, "max_lines": 6, "placeholder": EXAMPLE, "value": ""}),
+    "prompt": Field("Textbox", {
+        "lines": 2, "max_lines": 6, "value": "",
+        "placeholder": f"Prompt (Ctrl+Enter to generate), such as: {EXAMPLE_PROMPT}"}),
     "negative_prompt": Field("Textbox", {"lines": 1, "max_lines": 4,
                                          "placeholder": "Negative prompt"}),
     "syntax": _dropdown(PLAIN, *((SYNTAX_LABELS[name], name) for name in SYNTAXES),
                         filterable=False),
     "prompt_2": _textbox("for the second text encoder; empty: the prompt"),
     "negative_prompt_2": _textbox("empty: the negative prompt"),
-    "sampler": _dropdown(SAMPLER, *((row.label, name) for name, row in SAMPLERS.items()),
+    "sampler": _dropdown(DEFAULT_SAMPLER, *((row.label, name) for name, row in SAMPLERS.items()),
                          filterable=False),
     "scheduler": _dropdown(AUTOMATIC, (AUTOMATIC, AUTOMATIC),
                            *((row.label, name) for name, row in SCHEDULERS.items()),
@@ -201,18 +202,18 @@ class TaskForm:
                        if options[name][0].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
-        prompts = [
-            name for name in get_options(Prompts) if name in options and name not in SETTINGS
-        ]
-        self.prompts = {name: self._field(name, *options[name]) for name in prompts}
-        self.options = {name: self._field(name, *options[name]) for name in inputs
+        prompts = [name for name in get_options(Prompts) if name in options and name not in SETTINGS]
+        self.prompts = {name: self._make_field(name, *options[name]) for name in prompts}
+        self.options = {name: self._make_field(name, *options[name]) for name in inputs
                         if not options[name][0].is_path and name != "mask_box"
                         and not (name == "resize_mode" and task.upscales)}  # fmt: skip
-        self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
+        self.settings = {name: self._make_field(name, *options[name]) for name in SETTINGS}
         sdxl = get_options(SDXL) if "sdxl" in task.groups else {}
-        self.sdxl = {name: self._field(name, *options[name]) for name in sdxl if name in options}
+        self.sdxl = {
+            name: self._make_field(name, *options[name]) for name in sdxl if name in options
+        }
         upscaling = get_options(UpscalerOptions) if "upscaling" in task.groups else {}
-        self.upscaling = {name: self._field(name, *options[name]) for name in upscaling}
+        self.upscaling = {name: self._make_field(name, *options[name]) for name in upscaling}
 
     @property
     def common_fields(self) -> dict[str, Field]:
@@ -224,8 +225,9 @@ class TaskForm:
         """Fields in the task's tab."""
         return {**self.images, **self.options}
 
+    @property
     def fields(self) -> dict[str, Field]:
-        """Return all fields by name."""
+        """All fields by name."""
         return {**self.own_fields, **self.common_fields}
 
     def parse(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
@@ -242,8 +244,8 @@ class TaskForm:
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
         defaults = {name: default for name, (_, default) in self.task.options.items()}
-        shown = list_step_noise_fields(values["sampler"])
-        values |= {name: defaults[name] for name in STEP_NOISE_OPTIONS if name not in shown}
+        used = list_step_noise_fields(values["sampler"])
+        values |= {name: defaults[name] for name in STEP_NOISE_OPTIONS if name not in used}
         if values["scheduler"] not in SCHEDULERS_WITH_RHO:
             values["rho"] = None
         if values["sigmas"]:
@@ -257,7 +259,7 @@ class TaskForm:
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options.items():
             if name in values and default is None:
-                values[name] = values[name] or None  # 0 and "" mean "not given"
+                values[name] = values[name] or None  # 0 and "" stand for None
             elif name in self.options and option.is_list:
                 values[name] = _split_values(values[name])
         for name in self.images:
@@ -271,44 +273,44 @@ class TaskForm:
             raise MissingArgument(NO_IMAGE, "init_img")
         return values
 
-    def _field(self, name: str, option: Option, default: Value) -> Field:
-        settings: dict[str, Any] = {"label": option.label, "value": default}
+    def _make_field(self, name: str, option: Option, default: Value) -> Field:
+        kwargs: dict[str, Any] = {"label": option.label, "value": default}
         if name in STEP_NOISE_OPTIONS:
-            settings["visible"] = name in list_step_noise_fields(SAMPLER)
+            kwargs["visible"] = name in list_step_noise_fields(DEFAULT_SAMPLER)
         if name in FIELDS:
-            return Field(FIELDS[name].kind, settings | FIELDS[name].settings)
+            return Field(FIELDS[name].kind, kwargs | FIELDS[name].kwargs)
         if name == "scale":
             scale = {"minimum": 1, "maximum": 30, "step": 0.5, "value": self.task.scale}
-            return Field("Slider", settings | scale)
+            return Field("Slider", kwargs | scale)
         if option.choices:
             choices = [(choice.capitalize(), choice) for choice in option.choices]
-            return Field("Radio", settings | {"choices": choices})
+            return Field("Radio", kwargs | {"choices": choices})
         if option.is_switch:
-            return Field("Checkbox", settings)
+            return Field("Checkbox", kwargs)
         if option.parse is parse_fraction:
-            return Field("Slider", settings | {"minimum": 0, "maximum": 1, "step": 0.01})
+            return Field("Slider", kwargs | {"minimum": 0, "maximum": 1, "step": 0.01})
         limits = {"steps": self.limits.steps, "n_samples": self.limits.batch,
                   "n_iter": self.limits.batches}  # fmt: skip
         maximum = limits.get(name, option.slider_max)
         if maximum is not None:
             value = default if isinstance(default, int | float) else 0
             if name in limits:
-                value = min(STEPS, maximum) if name == "steps" else 1
+                value = min(DEFAULT_STEPS, maximum) if name == "steps" else 1
             minimum = 1 if option.parse is parse_count else 0
-            return Field("Slider", settings | {"minimum": minimum, "maximum": maximum, "step": 1,
+            return Field("Slider", kwargs | {"minimum": minimum, "maximum": maximum, "step": 1,
                          "precision": 0, "value": value})  # fmt: skip
         if not isinstance(default, str):
-            settings["value"] = ""
-        return Field("Textbox", settings)
+            kwargs["value"] = ""
+        return Field("Textbox", kwargs)
 
 
 def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of the shared fields for an image, as far as its info contains them."""
+    """Return the values of the shared fields that the info of an image contains."""
     recorded = info.get("request")
     request = recorded if isinstance(recorded, Mapping) else {}
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE_OPTIONS)
     values = {name: info[name] for name in names if info.get(name) is not None}
-    values |= {name: info.get(name) or value for name, value in UNRECORDED.items()}
+    values |= {name: info.get(name) or value for name, value in INFO_DEFAULTS.items()}
     eta = get_eta(info)
     values["eta"] = "" if eta is None else f"{eta:g}"
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
@@ -328,14 +330,14 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
         "syntax": SYNTAXES,
     }  # fmt: skip
     return {
-        k: value for k, value in values.items()
-        if value is not None and (k not in choices or value in choices[k])
+        name: value for name, value in values.items()
+        if value is not None and (name not in choices or value in choices[name])
     }  # fmt: skip
 
 
 def list_step_noise_fields(sampler: str) -> set[str]:
     """Return the fields for noise before and between steps that a sampler takes."""
-    row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
+    row = SAMPLERS.get(sampler, SAMPLERS[DEFAULT_SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
     noise = {"s_noise"} if row.takes_noise else set()
     path = {"brownian"} if row.takes_brownian else set()
@@ -356,7 +358,7 @@ def _make_image_field(option: Option) -> Field:
 
 
 def _split_values(value: object) -> list[object]:
-    """Split a text such as `2, 1`; make a list of the value of a slider."""
+    """Return a text such as `2, 1`, or the value of a slider, as a list."""
     if isinstance(value, str):
         return [*value.replace(",", " ").split()]
     return [] if value is None else [value]

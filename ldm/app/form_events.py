@@ -1,4 +1,4 @@
-"""Answer events of the form: what its fields offer, and what they are set to."""
+"""Handle events of the form: update the choices and the values of its fields."""
 
 import html
 import json
@@ -11,7 +11,7 @@ import gradio as gr
 
 from ldm.app.backend import Backend
 from ldm.app.form import (
-    FOLLOWERS,
+    DEFAULTED_FIELDS,
     LORA_SLOTS,
     MAX_WEIGHT,
     MODEL_VAE,
@@ -50,23 +50,23 @@ class FormEvents:
         """
         values: JsonObject = {}
         try:
-            form = json.loads(stored or "{}")
-            values = form if isinstance(form, dict) else {}
+            parsed = json.loads(stored or "{}")
+            values = parsed if isinstance(parsed, dict) else {}
         except ValueError:
             log.debug("the form in the browser's storage is damaged")
         updates = {k: gr.update(value=values[k]) if k in values else gr.skip() for k in fields}
         names = ("checkpoint", *ADDONS)
-        updated = self.list_files(*(values.get(name) for name in names))
-        listed, lists = dict(zip(names, updated, strict=False)), updated[len(names) :]
-        loras = self.offer_loras(listed["checkpoint"]["value"], values.get("loras"))
-        updates |= {"loras": loras, **listed}
-        return [*updates.values(), *lists, owner or secrets.token_urlsafe(16)]
+        lists = self.refresh_files(*(values.get(name) for name in names))
+        updates |= dict(zip(names, lists, strict=False))
+        checkpoint = updates["checkpoint"]["value"]
+        updates["loras"] = self.update_lora_list(checkpoint, values.get("loras"))
+        return [*updates.values(), *lists[len(names) :], owner or secrets.token_urlsafe(16)]
 
-    def list_files(self, checkpoint: str | None, *addons: str | None) -> list[Any]:
+    def refresh_files(self, checkpoint: str | None, *addons: str | None) -> list[Any]:
         """Read the models folder again; return updates of all file lists.
 
         Args:
-            addons: Those chosen, in the order of ADDONS.
+            addons: Name of the selected add-on of each kind in ADDONS.
         """
         names, files = self.library.list_models(), self.library.list_checkpoint_names()
         lines = self.library.list_skipped_files()
@@ -74,85 +74,89 @@ class FormEvents:
             log.warning("skipped: %s", line)
         skipped = "".join(f"\n* skipped: {html.escape(line)}" for line in lines)
         text_models = self.library.list_models("txt2img") or names
-        first = checkpoint if checkpoint in names else next(iter(text_models), None)
-        tokens = self.library.list_tokens()
+        selected = checkpoint if checkpoint in names else next(iter(text_models), None)
+        tokens = self.library.list_embedding_tokens()
         return [
-            gr.update(choices=names, value=first),
-            *map(self._offer_addons, ADDONS, addons),
+            gr.update(choices=names, value=selected),
+            *map(self._update_addon_list, ADDONS, addons),
             gr.update(choices=tokens, visible=bool(tokens)),
-            gr.update(choices=files, value=first if first in files else next(iter(files), None)),
+            gr.update(
+                choices=files, value=selected if selected in files else next(iter(files), None)
+            ),
             skipped,
         ]
 
-    def _offer_addons(self, kind: str, chosen: str | None) -> Any:
-        """Return an update of a list of add-ons, which begins with none."""
+    def _update_addon_list(self, kind: str, selected: str | None) -> Any:
+        """Return an update of a list of add-ons, whose first entry is none."""
         names = self.library.list_addons(kind)
-        # Others are in a part of the page that is hidden or closed as a whole.
+        # The other lists are in accordions that are hidden or closed as a whole.
         settings: JsonObject = {"visible": bool(names)} if kind in ("vae", COMPONENT) else {}
         none = MODEL_VAE if kind == "vae" else NO_ADDON
         choices = [none, *((name, name) for name in names)]
-        return gr.update(choices=choices, value=chosen if chosen in names else "", **settings)
+        return gr.update(choices=choices, value=selected if selected in names else "", **settings)
 
-    def offer_loras(self, checkpoint: str | None, chosen: list[str] | None) -> Any:
+    def update_lora_list(self, checkpoint: str | None, selected: list[str] | None) -> Any:
         """Return an update of the LoRA list with those that fit the checkpoint."""
         names = self.library.list_fitting_loras(checkpoint)
-        kept = [name for name in chosen or () if name in names]
-        return gr.update(choices=names, value=kept, visible=bool(names))
+        value = [name for name in selected or () if name in names]
+        return gr.update(choices=names, value=value, visible=bool(names))
 
-    def name_weights(self, loras: list[str]) -> list[Any]:
-        """Return updates of the weight sliders, one for each chosen LoRA."""
+    def update_weight_sliders(self, loras: list[str]) -> list[Any]:
+        """Return updates of the weight sliders: one is visible for each selected LoRA."""
         names = [*(loras or ()), *[""] * LORA_SLOTS][:LORA_SLOTS]
         return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
-    def describe_choice(self, task: str, checkpoint: str, *choice: Any) -> list[Any]:
-        """Update the page for a checkpoint: whether it suits the tab, and `follow_choice`."""
-        updates = self.follow_choice(task, checkpoint, *choice)
+    def update_for_checkpoint(self, task: str, checkpoint: str, *fields: Any) -> list[Any]:
+        """Return whether a checkpoint supports the tab's task, and the updates that it requires."""
+        updates = self.apply_defaults(task, checkpoint, *fields)
         if task not in TASKS:
             return ["", *[gr.update(visible=False)] * 3, *updates]
-        misfit = self.library.explain_misfit(TASKS[task], checkpoint)
-        names = self.library.list_models(task) if misfit else []
-        offers = gr.update(choices=names, value=None, visible=bool(names))
+        reason = self.library.explain_unsupported_task(TASKS[task], checkpoint)
+        names = self.library.list_models(task) if reason else []
+        suitable = gr.update(choices=names, value=None, visible=bool(names))
         has_sdxl = bool(self.forms[task].sdxl) and self.library.is_sdxl(checkpoint)
         takes_upscaler = bool(self.forms[task].upscaling) and not self.library.is_sdxl(checkpoint)
         has_upscaler = takes_upscaler and bool(self.library.list_addons("upscaler"))
-        shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
-        return [render_error(misfit), offers, *shown, *updates]
+        accordions = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
+        return [render_error(reason), suitable, *accordions, *updates]
 
-    def follow_choice(
+    def apply_defaults(
         self,
         task: str,
         checkpoint: str,
         loras: list[str] | None,
         prompt: str | None,
-        defaults: JsonObject,
+        last_defaults: JsonObject,
         *values: Any,
     ) -> list[Any]:
-        """Return the defaults of a checkpoint, and an update of each of FOLLOWERS.
+        """Return the defaults of a checkpoint, and an update of each of DEFAULTED_FIELDS.
 
-        Defaults of a few-step LoRA are preferred, chosen or named in the prompt; the scale follows
-        the sampler, too.
+        The defaults of a few-step LoRA, selected or named in the prompt, take precedence, and a
+        guidance scale of the sampler's own.
 
         Args:
-            defaults: The defaults that FOLLOWERS were set to last.
-            values: Current values of FOLLOWERS; only unchanged ones are updated.
+            last_defaults: The defaults that DEFAULTED_FIELDS were set to last.
+            values: Current values of DEFAULTED_FIELDS; only unchanged ones are updated.
         """
         if task not in TASKS:
-            return [defaults, *[gr.skip()] * len(values)]
-        now = self.library.find_defaults(TASKS[task], checkpoint, loras or (), prompt or "")
-        sampler = values[FOLLOWERS.index("sampler")]
-        if sampler in (None, defaults.get("sampler")):
-            sampler = now["sampler"]
+            return [last_defaults, *[gr.skip()] * len(values)]
+        defaults = self.library.find_defaults(TASKS[task], checkpoint, loras or (), prompt or "")
+        sampler = values[DEFAULTED_FIELDS.index("sampler")]
+        if sampler in (None, last_defaults.get("sampler")):
+            sampler = defaults["sampler"]
         if sampler in SAMPLERS and (scale := SAMPLERS[sampler].scale) is not None:
-            now["scale"] = scale
+            defaults["scale"] = scale
         updates = [
             # An empty number is 0. Fields that have the value already are not updated, as that
             # would discard what is being typed.
-            now[name]
-            if now[name] and value != now[name] and value in (None, 0, defaults.get(name))
+            defaults[name]
+            if defaults[name]
+            and value != defaults[name]
+            and value in (None, 0, last_defaults.get(name))
             else gr.skip()
-            for name, value in zip(FOLLOWERS, values, strict=True)
+            for name, value in zip(DEFAULTED_FIELDS, values, strict=True)
         ]
-        return [now, *updates]
+        return [defaults, *updates]
 
     def count_tokens(
         self, checkpoint: str, prompt: str, syntax: str, *, is_negative: bool = False
@@ -177,7 +181,7 @@ class FormEvents:
         multiple = 64 if self.library.is_sdxl(checkpoint) else 8
         return [max(round(side * factor / multiple), 1) * multiple for side in (width, height)]
 
-    def fill(
+    def fill_fields(
         self,
         info: JsonObject | None,
         checkpoint: str | None,
@@ -186,13 +190,13 @@ class FormEvents:
     ) -> list[Any]:
         """Return updates of shared fields, LoRAs, weights and defaults for an image's info.
 
-        LoRAs that do not fit the checkpoint, or whose weights no slider can have, become tags in
-        the prompt. Tasks of models that take no LoRA leave them out.
+        LoRAs that do not fit the checkpoint, or whose weights a slider cannot have, become tags in
+        the prompt. They are left out for tasks whose models support no LoRAs.
 
         Args:
-            defaults: The defaults that FOLLOWERS were set to last. Those of fields that the info
-                fills are dropped, so that a value of the image that happens to equal one of them
-                does not follow the image's LoRAs.
+            defaults: The defaults that DEFAULTED_FIELDS were set to last. Those of filled fields
+                are dropped, so that a value of the image that equals one is not taken for a
+                default, which the image's LoRAs may change.
         """
         values = get_field_values(info) if info else {}
         slots = [gr.skip()] * (1 + LORA_SLOTS)
@@ -215,12 +219,12 @@ class FormEvents:
         return [*(values.get(name, gr.skip()) for name in fields), *slots, defaults]
 
     def paste_parameters(
-        self, prompt: str, chosen: JsonObject | None, checkpoint: str | None, defaults: JsonObject
+        self, prompt: str, selected: JsonObject | None, checkpoint: str | None, defaults: JsonObject
     ) -> list[Any]:
-        """Parse parameters pasted into the prompt field; without any, use the chosen image's."""
+        """Fill the form from parameters in the prompt field, or else from the selected image."""
         info = parse_parameters(prompt or "")
         has_parameters = "steps" in info or "seed" in info
-        return self.fill(info if has_parameters else chosen, checkpoint, defaults)
+        return self.fill_fields(info if has_parameters else selected, checkpoint, defaults)
 
     def send(
         self,
@@ -233,7 +237,7 @@ class FormEvents:
         """Return updates that send an image to a tab, and its parameters to the form."""
         path = path or (info or {}).get("path")
         is_task = name in TASKS
-        fields = self.fill(
+        fields = self.fill_fields(
             info if is_task else None, checkpoint, defaults, name if is_task else "txt2img"
         )
         kinds = ["Image"]

@@ -1,4 +1,4 @@
-"""Answer events of jobs and their images: submit, follow, stop; show, choose and pack images."""
+"""Handle events of jobs and their images: submit, follow, stop; show, select and pack images."""
 
 import asyncio
 import logging
@@ -30,13 +30,14 @@ from ldm.imaging.output import get_depth_path
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
 
-__all__ = ["FOLLOWED", "JobEvents"]
+__all__ = ["JOB_OUTPUTS", "JobEvents"]
 
-INTERVAL = 0.2  # seconds between two updates of the page
+UPDATE_INTERVAL = 0.2  # seconds between two updates of the page
 NO_RELIEF = "No relief: the server needs trimesh (pip install trimesh)"
-# Components that `JobEvents.follow` updates, in its order.
-FOLLOWED = (
-    "live", "preview", "gallery", "infos", "chosen", "about", "queue", "clear", "stop", "error",
+# Attributes of `Layout`: the components that `JobEvents.follow` updates.
+JOB_OUTPUTS = (
+    "progress", "preview", "gallery", "infos", "selected_info", "parameters", "queue", "clear",
+    "stop", "error",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -63,47 +64,51 @@ class JobEvents:
         if task not in TASKS:
             return self._submit(owner, None)
 
-        def make() -> tuple[str, Callable[[Progress], str]]:
+        def prepare() -> tuple[str, Callable[[Progress], str]]:
             request = self._make_request(names, task, *form)
             title = f"{TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
             return title, partial(self.backend.generate, request)
 
-        return self._submit(owner, make)
+        return self._submit(owner, prepare)
 
     def submit_depth(self, names: Sequence[str], owner: str, *form: Any) -> list[Any]:
         """Queue the estimate of a depth map; arguments as `submit_task`."""
 
-        def make() -> tuple[str, Callable[[Progress], str]]:
+        def prepare() -> tuple[str, Callable[[Progress], str]]:
             request = self._make_request(names, "depth2img", *form)
             return "Estimate depth", partial(self.backend.estimate_depth, request)
 
-        return self._submit(owner, make)
+        return self._submit(owner, prepare)
 
     def submit_replay(self, owner: str, path: str | None) -> list[Any]:
         """Queue the reproduction of an image."""
 
-        def make() -> tuple[str, Callable[[Progress], str]]:
+        def prepare() -> tuple[str, Callable[[Progress], str]]:
             if path is None:
                 raise MissingArgument(NO_IMAGE)
             return f"Reproduce {Path(path).name}", partial(self.backend.replay, path)
 
-        return self._submit(owner, make)
+        return self._submit(owner, prepare)
 
     def _submit(
-        self, owner: str, make: Callable[[], tuple[str, Callable[[Progress], str]]] | None
+        self, owner: str, prepare: Callable[[], tuple[str, Callable[[Progress], str]]] | None
     ) -> list[Any]:
-        """Queue a job, or show its error; return updates of the page, the job first."""
+        """Queue a job, or show its error; return the job and updates of the page.
+
+        Args:
+            prepare: Returns title and work of the job; None = there is none.
+        """
         job: Job | None = None
-        error, live = "", gr.skip()
+        message, progress = "", gr.skip()
         try:
-            if make is not None:
-                job = self.jobs.submit(owner, *make())
+            if prepare is not None:
+                job = self.jobs.submit(owner, *prepare())
                 if self.jobs.count_ahead(job) == 0:
-                    live = render_progress(job.progress)
-        except Exception as failure:  # top level: any error becomes the message
+                    progress = render_progress(job.progress)
+        except Exception as error:  # top level: any error becomes the message
             log.debug("a form was refused", exc_info=True)
-            error = explain_to_user(failure)
-        return [job, render_error(error), live, *self._show_queue(owner).values()]
+            message = explain_to_user(error)
+        return [job, render_error(message), progress, *self._update_queue(owner).values()]
 
     def _make_request(
         self,
@@ -117,7 +122,7 @@ class JobEvents:
         weights = weights_and_fields[:LORA_SLOTS]
         by_name = dict(zip(names, weights_and_fields[LORA_SLOTS:], strict=True))
         form = self.forms[task]
-        entered = {k: by_name.get(f"{task}.{k}", by_name.get(k)) for k in form.fields()}
+        entered = {k: by_name.get(f"{task}.{k}", by_name.get(k)) for k in form.fields}
         values = form.parse(entered, self.backend.uploads)
         values["lora"] = [
             f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
@@ -126,40 +131,42 @@ class JobEvents:
         return self.backend.make_request(TASKS[task], model, values)
 
     async def follow(self, owner: str, job: Job | None) -> AsyncIterator[list[Any]]:
-        """Yield updates of FOLLOWED until a job has ended; the job runs without the page, too."""
+        """Yield updates of JOB_OUTPUTS until a job has ended, which does not depend on the page."""
         if job is None:
             yield _make_updates()
             return
         count = 0
         shown: str | None = None
         while True:
-            is_over, progress = job.is_over, job.progress
+            has_ended, progress = job.has_ended, job.progress
             status: str | None = render_progress(progress, self.jobs.count_ahead(job))
             if job.state == "queued" and self.jobs.list_jobs(owner)[:1] != [job]:
-                status = shown  # another job of this page has the status
+                status = shown  # the page shows another job of the visitor
             updates: dict[str, Any] = {}
             if len(progress.images) > count:
                 count = len(progress.images)
-                updates |= self._show_gallery(owner)
+                updates |= self._update_gallery(owner)
             if job.state == "removed":
-                updates |= self._show_queue(owner)
+                updates |= self._update_queue(owner)
                 if shown is not None and not self.jobs.list_jobs(owner):
-                    updates["live"] = render_progress(Progress(message="removed from the queue"))
-            elif status != shown or is_over:
-                updates |= {"live": status, "preview": render_preview(progress)}
-                updates |= self._show_queue(owner)
+                    updates["progress"] = render_progress(
+                        Progress(message="removed from the queue")
+                    )
+            elif status != shown or has_ended:
+                updates |= {"progress": status, "preview": render_preview(progress)}
+                updates |= self._update_queue(owner)
                 if progress.has_failed:
                     updates["error"] = render_error(progress.message)
-            if status != shown or is_over:
+            if status != shown or has_ended:
                 yield _make_updates(**updates)
-            if is_over:
+            if has_ended:
                 return
             shown = status
-            await asyncio.sleep(INTERVAL)
+            await asyncio.sleep(UPDATE_INTERVAL)
 
     async def follow_all(self, owner: str) -> AsyncIterator[list[Any]]:
         """Yield updates with the images of a visitor, and of all jobs that have not ended."""
-        yield _make_updates(**self._show_gallery(owner))
+        yield _make_updates(**self._update_gallery(owner))
         for job in self.jobs.list_jobs(owner):
             async for updates in self.follow(owner, job):
                 yield updates
@@ -168,16 +175,16 @@ class JobEvents:
         """Stop the visitor's job, or remove it from the queue."""
         self.jobs.stop(owner)
         running = [job for job in self.jobs.list_jobs(owner) if job.state == "running"]
-        live = render_progress(running[0].progress) if running else gr.skip()
-        return [live, gr.Button(interactive=False), render_queue(self.jobs.list_jobs(owner))]
+        progress = render_progress(running[0].progress) if running else gr.skip()
+        return [progress, gr.Button(interactive=False), render_queue(self.jobs.list_jobs(owner))]
 
     def clear_queue(self, owner: str) -> list[Any]:
         """Remove the visitor's waiting jobs from the queue."""
         self.jobs.clear(owner)
-        updates = self._show_queue(owner)
+        updates = self._update_queue(owner)
         return [updates["queue"], updates["clear"]]
 
-    def _show_queue(self, owner: str) -> dict[str, Any]:
+    def _update_queue(self, owner: str) -> dict[str, Any]:
         """Return updates of the queue and the buttons Clear and Stop."""
         jobs = self.jobs.list_jobs(owner)
         can_stop = any(not job.progress.stop.is_set() for job in jobs)
@@ -188,10 +195,10 @@ class JobEvents:
             "stop": gr.Button(interactive=can_stop),
         }
 
-    def _show_gallery(self, owner: str) -> dict[str, Any]:
-        """Return updates of the gallery, infos, chosen image and its description."""
+    def _update_gallery(self, owner: str) -> dict[str, Any]:
+        """Return updates of the gallery, its infos, the selected image and its parameters."""
         files = (info for info in self.jobs.list_images(owner) if Path(info["path"]).is_file())
-        infos = [view for info in files for view in _add_depth(info)]
+        infos = [shown for info in files for shown in _add_depth(info)]
         if not infos:
             return {}
         images = [
@@ -201,22 +208,22 @@ class JobEvents:
         selected = None if "depth_range" in infos[0] else 0
         gallery = gr.Gallery(images, selected_index=selected)
         return {
-            "gallery": gallery, "infos": infos, "chosen": infos[0],
-            "about": describe_info(infos[0]),
+            "gallery": gallery, "infos": infos, "selected_info": infos[0],
+            "parameters": describe_info(infos[0]),
         }  # fmt: skip
 
-    def choose(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
+    def select_image(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
         """Return info and description of the image clicked in the gallery."""
         info = infos[min(int(event.index), len(infos) - 1)]
         return [info, describe_info(info)]
 
-    def show_relief(self, chosen: JsonObject | None) -> Any:
-        """Return an update of the 3D view for the chosen image."""
-        if chosen is not None and chosen.get("image") == "depth":
+    def show_relief(self, selected: JsonObject | None) -> Any:
+        """Return an update of the 3D view for the selected image."""
+        if selected is not None and selected.get("image") == "depth":
             return gr.skip()
-        if chosen is not None and "depth_range" in chosen and not can_save_meshes():
+        if selected is not None and "depth_range" in selected and not can_save_meshes():
             return gr.update(value=None, visible=True, label=NO_RELIEF)
-        relief = self.backend.make_relief(chosen) if chosen else None
+        relief = self.backend.save_relief(selected) if selected else None
         if relief is None:
             return gr.update(value=None, visible="hidden")
         path, triangles = relief
@@ -237,8 +244,8 @@ class JobEvents:
 
 
 def _make_updates(**updates: Any) -> list[Any]:
-    """Return an update of each of FOLLOWED."""
-    return [updates.get(name, gr.skip()) for name in FOLLOWED]
+    """Return an update of each of JOB_OUTPUTS."""
+    return [updates.get(name, gr.skip()) for name in JOB_OUTPUTS]
 
 
 def _add_depth(info: JsonObject) -> list[JsonObject]:

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ldm.app.progress import Progress
 from ldm.generate.info import Info
@@ -11,7 +12,7 @@ from ldm.runtime.errors import ArgumentError, Stop, explain
 
 __all__ = ["Job", "Jobs"]
 
-GALLERY_LIMIT = 60  # images of a visitor
+GALLERY_LIMIT = 60  # images per visitor
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class Job:
     state: str = "queued"  # "running", "done" or "removed"
 
     @property
-    def is_over(self) -> bool:
-        """Whether it has ended, or was removed from the queue."""
+    def has_ended(self) -> bool:
+        """Whether it is done, or was removed from the queue."""
         return self.state in ("done", "removed")
 
 
@@ -44,18 +45,18 @@ class Jobs:
     Args:
         limit: Maximum number of waiting jobs.
         explain: Returns the message for an error.
-        first_images: Returns the initial gallery of a visitor, newest first.
+        initial_images: Returns the initial gallery of a visitor, newest first.
     """
 
     def __init__(
         self,
         limit: int,
         explain: Callable[[BaseException], str] = explain,
-        first_images: Callable[[], list[Info]] = list,
+        initial_images: Callable[[], list[Info]] = list,
     ) -> None:
         self.limit = limit
         self.explain = explain
-        self.first_images = first_images
+        self.initial_images = initial_images
         self._jobs: list[Job] = []  # the running one first
         self._galleries: dict[str, list[Info]] = {}
         self._lock = threading.Lock()
@@ -63,7 +64,7 @@ class Jobs:
     def list_images(self, owner: str) -> list[Info]:
         """Return the images of a visitor: the newest run first, each run in its own order."""
         if owner not in self._galleries:  # its images are read from disk
-            self._galleries.setdefault(owner, self.first_images())
+            self._galleries.setdefault(owner, self.initial_images())
         return self._galleries[owner]
 
     def submit(self, owner: str, title: str, work: Callable[[Progress], str]) -> Job:
@@ -72,7 +73,7 @@ class Jobs:
         Raises:
             ArgumentError: The queue is full.
         """
-        job = Job(owner, title, work, Progress(on_image=lambda k, i: self._add_image(owner, k, i)))
+        job = Job(owner, title, work, Progress(on_image=partial(self._add_image, owner)))
         with self._lock:
             if len(self._jobs) > self.limit:
                 raise ArgumentError(f"the queue is full: {self.limit} jobs are waiting")
@@ -84,11 +85,11 @@ class Jobs:
 
     def list_jobs(self, owner: str) -> list[Job]:
         """Return the jobs of a visitor that have not ended."""
-        jobs = list(self._jobs)  # a copy, as the thread that works changes it meanwhile
+        jobs = list(self._jobs)  # a copy, as the worker thread changes the list
         return [job for job in jobs if job.owner == owner]
 
     def count_ahead(self, job: Job) -> int:
-        """Return the number of jobs before this one."""
+        """Return the number of jobs before this one in the queue."""
         jobs = list(self._jobs)
         return jobs.index(job) if job in jobs else 0
 

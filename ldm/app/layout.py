@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ldm.app.form import (
-    FOLLOWERS,
+    DEFAULTED_FIELDS,
     IMAGE_BOX,
     LORA_SLOTS,
     MAX_WEIGHT,
@@ -45,18 +45,18 @@ class Layout:
         self.device = device
         self.fields: dict[str, Any] = {}  # shared ones by name, those of a task by `task.name`
         self.images: dict[str, Any] = {}  # the first image field of each tab
-        self.counts: dict[str, Any] = {}  # of the tokens of each prompt
+        self.token_counts: dict[str, Any] = {}  # by name of the prompt
         self.owner = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
-        self.stored = gr.Textbox(visible="hidden")  # the form in the browser's storage, JSON
+        self.stored_form = gr.Textbox(visible="hidden")  # JSON of the form in the browser's storage
         self.task = gr.Textbox("txt2img", visible="hidden", elem_id="task")
         self.sketch_size = gr.Textbox(visible="hidden", elem_id="sketch-size")
         self.job = gr.State(None)
         self.infos = gr.State([])  # of the images in the gallery
-        self.chosen = gr.State(None)  # info of the chosen image
+        self.selected_info = gr.State(None)  # of the image selected in the gallery
         self.file_info = gr.State({})
         initial = forms["txt2img"].settings
-        # The defaults to which FOLLOWERS were set last.
-        self.defaults = gr.State({n: initial[n].settings["value"] for n in FOLLOWERS})
+        # The defaults that DEFAULTED_FIELDS were set to last.
+        self.defaults = gr.State({n: initial[n].kwargs["value"] for n in DEFAULTED_FIELDS})
         self._build_header()
         with gr.Column(elem_id="main"):
             with gr.Tabs(elem_id="tabs"):
@@ -77,7 +77,7 @@ class Layout:
 
     @property
     def filled_fields(self) -> list[Any]:
-        """What `FormEvents.fill` updates."""
+        """The components that `FormEvents.fill_fields` updates."""
         fields = [self.fields[name] for name in self.forms["txt2img"].common_fields]
         return [*fields, self.loras, *self.weights, self.defaults]
 
@@ -99,12 +99,12 @@ class Layout:
             self.refresh = gr.Button("⟳", elem_classes="icon", elem_id="refresh")
             self.vae = gr.Dropdown([MODEL_VAE], value="", label="VAE", scale=1, elem_id="vae")
         for field in (self.checkpoint, self.vae):
-            _skip_checks(field)
-        self.note = gr.HTML(elem_id="note")
-        self.offers = gr.Radio(
-            [], label="Checkpoints for this tab", visible=False, elem_id="offers"
+            _disable_checks(field)
+        self.checkpoint_error = gr.HTML(elem_id="checkpoint-error")
+        self.suitable_checkpoints = gr.Radio(
+            [], label="Checkpoints for this tab", visible=False, elem_id="suitable-checkpoints"
         )
-        _skip_checks(self.offers)
+        _disable_checks(self.suitable_checkpoints)
 
     def _build_task(self, name: str) -> None:
         form = self.forms[name]
@@ -117,28 +117,31 @@ class Layout:
                 self.fields[f"{name}.sketch"] = gr.Gallery(type="filepath", visible="hidden")
             if "depth_map" in form.images:
                 self.estimate = gr.Button("Estimate depth", elem_id="estimate")
-        self._follow_tab(tab, name)
+        self._connect_tab(tab, name)
 
     def _build_replay(self) -> None:
         with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
             self.images["replay"] = _make_component(Field("Image", {"label": "Image", **IMAGE_BOX}))
-            self.facts = gr.Textbox(
-                label="Parameters", lines=4, elem_id="facts", interactive=False, buttons=["copy"]
-            )
+            self.file_parameters = gr.Textbox(
+                label="Parameters", lines=4, elem_id="file-parameters", interactive=False,
+                buttons=["copy"],
+            )  # fmt: skip
             with gr.Row(elem_id="file-send"):
-                self.file_sends = {name: _make_send_button(name, "file-send") for name in TASKS}
+                self.file_send_buttons = {
+                    name: _make_send_button(name, "file-send") for name in TASKS
+                }
             self.replay = gr.Button(
                 "Reproduce", variant="primary", interactive=False, elem_id="go-replay"
             )
-        self._follow_tab(tab, "replay")
+        self._connect_tab(tab, "replay")
 
     def _build_inspect(self) -> None:
         with gr.Tab(INFO_TABS["inspect"], id="inspect", elem_id="tab-inspect") as tab:
-            self.file = _skip_checks(gr.Dropdown([], label="File", elem_id="file"))
+            self.file = _disable_checks(gr.Dropdown([], label="File", elem_id="file"))
             self.inspect = gr.Button("Inspect", variant="primary", elem_id="go-inspect")
             self.report = gr.Textbox(label="Report", lines=18, elem_id="report", buttons=["copy"])
             self.skipped = gr.Markdown()
-        self._follow_tab(tab, "inspect")
+        self._connect_tab(tab, "inspect")
 
     def _build_prompts(self) -> None:
         fields = self.forms["txt2img"].prompts
@@ -147,7 +150,7 @@ class Layout:
                 for name, elem_id in {"prompt": "prompt", "negative_prompt": "negative"}.items():
                     with gr.Column(elem_classes="counted"):
                         self.fields[name] = _make_component(fields[name], elem_id=elem_id)
-                        self.counts[name] = gr.HTML(elem_id=f"{elem_id}-tokens")
+                        self.token_counts[name] = gr.HTML(elem_id=f"{elem_id}-tokens")
             with gr.Column(scale=1, min_width=180):
                 self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Row(elem_classes="tools"):
@@ -157,14 +160,13 @@ class Layout:
 
     def _build_settings(self) -> None:
         fields = self.forms["txt2img"].settings
-        rows = {"steps": ("sampler", "steps"), "scheduler": ("scheduler", "scale"),
-                "batch": ("n_iter", "n_samples")}  # fmt: skip
+        rows = (("sampler", "steps"), ("scheduler", "scale"), ("n_iter", "n_samples"))
         advanced = SETTINGS[SETTINGS.index("eta") :]
         with (
             gr.Column(elem_id="settings"),
             gr.Accordion("Generation settings", open=True),
         ):
-            for names in rows.values():
+            for names in rows:
                 with gr.Row():
                     for name in names:
                         self.fields[name] = _make_component(fields[name], min_width=150)
@@ -172,23 +174,25 @@ class Layout:
                     self._build_size(fields)
             with gr.Row(elem_classes="tools"):
                 self.fields["seed"] = _make_component(fields["seed"], min_width=120)
-                self.any_seed = gr.Button("⚂", elem_classes="icon", elem_id="any-seed")
-                self.last_seed = gr.Button("♻", elem_classes="icon", elem_id="reuse-seed")
+                self.random_seed = gr.Button("⚂", elem_classes="icon", elem_id="random-seed")
+                self.reuse_seed_icon = gr.Button(
+                    "♻", elem_classes="icon", elem_id="reuse-seed-icon"
+                )
             with gr.Row():
                 self.loras = gr.Dropdown(
                     [], multiselect=True, label="LoRA", elem_id="lora", min_width=150,
                     max_choices=LORA_SLOTS, info="type to search",
                 )  # fmt: skip
-                self.tokens = gr.Dropdown(
+                self.embedding_tokens = gr.Dropdown(
                     [], label="Embedding", elem_id="embedding", value=None, min_width=150,
                     info="is added to the prompt",
                 )  # fmt: skip
             self.weights = [
-                _skip_checks(gr.Slider(-MAX_WEIGHT, MAX_WEIGHT, 1.0, step=0.05, visible=False))
+                _disable_checks(gr.Slider(-MAX_WEIGHT, MAX_WEIGHT, 1.0, step=0.05, visible=False))
                 for _ in range(LORA_SLOTS)
             ]
-            for field in (self.loras, self.tokens):
-                _skip_checks(field)
+            for field in (self.loras, self.embedding_tokens):
+                _disable_checks(field)
             self._build_sdxl()
             self._build_upscaling()
             with gr.Accordion("Advanced", open=False), gr.Row(elem_id="advanced"):
@@ -226,7 +230,7 @@ class Layout:
             with gr.Column(elem_id="status"):
                 self.error = gr.HTML(elem_id="error")
                 gr.HTML('<div id="browser-note" class="failed" role="alert"></div>')
-                self.live = gr.HTML(render_progress(None), elem_id="live")
+                self.progress = gr.HTML(render_progress(None), elem_id="progress")
                 self.queue = gr.HTML(elem_id="queue")
                 self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
             with gr.Column(elem_id="stage"):
@@ -240,43 +244,43 @@ class Layout:
                     label="Relief", visible="hidden", height=360, elem_id="relief",
                     camera_position=(75, 75, None),
                 )  # fmt: skip
-                self.about = gr.Textbox(
-                    label="Generation parameters", lines=3, elem_id="about", interactive=False,
+                self.parameters = gr.Textbox(
+                    label="Generation parameters", lines=3, elem_id="parameters", interactive=False,
                     buttons=["copy"],
                 )  # fmt: skip
                 with gr.Row(elem_id="send"):
-                    self.sends = {name: _make_send_button(name) for name in self.images}
+                    self.send_buttons = {name: _make_send_button(name) for name in self.images}
                 with gr.Row(elem_classes="tools"):
-                    self.reuse = _make_button("Reuse all", "reuse-all")
-                    self.reuse_seed = _make_button("Reuse seed", "reuse-seed-2")
+                    self.reuse_all = _make_button("Reuse all", "reuse-all")
+                    self.reuse_seed = _make_button("Reuse seed", "reuse-seed")
                     self.download = _make_button("Download all", "download-all")
                     self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
 
-    def _follow_tab(self, tab: gr.Tab, name: str) -> None:
-        data = name if name in TASKS else "info"
-        js = f"() => {{ document.body.dataset.tab = '{data}'; return '{name}' }}"
+    def _connect_tab(self, tab: gr.Tab, name: str) -> None:
+        css_tab = name if name in TASKS else "info"  # see page.css
+        js = f"() => {{ document.body.dataset.tab = '{css_tab}'; return '{name}' }}"
         tab.select(None, None, self.task, js=js)
 
 
-def _make_component(field: Field, **settings: Any) -> Any:
+def _make_component(field: Field, **kwargs: Any) -> Any:
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
-    component = getattr(gr, field.kind)(**field.settings, **brush, **settings)
-    if field.kind == "Image":  # pass the path, as errors of our reader are clearer than gradio's
+    component = getattr(gr, field.kind)(**field.kwargs, **brush, **kwargs)
+    if field.kind == "Image":  # pass the path, as our reader has clearer errors than gradio
         return _set_preprocess(component, lambda data: data and data.path)
-    return component if field.kind in ("ImageEditor", "Gallery") else _skip_checks(component)
+    return component if field.kind in ("ImageEditor", "Gallery") else _disable_checks(component)
 
 
-def _skip_checks(component: Any) -> Any:
+def _disable_checks(component: Any) -> Any:
     """Disable gradio's checks of a field, as `Limits` and options check values in one line."""
     return _set_preprocess(component, lambda value: value)
 
 
 def _set_preprocess(component: Any, preprocess: Callable[[Any], Any]) -> Any:
-    """Replace `preprocess` in a class of its own, as each update makes a new component of it."""
-    kind = type(component)
-    attributes = {"preprocess": staticmethod(preprocess), "__module__": kind.__module__}
-    # ABCMeta's method, as that of gradio's metaclass writes a .pyi file beside the class.
-    component.__class__ = ABCMeta.__new__(type(kind), kind.__name__, (kind,), attributes)
+    """Replace `preprocess` in a subclass, as gradio makes a new component of it at each update."""
+    parent = type(component)
+    attributes = {"preprocess": staticmethod(preprocess), "__module__": parent.__module__}
+    # Not type(parent)(...), as gradio's metaclass writes a .pyi file beside the class.
+    component.__class__ = ABCMeta.__new__(type(parent), parent.__name__, (parent,), attributes)
     return component
 
 
@@ -286,5 +290,5 @@ def _make_send_button(name: str, prefix: str = "send") -> gr.Button:
 
 
 def _make_button(title: str, elem_id: str) -> gr.Button:
-    """Return a button that needs an image, of which there is none at first."""
+    """Return a button that is disabled until there is an image."""
     return gr.Button(title, size="sm", interactive=False, elem_id=elem_id)

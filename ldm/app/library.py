@@ -1,4 +1,4 @@
-"""What the models folder offers: models, LoRAs, embeddings, VAEs and other add-ons, by name."""
+"""Find models, LoRAs, embeddings, VAEs and other add-ons of the models folder by name."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from ldm.app.catalogue import (
     lora_fits,
     read_catalogue,
 )
-from ldm.app.form import STEPS
+from ldm.app.form import DEFAULT_STEPS
 from ldm.generate.lora_tags import add_tagged_loras, remove_tags
 from ldm.generate.options import Value
 from ldm.generate.tasks import Task
@@ -39,15 +39,15 @@ __all__ = ["ADDONS", "Library", "remove_folders"]
 log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
-# Files that a run may add to a model: option -> title.
+# Files that a run may add to a model: option -> title
 ADDONS = {
     "vae": "VAE",
     "refiner": "refiner",
     "upscaler": "upscaler",
     COMPONENT: "safety checker",
 }
-ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # of models
-WILDCARDS = "wildcards"  # subfolder of the models folder, in lower case
+ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # option -> family
+WILDCARD_FOLDER = "wildcards"  # subfolder of the models folder, in lower case
 
 
 class Library:
@@ -88,7 +88,7 @@ class Library:
 
     def find_wildcards(self) -> str | None:
         """Return the folder of wildcards, if there is one."""
-        folders = (path for path in self.folder.iterdir() if path.name.lower() == WILDCARDS)
+        folders = (path for path in self.folder.iterdir() if path.name.lower() == WILDCARD_FOLDER)
         return next((str(path) for path in folders if path.is_dir()), None)
 
     def list_fitting_loras(self, model: str | None) -> list[str]:
@@ -98,7 +98,7 @@ class Library:
             return []
         return [name for name, (file, _) in self.loras.items() if lora_fits(file, entry)]
 
-    def list_tokens(self) -> list[str]:
+    def list_embedding_tokens(self) -> list[str]:
         """Return the tokens of all embeddings."""
         return sorted({token for tokens in self._read_all_embeddings() for token in tokens})
 
@@ -113,27 +113,28 @@ class Library:
         entry = self._get_entry(model)
         if entry is None or entry.text_encoder is None:
             return 0, 0, ""
-        text = entry.text_encoder
-        text.added_embeddings = {
+        encoder = entry.text_encoder
+        encoder.added_embeddings = {
             token.lower(): vectors
             for tokens in self._read_all_embeddings()
             for token, towers in tokens.items()
             for vectors in towers
-            if vectors.shape[1] == text.width
+            if vectors.shape[1] == encoder.width
         }
         prompt = remove_tags(prompt)
         try:
-            if syntax != PLAIN and text.context_length == text.length:
+            if syntax != PLAIN and encoder.context_length == encoder.length:
                 parsed = parse_prompt(prompt, syntax, is_negative=is_negative)
-                return *text.count_chunk_tokens(parsed), ""
+                return *encoder.count_chunk_tokens(parsed), ""
         except ArgumentError:  # an invalid prompt; Generate reports the error
             return 0, 0, ""
-        return text.count_tokens(prompt), text.length - 2, text.find_truncated_text(prompt)
+        count, truncated = encoder.count_tokens(prompt), encoder.find_truncated_text(prompt)
+        return count, encoder.length - 2, truncated
 
     def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
         """Return a function from a model's latents to previews: TAESD if available, else linear."""
-        found = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
-        for path in (*self._given_previews, *found):
+        files = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
+        for path in (*self._given_previews, *files):
             if is_for_xl(path) == is_sdxl(model) and "encoder" not in path.stem:
                 try:
                     return load_preview(path, model)
@@ -167,7 +168,7 @@ class Library:
         return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
 
     def list_models(self, task: str | None = None) -> list[str]:
-        """Return the names of models for a task; None = of all that can be loaded."""
+        """Return the names of the models that support a task; None = of all that can be loaded."""
         models = read_catalogue(self.folder).models
         return [name for name, model in models.items() if task is None or task in model.tasks]
 
@@ -176,7 +177,7 @@ class Library:
         return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
 
     def find_recorded_loras(self, info: JsonMapping) -> list[tuple[str, float | str]]:
-        """Return (name, weight) of each LoRA of an image; it may not be available here."""
+        """Return (name, weight) of each LoRA of an image, also of those that are not available."""
         loras = []
         for lora in info.get("loras") or ():
             recorded = Path(lora["path"])
@@ -189,10 +190,11 @@ class Library:
         return loras
 
     def find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
-        """Return the model of an image, by file name; see `find_model`."""
+        """Return the model that made an image, by file name; errors as `find_model`."""
         models = read_catalogue(self.folder).models.items()
-        files = {n: entry.path for n, entry in models if Path(n).name == info["checkpoint"]}
-        name = _choose_by_hash(files, info["checkpoint_hash"]) or info["checkpoint"]
+        checkpoint = info["checkpoint"]
+        files = {name: entry.path for name, entry in models if Path(name).name == checkpoint}
+        name = _choose_by_hash(files, info["checkpoint_hash"]) or checkpoint
         return self.find_model(name, task)
 
     def is_sdxl(self, name: str | None) -> bool:
@@ -203,36 +205,36 @@ class Library:
     def find_defaults(
         self, task: Task, name: str | None, loras: Iterable[str] = (), prompt: str = ""
     ) -> dict[str, Value]:
-        """Return the values of settings that suit a task, a model, and LoRAs.
+        """Return the default settings for a task, a model and its LoRAs.
 
         Args:
-            loras: Their names.
-            prompt: May name others.
+            loras: Names of LoRAs.
+            prompt: May contain tags of further LoRAs.
         """
         entry = self._get_entry(name)
         height, width = (None, None) if entry is None else entry.size
         files = tuple(self.loras[lora] for lora in loras if lora in self.loras)
-        with suppress(ArgumentError):  # Generate will say what is wrong with it
+        with suppress(ArgumentError):  # an invalid tag; Generate reports the error
             files = add_tagged_loras(prompt, files, self.list_lora_files)
-        found, unset = detect_variant_of_loras(files), Defaults()
+        variant, unset = detect_variant_of_loras(files), Defaults()
         defaults = unset if entry is None else entry.defaults
-        if found is not None:
-            defaults = found.defaults
+        if variant is not None:
+            defaults = variant.defaults
         return {
             "scale": task.scale if defaults.scale is None else defaults.scale,
             "width": width,
             "height": height,
-            "steps": STEPS if defaults.steps == unset.steps else defaults.steps,
+            "steps": DEFAULT_STEPS if defaults.steps == unset.steps else defaults.steps,
             "sampler": defaults.sampler,
         }
 
-    def explain_misfit(self, task: Task, name: str | None) -> str:
+    def explain_unsupported_task(self, task: Task, name: str | None) -> str:
         """Return why a model does not support a task, and what to do; "" if it does."""
         entry = self._get_entry(name)
         if entry is not None and task.name in entry.tasks:
             return ""
-        kinds = " or ".join(FAMILIES[family].title for family in task.families)
-        text = f"{task.title} needs {kinds}"
+        titles = " or ".join(FAMILIES[family].title for family in task.families)
+        text = f"{task.title} needs {titles}"
         if entry is not None and entry.family:
             text += f", `{name}` is {FAMILIES[entry.family].title}"
         elif name:
@@ -259,12 +261,12 @@ class Library:
         Raises:
             ArgumentError: There is none, or it does not support the task.
         """
-        if misfit := self.explain_misfit(task, name):
-            raise ArgumentError(misfit, "ckpt")
+        if reason := self.explain_unsupported_task(task, name):
+            raise ArgumentError(reason, "ckpt")
         return read_catalogue(self.folder).models[name or ""]
 
     def find_addon_files(self, values: Mapping[str, object]) -> dict[str, str]:
-        """Return the paths of the add-ons that are chosen by name, by option.
+        """Return the path of each add-on that an option names.
 
         A name comes from a browser: it is looked up in a list, never used as a path.
 
@@ -281,7 +283,7 @@ class Library:
         return paths
 
     def find_lora_files(
-        self, choices: Iterable[tuple[str, float | str]]
+        self, loras: Iterable[tuple[str, float | str]]
     ) -> list[tuple[str, float | str]]:
         """Convert (name, weight) of LoRAs to (file, weight).
 
@@ -289,7 +291,7 @@ class Library:
             ArgumentError: A LoRA is unknown or chosen twice, or its weight is too large.
         """
         files: dict[str, float | str] = {}
-        for name, weight in choices:
+        for name, weight in loras:
             if name not in self.loras:
                 names = ", ".join(self.loras) or f"none, put them into {self.folder}/loras"
                 raise ArgumentError(f"no LoRA `{name}`; available: {names}", "lora")
@@ -315,7 +317,7 @@ class Library:
 
 
 def _choose_by_hash(files: Mapping[str, str | Path], short_hash: object) -> str | None:
-    """Return the name of a file: the only one, or among several that with a hash, if any."""
+    """Return the name of a file, of several preferably that with this hash; None without files."""
     names = list(files)
     if len(names) > 1:
         names.sort(key=lambda name: compute_short_hash(files[name]) != short_hash)
@@ -323,13 +325,14 @@ def _choose_by_hash(files: Mapping[str, str | Path], short_hash: object) -> str 
 
 
 def remove_folders(message: str, files: Iterable[str]) -> str:
+    """Shorten paths in a message to file names, as visitors must not learn the server's folders."""
     for file in files:
         message = message.replace(file, Path(file).name)
     return message
 
 
 @lru_cache(maxsize=1024)
-def _read_embeddings(file: str, states: object) -> Mapping[str, list[Tensor]]:
+def _read_embeddings(file: str, stats: object) -> Mapping[str, list[Tensor]]:
     try:
         return read_embeddings(file)
     except (OSError, ValueError):

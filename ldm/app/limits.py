@@ -7,12 +7,12 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["Limits"]
 
-MAX_UPSCALED_PIXELS = 4096 * 3072  # maximum width x height after upscaling
-LONGEST_PROMPT = 2000  # characters of all TEXTS together
-TEXTS = (
+MAX_UPSCALED_PIXELS = 4096 * 3072  # width x height
+MAX_PROMPT_CHARACTERS = 2000  # characters of all PROMPT_OPTIONS together
+PROMPT_OPTIONS = (
     "prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "source_prompt", "sld_concept",
 )  # fmt: skip
-LARGEST_MASK_RADIUS = 256  # pixels
+MAX_MASK_RADIUS = 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Limits:
             "width": (8, self.side),
             "vae_tile": (64, 4 * self.side),
             "unet_tile": (64, 4 * self.side),
-            "mask_grow": (0, LARGEST_MASK_RADIUS),
-            "mask_blur": (0, LARGEST_MASK_RADIUS),
+            "mask_grow": (0, MAX_MASK_RADIUS),
+            "mask_blur": (0, MAX_MASK_RADIUS),
         }
         values = request.get_values()
         for name, (low, high) in bounds.items():
             if values.get(name) is not None and not low <= values[name] <= high:
                 raise ArgumentError(f"{name} must be {low} to {high}, got {values[name]:g}", name)
-        if sum(len(values.get(name) or "") for name in TEXTS) > LONGEST_PROMPT:
-            message = f"all prompts together are longer than {LONGEST_PROMPT} characters"
+        if sum(len(values.get(name) or "") for name in PROMPT_OPTIONS) > MAX_PROMPT_CHARACTERS:
+            message = f"all prompts together are longer than {MAX_PROMPT_CHARACTERS} characters"
             raise ArgumentError(message, "prompt")
 
     def check_output(self, width: int, height: int, is_upscaled: bool) -> None:

@@ -45,10 +45,10 @@ class ModelCache:
         """
         loras = tuple(options.pop("loras", ()))
         files = (ckpt, config, options.get("vae"), *options.get("embeddings", ()))
-        states = [list_file_stats(file) for file in files]
+        stats = [list_file_stats(file) for file in files]
         base = options.get("base")  # identified by its provenance, as its repr is not unique
-        named = options | ({} if base is None else {"base": base.provenance})
-        key = (str(config), str(ckpt), tuple(states), repr(sorted(named.items())))
+        key_options = options | ({} if base is None else {"base": base.provenance})
+        key = (str(config), str(ckpt), tuple(stats), repr(sorted(key_options.items())))
         cached = self._models.get(key)
         # LoRAs are merged into weights, which this model may share with others.
         for other in self._models.values():
@@ -57,7 +57,7 @@ class ModelCache:
         if cached is not None:
             self._models[key] = self._models.pop(key)
         else:
-            self._models[key] = self._load_new(config, ckpt, states[0], options)
+            self._models[key] = self._load_new(config, ckpt, stats[0], options)
         model = self._models[key]
         if loras or model.merged is not None:
             set_loras(model, loras)
@@ -67,18 +67,18 @@ class ModelCache:
         self,
         config: str | Path | None,
         ckpt: str | Path | None,
-        states: Sequence[tuple[str, int, int]],
+        stats: Sequence[tuple[str, int, int]],
         options: dict[str, Any],
     ) -> LatentDiffusion:
-        nbytes = sum(size for _, size, _ in states)
+        nbytes = sum(size for _, size, _ in stats)
         while self._models and self.nbytes + nbytes > self.limit:
             self._models.pop(next(iter(self._models)))
-        # Memory of dropped models goes back to the device: torch would keep it for itself.
+        # Return the memory of dropped models to the device; torch would keep it reserved.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         model = self._load(config, ckpt, **options)
         for other in self._models.values():
-            _share(model, other)
+            _share_modules(model, other)
         return model
 
     @property
@@ -89,63 +89,65 @@ class ModelCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all models together; shared tensors count once."""
-        tensors = [t for model in self._models.values() for t in _tensors(model)]
+        tensors = [t for model in self._models.values() for t in _iter_tensors(model)]
         for model in self._models.values():
             tensors += [] if model.merged is None else model.merged.originals.values()
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def _share(model: LatentDiffusion, other: LatentDiffusion) -> None:
-    """Replace parts of a model by equal ones of another."""
-    theirs = dict(other.conditioner.named_children())
-    for name, part in list(model.conditioner.named_children()):
-        if name in theirs and _is_equal(part, theirs[name]):
-            model.conditioner.add_module(name, theirs[name])
+def _share_modules(model: LatentDiffusion, other: LatentDiffusion) -> None:
+    """Replace encoders and autoencoder of a model by equal ones of another."""
+    others = dict(other.conditioner.named_children())
+    for name, encoder in list(model.conditioner.named_children()):
+        if name in others and _is_equal(encoder, others[name]):
+            model.conditioner.add_module(name, others[name])
     _share_text_encoders(model, other)
     if _is_equal(model.autoencoder, other.autoencoder):
         model.autoencoder = other.autoencoder
 
 
 def _share_text_encoders(model: LatentDiffusion, other: LatentDiffusion) -> None:
-    """Share text encoders under other names: SDXL's second one is the only one of a refiner."""
+    """Share text encoders of different names: SDXL's second one is the only one of a refiner."""
     for encoder in model.conditioner.find_all(OpenCLIPText):
-        for theirs in other.conditioner.find_all(OpenCLIPText):
-            if encoder is not theirs and _is_equal(encoder.model, theirs.model):
-                encoder.model = theirs.model
+        for shared in other.conditioner.find_all(OpenCLIPText):
+            if encoder is not shared and _is_equal(encoder.model, shared.model):
+                encoder.model = shared.model
 
 
 def _is_equal(module: nn.Module, other: nn.Module) -> bool:
     """Return whether two modules have the same structure, settings, weights and device."""
     if module is other:
         return True
-    if [_describe(m) for m in module.modules()] != [_describe(m) for m in other.modules()]:
+    if [_describe_module(m) for m in module.modules()] != [
+        _describe_module(m) for m in other.modules()
+    ]:
         return False
-    pairs = list(zip(_tensors(module), _tensors(other), strict=True))
+    pairs = list(zip(_iter_tensors(module), _iter_tensors(other), strict=True))
     if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
         return False
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _describe(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
-    """Return class, settings and names of the tensors of a module, without weights."""
+def _describe_module(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
+    """Return the class, the settings and the names of the tensors of a module."""
     settings: JsonObject = {
-        name: _without_tensors(value)
+        name: _convert_tensors(value)
         for name, value in vars(module).items()
         if isinstance(value, SETTING_TYPES) or inspect.isroutine(value)
     }
-    if isinstance(module, TextEncoder):  # textual inversions are not among the weights
+    if isinstance(module, TextEncoder):  # textual inversions are not in its state dict
         settings["added"] = {t: v.tolist() for t, v in module.added_embeddings.items()}
     names = [*module._parameters, *module._buffers]
     return type(module), settings, names
 
 
-def _without_tensors(value: object) -> object:
-    """Turn the tensors in a tuple, such as CLIP's statistics, into lists, which can be compared."""
+def _convert_tensors(value: object) -> object:
+    """Convert tensors in a tuple, such as CLIP's statistics, to lists, which can be compared."""
     if isinstance(value, tuple):
-        return tuple(map(_without_tensors, value))
+        return tuple(map(_convert_tensors, value))
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def _iter_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()

@@ -1,4 +1,4 @@
-"""Build and serve the page: one form, with a tab for each task, its jobs and images."""
+"""Build and serve the page: a form with a tab for each task, the job queue and the gallery."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 
 from ldm.app.backend import Backend
-from ldm.app.form import FOLLOWERS, list_step_noise_fields
+from ldm.app.form import DEFAULTED_FIELDS, list_step_noise_fields
 from ldm.app.form_events import FormEvents
-from ldm.app.job_events import FOLLOWED, JobEvents
+from ldm.app.job_events import JOB_OUTPUTS, JobEvents
 from ldm.app.jobs import Job, Jobs
 from ldm.app.layout import Layout
 from ldm.app.library import ADDONS
@@ -49,14 +49,16 @@ class Page:
         is_shared: bool = False,
     ) -> None:
         self.backend = backend
-        self.jobs = Jobs(max_queue, explain_to_user, list if is_shared else backend.recent_images)
+        self.jobs = Jobs(
+            max_queue, explain_to_user, list if is_shared else backend.list_recent_images
+        )
         self.form_events = FormEvents(backend)
         self.job_events = JobEvents(backend, self.jobs, self.form_events.forms)
 
     def build(self) -> gr.Blocks:
         """Build the page, with all its events."""
         page: gr.Blocks
-        hour, day = 3600, 86400  # what visitors sent is looked through, and thrown away
+        hour, day = 3600, 86400  # every hour, delete visitors' files older than a day
         with gr.Blocks(
             title="ldm", fill_width=True, analytics_enabled=False, delete_cache=(hour, day)
         ) as page:
@@ -76,12 +78,12 @@ class Page:
         # Disables statistics of up to 10,000 events, which are recomputed after each event.
         os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
         log.info("open http://127.0.0.1:%d", port)
-        here = Path(__file__).parent
+        folder = Path(__file__).parent
         self.build().queue(default_concurrency_limit=None, api_open=False).launch(
             server_name="0.0.0.0" if listen else "127.0.0.1",
             server_port=port,
             auth=tuple(auth.split(":", 1)) if auth else None,  # a password may have colons
-            # Nothing else of this machine is served, whatever path a browser asks for.
+            # No other file of this machine is served, whatever path a browser requests.
             allowed_paths=[str(outdir / name) for name in ("samples", "replays", "uploads")],
             max_file_size="64mb",
             show_error=True,
@@ -95,8 +97,8 @@ class Page:
             theme=gr.themes.Default(
                 font=FONT, font_mono=MONO_FONT, spacing_size="sm", radius_size="sm"
             ),
-            css=(here / "page.css").read_text("utf-8"),
-            js=(here / "page.js").read_text("utf-8"),
+            css=(folder / "page.css").read_text("utf-8"),
+            js=(folder / "page.js").read_text("utf-8"),
         )
 
     def _connect(self, page: gr.Blocks) -> None:
@@ -125,14 +127,14 @@ class Page:
             _get_last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
         )
         self._submit_and_follow(ui.replay.click, events.submit_replay, [ui.images["replay"]])
-        ui.stop.click(events.stop_job, ui.owner, [ui.live, ui.stop, ui.queue], **QUIET)
+        ui.stop.click(events.stop_job, ui.owner, [ui.progress, ui.stop, ui.queue], **QUIET)
         ui.clear.click(events.clear_queue, ui.owner, [ui.queue, ui.clear], **QUIET)
         ui.inspect.click(self.backend.library.inspect, ui.file, ui.report)
 
-    def _submit_and_follow(self, listen: Any, submit: Any, inputs: list[Any]) -> Any:
+    def _submit_and_follow(self, trigger: Any, submit: Any, inputs: list[Any]) -> Any:
         ui = self.layout
-        outputs = [ui.job, ui.error, ui.live, ui.queue, ui.clear, ui.stop]
-        event = listen(submit, [ui.owner, *inputs], outputs, **QUIET)
+        outputs = [ui.job, ui.error, ui.progress, ui.queue, ui.clear, ui.stop]
+        event = trigger(submit, [ui.owner, *inputs], outputs, **QUIET)
         return event.then(
             self.job_events.follow, [ui.owner, ui.job], self._job_outputs, show_progress="hidden"
         )
@@ -140,62 +142,65 @@ class Page:
     @property
     def _job_outputs(self) -> list[Any]:
         """The components that show a running job."""
-        return [vars(self.layout)[name] for name in FOLLOWED]
+        return [vars(self.layout)[name] for name in JOB_OUTPUTS]
 
     @property
-    def _files(self) -> list[Any]:
-        """The fields that choose a file of the models folder."""
+    def _file_fields(self) -> list[Any]:
+        """The fields that select a file of the models folder."""
         ui = self.layout
         addons = {**ui.fields, "vae": ui.vae}
         return [ui.checkpoint, *(addons[kind] for kind in ADDONS)]
 
     @property
-    def _lists(self) -> list[Any]:
-        """What else `FormEvents.list_files` updates."""
-        return [self.layout.tokens, self.layout.file, self.layout.skipped]
+    def _file_lists(self) -> list[Any]:
+        """The other components that `FormEvents.refresh_files` updates."""
+        return [self.layout.embedding_tokens, self.layout.file, self.layout.skipped]
 
     def _connect_form(self) -> None:
         """Connect fields that depend on each other."""
         ui, events, fields = self.layout, self.form_events, self.layout.fields
+        file_fields = self._file_fields
         ui.refresh.click(
-            events.list_files, self._files, [*self._files, *self._lists], **QUIET
-        ).then(events.offer_loras, [ui.checkpoint, ui.loras], ui.loras, **QUIET)
-        followers = [fields[name] for name in FOLLOWERS]
-        choice = [ui.task, ui.checkpoint, ui.loras, fields["prompt"], ui.defaults, *followers]
+            events.refresh_files, file_fields, [*file_fields, *self._file_lists], **QUIET
+        ).then(events.update_lora_list, [ui.checkpoint, ui.loras], ui.loras, **QUIET)
+        defaulted = [fields[name] for name in DEFAULTED_FIELDS]
+        inputs = [ui.task, ui.checkpoint, ui.loras, fields["prompt"], ui.defaults, *defaulted]
         gr.on(
-            [ui.checkpoint.change, ui.task.change, ui.loras.change], events.describe_choice, choice,
-            [ui.note, ui.offers, ui.sdxl, ui.upscaling, ui.defaults, *followers], **QUIET,
+            [ui.checkpoint.change, ui.task.change, ui.loras.change],
+            events.update_for_checkpoint, inputs,
+            [ui.checkpoint_error, ui.suitable_checkpoints, ui.sdxl, ui.upscaling, ui.defaults,
+             *defaulted], **QUIET,
         )  # fmt: skip
         gr.on(
-            [fields["prompt"].change, fields["sampler"].change], events.follow_choice, choice,
-            [ui.defaults, *followers], trigger_mode="always_last", **QUIET,
+            [fields["prompt"].change, fields["sampler"].change], events.apply_defaults, inputs,
+            [ui.defaults, *defaulted], trigger_mode="always_last", **QUIET,
         )  # fmt: skip
         fields["refiner"].change(
             lambda name: gr.update(visible=bool(name)),
             fields["refiner"], fields["refiner_start"], **QUIET,
         )  # fmt: skip
-        ui.checkpoint.change(events.offer_loras, [ui.checkpoint, ui.loras], ui.loras, **QUIET)
-        ui.offers.select(  # with all names, as the file may be new
+        ui.checkpoint.change(events.update_lora_list, [ui.checkpoint, ui.loras], ui.loras, **QUIET)
+        ui.suitable_checkpoints.select(  # with all names, as the file may be new
             lambda name: gr.update(choices=self.backend.library.list_models(), value=name),
-            ui.offers, ui.checkpoint, **QUIET,
+            ui.suitable_checkpoints, ui.checkpoint, **QUIET,
         )  # fmt: skip
-        ui.loras.change(events.name_weights, ui.loras, ui.weights, **QUIET)
+        ui.loras.change(events.update_weight_sliders, ui.loras, ui.weights, **QUIET)
         fields["sampler"].change(
             lambda name: [gr.update(visible=field in list_step_noise_fields(name))
                           for field in STEP_NOISE_OPTIONS],
             fields["sampler"], [fields[name] for name in STEP_NOISE_OPTIONS], **QUIET,
         )  # fmt: skip
-        for name, count in ui.counts.items():
-            inputs = [ui.checkpoint, fields[name], fields["syntax"]]
+        for name, count in ui.token_counts.items():
+            prompt_inputs = [ui.checkpoint, fields[name], fields["syntax"]]
             gr.on(
-                [field.change for field in inputs],
+                [field.change for field in prompt_inputs],
                 partial(events.count_tokens, is_negative=name == "negative_prompt"),
-                inputs, count, trigger_mode="always_last", **QUIET,
+                prompt_inputs, count, trigger_mode="always_last", **QUIET,
             )  # fmt: skip
-        prompt = [fields["prompt"], ui.tokens]
+        prompt = [fields["prompt"], ui.embedding_tokens]
         add = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
-        ui.tokens.change(None, prompt, prompt, js=add)
-        ui.any_seed.click(None, None, fields["seed"], js="() => '-1'")
+        ui.embedding_tokens.change(None, prompt, prompt, js=add)
+        ui.random_seed.click(None, None, fields["seed"], js="() => '-1'")
         size = [fields["width"], fields["height"]]
         for name in ("img2img", "depth2img"):
             field = ui.images[name]
@@ -206,29 +211,30 @@ class Page:
         image.change(None, None, depth_map, js="() => null")
 
     def _connect_images(self) -> None:
-        """Connect the gallery, and the buttons that take parameters of an image."""
+        """Connect the gallery, and the buttons that use an image or its parameters."""
         ui, form, jobs = self.layout, self.form_events, self.job_events
-        ui.gallery.select(jobs.choose, ui.infos, [ui.chosen, ui.about], **QUIET)
+        ui.gallery.select(jobs.select_image, ui.infos, [ui.selected_info, ui.parameters], **QUIET)
         seed = ui.fields["seed"]
-        for button in (ui.last_seed, ui.reuse_seed):
-            button.click(_get_seed, [ui.chosen, seed], seed, **QUIET)
-        image = [ui.chosen, ui.checkpoint, ui.defaults]
-        ui.reuse.click(form.fill, image, ui.filled_fields, **QUIET)
+        for button in (ui.reuse_seed_icon, ui.reuse_seed):
+            button.click(_get_seed, [ui.selected_info, seed], seed, **QUIET)
+        selected = [ui.selected_info, ui.checkpoint, ui.defaults]
+        ui.reuse_all.click(form.fill_fields, selected, ui.filled_fields, **QUIET)
         ui.paste.click(
-            form.paste_parameters, [ui.fields["prompt"], *image], ui.filled_fields, **QUIET
+            form.paste_parameters, [ui.fields["prompt"], *selected], ui.filled_fields, **QUIET
         )
         ui.download.click(jobs.pack_images, ui.infos, ui.archive, show_progress="hidden").then(
             None, None, None, js="() => document.querySelector('#archive').click()"
         )
-        for name, button in ui.sends.items():
-            self._connect_send(button, name, ui.chosen)
-        for name, button in ui.file_sends.items():
+        for name, button in ui.send_buttons.items():
+            self._connect_send(button, name, ui.selected_info)
+        for name, button in ui.file_send_buttons.items():
             self._connect_send(button, name, ui.file_info, ui.images["replay"])
-        self._enable_with(ui.chosen, [*ui.sends.values(), ui.reuse, ui.reuse_seed, ui.download])
-        self._enable_with(ui.images["replay"], [*ui.file_sends.values(), ui.replay])
-        ui.chosen.change(jobs.show_relief, ui.chosen, ui.relief, **QUIET)
+        single = [ui.reuse_all, ui.reuse_seed, ui.download]
+        self._enable_with(ui.selected_info, [*ui.send_buttons.values(), *single])
+        self._enable_with(ui.images["replay"], [*ui.file_send_buttons.values(), ui.replay])
+        ui.selected_info.change(jobs.show_relief, ui.selected_info, ui.relief, **QUIET)
         ui.images["replay"].change(
-            read_file_info, ui.images["replay"], [ui.file_info, ui.facts], **QUIET
+            read_file_info, ui.images["replay"], [ui.file_info, ui.file_parameters], **QUIET
         )
 
     def _enable_with(self, image: Any, buttons: list[gr.Button]) -> None:
@@ -264,8 +270,8 @@ class Page:
         for field in stored.values():
             field.change(None, [*stored.values()], None, js=save)
         event = page.load(
-            partial(self.form_events.restore, [*stored]), [ui.stored, ui.owner],
-            [*stored.values(), *self._lists, ui.owner], js=RESTORE, **QUIET,
+            partial(self.form_events.restore, [*stored]), [ui.stored_form, ui.owner],
+            [*stored.values(), *self._file_lists, ui.owner], js=RESTORE, **QUIET,
         )  # fmt: skip
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
         event.then(self.job_events.follow_all, ui.owner, self._job_outputs, show_progress="hidden")

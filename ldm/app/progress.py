@@ -17,8 +17,8 @@ from ldm.runtime.errors import Stop
 
 __all__ = ["Progress"]
 
-INTERVAL = 0.1  # minimum seconds between two previews
-PAUSE = 9  # pause after a preview, as a multiple of its time: TAESD is slow on a CPU
+MIN_PREVIEW_INTERVAL = 0.1  # seconds
+PREVIEW_PAUSE = 9  # after a preview, as a multiple of its duration: TAESD is slow on a CPU
 PREVIEW_COLUMNS = 4
 
 
@@ -29,15 +29,15 @@ class Progress(RunListener):
     Args:
         total: Number of images to make.
         step: Finished sampling steps of the current batch.
-        steps: All sampling steps of the current batch.
-        images: Infos of finished images.
+        steps: Sampling steps of the current batch in total.
+        images: Infos of the images so far, also of unfinished ones.
         warnings: Lines to append to the final message.
         preview: Grid of the current batch.
         message: The current status, finally the result.
         has_failed: Whether the message is an error.
         stop: Event that stops the job.
         make_preview: Returns, for a model, a function from latents to previews in [-1, 1].
-        on_image: Called with (index in the run, info) of each image for the gallery.
+        on_image: Called with (index in the run, info) of each image that the gallery shows.
     """
 
     total: int = 1
@@ -83,11 +83,11 @@ class Progress(RunListener):
         self.message = self._describe_step()
         now = time.monotonic()
         if self._to_rgb is not None and now > self._next_preview:
-            # Without NaN, which has no pixels: the run itself will say what is wrong.
+            # NaN cannot be converted to pixels; the run itself reports it.
             previews = to_pil(self._to_rgb(denoised.nan_to_num()))
             self.preview = make_grid(previews, PREVIEW_COLUMNS)
             end = time.monotonic()
-            self._next_preview = end + max(INTERVAL, PAUSE * (end - now))
+            self._next_preview = end + max(MIN_PREVIEW_INTERVAL, PREVIEW_PAUSE * (end - now))
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -101,10 +101,12 @@ class Progress(RunListener):
     def describe_stop(self) -> str:
         """Return the final message of a job that was stopped."""
         unfinished = sum("unfinished" in info for info in self.images)
-        done = f"{len(self.images) - unfinished} of {self.total} images are finished"
+        counts = f"{len(self.images) - unfinished} of {self.total} images are finished"
         if self.stopped_at is None:
-            return f"stopped between steps, {done}"
-        return f"stopped at step {self.stopped_at} of {self.steps}, {done}, {unfinished} unfinished"
+            return f"stopped between steps, {counts}"
+        return (
+            f"stopped at step {self.stopped_at} of {self.steps}, {counts}, {unfinished} unfinished"
+        )
 
     def _describe_step(self) -> str:
         first = len(self.images) + 1

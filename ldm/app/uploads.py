@@ -44,7 +44,7 @@ class Uploads:
         Raises:
             MissingFile: It was not uploaded.
         """
-        # Compared with what is there, and not made a path: it may come from an image's text.
+        # Looked up, not used as a path: it may come from the text of any image.
         paths = {path.stem: path for path in self.folder.glob("*.png")}
         if sha256 not in paths:
             raise MissingFile("made from an image that was not uploaded here: upload it")
@@ -54,6 +54,6 @@ class Uploads:
         # The content may have any format; our reader ignores the suffix.
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.png"
         if not path.is_file():
-            with write_atomically(path) as part:
-                part.write_bytes(content)
+            with write_atomically(path) as partial:
+                partial.write_bytes(content)
         return str(path)

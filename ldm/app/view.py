@@ -19,8 +19,8 @@ __all__ = [
     "render_progress", "render_queue", "render_token_count",
 ]  # fmt: skip
 
-MEMORY_HINT = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
-MAX_QUOTED_WORDS = 4  # of the truncated part of a prompt
+MEMORY_ADVICE = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
+MAX_QUOTED_WORDS = 4  # of the truncated text of a prompt
 NO_PARAMETERS = "No generation parameters found"
 
 
@@ -46,21 +46,21 @@ def render_error(message: str) -> str:
     return f'<div class="failed" role="alert">{html.escape(message)}</div>' if message else ""
 
 
-def render_token_count(count: int, limit: int, lost: str) -> str:
-    """Render the token count of a prompt, and the first words that are truncated."""
+def render_token_count(count: int, limit: int, truncated: str) -> str:
+    """Render the token count of a prompt, and the first words of the truncated text."""
     if not limit:  # a model without prompts
         return ""
-    if not lost:
+    if not truncated:
         return f"<span>{count}/{limit}</span>"
-    words = html.escape(" ".join(lost.split()[:MAX_QUOTED_WORDS]))
+    words = html.escape(" ".join(truncated.split()[:MAX_QUOTED_WORDS]))
     return f'<span class="failed">{count}/{limit}, without effect: {words} …</span>'
 
 
 def explain_to_user(error: BaseException) -> str:
-    """Describe an error in one line, with the label of the field that it is about."""
+    """Describe an error in one line, with the label of the field that caused it."""
     text = explain(error).replace("\n", " — ")
     if is_out_of_memory(error):
-        return text + MEMORY_HINT
+        return text + MEMORY_ADVICE
     name = error.argument if isinstance(error, LdmError) else None
     rows = (task.options.get(name or "") for task in TASKS.values())
     label = next((row[0].label for row in rows if row), "")
@@ -85,7 +85,7 @@ def render_queue(jobs: Sequence[Job]) -> str:
 
 
 def describe_info(info: Mapping[str, Any]) -> str:
-    """Return the info of an image in A1111's format, with notes of the page."""
+    """Return the info of an image in A1111's format, and whether it is unfinished or not marked."""
     text = format_parameters(info) or NO_PARAMETERS
     if info.get("unfinished"):
         text += f", Unfinished: stopped at step {info['unfinished']}"

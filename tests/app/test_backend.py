@@ -58,8 +58,8 @@ def make_request(photo):
     """Builds a request from the form of a task: what a user fills in, else its defaults."""
 
     def make_request(backend, task, model=None, **changes):
-        fields = TaskForm(TASKS[task], LIMITS).fields()
-        filled = {name: field.settings.get("value") for name, field in fields.items()}
+        fields = TaskForm(TASKS[task], LIMITS).fields
+        filled = {name: field.kwargs.get("value") for name, field in fields.items()}
         own = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
         if task == "unclip":
             own["init_img"] = [(str(photo), None)]
@@ -103,7 +103,7 @@ def sketch(photo, box=None):
 
 def finish(work):
     job = Jobs(1).submit("me", "", work)
-    while not job.is_over:
+    while not job.has_ended:
         time.sleep(0.01)
     return job.progress
 
@@ -394,7 +394,7 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
     recorded = [{"path": path, "weight": weight} for path, weight in loras]
     info = {"prompt": "a fox", "seed": 1, "loras": recorded}
     fields = list(page.forms["txt2img"].common_fields)
-    filled = page.fill(info, "base_v.safetensors", {})
+    filled = page.fill_fields(info, "base_v.safetensors", {})
     assert filled[fields.index("prompt")] == prompt
     assert filled[len(fields) :][: len(chosen)] == chosen
     text = format_parameters({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
@@ -402,8 +402,8 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
     assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
         prompt, filled[len(fields) :]
     )  # fmt: skip
-    untouched = page.fill(None, None, {})[len(fields) :]
-    assert page.fill({"prompt": "of another program"}, None, {})[len(fields) :] == untouched
+    untouched = page.fill_fields(None, None, {})[len(fields) :]
+    assert page.fill_fields({"prompt": "of another program"}, None, {})[len(fields) :] == untouched
     assert page.send("upscale", info, "upscale.safetensors", {})[len(fields) : -1] == untouched
 
 
@@ -547,7 +547,9 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     with Image.open(info["path"]) as image:
         assert image.size == (128, 128)
     page = FormEvents(backend)
-    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None, {}), strict=False))
+    filled = dict(
+        zip(page.forms["txt2img"].common_fields, page.fill_fields(info, None, {}), strict=False)
+    )
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
     alone = request(**changes | {"upscaler": ""})
@@ -566,15 +568,15 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, 
     assert jobs.jobs.list_images("me") == []
     request = make_request(backend, "txt2img", "ldm3d-4c.safetensors")
     job = jobs.jobs.submit("me", "", lambda own: backend.generate(request, own))
-    while not job.is_over:
+    while not job.has_ended:
         time.sleep(0.01)
     assert not job.progress.has_failed, job.progress.message
-    shown = jobs._show_gallery("me")
+    shown = jobs._update_gallery("me")
     names = [Path(view["path"]).name for view in shown["infos"]]
     assert names == ["00000.png", "00000_depth.png"]
-    update = jobs.show_relief(shown["chosen"])
+    update = jobs.show_relief(shown["selected_info"])
     assert update["label"] == f"Relief of {2 * 63 * 63:,} triangles: drag to turn"
     assert Path(update["value"]).read_bytes()[:4] == b"glTF"
     monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)
-    assert "trimesh" in jobs.show_relief(shown["chosen"])["label"]
+    assert "trimesh" in jobs.show_relief(shown["selected_info"])["label"]
     assert jobs.show_relief(None)["visible"] == "hidden"

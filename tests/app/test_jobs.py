@@ -21,7 +21,7 @@ def jobs():
 
 def finish(job):
     deadline = time.monotonic() + 20
-    while not job.is_over:
+    while not job.has_ended:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return job.progress
@@ -52,7 +52,7 @@ def test_jobs_run_in_their_order_and_nobody_need_look(jobs, gate):
     assert order == []
     gate.set()
     assert finish(second).message == "done"
-    assert first.is_over
+    assert first.has_ended
 
 
 def test_a_queued_job_leaves_the_queue_at_once_and_a_running_one_stops_at_its_step(jobs, gate):
@@ -91,7 +91,7 @@ def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
 
 def test_the_first_images_of_a_visitor_are_read_once():
     reads = []
-    jobs = Jobs(1, first_images=lambda: reads.append(1) or [])
+    jobs = Jobs(1, initial_images=lambda: reads.append(1) or [])
     assert jobs.list_images("me") is jobs.list_images("me")
     assert len(reads) == 1
 

@@ -41,8 +41,8 @@ PARAMETERS = f"{PROMPT}\nSteps: 1, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 1
 RECORD = """
 window.statuses = [];
 new MutationObserver(() => {
-  const message = document.querySelector("#live .message")?.textContent;
-  const width = document.querySelector("#live .bar div")?.style.width || "0%";
+  const message = document.querySelector("#progress .message")?.textContent;
+  const width = document.querySelector("#progress .bar div")?.style.width || "0%";
   if (message && window.statuses.at(-1)?.[0] !== message) window.statuses.push([message, width]);
 }).observe(document, { subtree: true, childList: true, characterData: true });
 """
@@ -167,7 +167,9 @@ def generate(page, pattern="done"):
 
 
 def clear_messages(page):
-    page.evaluate("document.querySelectorAll('#live .message').forEach(e => e.textContent = '')")
+    page.evaluate(
+        "document.querySelectorAll('#progress .message').forEach(e => e.textContent = '')"
+    )
     page.evaluate("window.statuses = []")
 
 
@@ -211,7 +213,7 @@ def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page
         page.locator("#gallery [aria-label='Download']").first.click()
     assert Path(download.value.path()).read_bytes() == find_newest(app).read_bytes()
     assert {url.split("/")[2] for url in page.urls} == {app[0].removeprefix("http://")}
-    assert "Watermark: none" in page.locator("#about textarea").input_value()
+    assert "Watermark: none" in page.locator("#parameters textarea").input_value()
     with page.expect_download() as download:
         page.locator("#download-all").click()
     assert f"samples/{find_newest(app).name}" in zipfile.ZipFile(download.value.path()).namelist()
@@ -260,7 +262,7 @@ def test_form_gallery_and_run_outlive_a_reload(app, page):
     page.locator("#queue li").wait_for(state="detached")
     assert "of 8 images are finished, 2 unfinished" in stop(page)
     assert "stopping after this step" in [message for message, _ in list_statuses(page)]
-    wait_for_value(page, "#about textarea", "Seed: 11")
+    wait_for_value(page, "#parameters textarea", "Seed: 11")
     assert read_info(find_newest(app))["unfinished"] >= 1
     page.locator("#gallery .thumbnail-small").nth(2).wait_for()
 
@@ -284,7 +286,7 @@ def test_tokens_are_counted_and_what_has_no_effect_is_named(page):
     count.get_by_text("11/30").wait_for()
     fill(page, "<lora:style:0.8> (blue:1.4)")
     assert "A1111's syntax for weights is read as plain text: `(blue:1.4) …`" in generate(page)
-    wait_for_value(page, "#about textarea", "<lora:style:0.8>")
+    wait_for_value(page, "#parameters textarea", "<lora:style:0.8>")
     fill(page, "red " * 30 + "green apple")
     count.get_by_text("32/30, without effect: green apple …").wait_for()
 
@@ -337,13 +339,13 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     fill(page, Width=64, Height=64)
     generate(page)
     assert [lora["weight"] for lora in read_info(find_newest(app))["loras"]] == [-0.5]
-    assert "<lora:style:-0.5>" in page.locator("#about textarea").input_value()
+    assert "<lora:style:-0.5>" in page.locator("#parameters textarea").input_value()
     weight.fill("1")
     weight.press("Tab")
     page.locator("#reuse-all").click()
     wait_for_value(page, "input[aria-label='number input for Weight of style']", "-0.5")
     page.locator("#send-upscale").click()
-    note = page.locator("#note .failed")
+    note = page.locator("#checkpoint-error .failed")
     note.wait_for()
     assert "Upscale needs an upscaling model" in note.inner_text()
     page.get_by_role("radio", name="demo-upscaler.safetensors").click()
@@ -352,7 +354,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     info = read_info(find_newest(app))
     assert (info["task"], info["size"], info["loras"]) == ("upscale", [256, 256], [])
     open_tab(page, "depth2img")
-    page.locator("#note").get_by_text("`ldm download sd-v2-depth`").wait_for()
+    page.locator("#checkpoint-error").get_by_text("`ldm download sd-v2-depth`").wait_for()
     page.locator("#checkpoint input").click()
     page.get_by_role("option", name="demo.safetensors", exact=True).click()
     page.locator("#lora").wait_for()
@@ -370,7 +372,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     area = open_tab(page, "replay")
     assert page.locator("#go-replay").is_disabled()
     area.locator("input[type=file]").set_input_files(tmp_path / "a1111.png")
-    wait_for_value(page, "#facts textarea", "Seed: 3735928559")
+    wait_for_value(page, "#file-parameters textarea", "Seed: 3735928559")
     page.locator("#go-replay").click()
     wait_for_message(page, "made by another program")
     page.locator("#file-send-txt2img").click()
@@ -380,7 +382,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     assert page.get_by_label("Prompt syntax").input_value() == "A1111"
     open_tab(page, "replay")
     area.get_by_label("Remove Image").click()
-    page.wait_for_function("!document.querySelector('#facts textarea').value")
+    page.wait_for_function("!document.querySelector('#file-parameters textarea').value")
     open_tab(page, "txt2img")
     page.locator("#prompt textarea").fill(PARAMETERS)
     page.locator("#paste").click()
@@ -406,7 +408,7 @@ def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
 def test_an_image_is_made_again_from_what_it_says(page):
     generate(page)
     page.locator("#send-replay").click()
-    wait_for_value(page, "#facts textarea", "Seed: 7")
+    wait_for_value(page, "#file-parameters textarea", "Seed: 7")
     page.locator("#go-replay").click()
     assert wait_for_message(page, "^(identical|.*differ|.*made).*") == "identical"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.app.backend import Backend
-from ldm.app.form import FOLLOWERS, TaskForm
+from ldm.app.form import DEFAULTED_FIELDS, TaskForm
 from ldm.app.form_events import FormEvents
 from ldm.app.library import Library
 from ldm.app.limits import Limits
@@ -42,17 +42,17 @@ def page(backend):
 
 def make_request(backend, model, **changes):
     form = TaskForm(TXT2IMG, Limits())
-    values = {name: field.settings.get("value") for name, field in form.fields().items()}
+    values = {name: field.kwargs.get("value") for name, field in form.fields.items()}
     values |= {"seed": "5", "width": 64, "height": 64, "steps": 4, **changes}
     return backend.make_request(TXT2IMG, model, form.parse(values, backend.uploads))
 
 
 def test_settings_and_fields_follow_the_checkpoint(backend, page):
     initial = page.forms["txt2img"].settings
-    defaults = {name: initial[name].settings["value"] for name in FOLLOWERS}
+    defaults = {name: initial[name].kwargs["value"] for name in DEFAULTED_FIELDS}
 
     def follow(name):
-        _, _, accordion, _, now, *updates = page.describe_choice(
+        _, _, accordion, _, now, *updates = page.update_for_checkpoint(
             "txt2img", name, [], "", defaults, *defaults.values()
         )
         for field, update in zip(now, updates, strict=True):
@@ -75,11 +75,11 @@ def lora(backend):
 
 def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
     def follow(defaults, prompt="a cat", **values):
-        form = [{**defaults, **values}[name] for name in FOLLOWERS]
-        now, *_ = page.follow_choice("txt2img", BASE, [], prompt, defaults, *form)
+        form = [{**defaults, **values}[name] for name in DEFAULTED_FIELDS]
+        now, *_ = page.apply_defaults("txt2img", BASE, [], prompt, defaults, *form)
         return now
 
-    plain = follow(dict.fromkeys(FOLLOWERS))
+    plain = follow(dict.fromkeys(DEFAULTED_FIELDS))
     few = follow(plain, f"a cat <lora:{lora.stem}:1>")
     assert [few[name] for name in ("sampler", "steps", "scale")] == ["lcm", 4, 1.0]
     assert follow(few, "a cat <lora:none") == follow(few, "<lora:none:1>") == plain
@@ -96,13 +96,13 @@ def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
     """The image was made with the defaults of the model, in spite of its LoRA for few steps."""
     values = {"steps": 25, "scale": 5.0, "sampler": "ddim", "width": 1024, "height": 1024}
     info = {"prompt": f"a cat <lora:{lora.stem}:1>", **values, "size": [1024, 1024]}
-    *filled, defaults = page.fill(info, BASE, values)
+    *filled, defaults = page.fill_fields(info, BASE, values)
     form = dict(zip(page.forms["txt2img"].common_fields, filled, strict=False))
-    assert [form[name] for name in FOLLOWERS] == [values[name] for name in FOLLOWERS]
-    own = [values[name] for name in FOLLOWERS]
-    few, *updates = page.follow_choice("txt2img", BASE, [], info["prompt"], defaults, *own)
+    assert [form[name] for name in DEFAULTED_FIELDS] == [values[name] for name in DEFAULTED_FIELDS]
+    own = [values[name] for name in DEFAULTED_FIELDS]
+    few, *updates = page.apply_defaults("txt2img", BASE, [], info["prompt"], defaults, *own)
     assert few["steps"] == 4
-    assert updates == [gr.skip()] * len(FOLLOWERS)
+    assert updates == [gr.skip()] * len(DEFAULTED_FIELDS)
 
 
 @pytest.mark.slow
@@ -115,7 +115,9 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
     assert backend._models.count == 2
-    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None, {}), strict=False))
+    filled = dict(
+        zip(page.forms["txt2img"].common_fields, page.fill_fields(info, None, {}), strict=False)
+    )
     assert filled.items() >= (changes | {"prompt_2": "", "steps": 4, "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
 
