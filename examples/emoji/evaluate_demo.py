@@ -177,7 +177,7 @@ def load_real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0
     images = []
     for row in prompts:
         image = folder.load(index[row["file_name"]])["image"]
-        images.append(folder.transform.image_fields(image, rng, row["color"])["jpg"])
+        images.append(folder.transform.make_image_fields(image, rng, row["color"])["jpg"])
     return torch.stack(images)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of a folder of images, or of tar shards, and problems to repair before training."""
+"""Check a folder of images, or tar shards, for problems to repair before training."""
 
 import hashlib
 import warnings
@@ -26,7 +26,7 @@ __all__ = ["DataReport", "check", "open_folder"]
 
 CHUNK = 256  # samples handed to the threads at once, to bound memory
 MAX_SHOWN = 10  # names in the report; --list writes all
-SIDES = (0, 256, 512, 768, 1024, 2048)
+SIDES = (0, 256, 512, 768, 1024, 2048)  # lower bounds of the classes of the shorter side
 ASPECT_RATIOS = {  # name -> maximum of width / height
     "1:2 and taller": 0.5,
     "2:3": 0.7,
@@ -50,7 +50,7 @@ class DataReport:
         buckets: The buckets to count.
         sizes: (width, height) of every readable image, upright.
         unreadable: (name, reason) of unreadable samples.
-        no_caption: Names of samples without caption.
+        uncaptioned: Names of samples without a caption.
         captions: All captions, stripped.
         digests: SHA-256 of the pixels of every readable image.
     """
@@ -58,7 +58,7 @@ class DataReport:
     buckets: Buckets
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    no_caption: list[str] = field(default_factory=list)
+    uncaptioned: list[str] = field(default_factory=list)
     captions: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
 
@@ -68,8 +68,8 @@ class DataReport:
         yield f"{total:,} images can be read, {len(self.unreadable):,} are unreadable"
         yield from _format_first(reason for _, reason in self.unreadable)
         yield f"{_count_repeats(self.digests):,} images are copies of others"
-        yield f"{len(self.no_caption):,} have no caption"
-        yield from _format_first(self.no_caption)
+        yield f"{len(self.uncaptioned):,} have no caption"
+        yield from _format_first(self.uncaptioned)
         yield f"{_count_repeats(self.captions):,} captions are copies of others"
         repeated = (f"{n} x `{text}`" for text, n in self.captions.most_common() if n > 1)
         yield from _format_first(repeated)
@@ -89,7 +89,7 @@ class DataReport:
         self.digests[digest] += 1
         self.captions.update(filter(None, captions))
         if not any(captions):
-            self.no_caption.append(name)
+            self.uncaptioned.append(name)
 
     def _count(self, classify: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
         """Count the images per class, a function of width and height."""
@@ -105,7 +105,7 @@ def check(
     """Decode and count everything in a folder, or in shards given by patterns.
 
     Args:
-        size, step: Of the buckets to count, see `Buckets`.
+        size, step: Arguments of the `Buckets` to count.
         workers: Threads that decode images.
     Raises:
         MissingFile: A folder or file is missing.
@@ -114,34 +114,34 @@ def check(
     loaders = _iter_loaders(data)
     total = len(data) if isinstance(data, Folder) else None
     bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
-    # Each image is opened without warnings; threads would not put their filters back in order.
+    # Opening an image changes the warning filters; threads would not restore them in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         while chunk := list(islice(loaders, CHUNK)):
-            for (name, _), facts in zip(chunk, pool.map(_read_facts, chunk), strict=True):
-                if isinstance(facts, UnreadableSample):
-                    report.unreadable.append((name, str(facts)))
+            for (name, _), values in zip(chunk, pool.map(_measure_sample, chunk), strict=True):
+                if isinstance(values, UnreadableSample):
+                    report.unreadable.append((name, str(values)))
                 else:
-                    report.add(name, *facts)
+                    report.add(name, *values)
                 bar.update()
     return report
 
 
 def open_folder(paths: Sequence[str]) -> Folder | None:
-    """Open a single folder, each image once; return None for shards.
+    """Open a single folder, in which each image is listed once; return None for shards.
 
     Raises:
         MissingFile: A path does not exist; patterns and URLs are not checked.
     """
     for name in paths:
         if (
-            not any(mark in splitdrive(name)[1] for mark in "*?[{:")
+            not any(character in splitdrive(name)[1] for character in "*?[{:")
             and not Path(name).expanduser().exists()
         ):
             raise MissingFile(f"there is no folder or file `{name}`")
     if len(paths) != 1 or not Path(paths[0]).expanduser().is_dir():
         return None
     folder = Folder(root=paths[0], transform=PhotoTransform())
-    # A file may be several rows, with other captions, or repeat in an epoch.
+    # A file may have several rows with different captions, or be repeated in an epoch.
     folder.rows = list({row["file_name"]: row for row in folder.rows}.values())
     return folder
 
@@ -151,13 +151,13 @@ Loader = tuple[str, Callable[[], Sample]]  # name of a sample, function that rea
 
 def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
     if isinstance(data, Folder):
-        yield from ((data.name(index), partial(data.load, index)) for index in range(len(data)))
+        yield from ((data.get_name(index), partial(data.load, index)) for index in range(len(data)))
     else:
         raws = chain.from_iterable(map(read_shard, expand_patterns(data)))
         yield from ((get_name(raw), partial(decode_sample, raw)) for raw in raws)
 
 
-def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
+def _measure_sample(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
     """Return size, digest and captions of a sample."""
     try:
         sample = loader[1]()

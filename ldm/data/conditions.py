@@ -30,7 +30,7 @@ LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601)
 
 @dataclass(frozen=True)
 class Condition(ABC):
-    """Base of the generators of conditioning images; its fields are options in configs.
+    """Base of the generators of conditioning images; their fields are options in configs.
 
     Attributes:
         NAME: In configs and batches.
@@ -44,7 +44,7 @@ class Condition(ABC):
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         """Generate the condition of an image."""
 
-    def cache_key(self) -> str:
+    def get_cache_key(self) -> str:
         """Return the key of the condition in latent caches, with former names."""
         options = to_former_names(self.NAME, vars(self)).items()
         return f"{self.FORMER_NAME}({', '.join(f'{key}={value!r}' for key, value in options)})"
@@ -79,7 +79,7 @@ class RandomMask(Condition):
 
 @dataclass(frozen=True)
 class LowRes(Condition):
-    """The image downscaled by `factor` with a random filter, to imitate various resizers.
+    """The image downscaled by `factor` with a random filter, to imitate different resizers.
 
     Args:
         blur: Maximum sigma of the Gaussian blur that follows, in pixels of the small image.
@@ -119,15 +119,15 @@ class PseudoDepth(Condition):
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         inside, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)
-        # `elevation` becomes the distance from the edge, 0 … 1 at `ramp_width` and beyond.
+        # `elevation` becomes the distance from the edge: 0 at it, 1 at `ramp_width` and beyond.
         for step in range(self.ramp_width):
             elevation += inside / self.ramp_width
             inside = _erode(inside, square=bool(step % 2))
         dome = (2 * elevation - elevation**2).clamp(min=0).sqrt()  # a quarter of a circle
         pixels = ((image + 1) / 2).permute(1, 2, 0).contiguous()  # (H, W, 3)
-        light = pixels @ image.new_tensor(LUMINANCE)  # (H, W)
+        luminance = pixels @ image.new_tensor(LUMINANCE)  # (H, W)
         weight = self.luminance
-        return dome[0] * (1 - weight) + weight * light * opacity  # (1, H, W)
+        return dome[0] * (1 - weight) + weight * luminance * opacity  # (1, H, W)
 
 
 CONDITIONS: dict[str, type[Condition]] = {
@@ -146,7 +146,9 @@ def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str,
         for option, value in options.items():
             minimum = 1 if isinstance(defaults[option], int) else 0
             if not isinstance(value, int | float) or value < minimum:
-                raise ArgumentError(f"{name}.{option}: `{value}` should be at least {minimum}")
+                raise ArgumentError(
+                    f"{name}.{option}: `{value}` is not a number of at least {minimum}"
+                )
         conditions[name] = CONDITIONS[name](**options)
     return conditions
 
@@ -170,11 +172,11 @@ def _draw_stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random)
 
 def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     """Blur an image (1, C, h, w) by a Gaussian, with replicated edges."""
-    half = max(1, round(3 * sigma))
-    offsets = torch.arange(-half, half + 1, dtype=image.dtype)
+    radius = max(1, round(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=image.dtype)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 1, -1)  # (C, 1, 1, taps)
-    padded = F.pad(image, (half, half, half, half), mode="replicate")
+    padded = F.pad(image, (radius, radius, radius, radius), mode="replicate")
     blurred = F.conv2d(padded, kernel, groups=image.shape[1])
     return F.conv2d(blurred, kernel.mT, groups=image.shape[1])
 

@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 
 
 class UnreadableSample(ValueError):
-    """A sample that cannot be read; `name` is one of its data set's `names()`."""
+    """A sample that cannot be read; `name` is one of its data set's `iter_names()`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both, so that it can be pickled
@@ -44,14 +44,14 @@ class SampleDataset(Dataset[Sample], ABC):
     def __getitem__(self, key: tuple[int, int]) -> Sample: ...
 
     @abstractmethod
-    def names(self) -> Iterator[str]:
+    def iter_names(self) -> Iterator[str]:
         """Return the names of all samples, as in UnreadableSample and `broken.txt`."""
 
 
 class ImageDataset(SampleDataset):
     """Base of the data sets of images with metadata.
 
-    Randomness inside a sample is a pure function of (seed, epoch, index).
+    The random choices in a sample are a function of (seed, epoch, index) only.
     """
 
     def __init__(self, transform: Transform, seed: int) -> None:
@@ -62,23 +62,23 @@ class ImageDataset(SampleDataset):
         return self.transform(self.load(index), Random(f"{self.seed} {epoch} {index}"))
 
     def load(self, index: int) -> Sample:
-        """Load the metadata of a sample and its decoded `image`.
+        """Load a sample: its metadata and the decoded `image`.
 
         Raises:
             UnreadableSample: The image or the caption is missing or damaged.
         """
-        row = self.row(index)
+        row = self.read_row(index)
         try:
-            return {**row, "image": decode_image(self.content(index), self.name(index))}
+            return {**row, "image": decode_image(self.read_bytes(index), self.get_name(index))}
         except (OSError, ValueError) as error:
-            raise UnreadableSample(self.name(index), str(error)) from error
+            raise UnreadableSample(self.get_name(index), str(error)) from error
 
     @abstractmethod
-    def name(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         """Return the name of a sample in messages."""
 
     @abstractmethod
-    def row(self, index: int) -> Mapping[str, Any]:
+    def read_row(self, index: int) -> Mapping[str, Any]:
         """Return the metadata of a sample, with its captions as `text`.
 
         Raises:
@@ -86,34 +86,34 @@ class ImageDataset(SampleDataset):
         """
 
     @abstractmethod
-    def content(self, index: int) -> bytes:
-        """Read the bytes of an image file; empty where there is none."""
+    def read_bytes(self, index: int) -> bytes:
+        """Read the bytes of a sample's image file; empty if it has none."""
 
-    def names(self) -> Iterator[str]:
-        return map(self.name, range(len(self)))
+    def iter_names(self) -> Iterator[str]:
+        return map(self.get_name, range(len(self)))
 
-    def metadata(self) -> Iterator[Mapping[str, Any]]:
+    def iter_metadata(self) -> Iterator[Mapping[str, Any]]:
         """Yield the rows of all samples whose caption can be read."""
         for index in range(len(self)):
             with suppress(UnreadableSample):
-                yield self.row(index)
+                yield self.read_row(index)
 
-    def _size(self, index: int) -> tuple[int, int]:
-        return read_size(BytesIO(self.content(index)))
+    def _read_size(self, index: int) -> tuple[int, int]:
+        return read_size(BytesIO(self.read_bytes(index)))
 
     def _assign_buckets(self) -> None:
         """Set `bucket_ids`, if the transform has buckets.
 
-        Unreadable images go to the largest bucket, which has the most samples to replace them.
+        Unreadable images are assigned to the largest bucket, which has the most substitutes.
         """
         if self.transform.buckets is None:
             return
         buckets: dict[str, int | None] = {}  # by name: a file may be several samples
-        names = list(self.names())
+        names = list(self.iter_names())
         for index, name in enumerate(tqdm(names, "Measuring", delay=5, dynamic_ncols=True)):
             if name not in buckets:
                 try:
-                    buckets[name] = self.transform.buckets.index(*self._size(index))
+                    buckets[name] = self.transform.buckets.index(*self._read_size(index))
                 except (OSError, ValueError):
                     buckets[name] = None
         bucket_ids = [buckets[name] for name in names]
@@ -123,12 +123,12 @@ class ImageDataset(SampleDataset):
 
 
 class WithClassImages(SampleDataset):
-    """Samples with a class image each, as `prior`: DreamBooth's prior preservation.
+    """Samples with a class image each, under the key `prior`: DreamBooth's prior preservation.
 
     Ruiz et al. 2022 (arXiv:2208.12242).
 
     Raises:
-        ArgumentError: The class images have several sizes; any of them may join any sample.
+        ArgumentError: The class images have buckets; each of them is used with any sample.
     """
 
     def __init__(self, dataset: SampleDataset, class_images: SampleDataset) -> None:
@@ -149,7 +149,7 @@ class WithClassImages(SampleDataset):
         except UnreadableSample as error:
             raise UnreadableSample(f"prior/{error.name}", str(error)) from error
 
-    def names(self) -> Iterator[str]:
-        yield from self.dataset.names()
+    def iter_names(self) -> Iterator[str]:
+        yield from self.dataset.iter_names()
         # Both data sets may have files of the same name.
-        yield from (f"prior/{name}" for name in self.class_images.names())
+        yield from (f"prior/{name}" for name in self.class_images.iter_names())

@@ -17,7 +17,7 @@ RETRY_STATUS = (408, 429)  # request timeout, too many requests
 
 
 class Download(io.RawIOBase):
-    """The file at an http(s) address, read from beginning to end.
+    """The file at an http(s) address, a raw binary stream that cannot seek.
 
     Reading raises MissingFile for a client error (HTTP 4xx), OSError for other failures.
 
@@ -59,7 +59,7 @@ class Download(io.RawIOBase):
         super().close()
 
     def _connect(self) -> None:
-        """Request the rest; if the server ignores the range, skip what was read."""
+        """Request the remaining bytes; if the server sends all, skip those read before."""
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={self.position}-"})
         self.response = urllib.request.urlopen(request, timeout=TIMEOUT)
         start = self.position if self.response.status == 206 else 0

@@ -1,4 +1,4 @@
-"""Training samples from drawings with transparency: objects on coloured backgrounds, captioned."""
+"""Training samples from drawings with transparency: captioned objects on colored backgrounds."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -14,9 +14,9 @@ from ldm.data.transforms import Transform, get_captions
 from ldm.imaging.pixels import to_tensor
 from ldm.runtime.errors import FileFormatError
 
-__all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "caption_texts", "format_caption"]
+__all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "format_caption", "list_caption_texts"]
 
-# Background colours and their names; far enough apart to be classified by the nearest colour.
+# Background colors by name; far enough apart to be classified by the nearest color.
 COLORS = {
     "white": (255, 255, 255),
     "red": (220, 40, 40),
@@ -31,7 +31,7 @@ COLORS = {
     "sky blue": (135, 206, 235),
 }
 # (probability, caption template); a [group] is dropped if one of its fields is empty. Their words
-# are part of the vocabulary of trained models: see `caption_texts`.
+# are part of the vocabulary of trained models: see `list_caption_texts`.
 TEMPLATES = (
     (0.55, "a [{style} ]emoji[ of {an object}][ on a {colour} background]"),
     (0.20, "{object}[, {style} style][, {colour} background]"),
@@ -51,7 +51,8 @@ class EmojiTransform(Transform):
         shift: Maximum offset from the center, in pixels.
         flip: Probability of a mirrored drawing.
         crop: Side of a random crop, in pixels; None = the full image.
-        random_colour_probability: Probability of a random background colour, without a name.
+        random_colour_probability: Probability of a random background color. Captions still name the
+            variant's, so this is for autoencoders only.
         drop: Probability of omitting the style, and that of the color, from the caption.
         drop_object: Probability of omitting the object.
         keyword_probability: Probability of replacing the object's name by one of its keywords.
@@ -84,7 +85,9 @@ class EmojiTransform(Transform):
         self.drop, self.drop_object = drop, drop_object
         self.keyword_probability = keyword_probability
 
-    def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
+    def make_image_fields(
+        self, image: Image.Image, rng: Random, variant: str = ""
+    ) -> dict[str, Tensor]:
         rgb = COLORS[variant]
         if rng.random() < self.random_colour_probability:
             rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
@@ -100,11 +103,11 @@ class EmojiTransform(Transform):
             tensor = tensor[:, top : top + length, left : left + length]
         alpha = layer.getchannel("A").crop((left, top, left + length, top + length))
         opacity = torch.from_numpy(np.array(alpha, dtype=np.float32) / 255)[None]  # (1, H, W)
-        return self._with_conditions(
+        return self._add_conditions(
             tensor, opacity, rng, original=(self.size, self.size), crop=(top, left)
         )
 
-    def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
+    def make_caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
         """Make a caption of object, style and color, each omitted at random."""
         if missing := [key for key in ("object", "style") if key not in row]:
             file_name = row.get("file_name", "a row")
@@ -126,21 +129,21 @@ class EmojiTransform(Transform):
 
 
 def format_caption(name: str, style: str, color: str, template: str = TEMPLATES[0][1]) -> str:
-    """Fill in one of TEMPLATES; "" omits a part.
+    """Fill in one of TEMPLATES; an empty field is omitted with its [group].
 
     Example: format_caption("apple", "3d", "blue") = "a 3d emoji of an apple on a blue background".
     """
     if not name and "[ of {an object}]" not in template:
         template = TEMPLATES[0][1]
-    parts = {"{an object}": _with_article(name), "{object}": name}
-    parts |= {"{style}": style, "{colour}": color}
+    values = {"{an object}": _add_article(name), "{object}": name}
+    values |= {"{style}": style, "{colour}": color}
     text = ""
-    for piece in template.replace("]", "[").split("["):
-        fields = {key: value for key, value in parts.items() if key in piece}
+    for group in template.replace("]", "[").split("["):
+        fields = {key: value for key, value in values.items() if key in group}
         if all(fields.values()):
             for key, value in fields.items():
-                piece = piece.replace(key, value)
-            text += piece
+                group = group.replace(key, value)
+            text += group
     words = text.split(" ")
     for i, (article, following) in enumerate(pairwise(words)):
         if article == "a" and following[:1].lower() in "aeio":
@@ -148,20 +151,20 @@ def format_caption(name: str, style: str, color: str, template: str = TEMPLATES[
     return " ".join(words)
 
 
-def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return texts that contain every word that captions of these rows may have."""
+def list_caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return texts that together contain every word that captions of these rows may have."""
     texts = [*COLORS, *(template for _, template in TEMPLATES), "an [ ] { }"]
     for row in rows:
         texts += [*get_captions(row), row.get("object") or "", row.get("style") or ""]
         texts += row.get("keywords") or []
-    return [part for text in texts for part in (text, text.translate(BRACKETS))]
+    return [variant for text in texts for variant in (text, text.translate(BRACKETS))]
 
 
 def _paste_centered(
     image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
 ) -> Image.Image:
     """Scale an RGBA image to `side` and paste it into a square, shifted (down, right)."""
-    # Scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges.
+    # Scaled with premultiplied alpha, so that colors of hidden pixels do not bleed in at edges.
     small = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     layer = Image.new("RGBA", (size, size))
     margin = (size - side) // 2
@@ -176,6 +179,6 @@ def _fill_background(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
     return to_tensor(image)[0]
 
 
-def _with_article(name: str) -> str:
+def _add_article(name: str) -> str:
     is_plural = name.endswith("s") and not name.endswith(("ss", "us"))
     return name if is_plural or not name else f"a {name}"

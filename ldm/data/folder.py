@@ -5,8 +5,8 @@ DIR/metadata.csv          file_name,text,…            (also with semicolons or
 DIR/train/metadata.jsonl  the same for a folder in it
 DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .caption beside it, or
                           the `text` or `caption` of the .json
-DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; without a text
-                          beside it, the caption is the name of the folder
+DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; without a caption
+                          file, the caption is the rest of the folder's name
 """
 
 import csv
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first that exists is read
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-CACHE_BYTES = 2**28  # size of the image files kept in memory, at most
+CACHE_BYTES = 2**28  # maximum size of the image files kept in memory
 
 
 class Folder(ImageDataset):
     """The images of a folder with their metadata.
 
     Args:
-        root: The folder. Rows with `repeats` count as so many samples.
+        root: The folder. A row with `repeats` is that many samples.
         transform: See `ImageDataset`.
         split: Keep the rows with this `split`; None = all.
         where: Keep the rows with these values, {"object": "robot"}; None = all.
-        fields: Values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
-        text: Field of the metadata that holds the caption; where it is missing, `caption` does.
+        fields: Values that replace those of the metadata, {"text": "a photo of a sks dog"}.
+        text: Field of the metadata with the caption; rows without it use `caption`.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Folder(ImageDataset):
             {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
         ]
         for row in self.rows:
-            get_captions(row)  # raises FileFormatError, as the next
-            transform.number_fields(row)
+            get_captions(row)  # both raise FileFormatError
+            transform.parse_numbers(row)
         if not self.rows:
             filters = ", ".join(f"{key} `{value}`" for key, value in required.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {filters}" if filters else ""))
@@ -88,16 +88,16 @@ class Folder(ImageDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> JsonMapping:
-        if reason := self.caption_errors.get(self.name(index)):
-            raise UnreadableSample(self.name(index), reason)
+    def read_row(self, index: int) -> JsonMapping:
+        if reason := self.caption_errors.get(self.get_name(index)):
+            raise UnreadableSample(self.get_name(index), reason)
         return self.rows[index]
 
-    def name(self, index: int) -> str:
+    def get_name(self, index: int) -> str:
         return str(self.rows[index]["file_name"])
 
-    def content(self, index: int) -> bytes:
-        name = self.name(index)
+    def read_bytes(self, index: int) -> bytes:
+        name = self.get_name(index)
         if name not in self._files:
             data = (self.root / name).read_bytes()
             self._free_bytes -= len(data)
@@ -106,8 +106,8 @@ class Folder(ImageDataset):
             self._files[name] = data
         return self._files[name]
 
-    def _size(self, index: int) -> tuple[int, int]:
-        return read_size(self.root / self.name(index))
+    def _read_size(self, index: int) -> tuple[int, int]:
+        return read_size(self.root / self.get_name(index))
 
 
 def read_metadata(root: Path) -> list[JsonObject]:
@@ -121,17 +121,17 @@ def read_metadata(root: Path) -> list[JsonObject]:
 
 
 def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
-    """Read the rows, and why captions of some cannot be read, by `file_name`."""
+    """Return the rows, and by `file_name` the reasons why captions cannot be read."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
     caption_errors: dict[str, str] = {}
     files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
     if table := next((files[name] for name in METADATA if name in files), None):
-        rows = list(_table_rows(table))
+        rows = list(_read_table(table))
         if not rows:
             raise FileFormatError(f"`{table}` has no rows")
         images = [path for path in list_files(root) if path.suffix.lower() in IMAGE_SUFFIXES]
-        if count := _count_without_row(images, rows, root):
+        if count := _count_unlisted(images, rows, root):
             log.warning("`%s`: left out %d images without a row in `%s`", root, count, table.name)
     else:
         rows = list(_list_images(root, caption_errors))
@@ -145,7 +145,7 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
     return rows, caption_errors
 
 
-def _count_without_row(images: list[Path], rows: list[JsonObject], root: Path) -> int:
+def _count_unlisted(images: list[Path], rows: list[JsonObject], root: Path) -> int:
     """Count the images that no row of the metadata names."""
     names = {normpath(str(row.get("file_name")).replace("\\", "/")) for row in rows}
     return sum(path.relative_to(root).as_posix() not in names for path in images)
@@ -166,11 +166,11 @@ def _check_row(row: JsonObject, root: Path) -> None:
         raise ValueError(f"has `repeats` {repeats}, which is not a count")
 
 
-def _table_rows(path: Path) -> Iterator[JsonObject]:
-    return _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+def _read_table(path: Path) -> Iterator[JsonObject]:
+    return _read_csv_rows(path) if path.suffix.lower() == ".csv" else _read_json_rows(path)
 
 
-def _csv_rows(path: Path) -> Iterator[JsonObject]:
+def _read_csv_rows(path: Path) -> Iterator[JsonObject]:
     """Read rows delimited by comma, semicolon or tab: spreadsheets differ by locale."""
     text = read_text(path)
     header = text.partition("\n")[0]
@@ -193,19 +193,19 @@ def _csv_rows(path: Path) -> Iterator[JsonObject]:
 
 
 def _check_quotes(path: Path, lines: list[str], start: int, end: int, delimiter: str) -> None:
-    """Raise FileFormatError if a row of several lines has a quote that swallows other rows."""
+    """Raise FileFormatError if a row of several lines has an unclosed quote, which joins rows."""
     row = csv.reader(lines[start:end], delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         list(row)
-    except csv.Error:  # the end of the file, or a text behind the next quote
+    except csv.Error:  # the file ends within quotes, or a text follows the closing quote
         start += next(k for k, line in enumerate(lines[start:end], 1) if line.strip())
         message = "a quote is not closed, or within a text, where it must be doubled"
         raise FileFormatError(f"`{path}`, line {start}: {message}") from None
 
 
-def _json_rows(path: Path) -> Iterator[JsonObject]:
-    """Read rows, one a line or in arrays."""
-    # NaN, which pandas writes, is a value that is missing.
+def _read_json_rows(path: Path) -> Iterator[JsonObject]:
+    """Read rows, one per line or in arrays."""
+    # pandas writes NaN for a missing value.
     text, decoder = read_text(path), json.JSONDecoder(parse_constant=lambda _: None)
     line, position, end = 1, 0, 0
     while match := re.compile(r"\S").search(text, end):
@@ -221,18 +221,18 @@ def _json_rows(path: Path) -> Iterator[JsonObject]:
 
 
 def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObject]:
-    """List the rows of a folder without metadata, with the caption beside each image.
+    """Make the rows of a folder without metadata, with the caption beside each image.
 
-    Folders in it may have metadata of their own.
+    Its subfolders may have metadata of their own.
 
     Args:
-        caption_errors: The reasons why captions cannot be read are added to it, by `file_name`.
+        caption_errors: Reasons why captions cannot be read are added to it by `file_name`.
     """
     images: list[Path] = []
     tables: dict[Path, Path] = {}
     captions: dict[tuple[Path, str], Path] = {}
-    left_out: Counter[str] = Counter()
-    for path in list_files(root, left_out):
+    skipped: Counter[str] = Counter()
+    for path in list_files(root, skipped):
         suffix = path.suffix.lower()
         if path.name.lower() in METADATA:
             tables.setdefault(path.parent, path)
@@ -241,16 +241,16 @@ def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObj
         elif suffix in CAPTION_SUFFIXES:
             captions[path.with_suffix(""), suffix] = path
         else:
-            left_out[suffix or path.name] += 1
+            skipped[suffix or path.name] += 1
     for folder, table in tables.items():
-        rows = list(_table_rows(table))
+        rows = list(_read_table(table))
         for row in rows:
             if isinstance(row.get("file_name"), str):
                 row["file_name"] = f"{folder.relative_to(root).as_posix()}/{row['file_name']}"
         yield from rows
-        beneath = [path for path in images if folder in path.parents]
-        left_out[f"images without a row in `{table.relative_to(root)}`"] += _count_without_row(
-            beneath, rows, root
+        folder_images = [path for path in images if folder in path.parents]
+        skipped[f"images without a row in `{table.relative_to(root)}`"] += _count_unlisted(
+            folder_images, rows, root
         )
     used = set()  # keys of captions with an image
     for path in sorted(path for path in images if tables.keys().isdisjoint(path.parents)):
@@ -264,16 +264,16 @@ def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObj
         if files := [captions[key] for key in keys if key in captions]:
             try:
                 text = _read_caption(files[0])
-                left_out[".json"] += text is None
+                skipped[".json"] += text is None
                 row |= {} if text is None else {"text": text}
             except (OSError, ValueError) as error:
                 caption_errors[row["file_name"]] = str(error)
             texts = [file for file in files if file.suffix.lower() != ".json"]
-            left_out["captions of images that have another"] += len(texts[1:])
+            skipped["captions of images that have another"] += len(texts[1:])
         yield row
     for _, suffix in captions.keys() - used:
-        left_out[suffix if suffix == ".json" else "captions without image"] += 1
-    if names := ", ".join(f"{n} {name}" for name, n in left_out.most_common() if n):
+        skipped[suffix if suffix == ".json" else "captions without image"] += 1
+    if names := ", ".join(f"{n} {name}" for name, n in skipped.most_common() if n):
         log.warning("`%s`: left out %s", root, names)
 
 

@@ -22,10 +22,10 @@ class Hub(ImageDataset):
     Args:
         hub: Path, or name on the hub.
         name: Configuration of the data set; None = its default.
-        split: None = the whole table, of a data set without splits.
+        split: Name of the split; ignored for data sets without splits.
         image: The column of images.
         text: The column of captions.
-        fields: Values that replace the metadata's, {"text": "a photo of a sks dog"}; None = none.
+        fields: Values that replace those of the metadata, {"text": "a photo of a sks dog"}.
         cache: Folder for downloads; None = the default of `datasets`.
     """
 
@@ -44,27 +44,27 @@ class Hub(ImageDataset):
     ) -> None:
         super().__init__(transform, seed)
         hub = str(Path(hub).expanduser()) if str(hub).startswith("~") else str(hub)
-        self.label, self.image, self.text = Path(hub).name, image, text
+        self.title, self.image, self.text = Path(hub).name, image, text
         self.fields = dict(fields or {})
         self.table = _load_table(hub, name, split, image, cache)
         self.columns = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
-            raise _missing_error(hub, f"column `{text}`", self.table.column_names)
+            raise _make_missing_error(hub, f"column `{text}`", self.table.column_names)
         self._assign_buckets()
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def metadata(self) -> Iterator[Mapping[str, Any]]:
+    def iter_metadata(self) -> Iterator[Mapping[str, Any]]:
         return map(self._to_row, self.columns)
 
-    def row(self, index: int) -> Mapping[str, Any]:
+    def read_row(self, index: int) -> Mapping[str, Any]:
         return self._to_row(self.columns[index])
 
-    def name(self, index: int) -> str:
-        return f"{self.label}/{index}"
+    def get_name(self, index: int) -> str:
+        return f"{self.title}/{index}"
 
-    def content(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         cell = self.table[index][self.image] or {}
         if cell.get("bytes") is None and cell.get("path"):
             return Path(cell["path"]).read_bytes()
@@ -77,7 +77,7 @@ class Hub(ImageDataset):
 def _load_table(
     hub: str, name: str | None, split: str | None, image: str, cache: str | Path | None
 ) -> Any:
-    """Load a table of the package `datasets`, whose images stay encoded."""
+    """Load a table with the package `datasets`; its images stay encoded."""
     try:
         import datasets
     except ImportError as error:
@@ -87,7 +87,7 @@ def _load_table(
     path = Path(hub)
     options = {"cache_dir": None if cache is None else str(Path(cache).expanduser())}
     table: Any
-    if any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
+    if any((path / file).exists() for file in ("dataset_dict.json", "dataset_info.json")):
         table = datasets.load_from_disk(hub)
     elif path.is_file():
         table = datasets.load_dataset("parquet", data_files=hub, **options)
@@ -95,14 +95,14 @@ def _load_table(
         table = datasets.load_dataset(hub, name, **options)
     if isinstance(table, dict):
         if split not in table:
-            raise _missing_error(hub, f"split `{split}`", table)
+            raise _make_missing_error(hub, f"split `{split}`", table)
         table = table[split]
     if image not in table.column_names:
-        raise _missing_error(hub, f"column `{image}` of images", table.column_names)
+        raise _make_missing_error(hub, f"column `{image}` of images", table.column_names)
     return table.cast_column(image, datasets.Image(decode=False))
 
 
-def _missing_error(hub: str, missing: str, names: Any) -> ArgumentError:
+def _make_missing_error(hub: str, missing: str, names: Any) -> ArgumentError:
     return ArgumentError(
         f"`{hub}` has no {missing}, only {', '.join(f'`{name}`' for name in names)}"
     )

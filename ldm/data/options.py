@@ -4,7 +4,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["rename_options", "to_former_names"]
 
-# what takes the options, as its NAME -> {former name: name}
+# NAME of the class with the options -> {former name: name}
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "emoji": {
         "any_colour": "random_colour_probability",
@@ -19,16 +19,16 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def rename_options(owner: str, options: JsonMapping) -> JsonObject:
-    """Return the options under their present names; of duplicates, the later wins.
+    """Return the options under their present names; the last of duplicates is used.
 
     Args:
-        owner: What takes the options, a key of RENAMED_OPTIONS.
+        owner: Key of RENAMED_OPTIONS.
     """
     names = RENAMED_OPTIONS.get(owner, {})
     return {names.get(name, name): value for name, value in options.items()}
 
 
 def to_former_names(owner: str, options: JsonMapping) -> JsonObject:
-    """Return the options under their former names, which keys of latent caches retain."""
+    """Return the options under their former names, as keys of latent caches have them."""
     names = {name: former for former, name in RENAMED_OPTIONS.get(owner, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}

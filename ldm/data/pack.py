@@ -1,4 +1,4 @@
-"""Pack a folder of images into tar files, as `ldm.data.shards` reads them."""
+"""Pack a folder of images into tar files, which `ldm.data.shards` reads."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
         raise ArgumentError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")
     if count < 1:
         raise ArgumentError(f"count must be 1 or more, got {count}", "count")
-    indices = iter({name: index for index, name in enumerate(folder.names())}.values())
+    indices = iter({name: index for index, name in enumerate(folder.iter_names())}.values())
     for number in itertools.count():
         shard = list(itertools.islice(indices, count))
         if not shard:
@@ -44,11 +44,11 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as partial, tarfile.open(partial, "w") as tar:
             for index in shard:
-                _add(tar, folder, index)
+                _add_sample(tar, folder, index)
         yield path
 
 
-def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
+def _add_sample(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
     """Add the image, the metadata and the caption of a row, unless the image is unreadable."""
     try:
         folder.load(index)
@@ -58,11 +58,11 @@ def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
     row = {key: value for key, value in folder.rows[index].items() if key != "repeats"}
     suffix = Path(row.pop("file_name")).suffix.lower()
     suffix = ".jpg" if suffix in (".jpeg", ".jpe", ".jfif") else suffix
-    members = {suffix: folder.content(index), ".json": json.dumps(row).encode()}
+    members = {suffix: folder.read_bytes(index), ".json": json.dumps(row).encode()}
     captions = get_captions(row)
-    if captions != [""] and len(captions) == 1:  # the .json has several
+    if captions != [""] and len(captions) == 1:  # several are in the .json
         members[".txt"] = captions[0].encode()
-    for ending, data in members.items():
-        member = tarfile.TarInfo(f"{index:09}{ending}")
+    for suffix, data in members.items():
+        member = tarfile.TarInfo(f"{index:09}{suffix}")
         member.size = len(data)
         tar.addfile(member, BytesIO(data))

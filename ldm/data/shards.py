@@ -1,4 +1,4 @@
-"""A source of images in tar files (webdataset, img2dataset), as an endless sequence of batches.
+"""An endless sequence of batches of images in tar files (webdataset, img2dataset).
 
     data-000000.tar     0001.jpg 0001.txt 0001.json   0002.jpg …
     shard    0    1    2    3    4                    shard s belongs to stream s % streams
@@ -6,10 +6,10 @@
     batch    0    1    2    3    4    5    6   …      from streams in proportion to their shards
     stream   0    1    0    1    0    0    1   …
 
-Every stream has its own order of shards in every epoch and a buffer that shuffles what is read but
-not yet decoded, both functions of (seed, stream, epoch). So batch n is the same on any number of
-ranks, streams of unequal length do not wait for each other, and resuming reads the current epoch
-of a stream again without decoding it. Within an epoch of a stream no sample repeats; if all shards
+In every epoch each stream has its own order of shards and a buffer that shuffles undecoded samples,
+both functions of (seed, stream, epoch). So batch n is the same on any number of ranks, streams of
+unequal length do not wait for each other, and resuming reads the current epoch of a stream again
+without decoding it. Within an epoch of a stream no sample repeats; if all shards
 have the same size, none does within an epoch of the data set. If the number of streams is a
 multiple of the ranks, and that of shards a multiple of the streams, each shard is read by one rank.
 """
@@ -58,10 +58,10 @@ log = logging.getLogger(__name__)
 
 MAX_SHARDS = 1_000_000  # per pattern
 COMMON_SUFFIXES = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "tif", "tiff")
-# suffixes of images, in order of preference
+# Suffixes of images, in order of preference.
 SUFFIXES = tuple(dict.fromkeys((*COMMON_SUFFIXES, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
 
-# "__key__", "__url__", and the members' bytes by suffix; "__error__" where the shard is damaged
+# "__key__", "__url__" and the bytes of each member by suffix; "__error__" if the shard is damaged.
 RawSample = dict[str, Any]
 MakeSample = Callable[[RawSample, Random], Sample]  # raises UnreadableSample
 
@@ -75,8 +75,8 @@ class Shards(BatchSource):
         shuffle: Size of the shuffle buffer of each stream, in samples.
         minimum, maximum: Bounds of numbers in the .json, {"width": 512}; samples without the number
             are left out. None = no bounds.
-        length: Samples in an epoch; None = unknown.
-        commands: Whether to run `pipe:COMMAND`; never taken from a config.
+        length: Number of samples in an epoch; None = unknown.
+        commands: Whether `pipe:COMMAND` is allowed; never taken from a config.
     """
 
     def __init__(
@@ -96,56 +96,57 @@ class Shards(BatchSource):
         self.make_sample: MakeSample = self._decode_and_transform
         self.transform, self.seed, self.length = transform, seed, length
         self.streams, self.shuffle = min(streams, len(self.urls)), shuffle
-        lows, highs = minimum or {}, maximum or {}
+        minimum, maximum = minimum or {}, maximum or {}
         self.limits = {
-            key: (lows.get(key, -math.inf), highs.get(key, math.inf)) for key in {**lows, **highs}
+            key: (minimum.get(key, -math.inf), maximum.get(key, math.inf))
+            for key in {**minimum, **maximum}
         }
 
-    def batches_per_epoch(self, batch_size: int) -> Fraction | None:
+    def get_batches_per_epoch(self, batch_size: int) -> Fraction | None:
         return None if self.length is None else Fraction(self.length, batch_size)
 
-    def fixed_samples(self, n: int) -> list[Sample]:
+    def load_fixed_samples(self, n: int) -> list[Sample]:
         raws = itertools.chain.from_iterable(map(read_shard, self.urls))
         by_bucket: dict[int, list[RawSample]] = {}
         for raw in itertools.islice(filter(self._is_within_limits, raws), 4 * n):
-            by_bucket.setdefault(self._bucket(raw), []).append(raw)
+            by_bucket.setdefault(self._find_bucket(raw), []).append(raw)
         samples: list[Sample] = []
         for raw in max(by_bucket.values(), key=len, default=[]):
             if len(samples) < n:
                 samples += _make_samples(self._decode_and_transform, [raw], Random(self.seed), [])
         if not samples:
-            raise ValueError(f"`{self.urls[0]}` … begin with no images that can be read")
+            raise ValueError(f"`{self.urls[0]}` … begin without readable images")
         return [samples[k % len(samples)] for k in range(n)]
 
-    def raw_samples(self) -> Iterator[RawSample]:
+    def read_raw_samples(self) -> Iterator[RawSample]:
         """Read all samples within the limits, undecoded, in the order of the shards."""
         for url in tqdm(self.urls, "Reading", unit="shard", delay=5, dynamic_ncols=True):
             yield from filter(self._is_within_limits, read_shard(url))
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def iter_metadata(self) -> Iterator[dict[str, Any]]:
         """Read the metadata of all samples whose .json and .txt can be read."""
-        for raw in self.raw_samples():
+        for raw in self.read_raw_samples():
             with suppress(ValueError):
                 yield parse_metadata(raw)
 
-    def bucket_size(self, raw: RawSample) -> tuple[int, int] | None:
+    def get_bucket_size(self, raw: RawSample) -> tuple[int, int] | None:
         """Return (width, height) of the bucket of a sample, if there are buckets."""
         buckets = self.transform.buckets
-        return None if buckets is None else buckets.sizes[self._bucket(raw)]
+        return None if buckets is None else buckets.sizes[self._find_bucket(raw)]
 
     def with_samples(self, make_sample: MakeSample) -> "Shards":
-        """Return a copy that makes other samples of the shards; its `fixed_samples` have images."""
+        """Return a copy with another `make_sample`, which `load_fixed_samples` does not use."""
         shards = copy(self)
         shards.make_sample = make_sample
         return shards
 
     def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
-        # By stream: position of the next batch that its reader yields, and the reader.
+        # By stream: the position of its reader's next batch, and the reader.
         readers: dict[int, tuple[int, Iterator[tuple[int, list[RawSample]]]]] = {}
         for batch_index in itertools.count(start, stride):
-            turn, shard = divmod(batch_index, len(self.urls))
+            cycle, shard = divmod(batch_index, len(self.urls))
             stream = shard % self.streams
-            position = turn * len(self._shards_of(stream)) + shard // self.streams  # in the stream
+            position = cycle * len(self._get_shards(stream)) + shard // self.streams
             if stream not in readers:
                 readers[stream] = position, self._read_stream(stream, batch_size, position)
             next_position, reader = readers[stream]
@@ -165,13 +166,13 @@ class Shards(BatchSource):
             batch = collate([samples[k % len(samples)] for k in range(len(raws))])
             yield {**batch, "unreadable": unreadable} if unreadable else batch
 
-    def _shards_of(self, stream: int) -> list[str]:
+    def _get_shards(self, stream: int) -> list[str]:
         return self.urls[stream :: self.streams]
 
     def _read_stream(
         self, stream: int, batch_size: int, start: int
     ) -> Iterator[tuple[int, list[RawSample]]]:
-        """Read (epoch, undecoded batch) of a stream without end, from the start-th batch on."""
+        """Read (epoch, undecoded batch) of a stream endlessly, beginning with batch `start`."""
         epoch = 0
         while True:
             length = 0
@@ -182,29 +183,29 @@ class Shards(BatchSource):
             if not length:
                 raise ValueError(f"`{self.urls[stream]}` … have no samples for stream {stream}")
             skipped, start = divmod(max(0, start - length), length)
-            epoch += 1 + skipped  # epochs are equally long, so those that are over are left out
+            epoch += 1 + skipped  # all epochs have `length` batches, so whole ones are skipped
 
     def _read_epoch(self, stream: int, epoch: int, batch_size: int) -> Iterator[list[RawSample]]:
-        """Read the batches of an epoch of a stream, one bucket each; incomplete ones come last."""
+        """Read the batches of an epoch of a stream, one bucket each; incomplete ones are last."""
         rng = Random(f"{self.seed} {stream} {epoch}")
-        urls = self._shards_of(stream)
+        urls = self._get_shards(stream)
         rng.shuffle(urls)
         raws = filter(self._is_within_limits, itertools.chain.from_iterable(map(read_shard, urls)))
         by_bucket: dict[int, list[RawSample]] = {}
         for raw in _shuffle(raws, self.shuffle, rng):
-            bucket = self._bucket(raw)
+            bucket = self._find_bucket(raw)
             by_bucket.setdefault(bucket, []).append(raw)
             if len(by_bucket[bucket]) == batch_size:
                 yield by_bucket.pop(bucket)
         yield from by_bucket.values()
 
-    def _bucket(self, raw: RawSample) -> int:
+    def _find_bucket(self, raw: RawSample) -> int:
         buckets = self.transform.buckets
         if buckets is None:
             return 0
         try:
             return buckets.index(*read_size(BytesIO(find_image(raw)[1])))
-        except ValueError:  # it is unreadable, whatever the bucket
+        except ValueError:  # unreadable: any bucket will do
             return buckets.index(1, 1)
 
     def _is_within_limits(self, raw: RawSample) -> bool:
@@ -237,9 +238,9 @@ def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> l
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
-    """Yield undecoded samples: the members of a shard whose names agree up to the first dot.
+    """Yield undecoded samples: the members of a shard whose names are equal up to the first dot.
 
-    Where a shard is damaged or missing, the last sample has an "__error__" and no image.
+    If a shard is damaged or missing, the last sample has an "__error__" and no image.
 
     Raises:
         OSError: The server does not answer, or the command fails.
@@ -275,7 +276,7 @@ def get_name(raw: RawSample) -> str:
 
 
 def find_image(raw: RawSample) -> tuple[str, bytes]:
-    """Return suffix and bytes of the image file in a sample."""
+    """Return (suffix, bytes) of the image file in a sample."""
     if "__error__" in raw:
         raise FileFormatError(raw["__error__"])
     for suffix in SUFFIXES:
@@ -301,14 +302,14 @@ def parse_metadata(raw: RawSample) -> dict[str, Any]:
 
 def _expand(pattern: str, commands: bool) -> list[str]:
     try:
-        import braceexpand  # webdataset brings it
+        import braceexpand  # a dependency of webdataset
     except ImportError as error:
         raise ImportError(
             "shards need the package `webdataset`: pip install 'ldm-revived[shards]'"
         ) from error
     if pattern.startswith("pipe:") and not commands:
         raise ArgumentError(
-            f"`{pattern}` is a command, which a config may not run: copy the shards, name their"
+            f"`{pattern}` is a command, which a config may not run: copy the shards, give their"
             " http(s) addresses, or allow it with --allow-commands"
         )
     try:
@@ -317,7 +318,7 @@ def _expand(pattern: str, commands: bool) -> list[str]:
     except ValueError as error:
         raise ArgumentError(f"`{pattern}`: {error}") from None
     if len(urls) > MAX_SHARDS:
-        raise ArgumentError(f"`{pattern}` stands for more than {MAX_SHARDS} shards")
+        raise ArgumentError(f"`{pattern}` expands to more than {MAX_SHARDS} shards")
     if pattern.startswith(("pipe:", "http://", "https://")):
         return urls
     if re.match(r"[\w+.-]{2,}://", pattern):  # a single letter is a Windows drive
@@ -373,7 +374,7 @@ def _make_samples(
 
 
 def _read_json(raw: RawSample) -> dict[str, Any]:
-    # NaN, which pandas writes, is a value that is missing.
+    # pandas writes NaN for a missing value.
     fields = json.loads(raw.get("json", b"{}"), parse_constant=lambda _: None)
     if not isinstance(fields, dict):
         raise FileFormatError(f"`{raw['__key__']}.json` is not an object")

@@ -1,11 +1,11 @@
 """An endless, resumable sequence of training batches, the same on any number of ranks.
 
     batch_index    0    1    2    3    4    5   …
-    rank           0    1    0    1    0    1       with 2 ranks; one would read all of them
+    rank           0    1    0    1    0    1       with 2 ranks; a single one reads all
 
 A batch is a pure function of (seed, batch_index, batch_size), so that a run resumes exactly, on
 more or fewer ranks, with no state to save. An unreadable sample is replaced by another, the
-next one if possible, and the batch names it under "unreadable".
+next one if possible, and its name is listed in the batch under "unreadable".
 """
 
 import atexit
@@ -38,7 +38,7 @@ ReadBatches = Callable[[int, int], Iterator[Batch]]  # (start, stride) -> endles
 class BatchSource(ABC):
     """An endless sequence of training batches."""
 
-    def batches(
+    def iter_batches(
         self,
         batch_size: int,
         *,
@@ -47,23 +47,23 @@ class BatchSource(ABC):
         world_size: int = 1,
         workers: int = 0,
     ) -> Iterator[Batch]:
-        """Read batches start + rank, start + rank + world_size, … of the endless sequence."""
+        """Yield batches start + rank, start + rank + world_size, … of the endless sequence."""
         return prefetch(partial(self.read, batch_size), start + rank, world_size, workers)
 
     @abstractmethod
     def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
-        """Read batches start, start + stride, …, without end, as `collate` returns them."""
+        """Yield batches start, start + stride, … endlessly, as `collate` returns them."""
 
     @abstractmethod
-    def batches_per_epoch(self, batch_size: int) -> Fraction | None:
-        """Return the number of batches in an epoch, which may end within one; None = unknown."""
+    def get_batches_per_epoch(self, batch_size: int) -> Fraction | None:
+        """Return batches per epoch, a fraction if it ends within a batch; None = unknown."""
 
     @abstractmethod
-    def fixed_samples(self, n: int) -> list[Sample]:
+    def load_fixed_samples(self, n: int) -> list[Sample]:
         """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
-    def counts_by_name(self) -> Counter[str] | None:
-        """Return how often each sample name is in an epoch; None if the names are unknown."""
+    def count_names(self) -> Counter[str] | None:
+        """Count how often each sample name is in an epoch; None if the names are unknown."""
         return None
 
 
@@ -73,7 +73,7 @@ class DatasetSource(BatchSource):
     The last batch of a bucket (`dataset.bucket_ids`) in an epoch may be smaller.
 
     Args:
-        images: The images that latents were encoded from, for `fixed_samples`; None = `dataset`.
+        images: Images that latents were encoded from, for `load_fixed_samples`; None = `dataset`.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class DatasetSource(BatchSource):
         self.images = dataset if images is None else images
         self._orders: dict[tuple[int, int], Any] = {}
 
-    def batches_per_epoch(self, batch_size: int) -> Fraction:
+    def get_batches_per_epoch(self, batch_size: int) -> Fraction:
         if self.dataset.bucket_ids is None:
             return Fraction(len(self.dataset), batch_size)
         return Fraction(sum(math.ceil(count / batch_size) for count in self._bucket_counts))
 
-    def fixed_samples(self, n: int) -> list[Sample]:
+    def load_fixed_samples(self, n: int) -> list[Sample]:
         bucket_ids = self.images.bucket_ids
         indices: Sequence[int] = range(len(self.images))
         if bucket_ids is not None:
@@ -96,17 +96,17 @@ class DatasetSource(BatchSource):
         evenly_spaced = (indices[len(indices) * k // n] for k in range(n))
         return [read_or_substitute(self.images, 0, index, []) for index in evenly_spaced]
 
-    def counts_by_name(self) -> Counter[str]:
-        return Counter(self.dataset.names())
+    def count_names(self) -> Counter[str]:
+        return Counter(self.dataset.iter_names())
 
-    def sample_indices(self, batch_index: int, batch_size: int) -> list[tuple[int, int]]:
+    def get_sample_indices(self, batch_index: int, batch_size: int) -> list[tuple[int, int]]:
         """Return (epoch, index) of the samples of a batch."""
         bucket_ids = self.dataset.bucket_ids
         if bucket_ids is None:
             sample_numbers = range(batch_index * batch_size, (batch_index + 1) * batch_size)
             positions = [divmod(number, len(self.dataset)) for number in sample_numbers]
             return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
-        epoch, position = divmod(batch_index, int(self.batches_per_epoch(batch_size)))
+        epoch, position = divmod(batch_index, int(self.get_batches_per_epoch(batch_size)))
         return [(epoch, index) for index in self._order(epoch, batch_size)[position]]
 
     @cached_property
@@ -114,12 +114,12 @@ class DatasetSource(BatchSource):
         return list(Counter(self.dataset.bucket_ids).values())
 
     def _order(self, epoch: int, batch_size: int = 0) -> Any:
-        """Return the permutation of an epoch, with buckets its batches; cached for two epochs."""
+        """Return the order of an epoch, or with buckets its batches; cached for two epochs."""
         if (epoch, batch_size) not in self._orders:
             seed, bucket_ids = derive_seed(self.seed, epoch), self.dataset.bucket_ids
             order: Any = draw_permutation(len(self.dataset), seed)
             if bucket_ids is not None:
-                order = bucket_batches(bucket_ids, batch_size, order, seed)
+                order = make_bucket_batches(bucket_ids, batch_size, order, seed)
             self._orders[epoch, batch_size] = order
             self._orders.pop((epoch - 2, batch_size), None)
         return self._orders[epoch, batch_size]
@@ -127,15 +127,15 @@ class DatasetSource(BatchSource):
     def read(self, batch_size: int, start: int, stride: int) -> Iterator[Batch]:
         for batch_index in itertools.count(start, stride):
             unreadable: list[str] = []
-            indices = self.sample_indices(batch_index, batch_size)
+            indices = self.get_sample_indices(batch_index, batch_size)
             batch = collate([read_or_substitute(self.dataset, *key, unreadable) for key in indices])
             yield {**batch, "unreadable": unreadable} if unreadable else batch
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """Return the seed of an epoch or batch, in 64 bits for seeds of up to ±10^12.
+    """Return the seed of an epoch or batch, which has 64 bits for seeds of up to ±10^12.
 
-    Different seeds never give the same one for indices below 1_000_003.
+    Different seeds never give the same result for indices below 1_000_003.
     """
     return seed * 1_000_003 + index
 
@@ -145,10 +145,10 @@ def draw_permutation(length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
-def bucket_batches(
+def make_bucket_batches(
     bucket_ids: Sequence[int], batch_size: int, order: Tensor, seed: int
 ) -> list[list[int]]:
-    """Split the indices in `order` into batches of one bucket each, in random order."""
+    """Split the indices in `order` into batches of one bucket each, and shuffle the batches."""
     by_bucket: dict[int, list[int]] = {}
     for index in order.tolist():
         by_bucket.setdefault(bucket_ids[index], []).append(index)
@@ -185,9 +185,9 @@ def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator
     """Yield an index, then the indices to try in its place.
 
     These are the following samples, then random ones, as neighbors are often damaged together; all
-    of the same bucket, so that a batch has one size. If these are the whole bucket, of at most
-    MAX_CANDIDATES samples, random ones of the largest other bucket follow. The batch still has one
-    size: if none of a bucket can be read, all its samples are replaced from that other bucket.
+    of the same bucket, so that a batch has one size. If these are the whole bucket, random ones of
+    the largest other bucket follow. The batch still has one size: they are used only if no sample
+    of the bucket can be read, so all samples of the batch are replaced from that other bucket.
     """
     bucket_ids = dataset.bucket_ids
     rng = Random(f"{epoch} {index}")  # Random cannot be seeded with a tuple
@@ -207,7 +207,7 @@ def _indices_in_largest_bucket(bucket_ids: Sequence[int], excluded: int | None =
     Of equally large buckets, it is the one whose first sample comes first.
 
     Args:
-        excluded: Id of a bucket to leave out; None = none.
+        excluded: Id of a bucket to leave out; None = all are counted.
     """
     sizes = Counter(bucket_id for bucket_id in bucket_ids if bucket_id != excluded)
     largest_id = max(sizes, key=lambda bucket_id: sizes[bucket_id], default=None)
@@ -226,7 +226,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """Return the batch with its tensors on a device; nested batches stay where they are."""
+    """Return the batch with its tensors on a device; nested batches are not moved."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -235,7 +235,7 @@ def prefetch(read: ReadBatches, start: int, stride: int, workers: int) -> Iterat
 
     Args:
         read: (start, stride) -> batches start, start + stride, … without end; it is pickled.
-        workers: Number of processes; 0 = read in this one, on demand.
+        workers: Number of processes; 0 = read in this process, on demand.
     """
     if not workers:
         return read(start, stride)
@@ -245,7 +245,7 @@ def prefetch(read: ReadBatches, start: int, stride: int, workers: int) -> Iterat
         num_workers=workers,
         collate_fn=_identity,
         worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # else DataLoader draws its seed from torch's global one
+        generator=torch.Generator(),  # else DataLoader draws its seed from torch's global generator
     )
     batches = iter(loader)
     _RUNNING.add(batches)

@@ -1,4 +1,4 @@
-"""From a decoded sample to a training sample: image to tensor, metadata to caption.
+"""Convert a decoded sample to a training sample: image to tensor, metadata to caption.
 
 A transform is called with (sample, rng): the metadata of a data set and `image`. It returns
 {"jpg": image (3, H, W) in [-1, 1], "txt": caption}, its conditions (see `ldm.data.conditions`), and
@@ -43,8 +43,7 @@ class Transform(ABC):
     """Base of the transforms.
 
     Args:
-        conditions: Options of conditioning images by batch key, see `ldm.data.conditions`; None =
-            none.
+        conditions: Options of conditioning images by batch key, see `ldm.data.conditions`.
     Attributes:
         NAME: In configs.
         IMAGE_OPTIONS: Attributes that pixels or buckets depend on.
@@ -67,28 +66,30 @@ class Transform(ABC):
     def __call__(self, sample: JsonMapping, rng: Random) -> JsonObject:
         """Make a training sample, in one of the variants at random."""
         variant = rng.choice(self.variants) if self.variants else ""
-        fields = self.image_fields(sample["image"], rng, variant)
-        return {**fields, **self.row_fields(sample, rng, variant)}
+        fields = self.make_image_fields(sample["image"], rng, variant)
+        return {**fields, **self.make_row_fields(sample, rng, variant)}
 
     @abstractmethod
-    def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
+    def make_image_fields(
+        self, image: Image.Image, rng: Random, variant: str = ""
+    ) -> dict[str, Tensor]:
         """Make `jpg`, the conditioning images and the sizes of a training sample."""
 
     @abstractmethod
-    def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
+    def make_caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         """Make a caption from a row of metadata."""
 
-    def random_options(self) -> list[str]:
-        """Return the names of the options by which images of one variant differ between epochs."""
+    def list_random_options(self) -> list[str]:
+        """Return names of options that make images of one variant differ between epochs."""
         return ["mask"] if "mask" in self.conditions else []
 
-    def row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
+    def make_row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
         """Make caption, aesthetic score and original size from a row of metadata."""
-        fields = {key: torch.tensor(value) for key, value in self.number_fields(row).items()}
-        return {**fields, "txt": self.caption(row, rng, variant)}
+        fields = {key: torch.tensor(value) for key, value in self.parse_numbers(row).items()}
+        return {**fields, "txt": self.make_caption(row, rng, variant)}
 
-    def number_fields(self, row: JsonMapping) -> dict[str, list[float] | list[int]]:
-        """Return aesthetic score and original size of a row of metadata; empty cells are missing.
+    def parse_numbers(self, row: JsonMapping) -> dict[str, list[float] | list[int]]:
+        """Parse aesthetic score and original size of a row of metadata; empty cells are missing.
 
         Raises:
             FileFormatError: One of them is not a number, or a side is not positive.
@@ -110,14 +111,14 @@ class Transform(ABC):
         size = {"original_size_as_tuple": sides} if len(sides) == 2 else {}
         return {"aesthetic_score": score, **size}
 
-    def cache_key(self) -> tuple[str, JsonObject]:
+    def get_cache_key(self) -> tuple[str, JsonObject]:
         """Return name and IMAGE_OPTIONS for keys of latent caches, with former names."""
         options = {name: getattr(self, name) for name in self.IMAGE_OPTIONS}
-        conditions = {name: make.cache_key() for name, make in self.conditions.items()}
+        conditions = {key: condition.get_cache_key() for key, condition in self.conditions.items()}
         options |= {"conditions": conditions}
         return self.NAME.capitalize(), to_former_names(self.NAME, options)
 
-    def _with_conditions(
+    def _add_conditions(
         self,
         image: Tensor,
         opacity: Tensor,
@@ -126,7 +127,7 @@ class Transform(ABC):
         original: Sequence[int] | None = None,
         crop: Sequence[int] = (0, 0),
     ) -> dict[str, Tensor]:
-        """Add its conditions and sizes to an image.
+        """Make the fields of an image: itself, its conditions and its sizes.
 
         Args:
             original: (height, width) of the image file; None = those of `image`.
@@ -134,15 +135,15 @@ class Transform(ABC):
         """
         conditions = {name: make(image, opacity, rng) for name, make in self.conditions.items()}
         target = image.shape[-2:]
-        pairs = zip(SIZE_KEYS, (original or target, crop, target), strict=True)
-        return {"jpg": image, **conditions} | {key: torch.tensor(pair) for key, pair in pairs}
+        sizes = zip(SIZE_KEYS, (original or target, crop, target), strict=True)
+        return {"jpg": image, **conditions} | {key: torch.tensor(size) for key, size in sizes}
 
 
 class PhotoTransform(Transform):
-    """Scale and crop an image to a square or to the nearest bucket, with its text as the caption.
+    """Scale and crop an image to a square or to the nearest bucket; its `text` is the caption.
 
     Args:
-        crop: Position of the crop where the aspect ratio differs, "centre" or "random".
+        crop: Position of the crop if aspect ratios differ, "centre" or "random".
         flip: Probability of a mirrored image.
         buckets: Options of `Buckets`, {} for their defaults; None = squares.
         tags: Options of `TagShuffle`, {} for their defaults; None = captions as they are.
@@ -171,14 +172,16 @@ class PhotoTransform(Transform):
         self.buckets = None if buckets is None else Buckets(size, **buckets)
         self.tags = None if tags is None else TagShuffle(**tags)
 
-    def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
+    def make_image_fields(
+        self, image: Image.Image, rng: Random, variant: str = ""
+    ) -> dict[str, Tensor]:
         original = image.size
         image, scale, (left, top) = self._crop_and_resize(flatten_on_white(image), rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left = original[0] / scale - image.width - left  # of the mirrored image
         tensor = to_tensor(image)[0]  # (3, H, W)
-        return self._with_conditions(
+        return self._add_conditions(
             tensor,
             torch.ones_like(tensor[:1]),
             rng,
@@ -186,11 +189,11 @@ class PhotoTransform(Transform):
             crop=(round(top), round(left)),
         )
 
-    def random_options(self) -> list[str]:
-        drawn = {"crop": self.crop == "random", "flip": 0 < self.flip < 1}
-        return [*(name for name, is_drawn in drawn.items() if is_drawn), *super().random_options()]
+    def list_random_options(self) -> list[str]:
+        is_random = {"crop": self.crop == "random", "flip": 0 < self.flip < 1}
+        return [*(name for name in is_random if is_random[name]), *super().list_random_options()]
 
-    def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
+    def make_caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         captions = get_captions(row)
         text = rng.choice(captions) if len(captions) > 1 else captions[0]
         return self.tags(text, rng) if self.tags else text
@@ -219,7 +222,7 @@ class PhotoTransform(Transform):
 
 
 def get_captions(row: JsonMapping) -> list[str]:
-    """Return the captions of a row, of which a transform takes one; [""] if there are none.
+    """Return the captions of a row, of which a transform uses one; [""] if there are none.
 
     Raises:
         FileFormatError: Its `text` is neither a text nor a list of texts.
@@ -237,7 +240,7 @@ class TagShuffle:
     """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat".
 
     Args:
-        drop: Probability that a tag is left out.
+        drop: Probability of omitting a tag.
         keep: Number of leading tags that stay in place.
     """
 

@@ -19,56 +19,54 @@ class UnreadableFiles:
     Args:
         path: The list, which all processes of a run append to and read.
         limit: Fraction of all samples that may be unreadable.
-        source: Where the samples come from; None = their number is unknown.
+        source: Source of the samples; None = their number is unknown.
     """
 
     def __init__(self, path: Path, limit: float, source: BatchSource | None = None) -> None:
         self.path, self.source = path, source
         self.limit = Fraction(str(limit))  # exact: 0.01 of 100 samples is 1
-        samples = None if source is None else source.batches_per_epoch(1)
+        samples = None if source is None else source.get_batches_per_epoch(1)
         self.total = None if samples is None else int(samples)  # samples in an epoch
-        # Files listed by an earlier session may be repaired by now: they count if found again.
+        # Files listed before this session may be repaired: they count only if found again.
         self.listed_before = self._read_list()
-        self.names: set[str] = set()  # listed since, by any process
+        self.names: set[str] = set()  # listed in this session, by any process
         self.counts: Counter[str] | None = None  # samples of an epoch by name; None = one each
         self.unreadable = 0  # samples of an epoch with one of `names`
-        self.unreadable_here = 0  # unreadable samples among the next
+        self.unreadable_here = 0  # unreadable samples among `read_here`
         self.read_here = 0  # samples that this process has read, or tried to
 
     def add(self, names: Sequence[str], read: int) -> None:
         """Add the names that are not listed yet.
 
         Args:
-            names: Of one batch, from its "unreadable".
-            read: Number of samples of that batch.
+            names: The batch's "unreadable".
+            read: Number of samples of the batch.
         Raises:
             ValueError: More than the limit of all samples is unreadable; or, where their number is
                 unknown, significantly more than the limit among the samples read here.
         """
         if not self.names.issuperset(names):
-            self._exchange(names)
+            self._update_list(names)
             self._count_unreadable()
-        self.unreadable_here, self.read_here = (
-            self.unreadable_here + len(names),
-            self.read_here + read,
-        )
+        self.unreadable_here += len(names)
+        self.read_here += read
         if self.total is not None:
             if self.unreadable > self.limit * self.total:
-                raise self._too_many(f"{self.unreadable} of {self.total} samples")
+                raise self._make_error(f"{self.unreadable} of {self.total} samples")
             return
         expected = float(self.limit * self.read_here)
         deviation = 3 * math.sqrt(expected)  # three standard deviations of a Poisson variable
         if self.read_here >= MIN_READ and self.unreadable_here > expected + deviation:
-            raise self._too_many(f"{self.unreadable_here} of the {self.read_here} samples read")
+            raise self._make_error(f"{self.unreadable_here} of the {self.read_here} samples read")
 
-    def _too_many(self, count: str) -> ValueError:
+    def _make_error(self, count: str) -> ValueError:
         return ValueError(
             f"{count} cannot be read, more than a fraction of {float(self.limit):g}"
             f" (trainer.max_unreadable_fraction); they are listed in `{self.path}`"
         )
 
-    def _exchange(self, names: Sequence[str]) -> None:
-        """Append the new names to the list, and take over those of other processes."""
+    def _update_list(self, names: Sequence[str]) -> None:
+        """Append new names to the list, and add those of other processes to `names`."""
         listed = self._read_list()
         new = [name for name in dict.fromkeys(names) if name not in listed]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,7 @@ class UnreadableFiles:
     def _count_unreadable(self) -> None:
         """Count the unreadable samples of an epoch, in which a file may be repeated."""
         if self.counts is None and self.source is not None:
-            self.counts = self.source.counts_by_name()
+            self.counts = self.source.count_names()
             if self.counts is not None:
                 self.total = self.counts.total()
         counts = self.counts

@@ -58,7 +58,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))
 
     # Convert epochs to steps, and build the learning rate schedule.
-    batches_per_epoch = run.source.batches_per_epoch(run.batch_size)
+    batches_per_epoch = run.source.get_batches_per_epoch(run.batch_size)
     # A resumed run keeps its batches per step, on any number of processes.
     accumulation = state.batches_per_step // ranks.world_size
     settings = run.settings.replace(trainer={"accumulate_grad_batches": accumulation})
@@ -75,7 +75,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         with run.autocast():
             sanity.check_initial_weights(
                 run.model,
-                run.source.fixed_samples(sanity.NUM_SAMPLES),
+                run.source.load_fixed_samples(sanity.NUM_SAMPLES),
                 batch_size=run.batch_size,
                 seed=run.seed,
                 timesteps=run.timesteps,
@@ -102,7 +102,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
 
     # Open the sequence of batches at the position of the state.
     ranks.run_on_first(on_start)
-    batches = run.source.batches(
+    batches = run.source.iter_batches(
         run.batch_size,
         start=state.position,
         rank=ranks.rank,

@@ -67,7 +67,7 @@ class Run:
     @property
     def epoch(self) -> int:
         """Number of complete passes over the data; 0 if its length is unknown."""
-        batches = self.source.batches_per_epoch(self.batch_size)
+        batches = self.source.get_batches_per_epoch(self.batch_size)
         return int(self.state.position // batches) if batches else 0
 
     @property
@@ -167,7 +167,7 @@ def build_run(
         if data.latents:
             raise ValueError("`scale_by_std` cannot be combined with `data.params.latents`")
         images = torch.stack(
-            [sample["jpg"] for sample in source.fixed_samples(settings.loader.batch_size)]
+            [sample["jpg"] for sample in source.load_fixed_samples(settings.loader.batch_size)]
         )
         set_scale_by_std(model, images, seed_batch(trainer.seed, 0))
 

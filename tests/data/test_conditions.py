@@ -59,9 +59,11 @@ def test_bright_parts_are_nearer():
 def test_unknown_conditions_and_options_are_named():
     with pytest.raises(ValueError, match="unknown condition `masks`, did you mean `mask`"):
         build_conditions({"masks": {}})
-    with pytest.raises(ValueError, match="mask.full_probability: `a` should be at least 0"):
+    with pytest.raises(
+        ValueError, match="mask.full_probability: `a` is not a number of at least 0"
+    ):
         build_conditions({"mask": {"whole": "a"}})
-    with pytest.raises(ValueError, match="lr.factor: `0` should be at least 1"):
+    with pytest.raises(ValueError, match="lr.factor: `0` is not a number of at least 1"):
         build_conditions({"lr": {"factor": 0}})
     with pytest.raises(ValueError, match="mask: unknown option `size`, .*full_probability"):
         build_conditions({"mask": {"size": 3}})

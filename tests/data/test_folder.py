@@ -10,7 +10,7 @@ from PIL import Image
 
 from imaging.badimages import REFUSED
 from ldm.data.dataset import UnreadableSample, WithClassImages
-from ldm.data.drawings import EmojiTransform, caption_texts
+from ldm.data.drawings import EmojiTransform, list_caption_texts
 from ldm.data.folder import Folder, read_metadata
 from ldm.data.pack import pack
 from ldm.data.shards import decode_sample, read_shard
@@ -139,7 +139,7 @@ def test_of_several_captions_one_is_taken_at_random(tmp_path):
     texts = [folder[0, k]["txt"] for k in range(30)]
     assert set(texts) == {"one", "two"}
     assert texts == [folder[0, k]["txt"] for k in range(30)]
-    assert {"one", "two"} < set(caption_texts(read_metadata(tmp_path)))
+    assert {"one", "two"} < set(list_caption_texts(read_metadata(tmp_path)))
     (shard,) = pack(folder, str(tmp_path / "%d.tar"))
     (sample,) = map(decode_sample, read_shard(str(shard)))
     assert sample["text"] == ["one", "two"]
@@ -214,7 +214,7 @@ def test_a_folder_of_kohyas_scripts_is_repeated_as_its_name_says(tmp_path):
     draw(tmp_path / "3_sks dog" / "a.png")
     draw(tmp_path / "3_sks dog" / "b.png", text="a sks dog in snow")
     draw(tmp_path / "1_dog" / "c.png")
-    batch = next(DatasetSource(Folder(root=tmp_path, transform=PHOTO)).batches(7))
+    batch = next(DatasetSource(Folder(root=tmp_path, transform=PHOTO)).iter_batches(7))
     assert sorted(batch["txt"]) == ["a sks dog in snow"] * 3 + ["dog"] + ["sks dog"] * 3
 
 
@@ -227,7 +227,7 @@ def test_files_that_are_not_images_are_named_and_replaced(tmp_path):
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{lines}")
     for buckets in (None, {"step": 8}):
         folder = Folder(root=tmp_path, transform=PhotoTransform(size=8, buckets=buckets))
-        batch = next(DatasetSource(folder).batches(len(folder)))
+        batch = next(DatasetSource(folder).iter_batches(len(folder)))
         assert set(batch["unreadable"]) == set(names)
         assert batch["jpg"].shape == (len(folder), 3, 8, 8)
 
@@ -238,11 +238,11 @@ def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(place, tmp_pat
         draw(tmp_path / place / f"{name}.png", text=name)
     (tmp_path / place / "b.txt").write_bytes(b"caf\xe9")
     folder = Folder(root=tmp_path, transform=PHOTO)
-    batch = next(DatasetSource(folder).batches(len(folder)))
+    batch = next(DatasetSource(folder).iter_batches(len(folder)))
     assert set(batch["txt"]) == {"a"}
     assert set(batch["unreadable"]) == {str(Path(place) / "b.png")}
     with pytest.raises(UnreadableSample, match=r"b\.txt:1: neither UTF-8"):
-        folder.row(len(folder) - 1)
+        folder.read_row(len(folder) - 1)
     uncaptioned = Folder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
     assert uncaptioned[0, len(uncaptioned) - 1]["txt"] == "a dog"  # needs no captions
 
@@ -255,10 +255,10 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
     data, others = (Folder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
     source = DatasetSource(WithClassImages(data, others), images=data)
     unreadable = {
-        name for batch in islice(source.batches(2), 2) for name in batch.get("unreadable", [])
+        name for batch in islice(source.iter_batches(2), 2) for name in batch.get("unreadable", [])
     }
     assert unreadable == {"prior/a.png"}
-    assert sorted(source.counts_by_name()) == ["a.png", "b.png", "prior/a.png", "prior/b.png"]
+    assert sorted(source.count_names()) == ["a.png", "b.png", "prior/a.png", "prior/b.png"]
 
 
 def test_buckets_are_of_upright_images_and_unreadable_ones_join_the_largest(tmp_path):

@@ -36,18 +36,18 @@ def table():
 def test_what_was_saved_to_disk_is_read(table, tmp_path):
     table.save_to_disk(tmp_path)
     hub = Hub(hub=tmp_path, transform=PhotoTransform(size=16))
-    batch = next(DatasetSource(hub).batches(6))
+    batch = next(DatasetSource(hub).iter_batches(6))
     assert batch["jpg"].shape == (6, 3, 16, 16)
     assert set(batch["txt"]) == set("01235")
     assert batch["unreadable"] == [f"{tmp_path.name}/4"]
-    assert [row["text"] for row in hub.metadata()] == list("012345")
+    assert [row["text"] for row in hub.iter_metadata()] == list("012345")
 
 
 def test_parquet_is_read_into_buckets_ahead(table, tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     transform = PhotoTransform(size=16, buckets={"step": 8})
     hub = Hub(hub=tmp_path / "a.parquet", transform=transform, cache=tmp_path / "cache")
-    batches = DatasetSource(hub).batches(4, workers=1)
+    batches = DatasetSource(hub).iter_batches(4, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
     assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one is among the most
 

@@ -64,7 +64,7 @@ def open_source(folder, transform=SQUARE, **options):
 
 
 def read(source, count, **options):
-    return list(islice(source.batches(2, **options), count))
+    return list(islice(source.iter_batches(2, **options), count))
 
 
 def texts(batches):
@@ -150,10 +150,12 @@ def test_captions_that_cannot_be_read_are_named(members, tmp_path):
 
 def test_fixed_samples_come_from_the_first_shards(folder):
     source = open_source(folder)
-    assert [sample["txt"] for sample in source.fixed_samples(7)] == list("0123456")
-    assert len(source.fixed_samples(30)) == 30
+    assert [sample["txt"] for sample in source.load_fixed_samples(7)] == list("0123456")
+    assert len(source.load_fixed_samples(30)) == 30
     bucketed = open_source(folder, BUCKETS)
-    assert [sample["txt"] for sample in bucketed.fixed_samples(4)] == list("1245")  # of one size
+    assert [sample["txt"] for sample in bucketed.load_fixed_samples(4)] == list(
+        "1245"
+    )  # of one size
 
 
 def test_commands_are_not_run_unless_that_is_allowed(folder):
@@ -226,7 +228,7 @@ def test_webdataset_reads_what_we_pack(tmp_path):
         reader = webdataset.WebDataset(list(map(str, paths)), shardshuffle=False)
         theirs = [raw["png"] for raw in reader]
         gc.collect()
-    assert ours == theirs == [folder.content(k) for k in range(23)]
+    assert ours == theirs == [folder.read_bytes(k) for k in range(23)]
     batch = read(Shards(str(tmp_path / "*.tar"), EmojiTransform(size=16)), 1)[0]
     assert batch["jpg"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="no place for a number"):

@@ -31,12 +31,12 @@ class Numbers(SampleDataset):
             raise UnreadableSample(f"{index}.png", f"`{index}.png` is damaged")
         return {"index": index, "value": torch.tensor(1000 * epoch + index)}
 
-    def names(self):
+    def iter_names(self):
         return (f"{index}.png" for index in range(self.length))
 
 
 def read(source, size, count, **options):
-    return list(islice(source.batches(size, **options), count))
+    return list(islice(source.iter_batches(size, **options), count))
 
 
 def indices(source, size, count, **options):
@@ -60,7 +60,7 @@ def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
 @pytest.mark.parametrize(("bucket_ids", "epoch"), [(None, Fraction(11, 3)), (GROUPS, 4)])
 def test_an_epoch_is_as_many_batches_as_show_everything_once(bucket_ids, epoch):
     source = DatasetSource(Numbers(11, bucket_ids), 3)
-    assert source.batches_per_epoch(3) == epoch
+    assert source.get_batches_per_epoch(3) == epoch
     three_epochs = [*chain.from_iterable(indices(source, 3, int(3 * epoch)))]
     epochs = [three_epochs[start : start + 11] for start in (0, 11, 22)]
     assert all(sorted(order) == list(range(11)) for order in epochs)
@@ -131,6 +131,6 @@ def test_a_process_that_fails_does_not_wait_for_its_workers():
 
 def test_fixed_samples_are_spread_over_the_readable_images():
     source = DatasetSource(Numbers(3), images=Numbers(8, damaged=(4,)))
-    assert [sample["index"] for sample in source.fixed_samples(4)] == [0, 2, 5, 6]
-    grouped = DatasetSource(Numbers(11, GROUPS)).fixed_samples(6)
+    assert [sample["index"] for sample in source.load_fixed_samples(4)] == [0, 2, 5, 6]
+    grouped = DatasetSource(Numbers(11, GROUPS)).load_fixed_samples(6)
     assert [sample["index"] for sample in grouped] == [0, 1, 2, 3, 4, 8]

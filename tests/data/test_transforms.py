@@ -28,11 +28,11 @@ def test_a_caption_names_what_is_given(name, style, colour, text):
 def test_a_drawing_lies_on_the_named_background():
     transform = EmojiTransform(size=64, scale=(0.5, 0.5))
     red = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
-    image = transform.image_fields(red, Random(0), "blue")["jpg"]
+    image = transform.make_image_fields(red, Random(0), "blue")["jpg"]
     assert torch.allclose(image[:, 0, 0], torch.tensor(COLORS["blue"]) / 127.5 - 1)
     assert torch.allclose(image[:, 32, 32], torch.tensor([1.0, -1.0, -1.0]))
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))  # the hidden colour does not bleed
-    assert transform.image_fields(clear, Random(0), "white")["jpg"].min() == 1.0
+    assert transform.make_image_fields(clear, Random(0), "white")["jpg"].min() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_tags_are_shuffled_and_dropped_but_for_the_first():
 
 def test_keys_of_latent_caches_are_those_of_version_0_1():
     emoji = EmojiTransform(size=64, random_colour_probability=0.5, conditions={"lr": {"blur": 1.0}})
-    assert json.dumps(emoji.cache_key()) == (
+    assert json.dumps(emoji.get_cache_key()) == (
         '["Emoji", {"size": 64, "scale": [0.79, 0.83], "shift": 2, "flip": 0.0, "crop": null, '
         '"any_colour": 0.5, "records": {"lr": "Small(factor=4, blur=1.0)"}}]'
     )
     conditions = {"mask": {"full_probability": 0.1}, "depth": {"ramp_width": 3}}
     photo = PhotoTransform(size=32, conditions=conditions)
-    assert json.dumps(photo.cache_key()) == (
+    assert json.dumps(photo.get_cache_key()) == (
         '["Photo", {"size": 32, "crop": "centre", "flip": 0.5, "records": {'
         '"mask": "Mask(whole=0.1, boxes=0.5)", "depth": "Relief(depth=3, luminance=0.25)"}}]'
     )

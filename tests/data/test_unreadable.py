@@ -14,10 +14,10 @@ class Counted:
     def __init__(self, total, times=1):
         self.total, self.times = total, times
 
-    def batches_per_epoch(self, size):
+    def get_batches_per_epoch(self, size):
         return Fraction(self.total, size)
 
-    def counts_by_name(self):
+    def count_names(self):
         return Counter({str(k): self.times for k in range(self.total // self.times)})
 
 

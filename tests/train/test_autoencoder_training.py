@@ -277,7 +277,7 @@ def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> 
 
 def test_reconstructions_get_better() -> None:
     folder = Folder(root=EMOJI, transform=EmojiTransform(size=16))
-    batch = next(DatasetSource(folder).batches(4))
+    batch = next(DatasetSource(folder).iter_batches(4))
     task = ReconstructionTask(build_tiny())
     optimizer = make_optimizer(task.trainable, 3e-3, name="muon")
     generator = make_generator()

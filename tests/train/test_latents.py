@@ -74,7 +74,7 @@ def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: P
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     cached = cache_latents(model, folder, tmp_path, precision="32")
     task = DiffusionTask(model, conditioning_dropout_prob=0.0)
-    batches = (next(DatasetSource(data, seed=5).batches(4)) for data in (folder, cached))
+    batches = (next(DatasetSource(data, seed=5).iter_batches(4)) for data in (folder, cached))
     losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
     torch.testing.assert_close(
         losses[0]["loss_per_sample"], losses[1]["loss_per_sample"], rtol=1e-4, atol=1e-5
@@ -189,7 +189,7 @@ def test_latents_come_in_buckets_and_unreadable_images_are_named(
     (photos / "8.png").write_bytes((photos / "1.png").read_bytes()[:60])
     folder = Folder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
     latents = cache_latents(model, folder, tmp_path / "cache")
-    batches = DatasetSource(latents).batches(2)
+    batches = DatasetSource(latents).iter_batches(2)
     seen = [next(batches) for _ in range(4)]
     assert {batch["z"].shape[1:] for batch in seen} == {(4, 4, 4), (4, 2, 6)}
     assert {name for batch in seen for name in batch.get("unreadable", [])} == {"2.png", "8.png"}
@@ -213,20 +213,20 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     shards = cache_latents(
         model, Shards(pack_photos(photos, tmp_path), photo), cache, variants_per_image=2
     )
-    batches = shards.batches(2, workers=1)
+    batches = shards.iter_batches(2, workers=1)
     for batch in (next(batches) for _ in range(6)):
         assert len({z.shape for z in batch["z"]}) == 1
         for text, z in zip(batch["txt"], batch["z"], strict=True):
             assert any(torch.equal(z, latents[epoch, int(text[-1])]["z"]) for epoch in range(20))
-    assert shards.fixed_samples(1)[0]["jpg"].shape[0] == 3
+    assert shards.load_fixed_samples(1)[0]["jpg"].shape[0] == 3
 
 
 def test_shards_are_read_only_when_something_has_changed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, cache, read = pack_photos(photos, tmp_path), tmp_path / "cache", []
-    raws = Shards.raw_samples
-    monkeypatch.setattr(Shards, "raw_samples", lambda shards: read.append(1) or raws(shards))
+    raws = Shards.read_raw_samples
+    monkeypatch.setattr(Shards, "read_raw_samples", lambda shards: read.append(1) or raws(shards))
     model.conditioner.text.requires_grad_(False)
 
     def fill(**options: Any) -> tuple[int, int, int]:
@@ -262,7 +262,7 @@ def test_damaged_images_in_shards_are_named(
     content = content[:place] + b"XXXX" + content[place + 4 :]
     shard.write_bytes(content.replace(b"image 0", b"image \xff"))  # a caption that is no text
     shards = cache_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
-    batch = next(shards.batches(6))
+    batch = next(shards.iter_batches(6))
     assert sorted(batch["unreadable"]) == ["0.tar/000000000", "0.tar/000000002"]
     assert {*batch["txt"]} == {f"image {n}" for n in (1, 3, 4, 5)}
     assert batch["z"].shape == (6, 4, 4, 4)
@@ -347,10 +347,10 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, locati
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = Data(batch_size=3, train=train, **caches)
     source, _ = open_batches(model, data, 0)
-    batch = next(source.batches(3, workers=1))
+    batch = next(source.iter_batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
     assert all(caption in model.conditioner.text.cache for caption in batch["txt"])
-    assert source.fixed_samples(1)[0]["jpg"].shape == (3, 16, 16)
+    assert source.load_fixed_samples(1)[0]["jpg"].shape == (3, 16, 16)
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
         open_batches(model, Data(batch_size=3, train=train, **caches), 0)

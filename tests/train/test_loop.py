@@ -242,5 +242,7 @@ def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
     assert isinstance(model, AutoencoderKL)
     model.load_state_dict(read_checkpoint(run.checkpoints / "last.safetensors").state)
     with torch.no_grad():
-        z = torch.cat([model.encode(s["jpg"][None]).mode() for s in run.source.fixed_samples(23)])
+        z = torch.cat(
+            [model.encode(s["jpg"][None]).mode() for s in run.source.load_fixed_samples(23)]
+        )
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)

@@ -28,7 +28,9 @@ def source() -> DatasetSource:
 
 def compare(model: Any, source: DatasetSource) -> BaselineComparison:
     generator = torch.Generator().manual_seed(0)
-    return sanity.compare_with_baseline(model, source.fixed_samples(6), generator, batch_size=4)
+    return sanity.compare_with_baseline(
+        model, source.load_fixed_samples(6), generator, batch_size=4
+    )
 
 
 def test_a_trained_model_is_far_better_than_the_baseline(demo: Any, source: DatasetSource) -> None:
@@ -66,15 +68,17 @@ def test_random_weights_stop_a_fine_tune(
     with pytest.raises(
         ValueError, match="hardly better than a trivial baseline: are its weights loaded"
     ):
-        sanity.check_initial_weights(demo, source.fixed_samples(4), batch_size=8, seed=1)
+        sanity.check_initial_weights(demo, source.load_fixed_samples(4), batch_size=8, seed=1)
 
 
 def test_an_autoencoder_must_do_better_than_mean_colors(
     demo: Any, source: DatasetSource, monkeypatch: Any
 ) -> None:
-    sanity.check_initial_weights(demo.autoencoder, source.fixed_samples(2), batch_size=8, seed=1)
+    sanity.check_initial_weights(
+        demo.autoencoder, source.load_fixed_samples(2), batch_size=8, seed=1
+    )
     monkeypatch.setattr(demo.autoencoder, "decode", lambda z: torch.zeros(2, 3, 64, 64))
     with pytest.raises(ValueError, match="hardly better than mean colors"):
         sanity.check_initial_weights(
-            demo.autoencoder, source.fixed_samples(2), batch_size=8, seed=1
+            demo.autoencoder, source.load_fixed_samples(2), batch_size=8, seed=1
         )

@@ -125,7 +125,7 @@ def test_the_unconditional_half_of_a_grid_keeps_its_sizes(
         return torch.zeros(1, 4, 8, 8)
 
     monkeypatch.setattr("ldm.train.monitoring.samples.sample", sample)
-    sample_images(run, run.model, run.source.fixed_samples(1))
+    sample_images(run, run.model, run.source.load_fixed_samples(1))
     (cond, uncond), pooled = [value.vector for value in conds], 40
     assert not uncond[:, :pooled].any()
     assert uncond[:, pooled:].equal(cond[:, pooled:]) == (not legacy)

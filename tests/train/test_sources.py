@@ -30,10 +30,12 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     data = make_data(validation={**TRAIN, "split": "heldout"})
     train, held_out = open_batches(nn.Identity(), data, 23)
     assert held_out is not None
-    assert (train.batches_per_epoch(1), held_out.batches_per_epoch(1)) == (23, 1)
-    batch = next(train.batches(4, start=2))
+    assert (train.get_batches_per_epoch(1), held_out.get_batches_per_epoch(1)) == (23, 1)
+    batch = next(train.iter_batches(4, start=2))
     assert batch["jpg"].shape == (4, 3, 16, 16)
-    assert torch.equal(held_out.fixed_samples(1)[0]["jpg"], held_out.fixed_samples(1)[0]["jpg"])
+    assert torch.equal(
+        held_out.load_fixed_samples(1)[0]["jpg"], held_out.load_fixed_samples(1)[0]["jpg"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_plain_images_do_not_suit_the_transform_of_drawings(tmp_path: Path) -> N
     data = make_data(train={**TRAIN, "split": None, "root": tmp_path})
     source, _ = open_batches(nn.Identity(), data, 23)
     with pytest.raises(ValueError, match="`a.png` has no `object` .* the transform `emoji` needs"):
-        next(source.batches(1))
+        next(source.iter_batches(1))
 
 
 def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_image(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_image(tmp_path:
     caches = {key: {"cache": str(tmp_path / key)} for key in ("latents", "texts")}
     for extras in ({}, {"latents": caches["latents"]}, caches):
         source, _ = open_batches(model, make_data(train=train, **extras), 23)
-        batch = next(source.batches(3))
+        batch = next(source.iter_batches(3))
         assert set(batch["txt"]) == {"a", "c"}
         assert batch["unreadable"] == ["b.png"]
 
@@ -119,7 +121,7 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
         make_data(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}),
         23,
     )
-    assert next(train.batches(4))["jpg"].shape == (4, 3, 16, 16)
+    assert next(train.iter_batches(4))["jpg"].shape == (4, 3, 16, 16)
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     open_batches(model, make_data(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
     shown, text = model.conditioner.text.token_ids.clone(), model.conditioner.text

@@ -78,7 +78,7 @@ def cache_contexts(
             if not isinstance(transform, PhotoTransform) or transform.tags is not None:
                 message = "data.params.texts: only photos without `tags` have fixed captions"
                 raise ValueError(message)
-            captions = (text for row in dataset.metadata() for text in get_captions(row))
+            captions = (text for row in dataset.iter_metadata() for text in get_captions(row))
             fill = partial(contexts.fill, encoder, captions, batch_size)
             if isinstance(dataset, Shards):
                 fill_from_shards(contexts.store, dataset, [contexts.encoder_digest], fill)

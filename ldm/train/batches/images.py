@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ldm.data.dataset import ImageDataset
-from ldm.data.drawings import EmojiTransform, caption_texts
+from ldm.data.drawings import EmojiTransform, list_caption_texts
 from ldm.data.folder import Folder, read_metadata
 from ldm.data.hub import Hub
 from ldm.data.shards import Shards, expand_patterns
@@ -87,8 +87,10 @@ def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> No
         ids = encoder.token_ids
         if ids is not None and ids.equal(torch.arange(len(ids))):  # the initial placeholder
             # A folder's metadata has the rows of all splits.
-            rows = read_metadata(images.root) if isinstance(images, Folder) else images.metadata()
-            ids.copy_(collect_vocabulary(caption_texts(rows), encoder))
+            rows = (
+                read_metadata(images.root) if isinstance(images, Folder) else images.iter_metadata()
+            )
+            ids.copy_(collect_vocabulary(list_caption_texts(rows), encoder))
 
 
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
@@ -96,7 +98,7 @@ def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shar
     if model.conditioner.text is None or not isinstance(images, Folder):
         return
     if isinstance(images.transform, PhotoTransform):
-        missing = sum(not row.get("text") for row in images.metadata())
+        missing = sum(not row.get("text") for row in images.iter_metadata())
         if missing:
             log.warning(
                 "%d of %d images of `%s` have no caption", missing, len(images), images.root

@@ -100,7 +100,7 @@ class LatentCache:
             name: value.float() if value.is_floating_point() else value
             for name, value in self.store[key].items()
         }
-        fields = self.transform.row_fields(row, rng, self.get_variant_name(file_digest, variant))
+        fields = self.transform.make_row_fields(row, rng, self.get_variant_name(file_digest, variant))
         # Sizes depend on the crop: only cached ones, those that the model reads, are valid.
         fields = {k: v for k, v in fields.items() if k in tensors or k not in SIZE_KEYS}
         return {**tensors, **fields}
@@ -145,7 +145,7 @@ class LatentCache:
         except UnreadableSample:  # reported when the sample is read
             return None
         rng = Random(f"{file_digest} {variant}")
-        return self.transform.image_fields(image, rng, self.get_variant_name(file_digest, variant))
+        return self.transform.make_image_fields(image, rng, self.get_variant_name(file_digest, variant))
 
 
 class LatentDataset(SampleDataset):
@@ -164,11 +164,11 @@ class LatentDataset(SampleDataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng = Random(f"{self.dataset.seed} {epoch} {index}")
-        row, name = self.dataset.row(index), self.dataset.name(index)
+        row, name = self.dataset.read_row(index), self.dataset.get_name(index)
         return self.cache.sample(name, self.digests[index], self._get_bucket_size(index), row, rng)
 
-    def names(self) -> Iterator[str]:
-        return self.dataset.names()
+    def iter_names(self) -> Iterator[str]:
+        return self.dataset.iter_names()
 
     def iter_missing_inputs(self) -> Iterator[tuple[str, LatentInput]]:
         """Yield the inputs of all latents that are not in the cache."""
@@ -181,7 +181,7 @@ class LatentDataset(SampleDataset):
     def _digest(self, index: int) -> str:
         """Return the digest of the file of a sample, "" if it cannot be read."""
         try:
-            return digest(self.dataset.content(index))
+            return digest(self.dataset.read_bytes(index))
         except OSError:
             return ""
 
@@ -216,11 +216,11 @@ def cache_latents(
     """
     transform = images.transform
     variants = variants_per_image or len(transform.variants) or 1
-    if variants == 1 and transform.random_options():
+    if variants == 1 and transform.list_random_options():
         log.warning(
             "%s: drawn only once for each image, as latents are cached; `variants_per_image` "
             "caches more variants",
-            ", ".join(f"`{name}`" for name in transform.random_options()),
+            ", ".join(f"`{name}`" for name in transform.list_random_options()),
         )
     latents = LatentCache(
         TensorStore(cache, "latents"),
@@ -243,11 +243,11 @@ def cache_latents(
 
 def _iter_shard_inputs(shards: Shards, cache: LatentCache) -> Iterator[tuple[str, LatentInput]]:
     """Yield (key, input) of all variants of the samples in shards."""
-    for raw in shards.raw_samples():
+    for raw in shards.read_raw_samples():
         with suppress(ValueError):  # reported when the sample is read
             file_digest = digest(find_image(raw)[1])
             load = partial(_decode_image, raw)
-            yield from cache.iter_inputs(load, file_digest, shards.bucket_size(raw))
+            yield from cache.iter_inputs(load, file_digest, shards.get_bucket_size(raw))
 
 
 def _decode_image(raw: RawSample) -> Image.Image:
@@ -264,7 +264,7 @@ def _make_shard_sample(cache: LatentCache, shards: Shards, raw: RawSample, rng: 
         file_digest, row = digest(find_image(raw)[1]), parse_metadata(raw)
     except ValueError as error:
         raise UnreadableSample(name, str(error)) from error
-    return cache.sample(name, file_digest, shards.bucket_size(raw), row, rng)
+    return cache.sample(name, file_digest, shards.get_bucket_size(raw), row, rng)
 
 
 @torch.inference_mode()
@@ -299,7 +299,7 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     if isinstance(model.autoencoder, AutoencoderKL):
         modules += [model.autoencoder.encoder, model.autoencoder.quant_conv]
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
-    name, options = transform.cache_key()
+    name, options = transform.get_cache_key()
     weights = digest_weights(*modules)
     dependencies: list[object] = [VERSION, name, options, weights, model.scale_factor, precision]
     dependencies += _list_size_keys(model)

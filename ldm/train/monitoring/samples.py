@@ -49,7 +49,7 @@ def draw_samples(run: Run) -> list[Path]:
         sources["val"] = run.validation_source
     paths = []
     for split, source in sources.items():
-        samples = source.fixed_samples(options.images)
+        samples = source.load_fixed_samples(options.images)
         if options.prompts and split == "train" and isinstance(run.model, LatentDiffusion):
             for index, item in enumerate(samples):
                 item["txt"] = options.prompts[index % len(options.prompts)]

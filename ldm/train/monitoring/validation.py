@@ -36,8 +36,8 @@ def validate(run: Run, num_batches: int | None = None) -> dict[str, float]:
 
 def _compute_mean_losses(run: Run, source: BatchSource, num_batches: int) -> dict[str, float]:
     rank, world_size = run.ranks.rank, run.ranks.world_size
-    batches = source.batches(run.batch_size, rank=rank, world_size=world_size)
-    batches_per_epoch = source.batches_per_epoch(run.batch_size)
+    batches = source.iter_batches(run.batch_size, rank=rank, world_size=world_size)
+    batches_per_epoch = source.get_batches_per_epoch(run.batch_size)
     if batches_per_epoch is not None:
         num_batches = max(1, min(num_batches, int(batches_per_epoch)))
     # All ranks need the same number: a forward pass gathers sharded weights from all.

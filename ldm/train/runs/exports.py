@@ -174,7 +174,7 @@ def _cast_if_possible(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _load_statistics_images(run: Run) -> Iterator[Tensor]:
     """Yield images (3, H, W) of the data; none is read before the task asks for it."""
-    yield from (sample["jpg"] for sample in run.source.fixed_samples(STATISTICS_IMAGES))
+    yield from (sample["jpg"] for sample in run.source.load_fixed_samples(STATISTICS_IMAGES))
 
 
 def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
