@@ -22,7 +22,7 @@ from ldm.generate.options import encode_option, get_options
 from ldm.generate.plan import Batch
 from ldm.generate.request import Request
 from ldm.imaging.metadata import hash_pixels
-from ldm.imaging.watermark import can_hold
+from ldm.imaging.watermark import can_hold_watermark
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
@@ -220,7 +220,7 @@ def describe_depth(depth: Image.Image) -> Info:
 
 def choose_watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
     """Return the watermark method for images of a size (height, width); None = no watermark."""
-    if request.output.no_watermark or not can_hold(size[::-1]):
+    if request.output.no_watermark or not can_hold_watermark(size[::-1]):
         return None
     if payload == "SDXL" and "float-watermark" in request.sampling.legacy:
         return FLOAT_WATERMARK

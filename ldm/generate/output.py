@@ -24,7 +24,7 @@ from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import hash_pixels
 from ldm.imaging.output import OutputFolder, get_depth_path
 from ldm.imaging.pixels import make_grid, to_pil
-from ldm.imaging.rgbd import place_beside, split_color, split_depth
+from ldm.imaging.rgbd import join_side_by_side, split_color, split_depth
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
 from ldm.loading.files.latents import LATENT_SUFFIX, save_latent
 from ldm.runtime.types import JsonMapping
@@ -117,7 +117,7 @@ class ImageWriter:
             log_safety(info, self.listener)
             self.listener.add_image(info)
             if image is not None and self._makes_grid and len(self._grid_images) < GRID_LIMIT:
-                cell = image if depth is None else place_beside(image, depth)
+                cell = image if depth is None else join_side_by_side(image, depth)
                 self._grid_images.append((cell, info))
 
     def _save_image(

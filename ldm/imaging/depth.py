@@ -26,21 +26,21 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     """
     stored = _load(path)
     low, high = stored.find_finite_range()
-    stored.log_notes()
+    stored.log_warnings()
     depth = torch.tensor(stored.compute_luminance())[None, None]
-    # 1e-6 for a map of one value, which becomes 0 everywhere.
+    # At least 1e-6, so that a constant map becomes 0, not NaN.
     depth = ((depth - low) / torch.tensor(high - low).clamp(min=1e-6)).nan_to_num(0, 1, 0)
     return 1 - depth if inverted else depth
 
 
 def load_unnormalized_depth(path: str | Path) -> Image.Image:
-    """Load a depth map without normalizing it: "F" in [0, 1], where 1 is 255, 65535 or 1.0.
+    """Load a depth map without normalizing it: "F" in [0, 1]; 1 is 255, 65535 or 1.0 in the file.
 
     Raises:
         ArgumentError: Values are not finite, or floats outside 0 … 1.
     """
     stored = _load(path)
-    stored.log_notes()
+    stored.log_warnings()
     white = stored.white if stored.image.mode == "F" else 255.0
     values = stored.compute_luminance()
     if white is None or not np.isfinite(values).all():

@@ -22,9 +22,9 @@ __all__ = ["load_mask", "make_mask"]
 
 log = logging.getLogger(__name__)
 
-THRESHOLD = 128  # the smallest value that is inpainted
-MAX_LABEL = 32  # highest value that may be a class label (VOC has 20); 255 means "ignored" there
-COLOR_RANGE = 48  # difference of a pixel's channels above which it counts as coloured
+THRESHOLD = 128  # minimum value of a pixel that is inpainted
+MAX_LABEL = 32  # maximum class label (VOC has 20); 255 means "ignored" in such masks
+MAX_GRAY_RANGE = 48  # maximum difference of the channels of a gray pixel
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -38,10 +38,10 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
     """
     stored = load_stored(path)
     mask = _find_painted_area(stored)
-    stored.log_notes()
+    stored.log_warnings()
     if mask.size == size:
         return mask
-    # 2 %, as the sides of a smaller mask are rounded.
+    # A tolerance of 2 %, as the sides of a smaller mask are rounded.
     if abs(mask.width / mask.height * size[1] / size[0] - 1) > 0.02:
         raise ArgumentError(
             f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}:"
@@ -62,10 +62,10 @@ def make_mask(
     """Make the mask of an image file, "L", white = inpaint.
 
     Args:
-        mask: A file; None = the box, or else the transparent parts of the image.
-        box: (left, top, right, bottom) in pixels; None = none. Ignored if there is a mask file.
+        mask: A file; None = the box, else the transparent parts of the image.
+        box: (left, top, right, bottom) in pixels; ignored if there is a mask file.
         grow: Pixels by which the mask is dilated.
-        blur: Standard deviation of the Gaussian blur of the mask, pixels.
+        blur: Standard deviation of a Gaussian blur of the mask, in pixels.
     Raises:
         ArgumentError: There is no mask, or it is empty.
     """
@@ -110,7 +110,7 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
         return Image.fromarray((values > low).astype(np.uint8) * 255)
     gray = stored.to_gray()
     histogram = np.bincount(np.asarray(gray).ravel(), minlength=256)
-    labelled, ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]  # numbers of pixels
+    labelled, ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]  # pixel counts
     if labelled > ignored > 0 and not histogram[MAX_LABEL + 1 : 255].any():
         log.warning(
             "the mask `%s` has small values and 255, like labels of a data set: labels are "
@@ -128,7 +128,7 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
 def _has_much_color(image: Image.Image) -> bool:
     """Return whether over 2 % of the pixels are coloured, more than JPEG makes of grey images."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
-    return bool((np.ptp(rgb, axis=-1) > COLOR_RANGE).mean() > 0.02)
+    return bool((np.ptp(rgb, axis=-1) > MAX_GRAY_RANGE).mean() > 0.02)
 
 
 def _is_black_and_white(values: np.ndarray) -> bool:

@@ -1,7 +1,7 @@
 """Save an image with depth as a textured 3D mesh, a .glb file for viewers of 3D models.
 
 The mesh ("relief" for users) is a height field with two triangles in each cell. Depth is relative,
-so its scale is a choice: the nearest point is HEIGHT above the farthest.
+so its scale is arbitrary: the nearest point is HEIGHT above the farthest.
 """
 
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["can_save_meshes", "check_can_save_meshes", "save_mesh"]
 
 HEIGHT = 0.35  # as a fraction of the image's longer side
-VERTICES = 256  # along the longer side of the mesh: at most 130,050 triangles
+MAX_VERTICES = 256  # along the longer side of the mesh: at most 130,050 triangles
 
 
 def check_can_save_meshes() -> None:
@@ -37,7 +37,7 @@ def save_mesh(path: str | Path, image: Image.Image, depth: Image.Image) -> int:
     """
     import trimesh
 
-    scale = min(1.0, VERTICES / max(depth.size))
+    scale = min(1.0, MAX_VERTICES / max(depth.size))
     columns, rows = (max(round(side * scale), 2) for side in depth.size)
     heights = Image.fromarray(np.asarray(depth, np.float32) / 65535)
     z = np.asarray(heights.resize((columns, rows), Image.Resampling.BOX))

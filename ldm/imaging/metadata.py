@@ -1,7 +1,7 @@
-"""Read and write generation parameters in PNGs: A1111's `parameters` text, and our JSON, key `ldm`.
+"""Read and write generation parameters of images: A1111's `parameters` text, and JSON of our own.
 
-Other programs read the text; `ldm replay` reads the JSON, which is complete. The info of an image
-is a plain dict; `format_parameters` uses these keys, all optional:
+Other programs read the text; `ldm replay` reads the JSON, key `ldm`, which is complete. The info of
+an image is a plain dict; `format_parameters` uses these keys, all optional:
 
     prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, rho, sigmas, steps, scale,
     eta, s_churn, s_tmin, s_tmax, s_noise, brownian,
@@ -48,7 +48,7 @@ JSON_KEY = "ldm"
 FIXED_SCHEDULE_SAMPLERS = ("ddim", "plms", "unipc")  # A1111 ignores the schedule type for these
 
 
-def _format(value: object) -> str:
+def _format_value(value: object) -> str:
     values = value if isinstance(value, list) else [value]
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
@@ -69,11 +69,11 @@ def _parse_file(text: str) -> dict[str, str | None]:
 
 
 def _format_hashes(files: Iterable[Mapping[str, str]], key: str) -> str:
-    pairs = ((PurePath(file["path"]).stem, file.get(key)) for file in files)
-    return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
+    hashes = ((PurePath(file["path"]).stem, file.get(key)) for file in files)
+    return ", ".join(f"{name}: {digest}" for name, digest in hashes if digest)
 
 
-def _parse_pair(text: str) -> list[int]:
+def _parse_two_integers(text: str) -> list[int]:
     first, second = text.split(",")
     return [int(first), int(second)]
 
@@ -92,12 +92,12 @@ def _parse_tiling(text: str) -> str:
 
 
 def _find_concept_name(text: str) -> str:
-    """Return the name in SLD_CONCEPTS of a text, else the text itself."""
+    """Return the key of a text in SLD_CONCEPTS, else the text itself."""
     return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
 
 
 def _get_sampler_label(name: str) -> str:
-    """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the name of that."""
+    """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the same name."""
     row = SAMPLERS.get(name)
     if row is None:
         return name
@@ -126,14 +126,14 @@ class Setting(NamedTuple):
 
     key: str
     parse: Callable[[str], object] | None = None
-    format: Callable[[Any], str] = _format
+    format: Callable[[Any], str] = _format_value
 
 
-# By name in A1111's text, or a name of ours, in A1111's order.
+# Settings by their name in A1111's text, or a name of our own, in A1111's order.
 SETTINGS = {
     "Steps": Setting("steps", int),
     "Sampler": Setting("sampler", None, _get_sampler_label),  # read by `parse_sampler`
-    "Schedule type": Setting("schedule_type"),  # as well
+    "Schedule type": Setting("schedule_type"),  # also by `parse_sampler`
     "Schedule rho": Setting("rho", float),
     "Sigmas": Setting("sigmas", _parse_numbers, lambda sigmas: ", ".join(map(repr, sigmas))),
     "CFG scale": Setting("scale", float),
@@ -163,13 +163,13 @@ SETTINGS = {
     "Brownian noise": Setting("brownian", lambda text: text == "True"),
     "Prompt 2": Setting("prompt_2", str),
     "Negative prompt 2": Setting("negative_prompt_2", str),
-    "Original size": Setting("original_size", _parse_pair),
-    "Crop": Setting("crop", _parse_pair),
-    "Target size": Setting("target_size", _parse_pair),
+    "Original size": Setting("original_size", _parse_two_integers),
+    "Crop": Setting("crop", _parse_two_integers),
+    "Target size": Setting("target_size", _parse_two_integers),
     "Aesthetic score": Setting("aesthetic_score", float),
-    "Negative original size": Setting("negative_original_size", _parse_pair),
-    "Negative crop": Setting("negative_crop", _parse_pair),
-    "Negative target size": Setting("negative_target_size", _parse_pair),
+    "Negative original size": Setting("negative_original_size", _parse_two_integers),
+    "Negative crop": Setting("negative_crop", _parse_two_integers),
+    "Negative target size": Setting("negative_target_size", _parse_two_integers),
     "Negative aesthetic score": Setting("negative_aesthetic_score", float),
     "SLD": Setting("sld", str),
     "SLD concept": Setting("sld_concept", str, _find_concept_name),
@@ -189,13 +189,13 @@ SETTINGS = {
     "TI hashes": Setting("embeddings", None, partial(_format_hashes, key="hash")),
     "Version": Setting("version", str),
 }
-FORMER_NAMES = {"Mask grow": "Mask expand"}  # that version 0.1 wrote
-# Values that are not written; nor are None, "", [] and {}.
+FORMER_NAMES = {"Mask grow": "Mask expand"}  # of version 0.1
+# Values that are not written, besides None, "", [] and {}.
 DEFAULTS = {
     "resize_mode": "crop", "mask_grow": 0, "mask_blur": 0, "tiling": "none", "s_churn": 0,
     "s_tmin": 0, "s_noise": 1, "brownian": False, "syntax": "plain", "noise_sigma": 0,
 }  # fmt: skip
-DDIM_CFG_PP = "DDIM CFG++"  # in A1111 its guidance scale is divided by 12.5; not in Forge
+DDIM_CFG_PP = "DDIM CFG++"  # A1111 divides its guidance scale by 12.5, Forge does not
 LORA_TAGS = re.compile(r" ?<lora:([^<>:]*):?([^<>]*)>")  # name, weight
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
@@ -242,7 +242,7 @@ def _read_user_comment(image: Image.Image) -> str | None:
         comment: bytes = exif[ExifTags.Base.UserComment]
         is_unicode = comment.startswith(b"UNICODE\0")
         return comment[8:].decode("utf-16-be" if is_unicode else "utf-8").strip("\0")
-    except Exception:  # as Pillow's readers: no comment, or damaged EXIF data
+    except Exception:  # no comment, or any error of Pillow on damaged EXIF data
         return None
 
 
@@ -254,7 +254,7 @@ def hash_pixels(image: Image.Image) -> str:
 
 def format_parameters(info: JsonMapping) -> str:
     """Format the info as A1111 does: prompt, negative prompt and one line of settings."""
-    tags = [f"<lora:{PurePath(lora['path']).stem}:{_format(lora['weight'])}>"
+    tags = [f"<lora:{PurePath(lora['path']).stem}:{_format_value(lora['weight'])}>"
             for lora in info.get("loras") or ()]  # fmt: skip
     lines = [" ".join(filter(None, [str(info.get("prompt") or ""), *tags]))]
     if info.get("negative_prompt"):
@@ -275,18 +275,18 @@ def _iter_settings(info: JsonMapping) -> Iterator[tuple[str, str]]:
     if strength is not None:
         values["refiner_start"] = round(1 - strength, 4)
     defaults = DEFAULTS | {"eta": row.eta if row else 0}
-    left_out = ["Eta" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta DDIM"]
+    skipped = ["Eta" if sampler in FIXED_SCHEDULE_SAMPLERS else "Eta DDIM"]
     if not info.get("s_churn"):
-        left_out += ["Sigma tmin", "Sigma tmax"]
+        skipped += ["Sigma tmin", "Sigma tmax"]
     for name, setting in SETTINGS.items():
         value = values.get(setting.key)
         is_default = value in (None, "", [], {}) or value == defaults.get(setting.key)
-        if not is_default and name not in left_out and (text := setting.format(value)):
+        if not is_default and name not in skipped and (text := setting.format(value)):
             yield name, text
 
 
 def _parse_weight(text: str) -> float | str:
-    """Return the weight of a LoRA: a number, or the text of several, by network and block."""
+    """Parse the weight of a LoRA: a number, or the text of weights by network and block."""
     try:
         return float(text)
     except ValueError:
@@ -294,18 +294,18 @@ def _parse_weight(text: str) -> float | str:
 
 
 def _get_schedule_type(info: JsonMapping) -> str | None:
-    """Return A1111's name of the scheduler; for others a name that A1111 does not use."""
+    """Return the name of the scheduler in A1111, or a name that A1111 does not use."""
     if info.get("sigmas"):
         return None
     # Version 0.1 wrote "grid".
     name = info.get("scheduler_in_use") or info.get("scheduler") or info.get("grid")
     if name == "uniform" and info.get("sampler") in FIXED_SCHEDULE_SAMPLERS:
-        return None  # A1111 has the same steps for these, with any schedule type
+        return None  # in A1111 the schedule type has no effect on these
     return SCHEDULERS[name].label if name in SCHEDULERS else None
 
 
 def parse_parameters(parameters: str) -> JsonObject:
-    """Parse A1111's text into an info; the last line is settings if it has three or more of them.
+    """Parse A1111's text into an info; the last line is settings if it has at least three.
 
     Returns:
         See `read_info`.
@@ -349,21 +349,21 @@ def parse_parameters(parameters: str) -> JsonObject:
 
 
 def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
-    """Remove sampler and schedule type from settings, and return them as our options.
+    """Remove sampler and schedule type from settings, and return them as options of ours.
 
     A1111 before 1.9 wrote both as "Sampler".
 
     Args:
         settings: Value by A1111's name; changed in place.
-        version: Of the program that wrote them; for others than ours, a missing schedule type is
-            A1111's default.
+        version: Version of the program that wrote them; unless it is ours, a missing schedule type
+            means A1111's default.
     Returns:
         `sampler` and `scheduler`, as far as they are known.
     """
     is_ours = version.startswith("ldm")
     name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
     schedulers = {scheduler.label: key for key, scheduler in SCHEDULERS.items()}
-    # "Uniform" is k-diffusion's in A1111; our version 0.1 wrote it for the original's.
+    # "Uniform" is k-diffusion's in A1111, but the original's in texts of our version 0.1.
     schedulers["Uniform"] = "uniform" if is_ours else "normal"
     for label in schedulers:
         if name.endswith(f" {label}"):
@@ -377,7 +377,7 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
     if row and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
         match = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
         is_before_1_9 = match is not None and (int(match[1]), int(match[2])) < (1, 9)
-        # Until then these two were part of the sampler's name; a name without them is "normal".
+        # Before 1.9 these two were part of the sampler's name; a name without them means "normal".
         was_in_name = row.a1111_scheduler in ("karras", "exponential")
         is_normal = is_before_1_9 and was_in_name
         options["scheduler"] = "normal" if is_normal else row.a1111_scheduler

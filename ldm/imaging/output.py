@@ -23,13 +23,13 @@ __all__ = ["OutputFolder", "check_outdir", "get_depth_path"]
 
 
 def check_outdir(outdir: str | Path) -> None:
-    """Raise ArgumentError if a folder, which need not exist, cannot be made or written into."""
+    """Raise ArgumentError if a folder cannot be written into, or not be created."""
     path = Path(outdir).expanduser()
-    nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
-    if not nearest.is_dir():
-        raise ArgumentError(f"`{nearest}` is not a folder", "outdir")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ArgumentError(f"no permission to write into `{nearest}`", "outdir")
+    existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not existing.is_dir():
+        raise ArgumentError(f"`{existing}` is not a folder", "outdir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ArgumentError(f"no permission to write into `{existing}`", "outdir")
 
 
 class OutputFolder:
@@ -54,7 +54,7 @@ class OutputFolder:
         """Write the next `samples/NNNNN.png`, or `NAME-N.png`, and return its path.
 
         Args:
-            depth: Depth of the image, written beside it, see `get_depth_path`; None = it has none.
+            depth: Depth of the image, saved as `get_depth_path`; None = it has no depth.
         """
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info, depth)
@@ -78,7 +78,7 @@ class OutputFolder:
         info: JsonMapping,
         depth: Image.Image | None = None,
     ) -> Path:
-        # Numbers of this run are not used again, even if their files are deleted.
+        # Numbers of this run are not reused, even if their files are deleted.
         start = max(_find_highest_number(folder, prefix) + 1, self._next_numbers.get(folder, 0))
         return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info, depth)
 
@@ -94,7 +94,7 @@ class OutputFolder:
         """Write the image under the first free name, counting from `start`; return its path."""
         for number in count(start):
             path = folder / file_name(number)
-            if _write_new(path, image, info, depth):
+            if _write_if_free(path, image, info, depth):
                 break
         self._next_numbers[folder] = number + 1
         return path
@@ -112,7 +112,7 @@ def get_depth_path(path: str | Path) -> Path:
     return Path(path).with_name(f"{Path(path).stem}_depth.png")
 
 
-def _write_new(
+def _write_if_free(
     path: Path, image: Image.Image, info: JsonMapping, depth: Image.Image | None
 ) -> bool:
     """Write an image, and its depth, if their paths are free; return whether they were."""
@@ -124,7 +124,7 @@ def _write_new(
     except FileExistsError:
         return False
     try:
-        # Only now: another process may have finished this number since the folder was listed.
+        # Checked only now: another process may have finished this number meanwhile.
         if any(map(os.path.lexists, paths)):
             partial.unlink()
             return False

@@ -51,12 +51,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Arrange images of one size in rows, as torchvision's make_grid.
+    """Arrange images of one size in rows, as torchvision's make_grid does.
 
     Args:
         columns: Images per row; fewer if there are fewer images.
     Returns:
-        An RGB image with two black pixels around each image; a single image without them.
+        An RGB image with two black pixels around each image; a single image has no border.
     """
     if not images or columns < 1:
         raise ArgumentError(f"cannot make a grid of {len(images)} images in {columns} columns")
@@ -93,7 +93,7 @@ def resize_and_center_crop(
     """Resize the shorter side of an image to `size`, bicubic, and crop the center, as for CLIP.
 
     Args:
-        round_side: Rounds sides to whole pixels; transformers truncates them.
+        round_side: Rounds sides to whole pixels; the default truncates, as transformers does.
     """
     shorter = min(image.size)
     width, height = (round_side(size * side / shorter) for side in image.size)
@@ -103,14 +103,14 @@ def resize_and_center_crop(
 
 
 def resize_to(
-    image: Image.Image, size: tuple[int | None, int | None], fit: str = "crop"
+    image: Image.Image, size: tuple[int | None, int | None], mode: str = "crop"
 ) -> Image.Image:
     """Resize an image to (height, width).
 
     Args:
         size: A side that is None follows from the other and the aspect ratio, rounded to a multiple
             of 8; if both are None, the image is returned as it is.
-        fit: For an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
+        mode: For an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
             edge.
     """
     height, width = size
@@ -120,9 +120,9 @@ def resize_to(
         height = max(round(image.height * width / image.width / 8), 1) * 8
     elif width is None:
         width = max(round(image.width * height / image.height / 8), 1) * 8
-    if fit == "stretch":
+    if mode == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
-    if fit == "pad":
+    if mode == "pad":
         scaled = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
         return _pad(scaled, height, width)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -55,11 +55,11 @@ KNOWN_FORMATS = (
     "FLI", "BLP", "FTEX", "GBR", "PIXAR", "TGA",
 )  # fmt: skip
 Image.init()
-FORMATS = tuple(name for name in KNOWN_FORMATS if name in Image.OPEN)  # older ones have no AVIF
+FORMATS = tuple(name for name in KNOWN_FORMATS if name in Image.OPEN)  # older versions have no AVIF
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
 )
-OTHER_FORMATS = {  # description -> marks in the first bytes of the file, in lower case
+OTHER_FORMATS = {  # description -> signatures in the first bytes of the file, in lower case
     "a web page, not an image": (b"<!doctype", b"<html"),
     "an SVG drawing: convert it to PNG": (b"<svg",),
     "a document, not an image": (b"%pdf", b"%!ps"),
@@ -75,15 +75,16 @@ OTHER_FORMATS = {  # description -> marks in the first bytes of the file, in low
     "a video, not an image": (b"ftypisom", b"ftypmp4", b"ftypqt", b"\x1aE\xdf\xa3".lower()),
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
 }
-SRGB_GAMMA = 0.45455  # of the chunk gAMA in a PNG
-Tag = ExifTags.Base  # of TIFF files, too
-Turn = Image.Transpose
-TURNS = {  # by EXIF orientation
-    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-    6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+SRGB_GAMMA = 0.45455  # in the chunk gAMA of a PNG
+Tag = ExifTags.Base  # tags of EXIF data and of TIFF files
+Transpose = Image.Transpose
+TRANSPOSES = {  # by EXIF orientation
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }  # fmt: skip
-QUARTER_TURNS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
-# Pillow scales the pixels of these PNGs to 8 bits, but not their transparent colour: raw mode ->
+SIDE_SWAPS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+# Pillow scales the pixels of these PNGs to 8 bits, but not their transparent color: raw mode ->
 # factor for it.
 TRANSPARENT_COLOR_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
@@ -96,13 +97,13 @@ class StoredImage:
         name: File name, for messages.
         image: Image of any mode; "F" for values of more than 8 bits.
         white: The value of white in mode "F"; None = unknown.
-        notes: Warnings without the file name, such as "has several pages, the first is used".
+        warnings: Texts without the file name, such as "has several pages, the first is used".
     """
 
     name: str | Path
     image: Image.Image
     white: float | None = None
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def compute_luminance(self) -> np.ndarray:
         """Return luminance (H, W) float32: 0 = black, white = `white`, or 255 for 8 bits."""
@@ -121,13 +122,13 @@ class StoredImage:
         return _to_rgb(self.image).getchannel("A")
 
     def find_finite_range(self) -> tuple[float, float]:
-        """Return the least and the greatest finite luminance; note values that are not finite."""
+        """Return the least and the greatest finite luminance; warn of others."""
         values = self.compute_luminance()
         finite = values[np.isfinite(values)]
         if not finite.size:
             raise FileFormatError(f"`{self.name}` has no finite values")
         if finite.size < values.size:
-            self._add_note(
+            self._add_warning(
                 f"has {values.size - finite.size} values that are NaN or infinite, left out"
             )
         return float(finite.min()), float(finite.max())
@@ -138,7 +139,7 @@ class StoredImage:
             return _to_rgb(self.image).convert("L")
         low, high = self.find_finite_range()
         if self.white is None:
-            self._add_note(f"has values from {low:g} to {high:g}, which become black and white")
+            self._add_warning(f"has values from {low:g} to {high:g}, which become black and white")
             span = max(high - low, 1e-30)  # not 0, for an image of one value
         else:
             low, span = 0.0, self.white
@@ -154,7 +155,7 @@ class StoredImage:
             try:
                 rgb = _apply_profile(image, rgb, profile)
             except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
-                self._add_note("has a colour profile that is damaged or does not fit, ignored")
+                self._add_warning("has a colour profile that is damaged or does not fit, ignored")
         elif "srgb" not in self.image.info:
             rgb = _apply_gamma(rgb, self.image.info.get("gamma", SRGB_GAMMA))
         alpha = self.get_alpha()
@@ -162,14 +163,14 @@ class StoredImage:
             rgb.putalpha(alpha)
         return rgb
 
-    def log_notes(self) -> None:
-        """Log the notes as warnings."""
-        for note in self.notes:
-            log.warning("`%s` %s", self.name, note)
+    def log_warnings(self) -> None:
+        """Log the warnings with the file name."""
+        for text in self.warnings:
+            log.warning("`%s` %s", self.name, text)
 
-    def _add_note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
+    def _add_warning(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -181,7 +182,7 @@ def load_image(path: str | Path) -> Image.Image:
     """
     stored = load_stored(path)
     image = flatten_on_white(stored.to_srgb())
-    stored.log_notes()
+    stored.log_warnings()
     return image
 
 
@@ -202,26 +203,26 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
 def decode_stored(data: bytes, name: str | Path) -> StoredImage:
     """Decode the bytes of an image file; arguments and errors as `decode_image`."""
     with open_image(BytesIO(data), name) as file:
-        notes = []
+        texts = []  # of warnings
         # Other images in these formats are layers, previews and maps of the first one.
         if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
-            notes.append("is animated or has several pages, the first is used")
+            texts.append("is animated or has several pages, the first is used")
         if file.format == "PNG" and (space := _find_color_space(data)):
-            notes.append(f"has {space} colours (cICP), which are read as sRGB: convert it first")
+            texts.append(f"has {space} colours (cICP), which are read as sRGB: convert it first")
         _scale_transparent_color(file)
-        if file.format == "TIFF" and _is_wide_planar(file):
+        if file.format == "TIFF" and _has_wide_planes(file):
             raise UnidentifiedImageError
         file.load()  # which turns a TIFF upright
-        turn = _find_turn(file)
-        image = file.copy() if turn is None else file.transpose(turn)
-        if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_invisible(image):
+        transpose = _find_transpose(file)
+        image = file.copy() if transpose is None else file.transpose(transpose)
+        if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_transparent(image):
             image = image.convert("RGB")  # some programs leave the unused alpha channel at 0
         if image.mode[0] not in "IF":  # "I", "I;16" and "F" have more than 8 bits
-            return StoredImage(name, image, notes=notes)
+            return StoredImage(name, image, warnings=texts)
         values, white = _read_values(file, image)
         float_image = Image.fromarray(values)
         float_image.info = image.info
-        return StoredImage(name, float_image, white, notes)
+        return StoredImage(name, float_image, white, texts)
 
 
 @contextmanager
@@ -276,7 +277,7 @@ def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
     """Read (width, height) of the upright image from the header; errors as `open_image`."""
     with open_image(file, None if isinstance(file, (str, Path)) else "the image") as image:
         # Pillow swaps the sides of a rotated TIFF itself.
-        is_rotated = image.format != "TIFF" and _find_turn(image) in QUARTER_TURNS
+        is_rotated = image.format != "TIFF" and _find_transpose(image) in SIDE_SWAPS
         return image.size[::-1] if is_rotated else image.size
 
 
@@ -310,11 +311,11 @@ def _describe_content(source: Path | BytesIO) -> str:
     return next(formats, "something else, not an image")
 
 
-def _find_turn(image: ImageFile.ImageFile) -> Image.Transpose | None:
-    """Return what turns an image upright, by its EXIF data; None if it is, or they are damaged."""
+def _find_transpose(image: ImageFile.ImageFile) -> Image.Transpose | None:
+    """Return the transpose that makes an image upright, by its EXIF data; None = none is known."""
     try:
-        return TURNS.get(image.getexif().get(Tag.Orientation, 1))
-    except Exception:  # as Pillow's readers; the pixels are intact
+        return TRANSPOSES.get(image.getexif().get(Tag.Orientation, 1))
+    except Exception:  # Pillow raises errors of any kind on damaged EXIF data; pixels are intact
         return None
 
 
@@ -329,14 +330,14 @@ def _find_color_space(data: bytes) -> str | None:
     return hdr or ("wide-gamut" if is_wide else None)
 
 
-def _is_wide_planar(file: ImageFile.ImageFile) -> bool:
+def _has_wide_planes(file: ImageFile.ImageFile) -> bool:
     """Return whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
     tags = getattr(file, "tag_v2", {})
     is_planar = tags.get(Tag.PlanarConfiguration) == 2
     return is_planar and max(tags.get(Tag.BitsPerSample, (8,))) > 8
 
 
-def _is_invisible(image: Image.Image) -> bool:
+def _is_transparent(image: Image.Image) -> bool:
     return image.getchannel("A").getextrema() == (0, 0)
 
 
@@ -354,7 +355,7 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     """Return values of more than 8 bits, (H, W) float32, and the value of white; None = unknown.
 
     Args:
-        file: The file, for its tags.
+        file: The file, for its mode and tags.
         image: Its upright image.
     """
     values = np.asarray(image)
@@ -387,11 +388,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image:
-    """Convert from a colour profile to sRGB; errors of Pillow are passed on.
+    """Convert an image with a color profile to sRGB; raises Pillow's errors.
 
     Args:
-        image: As stored.
-        rgb: The image as RGB, its profile ignored.
+        image: The image in its stored mode.
+        rgb: The image as RGB, without regard to the profile.
     """
     space, transform = _build_transform(profile)
     if space == "GRAY" and image.mode in ("1", "L", "LA"):
@@ -404,7 +405,7 @@ def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Imag
 
 
 def _apply_gamma(rgb: Image.Image, gamma: float) -> Image.Image:
-    """Convert to sRGB from values that are linear light to the power of `gamma`, as in a PNG."""
+    """Convert to sRGB from values that are linear light to the power of `gamma`, PNG's gAMA."""
     if not 0 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05:
         return rgb
     light = (np.arange(256) / 255) ** (1 / gamma)
@@ -421,7 +422,7 @@ def _build_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | 
     mode = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}.get(space, "")
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode != "CMYK":
-        # Most profiles are sRGB under one name or another, and rounding would change its pixels.
+        # Most profiles are sRGB under some name; converting would only change pixels by rounding.
         levels = np.arange(0, 256, 15, dtype=np.uint8)
         cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
         probe = Image.fromarray(cube).convert(mode)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["join_depth", "place_beside", "split_color", "split_depth"]
+__all__ = ["join_depth", "join_side_by_side", "split_color", "split_depth"]
 
 COLOR_CHANNELS = 3
 WHITE = 65535  # largest value of 16 bits
@@ -56,9 +56,9 @@ def split_depth(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels.astype(np.uint16)]
 
 
-def place_beside(image: Image.Image, depth: Image.Image) -> Image.Image:
+def join_side_by_side(image: Image.Image, depth: Image.Image) -> Image.Image:
     """Return an RGB image with the image on the left and its depth, in 8 bits, on the right."""
-    pair = Image.new("RGB", (2 * image.width, image.height))
-    pair.paste(image)
-    pair.paste(Image.fromarray((np.asarray(depth) >> 8).astype(np.uint8)), (image.width, 0))
-    return pair
+    canvas = Image.new("RGB", (2 * image.width, image.height))
+    canvas.paste(image)
+    canvas.paste(Image.fromarray((np.asarray(depth) >> 8).astype(np.uint8)), (image.width, 0))
+    return canvas

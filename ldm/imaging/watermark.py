@@ -26,15 +26,15 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 __all__ = [
     "METHODS",
     "PAYLOADS",
-    "Finding",
+    "Detection",
     "Method",
-    "can_hold",
-    "embed",
+    "can_hold_watermark",
+    "detect_watermarks",
     "embed_floats",
     "embed_or_warn",
-    "identify",
+    "embed_watermark",
     "measure_agreement",
-    "read",
+    "read_bits",
 ]
 
 log = logging.getLogger(__name__)
@@ -55,15 +55,15 @@ SHIFT, ROUND, CENTER = 14, 1 << 13, 128 << 14
 
 
 @dataclass(frozen=True)
-class Finding:
-    """How well an image agrees with a payload written by a method.
+class Detection:
+    """How much of a payload, written by a method, is found in an image.
 
     Attributes:
         payload: Name in PAYLOADS.
         method: A name in METHODS.
-        agreement: Fraction of the payload's bits that are correct by the majority of the blocks.
-        votes: Fraction of the blocks that carry the correct bit.
-        verdict: `found` (all bits), `damaged` (too many to be random) or `absent`.
+        agreement: Fraction of the payload's bits that the majority of their blocks has right.
+        votes: Fraction of all blocks that carry the correct bit.
+        verdict: `found` (all bits), `damaged` (more bits than by chance) or `absent`.
     """
 
     payload: str
@@ -73,7 +73,7 @@ class Finding:
     verdict: Literal["found", "damaged", "absent"]
 
 
-def embed(
+def embed_watermark(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
     """Return a copy of the image with the payload in it.
@@ -90,7 +90,7 @@ def embed(
 
 
 def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
-    """Embed `dwtDct` into float pixels, as SDXL's demo does; rounding later destroys some bits.
+    """Embed `dwtDct` into float pixels, as SDXL's demo does; rounding them destroys some bits.
 
     U and V of floats have an offset of 0.5 and are not clipped, as in OpenCV.
 
@@ -100,7 +100,7 @@ def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
     r, g, b = (rgb[..., k].astype(np.float32) for k in range(3))
     y = _fma(b, 0.114, _fma(g, 0.587, r * np.float32(0.299)))
     u, v = _fma(b - y, 0.492, np.float32(0.5)), _fma(r - y, 0.877, np.float32(0.5))
-    _mark_largest(u, _to_bits(payload))
+    _write_largest(u, _to_bits(payload))
     u, v = u - np.float32(0.5), v - np.float32(0.5)
     green = _fma(v, -0.581, _fma(u, -0.395, y))
     return np.stack([_fma(v, 1.140, y), green, _fma(u, 2.032, y)], -1)
@@ -109,29 +109,29 @@ def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
 def embed_or_warn(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """Embed a payload; warn if the image is too small, or the payload cannot be read back."""
-    if not can_hold(image.size):
+    """Embed a payload; warn if the image is too small or the payload cannot be read back."""
+    if not can_hold_watermark(image.size):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
-    marked = embed(image, payload, method)
+    marked = embed_watermark(image, payload, method)
     if measure_agreement(marked, payload, method) < 1:
         log.warning("the %s watermark cannot be read back from this image", method)
     return marked
 
 
-def can_hold(size: tuple[int, int]) -> bool:
+def can_hold_watermark(size: tuple[int, int]) -> bool:
     """Return whether an image of this size (width, height) is large enough for a watermark."""
     width, height = size
     return width * height >= MIN_PIXELS and min(width, height) >= 8
 
 
-def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
+def read_bits(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
     """Read a payload of `length` bits; without a watermark they are random.
 
     Returns:
         (length,) uint8 of 0 and 1; `numpy.packbits` converts them to bytes.
     """
-    return _take_majority(_read_votes(image, method), length)
+    return _decode_majority(_read_votes(image, method), length)
 
 
 def measure_agreement(
@@ -139,28 +139,28 @@ def measure_agreement(
 ) -> float:
     """Return the fraction of the payload's bits found in an image; about 0.5 without watermark."""
     bits = _to_bits(payload)
-    return float((read(image, len(bits), method) == bits).mean())
+    return float((read_bits(image, len(bits), method) == bits).mean())
 
 
-def identify(image: Image.Image) -> list[Finding]:
-    """Return the findings for all payloads and methods, best first; [] for too small images."""
-    findings = []
-    for method in METHODS if can_hold(image.size) else ():
+def detect_watermarks(image: Image.Image) -> list[Detection]:
+    """Look for all payloads of all methods, best match first; [] for images that are too small."""
+    detections = []
+    for method in METHODS if can_hold_watermark(image.size) else ():
         votes = _read_votes(image, method)
         for name, payload in PAYLOADS.items():
             bits = _to_bits(payload)
-            correct = int((_take_majority(votes, len(bits)) == bits).sum())
+            correct = int((_decode_majority(votes, len(bits)) == bits).sum())
             fraction = float((votes == np.resize(bits, votes.shape)).mean())
-            verdict = _judge(correct, len(bits))
-            findings.append(Finding(name, method, correct / len(bits), fraction, verdict))
+            verdict = _decide_verdict(correct, len(bits))
+            detections.append(Detection(name, method, correct / len(bits), fraction, verdict))
     return sorted(
-        findings,
-        key=lambda finding: (finding.verdict != "absent", finding.agreement, finding.votes),
+        detections,
+        key=lambda detection: (detection.verdict != "absent", detection.agreement, detection.votes),
         reverse=True,
     )
 
 
-def _judge(correct: int, length: int) -> Literal["found", "damaged", "absent"]:
+def _decide_verdict(correct: int, length: int) -> Literal["found", "damaged", "absent"]:
     """Return the verdict for a number of correct bits of a payload of this length."""
     if correct == length:
         return "found"
@@ -181,21 +181,21 @@ def _read_votes(image: Image.Image, method: Method) -> np.ndarray:
     return np.asarray(carriers % STEP > STEP / 2)
 
 
-def _take_majority(votes: np.ndarray, length: int) -> np.ndarray:
-    """Return the majority of all blocks for each bit; a tie is a 1, as in the package."""
+def _decode_majority(votes: np.ndarray, length: int) -> np.ndarray:
+    """Return the majority of the blocks for each bit; a tie is 1, as in the package."""
     index = np.arange(len(votes)) % length
     ones = np.bincount(index, votes, length)
     return (2 * ones >= np.bincount(index, minlength=length)).astype(np.uint8)
 
 
 def _write_dwt_dct(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Write `dwtDct` with exactly the package's floating-point operations."""
+    """Write `dwtDct` with the same floating-point operations as the package."""
     y, u, v = rgb_to_yuv(rgb)
-    _mark_largest(u, bits)
+    _write_largest(u, bits)
     return yuv_to_rgb(y, u, v)
 
 
-def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
+def _write_largest(u: np.ndarray, bits: np.ndarray) -> None:
     """Write bits into the largest coefficient of each block of a U plane, in place."""
     plane = _crop_to_blocks(u)
     low, rows, columns, diagonal = _apply_haar(plane)
@@ -205,7 +205,7 @@ def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
     largest = np.abs(coefficients[:, 1:]).argmax(1) + 1
     values = coefficients[block_indices, largest]
     coefficients[block_indices, largest] = np.copysign(_quantize(np.abs(values), bits), values)
-    _put_blocks(low, coefficients.reshape(blocks.shape))
+    _write_blocks(low, coefficients.reshape(blocks.shape))
     # The package's defects: rows and columns are swapped, and fractions are cut off in uint8.
     plane[:] = _invert_haar(low, columns, rows, diagonal)
 
@@ -223,7 +223,7 @@ def _write_dwt_dct_svd(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     left, values, right = np.linalg.svd(blocks)
     change = _quantize(values[:, 0], bits) - values[:, 0]
     delta = np.zeros_like(low)
-    _put_blocks(delta, change[:, None, None] * left[:, :, :1] * right[:, :1, :])
+    _write_blocks(delta, change[:, None, None] * left[:, :, :1] * right[:, :1, :])
     delta = (delta / 2).repeat(2, 0).repeat(2, 1)[..., None]  # the inverse Haar transform
     out: np.ndarray = rgb.copy()
     area = out[: delta.shape[0], : delta.shape[1]]
@@ -249,7 +249,8 @@ def _split_blocks(band: np.ndarray) -> np.ndarray:
     return blocks.reshape(h * w, 4, 4)
 
 
-def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
+def _write_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
+    """Write the blocks of `_split_blocks` into a band, in place."""
     h, w = band.shape[0] // 4, band.shape[1] // 4
     band[: h * 4, : w * 4] = blocks.reshape(h, w, 4, 4).swapaxes(1, 2).reshape(h * 4, w * 4)
 
@@ -315,7 +316,7 @@ def _to_bits(payload: bytes | Sequence[int]) -> np.ndarray:
 
 
 def _check_image(image: Image.Image, method: Method) -> None:
-    if not can_hold(image.size):
+    if not can_hold_watermark(image.size):
         size = f"{image.width}x{image.height}"
         raise ArgumentError(f"image too small for a watermark: {size}, needs 256x256 pixels")
     if method not in METHODS:

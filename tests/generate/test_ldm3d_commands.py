@@ -9,7 +9,7 @@ from PIL import Image
 
 from imagehelp import IDENTICAL, QUICK, pixels
 from ldm.imaging.metadata import read_info
-from ldm.imaging.rgbd import place_beside
+from ldm.imaging.rgbd import join_side_by_side
 from loading.tinyfamilies import write
 
 
@@ -60,7 +60,7 @@ def test_txt2img_saves_colour_depth_grid_and_relief(run, call, tmp_path):
         assert (depth.mode, depth.size, depth.getextrema()) == ("I;16", (128, 64), (low, high))
         assert read_info(tmp_path / "samples/00000_depth.png")["image"] == "depth"
         with Image.open(tmp_path / "samples/00000.png") as image:
-            cell = np.asarray(place_beside(image, depth))
+            cell = np.asarray(join_side_by_side(image, depth))
     assert np.array_equal(pixels(tmp_path / "grid-0000.png")[2:66, 2:258], cell)
     mesh = trimesh.load(tmp_path / "samples/00000.glb", force="mesh")
     assert len(mesh.faces) == 2 * 63 * 127

@@ -13,7 +13,7 @@ from PIL import Image
 from imagehelp import IDENTICAL, pixels
 from ldm import pipelines
 from ldm.imaging.metadata import read_info
-from ldm.imaging.watermark import identify
+from ldm.imaging.watermark import detect_watermarks
 from quick import some
 
 QUICK_CASES = ["plms", "dpm", "fixed_code_iter2", "from_file_repeat"]
@@ -286,9 +286,9 @@ def test_large_pictures_carry_the_watermark(txt2img):
     def found(*flags):
         _, out, _ = txt2img("--H", "256", "--W", "256", "--steps", "1", "--scale", "1", *flags)
         with Image.open(out[0]) as picture:
-            finding = identify(picture)[0]
+            detection = detect_watermarks(picture)[0]
         info = read_info(out[0])
-        return finding.payload, finding.method, finding.verdict, info["watermark"]
+        return detection.payload, detection.method, detection.verdict, info["watermark"]
 
     assert found() == ("SDV2", "dwtDctSvd", "found", "dwtDctSvd")
     assert found("--no-watermark")[2:] == ("absent", None)

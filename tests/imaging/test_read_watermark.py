@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 from ldm.commands.read_watermark import main
-from ldm.imaging.watermark import embed
+from ldm.imaging.watermark import embed_watermark
 
 
 @pytest.fixture
 def marked(tmp_path):
     noise = Image.effect_noise((256, 300), 90).convert("RGB")
-    embed(noise, b"StableDiffusionV1").save(tmp_path / "a.png")
+    embed_watermark(noise, b"StableDiffusionV1").save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
 
 

@@ -11,13 +11,13 @@ from goldfile import gold
 from ldm.imaging.watermark import (
     METHODS,
     PAYLOADS,
-    can_hold,
-    embed,
+    can_hold_watermark,
+    detect_watermarks,
     embed_floats,
     embed_or_warn,
-    identify,
+    embed_watermark,
     measure_agreement,
-    read,
+    read_bits,
     rgb_to_yuv,
     yuv_to_rgb,
 )
@@ -68,7 +68,7 @@ def package_read(image, length, method):
 def test_dwt_dct_equals_the_recorded_images_exactly(case):
     recorded = gold("watermark")
     image = Image.fromarray(recorded.inputs(case)["image"].numpy())
-    marked = np.asarray(embed(image, b"SDV2", "dwtDct"))
+    marked = np.asarray(embed_watermark(image, b"SDV2", "dwtDct"))
     assert (marked == recorded.outputs(case)["marked"].numpy()).all()
 
 
@@ -89,11 +89,14 @@ def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
     apart = np.abs(saved.astype(int) - expected["saved"].numpy().astype(int))
     assert apart.max() <= 1
     assert (apart > 0).sum() < 20
-    bits = read(Image.fromarray(expected["saved"].numpy()), 48, "dwtDct")
+    bits = read_bits(Image.fromarray(expected["saved"].numpy()), 48, "dwtDct")
     assert (bits == expected["decoded"].numpy()).all()
-    assert (read(Image.fromarray(saved), 48, "dwtDct") == bits).all()
+    assert (read_bits(Image.fromarray(saved), 48, "dwtDct") == bits).all()
     assert (
-        measure_agreement(embed(Image.fromarray(pixels), PAYLOADS["SDXL"]), PAYLOADS["SDXL"]) == 1
+        measure_agreement(
+            embed_watermark(Image.fromarray(pixels), PAYLOADS["SDXL"]), PAYLOADS["SDXL"]
+        )
+        == 1
     )
 
 
@@ -102,23 +105,23 @@ def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
 def test_dwt_dct_equals_the_package_pixel_for_pixel(size, payload):
     for image in (noise(size), photo_like(size), flat(size)):
         expected = package_embed(image, payload, "dwtDct")
-        assert (np.asarray(embed(image, payload, "dwtDct")) == np.asarray(expected)).all()
+        assert (np.asarray(embed_watermark(image, payload, "dwtDct")) == np.asarray(expected)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_package_and_we_read_the_same_bits_from_anything(size, method):
     plain = photo_like(size)
-    theirs, ours = package_embed(plain, b"SDV2", method), embed(plain, b"SDV2", method)
+    theirs, ours = package_embed(plain, b"SDV2", method), embed_watermark(plain, b"SDV2", method)
     for image, length in ((plain, 136), (theirs, 32), (ours, 48)):
-        assert (read(image, length, method) == package_read(image, length, method)).all()
+        assert (read_bits(image, length, method) == package_read(image, length, method)).all()
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
 @pytest.mark.parametrize("make", [photo_like, flat])
 def test_the_package_reads_ours_and_we_read_the_packages(make, payload):
     image = make((256, 256))
-    bits = package_read(embed(image, payload), len(payload) * 8, "dwtDctSvd")
+    bits = package_read(embed_watermark(image, payload), len(payload) * 8, "dwtDctSvd")
     assert np.packbits(bits).tobytes() == payload
     assert measure_agreement(package_embed(image, payload, "dwtDctSvd"), payload) == 1
 
@@ -138,9 +141,9 @@ def test_yuv_equals_opencv_for_every_colour():
 @pytest.mark.parametrize("make", [photo_like, flat])
 def test_the_default_survives_jpeg_and_is_identified(make, name):
     image = make()
-    marked = embed(image, PAYLOADS[name])
+    marked = embed_watermark(image, PAYLOADS[name])
     for quality, verdicts in ((95, ["found"]), (80, ["found", "damaged"])):
-        best = identify(as_jpeg(marked, quality))[0]
+        best = detect_watermarks(as_jpeg(marked, quality))[0]
         assert (best.payload, best.method) == (name, "dwtDctSvd")
         assert best.verdict in verdicts
     error = np.asarray(image, float) - np.asarray(marked, float)
@@ -149,42 +152,42 @@ def test_the_default_survives_jpeg_and_is_identified(make, name):
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_the_originals_method_is_identified_in_a_photo(name):
-    best = identify(embed(noise((512, 512)), PAYLOADS[name], "dwtDct"))[0]
+    best = detect_watermarks(embed_watermark(noise((512, 512)), PAYLOADS[name], "dwtDct"))[0]
     assert (best.payload, best.method) == (name, "dwtDct")
     assert best.verdict == "found"
 
 
 @pytest.mark.parametrize("make", [noise, photo_like, flat, lambda: Image.new("L", (300, 300))])
 def test_nothing_is_found_in_unmarked_images(make):
-    findings = identify(make())
-    assert len(findings) == len(METHODS) * len(PAYLOADS)
-    assert {f.verdict for f in findings} == {"absent"}
+    detections = detect_watermarks(make())
+    assert len(detections) == len(METHODS) * len(PAYLOADS)
+    assert {f.verdict for f in detections} == {"absent"}
 
 
 def test_a_damaged_watermark_is_named():
     bits = np.unpackbits(np.frombuffer(b"StableDiffusionV1", np.uint8))
     bits[::7] ^= 1
-    best = identify(embed(noise(), bits.tolist()))[0]
+    best = detect_watermarks(embed_watermark(noise(), bits.tolist()))[0]
     assert (best.payload, best.verdict) == ("StableDiffusionV1", "damaged")
     assert best.agreement == pytest.approx(1 - 20 / 136)
 
 
 def test_the_mark_leaves_small_changes_only():
     image = flat()
-    difference = np.asarray(image, int) - np.asarray(embed(image, b"SDV2"), int)
+    difference = np.asarray(image, int) - np.asarray(embed_watermark(image, b"SDV2"), int)
     assert abs(difference).max() <= 14
     assert not difference[..., 0].any()
 
 
 def test_small_images_are_refused():
     small = noise((256, 255))
-    assert not can_hold(small.size)
-    assert not can_hold((20000, 4))
-    assert identify(small) == []
+    assert not can_hold_watermark(small.size)
+    assert not can_hold_watermark((20000, 4))
+    assert detect_watermarks(small) == []
     with pytest.raises(ValueError, match=r"image too small for a watermark: 256x255"):
-        embed(small, b"SDV2")
+        embed_watermark(small, b"SDV2")
     with pytest.raises(ValueError, match="too small"):
-        read(small, 32)
+        read_bits(small, 32)
 
 
 def test_mark_warns_instead_of_failing(caplog):
@@ -214,4 +217,4 @@ def test_mark_says_when_it_cannot_be_read_back(caplog):
 )
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        embed(**{"image": noise(), "payload": b"SDV2", **change})
+        embed_watermark(**{"image": noise(), "payload": b"SDV2", **change})
