@@ -44,8 +44,8 @@ def generate(page: Page) -> None:
     page.locator("#progress").get_by_text("done: ").wait_for()
 
 
-def report(what: str, clicks: int, start: float) -> None:
-    sys.stderr.write(f"{what}: {clicks} click(s), {time.monotonic() - start:.1f} s\n")
+def report(step: str, clicks: int, start: float) -> None:
+    sys.stderr.write(f"{step}: {clicks} click(s), {time.monotonic() - start:.1f} s\n")
 
 
 with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:

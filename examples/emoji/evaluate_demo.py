@@ -28,7 +28,7 @@ from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 
-# Styles of one artist with nearly the same drawings: a held-out one is easy to guess.
+# Styles with nearly the same drawings: a held-out one of them is easy to guess.
 SIMILAR_STYLES = ("flat", "soft gradient", "3d")
 
 Prompt = dict[str, Any]  # a row of the metadata, with `color` and `prompt`
@@ -36,14 +36,14 @@ Prompt = dict[str, Any]  # a row of the metadata, with `color` and `prompt`
 
 @dataclass(frozen=True)
 class Score:
-    """Number of images, and fractions (0 … 1) of them that are right in a respect."""
+    """Number of images, and the fractions (0 … 1) of them that are right in each respect."""
 
     count: int
     background: float
     style: float
     object: float
     object_top5: float
-    all: float
+    all_three: float
     nearest_style: float
     nearest_object: float
 
@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ckpt", help="weights (default: the demo model's)")
     parser.add_argument("--seen", type=int, default=400, help="prompts of trained pairs")
     parser.add_argument("--heldout", type=int, default=370, help="prompts of held-out pairs")
-    parser.add_argument("--objects", type=int, default=300, help="objects of the model's training")
+    parser.add_argument(
+        "--objects", type=int, default=300, help="objects that the model was trained on"
+    )
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance scale")
     parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="classifiers")
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "held-out pairs": choose_prompts(folder, "heldout", objects, args.heldout),
     }
     with tqdm(total=sum(map(len, groups.values())), unit="image") as bar:
-        options = {"steps": args.steps, "scale": args.scale, "advance": bar.update}
+        options = {"steps": args.steps, "scale": args.scale, "on_batch": bar.update}
         scores, images = evaluate(model, folder, judges, groups, **options)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(format_table(scores) + "\n", encoding="utf-8")
@@ -89,10 +91,10 @@ def evaluate(
     groups: dict[str, list[Prompt]],
     **options: Any,
 ) -> tuple[dict[str, Score], dict[str, Tensor]]:
-    """Generate images of all prompts, and score them beside three controls.
+    """Generate images of all prompts, and score them and three controls.
 
-    The controls are real images, reconstructions of these by the autoencoder (the score of a
-    perfect UNet), and generated images with the prompts of others.
+    The controls are real images, their reconstructions by the autoencoder (the score of a perfect
+    UNet), and the generated images with shuffled prompts.
 
     Args:
         groups: Prompts by name of the group, see `choose_prompts`.
@@ -102,19 +104,21 @@ def evaluate(
         Scores by name, and the generated images of each group.
     """
     scores, images = {}, {}
-    score_of = partial(score, judges, Gallery(folder, judges.objects))
+    score_images = partial(score, judges, Gallery(folder, judges.objects))
     for name, prompts in groups.items():
         real = load_real_images(folder, prompts)
-        scores[f"{name}: real"] = score_of(real, prompts)
+        scores[f"{name}: real"] = score_images(real, prompts)
         decoded = _reconstruct(model, real)
-        scores[f"{name}: real, through the autoencoder"] = score_of(decoded, prompts)
+        scores[f"{name}: real, through the autoencoder"] = score_images(decoded, prompts)
         images[name] = generate(model, prompts, **options)
-        scores[f"{name}: generated"] = score_of(images[name], prompts)
-        others = [k for k, row in enumerate(prompts) if row["style"] not in SIMILAR_STYLES]
-        scores[f"{name}: generated, without {', '.join(SIMILAR_STYLES)}"] = score_of(
-            images[name][others], [prompts[k] for k in others]
+        scores[f"{name}: generated"] = score_images(images[name], prompts)
+        distinct = [k for k, row in enumerate(prompts) if row["style"] not in SIMILAR_STYLES]
+        scores[f"{name}: generated, without {', '.join(SIMILAR_STYLES)}"] = score_images(
+            images[name][distinct], [prompts[k] for k in distinct]
         )
-        scores[f"{name}: generated, prompts shuffled"] = score_of(images[name], shuffle(prompts))
+        scores[f"{name}: generated, prompts shuffled"] = score_images(
+            images[name], shuffle(prompts)
+        )
     return scores, images
 
 
@@ -150,13 +154,13 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     batch_size: int = 25,
-    advance: Callable[[int], Any] | None = None,
+    on_batch: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Generate an image of each prompt, (N, 3, H, W), of the k-th with seed k.
+    """Generate an image of each prompt, the k-th with seed k: (N, 3, H, W).
 
     Args:
-        advance: Called with the number of images after each batch; None = not called.
+        on_batch: Called with the number of images in each batch when it is finished.
         options: Keywords of `txt2img`: steps, scale, sampler …
     """
     images = []
@@ -164,14 +168,14 @@ def generate(
         texts = [row["prompt"] for row in prompts[start : start + batch_size]]
         seeds = list(range(start, start + len(texts)))
         images.append(txt2img(model, texts, seeds=seeds, **options).cpu())
-        if advance:
-            advance(len(texts))
+        if on_batch:
+            on_batch(len(texts))
     return torch.cat(images)
 
 
 def load_real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
     """Load the real images of the prompts, with the transform of training: (N, 3, H, W)."""
-    assert isinstance(folder.transform, EmojiTransform), "judges know emoji only"
+    assert isinstance(folder.transform, EmojiTransform), "judges are trained on emoji only"
     index = {row["file_name"]: k for k, row in enumerate(folder.rows)}
     rng = Random(seed)
     images = []
@@ -185,7 +189,7 @@ def score(judges: Judges, gallery: Gallery, images: Tensor, prompts: Sequence[Pr
     """Measure how many of the images show what their prompts ask for."""
     color, style, objects = judges.check(images, prompts)
     top1, top5 = objects[:, 0], objects[:, :5].any(dim=1)
-    nearest_object, nearest_style = gallery.nearest(images, prompts)
+    nearest_object, nearest_style = gallery.match_nearest(images, prompts)
     checks = (color, style, top1, top5, color & style & top1, nearest_style, nearest_object)
     return Score(len(prompts), *(float(check.float().mean()) for check in checks))
 

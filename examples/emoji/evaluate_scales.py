@@ -35,16 +35,16 @@ from ldm.runtime.types import JsonObject
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 COMPONENTS = 64  # principal components of the features of each classifier
-REFERENCE_SEED = 1  # of the reference's backgrounds, which differ from those of the prompts
+REFERENCE_SEED = 1  # of the reference's backgrounds: others than those of the prompts
 
 
 class JudgeFeatures:
-    """Principal components of the last hidden layers of both classifiers.
+    """A FeatureExtractor: principal components of the last hidden layers of both classifiers.
 
     Features of each classifier are divided by their standard deviation on real images.
 
     Args:
-        real: Real images, which give the components.
+        real: Real images, whose features define the components.
         sha256: SHA-256 of the file of the classifiers, for the report.
     """
 
@@ -54,7 +54,7 @@ class JudgeFeatures:
         self.judges = judges
         self.sha256 = sha256
         self.bases = []
-        for x in self._hidden(real):
+        for x in self._extract_features(real):
             mean = x.mean(dim=0)
             _, _, components = torch.linalg.svd(x - mean, full_matrices=False)
             deviation = (x - mean).square().sum(1).mean().sqrt()
@@ -64,24 +64,24 @@ class JudgeFeatures:
         return {"name": "features of the judges", "components": COMPONENTS, "sha256": self.sha256}
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        hidden = zip(self._hidden(images), self.bases, strict=True)
+        hidden = zip(self._extract_features(images), self.bases, strict=True)
         return torch.cat([(x - mean) @ basis.mT for x, (mean, basis) in hidden], dim=1)
 
     @torch.inference_mode()
-    def _hidden(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Return features of the object (N, 768) and of the style (N, 128), float64."""
+    def _extract_features(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Return features for objects (N, 768) and for styles (N, 128), float64."""
         objects: list[Tensor] = []
         styles: list[Tensor] = []
         for start in range(0, len(images), 64):
             x = torch.cat([to_tensor(image) for image in images[start : start + 64]])
             small = F.interpolate(x, (SIDE, SIDE), mode="area")
-            objects.append(self.judges.by_object.hidden(small))
-            styles.append(self.judges.by_style.hidden(x).mean(dim=(2, 3)))
+            objects.append(self.judges.object_classifier.extract_features(small))
+            styles.append(self.judges.style_classifier.extract_features(x).mean(dim=(2, 3)))
         return torch.cat(objects).double(), torch.cat(styles).double()
 
 
 class EmojiJudge:
-    """Scores 1 for an image with the background, object and style of its prompt, else 0.
+    """A PromptJudge: 1 for an image with the background, object and style of its prompt, else 0.
 
     Args:
         prompts: Rows of `choose_prompts`.
@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="guidance scales")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--ckpt", help="weights (default: the demo model's)")
-    parser.add_argument("--objects", type=int, default=300, help="objects of the model's training")
+    parser.add_argument(
+        "--objects", type=int, default=300, help="objects that the model was trained on"
+    )
     parser.add_argument("--precision", default="bf16", help="as for `ldm txt2img`")
     parser.add_argument("--batch", type=int, default=8, help="batch size")
     parser.add_argument("--score", type=int, metavar="N", help="only score the first N images")

@@ -62,7 +62,7 @@ class Quality:
 
     Attributes:
         count: Number of images.
-        psnr: Over the damaged pixels, decibels.
+        psnr: Of the pixels to restore, in decibels.
         edge_error: Mean error of the differences between neighboring pixels, as a fraction of
             the original's mean difference.
         contrast: Mean difference between neighboring pixels, as a fraction of the original's.
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ckpt", help="weights (default: of the shipped model)")
     parser.add_argument("--count", type=int, default=100, help="images, at most")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
-    parser.add_argument("--scale", type=float, help="guidance (default: what suits the model)")
+    parser.add_argument("--scale", type=float, help="guidance scale (default: by task)")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
     if args.count < 1:
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare_inpainting(
     model: LatentDiffusion, text_model: LatentDiffusion, samples: Iterable[Sample], **options: Any
 ) -> tuple[dict[str, Quality], list[Images]]:
-    """Inpaint by `model`, by a text-to-image model, and with the mean of the unmasked pixels.
+    """Inpaint by `model`, by a text-to-image model, and by the mean of the unmasked pixels.
 
     Args:
         samples: Samples with `jpg`, `mask` and `txt`.
@@ -180,26 +180,26 @@ def _compare(
         all_images.append({**images, "original": original})
         for name, image in images.items():
             if name != "input":
-                sums[name] = sums.get(name, torch.zeros(5)) + _errors(image, original, mask)
-    return {name: _quality(total) for name, total in sums.items()}, all_images
+                sums[name] = sums.get(name, torch.zeros(5)) + _compute_errors(image, original, mask)
+    return {name: _compute_quality(total) for name, total in sums.items()}, all_images
 
 
-def _errors(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Return the terms of a sum over images, of which `_quality` takes means.
+def _compute_errors(image: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Return the terms of an image that are summed over images for `_compute_quality`.
 
-    These are 1, the mean squared error, and for edges, the differences of neighboring pixels, the
-    sums of absolute errors, of absolute values, and of those of the original.
+    These are 1, the mean squared error, and for edges (differences of neighboring pixels) the sums
+    of absolute errors, of absolute values, and of absolute values of the original.
     """
     mse = ((image - original).square() * mask).sum() / (3 * mask.sum())
     edges, original_edges = ([x.diff(dim=d) for d in (2, 3)] for x in (image, original))
-    pairs = zip(edges, original_edges, strict=True)
-    error = sum(float((ours - theirs).abs().sum()) for ours, theirs in pairs)
+    edge_pairs = zip(edges, original_edges, strict=True)
+    error = sum(float((a - b).abs().sum()) for a, b in edge_pairs)
     sums = (sum(float(x.abs().sum()) for x in tensors) for tensors in (edges, original_edges))
     return torch.tensor([1.0, float(mse), error, *sums])
 
 
-def _quality(total: Tensor) -> Quality:
-    count, mse, error, edges, original_edges = total.tolist()
+def _compute_quality(sums: Tensor) -> Quality:
+    count, mse, error, edges, original_edges = sums.tolist()
     psnr = 10 * torch.log10(torch.tensor(4 * count / mse))  # the range of values is 2
     return Quality(int(count), float(psnr), error / original_edges, edges / original_edges)
 

@@ -1,4 +1,4 @@
-"""Recognize background, style and object of generated emoji: by nearest drawing and by classifiers.
+"""Recognize background, style and object of generated emoji by nearest drawings and classifiers.
 
 The gallery compares an image with all real drawings, held-out ones included, and needs no training.
 It is stricter than a classifier: a new drawing in the right style may be nearer to that of another
@@ -45,7 +45,7 @@ BORDER = 6  # pixels at each border of a 128-pixel image that are always backgro
 
 
 class ObjectClassifier(nn.Module):
-    """image (B, 3, 64, 64) in [-1, 1] -> scores (B, classes)."""
+    """image (B, 3, 64, 64) in [-1, 1] -> logits (B, classes)."""
 
     def __init__(self, classes: int, width: int = 32) -> None:
         super().__init__()
@@ -61,17 +61,17 @@ class ObjectClassifier(nn.Module):
         self.head = Linear(4 * channels[-1], classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        h = F.dropout(self.hidden(image), 0.3, self.training)
+        h = F.dropout(self.extract_features(image), 0.3, self.training)
         return self.head(h)  # (B, classes)
 
-    def hidden(self, image: Tensor) -> Tensor:
+    def extract_features(self, image: Tensor) -> Tensor:
         """Return the features of the last hidden layer, (B, 24 width)."""
         h = self.layers(image)  # (B, C, 4, 4)
         return F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, 4 C)
 
 
 class StyleClassifier(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean over patches of 33 pixels."""
+    """image (B, 3, H, W) in [-1, 1] -> logits (B, classes), the mean over patches of 33 pixels."""
 
     def __init__(self, classes: int, width: int = 32) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class StyleClassifier(nn.Module):
         self.head = Conv2d(channels[-1], classes, 3)
 
     def forward(self, image: Tensor) -> Tensor:
-        h = F.dropout(self.hidden(image), 0.2, self.training)
+        h = F.dropout(self.extract_features(image), 0.2, self.training)
         return self.head(h).mean(dim=(2, 3))  # (B, classes)
 
-    def hidden(self, image: Tensor) -> Tensor:
+    def extract_features(self, image: Tensor) -> Tensor:
         """Return the features of the last hidden layer, (B, 4 width, h, w)."""
         h = image
         for layer in self.layers:
@@ -101,7 +101,10 @@ class Judges:
 
     def __init__(self, objects: Sequence[str], styles: Sequence[str]) -> None:
         self.objects, self.styles = list(objects), list(styles)
-        self.by_object, self.by_style = ObjectClassifier(len(objects)), StyleClassifier(len(styles))
+        self.object_classifier, self.style_classifier = (
+            ObjectClassifier(len(objects)),
+            StyleClassifier(len(styles)),
+        )
 
     @classmethod
     def load_or_train(
@@ -119,7 +122,9 @@ class Judges:
         """
         names = objects or sorted({row["object"] for row in folder.rows})
         judges = cls(names, sorted({row["style"] for row in folder.rows}))
-        networks = nn.ModuleDict({"object": judges.by_object, "style": judges.by_style})
+        networks = nn.ModuleDict(
+            {"object": judges.object_classifier, "style": judges.style_classifier}
+        )
         classes = {"objects": judges.objects, "styles": judges.styles}
         if path.exists():
             content = torch.load(path, weights_only=True)
@@ -139,18 +144,18 @@ class Judges:
         objects = set(self.objects)
         indices = _find_training_rows(folder, lambda row: row["object"] in objects)
         drawings = [_load_drawings(folder, indices, side) for side in DRAWING_SIDES]
-        labels, _ = self.labels([folder.rows[k] for k in indices])
-        _fit(self.by_object, partial(_augment_full, drawings), labels, steps, "objects")
+        labels, _ = self.get_labels([folder.rows[k] for k in indices])
+        _fit(self.object_classifier, partial(_augment_full, drawings), labels, steps, "objects")
 
     def train_styles(self, folder: Folder, steps: int) -> None:
         """Train the classifier of styles on patches of images of the training split."""
         indices = _find_training_rows(folder, lambda row: True)
         labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in indices])
         drawings = _load_drawings(folder, indices, PATCH_DRAWING_SIDE)
-        _fit(self.by_style, partial(_augment_patches, drawings), labels, steps, "styles")
+        _fit(self.style_classifier, partial(_augment_patches, drawings), labels, steps, "styles")
 
-    def labels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Return the classes of rows or prompts: objects (B,), styles (B,)."""
+    def get_labels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Return the class indices of rows or prompts: objects (B,), styles (B,)."""
         objects = torch.tensor([self.objects.index(row["object"]) for row in rows])
         return objects, torch.tensor([self.styles.index(row["style"]) for row in rows])
 
@@ -158,11 +163,11 @@ class Judges:
         """Compare images (B, 3, 128, 128) with their prompts.
 
         Returns:
-            Whether the background is right, bool (B,); the style, (B,); and the best, second best
-            … class of the object, (B, objects).
+            Three bool tensors, whether these are right: the background (B,), the style (B,), and
+            the best, second best … class of the object (B, objects).
         """
         objects, styles = self.classify(image)
-        object_labels, style_labels = self.labels(prompts)
+        object_labels, style_labels = self.get_labels(prompts)
         colors = zip(classify_background(image), prompts, strict=True)
         color = torch.tensor([name == row["color"] for name, row in colors])
         return color, styles[:, 0] == style_labels, objects == object_labels[:, None]
@@ -174,16 +179,19 @@ class Judges:
         Returns:
             Indices of objects (B, objects) and of styles (B, styles).
         """
-        scores = [
-            (self.by_object(F.interpolate(x, (SIDE, SIDE), mode="area")), self.by_style(x))
+        logits = [
+            (
+                self.object_classifier(F.interpolate(x, (SIDE, SIDE), mode="area")),
+                self.style_classifier(x),
+            )
             for x in image.split(64)
         ]
-        objects, styles = (torch.cat(batches) for batches in zip(*scores, strict=True))
+        objects, styles = (torch.cat(batches) for batches in zip(*logits, strict=True))
         return objects.argsort(dim=1, descending=True), styles.argsort(dim=1, descending=True)
 
 
 class Gallery:
-    """All real drawings of some objects, held-out ones included, to find the nearest of an image.
+    """All real drawings of some objects, also held-out ones, to find those nearest to an image.
 
     Args:
         folder: The data set.
@@ -200,10 +208,10 @@ class Gallery:
         self.styles = [folder.rows[k]["style"] for k in indices]
 
     @torch.inference_mode()
-    def distances(self, image: Tensor, colors: Sequence[str]) -> Tensor:
+    def compute_distances(self, image: Tensor, colors: Sequence[str]) -> Tensor:
         """Compute the squared distances of images (B, 3, H, W) to all drawings, (B, drawings).
 
-        Each is the smallest over shifts of the image by up to one of 64 pixels in each direction.
+        Each is the minimum over shifts of the image by up to one pixel of 64 in each direction.
 
         Args:
             colors: Name of the drawings' background for each image.
@@ -221,8 +229,8 @@ class Gallery:
             result[indices] = distance.unflatten(0, (-1, 9)).amin(1)
         return result
 
-    def nearest(self, image: Tensor, prompts: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Return whether the nearest drawing shows the object, and the nearest of it the style.
+    def match_nearest(self, image: Tensor, prompts: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Return whether the nearest drawing has the object, and the nearest of it the style.
 
         Args:
             prompts: Prompt of each image, with `object`, `style` and `color`.
@@ -230,11 +238,11 @@ class Gallery:
         Returns:
             Two bool tensors (B,), for object and style.
         """
-        distances = self.distances(image, [row["color"] for row in prompts])
+        distances = self.compute_distances(image, [row["color"] for row in prompts])
         objects, styles = [], []
         for row, distance in zip(prompts, distances, strict=True):
-            of_object = [k for k, name in enumerate(self.objects) if name == row["object"]]
-            nearest_of_object = of_object[int(distance[of_object].argmin())]
+            candidates = [k for k, name in enumerate(self.objects) if name == row["object"]]
+            nearest_of_object = candidates[int(distance[candidates].argmin())]
             objects.append(self.objects[int(distance.argmin())] == row["object"])
             styles.append(self.styles[nearest_of_object] == row["style"])
         return torch.tensor(objects), torch.tensor(styles)
@@ -282,8 +290,8 @@ def _fit(
             group["lr"] = learning_rate(step, step / steps)
         indices = torch.randint(len(labels), (64,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            scores = network(augment(indices, generator))
-        loss = F.cross_entropy(scores.float(), labels[indices], label_smoothing=0.1)
+            logits = network(augment(indices, generator))
+        loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -294,28 +302,28 @@ def _fit(
 def _augment_full(
     drawings_by_side: Sequence[Tensor], indices: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Return full drawings (B, 3, 64, 64) of a random size, shifted by up to 4 pixels."""
+    """Return full drawings (B, 3, 64, 64) of one random size, shifted by up to 4 pixels."""
     k = int(torch.randint(len(drawings_by_side), (), generator=generator))
     drawings = drawings_by_side[k][indices]
     side = drawings.shape[-1]
     top, left = (torch.randint(-4, 5, (2,), generator=generator) + (SIDE - side) // 2).tolist()
     padding = (left, SIDE - side - left, top, SIDE - side - top)
-    return _blur_half(_on_random_colors(F.pad(drawings, padding), generator), generator)
+    return _blur_some(_composite_on_random_colors(F.pad(drawings, padding), generator), generator)
 
 
 def _augment_patches(drawings: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random patch of each drawing, (B, 3, 64, 64), all flipped or none."""
+    """Return one random patch of each drawing, (B, 3, 64, 64); all are flipped, or none is."""
     side = PATCH_SIDES[int(torch.randint(len(PATCH_SIDES), (), generator=generator))]
     top, left = torch.randint(0, drawings.shape[-1] - side + 1, (2,), generator=generator).tolist()
     patches = drawings[indices, :, top : top + side, left : left + side]
-    image = _on_random_colors(patches, generator)
+    image = _composite_on_random_colors(patches, generator)
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
     image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    return _blur_half(image, generator)
+    return _blur_some(image, generator)
 
 
-def _on_random_colors(drawings: Tensor, generator: torch.Generator) -> Tensor:
+def _composite_on_random_colors(drawings: Tensor, generator: torch.Generator) -> Tensor:
     """Composite drawings (B, 4, h, w) on random named colors: (B, 3, h, w)."""
     table = torch.tensor(list(COLORS.values())) / 127.5 - 1
     indices = torch.randint(len(table), (len(drawings),), generator=generator)
@@ -328,7 +336,7 @@ def _composite(drawings: Tensor, colors: Tensor) -> Tensor:
     return colors[:, :, None, None] * (1 - alpha) + rgb - alpha
 
 
-def _blur_half(image: Tensor, generator: torch.Generator) -> Tensor:
+def _blur_some(image: Tensor, generator: torch.Generator) -> Tensor:
     """Blur about half of the images by random amounts."""
     blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     weight = torch.rand(len(image), 1, 1, 1, generator=generator)

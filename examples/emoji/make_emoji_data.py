@@ -6,8 +6,8 @@ It fetches npm packages under permissive licences (Iconify's sets, LobeHub's 3d 
 names) into a cache folder and rasterizes them, with npm and resvg-py (`pip install resvg-py`).
 Drawings of an object are matched by Unicode code point, or by the slug of its name in packages
 without code points. The result is a folder of `images/<style>/<id>.png` (RGBA), `metadata.jsonl`
-and `NOTICE`, as `ldm.data.folder` reads it. Of every second object with all styles one pair of
-object and style is held out; the styles take turns.
+and `NOTICE`, which `ldm.data.folder` reads. One style of every second object that has all styles
+is held out, each style in turn.
 """
 
 import argparse
@@ -74,7 +74,7 @@ LICENCES = {
 }
 # Emojibase's numbers of the groups; people, symbols and flags are not used.
 GROUPS = {0: "faces", 3: "animals", 4: "food", 5: "travel", 6: "activities", 7: "objects"}
-# Objects of a subgroup in each round of the ranking
+# Number of objects of a subgroup in each round of the ranking, by group
 WEIGHTS = {"faces": 1, "animals": 3, "food": 3, "travel": 2, "activities": 2, "objects": 1}
 # Objects that people are likely to try: first in the ranking, in this order
 COMMON = """
@@ -99,8 +99,8 @@ alien, robot, skull, pile of poo, red heart
 """
 CLOCK = re.compile(r"o’clock|-thirty|o'clock")
 RANKING_SIZE = 128  # pixels of the drawings that are compared
-# Of two objects' thumbnails in [0, 1], the mean over styles of their root mean square difference:
-# below this they count as similar.
+# Two objects are similar if the root mean square difference of their thumbnails in [0, 1], averaged
+# over styles, is below this.
 MIN_DISTANCE = 0.07
 
 
@@ -155,14 +155,14 @@ def build(
     Args:
         modules: Folder `node_modules` with the packages of PACKAGES.
         out: Folder to write.
-        objects: Number of objects to keep, first ones of the ranking; None = all.
-        size: Height and width of the images in pixels; smaller ones are left out.
+        objects: Number of objects to keep, the first of the ranking; None = all.
+        size: Height and width of the images in pixels; smaller drawings are left out.
     """
     packages = {style: _Package(modules / name) for style, name in STYLES.items()}
     slugs: dict[str, set[str]] = {}
     for package in packages.values():
         for code, name in package.chars.items():
-            slugs.setdefault(_without_selector(code), set()).add(name)
+            slugs.setdefault(_remove_selector(code), set()).add(name)
     entries = [entry for entry in _read_names(modules) if not CLOCK.search(entry["label"])]
     drawings: Drawings = {}
     for entry in entries:
@@ -172,10 +172,10 @@ def build(
             if image is not None:
                 styles[style] = image
     entries = [entry for entry in entries if drawings[entry["id"]]]
-    entries = _rank(entries, drawings)[:objects]
+    entries = _rank_objects(entries, drawings)[:objects]
     by_id = {entry["id"]: entry for entry in entries}
     rows = []
-    for row in _describe(entries, drawings):
+    for row in _make_rows(entries, drawings):
         image = drawings[row.id][row.style]
         if size != RANKING_SIZE:
             image = packages[row.style].draw(by_id[row.id], slugs.get(row.id, set()), size)
@@ -186,7 +186,7 @@ def build(
             rows.append(row)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "NOTICE").write_text(_notice(), encoding="utf-8")
+    (out / "NOTICE").write_text(_format_notice(), encoding="utf-8")
     return rows
 
 
@@ -198,19 +198,21 @@ class _Package:
         self.icons: dict[str, Any] = {}
         self.chars: dict[str, str] = {}
         if (folder / "icons.json").exists():
-            packed = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
-            self.icons = packed["icons"]
-            self.aliases = {name: a["parent"] for name, a in packed.get("aliases", {}).items()}
-            self.side = packed.get("width", 16)
+            icon_set = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+            self.icons = icon_set["icons"]
+            self.aliases = {
+                name: alias["parent"] for name, alias in icon_set.get("aliases", {}).items()
+            }
+            self.side = icon_set.get("width", 16)
         if (folder / "chars.json").exists():
             self.chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
-        self.by_code = {_without_selector(code): name for code, name in self.chars.items()}
+        self.by_code = {_remove_selector(code): name for code, name in self.chars.items()}
 
     def draw(self, entry: Entry, slugs: set[str], size: int = RANKING_SIZE) -> Image.Image | None:
         """Draw an object as RGBA image; None if the package does not have it at this size."""
         if not self.icons:
             return self._load_asset(entry["id"], size)
-        for name in (self.by_code.get(entry["id"]), *sorted(slugs), _slug(entry["label"])):
+        for name in (self.by_code.get(entry["id"]), *sorted(slugs), _make_slug(entry["label"])):
             icon = self.icons.get(self.aliases.get(name, name)) if name else None
             if icon is not None:
                 return self._render(icon, size)
@@ -230,7 +232,7 @@ class _Package:
 
         width, height = icon.get("width", self.side), icon.get("height", self.side)
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        # color: for the "currentColor" of the style "black line"
+        # The attribute color is for the "currentColor" of the style "black line".
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{box}" width="{size}" height="{size}" '
@@ -247,7 +249,7 @@ def _read_names(modules: Path) -> Iterator[Entry]:
     for entry in json.loads((base / "en" / "data.json").read_text(encoding="utf-8")):
         if entry.get("group") in GROUPS:
             yield {
-                "id": _without_selector(entry["hexcode"]),
+                "id": _remove_selector(entry["hexcode"]),
                 "label": entry["label"].replace("’", "'"),
                 "keywords": [tag for tag in entry.get("tags", []) if tag.isascii()],
                 "group": GROUPS[entry["group"]],
@@ -257,11 +259,11 @@ def _read_names(modules: Path) -> Iterator[Entry]:
             }
 
 
-def _rank(entries: list[Entry], drawings: Drawings) -> list[Entry]:
-    """Sort objects: with all styles and distinct, similar to an earlier one, others.
+def _rank_objects(entries: list[Entry], drawings: Drawings) -> list[Entry]:
+    """Sort objects: distinct ones with all styles, those similar to an earlier one, then others.
 
-    Within these, those of COMMON are first; then subgroups take turns, short and old names first.
-    Faces, which are much alike, are last.
+    Within each, COMMON ones come first, then subgroups in turn, short and old names first. Faces,
+    which are much alike, come last.
     """
     common = {" ".join(label.split()): rank for rank, label in enumerate(COMMON.split(","))}
     queue = sorted(
@@ -273,7 +275,7 @@ def _rank(entries: list[Entry], drawings: Drawings) -> list[Entry]:
             subgroups.setdefault(entry["subgroup"], []).append(entry)
     faces = [entries for entries in subgroups.values() if entries[0]["group"] == "faces"]
     others = [entries for entries in subgroups.values() if entries[0]["group"] != "faces"]
-    queue += [*_take_turns(others), *_take_turns(faces)]
+    queue += [*_interleave(others), *_interleave(faces)]
     distinct: list[Entry] = []
     similar: list[Entry] = []
     incomplete: list[Entry] = []
@@ -283,15 +285,15 @@ def _rank(entries: list[Entry], drawings: Drawings) -> list[Entry]:
         if len(styles) < len(STYLES):
             incomplete.append(entry)
             continue
-        thumbnails = np.stack([_thumbnail(styles[style]) for style in STYLES])
+        thumbnails = np.stack([_make_thumbnail(styles[style]) for style in STYLES])
         distances = [np.sqrt(((thumbnails - x) ** 2).mean((1, 2))).mean() for x in earlier]
         (distinct if min(distances, default=1.0) >= MIN_DISTANCE else similar).append(entry)
         earlier.append(thumbnails)
     return distinct + similar + incomplete
 
 
-def _take_turns(subgroups: list[list[Entry]]) -> Iterator[Entry]:
-    """Yield entries of subgroups in turn, by WEIGHTS in each round; empties the lists."""
+def _interleave(subgroups: list[list[Entry]]) -> Iterator[Entry]:
+    """Yield entries of the subgroups in turn, WEIGHTS of them in each round; empties the lists."""
     while any(subgroups):
         for entries in filter(None, subgroups):
             weight = WEIGHTS[entries[0]["group"]]
@@ -299,7 +301,7 @@ def _take_turns(subgroups: list[list[Entry]]) -> Iterator[Entry]:
             del entries[:weight]
 
 
-def _describe(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
+def _make_rows(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
     counts = Counter(keyword for entry in entries for keyword in set(entry["keywords"]))
     complete = 0  # objects with all styles so far
     for rank, entry in enumerate(entries):
@@ -309,11 +311,11 @@ def _describe(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
             if complete % 2 == 1:
                 held_out = list(STYLES)[complete // 2 % len(STYLES)]
             complete += 1
-        # Captions use keywords in place of the name, so only those of a single object.
+        # Captions use keywords instead of the name, so each must belong to a single object.
         keywords = [k for k in entry["keywords"] if counts[k] == 1 and k != entry["label"]]
         for style in styles:
             yield Row(
-                file_name=f"images/{_slug(style)}/{entry['id']}.png",
+                file_name=f"images/{_make_slug(style)}/{entry['id']}.png",
                 id=entry["id"],
                 object=entry["label"],
                 style=style,
@@ -325,7 +327,7 @@ def _describe(entries: list[Entry], drawings: Drawings) -> Iterator[Row]:
             )
 
 
-def _thumbnail(image: Image.Image) -> np.ndarray:
+def _make_thumbnail(image: Image.Image) -> np.ndarray:
     """Return 16 x 16 pixels on gray, (256, 3) in [0, 1], by which objects are compared."""
     gray = Image.new("RGBA", image.size, (128, 128, 128, 255))
     gray.alpha_composite(image)
@@ -333,16 +335,16 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
     return np.asarray(small, dtype=np.float32).reshape(256, 3) / 255
 
 
-def _without_selector(code: str) -> str:
+def _remove_selector(code: str) -> str:
     """Return code points, joined by hyphens, in lower case without the variation selector."""
     return "-".join(point for point in code.lower().split("-") if point != "fe0f")
 
 
-def _slug(label: str) -> str:
+def _make_slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("'", "").replace("’", "")).strip("-")
 
 
-def _notice() -> str:
+def _format_notice() -> str:
     lines = [
         "The images in this folder are works of others, whose licences require attribution:",
         "",

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_demo(data: Path) -> Image.Image:
-    """Draw images of DEMO by the demo model."""
+    """Draw the images of DEMO, made by the demo model."""
     prompts = [format_caption(*words) for words in DEMO]
     images = txt2img(load(), prompts, seeds=list(range(len(prompts))), **OPTIONS)
     return pixels.make_grid(pixels.to_pil(images), 8)
@@ -103,8 +103,8 @@ def make_tasks(data: Path) -> Image.Image:
     prompts = [format_caption("panda", "flat", "pink"), format_caption("tomato", "noto", "yellow")]
     images = [txt2img(model, [prompt] * 3, seeds=[0, 1, 2], **OPTIONS) for prompt in prompts]
     rows = [[Panel(f"text to image: {' | '.join(prompts)}", torch.cat(images))]]
-    for make in (_make_inpainting, _make_upscaling, _make_depth, _make_variations):
-        title, images = make(data)
+    for make_row in (_make_inpainting, _make_upscaling, _make_depth, _make_variations):
+        title, images = make_row(data)
         rows.append([Panel(title, torch.cat(images))])
     return draw_figure(rows)
 
@@ -137,7 +137,7 @@ FIGURES: dict[str, Callable[[Path], Image.Image]] = {
 
 
 def draw_figure(rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Draw rows of panels, of images of equal size in a row, on white."""
+    """Draw rows of panels on white; all panels of a row have the same height."""
     panels = [[_draw_panel(panel) for panel in row] for row in rows]
     width = max(sum(panel.width + GAP for panel in row) - GAP for row in panels)
     height = sum(row[0].height for row in panels)
@@ -210,7 +210,7 @@ def _make_variations(data: Path) -> tuple[str, list[Tensor]]:
 def _load_samples(
     root: Path, transform: EmojiTransform, objects: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Load the held-out drawing of each object, or else its first."""
+    """Load the held-out drawing of each object, or its first if none is held out."""
     folder = Folder(root=root, transform=transform)
     samples = []
     for name in objects:

@@ -62,7 +62,7 @@ class DataReport:
     captions: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
 
-    def lines(self) -> Iterator[str]:
+    def format_lines(self) -> Iterator[str]:
         """Format the report, line by line."""
         total = sum(self.sizes.values())
         yield f"{total:,} images can be read, {len(self.unreadable):,} are unreadable"

@@ -56,7 +56,7 @@ class Perfect(Judges):
     def __init__(self, folder, prompts):
         objects, styles = ({row[key] for row in folder.rows} for key in ("object", "style"))
         super().__init__(sorted(objects), sorted(styles))
-        self.answers = self.labels(prompts)
+        self.answers = self.get_labels(prompts)
 
     def classify(self, image):
         objects, styles = self.answers
@@ -74,10 +74,10 @@ def test_real_images_score_full_marks(folder, prompts, images):
 def test_the_gallery_separates_style_from_object(folder, prompts, images):
     gallery = Gallery(folder, sorted({row["object"] for row in prompts}))
     rocket = [{**row, "object": "rocket"} for row in prompts]
-    object_is_right, _ = gallery.nearest(images, rocket)
+    object_is_right, _ = gallery.match_nearest(images, rocket)
     assert object_is_right.tolist() == [row["object"] == "rocket" for row in prompts]
     noto = [{**row, "style": "noto"} for row in prompts]
-    object_is_right, style_is_right = gallery.nearest(images, noto)
+    object_is_right, style_is_right = gallery.match_nearest(images, noto)
     assert object_is_right.all()
     assert style_is_right.tolist() == [row["style"] == "noto" for row in prompts]
 
@@ -90,6 +90,6 @@ def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
     assert objects.shape == (2, 3)
     assert styles.shape == (2, 8)
     again = Judges.load_or_train(folder, path, steps=1)
-    torch.testing.assert_close(again.by_style(image), judges.by_style(image))
+    torch.testing.assert_close(again.style_classifier(image), judges.style_classifier(image))
     with pytest.raises(SystemExit, match="judges.pt has classifiers of other objects"):
         Judges.load_or_train(folder, path, objects=["a", "b", "c"])
