@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ldm.imaging.reading import open_image
-from ldm.imaging.watermark import Detection, can_hold_watermark, detect_watermarks
+from ldm.imaging.watermark import Finding, can_hold_watermark, detect_watermarks
 from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
@@ -32,24 +32,24 @@ def _print_findings(path: Path, as_json: bool, with_absent: bool) -> bool:
     """Print the watermarks of a file; return whether there is one."""
     try:
         with open_image(path) as image:
-            is_small, detections = not can_hold_watermark(image.size), detect_watermarks(image)
+            is_small, findings = not can_hold_watermark(image.size), detect_watermarks(image)
     except (OSError, ValueError) as error:  # missing, or not an image
         print(f"{path}: {error}", file=sys.stderr)
         return False
-    shown = [f for f in detections if with_absent or f.verdict != "absent"]
+    shown = [f for f in findings if with_absent or f.verdict != "absent"]
     if as_json:
-        print(json.dumps({"path": str(path), "detections": [asdict(f) for f in shown]}))
+        print(json.dumps({"path": str(path), "findings": [asdict(f) for f in shown]}))
     else:
-        for detection in shown:
-            print(f"{path}: {_format(detection)}")
+        for finding in shown:
+            print(f"{path}: {_format(finding)}")
         if not shown:
             note = " (too small for one: fewer than 256x256 pixels)" if is_small else ""
             print(f"{path}: no known watermark{note}")
-    return any(f.verdict != "absent" for f in detections)
+    return any(f.verdict != "absent" for f in findings)
 
 
-def _format(detection: Detection) -> str:
+def _format(finding: Finding) -> str:
     return (
-        f"{detection.payload} by {detection.method}, {detection.verdict}: "
-        f"{detection.agreement:.1%} of the bits, {detection.votes:.1%} of the blocks"
+        f"{finding.payload} by {finding.method}, {finding.verdict}: "
+        f"{finding.agreement:.1%} of the bits, {finding.votes:.1%} of the blocks"
     )

@@ -26,7 +26,7 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 __all__ = [
     "METHODS",
     "PAYLOADS",
-    "Detection",
+    "Finding",
     "Method",
     "can_hold_watermark",
     "detect_watermarks",
@@ -55,7 +55,7 @@ SHIFT, ROUND, CENTER = 14, 1 << 13, 128 << 14
 
 
 @dataclass(frozen=True)
-class Detection:
+class Finding:
     """How much of a payload, written by a method, is found in an image.
 
     Attributes:
@@ -142,9 +142,9 @@ def measure_agreement(
     return float((read_bits(image, len(bits), method) == bits).mean())
 
 
-def detect_watermarks(image: Image.Image) -> list[Detection]:
+def detect_watermarks(image: Image.Image) -> list[Finding]:
     """Look for all payloads of all methods, best match first; [] for images that are too small."""
-    detections = []
+    findings = []
     for method in METHODS if can_hold_watermark(image.size) else ():
         votes = _read_votes(image, method)
         for name, payload in PAYLOADS.items():
@@ -152,10 +152,10 @@ def detect_watermarks(image: Image.Image) -> list[Detection]:
             correct = int((_decode_majority(votes, len(bits)) == bits).sum())
             fraction = float((votes == np.resize(bits, votes.shape)).mean())
             verdict = _decide_verdict(correct, len(bits))
-            detections.append(Detection(name, method, correct / len(bits), fraction, verdict))
+            findings.append(Finding(name, method, correct / len(bits), fraction, verdict))
     return sorted(
-        detections,
-        key=lambda detection: (detection.verdict != "absent", detection.agreement, detection.votes),
+        findings,
+        key=lambda finding: (finding.verdict != "absent", finding.agreement, finding.votes),
         reverse=True,
     )
 

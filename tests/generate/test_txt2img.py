@@ -286,9 +286,9 @@ def test_large_pictures_carry_the_watermark(txt2img):
     def found(*flags):
         _, out, _ = txt2img("--H", "256", "--W", "256", "--steps", "1", "--scale", "1", *flags)
         with Image.open(out[0]) as picture:
-            detection = detect_watermarks(picture)[0]
+            finding = detect_watermarks(picture)[0]
         info = read_info(out[0])
-        return detection.payload, detection.method, detection.verdict, info["watermark"]
+        return finding.payload, finding.method, finding.verdict, info["watermark"]
 
     assert found() == ("SDV2", "dwtDctSvd", "found", "dwtDctSvd")
     assert found("--no-watermark")[2:] == ("absent", None)

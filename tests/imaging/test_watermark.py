@@ -159,9 +159,9 @@ def test_the_originals_method_is_identified_in_a_photo(name):
 
 @pytest.mark.parametrize("make", [noise, photo_like, flat, lambda: Image.new("L", (300, 300))])
 def test_nothing_is_found_in_unmarked_images(make):
-    detections = detect_watermarks(make())
-    assert len(detections) == len(METHODS) * len(PAYLOADS)
-    assert {f.verdict for f in detections} == {"absent"}
+    findings = detect_watermarks(make())
+    assert len(findings) == len(METHODS) * len(PAYLOADS)
+    assert {f.verdict for f in findings} == {"absent"}
 
 
 def test_a_damaged_watermark_is_named():
