@@ -202,7 +202,9 @@ class TaskForm:
                        if options[name][0].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
-        prompts = [name for name in get_options(Prompts) if name in options and name not in SETTINGS]
+        prompts = [
+            name for name in get_options(Prompts) if name in options and name not in SETTINGS
+        ]
         self.prompts = {name: self._make_field(name, *options[name]) for name in prompts}
         self.options = {name: self._make_field(name, *options[name]) for name in inputs
                         if not options[name][0].is_path and name != "mask_box"

@@ -69,8 +69,8 @@ def _check(args: Namespace) -> int:
         check_folder_of(args.list, "list")
     folder = open_folder(args.data)
     if args.pack and folder is None:
-        raise ValueError("only a folder can be packed")
-    report = check(folder or args.where, size=args.size, step=args.step, workers=args.workers)
+        raise ArgumentError(f"only a folder of images can be packed, not `{args.data[0]}`", "pack")
+    report = check(folder or args.data, size=args.size, step=args.step, workers=args.workers)
     print("\n".join(report.format_lines()))
     if args.list:
         names = "".join(f"{name}\n" for name, _ in report.unreadable)
