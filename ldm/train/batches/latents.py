@@ -100,7 +100,9 @@ class LatentCache:
             name: value.float() if value.is_floating_point() else value
             for name, value in self.store[key].items()
         }
-        fields = self.transform.make_row_fields(row, rng, self.get_variant_name(file_digest, variant))
+        fields = self.transform.make_row_fields(
+            row, rng, self.get_variant_name(file_digest, variant)
+        )
         # Sizes depend on the crop: only cached ones, those that the model reads, are valid.
         fields = {k: v for k, v in fields.items() if k in tensors or k not in SIZE_KEYS}
         return {**tensors, **fields}
@@ -145,7 +147,9 @@ class LatentCache:
         except UnreadableSample:  # reported when the sample is read
             return None
         rng = Random(f"{file_digest} {variant}")
-        return self.transform.make_image_fields(image, rng, self.get_variant_name(file_digest, variant))
+        return self.transform.make_image_fields(
+            image, rng, self.get_variant_name(file_digest, variant)
+        )
 
 
 class LatentDataset(SampleDataset):
