@@ -207,11 +207,14 @@ def _run(
     elif existing and not request.validate:
         export(run)
     if request.validate:
-        yield from (f"{name} {value:.6f}" for name, value in validate(run).items())
-    elif run.ranks.is_first:
+        lines = [f"{name} {value:.6f}" for name, value in validate(run).items()]
+    elif request.train or existing:
         exports = [run.checkpoints / f"last.{suffix}" for suffix in ("safetensors", "ckpt")]
-        paths = [str(path) for path in exports if path.exists()]
-        yield from paths if paths and (request.train or existing) else ["the config is valid"]
+        lines = [str(path) for path in exports if path.exists()]
+    else:
+        lines = ["the config is valid"]
+    if run.ranks.is_first:
+        yield from lines
     run.ranks.disconnect()
 
 

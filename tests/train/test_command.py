@@ -17,6 +17,7 @@ from ldm.train.command import main, parse
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
+from ldm.train.distributed.parallel import Ranks
 from ldm.train.memory_estimate import MemoryEstimate
 from ldm.train.request import TrainRequest
 from ldm.train.run import build_run
@@ -243,6 +244,17 @@ def test_a_run_is_trained_resumed_exported_and_validated(
     assert main([*base, "-t", "--max_steps", "1", *few, start]) == 1
     assert "hardly better than a trivial baseline" in capsys.readouterr().err
     assert (tmp_path / "tiny").resolve() == link
+
+
+def test_the_first_process_alone_prints_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = "{root: tests/data/emoji, split: heldout, transform: {name: emoji, size: 32}}"
+    words = ["data.params.batch_size=2", "lightning.callbacks.validate_batches=1"]
+    words.append(f"data.params.validation={held_out}")
+    monkeypatch.setattr(Ranks, "is_first", False)
+    assert main(["-b", TINY, "-l", str(tmp_path), "--validate", *words]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_help_imports_neither_torch_nor_pydantic() -> None:
