@@ -78,7 +78,7 @@ class LatentCache:
         return digest(self.model_digest, file_digest, bucket_size, variant)
 
     def get_variant_name(self, file_digest: str, variant: int) -> str:
-        """Return the transform's name of a variant; their order depends on the image."""
+        """Return the name of a variant; the order of the transform's names depends on the image."""
         names = self.transform.variants
         if not names:
             return ""

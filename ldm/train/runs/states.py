@@ -113,12 +113,12 @@ class StateFolder:
         flush_to_disk(self.folder)
         # Later states belong to a branch that was abandoned when an older state was resumed.
         states = list_states(self.folder)
-        newest = [old for old in states if old.name <= path.name][-self.keep_states :]
-        for old in states:
-            if old not in newest:
-                old.replace(old.with_name(f".{old.name}.gone"))
-        for gone in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
-            shutil.rmtree(gone, ignore_errors=True)
+        kept = [saved for saved in states if saved.name <= path.name][-self.keep_states :]
+        for saved in states:
+            if saved not in kept:
+                saved.replace(saved.with_name(f".{saved.name}.gone"))
+        for deleted in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
+            shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _create_temporary_folder(temporary: Path) -> None:
