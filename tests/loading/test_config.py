@@ -211,7 +211,7 @@ def test_nonsense_values_are_one_error(tiny_yaml, value):
 def test_nonsense_sizes_and_factors_of_a_model_are_one_error(tiny_yaml, key, value):
     raw = read_yaml(tiny_yaml)
     raw["model"]["params"][key] = value
-    with pytest.raises(ValueError, match=rf"^tiny\.yaml: .*{key} must be a positive number"):
+    with pytest.raises(ValueError, match=rf"^tiny\.yaml: .*{key} must be a positive "):
         build_on_meta(raw, where="tiny.yaml")
 
 

@@ -39,10 +39,11 @@ def test_parts_ema_and_step_are_reported(file, tiny_yaml, tiny_state):
     assert report.foreign_names == []
 
 
-def test_a_config_that_asks_for_ema_weights_is_reported(file, tiny_yaml):
-    tiny_yaml.write_text(tiny_yaml.read_text().replace("use_ema: false", "use_ema: true"))
-    report = inspect_checkpoint(file, tiny_yaml)
-    assert "EMA         yes, used, as the config says" in report.lines()
+def test_a_config_that_asks_for_ema_weights_is_reported(file, tiny_yaml, tmp_path):
+    config = tmp_path / "ema.yaml"
+    config.write_text(tiny_yaml.read_text().replace("use_ema: false", "use_ema: true"))
+    report = inspect_checkpoint(file, config)
+    assert "EMA         yes, used, as the config says" in report.format_lines()
 
 
 def test_what_does_not_fit_is_reported_by_the_names_in_the_file(file, tiny_yaml):
