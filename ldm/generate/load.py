@@ -15,6 +15,7 @@ from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safet
 from ldm.loading.find_variant import select_file_variant
 from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.weights import list_weight_files
 from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import is_sdxl, quote_name
@@ -167,8 +168,6 @@ def _list_refiner_embeddings(base: LatentDiffusion) -> list[str]:
     return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
 
 
-def _is_small_model(path: str | Path) -> bool:
+def _is_small_model(path: Path) -> bool:
     """Return whether the weights of a file or folder take less than SMALL_MODEL_BYTES."""
-    file = Path(path).expanduser()
-    files = file.glob("*/*.safetensors") if file.is_dir() else [file]
-    return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL_BYTES
+    return sum(file.stat().st_size for file in list_weight_files(path)) < SMALL_MODEL_BYTES

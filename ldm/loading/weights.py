@@ -32,7 +32,7 @@ from ldm.runtime.files import read_text
 
 __all__ = [
     "TRANSPOSED_WARNING", "Weights", "has_transposed_projection", "identify_weights",
-    "open_checkpoint",
+    "list_weight_files", "open_checkpoint",
 ]  # fmt: skip
 
 # Weights and config in a run folder, of our training or the original; see `_find_newest`.
@@ -134,6 +134,16 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
         return checkpoint
     metadata = checkpoint.metadata | {CONFIG_KEY: read_text(config_path)}
     return replace(checkpoint, metadata=metadata)
+
+
+def list_weight_files(path: Path) -> list[Path]:
+    """Return the files with the weights of a checkpoint: itself, or those in its folder."""
+    if not path.is_dir():
+        return [path]
+    if is_diffusers_folder(path):
+        return [*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]
+    weights_path = _find_newest(path, RUN_WEIGHTS)
+    return [] if weights_path is None else [weights_path]
 
 
 def identify_weights(checkpoint: Checkpoint) -> Weights:
