@@ -1,4 +1,4 @@
-"""A small safety checker on disk."""
+"""A small safety checker in a file."""
 
 import torch
 from safetensors.torch import save_file
@@ -9,7 +9,7 @@ from ldm.loading.diffusers.locations import convert_to_diffusers, locate_vision_
 
 
 def write_checker(path):
-    """Thresholds are such that concept 2 flags every image, and no other does."""
+    """Write a safety checker that flags every image by concept 2, and by no other."""
     torch.manual_seed(0)
     visual = VisionTower(image_size=28, patch_size=14, width=64, layers=1, heads=1, embed_dim=8)
     checker = SafetyChecker(visual)
@@ -19,9 +19,7 @@ def write_checker(path):
     checker.concept_embeds_weights.data[2] = -2
     state = checker.state_dict()
     locations = locate_vision_tower(f"model.{name}" for name in state)
-    theirs = convert_to_diffusers(
-        {n.removeprefix("model."): v for n, v in locations.items()}, state
-    )
-    theirs |= {name: value for name, value in state.items() if "embeds" in name}
-    save_file({name: value.contiguous() for name, value in theirs.items()}, path)
+    named = convert_to_diffusers({n.removeprefix("model."): v for n, v in locations.items()}, state)
+    named |= {name: value for name, value in state.items() if "embeds" in name}
+    save_file({name: value.contiguous() for name, value in named.items()}, path)
     return path

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from recipe import fill
 
-HERE = Path(__file__).parent / "data" / "goldens"
-ELSEWHERE = Path(os.environ.get("LDM_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
+IN_REPOSITORY = Path(__file__).parent / "data" / "goldens"
+OUTSIDE = Path(os.environ.get("LDM_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 
 
 @dataclass(frozen=True)
-class Gold:
+class GoldenFile:
     """One golden file: `tensors` by name, `meta` with JSON values parsed."""
 
     tensors: dict[str, Tensor]
@@ -29,17 +29,17 @@ class Gold:
     def cases(self) -> list[dict[str, Any]]:
         return self.meta.get("cases", [])
 
-    def under(self, prefix: str) -> dict[str, Tensor]:
+    def select(self, prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def inputs(self, case: str) -> dict[str, Tensor]:
-        return self.under(f"{case}/in/")
+        return self.select(f"{case}/in/")
 
     def outputs(self, case: str) -> dict[str, Tensor]:
-        return self.under(f"{case}/out/")
+        return self.select(f"{case}/out/")
 
     def rng(self, case: str) -> list[Tensor]:
-        return [v for _, v in sorted(self.under(f"{case}/rng/").items())]
+        return [v for _, v in sorted(self.select(f"{case}/rng/").items())]
 
     def case(self, name: str) -> dict[str, Any]:
         return next(case for case in self.cases if case["name"] == name)
@@ -54,20 +54,22 @@ class Gold:
             assert (ours.double() - theirs.double()).abs().max() <= limit, name
 
     def weights(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        return self.under("state_dict/") or fill(state, self.meta["salt"], prefix)
+        return self.select("state_dict/") or fill(state, self.meta["salt"], prefix)
 
 
-def gold(name: str) -> Gold:
-    """The golden file `name` (no suffix); the test is skipped where it is not at hand."""
-    path = next((p for d in (HERE, ELSEWHERE) if (p := d / f"{name}.safetensors").is_file()), None)
+def load_golden(name: str) -> GoldenFile:
+    """Read the golden file `name` (no suffix); skip the test where it is missing."""
+    path = next(
+        (p for d in (IN_REPOSITORY, OUTSIDE) if (p := d / f"{name}.safetensors").is_file()), None
+    )
     if path is None:
         pytest.skip(f"golden file `{name}` is not in the repository; set LDM_GOLDENS to its folder")
     with safe_open(str(path), "pt") as file:
-        meta = {key: _parsed(value) for key, value in (file.metadata() or {}).items()}
-        return Gold({key: file.get_tensor(key) for key in file.keys()}, meta)  # noqa: SIM118
+        meta = {key: _parse(value) for key, value in (file.metadata() or {}).items()}
+        return GoldenFile({key: file.get_tensor(key) for key in file.keys()}, meta)  # noqa: SIM118
 
 
-def _parsed(value: str) -> Any:
+def _parse(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What tests of the commands that make images share."""
+"""Helpers for the tests of the commands that make images."""
 
 import numpy as np
 import torch
@@ -12,17 +12,17 @@ QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--precision=full", "--skip
 IDENTICAL = (0, ["identical"])  # exit status and lines of a replay
 
 
-def random_lora(path, model, seed):
-    """Write one that changes every target layer of a model, so that its images differ."""
+def write_random_lora(path, model, seed):
+    """Write a LoRA that changes every target layer of a model, so that its images differ."""
     torch.manual_seed(seed)
-    changes = {}
+    layers = {}
     for layer in list_lora_targets(model):
-        changes[layer.kohya] = low = LoRALayer(layer.target, 2)
-        torch.nn.init.normal_(low.lora_up.weight, std=0.1)
-    write_lora(LoRA(changes), path, model)
+        layers[layer.kohya] = lora = LoRALayer(layer.target, 2)
+        torch.nn.init.normal_(lora.lora_up.weight, std=0.1)
+    write_lora(LoRA(layers), path, model)
     return path
 
 
-def pixels(path):
+def read_pixels(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)

@@ -1,8 +1,8 @@
-"""Writes tiny random models of SDXL: base, refiner and inpainting, each a file and its YAML.
+"""Writes tiny SDXL models with random weights: base, refiner and inpainting, and their YAMLs.
 
     python tests/make_tiny_sdxl.py FOLDER
 
-Files have the original's names of weights, and the config as metadata.
+Weights have the original's names; files have the config as metadata.
 """
 
 import sys
@@ -19,7 +19,7 @@ FILES = {
 
 
 def make_tiny_sdxl(folder: Path) -> dict[str, Path]:
-    """Paths of the files, by family."""
+    """Write the models; return their paths by family."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {family: folder / f"{name}.safetensors" for family, name in FILES.items()}
     for family, path in paths.items():

@@ -1,4 +1,4 @@
-"""Sweeps of which the default run takes the cases that differ most."""
+"""Parametrised tests of which the default run takes only the cases that differ most."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +6,6 @@ from typing import Any
 import pytest
 
 
-def some(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """All cases; without `-m slow` the quick ones alone."""
+def slow_except(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Mark all cases slow except those of `quick`."""
     return [c if c in quick else pytest.param(c, marks=pytest.mark.slow) for c in cases]

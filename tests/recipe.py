@@ -1,4 +1,4 @@
-"""Weights made from names alone, so that golden files need to hold none.
+"""Weights computed from the names of parameters, so that golden files need not hold them.
 
 Every floating tensor with a dimension gets z = randn(shape) from a CPU generator seeded with
 crc32("SALT|KEY"), scaled by what its name says it is. Buffers in `SKIPPED` keep their value.
@@ -26,8 +26,8 @@ EMBEDDINGS = (
 )  # fmt: skip
 
 
-def weight(key: str, shape: tuple[int, ...], salt: str) -> Tensor:
-    """The float32 value of the entry `key`."""
+def make_weight(key: str, shape: tuple[int, ...], salt: str) -> Tensor:
+    """Make the float32 value of the parameter `key`."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}|{key}".encode()))
     z = torch.randn(shape, generator=generator)
     last = key.rsplit(".", 1)[-1]
@@ -44,9 +44,9 @@ def weight(key: str, shape: tuple[int, ...], salt: str) -> Tensor:
 
 
 def fill(state: Mapping[str, Tensor], salt: str, prefix: str = "") -> dict[str, Tensor]:
-    """`state` with the recipe's values wherever the recipe applies; `prefix` is put before keys."""
+    """Return `state` with values of the recipe where it applies; keys are PREFIX + name."""
     return {
-        key: weight(prefix + key, tuple(value.shape), salt).to(value.dtype)
+        key: make_weight(prefix + key, tuple(value.shape), salt).to(value.dtype)
         if value.is_floating_point() and value.dim() and key.rsplit(".", 1)[-1] not in SKIPPED
         else value
         for key, value in state.items()

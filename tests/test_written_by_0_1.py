@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 import recipe
-from imagehelp import pixels
-from quick import some
+from imagehelp import read_pixels
+from quick import slow_except
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/written_by_0_1"
@@ -85,7 +85,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for path in (DATA / "models").glob("*.json"):
         model = json.loads(path.read_text())
         shapes: dict[str, list[int]] = model["shapes"]
-        state = {name: recipe.weight(name, tuple(shape), "0.1") for name, shape in shapes.items()}
+        state = {
+            name: recipe.make_weight(name, tuple(shape), "0.1") for name, shape in shapes.items()
+        }
         tables = path.with_name(f"{path.stem}-tables.safetensors")
         state |= load_file(tables) if tables.exists() else {}
         config = json.dumps(model["config"])
@@ -118,7 +120,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", some(IMAGES, *QUICK_IMAGES))
+@pytest.mark.parametrize("name", slow_except(IMAGES, *QUICK_IMAGES))
 def test_an_image_is_replayed(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +129,7 @@ def test_an_image_is_replayed(
     flags = ["--ckpt", checkpoints[checkpoint]] if checkpoint in checkpoints else []
     status = run_command("replay", old, *flags, "--output", new)
     out, err = capsys.readouterr()
-    difference = np.abs(pixels(old) - pixels(new))
+    difference = np.abs(read_pixels(old) - read_pixels(new))
     # Identical where it was made. Other processors sum in another order: with AVX2 or SSE4 pixels
     # were up to 1 of 255 away in float32, and up to 4 in bfloat16, which has 8 bits.
     assert difference.max() <= (2 if info_of(old)["dtype"] == "float32" else 12), err
@@ -147,7 +149,7 @@ def test_adapters_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[s
     old, new = DATA / "images/addons.png", tmp_path / "new.png"
     flags = ["--ckpt", TINY, "--lora", f"{LORA}:0.7", "--embedding", WORD, "--output", new]
     assert run_command("replay", old, *flags) in (0, 1), capsys.readouterr().err
-    assert np.abs(pixels(old) - pixels(new)).max() <= 2
+    assert np.abs(read_pixels(old) - read_pixels(new)).max() <= 2
 
 
 def test_a_grid_names_its_images(capsys: pytest.CaptureFixture[str]) -> None:

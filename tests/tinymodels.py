@@ -1,9 +1,9 @@
 """Tiny models on disk, each a YAML and a checkpoint in the original layout."""
 
 import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ldm
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from imagehelp import QUICK
 from ldm.app.model_cache import ModelCache
 from ldm.commands.main import main
@@ -20,14 +20,13 @@ from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_che
 from ldm.loading.weight_names import restore_names
 from pipelines.goldmodels import config_of, model_of
 
-# Tiny models, and the recording that their config is from.
-MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
-          "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
+# Tiny models by family, and the golden file that their config is from.
+RECORDINGS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
+              "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Files:
-    """Paths of a model, and the flags that name them."""
+class ModelFiles(NamedTuple):
+    """Paths of a model, in the order of `ldm.load`, and the flags that name them."""
 
     config: Path
     ckpt: Path
@@ -43,8 +42,8 @@ def model_cache() -> ModelCache:
 
 
 @pytest.fixture(autouse=True)
-def load_once(model_cache, monkeypatch):
-    """Keep the models of commands, as the app does; not those that a test changes."""
+def cache_models(model_cache, monkeypatch):
+    """Share loaded models between tests, except those that a test may change."""
 
     def load(config, ckpt, **options):
         has_additions = options.get("loras") or options.get("embeddings")
@@ -57,26 +56,26 @@ def load_once(model_cache, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def small_depth(monkeypatch):
-    """Let MiDaS see 96 pixels, not 384."""
+def shrink_midas_input(monkeypatch):
+    """Give MiDaS 96 pixels a side instead of 384, which is faster."""
     monkeypatch.setattr("ldm.encoders.depth.MIDAS_SIZE", 96)
 
 
 @pytest.fixture(scope="session")
-def recorded() -> Gold:
-    return gold("e2e_txt2img")
+def recorded() -> GoldenFile:
+    return load_golden("e2e_txt2img")
 
 
 @pytest.fixture(scope="session")
-def models(recorded, tmp_path_factory) -> dict[str, Files]:
+def models(recorded, tmp_path_factory) -> dict[str, ModelFiles]:
     """The two models of the recorded images: `base_eps` and `base_v`."""
     folder = tmp_path_factory.mktemp("models")
     return {name: write_model(recorded, name, folder) for name in ("base_eps", "base_v")}
 
 
 @pytest.fixture(scope="session")
-def ema_model(recorded, tmp_path_factory) -> Files:
-    """A model with raw and EMA weights, whose config asks for these."""
+def ema_model(recorded, tmp_path_factory) -> ModelFiles:
+    """A model with raw and EMA weights, whose config asks for the EMA weights."""
     files = write_model(recorded, "base_v", tmp_path_factory.mktemp("ema"))
     config = json.loads(files.config.read_text())
     config["model"]["params"]["use_ema"] = True
@@ -88,66 +87,66 @@ def ema_model(recorded, tmp_path_factory) -> Files:
 
 
 @pytest.fixture
-def tiny(models) -> Files:
+def tiny(models) -> ModelFiles:
     return models["base_v"]
 
 
-def write_model(recorded: Gold, name: str, folder: Path) -> Files:
-    files = Files(folder / f"{name}.yaml", folder / f"{name}.safetensors")
+def write_model(recorded: GoldenFile, name: str, folder: Path) -> ModelFiles:
+    files = ModelFiles(folder / f"{name}.yaml", folder / f"{name}.safetensors")
     files.config.write_text(json.dumps({"model": config_of(recorded, name)}))
     state = model_of(recorded, name, whole=True).state_dict()
     write_checkpoint(files.ckpt, restore_names(state))
     return files
 
 
-FAMILIES: dict[str, list[str]] = {}  # what `files` made, which every conftest has anew
+FAMILIES: dict[str, ModelFiles] = {}  # shared, as each conftest has its own fixture `families`
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """Flags that name the model of each family."""
+def families(tmp_path_factory):
+    """The files of a tiny model of each family."""
     if not FAMILIES:
         folder = tmp_path_factory.mktemp("families")
-        for name, recorded in MODELS.items():
-            FAMILIES[name] = write_model(gold(f"e2e_{recorded}"), name, folder).flags
+        for name, recorded in RECORDINGS.items():
+            FAMILIES[name] = write_model(load_golden(f"e2e_{recorded}"), name, folder)
     return FAMILIES
 
 
 @pytest.fixture
 def photo(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    values = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
 @pytest.fixture
-def call(capsys):
-    """Runs `ldm` with any words; returns its exit status, lines of stdout, text of stderr."""
+def run_ldm(capsys):
+    """Runs `ldm` with any arguments; returns exit status, lines of stdout and stderr."""
 
-    def call(*words):
+    def run_ldm(*arguments):
         capsys.readouterr()
         try:
-            status = main([*map(str, words)])
+            status = main([*map(str, arguments)])
         except SystemExit as stopped:
             status = stopped.code
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 
-    return call
+    return run_ldm
 
 
 @pytest.fixture
-def run(files, tmp_path, call):
-    """Runs a command on the tiny model of a family; see `call`."""
+def run(families, tmp_path, run_ldm):
+    """Runs a command on the tiny model of a family; see `run_ldm`."""
 
     def run(command, name, *flags):
-        return call(command, *files[name], *QUICK, "--outdir", tmp_path / "out", *flags)
+        return run_ldm(command, *families[name].flags, *QUICK, "--outdir", tmp_path / "out", *flags)
 
     return run
 
 
 @pytest.fixture
-def txt2img(tiny, tmp_path, call):
-    """Runs txt2img at 64x64, with a grid; see `call`."""
+def txt2img(tiny, tmp_path, run_ldm):
+    """Runs txt2img at 64x64, with a grid; see `run_ldm`."""
     size = ["--H", 64, "--W", 64, "--outdir", tmp_path / "out"]
-    return partial(call, "txt2img", *tiny.flags, *QUICK[:-1], *size)
+    return partial(run_ldm, "txt2img", *tiny.flags, *QUICK[:-1], *size)

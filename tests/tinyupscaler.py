@@ -1,4 +1,4 @@
-"""Tiny x2 latent upscalers with the weights of the recordings, and their files."""
+"""A tiny x2 latent upscaler with the weights of the golden files."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import ldm
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.loading.config import read_yaml
 from ldm.model import LatentDiffusion
-from recipe import weight
+from recipe import make_weight
 
 CONFIG = "configs/stable-diffusion/x2-latent-upscaler.yaml"
 DDCONFIG = {
@@ -18,38 +18,38 @@ DDCONFIG = {
 }  # fmt: skip
 
 
-def tiny_config() -> dict[str, Any]:
-    """The published config with the sizes of the recordings."""
-    file = gold("seed_x2_unet")
-    raw = read_yaml(CONFIG)
-    params = raw["model"]["params"]
+def make_tiny_config() -> dict[str, Any]:
+    """Make the published config with the sizes of the golden files."""
+    file = load_golden("seed_x2_unet")
+    config = read_yaml(CONFIG)
+    params = config["model"]["params"]
     params["unet"]["params"] = file.meta["config"]["k_diffusion"]
-    arch = gold("seed_x2_text").meta["config"]["tiny_hf_config"]
+    arch = load_golden("seed_x2_text").meta["config"]["tiny_hf_config"]
     params["conditioner"]["params"]["text"]["params"] |= {"arch": arch, "layer_idx": 4}
     params["autoencoder"]["params"]["ddconfig"] = DDCONFIG
-    return raw
+    return config
 
 
-def tiny_upscaler() -> LatentDiffusion:
-    model = ldm.instantiate(tiny_config())
-    salt = gold("seed_x2_unet").meta["salt"]
-    model.load_state_dict({k: _weight(k, v, salt) for k, v in model.state_dict().items()})
+def build_tiny_upscaler() -> LatentDiffusion:
+    model = ldm.instantiate(make_tiny_config())
+    salt = load_golden("seed_x2_unet").meta["salt"]
+    model.load_state_dict({k: _make_weight(k, v, salt) for k, v in model.state_dict().items()})
     return model.eval()
 
 
-def _weight(name: str, value: Tensor, salt: str) -> Tensor:
+def _make_weight(name: str, value: Tensor, salt: str) -> Tensor:
     if name.endswith(".kernel"):
         return value
     for prefix in ("unet.", "autoencoder.", "conditioner.text."):
         name = name.removeprefix(prefix)
-    return weight(name, tuple(value.shape), salt)
+    return make_weight(name, tuple(value.shape), salt)
 
 
-def draws_of(file: Gold, case: str):
-    """The recorded random numbers of a case, as a source of noise."""
+def make_recorded_noise(file: GoldenFile, case: str):
+    """Return a noise sampler that gives the recorded draws of a case in turn."""
     draws = iter(file.rng(case))
     return lambda like: next(draws)
 
 
-def random_latent(n: int = 1, height: int = 8, width: int = 8) -> Tensor:
+def make_random_latent(n: int = 1, height: int = 8, width: int = 8) -> Tensor:
     return torch.randn(n, 4, height, width, generator=torch.Generator().manual_seed(0))

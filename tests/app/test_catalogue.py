@@ -15,8 +15,8 @@ def test_the_demo_model_serves_what_text_is_enough_for(tmp_path):
     assert catalogue.skipped == []
 
 
-def test_a_depth_model_is_listed_without_its_network(files, tmp_path, monkeypatch):
-    for file in files["depth"][1::2]:
+def test_a_depth_model_is_listed_without_its_network(families, tmp_path, monkeypatch):
+    for file in families["depth"]:
         shutil.copy(file, tmp_path)
     monkeypatch.setattr("ldm.encoders.depth._build_backbone", None)
     assert read_catalogue(tmp_path).models["depth.safetensors"].tasks == ("depth2img",)

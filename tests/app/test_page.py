@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import ldm
-from imagehelp import pixels, random_lora
+from imagehelp import read_pixels, write_random_lora
 from ldm.app.backend import Backend
 from ldm.app.library import Library
 from ldm.app.limits import Limits
@@ -75,7 +75,7 @@ def app(tmp_path_factory, slow_steps):
     for name in ("demo", "demo-upscaler"):
         shutil.copy(ROOT / f"checkpoints/{name}.safetensors", models)
     (models / "page.ckpt").write_text("<html>")
-    random_lora(models / "loras/style.safetensors", ldm.load(), 0)
+    write_random_lora(models / "loras/style.safetensors", ldm.load(), 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -490,7 +490,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     wait_for_message(page, "`holiday.png` is not an image that the browser can show")
     open_tab(page, "txt2img")
     generate(page)
-    before = pixels(find_newest(app))
+    before = read_pixels(find_newest(app))
     page.locator("#prompt textarea").fill("something else")
     page.locator("#send-inpaint").click()
     wait_for_value(page, "#prompt textarea", PROMPT)
@@ -508,7 +508,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     generate(page)
     page.wait_for_timeout(500)
     assert sum("/upload" in url for url in page.urls) == 3  # image, layer, both: sent once
-    changed = (before != pixels(find_newest(app))).any(-1)
+    changed = (before != read_pixels(find_newest(app))).any(-1)
     assert read_info(find_newest(app))["task"] == "inpaint"
     assert 0 < changed.mean() < 0.5
     assert not changed[:16].any()
@@ -549,16 +549,16 @@ def test_no_file_outside_the_output_folder_is_served(app):
           for flag in ("--models", "--preview", "--lora")),
     ],
 )  # fmt: skip
-def test_what_the_app_cannot_start_with_is_one_line(call, flags, message):
+def test_what_the_app_cannot_start_with_is_one_line(run_ldm, flags, message):
     """Other machines are not let in without a password."""
-    status, _, err = call("app", *flags)
+    status, _, err = run_ldm("app", *flags)
     assert status == 1
     assert err.endswith(f"{message}\n")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--max-steps", "0"), ("--memory", "-1")])
-def test_limits_of_the_app_must_be_positive(call, flag, value):
-    status, _, err = call("app", f"{flag}={value}")
+def test_limits_of_the_app_must_be_positive(run_ldm, flag, value):
+    status, _, err = run_ldm("app", f"{flag}={value}")
     assert status == 2
     assert f"argument {flag}: `{value}` is not a" in err
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.compat.util import instantiate_from_config
 from recipe import fill
 
@@ -15,7 +15,7 @@ SCHEDULER = {
     },
 }  # fmt: skip
 
-recorded = functools.cache(gold)
+recorded = functools.cache(load_golden)
 
 
 def build(config, salt="sd-gold-public", arch=None, **changes):
@@ -40,9 +40,9 @@ def build_recorded(name, config="config"):
     return build(file.meta[config], file.meta["salt"], arch)
 
 
-def keywords_of(file: Gold, case: str):
+def keywords_of(file: GoldenFile, case: str):
     """Return the keywords of a recorded call of `sample`, with the tensors in their places."""
-    shared = file.under("shared/")
+    shared = file.select("shared/")
     keywords = dict(file.case(case)["info"]["kwargs"])
     names = {"conditioning": "c", "unconditional_conditioning": "uc"}
     for key, value in keywords.items():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders.encoderhelp import assert_close
-from goldfile import gold
+from goldfile import load_golden
 from ldm.compat import data, midas
 from ldm.compat.encoders import CLIPEmbeddingNoiseAugmentation, SpatialRescaler
 from ldm.compat.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
@@ -18,7 +18,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
 
 def test_low_resolution_images_equal_the_recorded_ones():
-    golden = gold("low_scale_model")
+    golden = load_golden("low_scale_model")
     inputs, expected = golden.inputs("image"), golden.outputs("image")
     seeds = golden.case("image")["info"]["seeds"]
     model = ImageConcatWithNoiseAugmentation(noise_schedule_config=X4, max_noise_level=350)
@@ -39,7 +39,7 @@ def test_low_resolution_images_equal_the_recorded_ones():
 
 @pytest.mark.parametrize("case", ["clip_stats", "clip_nostats"])
 def test_noised_embeddings_equal_the_recorded_ones(case, tmp_path):
-    golden = gold("low_scale_model")
+    golden = load_golden("low_scale_model")
     inputs, expected = golden.inputs(case), golden.outputs(case)
     path = None
     if case == "clip_stats":
@@ -69,7 +69,7 @@ def test_a_rescaled_map_has_its_channels_mixed(mode):
 
 
 def test_the_depth_input_of_a_sample_equals_the_recorded_one():
-    golden, case = gold("e2e_depth2img"), "midas_transform_320x192"
+    golden, case = load_golden("e2e_depth2img"), "midas_transform_320x192"
     image, recorded = golden.inputs(case)["image"], golden.outputs(case)
     sample = data.AddMiDaS("dpt_hybrid")({"jpg": image / 127.5 - 1})
     assert isinstance(sample["midas_in"], np.ndarray)

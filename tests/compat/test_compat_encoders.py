@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from encoders.encoderhelp import assert_close
-from goldfile import gold
+from goldfile import load_golden
 from ldm.compat import encoders
 from ldm.compat.encoders import (
     ClassEmbedder,
@@ -67,7 +67,7 @@ class Replaced(nn.Module):
     ],
 )
 def test_context_equals_the_recorded_one(name, build, output, options):
-    golden = gold(name)
+    golden = load_golden(name)
     config = golden.meta["config"]
     encoder = build(arch=config.get("tiny_arch") or config["tiny_hf_config"], **options)
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
@@ -77,14 +77,14 @@ def test_context_equals_the_recorded_one(name, build, output, options):
 
 
 def test_image_embeddings_equal_the_recorded_ones():
-    golden = gold("image_embedder")
+    golden = load_golden("image_embedder")
     encoder = FrozenOpenCLIPImageEmbedder(golden.meta["tiny_arch"], "none", "cpu")
     encoder.blur = "narrow"  # recorded with a later kornia
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
     image, expected = golden.inputs("img0_96x96")["image"], golden.outputs("img0_96x96")
     assert_close(encoder.preprocess(image)[:, :, ::4, ::4], expected["pre"], 1e-6)
     assert_close(encoder(image), expected["emb"], 2e-6)  # observed: 3e-7
-    golden = gold("image_embedder_openai")
+    golden = load_golden("image_embedder_openai")
     vision = {"layers": 2, "width": 64, "patch_size": 56}
     text = {"vocab_size": 200, "width": 32, "heads": 1, "layers": 2}
     encoder = ClipImageEmbedder({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
@@ -93,8 +93,8 @@ def test_image_embeddings_equal_the_recorded_ones():
 
 
 def test_class_embedding_equals_the_recorded_one():
-    golden = gold("misc_cond")
-    state, inputs = golden.under("state_dict/class_embedder/"), golden.inputs("class_embedder")
+    golden = load_golden("misc_cond")
+    state, inputs = golden.select("state_dict/class_embedder/"), golden.inputs("class_embedder")
     expected, info = golden.outputs("class_embedder"), golden.case("class_embedder")["info"]
     encoder = ClassEmbedder(*reversed(state["embedding.weight"].shape), ucg_rate=info["ucg_rate"])
     encoder.load_state_dict(state)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.compat import diffusion_util as util
 
 
 @pytest.fixture(scope="module")
 def schedules():
-    return gold("schedules")
+    return load_golden("schedules")
 
 
 def cases(golden, prefix):

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from compathelp import relative_error, tiny_unet
 from torch import nn
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.compat import model
 from ldm.compat.class_swap import swap_classes
 from ldm.compat.openaimodel import UNetModel
 from ldm.compat.util import get_obj_from_str, instantiate_from_config
 from nets import nethelp
-from quick import some
+from quick import slow_except
 from recipe import fill
 
 SLOW = pytest.mark.slow
 QUICK_UNETS = ("v1", "v2", "misc")
-UNETS = some([*QUICK_UNETS, "adm", "depth", "inpaint", "unclip", "upscaler"], *QUICK_UNETS)
+UNETS = slow_except([*QUICK_UNETS, "adm", "depth", "inpaint", "unclip", "upscaler"], *QUICK_UNETS)
 DECODER = "ldm.modules.diffusionmodules.model.Decoder"
 DDCONFIG = {
     "ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [16],
@@ -43,7 +43,7 @@ def unet_error(golden, unet, case):
 
 def test_each_module_equals_the_recorded_one():
     """Observed: 1.1e-6."""
-    golden = gold("modules")
+    golden = load_golden("modules")
     for case in golden.cases:
         info, name = case["info"], case["name"]
         if "args" not in info:
@@ -58,7 +58,7 @@ def test_each_module_equals_the_recorded_one():
 @pytest.mark.parametrize("name", UNETS)
 def test_unet_equals_the_recorded_one(name):
     """Observed: 3.8e-6."""
-    golden = gold(f"unet_{name}")
+    golden = load_golden(f"unet_{name}")
     unet = load(golden, golden.meta["config"])
     for case in ("nonsq", "tiny_x"):
         assert unet_error(golden, unet, case) < 4e-5, case
@@ -78,7 +78,7 @@ class OwnAutoencoder(nn.Module):
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_encoder_and_decoder_equal_the_recorded_ones(name):
     """Observed: 1.9e-6."""
-    golden = gold(name)
+    golden = load_golden(name)
     params = golden.meta["config"]["params"]
     vae = OwnAutoencoder(params["ddconfig"], params["embed_dim"]).eval()
     vae.load_state_dict(golden.weights(vae.state_dict()))

@@ -56,7 +56,7 @@ def test_trajectories_equal_the_recorded_ones(name, case):
 @KINDS
 def test_ddim_encodes_and_decodes_as_recorded(kind):
     file, model = recorded(f"ddim_{kind}"), build_recorded(f"ddim_{kind}")
-    shared = file.under("shared/")
+    shared = file.select("shared/")
     x0, c, uc = shared["x0"], shared["c"], shared["uc"]
     guidance = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": uc}
     sampler = DDIMSampler(model)
@@ -106,7 +106,7 @@ def test_dpm_solver_equals_the_recorded_runs(name, case, monkeypatch):
 @KINDS
 def test_every_order_and_method_of_the_solver_equals_the_recorded_ones(kind):
     file, model = recorded(f"dpm_{kind}"), build_recorded(f"dpm_{kind}")
-    shared = file.under("shared/")
+    shared = file.select("shared/")
     schedule = NoiseScheduleVP("discrete", alphas_cumprod=model.alphas_cumprod)
     for case in file.cases:
         info = case["info"]
@@ -235,7 +235,7 @@ def test_callbacks_and_overridden_steps_are_called():
             type(self).steps += 1
             return super().p_sample_ddim(x, c, t, index, **kwargs)
 
-    shared = recorded("ddim_eps").under("shared/")
+    shared = recorded("ddim_eps").select("shared/")
     done, images = [], []
     Sampler(build_recorded("ddim_eps")).sample(
         5, 2, SHAPE, shared["c"], callback=done.append,
@@ -253,7 +253,7 @@ class Corrector:
 
 @pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler])
 def test_a_score_corrector_changes_the_predicted_noise(kind_of):
-    sampler, shared = kind_of(build_recorded("ddim_eps")), recorded("ddim_eps").under("shared/")
+    sampler, shared = kind_of(build_recorded("ddim_eps")), recorded("ddim_eps").select("shared/")
     options = {"score_corrector": Corrector(), "corrector_kwargs": {"factor": 0.0}}
     samples, _ = sampler.sample(5, 2, SHAPE, shared["c"], x_T=shared["x_T"], **options)
     scale = (sampler.ddim_alphas_prev[0] / float(sampler.ddim_alphas[-1])) ** 0.5

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.compat import distributions, ema, util
 from ldm.compat.data import Txt2ImgIterableBaseDataset
 
@@ -53,7 +53,7 @@ def test_captions_become_images():
 
 
 def test_distribution_equals_the_recorded_one():
-    golden = gold("diag_gaussian")
+    golden = load_golden("diag_gaussian")
     inputs, outputs = golden.inputs("extreme"), golden.outputs("extreme")
     one = distributions.DiagonalGaussianDistribution(inputs["moments"])
     other = distributions.DiagonalGaussianDistribution(inputs["moments_other"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, get_scalings
 from ldm.diffusion.schedule import (
@@ -82,7 +82,7 @@ SCALINGS = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings_are_the_recorded_ones(name):
-    file = gold("sdxl_denoiser")
+    file = load_golden("sdxl_denoiser")
     (parameterization, schedule), sigma = SCALINGS[name], file.inputs(name)["sigma"]
     numbers = file.case(name)["info"]["params"]
     c_skip, c_out = get_scalings(parameterization, sigma, **numbers)
@@ -110,7 +110,7 @@ DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_denoisers_of_sdxl_are_the_recorded_ones(name):
-    file = gold("sdxl_denoiser")
+    file = load_golden("sdxl_denoiser")
     inputs, expected = file.inputs(name), file.outputs(name)
 
     def network(z_t, t, context=None, y=None):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.diffusion.names import SCHEDULERS
 from ldm.diffusion.schedule import (
     ContinuousSchedule,
@@ -27,7 +27,7 @@ def betas_of(info):
 
 
 def recorded(prefix, name="schedules"):
-    file = gold(name)
+    file = load_golden(name)
     cases = [
         case for case in file.cases if case["name"].startswith(prefix) and "raises" not in case
     ]
@@ -53,7 +53,7 @@ def test_buffers_equal_the_recorded_ones():
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 10, 20, 25, 50, 100, 200, 250, 500])
 def test_original_step_counts_are_the_recorded_timesteps(steps):
-    expected = gold("schedules").outputs(f"ddim_t_uniform_{steps}")["timesteps"]
+    expected = load_golden("schedules").outputs(f"ddim_t_uniform_{steps}")["timesteps"]
     sigmas = Quirks(frozenset({"steps"})).get_sigmas(SD, steps, "uniform")
     assert torch.equal(sigmas[:-1].flip(0), SD.sigmas[expected.long()])
     if 1000 % steps == 0:
@@ -98,7 +98,7 @@ def test_levels_of_sdxl_are_the_recorded_ones():
             equal_levels(edm_sigmas(SD, info["n"], **info["params"]), expected["sigmas"])
         else:
             equal_levels(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
-    file = gold("sdxl_discretization")
+    file = load_golden("sdxl_discretization")
     other = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
     equal_levels(other.step_sigmas(10, "sgm_uniform"), file.outputs("legacy_other")["s10"])
     equal_levels(other.step_sigmas(500, "sgm_uniform"), file.outputs("legacy_other")["all"])

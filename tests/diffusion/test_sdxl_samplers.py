@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import add_guidance
@@ -16,7 +16,7 @@ from ldm.diffusion.schedule import ContinuousSchedule, Schedule, make_betas
 from ldm.nets.unet import UNet
 from ldm.train.config.sgm import SAMPLER_NAMES
 from nets.nethelp import build_from
-from quick import some
+from quick import slow_except
 
 CASES = [
     "euler", "euler_edm_disc", "euler_identity", "euler_default_guider", "euler_uc_none",
@@ -33,8 +33,8 @@ SDXL = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.01
 
 
 @functools.cache
-def recorded() -> tuple[Gold, UNet]:
-    file = gold("sdxl_samplers")
+def recorded() -> tuple[GoldenFile, UNet]:
+    file = load_golden("sdxl_samplers")
     return file, build_from(file, UNet, file.meta["config_network"]).requires_grad_(False)
 
 
@@ -45,8 +45,8 @@ def denoiser_of(name: str) -> Denoiser:
     return Denoiser(network, SDXL, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
 
 
-def conditions(file: Gold) -> tuple[Cond, Cond]:
-    shared = file.under("shared/")
+def conditions(file: GoldenFile) -> tuple[Cond, Cond]:
+    shared = file.select("shared/")
     cond, uncond = ((shared[f"{c}_crossattn"], shared[f"{c}_vector"]) for c in ("c", "uc"))
     return Cond(cond[0], vector=cond[1]), Cond(uncond[0], vector=uncond[1])
 
@@ -55,7 +55,7 @@ def target_of(config: dict) -> str:
     return config["target"].rpartition(".")[2]
 
 
-@pytest.mark.parametrize("name", some(CASES, *QUICK))
+@pytest.mark.parametrize("name", slow_except(CASES, *QUICK))
 def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
     file, _ = recorded()
     info, draws = file.case(name)["info"], iter(file.rng(name))
@@ -78,7 +78,7 @@ def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
         questions.append((x, sigma, guided(x, sigma)))
         return questions[-1][2]
 
-    start = file.under("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
+    start = file.select("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS[SAMPLER_NAMES[target_of({"target": info["sampler"]})]](
         denoise, start, sigmas, **options
     )

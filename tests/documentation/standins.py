@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from checkerhelp import write_checker
-from imagehelp import random_lora
+from imagehelp import write_random_lora
 from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
@@ -94,7 +94,7 @@ def make_stand_ins(folder: Path) -> None:
     decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
     for seed, name in enumerate(("style", "detail", "lcm-lora-sdv1-5")):
-        random_lora(folder / f"{name}.safetensors", sd1, seed)
+        write_random_lora(folder / f"{name}.safetensors", sd1, seed)
     name, weight = next((layer.kohya, layer.target.weight) for layer in list_lora_targets(sd1)
                         if layer.kohya.endswith("attn1_to_q"))  # fmt: skip
     factors = {"w1": torch.ones(4, 4), "w2": torch.ones(weight.shape[0] // 4, weight.shape[1] // 4)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from encoderhelp import assert_close
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.encoders.text import CLIPText, OpenCLIPText, clip_skip
 
 SIZES = {
@@ -37,7 +37,7 @@ def test_each_layer_is_that_of_transformers():
 
 
 def test_the_last_layer_but_one_gets_the_final_norm():
-    golden = gold("text_hfclip")
+    golden = load_golden("text_hfclip")
     encoder = CLIPText(arch=golden.meta["config"]["tiny_hf_config"])
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
     indices = golden.cases[0]["info"]["outputs_are_for_prompt_indices"]

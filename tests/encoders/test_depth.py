@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from encoderhelp import assert_close, options
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.encoders import depth
 from ldm.encoders.depth import (
     MiDaSDepth,
@@ -38,7 +38,7 @@ def pixels(image):
 
 @pytest.mark.parametrize("size", ["64x64", "64x128", "320x192"])
 def test_the_input_of_the_network_equals_the_recorded_one(size):
-    golden, case = gold("e2e_depth2img"), f"midas_transform_{size}"
+    golden, case = load_golden("e2e_depth2img"), f"midas_transform_{size}"
     recorded = golden.outputs(case)
     ours = preprocess_for_midas(pixels(golden.inputs(case)["image"]))[0]
     assert list(ours.shape) == recorded["shape"].tolist()
@@ -72,7 +72,7 @@ def test_the_side_nearer_to_384_decides(size, expected):
 
 def test_the_channel_equals_the_recorded_one():
     """The recorded map is a stand-in: 3 x_0 + 2 x_1 x_2 + a ramp."""
-    golden = gold("get_input_concat")
+    golden = load_golden("get_input_concat")
     red, green, blue = golden.inputs("depth")["midas_in"].split(1, dim=1)
     ramp = torch.linspace(0, 1, red.shape[-1])
     depth_map = 3 * red + 2 * green * blue + 0.25 * ramp
@@ -149,7 +149,7 @@ def test_depth_equals_that_of_transformers(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["1x384x384", "2x256x448"])
 def test_full_size_depth_equals_the_recorded_one(case):
-    golden = gold("full_midas_dpt_hybrid")
+    golden = load_golden("full_midas_dpt_hybrid")
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         encoder = MiDaSDepth()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from encoderhelp import assert_close, options
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Conditioner
 from ldm.encoders.image import CLIPImage, EmbeddingNoise, ImageEmbedding, OpenCLIPImage, preprocess
 from ldm.encoders.towers import quick_gelu
@@ -48,7 +48,7 @@ def tiny_unclip():
     ],
 )
 def test_preprocessed_images_equal_the_recorded_ones(name, case, blur):
-    golden = gold(name)
+    golden = load_golden(name)
     antialias = golden.case(case)["info"].get("antialias", True)
     ours = preprocess(recorded_image(golden, case), antialias=antialias, blur=blur)
     expected = golden.outputs(case)
@@ -67,14 +67,14 @@ def test_a_uniform_image_of_any_size_stays_uniform(size, blur):
 
 @pytest.mark.parametrize("case", ["img0_96x96", "img1_300x420", "img2_512x512"])
 def test_open_clip_embedding_equals_the_recorded_one(case):
-    golden = gold("image_embedder")
+    golden = load_golden("image_embedder")
     encoder = OpenCLIPImage(arch=golden.meta["tiny_arch"], blur="narrow")
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
     assert_close(encoder.embed(recorded_image(golden, case)), golden.outputs(case)["emb"])
 
 
 def test_openai_embedding_equals_the_recorded_one():
-    golden = gold("image_embedder_openai")
+    golden = load_golden("image_embedder_openai")
     vision = {"layers": 2, "width": 64, "patch_size": 56}
     text = {"vocab_size": 200, "width": 32, "heads": 1, "layers": 2}
     encoder = CLIPImage(model={"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
@@ -87,7 +87,7 @@ def test_openai_embedding_equals_the_recorded_one():
 
 @pytest.mark.parametrize("case", ["pre_512", "pre_wide"])
 def test_the_config_of_image_variations_resizes_as_its_original(case):
-    golden = gold("seed_variation")
+    golden = load_golden("seed_variation")
     spec = read_yaml(CONFIGS / "stable-diffusion" / "v1-image-variation-inference.yaml")
     conditioner = translate_config(spec)["params"]["conditioner"]
     vision = dict(golden.meta["config"]["vision"])
@@ -107,7 +107,7 @@ def test_the_config_of_image_variations_resizes_as_its_original(case):
 
 @pytest.mark.slow
 def test_full_size_embedding_equals_the_recorded_one():
-    golden = gold("full_clip_image_vith")
+    golden = load_golden("full_clip_image_vith")
     with torch.device("meta"):
         encoder = OpenCLIPImage(blur="narrow")
     del encoder.model.token_embedding  # not read, and 200 MB
@@ -122,7 +122,7 @@ def test_full_size_embedding_equals_the_recorded_one():
 
 @pytest.mark.parametrize("case", ["clip_stats", "clip_nostats"])
 def test_noised_embeddings_equal_the_recorded_ones(case):
-    golden = gold("low_scale_model")
+    golden = load_golden("low_scale_model")
     given, expected, drawn = golden.inputs(case), golden.outputs(case), golden.rng(case)
     path = "statistics.th" if case == "clip_stats" else None
     noise = EmbeddingNoise(timestep_dim=24, noise_schedule_config=COSINE, clip_stats_path=path)
@@ -137,7 +137,7 @@ def test_noised_embeddings_equal_the_recorded_ones(case):
 
 
 def recorded_unclip():
-    golden = gold("unclip_condition")
+    golden = load_golden("unclip_condition")
     noise = EmbeddingNoise(**golden.meta["noise_aug_config"]["params"])
     encoder = ImageEmbedding(clip=OpenCLIPImage(arch=golden.meta["tiny_arch"]), noise=noise)
     old = {name: name.replace("clip.", "embedder.", 1) for name in encoder.state_dict()}

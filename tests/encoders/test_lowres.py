@@ -2,7 +2,7 @@ import pytest
 import torch
 from encoderhelp import assert_close, options
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Conditioner
 from ldm.encoders.lowres import (
     LowRes,
@@ -23,7 +23,7 @@ def pixels(images):
 
 
 def test_tables_equal_the_recorded_ones():
-    recorded = gold("low_scale_model").under("state_dict/low_scale/")
+    recorded = load_golden("low_scale_model").select("state_dict/low_scale/")
     ours = LowRes(**X4).state_dict()
     assert len(ours) == 8
     for name, table in ours.items():
@@ -31,7 +31,7 @@ def test_tables_equal_the_recorded_ones():
 
 
 def test_noised_images_equal_the_recorded_ones():
-    golden = gold("low_scale_model")
+    golden = load_golden("low_scale_model")
     given, recorded = golden.inputs("image"), golden.outputs("image")
     encoder, lr = LowRes(**X4), given["x"]
     noise = golden.rng("image")[0]
@@ -43,7 +43,7 @@ def test_noised_images_equal_the_recorded_ones():
 
 
 def test_without_a_schedule_nothing_is_added():
-    recorded = gold("low_scale_model").outputs("simple")
+    recorded = load_golden("low_scale_model").outputs("simple")
     encoder = LowRes(max_noise_level=0, low_scale_key="LR")
     ours = encoder.prepare({"LR": recorded["x"]}, options())
     assert torch.equal(ours["lowres"], recorded["x"])
@@ -52,7 +52,7 @@ def test_without_a_schedule_nothing_is_added():
 
 
 def test_upscaling_conditions_equal_the_recorded_ones():
-    golden = gold("get_input_concat")
+    golden = load_golden("get_input_concat")
     recorded = golden.outputs("upscale")
     torch.manual_seed(golden.case("upscale")["info"]["seed"])
     torch.randn(golden.rng("upscale")[0].shape)  # the posterior of the large image
@@ -101,7 +101,7 @@ def test_patches_become_channels():
 
 @pytest.mark.parametrize("key", ["jpg", "masked_image"])
 def test_inpainting_conditions_equal_the_recorded_ones(key):
-    golden = gold("get_input_concat")
+    golden = load_golden("get_input_concat")
     config = golden.meta["config_inpaint"]["params"]
     first_stage = config["first_stage_config"]["params"]
     autoencoder = AutoencoderKL(ddconfig=first_stage["ddconfig"], embed_dim=4)
@@ -123,7 +123,7 @@ def test_inpainting_conditions_equal_the_recorded_ones(key):
 
 @pytest.mark.parametrize("case", ["inp0", "inp1"])
 def test_masked_images_equal_the_recorded_ones(case):
-    golden = gold("e2e_inpaint")
+    golden = load_golden("e2e_inpaint")
     recorded = golden.outputs(case)
     image = pixels(golden.inputs(case)["image"][None]) / 127.5 - 1
     mask = golden.inputs(case)["mask"][None, None] / 255

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.loading.addons.safety import load_safety_checker
 from recipe import fill
 
-recorded = functools.cache(gold)
+recorded = functools.cache(load_golden)
 DECISIONS = (
     "none", "one_concept", "only_by_special_care", "same_without_special", "round_up",
     "round_down", "special_chain", "all",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from encoderhelp import assert_close
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Cond, Conditioner
 from ldm.encoders.labels import ClassEmbedder, IdentityEncoder
 from ldm.encoders.sizes import SizeEmbedding
@@ -54,7 +54,7 @@ def assert_equal(cond: Cond, golden, case, prefix="") -> None:
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_conditional_and_unconditional_batch(case):
-    golden = gold(GOLDEN)
+    golden = load_golden(GOLDEN)
     info = golden.case(case)["info"]
     conditioner = conditioner_of(golden, info["config"])
     for half, prefix in enumerate(["c_", "uc_"]):
@@ -75,7 +75,7 @@ def test_conditional_and_unconditional_batch(case):
 
 @pytest.mark.parametrize("case", ["ucg_dropout", "ucg_dropout_b", "classes_and_concat"])
 def test_tensors_are_dropped_one_by_one(case):
-    golden = gold(GOLDEN)
+    golden = load_golden(GOLDEN)
     info = golden.case(case)["info"]
     conditioner = conditioner_of(golden, info["config"])
     torch.manual_seed(info["seed_before"])
@@ -84,7 +84,7 @@ def test_tensors_are_dropped_one_by_one(case):
 
 
 def test_later_encoders_read_what_replaced_a_text(monkeypatch):
-    golden = gold(GOLDEN)
+    golden = load_golden(GOLDEN)
     info = golden.case("legacy_ucg")["info"]
     conditioner = conditioner_of(golden, info["config"])
     choices = [np.random.RandomState(seed).choice(2, 4, p=[0.5, 0.5]) for seed in (11, 12)]
@@ -98,7 +98,7 @@ def test_later_encoders_read_what_replaced_a_text(monkeypatch):
 
 
 def test_encoders_of_a_prompt_drop_the_same_samples():
-    golden = gold(GOLDEN)
+    golden = load_golden(GOLDEN)
     conditioner = conditioner_of(golden, "base_ucg")
     for encoder in conditioner.encoders.values():
         encoder.ucg_rate = 0.5
@@ -113,7 +113,7 @@ def test_encoders_of_a_prompt_drop_the_same_samples():
 
 
 def test_the_second_tower_may_read_another_prompt():
-    golden = gold(GOLDEN)
+    golden = load_golden(GOLDEN)
     conditioner, sizes = conditioner_of(golden, "base"), golden.inputs("base_c_uc_negative")
     one, both, two = (
         conditioner({**sizes, "txt": ["a cat"] * 2, **other})
@@ -127,7 +127,7 @@ def test_the_second_tower_may_read_another_prompt():
 
 @pytest.mark.parametrize("case", SIZES)
 def test_size_embedding(case):
-    golden = gold(GOLDEN)
+    golden = load_golden(GOLDEN)
     encoder = SizeEmbedding(key="x", **golden.case(case)["info"]["params"])
     embedding = encoder.half()(golden.inputs(case)["x"])
     assert embedding.dtype == torch.float32

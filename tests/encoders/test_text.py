@@ -2,10 +2,10 @@ import pytest
 import torch
 from encoderhelp import assert_close
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.encoders.towers import quick_gelu
-from quick import some
+from quick import slow_except
 from recipe import fill_on_demand
 
 ARCH = {"embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}}
@@ -38,7 +38,7 @@ HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
     ],
 )
 def test_context_equals_the_recorded_one(name, build, output, options):
-    golden = gold(name)
+    golden = load_golden(name)
     arch = golden.meta["config"]["tiny_arch" if build is OpenCLIPText else "tiny_hf_config"]
     encoder = build(arch=arch, **options)
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
@@ -47,9 +47,9 @@ def test_context_equals_the_recorded_one(name, build, output, options):
     assert_close(context, golden.outputs("prompts")[output])
 
 
-@pytest.mark.parametrize("case", some(SGM_CASES, *SGM_CASES[::2]))
+@pytest.mark.parametrize("case", slow_except(SGM_CASES, *SGM_CASES[::2]))
 def test_outputs_equal_those_of_generative_models(case):
-    golden = gold("sdxl_text")
+    golden = load_golden("sdxl_text")
     info = golden.case(case)["info"]
     params = {k: v for k, v in info["params"].items() if k not in ("device", "version")}
     if case.startswith("l_"):
@@ -58,7 +58,7 @@ def test_outputs_equal_those_of_generative_models(case):
         encoder = OpenCLIPText(**params | {"arch": golden.meta["tiny_arch"]})
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
     prompts = golden.meta["prompts"]
-    recorded_tokens = golden.under("shared/tokens_")["clip_l" if case[0] == "l" else "open_clip"]
+    recorded_tokens = golden.select("shared/tokens_")["clip_l" if case[0] == "l" else "open_clip"]
     assert torch.equal(encoder.tokenize(prompts), recorded_tokens)
     output, expected = encoder([prompts[k] for k in info["prompt_indices"]]), golden.outputs(case)
     if "pooled" in expected:
@@ -76,7 +76,7 @@ def test_outputs_equal_those_of_generative_models(case):
     ],
 )
 def test_full_size_context_equals_the_recorded_one(name, build, layers):
-    golden = gold(name)
+    golden = load_golden(name)
     with torch.device("meta"):
         encoder = build()
     weights = golden.weights(encoder.state_dict())
@@ -94,7 +94,7 @@ def test_full_size_context_equals_the_recorded_one(name, build, layers):
 @pytest.mark.slow
 def test_full_size_bigg_equals_the_recorded_one():
     """In 1.2 GB of memory."""
-    golden = gold("sdxl_full_text_bigg")
+    golden = load_golden("sdxl_full_text_bigg")
     with torch.device("meta"):
         encoder = OpenCLIPText(**golden.meta["config"]["params"])
     fill_on_demand(encoder, golden.meta["salt"])

@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.encoders.tokenizer import (
     CLIP,
     OPEN_CLIP,
@@ -36,7 +36,7 @@ ODD = [
 
 @pytest.mark.parametrize(("name", "variant"), [("open_clip", OPEN_CLIP), ("hf_slow_ftfy", CLIP)])
 def test_ids_equal_the_recorded_ones(name, variant):
-    golden = gold("tokenizer")
+    golden = load_golden("tokenizer")
     ids = tokenize(golden.meta["prompts"], variant)
     assert torch.equal(ids, golden.outputs("ids")[name])
 

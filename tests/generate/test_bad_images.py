@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagehelp import pixels
+from imagehelp import read_pixels
 from imaging.badimages import REFUSED
 
 TASKS = ["inpaint", "depth2img", "upscale", "unclip"]
 
 
 @pytest.fixture
-def refuse(call):
+def refuse(run_ldm):
     """Returns the one line with which a command says no; no model is loaded for that."""
 
     def refuse(task, *flags):
-        status, _, err = call(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
+        status, _, err = run_ldm(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
         (line,) = err.strip().splitlines()
         assert status == 1
         return line
@@ -49,9 +49,9 @@ def test_an_image_file_of_another_kind_is_used_as_people_expect(run, tmp_path):
     ramp.convert("RGB").save(tmp_path / "plain.png")
     ramp.save(tmp_path / "animated.gif", save_all=True, append_images=[flipped])
     flags = ["--steps", "1", "--init-img"]
-    expected = pixels(run("img2img", "base_v", *flags, tmp_path / "plain.png")[1][0])
+    expected = read_pixels(run("img2img", "base_v", *flags, tmp_path / "plain.png")[1][0])
     assert expected.shape == (40, 48, 3)
     status, out, err = run("img2img", "base_v", *flags, tmp_path / "animated.gif")
     assert status == 0, err
-    assert (pixels(out[0]) == expected).all()
+    assert (read_pixels(out[0]) == expected).all()
     assert "animated.gif` is animated or has several pages, the first is used" in err

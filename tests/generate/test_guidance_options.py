@@ -24,7 +24,7 @@ from ldm.runtime.errors import ArgumentError
          {"sld": [0.0, 20.0, 0.1, 0.3, 0.4], "sld_concept": SLD_CONCEPTS["diffusers"]}),
     ],
 )  # fmt: skip
-def test_a_png_says_how_it_was_guided_and_can_be_made_again(txt2img, call, words, expected):
+def test_a_png_says_how_it_was_guided_and_can_be_made_again(txt2img, run_ldm, words, expected):
     _, (png,), _ = txt2img("--skip_grid", *words)
     info = read_info(png)
     assert {name: info[name] for name in expected} == expected
@@ -32,7 +32,7 @@ def test_a_png_says_how_it_was_guided_and_can_be_made_again(txt2img, call, words
     shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v
              for name, v in expected.items()}  # fmt: skip
     assert {name: values[name] for name in shown} == shown
-    assert call("replay", png)[:2] == IDENTICAL
+    assert run_ldm("replay", png)[:2] == IDENTICAL
 
 
 def test_the_text_of_a_png_can_be_entered_again():
@@ -60,17 +60,17 @@ def test_each_line_of_a_file_needs_a_negative_prompt_for_perp_neg(tmp_path):
 
 
 @pytest.mark.slow
-def test_clip_skip_changes_the_image_is_recorded_and_made_again(call, tmp_path):
+def test_clip_skip_changes_the_image_is_recorded_and_made_again(run_ldm, tmp_path):
     flags = [*QUICK, "--prompt", "a cat face", "--outdir", tmp_path]
-    (plain,), (path,) = (call("txt2img", *flags, "--clip-skip", skip)[1] for skip in (1, 2))
+    (plain,), (path,) = (run_ldm("txt2img", *flags, "--clip-skip", skip)[1] for skip in (1, 2))
     plain, info = read_info(plain), read_info(path)
     assert plain["sha256"] != info["sha256"]
     assert "Clip skip" not in format_parameters(plain)
     assert parse_parameters(format_parameters(info))["clip_skip"] == info["clip_skip"] == 2
-    assert call("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_a_text_encoder_without_so_many_layers_is_named_in_a_line(call, tmp_path):
-    status, _, err = call("txt2img", *QUICK, "--clip-skip", 9, "--outdir", tmp_path)
+def test_a_text_encoder_without_so_many_layers_is_named_in_a_line(run_ldm, tmp_path):
+    status, _, err = run_ldm("txt2img", *QUICK, "--clip-skip", 9, "--outdir", tmp_path)
     assert status == 1
     assert "error: clip_skip 9: the text encoder has 3 layers (--clip-skip)" in err

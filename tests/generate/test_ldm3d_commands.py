@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagehelp import IDENTICAL, QUICK, pixels
+from imagehelp import IDENTICAL, QUICK, read_pixels
 from ldm.imaging.metadata import read_info
 from ldm.imaging.rgbd import join_side_by_side
 from loading.tinyfamilies import write
@@ -35,17 +35,17 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, tmp_path, call):
-    """Runs a command with a model; see `call`."""
+def run(models, tmp_path, run_ldm):
+    """Runs a command with a model; see `run_ldm`."""
 
     def run(command, name, *flags):
         model = ["--ckpt", models / f"{name}.safetensors", "--outdir", tmp_path]
-        return call(command, *model, *QUICK[:-1], *flags)
+        return run_ldm(command, *model, *QUICK[:-1], *flags)
 
     return run
 
 
-def test_txt2img_saves_colour_depth_grid_and_relief(run, call, tmp_path):
+def test_txt2img_saves_colour_depth_grid_and_relief(run, run_ldm, tmp_path):
     trimesh = pytest.importorskip("trimesh")
     flags = ("--H", 64, "--W", 128, "--n_samples", 2, "--glb", "--prompt", "a cat")
     status, lines, err = run("txt2img", "ldm3d", *flags)
@@ -61,12 +61,12 @@ def test_txt2img_saves_colour_depth_grid_and_relief(run, call, tmp_path):
         assert read_info(tmp_path / "samples/00000_depth.png")["image"] == "depth"
         with Image.open(tmp_path / "samples/00000.png") as image:
             cell = np.asarray(join_side_by_side(image, depth))
-    assert np.array_equal(pixels(tmp_path / "grid-0000.png")[2:66, 2:258], cell)
+    assert np.array_equal(read_pixels(tmp_path / "grid-0000.png")[2:66, 2:258], cell)
     mesh = trimesh.load(tmp_path / "samples/00000.glb", force="mesh")
     assert len(mesh.faces) == 2 * 63 * 127
     assert f"{len(mesh.faces)} triangles" in err
     for name in ("00000.png", "00001_depth.png"):
-        assert call("replay", tmp_path / "samples" / name)[:2] == IDENTICAL
+        assert run_ldm("replay", tmp_path / "samples" / name)[:2] == IDENTICAL
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_img2img_reads_depth_and_its_numbers_go_on(run, tmp_path, inputs):
     for depth in ("cat_depth.png", "eight.png"):
         assert run("img2img", "ldm3d-4c", *flags, "--depth", inputs / depth)[0] == 0
     one, other = (tmp_path / f"samples/0000{k}.png" for k in range(2))
-    assert np.array_equal(pixels(one), pixels(other))  # 8 and 16 bits of the same depth
+    assert np.array_equal(read_pixels(one), read_pixels(other))  # 8 and 16 bits of the same depth
     one.unlink()
     _, lines, _ = run("img2img", "ldm3d-4c", *flags, "--depth", inputs / "eight.png", "--json")
     info = json.loads(lines[0])

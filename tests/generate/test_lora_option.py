@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ldm
-from imagehelp import IDENTICAL, random_lora
+from imagehelp import IDENTICAL, write_random_lora
 from ldm.generate.info import describe_run
 from ldm.generate.load import load_models
 from ldm.generate.replay import read_request
@@ -21,7 +21,7 @@ def loras(tiny, tmp_path):
     """Two files for the tiny model."""
     model = ldm.load(tiny.config, tiny.ckpt)
     paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    return [random_lora(path, model, seed) for seed, path in enumerate(paths)]
+    return [write_random_lora(path, model, seed) for seed, path in enumerate(paths)]
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def shot(txt2img):
     return partial(txt2img, "--skip_grid")
 
 
-def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, call, tmp_path):
+def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, run_ldm, tmp_path):
     words = ["--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:-0.5"]
     _, (path,), _ = shot(*words)
     plain, info = read_info(shot()[1][0]), read_info(path)
@@ -43,26 +43,26 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, call, tmp_pa
     digest = hashlib.sha256(tensors[8 + int.from_bytes(tensors[:8], "little") :]).hexdigest()
     assert f'Lora hashes: "one: {digest[:12]}, two: ' in format_parameters(info)
     assert f"{info['prompt']} <lora:one:0.8> <lora:two:-0.5>\n" in format_parameters(info)
-    assert call("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path)[:2] == IDENTICAL
     moved = shutil.move(loras[1], tmp_path / "three.safetensors")
-    assert "two.safetensors`, which is missing" in call("replay", path)[2]
-    status, out, _ = call("replay", path, "--lora", loras[0], "--lora", moved)
+    assert "two.safetensors`, which is missing" in run_ldm("replay", path)[2]
+    status, out, _ = run_ldm("replay", path, "--lora", loras[0], "--lora", moved)
     assert status == 1
     assert any(line.startswith("  loras: ['") for line in out)
 
 
 @pytest.mark.slow
-def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, call):
+def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, run_ldm):
     weight = "0.5:2:lbw=IN01=0.25,M00=0"
     path, plain = (shot("--lora", f"{loras[0]}:{each}")[1][0] for each in (weight, "0.5"))
     info = read_info(path)
     assert info["sha256"] != read_info(plain)["sha256"]
     assert [lora["weight"] for lora in info["loras"]] == [weight]
     assert f"<lora:one:{weight}>" in format_parameters(info)
-    assert call("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_path, call):
+def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_path, run_ldm):
     torch.manual_seed(0)
     width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
     folder = tmp_path / "words"
@@ -74,7 +74,7 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
         (["<cat>"], str(folder / "cat.safetensors"))
     ]
     assert info["sha256"] != read_info(plain)["sha256"]
-    assert call("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path)[:2] == IDENTICAL
     request = read_request(info, path).with_values({"embedding": [str(folder)]})
     shown = describe_run(request, load_models(request), (64, 64), without_folders=True)
     assert [file["path"] for file in shown["embeddings"]] == ["cat.safetensors"]

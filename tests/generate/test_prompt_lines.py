@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ldm
-from imagehelp import IDENTICAL, random_lora
+from imagehelp import IDENTICAL, write_random_lora
 from ldm.generate.command_line import parse_request
 from ldm.generate.lora_tags import add_tagged_loras, list_local_loras, split_tags
 from ldm.generate.plan import plan_batches
@@ -82,7 +82,7 @@ def test_a_file_may_end_in_a_partial_batch(tmp_path):
     assert [spec.negative_prompt for spec in specs] == ([""] * 4 + ["blue, dull"] * 2) * 2
 
 
-def test_images_of_a_line_have_its_options_and_are_made_again(run, call, tmp_path):
+def test_images_of_a_line_have_its_options_and_are_made_again(run, run_ldm, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a\na --s 2 --w 72 --d 7,9 --l 1\nb --ss euler --clip-skip 2"
     )
@@ -92,8 +92,8 @@ def test_images_of_a_line_have_its_options_and_are_made_again(run, call, tmp_pat
     assert [info["size"] for info in infos] == [[64, 64], [64, 72], [64, 72], [64, 64]]
     assert [info["sampler"] for info in infos] == ["ddim", "ddim", "ddim", "euler"]
     assert [info["rows"] for info in infos] == [1, 2, 2, 1]
-    assert call("replay", infos[1]["path"])[:2] == IDENTICAL
-    _, (command,), _ = call("replay", infos[1]["path"], "--show-command")
+    assert run_ldm("replay", infos[1]["path"])[:2] == IDENTICAL
+    _, (command,), _ = run_ldm("replay", infos[1]["path"], "--show-command")
     assert "--from-file=" in command
     assert "--W=72" not in command
     assert "--scale" not in command
@@ -158,11 +158,11 @@ def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
     assert message in run(*(flag.replace("{here}", str(tmp_path)) for flag in flags))
 
 
-def test_expanded_prompts_are_recorded_and_made_again(run, call):
+def test_expanded_prompts_are_recorded_and_made_again(run, run_ldm):
     (info,) = run("--prompt", "a {red|green} fox", "--dynamic-prompts")
     assert info["prompt"] in ("a red fox", "a green fox")
     assert info["prompt"] in format_parameters(info)
-    assert call("replay", info["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", info["path"])[:2] == IDENTICAL
 
 
 def test_a_lora_of_a_later_image_that_does_not_fit_is_refused_before_the_first(run, tmp_path):
@@ -188,12 +188,12 @@ def test_tags_are_taken_out_of_a_prompt():
 
 
 @pytest.mark.slow
-def test_loras_in_prompts_are_found_recorded_and_made_again(run, call, tiny, tmp_path):
+def test_loras_in_prompts_are_found_recorded_and_made_again(run, run_ldm, tiny, tmp_path):
     """Those of each image, without loading the model anew; the same pixels as with --lora."""
     model = ldm.load(tiny.config, tiny.ckpt)
     (tmp_path / "loras").mkdir()
     for seed, name in enumerate(("one", "two")):
-        random_lora(tmp_path / f"loras/{name}.safetensors", model, seed)
+        write_random_lora(tmp_path / f"loras/{name}.safetensors", model, seed)
     moved = shutil.copy(tiny.ckpt, tmp_path / "model.ckpt")
     lines = ["a fox <lora:one:0.5>", "a fox", "a fox <lora:two:0.5:1>", "a fox <lora:one:0>"]
     (tmp_path / "prompts.txt").write_text("\n".join(f"{line} --seed 3" for line in lines))
@@ -209,7 +209,7 @@ def test_loras_in_prompts_are_found_recorded_and_made_again(run, call, tiny, tmp
     text = format_parameters(read_info(infos[2]["path"]))
     assert text.startswith("a fox <lora:two:0.5:1>\n")
     assert parse_parameters(text)["prompt"] == "a fox"
-    assert call("replay", infos[2]["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", infos[2]["path"])[:2] == IDENTICAL
 
 
 def test_loras_for_a_checkpoint_of_the_hub_are_in_the_current_folder(tmp_path, monkeypatch):

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from checkerhelp import write_checker
-from imagehelp import IDENTICAL, QUICK, pixels
+from imagehelp import IDENTICAL, QUICK, read_pixels
 from ldm.generate.command_line import parse_request, to_argv
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, read_info
 from loading.tinyfamilies import write
-from quick import some
+from quick import slow_except
 
 
 def parse(*words):
@@ -57,21 +57,21 @@ def test_scores_are_reported_and_the_image_is_kept(make):
     info = read_info(infos[0]["path"])
     assert info["safety"] == safety
     assert "Safety checker: flagged +" in format_parameters(info)
-    assert pixels(infos[0]["path"]).std() > 1
+    assert read_pixels(infos[0]["path"]).std() > 1
 
 
-@pytest.mark.parametrize("action", some(("black", "blur"), "black"))
-def test_a_flagged_image_is_hidden_and_says_so(make, action, call):
+@pytest.mark.parametrize("action", slow_except(("black", "blur"), "black"))
+def test_a_flagged_image_is_hidden_and_says_so(make, action, run_ldm):
     plain, _ = make()
     hidden, err = make("--unsafe", action)
     assert err.count("replaced by black" if action == "black" else ": blurred") == 2
-    now, before = (pixels(infos[0]["path"]) for infos in (hidden, plain))
+    now, before = (read_pixels(infos[0]["path"]) for infos in (hidden, plain))
     if action == "black":
         assert not now.any()
     else:
         assert 0 < np.abs(np.diff(now, axis=0)).mean() < np.abs(np.diff(before, axis=0)).mean() / 3
     assert read_info(hidden[0]["path"])["safety"]["action"] == action
-    assert call("replay", hidden[0]["path"])[:2] == IDENTICAL  # without the checker
+    assert run_ldm("replay", hidden[0]["path"])[:2] == IDENTICAL  # without the checker
 
 
 def test_a_dropped_image_is_nowhere(make, tmp_path):
@@ -102,15 +102,15 @@ def test_the_depth_of_a_hidden_image_is_hidden():
 
 
 @pytest.mark.slow
-def test_a_folder_of_the_safe_pipeline_says_what_its_authors_do(tmp_path, call):
+def test_a_folder_of_the_safe_pipeline_says_what_its_authors_do(tmp_path, run_ldm):
     write("sd1", tmp_path / "sd1.safetensors")
     folder = tmp_path / "safe"
-    assert call("convert", tmp_path / "sd1.safetensors", folder)[0] == 0
+    assert run_ldm("convert", tmp_path / "sd1.safetensors", folder)[0] == 0
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionPipelineSafe"
     (folder / "model_index.json").write_text(json.dumps(index))
     words = ["--ckpt", folder, *QUICK, "--H", 16, "--W", 16, "--outdir", tmp_path / "out"]
     notice = "the model's own pipeline uses safe latent diffusion"
     for flags, is_said in (([], True), (["--sld", "max"], False)):
-        status, _, err = call("txt2img", *words, *flags)
+        status, _, err = run_ldm("txt2img", *words, *flags)
         assert (status, notice in err) == (0, is_said)

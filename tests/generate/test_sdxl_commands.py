@@ -24,16 +24,18 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run(models, tmp_path, call):
-    """Runs a command, by default with the base; see `call`."""
+def run(models, tmp_path, run_ldm):
+    """Runs a command, by default with the base; see `run_ldm`."""
 
     def run(command, *flags, ckpt="xl"):
-        return call(command, *SMALL, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags)
+        return run_ldm(
+            command, *SMALL, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags
+        )
 
     return run
 
 
-def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, call, models):
+def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, run_ldm, models):
     options = {
         "refiner": str(models["xl-refiner"]),
         "refiner_start": 0.5,
@@ -60,11 +62,11 @@ def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, call
     with Image.open(info["path"]) as image:
         text = image.info["parameters"]
     assert f"Refiner: {name} [{refiner['hash']}], Refiner switch at: 0.5" in text
-    _, (command,), _ = call("replay", info["path"], "--show-command")
+    _, (command,), _ = run_ldm("replay", info["path"], "--show-command")
     assert f"--refiner={options['refiner']} --refiner-start=0.5" in command
     moved = models["xl-refiner"].rename(models["xl-refiner"].with_name("moved.safetensors"))
-    assert "pass the path of that file (--refiner)" in call("replay", info["path"])[2]
-    assert call("replay", info["path"], "--refiner", moved)[:2] == IDENTICAL
+    assert "pass the path of that file (--refiner)" in run_ldm("replay", info["path"])[2]
+    assert run_ldm("replay", info["path"], "--refiner", moved)[:2] == IDENTICAL
     moved.rename(options["refiner"])
 
 
@@ -106,7 +108,7 @@ def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
         ),
     ],
 )
-def test_images_are_changed(run, call, tmp_path, command, ckpt, flags):
+def test_images_are_changed(run, run_ldm, tmp_path, command, ckpt, flags):
     pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     image = ["--init-img", tmp_path / "photo.png", "--steps", "2", "--n_samples", "1"]
@@ -114,7 +116,7 @@ def test_images_are_changed(run, call, tmp_path, command, ckpt, flags):
     assert status == 0, err
     assert read_info(out[0])["scale"] == 5.0
     if ckpt == "xl-inpainting":
-        assert call("replay", out[0])[:2] == IDENTICAL
+        assert run_ldm("replay", out[0])[:2] == IDENTICAL
 
 
 @pytest.mark.slow
@@ -126,7 +128,7 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
 
 
 @pytest.mark.slow
-def test_the_watermark_of_the_original_is_written_when_asked_for(run, call):
+def test_the_watermark_of_the_original_is_written_when_asked_for(run, run_ldm):
     flags = ["--H", "256", "--W", "256", "--steps", "1", "--scale", "1", "--n_samples", "1"]
     images = []
     for legacy, method in (([], "dwtDctSvd"), (["--legacy", "float-watermark"], "dwtDct (floats)")):
@@ -135,7 +137,7 @@ def test_the_watermark_of_the_original_is_written_when_asked_for(run, call):
         assert (info["watermark"], info["payload"]) == (method, "SDXL")
         images.append(np.asarray(Image.open(out[0])))
     assert (images[0] != images[1]).any()
-    assert call("replay", out[0])[:2] == IDENTICAL
+    assert run_ldm("replay", out[0])[:2] == IDENTICAL
 
 
 def test_an_unusual_size_and_the_scale_of_an_autoencoder_are_shown(run, models):

@@ -47,10 +47,10 @@ def files(tmp_path):
     ],
 )  # fmt: skip
 def test_a_file_of_another_family_is_one_line(
-    files, command, base, refiner, wrong, says, call, tmp_path
+    files, command, base, refiner, wrong, says, run_ldm, tmp_path
 ):
     flags = ["--refiner", files[refiner]] if refiner else []
-    status, _, err = call(command, "--ckpt", files[base], "--outdir", tmp_path, *flags)
+    status, _, err = run_ldm(command, "--ckpt", files[base], "--outdir", tmp_path, *flags)
     assert status == 1
     assert f"error: `{files[wrong].name}` {says}" in err.splitlines()[-1]
 
@@ -62,12 +62,12 @@ def test_a_file_of_another_family_is_one_line(
         ("xl", True, "`xl` is a text-to-image model, not the refiner of Stable Diffusion XL"),
     ],
 )
-def test_a_folder_of_another_family_is_one_line(family, is_refiner, says, call, tmp_path):
+def test_a_folder_of_another_family_is_one_line(family, is_refiner, says, run_ldm, tmp_path):
     """By its configs: it has no weights of the UNet here."""
     tinyfamilies.write(family, tmp_path / "file.safetensors")
     folder = convert(plan_conversion(tmp_path / "file.safetensors", tmp_path / family))
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     flags = ["--refiner", folder] if is_refiner else []
-    status, _, err = call("txt2img", "--ckpt", folder, "--outdir", tmp_path, *flags)
+    status, _, err = run_ldm("txt2img", "--ckpt", folder, "--outdir", tmp_path, *flags)
     assert status == 1
     assert f"error: {says}" in err.splitlines()[-1]

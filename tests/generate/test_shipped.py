@@ -14,7 +14,7 @@ from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.loading.config import read_yaml
 from ldm.runtime.files import find_file
-from quick import some
+from quick import slow_except
 
 PICTURE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
 CASES: list[Any] = [
@@ -25,13 +25,13 @@ CASES: list[Any] = [
 
 @pytest.mark.parametrize(("task", "flags", "size", "scale"), CASES)
 def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
-    task: str, flags: list[str], size: tuple[int, int], scale: float, tmp_path: Path, call: Any
+    task: str, flags: list[str], size: tuple[int, int], scale: float, tmp_path: Path, run_ldm: Any
 ) -> None:
     photo = tmp_path / "photo.png"
     with Image.open(PICTURE) as picture:
         picture.convert("RGB").resize((64, 64)).save(photo)
     flags = [*flags, "--init-img", str(photo), "--outdir", str(tmp_path), "--steps", "2"]
-    _, (path, *_), err = call(task, *flags)
+    _, (path, *_), err = run_ldm(task, *flags)
     with Image.open(path) as picture:
         assert picture.size == size
     assert err.count("using the small model that ships with ldm") == 1
@@ -70,7 +70,7 @@ def test_shipped_models_are_small() -> None:
     )
 
 
-@pytest.mark.parametrize("task", some(("txt2img", "upscale"), "upscale"))
+@pytest.mark.parametrize("task", slow_except(("txt2img", "upscale"), "upscale"))
 @torch.no_grad()
 def test_flat_colours_have_no_speck(task: str) -> None:
     """The worst pixel is 0.27 and 0.43 away; with the first decoders 0.69 and 0.97, in a corner."""

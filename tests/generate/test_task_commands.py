@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import ldm
-from goldfile import gold
-from imagehelp import IDENTICAL, QUICK, pixels
+from goldfile import load_golden
+from imagehelp import IDENTICAL, QUICK, read_pixels
 from ldm.app.form import get_field_values
 from ldm.encoders.depth import MiDaSDepth
 from ldm.generate.command_line import parse_request
@@ -19,7 +19,7 @@ from ldm.imaging.metadata import read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
 from ldm.nets.karlo import Prior
-from quick import some
+from quick import slow_except
 
 CASES = [
     ("img2img", "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
@@ -40,31 +40,31 @@ CASES = [
 
 
 @pytest.mark.parametrize(("script", "name", "flags", "size"), CASES)
-def test_a_picture_is_made_and_made_again(run, call, files, photo, script, name, flags, size):
+def test_a_picture_is_made_and_made_again(run, run_ldm, families, photo, script, name, flags, size):
     if size[1] == 0:  # squeezed to multiples of 64
         Image.open(photo).resize((70, 75)).save(photo)
         size = (64, 64)
-    flags = [{"MAP": photo, "CKPT": files[name][1]}.get(flag, flag) for flag in flags]
+    flags = [{"MAP": photo, "CKPT": families[name].ckpt}.get(flag, flag) for flag in flags]
     status, out, err = run(script, name, "--init-img", photo, "--prompt", "a fox", *flags)
     assert status == 0, err
-    assert pixels(out[-1]).shape == (*size, 3)
+    assert read_pixels(out[-1]).shape == (*size, 3)
     info = read_info(out[-1])
     assert info["task"] == script
     assert info["inputs"]["init_img"][0]["path"] == str(photo)
-    assert call("replay", out[-1])[:2] == IDENTICAL
+    assert run_ldm("replay", out[-1])[:2] == IDENTICAL
 
 
-def test_replay_says_which_input_is_missing_or_another(run, call, photo):
+def test_replay_says_which_input_is_missing_or_another(run, run_ldm, photo):
     path = run("img2img", "base_v", "--init-img", photo)[1][0]
     Image.new("RGB", (60, 70)).save(photo)
-    assert "photo.png` has changed since this image was made" in call("replay", path)[2]
+    assert "photo.png` has changed since this image was made" in run_ldm("replay", path)[2]
     photo.unlink()
-    assert "photo.png`, which is missing" in call("replay", path)[2]
+    assert "photo.png`, which is missing" in run_ldm("replay", path)[2]
 
 
 @pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
 def test_legacy_img2img_gives_the_recorded_pictures(run, tmp_path, name):
-    file = gold("e2e_img2img")
+    file = load_golden("e2e_img2img")
     info = file.case(name)["info"]
     options, flags = dict(info["options"]), ["--legacy", "--no-watermark"]
     Image.fromarray(file.inputs(name)["init_image"].numpy()).save(tmp_path / "init.png")
@@ -74,7 +74,9 @@ def test_legacy_img2img_gives_the_recorded_pictures(run, tmp_path, name):
     for key, value in options.items():
         flags += [f"--{key}", value]
     _, out, _ = run("img2img", info["model"], "--init-img", tmp_path / "init.png", *flags)
-    apart = np.abs(np.stack([pixels(path) for path in out]) - file.outputs(name)["images"].numpy())
+    apart = np.abs(
+        np.stack([read_pixels(path) for path in out]) - file.outputs(name)["images"].numpy()
+    )
     assert apart.max() <= 1
     assert (apart > 0).mean() < 0.05
 
@@ -85,7 +87,7 @@ def test_known_pixels_survive_the_watermark(run, tmp_path):
     box = ["--mask-box", "100,100,180,180", "--steps", "1"]
     _, out, err = run("inpaint", "inpaint", "--init-img", tmp_path / "large.png", *box)
     assert "too small for a watermark" not in err
-    same = (pixels(out[0]) == noise).all(-1)
+    same = (read_pixels(out[0]) == noise).all(-1)
     assert same[:100].all()
     assert same[180:].all()
     assert same[:, :100].all()
@@ -102,8 +104,8 @@ def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
     by_file = run("inpaint", "inpaint", "--init-img", photo, "--mask", tmp_path / "mask.png")[1]
     by_alpha = run("inpaint", "inpaint", "--init-img", tmp_path / "holed.png")[1]
     by_box = run("inpaint", "inpaint", "--init-img", photo, "--mask-box", "10,10,40,50")[1]
-    assert (pixels(by_file[0]) == pixels(by_box[0])).all()
-    assert (pixels(by_file[0]) == pixels(by_alpha[0])).all()
+    assert (read_pixels(by_file[0]) == read_pixels(by_box[0])).all()
+    assert (read_pixels(by_file[0]) == read_pixels(by_alpha[0])).all()
 
 
 def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
@@ -121,12 +123,12 @@ def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
     assert "leave out mask (--mask)" in run("inpaint", "inpaint", *flags)[2]
 
 
-def test_a_folder_of_images_is_changed(run, call, tmp_path, photo):
+def test_a_folder_of_images_is_changed(run, run_ldm, tmp_path, photo):
     Image.open(photo).save(tmp_path / "other.png")
     status, out, err = run("img2img", "base_v", "--indir", tmp_path)
     names = ["other.png", "photo.png"]
     assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names]), err
-    _, (command,), _ = call("replay", out[0], "--show-command")
+    _, (command,), _ = run_ldm("replay", out[0], "--show-command")
     assert "--init-img=" in command
     assert "--indir" not in command
 
@@ -139,7 +141,7 @@ def test_a_folder_of_images_is_changed(run, call, tmp_path, photo):
         ("img2img", "base_v", ["--ddim-inversion", "--source-prompt", "a"]),
     ],
 )
-def test_options_of_sampling_are_recorded_and_read_again(run, call, photo, task, name, flags):
+def test_options_of_sampling_are_recorded_and_read_again(run, run_ldm, photo, task, name, flags):
     more = ["--guidance-rescale", "0.5", "--guidance-interval", "0.2,9", "--unet-tile", "32"]
     more += [] if task == "txt2img" else ["--init-img", photo]
     status, out, err = run(task, name, *flags, *more)
@@ -149,7 +151,7 @@ def test_options_of_sampling_are_recorded_and_read_again(run, call, photo, task,
     assert (request["rescale"], request["unet_tile"]) == (0.5, 32)
     assert request["guidance_interval"] == [0.2, 9.0]
     assert (form["rescale"], form["guidance_interval"]) == (0.5, "0.2,9.0")
-    assert call("replay", out[0])[:2] == IDENTICAL
+    assert run_ldm("replay", out[0])[:2] == IDENTICAL
 
 
 def test_options_that_ddim_inversion_excludes_are_ignored_with_a_warning(run, photo):
@@ -177,7 +179,7 @@ def test_options_without_effect_are_named(run, photo, task, name, flags, message
     assert message in err.splitlines()
 
 
-@pytest.mark.parametrize("rank", some((0, 1), 0))
+@pytest.mark.parametrize("rank", slow_except((0, 1), 0))
 def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
     for name in ("one", "three", "two"):
         Image.open(photo).save(tmp_path / f"{name}.png")
@@ -203,7 +205,7 @@ def test_a_depth_map_is_cropped_like_its_image(tmp_path):
     torch.testing.assert_close(prepared.depth, image, rtol=0, atol=0.02)  # 8 bits: observed 0.004
 
 
-def test_depth_is_estimated_once_saved_and_taken_back(run, call, tmp_path, photo, monkeypatch):
+def test_depth_is_estimated_once_saved_and_taken_back(run, run_ldm, tmp_path, photo, monkeypatch):
     map_, estimate, sizes = tmp_path / "depth.png", MiDaSDepth.estimate, []
 
     def count(self, image):
@@ -219,10 +221,10 @@ def test_depth_is_estimated_once_saved_and_taken_back(run, call, tmp_path, photo
         assert saved.mode.startswith("I")
     again = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_)[1]
     far = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_, "--depth-inverted")[1]
-    assert np.abs(pixels(out[0]) - pixels(again[0])).mean() < 5
-    assert np.abs(pixels(out[0]) - pixels(far[0])).mean() > 5
+    assert np.abs(read_pixels(out[0]) - read_pixels(again[0])).mean() < 5
+    assert np.abs(read_pixels(out[0]) - read_pixels(far[0])).mean() > 5
     map_.unlink()
-    assert call("replay", out[0])[:2] == IDENTICAL
+    assert run_ldm("replay", out[0])[:2] == IDENTICAL
     assert not map_.exists()  # an image of somebody else must not choose a file to write
 
 
@@ -252,7 +254,7 @@ def write(folder, config):
 @pytest.fixture
 def unclip_l(tmp_path):
     """Flags of an unCLIP-L, beside it the two files that it borrows from Karlo."""
-    file = gold("e2e_unclip")
+    file = load_golden("e2e_unclip")
     config = json.loads(json.dumps(file.meta["config_unclip"]))
     params, arch = config["params"], file.meta["tiny_arch"]
     params["cond_stage_config"]["params"]["arch"] = arch
@@ -266,20 +268,20 @@ def unclip_l(tmp_path):
 
 
 @pytest.fixture
-def unclip(tmp_path, call):
-    """Runs unclip at 64x64; see `call`."""
-    return partial(call, "unclip", *QUICK, "--outdir", tmp_path / "out", "--H", 64, "--W", 64)
+def unclip(tmp_path, run_ldm):
+    """Runs unclip at 64x64; see `run_ldm`."""
+    return partial(run_ldm, "unclip", *QUICK, "--outdir", tmp_path / "out", "--H", 64, "--W", 64)
 
 
-def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, unclip, call, tmp_path, photo):
+def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, unclip, run_ldm, tmp_path, photo):
     flags = [*unclip_l, "--prior", tmp_path / "prior.ckpt", "--prompt", "a fox"]
     quick = ["--prior-steps", "3", "--prior-scale", "2.5"]
     status, out, err = unclip(*flags, "--n_samples", "2", *quick)
     assert status == 0, err
-    assert (pixels(out[0]) != pixels(out[1])).any()
+    assert (read_pixels(out[0]) != read_pixels(out[1])).any()
     info = read_info(out[1])
     assert (info["prior_steps"], info["prior_scale"]) == (3, 2.5)
-    assert call("replay", out[1])[:2] == IDENTICAL
+    assert run_ldm("replay", out[1])[:2] == IDENTICAL
     assert "in 2 … 1000, got 1 (--prior-steps)" in unclip(*flags, "--prior-steps", "1")[2]
     status, out, err = unclip(*flags, "--image", photo, "--weight", "1", "--weight", "2")
     assert status == 0, err
@@ -307,8 +309,8 @@ def test_unclip_without_anything_to_see_is_one_line(unclip_l, unclip):
 
 
 @pytest.mark.slow
-def test_image_variations_of_sd_1_are_made_without_text(unclip, call, tmp_path, photo):
-    file = gold("e2e_img2img")
+def test_image_variations_of_sd_1_are_made_without_text(unclip, run_ldm, tmp_path, photo):
+    file = load_golden("e2e_img2img")
     config = json.loads(json.dumps(file.meta["config_base_eps"]))
     config["params"]["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
@@ -320,7 +322,7 @@ def test_image_variations_of_sd_1_are_made_without_text(unclip, call, tmp_path, 
     assert "is an image variation model: prompt is ignored" in err
     assert len(out) == 2
     assert read_info(out[1])["scale"] == 3
-    assert call("replay", out[1])[:2] == IDENTICAL
+    assert run_ldm("replay", out[1])[:2] == IDENTICAL
 
 
 @pytest.mark.parametrize(
@@ -338,15 +340,14 @@ def test_a_model_of_another_family_is_one_line(run, photo, task, name, own):
 
 
 @pytest.mark.slow
-def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, photo):
-    flags, name = files["upscale"], "upscale"
-    model = ldm.load(flags[3], flags[1], dtype=torch.float16)
+def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, families, photo):
+    model = ldm.load(*families["upscale"], dtype=torch.float16)
     assert (model.dtype, next(model.autoencoder.parameters()).dtype) == (
         torch.float16,
         torch.float32,
     )
     small = ["--init-img", photo, "--H", "16", "--W", "16", "--steps", "1"]
-    status, out, err = run("upscale", name, *small, "--precision", "fp16")
+    status, out, err = run("upscale", "upscale", *small, "--precision", "fp16")
     assert status == 0, err
     assert read_info(out[0])["dtype"] == "float16"
 
@@ -374,10 +375,10 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
     ],
 )
 def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
-    task, flags, message, photo, call
+    task, flags, message, photo, run_ldm
 ):
     words = [{"PHOTO": photo, "FOLDER": photo.parent}.get(flag, flag) for flag in flags]
-    status, _, err = call(task, "--init-img", photo, *words)
+    status, _, err = run_ldm(task, "--init-img", photo, *words)
     assert status
     assert message in err.splitlines()[-1]
 

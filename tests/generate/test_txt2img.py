@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from imagehelp import IDENTICAL, pixels
+from imagehelp import IDENTICAL, read_pixels
 from ldm import pipelines
 from ldm.imaging.metadata import read_info
 from ldm.imaging.watermark import detect_watermarks
-from quick import some
+from quick import slow_except
 
 QUICK_CASES = ["plms", "dpm", "fixed_code_iter2", "from_file_repeat"]
 CASES = [*QUICK_CASES, "ddim_v_eta1", "ddim", "scale1", "niter2", "from_file"]
 
 
-@pytest.mark.parametrize("name", some(CASES, *QUICK_CASES))
-def test_legacy_command_lines_give_the_recorded_pictures(recorded, models, tmp_path, call, name):
+@pytest.mark.parametrize("name", slow_except(CASES, *QUICK_CASES))
+def test_legacy_command_lines_give_the_recorded_pictures(recorded, models, tmp_path, run_ldm, name):
     info = recorded.case(name)["info"]
     options, command = dict(info["options"]), ["--legacy", "--no-watermark"]
     if lines := options.pop("from_file"):
@@ -31,10 +31,10 @@ def test_legacy_command_lines_give_the_recorded_pictures(recorded, models, tmp_p
         if value is not False:
             command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     outdir = tmp_path / "out"
-    assert call("txt2img", *models[info["model"]].flags, *command, "--outdir", outdir)[0] == 0
+    assert run_ldm("txt2img", *models[info["model"]].flags, *command, "--outdir", outdir)[0] == 0
     names = sorted((outdir / "samples").iterdir())
-    close(np.stack([pixels(path) for path in names]), recorded.outputs(name)["images"])
-    close(pixels(outdir / "grid-0000.png"), recorded.outputs(name)["grid"])
+    close(np.stack([read_pixels(path) for path in names]), recorded.outputs(name)["images"])
+    close(read_pixels(outdir / "grid-0000.png"), recorded.outputs(name)["grid"])
 
 
 def close(ours: np.ndarray, theirs) -> None:
@@ -50,8 +50,8 @@ def test_pictures_and_grid_are_saved_and_named_on_stdout(txt2img, tmp_path):
     assert status == 0
     names = ["samples/00000.png", "samples/00001.png", "grid-0000.png"]
     assert out == [str(tmp_path / "out" / name) for name in names]
-    assert pixels(out[0]).shape == (64, 64, 3)
-    assert pixels(out[2]).shape == (134, 68, 3)
+    assert read_pixels(out[0]).shape == (64, 64, 3)
+    assert read_pixels(out[2]).shape == (134, 68, 3)
     assert "Your samples are ready and waiting for you here" in err
     assert err.count("too small for a watermark") == 1
 
@@ -113,10 +113,10 @@ def test_mistakes_in_a_prompt_file_are_located(txt2img, tmp_path, line, message)
     assert err.count("\n") == 1
 
 
-def test_seeds_count_on_modulo_2_to_the_64(txt2img, call):
+def test_seeds_count_on_modulo_2_to_the_64(txt2img, run_ldm):
     _, out, _ = txt2img("--seed", str(2**64 - 1), "--n_samples", "2", "--skip_grid")
     assert [read_info(path)["seed"] for path in out] == [2**64 - 1, 0]
-    assert call("replay", out[1])[:2] == IDENTICAL
+    assert run_ldm("replay", out[1])[:2] == IDENTICAL
 
 
 def test_a_home_folder_is_found(txt2img, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_a_long_prompt_and_weights_of_words_are_one_warning_each(txt2img):
 def test_a_picture_depends_on_its_seed_and_not_on_its_batch(txt2img):
     def shots(*flags):
         _, out, _ = txt2img(*flags, "--skip_grid", "--ddim_eta", "0.5")
-        return np.stack([pixels(path) for path in out])
+        return np.stack([read_pixels(path) for path in out])
 
     assert np.abs(shots("--n_samples", "3") - shots("--n_iter", "3")).max() <= 1
 
@@ -160,7 +160,7 @@ def test_fixed_code_starts_every_batch_from_the_same_noise(txt2img):
         _, out, _ = txt2img(
             "--n_samples", "2", "--n_iter", "2", "--skip_grid", "--fixed_code", *flags
         )
-        return [pixels(path) for path in out]
+        return [read_pixels(path) for path in out]
 
     one, two, again, _ = shots()
     assert (one == again).all()
@@ -172,18 +172,20 @@ def test_fixed_code_starts_every_batch_from_the_same_noise(txt2img):
 TORCHRUN, SLURM = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")
 
 
-@pytest.mark.parametrize("names", some((TORCHRUN, SLURM), TORCHRUN), ids=["torchrun", "slurm"])
+@pytest.mark.parametrize(
+    "names", slow_except((TORCHRUN, SLURM), TORCHRUN), ids=["torchrun", "slurm"]
+)
 def test_processes_share_a_run(txt2img, tmp_path, monkeypatch, names):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive")
     flags = ["--from-file", tmp_path / "prompts.txt", "--n_samples", "2", "--skip_grid"]
-    whole = [pixels(path).tobytes() for path in txt2img(*flags)[1]]
+    whole = [read_pixels(path).tobytes() for path in txt2img(*flags)[1]]
     shared = []
     for rank in range(2):
         for name, value in zip(names, (rank, 2), strict=True):
             monkeypatch.setenv(name, str(value))
         _, out, err = txt2img(*flags)
         assert f"rank {rank} of 2 processes: {2 - rank} of 3 batches" in err
-        shared += [pixels(path).tobytes() for path in out]
+        shared += [read_pixels(path).tobytes() for path in out]
     assert sorted(shared) == sorted(whole)
     status, _, err = txt2img("--legacy")
     assert (status, "run a single process" in err) == (1, True)

@@ -16,7 +16,7 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.latents import load_latent, save_latent
 from ldm.loading.load import save_model
 from ldm.model import LatentSpace
-from tinyupscaler import tiny_config, tiny_upscaler
+from tinyupscaler import build_tiny_upscaler, make_tiny_config
 
 QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
 
@@ -24,8 +24,8 @@ QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
 @pytest.fixture(scope="module")
 def upscaler(tmp_path_factory):
     """`x2.safetensors`, whole, and `x2.pth`, the network alone."""
-    folder, model = tmp_path_factory.mktemp("x2"), tiny_upscaler()
-    save_model(model, folder / "x2.safetensors", {"ldm.config": format_yaml(tiny_config())})
+    folder, model = tmp_path_factory.mktemp("x2"), build_tiny_upscaler()
+    save_model(model, folder / "x2.safetensors", {"ldm.config": format_yaml(make_tiny_config())})
     torch.save({"model_ema": model.unet.state_dict()}, folder / "x2.pth")
     (folder / "small").mkdir()
     for name in ("one", "two"):
@@ -36,15 +36,15 @@ def upscaler(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, call):
+def run(tmp_path, run_ldm):
     def run(*flags):
-        return call(*flags, *QUICK, "--outdir", tmp_path / "out")
+        return run_ldm(*flags, *QUICK, "--outdir", tmp_path / "out")
 
     return run
 
 
 @pytest.mark.slow
-def test_an_image_and_a_folder(upscaler, run, call):
+def test_an_image_and_a_folder(upscaler, run, run_ldm):
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1, "--noise-sigma", 0.2]
     status, (path,), _ = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png")
     assert status == 0
@@ -53,13 +53,13 @@ def test_an_image_and_a_folder(upscaler, run, call):
     info = read_info(path)
     assert (info["noise_sigma"], info["scale"], info["sampler"]) == (0.2, 1.0, "euler")
     assert info["scheduler_in_use"] == "time_uniform"
-    assert call("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path)[:2] == IDENTICAL
     status, paths, _ = run("upscale", *ckpt, "--indir", upscaler / "small")
     assert status == 0
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
 
 
-def test_behind_a_text_to_image_model(upscaler, run, call, models):
+def test_behind_a_text_to_image_model(upscaler, run, run_ldm, models):
     flags = ["--steps", 2, "--H", 64, "--W", 64, "--json"]
     upscaling = ["--upscaler", upscaler / "x2.safetensors", "--upscaler-steps", 2]
     status, (line,), _ = run("txt2img", *models["base_eps"].flags, *flags, *upscaling)
@@ -69,7 +69,7 @@ def test_behind_a_text_to_image_model(upscaler, run, call, models):
     assert (info["upscaler_steps"], info["upscaler_scale"]) == (2, 1.0)
     with Image.open(info["path"]) as image:
         assert image.size == (2 * info["size"][1], 2 * info["size"][0])
-    assert call("replay", info["path"])[:2] == IDENTICAL
+    assert run_ldm("replay", info["path"])[:2] == IDENTICAL
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):
     assert "is not an x2 latent upscaler" in err
 
 
-def test_latents_of_a_run(upscaler, run, call, models, tmp_path):
+def test_latents_of_a_run(upscaler, run, run_ldm, models, tmp_path):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
     status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
     assert status == 0
@@ -114,12 +114,12 @@ def test_latents_of_a_run(upscaler, run, call, models, tmp_path):
     assert (status, path) == (0, str(tmp_path / "out/00000.png"))
     with Image.open(path) as file:
         assert file.size == (128, 128)
-    assert call("replay", path)[:2] == IDENTICAL
+    assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
 def test_latents_that_are_refused(upscaler, run, tmp_path):
     file, shifted = tmp_path / "a.latent", LatentSpace(4, 8, 3, 0.13025, False)
-    model = tiny_upscaler()
+    model = build_tiny_upscaler()
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--init-img", file]
 
     def refusal(*flags):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.imaging.watermark import (
     METHODS,
     PAYLOADS,
@@ -66,7 +66,7 @@ def package_read(image, length, method):
 
 @pytest.mark.parametrize("case", ["wm0", "wm1"])
 def test_dwt_dct_equals_the_recorded_images_exactly(case):
-    recorded = gold("watermark")
+    recorded = load_golden("watermark")
     image = Image.fromarray(recorded.inputs(case)["image"].numpy())
     marked = np.asarray(embed_watermark(image, b"SDV2", "dwtDct"))
     assert (marked == recorded.outputs(case)["marked"].numpy()).all()
@@ -75,7 +75,7 @@ def test_dwt_dct_equals_the_recorded_images_exactly(case):
 @pytest.mark.parametrize("case", ["uint8_levels", "fractional"])
 def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
     """The reader sees pixels of 8 bits, and 44 of 48 bits; with ours, all."""
-    recorded = gold("sdxl_watermark")
+    recorded = load_golden("sdxl_watermark")
     pixels = recorded.inputs("uint8_levels")["image"].numpy()
     level = pixels.astype(np.float32)
     if case == "fractional":

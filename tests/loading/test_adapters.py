@@ -29,7 +29,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import compute_short_hash, read_checkpoint, write_checkpoint
 from ldm.runtime.errors import FileFormatError
-from quick import some
+from quick import slow_except
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
 SDXL = "configs/stable-diffusion-xl/sd_xl_base.yaml"
@@ -129,7 +129,7 @@ def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
 
 
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
-@pytest.mark.parametrize("kind", some(KINDS, "sd1"))
+@pytest.mark.parametrize("kind", slow_except(KINDS, "sd1"))
 def test_a_file_comes_back_bit_for_bit(kind, style, file):
     model = tiny_model(kind)
     adapter = random_adapter(model, alpha=1.5)  # half the rank: a power of two is exact
@@ -207,7 +207,7 @@ XL_SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", some(XL_SPELLINGS, "kohya with diffusers' blocks"))
+@pytest.mark.parametrize("spelling", slow_except(XL_SPELLINGS, "kohya with diffusers' blocks"))
 def test_names_of_sdxl_loras_are_read(spelling, file):
     model = tiny_model("sdxl")
     write_lora(random_adapter(model), file, model, "diffusers")
@@ -221,7 +221,7 @@ def test_names_of_sdxl_loras_are_read(spelling, file):
 
 @pytest.mark.parametrize(
     "prefix",
-    some(["lora_te_", "lora_te1_", "lora_te2_", "text_encoder."], "text_encoder."),
+    slow_except(["lora_te_", "lora_te1_", "lora_te2_", "text_encoder."], "text_encoder."),
 )
 def test_the_refiner_has_one_text_encoder_by_any_name(prefix, file):
     model = tiny_model("refiner")

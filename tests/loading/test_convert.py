@@ -20,7 +20,7 @@ from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_che
 from ldm.loading.weight_names import select_prefix
 from ldm.loading.weights import open_checkpoint
 from ldm.runtime.errors import FileFormatError, WeightsMismatch
-from quick import some
+from quick import slow_except
 
 VAE = "first_stage_model."
 CONV_IN = "first_stage_model.encoder.conv_in.weight"
@@ -150,7 +150,7 @@ def test_half_precision_and_its_variant(tiny, state, tmp_path):
         ldm.load(tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("ending", some(["ckpt", "safetensors"], "safetensors"))
+@pytest.mark.parametrize("ending", slow_except(["ckpt", "safetensors"], "safetensors"))
 def test_numbers_too_large_for_half_precision_are_named(state, text, tmp_path, capsys, ending):
     large = {name: value.clone() for name, value in state.items()}
     for name in (CONV_IN, "model.diffusion_model.out.2.bias"):
@@ -195,7 +195,9 @@ def test_ema_weights_are_copied_used_or_left_out(
     assert ("model_ema.*" in capsys.readouterr().err) == (not keeps_ema)
 
 
-@pytest.mark.parametrize("target", some(["merged.safetensors", "folder"], "merged.safetensors"))
+@pytest.mark.parametrize(
+    "target", slow_except(["merged.safetensors", "folder"], "merged.safetensors")
+)
 def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, target, capsys):
     styles = [(tmp_path / f"{n}.safetensors", weight) for n, weight in ((1, 0.8), (2, -0.5))]
     model = ldm.load(tiny)
@@ -344,7 +346,9 @@ def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
     run(tiny, tmp_path / "x.safetensors", "--force")
 
 
-@pytest.mark.parametrize("target", some(["out", "out.ckpt", "out.safetensors"], "out", "out.ckpt"))
+@pytest.mark.parametrize(
+    "target", slow_except(["out", "out.ckpt", "out.safetensors"], "out", "out.ckpt")
+)
 def test_a_crash_leaves_nothing(tiny, tmp_path, target):
     def crash(size):
         raise KeyboardInterrupt
@@ -403,7 +407,7 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
         open_checkpoint(place)
 
 
-@pytest.mark.parametrize("suffix", some([".fp16.safetensors", ".fp16.bin"], ".fp16.bin"))
+@pytest.mark.parametrize("suffix", slow_except([".fp16.safetensors", ".fp16.bin"], ".fp16.bin"))
 def test_a_variant_is_chosen_whatever_its_files_are(folder, state, tmp_path, suffix):
     place = shutil.copytree(folder, tmp_path / "x")
     for path in place.glob("*/*.safetensors"):

@@ -17,7 +17,7 @@ from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_weights
 from ldm.loading.legacy import translate_config
 from ldm.runtime.errors import FileFormatError
-from quick import some
+from quick import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
 
@@ -33,7 +33,7 @@ KL = {
     "kl-f16": ([1, 1, 2, 2, 4], 16, [16]),
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, [16, 8]),
 }
-SOME = some(NAMES, "x4-upscaling")
+SOME = slow_except(NAMES, "x4-upscaling")
 # What no network of diffusers holds, by the beginning of our names.
 WITHOUT_PLACE = (
     "conditioner.text.model.transformer.resblocks.23.", "conditioner.text.model.text_projection",

@@ -19,7 +19,7 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.weights import open_checkpoint
 from ldm.pipelines import sample, vary
-from quick import some
+from quick import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
 
@@ -94,7 +94,7 @@ def sample_images(model, batch, x, uncond=None):
 SLOW = pytest.mark.slow  # as the others, or as goldens of tests/pipelines
 
 
-@pytest.mark.parametrize("family", some((*TEXT, "ssd-1b"), "sd2-v"))
+@pytest.mark.parametrize("family", slow_except((*TEXT, "ssd-1b"), "sd2-v"))
 def test_text_to_image(convert_family, family):
     source, _, folder = convert_family(family)
     pipe, size, ours = start(folder, family)
@@ -137,7 +137,7 @@ PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline
 
 
 @pytest.mark.parametrize("scale", [SCALE, pytest.param(1.0, marks=SLOW)])
-@pytest.mark.parametrize("family", some(PAG, "sd1"))
+@pytest.mark.parametrize("family", slow_except(PAG, "sd1"))
 def test_perturbed_attention_guidance(diffusers, convert_family, family, scale):
     """Without classifier-free guidance, too."""
     source, _, folder = convert_family(family)
@@ -199,7 +199,7 @@ def test_sdxl_base_and_refiner(convert_family):
     agree(ldm.txt2img(base, [PROMPT], refiner=refiner, refiner_start=0.5, **ours), theirs)
 
 
-@pytest.mark.parametrize("family", some(["sd1", "xl"], "sd1"))
+@pytest.mark.parametrize("family", slow_except(["sd1", "xl"], "sd1"))
 def test_folders_whose_network_predicts_the_image(convert_family, tmp_path, family):
     _, _, written = convert_family(family)
     folder = Path(shutil.copytree(written, tmp_path / family))
@@ -275,7 +275,7 @@ def test_variations(convert_family):
     agree(vary(ldm.load(source), [""], [image], **ours), theirs)
 
 
-@pytest.mark.parametrize("family", some((*FAMILIES, *OTHERS), "unclip-l", "xl", "ldm3d-sr"))
+@pytest.mark.parametrize("family", slow_except((*FAMILIES, *OTHERS), "unclip-l", "xl", "ldm3d-sr"))
 def test_the_way_back_loses_nothing(convert_family, family):
     _, state, folder = convert_family(family)
     back = open_checkpoint(folder).state
@@ -284,7 +284,7 @@ def test_the_way_back_loses_nothing(convert_family, family):
     assert open_checkpoint(folder).step == 7
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "unclip-l"))
 def test_folders_saved_by_diffusers_are_read(convert_family, family, tmp_path):
     """Without our extra weights, in today's names: tensors that both layouts have are equal."""
     _, state, folder = convert_family(family)

@@ -10,14 +10,14 @@ from tinyfamilies import PROMPT
 import ldm
 from ldm.imaging.rgbd import split_depth
 from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
-from quick import some
+from quick import slow_except
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
 
 FAMILIES = ("ldm3d", "ldm3d-4c", "ldm3d-sr")
 
 
-@pytest.mark.parametrize("name", some(FAMILIES, "ldm3d-sr"))
+@pytest.mark.parametrize("name", slow_except(FAMILIES, "ldm3d-sr"))
 def test_a_folder_is_loaded_like_its_file(convert_family, name):
     source, _, folder = convert_family(name)
     model, expected = ldm.load(folder), ldm.load(source).state_dict()
@@ -35,7 +35,7 @@ def test_a_folder_without_the_unused_scheduler_is_read(convert_family, tmp_path)
     assert "rgbd" in ldm.load(folder).conditioner.encoders
 
 
-@pytest.mark.parametrize("name", some(FAMILIES[:2], "ldm3d-4c"))
+@pytest.mark.parametrize("name", slow_except(FAMILIES[:2], "ldm3d-4c"))
 def test_diffusers_pipeline_makes_the_same_images(diffusers, convert_family, name, tmp_path):
     """With `np`, whose depth is right for four channels only."""
     folder = convert_family(name)[2]

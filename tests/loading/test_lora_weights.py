@@ -19,7 +19,7 @@ from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.nets.lora import LoRA
-from quick import some
+from quick import slow_except
 
 BLOCKS = "lbw=IN01=0.5,M00=0,OUT02=2"
 
@@ -191,7 +191,7 @@ def write_rotation(path, kind, seed=0):
     return path
 
 
-@pytest.mark.parametrize("kind", some(ROTATIONS, "DoRA", "BOFT"))
+@pytest.mark.parametrize("kind", slow_except(ROTATIONS, "DoRA", "BOFT"))
 def test_a_rotation_is_set_to_another_weight_and_removed_bit_by_bit(kind, tmp_path):
     file, model = write_rotation(tmp_path / "x.safetensors", kind), tiny_model()
     base, states = collect_weights(model), []
@@ -209,7 +209,7 @@ def test_a_rotation_is_set_to_another_weight_and_removed_bit_by_bit(kind, tmp_pa
 PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
 
 
-@pytest.mark.parametrize("kinds", some(PAIRS, PAIRS[0]))
+@pytest.mark.parametrize("kinds", slow_except(PAIRS, PAIRS[0]))
 def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
     kinds, file, tmp_path, caplog
 ):

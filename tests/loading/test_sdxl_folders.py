@@ -13,7 +13,7 @@ from ldm.loading.diffusers.layout import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.weights import open_checkpoint
 from ldm.runtime.errors import ConfigError, FileFormatError, MissingFile, UnknownName
-from quick import some
+from quick import slow_except
 
 KINDS = ("xl", "xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
 
@@ -35,7 +35,7 @@ def folder(convert_family, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", some(KINDS, "xl"))
+@pytest.mark.parametrize("name", slow_except(KINDS, "xl"))
 def test_a_folder_is_loaded_without_extra_weights(convert_family, tmp_path, name):
     source, _, written = convert_family(name)
     folder = tmp_path / "folder"

@@ -14,19 +14,19 @@ from ldm.loading.load import load, save_model
 from ldm.loading.model_config import read_config
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.runtime.errors import ArgumentError, ConfigError, MissingArgument, WeightsMismatch
-from tinyupscaler import random_latent, tiny_config, tiny_upscaler
+from tinyupscaler import build_tiny_upscaler, make_random_latent, make_tiny_config
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_upscaler()
+    return build_tiny_upscaler()
 
 
 @pytest.fixture(scope="module")
 def files(model, tmp_path_factory):
     """`x2.safetensors`, whole; `x2.pth`, the original's; `folder`, diffusers'; `x2.yaml`."""
     folder = tmp_path_factory.mktemp("x2")
-    text = format_yaml(tiny_config())
+    text = format_yaml(make_tiny_config())
     (folder / "x2.yaml").write_text(text)
     save_model(model, folder / "x2.safetensors", {"ldm.config": text})
     convert(plan_conversion(folder / "x2.safetensors", folder / "folder"))
@@ -61,7 +61,7 @@ def test_original_pickle_alone_says_what_it_needs(files):
 
 
 def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
-    expected = tiny_config()["model"]["params"]["unet"]["params"]
+    expected = make_tiny_config()["model"]["params"]["unet"]["params"]
     weights = identify_weights(open_checkpoint(files / "x2.pth"))
     _, raw = read_config(weights)
     sizes = raw["model"]["params"]["unet"]["params"]
@@ -96,7 +96,7 @@ def test_folder_of_diffusers_knows_no_noise(model, files, tmp_path):
     (folder / "original.safetensors").unlink()
     loaded = load(ckpt=folder)
     assert_equal(loaded, model, but=["unet.low_res_noise_embed.weight"])
-    options = {"latent": random_latent(), "seeds": 0, "steps": 1}
+    options = {"latent": make_random_latent(), "seeds": 0, "steps": 1}
     images = [ldm.upscale_latent(each, ["a cat"], **options) for each in (model, loaded)]
     torch.testing.assert_close(*images, atol=1e-4, rtol=0)
     with pytest.raises(ArgumentError, match="leaves out the embedding of noise levels"):
@@ -128,7 +128,7 @@ def test_noise_levels_are_those_of_the_scheduler(files, tmp_path):
 
 
 def test_a_folder_cannot_have_another_range_of_sigmas(model, tmp_path):
-    config = tiny_config()
+    config = make_tiny_config()
     config["model"]["params"]["schedule"]["params"]["sigma_max"] = 10.0
     save_model(model, tmp_path / "x2.safetensors", {"ldm.config": format_yaml(config)})
     with pytest.raises(ConfigError, match=r"has sigmas 0.02917 … 14.61 only"):
@@ -142,7 +142,7 @@ def test_pipeline_of_diffusers(files, scale):
     from diffusers import StableDiffusionLatentUpscalePipeline
 
     pipeline = StableDiffusionLatentUpscalePipeline.from_pretrained(str(files / "folder"))
-    latent, x_T = random_latent(2, 8, 12), random_latent(2, 16, 24)
+    latent, x_T = make_random_latent(2, 8, 12), make_random_latent(2, 16, 24)
     prompts, latents = ["a cat", "a dog on a bench"], []
     theirs = pipeline(
         prompts, image=latent, num_inference_steps=7, guidance_scale=scale, latents=x_T.clone(),

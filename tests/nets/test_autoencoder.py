@@ -10,7 +10,7 @@ from nethelp import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_vae
 from ldm.nets.autoencoder import AttnBlock, AutoencoderKL, DiagonalGaussian
@@ -40,7 +40,7 @@ def no_grad():
 @pytest.fixture(scope="module", params=SMALL)
 def small(request):
     """A golden file, its autoencoder, and the names of its cases."""
-    golden = gold(request.param)
+    golden = load_golden(request.param)
     return golden, build_from(golden, AutoencoderKL), SMALL[request.param]
 
 
@@ -71,14 +71,14 @@ def test_faint_images_show_the_eps_of_the_norms(small):
 
 @pytest.mark.parametrize("name", FAITHFUL)
 def test_narrow_autoencoder_of_each_config_equals_the_recorded_one(name):
-    golden = gold("vae_faithful_recipe")
+    golden = load_golden("vae_faithful_recipe")
     check_both_ways(build_from(golden, AutoencoderKL, golden.meta[f"config_{name}"]), golden, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full_vae_f8", "full_vae_x4"])
 def test_full_size_autoencoder_equals_the_recorded_one(name):
-    golden = gold(name)
+    golden = load_golden(name)
     with meta_device():
         autoencoder = build(AutoencoderKL, golden.meta["config"])
     autoencoder.load_state_dict(golden.weights(autoencoder.state_dict()), assign=True)
@@ -92,7 +92,7 @@ def check_both_ways(autoencoder, golden, case):
 
 
 def test_distribution_equals_the_recorded_one():
-    golden = gold("diag_gaussian")
+    golden = load_golden("diag_gaussian")
     inputs, outputs = golden.inputs("extreme"), golden.outputs("extreme")
     torch.manual_seed(golden.case("extreme")["info"]["seed"])
     one, other = DiagonalGaussian(inputs["moments"]), DiagonalGaussian(inputs["moments_other"])

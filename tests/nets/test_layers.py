@@ -5,7 +5,7 @@ import torch
 from nethelp import assert_close
 from torch import nn
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.loading.build import meta_device
 from ldm.nets import autoencoder
 from ldm.nets.blocks import (
@@ -75,7 +75,7 @@ MODULES = {
 
 @pytest.fixture(scope="module")
 def recorded():
-    return gold("modules")
+    return load_golden("modules")
 
 
 @pytest.mark.parametrize("case", MODULES)
@@ -102,7 +102,7 @@ def test_a_module_equals_the_recorded_one(recorded, case):
     ],
 )
 def test_a_full_width_transformer_of_sdxl_equals_the_recorded_one(case):
-    golden = gold("sdxl_modules")
+    golden = load_golden("sdxl_modules")
     info = golden.case(case)["info"]
     with meta_device():
         module = SpatialTransformer(**{k: v for k, v in info["params"].items() if k != "attn_type"})
@@ -114,7 +114,7 @@ def test_a_full_width_transformer_of_sdxl_equals_the_recorded_one(case):
 
 def test_timestep_embeddings_equal_the_recorded_ones():
     """float32 angles of up to 1000 are rounded by 3e-5. Observed: 2.9e-5."""
-    golden = gold("timestep_embedding")
+    golden = load_golden("timestep_embedding")
     for case in golden.cases:
         info, name = case["info"], case["name"]
         ours = timestep_embedding(golden.inputs(name)["t"], info["dim"], info["max_period"])

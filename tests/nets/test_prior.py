@@ -5,7 +5,7 @@ import pytest
 import torch
 from nethelp import KEYS, assert_close, keys_of
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Cond
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.image import CLIPImage, OpenCLIPImage
@@ -21,7 +21,7 @@ TINY_CLIP = {"embed_dim": 16, "text_cfg": TEXT, "vision_cfg": VISION}
 
 
 def recorded_prior():
-    golden = gold("karlo_prior")
+    golden = load_golden("karlo_prior")
     options = golden.meta["config"]["model"]["hparams"]
     prior = Prior(**{k: v for k, v in options.items() if k not in Prior.IGNORED_PARAMETERS})
     prior.load_state_dict(golden.weights(prior.state_dict(), "model."))

@@ -12,13 +12,13 @@ from nethelp import (
 )
 from torch.func import functional_call
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.locations import convert_to_diffusers, locate_unet
 from ldm.loading.diffusers.names import rename_unet_layers
 from ldm.nets.blocks import timestep_embedding
 from ldm.nets.unet import UNet
-from quick import some
+from quick import slow_except
 from recipe import fill, fill_on_demand
 
 SMALL = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]
@@ -33,16 +33,16 @@ def call(unet, inputs):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_unet_equals_the_recorded_one(name):
-    golden = gold(f"unet_{name}")
+    golden = load_golden(f"unet_{name}")
     unet = build_from(golden, UNet)
     for case in ("sq16", "nonsq", "floatt", "odd_mid", "tiny_x", "big_x"):
         ours = call(unet, golden.inputs(case))
         golden.assert_close(case, eps=ours)
 
 
-@pytest.mark.parametrize("name", some(FAITHFUL, "v1", "v2", "x4", "unclip_h"))
+@pytest.mark.parametrize("name", slow_except(FAITHFUL, "v1", "v2", "x4", "unclip_h"))
 def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
-    golden = gold("unet_faithful_recipe")
+    golden = load_golden("unet_faithful_recipe")
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
     ours = call(unet, golden.inputs(name))
     golden.assert_close(name, eps=ours)
@@ -62,7 +62,7 @@ SDXL = {
 
 @pytest.mark.parametrize("name", SDXL)
 def test_sdxl_unet_equals_the_recorded_one(name):
-    golden = gold("sdxl_unet")
+    golden = load_golden("sdxl_unet")
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
     for case in [f"{name}_{size}" for size in SDXL[name].split()] or [name]:
         ours = call(unet, golden.inputs(case))
@@ -70,7 +70,7 @@ def test_sdxl_unet_equals_the_recorded_one(name):
 
 
 def test_each_block_of_an_sdxl_unet_equals_the_recorded_one():
-    golden = gold("sdxl_unet")
+    golden = load_golden("sdxl_unet")
     unet = build_from(golden, UNet, golden.meta["config_base"])
     blocks = {f"in_{i}": block for i, block in enumerate(unet.input_blocks)}
     blocks |= {f"out_{i}": block for i, block in enumerate(unet.output_blocks)}
@@ -87,7 +87,7 @@ def test_each_block_of_an_sdxl_unet_equals_the_recorded_one():
 @pytest.fixture(scope="module", params=["base", "refiner"])
 def full_sdxl(request):
     """The golden file of a full-size network, and the network without weights."""
-    golden = gold(f"sdxl_full_unet_{request.param}")
+    golden = load_golden(f"sdxl_full_unet_{request.param}")
     with meta_device():
         return request.param, golden, build(UNet, golden.meta["config"])
 
@@ -101,7 +101,7 @@ def test_full_size_sdxl_unet_has_the_names_and_shapes_of_published_files(full_sd
 
 def test_full_size_sdxl_embeddings_equal_the_recorded_ones(full_sdxl):
     name, _, unet = full_sdxl
-    golden = gold("sdxl_modules")
+    golden = load_golden("sdxl_modules")
     inputs, recorded = golden.inputs(f"emb_{name}"), golden.outputs(f"emb_{name}")
     t = timestep_embedding(inputs["timesteps"], unet.model_channels)
     for part, value in {"time_embed": t, "label_emb": inputs["y"]}.items():
@@ -124,7 +124,7 @@ def test_full_size_sdxl_unet_equals_the_recorded_one(full_sdxl):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_unet_equals_the_recorded_one(name):
-    golden = gold(f"full_unet_{name}")
+    golden = load_golden(f"full_unet_{name}")
     with meta_device():
         unet = build(UNet, golden.meta["config"])
     unet.load_state_dict(golden.weights(unet.state_dict()), assign=True)
@@ -134,7 +134,7 @@ def test_full_size_unet_equals_the_recorded_one(name):
 
 def test_pruned_sdxl_unets_are_built_from_their_depths():
     """Parameters as diffusers counts them for the folders' configs."""
-    base = gold("sdxl_full_unet_base").meta["config"]
+    base = load_golden("sdxl_full_unet_base").meta["config"]
     for depths, output, parameters in (
         ([[0, 0], [2, 2], [4, 4]], [4, 4, 10, 2, 1, 1, 0, 0, 0], 1_331_334_404),  # SSD-1B
         ([[0, 0], [1, 1], [2, 2]], [2, 2, 2, 1, 1, 1, 0, 0, 0], 745_225_604),  # Segmind Vega

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.loading.config import read_yaml
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
-from tinyupscaler import CONFIG, tiny_upscaler
+from tinyupscaler import CONFIG, build_tiny_upscaler
 
 
 @pytest.fixture(scope="module")
 def network():
-    return tiny_upscaler().unet
+    return build_tiny_upscaler().unet
 
 
 def test_network(network):
-    file, name = gold("seed_x2_unet"), "net_nonsq"
+    file, name = load_golden("seed_x2_unet"), "net_nonsq"
     given = file.inputs(name)
     with torch.no_grad():
         out = network.inner_model(

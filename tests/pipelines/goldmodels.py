@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ldm
-from goldfile import Gold
+from goldfile import GoldenFile
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.model import LatentDiffusion
 from recipe import fill
@@ -50,7 +50,7 @@ class DepthDummy(nn.Module):
         return 3 * x0 + 2 * x1 * x2 + 0.25 * slope
 
 
-def config_of(file: Gold, name: str) -> dict[str, Any]:
+def config_of(file: GoldenFile, name: str) -> dict[str, Any]:
     """The recorded config of a model, with the sizes of its encoders."""
     config: dict[str, Any] = copy.deepcopy(file.meta[f"config_{name}"])
     params = config["params"]
@@ -68,7 +68,7 @@ def config_of(file: Gold, name: str) -> dict[str, Any]:
     return config
 
 
-def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
+def model_of(file: GoldenFile, name: str, whole: bool = False) -> LatentDiffusion:
     """whole: with a small depth network of its own, instead of the formula."""
     config = config_of(file, name)
     if "embedder_config" in config["params"]:

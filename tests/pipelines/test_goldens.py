@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.pipelines import (
     LEGACY,
@@ -45,7 +45,7 @@ def start_code(info, h, w):
 
 @pytest.mark.parametrize("name", ["inp0", "inp1"])
 def test_inpaint(name):
-    file = gold("e2e_inpaint")
+    file = load_golden("e2e_inpaint")
     info, inputs = file.case(name)["info"], file.inputs(name)
     image, mask = image_of(inputs["image"]), inputs["mask"][None, None].float() / 255
     compare(
@@ -57,7 +57,7 @@ def test_inpaint(name):
 
 @pytest.mark.parametrize("name", ["dep0", "dep1"])
 def test_depth2img(name):
-    file = gold("e2e_depth2img")
+    file = load_golden("e2e_depth2img")
     info, image = file.case(name)["info"], image_of(file.inputs(name)["image"])
     compare(
         depth2img, file, name, "depth", image, seed=info["seed"], strength=info["strength"],
@@ -67,7 +67,7 @@ def test_depth2img(name):
 
 @pytest.mark.parametrize("name", ["up0", "up1"])
 def test_upscale(name):
-    file = gold("e2e_upscale")
+    file = load_golden("e2e_upscale")
     info, image = file.case(name)["info"], image_of(file.inputs(name)["image"])
     compare(
         upscale, file, name, "upscale", image, seed=info["seed"], noise_level=info["noise_level"],
@@ -77,7 +77,7 @@ def test_upscale(name):
 
 @pytest.mark.parametrize("name", ["uc0_ddim", "uc1_dpm"])
 def test_unclip(name):
-    file = gold("e2e_unclip")
+    file = load_golden("e2e_unclip")
     info, image = file.case(name)["info"], file.inputs(name)["image"]
     compare(
         unclip, file, name, "unclip", [image], seed=info["seed"], weights=[info["weight"]],

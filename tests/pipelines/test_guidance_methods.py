@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.diffusion.names import FREEU_PRESETS
 from ldm.loading.build import meta_device
 from ldm.loading.config import read_yaml
@@ -13,18 +13,18 @@ from ldm.nets.unet import UNet
 from ldm.pipelines import sample, txt2img
 from ldm.pipelines.freeu import make_freeu, resolve_freeu_factors
 from pipelines.goldmodels import model_of
-from quick import some
-from tinyupscaler import tiny_upscaler
+from quick import slow_except
+from tinyupscaler import build_tiny_upscaler
 
 
 @pytest.fixture(scope="module")
 def model():
-    return model_of(gold("e2e_txt2img"), "base_v")
+    return model_of(load_golden("e2e_txt2img"), "base_v")
 
 
 @pytest.fixture(scope="module")
 def xl():
-    return model_of(gold("sdxl_e2e_txt2img"), "base")
+    return model_of(load_golden("sdxl_e2e_txt2img"), "base")
 
 
 def latents_of(model, prompts, **options):
@@ -47,7 +47,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", some(METHODS, "apg", "perp_neg", "pag and sld", "freeu"))
+@pytest.mark.parametrize("name", slow_except(METHODS, "apg", "perp_neg", "pag and sld", "freeu"))
 def test_rules_act_on_each_sample_alone(model, name):
     """Kernels round differently in a batch: the largest difference is 2e-4."""
     options = {"sampler": "dpmpp_2m", **METHODS[name]}
@@ -58,10 +58,11 @@ def test_rules_act_on_each_sample_alone(model, name):
 
 
 @pytest.mark.parametrize(
-    "options", some([{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}], {"freeu": "auto"})
+    "options",
+    slow_except([{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}], {"freeu": "auto"}),
 )
 def test_sdxl_has_them_and_a_refiner_goes_on_with_the_rule(xl, options):
-    refiner = model_of(gold("sdxl_e2e_refine"), "refiner")
+    refiner = model_of(load_golden("sdxl_e2e_refine"), "refiner")
     runs = [latents_of(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **chosen)
             for chosen in ({}, options)]  # fmt: skip
     assert (runs[0] - runs[1]).abs().max() > 0.02
@@ -122,7 +123,7 @@ def test_what_a_model_cannot_have_is_said(xl, model):
             latents_of(model, ["a cat"], freeu="auto")
     finally:
         model.unet = unet
-    upscaler = tiny_upscaler()
+    upscaler = build_tiny_upscaler()
     with pytest.raises(ValueError, match="freeu is not for the x2 latent upscaler"):
         make_freeu(upscaler, "auto")
 

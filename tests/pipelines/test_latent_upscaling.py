@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 import ldm
-from goldfile import gold
+from goldfile import load_golden
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.lowres import LowResLatent
 from ldm.imaging.pixels import to_tensor, to_uint8
@@ -17,8 +17,8 @@ from ldm.pipelines.latent_upscaling import sample_upscaled_latent
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from nets.nethelp import assert_close
 from pipelines.goldmodels import model_of
-from quick import some
-from tinyupscaler import draws_of, random_latent, tiny_upscaler
+from quick import slow_except
+from tinyupscaler import build_tiny_upscaler, make_random_latent, make_recorded_noise
 
 SAMPLERS = {
     "k_euler": "euler", "k_euler_ancestral": "euler_a", "k_dpm_2_ancestral": "dpm2_a",
@@ -28,18 +28,18 @@ SAMPLERS = {
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_upscaler()
+    return build_tiny_upscaler()
 
 
 @pytest.fixture(scope="module")
 def base():
     """A tiny text-to-image model, whose autoencoder halves images three times."""
-    return model_of(gold("e2e_txt2img"), "base_eps")
+    return model_of(load_golden("e2e_txt2img"), "base_eps")
 
 
 def test_loss_with_variance(model):
     """§1.6 of the contract: the fifth channel is the log variance of the error."""
-    file, name = gold("seed_x2_unet"), "loss_variance"
+    file, name = load_golden("seed_x2_unet"), "loss_variance"
     inputs, expected = file.inputs(name), file.outputs(name)
     sigma, low_res_sigma = inputs["sigma"], inputs["low_res_sigma"]
     column, low_res_column = sigma[:, None, None, None], low_res_sigma[:, None, None, None]
@@ -63,14 +63,14 @@ def test_loss_with_variance(model):
 
 @pytest.mark.parametrize(
     "name",
-    some(
+    slow_except(
         ("euler10_cfg0", "euler10_gaussian0.3", "euler10_fake0.3", "euler_a10_eta1",
          "dpm2_a15_eta0.1", "dpm_fast12_eta0", "dpm_adaptive_eta0"),
         "euler10_gaussian0.3", "euler10_fake0.3", "euler_a10_eta1",
     ),
 )  # fmt: skip
 def test_notebook(model, name, monkeypatch):
-    file = gold("seed_x2_sample")
+    file = load_golden("seed_x2_sample")
     info, inputs = file.case(name)["info"], file.inputs(name)
     tolerance = info["tol_scale"]
     settings = {"rtol": 0.05 * tolerance, "atol": tolerance / 127.5, "pcoeff": 0.2, "icoeff": 0.4}
@@ -81,7 +81,7 @@ def test_notebook(model, name, monkeypatch):
         [info["prompt"]],
         [info["uncond"]],
         inputs["low_res"],
-        noise=draws_of(file, name),
+        noise=make_recorded_noise(file, name),
         noise_sigma=info["noise_aug_level"],
         noise_kind=info["noise_aug_type"],
         scale=info["scale"],
@@ -95,14 +95,14 @@ def test_notebook(model, name, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    some(
+    slow_except(
         ("log_gs0", "log_gs1", "log_gs9_neg", "lin_gs2", "log_image", "batch2"),
         "log_gs9_neg", "lin_gs2", "log_image",
     ),
 )  # fmt: skip
 def test_diffusers(model, name, monkeypatch):
     """Its pipeline, by `legacy`; guidance above 1 is the same in both."""
-    file = gold("seed_x2_diffusers")
+    file = load_golden("seed_x2_diffusers")
     info, inputs, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
     if info["interpolation_type"] == "linear":
         betas = make_betas("linear", linear_start=0.00085, linear_end=0.012)
@@ -120,7 +120,7 @@ def test_diffusers(model, name, monkeypatch):
         steps=info["steps"],
         scheduler="normal" if info["interpolation_type"] == "linear" else "time_uniform",
         x_T=inputs["latents"],
-        seeds=draws_of(file, name),
+        seeds=make_recorded_noise(file, name),
         callback=lambda step, steps, x, denoised: latents.append(x),
         legacy=["unmasked"],
     )
@@ -133,7 +133,7 @@ def test_diffusers(model, name, monkeypatch):
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (9, 8)])
 def test_any_size_is_padded_and_cut(model, height, width):
     images = ldm.upscale_latent(
-        model, ["a cat"], latent=random_latent(1, height, width), seeds=0, steps=1
+        model, ["a cat"], latent=make_random_latent(1, height, width), seeds=0, steps=1
     )
     assert images.shape == (1, 3, 16 * height, 16 * width)
     image = torch.zeros(1, 3, 8 * height - 3, 8 * width + 1)
@@ -169,14 +169,15 @@ def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
     ("error", "message", "options"),
     [
         (MissingArgument, "neither an image nor a latent", {}),
-        (ArgumentError, "not both", {"latent": random_latent(), "image": torch.zeros(1, 3, 8, 8)}),
+        (ArgumentError, "not both",
+         {"latent": make_random_latent(), "image": torch.zeros(1, 3, 8, 8)}),
         (ArgumentError, r"\(1 or 1, 4, height, width\), got \(1, 16, 8, 8\)",
          {"latent": torch.zeros(1, 16, 8, 8)}),
         (ArgumentError, "unknown kind of noise `gausian`",
-         {"latent": random_latent(), "noise_kind": "gausian"}),
-        (ArgumentError, "must be 0 or more", {"latent": random_latent(), "noise_sigma": -0.1}),
+         {"latent": make_random_latent(), "noise_kind": "gausian"}),
+        (ArgumentError, "must be 0 or more", {"latent": make_random_latent(), "noise_sigma": -0.1}),
         (ArgumentError, r"x_T must be a tensor of at most the shape \(1, 4, 16, 16\), got a",
-         {"latent": random_latent(), "x_T": torch.zeros(1, 4, 8, 18)}),
+         {"latent": make_random_latent(), "x_T": torch.zeros(1, 4, 8, 18)}),
     ],
 )  # fmt: skip
 def test_bad_input(model, error, message, options):
@@ -203,7 +204,7 @@ def test_latents_of_another_kind(model, base, monkeypatch):
 
 def test_edges_meet_with_tiling(model):
     """A moved latent with moved noise gives the moved image; observed 5e-6."""
-    latent, x_T = random_latent(1, 8, 16), torch.randn(1, 4, 16, 32)
+    latent, x_T = make_random_latent(1, 8, 16), torch.randn(1, 4, 16, 32)
 
     def upscale_moved(by, tiling, latent=latent):
         moved = {"latent": latent.roll(by, dims=3), "x_T": x_T.roll(2 * by, dims=3)}
@@ -214,21 +215,21 @@ def test_edges_meet_with_tiling(model):
     )
     assert (upscale_moved(4, "none") - upscale_moved(0, "none").roll(64, dims=3)).abs().max() > 0.1
     with pytest.raises(ArgumentError, match="multiples of 32 pixels, from 64, got 72"):
-        upscale_moved(0, "x", random_latent(1, 8, 9))
+        upscale_moved(0, "x", make_random_latent(1, 8, 9))
 
 
 @pytest.mark.slow
 def test_tiles_of_the_unet_have_sides_that_it_takes_and_offloading_changes_nothing(model):
-    options = {"latent": random_latent(1, 8, 16), "steps": 2, "seeds": 1}
+    options = {"latent": make_random_latent(1, 8, 16), "steps": 2, "seeds": 1}
     whole = ldm.upscale_latent(model, ["a cat"], **options)
     tiles = [ldm.upscale_latent(model, ["a cat"], unet_tile=side, **options) for side in (5, 16)]
     assert torch.equal(*tiles)
     assert 1e-3 < (tiles[0] - whole).abs().mean() < 0.3
-    other = tiny_upscaler()
+    other = build_tiny_upscaler()
     other.offload(torch.device("cpu"))
     assert torch.equal(ldm.upscale_latent(other, ["a cat"], **options), whole)
 
 
 def test_a_lora_is_refused(model):
-    with pytest.raises(WeightsMismatch, match="a LoRA is not for the x2 latent upscaler"):
+    with pytest.raises(WeightsMismatch, match="the x2 latent upscaler does not support LoRAs"):
         list_lora_targets(model)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ldm
-from goldfile import gold
-from imagehelp import random_lora
+from goldfile import load_golden
+from imagehelp import write_random_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.model import LatentDiffusion
@@ -21,7 +21,7 @@ XL = "configs/stable-diffusion-xl"
 
 
 def text_model() -> LatentDiffusion:
-    return model_of(gold("e2e_txt2img"), "base_v")
+    return model_of(load_golden("e2e_txt2img"), "base_v")
 
 
 def addresses(model: LatentDiffusion) -> dict[str, int]:
@@ -58,7 +58,7 @@ def test_one_part_at_a_time_has_a_copy_on_the_device():
 @pytest.mark.slow
 def test_loras_are_exchanged_while_a_part_is_on_the_device(tmp_path):
     model, offloaded = text_model(), text_model()
-    file = random_lora(tmp_path / "x.safetensors", model, 0)
+    file = write_random_lora(tmp_path / "x.safetensors", model, 0)
     offloaded.offload(CPU)
     images = {}
     for weight in (0.5, 0.8, 0.5):
@@ -81,7 +81,7 @@ def test_a_model_gives_way_to_another():
 
 
 def test_encoders_of_images_stay_on_the_device():
-    model = model_of(gold("e2e_inpaint"), "inpaint")
+    model = model_of(load_golden("e2e_inpaint"), "inpaint")
     image, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
     expected = inpaint(model, ["a"], image, mask, **QUICK)
     model.offload(CPU)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Evaluation, SafeGuidance, add_guidance
@@ -14,7 +14,7 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.pipelines import txt2img
 from pipelines.goldmodels import build
 
-recorded = functools.cache(gold)
+recorded = functools.cache(load_golden)
 PARAMETERS = ("warmup_steps", "guidance_scale", "threshold", "momentum_scale", "mom_beta")
 VAE = {
     "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,

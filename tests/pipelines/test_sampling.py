@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ldm
-from goldfile import gold
+from goldfile import load_golden
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Guidance
 from ldm.loading.weight_names import rename_weights, restore_names
@@ -19,7 +19,7 @@ from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import get_sigmas
 from ldm.runtime.errors import ArgumentError
 from pipelines.goldmodels import model_of
-from quick import some
+from quick import slow_except
 from recipe import fill
 
 LATENT = torch.zeros(1, 4, 8, 8)
@@ -27,7 +27,7 @@ LATENT = torch.zeros(1, 4, 8, 8)
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
-    return model_of(gold("e2e_txt2img"), "base_v")
+    return model_of(load_golden("e2e_txt2img"), "base_v")
 
 
 def run(model: LatentDiffusion, prompts: list[str], **options) -> Tensor:
@@ -35,7 +35,7 @@ def run(model: LatentDiffusion, prompts: list[str], **options) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "sampler", some(ldm.SAMPLERS, "ddim", "euler", "dpmpp_2s_a", "dpmpp_sde", "restart")
+    "sampler", slow_except(ldm.SAMPLERS, "ddim", "euler", "dpmpp_2s_a", "dpmpp_sde", "restart")
 )
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(model, sampler):
     if sampler == "dpm_adaptive":
@@ -64,7 +64,7 @@ def test_seeds_may_be_of_numpy_or_torch(model):
 
 
 def test_a_model_without_conditions_is_sampled_as_recorded():
-    file, name = gold("ldm_uncond_kl"), "kl_churches_like"
+    file, name = load_golden("ldm_uncond_kl"), "kl_churches_like"
     info, model = file.case(name)["info"], ldm.instantiate(file.meta["config_kl"]).eval()
     weights = fill(restore_names(model.state_dict()), file.meta["salt"])
     model.load_state_dict(rename_weights(weights))
@@ -319,8 +319,8 @@ def test_plms_is_right_for_v_models_unless_asked_to_be_legacy(model):
 def test_legacy_inversion_is_the_recorded_one(kind):
     from diffusion.test_samplers import denoiser_of
 
-    file = gold(f"ddim_{kind}")
-    denoiser, shared = denoiser_of(f"ddim_{kind}"), file.under("shared/")
+    file = load_golden(f"ddim_{kind}")
+    denoiser, shared = denoiser_of(f"ddim_{kind}"), file.select("shared/")
     model = LatentDiffusion(
         unet=denoiser.network,
         autoencoder=torch.nn.Identity(),

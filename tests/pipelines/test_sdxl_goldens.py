@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.conditioning import Cond
 from ldm.imaging.pixels import to_uint8
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, sample, txt2img
 from pipelines.goldmodels import model_of
-from quick import some
+from quick import slow_except
 
 SAMPLERS = {
     "EulerEDMSampler": "euler",
@@ -30,7 +30,7 @@ DEMO = {"noise", "nearest-sigma", "legacy-steps", "unused-draws"}
 SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
 BLACK = torch.zeros(1, 3, 64, 128)
 
-recorded = functools.cache(gold)
+recorded = functools.cache(load_golden)
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def close_images(ours: Tensor, theirs: Tensor, *, truncate: bool = True) -> None
     assert (apart > 0).mean() < 0.01
 
 
-def close(file: Gold, name: str, images: Tensor, latents: Latents) -> None:
+def close(file: GoldenFile, name: str, images: Tensor, latents: Latents) -> None:
     close_images(images, file.outputs(name)["images"].movedim(1, -1))
     close_latents(latents.xs[-1], file.outputs(name)["z"])
 
@@ -81,11 +81,11 @@ def keywords(info: dict) -> dict:
 
 
 # Others show little more than these and the recorded samplers do.
-TXT2IMG = some(
+TXT2IMG = slow_except(
     ["euler_negative", "heun_edm_sizes", "v_model", "euler", "dpmpp2m", "euler_a"],
     "euler_negative", "heun_edm_sizes", "v_model",
 )  # fmt: skip
-IMG2IMG = some(
+IMG2IMG = slow_except(
     ["base_s075", "base_s1", "base_s0", "refiner_s05", "base_s03_dpmpp2m", "base_euler_a",
      "base_offset_noise", "v_s06"],
     "base_s075", "base_s1", "base_s0", "refiner_s05",
@@ -154,7 +154,7 @@ def test_img2img(name: str) -> None:
     images = img2img(
         model(info["model"]),
         [info["prompt"]] * info["num_samples"],
-        file.under("shared/")["image"],
+        file.select("shared/")["image"],
         strength=info["strength"],
         legacy=legacy,
         callback=latents,
@@ -179,7 +179,7 @@ def test_a_refiner_goes_on_at_the_same_noise_level(name: str) -> None:
     if info["img2img_strength"] is None:
         images = txt2img(model("base"), prompts, size=(64, 128), **options)
     else:
-        image, strength = file.under("shared/")["image"], info["img2img_strength"]
+        image, strength = file.select("shared/")["image"], info["img2img_strength"]
         images = img2img(model("base"), prompts, image, strength=strength, **options)
     close(file, name, images, latents)
     base_steps = len(file.outputs(name)["sigmas_base"]) - 1

@@ -26,7 +26,7 @@ def inpainting_model() -> LatentDiffusion:
 
 
 def image_and_mask() -> tuple[Tensor, Tensor]:
-    shared = recorded("sdxl_inpaint").under("shared/")
+    shared = recorded("sdxl_inpaint").select("shared/")
     return to_tensor(Image.fromarray(shared["image"].numpy())), shared["mask"][None, None] / 255
 
 

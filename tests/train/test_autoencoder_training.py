@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.source import DatasetSource
@@ -51,12 +51,12 @@ def make_generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Gold:
-    return gold("ae_loss")
+def recorded() -> GoldenFile:
+    return load_golden("ae_loss")
 
 
 @pytest.fixture(scope="module")
-def model(recorded: Gold) -> AutoencoderKL:
+def model(recorded: GoldenFile) -> AutoencoderKL:
     params = recorded.meta["config_vae"]["params"]
     model = AutoencoderKL(ddconfig=params["ddconfig"], embed_dim=params["embed_dim"])
     model.load_state_dict(recorded.weights(model.state_dict()))
@@ -64,13 +64,13 @@ def model(recorded: Gold) -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def lpips(recorded: Gold) -> LPIPS:
+def lpips(recorded: GoldenFile) -> LPIPS:
     net = LPIPS()
     net.load_state_dict(recorded.weights(net.state_dict(), "perceptual_loss."))
     return net
 
 
-def test_lpips_is_the_originals(recorded: Gold, lpips: LPIPS) -> None:
+def test_lpips_is_the_originals(recorded: GoldenFile, lpips: LPIPS) -> None:
     x = recorded.tensors["shared/x"]
     expected = recorded.outputs("lpips_alone")["lpips"]
     torch.testing.assert_close(lpips.train()(x, x.flip(0)), expected, atol=1e-7, rtol=TOLERANCE)

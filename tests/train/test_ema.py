@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from goldfile import gold
+from goldfile import load_golden
 from ldm.train.optim.ema import EMA
 
 
 def test_three_updates_equal_the_originals() -> None:
-    inputs, recorded = gold("ema").inputs("default"), gold("ema").outputs("default")
+    inputs, recorded = load_golden("ema").inputs("default"), load_golden("ema").outputs("default")
     module = nn.Module()
     initial = {k.removeprefix("w0/"): v for k, v in inputs.items() if k.startswith("w0/")}
     for name, value in initial.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ldm
-from goldfile import gold
+from goldfile import load_golden
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.files.checkpoint import write_checkpoint
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_weights_of_another_width_equal_the_originals() -> None:
-    golden = gold("misc_cond")
+    golden = load_golden("misc_cond")
     narrow, wide = golden.inputs("make_it_fit"), golden.outputs("make_it_fit")
     actual = resize_weight(narrow["conv_in_4ch"], wide["conv_in_7ch"].shape)
     torch.testing.assert_close(actual, wide["conv_in_7ch"], rtol=1e-6, atol=0)

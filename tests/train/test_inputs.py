@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.model import LatentDiffusion
 from ldm.train.tasks.diffusion import DiffusionTask
 from pipelines.goldmodels import model_of
@@ -22,20 +22,20 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 @pytest.fixture
-def golden() -> Gold:
+def golden() -> GoldenFile:
     """The recording, of which the repository has two parts without what repeats."""
-    concat, more = gold("get_input_concat"), gold("get_input_more")
+    concat, more = load_golden("get_input_concat"), load_golden("get_input_more")
     tensors = {f"{case}/in/jpg": more.tensors["shared/jpg"] for case in CASES}
     tensors |= more.tensors | concat.tensors
     mask, image = (tensors[f"inpaint/in/{name}"] for name in ("mask", "jpg"))
     tensors["inpaint/in/masked_image"] = image * (mask < 0.5)
-    arch = gold("e2e_unclip").meta["tiny_arch"]
-    return Gold(tensors, more.meta | {"cases": concat.cases + more.cases, "tiny_arch": arch})
+    arch = load_golden("e2e_unclip").meta["tiny_arch"]
+    return GoldenFile(tensors, more.meta | {"cases": concat.cases + more.cases, "tiny_arch": arch})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_inputs_equal_the_originals(
-    case: str, golden: Gold, monkeypatch: pytest.MonkeyPatch
+    case: str, golden: GoldenFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(golden, CONFIGS.get(case, case))
     DiffusionTask(model)  # adds the 0.001 of training to the range of depth maps
@@ -49,9 +49,11 @@ def test_inputs_equal_the_originals(
 
 
 def test_the_first_stage_equals_the_originals(
-    golden: Gold, monkeypatch: pytest.MonkeyPatch
+    golden: GoldenFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    golden = replace(golden, tensors=gold("get_input").tensors)  # only there is what is decoded
+    golden = replace(
+        golden, tensors=load_golden("get_input").tensors
+    )  # only there is what is decoded
     model, expected = model_of(golden, "base_eps"), golden.outputs("base_first_stage")
     image = to_image("jpg", golden.inputs("base_first_stage")["jpg"])
     replay(golden.rng("base_first_stage"), monkeypatch)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.conditioning import Cond, Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule, make_betas
@@ -21,13 +21,13 @@ from ldm.train.runs.initial_weights import set_scale_by_std
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import draw_timesteps
-from quick import some
+from quick import slow_except
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 PREFIX = "model.diffusion_model."
 
 
-def build_unet(golden: Gold, key: str) -> Any:
+def build_unet(golden: GoldenFile, key: str) -> Any:
     unet = instantiate(golden.meta[key]["params"]["unet_config"])
     unet.load_state_dict(golden.weights(unet.state_dict(), PREFIX))
     return unet
@@ -38,11 +38,11 @@ CASES += ["eps_l1", "logvar_init", "learn_logvar"]
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mode", some(["train", "eval"], "train"))
+@pytest.mark.parametrize("mode", slow_except(["train", "eval"], "train"))
 def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
     """Tolerance: the recorder's own float32 differs from itself by 5e-7 in gradients of 0.1."""
-    golden = gold("train_losses")
-    shared, recorded = golden.under("shared/"), golden.outputs(f"{name}_{mode}")
+    golden = load_golden("train_losses")
+    shared, recorded = golden.select("shared/"), golden.outputs(f"{name}_{mode}")
     params = golden.case(f"{name}_{mode}")["info"]["options"]
     unet = build_unet(golden, f"config_{name}").train(mode == "train")
     criterion = build_criterion(params)
@@ -72,8 +72,8 @@ def build_criterion(params: dict[str, Any]) -> Criterion:
 
 
 def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
-    golden = gold("train_losses")
-    shared = golden.under("shared/")
+    golden = load_golden("train_losses")
+    shared = golden.select("shared/")
     t, noise = golden.rng("forward_rng")
     denoiser = Denoiser(build_unet(golden, "config_eps_l2"), SCHEDULE)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
 
 
 def test_two_steps_of_adamw_equal_the_originals() -> None:
-    golden = gold("train_step")
+    golden = load_golden("train_step")
     inputs, recorded = golden.inputs("adamw"), golden.outputs("adamw")
     unet, criterion = build_unet(golden, "config"), build_criterion({})
     denoiser, ema = Denoiser(unet, SCHEDULE), EMA(unet)
@@ -218,7 +218,7 @@ def test_logvar_is_learned_and_exported_if_asked_for() -> None:
 
 def test_a_measured_scale_equals_the_originals() -> None:
     """The latent that the recording measures, without an autoencoder around it."""
-    recorded = gold("misc_cond").outputs("scale_by_std")
+    recorded = load_golden("misc_cond").outputs("scale_by_std")
     task = build_task(scale_by_std=True)
     set_scale_by_std(task.model, recorded["z"], torch.Generator())
     assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)

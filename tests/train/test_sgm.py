@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from goldfile import Gold, gold
+from goldfile import GoldenFile, load_golden
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.loading.config import instantiate, parse_yaml
 from ldm.loading.weight_names import rename_weights, restore_names
@@ -187,7 +187,7 @@ def test_what_is_not_supported_is_named(override: str, message: str) -> None:
 def test_weights_of_the_denoised_latent_equal_the_originals(
     name: str, options: tuple[Any, ...]
 ) -> None:
-    golden = gold("sdxl_train")
+    golden = load_golden("sdxl_train")
     weights = compute_denoised_weights(
         options[0], golden.inputs(f"weighting_{name}")["sigma"], *options[1:]
     )
@@ -197,7 +197,7 @@ def test_weights_of_the_denoised_latent_equal_the_originals(
 
 def test_noise_levels_equal_the_originals() -> None:
     """What the original draws from a normal distribution is drawn by its quantiles here."""
-    golden = gold("sdxl_train")
+    golden = load_golden("sdxl_train")
     (index,) = golden.rng("sampling_discrete")
     sigma = SCHEDULE.t_to_sigma(index).float()
     check(sigma, golden.outputs("sampling_discrete")["sigma"])
@@ -228,14 +228,14 @@ LR_CASES = [
 
 @pytest.mark.parametrize("name", LR_CASES)
 def test_learning_rates_equal_the_originals(name: str) -> None:
-    golden = gold("sdxl_train")
+    golden = load_golden("sdxl_train")
     info = golden.case(f"lr_{name}")["info"]
     multiplier = build_lr_multiplier({"target": info["class"], "params": info["params"]})
     recorded = golden.outputs(f"lr_{name}")["factor"].tolist()
     assert [multiplier(step) for step in info["n"]] == pytest.approx(recorded, rel=1e-9)
 
 
-def engine(golden: Gold, name: str) -> Any:
+def engine(golden: GoldenFile, name: str) -> Any:
     model = instantiate(golden.meta[f"config_{name}"])
     weights = fill(restore_names(model.state_dict()), golden.meta["salt"])
     model.load_state_dict(rename_weights(weights))
@@ -243,7 +243,7 @@ def engine(golden: Gold, name: str) -> Any:
 
 
 def engine_loss(
-    golden: Gold, name: str, model: Any, draws: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    golden: GoldenFile, name: str, model: Any, draws: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
     """Compute the loss of a recorded case: dropout of conditions, noise levels, noise."""
     *dropped, level, noise = draws
@@ -258,7 +258,7 @@ def engine_loss(
         t = model.schedule.sigma_to_t(sigma)
     options.pop("disable_first_stage_autocast")
     criterion = Criterion(model.schedule, model.parameterization, **options)
-    shared = golden.under("shared/")
+    shared = golden.select("shared/")
     cond = model.conditioner(shared, drop, legacy=("independent-dropout",))
     losses = criterion(model.denoiser.error(shared["x"], cond, t, noise), t)
     return {**losses, "per_sample": criterion.compute_weights(t) * losses["loss_per_sample"]}
@@ -267,9 +267,9 @@ def engine_loss(
 def test_the_original_way_of_dropping_conditions_has_a_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    golden = gold("sdxl_train")
+    golden = load_golden("sdxl_train")
     model = engine(golden, "eps_ucg")
-    batch = golden.under("shared/")
+    batch = golden.select("shared/")
     draws: list[Tensor] = []
     monkeypatch.setattr(torch, "bernoulli", lambda p, **_: draws.append(p) or torch.ones_like(p))
     for legacy, count in (((), 0), (("independent-dropout",), 3)):
@@ -284,7 +284,7 @@ def test_the_original_way_of_dropping_conditions_has_a_name(
 def test_losses_and_gradients_of_an_engine_equal_the_originals(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    golden = gold("sdxl_train")
+    golden = load_golden("sdxl_train")
     model = engine(golden, name)
     losses = engine_loss(golden, name, model, golden.rng(name), monkeypatch)
     losses["loss"].backward()
@@ -300,7 +300,7 @@ def test_losses_and_gradients_of_an_engine_equal_the_originals(
 def test_steps_of_adamw_with_an_average_equal_the_originals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    golden, name = gold("sdxl_train"), "adamw_ema"
+    golden, name = load_golden("sdxl_train"), "adamw_ema"
     model, recorded = engine(golden, name), golden.outputs(name)
     params = golden.meta[f"config_{name}"]["params"]
     multiplier = build_lr_multiplier(params["scheduler_config"])
