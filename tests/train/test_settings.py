@@ -230,6 +230,7 @@ def test_a_fraction_of_the_validation_batches_is_named_as_ignored() -> None:
         ("lora: {targets: text}", "data.params.texts is ignored"),
         ("textual_inversion: {token: x}", "data.params.texts is ignored"),
         ("callbacks: {monitor: val/loss}", "callbacks.monitor is ignored, as `save_top_k` is 0"),
+        ("callbacks: {export: ckpt}, lora: {rank: 2}", "callbacks.export: ckpt is ignored"),
         (
             "callbacks: {save_top_k: 1}, optimizer: {}, trainer: {max_steps: 1}",
             "no validation: validate_steps and validate_epochs are missing",

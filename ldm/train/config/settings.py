@@ -214,6 +214,8 @@ def read_settings(config: JsonMapping) -> Settings:
     trains_text = values["textual_inversion"] or "text" in values["lora"].get("targets", ())
     if trains_text and get_section(config, "data.params").get("texts"):
         messages.append("data.params.texts is ignored: training changes the contexts")
+    if (values["lora"] or values["textual_inversion"]) and "ckpt" in callbacks.export:
+        messages.append("lightning.callbacks.export: ckpt is ignored for LoRA and embeddings")
     return Settings(
         config=config,
         model=model,
