@@ -13,7 +13,7 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import CheckpointedLayer
 from ldm.runtime.errors import check_names
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.config.schema import CriterionOptions, Trainer, list_fields
+from ldm.train.config.schema import CriterionOptions, Trainer, list_keys
 from ldm.train.config.settings import Settings
 from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
@@ -26,7 +26,7 @@ from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.task import LossFunction, Task
 
 __all__ = [
-    "build_diffusion",
+    "build_diffusion_task",
     "build_state",
     "build_task",
     "collect_diffusion_options",
@@ -85,7 +85,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     if isinstance(dropout, Mapping):
         keys = sorted(model.conditioner.keys)
         check_names("condition", dropout, keys, "lightning.objective.conditioning_dropout_prob")
-    task = build_diffusion(model, **collect_diffusion_options(params, settings.objective))
+    task = build_diffusion_task(model, **collect_diffusion_options(params, settings.objective))
     lora, inversion = settings.lora, settings.textual_inversion
     if lora is None and inversion is None:
         return task
@@ -94,14 +94,14 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     )
 
 
-def build_diffusion(model: LatentDiffusion, **options: Any) -> DiffusionTask:
+def build_diffusion_task(model: LatentDiffusion, **options: Any) -> DiffusionTask:
     """Build the task; `options` are its keywords and those of `Criterion`."""
     criterion = {f.name: options.pop(f.name) for f in fields(Criterion) if f.name in options}
     return DiffusionTask(model, criterion_options=criterion, **options)
 
 
 def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
-    """Collect the keywords of `build_diffusion` from a config.
+    """Collect the keywords of `build_diffusion_task` from a config.
 
     Args:
         params: `model.params`, with the original's keys; `ucg_training`, `embedding_dropout` and
@@ -109,7 +109,7 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
         objective: `lightning.objective`, which takes precedence.
     """
     options = {
-        key: params[key] for key in list_fields(CriterionOptions) if params.get(key) is not None
+        key: params[key] for key in list_keys(CriterionOptions) if params.get(key) is not None
     }
     options |= objective
     probabilities = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}

@@ -14,7 +14,7 @@ from ldm.encoders.text import collect_vocabulary
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train.build import build_diffusion, collect_diffusion_options
+from ldm.train.build import build_diffusion_task, collect_diffusion_options
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial_weights import set_scale_by_std
@@ -139,7 +139,7 @@ class Recorder(nn.Module):
 def build_task(**options: Any) -> DiffusionTask:
     parts: dict[str, Any] = {"unet": Recorder(), "autoencoder": PixelSpace()}
     model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **parts)
-    return build_diffusion(model, **options)
+    return build_diffusion_task(model, **options)
 
 
 def record_input_noise(task: DiffusionTask) -> tuple[Tensor, float]:

@@ -349,10 +349,10 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
 
 def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(ReconstructionTask).parameters, *signature(AdversarialTask).parameters}
-    assert {*schema.list_fields(schema.AutoencoderObjective)} == keywords - {"model", "config"}
+    assert {*schema.list_keys(schema.AutoencoderObjective)} == keywords - {"model", "config"}
     keywords = {*signature(DiffusionTask).parameters, *signature(Criterion).parameters}
     positional = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
-    assert {*schema.list_fields(schema.DiffusionObjective)} == keywords - positional
+    assert {*schema.list_keys(schema.DiffusionObjective)} == keywords - positional
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_the_keywords_of_tasks_are_known() -> None:
 def test_the_keywords_of_data_are_known(
     section: type, constructor: Callable[..., object], difference: set[str]
 ) -> None:
-    assert {*schema.list_fields(section)} ^ {*signature(constructor).parameters} == difference
+    assert {*schema.list_keys(section)} ^ {*signature(constructor).parameters} == difference
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from ldm.train.tasks.criterion import WEIGHTINGS
 from ldm.train.tasks.diffusion import LEGACY_TRAINING
 
 __all__ = [
-    "OPTIONS",
+    "OPTIMIZER_OPTIONS",
     "AutoencoderObjective",
     "CachedLatents",
     "CachedTexts",
@@ -57,7 +57,7 @@ __all__ = [
     "ShardOptions",
     "TextualInversion",
     "Trainer",
-    "list_fields",
+    "list_keys",
     "parse_duration",
     "validate_section",
 ]
@@ -104,7 +104,7 @@ def _to_integer(value: object) -> object:
     return value
 
 
-def _check_whole(value: float) -> float:
+def _to_whole_number(value: float) -> float:
     """Return a whole number as int, infinity unchanged; raise for others."""
     if value.is_integer():
         return int(value)
@@ -151,9 +151,9 @@ ExpandedPath = Annotated[Path, Field(strict=False), AfterValidator(Path.expandus
 # An interval of 0 or infinity means never.
 NonnegativeOrInf = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF_AS_ZERO]
 CountOrInf = Annotated[
-    float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_check_whole)
+    float, Field(ge=1, allow_inf_nan=True), OFF_AS_ZERO, AfterValidator(_to_whole_number)
 ]
-Steps = Annotated[NonnegativeOrInf, AfterValidator(_check_whole)]
+Steps = Annotated[NonnegativeOrInf, AfterValidator(_to_whole_number)]
 
 
 # Lightning's, of which version 1 also took strategies; only cpu, gpu and cuda have an effect.
@@ -240,7 +240,7 @@ class MuonOptions(TypedDict, total=False):
     weight_decay: Nonnegative
 
 
-OPTIONS: dict[str, type] = {
+OPTIMIZER_OPTIONS: dict[str, type] = {
     "adamw": AdamOptions,
     "adamw8bit": AdamOptions,
     "adafactor": AdafactorOptions,
@@ -573,7 +573,7 @@ class LightningTrainer(TypedDict, total=False):
     gradient_clip_algorithm: Literal["norm"]
 
 
-def list_fields(section: type) -> list[str]:
+def list_keys(section: type) -> list[str]:
     """Return the keys of a section."""
     if issubclass(section, BaseModel):
         return list(section.model_fields)
@@ -592,7 +592,7 @@ def validate_section(
 
     Args:
         where: Dotted name of the section, for messages.
-        kind: Name of a key in messages.
+        kind: What a key is called in messages.
         suggested_keys: More keys that messages may suggest instead of an unknown one.
     Raises:
         ValueError: A key is unknown or a value is not allowed; for the first one, in one line.
@@ -612,7 +612,7 @@ def validate_section(
             type_hint = get_type_hints(parent)[name]
             parent = next(iter(get_args(type_hint)), type_hint)  # X of `X | None`
         section_name = ".".join([where, *names[:-1]])
-        known = [*list_fields(parent), *(suggested_keys if parent is section else ())]
+        known = [*list_keys(parent), *(suggested_keys if parent is section else ())]
         raise unknown_name(kind, names[-1], known, section_name)
     if problem["type"] == "missing" and problem["loc"][-1] == names[-1]:
         raise ValueError(f"{'.'.join([where, *names[:-1]])} needs `{names[-1]}`")

@@ -275,12 +275,12 @@ def _read_section(
 
 def _read_optimizer(values: JsonMapping) -> schema.Optimizer:
     """Read the optimizer; keys that are not common to all optimizers are its `options`."""
-    where, common_keys = "lightning.optimizer", schema.list_fields(schema.Optimizer)
+    where, common_keys = "lightning.optimizer", schema.list_keys(schema.Optimizer)
     common_keys.remove("options")
     common = {key: value for key, value in values.items() if key in common_keys}
     optimizer = validate_section(schema.Optimizer, common, where)
     options: JsonObject = validate_section(
-        schema.OPTIONS[optimizer.name],
+        schema.OPTIMIZER_OPTIONS[optimizer.name],
         {key: value for key, value in values.items() if key not in common_keys},
         where,
         kind=f"key of {optimizer.name}",

@@ -32,7 +32,7 @@ def read_spec(
 
     Args:
         classes: Names that are allowed.
-        kind: Name of the class in messages.
+        kind: What the class is called in messages.
     """
     if not isinstance(spec, Mapping):
         raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
