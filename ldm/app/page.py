@@ -37,7 +37,7 @@ class Page:
 
     Args:
         max_queue: Maximum number of waiting jobs.
-        is_shared: Whether visitors are different people, who see only their own images.
+        is_multi_user: Whether visitors are different people, who see only their own images.
     """
 
     layout: Layout
@@ -46,11 +46,11 @@ class Page:
         self,
         backend: Backend,
         max_queue: int = 16,
-        is_shared: bool = False,
+        is_multi_user: bool = False,
     ) -> None:
         self.backend = backend
         self.jobs = Jobs(
-            max_queue, explain_to_user, list if is_shared else backend.list_recent_images
+            max_queue, explain_to_user, list if is_multi_user else backend.list_recent_images
         )
         self.form_events = FormEvents(backend)
         self.job_events = JobEvents(backend, self.jobs, self.form_events.forms)

@@ -95,5 +95,5 @@ def _serve(args: Namespace) -> None:
     backend = Backend(library, args.outdir, model_options, limits, memory)
     from ldm.app.page import Page  # imports gradio, which takes seconds
 
-    page = Page(backend, args.max_queue, is_shared=args.listen)
+    page = Page(backend, args.max_queue, is_multi_user=args.listen)
     page.serve(args.port, listen=args.listen, auth=args.auth)

@@ -68,13 +68,13 @@ def option(
     *flags: str,
     help: str = "",
     parse: Callable[[str], Value] = str,
-    **settings: Any,
+    **kwargs: Any,
 ) -> Any:
     """Declare a dataclass field that is an option; see `Option`."""
-    settings["is_switch"] = isinstance(default, bool) or settings.get("is_negatable", False)
-    if parse is str and settings.get("metavar") in ("FILE", "DIR"):
+    kwargs["is_switch"] = isinstance(default, bool) or kwargs.get("is_negatable", False)
+    if parse is str and kwargs.get("metavar") in ("FILE", "DIR"):
         parse = os.path.expanduser
-    return field(default=default, metadata={"option": Option(flags, help, parse, **settings)})
+    return field(default=default, metadata={"option": Option(flags, help, parse, **kwargs)})
 
 
 def get_options(group: type) -> dict[str, tuple[Option, Value]]:

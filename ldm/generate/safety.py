@@ -12,7 +12,7 @@ from ldm.runtime.types import JsonMapping
 
 __all__ = ["describe_safety", "hide_flagged", "log_safety"]
 
-BLUR = 1 / 16  # standard deviation, as a fraction of the image's longer side
+BLUR_SIGMA = 1 / 16  # as a fraction of the image's longer side
 ACTIONS = {None: "kept", "black": "replaced by black", "blur": "blurred",
            "drop": "dropped"}  # fmt: skip
 
@@ -46,7 +46,7 @@ def hide_flagged(
     if action is None:
         return image, depth
     if action == "blur":
-        hidden = image.filter(ImageFilter.GaussianBlur(max(image.size) * BLUR))
+        hidden = image.filter(ImageFilter.GaussianBlur(max(image.size) * BLUR_SIGMA))
     else:
         hidden = Image.new(image.mode, image.size)
     return hidden, None if depth is None else Image.new(depth.mode, depth.size)

@@ -24,11 +24,12 @@ INFO_LOGGERS = (
 
 PATH_METAVARS = ("FILE", "DIR")
 MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
-COMMANDS = {
+# Function of `ldm.pipelines` -> command, where the names differ.
+COMMANDS_BY_FUNCTION = {
     "vary": "unclip",
     "upscale_rgbd": "upscale",
     "upscale_latent": "upscale",
-}  # function of `ldm.pipelines` -> command, where the names differ
+}
 
 
 class CommandParser(ArgumentParser):
@@ -118,7 +119,7 @@ class CommandParser(ArgumentParser):
         if is_out_of_memory(error):
             return MEMORY_HINT if "--vae-tile" in self.actions_by_flag else ""
         if isinstance(error, WrongFamily):
-            command = error.task and COMMANDS.get(error.task, error.task)
+            command = error.task and COMMANDS_BY_FUNCTION.get(error.task, error.task)
             return f" (ldm {command}, scripts/{command}.py)" if command else ""
         if isinstance(error, LdmError) and error.argument:
             flag = self._find_flag(error.argument)

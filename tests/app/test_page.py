@@ -515,15 +515,14 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     assert not changed[-16:].any()
 
 
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_with_others_a_visitor_sees_no_older_images(tmp_path, is_shared):
+@pytest.mark.parametrize("is_multi_user", [False, True])
+def test_with_others_a_visitor_sees_no_older_images(tmp_path, is_multi_user):
     page = pytest.importorskip("ldm.app.page", reason="needs gradio")
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
     backend = Backend(Library(tmp_path), tmp_path, ModelOptions(), Limits())
-    seeds = [
-        info["seed"] for info in page.Page(backend, is_shared=is_shared).jobs.list_images("me")
-    ]
-    assert seeds == ([] if is_shared else [7])
+    jobs = page.Page(backend, is_multi_user=is_multi_user).jobs
+    seeds = [info["seed"] for info in jobs.list_images("me")]
+    assert seeds == ([] if is_multi_user else [7])
 
 
 def test_no_file_outside_the_output_folder_is_served(app):
