@@ -155,7 +155,7 @@ def compare(
     check: Callable[[Result, Result], dict[str, Any]],
     *,
     rounds: int,
-    at_once: bool = True,
+    both_fit: bool = True,
     measure_rate: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
     """Measure both implementations in the order A B, B A, A B …
@@ -163,7 +163,7 @@ def compare(
     Args:
         start: Starts the worker of an implementation.
         check: Compares the results of both workers after their warm-up, and exits if they disagree.
-        at_once: Whether both workers fit into memory; if not, each turn starts a worker, measures
+        both_fit: Whether both workers fit into memory; if not, each turn starts a worker, measures
             three times and ends it.
         measure_rate: Measures a rate of this machine, before and after each measurement of ours.
 
@@ -173,7 +173,7 @@ def compare(
         processes used.
     """
     # All are warm before any is timed.
-    workers = [start(each) if at_once else None for each in implementations]
+    workers = [start(each) if both_fit else None for each in implementations]
     results = [worker.warm_up_result if worker else {} for worker in workers]
     row: dict[str, Any] = {}
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -185,7 +185,7 @@ def compare(
             results[i] = worker.warm_up_result
             if index == 0 and i == 1:
                 row |= check(results[0], results[1])
-            for _ in range(1 if at_once else 3):
+            for _ in range(1 if both_fit else 3):
                 rate = measure_rate() if measure_rate and i == 0 else 0.0
                 busy = measure_busy_seconds() - worker.measure_cpu_seconds()
                 start_time = time.perf_counter()
@@ -195,7 +195,7 @@ def compare(
                 if measure_rate and i == 0:
                     rates.append((rate + measure_rate()) / 2)
             peaks[i] = max(peaks[i], worker.peak)
-            if not at_once:
+            if not both_fit:
                 worker.close()
     for worker in filter(None, workers):
         worker.close()

@@ -163,7 +163,7 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, product: Product) 
         (ours, baseline),
         check,
         rounds=args.rounds,
-        at_once=not args.one_at_a_time,
+        both_fit=not args.one_at_a_time,
         measure_rate=product.measure_rate if is_network else None,
     )
     line = f"{stage:9} {dtype:8}  {harness.format_row(row)}"

@@ -100,10 +100,10 @@ def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
             raise SystemExit(f"{size}: loss {loss:.6f}, the baseline's is {baseline:.6f}")
         return {"loss": loss, "baseline_loss": baseline}
 
-    at_once = size != "sd2" or args.device.type == "cuda"
+    both_fit = size != "sd2" or args.device.type == "cuda"
     row: dict[str, Any] = {"stage": f"train {size}", "dtype": dtype, "ema": not args.no_ema}
     row |= harness.compare(
-        start, harness.get_implementations(args), check, rounds=args.rounds, at_once=at_once
+        start, harness.get_implementations(args), check, rounds=args.rounds, both_fit=both_fit
     )
     row["batch"] = SIZES[size].batch_size
     ema = "without EMA" if args.no_ema else "with EMA"

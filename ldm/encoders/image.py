@@ -120,7 +120,7 @@ class OpenCLIPImage(CLIPVision):
         version: "openai" selects quick GELU; any other value is ignored.
     """
 
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset(
         {"device", "max_length", "layer", "ucg_rate"}
     )
 
@@ -153,7 +153,7 @@ class CLIPImage(CLIPVision, Encoder):
     slot: Slot = "crossattn"
     droppable = True
     sd_version = 1
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device", "jit", "ucg_rate"})
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"device", "jit", "ucg_rate"})
 
     def __init__(
         self,

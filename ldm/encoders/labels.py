@@ -44,7 +44,7 @@ class ClassEmbedder(Encoder):
 class IdentityEncoder(Encoder):
     """Passes a tensor (B, D), (B, N, D) or (B, C, h, w) to the slot for its dimensions."""
 
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"device"})
 
     def __init__(self, *, key: str, **options: Unpack[EncoderOptions]) -> None:
         super().__init__(**options)

@@ -25,7 +25,7 @@ class SizeEmbedding(Encoder):
     """
 
     slot: Slot = "vector"
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"device"})
 
     def __init__(self, *, key: str, outdim: int = 256, **options: Unpack[EncoderOptions]) -> None:
         super().__init__(**options)

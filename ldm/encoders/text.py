@@ -360,7 +360,7 @@ class OpenCLIPText(TextEncoder):
     sd_version = 2
     tokenizer_variant = tokenizer.OPEN_CLIP
     LAYERS = ("last", "penultimate")
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
 
     def __init__(
         self,
@@ -435,7 +435,7 @@ class CLIPText(TextEncoder):
     sd_version = 1
     tokenizer_variant = tokenizer.CLIP
     LAYERS = ("last", "pooled", "hidden")
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"device"})
 
     def __init__(
         self,

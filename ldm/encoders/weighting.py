@@ -63,7 +63,7 @@ class PromptEncoder:
         if bool((weights == 1).all()):
             return context, pooled
         if syntax == "a1111":
-            weighted = scale_to_mean(context.float(), weights)
+            weighted = _weight_and_restore_mean(context.float(), weights)
         elif syntax == "a1111_no_norm":
             weighted = context.float() * weights
         elif syntax == "comfy":
@@ -112,7 +112,7 @@ class PromptEncoder:
         return split_output(self.encode_tokens(ids, None))[0]
 
 
-def scale_to_mean(context: Tensor, weights: Tensor) -> Tensor:
+def _weight_and_restore_mean(context: Tensor, weights: Tensor) -> Tensor:
     """Weight a context (k, N, D) by (k, N, 1), then restore the mean of each chunk, as A1111.
 
     A mean that is 0 up to rounding, as after a norm without bias, is not restored.

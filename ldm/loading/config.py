@@ -220,7 +220,7 @@ def instantiate(
     spec = translate_config(spec, where=where, skipped=skipped)
     where, params = spec["where"], dict(spec["params"])
     factory = _find_class(spec["target"], as_list(allow), where)
-    for key in sorted(params.keys() & getattr(factory, "IGNORED_PARAMETERS", frozenset())):
+    for key in sorted(params.keys() & getattr(factory, "IGNORED_PARAMS", frozenset())):
         log.debug("%s.%s is ignored by %s", where, key, factory.__name__)
         if skipped is not None:
             skipped.append(f"{where}.{key}")

@@ -312,7 +312,7 @@ class AutoencoderKL(nn.Module):
         downscale: Image pixels per latent pixel along each side.
     """
 
-    IGNORED_PARAMETERS = frozenset({
+    IGNORED_PARAMS = frozenset({
         "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",
         "ema_decay", "learn_logvar",
     })  # fmt: skip
@@ -361,7 +361,7 @@ class AutoencoderKL(nn.Module):
 class PixelSpace(nn.Module):
     """Placeholder in models without an autoencoder: the latent is the image itself."""
 
-    IGNORED_PARAMETERS = frozenset({"vq_interface"})  # of the original's `quantize`
+    IGNORED_PARAMS = frozenset({"vq_interface"})  # of the original's `quantize`
     in_channels = 3
     downscale = 1
 

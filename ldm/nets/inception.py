@@ -23,8 +23,8 @@ MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVING_POOL = nn.MaxPool2d(3, stride=2)
 
 
-class Conv(NamedTuple):
-    """A convolution of a branch; "same" padding with stride 1, none with stride 2.
+class ConvSpec(NamedTuple):
+    """Settings of a convolution of a branch; "same" padding with stride 1, none with stride 2.
 
     Args:
         name: Attribute name in the block.
@@ -37,15 +37,15 @@ class Conv(NamedTuple):
     stride: int = 1
 
 
-class Branch(NamedTuple):
-    """A branch of a block.
+class BranchSpec(NamedTuple):
+    """Settings of a branch of a block.
 
     Args:
         steps: One or two parallel convolutions each, run one step after the other.
         pool: Runs before the steps; None = no pooling.
     """
 
-    steps: Sequence[tuple[Conv, ...]]
+    steps: Sequence[tuple[ConvSpec, ...]]
     pool: nn.Module | None = None
 
 
@@ -73,7 +73,7 @@ class ConvNorm(Layer):
 class Block(Layer):
     """Branches with the same input, whose outputs are concatenated over channels."""
 
-    def __init__(self, in_channels: int, branches: Sequence[Branch]) -> None:
+    def __init__(self, in_channels: int, branches: Sequence[BranchSpec]) -> None:
         super().__init__()
         self.branches = branches
         for branch in branches:
@@ -109,17 +109,17 @@ class Inception(Layer):
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, (1, 1), 1)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, (3, 3), 1, same_padding=False)
         self.maxpool2 = nn.MaxPool2d(3, stride=2)
-        self.Mixed_5b = Block(192, _block_a(32))
-        self.Mixed_5c = Block(256, _block_a(64))
-        self.Mixed_5d = Block(288, _block_a(64))
+        self.Mixed_5b = Block(192, _make_block_a(32))
+        self.Mixed_5c = Block(256, _make_block_a(64))
+        self.Mixed_5d = Block(288, _make_block_a(64))
         self.Mixed_6a = Block(288, BLOCK_B)
-        self.Mixed_6b = Block(768, _block_c(128))
-        self.Mixed_6c = Block(768, _block_c(160))
-        self.Mixed_6d = Block(768, _block_c(160))
-        self.Mixed_6e = Block(768, _block_c(192))
+        self.Mixed_6b = Block(768, _make_block_c(128))
+        self.Mixed_6c = Block(768, _make_block_c(160))
+        self.Mixed_6d = Block(768, _make_block_c(160))
+        self.Mixed_6e = Block(768, _make_block_c(192))
         self.Mixed_7a = Block(768, BLOCK_D)
-        self.Mixed_7b = Block(1280, _block_e(AVERAGE_POOL))
-        self.Mixed_7c = Block(2048, _block_e(MAX_POOL))
+        self.Mixed_7b = Block(1280, _make_block_e(AVERAGE_POOL))
+        self.Mixed_7c = Block(2048, _make_block_e(MAX_POOL))
 
     def forward(self, image: Tensor) -> Tensor:
         x = image
@@ -128,79 +128,79 @@ class Inception(Layer):
         return x.mean(dim=(2, 3))  # of (B, 2048, 8, 8)
 
 
-def _chain(*convs: Conv) -> Branch:
-    return Branch([(conv,) for conv in convs])
+def _chain(*convs: ConvSpec) -> BranchSpec:
+    return BranchSpec([(conv,) for conv in convs])
 
 
-def _pool_then_conv(pool: nn.Module, out_channels: int) -> Branch:
-    return Branch([(Conv("branch_pool", out_channels),)], pool)
+def _pool_then_conv(pool: nn.Module, out_channels: int) -> BranchSpec:
+    return BranchSpec([(ConvSpec("branch_pool", out_channels),)], pool)
 
 
 # Blocks A to E, as torchvision's InceptionA to InceptionE.
 BLOCK_B = [
-    _chain(Conv("branch3x3", 384, (3, 3), 2)),
+    _chain(ConvSpec("branch3x3", 384, (3, 3), 2)),
     _chain(
-        Conv("branch3x3dbl_1", 64),
-        Conv("branch3x3dbl_2", 96, (3, 3)),
-        Conv("branch3x3dbl_3", 96, (3, 3), 2),
+        ConvSpec("branch3x3dbl_1", 64),
+        ConvSpec("branch3x3dbl_2", 96, (3, 3)),
+        ConvSpec("branch3x3dbl_3", 96, (3, 3), 2),
     ),
-    Branch([], HALVING_POOL),
+    BranchSpec([], HALVING_POOL),
 ]
 BLOCK_D = [
-    _chain(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2)),
+    _chain(ConvSpec("branch3x3_1", 192), ConvSpec("branch3x3_2", 320, (3, 3), 2)),
     _chain(
-        Conv("branch7x7x3_1", 192),
-        Conv("branch7x7x3_2", 192, (1, 7)),
-        Conv("branch7x7x3_3", 192, (7, 1)),
-        Conv("branch7x7x3_4", 192, (3, 3), 2),
+        ConvSpec("branch7x7x3_1", 192),
+        ConvSpec("branch7x7x3_2", 192, (1, 7)),
+        ConvSpec("branch7x7x3_3", 192, (7, 1)),
+        ConvSpec("branch7x7x3_4", 192, (3, 3), 2),
     ),
-    Branch([], HALVING_POOL),
+    BranchSpec([], HALVING_POOL),
 ]
 
 
-def _block_a(pool_channels: int) -> list[Branch]:
+def _make_block_a(pool_channels: int) -> list[BranchSpec]:
     return [
-        _chain(Conv("branch1x1", 64)),
-        _chain(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
+        _chain(ConvSpec("branch1x1", 64)),
+        _chain(ConvSpec("branch5x5_1", 48), ConvSpec("branch5x5_2", 64, (5, 5))),
         _chain(
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, (3, 3)),
-            Conv("branch3x3dbl_3", 96, (3, 3)),
+            ConvSpec("branch3x3dbl_1", 64),
+            ConvSpec("branch3x3dbl_2", 96, (3, 3)),
+            ConvSpec("branch3x3dbl_3", 96, (3, 3)),
         ),
         _pool_then_conv(AVERAGE_POOL, pool_channels),
     ]
 
 
-def _block_c(channels: int) -> list[Branch]:
+def _make_block_c(channels: int) -> list[BranchSpec]:
     return [
-        _chain(Conv("branch1x1", 192)),
+        _chain(ConvSpec("branch1x1", 192)),
         _chain(
-            Conv("branch7x7_1", channels),
-            Conv("branch7x7_2", channels, (1, 7)),
-            Conv("branch7x7_3", 192, (7, 1)),
+            ConvSpec("branch7x7_1", channels),
+            ConvSpec("branch7x7_2", channels, (1, 7)),
+            ConvSpec("branch7x7_3", 192, (7, 1)),
         ),
         _chain(
-            Conv("branch7x7dbl_1", channels),
-            Conv("branch7x7dbl_2", channels, (7, 1)),
-            Conv("branch7x7dbl_3", channels, (1, 7)),
-            Conv("branch7x7dbl_4", channels, (7, 1)),
-            Conv("branch7x7dbl_5", 192, (1, 7)),
+            ConvSpec("branch7x7dbl_1", channels),
+            ConvSpec("branch7x7dbl_2", channels, (7, 1)),
+            ConvSpec("branch7x7dbl_3", channels, (1, 7)),
+            ConvSpec("branch7x7dbl_4", channels, (7, 1)),
+            ConvSpec("branch7x7dbl_5", 192, (1, 7)),
         ),
         _pool_then_conv(AVERAGE_POOL, 192),
     ]
 
 
-def _block_e(pool: nn.Module) -> list[Branch]:
-    def fork(name: str) -> tuple[Conv, ...]:
-        return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
+def _make_block_e(pool: nn.Module) -> list[BranchSpec]:
+    def fork(name: str) -> tuple[ConvSpec, ...]:
+        return ConvSpec(f"{name}a", 384, (1, 3)), ConvSpec(f"{name}b", 384, (3, 1))
 
     return [
-        _chain(Conv("branch1x1", 320)),
-        Branch([(Conv("branch3x3_1", 384),), fork("branch3x3_2")]),
-        Branch(
+        _chain(ConvSpec("branch1x1", 320)),
+        BranchSpec([(ConvSpec("branch3x3_1", 384),), fork("branch3x3_2")]),
+        BranchSpec(
             [
-                (Conv("branch3x3dbl_1", 448),),
-                (Conv("branch3x3dbl_2", 384, (3, 3)),),
+                (ConvSpec("branch3x3dbl_1", 448),),
+                (ConvSpec("branch3x3dbl_2", 384, (3, 3)),),
                 fork("branch3x3dbl_3"),
             ]
         ),

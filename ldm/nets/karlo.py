@@ -34,7 +34,7 @@ class Prior(Layer):
         xf_final_ln: Whether a norm follows the last block.
     """
 
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"text_drop"})
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset({"text_drop"})
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class LatentUpscalerUNet(Layer):
     feature maps downscaled by 2 ** i.
     """
 
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset(
         {"type", "input_size", "augment_prob", "sigma_min", "sigma_max", "sigma_sample_density"}
     )
 

@@ -75,7 +75,7 @@ class UNet(nn.Module):
     2 ** i.
     """
 
-    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
+    IGNORED_PARAMS: ClassVar[frozenset[str]] = frozenset(
         {"image_size", "use_fp16", "use_bf16", "spatial_transformer_attn_type"}
     )
 

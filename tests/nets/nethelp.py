@@ -25,7 +25,7 @@ TINY = {
 
 
 def build(network, config):
-    params = {k: v for k, v in config["params"].items() if k not in network.IGNORED_PARAMETERS}
+    params = {k: v for k, v in config["params"].items() if k not in network.IGNORED_PARAMS}
     return network(**params).eval()
 
 

@@ -23,7 +23,7 @@ TINY_CLIP = {"embed_dim": 16, "text_cfg": TEXT, "vision_cfg": VISION}
 def recorded_prior():
     golden = load_golden("karlo_prior")
     options = golden.meta["config"]["model"]["hparams"]
-    prior = Prior(**{k: v for k, v in options.items() if k not in Prior.IGNORED_PARAMETERS})
+    prior = Prior(**{k: v for k, v in options.items() if k not in Prior.IGNORED_PARAMS})
     prior.load_state_dict(golden.weights(prior.state_dict(), "model."))
     given = golden.inputs("transformer")
     tokens = given["txt_feat_seq"] * given["mask"][..., None]

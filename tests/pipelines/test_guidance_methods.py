@@ -149,7 +149,7 @@ def test_the_authors_choose_blocks_by_channels_and_diffusers_by_level(
     params = read_yaml(f"configs/{SIZES[family]}.yaml")["model"]["params"]
     config = (params.get("unet_config") or params["network_config"])["params"]
     with meta_device():
-        unet = UNet(**{k: v for k, v in config.items() if k not in UNet.IGNORED_PARAMETERS})
+        unet = UNet(**{k: v for k, v in config.items() if k not in UNet.IGNORED_PARAMS})
     owner = xl if family == "sdxl" else model
     monkeypatch.setitem(owner._modules, "unet", unet)
     factors = FREEU_PRESETS[family]

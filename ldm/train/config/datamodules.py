@@ -40,7 +40,7 @@ DATASET_OPTIONS: dict[str, type] = {
     "hub": HubOptions,
 }
 # Ignored arguments of the originals' data modules, and why.
-IGNORED_PARAMETERS = {
+IGNORED_PARAMS = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
     **dict.fromkeys(("wrap", "use_worker_init_fn"), "samples depend on their index only"),
     "shuffle_val_dataloader": "validation data is always read in the same order",
@@ -81,7 +81,7 @@ def read_data(section: JsonMapping) -> Data:
     target = section.get("target", "main.DataModuleFromConfig")
     values = (section.get("params") or {}).items()
     params = {k: v for k, v in values if v is not None and v is not False and v != {}}
-    _pop_ignored(params, IGNORED_PARAMETERS, "data.params")
+    _pop_ignored(params, IGNORED_PARAMS, "data.params")
     if target == WEB_MODULE:
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
