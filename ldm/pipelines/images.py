@@ -77,6 +77,8 @@ def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Te
         raise ArgumentError(
             f"{quote_name(model)} makes images without depth, leave it out", "depth"
         )
+    if image.shape[1] == channels:
+        raise ArgumentError("the image has depth already, leave it out", "depth")
     if depth is None:
         raise MissingArgument(f"{quote_name(model)} also needs the depth of the image", "depth")
     if depth.shape[-2:] != image.shape[-2:]:

@@ -10,7 +10,8 @@ from ldm.generate.tasks.upscale import resize_with_depth
 from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.imaging.rgbd import join_depth, split_color, split_depth
 from ldm.loading.weight_names import rename_weights, restore_names
-from ldm.pipelines import sample, txt2img, upscale_rgbd
+from ldm.pipelines import img2img, sample, txt2img, upscale_rgbd
+from ldm.runtime.errors import ArgumentError
 from pipelines.goldmodels import build
 from quick import slow_except
 from recipe import fill
@@ -83,6 +84,12 @@ def test_txt2img(file, name):
     torch.testing.assert_close(
         images, file.outputs(name)["decoded"].clamp(-1, 1), atol=1e-4, rtol=0
     )
+
+
+def test_a_second_depth_is_refused(file):
+    image = torch.zeros(1, 4, 16, 16)
+    with pytest.raises(ArgumentError, match="the image has depth already, leave it out"):
+        img2img(build_model(file, "unet", "vae_4c"), ["a"], image, depth=image[:, :1])
 
 
 @pytest.mark.parametrize("name", ["e2e_4c_pndm", "e2e_4c_rescale", "e2e_6c_scale1"])
