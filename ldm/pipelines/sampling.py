@@ -169,6 +169,8 @@ def sample(
         eta = model.defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise, brownian)
     check_sampling(sampler, scheduler, step_noise, strength, rescale, seeds, guidance_interval)
+    if s_churn == 0 and (s_tmin > 0 or s_tmax is not None):
+        warn_caller("s_tmin and s_tmax have no effect without s_churn")
     check_tiles(unet_tile=unet_tile)
     if uncond is not None and len(uncond) != len(cond):
         message = f"uncond must have as many rows as cond, {len(cond)}, got {len(uncond)}"
@@ -274,6 +276,8 @@ def invert(
     Returns:
         z_t, √ᾱ z + √(1-ᾱ) noise at the first of `sigmas`, (B, C, h, w).
     """
+    if uncond is None and scale != 1:
+        raise ArgumentError("scale needs uncond", "scale")
     sigmas = sigmas.flip(0).clamp(min=float(model.schedule.sigmas[0]))  # Euler divides by sigma
     names: list[str] = as_list(legacy)
     denoise = Quirks(frozenset(names)).build_inversion_denoise(model, sigmas, cond, uncond, scale)

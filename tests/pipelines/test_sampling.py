@@ -220,10 +220,21 @@ def test_sample_checks_its_arguments_as_tasks_do(model, monkeypatch, options, me
     assert caught.value.argument in options
 
 
-@pytest.mark.parametrize("name", ["rescale", "guidance_interval"])
-def test_options_of_guidance_without_guidance_are_a_warning(model, name):
-    with pytest.warns(UserWarning, match=f"{name} has no effect at a guidance scale of 1"):
-        run(model, ["a"], steps=1, scale=1, **{name: {"rescale": 0.7}.get(name, (0, 5))})
+@pytest.mark.parametrize(("options", "message"), [
+    ({"rescale": 0.7}, "rescale has no effect at a guidance scale of 1"),
+    ({"guidance_interval": (0, 5)}, "guidance_interval has no effect at a guidance scale of 1"),
+    ({"s_tmin": 0.1}, "s_tmin and s_tmax have no effect without s_churn"),
+    ({"s_tmax": 9.0}, "s_tmin and s_tmax have no effect without s_churn"),
+])  # fmt: skip
+def test_options_without_effect_are_a_warning(model, options, message):
+    with pytest.warns(UserWarning, match=message):
+        run(model, ["a"], steps=1, scale=1, **options)
+
+
+def test_an_inversion_without_guidance_takes_no_scale(model):
+    cond, sigmas = model.condition({"txt": ["a"]}), model.schedule.step_sigmas(2)
+    with pytest.raises(ArgumentError, match="scale needs uncond"):
+        invert(model, LATENT, cond, sigmas=sigmas, scale=3.0)
 
 
 @pytest.mark.parametrize("z", [None, torch.zeros(1, 4, 8, 8)])

@@ -117,7 +117,8 @@ def test_an_example_of_generative_models_is_understood() -> None:
         ),
         (
             ["model.params.sampler_config.params.guider_config=null",
-             "model.params.sampler_config.params.s_tmax=.inf"],  # the original's default
+             "model.params.sampler_config.params.s_tmax=.inf",  # the original's default
+             "model.params.sampler_config.params.s_tmin=0.5"],  # without effect
             "callbacks", {"sampling": {"sampler": "euler", "steps": 50, "scale": 1.0,
                           "scheduler": "sgm_uniform"}},
         ),

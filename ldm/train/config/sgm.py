@@ -136,6 +136,8 @@ def _translate_sampler(config: JsonMapping) -> JsonObject:
     sampling |= {
         key: params[key] for key in STEP_NOISE_OPTIONS if params.get(key, math.inf) != math.inf
     }
+    if not params.get("s_churn"):  # without which its limits have no effect
+        sampling = {k: v for k, v in sampling.items() if k not in ("s_tmin", "s_tmax")}
     if params.get("discretization_config"):
         discretization, options = read_spec(
             params["discretization_config"],
