@@ -129,7 +129,7 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
 
 
 def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:
-    """Build the initial optimizers and EMA; with FSDP, shard the weights in place before.
+    """Build the initial optimizers and EMA; with FSDP, shard the weights in place first.
 
     Raises:
         ValueError: The strategy does not support the task or another setting.

@@ -323,7 +323,7 @@ def _count_skipped_step(run: Run, batches: IndexedBatches, losses: Mapping[str, 
 
 @contextmanager
 def _save_on_error(run: Run) -> Iterator[None]:
-    """Within the context, save the state on an error, if it is consistent; for one process only."""
+    """Within the context, save a consistent state on an error, if the run has one process."""
     try:
         yield
     except Exception:
@@ -337,7 +337,7 @@ def _save_on_error(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _log_failures(action: str) -> Iterator[None]:
-    """Within the context, only log a full disk, too little GPU memory, or samples of NaN."""
+    """Within the context, log a full disk, too little GPU memory or NaN samples, do not raise."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError, NonFinite) as error:

@@ -116,7 +116,7 @@ class State:
     Args:
         batches_per_step: Batches of all processes, accumulated ones included.
         position: Batches that all processes together have consumed.
-        seconds: Time spent training, that before the run was resumed included.
+        seconds: Training time in seconds, including that before the run was resumed.
         scale_factor: Scale factor of latents, measured by `scale_by_std`; None = the config's.
         skipped_steps: Number of steps whose gradients were not finite.
         consecutive_skips: Number of the last steps that were all skipped; not saved.

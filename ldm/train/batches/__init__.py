@@ -1,1 +1,1 @@
-"""From the data section of a config to batches, with cached latents and contexts."""
+"""Open the data section of a config as batches, with cached latents and contexts."""

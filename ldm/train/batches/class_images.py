@@ -32,7 +32,7 @@ GUIDANCE_SCALE = 5.0
 
 
 def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
-    """Open the class images; missing ones are sampled from the model before."""
+    """Open the class images; missing ones are sampled from the model first."""
     sample_class_images(model, data.root, data.prompt, data.count)
     spec = {"root": data.root, "transform": data.transform, "fields": {"text": data.prompt}}
     images = open_images(spec, seed, "data.params.prior")

@@ -156,7 +156,7 @@ CountOrInf = Annotated[
 Steps = Annotated[NonnegativeOrInf, AfterValidator(_to_whole_number)]
 
 
-# Lightning's, of which version 1 also took strategies; only cpu, gpu and cuda have an effect.
+# Of Lightning, whose version 1 also took strategies here; only cpu, gpu and cuda have an effect.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "dp", "ddp", "ddp2", "ddp_spawn")
 
 
@@ -169,8 +169,8 @@ class Section(BaseModel):
 class Trainer(Section):
     """Length of a run, precision, parallelism and memory."""
 
-    # The run ends after this many steps, epochs, or seconds of training (those before it was
-    # resumed included), whichever comes first; null: no limit.
+    # The run ends after this many steps, epochs, or seconds of training (including those before it
+    # was resumed), whichever comes first; null: no limit.
     max_steps: Steps | None = None
     max_epochs: Positive | None = None
     max_time: Annotated[Nonnegative, BeforeValidator(parse_duration)] | None = None
@@ -317,7 +317,7 @@ class Callbacks(Section):
 
 
 class CriterionOptions(TypedDict, total=False):
-    """Loss options that the original reads from `model.params`, most of them of `Criterion`."""
+    """Loss options that the original reads from `model.params`; most are keywords of Criterion."""
 
     loss_type: Literal["l2", "l1"]
     l_simple_weight: Nonnegative
@@ -600,7 +600,7 @@ def validate_section(
     try:
         return TypeAdapter(section).validate_python(values)
     except ValidationError as error:
-        # Of the errors of a union, those about types are less specific, and outer ones.
+        # Of the errors of a union, prefer those about values to those about types, and inner ones.
         problem = min(
             error.errors(),
             key=lambda p: (p["type"] != UNKNOWN_KEY, p["type"].endswith("_type"), -len(p["loc"])),

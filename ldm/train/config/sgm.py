@@ -127,10 +127,10 @@ def _translate_optimizer(config: JsonMapping) -> JsonObject:
 def _translate_sampler(config: JsonMapping) -> JsonObject:
     where = f"{PARAMS}.sampler_config"
     name, params = read_spec(config, SAMPLER_NAMES, where)
-    if name == "LinearMultistepSampler" and params.get("order") == 4:  # that of our `lms`
+    if name == "LinearMultistepSampler" and params.get("order") == 4:  # the order of our `lms`
         del params["order"]
     check_names(f"parameter of {name}", params, SAMPLER_PARAMETERS, where)
-    sampling: JsonObject = {"sampler": SAMPLER_NAMES[name], "scale": 1.0}  # without a guider
+    sampling: JsonObject = {"sampler": SAMPLER_NAMES[name], "scale": 1.0}  # 1: no guider
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
     sampling |= {

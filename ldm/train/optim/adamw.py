@@ -37,7 +37,9 @@ class AdamW(torch.optim.AdamW):
                     continue
                 *elementwise, step = tensors
                 flat = [_flatten(x, like=tensors[0]) for x in elementwise]
-                end = flat[0].numel() // REGISTER_SIZE * REGISTER_SIZE  # of what fills registers
+                end = (
+                    flat[0].numel() // REGISTER_SIZE * REGISTER_SIZE
+                )  # of the elements that fill registers
                 if end:
                     updates.append([*(x[:end] for x in flat), step])
                     step = step.clone()  # the kernel increments the step once per update

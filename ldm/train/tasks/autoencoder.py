@@ -101,7 +101,7 @@ class ReconstructionTask(Task):
         gradient: Weight of the absolute error of the image gradient (edges).
         kl: Weight of the KL divergence from a standard normal distribution, in nats per image.
         peak: Weight of the mean of the largest 1 / 500 of absolute errors.
-        outlier: Weight of a penalty of huge activations in the decoder.
+        outlier: Weight of a penalty on huge activations in the decoder.
         trained: "all", or "decoder", which does not change the latents.
     """
 
