@@ -96,17 +96,17 @@ class Backend:
         """Name of the device that models run on."""
         return str(pick_device(self.model_options.device))
 
-    def make_request(self, task: Task, name: str | None, values: Mapping[str, object]) -> Request:
+    def make_request(self, task: Task, model: str | None, values: Mapping[str, object]) -> Request:
         """Build the request of a run.
 
         Args:
-            name: Name of the model.
+            model: Name of the model.
             values: Options by name. Images are paths of uploads, LoRAs `NAME:WEIGHT`, and add-ons
                 names in the page's lists.
         Raises:
             ArgumentError: The model does not exist or support the task, or a value is invalid.
         """
-        entry = self.library.find_model(name, task)
+        entry = self.library.find_model(model, task)
         lora_texts = values.get("lora") or ()
         if not isinstance(lora_texts, Sequence):
             raise ArgumentError("lora is not a list", "lora")
@@ -129,7 +129,7 @@ class Backend:
         self.limits.check(request)
         progress.make_preview = self.library.make_preview
         start = time.monotonic()
-        load = partial(self._load, progress=progress)
+        load = partial(self._load_models, progress=progress)
         run_request(
             request,
             progress,
@@ -150,7 +150,7 @@ class Backend:
         request = self._build_recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
-        models = self._load(request, prepared, progress, threads=info["threads"])
+        models = self._load_models(request, prepared, progress, threads=info["threads"])
         progress.make_preview = self.library.make_preview
         progress.on_start(models.base, 1)
         image, depth = reproduce_image(prepared, models, info, progress.on_step)
@@ -171,7 +171,7 @@ class Backend:
             request = request.with_values({"save_depth": str(path)})
             prepared = request.task.prepare(request)
             assert isinstance(prepared, Depth2Img)
-            prepared.estimate_depth(self._load(request, prepared, progress).base)
+            prepared.estimate_depth(self._load_models(request, prepared, progress).base)
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
@@ -223,7 +223,7 @@ class Backend:
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
         return replace(request, model=model, output=output)
 
-    def _load(
+    def _load_models(
         self,
         request: Request,
         prepared: PreparedTask,

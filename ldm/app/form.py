@@ -71,7 +71,7 @@ SETTINGS = (
     "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile", "unet_tile", "tiling",
     "safety_checker", "unsafe",
 )  # fmt: skip
-IMAGE_BOX: dict[str, Any] = {
+IMAGE_KWARGS: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
 }  # fmt: skip
 
@@ -338,12 +338,12 @@ def get_field_values(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_step_noise_fields(sampler: str) -> set[str]:
-    """Return the fields for noise before and between steps that a sampler takes."""
+    """Return the fields for noise before and between steps that a sampler supports."""
     row = SAMPLERS.get(sampler, SAMPLERS[DEFAULT_SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
     noise = {"s_noise"} if row.takes_noise else set()
-    path = {"brownian"} if row.takes_brownian else set()
-    return churn | noise | path | ({"eta"} if row.eta is not None else set())
+    brownian = {"brownian"} if row.takes_brownian else set()
+    return churn | noise | brownian | ({"eta"} if row.eta is not None else set())
 
 
 def _format_value(value: object) -> str:
@@ -356,7 +356,7 @@ def _make_image_field(option: Option) -> Field:
     if option.is_list:
         return Field("Gallery", {"label": option.label, "type": "filepath", "height": 240,
                      "interactive": True, "columns": 3})  # fmt: skip
-    return Field("Image", {"label": option.label, **IMAGE_BOX})
+    return Field("Image", {"label": option.label, **IMAGE_KWARGS})
 
 
 def _split_values(value: object) -> list[object]:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ldm.app.form import (
     DEFAULTED_FIELDS,
-    IMAGE_BOX,
+    IMAGE_KWARGS,
     LORA_SLOTS,
     MAX_WEIGHT,
     MODEL_VAE,
@@ -121,7 +121,8 @@ class Layout:
 
     def _build_replay(self) -> None:
         with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
-            self.images["replay"] = _make_component(Field("Image", {"label": "Image", **IMAGE_BOX}))
+            field = Field("Image", {"label": "Image", **IMAGE_KWARGS})
+            self.images["replay"] = _make_component(field)
             self.file_parameters = gr.Textbox(
                 label="Parameters", lines=4, elem_id="file-parameters", interactive=False,
                 buttons=["copy"],

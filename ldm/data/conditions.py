@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm.data.options import rename_options, to_former_names
+from ldm.data.former_options import rename_options, to_former_names
 from ldm.runtime.errors import ArgumentError, check_name, check_names
 
 __all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]

@@ -15,7 +15,7 @@ from ldm.data.transforms import Transform
 from ldm.imaging.reading import decode_image, read_size
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["ImageDataset", "Sample", "SampleDataset", "UnreadableSample", "WithClassImages"]
+__all__ = ["DreamBoothDataset", "ImageDataset", "Sample", "SampleDataset", "UnreadableSample"]
 
 Sample = dict[str, Any]
 
@@ -122,8 +122,8 @@ class ImageDataset(SampleDataset):
         self.bucket_ids = [largest if bucket is None else bucket for bucket in bucket_ids]
 
 
-class WithClassImages(SampleDataset):
-    """Samples with a class image each, under the key `prior`: DreamBooth's prior preservation.
+class DreamBoothDataset(SampleDataset):
+    """Samples with a class image each, under the key `prior`, for DreamBooth's prior preservation.
 
     Ruiz et al. 2022 (arXiv:2208.12242).
 

@@ -11,7 +11,7 @@ from ldm.runtime.errors import MissingFile
 
 __all__ = ["Download"]
 
-TRIES = 6  # connection attempts per read
+MAX_ATTEMPTS = 6  # maximum number of connections per read
 TIMEOUT = 30  # seconds without a byte after which a connection counts as lost
 RETRY_STATUS = (408, 429)  # request timeout, too many requests
 
@@ -35,7 +35,7 @@ class Download(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 if self.response is None:
                     self._connect()
@@ -49,7 +49,7 @@ class Download(io.RawIOBase):
                 code = error.code if isinstance(error, urllib.error.HTTPError) else 0
                 if 400 <= code < 500 and code not in RETRY_STATUS:
                     raise MissingFile(f"`{self.url}`: {error}") from error
-                if attempt + 1 == TRIES:
+                if attempt + 1 == MAX_ATTEMPTS:
                     raise OSError(f"`{self.url}`: {error}") from error
                 time.sleep(self.pause * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -30,7 +30,7 @@ __all__ = ["Folder", "read_metadata"]
 
 log = logging.getLogger(__name__)
 
-METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first that exists is read
+METADATA_FILES = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first found is read
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 CACHE_BYTES = 2**28  # maximum size of the image files kept in memory
 
@@ -61,7 +61,7 @@ class Folder(ImageDataset):
         super().__init__(transform, seed)
         self.root = Path(root).expanduser()
         required = {**(where or {}), **({} if split is None else {"split": split})}
-        rows, caption_errors = _read(self.root)
+        rows, caption_errors = _read_rows(self.root)
         # If `fields` sets the caption, unreadable caption files do not matter.
         self.caption_errors = {} if "text" in (fields or {}) else caption_errors  # by file_name
         rows = [row for row in rows if all(row.get(key) == v for key, v in required.items())]
@@ -117,16 +117,16 @@ def read_metadata(root: Path) -> list[JsonObject]:
         MissingFile: There is no folder, or nothing in it.
         FileFormatError: The metadata cannot be read, or a row has no `file_name`.
     """
-    return _read(root)[0]
+    return _read_rows(root)[0]
 
 
-def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
+def _read_rows(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
     """Return the rows, and by `file_name` the reasons why captions cannot be read."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
     caption_errors: dict[str, str] = {}
     files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
-    if table := next((files[name] for name in METADATA if name in files), None):
+    if table := next((files[name] for name in METADATA_FILES if name in files), None):
         rows = list(_read_table(table))
         if not rows:
             raise FileFormatError(f"`{table}` has no rows")
@@ -139,7 +139,7 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
             raise MissingFile(f"`{root}` has no metadata.jsonl, metadata.csv or images")
     for number, row in enumerate(rows, 1):
         try:
-            _check_row(row, root)
+            _normalize_row(row, root)
         except (TypeError, ValueError) as error:
             raise FileFormatError(f"`{root}`: row {number} of the metadata {error}") from None
     return rows, caption_errors
@@ -151,7 +151,8 @@ def _count_unlisted(images: list[Path], rows: list[JsonObject], root: Path) -> i
     return sum(path.relative_to(root).as_posix() not in names for path in images)
 
 
-def _check_row(row: JsonObject, root: Path) -> None:
+def _normalize_row(row: JsonObject, root: Path) -> None:
+    """Convert `file_name` and `repeats` of a row in place; raise ValueError if they are invalid."""
     name, repeats = row.get("file_name"), row.get("repeats") or 0
     if not name or not isinstance(name, str):
         names = ", ".join(f"`{key}`" for key in row if key != "file_name")
@@ -234,7 +235,7 @@ def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObj
     skipped: Counter[str] = Counter()
     for path in list_files(root, skipped):
         suffix = path.suffix.lower()
-        if path.name.lower() in METADATA:
+        if path.name.lower() in METADATA_FILES:
             tables.setdefault(path.parent, path)
         elif suffix in IMAGE_SUFFIXES:
             images.append(path)

@@ -248,11 +248,11 @@ def prefetch(read: ReadBatches, start: int, stride: int, workers: int) -> Iterat
         generator=torch.Generator(),  # else DataLoader draws its seed from torch's global generator
     )
     batches = iter(loader)
-    _RUNNING.add(batches)
+    _RUNNING_ITERATORS.add(batches)
     return _reraise_errors(batches)
 
 
-_RUNNING: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators with running workers
+_RUNNING_ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators with running workers
 
 
 def _reraise_errors(batches: Any) -> Iterator[Batch]:
@@ -268,7 +268,7 @@ def _reraise_errors(batches: Any) -> Iterator[Batch]:
 @atexit.register
 def _end_workers() -> None:
     """Shut down the workers at exit: they ignore SIGTERM, so Python would wait forever."""
-    for batches in list(_RUNNING):
+    for batches in list(_RUNNING_ITERATORS):
         batches._shutdown_workers()
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ldm.data.buckets import Buckets
 from ldm.data.conditions import build_conditions
-from ldm.data.options import to_former_names
+from ldm.data.former_options import to_former_names
 from ldm.imaging.pixels import to_tensor
 from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import FileFormatError, check_name

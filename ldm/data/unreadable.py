@@ -32,8 +32,8 @@ class UnreadableFiles:
         self.names: set[str] = set()  # listed in this session, by any process
         self.counts: Counter[str] | None = None  # samples of an epoch by name; None = one each
         self.unreadable = 0  # samples of an epoch with one of `names`
-        self.unreadable_here = 0  # unreadable samples among `read_here`
-        self.read_here = 0  # samples that this process has read, or tried to
+        self.local_unreadable = 0  # those of `local_read` that were unreadable
+        self.local_read = 0  # samples that this process has read or tried to read
 
     def add(self, names: Sequence[str], read: int) -> None:
         """Add the names that are not listed yet.
@@ -48,16 +48,16 @@ class UnreadableFiles:
         if not self.names.issuperset(names):
             self._update_list(names)
             self._count_unreadable()
-        self.unreadable_here += len(names)
-        self.read_here += read
+        self.local_unreadable += len(names)
+        self.local_read += read
         if self.total is not None:
             if self.unreadable > self.limit * self.total:
                 raise self._make_error(f"{self.unreadable} of {self.total} samples")
             return
-        expected = float(self.limit * self.read_here)
+        expected = float(self.limit * self.local_read)
         deviation = 3 * math.sqrt(expected)  # three standard deviations of a Poisson variable
-        if self.read_here >= MIN_READ and self.unreadable_here > expected + deviation:
-            raise self._make_error(f"{self.unreadable_here} of the {self.read_here} samples read")
+        if self.local_read >= MIN_READ and self.local_unreadable > expected + deviation:
+            raise self._make_error(f"{self.local_unreadable} of the {self.local_read} samples read")
 
     def _make_error(self, count: str) -> ValueError:
         return ValueError(

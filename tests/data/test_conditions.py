@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldm.data.conditions import LowRes, PseudoDepth, RandomMask, build_conditions
 from ldm.data.drawings import EmojiTransform
-from ldm.data.options import rename_options
+from ldm.data.former_options import rename_options
 from ldm.data.transforms import PhotoTransform
 
 IMAGE, OPAQUE = torch.zeros(3, 32, 32), torch.ones(1, 32, 32)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imaging.badimages import REFUSED
-from ldm.data.dataset import UnreadableSample, WithClassImages
+from ldm.data.dataset import DreamBoothDataset, UnreadableSample
 from ldm.data.drawings import EmojiTransform, list_caption_texts
 from ldm.data.folder import Folder, read_metadata
 from ldm.data.pack import pack
@@ -253,7 +253,7 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
         draw(tmp_path / "class" / name, text="x")
     (tmp_path / "class" / "a.png").write_bytes(b"")
     data, others = (Folder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
-    source = DatasetSource(WithClassImages(data, others), images=data)
+    source = DatasetSource(DreamBoothDataset(data, others), images=data)
     unreadable = {
         name for batch in islice(source.iter_batches(2), 2) for name in batch.get("unreadable", [])
     }

@@ -13,7 +13,7 @@ from torch import nn
 from ldm.conditioning import Conditioner, Encoder
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
-from ldm.data.options import rename_options
+from ldm.data.former_options import rename_options
 from ldm.data.pack import pack
 from ldm.data.shards import Shards
 from ldm.data.source import DatasetSource

@@ -10,7 +10,7 @@ params:
 
 from torch import nn
 
-from ldm.data.dataset import SampleDataset, WithClassImages
+from ldm.data.dataset import DreamBoothDataset, SampleDataset
 from ldm.data.shards import Shards
 from ldm.data.source import BatchSource, DatasetSource
 from ldm.model import LatentDiffusion
@@ -72,7 +72,7 @@ def open_batches(
             samples = cache_latents(model, images, **data.latents.model_dump())
         if data.prior and not isinstance(samples, Shards):
             class_images = open_class_images(model, data.prior, seed)
-            samples = WithClassImages(samples, class_images)
+            samples = DreamBoothDataset(samples, class_images)
             captioned_images.append(class_images)
         if data.texts:
             cache_contexts(model, captioned_images, **data.texts.model_dump())

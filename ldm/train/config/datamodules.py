@@ -12,7 +12,7 @@ The datasets of the published configs were never published; errors name the keys
 import logging
 from collections.abc import Mapping
 
-from ldm.data.options import rename_options
+from ldm.data.former_options import rename_options
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import (
