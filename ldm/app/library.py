@@ -26,7 +26,7 @@ from ldm.loading.addons.safety import COMPONENT
 from ldm.loading.files.checkpoint import compute_short_hash
 from ldm.loading.find_variant import detect_variant_of_loras
 from ldm.loading.inspection import inspect_checkpoint
-from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
+from ldm.loading.tiny_autoencoder import is_for_sdxl, load_preview
 from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
 from ldm.pipelines.preview import fit_preview
@@ -135,7 +135,7 @@ class Library:
         """Return a function from a model's latents to previews: TAESD if available, else linear."""
         files = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
         for path in (*self._given_previews, *files):
-            if is_for_xl(path) == is_sdxl(model) and "encoder" not in path.stem:
+            if is_for_sdxl(path) == is_sdxl(model) and "encoder" not in path.stem:
                 try:
                     return load_preview(path, model)
                 except (ValueError, OSError) as error:

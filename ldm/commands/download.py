@@ -12,7 +12,7 @@ SHA-256 is verified. $HF_ENDPOINT, $HF_TOKEN and $HF_HUB_OFFLINE are respected.
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from ldm.loading.published import download, find_on_disk, read_published_files
+from ldm.loading.published import download_checkpoint, find_on_disk, read_published_files
 from ldm.runtime.command import CommandParser
 
 __all__ = ["main"]
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _download(args: Namespace) -> None:
     for name in args.names:
-        print(download(name))
+        print(download_checkpoint(name))
     if not args.names:
         print("\n".join([*_list_files(), LEGEND]))
 

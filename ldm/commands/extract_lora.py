@@ -22,11 +22,11 @@ from ldm.runtime.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.loading.addons.lora_tools import RankRule
+    from ldm.loading.addons.lora_tools import RankLimits
     from ldm.model import LatentDiffusion
     from ldm.nets.lora import LoRA
 
-__all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "save_lora"]
+__all__ = ["add_rank_options", "check_target", "main", "make_rank_limits", "save_lora"]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def add_rank_options(parser: CommandParser) -> None:
-    """Add the flags that `make_rank_rule` and `save_lora` read."""
+    """Add the flags that `make_rank_limits` and `save_lora` read."""
     add = parser.add_argument
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
     help_text = "keep this fraction of the singular values' sum, such as 0.9"
@@ -68,11 +68,11 @@ def add_rank_options(parser: CommandParser) -> None:
     add("--force", action="store_true", help="replace an existing target")
 
 
-def make_rank_rule(args: Namespace) -> "RankRule":
+def make_rank_limits(args: Namespace) -> "RankLimits":
     """Return the rank limits set by the flags."""
-    from ldm.loading.addons.lora_tools import RankRule
+    from ldm.loading.addons.lora_tools import RankLimits
 
-    return RankRule(args.rank, args.sum_fraction, args.square_fraction, args.ratio)
+    return RankLimits(args.rank, args.sum_fraction, args.square_fraction, args.ratio)
 
 
 def save_lora(
@@ -107,7 +107,7 @@ def check_target(args: Namespace) -> None:
 def _extract(args: Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.loading.addons.lora_tools import RankRule, extract_lora
+    from ldm.loading.addons.lora_tools import RankLimits, extract_lora
 
     check_target(args)
     if args.conv_rank is not None and args.conv_rank < 1:
@@ -116,8 +116,8 @@ def _extract(args: Namespace) -> None:
         result = extract_lora(
             args.tuned,
             args.base,
-            make_rank_rule(args),
-            conv_rule=None if args.conv_rank is None else RankRule(args.conv_rank),
+            make_rank_limits(args),
+            conv_limits=None if args.conv_rank is None else RankLimits(args.conv_rank),
             clamp_quantile=args.clamp_quantile,
             ema=args.ema,
             config=args.config,

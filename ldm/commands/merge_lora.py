@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from ldm.commands.extract_lora import add_rank_options, check_target, make_rank_rule, save_lora
+from ldm.commands.extract_lora import add_rank_options, check_target, make_rank_limits, save_lora
 from ldm.generate.option_parsers import parse_lora
 from ldm.runtime.command import CommandParser
 
@@ -44,15 +44,15 @@ def _merge(args: Namespace) -> None:
     from ldm.loading.addons.lora_tools import build_model_of_lora, join_loras
 
     check_target(args)
-    rule = make_rank_rule(args)
+    limits = make_rank_limits(args)
     files = [parse_lora(text) for text in args.files]
     model = build_model_of_lora(files[0][0], args.model)
     with tqdm(unit="layer", disable=None) as bar:
-        joined = join_loras(files, model, rule, progress=bar.update)
+        joined = join_loras(files, model, limits, progress=bar.update)
     layers = joined.lora.layers.values()
     ranks = sum(layer.rank for layer in layers)
     summary = f"{ranks} ranks in {len(layers)} layers"
-    if rule.is_limited:
+    if limits.is_limited:
         summary = f"{ranks} of {joined.total_rank} ranks in {len(layers)} layers, "
         summary += f"{joined.retained_fraction:.1%} of the squares"
     print(summary, file=sys.stderr)

@@ -121,7 +121,7 @@ def _find_ckpt(request: Request) -> Path | None:
     """Find the checkpoint of a request, which may be the demo model; None = only a config."""
     model = request.model
     if model.ckpt is not None:
-        return find_checkpoint(model.ckpt, variant=select_file_variant(model.variant))
+        return find_checkpoint(model.ckpt, file_variant=select_file_variant(model.variant))
     if model.config is not None:
         return None
     return find_file(request.task.demo_model or DEMO_CHECKPOINT)
@@ -238,7 +238,7 @@ def _find_family(path: Path | None, weights: Weights | None) -> _Family | None:
     name = next(key for key, family in FAMILIES.items() if family.function == published.task)
     if published.has_vision_tower:  # its task is also that of unCLIP
         name = "variation"
-    return _Family(name, published.title, published.is_xl)
+    return _Family(name, published.title, published.is_sdxl)
 
 
 def _open_weights(path: Path | None) -> Weights | None:

@@ -155,7 +155,7 @@ def find_existing_checkpoint(
     if name is None:
         return None
     with errors_about(argument):
-        path = find_checkpoint(name, variant=select_file_variant(variant))
+        path = find_checkpoint(name, file_variant=select_file_variant(variant))
     if not path.exists():
         raise MissingFile(f"no checkpoint `{path}`", argument)
     return path

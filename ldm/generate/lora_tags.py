@@ -95,7 +95,7 @@ def _find_checkpoint_folders(options: ModelOptions) -> list[Path]:
     if options.ckpt is not None and options.ckpt.startswith(HUB_PREFIX):
         return []  # it is in the hub's cache, which has no LoRA folders, or not downloaded yet
     if options.ckpt is not None:
-        path = find_checkpoint(options.ckpt, fetch=False)
+        path = find_checkpoint(options.ckpt, download=False)
     elif options.config is None:
         path = find_file(DEMO_CHECKPOINT)
     else:

@@ -305,7 +305,7 @@ def _find_recorded_checkpoint(info: JsonMapping, request: Request) -> str | None
         return None
     ckpt = request.model.ckpt
     # Never download a file only because an image names it.
-    if ckpt is not None and (path := find_checkpoint(ckpt, fetch=False)).exists():
+    if ckpt is not None and (path := find_checkpoint(ckpt, download=False)).exists():
         return str(path)
     try:
         return str(find_file(Path("checkpoints") / name))

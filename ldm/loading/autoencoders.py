@@ -13,13 +13,13 @@ from ldm.runtime.hashes import find_cached_sha256
 
 __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale_factor", "works_in_float16"]
 
-SCALE_FACTOR, SCALE_FACTOR_XL = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
+SCALE_FACTOR, SDXL_SCALE_FACTOR = 0.18215, 0.13025  # scale factors of SD 1 and 2, and of SDXL
 # Metadata keys of options in the VAE's config of a diffusers folder.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected autoencoder
 # Patterns in lower-case file names: a corrected autoencoder; one of SDXL; one of SD 1 or 2.
 FIXED_NAME = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
-XL_NAME = re.compile("xl")
+SDXL_NAME = re.compile("xl")
 SD_NAME = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
 
 
@@ -34,11 +34,11 @@ def find_scale_factor(file: Checkpoint, family: Family | None) -> tuple[float | 
     if SCALE_KEY in file.metadata:
         return float(file.metadata[SCALE_KEY]), "by its config"
     if family is not None:
-        return SCALE_FACTOR_XL if family.is_xl else SCALE_FACTOR, f"as that of {family.title}"
+        return SDXL_SCALE_FACTOR if family.is_sdxl else SCALE_FACTOR, f"as that of {family.title}"
     name = file.path.stem.lower()
     for pattern, scale in (
-        (FIXED_NAME, SCALE_FACTOR_XL),
-        (XL_NAME, SCALE_FACTOR_XL),
+        (FIXED_NAME, SDXL_SCALE_FACTOR),
+        (SDXL_NAME, SDXL_SCALE_FACTOR),
         (SD_NAME, SCALE_FACTOR),
     ):
         if pattern.search(name):

@@ -58,15 +58,15 @@ def fill_weights(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    mapped: bool = False,
+    memory_mapped: bool = False,
     autoencoder_dtype: torch.dtype | None = None,
 ) -> None:
     """Fill a model on the meta device with weights.
 
     Args:
         state: Weights from `match_weights`; emptied, so that memory is freed on the way.
-        mapped: Whether tensors are memory-mapped: pages are then released once they are copied, so
-            that the memory peak is the size of the model.
+        memory_mapped: Whether tensors are memory-mapped: their pages are then released once they
+            are copied, so that the memory peak is the size of the model.
         autoencoder_dtype: Dtype of a whole model's autoencoder; None = `dtype`.
     """
     weights: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ def fill_weights(
                 overflowing = name if has_overflow(old, target_dtype) else None
         new = old.to(device, target_dtype)
         weights[name] = new
-        if mapped and new.data_ptr() != old.data_ptr():
+        if memory_mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
     if overflowing is not None:

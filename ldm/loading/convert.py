@@ -94,7 +94,7 @@ class Conversion:
     """A planned conversion.
 
     Args:
-        source: Checkpoint of the tensors; `source.mapped` says whether they are memory-mapped.
+        source: Checkpoint of the tensors, with whether they are memory-mapped.
         weights: Tensors, by the path of their file in a folder; "" is the path of a single file.
         texts: JSONs and texts of a folder by path; {} for a file.
         metadata: Of the file, or of EXTRA_WEIGHTS in a folder.
@@ -227,9 +227,11 @@ def convert(
     Args:
         progress: Called with the size in bytes of each tensor once it is written.
     """
-    target, mapped = conversion.target, conversion.source.mapped
+    target, memory_mapped = conversion.target, conversion.source.memory_mapped
     _check_target(conversion, force)
-    write = partial(write_checkpoint, dtype=conversion.dtype, mapped=mapped, progress=progress)
+    write = partial(
+        write_checkpoint, dtype=conversion.dtype, memory_mapped=memory_mapped, progress=progress
+    )
     if not conversion.texts:
         write(target, conversion.weights[""], conversion.metadata)
         return target
@@ -291,7 +293,7 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     elif config is not None and weights.family is not LATENT_UPSCALER:
         text = read_config_text(config)
     else:
-        weights.prediction = probe_weights(weights)
+        weights.prediction_type = probe_weights(weights)
         try:
             path, raw = read_config(weights, config)
         except MissingArgument:
@@ -363,7 +365,7 @@ def _merge_loras(
     for text in model.conditioner.find_all(TextEncoder):
         for token, vectors in text.added_embeddings.items():
             tokens.setdefault(token, []).append(vectors)
-    file = replace(file, state={**file.state, **merged}, mapped=False)
+    file = replace(file, state={**file.state, **merged}, memory_mapped=False)
     return file, json.dumps(all_loras), tokens
 
 
@@ -413,7 +415,7 @@ def _replace_part(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> 
     """Return a checkpoint with other tensors in place of those under a prefix of our names."""
     names = [file_name for name, file_name in pair_names(file.state) if name.startswith(prefix)]
     state = {name: value for name, value in file.state.items() if name not in names}
-    return replace(file, state=state | tensors, mapped=False)
+    return replace(file, state=state | tensors, memory_mapped=False)
 
 
 def _select_upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:

@@ -27,13 +27,21 @@ from ldm.loading.files.checkpoint import to_ema_name
 from ldm.loading.weight_names import UNET, select_prefix, to_original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "IMAGE_CONV", "LATENT_UPSCALER", "PREDICTION_TYPES",
-    "Detection", "Family", "Prediction", "detect_prediction", "probe_prediction",
-    "recognize_family",
+    "CONFIG_DIR",
+    "FAMILIES",
+    "IMAGE_CONV",
+    "LATENT_UPSCALER",
+    "PREDICTION_TYPES",
+    "Detection",
+    "Family",
+    "PredictionType",
+    "detect_family",
+    "detect_prediction_type",
+    "probe_prediction_type",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
-XL_CONFIG_DIR = "configs/stable-diffusion-xl"
+SDXL_CONFIG_DIR = "configs/stable-diffusion-xl"
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ class Family:
         in_channels: Input channels of the UNet.
         context_dim: Dimension of the context of cross-attention; None = no context.
         vector_dim: Dimension of the vector (class) embedding; None = no such embedding.
-        prediction: "eps", "v" or "edm" if all its models without a marker predict that; None = its
-            models differ.
+        prediction_type: "eps", "v" or "edm" if all its models without a marker predict that; None =
+            its models differ.
         config: Name of its YAML without `.yaml`; "" = the family is not supported.
         config_v: Name of the YAML for its v-prediction models, if it is another one.
         task: Function of `ldm.pipelines` for it.
@@ -61,7 +69,7 @@ class Family:
     in_channels: int
     context_dim: int | None
     vector_dim: int | None
-    prediction: str | None
+    prediction_type: str | None
     config: str
     config_v: str = ""
     task: str = "txt2img"
@@ -71,14 +79,14 @@ class Family:
     image_channels: int = 3
 
     @property
-    def is_xl(self) -> bool:
+    def is_sdxl(self) -> bool:
         """Whether it is a family of Stable Diffusion XL."""
         return self.vector_dim in (2816, 2560)
 
-    def config_path(self, prediction: str | None) -> str:
+    def config_path(self, prediction_type: str | None) -> str:
         """Return the path of the YAML for models that predict "eps", "v" or "x0"."""
-        name = self.config_v if prediction == "v" and self.config_v else self.config
-        return f"{XL_CONFIG_DIR if self.is_xl else CONFIG_DIR}/{name}.yaml"
+        name = self.config_v if prediction_type == "v" and self.config_v else self.config
+        return f"{SDXL_CONFIG_DIR if self.is_sdxl else CONFIG_DIR}/{name}.yaml"
 
 
 # fmt: off
@@ -166,7 +174,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionType:
     """The prediction type by the most reliable method that knows it.
 
     Args:
@@ -192,7 +200,7 @@ class Prediction:
         return f"{self.kind or 'unknown'} by {'; '.join(results)}"
 
 
-def recognize_family(
+def detect_family(
     state: Mapping[str, Tensor],
     ema_state: Mapping[str, Tensor] | None = None,
     markers: Collection[str] = (),
@@ -230,13 +238,13 @@ def recognize_family(
     return None
 
 
-def detect_prediction(
+def detect_prediction_type(
     family: Family | None,
     state: Mapping[str, Tensor],
     step: int | None,
     metadata: Mapping[str, str],
     name: str = "",
-) -> Prediction:
+) -> PredictionType:
     """Return the prediction type by all methods that do not run the network.
 
     Args:
@@ -246,24 +254,24 @@ def detect_prediction(
         name: Name of the file or folder.
     """
     detections = list(_detect_by_marker(metadata))
-    if family is not None and family.prediction:
+    if family is not None and family.prediction_type:
         # A fine-tune may predict something else, which only a marker shows. Not for EDM, for which
         # metadata and diffusers' schedulers have no name: they say "epsilon" or "sample".
-        if detections and family.prediction != "edm":
-            return _choose_prediction(detections)
-        return _choose_prediction([Detection("family", family.prediction, family.title)])
+        if detections and family.prediction_type != "edm":
+            return _choose_prediction_type(detections)
+        return _choose_prediction_type([Detection("family", family.prediction_type, family.title)])
     if family is not None:
         detections.append(Detection("step", GLOBAL_STEPS.get(step or 0), f"global_step {step}"))
         detections.append(_detect_by_bias(state))
         if SD_TURBO.search(name.lower()):
             detections.append(Detection("name", "eps", name))
-    return _choose_prediction(detections)
+    return _choose_prediction_type(detections)
 
 
 @torch.no_grad()
-def probe_prediction(
-    unet: nn.Module, prediction: Prediction, context_dim: int = 1024
-) -> Prediction:
+def probe_prediction_type(
+    unet: nn.Module, prediction_type: PredictionType, context_dim: int = 1024
+) -> PredictionType:
     """Return the prediction type with the result of one UNet pass, on a constant input, added.
 
     At the last timestep z_t is almost pure noise, eps is nearly z_t, and v nearly minus the image.
@@ -277,7 +285,7 @@ def probe_prediction(
     if not math.isnan(shift):
         kind = "v" if shift < PROBE_LIMIT else "eps"
     detection = Detection("probe", kind, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
-    return _choose_prediction([*prediction.detections, detection])
+    return _choose_prediction_type([*prediction_type.detections, detection])
 
 
 def _detect_by_marker(metadata: Mapping[str, str]) -> Iterator[Detection]:
@@ -301,9 +309,9 @@ def _detect_by_bias(state: Mapping[str, Tensor]) -> Detection:
     return Detection("bias", kind, f"std {std:.4f}, v above {BIAS_LIMIT}")
 
 
-def _choose_prediction(detections: list[Detection]) -> Prediction:
+def _choose_prediction_type(detections: list[Detection]) -> PredictionType:
     """Return the first known type of detections ranked by the reliability of their methods."""
     order = ("marker", "family", "step", "name", "probe", "bias")
     ranked = sorted(detections, key=lambda detection: order.index(detection.method))
     kind = next((detection.kind for detection in ranked if detection.kind), None)
-    return Prediction(kind, tuple(ranked))
+    return PredictionType(kind, tuple(ranked))

@@ -19,7 +19,8 @@ from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
 from ldm.runtime.hashes import JsonCache, cache_sha256, get_cache_folder, get_sha256
 
 __all__ = [
-    "HUB_PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "get_url_path",
+    "HUB_PREFIX", "download_file", "download_url", "find_cached_file", "find_or_download",
+    "get_url_path",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,16 @@ UNUSED_COMPONENTS = ("safety_checker",)  # components that pipelines do not need
 DOWNLOADS = JsonCache("hub_choices.json")
 
 
-def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:
+def find_or_download(
+    address: str, *, download: bool = True, file_variant: str | None = None
+) -> Path:
     """Return the file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
 
     The cache is used without asking the server.
 
     Args:
-        fetch: Whether to download files that are not in the cache.
-        variant: Variant of the files of a folder, such as `fp16`, in components that have it; None
+        download: Whether to download files that are not in the cache.
+        file_variant: Variant of a folder's files, such as `fp16`, in components that have it; None
             = files without a variant, if there are any.
     """
     owner, _, rest = address.removeprefix(HUB_PREFIX).partition("/")
@@ -49,20 +52,20 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
     if not owner or not name:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
-    key = f"{repo}:{variant}" if variant and not file else repo
+    key = f"{repo}:{file_variant}" if file_variant and not file else repo
     downloaded = DOWNLOADS.read().get(key)
     path = find_cached_file(repo, file) if file else downloaded and Path(downloaded)
     if path and path.exists():
         return path
-    if not fetch:
+    if not download:
         raise MissingFile(f"`{address}` is not on this machine: ldm download {address}")
     licence, commit, sizes = _list_files(repo)
     if file and file not in sizes:
         raise DownloadError(f"`{repo}` has no file `{file}`{_format_examples(sizes)}")
-    names = [file] if file else _list_folder_files(repo, commit, sizes, variant)
+    names = [file] if file else _list_folder_files(repo, commit, sizes, file_variant)
     size = sum(sizes[name] or 0 for name in names)
     log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
-    paths = [fetch_file(repo, name, commit=commit) for name in names]
+    paths = [download_file(repo, name, commit=commit) for name in names]
     path = paths[0] if len(paths) == 1 else paths[0].parent
     if not file:
         DOWNLOADS.set(key, str(path))
@@ -77,7 +80,7 @@ def find_cached_file(repo: str, name: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def fetch_file(
+def download_file(
     repo: str, name: str, sha256: str | None = None, *, commit: str | None = None
 ) -> Path:
     """Ask the hub for a file and download it unless the cache has it; resume a partial download.
@@ -120,11 +123,11 @@ def fetch_file(
 
 
 def get_url_path(url: str) -> Path:
-    """Return the path to which `fetch_url` downloads a URL."""
+    """Return the path to which `download_url` downloads a URL."""
     return get_cache_folder() / "files" / url.rpartition("/")[2]
 
 
-def fetch_url(url: str, size: int, sha256: str) -> Path:
+def download_url(url: str, size: int, sha256: str) -> Path:
     """Download a file that is not on the hub, unless it exists; resume an interrupted download.
 
     Args:
@@ -262,7 +265,7 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
 
 
 def _list_folder_files(
-    repo: str, commit: str, sizes: Iterable[str], variant: str | None
+    repo: str, commit: str, sizes: Iterable[str], file_variant: str | None
 ) -> list[str]:
     """List the files to download if no file is named.
 
@@ -270,31 +273,31 @@ def _list_folder_files(
     checkpoint of the repository.
     """
     if "config.json" in sizes and INDEX not in sizes:
-        return ["config.json", *_choose_weights("", sizes, variant)]
+        return ["config.json", *_choose_weights("", sizes, file_variant)]
     if INDEX not in sizes:
         files = [name for name in sizes if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
         files = [name for name in files if name.endswith(WEIGHT_SUFFIXES[0])] or files
         if len(files) != 1:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_format_examples(sizes)}")
         return files
-    index = read_json(fetch_file(repo, INDEX, commit=commit))
+    index = read_json(download_file(repo, INDEX, commit=commit))
     names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
     for component, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and component not in UNUSED_COMPONENTS:
             names += [
                 n for n in sizes if n.rpartition("/")[0] == component and n.endswith(TEXT_SUFFIXES)
             ]
-            names += _choose_weights(f"{component}/", sizes, variant)
+            names += _choose_weights(f"{component}/", sizes, file_variant)
     return names
 
 
-def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> list[str]:
+def _choose_weights(folder: str, sizes: Iterable[str], file_variant: str | None) -> list[str]:
     """List the weights of a component: of the requested variant, else without one, fp16, or any.
 
     For each variant .safetensors are preferred to .bin.
     """
     names = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
-    requested = [rf"\.{re.escape(variant)}"] if variant else []
+    requested = [rf"\.{re.escape(file_variant)}"] if file_variant else []
     for variant_pattern in (*requested, "", r"\.fp16", r"\.[\w-]+"):
         for suffix in (r"\.safetensors", r"\.bin"):
             stem = rf"(diffusion_|pytorch_)*model{variant_pattern}(-\d+-of-\d+)?"

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.build import build_on_meta
-from ldm.loading.families import LATENT_UPSCALER, Prediction
+from ldm.loading.families import LATENT_UPSCALER, PredictionType
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import list_foreign_imports, list_pickle_imports
 from ldm.loading.find_variant import find_variant
@@ -88,7 +88,7 @@ class Report:
     title: str | None = None
     task: str | None = None
     config: str | None = None
-    prediction: Prediction | None = None
+    prediction: PredictionType | None = None
     parts: list[Part] = field(default_factory=list)
     has_ema: bool = False
     uses_ema: bool = False
@@ -198,8 +198,8 @@ def inspect_checkpoint(
         report.refused = str(error)
         return report
     if probe:
-        weights.prediction = probe_weights(weights)
-    report.prediction = weights.prediction
+        weights.prediction_type = probe_weights(weights)
+    report.prediction = weights.prediction_type
     if weights.family is not None:
         report.family, report.title = weights.family.name, weights.family.title
         report.task = weights.family.task or None

@@ -34,7 +34,7 @@ from ldm.loading.autoencoders import works_in_float16
 from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
-from ldm.loading.families import LATENT_UPSCALER, probe_prediction
+from ldm.loading.families import LATENT_UPSCALER, probe_prediction_type
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, write_checkpoint
 from ldm.loading.files.clip_statistics import get_clip_statistics, load_clip_statistics
 from ldm.loading.find_variant import choose_variant, select_file_variant
@@ -42,7 +42,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.model_config import (
     asks_for_ema,
     has_defaults,
-    is_prediction_uncertain,
+    is_prediction_type_uncertain,
     read_config,
 )
 from ldm.loading.modelspec import describe_model
@@ -172,7 +172,7 @@ def load(
     if config is None and config_path != CONFIG_KEY and weights.family is not None:
         log.info(
             "`%s` is %s; config %s; predicts %s",
-            weights.path, weights.family.title, config_path, weights.prediction,
+            weights.path, weights.family.title, config_path, weights.prediction_type,
         )  # fmt: skip
     where = Path(config_path).name
     summary = f"`{weights.path}` does not fit {where}"
@@ -218,7 +218,7 @@ def load(
     if weights.family is LATENT_UPSCALER:
         complete_upscaler(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
-        weights.mapped = False  # the network's tensors are in memory
+        weights.memory_mapped = False  # the network's tensors are in memory
     load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
     fill_device = "cpu" if offload else device
     autoencoder_dtype = _choose_autoencoder_dtype(model, torch.device(device), dtype)
@@ -230,7 +230,7 @@ def load(
     _compare_schedules(model, weights.buffers, summary)
     if tiny is not None:
         model.autoencoder = build_tiny_autoencoder(tiny, model, fill_device, dtype)
-    _check_prediction(model, weights, is_config_given=config is not None)
+    _check_prediction_type(model, weights, is_config_given=config is not None)
     if detected_variant is not None:
         is_folder = weights.checkpoint.format == "diffusers"
         has_scheduler = is_folder and is_sdxl(model) and has_defaults(raw)
@@ -305,7 +305,7 @@ def _choose_files(
 def _open_weights(ckpt: str | Path, variant: str | None) -> Checkpoint:
     """Open weights; a variant that is not in VARIANTS selects the files of a diffusers folder."""
     file_variant = select_file_variant(variant)
-    if file_variant and not is_diffusers_folder(find_checkpoint(ckpt, variant=file_variant)):
+    if file_variant and not is_diffusers_folder(find_checkpoint(ckpt, file_variant=file_variant)):
         raise unknown_name("variant", file_variant, (NO_VARIANT, *VARIANTS), argument="variant")
     return open_checkpoint(ckpt, file_variant)
 
@@ -368,7 +368,7 @@ def _match_and_fill(
         state,
         device=device,
         dtype=dtype,
-        mapped=weights.mapped,
+        memory_mapped=weights.memory_mapped,
         autoencoder_dtype=autoencoder_dtype,
     )
 
@@ -424,28 +424,30 @@ def _find_schedule_tolerance(table: Tensor) -> float:
     return 1e-5
 
 
-def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_given: bool) -> None:
+def _check_prediction_type(
+    model: LatentDiffusion, weights: Weights, *, is_config_given: bool
+) -> None:
     """Warn if the weights look like another parameterization than the config's.
 
     If the config was not given, one method is not enough: the UNet is run, too, and its prediction
     type replaces the config's.
     """
-    family, prediction = weights.family, weights.prediction
-    if not is_config_given and family is not None and is_prediction_uncertain(weights):
-        prediction = probe_prediction(model.unet, prediction, family.context_dim or 0)
-        if prediction.kind and prediction.kind != model.parameterization:
-            model.parameterization = prediction.kind
-            model.provenance["config"] = family.config_path(prediction.kind)
-    model.provenance["prediction"] = str(prediction)
-    if prediction.kind and prediction.kind != model.parameterization:
+    family, detected = weights.family, weights.prediction_type
+    if not is_config_given and family is not None and is_prediction_type_uncertain(weights):
+        detected = probe_prediction_type(model.unet, detected, family.context_dim or 0)
+        if detected.kind and detected.kind != model.parameterization:
+            model.parameterization = detected.kind
+            model.provenance["config"] = family.config_path(detected.kind)
+    model.provenance["prediction"] = str(detected)
+    if detected.kind and detected.kind != model.parameterization:
         warnings.warn(
-            f"`{weights.path}` looks like a model that predicts {prediction.kind}, the config says "
-            f"{model.parameterization}: {prediction}; images will be noise if the config is wrong",
+            f"`{weights.path}` looks like a model that predicts {detected.kind}, the config says "
+            f"{model.parameterization}: {detected}; images will be noise if the config is wrong",
             stacklevel=3,
         )
-    elif prediction.is_disputed and not is_config_given:
+    elif detected.is_disputed and not is_config_given:
         warnings.warn(
-            f"`{weights.path}`: methods disagree about what the model predicts: {prediction}\n"
+            f"`{weights.path}`: methods disagree about what the model predicts: {detected}\n"
             "hint: pass a config (v2-inference.yaml: eps, v2-inference-v.yaml: v)",
             stacklevel=3,
         )

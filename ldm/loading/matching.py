@@ -19,7 +19,7 @@ from ldm.loading.diffusers.locations import (
     get_component_prefixes,
     locate_weights,
 )
-from ldm.loading.families import recognize_family
+from ldm.loading.families import detect_family
 from ldm.loading.weight_names import (
     AUTOENCODER,
     TEXT,
@@ -192,7 +192,7 @@ def _find_cause(
         return [p for p in prefixes if has_prefix(expected, p) and not has_prefix(state, p)]
 
     to_original = partial(to_original_name, sgm=has_sgm_names(expected))
-    separable, family = list_missing(SEPARABLE_PARTS), recognize_family(state)
+    separable, family = list_missing(SEPARABLE_PARTS), detect_family(state)
     if any(QUANTIZED.search(name) for name in unexpected):
         return "the weights are quantised, which is not supported"
     if TOKEN_IDS in expected and TOKEN_IDS not in state and has_prefix(state, TEXT):

@@ -83,7 +83,7 @@ class ModelFile:
 
     def release(self, tensor: Tensor) -> None:
         """Release the memory of a tensor, if it is memory-mapped."""
-        if self.file.mapped:
+        if self.file.memory_mapped:
             release_pages(tensor)
 
 

@@ -9,7 +9,12 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import check_overrides, instantiate, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import is_diffusers_folder
-from ldm.loading.families import LATENT_UPSCALER, XL_CONFIG_DIR, Prediction, probe_prediction
+from ldm.loading.families import (
+    LATENT_UPSCALER,
+    SDXL_CONFIG_DIR,
+    PredictionType,
+    probe_prediction_type,
+)
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
 from ldm.loading.latent_upscaler import build_upscaler_config, find_json, find_unet_params
 from ldm.loading.legacy import MODEL, MODEL_CLASSES, translate_config
@@ -28,7 +33,7 @@ from ldm.runtime.types import JsonObject
 
 __all__ = [
     "asks_for_ema", "choose_config", "find_schedule_early", "has_defaults",
-    "is_prediction_uncertain", "probe_weights", "read_config",
+    "is_prediction_type_uncertain", "probe_weights", "read_config",
 ]  # fmt: skip
 
 # In the names of LDM3D's files for panoramas, whose latents are twice as wide as they are high.
@@ -52,7 +57,7 @@ def choose_config(weights: Weights) -> str:
         problem = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {problem}\nhint: pass its config"
         raise MissingArgument(message, "config")
-    path = family.config_path(weights.prediction.kind)
+    path = family.config_path(weights.prediction_type.kind)
     if family is LATENT_UPSCALER:
         path = str(find_json(weights.path) or path)
     return path
@@ -111,27 +116,27 @@ def find_schedule_early(
     return cast(NoiseSchedule, instantiate(spec["params"]["schedule"], where=where))
 
 
-def probe_weights(weights: Weights) -> Prediction:
-    """Return the prediction type; if it is uncertain, run the UNet once, see `probe_prediction`.
+def probe_weights(weights: Weights) -> PredictionType:
+    """Return the prediction type; if it is uncertain, run the UNet once.
 
-    A UNet that does not fit its family is not run.
+    A UNet that does not fit its family is not run. See `probe_prediction_type`.
     """
     family = weights.family
-    if family is None or not is_prediction_uncertain(weights):
-        return weights.prediction
+    if family is None or not is_prediction_type_uncertain(weights):
+        return weights.prediction_type
     spec = translate_config(read_yaml(family.config_path(None)))
     unet = build_on_meta(spec["params"]["unet"])
     try:
         fill_weights(unet, match_weights(unet, weights.state, weights.path))
     except WeightsMismatch:
-        return weights.prediction
-    return probe_prediction(unet.eval(), weights.prediction, family.context_dim or 0)
+        return weights.prediction_type
+    return probe_prediction_type(unet.eval(), weights.prediction_type, family.context_dim or 0)
 
 
-def is_prediction_uncertain(weights: Weights) -> bool:
+def is_prediction_type_uncertain(weights: Weights) -> bool:
     """Return whether fewer than two methods know the prediction type, and the family has both."""
-    family = weights.family
-    return family is not None and family.prediction is None and weights.prediction.num_known < 2
+    has_both = weights.family is not None and weights.family.prediction_type is None
+    return has_both and weights.prediction_type.num_known < 2
 
 
 def asks_for_ema(raw: JsonObject) -> bool:
@@ -151,13 +156,13 @@ def has_defaults(raw: JsonObject) -> bool:
 
 def _set_denoiser(params: JsonObject, weights: Weights) -> None:
     """Set the denoiser that markers indicate, if the YAML of the family has another one."""
-    family, kind = weights.family, weights.prediction.kind
-    if family is not None and family.is_xl:
+    family, kind = weights.family, weights.prediction_type.kind
+    if family is not None and family.is_sdxl:
         names = [name for marker, name in DENOISER_CONFIGS.items() if marker in weights.metadata]
         if kind == "v":
             names.append("sd_xl_v")
         if names and Path(family.config_path(kind)).stem != names[0]:
-            template = read_yaml(f"{XL_CONFIG_DIR}/{names[0]}.yaml")["model"]["params"]
+            template = read_yaml(f"{SDXL_CONFIG_DIR}/{names[0]}.yaml")["model"]["params"]
             keys = ("denoiser_config", "sampler_config", "scale_factor")
             params |= {key: template[key] for key in keys if key in template}
     if "ztsnr" in weights.metadata and kind != "eps":

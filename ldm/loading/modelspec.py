@@ -49,7 +49,7 @@ def describe_model(
     metadata = dict(metadata or {})
     if not isinstance(model, LatentDiffusion):
         return metadata
-    prediction = model.parameterization
+    prediction_type = model.parameterization
     height, width = (side * model.downscale for side in model.latent_size)
     # Our LoRAs for SD 1 and 2 have diffusers' names.
     is_original = adapter != "lora" or is_sdxl(model)
@@ -59,7 +59,7 @@ def describe_model(
         "implementation": ORIGINAL if is_original else DIFFUSERS,
         "title": title,
         "resolution": f"{width}x{height}",
-        "prediction_type": PREDICTION_TYPES.get(prediction, prediction),
+        "prediction_type": PREDICTION_TYPES.get(prediction_type, prediction_type),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     spec = {f"{MODELSPEC_PREFIX}{name}": value for name, value in fields.items() if value}

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from ldm.loading.hub import (
     HUB_PREFIX,
-    fetch_file,
-    fetch_url,
+    download_file,
+    download_url,
     find_cached_file,
-    find_or_fetch,
+    find_or_download,
     get_url_path,
 )
 from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
 from ldm.runtime.hashes import JsonCache, find_cached_sha256, find_paths_by_sha256, get_sha256
 
 __all__ = [
-    "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
+    "PublishedFile", "download_checkpoint", "find_checkpoint", "find_on_disk", "identify_hash",
     "read_published_files",
 ]  # fmt: skip
 
@@ -85,14 +85,16 @@ def read_published_files() -> dict[str, PublishedFile]:
     return {row.name: row for row in rows}
 
 
-def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None = None) -> Path:
+def find_checkpoint(
+    ckpt: str | Path, *, download: bool = True, file_variant: str | None = None
+) -> Path:
     """Return the local path for a path, published name or `hf:` address of a checkpoint.
 
     An existing path is preferred; other paths are returned unchanged.
 
     Args:
-        fetch: Whether to download a `hf:` address that is not in the cache.
-        variant: Variant of the files of a `hf:` folder, such as `fp16`; None = see `find_or_fetch`.
+        download: Whether to download a `hf:` address that is not in the cache.
+        file_variant: See `find_or_download`.
     """
     if not str(ckpt):  # which Path takes for the current folder
         raise MissingFile("the path of a checkpoint is empty")
@@ -100,7 +102,7 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
     if path.exists():
         return path
     if name.startswith(HUB_PREFIX):
-        return find_or_fetch(name, fetch=fetch, variant=variant)
+        return find_or_download(name, download=download, file_variant=file_variant)
     files = read_published_files()
     if name in files:
         file = files[name]
@@ -133,7 +135,7 @@ def identify_hash(sha256: str | None) -> PublishedFile | None:
     return next((row for row in rows if sha256 and row.sha256 == sha256), None)
 
 
-def download(name: str) -> Path:
+def download_checkpoint(name: str) -> Path:
     """Download a published file, or a `hf:` address, unless it is on this machine.
 
     Raises:
@@ -141,7 +143,7 @@ def download(name: str) -> Path:
         DownloadError: No source has the file; the reason for each is logged.
     """
     if name.startswith(HUB_PREFIX):
-        return find_or_fetch(name)
+        return find_or_download(name)
     files = read_published_files()
     check_name("model", name, files)
     file = files[name]
@@ -151,7 +153,7 @@ def download(name: str) -> Path:
     log.info("%s: %s, %s, licence %s", name, file.title, file.size_text, file.licence)
     for source in file.sources:
         try:
-            path = _fetch(file, source)
+            path = _download_source(file, source)
         except DownloadError as error:
             if error.is_local or len(file.sources) == 1:
                 raise
@@ -162,11 +164,11 @@ def download(name: str) -> Path:
     raise DownloadError(f"{name} cannot be downloaded from any of its {len(file.sources)} sources")
 
 
-def _fetch(file: PublishedFile, source: Source) -> Path:
+def _download_source(file: PublishedFile, source: Source) -> Path:
     if isinstance(source, str):
         assert file.sha256 is not None
-        return fetch_url(source, int(file.bytes), file.sha256)
-    return fetch_file(*source, file.expected_sha256)
+        return download_url(source, int(file.bytes), file.sha256)
+    return download_file(*source, file.expected_sha256)
 
 
 def _log_hash(file: PublishedFile, digest: str) -> None:

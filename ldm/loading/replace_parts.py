@@ -130,14 +130,14 @@ def complete_upscaler(
             value = unet_state[name]
             value = torch.zeros(value.shape) if value.is_meta else value
             weights.state.setdefault(f"unet.{name}", value)
-        weights.mapped = False  # these tensors, and those of `base`, are in memory
+        weights.memory_mapped = False  # these tensors, and those of `base`, are in memory
     expected, base_state = model.state_dict(), {} if base is None else base.state_dict()
     for prefix in UPSCALER_PARTS:
         names = [name for name in expected if name.startswith(prefix)]
         base_fits = all(n in base_state and base_state[n].shape == expected[n].shape for n in names)
         if base_fits and not has_prefix(weights.state, prefix):
             weights.state |= {name: base_state[name] for name in names}
-            weights.mapped = False
+            weights.memory_mapped = False
     check_upscaler(weights.state, weights.path, base)
 
 
@@ -166,7 +166,7 @@ def _replace_weights(
 ) -> None:
     """Replace all weights with a prefix by those of a part of another file."""
     weights.state = state | {n: v for n, v in weights.state.items() if not n.startswith(prefix)}
-    weights.mapped = weights.mapped and source.mapped
+    weights.memory_mapped = weights.memory_mapped and source.memory_mapped
 
 
 def _describe_file(path: Path) -> dict[str, str]:

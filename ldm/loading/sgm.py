@@ -55,7 +55,7 @@ MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
 EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
 # Latent pixels; models that read sizes are SDXL.
-IMAGE_SIZE, IMAGE_SIZE_XL = 64, 128
+IMAGE_SIZE, SDXL_IMAGE_SIZE = 64, 128
 
 
 def translate_engine(
@@ -91,7 +91,7 @@ def translate_engine(
         **_translate_denoiser(params, f"{where}.denoiser_config"),
         "scale_factor": params.get("scale_factor", 1.0),
         "upcast_autoencoder": params.get("disable_first_stage_autocast", False),
-        "image_size": params.get("image_size", IMAGE_SIZE_XL if has_sizes else IMAGE_SIZE),
+        "image_size": params.get("image_size", SDXL_IMAGE_SIZE if has_sizes else IMAGE_SIZE),
     }
     for key in ("latent_mean", "latent_std"):
         if key in params:
@@ -201,7 +201,7 @@ def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
     params = denoiser.get("params") or {}
     check_names(f"parameter of {name}", params, DENOISER_PARAMETERS[name], where)
     scaling = params.get("scaling_config") or {}
-    prediction, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, where)]
+    prediction_type, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, where)]
     sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
     if name == "DiscreteDenoiser":
         zero_snr = engine.get("rescale_betas_zero_snr", False)
@@ -214,7 +214,7 @@ def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
     defaults = {"scale": 5.0, "scheduler": scheduler} | (engine.get("defaults") or {})
     return {
         "schedule": schedule,
-        "parameterization": prediction,
+        "parameterization": prediction_type,
         "sigma_data": sigma_data,
         "defaults": {"target": "ldm.model.Defaults", "params": defaults},
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.autoencoders import SCALE_FACTOR_XL, XL_NAME
+from ldm.loading.autoencoders import SDXL_NAME, SDXL_SCALE_FACTOR
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.files import read_component
 from ldm.loading.diffusers.layout import read_json
@@ -29,7 +29,7 @@ from ldm.pipelines.families import check_model, is_sdxl, quote_name
 from ldm.runtime.errors import ArgumentError, WeightsMismatch
 
 __all__ = [
-    "TinyWeights", "build_tiny_autoencoder", "check_latents", "is_for_xl", "load_preview",
+    "TinyWeights", "build_tiny_autoencoder", "check_latents", "is_for_sdxl", "load_preview",
     "read_tiny_autoencoder",
 ]  # fmt: skip
 
@@ -90,7 +90,7 @@ def build_tiny_autoencoder(
 ) -> TinyAutoencoder:
     """Build TAESD for the latents of a model; if it has no encoder, the model's encodes."""
     # If latents are normalized by channel, the model's factor is not the autoencoder's.
-    scale_factor = SCALE_FACTOR_XL if model.latent_mean is not None else model.scale_factor
+    scale_factor = SDXL_SCALE_FACTOR if model.latent_mean is not None else model.scale_factor
     with meta_device():
         tiny = TinyAutoencoder(scale_factor)
     expected = tiny.state_dict()
@@ -139,7 +139,7 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
             f"`{weights.path}` is TAESD, for latents with 4 channels and 1/8 of the image's size: "
             f"those of {quote_name(model)} have {model.channels} channels and 1/{model.downscale}"
         )
-    if _find_taesd_name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
+    if _find_taesd_name(weights.path) and is_for_sdxl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
             f"`{weights.path}` is for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its name, "
@@ -148,9 +148,9 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
         )
 
 
-def is_for_xl(path: Path) -> bool:
+def is_for_sdxl(path: Path) -> bool:
     """Return whether TAESD is for SDXL, by its file or folder name, as shapes are the same."""
-    return XL_NAME.search(_find_taesd_name(path)) is not None
+    return SDXL_NAME.search(_find_taesd_name(path)) is not None
 
 
 def _find_taesd_name(path: Path) -> str:

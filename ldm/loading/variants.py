@@ -36,9 +36,9 @@ class Variant:
         model_pattern: For metadata and file names of models, in lower case; "(?!)" matches none.
         lora_pattern: For those of LoRAs; stricter, as these are often named after their subject.
         marker: Name of a tensor that only these models have; "" = none.
-        prediction: Prediction type; None = the family's.
+        prediction_type: Prediction type; None = the family's.
         keeps_scheduler: Whether sampler and scheduler of SDXL's diffusers folders are kept.
-        image_size_xl: Side in latent pixels at which SDXL models of this variant were trained.
+        sdxl_image_size: Side in latent pixels at which SDXL models of this variant were trained.
     """
 
     title: str
@@ -46,9 +46,9 @@ class Variant:
     model_pattern: str
     lora_pattern: str
     marker: str = ""
-    prediction: str | None = None
+    prediction_type: str | None = None
     keeps_scheduler: bool = False
-    image_size_xl: int = 128
+    sdxl_image_size: int = 128
 
 
 NUM_STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
@@ -88,7 +88,7 @@ VARIANTS = {
     "lightning-x0": Variant(
         "Lightning for one step",
         Defaults(1.0, 1, "euler", "trailing", max_steps=1, max_scale=1.0),
-        r"lightning.*1[-_ ]?step.*x0", "(?!)", prediction="x0"),
+        r"lightning.*1[-_ ]?step.*x0", "(?!)", prediction_type="x0"),
     "lightning": Variant(
         "Lightning",
         Defaults(1.0, 4, "euler", "trailing", max_steps=12, max_scale=2.5),
@@ -99,7 +99,7 @@ VARIANTS = {
         "Turbo",
         Defaults(1.0, 4, "euler_a", "turbo", max_steps=10, max_scale=2.5),
         _make_word_pattern("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
-        keeps_scheduler=True, image_size_xl=64),
+        keeps_scheduler=True, sdxl_image_size=64),
 }
 # fmt: on
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -184,9 +184,9 @@ def set_variant(
     variant = VARIANTS[detected.name]
     model.defaults = detected.resolve_defaults(model.defaults, has_scheduler=has_scheduler)
     if is_sdxl(model):
-        model.image_size = variant.image_size_xl
-        model.latent_size = (variant.image_size_xl, variant.image_size_xl)
-    model.parameterization = variant.prediction or model.parameterization
+        model.image_size = variant.sdxl_image_size
+        model.latent_size = (variant.sdxl_image_size, variant.sdxl_image_size)
+    model.parameterization = variant.prediction_type or model.parameterization
     model.provenance["variant"] = {
         "name": detected.name, "evidence": detected.evidence, "file": detected.path.name,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
-from ldm.loading.families import Family, Prediction, detect_prediction, recognize_family
+from ldm.loading.families import Family, PredictionType, detect_family, detect_prediction_type
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.variants import find_model_name
@@ -59,7 +59,7 @@ class Weights:
             (if training measured it), statistics of embeddings or latents.
         metadata: Metadata of the file; each marker tensor (`v_pred`) adds an entry with value "".
         family: None = unknown.
-        mapped: Whether all tensors are memory-mapped.
+        memory_mapped: Whether all tensors are memory-mapped.
     """
 
     checkpoint: Checkpoint
@@ -67,21 +67,21 @@ class Weights:
     buffers: dict[str, Tensor]
     metadata: dict[str, str]
     family: Family | None
-    mapped: bool
-    prediction: Prediction = field(init=False)
+    memory_mapped: bool
+    prediction_type: PredictionType = field(init=False)
 
     def __post_init__(self) -> None:
-        self.update_prediction()
+        self.update_prediction_type()
 
     @property
     def path(self) -> Path:
         """The file or folder."""
         return self.checkpoint.path
 
-    def update_prediction(self) -> None:
+    def update_prediction_type(self) -> None:
         """Set the prediction type by all methods that do not run the network."""
-        name, step = find_model_name(self.path), self.checkpoint.step
-        self.prediction = detect_prediction(self.family, self.state, step, self.metadata, name)
+        args = self.checkpoint.step, self.metadata, find_model_name(self.path)
+        self.prediction_type = detect_prediction_type(self.family, self.state, *args)
 
     def select_ema(self, names: Collection[str], ema: bool) -> None:
         """Replace weights by their EMA weights, and add those that have only EMA weights.
@@ -98,7 +98,7 @@ class Weights:
             is_sgm = has_sgm_names(all_names)
             names_by_original = {to_original_name(name, sgm=is_sgm): name for name in all_names}
             use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
-            self.update_prediction()
+            self.update_prediction_type()
         elif (
             self.checkpoint.has_ema and has_prefix(names, UNET) and not has_prefix(self.state, UNET)
         ):
@@ -106,7 +106,7 @@ class Weights:
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
 
-def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, file_variant: str | None = None) -> Checkpoint:
     """Open a checkpoint; names are those of the file, or the original ones for a diffusers folder.
 
     The config of a run folder is added to the metadata, unless its checkpoint contains one.
@@ -114,14 +114,14 @@ def open_checkpoint(path: str | Path, variant: str | None = None) -> Checkpoint:
     Args:
         path: A .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a
             published name or `hf:` address for `find_checkpoint`.
-        variant: Variant in the file names of a diffusers folder, such as `fp16`; None = see
+        file_variant: Variant in the file names of a diffusers folder, such as `fp16`; None = see
             `read_folder`.
     """
-    local_path = find_checkpoint(path, variant=variant)
+    local_path = find_checkpoint(path, file_variant=file_variant)
     if not local_path.is_dir():
         return read_checkpoint(local_path)
     if is_diffusers_folder(local_path):
-        return read_folder(local_path, variant)
+        return read_folder(local_path, file_variant)
     weights_path = _find_newest(local_path, RUN_WEIGHTS)
     config_path = _find_newest(local_path, RUN_CONFIGS)
     if weights_path is None:
@@ -151,8 +151,8 @@ def identify_weights(checkpoint: Checkpoint) -> Weights:
     state, buffers = rename_weights(checkpoint.state), select_buffers(checkpoint.state)
     metadata = checkpoint.metadata | {name: "" for name in MARKERS if name in checkpoint.state}
     with errors_as(FileFormatError, f"`{checkpoint.path}` has weights of invalid shapes"):
-        family = recognize_family(state, checkpoint.ema_state, metadata)
-    return Weights(checkpoint, state, buffers, metadata, family, checkpoint.mapped)
+        family = detect_family(state, checkpoint.ema_state, metadata)
+    return Weights(checkpoint, state, buffers, metadata, family, checkpoint.memory_mapped)
 
 
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:

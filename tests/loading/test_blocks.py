@@ -5,7 +5,7 @@ import pytest
 from ldm.loading.blocks import find_blocks
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.families import CONFIG_DIR, XL_CONFIG_DIR
+from ldm.loading.families import CONFIG_DIR, SDXL_CONFIG_DIR
 from ldm.runtime.errors import ArgumentError
 
 ATTENTION = "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10"
@@ -29,7 +29,7 @@ def test_blocks_of_stable_diffusion(blocks):
 
 
 def test_blocks_of_sdxl():
-    blocks = blocks_of(f"{XL_CONFIG_DIR}/sd_xl_base")
+    blocks = blocks_of(f"{SDXL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
     assert list(blocks.attention_names) == XL_ATTENTION.split()
     assert blocks.find_block("unet.out.2.weight") == "OUT08"

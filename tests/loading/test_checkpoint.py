@@ -36,7 +36,7 @@ def test_written_weights_come_back(tmp_path, ending, dtype):
     file = read_checkpoint(path)
     torch.testing.assert_close(file.state, state, rtol=0, atol=0)  # dtypes, too
     assert file.step == 12
-    assert file.mapped
+    assert file.memory_mapped
     assert os.listdir(tmp_path) == [path.name]
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode

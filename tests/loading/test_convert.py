@@ -141,7 +141,7 @@ def test_half_precision_and_its_variant(tiny, state, tmp_path):
     back = open_checkpoint(half).state  # the only variant there is
     assert torch.equal(back[CONV_IN], state[CONV_IN].half())
     with pytest.raises(FileNotFoundError, match="of variant `bf16`"):
-        open_checkpoint(half, variant="bf16")
+        open_checkpoint(half, file_variant="bf16")
     run(tiny, tmp_path / "b.safetensors", "--dtype", "bfloat16")
     weights = read_checkpoint(tmp_path / "b.safetensors").state
     assert torch.equal(weights[CONV_IN], state[CONV_IN].bfloat16())

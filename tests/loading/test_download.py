@@ -20,7 +20,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from ldm.app.catalogue import read_catalogue
 from ldm.commands.main import main
 from ldm.loading import published
-from ldm.loading.hub import fetch_url
+from ldm.loading.hub import download_url
 from ldm.loading.load import load
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import DownloadError
@@ -194,7 +194,7 @@ def test_another_process_continues_an_interrupted_download(hub, cache):
     hub.files[FIRST] = CONTENT
     part = leave_part(cache, CONTENT[:1_500_000])
     code = "import sys, pathlib as p, ldm.loading.published as m; m.TABLE = p.Path(sys.argv[1]);"
-    words = [sys.executable, "-c", f"{code} print(m.download('small'))", published.TABLE]
+    words = [sys.executable, "-c", f"{code} print(m.download_checkpoint('small'))", published.TABLE]
     env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(cache)}
     env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
@@ -259,18 +259,18 @@ def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub, monkeypatch
     hub.files |= {"release/v1/a.pth": CONTENT, "store/a/b": CONTENT, "release/v1/b.pth": WRONG}
     hub.locations["release/v1/a.pth"] = "store/a/b"
     url = f"{constants.ENDPOINT}/release/v1/a.pth"
-    path = fetch_url(url, len(CONTENT), SHA256)
+    path = download_url(url, len(CONTENT), SHA256)
     assert path.read_bytes() == CONTENT
     count = len(hub.gets)
-    assert fetch_url(url, len(CONTENT), SHA256) == path
+    assert download_url(url, len(CONTENT), SHA256) == path
     assert len(hub.gets) == count
     other = url.replace("a.pth", "b.pth")
     with pytest.raises(DownloadError, match=f"expected {SHA256}, got {WRONG_SHA256}"):
-        fetch_url(other, len(CONTENT), SHA256)
+        download_url(other, len(CONTENT), SHA256)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch_url(url, len(CONTENT), SHA256) == path
+    assert download_url(url, len(CONTENT), SHA256) == path
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
-        fetch_url(other, len(CONTENT), SHA256)
+        download_url(other, len(CONTENT), SHA256)
 
 
 @pytest.mark.usefixtures("table")
@@ -356,19 +356,19 @@ def test_an_address_is_a_file_or_a_diffusers_folder(hub, cache):
     files |= {"model_index.json": json.dumps(index).encode(), "v1.ckpt": CONTENT}
     hub.files |= {f"some/pipe/{name}": content for name, content in files.items()}
     folder = find_checkpoint("hf:some/pipe")
-    fetched = sorted(path.relative_to(folder).as_posix() for path in final_files(cache))
-    assert fetched == ["model_index.json", "unet/config.json", f"{weights}.safetensors"]
+    downloaded = sorted(path.relative_to(folder).as_posix() for path in final_files(cache))
+    assert downloaded == ["model_index.json", "unet/config.json", f"{weights}.safetensors"]
     assert find_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
     assert find_checkpoint("hf:only/one").name == "v1.ckpt"
     count = len(hub.requests)
     assert find_checkpoint("hf:some/pipe") == folder
-    assert find_checkpoint("hf:only/one", fetch=False).name == "v1.ckpt"
-    assert find_checkpoint("hf:some/pipe/v1.ckpt", fetch=False).name == "v1.ckpt"
+    assert find_checkpoint("hf:only/one", download=False).name == "v1.ckpt"
+    assert find_checkpoint("hf:some/pipe/v1.ckpt", download=False).name == "v1.ckpt"
     assert len(hub.requests) == count
     with pytest.raises(OSError, match="has no file `v2.ckpt`; it has unet/"):
         find_checkpoint("hf:some/pipe/v2.ckpt")
     with pytest.raises(FileNotFoundError, match="machine: ldm download hf:some/other"):
-        find_checkpoint("hf:some/other", fetch=False)
+        find_checkpoint("hf:some/other", download=False)
 
 
 def test_a_server_cannot_choose_where_files_are_written(hub, cache):

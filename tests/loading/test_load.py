@@ -17,7 +17,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.convert import plan_conversion
 from ldm.loading.diffusers.files import read_folder
-from ldm.loading.families import probe_prediction, recognize_family
+from ldm.loading.families import detect_family, probe_prediction_type
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
@@ -169,7 +169,7 @@ def test_weights_that_a_folder_computes_are_not_lost(convert_family):
     """Of three matrices for query, key and value OpenCLIP has one, which is in no file."""
     _, expected, folder = convert_family("sd2")
     file = read_folder(folder)
-    assert file.mapped
+    assert file.memory_mapped
     for name, value in file.state.items():
         release_pages(value)
         assert torch.equal(value, expected[name]), name
@@ -539,7 +539,7 @@ def full(name):
     return {f"unet.{k}": torch.zeros(1).expand(v.shape) for k, v in unet.state_dict().items()}
 
 
-SHIPPED = [f for f in families.FAMILIES if not f.is_xl]  # test_sdxl has the others
+SHIPPED = [f for f in families.FAMILIES if not f.is_sdxl]  # test_sdxl has the others
 
 
 @pytest.mark.parametrize("family", SHIPPED, ids=lambda f: f.name)
@@ -547,7 +547,7 @@ def test_families_are_recognised(family):
     others = {families.IMAGE_CONV: torch.zeros(128, family.image_channels, 3, 3)}
     if family.has_vision_tower:
         others[families.VISION_TOWER] = torch.zeros(1)
-    assert recognize_family(full(family.config) | others) is family
+    assert detect_family(full(family.config) | others) is family
 
 
 EPS, V = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
@@ -572,7 +572,7 @@ EPS[::2] *= -1
 def test_several_methods_detect_the_prediction(step, bias, metadata, kind, is_disputed):
     state = restore_names(full("v2-inference") | {families.BIAS_NAME: bias})
     weights = identify_weights(Checkpoint(Path("x.ckpt"), "zip", state, step, metadata=metadata))
-    prediction = weights.prediction
+    prediction = weights.prediction_type
     assert (prediction.kind, prediction.is_disputed) == (kind, is_disputed)
     assert prediction.num_known == sum(v is not None for v in (step, bias)) + bool(metadata)
     name = "v2-inference-v" if kind == "v" else "v2-inference"
@@ -588,10 +588,10 @@ def test_the_probe_tells_v_from_eps():
         def forward(self, x, t, context):
             return self.factor * x
 
-    nothing = families.Prediction(None)
-    assert probe_prediction(Answer(-2.0), nothing).kind == "v"
-    assert probe_prediction(Answer(1.0), nothing).kind == "eps"
-    assert probe_prediction(Answer(float("nan")), nothing).kind is None
+    nothing = families.PredictionType(None)
+    assert probe_prediction_type(Answer(-2.0), nothing).kind == "v"
+    assert probe_prediction_type(Answer(1.0), nothing).kind == "eps"
+    assert probe_prediction_type(Answer(float("nan")), nothing).kind is None
 
 
 def test_a_contradiction_between_config_and_weights_is_loud(tmp_path, tiny_yaml, tiny_state):

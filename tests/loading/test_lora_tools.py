@@ -10,7 +10,7 @@ from ldm.commands.merge_lora import main as merge
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.lora_files import write_lora
 from ldm.loading.addons.lora_tools import (
-    RankRule,
+    RankLimits,
     build_model_of_lora,
     compute_svd,
     extract_lora,
@@ -22,7 +22,7 @@ from ldm.nets.lora import merge_changes
 from ldm.runtime.errors import LdmError
 from quick import slow_except
 
-FULL = RankRule()
+FULL = RankLimits()
 SPEC = (
     "sai_model_spec", "implementation", "title", "resolution", "prediction_type", "date",
     "hash_sha256", "merged_from",
@@ -58,7 +58,7 @@ def deltas(lora):
 @pytest.mark.parametrize("family", slow_except(["sd1", "xl"], "sd1"))
 def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
     tuned, base = files / f"{family}-tuned.safetensors", files / f"{family}.safetensors"
-    result = extract_lora(tuned, base, FULL, conv_rule=FULL, clamp_quantile=1)
+    result = extract_lora(tuned, base, FULL, conv_limits=FULL, clamp_quantile=1)
     assert result.retained_fraction == pytest.approx(1)
     assert all("embedding" in name or "projection" in name for name in result.other_weights)
     merge_changes(result.lora.layers.values())
@@ -71,7 +71,7 @@ def test_a_lora_of_full_rank_makes_the_base_the_tuned_model(files, family):
 
 def test_extraction_is_kohyas_rule(files):
     paths = files / "sd1-tuned.safetensors", files / "sd1.safetensors"
-    result = extract_lora(*paths, RankRule(rank=4))
+    result = extract_lora(*paths, RankLimits(rank=4))
     assert not any("resnets" in name and "conv1" in name for name in result.lora.layers)
     assert 0.1 < result.retained_fraction < 0.5
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -80,7 +80,7 @@ def test_extraction_is_kohyas_rule(files):
     u, s, v = torch.linalg.svd(new[weight] - old[weight])
     up, down = u[:, :4] * s[:4], v[:4]
     layer = result.lora.layers[name]
-    unclamped = extract_lora(*paths, RankRule(rank=4), clamp_quantile=1)
+    unclamped = extract_lora(*paths, RankLimits(rank=4), clamp_quantile=1)
     assert result.retained_fraction < unclamped.retained_fraction  # which counts the clamp
     signs = (layer.lora_down.weight * down).sum(1).sign()  # which the SVD leaves open
     up, down = up * signs, down * signs[:, None]
@@ -91,7 +91,7 @@ def test_extraction_is_kohyas_rule(files):
 
 
 @pytest.mark.parametrize(
-    ("rule", "count"),
+    ("limits", "count"),
     [
         ({"rank": 2}, 2),
         ({"rank": 9}, 4),
@@ -102,8 +102,8 @@ def test_extraction_is_kohyas_rule(files):
         ({"rank": 2, "ratio": 2}, 2),
     ],
 )
-def test_rules_of_the_rank(rule, count):
-    assert RankRule(**rule).count(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
+def test_limits_of_the_rank(limits, count):
+    assert RankLimits(**limits).count(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
@@ -172,7 +172,7 @@ def test_a_resized_lora_is_the_nearest_of_its_rank(kind, tmp_path):
     else:
         write_lora(random_adapter(model, rank=6, alpha=3), file, model)
     whole = deltas(join_loras([(file, 1.0)], model).lora)
-    small = join_loras([(file, 1.0)], model, RankRule(rank=2))
+    small = join_loras([(file, 1.0)], model, RankLimits(rank=2))
     retained = total = ranks = 0
     for name, delta in deltas(small.lora).items():
         u, s, v = torch.linalg.svd(whole[name].flatten(1), full_matrices=False)

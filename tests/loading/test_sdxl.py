@@ -204,7 +204,7 @@ def test_families_are_recognised(full, config, markers, chosen):
     source, raw = read_config(weights)
     assert Path(source).stem == chosen
     model = translate_config(raw)["params"]
-    assert not weights.prediction.is_disputed
+    assert not weights.prediction_type.is_disputed
     if chosen == "sd_xl_cosxl":
         expected = {"sigma_min": 0.002, "sigma_max": 90.0, "log_time": True}
         assert model["schedule"]["params"] == expected
@@ -228,7 +228,7 @@ def test_markers_determine_the_denoiser_of_all_families(full, config, markers, z
     raw = read_config(weights)[1]
     assert yaml.safe_load(find_config_text(file, None)) == raw
     params = translate_config(raw)["params"]
-    assert params["parameterization"] == weights.prediction.kind == "v"
+    assert params["parameterization"] == weights.prediction_type.kind == "v"
     schedule = params["schedule"]["params"]
     assert schedule.get("zero_snr") == zero_snr
     assert zero_snr is not None or schedule["sigma_max"] == 90

@@ -84,7 +84,7 @@ def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled_model):
 def test_variants_are_sampled_as_by_diffusers(diffusers, variant, name, options, steps, extra):
     torch.manual_seed(0)
     model, row = tiny_model("sd1"), VARIANTS[variant]
-    model.defaults, model.parameterization = row.defaults, row.prediction or "eps"
+    model.defaults, model.parameterization = row.defaults, row.prediction_type or "eps"
     cond = model.condition({"txt": PROMPT})
     pipe = their_pipeline(model)
     scheduler = getattr(diffusers, name)(**BETAS, **options)

@@ -57,8 +57,8 @@ def load_clip(path: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
     Raises:
         FileFormatError: The file does not contain both towers.
     """
-    clip, state, mapped = _build_clip(path)
-    fill_weights(clip, state, device=device, mapped=mapped)
+    clip, state, memory_mapped = _build_clip(path)
+    fill_weights(clip, state, device=device, memory_mapped=memory_mapped)
     return clip.eval()
 
 
@@ -98,7 +98,7 @@ def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
     with meta_device():
         clip = CLIP(_infer_text_size(state) | {"quick_gelu": quick_gelu}, _infer_vision_size(state))
     check_weights(clip.state_dict(), state, f"`{path}` does not fit CLIP")
-    return clip, state, file.mapped
+    return clip, state, file.memory_mapped
 
 
 def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,9 +45,9 @@ TENSOR_KEY = "TORCHTENSOR"  # A1111's key of a tensor in JSON
 MAX_TOKENS = 76  # a file with more tensors is not a textual inversion
 STRING_TO_PARAM_PREFIX = "string_to_param."
 ONLY_TOKEN_KEY = "emb_params"  # vectors of the only token, which is named after the file
-XL_KEYS = ("clip_l", "clip_g")  # likewise, for each text encoder of SDXL
+SDXL_KEYS = ("clip_l", "clip_g")  # likewise, for each text encoder of SDXL
 # Keys of diffusers' training script.
-DIFFUSERS_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+DIFFUSERS_SDXL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
 BUNDLE_PREFIX = "bundle_emb."  # of tensors of embeddings in LoRA files
 BUNDLE_KEY = re.compile(
@@ -242,7 +242,7 @@ def write_embeddings(
     entries = describe_model(model, Path(path).stem, "textual-inversion", metadata)
     for token, value in tokens.items():
         vectors_by_encoder = [value] if isinstance(value, Tensor) else value
-        keys = [token] if len(vectors_by_encoder) == 1 else XL_KEYS
+        keys = [token] if len(vectors_by_encoder) == 1 else SDXL_KEYS
         for key, vectors in zip(keys, vectors_by_encoder, strict=True):
             state[key] = vectors.detach().cpu()
         if len(vectors_by_encoder) > 1:
@@ -256,15 +256,15 @@ def write_embeddings(
 
 def _parse_tokens(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
     """Return a file's vectors (n, D) by token; `name` is the token if the file has none."""
-    state = {DIFFUSERS_XL_KEYS.get(key, key): value for key, value in state.items()}
-    xl_vectors = [state[key] for key in XL_KEYS if key in state]
+    state = {DIFFUSERS_SDXL_KEYS.get(key, key): value for key, value in state.items()}
+    sdxl_vectors = [state[key] for key in SDXL_KEYS if key in state]
     params = {
         n.removeprefix(STRING_TO_PARAM_PREFIX): v
         for n, v in state.items()
         if n.startswith(STRING_TO_PARAM_PREFIX)
     }
-    if xl_vectors:
-        tokens = {name: xl_vectors}
+    if sdxl_vectors:
+        tokens = {name: sdxl_vectors}
     elif ONLY_TOKEN_KEY in state:
         tokens = {name: [state[ONLY_TOKEN_KEY]]}
     elif len(params) == 1:

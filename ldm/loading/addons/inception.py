@@ -36,5 +36,5 @@ def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> I
     state = {name: value for name, value in file.state.items() if not name.startswith("fc.")}
     state |= {name: torch.zeros((), dtype=torch.int64) for name in counters}
     check_weights(expected, state, f"`{path}` does not fit Inception")
-    fill_weights(net, state, device=device, mapped=file.mapped)
+    fill_weights(net, state, device=device, memory_mapped=file.memory_mapped)
     return net.eval()

@@ -39,5 +39,5 @@ def load_prior(
             xf_final_ln="final_ln.weight" in state,
         )
     state = match_weights(prior, state, path, f"`{path}` does not fit a prior")
-    fill_weights(prior, state, device=device, dtype=dtype, mapped=file.mapped)
+    fill_weights(prior, state, device=device, dtype=dtype, memory_mapped=file.memory_mapped)
     return prior.eval()

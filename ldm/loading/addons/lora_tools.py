@@ -26,14 +26,15 @@ from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
 
 __all__ = [
-    "ExtractedLoRA", "JoinedLoRA", "RankRule", "build_model_of_lora", "extract_lora", "join_loras",
+    "ExtractedLoRA", "JoinedLoRA", "RankLimits", "build_model_of_lora", "compute_svd",
+    "extract_lora", "join_loras",
 ]  # fmt: skip
 
 ROUNDING_ERROR = 1e-7  # of singular values, relative to the largest
 
 
 @dataclass(frozen=True)
-class RankRule:
+class RankLimits:
     """Limits for the singular values that a layer keeps: the strictest applies; None = no limit.
 
     Args:
@@ -81,7 +82,7 @@ class RankRule:
         return max(1, min(len(values), *counts))
 
 
-NO_LIMITS = RankRule()
+NO_LIMITS = RankLimits()
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class ExtractedLoRA:
 def extract_lora(
     tuned: str | Path,
     base: str | Path,
-    rule: RankRule,
+    limits: RankLimits,
     *,
-    conv_rule: RankRule | None = None,
+    conv_limits: RankLimits | None = None,
     clamp_quantile: float = 0.99,
     ema: bool = False,
     config: str | Path | None = None,
@@ -136,8 +137,8 @@ def extract_lora(
     Layers that do not differ are left out.
 
     Args:
-        rule: Limits for linear layers and 1 x 1 convolutions.
-        conv_rule: Limits for larger convolutions; None = these are left out.
+        limits: Limits for linear layers and 1 x 1 convolutions.
+        conv_limits: Limits for larger convolutions; None = these are left out.
         clamp_quantile: Quantile to which the weights of a layer are clamped; 1 = no clamping.
         ema: Whether to use EMA weights of files that have them.
         config: The YAML of both models; None finds it as `load` does.
@@ -158,8 +159,8 @@ def extract_lora(
     for new, old in zip(*map(list_lora_targets, networks), strict=True):
         progress(1)
         weights = (new.target.weight, old.target.weight)
-        layer_rule = conv_rule if weights[0][0, 0].numel() > 1 else rule
-        if layer_rule is None:
+        layer_limits = conv_limits if weights[0][0, 0].numel() > 1 else limits
+        if layer_limits is None:
             continue
         delta = weights[0].float() - weights[1].float()
         for model, weight in zip(models, weights, strict=True):
@@ -167,7 +168,7 @@ def extract_lora(
         if not delta.any():
             continue
         up, values, down = compute_svd(delta.flatten(1))
-        count = layer_rule.count(values)
+        count = layer_limits.count(values)
         up, down = up[:, :count] * values[:count], down[:count]
         if clamp_quantile < 1:
             limit = _compute_quantile(torch.cat([up.flatten(), down.flatten()]), clamp_quantile)
@@ -188,7 +189,7 @@ def extract_lora(
 def join_loras(
     files: Iterable[tuple[str | Path, LoRAWeightLike]],
     model: LatentDiffusion,
-    rule: RankRule = NO_LIMITS,
+    limits: RankLimits = NO_LIMITS,
     *,
     progress: Callable[[int], object] = lambda count: None,
 ) -> JoinedLoRA:
@@ -199,7 +200,7 @@ def join_loras(
 
     Args:
         model: Model whose layers they change; it may be on the meta device.
-        rule: Limits of each layer's rank; additions to norms and biases stay whole.
+        limits: Limits of each layer's rank; additions to norms and biases stay whole.
         progress: Called with 1 for each layer.
 
     Raises:
@@ -228,8 +229,8 @@ def join_loras(
             name = f"{names[target]}.{_get_vector_role(target)}"
             other_tensors[name] = sum_additions(target_additions)
             continue
-        up, values, down = _decompose_sum(target_additions, is_limited=rule.is_limited)
-        count = min(rule.count(values), int(values.count_nonzero()))
+        up, values, down = _decompose_sum(target_additions, is_limited=limits.is_limited)
+        count = min(limits.count(values), int(values.count_nonzero()))
         if count:
             up, down = up[:, :count] * values[:count], down[:count]
             layers[names[target]] = build_lora_layer(target, down.float(), up.float())

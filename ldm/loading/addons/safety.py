@@ -71,7 +71,7 @@ def load_safety_checker(
     converted = {key for name in weights for key in locations[name].keys}
     weights |= {name: value for name, value in state.items() if name not in converted}
     check_weights(expected, weights, summary)
-    fill_weights(checker, weights, device=device, mapped=file.mapped)
+    fill_weights(checker, weights, device=device, memory_mapped=file.memory_mapped)
     return checker.eval().requires_grad_(False)
 
 

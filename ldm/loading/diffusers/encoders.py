@@ -17,9 +17,18 @@ from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "get_tower_config", "is_openai_clip", "make_depth_config", "make_processor_config",
-    "make_text_files", "make_tokenizer_files", "make_vision_config", "parse_depth_config",
-    "parse_text_config", "parse_vision_config", "parse_xl_text_config", "read_added_tokens",
+    "get_tower_config",
+    "is_openai_clip",
+    "make_depth_config",
+    "make_processor_config",
+    "make_text_files",
+    "make_tokenizer_files",
+    "make_vision_config",
+    "parse_depth_config",
+    "parse_sdxl_text_config",
+    "parse_text_config",
+    "parse_vision_config",
+    "read_added_tokens",
 ]  # fmt: skip
 
 Config = JsonMapping  # of transformers
@@ -95,7 +104,7 @@ def make_text_files(encoder: TextEncoder, component: str = "text_encoder") -> Js
     return {f"{component}/config.json": make_text_config(encoder), **files}
 
 
-def parse_xl_text_config(config: Config, *, pooled: bool) -> JsonObject:
+def parse_sdxl_text_config(config: Config, *, pooled: bool) -> JsonObject:
     """Return the parameters of SDXL's CLIPText, or with `pooled` of its OpenCLIPText."""
     layers = config["num_hidden_layers"]
     if not pooled:

@@ -95,11 +95,11 @@ def is_diffusers_folder(path: str | Path) -> bool:
     return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
 
 
-def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
+def read_folder(path: str | Path, file_variant: str | None = None) -> Checkpoint:
     """Return the weights of a folder under the original's names, with config and added tokens.
 
     Args:
-        variant: See `read_component`; at least one component must have it.
+        file_variant: See `read_component`; at least one component must have it.
     """
     path = Path(path).expanduser()
     files = _read_configs(path)
@@ -117,11 +117,11 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     added_tokens: dict[str, list[Tensor]] = {}
     state = rename_weights(extra.state)
     folders = {name: path / name if INDEX in files else path for name in locations}
-    if variant and not any(variant in _find_weights(folder) for folder in folders.values()):
-        message = f"no weights of variant `{variant}` in `{path}`: leave out `variant`"
+    if file_variant and not any(file_variant in _find_weights(f) for f in folders.values()):
+        message = f"no weights of variant `{file_variant}` in `{path}`: leave out `variant`"
         raise MissingFile(message, "variant")
     for component, folder in folders.items():
-        component_state = read_component(folder, variant)
+        component_state = read_component(folder, file_variant)
         if component in TOKENIZERS:
             added = _pop_added_tokens(component_state, token_ids[component])
             for token, vectors in added.items():
@@ -142,13 +142,13 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     if NORMALIZER in files:
         folder = (path / NORMALIZER).parent
         with errors_as(FileFormatError, f"`{folder}` has damaged statistics"):
-            buffers |= _convert_statistics(read_component(folder, variant))
+            buffers |= _convert_statistics(read_component(folder, file_variant))
     return Checkpoint(
         path=path,
         format="diffusers",
         state=restore_names({name: state[name] for name in model_state}, buffers | non_weights),
         step=extra.step,
-        mapped=True,
+        memory_mapped=True,
         metadata=extra.metadata | _collect_metadata(files) | {CONFIG_KEY: format_yaml(raw)},
         added_tokens=added_tokens,
     )
@@ -206,18 +206,18 @@ def build_folder(
     return files, {**components, "": restore_names(extra, non_weights, sgm=is_sgm)}
 
 
-def get_weights_path(component: str, files: Files, variant: str | None = None) -> str:
+def get_weights_path(component: str, files: Files, file_variant: str | None = None) -> str:
     """Return the path of a component's weights in a folder.
 
     Args:
         component: Name of the component; "" for EXTRA_WEIGHTS.
         files: The JSONs of the folder by path.
-        variant: Variant in the file name, such as `fp16`; None = none.
+        file_variant: Variant in the file name, such as `fp16`; None = none.
     """
     if not component:
         return EXTRA_WEIGHTS
     stem = STEMS[1] if component in TRANSFORMERS else STEMS[0]
-    name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    name = f"{stem}.{file_variant}.safetensors" if file_variant else f"{stem}.safetensors"
     return f"{component}/{name}" if INDEX in files else name
 
 
@@ -310,26 +310,26 @@ def _has_same_config(extra: Checkpoint, files: Files) -> bool:
     return True
 
 
-def read_component(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+def read_component(folder: Path, file_variant: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a component, from one file or several shards.
 
     Args:
-        variant: Variant in the file names, such as `fp16`; None, or one that the component does
-            not have = files without one, else fp16, else the first other variant, `non_ema` last.
+        file_variant: Variant in the file names, such as `fp16`; None, or one that the component
+            does not have = files without one, else fp16, else the first other, `non_ema` last.
     """
     variants = _find_weights(folder)
     if not variants:
         listed = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
         raise MissingFile(f"no weights in `{folder}`, only {listed}: {REMEDY}")
-    chosen = variant or ""
+    chosen = file_variant or ""
     if chosen not in variants:
         chosen = min(
             variants, key=lambda name: (name != "", name == "non_ema", name != "fp16", name)
         )
-        if variant is None:
+        if file_variant is None:
             log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(variants)), chosen)
         else:
-            log.warning("`%s` has no variant %s, using %s", folder, variant, chosen or "none")
+            log.warning("`%s` has no variant %s, using %s", folder, file_variant, chosen or "none")
     best = min(variants[chosen], key=_rank_file)
     files = [best[0]]
     if best["index"]:
@@ -360,7 +360,7 @@ def _rank_file(match: re.Match[str]) -> tuple[bool, bool, int, bool]:
 def read_network(path: Path) -> Checkpoint:
     """Return the weights of one network, from a file or from the folder of a component."""
     if path.is_dir():
-        return Checkpoint(path, "diffusers", read_component(path), mapped=True)
+        return Checkpoint(path, "diffusers", read_component(path), memory_mapped=True)
     return read_checkpoint(path)
 
 

@@ -16,16 +16,16 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers
 from ldm.loading.diffusers.latent_upscaler import (
-    is_x2_folder,
-    make_folder_configs_x2,
-    make_original_config_x2,
+    is_upscaler_folder,
+    make_upscaler_folder_configs,
+    make_upscaler_original_config,
 )
-from ldm.loading.diffusers.xl import (
-    is_xl_folder,
-    make_folder_configs_xl,
-    make_original_config_xl,
+from ldm.loading.diffusers.sdxl import (
+    is_sdxl_folder,
+    make_sdxl_folder_configs,
+    make_sdxl_original_config,
 )
-from ldm.loading.families import CONFIG_DIR, recognize_family
+from ldm.loading.families import CONFIG_DIR, detect_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
@@ -106,9 +106,9 @@ def make_folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     if "ddconfig" not in vae:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
     if is_sdxl(model):
-        return make_folder_configs_xl(model, spec)
+        return make_sdxl_folder_configs(model, spec)
     if isinstance(model.unet, LatentUpscalerUNet):
-        return make_folder_configs_x2(model, spec)
+        return make_upscaler_folder_configs(model, spec)
     side = _get_training_size(model)
     height, width = model.latent_size
     files: Files = {
@@ -141,10 +141,10 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
         autoencoder["params"] = networks.parse_vae_config(files["config.json"])
         return {"model": autoencoder}
-    if is_xl_folder(files):
-        return make_original_config_xl(files, folder)
-    if is_x2_folder(files):
-        return make_original_config_x2(files, folder)
+    if is_sdxl_folder(files):
+        return make_sdxl_original_config(files, folder)
+    if is_upscaler_folder(files):
+        return make_upscaler_original_config(files, folder)
     pipeline_key = _find_folder_pipeline(files)
     encoder = IMAGE if pipeline_key in ("image", "variations") else layout.TEXT
     layout.check_files(files, folder, layout.UNET, layout.VAE, layout.SCHEDULER, encoder)
@@ -161,7 +161,7 @@ def make_original_config(files: Files, folder: str = "the folder") -> JsonObject
     unet = networks.parse_unet_config(files[layout.UNET])
     params["unet_config"]["params"] = unet
     params[AUTOENCODER_CONFIG]["params"] |= networks.parse_vae_config(files[layout.VAE])
-    params |= schedulers.parse_betas(files[layout.SCHEDULER], layout.SCHEDULER)
+    params |= schedulers.parse_noise_schedule(files[layout.SCHEDULER], layout.SCHEDULER)
     params["parameterization"] = schedulers.parse_prediction_type(files[layout.SCHEDULER])
     scheduler = schedulers.parse_scheduler(files[layout.SCHEDULER], "leading")
     if scheduler == "trailing":  # of few-step models
@@ -210,13 +210,13 @@ def _set_encoder_params(files: Files, params: JsonObject, pipeline_key: str) -> 
         low_res = params["low_scale_config"].setdefault("params", {})
         low_res["max_noise_level"] = files[layout.INDEX].get("max_noise_level", 350)
     if pipeline_key == "lowres":
-        noise = schedulers.parse_betas(files[LOW_RES_NOISE], LOW_RES_NOISE)
+        noise = schedulers.parse_noise_schedule(files[LOW_RES_NOISE], LOW_RES_NOISE)
         low_res["noise_schedule_config"] = noise
     if pipeline_key == "variations":
         params["cond_stage_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
     if pipeline_key == "image":
         params["embedder_config"]["params"] = encoders.parse_vision_config(files[IMAGE])
-        betas = schedulers.parse_betas(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
+        betas = schedulers.parse_noise_schedule(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
         params["noise_aug_config"]["params"] |= {
             "timestep_dim": files[IMAGE]["projection_dim"],
             "noise_schedule_config": betas,
@@ -262,7 +262,7 @@ def _find_folder_pipeline(files: Files) -> str:
 
 def _get_training_size(model: LatentDiffusion) -> int:
     """Return the side in latent pixels at which a model was trained."""
-    family = recognize_family(model.state_dict())
+    family = detect_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":
         return max(model.image_size, V_MODEL_SIZE)
     return model.image_size
@@ -272,5 +272,5 @@ def _make_noise_config(spec: JsonMapping) -> Files:
     """Return the scheduler config for the noise that is added to a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")
-    config = schedulers.make_betas_config({"params": params})
+    config = schedulers.make_noise_schedule_config({"params": params})
     return {"_class_name": "DDPMScheduler", "clip_sample": False, **config}

@@ -24,7 +24,7 @@ from ldm.nets.latent_upscaler import HEAD_DIM, LatentUpscalerUNet
 from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["is_x2_folder", "make_folder_configs_x2", "make_original_config_x2"]
+__all__ = ["is_upscaler_folder", "make_upscaler_folder_configs", "make_upscaler_original_config"]
 
 REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
@@ -48,12 +48,12 @@ BETAS: JsonObject = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.
 PIPELINE = "StableDiffusionLatentUpscalePipeline"
 
 
-def is_x2_folder(files: JsonMapping) -> bool:
+def is_upscaler_folder(files: JsonMapping) -> bool:
     """Return whether a folder contains the x2 latent upscaler, by its UNet."""
     return bool(files.get(UNET, {}).get("time_embedding_type") == "fourier")
 
 
-def make_folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
+def make_upscaler_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     """Return all files of a folder except weights, for a model and its config."""
     params = spec["params"]
     side = max(model.latent_size)
@@ -68,7 +68,7 @@ def make_folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
     return files | {INDEX: make_index(PIPELINE, files, {})}
 
 
-def make_original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
+def make_upscaler_original_config(files: JsonMapping, folder: str) -> JsonObject:
     """Return the config of a folder, with our keys; `folder` is its path for messages."""
     check_files(files, folder, VAE, SCHEDULER, TEXT)
     raw = build_upscaler_config(_parse_unet_config(files[UNET]))
@@ -144,7 +144,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     betas = schedule.get("betas", {"params": BETAS})
     return {
         "_class_name": "EulerDiscreteScheduler",
-        **schedulers.make_betas_config(betas),
+        **schedulers.make_noise_schedule_config(betas),
         "prediction_type": PREDICTION_TYPES[0],
         "interpolation_type": "linear" if is_discrete else "log_linear",
         "timestep_spacing": "linspace",
@@ -161,7 +161,7 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
     for key in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(key):
             raise ConfigError(f"{SCHEDULER}: `{key}` is not supported here")
-    betas = schedulers.parse_betas(config, SCHEDULER)
+    betas = schedulers.parse_noise_schedule(config, SCHEDULER)
     betas["name"] = betas.pop("beta_schedule")
     if interpolation == "linear":
         target = f"{Schedule.__module__}."

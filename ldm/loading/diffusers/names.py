@@ -37,7 +37,7 @@ PREFIXES = {
     "out.2": "conv_out",
 }
 # Other prefixes in UNets without transformers in the first level: SDXL's.
-XL_PREFIXES = {
+SDXL_PREFIXES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
@@ -59,8 +59,8 @@ TEXT_RULES = (
 def rename_unet_layers(names: Iterable[str]) -> dict[str, str]:
     """Return diffusers' name by our name, for all layers (or weights) of a UNet."""
     names = list(names)
-    is_xl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
-    prefixes = {**PREFIXES, **(XL_PREFIXES if is_xl else {}), **_map_blocks(names)}
+    is_sdxl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
+    prefixes = {**PREFIXES, **(SDXL_PREFIXES if is_sdxl else {}), **_map_blocks(names)}
     renamed = {}
     for name in names:
         prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)

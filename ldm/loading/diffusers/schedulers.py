@@ -12,8 +12,13 @@ from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "get_timestep_spacing", "make_betas_config", "make_ddim_config", "parse_betas",
-    "parse_prediction_type", "parse_scheduler", "to_prediction_type",
+    "get_timestep_spacing",
+    "make_ddim_config",
+    "make_noise_schedule_config",
+    "parse_noise_schedule",
+    "parse_prediction_type",
+    "parse_scheduler",
+    "to_prediction_type",
 ]  # fmt: skip
 
 # diffusers' beta_schedule -> the original's; other noise schedules are written as lists of betas.
@@ -41,7 +46,7 @@ def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = Fals
     """
     config = {
         "_class_name": "DDIMScheduler",
-        **make_betas_config(betas),
+        **make_noise_schedule_config(betas),
         "clip_sample": False,
         "set_alpha_to_one": zero_snr,
         "steps_offset": 1,
@@ -51,7 +56,7 @@ def make_ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = Fals
     return config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
-def make_betas_config(betas: Any) -> JsonObject:
+def make_noise_schedule_config(betas: Any) -> JsonObject:
     """Return the options of the noise schedule only; `betas` as in `make_ddim_config`."""
     if not isinstance(betas, Tensor):
         params = dict(betas.get("params") or {})
@@ -69,7 +74,7 @@ def make_betas_config(betas: Any) -> JsonObject:
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist()}
 
 
-def parse_betas(config: JsonMapping, where: str) -> JsonObject:
+def parse_noise_schedule(config: JsonMapping, where: str) -> JsonObject:
     """Return the original's parameters for the noise schedule in the config of a scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}

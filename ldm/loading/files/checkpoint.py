@@ -78,7 +78,7 @@ class Checkpoint:
         format: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
         state: Weights by name as in the file, without EMA weights.
         step: Training step; None = unknown.
-        mapped: Whether tensors are memory-mapped from the file.
+        memory_mapped: Whether tensors are memory-mapped from the file.
         extras: Names of entries beside the weights (`global_step` …).
         ema_state: EMA weights, `model_ema.*`.
         added_tokens: Tokens added to the tokenizers of a folder, with vectors (n, D) for each text
@@ -89,7 +89,7 @@ class Checkpoint:
     format: str
     state: dict[str, Tensor]
     step: int | None = None
-    mapped: bool = False
+    memory_mapped: bool = False
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     ema_state: dict[str, Tensor] = field(default_factory=dict)
@@ -132,9 +132,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path).expanduser()
     file_format = detect_format(path)
     if file_format == "safetensors":
-        mapped, (content, metadata) = True, _read_safetensors(path)
+        memory_mapped, (content, metadata) = True, _read_safetensors(path)
     else:
-        content, mapped = load_pickle(path, file_format)
+        content, memory_mapped = load_pickle(path, file_format)
         if not isinstance(content, dict):
             content_type = type(content).__name__
             raise FileFormatError(f"`{path}` contains a {content_type}, not weights by name")
@@ -152,7 +152,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ema_weights = remove_wrappers(dict(_flatten(entries.get(entry), path)))
         ema_state |= {to_ema_name(name): value for name, value in ema_weights.items()}
     step = step if isinstance(step, int) else None
-    return Checkpoint(path, file_format, state, step, mapped, tuple(entries), metadata, ema_state)
+    return Checkpoint(
+        path, file_format, state, step, memory_mapped, tuple(entries), metadata, ema_state
+    )
 
 
 def to_ema_name(name: str) -> str:
@@ -189,7 +191,7 @@ def write_checkpoint(
     metadata: Mapping[str, str | int] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    mapped: bool = False,
+    memory_mapped: bool = False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Write weights atomically, as `.safetensors`, `.ckpt` or `.pth` by the suffix of the path.
@@ -201,7 +203,7 @@ def write_checkpoint(
         metadata: Read back as `Checkpoint.metadata`. If TENSOR_HASH_KEY is in it, with any value, a
             `.safetensors` gets the hash of its tensors there. None = none.
         dtype: To cast floating-point tensors to; None leaves them as they are.
-        mapped: Whether tensors are memory-mapped; their pages are released once written.
+        memory_mapped: Whether tensors are memory-mapped; their pages are released once written.
         progress: Called with the size in bytes of each tensor once it is written.
     """
     path, metadata = Path(path), dict(metadata or {})
@@ -211,7 +213,7 @@ def write_checkpoint(
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: _TensorToWrite(value, dtype, mapped and isinstance(value, Tensor))
+        name: _TensorToWrite(value, dtype, memory_mapped and isinstance(value, Tensor))
         for name, value in state.items()
     }
     with write_atomically(path, sync=True) as temporary:
@@ -287,8 +289,8 @@ def compute_short_hash(path: str | Path) -> str:
 def release_pages(tensor: Tensor) -> None:
     """Release the memory of a mapped tensor that was copied; it is read again if it is used.
 
-    Only for tensors of a `mapped` checkpoint: others could lose their values. Tensors computed from
-    mapped ones, such as those of diffusers folders, are in torch's own memory and stay there.
+    Only for tensors of a `memory_mapped` checkpoint: others could lose their values. Tensors
+    computed from mapped ones, as in diffusers folders, are in torch's own memory and stay there.
     """
     if tensor.untyped_storage().resizable():  # allocated by torch, so not mapped
         return
@@ -410,7 +412,7 @@ class _TensorToWrite:
 
     source: Tensor | ComputedTensor
     target_dtype: torch.dtype | None  # None = that of the source
-    mapped: bool
+    memory_mapped: bool
 
     @property
     def value(self) -> Tensor:
@@ -437,7 +439,7 @@ class _TensorToWrite:
             raise OverflowError
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
-        if self.mapped and new.data_ptr() != old.data_ptr():
+        if self.memory_mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
         return new
 
@@ -475,7 +477,7 @@ def _write_safetensors(
             if has_hash:
                 digest.update(data)
             progress(value.nbytes)
-            if state[name].mapped:
+            if state[name].memory_mapped:
                 release_pages(value)
         if has_hash:  # replaces the placeholder of the same length
             file.seek(8 + text.index(_format_hash(b"").encode()))

@@ -126,10 +126,12 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
         ):
             warnings.simplefilter("ignore")
             # torch.load detects .safetensors by the suffix only, and memory-maps only paths.
-            mapped = file_format == "zip" and path.suffix != ".safetensors" and not is_script
+            memory_mapped = file_format == "zip" and path.suffix != ".safetensors" and not is_script
             with _copy_without_code(path) if is_script else path.open("rb") as file:
-                source: Any = str(path) if mapped else file
-                content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+                source: Any = str(path) if memory_mapped else file
+                content = torch.load(
+                    source, map_location="cpu", weights_only=True, mmap=memory_mapped
+                )
     except Exception as error:  # a malicious file may cause any error in the parser
         foreign = list_foreign_imports(path, file_format)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -140,7 +142,7 @@ def load_pickle(path: Path, file_format: str) -> tuple[Any, bool]:
             message = f"`{path}` is damaged, perhaps an incomplete download: {reason}"
             raise FileFormatError(message) from error
         raise FileFormatError(f"`{path}` is refused: {reason}") from error
-    return content, mapped
+    return content, memory_mapped
 
 
 def list_pickle_imports(path: Path, file_format: str) -> list[str]:

@@ -53,7 +53,7 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
         weights = _load(model.unet, params, "unet.", widened_keys)
     else:
         weights = _load(model, params, "", widened_keys)
-    prediction = weights.prediction
+    prediction = weights.prediction_type
     if prediction.kind not in (None, model.parameterization):
         log.warning(
             "`%s` looks like a model that predicts %s, the config says %s: %s",

@@ -12,14 +12,14 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, layout, networks, schedulers
 from ldm.loading.diffusers.locations import get_text_component
-from ldm.loading.families import XL_CONFIG_DIR
+from ldm.loading.families import SDXL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["is_xl_folder", "make_folder_configs_xl", "make_original_config_xl"]
+__all__ = ["is_sdxl_folder", "make_sdxl_folder_configs", "make_sdxl_original_config"]
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ SCHEDULER_CLASSES = {
 IMAGE_SIZE = 128  # default side in latent pixels
 
 
-def is_xl_folder(files: JsonMapping) -> bool:
+def is_sdxl_folder(files: JsonMapping) -> bool:
     """Return whether a folder contains SDXL, by its UNet."""
     return bool(files.get(layout.UNET, {}).get("addition_embed_type") == "text_time")
 
 
-def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
+def make_sdxl_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     """Return all files of a folder except weights, for a model and its translated config."""
     params, conditioner = spec["params"], model.conditioner
     text_encoders = {get_text_component(e): e for e in conditioner.find_all(TextEncoder)}
@@ -75,7 +75,7 @@ def make_folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObj
     return files | {layout.INDEX: layout.make_index(class_name, files, extras)}
 
 
-def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
+def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
     """Return a config of `generative-models`; `folder` is the folder's path, for messages."""
     index = files[layout.INDEX]
     layout.check_files(files, folder, layout.VAE, layout.SCHEDULER, layout.TEXT_2)
@@ -84,7 +84,9 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     if not needs_score:
         layout.check_files(files, folder, layout.TEXT)
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
-    raw = read_yaml(f"{XL_CONFIG_DIR}/{'sd_xl_refiner' if layout.TEXT not in files else name}.yaml")
+    if layout.TEXT not in files:
+        name = "sd_xl_refiner"
+    raw = read_yaml(f"{SDXL_CONFIG_DIR}/{name}.yaml")
     params = raw["model"]["params"]
     params["network_config"]["params"] = networks.parse_unet_config(files[layout.UNET])
     side = params["network_config"]["params"].pop("image_size", None)
@@ -96,9 +98,9 @@ def make_original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
         if target == "FrozenCLIPEmbedder":
-            embedder["params"] |= encoders.parse_xl_text_config(files[layout.TEXT], pooled=False)
+            embedder["params"] |= encoders.parse_sdxl_text_config(files[layout.TEXT], pooled=False)
         elif target == "FrozenOpenCLIPEmbedder2":
-            embedder["params"] |= encoders.parse_xl_text_config(files[layout.TEXT_2], pooled=True)
+            embedder["params"] |= encoders.parse_sdxl_text_config(files[layout.TEXT_2], pooled=True)
         else:
             embedder["params"]["outdim"] = files[layout.UNET]["addition_time_embed_dim"]
     if needs_score and layout.TEXT in files:
@@ -125,14 +127,14 @@ def _set_schedule(params: JsonObject, config: JsonMapping) -> None:
     defaults: dict[str, Any] = {}
     if class_name.startswith("EDM"):  # its "epsilon" means EDM's preconditioning
         scaling = "VScalingWithEDMcNoise" if prediction_type == "v" else "EDMScaling"
-        template = read_yaml(f"{XL_CONFIG_DIR}/playground-v2.5.yaml")["model"]["params"]
+        template = read_yaml(f"{SDXL_CONFIG_DIR}/playground-v2.5.yaml")["model"]["params"]
         params["denoiser_config"] = template["denoiser_config"]
         params["sampler_config"] = template["sampler_config"]
         discretization = params["sampler_config"]["params"]["discretization_config"]["params"]
         discretization |= {k: config[k] for k in ("sigma_min", "sigma_max") if k in config}
     else:
         scaling = SCALINGS[prediction_type]
-        betas = schedulers.parse_betas(config, layout.SCHEDULER)
+        betas = schedulers.parse_noise_schedule(config, layout.SCHEDULER)
         if betas.pop("rescale_betas_zero_snr", False):
             params["rescale_betas_zero_snr"] = True
         if "given_betas" not in betas and betas.pop("beta_schedule") != "linear":
@@ -173,7 +175,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
     class_name = SCHEDULER_CLASSES.get(model.defaults.sampler, EULER)
     config = {
         "_class_name": class_name,
-        **schedulers.make_betas_config(schedule["betas"]),
+        **schedulers.make_noise_schedule_config(schedule["betas"]),
         "prediction_type": prediction_type,
         "timestep_spacing": schedulers.get_timestep_spacing(model.defaults.scheduler),
         "steps_offset": 1,
