@@ -32,32 +32,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="DIR|SHARDS",
         help="a folder of images, or files, patterns or URLs of tar shards",
     )
-    add(
-        "--size",
-        type=parse_count,
-        default=512,
-        help="training resolution in pixels (default: %(default)s)",
-    )
-    add(
-        "--step",
-        type=parse_count,
-        default=64,
-        help="sides of buckets are multiples of this (default: %(default)s)",
-    )
+    help_text = "training resolution in pixels (default: %(default)s)"
+    add("--size", type=parse_count, default=512, help=help_text)
+    help_text = "sides of buckets are multiples of this (default: %(default)s)"
+    add("--step", type=parse_count, default=64, help=help_text)
     add("--workers", type=parse_count, default=4, help="decoding threads (default: %(default)s)")
     add("--list", metavar="FILE", help="write the names of unreadable files to FILE")
-    add(
-        "--pack",
-        type=expanduser,
-        metavar="PATTERN",
-        help="write the folder as shards with such names: `DIR/name-%%06d.tar`",
-    )
-    add(
-        "--count",
-        type=parse_count,
-        default=1000,
-        help="images in each shard (default: %(default)s)",
-    )
+    help_text = "write the folder as shards with such names: `DIR/name-%%06d.tar`"
+    add("--pack", type=expanduser, metavar="PATTERN", help=help_text)
+    help_text = "images in each shard (default: %(default)s)"
+    add("--count", type=parse_count, default=1000, help=help_text)
     return parser.run(_check, argv)
 
 

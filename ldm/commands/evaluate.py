@@ -57,11 +57,8 @@ def _build_parser(prog: str | None) -> CommandParser:
     )
     add = parser.add_group("images")
     add("--generate", action="store_true", help="make the images that do not exist yet")
-    add(
-        "--prompts",
-        metavar="FILE",
-        help="file with one prompt per line, or COCO's captions (.json)",
-    )
+    help_text = "file with one prompt per line, or COCO's captions (.json)"
+    add("--prompts", metavar="FILE", help=help_text)
     add(
         "--count",
         type=parse_count,
@@ -69,52 +66,23 @@ def _build_parser(prog: str | None) -> CommandParser:
         help="number of prompts, drawn at random; without --generate, score the first N images"
         " (default: all)",
     )
-    add(
-        "--repeat",
-        type=parse_count,
-        default=1,
-        metavar="N",
-        help="images per prompt, with different seeds (default: %(default)s)",
-    )
-    add(
-        "--ckpt",
-        action="append",
-        metavar="FILE",
-        help="a model, as for txt2img; may be given several times (default: the demo model)",
-    )
-    add(
-        "--scales",
-        type=_make_list_parser(parse_number),
-        default=SCALES,
-        metavar="S,S,…",
-        help="guidance scales (default: %(default)s)",
-    )
-    add(
-        "--samplers",
-        type=_make_list_parser(_parse_sampler),
-        default="ddim",
-        metavar="NAME,…",
-        help="as --sampler of txt2img (default: %(default)s)",
-    )
-    add(
-        "--steps",
-        type=_make_list_parser(parse_count),
-        default="50",
-        metavar="N,N,…",
-        help="sampling steps (default: %(default)s)",
-    )
-    add(
-        "--images",
-        action="append",
-        metavar="DIR",
-        help="score the images in this folder; may be given several times",
-    )
-    add(
-        "--outdir",
-        default="outputs/evaluation",
-        metavar="DIR",
-        help="folder for images and results (default: %(default)s)",
-    )
+    help_text = "images per prompt, with different seeds (default: %(default)s)"
+    add("--repeat", type=parse_count, default=1, metavar="N", help=help_text)
+    help_text = "a model, as for txt2img; may be given several times (default: the demo model)"
+    add("--ckpt", action="append", metavar="FILE", help=help_text)
+    parse_scales = _make_list_parser(parse_number)
+    help_text = "guidance scales (default: %(default)s)"
+    add("--scales", type=parse_scales, default=SCALES, metavar="S,S,…", help=help_text)
+    parse_samplers = _make_list_parser(_parse_sampler)
+    help_text = "as --sampler of txt2img (default: %(default)s)"
+    add("--samplers", type=parse_samplers, default="ddim", metavar="NAME,…", help=help_text)
+    parse_steps = _make_list_parser(parse_count)
+    help_text = "sampling steps (default: %(default)s)"
+    add("--steps", type=parse_steps, default="50", metavar="N,N,…", help=help_text)
+    help_text = "score the images in this folder; may be given several times"
+    add("--images", action="append", metavar="DIR", help=help_text)
+    help_text = "folder for images and results (default: %(default)s)"
+    add("--outdir", default="outputs/evaluation", metavar="DIR", help=help_text)
     add = parser.add_group("scores")
     add("--reference", metavar="DIR", help="real images, for FID")
     add(
