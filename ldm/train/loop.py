@@ -242,10 +242,10 @@ def _read_step_batches(
     state, ranks = run.state, run.ranks
     end = state.position + state.batches_per_step
     indices = range(state.position + ranks.rank, end, ranks.world_size)
-    indexed = [(index, next(batches)) for index in indices]
-    for _, batch in indexed:
+    indexed_batches = [(index, next(batches)) for index in indices]
+    for _, batch in indexed_batches:
         unreadable.add(batch.pop("unreadable", []), run.batch_size)
-    return indexed
+    return indexed_batches
 
 
 def _compute_gradients(run: Run, network: TrainedNetwork, batches: IndexedBatches) -> Losses:

@@ -73,8 +73,8 @@ class TrainedNetwork:
         """Load what `get_optimizer_state` returned; parameters without an entry are unchanged."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         state = self.optimizer.state_dict()
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, p in enumerate(order):
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, p in enumerate(parameters):
             if values := select_prefix(tensors, f"{names[id(p)]}."):
                 state["state"][index] = values
         self.optimizer.load_state_dict(state)
@@ -198,8 +198,8 @@ class State:
         for network in self.networks.values():
             tensors += [p for p in network.module.parameters() if p.requires_grad]
             tensors += network.get_optimizer_state().values()
-        local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
-        return all(bool(x.detach().isfinite().all()) for x in local if x.is_floating_point())
+        shards = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+        return all(bool(x.detach().isfinite().all()) for x in shards if x.is_floating_point())
 
     def _get_weights_and_ema(self) -> dict[str, Tensor]:
         tensors = _add_prefix(self.ema.shadow, "average.")

@@ -181,15 +181,15 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
         store.set(f"{session}/{rank}", "joined")
         return session
     session = uuid4().hex
-    answered = {""}
+    answered_requests = {""}
     start = time.monotonic()
     other_ranks = range(1, world_size)
     while not store.check([f"{session}/{other}" for other in other_ranks]):
         for key in (f"request/{other}" for other in other_ranks):
             request = store.get(key).decode() if store.check([key]) else ""
-            if request not in answered:
+            if request not in answered_requests:
                 store.set(f"reply/{request}", session)
-                answered.add(request)
+                answered_requests.add(request)
         if time.monotonic() - start > START_TIMEOUT.total_seconds():
             joined = sum(store.check([f"{session}/{other}"]) for other in other_ranks)
             raise TimeoutError(

@@ -82,8 +82,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
         decoded = [model.decode(model.encode(x).mode()).cpu() for x in batches]
         return pixels.make_grid(pixels.to_pil(torch.cat([images, *decoded])), columns=n)
     columns = max(1, round(n**0.5))
-    sampled = [sample_images(run, model, samples[k : k + batch_size], k) for k in starts]
-    cells = torch.cat(sampled)
+    cells = torch.cat([sample_images(run, model, samples[k : k + batch_size], k) for k in starts])
     if run.timesteps is not None or model.conditioner.keys - NON_IMAGE_KEYS:
         columns, cells = 2 * columns, torch.stack([images, cells], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(cells), columns)

@@ -53,7 +53,7 @@ class StepTimer:
     def stop(self) -> float:
         """Return the seconds since `start` or the last `stop`."""
         seconds = time.monotonic() - self.start_time
-        typical = median(self.durations) if len(self.durations) >= 5 else math.inf
+        median_seconds = median(self.durations) if len(self.durations) >= 5 else math.inf
         self.durations.append(seconds)
         self.start()
-        return min(seconds, self.MAX_RATIO * typical)
+        return min(seconds, self.MAX_RATIO * median_seconds)

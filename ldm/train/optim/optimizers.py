@@ -48,15 +48,15 @@ def make_optimizer(
         ImportError: "adamw8bit" without bitsandbytes.
     """
     check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in named]
+    named_parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named_parameters]
     if name == "adafactor":
         return torch.optim.Adafactor(parameters, lr=lr, **options)
     if name == "adamw8bit":
         return _make_adamw8bit(parameters, lr, options)
     if name == "muon":
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
-        for n, p in named:
+        for n, p in named_parameters:
             is_large = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= MIN_SIDE
             groups[is_large and "embedding" not in n].append(p)
         return Muon(

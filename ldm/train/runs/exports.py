@@ -181,11 +181,11 @@ def _gather_ema_weights(run: Run) -> dict[str, Tensor]:
     """Return `model_ema.*` as in the original: weights (names without dots), decay, num_updates."""
     ema = run.state.ema
     is_sgm = has_sgm_names(run.model.state_dict())
-    averaged = {to_original_name(name, sgm=is_sgm) for name in ema.shadow}
+    ema_names = {to_original_name(name, sgm=is_sgm) for name in ema.shadow}
     state = {
         to_ema_name(name): value
         for name, value in _gather_weights(run, ema=True).items()
-        if name in averaged
+        if name in ema_names
     }
     state["model_ema.decay"] = torch.tensor(ema.decay, dtype=torch.float32)
     state["model_ema.num_updates"] = torch.tensor(ema.num_updates, dtype=torch.int32)

@@ -219,9 +219,9 @@ def _read_launch(folder: Path) -> JsonObject:
 def _find_state_since(folder: Path, launch: JsonMapping) -> Path | None:
     """Return the newest state since a launch, else the one that it resumed, else the newest."""
     states = {path.name: path for path in list_states(folder / "checkpoints")}
-    since = [path for name, path in states.items() if name not in launch["states"]]
-    if since:
-        return since[-1]
+    newer_states = [path for name, path in states.items() if name not in launch["states"]]
+    if newer_states:
+        return newer_states[-1]
     return states.get(launch["from"], next(reversed(states.values()), None))
 
 

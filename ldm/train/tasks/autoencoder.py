@@ -265,8 +265,8 @@ class AdversarialTask(Task):
         d_weight = torch.zeros_like(kl)
         gradients: list[tuple[Tensor, Tensor | float]] = [(kl, config.kl_weight)]
         if torch.is_grad_enabled():  # not in validation
-            learned = [self.logvar] if self.learn_logvar else []
-            grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *learned])
+            logvars = [self.logvar] if self.learn_logvar else []
+            grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *logvars])
             if config.disc_factor > 0:
                 (grad_g,) = torch.autograd.grad(g, leaf)
                 ratio = self._compute_gradient_ratio(
@@ -274,7 +274,7 @@ class AdversarialTask(Task):
                 )
                 d_weight = config.disc_weight * ratio
                 grad = grad + factor * d_weight * grad_g
-            gradients += [(reconstruction, grad), *zip(learned, logvar_grads, strict=True)]
+            gradients += [(reconstruction, grad), *zip(logvars, logvar_grads, strict=True)]
         total = nll + config.kl_weight * kl + factor * d_weight * g
         terms = {
             "nll_loss": nll,
