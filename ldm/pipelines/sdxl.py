@@ -17,6 +17,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import find_family, is_sdxl, quote_name
 from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.warn import warn_caller
 
 __all__ = [
     "REFINER_FILE",
@@ -85,7 +86,10 @@ class SDXLOptions(TypedDict, total=False):
 
 
 def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
-    """Raise ArgumentError for options that have no effect on this model, or a wrong refiner."""
+    """Raise ArgumentError for options that have no effect on this model, or a wrong refiner.
+
+    Warns of sizes that a refiner alone does not read.
+    """
     refiner = options.get("refiner")
     names = [name for name, value in options.items() if value is not None]
     if names and not is_sdxl(model):
@@ -95,6 +99,9 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
     for name in ("prompt_2", "negative_prompt_2"):
         if name in names and "text_2" not in model.conditioner.encoders:
             raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
+    for name in ("target_size", "negative_target_size"):
+        if name in names and "target_size_as_tuple" not in model.conditioner.keys:
+            warn_caller(f"{quote_name(model)} does not read {name}: ignored")
     for name in ("aesthetic_score", "negative_aesthetic_score"):
         if name in names and refiner is None and find_family(model.conditioner) != "refiner":
             raise ArgumentError(f"{name} is for the refiner, the base does not read it", name)

@@ -58,6 +58,9 @@ def test_the_refiner_alone_is_for_img2img():
         inpaint(model("xl-refiner"), ["a"], IMAGE, IMAGE[:, :1])
     with pytest.raises(ArgumentError, match="prompt_2 needs a second text encoder"):
         img2img(model("xl-refiner"), ["a"], IMAGE, prompt_2=["b"])
+    warns = pytest.warns(UserWarning, match="`xl-refiner.safetensors` does not read target_size")
+    with warns, pytest.raises(ArgumentError, match="syntax"):  # which is checked later
+        img2img(model("xl-refiner"), ["a"], IMAGE, target_size=(64, 64), syntax="none")
 
 
 def test_sizes_follow_the_image_and_negative_ones_the_positive():
