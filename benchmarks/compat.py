@@ -41,7 +41,7 @@ def main() -> None:
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    runs = build(args)
+    runs = build_samplers(args)
     x, y = (run().float() for run in runs)  # the warm-up
     difference = ((x - y).norm() / y.norm()).item()
     times = harness.measure_in_turns(runs, args.rounds, args.device)
@@ -57,7 +57,7 @@ def main() -> None:
     )
 
 
-def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
+def build_samplers(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
     """Return a function that samples by the original's classes, and one by diffusers."""
     from ldm.models.diffusion.ddim import DDIMSampler
     from ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -133,7 +133,7 @@ class _Delta(Addition):
         shape = self.target.weight.shape
         delta = self.compute(self.adapter, shape)
         if len(delta) != shape[0]:
-            raise ValueError(f"shape {tuple(delta.shape)}, expected {tuple(shape)}")
+            raise ValueError(f"its delta has shape {tuple(delta.shape)}, the weight {tuple(shape)}")
         return self.strength * self.adapter.scale * delta.reshape(shape)
 
 
@@ -183,17 +183,17 @@ def _multiply_low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
 
 
 def _multiply_hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
-    def factor(index: int) -> Tensor:
+    def get_factor(index: int) -> Tensor:
         a, b = adapter[f"hada_w{index}_a"], adapter[f"hada_w{index}_b"]
         if "hada_t1" not in adapter:
             return a @ b
         return torch.einsum(TUCKER, adapter[f"hada_t{index}"], a, b)
 
-    return factor(1) * factor(2)
+    return get_factor(1) * get_factor(2)
 
 
 def _multiply_kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
-    def factor(index: int) -> Tensor:
+    def get_factor(index: int) -> Tensor:
         name = f"lokr_w{index}"
         if name in adapter:
             return adapter[name]
@@ -202,7 +202,7 @@ def _multiply_kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
             return torch.einsum(TUCKER, adapter["lokr_t2"], a, b)
         return a @ b.flatten(1)
 
-    first, second = factor(1), factor(2)
+    first, second = get_factor(1), get_factor(2)
     kernel = shape[2:]
     second = second.reshape(len(second), -1, *kernel).contiguous()
     return torch.kron(first.reshape(*first.shape[:2], *(1 for _ in kernel)), second)

@@ -364,8 +364,8 @@ class UNet(nn.Module):
         if self.num_classes == "sequential" and self.adm_in_channels is not None:
             return nn.Sequential(self._build_mlp(self.adm_in_channels))
         raise ValueError(
-            f"num_classes `{self.num_classes}` is not an integer, `continuous`, `timestep`, or "
-            "`sequential` with adm_in_channels"
+            "num_classes must be an integer, `continuous`, `timestep`, or `sequential` with "
+            f"adm_in_channels, got `{self.num_classes}`"
         )
 
     def _embed_label(self, y: Tensor) -> Tensor:
@@ -387,9 +387,9 @@ class UNet(nn.Module):
             raise ValueError("n_embed (prediction of codebook entries) is not supported")
         heads = self.num_heads if self.num_head_channels == -1 else self.num_head_channels
         if heads < 1:
-            raise ValueError("either num_heads or num_head_channels is needed, 1 or more")
+            raise ValueError("num_heads or num_head_channels must be at least 1")
         if self.use_spatial_transformer != (self.context_dim is not None):
-            raise ValueError("use_spatial_transformer needs context_dim, and context_dim needs it")
+            raise ValueError("use_spatial_transformer and context_dim must be given together")
         depth = self.transformer_depth
         is_by_block = isinstance(depth, Sequence) and any(isinstance(d, Sequence) for d in depth)
         if is_by_block and self.transformer_depth_output is None:

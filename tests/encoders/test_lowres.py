@@ -137,5 +137,5 @@ def test_masks_are_rounded_and_take_nearest_pixels():
     mask = torch.tensor([[0.0, 0.49, 0.5, 0.9], [1, 1, 1, 1]])[None, None]
     assert concat_mask(mask, torch.full((1, 1, 1, 2), 7.0)).tolist() == [[[[0, 1]], [[7, 7]]]]
     assert mask_image(torch.ones(1, 3, 2, 4), mask)[0, 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
-    with pytest.raises(ValueError, match="an image of 8x8 pixels has a mask of 4x8"):
+    with pytest.raises(ValueError, match="the mask must have the image's size 8x8, got 4x8"):
         mask_image(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 4))

@@ -194,7 +194,7 @@ def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
     ("tensors", "message"),
     [
         ({"up": (ROWS, 4)}, "no type of adapter has the tensors `up`"),
-        ({"up": (COLUMNS, 4), "down": (4, ROWS)}, r"shape \(16, 32\), expected \(32, 16\)"),
+        ({"up": (COLUMNS, 4), "down": (4, ROWS)}, r"shape \(16, 32\), the weight \(32, 16\)"),
         ({"up": (ROWS, 4), "down": (5, COLUMNS)}, r"do not fit a weight of shape \(32, 16\)"),
         ({"oft_blocks": (3, 8, 8)}, "do not fit"),
         ({"oft_blocks": (4, 8, 8), "dora_scale": (ROWS, 1)}, "need the tensors of LoRA"),

@@ -156,7 +156,7 @@ def test_arguments_are_checked_before_the_image_is_encoded(
 
 
 def test_a_mask_of_another_size_is_refused(models, image):
-    with pytest.raises(ValueError, match="64x64 pixels has a mask of 64x32"):
+    with pytest.raises(ValueError, match="the image's size 64x64, got 64x32"):
         inpaint(models["inpaint"], ["a"], image, torch.zeros(1, 1, 32, 64))
 
 
