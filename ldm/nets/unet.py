@@ -387,7 +387,9 @@ class UNet(nn.Module):
             raise ValueError("n_embed (prediction of codebook entries) is not supported")
         heads = self.num_heads if self.num_head_channels == -1 else self.num_head_channels
         if heads < 1:
-            raise ValueError("num_heads or num_head_channels must be at least 1")
+            raise ValueError(
+                "num_head_channels must be at least 1, or -1 with num_heads at least 1"
+            )
         if self.use_spatial_transformer != (self.context_dim is not None):
             raise ValueError("use_spatial_transformer and context_dim must be given together")
         depth = self.transformer_depth

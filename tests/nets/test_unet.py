@@ -269,14 +269,14 @@ def test_depth_may_differ_by_level():
 
 BAD = [
     ({"model_channels": 48}, "48 channels are not a multiple of 32"),
-    ({"num_head_channels": -1}, "num_heads or num_head_channels must be at least 1"),
-    ({"num_head_channels": 0, "num_heads": 4}, "num_head_channels is needed, 1 or more"),
+    ({"num_head_channels": -1}, "num_head_channels must be at least 1, or -1 with num_heads"),
+    ({"num_head_channels": 0, "num_heads": 4}, "num_head_channels must be at least 1"),
     ({"num_head_channels": 128}, "num_head_channels 128 exceeds 32 channels"),
     ({"context_dim": None}, "use_spatial_transformer and context_dim must be given together"),
     ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks has 3 entries for 2 levels"),
     ({"disable_self_attentions": [True]}, "disable_self_attentions has 1 entries for 2 levels"),
     ({"num_classes": "sequential"}, "`sequential` with adm_in_channels"),
-    ({"num_classes": "discrete"}, "num_classes `discrete`"),
+    ({"num_classes": "discrete"}, "with adm_in_channels, got `discrete`"),
     ({"transformer_depth": [[1], [2]]}, "by block needs transformer_depth_output"),
     (
         {"transformer_depth": [[1], []], "transformer_depth_output": [1] * 4},
