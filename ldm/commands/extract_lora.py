@@ -15,7 +15,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.commands.convert import DTYPES
+from ldm.commands.convert import DTYPES, SOURCE_HELP
 from ldm.runtime.command import CommandParser
 from ldm.runtime.errors import ArgumentError
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] TUNED BASE TARGET"
     )
     add = parser.add_argument
-    add("tuned", type=expanduser, help="a file, a diffusers folder, or the folder of a run")
+    add("tuned", type=expanduser, help=SOURCE_HELP)
     add("base", type=expanduser, help="the model that it was fine-tuned from")
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)

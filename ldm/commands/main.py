@@ -35,7 +35,8 @@ PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ldm COMMAND …` (None = the arguments of this process); return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a run must not end at what a console cannot show
+        # Characters that the console cannot show must not end a run.
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", category=PromptWarning)  # programs have their own messages
     arguments = list(sys.argv[1:] if argv is None else argv)

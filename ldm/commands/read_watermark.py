@@ -36,16 +36,17 @@ def _print_findings(path: Path, as_json: bool, with_absent: bool) -> bool:
     except (OSError, ValueError) as error:  # missing, or not an image
         print(f"{path}: {error}", file=sys.stderr)
         return False
-    shown = [f for f in findings if with_absent or f.verdict != "absent"]
+    present = [finding for finding in findings if finding.verdict != "absent"]
+    shown = findings if with_absent else present
     if as_json:
-        print(json.dumps({"path": str(path), "findings": [asdict(f) for f in shown]}))
+        print(json.dumps({"path": str(path), "findings": list(map(asdict, shown))}))
     else:
         for finding in shown:
             print(f"{path}: {_format(finding)}")
         if not shown:
-            note = " (too small for one: fewer than 256x256 pixels)" if is_small else ""
-            print(f"{path}: no known watermark{note}")
-    return any(f.verdict != "absent" for f in findings)
+            reason = " (too small for one: fewer than 256x256 pixels)" if is_small else ""
+            print(f"{path}: no known watermark{reason}")
+    return bool(present)
 
 
 def _format(finding: Finding) -> str:
