@@ -107,16 +107,16 @@ class FormEvents:
         return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
     def update_for_checkpoint(self, task: str, checkpoint: str, *fields: Any) -> list[Any]:
-        """Return whether a checkpoint supports the tab's task, and the updates that it requires."""
+        """Return updates for a checkpoint: error, accordions, and those of `apply_defaults`."""
         updates = self.apply_defaults(task, checkpoint, *fields)
         if task not in TASKS:
             return ["", *[gr.update(visible=False)] * 3, *updates]
         reason = self.library.explain_unsupported_task(TASKS[task], checkpoint)
         names = self.library.list_models(task) if reason else []
         suitable = gr.update(choices=names, value=None, visible=bool(names))
-        has_sdxl = bool(self.forms[task].sdxl) and self.library.is_sdxl(checkpoint)
-        takes_upscaler = bool(self.forms[task].upscaling) and not self.library.is_sdxl(checkpoint)
-        has_upscaler = takes_upscaler and bool(self.library.list_addons("upscaler"))
+        form, is_sdxl = self.forms[task], self.library.is_sdxl(checkpoint)
+        has_sdxl = bool(form.sdxl) and is_sdxl
+        has_upscaler = bool(form.upscaling and not is_sdxl and self.library.list_addons("upscaler"))
         accordions = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
         return [render_error(reason), suitable, *accordions, *updates]
 

@@ -55,8 +55,8 @@ class Library:
 
     Args:
         models: Folder of checkpoints.
-        embeddings: Files of textual inversions, or folders, besides those in the models folder.
-        loras: LoRA files besides those in the folder, and their default weights.
+        embeddings: Files or folders of textual inversions, besides those in the models folder.
+        loras: (file, default weight) of LoRAs, besides those in the folder.
         previews: Files of TAESD for previews, besides those in the folder.
     Raises:
         MissingFile: The folder or a LoRA is missing.
@@ -123,6 +123,7 @@ class Library:
         }
         prompt = remove_tags(prompt)
         try:
+            # An encoder of one pooled vector supports only `plain`.
             if syntax != PLAIN and encoder.context_length == encoder.length:
                 parsed = parse_prompt(prompt, syntax, is_negative=is_negative)
                 return *encoder.count_chunk_tokens(parsed), ""
@@ -293,7 +294,7 @@ class Library:
         files: dict[str, float | str] = {}
         for name, weight in loras:
             if name not in self.loras:
-                names = ", ".join(self.loras) or f"none, put them into {self.folder}/loras"
+                names = ", ".join(self.loras) or "none, as the folder loras of the models is empty"
                 raise ArgumentError(f"no LoRA `{name}`; available: {names}", "lora")
             _check_weight(name, weight)
             file = self.loras[name][0]

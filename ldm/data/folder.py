@@ -134,7 +134,7 @@ def _read_rows(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
         if count := _count_unlisted(images, rows, root):
             log.warning("`%s`: left out %d images without a row in `%s`", root, count, table.name)
     else:
-        rows = list(_list_images(root, caption_errors))
+        rows = list(_make_rows(root, caption_errors))
         if not rows:
             raise MissingFile(f"`{root}` has no metadata.jsonl, metadata.csv or images")
     for number, row in enumerate(rows, 1):
@@ -221,7 +221,7 @@ def _read_json_rows(path: Path) -> Iterator[JsonObject]:
             yield row
 
 
-def _list_images(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObject]:
+def _make_rows(root: Path, caption_errors: dict[str, str]) -> Iterator[JsonObject]:
     """Make the rows of a folder without metadata, with the caption beside each image.
 
     Its subfolders may have metadata of their own.

@@ -9,9 +9,9 @@
 In every epoch each stream has its own order of shards and a buffer that shuffles undecoded samples,
 both functions of (seed, stream, epoch). So batch n is the same on any number of ranks, streams of
 unequal length do not wait for each other, and resuming reads the current epoch of a stream again
-without decoding it. Within an epoch of a stream no sample repeats; if all shards
-have the same size, none does within an epoch of the data set. If the number of streams is a
-multiple of the ranks, and that of shards a multiple of the streams, each shard is read by one rank.
+without decoding it. Within an epoch of a stream no sample repeats; if all shards have the same
+size, none does within an epoch of the data set. If the number of streams is a multiple of the
+ranks, and that of shards a multiple of the streams, each shard is read by one rank.
 """
 
 import itertools

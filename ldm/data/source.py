@@ -92,7 +92,7 @@ class DatasetSource(BatchSource):
         bucket_ids = self.images.bucket_ids
         indices: Sequence[int] = range(len(self.images))
         if bucket_ids is not None:
-            indices = _indices_in_largest_bucket(bucket_ids)
+            indices = _find_largest_bucket(bucket_ids)
         evenly_spaced = (indices[len(indices) * k // n] for k in range(n))
         return [read_or_substitute(self.images, 0, index, []) for index in evenly_spaced]
 
@@ -105,15 +105,15 @@ class DatasetSource(BatchSource):
         if bucket_ids is None:
             sample_numbers = range(batch_index * batch_size, (batch_index + 1) * batch_size)
             positions = [divmod(number, len(self.dataset)) for number in sample_numbers]
-            return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
+            return [(epoch, int(self._get_order(epoch)[position])) for epoch, position in positions]
         epoch, position = divmod(batch_index, int(self.get_batches_per_epoch(batch_size)))
-        return [(epoch, index) for index in self._order(epoch, batch_size)[position]]
+        return [(epoch, index) for index in self._get_order(epoch, batch_size)[position]]
 
     @cached_property
     def _bucket_counts(self) -> list[int]:
         return list(Counter(self.dataset.bucket_ids).values())
 
-    def _order(self, epoch: int, batch_size: int = 0) -> Any:
+    def _get_order(self, epoch: int, batch_size: int = 0) -> Any:
         """Return the order of an epoch, or with buckets its batches; cached for two epochs."""
         if (epoch, batch_size) not in self._orders:
             seed, bucket_ids = derive_seed(self.seed, epoch), self.dataset.bucket_ids
@@ -149,12 +149,12 @@ def make_bucket_batches(
     bucket_ids: Sequence[int], batch_size: int, order: Tensor, seed: int
 ) -> list[list[int]]:
     """Split the indices in `order` into batches of one bucket each, and shuffle the batches."""
-    by_bucket: dict[int, list[int]] = {}
+    indices_by_bucket: dict[int, list[int]] = {}
     for index in order.tolist():
-        by_bucket.setdefault(bucket_ids[index], []).append(index)
+        indices_by_bucket.setdefault(bucket_ids[index], []).append(index)
     batches = [
         indices[start : start + batch_size]
-        for indices in by_bucket.values()
+        for indices in indices_by_bucket.values()
         for start in range(0, len(indices), batch_size)
     ]
     return [batches[position] for position in draw_permutation(len(batches), seed).tolist()]
@@ -170,15 +170,17 @@ def read_or_substitute(
     Raises:
         ValueError: Neither the sample nor any substitute can be read.
     """
-    tries = 0
+    attempts = 0
     for substitute in iter_substitutes(dataset, epoch, index):
-        tries += 1
+        attempts += 1
         try:
             return dataset[epoch, substitute]
         except UnreadableSample as error:
             unreadable.append(error.name)
             last_error = error
-    raise ValueError(f"none of {tries} samples that were tried can be read, the last: {last_error}")
+    raise ValueError(
+        f"none of {attempts} samples that were tried can be read, the last: {last_error}"
+    )
 
 
 def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
@@ -197,11 +199,11 @@ def iter_substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator
     remaining = list(same_bucket)
     yield from rng.sample(remaining, min(len(remaining), MAX_CANDIDATES // 2))
     if bucket_ids is not None and len(remaining) <= MAX_CANDIDATES // 2:
-        fallbacks = _indices_in_largest_bucket(bucket_ids, excluded=bucket_ids[index])
+        fallbacks = _find_largest_bucket(bucket_ids, excluded=bucket_ids[index])
         yield from rng.sample(fallbacks, min(len(fallbacks), MAX_CANDIDATES))
 
 
-def _indices_in_largest_bucket(bucket_ids: Sequence[int], excluded: int | None = None) -> list[int]:
+def _find_largest_bucket(bucket_ids: Sequence[int], excluded: int | None = None) -> list[int]:
     """Return the sample indices of the largest bucket; [] if no bucket is left.
 
     Of equally large buckets, it is the one whose first sample comes first.
