@@ -447,6 +447,12 @@ def test_loras_are_those_that_were_offered(families, run, tmp_path, chosen, mess
     assert str(tmp_path) not in job.message
 
 
+def test_an_unknown_lora_is_reported_without_the_folder_of_the_server(backend, run):
+    job = run(backend, "txt2img", lora=["style:1"])
+    assert "no LoRA `style`; available: none" in job.message
+    assert str(backend.library.folder) not in job.message
+
+
 def test_prompts_name_loras_and_wildcards_of_the_models_folder(families, run, tmp_path):
     folder = tmp_path / "models"
     (folder / "wildcards").mkdir(parents=True)
