@@ -43,7 +43,7 @@ SHAPES = [(5, 4096, 4096, 64), (10, 1024, 1024, 64), (20, 256, 256, 64), (5, 409
 SHAPES += [(1, 4096, 4096, 512)]
 TINY_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
 MEMORY_LIMIT = 8e9  # bytes of the GPU, for the offloaded model
-STEPS = 4  # of its image
+STEPS = 4  # sampling steps of the offloaded model
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 

@@ -26,7 +26,7 @@ SCALE = 7.5
 PAG_SCALE = 3.0
 FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
 SAME_NOISE = ("plain", "pag", "freeu")
-NEW_STAGES = ("pag", "freeu")  # that older revisions do not have
+NEW_STAGES = ("pag", "freeu")  # missing in older revisions
 # Our sampler -> scheduler of diffusers, its order, and its number of steps
 SDE_SCHEDULERS = {
     "dpmpp_sde": ("DPMSolverSinglestepScheduler", 2, 2 * STEPS - 1),

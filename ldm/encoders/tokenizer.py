@@ -119,7 +119,7 @@ def load_vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 def _make_added_patterns(added: AddedTokens) -> Iterator[str]:
     """Yield a pattern for each token, which does not match within a longer word."""
-    # The longest token first, as one may be the beginning of another.
+    # The longest token first, as one may be a prefix of another.
     for token in sorted(added, key=len, reverse=True):
         before = r"(?<!\w)" if token[0].isalnum() else ""
         after = r"(?!\w)" if token[-1].isalnum() else ""

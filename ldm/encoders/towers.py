@@ -37,7 +37,7 @@ class TextComponents(NamedTuple):
     """The components of a text tower, which subclasses name differently."""
 
     token_embedding: nn.Embedding
-    positions: Tensor  # (longest N, D)
+    positions: Tensor  # (maximum N, D)
     blocks: Sequence[CheckpointedLayer]
     final_norm: LayerNorm
 

@@ -25,7 +25,7 @@ __all__ = ["BACKENDS", "attention", "set_backend"]
 
 BACKENDS = ("xformers", "sdpa", "math")
 
-TILE_BYTES = 1 << 20  # scores per thread: they fit into the cache, and products stay large
+TILE_BYTES = 1 << 20  # of scores per thread: few enough for the cache, enough for fast products
 MIN_TILED_HEAD_DIM = 40  # features per head; with fewer, products are mostly overhead
 
 _default_backend: str | None = None

@@ -23,7 +23,7 @@ from ldm.runtime.errors import check_name, check_names
 
 __all__ = ["AutoencoderConfig", "AutoencoderKL", "DiagonalGaussian", "PixelSpace"]
 
-NORM_EPS = 1e-6  # of every GroupNorm
+NORM_EPS = 1e-6  # eps of every GroupNorm
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 
 
@@ -37,7 +37,7 @@ class AutoencoderConfig:
     ch: int  # channels of the first convolution, a multiple of 32
     z_channels: int  # of the decoder's input; the encoder returns twice as many
     num_res_blocks: int  # per level of the encoder; the decoder has one more
-    resolution: int = 256  # image side for which attn_resolutions lists sides of feature maps
+    resolution: int = 256  # image side that attn_resolutions refers to
     in_channels: int = 3
     out_ch: int = 3
     ch_mult: Sequence[int] = (1, 2, 4, 8)

@@ -44,8 +44,8 @@ class LatentUpscalerUNet(Layer):
 
     channels: Sequence[int]
     depths: Sequence[int]  # residual blocks of each level, down and up
-    self_attn_depths: Sequence[bool]  # levels with self-attention
-    cross_attn_depths: Sequence[bool]  # levels with cross-attention to the text
+    self_attn_depths: Sequence[bool]  # whether each level has self-attention
+    cross_attn_depths: Sequence[bool]  # whether each level has cross-attention to the text
     mapping_out: int  # features of the embedding
     mapping_cond_dim: int  # features of the low-res noise level and of the pooled text, together
     cross_cond_dim: int  # features of a token

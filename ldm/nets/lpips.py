@@ -19,7 +19,7 @@ __all__ = ["CHANNELS", "LPIPS"]
 CHANNELS = (64, 128, 256, 512, 512)  # of the five layers
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each slice of VGG16
 DROPOUT = 0.5  # has no effect (see `LPIPS.train`), but is part of the names of weights
-EPS = 1e-10  # added to norms, as by LPIPS's authors
+EPS = 1e-10  # added to norms, as LPIPS's authors do
 # Mean and standard deviation of VGG16's inputs in [-1, 1], rounded by LPIPS's authors.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -106,7 +106,6 @@ class LPIPS(Layer):
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # vector_norm has a finite gradient where all channels are 0; the root of a sum of squares does
-    # not.
+    # vector_norm, unlike the root of a sum of squares, has a finite gradient where all are 0.
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / (norm + EPS)  # (B, C, h, w)

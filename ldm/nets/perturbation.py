@@ -39,8 +39,8 @@ def perturb_self_attention(module: nn.Module, is_perturbed: Tensor) -> Iterator[
     unchanged_indices = (~is_perturbed).nonzero()[:, 0]
     inputs: list[Tensor] = []  # the input of the current layer, with all samples
 
-    # Attention runs on the unchanged samples only. With an identity map nothing but the value and
-    # output projections remain of it: these run on the perturbed samples.
+    # Attention runs on the unchanged samples only. With an identity map, it is just the value and
+    # output projections, which run on the perturbed samples.
     def select_unchanged(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != thread or not len(unchanged_indices):
             return None

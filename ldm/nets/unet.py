@@ -97,7 +97,7 @@ class UNet(nn.Module):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False  # resampling by residual blocks
     use_new_attention_order: bool = False
-    use_spatial_transformer: bool | None = None  # None = True with a context_dim
+    use_spatial_transformer: bool | None = None  # None = whether context_dim is given
     transformer_depth: Depth = 1  # blocks per transformer; a list by level, or by level and block
     transformer_depth_middle: int | None = None  # None = as in the last level; 0: one ResBlock only
     transformer_depth_output: Sequence[int] | None = None  # of each output block; None = by level
@@ -244,7 +244,7 @@ class UNet(nn.Module):
         if depth == 0:
             return UNetBlock(self._build_res_block(channels, channels))
         attention: nn.Module = nn.Identity()
-        # Built before the residual blocks: the order in which initial weights have been drawn.
+        # Built before the residual blocks, to draw initial weights in the order of older versions.
         if not self.disable_middle_transformer:
             attention = self._build_attention(
                 channels,

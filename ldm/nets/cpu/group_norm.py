@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldm.nets.cpu.support import applies
 
-BLOCK_PIXELS = 4096  # so few that float32 sums them accurately
+BLOCK_PIXELS = 4096  # few enough for accurate sums in float32
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
