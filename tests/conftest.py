@@ -1,4 +1,4 @@
-"""Set before torch is imported: spinning OpenMP threads make tiny models 50 times slower."""
+"""Settings of all tests; those of OpenMP come before torch, as spinning threads are 50x slower."""
 
 import gc
 import logging
@@ -15,7 +15,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What this machine has downloaded is not looked at; see `ldm.loading.published`.
+# Downloads of this machine are not used; see `ldm.loading.published`.
 for name in ("HF_HUB_CACHE", "LDM_CACHE"):
     os.environ[name] = str(Path(tempfile.gettempdir(), "ldm-tests-without-a-cache"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,20 +25,20 @@ from windows import windows  # noqa: E402, F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave Lightning, a base class of the original's models that takes 6 s, to slow runs."""
+    """Import Lightning, which takes 6 s, in slow runs only."""
     if "not slow" in config.option.markexpr:
         sys.modules["pytorch_lightning"] = None
 
 
 def pytest_collection_finish() -> None:
-    """Never look for garbage among what imports have made: that took a fifth of collecting."""
+    """Exclude imported objects from garbage collection, which took a fifth of collecting tests."""
     gc.enable()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def diffusers() -> ModuleType:
-    """The oracle, imported where a test asks for it: that takes seconds."""
+    """The package, imported only for tests that need it, as that takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("diffusers")
@@ -46,7 +46,7 @@ def diffusers() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def reset_logging() -> Iterator[None]:
-    """Undo what a command run in this process set: the next test may expect a message."""
+    """Undo the logging settings of a command, as the next test may expect a message."""
     yield
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if name.split(".")[0] == "ldm" and isinstance(logger, logging.Logger):

@@ -1,4 +1,4 @@
-"""Layers, fences and the light import, as CONTRIBUTING.md describes them."""
+"""Layers, importers of third-party packages, and the light import; see CONTRIBUTING.md."""
 
 import ast
 import subprocess
@@ -25,8 +25,8 @@ LAYERS = {
     "scripts": 7,
 }  # fmt: skip
 
-# Third-party packages, those that open connections, and the only modules that may import them.
-FENCES = {
+# Third-party packages, modules that open connections, and who alone may import them.
+IMPORTERS = {
     "gradio": ["scripts.app", "ldm.app"],
     "open_clip": ["ldm.encoders", "ldm.compat.encoders"],
     "timm": ["ldm.encoders.depth"],
@@ -56,21 +56,21 @@ FENCES = {
     "pytorch_lightning": ["ldm.compat.lightning"],
     "diffusers": [],
 }
-OLD_NAMES = ("openaimodel", "first_stage_model", "cond_stage_model", "diffusion_model")
+ORIGINAL_NAMES = ("openaimodel", "first_stage_model", "cond_stage_model", "diffusion_model")
 
 
 @cache
-def tree_of(path: Path) -> ast.Module:
+def parse_file(path: Path) -> ast.Module:
     return ast.parse(path.read_text("utf-8"))
 
 
-def name_of(path: Path) -> str:
+def get_module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path) -> Iterator[str]:
-    for node in ast.walk(tree_of(path)):
+def list_imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(parse_file(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -81,81 +81,81 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def layer_of(name: str) -> int:
+def find_layer(name: str) -> int:
     return LAYERS[max((p for p in LAYERS if is_within(name, p)), key=len)]
 
 
 def test_every_package_has_a_layer():
-    packages = {".".join(name_of(path).split(".")[:2]) for path in FILES} - {"ldm"}
+    packages = {".".join(get_module_name(path).split(".")[:2]) for path in FILES} - {"ldm"}
     assert {name for name in packages if name.startswith("ldm.")} <= LAYERS.keys()
 
 
 def test_imports_go_down_the_layers():
     upward = [
-        f"{name_of(path)} imports {imported}"
+        f"{get_module_name(path)} imports {imported}"
         for path in FILES
-        if name_of(path) != "ldm"
-        for imported in imports_of(path)
+        if get_module_name(path) != "ldm"
+        for imported in list_imports(path)
         if imported.split(".")[0] in ("ldm", "scripts")
-        and layer_of(imported) > layer_of(name_of(path))
+        and find_layer(imported) > find_layer(get_module_name(path))
     ]
     assert upward == []
 
 
-def test_third_party_packages_stay_behind_their_fences():
-    strays = [
-        f"{name_of(path)} imports {imported}"
+def test_third_party_packages_are_imported_only_where_allowed():
+    violations = [
+        f"{get_module_name(path)} imports {imported}"
         for path in FILES
-        for imported in imports_of(path)
+        for imported in list_imports(path)
         if not any(
-            is_within(name_of(path), place)
-            for place in FENCES.get(imported.split(".")[0], [name_of(path)])
+            is_within(get_module_name(path), importer)
+            for importer in IMPORTERS.get(imported.split(".")[0], [get_module_name(path)])
         )
     ]
-    assert strays == []
+    assert violations == []
 
 
-def test_names_of_the_original_live_in_few_files():
-    strays = [
-        f"{name_of(path)}: {name}"
+def test_names_of_the_original_occur_in_few_files():
+    violations = [
+        f"{get_module_name(path)}: {name}"
         for path in FILES
-        for name in OLD_NAMES
+        for name in ORIGINAL_NAMES
         if name in path.read_text("utf-8")
-        and name_of(path)
+        and get_module_name(path)
         not in ("ldm.loading.legacy", "ldm.loading.sgm", "ldm.loading.weight_names")
-        and not is_within(name_of(path), "ldm.compat")
+        and not is_within(get_module_name(path), "ldm.compat")
     ]
-    assert strays == []
+    assert violations == []
 
 
-def test_nothing_of_ours_uses_the_modules_of_compat():
-    strays = {
-        (name_of(path), imported)
+def test_no_other_package_uses_compat():
+    violations = {
+        (get_module_name(path), imported)
         for path in FILES
-        if not is_within(name_of(path), "ldm.compat")
-        for imported in imports_of(path)
+        if not is_within(get_module_name(path), "ldm.compat")
+        for imported in list_imports(path)
         if is_within(imported, "ldm.compat")
     }
     # and `ldm.models` by a string: the one file on disk that a web UI looks for
-    assert strays == {("ldm", "ldm.compat.finder.install_finder")}
+    assert violations == {("ldm", "ldm.compat.finder.install_finder")}
 
 
 def test_no_device_is_hard_coded_below_the_programs():
-    strays = [
-        name_of(path)
+    violations = [
+        get_module_name(path)
         for path in FILES
-        if layer_of(name_of(path)) < 5 and name_of(path) != "ldm.runtime.device"
-        for node in ast.walk(tree_of(path))
+        if find_layer(get_module_name(path)) < 5 and get_module_name(path) != "ldm.runtime.device"
+        for node in ast.walk(parse_file(path))
         if isinstance(node, ast.Constant) and node.value == "cuda"
     ]
-    assert strays == []
+    assert violations == []
 
 
 def test_any_stands_for_foreign_data_only():
     # Most values in `ldm.compat` come from programs that were written for the original.
     for is_compat, limit in ((False, 8), (True, 32)):
-        paths = [p for p in FILES if is_within(name_of(p), "ldm.compat") == is_compat]
-        names = [n for p in paths for n in ast.walk(tree_of(p)) if isinstance(n, ast.Name)]
+        paths = [p for p in FILES if is_within(get_module_name(p), "ldm.compat") == is_compat]
+        names = [n for p in paths for n in ast.walk(parse_file(p)) if isinstance(n, ast.Name)]
         lines = sum(path.read_text("utf-8").count("\n") for path in paths)
         assert sum(name.id == "Any" for name in names) < limit * lines / 1000
 
@@ -163,13 +163,13 @@ def test_any_stands_for_foreign_data_only():
 def test_samplers_need_only_math_and_torch():
     allowed = {"math", "torch", "collections", "functools", "itertools"}
     files = ROOT.glob("ldm/diffusion/samplers/*.py")
-    others = {n for f in files for n in imports_of(f) if n.split(".")[0] not in allowed}
+    others = {n for f in files for n in list_imports(f) if n.split(".")[0] not in allowed}
     assert {n for n in others if not is_within(n, "ldm.diffusion.samplers")} == {
         "ldm.diffusion.names"
     }
 
 
-def test_importing_ldm_is_light():
+def test_importing_ldm_imports_neither_torch_nor_numpy():
     code = "import sys, ldm; print(sorted(m for m in ('torch', 'numpy') if m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -184,6 +184,6 @@ def test_every_public_name_resolves():
 
 
 def test_test_files_have_names_of_their_own():
-    """Pytest imports them by name alone, so a second one stops the whole run."""
+    """Pytest imports them by name alone, so a second file of a name stops the whole run."""
     names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
     assert {name for name in names if names.count(name) > 1} == set()

@@ -1,4 +1,4 @@
-"""Commands on a system like Windows, or on Windows itself."""
+"""Commands on an imitation of Windows, or on Windows itself."""
 
 import gc
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_images_are_made_and_replayed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_is_converted_over_what_is_there(tmp_path: Path) -> None:
+def test_a_model_is_converted_over_existing_files(tmp_path: Path) -> None:
     expected = ldm.load(MODEL).state_dict()
     folder, file, ckpt = (tmp_path / name for name in ("model", "a.safetensors", "a.ckpt"))
     for source, target in [(MODEL, folder), (folder, file), (file, ckpt)] * 2:
@@ -62,8 +62,8 @@ def test_the_app_is_built_and_makes_an_image(tmp_path: Path) -> None:
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tiny.safetensors").write_bytes(MODEL.read_bytes())
-    choice = ModelOptions(device="cpu", precision="full")
-    backend = Backend(Library(tmp_path / "models"), tmp_path / "out", choice, Limits())
+    options = ModelOptions(device="cpu", precision="full")
+    backend = Backend(Library(tmp_path / "models"), tmp_path / "out", options, Limits())
     assert Page(backend, str).build().blocks
     gc.collect()
     values = {"prompt": "a cat", **SIZE}

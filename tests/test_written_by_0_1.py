@@ -1,7 +1,7 @@
-"""Files written by version 0.1 replay, resume, load and are found in caches.
+"""Images, runs and caches of version 0.1 can still be replayed, resumed and read.
 
-tests/data/written_by_0_1/README.md says how they were made. Only what users touch is called here:
-the command lines and `ldm.load`.
+tests/data/written_by_0_1/README.md says how they were made. Only what users call is called here:
+the commands and `ldm.load`.
 """
 
 import csv
@@ -52,15 +52,15 @@ def run_command(name: str, *argv: Any) -> int | str:
     return 0
 
 
-def info_of(path: Path) -> dict[str, Any]:
-    """What the file says about its making, without the fingerprint of its pixels."""
+def read_image_info(path: Path) -> dict[str, Any]:
+    """Read the metadata of an image, without the hash of its pixels."""
     with Image.open(path) as image:
         info: dict[str, Any] = json.loads(image.info["ldm"])
     return {key: value for key, value in info.items() if key != "sha256"}
 
 
-def moved(path: Path, folder: Path) -> Path:
-    """A copy whose info names the input files where they are on this machine."""
+def copy_with_local_paths(path: Path, folder: Path) -> Path:
+    """Copy an image, with the paths of its input files changed to those on this machine."""
     text = PngInfo()
     with Image.open(path) as image:
         text.add_text("ldm", image.info["ldm"].replace(ORIGIN, str(ROOT)))
@@ -68,8 +68,8 @@ def moved(path: Path, folder: Path) -> Path:
     return folder / path.name
 
 
-def log_of(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's log.csv, empty cells left out."""
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a run's log.csv, without empty cells."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: float(v) for k, v in row.items() if v and k not in MEASUREMENTS} for row in rows]
@@ -77,9 +77,9 @@ def log_of(path: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints by the name that an image records, made here.
+    """Checkpoints by the name that an image records.
 
-    Those in `models` have random weights; the shipped ones had the decoders in `decoders`.
+    Those of `models` get random weights; shipped ones get their former decoders, of `decoders`.
     """
     folder = tmp_path_factory.mktemp("models")
     for path in (DATA / "models").glob("*.json"):
@@ -121,31 +121,31 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", slow_except(IMAGES, *QUICK_IMAGES))
-def test_an_image_is_replayed(
+def test_an_image_replays(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, new = moved(DATA / f"images/{name}.png", tmp_path), tmp_path / "new.png"
-    checkpoint = info_of(old)["checkpoint"]
+    old, new = copy_with_local_paths(DATA / f"images/{name}.png", tmp_path), tmp_path / "new.png"
+    checkpoint = read_image_info(old)["checkpoint"]
     flags = ["--ckpt", checkpoints[checkpoint]] if checkpoint in checkpoints else []
     status = run_command("replay", old, *flags, "--output", new)
     out, err = capsys.readouterr()
     difference = np.abs(read_pixels(old) - read_pixels(new))
     # Identical where it was made. Other processors sum in another order: with AVX2 or SSE4 pixels
     # were up to 1 of 255 away in float32, and up to 4 in bfloat16, which has 8 bits.
-    assert difference.max() <= (2 if info_of(old)["dtype"] == "float32" else 12), err
+    assert difference.max() <= (2 if read_image_info(old)["dtype"] == "float32" else 12), err
     assert (status, out == "identical\n") == ((1, False) if difference.any() else (0, True))
-    assert info_of(new) == info_of(old)
+    assert read_image_info(new) == read_image_info(old)
 
 
 def test_another_checkpoint_of_the_same_name_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The shipped models have other decoders than in version 0.1."""
-    assert run_command("replay", moved(DATA / "images/mask.png", tmp_path)) == 1
+    assert run_command("replay", copy_with_local_paths(DATA / "images/mask.png", tmp_path)) == 1
     assert "\n  checkpoint: 49eec7a0b8 then, " in capsys.readouterr().out
 
 
-def test_adapters_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_addons_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = DATA / "images/addons.png", tmp_path / "new.png"
     flags = ["--ckpt", TINY, "--lora", f"{LORA}:0.7", "--embedding", WORD, "--output", new]
     assert run_command("replay", old, *flags) in (0, 1), capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_the_same_command_writes_the_same_json(
     expected = json.loads(old.read_text()) | own
     expected["scheduler"] = expected.pop("grid")  # renamed; new keys may be added
     assert {key: new[key] for key in expected} == expected
-    info = info_of(Path(new.pop("path")))
+    info = read_image_info(Path(new.pop("path")))
     assert {key: info[key] for key in new} == new
 
 
@@ -185,20 +185,20 @@ def test_the_same_command_writes_the_same_json(
         pytest.param("autoencoder", [], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_from_its_state(name: str, overrides: list[str], runs: Path) -> None:
-    words = [override.format(runs) for override in overrides]
+def test_a_run_continues_from_its_state(name: str, overrides: list[str], runs: Path) -> None:
+    arguments = [override.format(runs) for override in overrides]
     files = [*runs.glob("logs/class/*"), *runs.glob("cache/*")]
     before = {path: path.read_bytes() for path in files}
     resume = ["-t", "-r", "-n", name, "-l", runs / "logs"]
-    assert run_command("train", *resume, "lightning.trainer.max_steps=4", *words) == 0
-    log = log_of(runs / f"logs/{RUNS}{name}/log.csv")
-    expected = log_of(DATA / f"continued/{name}.csv")
+    assert run_command("train", *resume, "lightning.trainer.max_steps=4", *arguments) == 0
+    log = read_log(runs / f"logs/{RUNS}{name}/log.csv")
+    expected = read_log(DATA / f"continued/{name}.csv")
     assert [row["step"] for row in log] == [row["step"] for row in expected]
-    for row, wanted in zip(log, expected, strict=True):
+    for row, expected_row in zip(log, expected, strict=True):
         # With AVX2 or SSE4 the losses were up to 1.8e-5 away.
-        assert row == pytest.approx(wanted, rel=1e-4)
+        assert row == pytest.approx(expected_row, rel=1e-4)
     assert (runs / f"logs/{RUNS}{name}/checkpoints/state-00000004/run.json").exists()
-    # Class images, latents and contexts are read, none is made anew.
+    # Class images, latents and contexts are read, none is computed again.
     files = [*runs.glob("logs/class/*"), *runs.glob("cache/*")]
     assert {path: path.read_bytes() for path in files} == before
 

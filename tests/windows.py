@@ -1,4 +1,4 @@
-"""A system like Windows, as far as one can be imitated elsewhere."""
+"""An imitation of Windows on other systems."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ MAPS = Path("/proc/self/maps")
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove what Windows does not have, and refuse what it refuses.
 
-    That is: links; to flush what is not open for writing; to rename over a file, as if another
-    program had it open; to delete a file that is mapped, or to rename its folder.
+    It refuses links; to flush a file that is not open for writing; to rename over a file, as if
+    another program had it open; to delete a mapped file, or to rename its folder.
     """
     if os.name == "nt":
         return

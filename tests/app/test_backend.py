@@ -40,22 +40,22 @@ from tinyupscaler import build_tiny_upscaler, make_tiny_config
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
           "upscale": "upscale", "unclip": "unclip"}  # fmt: skip
 LIMITS = Limits(side=256, steps=20, batch=2, batches=2)
-CHOICE = ModelOptions(device="cpu", precision="full")
+MODEL_OPTIONS = ModelOptions(device="cpu", precision="full")
 
 
 @pytest.fixture(scope="module")
 def backend(families, tmp_path_factory):
-    return backend_with(families, tmp_path_factory.mktemp("app"))
+    return make_backend(families, tmp_path_factory.mktemp("app"))
 
 
-def backend_with(families, outdir, **options):
+def make_backend(families, outdir, **options):
     folder = families["base_v"].ckpt.parent
-    return Backend(Library(folder, **options), outdir, CHOICE, LIMITS)
+    return Backend(Library(folder, **options), outdir, MODEL_OPTIONS, LIMITS)
 
 
 @pytest.fixture
 def make_request(photo):
-    """Builds a request from the form of a task: what a user fills in, else its defaults."""
+    """Builds a request from the form of a task, with changes to its defaults."""
 
     def make_request(backend, task, model=None, **changes):
         fields = TaskForm(TASKS[task], LIMITS).fields
@@ -69,7 +69,7 @@ def make_request(photo):
                 image.resize((16, 16)).save(own["init_img"])
         if task in ("txt2img", "unclip"):
             own |= {"width": 64, "height": 64}
-        own["sketch"] = sketch(photo, (8, 8, 30, 40))
+        own["sketch"] = make_sketch(photo, (8, 8, 30, 40))
         filled |= {name: own[name] for name in own.keys() & fields.keys()} | changes
         values = TaskForm(TASKS[task], LIMITS).parse(filled, backend.uploads)
         return backend.make_request(TASKS[task], model or f"{MODELS[task]}.safetensors", values)
@@ -85,13 +85,13 @@ def run(make_request):
         def work(progress):
             return backend.generate(make_request(backend, task, model, **changes), progress)
 
-        return finish(work)
+        return run_job(work)
 
     return run
 
 
-def sketch(photo, box=None):
-    """What the editor gives for an image, with a box painted over."""
+def make_sketch(photo, box=None):
+    """Make what the editor uploads for an image: the image, and a layer with a painted box."""
     with Image.open(photo) as image:
         layer = Image.new("RGBA", image.size)
     if box is not None:
@@ -101,7 +101,7 @@ def sketch(photo, box=None):
     return [(str(photo), None), (str(path), None)]
 
 
-def finish(work):
+def run_job(work):
     job = Jobs(1).submit("me", "", work)
     while not job.has_ended:
         time.sleep(0.01)
@@ -109,7 +109,7 @@ def finish(work):
 
 
 def replay(backend, path):
-    return finish(lambda progress: backend.replay(path, progress)).message
+    return run_job(lambda progress: backend.replay(path, progress)).message
 
 
 def test_each_task_is_offered_the_models_that_serve_it(backend):
@@ -126,21 +126,21 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
 
 
 @pytest.mark.parametrize("task", slow_except(TASKS, "txt2img", "inpaint"))
-def test_every_task_makes_images_that_it_makes_again(backend, families, run, task):
+def test_every_task_makes_images_that_replay_identically(backend, families, run, task):
     job = run(backend, task)
     assert not job.has_failed, job.message
     path = job.images[0]["path"]
     assert Path(path).parent == backend.outdir / "samples"
     assert read_info(path)["task"] == task
     assert replay(backend, path) == "identical"
-    if task == "inpaint":  # and the script, too
+    if task == "inpaint":  # the command replays it, too
         assert main(["replay", path, "--ckpt", str(families["inpaint"].ckpt)]) == 0
 
 
-def test_images_have_ema_weights_if_the_config_asks_and_replays_those_of_the_image(
+def test_the_ema_weights_are_used_if_the_config_asks_and_replays_use_those_of_the_image(
     ema_model, make_request, run, tmp_path
 ):
-    backend = Backend(Library(ema_model.ckpt.parent), tmp_path, CHOICE, LIMITS)
+    backend = Backend(Library(ema_model.ckpt.parent), tmp_path, MODEL_OPTIONS, LIMITS)
     image = run(backend, "txt2img").images[0]
     assert image["ema"]
     size = ["--H=64", "--W=64", f"--outdir={tmp_path / 'raw'}", "--no-ema"]
@@ -150,15 +150,15 @@ def test_images_have_ema_weights_if_the_config_asks_and_replays_those_of_the_ima
 
 
 @pytest.mark.filterwarnings("ignore::ldm.prompts.PromptWarning")  # as `ldm app` does
-def test_seeds_are_exact_and_a_long_prompt_is_said_behind_the_result(backend, run):
-    beyond = str(2**64 - 1)  # what a browser counts
-    job = run(backend, "txt2img", prompt="very " * 80, seed=beyond)
+def test_large_seeds_are_exact_and_a_truncated_prompt_is_in_the_message(backend, run):
+    seed = str(2**64 - 1)  # more than a number of JavaScript holds exactly
+    job = run(backend, "txt2img", prompt="very " * 80, seed=seed)
     assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
     assert job.images[0]["seed"] == 2**64 - 1
     assert replay(backend, job.images[0]["path"]) == "identical"
 
 
-def test_a_chosen_vae_decodes_and_is_found_again_by_content(families, run, tmp_path):
+def test_a_selected_vae_decodes_and_is_found_by_its_hash_on_replay(families, run, tmp_path):
     (tmp_path / "vae").mkdir()
     for file in families["base_v"]:
         shutil.copy(file, tmp_path)
@@ -167,7 +167,7 @@ def test_a_chosen_vae_decodes_and_is_found_again_by_content(families, run, tmp_p
         for name, value in read_checkpoint(tmp_path / "base_v.safetensors").state.items()
     }
     write_checkpoint(tmp_path / "vae/other.ckpt", state)
-    backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     plain, other = (run(backend, "txt2img", vae=vae).images[0] for vae in ("", "other"))
     assert other["vae"]["path"] == "other.ckpt"
     assert (read_pixels(plain["path"]) != read_pixels(other["path"])).any()
@@ -177,14 +177,14 @@ def test_a_chosen_vae_decodes_and_is_found_again_by_content(families, run, tmp_p
 
 
 @pytest.mark.slow
-def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
+def test_a_safety_checker_is_selected_by_name_and_its_action_is_in_the_message(
     families, run, tmp_path
 ):
     (tmp_path / "safety_checker").mkdir()
     for file in families["base_v"]:
         shutil.copy(file, tmp_path)
     checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
-    backend = Backend(Library(tmp_path), tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(tmp_path), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     chosen = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
     job = run(backend, "txt2img", **chosen)
     assert "image 0 is flagged by concept 2" in job.message
@@ -198,10 +198,10 @@ def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
     assert "unknown safety checker" in job.message
 
 
-def test_tokens_of_embeddings_count_as_their_vectors(backend, families, tmp_path):
+def test_the_token_of_an_embedding_counts_once_for_each_vector(backend, families, tmp_path):
     width = ldm.load(*families["base_v"]).conditioner.text.width
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(3, width)})
-    with_embeddings = backend_with(families, tmp_path, embeddings=[str(tmp_path)])
+    with_embeddings = make_backend(families, tmp_path, embeddings=[str(tmp_path)])
     assert backend.library.count_tokens("base_v.safetensors", "a cat") == (2, 75, "")
     assert with_embeddings.library.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
     assert backend.library.count_tokens("absent.safetensors", "a cat") == (0, 0, "")
@@ -210,14 +210,14 @@ def test_tokens_of_embeddings_count_as_their_vectors(backend, families, tmp_path
     assert backend.library.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
 
 
-def test_known_pixels_of_a_sketch_stay(backend, run, photo):
+def test_pixels_outside_the_painted_mask_stay(backend, run, photo):
     job = run(backend, "inpaint", model="base_v.safetensors")
     same = (read_pixels(job.images[0]["path"]) == read_pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
 
 
-def test_an_estimated_depth_map_is_taken_back(backend, make_request, run):
+def test_an_estimated_depth_map_can_be_used_as_input(backend, make_request, run):
     job = Progress()
     backend.estimate_depth(make_request(backend, "depth2img"), job)
     map_ = job.images[0]["path"]
@@ -245,14 +245,14 @@ def test_an_estimated_depth_map_is_taken_back(backend, make_request, run):
         ("txt2img", {"sigmas": " ".join(map(str, range(22, -1, -1)))}, "steps must be 1 to 20"),
     ],
 )  # fmt: skip
-def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(backend, run, task, changes, message):
+def test_invalid_and_excessive_values_are_errors_in_one_line(backend, run, task, changes, message):
     job = run(backend, task, **changes)
     assert job.has_failed
     assert message in job.message
 
 
 def test_an_empty_mask_is_refused(backend, run, photo):
-    job = run(backend, "inpaint", sketch=sketch(photo))
+    job = run(backend, "inpaint", sketch=make_sketch(photo))
     assert job.message == "The mask is empty. Draw over the area to repaint."
 
 
@@ -272,7 +272,7 @@ def test_bad_uploads_are_named_in_one_line_without_the_path(
     assert "\n" not in job.message
 
 
-def test_too_large_an_image_says_how_to_scale_it(backend, run, tmp_path):
+def test_the_error_for_a_too_large_image_says_how_to_resize_it(backend, run, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     large = {"init_img": str(tmp_path / "large.png")}
     job = run(backend, "img2img", **large)
@@ -283,7 +283,7 @@ def test_too_large_an_image_says_how_to_scale_it(backend, run, tmp_path):
 @pytest.mark.parametrize(
     "name", [None, "../base_v.safetensors", "inpaint.safetensors", "absent.safetensors"]
 )
-def test_models_are_those_of_the_folder_that_serve_the_task(backend, name):
+def test_only_models_of_the_folder_that_fit_the_task_are_accepted(backend, name):
     with pytest.raises(
         ValueError,
         match=r"txt2img needs a text.*; available: base_eps.safetensors, base_v.safetensors",
@@ -316,13 +316,13 @@ def change_info(info, changes):
 
 @pytest.fixture(scope="module")
 def originals():
-    """Images by their task, which `replay_forged` copies."""
+    """Paths of images by task, which `replay_forged` copies."""
     return {}
 
 
 @pytest.fixture
 def replay_forged(backend, run, originals, tmp_path):
-    """Writes an image of a task whose info was changed; returns its replay."""
+    """Replays an image of a task with changed metadata; returns the message."""
 
     def replay_forged(task, **changes):
         if task not in originals:
@@ -336,14 +336,12 @@ def replay_forged(backend, run, originals, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), FORGED)
-def test_a_forged_info_reads_no_file_and_takes_no_time(replay_forged, changes, message):
+def test_forged_metadata_reads_no_file_and_exceeds_no_limit(replay_forged, changes, message):
     assert message in replay_forged("txt2img", **changes)
 
 
 @pytest.mark.parametrize("option", ["save_depth", "midas"])
-def test_an_image_does_not_name_where_an_upload_is_written_or_loaded(
-    backend, replay_forged, photo, option
-):
+def test_metadata_cannot_choose_a_file_to_write_or_load(backend, replay_forged, photo, option):
     upload = Path(backend.uploads.add(photo))
     content = upload.read_bytes()
     inputs = {option: [{"path": str(upload), "sha256": upload.stem}]}
@@ -351,7 +349,7 @@ def test_an_image_does_not_name_where_an_upload_is_written_or_loaded(
     assert upload.read_bytes() == content
 
 
-def test_a_config_that_an_image_names_is_not_read(replay_forged):
+def test_a_config_named_in_metadata_is_not_read(replay_forged):
     assert replay_forged("txt2img", config="/etc/passwd") == "identical"
 
 
@@ -360,10 +358,10 @@ def test_images_of_other_programs_are_not_replayed(backend, photo):
 
 
 @pytest.mark.slow
-def test_chosen_loras_change_the_image_and_are_found_again_by_content(families, run, tmp_path):
+def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(families, run, tmp_path):
     model = ldm.load(*families["base_v"])
     lora = write_random_lora(tmp_path / "1.safetensors", model, 1)
-    backend = backend_with(families, tmp_path / "out", loras=[(str(lora), 0.5)])
+    backend = make_backend(families, tmp_path / "out", loras=[(str(lora), 0.5)])
     assert backend.library.list_fitting_loras("base_v.safetensors") == ["1"]
     assert backend.library.list_fitting_loras("upscale.safetensors") == []
     styled, plain = (run(backend, "txt2img", lora=lora).images[0] for lora in (["1:0.8"], []))
@@ -375,7 +373,7 @@ def test_chosen_loras_change_the_image_and_are_found_again_by_content(families, 
     words = ["--ckpt", str(families["base_v"].ckpt), "--lora", f"{lora}:0.8"]
     assert main(["replay", styled["path"], *words]) == 0
     moved = [(str(lora.rename(tmp_path / "moved.safetensors")), 1.0)]
-    backend = backend_with(families, tmp_path / "out", loras=moved)
+    backend = make_backend(families, tmp_path / "out", loras=moved)
     assert replay(backend, styled["path"]) == replay(backend, plain["path"]) == "identical"
 
 
@@ -388,14 +386,14 @@ def test_chosen_loras_change_the_image_and_are_found_again_by_content(families, 
          "a fox <lora:a:0.5:1> <lora:b:5.0> <lora:c:0.8>", [[]]),
     ],
 )  # fmt: skip
-def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
+def test_reused_parameters_restore_loras_in_sliders_or_else_in_the_prompt(
     families, tmp_path, loras, prompt, chosen
 ):
-    """`c` is not here: its name in the prompt is an error that says so."""
+    """`c` is missing: its tag in the prompt leads to an error that names it."""
     given = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
     for file, _ in given:
         Path(file).write_bytes(b"")
-    page = FormEvents(backend_with(families, tmp_path / "out", loras=given))
+    page = FormEvents(make_backend(families, tmp_path / "out", loras=given))
     recorded = [{"path": path, "weight": weight} for path, weight in loras]
     info = {"prompt": "a fox", "seed": 1, "loras": recorded}
     fields = list(page.forms["txt2img"].common_fields)
@@ -415,13 +413,13 @@ def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
 def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
     families, run, tmp_path, monkeypatch
 ):
-    """Also one that the prompt names."""
+    """Also a LoRA that the prompt names."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     state = {f"{name}.lora_down.weight": torch.ones(2, 2048)}
     state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
     write_checkpoint(tmp_path / "xl.safetensors", state)
     given = [(str(tmp_path / "xl.safetensors"), 1.0)]
-    backend = backend_with(families, tmp_path / "out", loras=given)
+    backend = make_backend(families, tmp_path / "out", loras=given)
     monkeypatch.setattr("ldm.app.model_cache.ModelCache.__call__", pytest.fail)
     for changes in ({"lora": ["xl:1"]}, {"prompt": "a fox <lora:xl:1>"}):
         job = run(backend, "txt2img", **changes)
@@ -439,9 +437,9 @@ def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
         (["style"], "`style.pt` is"),
     ],
 )
-def test_loras_are_those_that_were_offered(families, run, tmp_path, chosen, message):
+def test_only_offered_loras_are_accepted(families, run, tmp_path, chosen, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
-    backend = backend_with(families, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
+    backend = make_backend(families, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
     job = run(backend, "txt2img", lora=chosen)
     assert message in job.message
     assert str(tmp_path) not in job.message
@@ -462,7 +460,7 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(families, run, tm
     (folder / "base_v.yaml").write_text(config)
     (folder / "loras").mkdir()
     lora = write_random_lora(folder / "loras/style.safetensors", ldm.load(*families["base_v"]), 1)
-    backend = Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(folder), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
     info = run(backend, "txt2img", prompt=prompt, dynamic_prompts=True).images[0]
     assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
@@ -480,17 +478,15 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(families, run, tm
         ([("a/x.pt", 1), ("b/x.pt", 1)], "have the same name"),
     ],
 )
-def test_loras_are_there_when_the_app_starts(families, tmp_path, loras, message):
+def test_missing_and_ambiguous_loras_are_refused_at_the_start(families, tmp_path, loras, message):
     with pytest.raises((ValueError, OSError), match=message):
-        backend_with(families, tmp_path, loras=loras)
+        make_backend(families, tmp_path, loras=loras)
 
 
 @pytest.mark.slow
-def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
-    backend, families, run, tmp_path
-):
+def test_a_replay_uses_the_embeddings_of_the_image(backend, families, run, tmp_path):
     width = ldm.load(*families["base_v"]).conditioner.text.width
-    with_embeddings = backend_with(families, tmp_path / "out", embeddings=[str(tmp_path)])
+    with_embeddings = make_backend(families, tmp_path / "out", embeddings=[str(tmp_path)])
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
     plain, learned = (
         run(each, "txt2img", prompt="a cat").images[0]["path"]
@@ -507,14 +503,14 @@ def test_a_checkpoint_is_inspected_by_its_name_only(backend):
     assert backend.library.inspect("../../etc/passwd") == "choose a checkpoint"
 
 
-def test_a_run_is_html_without_what_users_write(backend):
+def test_progress_is_html_with_what_users_write_escaped(backend):
     progress = Progress(message="<script>", preview=Image.new("RGB", (4, 4)))
     assert "&lt;script&gt;" in render_progress(progress)
     assert "data:image/png;base64," in render_preview(progress)
     assert describe_info({}) == "No generation parameters found"
 
 
-def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
+def test_previews_use_taesd_where_a_file_fits(tmp_path):
     (tmp_path / "vae_approx").mkdir()
     state = {name: 0.1 * torch.randn(v.shape) for name, v in TinyDecoder().state_dict().items()}
     torch.save(state, tmp_path / "vae_approx/taesd_decoder.pth")
@@ -535,7 +531,7 @@ def with_upscaler(families, tmp_path):
         shutil.copy(families["base_eps"].ckpt.with_suffix(suffix), folder / f"base{suffix}")
     config = {"ldm.config": format_yaml(make_tiny_config())}
     save_model(build_tiny_upscaler(), folder / "x2.safetensors", config)
-    return Backend(Library(folder), tmp_path / "out", CHOICE, LIMITS)
+    return Backend(Library(folder), tmp_path / "out", MODEL_OPTIONS, LIMITS)
 
 
 def test_a_model_keeps_its_loras_beside_an_upscaler(families, with_upscaler, run, tmp_path):
@@ -548,7 +544,7 @@ def test_a_model_keeps_its_loras_beside_an_upscaler(families, with_upscaler, run
 
 
 @pytest.mark.slow
-def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(
+def test_an_upscaler_is_selected_by_name_and_its_image_fills_the_form_and_replays(
     with_upscaler, make_request
 ):
     backend = with_upscaler
@@ -576,7 +572,7 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, 
     pytest.importorskip("trimesh")
     (tmp_path / "models").mkdir()
     write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
-    backend = Backend(Library(tmp_path / "models"), tmp_path / "out", CHOICE, LIMITS)
+    backend = Backend(Library(tmp_path / "models"), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     jobs = Page(backend).job_events
     assert jobs.jobs.list_images("me") == []
     request = make_request(backend, "txt2img", "ldm3d-4c.safetensors")

@@ -8,7 +8,7 @@ from ldm.app.catalogue import list_addons, list_checkpoints, read_catalogue
 DEMO = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
 
 
-def test_the_demo_model_serves_what_text_is_enough_for(tmp_path):
+def test_the_demo_model_serves_the_tasks_of_a_text_to_image_model(tmp_path):
     shutil.copy(DEMO, tmp_path / "demo.safetensors")
     catalogue = read_catalogue(tmp_path)
     assert catalogue.models["demo.safetensors"].tasks == ("txt2img", "img2img", "inpaint")
@@ -22,7 +22,7 @@ def test_a_depth_model_is_listed_without_its_network(families, tmp_path, monkeyp
     assert read_catalogue(tmp_path).models["depth.safetensors"].tasks == ("depth2img",)
 
 
-def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
+def test_files_that_are_not_models_are_skipped_with_one_line_each(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(DEMO.read_bytes()[:100_000])
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "page.ckpt").write_text("<!doctype html>")

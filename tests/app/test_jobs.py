@@ -1,4 +1,4 @@
-"""Jobs: one runs at a time and says how far it is, whoever looks; the others wait, or leave."""
+"""Jobs: one runs at a time and reports its progress; others wait in the queue or leave it."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ def jobs():
     return Jobs(limit=2)
 
 
-def finish(job):
+def wait_for(job):
     deadline = time.monotonic() + 20
     while not job.has_ended:
         assert time.monotonic() < deadline
@@ -29,13 +29,13 @@ def finish(job):
 
 @pytest.fixture
 def gate():
-    """Work that waits for a gate, so that other jobs queue behind it."""
+    """An event that work waits for, so that other jobs queue behind it."""
     gate = threading.Event()
     yield gate
     gate.set()
 
 
-def waiting(gate):
+def make_waiting_work(gate):
     def work(progress):
         while not gate.wait(0.01):
             progress.set_message("waiting")
@@ -44,28 +44,28 @@ def waiting(gate):
     return work
 
 
-def test_jobs_run_in_their_order_and_nobody_need_look(jobs, gate):
+def test_jobs_run_in_their_order_even_if_nobody_watches(jobs, gate):
     order = []
-    first = jobs.submit("me", "1", waiting(gate))
+    first = jobs.submit("me", "1", make_waiting_work(gate))
     second = jobs.submit("you", "2", lambda progress: order.append(2) or "done")
     assert (jobs.count_ahead(first), jobs.count_ahead(second)) == (0, 1)
     assert order == []
     gate.set()
-    assert finish(second).message == "done"
+    assert wait_for(second).message == "done"
     assert first.has_ended
 
 
 def test_a_queued_job_leaves_the_queue_at_once_and_a_running_one_stops_at_its_step(jobs, gate):
-    running = jobs.submit("me", "1", waiting(gate))
+    running = jobs.submit("me", "1", make_waiting_work(gate))
     queued = jobs.submit("you", "2", lambda progress: "done")
     jobs.stop("you")
     assert queued.state == "removed"
     jobs.stop("me")
-    assert "0 of 1 images are finished" in finish(running).message
+    assert "0 of 1 images are finished" in wait_for(running).message
 
 
-def test_a_visitor_empties_the_queue_but_not_that_of_others(jobs, gate):
-    running = jobs.submit("me", "1", waiting(gate))
+def test_a_visitor_removes_only_own_jobs_from_the_queue(jobs, gate):
+    running = jobs.submit("me", "1", make_waiting_work(gate))
     mine = jobs.submit("me", "2", lambda progress: "done")
     yours = jobs.submit("you", "3", lambda progress: "done")
     with pytest.raises(ArgumentError, match="the queue is full"):
@@ -84,8 +84,8 @@ def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
         return work
 
     for seeds in ([1, 2], [3, 4]):
-        finish(jobs.submit("me", "", work(seeds)))
-    finish(jobs.submit("you", "", work([5])))
+        wait_for(jobs.submit("me", "", work(seeds)))
+    wait_for(jobs.submit("you", "", work([5])))
     assert [info["seed"] for info in jobs.list_images("me")] == [3, 4, 1, 2]
 
 
@@ -133,7 +133,7 @@ def test_an_error_is_one_line(jobs, error, message):
     def work(progress):
         raise error
 
-    progress = finish(jobs.submit("me", "", work))
+    progress = wait_for(jobs.submit("me", "", work))
     assert progress.has_failed
     assert progress.message.startswith(message)
     assert "\n" not in progress.message

@@ -1,4 +1,4 @@
-"""ldm.app.model_cache: models stay, within a bound, and have in common what is equal."""
+"""ModelCache: models stay loaded within a limit of memory, and share equal parts."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ class Text(TextEncoder):
 
 
 class Model(nn.Module):
-    """As much of a model as a cache looks at."""
+    """The parts of a model that the cache reads."""
 
     def __init__(self, unet: int, text: Text, autoencoder: int) -> None:
         super().__init__()
@@ -32,24 +32,24 @@ class Model(nn.Module):
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache of models by name; `cache.file` makes one, `cache.get` asks for it."""
-    made = {}
+    """A cache of models; `cache.file(name, make)` writes a file from which `make()` is loaded."""
+    makers = {}
 
     def load(config, ckpt, **options):
-        return made[ckpt.name]()
+        return makers[ckpt.name]()
 
     cache = ModelCache(1e6, load)
 
     def file(name, make, size=10):
         (tmp_path / name).write_bytes(b"x" * size)
-        made[name] = make
+        makers[name] = make
         return tmp_path / name
 
     cache.file = file
     return cache
 
 
-def test_the_same_model_is_given_again_and_another_of_a_changed_file(cache):
+def test_a_model_is_kept_until_its_file_changes(cache):
     path = cache.file("a", lambda: Model(0, Text(0), 0))
     first = cache(None, path, ema=False)
     assert cache(None, path, ema=False) is first
@@ -68,7 +68,7 @@ def test_a_model_is_loaded_again_if_its_vae_or_config_changes(cache, tmp_path, o
     assert cache(ckpt=path, **{option: file}) is not first
 
 
-def test_equal_towers_and_autoencoders_are_there_once(cache):
+def test_equal_text_towers_and_autoencoders_are_shared(cache):
     one = cache(None, cache.file("a", lambda: Model(0, Text(5), 7)))
     alone = cache.nbytes
     two = cache(None, cache.file("b", lambda: Model(1, Text(5), 7)))
@@ -78,7 +78,7 @@ def test_equal_towers_and_autoencoders_are_there_once(cache):
     assert cache.nbytes == alone + sum(p.nbytes for p in two.unet.parameters())
 
 
-def test_the_second_tower_of_sdxl_is_the_refiners_too(cache):
+def test_the_second_tower_of_sdxl_is_shared_with_the_refiner(cache):
     def tower(seed):
         torch.manual_seed(seed)
         arch = {"embed_dim": 8, "text_cfg": {"width": 8, "heads": 2, "layers": 2}}
@@ -130,16 +130,16 @@ def test_tensors_among_the_settings_are_compared(cache):
     assert other.conditioner.text is not one.conditioner.text
 
 
-def test_models_with_other_embeddings_are_other_models(cache, tmp_path):
+def test_models_with_other_embeddings_are_kept_separately(cache, tmp_path):
     path, options = cache.file("a", lambda: Model(0, Text(0), 0)), {"embeddings": [tmp_path]}
-    plain, taught = cache(None, path), cache(None, path, **options)
-    assert taught is not plain
-    assert cache(None, path, **options) is taught
+    plain, with_embedding = cache(None, path), cache(None, path, **options)
+    assert with_embedding is not plain
+    assert cache(None, path, **options) is with_embedding
     (tmp_path / "word").write_bytes(b"123")
-    assert cache(None, path, **options) is not taught
+    assert cache(None, path, **options) is not with_embedding
 
 
-def test_loras_are_set_on_the_model_that_is_there_and_leave_the_parts_that_others_share(
+def test_loras_are_set_on_the_kept_model_and_removed_before_its_parts_are_shared(
     cache, monkeypatch
 ):
     def set_loras(model, loras):
@@ -165,7 +165,7 @@ def test_a_tower_with_embeddings_is_not_shared(cache):
     assert two.conditioner.text is not one.conditioner.text
 
 
-def test_the_model_used_longest_ago_goes_first(cache):
+def test_the_least_recently_used_model_is_removed_first(cache):
     paths = [cache.file(name, lambda: Model(0, Text(0), 0), size=4000) for name in "abc"]
     cache.limit = 2 * sum(p.nbytes for p in Model(0, Text(0), 0).parameters()) + 4000
     a, b = cache(None, paths[0]), cache(None, paths[1])
@@ -176,7 +176,7 @@ def test_the_model_used_longest_ago_goes_first(cache):
     assert cache(None, paths[1]) is not b
 
 
-def test_a_model_larger_than_the_bound_is_loaded_alone(cache):
+def test_a_model_larger_than_the_limit_is_kept_alone(cache):
     cache.limit = 1
     paths = [cache.file(name, lambda: Model(0, Text(0), 0)) for name in "ab"]
     assert cache(None, paths[0]) is cache(None, paths[0])

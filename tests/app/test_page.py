@@ -32,8 +32,8 @@ from ldm.imaging.output import OutputFolder
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE = 60  # seconds; a busy machine is slow
-LONG = 150  # steps of a run that is stopped
+TIMEOUT = 60  # seconds; a busy machine is slow
+LONG = 150  # steps of a run that a test stops
 PROMPT = "a flat emoji of a red apple on a blue background"
 PARAMETERS = f"{PROMPT}\nSteps: 1, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 128x128"
 
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # lo
 
 @pytest.fixture(scope="module")
 def slow_steps():
-    """Lets every step of a long run take a while without work, so that tests can look at it."""
+    """Let every step of a long run take a while, so that tests can watch it."""
     on_step = Progress.on_step
 
     def wait(progress, step, steps, x, denoised):
@@ -83,7 +83,7 @@ def app(tmp_path_factory, slow_steps):
     thread = Thread(target=main, args=[["app", *map(str, flags)]], daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{port}"
-    for _ in range(10 * PATIENCE):
+    for _ in range(10 * TIMEOUT):
         with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
             gc.collect()  # now, while the warnings of gradio's unclosed loops are ignored
             return address, models, outdir
@@ -94,7 +94,7 @@ def app(tmp_path_factory, slow_steps):
 
 @pytest.fixture(scope="module")
 def page(app):
-    """The page, with an image of seed 7; it notes which hosts it asks."""
+    """The page with an image of seed 7; `page.urls` records its requests."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:
         pytest.skip("needs chromium: apt-get install chromium")
@@ -103,7 +103,7 @@ def page(app):
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         size = {"width": 1400, "height": 1000}
         page = browser.new_page(viewport=size, reduced_motion="reduce")
-        page.set_default_timeout(1000 * PATIENCE)
+        page.set_default_timeout(1000 * TIMEOUT)
         page.add_init_script(RECORD)
         page.urls = []
         page.on("request", lambda request: page.urls.append(request.url))
@@ -120,8 +120,8 @@ def page(app):
 
 
 @pytest.fixture(autouse=True)
-def start(request):
-    """Begin every test at the first tab, with few steps."""
+def reset_form(request):
+    """Start every test at the first tab, with one step."""
     if "page" in request.fixturenames:
         page = request.getfixturevalue("page")
         page.set_viewport_size({"width": 1400, "height": 1000})
@@ -132,7 +132,7 @@ def start(request):
 def visit(page, address=None):
     page.goto(address) if address else page.reload()
     page.wait_for_function("window.ldmIsRestored")
-    # Till lists and defaults have come, which would replace what a test types.
+    # Wait for lists and defaults, which would replace what a test types.
     page.wait_for_function("document.querySelector('#checkpoint input').value")
     page.wait_for_function("document.querySelector('#size input').value > 0")
 
@@ -160,7 +160,7 @@ def open_tab(page, name):
 
 
 def generate(page, pattern="done"):
-    """Press Generate, when the last message is gone; return the next that fits."""
+    """Press Generate; return the next message that matches."""
     clear_messages(page)
     page.locator("#generate").click()
     return wait_for_message(page, pattern)
@@ -228,14 +228,14 @@ def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page
         pytest.param("Seed", "3735928559", "done", marks=SLOW),
     ],
 )
-def test_a_number_out_of_range_is_one_line_and_the_page_lives(page, label, value, message):
+def test_a_number_out_of_range_is_one_line_and_the_page_stays_usable(page, label, value, message):
     fill(page, **{label: value})
     generate(page, message)
     assert page.locator("#generate").is_enabled()
 
 
 @pytest.mark.slow
-def test_errors_are_in_sight_wherever_the_page_is_scrolled_to(page):
+def test_errors_are_visible_wherever_the_page_is_scrolled_to(page):
     """Also that of a missing image."""
     page.set_viewport_size({"width": 1366, "height": 768})
     open_tab(page, "img2img")
@@ -272,7 +272,7 @@ def test_a_queued_run_of_another_browser_is_removed_at_once(app, page):
     fill(page, **{"Sampling steps": LONG, "Batch count": 8})
     generate(page, "step [0-9]+ of 150")
     with contextlib.closing(page.context.browser.new_page()) as other:
-        other.set_default_timeout(1000 * PATIENCE)
+        other.set_default_timeout(1000 * TIMEOUT)
         visit(other, app[0])
         fill(other, "a fox")
         generate(other, "queued, 1 ahead")
@@ -281,7 +281,7 @@ def test_a_queued_run_of_another_browser_is_removed_at_once(app, page):
     assert "of 8 images are finished" in stop(page)
 
 
-def test_tokens_are_counted_and_what_has_no_effect_is_named(page):
+def test_tokens_are_counted_and_truncated_text_is_named(page):
     count = page.locator("#prompt-tokens")
     count.get_by_text("11/30").wait_for()
     fill(page, "<lora:style:0.8> (blue:1.4)")
@@ -310,7 +310,7 @@ def test_a_slider_says_when_it_changes_a_number(page):
 
 
 @pytest.mark.slow
-def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
+def test_samplers_are_selected_from_a_list_and_show_their_own_noise_options(page):
     page.locator("#settings").get_by_text("Advanced").click()
     eta, churn = (
         page.get_by_label("Eta", exact=True).first,
@@ -328,7 +328,7 @@ def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
 
 
 @pytest.mark.slow
-def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page):
+def test_loras_are_offered_where_they_fit_and_none_is_selected_at_first(app, page):
     """A tab names the models that it needs, and those that are there."""
     assert page.locator("#lora .token").count() == 0
     page.locator("#lora input").click()
@@ -405,7 +405,7 @@ def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
     assert (info["size"], info["resize_mode"]) == ([192, 128], "pad")
 
 
-def test_an_image_is_made_again_from_what_it_says(page):
+def test_an_image_is_reproduced_from_its_metadata(page):
     generate(page)
     page.locator("#send-replay").click()
     wait_for_value(page, "#file-parameters textarea", "Seed: 7")
@@ -414,7 +414,7 @@ def test_an_image_is_made_again_from_what_it_says(page):
 
 
 @pytest.mark.slow
-def test_the_image_is_large_the_preview_in_its_place_and_the_bar_as_far_as_the_message(page):
+def test_the_image_is_large_with_the_preview_over_it_and_the_bar_agrees_with_the_message(page):
     page.set_viewport_size({"width": 1920, "height": 1080})
     page.mouse.wheel(0, -5000)
     fill(page, **{"Sampling steps": LONG, "Batch count": 2})
@@ -452,7 +452,7 @@ def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
 
 
 @pytest.mark.slow
-def test_files_that_come_while_the_app_runs_are_found(app, page):
+def test_files_added_while_the_app_runs_are_found(app, page):
     (app[1] / "people").mkdir()
     shutil.copy(app[1] / "demo.safetensors", app[1] / "people/copy.safetensors")
     page.locator("#prompt textarea").fill("kept")
@@ -496,7 +496,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
     wait_for_value(page, "#prompt textarea", PROMPT)
     area = page.locator("#tab-inpaint")
     area.get_by_role("button", name="Brush", exact=True).first.click()
-    page.wait_for_timeout(1000)  # till the image lies on the canvas
+    page.wait_for_timeout(1000)  # until the image is on the canvas
     box = area.locator("canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
@@ -516,7 +516,7 @@ def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(ap
 
 
 @pytest.mark.parametrize("is_multi_user", [False, True])
-def test_with_others_a_visitor_sees_no_older_images(tmp_path, is_multi_user):
+def test_visitors_of_a_shared_app_see_no_older_images(tmp_path, is_multi_user):
     page = pytest.importorskip("ldm.app.page", reason="needs gradio")
     OutputFolder(tmp_path).save_sample(Image.new("RGB", (8, 8)), {"seed": 7})
     backend = Backend(Library(tmp_path), tmp_path, ModelOptions(), Limits())
@@ -548,8 +548,8 @@ def test_no_file_outside_the_output_folder_is_served(app):
           for flag in ("--models", "--preview", "--lora")),
     ],
 )  # fmt: skip
-def test_what_the_app_cannot_start_with_is_one_line(run_ldm, flags, message):
-    """Other machines are not let in without a password."""
+def test_flags_that_the_app_cannot_start_with_are_errors_in_one_line(run_ldm, flags, message):
+    """Other machines have no access without a password."""
     status, _, err = run_ldm("app", *flags)
     assert status == 1
     assert err.endswith(f"{message}\n")

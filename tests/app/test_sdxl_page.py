@@ -56,7 +56,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
             "txt2img", name, [], "", defaults, *defaults.values()
         )
         for field, update in zip(now, updates, strict=True):
-            # What has its value already is left alone.
+            # Fields that have their value already are skipped.
             assert update == (gr.skip() if now[field] == defaults[field] else now[field])
         return (accordion["visible"], *(now[name] for name in ("width", "scale", "steps")))
 
@@ -80,9 +80,9 @@ def test_settings_follow_loras_in_the_prompt_and_the_sampler(page, lora):
         return now
 
     plain = follow(dict.fromkeys(DEFAULTED_FIELDS))
-    few = follow(plain, f"a cat <lora:{lora.stem}:1>")
-    assert [few[name] for name in ("sampler", "steps", "scale")] == ["lcm", 4, 1.0]
-    assert follow(few, "a cat <lora:none") == follow(few, "<lora:none:1>") == plain
+    with_lora = follow(plain, f"a cat <lora:{lora.stem}:1>")
+    assert [with_lora[name] for name in ("sampler", "steps", "scale")] == ["lcm", 4, 1.0]
+    assert follow(with_lora, "a cat <lora:none") == follow(with_lora, "<lora:none:1>") == plain
     assert follow(plain, sampler="euler_cfg_pp") == {**plain, "scale": 1.0}
     assert follow(plain, sampler="euler") == plain
 
@@ -92,21 +92,21 @@ def test_an_empty_scale_is_the_default_of_the_sampler(backend):
     assert resolve_sampling(request, Defaults()).scale == 1.0
 
 
-def test_reused_settings_do_not_follow_the_image_s_lora(page, lora):
-    """The image was made with the defaults of the model, in spite of its LoRA for few steps."""
+def test_reused_settings_are_not_replaced_by_defaults_of_the_lora(page, lora):
+    """The image has the defaults of the model, although its LoRA is for few steps."""
     values = {"steps": 25, "scale": 5.0, "sampler": "ddim", "width": 1024, "height": 1024}
     info = {"prompt": f"a cat <lora:{lora.stem}:1>", **values, "size": [1024, 1024]}
     *filled, defaults = page.fill_fields(info, BASE, values)
     form = dict(zip(page.forms["txt2img"].common_fields, filled, strict=False))
     assert [form[name] for name in DEFAULTED_FIELDS] == [values[name] for name in DEFAULTED_FIELDS]
     own = [values[name] for name in DEFAULTED_FIELDS]
-    few, *updates = page.apply_defaults("txt2img", BASE, [], info["prompt"], defaults, *own)
-    assert few["steps"] == 4
+    with_lora, *updates = page.apply_defaults("txt2img", BASE, [], info["prompt"], defaults, *own)
+    assert with_lora["steps"] == 4
     assert updates == [gr.skip()] * len(DEFAULTED_FIELDS)
 
 
 @pytest.mark.slow
-def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
+def test_a_refiner_is_selected_by_name_and_its_image_fills_the_form_and_replays(backend, page):
     assert list(backend.library.list_addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     progress = Progress()
@@ -131,12 +131,12 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
         (REFINER, {}, "txt2img needs a text-to-image model"),
     ],
 )
-def test_what_does_not_fit_is_refused(backend, model, changes, message):
+def test_models_and_values_that_do_not_fit_are_refused(backend, model, changes, message):
     with pytest.raises(ValueError, match=message):
         make_request(backend, model, **changes)
 
 
-def test_fields_of_sdxl_do_nothing_for_other_models(backend):
+def test_fields_of_sdxl_are_ignored_for_other_models(backend):
     changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
     plain = make_request(backend, "demo.safetensors", **changes)
     assert plain.sdxl == TXT2IMG.build_request().sdxl

@@ -1,4 +1,4 @@
-"""What the tests of `ldm.compat` share: building from configs as programs do, and comparing."""
+"""Helpers for the tests of `ldm.compat`: networks built from configs, and comparison."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 
 
 def randomize(network):
-    """Give a fresh network an output that is not zero."""
+    """Give a new network an output that is not zero."""
     torch.manual_seed(0)
     for parameter in network.parameters():
         if parameter.dim() > 1 and parameter.abs().max() == 0:
@@ -29,7 +29,7 @@ def randomize(network):
 
 
 def attend(self, x, context=None, mask=None):
-    """Attention as programs write it, with the layers of ours."""
+    """Compute attention as programs do, with our layers."""
     context = x if context is None else context
     q, k, v = (
         y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -45,15 +45,15 @@ def tiny_unet(**changes):
     return randomize(unet)
 
 
-def relative_error(ours, theirs):
-    """The largest difference, relative to the largest value."""
+def compute_error(ours, theirs):
+    """Compute the largest difference, relative to the largest value."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
 
 
-def tiny_config(name="v1-inference.yaml"):
-    """A published config of SD 1, as programs read it, with small networks."""
+def make_tiny_config(name="v1-inference.yaml"):
+    """Read a published config of SD 1 as programs do, and make its networks small."""
     config = OmegaConf.load(CONFIGS / name).model
     sizes = {"model_channels": 32, "num_heads": 4, "context_dim": 32, "num_res_blocks": 1}
     lists = {"channel_mult": [1, 2], "attention_resolutions": [2, 1]}

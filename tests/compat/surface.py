@@ -1,4 +1,4 @@
-"""What programs written against the original import: names and signatures, in its order."""
+"""Names and signatures that programs written for the original use, in its order."""
 
 _SAMPLER_SAMPLE = (
     "S, batch_size, shape, conditioning=None, callback=None, normals_sequence=None, "
@@ -290,7 +290,7 @@ TIER_1 = {
     """,
     "ldm.data.util": "AddMiDaS(model_type)",
 }
-# Tier 2: what training needs besides.
+# Tier 2: what training needs in addition.
 TIER_2 = {
     "ldm.data.base": "Txt2ImgIterableBaseDataset(num_records=0, valid_ids=None, size=256)",
     "ldm.modules.ema": """

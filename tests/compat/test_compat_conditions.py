@@ -1,4 +1,4 @@
-"""Old classes of conditions beside text: noise augmentation, depth; schedules, data sets."""
+"""The original's classes for noise augmentation, depth, learning rate schedules and datasets."""
 
 import numpy as np
 import pytest

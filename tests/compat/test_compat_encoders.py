@@ -40,8 +40,8 @@ def clip2():
     return FrozenOpenCLIPEmbedder(OmegaConf.create(ARCH), layer="penultimate")
 
 
-class Replaced(nn.Module):
-    """Takes the place of a token embedding, as web UIs do; it has no weight of its own."""
+class DoubledEmbedding(nn.Module):
+    """Replaces a token embedding, as web UIs do; it has no weight of its own."""
 
     def __init__(self, wrapped):
         super().__init__()
@@ -106,13 +106,13 @@ def test_class_embedding_equals_the_recorded_one():
 
 
 def test_replaced_token_embeddings_are_used(clip, clip2):
-    """By both encoders, through every way that leads to them; they may have no `weight`."""
+    """By both encoders, however they are called, even without a `weight`."""
     embeddings = clip.transformer.text_model.embeddings
     ids, before = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")["input_ids"], {}
     for encoder, owner in ((clip, embeddings), (clip2, clip2.model)):
         before[encoder], old = encoder.encode(PROMPTS), owner.token_embedding
         positions = embeddings(ids) - embeddings.token_embedding(ids)
-        owner.token_embedding = Replaced(old)
+        owner.token_embedding = DoubledEmbedding(old)
         assert not torch.allclose(encoder.encode(PROMPTS), before[encoder])
         if encoder is clip:
             assert_close(embeddings(ids), positions + 2 * old(ids), 1e-6)
@@ -159,7 +159,7 @@ def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monke
     assert_close(context[:1, :77], norm(clip.encode(["a cat"])), 1e-6)
 
 
-def test_layers_are_torchs_own(clip, clip2):
+def test_layers_are_those_of_torch(clip, clip2):
     kinds = {type(layer) for layer in clip.transformer.text_model.encoder.layers.modules()}
     assert {nn.Linear, nn.LayerNorm} <= kinds
     linear = [m for m in (*clip.modules(), *clip2.modules()) if isinstance(m, nn.Linear)]
@@ -230,7 +230,7 @@ def test_the_tokenizer_takes_new_tokens():
 
 
 def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
-    """Web UIs replace them: theirs build without weights."""
+    """Web UIs replace them to build encoders without weights."""
     import open_clip
 
     build, names = open_clip.create_model_and_transforms, []
@@ -254,7 +254,7 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
 
 def test_blocks_of_open_clip_take_the_batch_second(clip2):
-    """As programs that walk them themselves expect; 77 prompts would hide a mistake."""
+    """As programs expect that call each block; in a batch of 77 all sizes would fit."""
     import open_clip
 
     prompts = [f"number {k}" for k in range(77)]
@@ -277,7 +277,7 @@ def test_blocks_of_open_clip_take_the_batch_second(clip2):
     assert seen == [(77, 2, 32)]
 
 
-def test_weights_come_from_files_at_hand(tmp_path, clip, clip2):
+def test_weights_are_read_from_local_files(tmp_path, clip, clip2):
     from safetensors.torch import save_file
 
     (tmp_path / "config.json").write_text(

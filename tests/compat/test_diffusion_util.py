@@ -16,12 +16,12 @@ def schedules():
     return load_golden("schedules")
 
 
-def cases(golden, prefix):
+def list_cases(golden, prefix):
     return [(c["name"], c["info"]) for c in golden.cases if c["name"].startswith(prefix)]
 
 
 def test_noise_schedules_equal_the_recorded_ones(schedules):
-    for name, info in cases(schedules, "betas"):
+    for name, info in list_cases(schedules, "betas"):
         recorded = schedules.outputs(name)["betas"]
         betas = util.make_beta_schedule(**info)
         assert betas.dtype == np.float64
@@ -31,7 +31,7 @@ def test_noise_schedules_equal_the_recorded_ones(schedules):
 
 
 def test_steps_of_ddim_equal_the_recorded_ones(schedules):
-    for name, info in cases(schedules, "ddim_t_"):
+    for name, info in list_cases(schedules, "ddim_t_"):
         steps = util.make_ddim_timesteps(info["method"], info["num_ddim"], info["num_ddpm"])
         assert steps.dtype == np.int64
         np.testing.assert_array_equal(steps, schedules.outputs(name)["timesteps"])
@@ -44,7 +44,7 @@ def test_steps_of_ddim_equal_the_recorded_ones(schedules):
 def test_tables_of_ddim_equal_the_recorded_ones(schedules):
     betas = util.make_beta_schedule("linear", 1000, 0.00085, 0.012)
     table = torch.tensor(np.cumprod(1 - betas), dtype=torch.float32)
-    for name, info in cases(schedules, "ddim_par_"):
+    for name, info in list_cases(schedules, "ddim_par_"):
         steps = util.make_ddim_timesteps("uniform", info["S"], 1000)
         sigmas, alphas, previous = util.make_ddim_sampling_parameters(table, steps, info["eta"])
         assert (sigmas.dtype, alphas.dtype) == (torch.float64, torch.float32)
@@ -90,7 +90,7 @@ def test_layers_are_those_of_torch():
         util.conv_nd(4, 3, 4, 3)
 
 
-def test_recomputation_bears_frozen_parameters():
+def test_gradient_checkpointing_accepts_frozen_parameters():
     layer, x = nn.Linear(3, 3).requires_grad_(False), torch.ones(1, 3, requires_grad=True)
     util.checkpoint(lambda x: layer(x).sin(), (x,), layer.parameters(), True).sum().backward()
     by_hand, x.grad = x.grad, None
@@ -98,7 +98,7 @@ def test_recomputation_bears_frozen_parameters():
     assert torch.equal(x.grad, by_hand)
 
 
-def test_noise_and_tables():
+def test_repeated_noise_gathered_values_and_cosine_betas():
     torch.manual_seed(0)
     assert torch.equal(*util.noise_like((2, 3), "cpu", repeat=True).unbind())
     table = util.extract_into_tensor(torch.arange(10.0), torch.tensor([3, 5]), (2, 4, 8, 8))

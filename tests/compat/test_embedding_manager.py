@@ -1,8 +1,8 @@
-"""Textual inversion as its original does it: a class of its own between prompts and encoder."""
+"""Textual inversion as its original code does it: a class between the tokens and the encoder."""
 
 import pytest
 import torch
-from compathelp import randomize, tiny_config
+from compathelp import make_tiny_config, randomize
 from torch import nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -10,7 +10,7 @@ from ldm.util import instantiate_from_config
 
 
 class EmbeddingManager(nn.Module):
-    """Replaces the vectors of a placeholder, which begin as those of another word."""
+    """Replaces the vector of a placeholder, which starts as that of another word."""
 
     def __init__(self, embedder, placeholder, initializer):
         super().__init__()
@@ -51,7 +51,7 @@ class PersonalizedDiffusion(LatentDiffusion):
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_a_step_of_training_changes_the_vector_alone(use_checkpoint):
-    config = tiny_config()
+    config = make_tiny_config()
     config.target = f"{__name__}.PersonalizedDiffusion"
     config.params.personalization_config = {
         "params": {"placeholder": "*", "initializer": "sculpture"}

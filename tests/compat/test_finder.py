@@ -1,4 +1,4 @@
-"""Old module names, and vendored `ldm` folders beside this package."""
+"""The original's module names, and vendored `ldm` folders beside this package."""
 
 import importlib
 import shutil
@@ -23,7 +23,7 @@ for name, file in MODULES.items():
 
 
 def run(code, cwd=None, **environment):
-    """Run a new Python that finds the repository first, and return what it prints."""
+    """Run code in a new process that finds the repository first; return the words it prints."""
     env = {"PYTHONPATH": str(ROOT), "PATH": "", **environment}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False)
@@ -31,11 +31,11 @@ def run(code, cwd=None, **environment):
     return result.stdout.split()
 
 
-def test_every_old_module_is_imported_without_optional_packages():
+def test_every_module_of_the_original_is_imported_without_optional_packages():
     run(IMPORT_ALL)
 
 
-def test_an_old_module_is_the_file_itself_with_its_own_name():
+def test_a_module_of_the_original_is_the_module_of_compat_itself():
     import ldm.util
 
     file = importlib.import_module("ldm.compat.util")
@@ -90,7 +90,7 @@ def test_a_vendored_folder_adds_its_own_modules(vendored, order, variable):
 
 
 def test_a_vendored_package_runs_its_own_init(vendored):
-    """Where ours is none: parents of the original's names are empty packages."""
+    """Ours has none: parents of the original's names are empty packages."""
     init = Path(vendored, "ldm/modules/distributions/__init__.py")
     init.write_text("from ldm.modules.distributions import extra", "utf-8")
     (init.parent / "extra.py").write_text("value = 3", "utf-8")
@@ -120,7 +120,7 @@ def test_a_module_or_name_that_is_missing_names_an_alternative(vendored):
 
 
 def test_a_dotted_name_of_a_class_is_not_a_module():
-    """Web UIs look for what to replace by importing ever shorter prefixes."""
+    """Web UIs find what to replace by importing ever shorter prefixes."""
     for name in ("ldm.util.default", "ldm.modules.midas.api.MiDaSInference"):
         with pytest.raises(ImportError):
             importlib.import_module(name)
@@ -148,8 +148,8 @@ except RuntimeWarning as warning:
     assert "`stable-diffusion-sdkit`, not to `ldm-revived`" in message
 
 
-def test_an_old_name_in_a_pickle_is_refused_as_ever(tmp_path):
-    """Also while the modules of these names are loaded."""
+def test_a_class_of_compat_in_a_pickle_is_refused(tmp_path):
+    """Even while its module is imported."""
     import torch
 
     import ldm.util

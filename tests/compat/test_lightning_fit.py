@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compat.oldmodels import SCHEDULER, build, recorded
+from compat.recordedmodels import SCHEDULER, build, recorded
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

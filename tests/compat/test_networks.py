@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compathelp import relative_error, tiny_unet
+from compathelp import compute_error, tiny_unet
 from torch import nn
 
 from goldfile import load_golden
@@ -38,7 +38,7 @@ def unet_error(golden, unet, case):
     inputs = golden.inputs(case)
     with torch.no_grad():
         ours = unet(inputs["x"], inputs["timesteps"], inputs.get("context"), inputs.get("y"))
-    return relative_error(ours, golden.outputs(case)["eps"])
+    return compute_error(ours, golden.outputs(case)["eps"])
 
 
 def test_each_module_equals_the_recorded_one():
@@ -52,7 +52,7 @@ def test_each_module_equals_the_recorded_one():
         module.load_state_dict(fill(module.state_dict(), info["salt"]))
         with torch.no_grad():
             ours = module(*(golden.inputs(name)[key] for key in case["inputs"]))
-        assert relative_error(ours, golden.outputs(name)["out"]) < 1e-5, name
+        assert compute_error(ours, golden.outputs(name)["out"]) < 1e-5, name
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -65,7 +65,7 @@ def test_unet_equals_the_recorded_one(name):
 
 
 class OwnAutoencoder(nn.Module):
-    """As programs write theirs."""
+    """As programs write their own."""
 
     def __init__(self, ddconfig, embed_dim):
         super().__init__()
@@ -90,7 +90,7 @@ def test_encoder_and_decoder_equal_the_recorded_ones(name):
             else:
                 z = golden.inputs(case)["z"]
                 ours, recorded = vae.decoder(vae.post_quant_conv(z)), golden.outputs(case)["dec"]
-        assert relative_error(ours, recorded) < 4e-5, case
+        assert compute_error(ours, recorded) < 4e-5, case
 
 
 def test_an_encoder_without_variances_has_half_the_channels():
@@ -118,27 +118,30 @@ MODERN = [
 @pytest.mark.parametrize("changes", MODERN)
 def test_a_network_of_ours_becomes_one_of_the_original(changes):
     unet = nethelp.tiny_unet(**changes)
-    old = swap_classes(copy.deepcopy(unet))
-    assert type(old) is UNetModel
+    swapped = swap_classes(copy.deepcopy(unet))
+    assert type(swapped) is UNetModel
     y = {"sequential": torch.ones(2, 6), "timestep": torch.ones(2)}.get(changes.get("num_classes"))
     x, t, context = nethelp.tiny_inputs()
     with torch.no_grad():
-        assert relative_error(old(x, t, context, y=y), unet(x, t, context, y)) < 1e-6
+        assert compute_error(swapped(x, t, context, y=y), unet(x, t, context, y)) < 1e-6
     assert type(unet.out[-1]) is not nn.Conv2d
-    assert type(old.out[-1]) is nn.Conv2d
-    assert [old.dtype, old.image_size] == [torch.float32, 32]
+    assert type(swapped.out[-1]) is nn.Conv2d
+    assert [swapped.dtype, swapped.image_size] == [torch.float32, 32]
 
 
 def test_an_autoencoder_of_ours_becomes_one_of_the_original():
     vae = nethelp.tiny_autoencoder(attn_resolutions=[128])
     x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
-    old = swap_classes(copy.deepcopy(vae))
-    assert [type(old.encoder), type(old.decoder)] == [model.Encoder, model.Decoder]
-    assert [type(old.decoder.up[1].upsample), old.encoder.num_resolutions] == [model.Upsample, 3]
-    assert [old.decoder.num_res_blocks, old.encoder.in_channels] == [1, 3]
+    swapped = swap_classes(copy.deepcopy(vae))
+    assert [type(swapped.encoder), type(swapped.decoder)] == [model.Encoder, model.Decoder]
+    assert [type(swapped.decoder.up[1].upsample), swapped.encoder.num_resolutions] == [
+        model.Upsample,
+        3,
+    ]
+    assert [swapped.decoder.num_res_blocks, swapped.encoder.in_channels] == [1, 3]
     with torch.no_grad():
-        assert relative_error(old.encoder(x), vae.encoder(x)) < 1e-6
-        assert relative_error(old.decoder(z), vae.decoder(z)) < 1e-6
+        assert compute_error(swapped.encoder(x), vae.encoder(x)) < 1e-6
+        assert compute_error(swapped.decoder(z), vae.decoder(z)) < 1e-6
 
 
 def test_layers_are_those_of_torch_and_classes_have_the_names_of_the_original():

@@ -8,7 +8,7 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
-from compathelp import TINY, attend, randomize, relative_error, tiny_unet
+from compathelp import TINY, attend, compute_error, randomize, tiny_unet
 from torch import nn
 
 import ldm
@@ -34,13 +34,13 @@ DECODER = {
     "ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
     "in_channels": 3, "resolution": 16, "z_channels": 4,
 }  # fmt: skip
-PIXEL_WAY = {"use_spatial_transformer": False, "context_dim": None}
+WITHOUT_TRANSFORMERS = {"use_spatial_transformer": False, "context_dim": None}
 
 
 @pytest.fixture(scope="module")
 def networks():
     """A UNet with transformers, one with AttentionBlock, and a decoder: built before any change."""
-    return tiny_unet(), tiny_unet(**PIXEL_WAY), randomize(Decoder(**DECODER))
+    return tiny_unet(), tiny_unet(**WITHOUT_TRANSFORMERS), randomize(Decoder(**DECODER))
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_replacements_act_on_networks_already_built(target, networks, expected, 
     assert all(map(torch.equal, ours, expected))
 
 
-def test_maps_of_odd_sizes_are_joined_by_a_replaced_torch(networks, monkeypatch):
+def test_feature_maps_of_odd_sizes_are_joined_by_a_replaced_torch(networks, monkeypatch):
     class ResizingTorch:
         calls = 0
 
@@ -130,7 +130,7 @@ def test_maps_of_odd_sizes_are_joined_by_a_replaced_torch(networks, monkeypatch)
 
 
 class ControlledUNet(UNetModel):
-    """Adds maps of a second encoder to the skip connections, and trains nothing before them."""
+    """Adds feature maps of a control branch to the skip connections, as ControlNet does."""
 
     def forward(
         self, x, timesteps=None, context=None, control=None, only_mid_control=False, **kwargs
@@ -155,7 +155,7 @@ class ControlledUNet(UNetModel):
 
 
 class ControlBranch(nn.Module):
-    """A copy of the encoder, which takes a hint in pixels and ends in convolutions of zeros."""
+    """A copy of the encoder that takes a hint in pixels and ends in zero convolutions."""
 
     def __init__(self, image_size, in_channels, hint_channels, model_channels, **sizes):
         super().__init__()
@@ -249,7 +249,7 @@ def test_a_control_branch_starts_without_effect_and_is_what_learns():
     assert branch.middle_block_out[0].weight.grad.count_nonzero()
 
 
-def test_attention_is_exchanged_layer_by_layer_and_trained_alone(networks, expected):
+def test_attention_is_replaced_layer_by_layer_and_trained_alone(networks, expected):
     unet = copy.deepcopy(networks[0])
     kinds = []
 
@@ -268,7 +268,7 @@ def test_attention_is_exchanged_layer_by_layer_and_trained_alone(networks, expec
     ours = unet(*tiny_inputs())
     blocks = sum(type(layer) is BasicTransformerBlock for layer in unet.modules())
     assert kinds == ["self", "cross"] * blocks
-    assert relative_error(ours, expected[0]) < 1e-5
+    assert compute_error(ours, expected[0]) < 1e-5
     ours.square().sum().backward()
     assert kinds == ["self", "cross"] * blocks + kinds[2 * blocks :]
     assert len(kinds) == 4 * blocks  # activations were computed again
@@ -319,7 +319,7 @@ def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monk
     assert all(value.is_contiguous() for value in features.values())
 
 
-def test_blocks_may_be_put_in_and_taken_out(networks):
+def test_blocks_may_be_inserted_and_removed(networks):
     class Motion(nn.Module):
         def forward(self, x):
             return x + 1
@@ -334,7 +334,7 @@ def test_blocks_may_be_put_in_and_taken_out(networks):
     assert torch.equal(unet(*tiny_inputs()), before)
 
 
-def test_recomputation_gives_the_same_gradients_also_to_a_frozen_network():
+def test_gradient_checkpointing_gives_the_same_gradients_even_to_a_frozen_network():
     gradients = []
     for use_checkpoint in (False, True):
         unet = tiny_unet(use_checkpoint=use_checkpoint).requires_grad_(False)
@@ -346,7 +346,7 @@ def test_recomputation_gives_the_same_gradients_also_to_a_frozen_network():
     assert torch.allclose(*gradients, atol=1e-6)
     block = BasicTransformerBlock(32, 2, 16)
     assert block.checkpoint
-    block(torch.ones(1, 4, 32)).sum().backward()  # of the original this fails without a context
+    block(torch.ones(1, 4, 32)).sum().backward()  # the original fails here without a context
     assert all(parameter.grad is not None for parameter in block.parameters())
 
 
@@ -386,7 +386,7 @@ def test_networks_are_copied_and_pickled(networks, expected):
     assert all(map(torch.equal, run(copies), expected))
 
 
-FIFTEEN = {
+SD2_UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
     "attention_resolutions": [4, 2, 1], "num_res_blocks": 2, "channel_mult": [1, 2, 4, 4],
     "num_head_channels": 64, "use_spatial_transformer": True, "use_linear_in_transformer": True,
@@ -403,7 +403,7 @@ def test_a_full_size_network_is_built_empty_by_replaced_constructors(monkeypatch
             original(self, *args, **{**kwargs, "device": "meta"})
 
         monkeypatch.setattr(kind, "__init__", on_meta)
-    unet = UNetModel(**FIFTEEN)
+    unet = UNetModel(**SD2_UNET)
     prefix = "model.diffusion_model."
     published = recorded_keys("v2-inference").items()
     assert keys_of(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
@@ -411,8 +411,8 @@ def test_a_full_size_network_is_built_empty_by_replaced_constructors(monkeypatch
     assert all(layer.weight.is_meta for layer in layers)
 
 
-def test_models_of_ours_stay_apart():
-    """Old names are imported here, and still no config of ours can name them."""
+def test_our_own_models_use_no_class_of_compat():
+    """The original's modules are imported here, and still no config can name their classes."""
     config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel"}
     unet = ldm.instantiate({**config, "params": TINY})
     assert not isinstance(unet, UNetModel)

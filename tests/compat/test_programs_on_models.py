@@ -1,15 +1,15 @@
-"""What programs do with the old model classes, each shaped like a class of such programs."""
+"""What programs do with the original's model classes, shown by classes like theirs."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from compathelp import tiny_config
+from compathelp import make_tiny_config
 from torch import nn
 
 import ldm
-from compat.oldmodels import SCHEDULER, build, recorded
+from compat.recordedmodels import SCHEDULER, build, recorded
 from ldm.compat.bridge import from_modern, to_modern
 from ldm.compat.lightning import PlainModule
 from ldm.diffusion.schedule import Schedule
@@ -98,7 +98,7 @@ def test_a_control_network_is_trained_and_sampled():
     config = recorded("ddim_eps").meta["config"]
     branch = {"target": f"{__name__}.Branch", "params": {"hint_channels": 3}}
     model = ControlLDM(
-        branch, "hint", False, **build_config(config), cond_stage_trainable=False
+        branch, "hint", False, **copy_params(config), cond_stage_trainable=False
     )  # fmt: skip
     model.learning_rate, model.sd_locked = 1e-2, True
     batch = {
@@ -123,15 +123,15 @@ def test_a_control_network_is_trained_and_sampled():
     assert model.calls == [["c_concat", "c_crossattn"]] * 4
 
 
-def build_config(config):
-    """Return the parameters of a recorded config, with prompts that are tensors."""
+def copy_params(config):
+    """Copy the parameters of a recorded config, without `cond_stage_trainable`."""
     params = copy.deepcopy(config["params"])
     params.pop("cond_stage_trainable")
     return params
 
 
 class OwnModel(nn.Module):
-    """A consumer's own model file: helpers, UNet and autoencoder are ours, all else is its own."""
+    """A program's own model: helpers, UNet and autoencoder are ours, all else is its own."""
 
     def __init__(self, unet_config, first_stage_config, timesteps):
         super().__init__()
@@ -160,8 +160,8 @@ class OwnModel(nn.Module):
         return self.model(x, t, c_crossattn=[c])
 
 
-def test_a_model_file_of_its_own_trains_the_unet_and_only_the_context():
-    config = build_config(recorded("get_input_more").meta["config_base_eps"])
+def test_a_program_with_its_own_model_class_trains_the_unet_or_only_the_context():
+    config = copy_params(recorded("get_input_more").meta["config_base_eps"])
     unet = config["unet_config"]
     unet["params"]["use_checkpoint"] = True
     model = OwnModel(unet, config["first_stage_config"], 20)
@@ -209,7 +209,7 @@ class EpsDenoiser(nn.Module):
 
 
 def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch):
-    config = build_config(recorded("conditioning_routes").meta["config_hybrid"])
+    config = copy_params(recorded("conditioning_routes").meta["config_hybrid"])
     config["unet_config"]["params"]["in_channels"] = 8
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
     model = build({"target": target, "params": config})
@@ -239,7 +239,7 @@ def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch
 
 @LOGS_ALONE
 def test_a_trainer_without_lightning_sets_what_the_model_reads():
-    """As scripts drive the hooks by themselves."""
+    """As scripts do that call the hooks themselves."""
     config = recorded("train_step").meta["config"]
     ucg_training = {"label": {"p": 1.0, "val": "none"}}
     model = build(config, scheduler_config=SCHEDULER, ucg_training=ucg_training)
@@ -293,7 +293,9 @@ def test_an_autoencoder_and_its_discriminator_are_trained_by_hand():
     trained = model.decoder.conv_out.weight.detach().clone()
     model.validation_step(batch, 0)
     log = model.log_images(batch)
-    assert torch.equal(model.decoder.conv_out.weight, trained)  # that of the EMA is put back
+    assert torch.equal(
+        model.decoder.conv_out.weight, trained
+    )  # the EMA weights are taken out again
     names = ("samples", "reconstructions", "samples_ema", "reconstructions_ema")
     assert log.keys() == {"inputs", *names}
 
@@ -302,20 +304,20 @@ def test_an_autoencoder_and_its_discriminator_are_trained_by_hand():
 def test_bridges_share_the_weights_both_ways(name):
     """Worst difference of a UNet's or an encoder's output: 0; of the decoder's: 2.1e-6."""
     modern = model_of(recorded("e2e_txt2img"), name)
-    old = from_modern(modern)
-    back = to_modern(old)
+    compat_model = from_modern(modern)
+    back = to_modern(compat_model)
     weight = modern.unet.out[2].weight
-    assert type(old.model.diffusion_model.time_embed[0]) is nn.Linear
+    assert type(compat_model.model.diffusion_model.time_embed[0]) is nn.Linear
     assert type(modern.unet.time_embed[0]) is not nn.Linear
-    assert weight.data_ptr() == old.model.diffusion_model.out[2].weight.data_ptr()
+    assert weight.data_ptr() == compat_model.model.diffusion_model.out[2].weight.data_ptr()
     assert weight.data_ptr() == back.unet.out[2].weight.data_ptr()
     assert torch.equal(back.schedule.sigmas, modern.schedule.sigmas)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
-        c = old.get_learned_conditioning(["a cube", ""])
+        c = compat_model.get_learned_conditioning(["a cube", ""])
         assert torch.allclose(c, modern.condition({"txt": ["a cube", ""]}).crossattn, atol=1e-6)
-        assert torch.allclose(old.apply_model(x, t, c), modern.unet(x, t, c), atol=1e-5)
-        assert torch.allclose(old.decode_first_stage(x), modern.decode(x), atol=1e-4)
+        assert torch.allclose(compat_model.apply_model(x, t, c), modern.unet(x, t, c), atol=1e-5)
+        assert torch.allclose(compat_model.decode_first_stage(x), modern.decode(x), atol=1e-4)
     options = {"size": (64, 64), "steps": 2, "seeds": [1]}
     images = [ldm.txt2img(model, ["a cube"], **options) for model in (modern, back)]
     assert torch.equal(*images)
@@ -350,12 +352,12 @@ def test_families_are_bridged_there_and_back(name):
     """The images are equal, bit by bit."""
     file, task = TASKS[name]
     modern = model_of(recorded(file), name)
-    old = from_modern(modern)
-    assert type(old) is COMPAT_CLASSES[name]
-    back = to_modern(old)
+    compat_model = from_modern(modern)
+    assert type(compat_model) is COMPAT_CLASSES[name]
+    back = to_modern(compat_model)
     assert set(back.conditioner.encoders) == set(modern.conditioner.encoders)
     addresses = {weight.data_ptr() for weight in modern.parameters()}
-    assert addresses == {weight.data_ptr() for weight in old.parameters()}
+    assert addresses == {weight.data_ptr() for weight in compat_model.parameters()}
     assert addresses == {weight.data_ptr() for weight in back.parameters()}
     assert torch.equal(*(task(model, steps=2, seeds=[1]) for model in (modern, back)))
 
@@ -387,10 +389,10 @@ def test_settings_without_a_counterpart_are_refused(monkeypatch):
 
 
 def test_tokens_that_a_program_has_added_are_bridged():
-    old = instantiate_from_config(tiny_config()).eval()
-    encoder = old.cond_stage_model
+    compat_model = instantiate_from_config(make_tiny_config()).eval()
+    encoder = compat_model.cond_stage_model
     encoder.tokenizer.add_tokens("<thing>")
     encoder.transformer.resize_token_embeddings(len(encoder.tokenizer))
-    c = old.get_learned_conditioning(["a <thing>"])
-    back = to_modern(old)
+    c = compat_model.get_learned_conditioning(["a <thing>"])
+    back = to_modern(compat_model)
     assert torch.allclose(back.condition({"txt": ["a <thing>"]}).crossattn, c, atol=1e-6)

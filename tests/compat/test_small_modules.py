@@ -25,7 +25,7 @@ def test_a_config_builds_any_class():
         util.instantiate_from_config({})
 
 
-def test_predicates():
+def test_small_helpers():
     assert util.default(0, 1) == 0
     assert util.default(None, lambda: 1) == 1
     assert util.default(None, dict) is dict
@@ -37,7 +37,7 @@ def test_predicates():
     assert torch.equal(util.mean_flat(torch.arange(6.0).view(2, 3)), torch.tensor([1.0, 4.0]))
 
 
-def test_iterable_data_sets_have_a_length():
+def test_iterable_datasets_have_a_length():
     samples = Txt2ImgIterableBaseDataset(3, size=8)
     assert isinstance(samples, torch.utils.data.IterableDataset)
     assert len(samples) == 3
@@ -78,20 +78,20 @@ def test_distribution_equals_the_recorded_one():
 def test_ema_follows_trainable_parameters():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].requires_grad_(False)
-    average = ema.LitEma(model, decay=0.5)
-    assert average.state_dict().keys() == {"decay", "num_updates", "0weight", "0bias"}
+    litema = ema.LitEma(model, decay=0.5)
+    assert litema.state_dict().keys() == {"decay", "num_updates", "0weight", "0bias"}
     start = model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight += 1
     for _ in range(10):
-        average(model)
-    left = math.prod(min(0.5, (1 + n) / (10 + n)) for n in range(1, 11))
-    assert torch.allclose(average.state_dict()["0weight"], start + 1 - left)
-    average.store(model.parameters())
-    average.copy_to(model)
-    assert torch.equal(model[0].weight, average.state_dict()["0weight"])
-    average.restore(model.parameters())
+        litema(model)
+    remaining = math.prod(min(0.5, (1 + n) / (10 + n)) for n in range(1, 11))
+    assert torch.allclose(litema.state_dict()["0weight"], start + 1 - remaining)
+    litema.store(model.parameters())
+    litema.copy_to(model)
+    assert torch.equal(model[0].weight, litema.state_dict()["0weight"])
+    litema.restore(model.parameters())
     assert torch.allclose(model[0].weight, start + 1)
-    average.reset_num_updates()
-    assert average.num_updates == 0
-    assert average.num_updates.dtype == torch.int32
+    litema.reset_num_updates()
+    assert litema.num_updates == 0
+    assert litema.num_updates.dtype == torch.int32

@@ -1,4 +1,4 @@
-"""Every name of `surface`, with the signature that programs call it by."""
+"""Every name of `surface` has the signature that programs expect."""
 
 import inspect
 from importlib import import_module
@@ -11,13 +11,13 @@ from ldm.compat.names import MODULES
 SURFACE = {**TIER_1, **TIER_2}
 
 
-def same_default(ours, theirs):
+def is_same_default(ours, theirs):
     if isinstance(theirs, (list, tuple)):
         return list(ours) == list(theirs)
     return ours == theirs
 
 
-def check_signature(function, text, name):
+def assert_signature(function, text, name):
     """Compare names, order and defaults; ours may have more parameters, if they have defaults."""
     space = {}
     exec(f"def original({text}): pass", space)
@@ -31,7 +31,7 @@ def check_signature(function, text, name):
             continue
         assert parameter.name in by_name, f"{name} has no parameter {parameter.name}"
         own = by_name.pop(parameter.name)
-        assert same_default(own.default, parameter.default), f"{name}: default of {own.name}"
+        assert is_same_default(own.default, parameter.default), f"{name}: default of {own.name}"
         if parameter.kind != parameter.KEYWORD_ONLY:
             assert ours.index(own) == position, f"{name}: position of {own.name}"
             assert own.kind == own.POSITIONAL_OR_KEYWORD, f"{name}: kind of {own.name}"
@@ -53,4 +53,4 @@ def test_every_name_has_its_signature(module_name):
                 inspect.getattr_static(owner, name.rpartition(".")[2]), (classmethod, staticmethod)
             )
             text = f"self, {text}" if is_method else f"{text}"
-            check_signature(item, text.rpartition(")")[0], f"{module_name}.{name}")
+            assert_signature(item, text.rpartition(")")[0], f"{module_name}.{name}")

@@ -1,4 +1,4 @@
-"""What A1111's web UI does: start, build, fill, halve, and replace parts of what is built."""
+"""What A1111's web UI does: build and fill models, convert to half, replace parts."""
 
 import copy
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compathelp import attend, randomize, tiny_config
+from compathelp import attend, make_tiny_config, randomize
 from torch import nn
 
 import ldm.models.diffusion.plms
@@ -46,7 +46,7 @@ print(folder)
 
 
 def test_the_checkout_is_found_where_the_web_ui_looks(tmp_path):
-    """And its folder `scripts` does not hide those of extensions, which come first."""
+    """And its folder `scripts` does not hide that of extensions."""
     (tmp_path / "repositories").mkdir()
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/extension.py").touch()
@@ -59,7 +59,7 @@ def test_the_checkout_is_found_where_the_web_ui_looks(tmp_path):
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny_config()
+    return make_tiny_config()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def state(config):
 
 @pytest.fixture(scope="module")
 def model(config, state):
-    """Shared: a test that changes its weights or types takes `own_model`."""
+    """Shared between tests; those that change its weights take `own_model`."""
     model = instantiate_from_config(config)
     model.load_state_dict(state)
     return model.eval()
@@ -92,7 +92,7 @@ def sample(model, steps=2, size=8, **options):
 
 
 def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, monkeypatch):
-    """Constructors of three classes are patched, and what loads their weights."""
+    """With patched constructors and `_load_from_state_dict` of three classes."""
     filled = []
     for kind in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
 
@@ -118,7 +118,7 @@ def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, mo
     assert torch.equal(sample(built.eval()), sample(model))
 
 
-def test_a_model_is_halved_with_parts_taken_out_and_put_back(own_model, monkeypatch):
+def test_a_model_is_converted_to_half_precision_with_its_vae_set_aside(own_model, monkeypatch):
     model = own_model
     expected, tables = sample(model), model.alphas_cumprod
     vae, depth = model.first_stage_model, getattr(model, "depth_model", None)
@@ -140,7 +140,7 @@ def test_a_model_is_halved_with_parts_taken_out_and_put_back(own_model, monkeypa
 
 
 class Wrapper(nn.Module):
-    """Takes the place of the text encoder; weights of prompts are read in it."""
+    """Replaces the text encoder, as the class that parses weights in prompts."""
 
     def __init__(self, wrapped):
         super().__init__()
@@ -200,8 +200,8 @@ def replace(monkeypatch, path, function):
         "ldm.modules.encoders.modules.FrozenCLIPEmbedder.forward",
     ],
 )
-def test_what_is_replaced_is_called_on_built_models(path, model, monkeypatch):
-    """And gives the same images; `test_networks_in_programs` replaces parts of networks."""
+def test_replaced_methods_are_called_on_models_already_built(path, model, monkeypatch):
+    """And images stay the same; `test_networks_in_programs` replaces parts of networks."""
 
     def run():
         z = sample(model, steps=1)
@@ -251,7 +251,7 @@ def test_loras_find_their_layers_by_name_and_type(own_model, monkeypatch):
     assert seen == linear
 
 
-def test_tiling_closes_the_edges(own_model):
+def test_circular_padding_makes_images_tile(own_model):
     model = own_model
     for layer in model.modules():
         if type(layer) is nn.Conv2d:

@@ -28,7 +28,7 @@ def test_an_image_goes_to_the_nearest_aspect_ratio(image, size):
     assert buckets.sizes[buckets.index(*image)] == size
 
 
-def test_limits_hold():
+def test_sides_stay_within_the_limits():
     sides = {side for size in Buckets(512, shortest=320, longest=768).sizes for side in size}
     assert (min(sides), max(sides)) == (320, 768)
 

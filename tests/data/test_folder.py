@@ -1,4 +1,4 @@
-"""Folders of images, in the forms that people have."""
+"""Folders of images, in the layouts that people use."""
 
 import json
 import os
@@ -83,18 +83,18 @@ def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path)
         ({"original_height": "0"}, "`original_height` 0, it must be positive"),
     ],
 )
-def test_a_score_or_size_that_is_not_one_is_named_before_training(row, message, tmp_path):
+def test_a_score_or_size_that_is_not_a_number_is_named_before_training(row, message, tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **row}))
     with pytest.raises(ValueError, match=f"`a.png` has {message}"):
         Folder(root=tmp_path, transform=PHOTO)
 
 
-@pytest.mark.parametrize("place", ["", "train/"])
-def test_images_without_a_row_are_counted(place, tmp_path, caplog):
+@pytest.mark.parametrize("subfolder", ["", "train/"])
+def test_images_without_a_row_are_counted(subfolder, tmp_path, caplog):
     for name in ("a.png", "b.png", "c/d.png"):
-        draw(tmp_path / place / name)
-    table = tmp_path / place / "metadata.csv"
+        draw(tmp_path / subfolder / name)
+    table = tmp_path / subfolder / "metadata.csv"
     table.write_text('file_name,text\n./a.png,"two\nlines"\n')
     assert len(read_metadata(tmp_path)) == 1
     assert "2 images without a row" in caplog.text
@@ -124,7 +124,7 @@ def test_images_without_a_row_are_counted(place, tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_rows_of_any_form_are_read(name, content, encoding, tmp_path):
+def test_rows_of_any_format_are_read(name, content, encoding, tmp_path):
     draw(tmp_path / "b/a.png")
     (tmp_path / f"metadata.{name}").write_text(content, encoding)
     folder = Folder(root=tmp_path, transform=PHOTO)
@@ -172,7 +172,7 @@ def test_captions_lie_beside_the_images(tmp_path):
                     ("h.png", "seven")]  # fmt: skip
 
 
-def test_a_folder_in_the_folder_may_have_metadata_of_its_own(tmp_path):
+def test_a_subfolder_may_have_metadata_of_its_own(tmp_path):
     for name in ("train/a.png", "train/b.png", "c.png"):
         draw(tmp_path / name)
     row = '{"file_name": "a.png", "text": "one"}'
@@ -181,7 +181,7 @@ def test_a_folder_in_the_folder_may_have_metadata_of_its_own(tmp_path):
     assert rows == [{"file_name": "train/a.png", "text": "one"}, {"file_name": "c.png"}]
 
 
-def test_all_images_are_seen_and_what_is_left_out_is_said(tmp_path, caplog):
+def test_all_images_are_found_and_skipped_files_are_logged(tmp_path, caplog):
     names = ["0.png", "1.jpe", "2.TIF", "3.ppm", "4.tga", "5.jp2", "deep/er/6.bmp"]
     hidden = [".thumbnails/0.png", "deep/.ipynb_checkpoints/1.png", "__MACOSX/2.png",
               "@eaDir/0.png/3.jpg", "._0.png"]  # fmt: skip
@@ -232,15 +232,15 @@ def test_files_that_are_not_images_are_named_and_replaced(tmp_path):
         assert batch["jpg"].shape == (len(folder), 3, 8, 8)
 
 
-@pytest.mark.parametrize("place", ["", "3_sks dog"])
-def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(place, tmp_path):
+@pytest.mark.parametrize("subfolder", ["", "3_sks dog"])
+def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(subfolder, tmp_path):
     for name in ("a", "b"):
-        draw(tmp_path / place / f"{name}.png", text=name)
-    (tmp_path / place / "b.txt").write_bytes(b"caf\xe9")
+        draw(tmp_path / subfolder / f"{name}.png", text=name)
+    (tmp_path / subfolder / "b.txt").write_bytes(b"caf\xe9")
     folder = Folder(root=tmp_path, transform=PHOTO)
     batch = next(DatasetSource(folder).iter_batches(len(folder)))
     assert set(batch["txt"]) == {"a"}
-    assert set(batch["unreadable"]) == {str(Path(place) / "b.png")}
+    assert set(batch["unreadable"]) == {str(Path(subfolder) / "b.png")}
     with pytest.raises(UnreadableSample, match=r"b\.txt:1: neither UTF-8"):
         folder.read_row(len(folder) - 1)
     uncaptioned = Folder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
@@ -263,7 +263,7 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
 
 def test_buckets_are_of_upright_images_and_unreadable_ones_join_the_largest(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     for name in "ab":
         Image.new("RGB", (32, 8), "red").save(tmp_path / f"{name}.jpg", exif=exif)
     draw(tmp_path / "c.png", (32, 8))

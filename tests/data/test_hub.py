@@ -33,7 +33,7 @@ def table():
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def test_what_was_saved_to_disk_is_read(table, tmp_path):
+def test_a_dataset_saved_to_disk_is_read(table, tmp_path):
     table.save_to_disk(tmp_path)
     hub = Hub(hub=tmp_path, transform=PhotoTransform(size=16))
     batch = next(DatasetSource(hub).iter_batches(6))
@@ -43,13 +43,13 @@ def test_what_was_saved_to_disk_is_read(table, tmp_path):
     assert [row["text"] for row in hub.iter_metadata()] == list("012345")
 
 
-def test_parquet_is_read_into_buckets_ahead(table, tmp_path):
+def test_parquet_is_read_into_buckets_by_a_worker(table, tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     transform = PhotoTransform(size=16, buckets={"step": 8})
     hub = Hub(hub=tmp_path / "a.parquet", transform=transform, cache=tmp_path / "cache")
     batches = DatasetSource(hub).iter_batches(4, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
-    assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one is among the most
+    assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one joins the larger bucket
 
 
 def test_a_folder_of_images_is_read(tmp_path):
@@ -59,7 +59,7 @@ def test_a_folder_of_images_is_read(tmp_path):
     lines = "".join(f"{name}.png,{name}\n" for name in "ab")
     (tmp_path / "images" / "metadata.csv").write_text(f"file_name,text\n{lines}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # that package leaves the .csv open
+        warnings.simplefilter("ignore", ResourceWarning)  # `datasets` leaves the .csv open
         hub = Hub(
             hub=tmp_path / "images", transform=PhotoTransform(size=8), cache=tmp_path / "cache"
         )

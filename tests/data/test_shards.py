@@ -31,13 +31,13 @@ SQUARE = PhotoTransform(size=8)
 BUCKETS = PhotoTransform(size=8, buckets={"step": 4})
 
 
-def png(number, size=(8, 8)):
+def make_png(number, size=(8, 8)):
     file = io.BytesIO()
     Image.new("RGB", size, (number, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
-def write(path, members):
+def write_tar(path, members):
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             member = tarfile.TarInfo(name)
@@ -52,9 +52,12 @@ def folder(tmp_path_factory):
         members = {}
         for number in islice(numbers, count):
             size = (16, 4) if number % 3 == 0 else (8, 8)
-            members |= {f"{number:03}.png": png(number, size), f"{number:03}.txt": b"%d" % number}
+            members |= {
+                f"{number:03}.png": make_png(number, size),
+                f"{number:03}.txt": b"%d" % number,
+            }
             members[f"{number:03}.json"] = json.dumps({"width": number}).encode()
-        write(path / f"{shard:03}.tar", members)
+        write_tar(path / f"{shard:03}.tar", members)
     return path
 
 
@@ -67,7 +70,7 @@ def read(source, count, **options):
     return list(islice(source.iter_batches(2, **options), count))
 
 
-def texts(batches):
+def list_texts(batches):
     return [text for batch in batches for text in batch["txt"]]
 
 
@@ -82,13 +85,13 @@ def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
     alone = read(open_source(folder, transform), 40)[start + rank :: world_size]
     options = {"start": start, "rank": rank, "world_size": world_size, "workers": workers}
     part = read(open_source(folder, transform), len(alone), **options)
-    assert texts(part) == texts(alone)
+    assert list_texts(part) == list_texts(alone)
     assert all(torch.equal(a["jpg"], b["jpg"]) for a, b in zip(part, alone, strict=True))
 
 
 def test_every_epoch_of_a_stream_holds_everything_once_in_another_order(folder):
     batches = read(open_source(folder, streams=1), 20)  # 19 samples: 10 batches, the last smaller
-    epochs = texts(batches[:10]), texts(batches[10:])
+    epochs = list_texts(batches[:10]), list_texts(batches[10:])
     assert all(Counter(epoch) == Counter(map(str, range(19))) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -96,23 +99,26 @@ def test_every_epoch_of_a_stream_holds_everything_once_in_another_order(folder):
 @pytest.mark.parametrize("streams", [1, 2, 3, 5])
 def test_of_shards_of_one_size_an_epoch_holds_everything_once(streams, tmp_path):
     for shard in range(5):
-        members = {f"{k}.png": png(4 * shard + k) for k in range(4)}
+        members = {f"{k}.png": make_png(4 * shard + k) for k in range(4)}
         members |= {f"{k}.txt": b"%d" % (4 * shard + k) for k in range(4)}
-        write(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
+        write_tar(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
     batches = read(Shards(f"{tmp_path}/*.tar", SQUARE, streams=streams), 30)
-    epochs = [texts(batches[k : k + 10]) for k in (0, 10, 20)]
+    epochs = [list_texts(batches[k : k + 10]) for k in (0, 10, 20)]
     assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
 
 
 def test_samples_outside_the_limits_are_left_out(folder):
     batches = read(open_source(folder, minimum={"width": 5}, maximum={"width": 15}), 20)
-    assert set(texts(batches)) == set(map(str, range(5, 16)))
+    assert set(list_texts(batches)) == set(map(str, range(5, 16)))
 
 
 def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
     good = (folder / "002.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(good[: len(good) // 2 - 300])
-    write(tmp_path / "a.tar", {"1.png": png(1)[:30], "1.txt": b"x", "2.jpg": png(2), "3.txt": b"x"})
+    write_tar(
+        tmp_path / "a.tar",
+        {"1.png": make_png(1)[:30], "1.txt": b"x", "2.jpg": make_png(2), "3.txt": b"x"},
+    )
     batches = read(Shards([str(tmp_path / "*.tar")], SQUARE, streams=2), 16)
     assert all(batch["jpg"].isfinite().all() for batch in batches)
     unreadable = {name for batch in batches for name in batch.get("unreadable", [])}
@@ -134,16 +140,16 @@ def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
         ({}, ""),
     ],
 )
-def test_captions_of_any_form_are_read_and_hidden_members_left_out(members, expected, tmp_path):
-    images = {"./.cache/1.jpg": png(1), "._0.jpg": b"", "0.JPE": png(0)}
-    write(tmp_path / "a.tar", {**images, **members})
+def test_captions_of_any_format_are_read_and_hidden_members_skipped(members, expected, tmp_path):
+    images = {"./.cache/1.jpg": make_png(1), "._0.jpg": b"", "0.JPE": make_png(0)}
+    write_tar(tmp_path / "a.tar", {**images, **members})
     (raw,) = read_shard(str(tmp_path / "a.tar"))
     assert decode_sample(raw)["text"] == expected
 
 
 @pytest.mark.parametrize("members", [{"0.txt": b"caf\xe9"}, {"0.json": b'{"text": {"a": 1}}'}])
 def test_captions_that_cannot_be_read_are_named(members, tmp_path):
-    write(tmp_path / "a.tar", {"0.png": png(0), **members})
+    write_tar(tmp_path / "a.tar", {"0.png": make_png(0), **members})
     with pytest.raises(UnreadableSample, match="neither UTF-8|neither a text nor a list"):
         decode_sample(next(read_shard(str(tmp_path / "a.tar"))))
 
@@ -155,14 +161,14 @@ def test_fixed_samples_come_from_the_first_shards(folder):
     bucketed = open_source(folder, BUCKETS)
     assert [sample["txt"] for sample in bucketed.load_fixed_samples(4)] == list(
         "1245"
-    )  # of one size
+    )  # all of one bucket
 
 
 def test_commands_are_not_run_unless_that_is_allowed(folder):
     command = f"pipe:cat {folder}/{{000..001}}.tar"
     with pytest.raises(ValueError, match="is a command, which a config may not run"):
         Shards(command, SQUARE)
-    assert set(texts(read(Shards(command, SQUARE, commands=True), 6))) == set("012345")
+    assert set(list_texts(read(Shards(command, SQUARE, commands=True), 6))) == set("012345")
     with pytest.raises(OSError, match="failed with code 3"):
         list(read_shard(f"pipe:cat {folder}/000.tar; exit 3"))
 
@@ -185,7 +191,7 @@ def test_shards_that_cannot_be_read_are_named(shards, message, monkeypatch):
 
 
 class Flaky(SimpleHTTPRequestHandler):
-    """Breaks off the first answer for every file in its middle."""
+    """Closes the connection in the middle of the first response for each file."""
 
     served: ClassVar[Counter[str]] = Counter()
 

@@ -102,8 +102,8 @@ def test_keys_of_latent_caches_are_those_of_version_0_1():
     )
 
 
-def test_a_sample_tells_the_sizes_of_its_image():
-    """The columns of the image are numbered, so its first one tells where the crop begins."""
+def test_a_sample_has_the_sizes_of_its_image():
+    """Columns of the image are numbered, so its first column is where the crop begins."""
     image = Image.new("RGB", (96, 32))
     for x in range(96):
         image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
@@ -123,7 +123,7 @@ def test_a_sample_tells_the_sizes_of_its_image():
     assert max(sizes[1]) > 0
 
 
-def test_metadata_may_know_the_original_size_and_a_score():
+def test_metadata_may_give_the_original_size_and_a_score():
     row = {"image": Image.new("RGB", (8, 8)), "original_height": 600, "original_width": 800}
     sample = PhotoTransform(size=8)({**row, "aesthetic_score": "5.5"}, Random(0))
     assert sample["original_size_as_tuple"].tolist() == [600, 800]

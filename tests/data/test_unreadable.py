@@ -8,8 +8,8 @@ import pytest
 from ldm.data.unreadable import UnreadableFiles
 
 
-class Counted:
-    """A source of `total` samples, of files that are `times` samples each."""
+class CountedSource:
+    """A source of `total` samples, in files of `times` samples each."""
 
     def __init__(self, total, times=1):
         self.total, self.times = total, times
@@ -29,17 +29,17 @@ def path(tmp_path):
 @pytest.mark.parametrize(
     ("source", "limit", "damaged", "message"),
     [
-        (Counted(1000), 0.01, 10, None),
-        (Counted(1000), 0.01, 11, "11 of 1000 samples"),
-        (Counted(100), 0.29, 29, None),  # 0.29 * 100 is less than 29
-        (Counted(1000, times=10), 0.01, 1, None),
-        (Counted(1000, times=10), 0.01, 2, "20 of 1000 samples"),
+        (CountedSource(1000), 0.01, 10, None),
+        (CountedSource(1000), 0.01, 11, "11 of 1000 samples"),
+        (CountedSource(100), 0.29, 29, None),  # 0.29 * 100 is less than 29
+        (CountedSource(1000, times=10), 0.01, 1, None),
+        (CountedSource(1000, times=10), 0.01, 2, "20 of 1000 samples"),
     ],
 )
 def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged, message, path):
     unreadable = UnreadableFiles(path, limit, source)
     names = [str(k) for k in range(damaged)]
-    for _ in range(2):  # epochs: what is found again counts once
+    for _ in range(2):  # epochs: a file found again counts once
         for name in names[:-1]:
             unreadable.add([name, name], 50)
     if message is None:
@@ -53,7 +53,7 @@ def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged,
 
 
 def test_processes_count_together(path):
-    one, other = (UnreadableFiles(path, 0.02, Counted(100)) for _ in range(2))
+    one, other = (UnreadableFiles(path, 0.02, CountedSource(100)) for _ in range(2))
     one.add(["1", "1"], 50)
     other.add(["1", "2"], 50)
     assert path.read_text() == "1\n2\n"
@@ -64,14 +64,14 @@ def test_processes_count_together(path):
 def test_files_of_an_earlier_start_count_when_they_are_found_again(path):
     path.parent.mkdir()
     path.write_text("".join(f"{index}\n" for index in range(50)))
-    unreadable = UnreadableFiles(path, 0.01, Counted(100))
+    unreadable = UnreadableFiles(path, 0.01, CountedSource(100))
     unreadable.add(["7"], 50)  # all others have been repaired since
     with pytest.raises(ValueError, match="2 of 100 samples"):
         unreadable.add(["8"], 50)
     assert len(path.read_text().splitlines()) == 50
 
 
-def test_of_unknown_samples_the_fraction_is_judged_once_it_is_significant(path):
+def test_without_a_known_total_the_limit_applies_once_the_fraction_is_significant(path):
     unreadable = UnreadableFiles(path, 0.01)
     unreadable.add([f"a.tar/{index}" for index in range(19)], 999)
     unreadable.add([], 1)  # 10 are expected, 3.2 is a standard deviation

@@ -1,4 +1,4 @@
-"""Brownian paths: their law, refinement, torchsde's numbers, and what they do for samplers."""
+"""Brownian paths: additivity, the numbers of torchsde, and samples that depend little on steps."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LOW, HIGH = 0.0291675, 14.614642
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 
 
-def test_the_noise_of_a_step_is_that_of_its_parts():
+def test_the_noise_of_a_step_is_the_sum_over_its_substeps():
     paths = BrownianPaths([5, 6], LOW, HIGH)
     whole = paths(LIKE, 9.0, 0.5) * (9.0 - 0.5) ** 0.5
     parts = paths(LIKE, 9.0, 3.3) * 5.7**0.5 + paths(LIKE, 3.3, 0.5) * 2.8**0.5
@@ -21,24 +21,24 @@ def test_the_noise_of_a_step_is_that_of_its_parts():
     assert torch.equal(paths(LIKE, 9.0, 3.3)[1:], again)
 
 
-RECORDED = {
+TORCHSDE = {
     (14.614642, 11.2): [-0.611975, 0.284412, -0.005466, -1.283199, 0.032171, -0.004805],
     (3.3, 0.4): [0.978452, 0.162547, 0.594985, 0.428757, 1.694149, -0.766286],
     (0.4, 0.0291675): [1.075864, -0.336962, 0.604235, -0.032676, 1.116892, 0.393112],
 }
 
 
-def test_the_numbers_are_those_of_torchsde():
-    """Recorded of torchsde 0.2.6, as k-diffusion calls it; the largest error is 1e-6."""
+def test_paths_equal_those_of_torchsde():
+    """Recorded from torchsde 0.2.6, as k-diffusion calls it; the largest error is 1e-6."""
     paths = BrownianPaths([123, 2**40], LOW, HIGH)
-    for (sigma, sigma_next), numbers in RECORDED.items():
+    for (sigma, sigma_next), numbers in TORCHSDE.items():
         ours = paths(torch.empty(2, 1, 1, 3), sigma, sigma_next)
         torch.testing.assert_close(ours.flatten(), torch.tensor(numbers), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun"])
 def test_twice_the_steps_give_almost_the_same_sample(sampler):
-    """Samples of a normal distribution of variance 0.25; independent noise differs by 1.4."""
+    """Data of variance 0.25; samples of independent noise differ by 1.4 standard deviations."""
 
     def denoise(x, sigma):
         return x * 0.25 / (0.25 + sigma**2)

@@ -1,4 +1,4 @@
-"""The denoiser: eps, v, x0 and edm are four ways to predict one estimate."""
+"""The denoiser: networks that predict eps, v, x0 or edm give the same estimate."""
 
 import pytest
 import torch
@@ -18,20 +18,20 @@ SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=
 
 
 @pytest.fixture
-def pair():
+def z_and_noise():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 2, 4, 3, 3, generator=generator).unbind(0)
 
 
-@pytest.mark.parametrize("predicts", PARAMETERIZATIONS)
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize("t", [0, 500, 999])
-def test_a_perfect_network_gives_the_clean_latent_and_no_loss(pair, predicts, t):
-    z, noise = pair
+def test_a_perfect_network_gives_the_clean_latent_and_no_loss(z_and_noise, parameterization, t):
+    z, noise = z_and_noise
 
     def network(z_t, t, **slots):
         return denoiser.target(z, noise, t.round().long())
 
-    denoiser = Denoiser(network, SCHEDULE, predicts)
+    denoiser = Denoiser(network, SCHEDULE, parameterization)
     sigma = float(SCHEDULE.sigmas[t])
     # eps is multiplied by sigma: float32 rounding of x shows as sigma * 1e-7.
     torch.testing.assert_close(denoiser(z + sigma * noise, sigma), z, rtol=0, atol=2e-5)
@@ -41,8 +41,8 @@ def test_a_perfect_network_gives_the_clean_latent_and_no_loss(pair, predicts, t)
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
-def test_factors_convert_differences_of_predictions(pair, parameterization):
-    x, prediction = pair
+def test_factors_convert_differences_of_predictions(z_and_noise, parameterization):
+    x, prediction = z_and_noise
     schedule = ContinuousSchedule()
     denoiser = Denoiser(lambda *_: prediction, schedule, parameterization, sigma_data=1.0)
     change = denoiser.convert_prediction(x, 2.0, prediction) - denoiser.convert_prediction(
@@ -52,9 +52,9 @@ def test_factors_convert_differences_of_predictions(pair, parameterization):
     torch.testing.assert_close(denoiser.eps_factor(x, 2.0) * (prediction - x), -change / 2.0)
 
 
-@pytest.mark.parametrize("predicts", ["v", "edm"])
-def test_continuous_levels_train_on_the_prediction_whose_estimate_is_right(pair, predicts):
-    z, noise = pair
+@pytest.mark.parametrize("parameterization", ["v", "edm"])
+def test_continuous_levels_train_on_the_right_prediction(z_and_noise, parameterization):
+    z, noise = z_and_noise
     t = torch.tensor([-1.0, 0.9], dtype=torch.float64)
     schedule, inputs = ContinuousSchedule(), []
 
@@ -63,7 +63,7 @@ def test_continuous_levels_train_on_the_prediction_whose_estimate_is_right(pair,
         return denoiser.target(z, noise, times)
 
     times = t
-    denoiser = Denoiser(network, schedule, predicts)
+    denoiser = Denoiser(network, schedule, parameterization)
     assert denoiser.error(z, None, t, noise).abs().max() == 0
     sigma = schedule.t_to_sigma(t)
     x = z + sigma.reshape(-1, 1, 1, 1).float() * noise

@@ -1,4 +1,4 @@
-"""Rules of guidance against diffusers and a float64 formula, on a network that is a formula."""
+"""Guidance methods against their formulas in float64, on a network that is a formula."""
 
 import math
 
@@ -23,7 +23,7 @@ SIGMAS = (9.0, 5.0, 2.0, 0.7)
 
 
 class Toy:
-    """A network of one number per condition, which half as much holds for in perturbed rows."""
+    """A network that depends on the mean of its condition, which counts half in perturbed rows."""
 
     def __init__(self, parameterization="eps"):
         self.denoiser = Denoiser(self, SCHEDULE, parameterization)
@@ -45,36 +45,36 @@ class Toy:
 UNCOND, COND, EMPTY = (Cond(torch.full((2, 3, 5), value)) for value in (-1.0, 1.0, 0.2))
 
 
-def noisy(sigma, seed=0):
+def make_noisy(sigma, seed=0):
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
     return x * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1) * math.sqrt(1 + sigma**2)
 
 
-def run(guidance, *, parameterization="eps", scale=7.5, **options):
-    """Estimates at falling noise levels."""
+def guide(guidance, *, parameterization="eps", scale=7.5, **options):
+    """Compute guided estimates at descending noise levels."""
     denoiser = Toy(parameterization).denoiser
     denoise = add_guidance(denoiser, COND, UNCOND, scale, guidance=guidance, **options)
-    return [denoise(noisy(sigma), sigma) for sigma in SIGMAS]
+    return [denoise(make_noisy(sigma), sigma) for sigma in SIGMAS]
 
 
-def estimates(cond, perturbed=None):
+def compute_estimates(cond, perturbed=None):
     rows = None if perturbed is None else torch.ones(2, dtype=torch.bool)
     denoiser = Toy().denoiser
     cond = Cond(cond.crossattn, perturbed=rows)
-    return [denoiser(noisy(sigma), sigma, cond) for sigma in SIGMAS]
+    return [denoiser(make_noisy(sigma), sigma, cond) for sigma in SIGMAS]
 
 
-APGS = [(0, 15, -0.5), (0.3, 5, 0), (1, 0, 0.4), (1, 15, -0.75)]
+APG_NUMBERS = [(0, 15, -0.5), (0.3, 5, 0), (1, 0, 0.4), (1, 15, -0.75)]
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
-@pytest.mark.parametrize("numbers", APGS)
-def test_projected_guidance_is_its_formula_in_float64(numbers, parameterization):
+@pytest.mark.parametrize("numbers", APG_NUMBERS)
+def test_projected_guidance_equals_its_formula_in_float64(numbers, parameterization):
     """On estimates, sample by sample, with momentum; the largest error is 2e-6 of the largest."""
     eta, norm, momentum = numbers
-    ours = run(ProjectedGuidance(APG(*numbers)), parameterization=parameterization)
+    ours = guide(ProjectedGuidance(APG(*numbers)), parameterization=parameterization)
     running = [0.0, 0.0]
-    for x, *parts in zip(ours, *map(estimates, (COND, UNCOND)), strict=True):
+    for x, *parts in zip(ours, *map(compute_estimates, (COND, UNCOND)), strict=True):
         for row, (cond, uncond) in enumerate(zip(*parts, strict=True)):
             cond, uncond = cond.double().flatten(), uncond.double().flatten()
             running[row] = difference = cond - uncond + momentum * running[row]
@@ -85,16 +85,16 @@ def test_projected_guidance_is_its_formula_in_float64(numbers, parameterization)
             assert (x[row].flatten() - formula).abs().max() < 1e-5 * formula.abs().max()
 
 
-def test_without_limit_momentum_and_projection_it_is_classifier_free_guidance():
+def test_apg_without_limit_momentum_and_projection_is_classifier_free_guidance():
     settings = APG(1, 1e6, 0)
-    for x, plain in zip(run(ProjectedGuidance(settings)), run(None), strict=True):
+    for x, plain in zip(guide(ProjectedGuidance(settings)), guide(None), strict=True):
         torch.testing.assert_close(x, plain, rtol=1e-5, atol=1e-4)
 
 
-def test_perp_neg_is_its_formula_in_float64():
+def test_perp_neg_equals_its_formula_in_float64():
     """Sample by sample; the largest error is 5e-7 of the largest value."""
-    ours = run(PerpNeg(0.8), further=[EMPTY])
-    for x, *parts in zip(ours, *map(estimates, (COND, UNCOND, EMPTY)), strict=True):
+    ours = guide(PerpNeg(0.8), further=[EMPTY])
+    for x, *parts in zip(ours, *map(compute_estimates, (COND, UNCOND, EMPTY)), strict=True):
         for row, (cond, negative, empty) in enumerate(zip(*parts, strict=True)):
             cond, negative, empty = (part.double().flatten() for part in (cond, negative, empty))
             positive, negative = cond - empty, negative - empty
@@ -103,9 +103,9 @@ def test_perp_neg_is_its_formula_in_float64():
             assert (x[row].flatten() - formula).abs().max() < 1e-5 * formula.abs().max()
 
 
-def test_perturbed_attention_adds_to_any_rule_before_rescaling():
+def test_perturbed_attention_adds_to_any_guidance_before_rescaling():
     toy = Toy().denoiser
-    x, sigma = noisy(5.0), 5.0
+    x, sigma = make_noisy(5.0), 5.0
     predictions = [toy.predict(x, sigma, cond) for cond in (UNCOND, COND, EMPTY)]
     rows = torch.ones(2, dtype=torch.bool)
     perturbed = toy.predict(x, sigma, Cond(COND.crossattn, perturbed=rows))
@@ -124,8 +124,8 @@ def test_perturbed_attention_adds_to_any_rule_before_rescaling():
 
 
 def test_perturbed_attention_acts_on_composed_prompts():
-    """The term of each prompt counts with its weight."""
-    toy, x, sigma = Toy().denoiser, noisy(5.0), 5.0
+    """The term of each subprompt has its weight."""
+    toy, x, sigma = Toy().denoiser, make_noisy(5.0), 5.0
     prompts = COND.cat(EMPTY[:1])
     rows, weights = torch.tensor([0, 1, 1]), torch.tensor([1.0, 1.0, -0.5])
     uncond, cond = toy.predict(x, sigma, UNCOND), toy.predict(x[rows], sigma, prompts)
@@ -143,17 +143,17 @@ def test_perturbed_attention_acts_on_composed_prompts():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.4])
-def test_perturbed_attention_goes_with_cfg_pp(scale):
-    """The estimate has its term, that without the prompt has not."""
+def test_perturbed_attention_can_be_combined_with_cfg_pp(scale):
+    """Its term is in the guided estimate, but not in the unconditional one."""
     unconds = []
-    rule = PerturbedAttention(3.0, Guidance())
-    ours = run(rule, scale=scale, on_uncond=unconds.append)
-    parts = map(estimates, (COND, UNCOND), (None, None))
-    perturbed = estimates(COND, perturbed=True)
-    for x, found, cond, uncond, without in zip(ours, unconds, *parts, perturbed, strict=True):
+    guidance = PerturbedAttention(3.0, Guidance())
+    ours = guide(guidance, scale=scale, on_uncond=unconds.append)
+    parts = map(compute_estimates, (COND, UNCOND), (None, None))
+    perturbed = compute_estimates(COND, perturbed=True)
+    for x, own_uncond, cond, uncond, without in zip(ours, unconds, *parts, perturbed, strict=True):
         expected = uncond + scale * (cond - uncond) + 3 * (cond - without)
         torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(found, uncond, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(own_uncond, uncond, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +174,13 @@ def test_one_call_of_the_network_computes_what_is_needed_and_no_more(guidance, s
         toy.denoiser, COND, UNCOND, scale, guidance=guidance, further=further, interval=(1.0, 6.0)
     )
     for sigma in SIGMAS:
-        denoise(noisy(sigma), sigma)
+        denoise(make_noisy(sigma), sigma)
     assert toy.rows == rows
 
 
-def test_a_rule_says_when_no_noise_level_had_guidance():
+def test_guidance_explains_when_no_noise_level_was_in_its_interval():
     guidance = PerturbedAttention(3.0, ProjectedGuidance(APG()))
-    run(guidance, interval=(20.0, 30.0))
+    guide(guidance, interval=(20.0, 30.0))
     assert "pag had no effect" in guidance.explain_no_effect()
-    run(guidance)
+    guide(guidance)
     assert guidance.explain_no_effect() is None

@@ -1,4 +1,4 @@
-"""Samplers against the recorded trajectories, against theory, and against each other."""
+"""Samplers against recorded trajectories, other implementations, theory, and each other."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ STOCHASTIC = {name for name, row in SAMPLER_ROWS.items() if row.takes_noise}
 
 
 @functools.cache
-def denoiser_of(name: str, parameterization: str | None = None) -> Denoiser:
+def load_denoiser(name: str, parameterization: str | None = None) -> Denoiser:
     file = recorded(name)
     params = file.meta["config"]["params"]
     unet = build_from(file, UNet, params["unet_config"], "model.diffusion_model.")
@@ -46,13 +46,13 @@ def denoiser_of(name: str, parameterization: str | None = None) -> Denoiser:
 LEGACY_STEPS = Quirks(frozenset({"steps"}))
 
 
-def run(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
-    """Replay a recorded case; return its outputs: all x as z_t, the initial one first."""
+def replay(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
+    """Replay a recorded case; return its outputs, with x scaled to z_t, the initial one first."""
     info = file.case(name)["info"]
     kwargs, shared = info["kwargs"], file.select("shared/")
-    rng = sorted(file.select(f"{name}/rng/").items())
-    known_noise = iter([value for key, value in rng if key.endswith("randn_like")])
-    step_noise = iter([value for key, value in rng if key.endswith("randn")])
+    draws = sorted(file.select(f"{name}/rng/").items())
+    known_noise = iter([value for key, value in draws if key.endswith("randn_like")])
+    step_noise = iter([value for key, value in draws if key.endswith("randn")])
     x_T = shared["x_T"] if "x_T" in kwargs else next(step_noise)
     sigmas = LEGACY_STEPS.get_sigmas(denoiser.schedule, info["S"], scheduler)
     spread = [math.sqrt(1 + sigma**2) for sigma in sigmas.tolist()]
@@ -63,8 +63,8 @@ def run(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str
 
     scale = kwargs.get("unconditional_guidance_scale", 1.0)
     if "ucg_schedule" in kwargs:
-        at = dict(zip(sigmas.tolist(), kwargs["ucg_schedule"], strict=False))
-        scale = at.__getitem__
+        scales = dict(zip(sigmas.tolist(), kwargs["ucg_schedule"], strict=False))
+        scale = scales.__getitem__
     uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
     trajectory = [(x_T, x_T)]
     options = (
@@ -86,7 +86,7 @@ def run(file: GoldenFile, name: str, sampler, denoiser: Denoiser, scheduler: str
 @pytest.mark.parametrize("name", slow_except(RECORDED_DDIM, *(set(RECORDED_DDIM) - {"longer"})))
 def test_ddim_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"ddim_{kind}")
-    file.assert_close(name, **run(file, name, ddim, denoiser_of(f"ddim_{kind}")))
+    file.assert_close(name, **replay(file, name, ddim, load_denoiser(f"ddim_{kind}")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
@@ -94,7 +94,7 @@ def test_ddim_follows_the_recorded_trajectory(kind, name):
 def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
     file = recorded(f"ddim_{kind}")
     name = f"img2img_tenc{steps}"
-    denoiser, shared = denoiser_of(f"ddim_{kind}"), file.select("shared/")
+    denoiser, shared = load_denoiser(f"ddim_{kind}"), file.select("shared/")
     sigmas = denoiser.schedule.step_sigmas(10)[-steps - 1 :]
     x = file.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
     for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
@@ -110,7 +110,7 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
 )
 def test_plms_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"plms_{kind}")
-    file.assert_close(name, **run(file, name, plms, denoiser_of(f"plms_{kind}", "eps")))
+    file.assert_close(name, **replay(file, name, plms, load_denoiser(f"plms_{kind}", "eps")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
@@ -122,8 +122,8 @@ def test_plms_follows_the_recorded_trajectory(kind, name):
 )
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
     file = recorded(f"dpm_{kind}")
-    denoiser = denoiser_of(f"dpm_{kind}")
-    outputs = run(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
+    denoiser = load_denoiser(f"dpm_{kind}")
+    outputs = replay(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     file.assert_close(name, samples=outputs["samples"])
     steps = file.case(name)["info"]["S"]
     t = denoiser.schedule.sigma_to_t(denoiser.schedule.step_sigmas(steps, "time_uniform")[:-1])
@@ -133,13 +133,13 @@ def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
 SIGMAS = torch.logspace(1, -1.3, 201, dtype=torch.float64)
 
 
-def gaussian(x: Tensor, sigma: float) -> Tensor:
+def denoise_gaussian(x: Tensor, sigma: float) -> Tensor:
     """The ideal denoiser of data ~ N(0, 1)."""
     return x / (1 + sigma**2)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde", "restart"])
-def test_each_sde_sampler_keeps_the_distribution(name):
+def test_stochastic_samplers_keep_the_distribution(name):
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def test_each_sde_sampler_keeps_the_distribution(name):
 
     x = noise(torch.empty(20000, 1, 1, 1, dtype=torch.float64)) * math.sqrt(101)
     options = {"eta": 1.0} if name == "ddim" else {}
-    x = SAMPLERS[name](gaussian, x, SIGMAS, noise=noise, **options)
+    x = SAMPLERS[name](denoise_gaussian, x, SIGMAS, noise=noise, **options)
     assert float(x.std()) == pytest.approx(
         math.sqrt(1 + float(SIGMAS[-1]) ** 2), rel=0.03
     )  # first order, 200 steps
@@ -155,36 +155,40 @@ def test_each_sde_sampler_keeps_the_distribution(name):
 
 def test_ddim_without_noise_is_euler():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(ddim(gaussian, x, SIGMAS), euler(gaussian, x, SIGMAS))
+    torch.testing.assert_close(
+        ddim(denoise_gaussian, x, SIGMAS), euler(denoise_gaussian, x, SIGMAS)
+    )
 
 
-def test_sde_without_noise_is_the_ode():
+def test_dpmpp_2m_sde_without_noise_is_dpmpp_2m():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     sigmas = torch.cat([SIGMAS, torch.zeros(1)])
     torch.testing.assert_close(
-        dpmpp_2m_sde(gaussian, x, sigmas, eta=0.0), dpmpp_2m(gaussian, x, sigmas)
+        dpmpp_2m_sde(denoise_gaussian, x, sigmas, eta=0.0), dpmpp_2m(denoise_gaussian, x, sigmas)
     )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_steps_that_end_at_zero_ends_in_the_last_estimate(name):
+def test_steps_down_to_zero_end_in_the_last_estimate(name):
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
-    seen = []
+    calls = []
     x = torch.ones(1, 1, 1, 1)
     options = {"noise": torch.zeros_like} if name in STOCHASTIC else {}
-    end = SAMPLERS[name](gaussian, x, sigmas, callback=lambda *a: seen.append(a), **options)
-    assert [i for i, _, _ in seen] == [0, 1, 2]
+    end = SAMPLERS[name](
+        denoise_gaussian, x, sigmas, callback=lambda *a: calls.append(a), **options
+    )
+    assert [i for i, _, _ in calls] == [0, 1, 2]
     assert end.isfinite().all()
     if name not in ("plms", "lms", "dpm_fast", "dpm_adaptive"):
-        torch.testing.assert_close(end, seen[-1][2])
+        torch.testing.assert_close(end, calls[-1][2])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_single_step_to_zero_gives_the_estimate(name):
     sigmas, x = torch.tensor([10.0, 0.0], dtype=torch.float64), torch.ones(1, 1, 1, 1)
     steps = []
-    end = SAMPLERS[name](gaussian, x, sigmas, callback=lambda *a: steps.append(a[0]))
-    torch.testing.assert_close(end, gaussian(x, 10.0))
+    end = SAMPLERS[name](denoise_gaussian, x, sigmas, callback=lambda *a: steps.append(a[0]))
+    torch.testing.assert_close(end, denoise_gaussian(x, 10.0))
     assert steps == [0]
 
 
@@ -220,8 +224,8 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 SD = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 
 
-def their_result(scheduler, start: Tensor, sigmas: Tensor, **options) -> Tensor:
-    """The latent after all steps of a scheduler of diffusers, as z_t, from `start` as x."""
+def run_scheduler(scheduler, start: Tensor, sigmas: Tensor, **options) -> Tensor:
+    """Run all steps of a scheduler of diffusers from `start` (an x); return the final z_t."""
     z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
     for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
         x = z * math.sqrt(1 + sigma**2)
@@ -244,8 +248,8 @@ def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, or
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas.double()
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = their_result(scheduler, start, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
-    if sigmas[-1] == sigmas[-2]:  # DEIS there repeats the least level instead of going to 0
+    theirs = run_scheduler(scheduler, start, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
+    if sigmas[-1] == sigmas[-2]:  # their DEIS repeats the lowest level instead of going to 0
         sigmas = sigmas[:-1]
     ours = SAMPLERS[name](saturating_denoise, start.double(), sigmas, order=order)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=3e-5)
@@ -273,12 +277,12 @@ def test_churn_of_dpm2_gives_the_numbers_of_k_diffusion():
 def test_dpm_solver_gives_the_numbers_of_k_diffusion(name, evaluations, eta, expected):
     sigmas = torch.linspace(14, 0.05, evaluations + 1, dtype=torch.float64)
     noise = functools.partial(torch.full_like, fill_value=0.3) if eta else None
-    x, seen = torch.full((1, 1), 9.0, dtype=torch.float64), []
-    options = {"eta": eta, "noise": noise, "callback": lambda i, *_: seen.append(i)}
+    x, calls = torch.full((1, 1), 9.0, dtype=torch.float64), []
+    options = {"eta": eta, "noise": noise, "callback": lambda i, *_: calls.append(i)}
     x = SAMPLERS[name](saturating_denoise, x, sigmas, **options)
     # Observed: 1e-15; 2e-13 for the adaptive one, whose steps magnify rounding.
     assert float(x) == pytest.approx(expected, rel=1e-11)
-    assert seen == list(range(evaluations))
+    assert calls == list(range(evaluations))
 
 
 @pytest.mark.parametrize(("steps", "again", "times"), [(10, 0, 0), (20, 9, 1), (40, 10, 2)])
@@ -302,7 +306,7 @@ def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
         return
     base = SD.step_sigmas(steps - again * times, "karras")
     low, high = ((base - sigma).abs().argmin() for sigma in (0.1, 2.0))
-    expected = karras_between(base[high], base[low], again + 1)
+    expected = make_karras_levels(base[high], base[low], again + 1)
     for i in raised:
         torch.testing.assert_close(ends[i : i + again].double(), expected[:-1], rtol=1e-6, atol=0)
     torch.testing.assert_close(
@@ -311,7 +315,7 @@ def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
     )  # fmt: skip
 
 
-def karras_between(high: Tensor, low: Tensor, count: int) -> Tensor:
+def make_karras_levels(high: Tensor, low: Tensor, count: int) -> Tensor:
     return torch.linspace(high ** (1 / 7), low ** (1 / 7), count, dtype=torch.float64) ** 7
 
 
@@ -330,8 +334,8 @@ def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
         down = math.sqrt(sigma_next**2 - up**2)
         expected = expected / 2 + (expected - 1) / sigma * down + up
     assert float(x) == pytest.approx(expected, rel=1e-12)
-    plain = SAMPLERS["euler_a" if eta else "euler"](gaussian, start, sigmas, **options)
-    without = SAMPLERS[name](gaussian, start, sigmas, **options)
+    plain = SAMPLERS["euler_a" if eta else "euler"](denoise_gaussian, start, sigmas, **options)
+    without = SAMPLERS[name](denoise_gaussian, start, sigmas, **options)
     torch.testing.assert_close(without, plain)
 
 
@@ -344,7 +348,7 @@ def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     )
     sigmas = SD.step_sigmas(8, "trailing")
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = their_result(scheduler, start, sigmas)
+    theirs = run_scheduler(scheduler, start, sigmas)
     x = SAMPLERS["ddpm"](saturating_denoise, start.double(), sigmas, noise=torch.ones_like)
     torch.testing.assert_close(x.float(), theirs, rtol=0, atol=5e-6)
 
@@ -366,7 +370,7 @@ def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     )
     sigmas = SD.step_sigmas(steps, "tcd")
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    theirs = their_result(scheduler, start, sigmas, eta=eta)
+    theirs = run_scheduler(scheduler, start, sigmas, eta=eta)
     options = {"eta": eta, "scale_time": SD.scale_time, "noise": torch.ones_like}
     x = SAMPLERS["tcd"](saturating_denoise, start.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)

@@ -20,13 +20,13 @@ SD = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012)
 OPTIONS = ("linear_start", "linear_end", "cosine_s")
 
 
-def betas_of(info):
+def build_betas(info):
     name = info.get("schedule") or info["beta_schedule"]
     timesteps = info.get("n_timestep") or info["timesteps"]
     return make_betas(name, timesteps, **{key: info[key] for key in OPTIONS if key in info})
 
 
-def recorded(prefix, name="schedules"):
+def list_recorded(prefix, name="schedules"):
     file = load_golden(name)
     cases = [
         case for case in file.cases if case["name"].startswith(prefix) and "raises" not in case
@@ -35,14 +35,14 @@ def recorded(prefix, name="schedules"):
 
 
 def test_betas_equal_the_recorded_ones():
-    for info, expected in recorded("betas"):
-        torch.testing.assert_close(betas_of(info), expected["betas"], rtol=1e-10, atol=0)
+    for info, expected in list_recorded("betas"):
+        torch.testing.assert_close(build_betas(info), expected["betas"], rtol=1e-10, atol=0)
 
 
 def test_buffers_equal_the_recorded_ones():
-    """Weights of the bound: the original takes 1 - ᾱ, 4e-5 at first, of a float32 ᾱ (6e-8)."""
-    for info, expected in recorded("buffers"):
-        schedule = Schedule(betas_of(info), v_posterior=info["v_posterior"])
+    """For lvlb_weights the original takes 1 - ᾱ from a float32 ᾱ, which rounds by 6e-8 of 4e-5."""
+    for info, expected in list_recorded("buffers"):
+        schedule = Schedule(build_betas(info), v_posterior=info["v_posterior"])
         weights = schedule.vlb_weights(info["parameterization"]).float()
         torch.testing.assert_close(weights, expected.pop("lvlb_weights"), rtol=3e-4, atol=1e-9)
         ours = schedule.buffers()
@@ -61,14 +61,14 @@ def test_original_step_counts_are_the_recorded_timesteps(steps):
 
 
 @pytest.mark.parametrize("steps", [3, 9, 27, 37, 333, 1000])
-def test_counts_that_crash_the_original_are_refused_only_when_asked_for(steps):
+def test_step_counts_that_crash_the_original_are_refused_only_with_its_quirk(steps):
     with pytest.raises(ValueError, match=f"the original fails at {steps} steps"):
         Quirks(frozenset({"steps"})).get_sigmas(SD, steps, "uniform")
     assert len(SD.step_sigmas(steps)) == steps + 1
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_descends_in_exactly_the_steps_asked_for(scheduler):
+def test_every_scheduler_descends_in_the_requested_number_of_steps(scheduler):
     limit = SCHEDULERS[scheduler].max_steps or 1000
     for schedule in (SD, ContinuousSchedule(0.002, 120)):
         for steps in {min(number, limit) for number in (1, 2, 3, 30, 333, 1000)}:
@@ -79,45 +79,45 @@ def test_every_scheduler_descends_in_exactly_the_steps_asked_for(scheduler):
             assert sigmas[0] <= schedule.sigmas[-1] * (1 + 1e-12)
 
 
-def equal_levels(ours, theirs):
-    """Others compute theirs in float32: up to 1.0e-6 (the original) and 2.4e-6 (diffusers) off."""
+def assert_close(ours, theirs):
+    """Theirs are float32; the largest errors: 1.0e-6 (the original) and 2.4e-6 (diffusers)."""
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
 
 
 def test_levels_of_sdxl_are_the_recorded_ones():
-    for info, expected in recorded("legacy_", "sdxl_discretization"):
+    for info, expected in list_recorded("legacy_", "sdxl_discretization"):
         if "timesteps" in expected:
             sigmas = SD.step_sigmas(info["n"], "sgm_uniform")
             assert torch.equal(sigmas[:-1], SD.sigmas[expected["timesteps"]])
-            equal_levels(sigmas, expected["sigmas"])
-    for _, expected in recorded("turbo_", "sdxl_discretization"):
+            assert_close(sigmas, expected["sigmas"])
+    for _, expected in list_recorded("turbo_", "sdxl_discretization"):
         steps = len(expected["sigmas"]) - 1
-        equal_levels(SD.step_sigmas(steps, "turbo"), expected["sigmas"])
-    for info, expected in recorded("edm_", "sdxl_discretization"):
+        assert_close(SD.step_sigmas(steps, "turbo"), expected["sigmas"])
+    for info, expected in list_recorded("edm_", "sdxl_discretization"):
         if info["params"]:
-            equal_levels(edm_sigmas(SD, info["n"], **info["params"]), expected["sigmas"])
+            assert_close(edm_sigmas(SD, info["n"], **info["params"]), expected["sigmas"])
         else:
-            equal_levels(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
+            assert_close(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
     file = load_golden("sdxl_discretization")
     other = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
-    equal_levels(other.step_sigmas(10, "sgm_uniform"), file.outputs("legacy_other")["s10"])
-    equal_levels(other.step_sigmas(500, "sgm_uniform"), file.outputs("legacy_other")["all"])
+    assert_close(other.step_sigmas(10, "sgm_uniform"), file.outputs("legacy_other")["s10"])
+    assert_close(other.step_sigmas(500, "sgm_uniform"), file.outputs("legacy_other")["all"])
     expected = file.outputs("discrete_denoiser")
-    equal_levels(SD.sigmas, expected["sigmas"])
-    equal_levels(SD.nearest_sigma(file.inputs("discrete_denoiser")["sigma"]), expected["quantized"])
-    equal_levels(Schedule(betas_from_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
+    assert_close(SD.sigmas, expected["sigmas"])
+    assert_close(SD.nearest_sigma(file.inputs("discrete_denoiser")["sigma"]), expected["quantized"])
+    assert_close(Schedule(betas_from_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
 
 
 def test_img2img_begins_where_the_base_hands_over_to_a_refiner():
     quirks = Quirks(frozenset({"legacy-steps"}))
     for part in ("img2img_", "txt2noisy_"):
-        for info, expected in recorded(part, "sdxl_discretization"):
+        for info, expected in list_recorded(part, "sdxl_discretization"):
             if "n" in info and "strength" in info:
                 n = info["n"]
                 sigmas = SD.step_sigmas(n, "sgm_uniform")
                 first, _ = quirks.find_first_step(info["strength"], n, n)
                 own = sigmas[first:] if part == "img2img_" else sigmas[: first + 1]
-                equal_levels(own, expected["sigmas"])
+                assert_close(own, expected["sigmas"])
 
 
 @pytest.mark.filterwarnings("ignore:__array__")
@@ -131,7 +131,7 @@ def test_leading_steps_equal_diffusers(diffusers, steps):
         steps_offset=1,
     )
     scheduler.set_timesteps(steps)
-    equal_levels(SD.step_sigmas(steps, "leading"), scheduler.sigmas)
+    assert_close(SD.step_sigmas(steps, "leading"), scheduler.sigmas)
 
 
 def test_sigma_and_t_are_inverse():
@@ -143,7 +143,7 @@ def test_sigma_and_t_are_inverse():
     torch.testing.assert_close(sigmas, continuous.sigmas)
 
 
-def test_bad_requests_are_answered_with_what_is_allowed():
+def test_errors_name_the_allowed_values():
     with pytest.raises(ValueError, match="choose one of linear, sqrt_linear"):
         make_betas("quadratic")
     with pytest.raises(ValueError, match="choose one of uniform"):
@@ -186,11 +186,11 @@ def test_levels_of_consistency_models_are_those_of_diffusers(diffusers, steps):
     assert SD.step_sigmas(steps, "tcd")[-1] == SD.sigmas[0]
 
 
-def test_a_polynomial_of_log_sigma_is_k_diffusions():
+def test_polyexponential_levels_with_rho_are_those_of_k_diffusion():
     expected = [14.614641, 0.962907, 0.137996, 0.043017, 0.029167, 0.0]
     sigmas = SD.step_sigmas(5, "polyexponential", rho=2.0)
     assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_levels_of_align_your_steps_are_taken_as_they_are_for_ten_steps():
+def test_ten_steps_of_align_your_steps_are_not_interpolated():
     assert SD.step_sigmas(10, "ays_xl")[1:3].tolist() == pytest.approx([6.3184485287, 3.7681790315])

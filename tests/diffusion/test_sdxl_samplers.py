@@ -1,4 +1,4 @@
-"""Samplers on recorded trajectories of SDXL's code, each question to the denoiser included."""
+"""Samplers on recorded trajectories of SDXL's code, each call of the denoiser included."""
 
 import functools
 
@@ -33,56 +33,56 @@ SDXL = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.01
 
 
 @functools.cache
-def recorded() -> tuple[GoldenFile, UNet]:
+def load_recorded() -> tuple[GoldenFile, UNet]:
     file = load_golden("sdxl_samplers")
     return file, build_from(file, UNet, file.meta["config_network"]).requires_grad_(False)
 
 
-def denoiser_of(name: str) -> Denoiser:
-    network = recorded()[1]
+def make_denoiser(name: str) -> Denoiser:
+    network = load_recorded()[1]
     if name == "edm":
         return Denoiser(network, ContinuousSchedule(), "edm")
     return Denoiser(network, SDXL, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
 
 
-def conditions(file: GoldenFile) -> tuple[Cond, Cond]:
+def read_conditions(file: GoldenFile) -> tuple[Cond, Cond]:
     shared = file.select("shared/")
     cond, uncond = ((shared[f"{c}_crossattn"], shared[f"{c}_vector"]) for c in ("c", "uc"))
     return Cond(cond[0], vector=cond[1]), Cond(uncond[0], vector=uncond[1])
 
 
-def target_of(config: dict) -> str:
+def get_class_name(config: dict) -> str:
     return config["target"].rpartition(".")[2]
 
 
 @pytest.mark.parametrize("name", slow_except(CASES, *QUICK))
-def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
-    file, _ = recorded()
+def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: str) -> None:
+    file, _ = load_recorded()
     info, draws = file.case(name)["info"], iter(file.rng(name))
     steps = info["num_steps"] or info["num_steps_at_call"]
-    denoiser = denoiser_of(info["denoiser"])
-    is_edm_grid = target_of(info["discretization"]) == "EDMDiscretization"
+    denoiser = make_denoiser(info["denoiser"])
+    is_edm_grid = get_class_name(info["discretization"]) == "EDMDiscretization"
     scheduler = "edm" if "params" in info["discretization"] else "karras"
     sigmas = denoiser.schedule.step_sigmas(steps, scheduler if is_edm_grid else "sgm_uniform")
-    cond, uncond = conditions(file)
+    cond, uncond = read_conditions(file)
     guider = info["guider"] or {}
     scale = guider.get("params", {}).get("scale", 1.0)
     options = dict(info["params"])
     s_noise = options.pop("s_noise", 1.0)
     if file.rng(name):
         options["noise"] = lambda like: s_noise * next(draws)
-    questions: list[tuple[Tensor, float, Tensor]] = []
+    calls: list[tuple[Tensor, float, Tensor]] = []
     guided = add_guidance(denoiser, cond, uncond if info["uc"] else None, scale)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        questions.append((x, sigma, guided(x, sigma)))
-        return questions[-1][2]
+        calls.append((x, sigma, guided(x, sigma)))
+        return calls[-1][2]
 
     start = file.select("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
-    x = SAMPLERS[SAMPLER_NAMES[target_of({"target": info["sampler"]})]](
+    x = SAMPLERS[SAMPLER_NAMES[get_class_name({"target": info["sampler"]})]](
         denoise, start, sigmas, **options
     )
-    xs, levels, answers = zip(*questions, strict=True)
+    xs, levels, estimates = zip(*calls, strict=True)
     expected = file.outputs(name)
     torch.testing.assert_close(
         torch.tensor(levels, dtype=torch.float64),
@@ -90,21 +90,21 @@ def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
         rtol=1e-5,
         atol=0,
     )
-    file.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(answers), x=x)
+    file.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(estimates), x=x)
     assert next(draws, None) is None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_turbo_is_the_recorded_one(steps: int) -> None:
-    file, _ = recorded()
+def test_turbo_sampling_equals_the_recorded_one(steps: int) -> None:
+    file, _ = load_recorded()
     name = f"turbo_{steps}"
     seed = file.case(name)["info"]["seed"]
     shape = (1, 4, 8, 8)
     noise = (
         torch.from_numpy(np.random.RandomState(seed + k).randn(*shape)).float() for k in range(9)
     )
-    denoiser = denoiser_of("EpsScaling")
-    cond, _ = conditions(file)
+    denoiser = make_denoiser("EpsScaling")
+    cond, _ = read_conditions(file)
     sigmas = SDXL.step_sigmas(steps, "turbo")
     start = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
     x = SAMPLERS["euler_a"](

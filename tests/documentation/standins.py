@@ -1,4 +1,4 @@
-"""Small files with random weights and small images, under the names that the documentation uses."""
+"""Stand-ins for the documentation: small models with random weights, and small images."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ CHECKPOINTS = {
     "ldm3d-pano": "ldm3d-4c",
     "ldm3d-sr": "ldm3d-sr",
 }
-HUB = "Intel/"  # owner of those of LDM3D
+HUB = "Intel/"  # owner of the LDM3D models
 UPSCALER = "configs/stable-diffusion/x2-latent-upscaler.yaml"
 IMAGES = (
     "sketch.png", "dog.png", "room.png", "small.png", "cat.png", "sea.png",
@@ -48,8 +48,8 @@ IMAGES = (
 )  # fmt: skip
 
 
-def small_config(family: str) -> dict[str, Any]:
-    """The published config with few channels, and the published sizes of image and latent."""
+def make_small_config(family: str) -> dict[str, Any]:
+    """Make the published config with few channels, but its sizes of image and latent."""
     raw = tinyfamilies.small(family)
     params = raw["model"]["params"]
     if family in tinyfamilies.XL:
@@ -69,12 +69,12 @@ def small_config(family: str) -> dict[str, Any]:
 def make_stand_ins(folder: Path) -> None:
     """Write all stand-ins into a folder, and small configs over its `configs`."""
     for name, family in CHECKPOINTS.items():
-        raw = small_config(family)
+        raw = make_small_config(family)
         yaml = format_yaml(raw)
         state = tinyfamilies.weights_of(raw, name)
         if name == "v1-5-pruned.ckpt":
-            averages = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
-            state |= {f"model_ema.{k}": v for k, v in averages.items()}
+            ema = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
+            state |= {f"model_ema.{k}": v for k, v in ema.items()}
         if family in tinyfamilies.NAMES:
             config = folder / f"configs/stable-diffusion/{tinyfamilies.NAMES[family]}.yaml"
         else:
@@ -118,7 +118,7 @@ def make_stand_ins(folder: Path) -> None:
 
 
 def remember_downloads(folder: Path, cache: Path) -> None:
-    """Write which stand-ins were downloaded, so that `hf:OWNER/NAME` means them."""
+    """Record stand-ins as downloaded, so that `hf:OWNER/NAME` finds them."""
     cache.mkdir()
     names = [name for name in CHECKPOINTS if name.startswith("ldm3d")]
     choices = {f"{HUB}{name}": str(folder / name) for name in names}
@@ -126,8 +126,8 @@ def remember_downloads(folder: Path, cache: Path) -> None:
 
 
 def _make_upscaler(folder: Path) -> None:
-    """Write an x2 latent upscaler with the parts of the stand-in for Stable Diffusion 1."""
-    raw, sd1 = read_yaml(UPSCALER), small_config("sd1")["model"]["params"]
+    """Write an x2 latent upscaler with the VAE and text encoder of our Stable Diffusion 1."""
+    raw, sd1 = read_yaml(UPSCALER), make_small_config("sd1")["model"]["params"]
     params, width = raw["model"]["params"], tinyfamilies.WIDTH
     params["unet"]["params"] |= {
         "channels": [64, 64, 128, 128], "depths": [1, 1, 1, 1], "mapping_out": 128,
@@ -146,7 +146,7 @@ def _make_upscaler(folder: Path) -> None:
 
 
 def _draw(i: int) -> Image.Image:
-    """A gradient with a square in it."""
+    """Draw a gradient with a square in it."""
     image = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
     image.paste((40 * i % 256, 200 - 20 * i, 90), (20, 20, 70, 70))
     return image

@@ -26,8 +26,8 @@ BLOCK = re.compile(
 PAGE = "http://127.0.0.1:7860"
 
 
-def blocks():
-    """(shell words) of every block that runs, named by file and line."""
+def list_blocks():
+    """List the commands (arguments of a process) of every block, named by file and line."""
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]:
         text = path.read_text(encoding="utf-8")
         for block in BLOCK.finditer(text):
@@ -67,7 +67,7 @@ def environment(folder):
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("words", list(blocks()))
+@pytest.mark.parametrize("words", list(list_blocks()))
 def test_a_command_of_the_documentation_runs_as_written(words, folder, environment):
     log = folder.parent / "output.txt"
     with log.open("w") as output:

@@ -1,4 +1,4 @@
-"""Shared by the tests of encoders: comparison, options of `prepare`."""
+"""Helpers for the tests of encoders: comparison, and options of `prepare`."""
 
 import torch
 
@@ -6,11 +6,11 @@ from ldm.conditioning import PrepareOptions
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-    """Compares values to a fraction of the greatest; observed errors are below a third of it."""
+    """Compare values, relative to the largest; observed errors are below a third of the limit."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
 
 
-def options(size=(8, 8), seed=None, encode=torch.neg):
+def make_options(size=(8, 8), seed=None, encode=torch.neg):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return PrepareOptions(size, encode, generator)

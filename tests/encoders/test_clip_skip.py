@@ -36,7 +36,7 @@ def test_each_layer_is_that_of_transformers():
             assert_close(context, expected, 2e-6)  # observed: 6e-7
 
 
-def test_the_last_layer_but_one_gets_the_final_norm():
+def test_the_penultimate_layer_gets_the_final_norm():
     golden = load_golden("text_hfclip")
     encoder = CLIPText(arch=golden.meta["config"]["tiny_hf_config"])
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
@@ -48,7 +48,7 @@ def test_the_last_layer_but_one_gets_the_final_norm():
 
 
 @pytest.mark.parametrize(
-    ("build", "options", "is_taken"),
+    ("build", "options", "has_effect"),
     [
         (CLIPText, {"arch": SIZES}, True),
         (OpenCLIPText, {"arch": OPEN, "layer": "last"}, True),
@@ -56,11 +56,11 @@ def test_the_last_layer_but_one_gets_the_final_norm():
         (CLIPText, {"arch": SIZES, "layer": "hidden", "layer_idx": 3}, False),
     ],
 )
-def test_only_towers_that_end_with_their_last_layer_take_it(build, options, is_taken):
+def test_only_towers_that_end_with_their_last_layer_take_clip_skip(build, options, has_effect):
     encoder = build(**options)
     encoder.cache = {text: {"context": torch.zeros(77, 32)} for text in PROMPTS}
     cached = encoder.encode(PROMPTS)
     with clip_skip(2):
         context = encoder.encode(PROMPTS)
-    assert torch.equal(cached, context) != is_taken
-    assert encoder.takes_clip_skip == is_taken
+    assert torch.equal(cached, context) != has_effect
+    assert encoder.takes_clip_skip == has_effect

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from encoderhelp import assert_close, options
+from encoderhelp import assert_close, make_options
 
 from goldfile import load_golden
 from ldm.encoders import depth
@@ -26,13 +26,13 @@ TINY = {
 @pytest.fixture(scope="module")
 def tiny() -> MiDaSDepth:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what importing timm and torchvision says
+        warnings.simplefilter("ignore")  # from importing timm and torchvision
         encoder = MiDaSDepth(arch=TINY)
     encoder.load_state_dict(fill(encoder.state_dict(), "tiny"))
     return encoder.eval()
 
 
-def pixels(image):
+def to_tensor(image):
     return image.permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -40,14 +40,14 @@ def pixels(image):
 def test_the_input_of_the_network_equals_the_recorded_one(size):
     golden, case = load_golden("e2e_depth2img"), f"midas_transform_{size}"
     recorded = golden.outputs(case)
-    ours = preprocess_for_midas(pixels(golden.inputs(case)["image"]))[0]
+    ours = preprocess_for_midas(to_tensor(golden.inputs(case)["image"]))[0]
     assert list(ours.shape) == recorded["shape"].tolist()
     assert_close(ours[:, ::8, ::8], recorded["sub"])
     assert_close(ours.double().mean(dim=(1, 2)), recorded["mean"])
 
 
 def test_a_large_image_is_not_blurred_before_it_is_made_smaller():
-    """As OpenCV's cubic interpolation, which the original resizes with; the recorded ones grow."""
+    """As in OpenCV, by which the original resizes; all recorded images are enlarged."""
     cv2 = pytest.importorskip("cv2")
     image = torch.rand(900, 700, 3, generator=torch.Generator().manual_seed(0))
     ours = preprocess_for_midas(2 * image.permute(2, 0, 1)[None] - 1)[0]
@@ -111,13 +111,13 @@ def test_depth_comes_from_a_map_or_the_input_of_the_network_or_an_image(tiny, mo
     image = torch.rand(1, 3, 80, 48) * 2 - 1
     estimated = tiny.estimate(image)
     batches = [{"depth": estimated}, {"midas_in": preprocess_for_midas(image)}, {"jpg": image}]
-    maps = [tiny.prepare(batch, options((10, 6)))["depth"] for batch in batches]
+    maps = [tiny.prepare(batch, make_options((10, 6)))["depth"] for batch in batches]
     assert maps[0].shape == (1, 1, 10, 6)
     assert torch.equal(maps[0], maps[1])
     assert torch.equal(maps[0], maps[2])
-    assert torch.equal(tiny.prepare({"depth": maps[0]}, options((10, 6)))["depth"], maps[0])
+    assert torch.equal(tiny.prepare({"depth": maps[0]}, make_options((10, 6)))["depth"], maps[0])
     with pytest.raises(KeyError, match="the batch has `txt`"):
-        tiny.prepare({"txt": ["a"]}, options((10, 6)))
+        tiny.prepare({"txt": ["a"]}, make_options((10, 6)))
 
 
 def test_wrong_shapes_and_names_are_refused():
@@ -165,8 +165,8 @@ def test_without_a_network_only_maps_are_accepted():
     encoder = MiDaSDepth(model_type=None)
     assert not encoder.state_dict()
     channel = encoder(
-        encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, options((8, 8)))["depth"]
+        encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, make_options((8, 8)))["depth"]
     )
     assert channel.shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match="cannot estimate depth"):
-        encoder.prepare({"jpg": torch.zeros(1, 3, 32, 32)}, options((8, 8)))
+        encoder.prepare({"jpg": torch.zeros(1, 3, 32, 32)}, make_options((8, 8)))

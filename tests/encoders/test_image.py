@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from encoderhelp import assert_close, options
+from encoderhelp import assert_close, make_options
 
 from goldfile import load_golden
 from ldm.conditioning import Conditioner
@@ -20,7 +20,7 @@ TINY = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
 COSINE = {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
 
-def recorded_image(golden, case):
+def load_image(golden, case):
     inputs = golden.inputs(case)
     if "image" in inputs:
         return inputs["image"]
@@ -29,7 +29,7 @@ def recorded_image(golden, case):
     return F.interpolate(inputs["small"], tuple(size), mode="bilinear", align_corners=False)
 
 
-def tiny_unclip():
+def build_tiny_unclip():
     torch.manual_seed(0)
     noise = EmbeddingNoise(timestep_dim=24, noise_schedule_config=COSINE)
     return ImageEmbedding(clip=OpenCLIPImage(arch=TINY), noise=noise)
@@ -50,7 +50,7 @@ def tiny_unclip():
 def test_preprocessed_images_equal_the_recorded_ones(name, case, blur):
     golden = load_golden(name)
     antialias = golden.case(case)["info"].get("antialias", True)
-    ours = preprocess(recorded_image(golden, case), antialias=antialias, blur=blur)
+    ours = preprocess(load_image(golden, case), antialias=antialias, blur=blur)
     expected = golden.outputs(case)
     assert_close(ours[:, :, ::4, ::4], expected["pre"], 1e-6)
     if "pre_mean" in expected:
@@ -70,7 +70,7 @@ def test_open_clip_embedding_equals_the_recorded_one(case):
     golden = load_golden("image_embedder")
     encoder = OpenCLIPImage(arch=golden.meta["tiny_arch"], blur="narrow")
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
-    assert_close(encoder.embed(recorded_image(golden, case)), golden.outputs(case)["emb"])
+    assert_close(encoder.embed(load_image(golden, case)), golden.outputs(case)["emb"])
 
 
 def test_openai_embedding_equals_the_recorded_one():
@@ -113,7 +113,7 @@ def test_full_size_embedding_equals_the_recorded_one():
     del encoder.model.token_embedding  # not read, and 200 MB
     weights = golden.weights(encoder.state_dict())
     encoder.load_state_dict(weights | {"model.logit_scale": torch.zeros(())}, assign=True)
-    image = recorded_image(golden, "a")
+    image = load_image(golden, "a")
     expected = golden.outputs("a")
     assert_close(preprocess(image, blur="narrow")[:, :, ::8, ::8], expected["pre"], 1e-6)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_noised_embeddings_equal_the_recorded_ones(case):
     assert_close(noise(given["emb"], drawn[1], drawn[2]), torch.cat([noised, level], dim=1), 1e-6)
 
 
-def recorded_unclip():
+def build_recorded_unclip():
     golden = load_golden("unclip_condition")
     noise = EmbeddingNoise(**golden.meta["noise_aug_config"]["params"])
     encoder = ImageEmbedding(clip=OpenCLIPImage(arch=golden.meta["tiny_arch"]), noise=noise)
@@ -147,7 +147,7 @@ def recorded_unclip():
 
 
 def test_the_vector_of_a_run_equals_the_recorded_one():
-    golden, encoder = recorded_unclip()
+    golden, encoder = build_recorded_unclip()
     info = golden.case("uc1_dpm")["info"]
     embedding = encoder.embed(golden.inputs("uc1_dpm")["image"]).expand(2, -1)
     vector = encoder.noise(embedding, info["noise_level"], golden.rng("uc1_dpm")[0])
@@ -155,19 +155,19 @@ def test_the_vector_of_a_run_equals_the_recorded_one():
 
 
 def test_the_vector_in_training_equals_the_recorded_one():
-    golden, encoder = recorded_unclip()
+    golden, encoder = build_recorded_unclip()
     batch = {"jpg": golden.inputs("unclip_train")["jpg"].movedim(-1, 1)}
     posterior, *_, kept = golden.rng("unclip_train")
     torch.manual_seed(golden.case("unclip_train")["info"]["seed"])
     torch.randn(posterior.shape)
-    rows = encoder.prepare(batch, options())["embedding"]
+    rows = encoder.prepare(batch, make_options())["embedding"]
     rows = [row if keep else encoder.null for row, keep in zip(rows, kept, strict=True)]
     assert_close(encoder(rows), golden.outputs("unclip_train")["c_adm"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_embeddings_are_float32_whatever_the_weights(dtype):
-    encoder, image = tiny_unclip(), torch.rand(1, 3, 56, 56)
+    encoder, image = build_tiny_unclip(), torch.rand(1, 3, 56, 56)
     full = encoder.embed(image)
     noised = encoder.noise(full, 3, full)
     half = encoder.to(dtype).embed(image)
@@ -177,17 +177,17 @@ def test_embeddings_are_float32_whatever_the_weights(dtype):
 
 
 def test_a_noise_level_of_the_batch_is_used():
-    encoder, image = tiny_unclip(), torch.rand(2, 3, 56, 56)
+    encoder, image = build_tiny_unclip(), torch.rand(2, 3, 56, 56)
     batches = ({"jpg": image, "noise_level": level} for level in (0, 999))
-    clean, noisy = (encoder.prepare(batch, options())["embedding"] for batch in batches)
+    clean, noisy = (encoder.prepare(batch, make_options())["embedding"] for batch in batches)
     assert_close(clean[:, :24], encoder.embed(image), 0.05)
     assert (noisy[:, :24] - encoder.embed(image)).abs().mean() > 0.3
     assert clean[0, 24:].tolist() == [1.0] * 12 + [0.0] * 12
-    assert encoder.prepare({"embedding": clean}, options()) == {}
+    assert encoder.prepare({"embedding": clean}, make_options()) == {}
 
 
-def test_no_image_is_zeros_in_both_slots():
-    vector, token = tiny_unclip(), CLIPImage(model=TINY)
+def test_a_missing_image_is_zeros_in_both_slots():
+    vector, token = build_tiny_unclip(), CLIPImage(model=TINY)
     image = torch.rand(3, 56, 56)
     batch = {"embedding": [None, torch.ones(48)], "jpg": [image, None]}
     cond = Conditioner(a=vector, b=token)(batch)
@@ -197,7 +197,7 @@ def test_no_image_is_zeros_in_both_slots():
 
 
 def test_images_of_different_sizes_make_one_batch():
-    encoder = tiny_unclip()
+    encoder = build_tiny_unclip()
     large, small = torch.rand(3, 80, 70), torch.rand(3, 20, 30)
     rows = encoder.embed([large, small])
     assert_close(rows, torch.cat([encoder.embed(large[None]), encoder.embed(small[None])]))

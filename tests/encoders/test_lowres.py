@@ -1,6 +1,6 @@
 import pytest
 import torch
-from encoderhelp import assert_close, options
+from encoderhelp import assert_close, make_options
 
 from goldfile import load_golden
 from ldm.conditioning import Conditioner
@@ -18,7 +18,7 @@ from recipe import fill
 X4 = {"noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02}, "max_noise_level": 350}
 
 
-def pixels(images):
+def to_nchw(images):
     return images.permute(0, 3, 1, 2)
 
 
@@ -37,7 +37,7 @@ def test_noised_images_equal_the_recorded_ones():
     noise = golden.rng("image")[0]
     assert_close(encoder.add_noise(lr, given["noise_level"], noise), recorded["z"], 1e-6)
     seed = golden.case("image")["info"]["seeds"][1]  # draws the level, then the noise
-    ours = encoder.prepare({"lr": lr}, options(seed=seed))
+    ours = encoder.prepare({"lr": lr}, make_options(seed=seed))
     assert torch.equal(ours["noise_level"], recorded["level_none"])
     assert_close(ours["lowres"], recorded["z_none"], 1e-6)
 
@@ -45,7 +45,7 @@ def test_noised_images_equal_the_recorded_ones():
 def test_without_a_schedule_nothing_is_added():
     recorded = load_golden("low_scale_model").outputs("simple")
     encoder = LowRes(max_noise_level=0, low_scale_key="LR")
-    ours = encoder.prepare({"LR": recorded["x"]}, options())
+    ours = encoder.prepare({"LR": recorded["x"]}, make_options())
     assert torch.equal(ours["lowres"], recorded["x"])
     assert torch.equal(ours["noise_level"], recorded["level"])
     assert not encoder.state_dict()
@@ -57,15 +57,15 @@ def test_upscaling_conditions_equal_the_recorded_ones():
     torch.manual_seed(golden.case("upscale")["info"]["seed"])
     torch.randn(golden.rng("upscale")[0].shape)  # the posterior of the large image
     conditioner = Conditioner(lowres=LowRes(**X4), level=NoiseLevel())
-    batch = {"lr": pixels(golden.inputs("upscale")["lr"])}
-    cond = conditioner(conditioner.lowres.prepare(batch, options()))
+    batch = {"lr": to_nchw(golden.inputs("upscale")["lr"])}
+    cond = conditioner(conditioner.lowres.prepare(batch, make_options()))
     assert_close(cond.concat, recorded["c_concat"], 1e-6)
     assert torch.equal(cond.vector, recorded["c_adm"])
 
 
 def test_one_level_serves_the_whole_batch():
     encoder, lr = LowRes(**X4), torch.rand(2, 3, 4, 4)
-    ours = encoder.prepare({"lr": lr, "noise_level": 20}, options(seed=0))
+    ours = encoder.prepare({"lr": lr, "noise_level": 20}, make_options(seed=0))
     noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(0))
     assert ours["noise_level"].tolist() == [20, 20]
     assert torch.equal(ours["lowres"], encoder.add_noise(lr, torch.tensor([20, 20]), noise))
@@ -74,12 +74,12 @@ def test_one_level_serves_the_whole_batch():
 @pytest.mark.parametrize("level", [-1, 1000])
 def test_a_level_outside_the_schedule_is_refused(level):
     with pytest.raises(ValueError, match="timesteps must be in 0 … 999, got"):
-        LowRes(**X4).prepare({"lr": torch.zeros(1, 3, 4, 4), "noise_level": level}, options())
+        LowRes(**X4).prepare({"lr": torch.zeros(1, 3, 4, 4), "noise_level": level}, make_options())
 
 
-def test_prepared_batches_stay_as_they_are():
-    assert LowRes(**X4).prepare({"lowres": torch.zeros(1, 3, 4, 4)}, options()) == {}
-    assert MaskedImage().prepare({"masked": torch.zeros(1, 5, 4, 4)}, options()) == {}
+def test_prepared_batches_are_not_prepared_again():
+    assert LowRes(**X4).prepare({"lowres": torch.zeros(1, 3, 4, 4)}, make_options()) == {}
+    assert MaskedImage().prepare({"masked": torch.zeros(1, 5, 4, 4)}, make_options()) == {}
 
 
 def test_schedules_have_values_on_the_meta_device():
@@ -113,11 +113,11 @@ def test_inpainting_conditions_equal_the_recorded_ones(key):
         noise = golden.rng("inpaint")[1]
         return (posterior.mean + posterior.std * noise) * config["scale_factor"]
 
-    image, mask = (pixels(golden.inputs("inpaint")[k]) for k in ("jpg", "mask"))
+    image, mask = (to_nchw(golden.inputs("inpaint")[k]) for k in ("jpg", "mask"))
     batch = {key: image if key == "jpg" else mask_image(image, mask), "mask": mask}
     conditioner = Conditioner(masked=MaskedImage())
     with torch.no_grad():
-        cond = conditioner(conditioner.masked.prepare(batch, options(encode=encode)))
+        cond = conditioner(conditioner.masked.prepare(batch, make_options(encode=encode)))
     assert_close(cond.concat, golden.outputs("inpaint")["c_concat"])
 
 
@@ -125,7 +125,7 @@ def test_inpainting_conditions_equal_the_recorded_ones(key):
 def test_masked_images_equal_the_recorded_ones(case):
     golden = load_golden("e2e_inpaint")
     recorded = golden.outputs(case)
-    image = pixels(golden.inputs(case)["image"][None]) / 127.5 - 1
+    image = to_nchw(golden.inputs(case)["image"][None]) / 127.5 - 1
     mask = golden.inputs(case)["mask"][None, None] / 255
     ours = concat_mask(mask, torch.zeros(1, 4, *mask.shape[-2:]))
     assert torch.equal(ours[:, :1].expand_as(recorded["batch_mask"]), recorded["batch_mask"])
@@ -133,7 +133,7 @@ def test_masked_images_equal_the_recorded_ones(case):
     assert_close(mean.expand_as(recorded["batch_masked_mean"]), recorded["batch_masked_mean"], 1e-6)
 
 
-def test_masks_are_rounded_and_take_nearest_pixels():
+def test_masks_are_rounded_and_resized_to_the_nearest_pixel():
     mask = torch.tensor([[0.0, 0.49, 0.5, 0.9], [1, 1, 1, 1]])[None, None]
     assert concat_mask(mask, torch.full((1, 1, 1, 2), 7.0)).tolist() == [[[[0, 1]], [[7, 7]]]]
     assert mask_image(torch.ones(1, 3, 2, 4), mask)[0, 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]

@@ -20,8 +20,8 @@ DECISIONS = (
 )  # fmt: skip
 
 
-def recorded_weights():
-    """Under the names of the published file, with thresholds of 0."""
+def make_recorded_weights():
+    """Make weights under the names of the published file, with thresholds of 0."""
     file = recorded("seed_safety_checker")
     manifest = file.meta["state_dict_manifest"]
     return fill({name: torch.zeros(shape) for name, shape in manifest.items()}, file.meta["salt"])
@@ -30,7 +30,7 @@ def recorded_weights():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("checker") / "checker.safetensors"
-    save_file(recorded_weights(), path)
+    save_file(make_recorded_weights(), path)
     return path
 
 
@@ -39,7 +39,7 @@ def checker(weights):
     return load_safety_checker(weights, heads=2)
 
 
-def recorded_image(height, width):
+def make_image(height, width):
     y, x = np.mgrid[:height, :width]
     image = np.stack([127 * (np.sin(x / 17) + 1), 127 * (np.cos(y / 11) + 1), (x + y) % 256], -1)
     noise = np.random.RandomState(height).randint(-8, 8, (height, width, 3))
@@ -51,14 +51,14 @@ def test_pixels_are_the_recorded_ones(checker, case):
     """Shorter side by Pillow's bicubic, middle cropped; the smallest one is enlarged."""
     file = recorded("seed_safety_checker")
     given, size = file.inputs(case), file.case(case)["info"]["size"]
-    image = recorded_image(*size)
+    image = make_image(*size)
     if "image" in given:
         image = Image.fromarray(given["image"].numpy())
     pixels = checker.preprocess(image)[:, :, ::7, ::7]
     torch.testing.assert_close(pixels, file.outputs(case)["pixels"], rtol=0, atol=1e-6)
 
 
-def recorded_embeddings(checker):
+def compute_embeddings(checker):
     small = recorded("seed_safety_checker").inputs("embed")["small"]
     pixels = F.interpolate(small, (224, 224), mode="bilinear", align_corners=False)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def recorded_embeddings(checker):
 
 def test_embeddings_are_the_recorded_ones(checker):
     expected = recorded("seed_safety_checker").outputs("embed")["image_embeds"]
-    torch.testing.assert_close(recorded_embeddings(checker), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(compute_embeddings(checker), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", DECISIONS)
@@ -76,7 +76,7 @@ def test_decisions_are_the_recorded_ones_exactly(checker, case):
     given, expected = file.inputs(case), file.outputs(case)
     checker.concept_embeds_weights.data = given["concept_weights"]
     checker.special_care_embeds_weights.data = given["special_weights"]
-    verdicts = checker.judge_embeddings(recorded_embeddings(checker))
+    verdicts = checker.judge_embeddings(compute_embeddings(checker))
     assert torch.equal(torch.tensor([v.scores for v in verdicts]), expected["concept_scores"])
     special = torch.tensor([v.special_scores for v in verdicts])
     assert torch.equal(special, expected["special_scores"])
@@ -86,14 +86,14 @@ def test_decisions_are_the_recorded_ones_exactly(checker, case):
         assert [row.nonzero().flatten().tolist() for row in expected[name]] == lists
 
 
-def their_folder(folder):
-    """diffusers' checker, written by the transformers at hand, and the object."""
+def save_diffusers_checker(folder):
+    """Save diffusers' safety checker by the installed transformers, and return it."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 
     config = recorded("seed_safety_checker").meta["config"]
     theirs = StableDiffusionSafetyChecker(CLIPConfig(**config)).eval()
-    state = recorded_weights()
+    state = make_recorded_weights()
     if not any(name.startswith("vision_model.vision_model.") for name in theirs.state_dict()):
         state = {name.replace("vision_model.", "", 1) if name.startswith("vision") else name: value
                  for name, value in state.items()}  # fmt: skip
@@ -107,10 +107,10 @@ def their_folder(folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_verdicts_are_those_of_diffusers(tmp_path):
-    """From a folder, without telling the number of heads; and of a pipeline's folder."""
-    theirs = their_folder(tmp_path / "safety_checker")
+    """From the folder of a pipeline, whose config gives the number of heads."""
+    theirs = save_diffusers_checker(tmp_path / "safety_checker")
     ours = load_safety_checker(tmp_path)
-    images = [recorded_image(*size) for size in ((224, 300), (64, 64), (256, 90))]
+    images = [make_image(*size) for size in ((224, 300), (64, 64), (256, 90))]
     pixels = torch.cat([ours.preprocess(image) for image in images])
     _, flags = theirs(images=[np.ones((8, 8, 3)) for _ in images], clip_input=pixels)
     verdicts = ours.judge(images)
@@ -121,8 +121,8 @@ def test_verdicts_are_those_of_diffusers(tmp_path):
         torch.testing.assert_close(ours.visual(pixels), embeddings, rtol=0, atol=1e-5)
 
 
-def test_both_prefixes_and_old_extras_are_read(checker, tmp_path):
-    state = recorded_weights()
+def test_both_prefixes_and_former_buffers_are_read(checker, tmp_path):
+    state = make_recorded_weights()
     short = {name.replace("vision_model.", "", 1) if name.startswith("vision") else name: value
              for name, value in state.items()}  # fmt: skip
     positions = {"vision_model.vision_model.embeddings.position_ids": torch.arange(17)[None]}

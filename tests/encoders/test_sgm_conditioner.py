@@ -23,14 +23,14 @@ CLASSES: dict[str, Any] = {
     "IdentityEncoder": IdentityEncoder,
 }
 ARCHS = {CLIPText: "tiny_hf_config", OpenCLIPText: "tiny_arch"}
-PAIRS = [
+PAIR_CASES = [
     "base_c_uc_zero_txt", "base_c_uc_negative", "base_c_uc_zero_sizes", "refiner_c_uc",
     "base_same_batch_cond_zero", "ucg_rates_ignored_in_pair",
 ]  # fmt: skip
-SIZES = ["concat_ints_256", "concat_floats", "concat_1d", "concat_3cols_odd"]
+SIZE_CASES = ["concat_ints_256", "concat_floats", "concat_1d", "concat_3cols_odd"]
 
 
-def conditioner_of(golden, name) -> Conditioner:
+def build_conditioner(golden, name) -> Conditioner:
     encoders = {}
     for n, config in enumerate(golden.meta[f"config_{name}"]["params"]["emb_models"]):
         build = CLASSES[config["target"].rpartition(".")[2]]
@@ -52,11 +52,11 @@ def assert_equal(cond: Cond, golden, case, prefix="") -> None:
         assert_close(value, outputs[prefix + slot], 2e-6)  # observed: 5e-7
 
 
-@pytest.mark.parametrize("case", PAIRS)
-def test_conditional_and_unconditional_batch(case):
+@pytest.mark.parametrize("case", PAIR_CASES)
+def test_conditional_and_unconditional_batches_equal_the_recorded_ones(case):
     golden = load_golden(GOLDEN)
     info = golden.case(case)["info"]
-    conditioner = conditioner_of(golden, info["config"])
+    conditioner = build_conditioner(golden, info["config"])
     for half, prefix in enumerate(["c_", "uc_"]):
         texts = info.get("negative", info["txt"]) if half else info["txt"]
         batch = {**golden.inputs(case), "txt": texts}
@@ -77,7 +77,7 @@ def test_conditional_and_unconditional_batch(case):
 def test_tensors_are_dropped_one_by_one(case):
     golden = load_golden(GOLDEN)
     info = golden.case(case)["info"]
-    conditioner = conditioner_of(golden, info["config"])
+    conditioner = build_conditioner(golden, info["config"])
     torch.manual_seed(info["seed_before"])
     batch = {**golden.inputs(case), "txt": info.get("txt")}
     assert_equal(conditioner(batch, drop=None, legacy={"independent-dropout"}), golden, case)
@@ -86,7 +86,7 @@ def test_tensors_are_dropped_one_by_one(case):
 def test_later_encoders_read_what_replaced_a_text(monkeypatch):
     golden = load_golden(GOLDEN)
     info = golden.case("legacy_ucg")["info"]
-    conditioner = conditioner_of(golden, info["config"])
+    conditioner = build_conditioner(golden, info["config"])
     choices = [np.random.RandomState(seed).choice(2, 4, p=[0.5, 0.5]) for seed in (11, 12)]
     draws = (torch.tensor(1.0 - choice) for choice in choices)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: next(draws))
@@ -99,7 +99,7 @@ def test_later_encoders_read_what_replaced_a_text(monkeypatch):
 
 def test_encoders_of_a_prompt_drop_the_same_samples():
     golden = load_golden(GOLDEN)
-    conditioner = conditioner_of(golden, "base_ucg")
+    conditioner = build_conditioner(golden, "base_ucg")
     for encoder in conditioner.encoders.values():
         encoder.ucg_rate = 0.5
     sizes = {key: value.repeat(8, 1) for key, value in golden.inputs("ucg_dropout").items()}
@@ -114,7 +114,7 @@ def test_encoders_of_a_prompt_drop_the_same_samples():
 
 def test_the_second_tower_may_read_another_prompt():
     golden = load_golden(GOLDEN)
-    conditioner, sizes = conditioner_of(golden, "base"), golden.inputs("base_c_uc_negative")
+    conditioner, sizes = build_conditioner(golden, "base"), golden.inputs("base_c_uc_negative")
     one, both, two = (
         conditioner({**sizes, "txt": ["a cat"] * 2, **other})
         for other in ({}, {"txt_2": ["a cat"] * 2}, {"txt_2": ["a dog"] * 2})
@@ -125,8 +125,8 @@ def test_the_second_tower_may_read_another_prompt():
     assert not torch.equal(one.vector, two.vector)
 
 
-@pytest.mark.parametrize("case", SIZES)
-def test_size_embedding(case):
+@pytest.mark.parametrize("case", SIZE_CASES)
+def test_size_embeddings_equal_the_recorded_ones(case):
     golden = load_golden(GOLDEN)
     encoder = SizeEmbedding(key="x", **golden.case(case)["info"]["params"])
     embedding = encoder.half()(golden.inputs(case)["x"])
@@ -135,7 +135,7 @@ def test_size_embedding(case):
     assert_close(embedding, golden.outputs(case)["emb"], 1e-4)
 
 
-def test_dimensions_without_a_slot_are_refused():
+def test_inputs_of_other_dimensions_are_refused():
     with pytest.raises(ValueError, match=r"`x` must be \(B, n\) numbers, got \(1, 2, 3\)"):
         SizeEmbedding(key="x")(torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match="`x` must have 2 to 4 dimensions, got 5"):

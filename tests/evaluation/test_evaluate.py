@@ -1,4 +1,4 @@
-"""`ldm evaluate` on a tiny model: what it makes, what it makes again, what it refuses."""
+"""`ldm evaluate` on a tiny model: images, resumed runs, refusals, scores."""
 
 import json
 
@@ -44,7 +44,7 @@ def run(tiny, tmp_path, prompts, capsys):
 
 
 class Means:
-    """The mean colour of an image: features, and a score, in place of networks."""
+    """The mean colour of an image as features, and a score from it, in place of networks."""
 
     dimensions = 3
 
@@ -254,7 +254,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch, caplog):
+def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
     sets = [
         ImageSet(each.series, each.files, each.scale, prompts=["x"] * 12)

@@ -1,4 +1,4 @@
-"""Inception and CLIP against other implementations on the same random weights, pixels included."""
+"""Inception and CLIP, preprocessing included, against other implementations on equal weights."""
 
 import json
 import re

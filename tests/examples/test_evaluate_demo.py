@@ -1,4 +1,4 @@
-"""Judging generated emoji."""
+"""Scores of generated emoji."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The data set of emoji, built from packages as npm lays them out."""
+"""The dataset of emoji, built from packages as npm installs them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Pictures as people have them, through the scripts: made of, or refused in one line."""
+"""Unusual image files as inputs of commands: used, or refused in one line."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ TASKS = ["inpaint", "depth2img", "upscale", "unclip"]
 
 @pytest.fixture
 def refuse(run_ldm):
-    """Returns the one line with which a command says no; no model is loaded for that."""
+    """Returns the one line in which a command refuses its input, before it loads a model."""
 
     def refuse(task, *flags):
         status, _, err = run_ldm(task, "--ckpt", "absent.ckpt", "--outdir", "absent", *flags)
@@ -26,14 +26,14 @@ def refuse(run_ldm):
 @pytest.mark.parametrize(
     ("task", "name"), [("img2img", name) for name in REFUSED] + [(task, "cut") for task in TASKS]
 )
-def test_what_is_no_picture_is_refused_in_one_line(refuse, tmp_path, task, name):
+def test_a_file_that_is_not_an_image_is_refused_in_one_line(refuse, tmp_path, task, name):
     make, message = REFUSED[name]
     make(tmp_path / "x.png")
     box = ["--mask-box", "1,1,9,9"] if task == "inpaint" else []
     assert message in refuse(task, "--init-img", tmp_path / "x.png", *box)
 
 
-def test_what_is_no_mask_and_no_map_is_refused_in_one_line(refuse, tmp_path, photo):
+def test_a_file_that_is_not_a_mask_or_depth_map_is_refused_in_one_line(refuse, tmp_path, photo):
     (tmp_path / "x.png").write_text("<html>")
     for task, flag in (("inpaint", "--mask"), ("depth2img", "--depth-map")):
         line = refuse(task, "--init-img", photo, flag, tmp_path / "x.png")
@@ -43,7 +43,7 @@ def test_what_is_no_mask_and_no_map_is_refused_in_one_line(refuse, tmp_path, pho
     assert "is 10x70, the image 60x70" in line
 
 
-def test_an_image_file_of_another_kind_is_used_as_people_expect(run, tmp_path):
+def test_a_grey_animation_is_used_as_the_rgb_image_of_its_first_frame(run, tmp_path):
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (40, 1)))
     flipped = ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     ramp.convert("RGB").save(tmp_path / "plain.png")

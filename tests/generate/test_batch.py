@@ -22,7 +22,7 @@ class Overflowing(PreparedTask):
         return noise
 
 
-def test_a_batch_made_again_in_float32_draws_the_same_noise(tiny):
+def test_a_batch_repeated_in_float32_draws_the_same_noise(tiny):
     files = ["--config", str(tiny.config), "--ckpt", str(tiny.ckpt)]
     request = parse_request(TASKS["txt2img"], [*files, "--precision", "bf16", "--n_iter", "1"])
     models, (batch,) = load_models(request), plan_batches(request)

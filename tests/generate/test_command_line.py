@@ -1,4 +1,4 @@
-"""The command line: old words keep their meaning, and a request survives every way back."""
+"""The command line: flags of the original, mistakes, and requests written and read again."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def parse(task, *words):
          {"lora": (("a.safetensors", 0.5), ("C:/b.pt", 1.0))}),
     ],
 )  # fmt: skip
-def test_command_lines_mean_what_they_meant(task, command, expected):
+def test_command_lines_of_the_original_and_former_flags_keep_their_meaning(task, command, expected):
     values = parse(task, *command.split()).get_values()
     assert {key: values[key] for key in expected} == expected
 
@@ -115,7 +115,7 @@ def test_defaults_of_a_model_come_before_those_of_a_task():
     assert (sampling.scale, sampling.steps) == (1.0, 8)
 
 
-def test_the_quirk_of_sizes_cuts_them_down():
+def test_the_quirk_size_rounds_sides_down():
     assert parse("txt2img", *["--legacy", "size", "--H", "515", "--W", "77"]).sampling.size == (
         512,
         72,
@@ -214,7 +214,7 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("upscale", "--refiner r.ckpt", "unknown argument `--refiner`"),
     ],
 )
-def test_mistakes_exit_with_2_and_one_line(task, command, message, capsys):
+def test_mistakes_exit_with_status_2_and_one_line(task, command, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(task, *command.split())
     err = capsys.readouterr().err.splitlines()
@@ -224,7 +224,7 @@ def test_mistakes_exit_with_2_and_one_line(task, command, message, capsys):
 
 
 def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
-    """Everything that can be asked for, one option at a time and all at once."""
+    """One option at a time, and all at once."""
     sides = ("original_size", "crop", "target_size")
     names_of_pairs = [*sides, *(f"negative_{name}" for name in sides)]
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
@@ -257,7 +257,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([*needed[name], row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
-        others = {  # not with the rest
+        others = {  # cannot be combined with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--brownian", "--syntax", "--sigmas",
             "--save-latents",
             "--apg", "--perp-neg",
@@ -274,12 +274,12 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
             assert read_request(json.loads(json.dumps(info)), "x.png") == request
 
 
-def test_the_list_of_attention_backends_is_the_true_one():
+def test_the_choices_of_attention_are_the_backends():
     assert set(get_options(ModelOptions)["attention"][0].choices) == set(BACKENDS)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_explains_itself(task, capsys):
+def test_every_task_has_help(task, capsys):
     with pytest.raises(SystemExit) as stopped:
         build_parser(TASKS[task]).parse(["--help"])
     assert stopped.value.code == 0
@@ -287,7 +287,7 @@ def test_every_task_explains_itself(task, capsys):
 
 
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--wrong"], 2)])
-def test_help_and_mistakes_answer_at_once_and_import_nothing_heavy(words, status, tmp_path):
+def test_help_and_mistakes_are_fast_and_import_nothing_heavy(words, status, tmp_path):
     code = (
         "import sys; from ldm.commands.main import main\n"
         f"try: status = main(['txt2img', *{words}])\n"
@@ -303,7 +303,7 @@ def test_help_and_mistakes_answer_at_once_and_import_nothing_heavy(words, status
     assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 0.5  # of the CPU
 
 
-def test_a_reader_that_ends_early_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     with subprocess.Popen([sys.executable, "-m", "ldm", "download"], cwd=ROOT,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
         assert process.stdout is not None

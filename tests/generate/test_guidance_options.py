@@ -1,4 +1,4 @@
-"""Rules of guidance, FreeU and clip skip as options: plan, PNG text, replay, form."""
+"""Guidance methods, FreeU and clip skip as options: plan, PNG text, replay, form."""
 
 import pytest
 
@@ -24,7 +24,7 @@ from ldm.runtime.errors import ArgumentError
          {"sld": [0.0, 20.0, 0.1, 0.3, 0.4], "sld_concept": SLD_CONCEPTS["diffusers"]}),
     ],
 )  # fmt: skip
-def test_a_png_says_how_it_was_guided_and_can_be_made_again(txt2img, run_ldm, words, expected):
+def test_a_png_records_its_guidance_and_can_be_replayed(txt2img, run_ldm, words, expected):
     _, (png,), _ = txt2img("--skip_grid", *words)
     info = read_info(png)
     assert {name: info[name] for name in expected} == expected
@@ -35,7 +35,7 @@ def test_a_png_says_how_it_was_guided_and_can_be_made_again(txt2img, run_ldm, wo
     assert run_ldm("replay", png)[:2] == IDENTICAL
 
 
-def test_the_text_of_a_png_can_be_entered_again():
+def test_guidance_in_the_text_of_a_png_can_be_parsed():
     text = ('a cat\nSteps: 3, Seed: 1, APG: "0, 15, -0.5", Perp-neg: 1.5, PAG scale: 3, '
             'FreeU: "1.5, 1.6, 0.9, 0.2", FreeU version: diffusers, '
             'SLD: "10, 1000, 0.01, 0.3, 0.4", SLD concept: original')  # fmt: skip
@@ -60,7 +60,7 @@ def test_each_line_of_a_file_needs_a_negative_prompt_for_perp_neg(tmp_path):
 
 
 @pytest.mark.slow
-def test_clip_skip_changes_the_image_is_recorded_and_made_again(run_ldm, tmp_path):
+def test_clip_skip_changes_the_image_is_recorded_and_replayed(run_ldm, tmp_path):
     flags = [*QUICK, "--prompt", "a cat face", "--outdir", tmp_path]
     (plain,), (path,) = (run_ldm("txt2img", *flags, "--clip-skip", skip)[1] for skip in (1, 2))
     plain, info = read_info(plain), read_info(path)
@@ -70,7 +70,7 @@ def test_clip_skip_changes_the_image_is_recorded_and_made_again(run_ldm, tmp_pat
     assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_a_text_encoder_without_so_many_layers_is_named_in_a_line(run_ldm, tmp_path):
+def test_a_clip_skip_beyond_the_layers_is_an_error_in_one_line(run_ldm, tmp_path):
     status, _, err = run_ldm("txt2img", *QUICK, "--clip-skip", 9, "--outdir", tmp_path)
     assert status == 1
     assert "error: clip_skip 9: the text encoder has 3 layers (--clip-skip)" in err

@@ -1,4 +1,4 @@
-"""Commands on models of colour and depth: files, depth as an input, replay, what is refused."""
+"""Commands with models of colour and depth: files, depth as an input, replay, refusals."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_txt2img_saves_colour_depth_grid_and_relief(run, run_ldm, tmp_path):
 
 
 @pytest.mark.slow
-def test_img2img_reads_depth_and_its_numbers_go_on(run, tmp_path, inputs):
+def test_img2img_reads_depth_and_numbers_continue(run, tmp_path, inputs):
     flags = ("--init-img", inputs / "cat.png", "--skip_grid", "--strength", 0)
     for depth in ("cat_depth.png", "eight.png"):
         assert run("img2img", "ldm3d-4c", *flags, "--depth", inputs / depth)[0] == 0
@@ -86,7 +86,7 @@ def test_img2img_reads_depth_and_its_numbers_go_on(run, tmp_path, inputs):
     assert read_info(other)["inputs"]["depth"][0]["path"] == str(inputs / "eight.png")
 
 
-def test_a_folder_of_images_with_depth(run, tmp_path, inputs):
+def test_a_folder_of_images_with_depth_is_changed(run, tmp_path, inputs):
     (tmp_path / "in").mkdir()
     for name in ("cat.png", "cat_depth.png"):
         (tmp_path / "in" / name).write_bytes((inputs / name).read_bytes())
@@ -108,7 +108,7 @@ def test_inpainting_keeps_depth_outside_the_mask(run, tmp_path, inputs):
 
 
 @pytest.mark.slow
-def test_upscaling(run, tmp_path, inputs):
+def test_colour_and_depth_are_upscaled(run, tmp_path, inputs):
     flags = ("--init-img", inputs / "cat.png", "--depth", inputs / "cat_depth.png", "--skip_grid")
     for size in (["--target-size", "50,70"], []):
         assert run("upscale", "ldm3d-sr", *flags, *size)[0] == 0
@@ -117,7 +117,7 @@ def test_upscaling(run, tmp_path, inputs):
             assert image.size == size
 
 
-def test_what_does_not_fit_is_refused_in_a_line(run, inputs, monkeypatch):
+def test_inputs_that_do_not_fit_are_refused_in_one_line(run, inputs, monkeypatch):
     image, depth = ("--init-img", inputs / "cat.png"), inputs / "cat_depth.png"
     cases = [
         ("img2img", "ldm3d", image, "`ldm3d.safetensors` also needs the depth of the image"),
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_in_a_line(run, inputs, monkeypatch):
         ("txt2img", "sd1", ("--glb",), "makes images without depth"),
         ("txt2img", "ldm3d", ("--glb",), "pip install trimesh"),
     ]  # fmt: skip
-    monkeypatch.setattr("ldm.loading.load.fill_weights", None)  # is not reached
+    monkeypatch.setattr("ldm.loading.load.fill_weights", None)  # must not be reached
     for command, name, flags, message in cases:
         if message == "pip install trimesh":
             monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)

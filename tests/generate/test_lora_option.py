@@ -1,4 +1,4 @@
-"""--lora in the scripts: it changes the picture, is written down, and replayed."""
+"""--lora and --embedding: they change the image, are recorded, and replayed."""
 
 import hashlib
 import shutil
@@ -25,21 +25,21 @@ def loras(tiny, tmp_path):
 
 
 @pytest.fixture
-def shot(txt2img):
+def run(txt2img):
     return partial(txt2img, "--skip_grid")
 
 
-def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, run_ldm, tmp_path):
+def test_images_record_their_loras_and_replay(run, loras, run_ldm, tmp_path):
     words = ["--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:-0.5"]
-    _, (path,), _ = shot(*words)
-    plain, info = read_info(shot()[1][0]), read_info(path)
+    _, (path,), _ = run(*words)
+    plain, info = read_info(run()[1][0]), read_info(path)
     assert plain["loras"] == []
     assert plain["sha256"] != info["sha256"]
     assert [(lora["path"], lora["weight"]) for lora in info["loras"]] == [
         (str(loras[0]), 0.8),
         (str(loras[1]), -0.5),
     ]
-    tensors = loras[0].read_bytes()  # of which A1111 hashes all behind the header
+    tensors = loras[0].read_bytes()  # A1111 hashes what follows the header
     digest = hashlib.sha256(tensors[8 + int.from_bytes(tensors[:8], "little") :]).hexdigest()
     assert f'Lora hashes: "one: {digest[:12]}, two: ' in format_parameters(info)
     assert f"{info['prompt']} <lora:one:0.8> <lora:two:-0.5>\n" in format_parameters(info)
@@ -52,9 +52,9 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, run_ldm, tmp
 
 
 @pytest.mark.slow
-def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, run_ldm):
+def test_a_weight_by_tower_and_block_is_recorded_and_replayed(run, loras, run_ldm):
     weight = "0.5:2:lbw=IN01=0.25,M00=0"
-    path, plain = (shot("--lora", f"{loras[0]}:{each}")[1][0] for each in (weight, "0.5"))
+    path, plain = (run("--lora", f"{loras[0]}:{each}")[1][0] for each in (weight, "0.5"))
     info = read_info(path)
     assert info["sha256"] != read_info(plain)["sha256"]
     assert [lora["weight"] for lora in info["loras"]] == [weight]
@@ -62,13 +62,13 @@ def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, run
     assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_path, run_ldm):
+def test_an_embedding_changes_the_image_and_is_recorded(run, tiny, tmp_path, run_ldm):
     torch.manual_seed(0)
     width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
     folder = tmp_path / "words"
     write_embeddings(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
     words = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]
-    (path,), (plain,) = shot(*words)[1], shot(*words[:2])[1]
+    (path,), (plain,) = run(*words)[1], run(*words[:2])[1]
     info = read_info(path)
     assert [(file["words"], file["path"]) for file in info["embeddings"]] == [
         (["<cat>"], str(folder / "cat.safetensors"))

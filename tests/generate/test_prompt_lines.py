@@ -82,7 +82,7 @@ def test_a_file_may_end_in_a_partial_batch(tmp_path):
     assert [spec.negative_prompt for spec in specs] == ([""] * 4 + ["blue, dull"] * 2) * 2
 
 
-def test_images_of_a_line_have_its_options_and_are_made_again(run, run_ldm, tmp_path):
+def test_images_of_a_line_have_its_options_and_replay(run, run_ldm, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a\na --s 2 --w 72 --d 7,9 --l 1\nb --ss euler --clip-skip 2"
     )
@@ -151,14 +151,14 @@ def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
         (["--prompt", "a <hypernet:x:1>"], "hypernetworks are not supported"),
     ],
 )
-def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
+def test_mistakes_in_prompts_are_one_line(run, tmp_path, flags, message):
     (tmp_path / "colour.txt").write_text("red")
     (tmp_path / "style.safetensors").write_text("")
     (tmp_path / "none").mkdir()
     assert message in run(*(flag.replace("{here}", str(tmp_path)) for flag in flags))
 
 
-def test_expanded_prompts_are_recorded_and_made_again(run, run_ldm):
+def test_expanded_prompts_are_recorded_and_replayed(run, run_ldm):
     (info,) = run("--prompt", "a {red|green} fox", "--dynamic-prompts")
     assert info["prompt"] in ("a red fox", "a green fox")
     assert info["prompt"] in format_parameters(info)
@@ -175,7 +175,7 @@ def test_a_lora_of_a_later_image_that_does_not_fit_is_refused_before_the_first(r
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_tags_are_taken_out_of_a_prompt():
+def test_lora_tags_are_removed_from_a_prompt():
     assert split_tags("a <lora:x:0.5>, b<lora:sub/y:te=0:unet=1><lyco:z>") == (
         "a , b", [("x", 0.5), ("sub/y", "0:1"), ("z", 1.0)]
     )  # fmt: skip
@@ -188,8 +188,8 @@ def test_tags_are_taken_out_of_a_prompt():
 
 
 @pytest.mark.slow
-def test_loras_in_prompts_are_found_recorded_and_made_again(run, run_ldm, tiny, tmp_path):
-    """Those of each image, without loading the model anew; the same pixels as with --lora."""
+def test_loras_in_prompts_are_found_recorded_and_replayed(run, run_ldm, tiny, tmp_path):
+    """Each image has its own, and the pixels are those of --lora."""
     model = ldm.load(tiny.config, tiny.ckpt)
     (tmp_path / "loras").mkdir()
     for seed, name in enumerate(("one", "two")):

@@ -1,4 +1,4 @@
-"""scripts/replay.py: a picture tells how it was made, and is made again."""
+"""`ldm replay`: an image is reproduced from its metadata."""
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -25,7 +25,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("flags", slow_except(CASES, *QUICK_CASES), ids=" ".join)
-def test_a_picture_is_made_again_identically(txt2img, run_ldm, flags):
+def test_an_image_replays_identically(txt2img, run_ldm, flags):
     path = txt2img(*flags, "--skip_grid")[1][-1]
     assert run_ldm("replay", path)[:2] == IDENTICAL
 
@@ -38,22 +38,20 @@ def test_a_different_model_is_named_as_the_reason(txt2img, run_ldm, models, tmp_
     assert status == 1
     assert "of the pixels differ, by" in first
     assert any(line.strip().startswith("config_hash: ") for line in reasons)
-    with Image.open(new) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(new) as image:
+        assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize(("flags", "ema"), [([], True), (["--no-ema"], False)])
-def test_a_picture_is_made_again_with_the_weights_that_made_it(
-    run_ldm, ema_model, tmp_path, flags, ema
-):
+def test_a_replay_uses_the_weights_of_the_image(run_ldm, ema_model, tmp_path, flags, ema):
     size = ["--H", 64, "--W", 64, "--outdir", tmp_path]
     path = run_ldm("txt2img", *ema_model.flags, *QUICK, *size, *flags)[1][0]
     info, copy = read_info(path), tmp_path / "copy.png"
     assert info["ema"] == ema
     assert run_ldm("replay", path)[:2] == IDENTICAL
-    del info["request"]["ema"]  # as older versions could write it
-    with Image.open(path) as picture:
-        write_png(copy, picture, info)
+    del info["request"]["ema"]  # as in files of older versions
+    with Image.open(path) as image:
+        write_png(copy, image, info)
     assert run_ldm("replay", copy)[:2] == IDENTICAL
     other = "--no-ema" if ema else "--ema"
     status, (_, *reasons), _ = run_ldm("replay", path, other)
@@ -69,20 +67,20 @@ def test_input_files_are_found_from_any_folder(run, run_ldm, photo, tmp_path, mo
     assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_an_edited_picture_is_told_from_a_changed_program(txt2img, run_ldm, tmp_path):
+def test_an_edited_image_is_reported_as_edited(txt2img, run_ldm, tmp_path):
     path = txt2img("--skip_grid")[1][0]
     text = PngImagePlugin.PngInfo()
-    with Image.open(path) as picture:
-        text.add_text("ldm", picture.info["ldm"])
-        picture.putpixel((3, 3), (255, 0, 255))
-        picture.save(tmp_path / "edited.png", pnginfo=text)
+    with Image.open(path) as image:
+        text.add_text("ldm", image.info["ldm"])
+        image.putpixel((3, 3), (255, 0, 255))
+        image.save(tmp_path / "edited.png", pnginfo=text)
     status, (first, *reasons), _ = run_ldm("replay", tmp_path / "edited.png")
     assert status == 1
     assert first.startswith("0.02% of the pixels differ")
     assert reasons == ["  the file was edited after it was made"]
 
 
-def test_pictures_that_cannot_be_made_again_are_refused(txt2img, run_ldm, tmp_path):
+def test_images_that_cannot_be_replayed_are_refused(txt2img, run_ldm, tmp_path):
     grid = txt2img("--n_samples", "2")[1][-1]
     assert "is a grid, replay its images: 00000.png, 00001.png" in run_ldm("replay", grid)[2]
     plain = tmp_path / "plain.png"
@@ -104,21 +102,21 @@ def test_a_package_that_an_image_names_is_not_imported_unless_allowed_again(txt2
 @pytest.mark.parametrize(("key", "value"), [("dtype", "int8"), ("inputs", 5), ("line", 5)])
 def test_damaged_parameters_are_one_line(txt2img, run_ldm, key, value, tmp_path):
     path, copy = txt2img("--skip_grid")[1][0], tmp_path / "copy.png"
-    with Image.open(path) as picture:
-        write_png(copy, picture, read_info(path) | {key: value})
+    with Image.open(path) as image:
+        write_png(copy, image, read_info(path) | {key: value})
     status, _, err = run_ldm("replay", copy)
     assert status == 1
     assert f"generation parameters in {copy} are damaged" in err.splitlines()[-1]
 
 
-def test_a_folder_that_is_missing_is_named_before_an_image_is_made(txt2img, run_ldm, tmp_path):
+def test_a_missing_folder_is_named_before_an_image_is_made(txt2img, run_ldm, tmp_path):
     path = txt2img("--skip_grid")[1][0]
     status, out, err = run_ldm("replay", path, "--output", tmp_path / "no/new.png")
     assert (status, out) == (1, [])
     assert err.strip().endswith("no` to save `new.png` in (--output)")
 
 
-def test_a_checkpoint_that_is_not_at_hand_is_asked_for(txt2img, run_ldm, tiny, tmp_path):
+def test_a_missing_checkpoint_is_named(txt2img, run_ldm, tiny, tmp_path):
     path = txt2img("--skip_grid")[1][0]
     tiny.ckpt.rename(tmp_path / "elsewhere.safetensors")
     status, _, err = run_ldm("replay", path)

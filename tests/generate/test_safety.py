@@ -20,7 +20,7 @@ def parse(*words):
     return parse_request(TASKS["txt2img"], words)
 
 
-def test_a_file_of_a_concept_is_read_from_the_command_line_alone(tmp_path):
+def test_a_concept_is_read_from_a_file_only_on_the_command_line(tmp_path):
     (tmp_path / "concept.txt").write_text("a cat,\na dog\n")
     argument = f"@{tmp_path / 'concept.txt'}"
     request = parse("--sld", "10,1000,0.01,0.3,0.4", "--sld-concept", argument)
@@ -37,7 +37,7 @@ def checker(tmp_path_factory):
 
 @pytest.fixture
 def make(txt2img, checker):
-    """Makes two images, and their grid; returns infos and stderr."""
+    """Makes two images and their grid; returns their metadata and stderr."""
 
     def make(*words):
         flags = ["--n_samples", "2", "--safety-checker", checker, "--json"]
@@ -61,7 +61,7 @@ def test_scores_are_reported_and_the_image_is_kept(make):
 
 
 @pytest.mark.parametrize("action", slow_except(("black", "blur"), "black"))
-def test_a_flagged_image_is_hidden_and_says_so(make, action, run_ldm):
+def test_a_flagged_image_is_hidden_and_recorded_as_such(make, action, run_ldm):
     plain, _ = make()
     hidden, err = make("--unsafe", action)
     assert err.count("replaced by black" if action == "black" else ": blurred") == 2
@@ -74,14 +74,14 @@ def test_a_flagged_image_is_hidden_and_says_so(make, action, run_ldm):
     assert run_ldm("replay", hidden[0]["path"])[:2] == IDENTICAL  # without the checker
 
 
-def test_a_dropped_image_is_nowhere(make, tmp_path):
+def test_a_dropped_image_is_not_saved(make, tmp_path):
     infos, err = make("--unsafe", "drop")
     assert [info["path"] for info in infos] == [None, None]
     assert err.count(": dropped") == 2
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_what_is_not_a_checker_is_refused_before_the_model_is_loaded(txt2img):
+def test_a_file_that_is_not_a_safety_checker_is_refused_before_the_model_is_loaded(txt2img):
     for name, message in {
         "own": "base_v.safetensors` contains no safety checker",
         "nope.bin": "no safety checker in `nope.bin`",
@@ -102,7 +102,7 @@ def test_the_depth_of_a_hidden_image_is_hidden():
 
 
 @pytest.mark.slow
-def test_a_folder_of_the_safe_pipeline_says_what_its_authors_do(tmp_path, run_ldm):
+def test_a_folder_of_the_safe_pipeline_suggests_safe_latent_diffusion(tmp_path, run_ldm):
     write("sd1", tmp_path / "sd1.safetensors")
     folder = tmp_path / "safe"
     assert run_ldm("convert", tmp_path / "sd1.safetensors", folder)[0] == 0

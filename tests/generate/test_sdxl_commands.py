@@ -35,7 +35,7 @@ def run(models, tmp_path, run_ldm):
     return run
 
 
-def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, run_ldm, models):
+def test_an_image_of_base_and_refiner_replays_identically(run, run_ldm, models):
     options = {
         "refiner": str(models["xl-refiner"]),
         "refiner_start": 0.5,
@@ -79,7 +79,7 @@ def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
+def test_a_refiner_takes_the_embeddings_that_have_vectors_for_it(models, tmp_path):
     first, second = torch.ones(1, 32), torch.ones(2, 48)
     tokens = {"both": [first, second[:1]], "first": [first], "second": [second]}
     flags = ["--ckpt", str(models["xl"]), "--refiner", str(models["xl-refiner"])]
@@ -108,7 +108,7 @@ def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
         ),
     ],
 )
-def test_images_are_changed(run, run_ldm, tmp_path, command, ckpt, flags):
+def test_img2img_and_inpaint_take_models_of_sdxl(run, run_ldm, tmp_path, command, ckpt, flags):
     pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     image = ["--init-img", tmp_path / "photo.png", "--steps", "2", "--n_samples", "1"]
@@ -128,7 +128,7 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
 
 
 @pytest.mark.slow
-def test_the_watermark_of_the_original_is_written_when_asked_for(run, run_ldm):
+def test_the_watermark_of_the_original_is_embedded_with_its_quirk(run, run_ldm):
     flags = ["--H", "256", "--W", "256", "--steps", "1", "--scale", "1", "--n_samples", "1"]
     images = []
     for legacy, method in (([], "dwtDctSvd"), (["--legacy", "float-watermark"], "dwtDct (floats)")):
@@ -140,14 +140,14 @@ def test_the_watermark_of_the_original_is_written_when_asked_for(run, run_ldm):
     assert run_ldm("replay", out[0])[:2] == IDENTICAL
 
 
-def test_an_unusual_size_and_the_scale_of_an_autoencoder_are_shown(run, models):
+def test_an_unusual_size_and_the_scale_factor_of_another_vae_are_reported(run, models):
     flags = ["--H", "72", "--steps", "1", "--n_samples", "1", "--vae", models["xl-inpainting"]]
     _, _, err = run("txt2img", *flags)
     assert "72x64 (height x width) is far from the sizes that this model was trained with" in err
     assert "used with scale factor 0.13025 of " in err
 
 
-def test_what_the_base_does_not_read_is_refused_in_a_line(run):
+def test_options_that_the_base_does_not_read_are_refused_in_one_line(run):
     status, _, err = run("txt2img", "--aesthetic-score", "5")
     assert status == 1
     assert "for the refiner, the base does not read it" in err.splitlines()[-1]

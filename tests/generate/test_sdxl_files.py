@@ -20,7 +20,7 @@ SHAPES = {
 
 @pytest.fixture
 def files(tmp_path):
-    """The weights by which families are recognised, and no others."""
+    """Files with only the weights by which families are recognised."""
     paths = {}
     for name, (channels, context, vector, blocks) in SHAPES.items():
         state = {f"{UNET}input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}
@@ -35,7 +35,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "base", "refiner", "wrong", "says"),
+    ("command", "base", "refiner", "wrong", "message"),
     [
         ("txt2img", "refiner", None, "refiner", "is the refiner of Stable Diffusion XL: use"
          " `img2img`, or pass it as `refiner` with a base model"),
@@ -46,28 +46,28 @@ def files(tmp_path):
          " Diffusion XL"),
     ],
 )  # fmt: skip
-def test_a_file_of_another_family_is_one_line(
-    files, command, base, refiner, wrong, says, run_ldm, tmp_path
+def test_a_file_of_another_family_is_refused(
+    files, command, base, refiner, wrong, message, run_ldm, tmp_path
 ):
     flags = ["--refiner", files[refiner]] if refiner else []
     status, _, err = run_ldm(command, "--ckpt", files[base], "--outdir", tmp_path, *flags)
     assert status == 1
-    assert f"error: `{files[wrong].name}` {says}" in err.splitlines()[-1]
+    assert f"error: `{files[wrong].name}` {message}" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("family", "is_refiner", "says"),
+    ("family", "is_refiner", "message"),
     [
         ("xl-refiner", False, "`xl-refiner` is the refiner of Stable Diffusion XL: use"),
         ("xl", True, "`xl` is a text-to-image model, not the refiner of Stable Diffusion XL"),
     ],
 )
-def test_a_folder_of_another_family_is_one_line(family, is_refiner, says, run_ldm, tmp_path):
-    """By its configs: it has no weights of the UNet here."""
+def test_a_folder_of_another_family_is_refused(family, is_refiner, message, run_ldm, tmp_path):
+    """By its configs: the weights of the UNet are missing."""
     tinyfamilies.write(family, tmp_path / "file.safetensors")
     folder = convert(plan_conversion(tmp_path / "file.safetensors", tmp_path / family))
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     flags = ["--refiner", folder] if is_refiner else []
     status, _, err = run_ldm("txt2img", "--ckpt", folder, "--outdir", tmp_path, *flags)
     assert status == 1
-    assert f"error: {says}" in err.splitlines()[-1]
+    assert f"error: {message}" in err.splitlines()[-1]

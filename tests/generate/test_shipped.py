@@ -1,4 +1,4 @@
-"""The small models that ship beside the one for text: found without being named, and at work."""
+"""The small models that ship with ldm: they are found by default, and work."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ldm.loading.config import read_yaml
 from ldm.runtime.files import find_file
 from quick import slow_except
 
-PICTURE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
+IMAGE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
 CASES: list[Any] = [
     ("inpaint", ["--mask-box", "16,16,48,48", "--prompt", "a flat emoji"], (64, 64), 3.0),
     pytest.param("upscale", ["--prompt", ""], (256, 256), 1.0, marks=pytest.mark.slow),
@@ -24,16 +24,16 @@ CASES: list[Any] = [
 
 
 @pytest.mark.parametrize(("task", "flags", "size", "scale"), CASES)
-def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
+def test_a_command_without_ckpt_uses_the_shipped_model_and_says_so(
     task: str, flags: list[str], size: tuple[int, int], scale: float, tmp_path: Path, run_ldm: Any
 ) -> None:
     photo = tmp_path / "photo.png"
-    with Image.open(PICTURE) as picture:
-        picture.convert("RGB").resize((64, 64)).save(photo)
+    with Image.open(IMAGE) as image:
+        image.convert("RGB").resize((64, 64)).save(photo)
     flags = [*flags, "--init-img", str(photo), "--outdir", str(tmp_path), "--steps", "2"]
     _, (path, *_), err = run_ldm(task, *flags)
-    with Image.open(path) as picture:
-        assert picture.size == size
+    with Image.open(path) as image:
+        assert image.size == size
     assert err.count("using the small model that ships with ldm") == 1
     info = read_info(path)
     assert info["checkpoint"] == Path(TASKS[task].demo_model or "").name
@@ -54,7 +54,7 @@ def test_a_copy_of_a_shipped_model_has_its_guidance_scale(
 
 
 def test_the_inpainting_model_has_the_autoencoder_of_the_demo_model() -> None:
-    """So that programs that have both keep one of them in memory."""
+    """So that programs that load both keep it in memory once."""
     text, other = (
         ldm.load(ckpt=ckpt) for ckpt in (None, find_file(TASKS["inpaint"].demo_model or ""))
     )
@@ -72,8 +72,8 @@ def test_shipped_models_are_small() -> None:
 
 @pytest.mark.parametrize("task", slow_except(("txt2img", "upscale"), "upscale"))
 @torch.no_grad()
-def test_flat_colours_have_no_speck(task: str) -> None:
-    """The worst pixel is 0.27 and 0.43 away; with the first decoders 0.69 and 0.97, in a corner."""
+def test_flat_colours_are_decoded_without_artefacts(task: str) -> None:
+    """The largest errors are 0.27 and 0.43; the first decoders had 0.69 and 0.97, in a corner."""
     name = TASKS[task].demo_model
     autoencoder = ldm.load(ckpt=find_file(name) if name else None).autoencoder
     colours = torch.tensor(list(COLORS.values())) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The scripts of pictures: img2img, "inpaint", "depth2img", "upscale", "unclip", on tiny models."""
+"""The commands that take images, on tiny models."""
 
 import json
 from functools import partial
@@ -39,22 +39,22 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "name", "flags", "size"), CASES)
-def test_a_picture_is_made_and_made_again(run, run_ldm, families, photo, script, name, flags, size):
-    if size[1] == 0:  # squeezed to multiples of 64
+@pytest.mark.parametrize(("command", "name", "flags", "size"), CASES)
+def test_an_image_is_made_and_replayed(run, run_ldm, families, photo, command, name, flags, size):
+    if size[1] == 0:  # reduced to multiples of 64
         Image.open(photo).resize((70, 75)).save(photo)
         size = (64, 64)
     flags = [{"MAP": photo, "CKPT": families[name].ckpt}.get(flag, flag) for flag in flags]
-    status, out, err = run(script, name, "--init-img", photo, "--prompt", "a fox", *flags)
+    status, out, err = run(command, name, "--init-img", photo, "--prompt", "a fox", *flags)
     assert status == 0, err
     assert read_pixels(out[-1]).shape == (*size, 3)
     info = read_info(out[-1])
-    assert info["task"] == script
+    assert info["task"] == command
     assert info["inputs"]["init_img"][0]["path"] == str(photo)
     assert run_ldm("replay", out[-1])[:2] == IDENTICAL
 
 
-def test_replay_says_which_input_is_missing_or_another(run, run_ldm, photo):
+def test_replay_names_a_missing_or_changed_input(run, run_ldm, photo):
     path = run("img2img", "base_v", "--init-img", photo)[1][0]
     Image.new("RGB", (60, 70)).save(photo)
     assert "photo.png` has changed since this image was made" in run_ldm("replay", path)[2]
@@ -63,7 +63,7 @@ def test_replay_says_which_input_is_missing_or_another(run, run_ldm, photo):
 
 
 @pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
-def test_legacy_img2img_gives_the_recorded_pictures(run, tmp_path, name):
+def test_legacy_img2img_gives_the_recorded_images(run, tmp_path, name):
     file = load_golden("e2e_img2img")
     info = file.case(name)["info"]
     options, flags = dict(info["options"]), ["--legacy", "--no-watermark"]
@@ -74,14 +74,14 @@ def test_legacy_img2img_gives_the_recorded_pictures(run, tmp_path, name):
     for key, value in options.items():
         flags += [f"--{key}", value]
     _, out, _ = run("img2img", info["model"], "--init-img", tmp_path / "init.png", *flags)
-    apart = np.abs(
+    error = np.abs(
         np.stack([read_pixels(path) for path in out]) - file.outputs(name)["images"].numpy()
     )
-    assert apart.max() <= 1
-    assert (apart > 0).mean() < 0.05
+    assert error.max() <= 1
+    assert (error > 0).mean() < 0.05
 
 
-def test_known_pixels_survive_the_watermark(run, tmp_path):
+def test_pixels_outside_the_mask_are_not_watermarked(run, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (256, 264, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     box = ["--mask-box", "100,100,180,180", "--steps", "1"]
@@ -94,13 +94,13 @@ def test_known_pixels_survive_the_watermark(run, tmp_path):
     assert not same[100:180, 100:180].all()
 
 
-def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
+def test_masks_from_transparency_a_file_and_a_box_give_the_same_image(run, tmp_path, photo):
     mask = Image.new("L", (60, 70))
     mask.paste(255, (10, 10, 40, 50))
     mask.save(tmp_path / "mask.png")
-    with Image.open(photo) as picture:
-        picture.putalpha(Image.eval(mask, lambda v: 255 - v))
-        picture.save(tmp_path / "holed.png")
+    with Image.open(photo) as image:
+        image.putalpha(Image.eval(mask, lambda v: 255 - v))
+        image.save(tmp_path / "holed.png")
     by_file = run("inpaint", "inpaint", "--init-img", photo, "--mask", tmp_path / "mask.png")[1]
     by_alpha = run("inpaint", "inpaint", "--init-img", tmp_path / "holed.png")[1]
     by_box = run("inpaint", "inpaint", "--init-img", photo, "--mask-box", "10,10,40,50")[1]
@@ -108,7 +108,7 @@ def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
     assert (read_pixels(by_file[0]) == read_pixels(by_alpha[0])).all()
 
 
-def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
+def test_a_folder_of_images_and_masks_is_inpainted(run, tmp_path, photo):
     for image, mask in (("one.png", "one_mask.png"), ("two.JPG", "two_mask.png"),
                         ("three.webp", "three_mask.bmp")):  # fmt: skip
         Image.open(photo).convert("RGB").save(tmp_path / image)
@@ -141,7 +141,7 @@ def test_a_folder_of_images_is_changed(run, run_ldm, tmp_path, photo):
         ("img2img", "base_v", ["--ddim-inversion", "--source-prompt", "a"]),
     ],
 )
-def test_options_of_sampling_are_recorded_and_read_again(run, run_ldm, photo, task, name, flags):
+def test_options_of_sampling_are_recorded_and_replayed(run, run_ldm, photo, task, name, flags):
     more = ["--guidance-rescale", "0.5", "--guidance-interval", "0.2,9", "--unet-tile", "32"]
     more += [] if task == "txt2img" else ["--init-img", photo]
     status, out, err = run(task, name, *flags, *more)
@@ -205,7 +205,9 @@ def test_a_depth_map_is_cropped_like_its_image(tmp_path):
     torch.testing.assert_close(prepared.depth, image, rtol=0, atol=0.02)  # 8 bits: observed 0.004
 
 
-def test_depth_is_estimated_once_saved_and_taken_back(run, run_ldm, tmp_path, photo, monkeypatch):
+def test_depth_is_estimated_once_saved_and_taken_as_input(
+    run, run_ldm, tmp_path, photo, monkeypatch
+):
     map_, estimate, sizes = tmp_path / "depth.png", MiDaSDepth.estimate, []
 
     def count(self, image):
@@ -225,10 +227,10 @@ def test_depth_is_estimated_once_saved_and_taken_back(run, run_ldm, tmp_path, ph
     assert np.abs(read_pixels(out[0]) - read_pixels(far[0])).mean() > 5
     map_.unlink()
     assert run_ldm("replay", out[0])[:2] == IDENTICAL
-    assert not map_.exists()  # an image of somebody else must not choose a file to write
+    assert not map_.exists()  # metadata of an image must not choose a file to write
 
 
-def test_several_pictures_are_mixed(run, photo, tmp_path):
+def test_several_images_are_mixed(run, photo, tmp_path):
     Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
     flags = ["--image", photo, "--image", tmp_path / "red.png", "--H", "64", "--W", "64"]
     status, out, err = run(
@@ -240,8 +242,8 @@ def test_several_pictures_are_mixed(run, photo, tmp_path):
     assert (info["weight"], info["noise_level"], info["mix_noise_level"]) == ([3, 1], [0, 90], 5)
 
 
-def write(folder, config):
-    """Flags of a model of random weights."""
+def write_random_model(folder, config):
+    """Write a model with random weights; return the flags that name it."""
     torch.manual_seed(0)
     model = ldm.instantiate(config)
     for parameter in model.parameters():
@@ -253,7 +255,7 @@ def write(folder, config):
 
 @pytest.fixture
 def unclip_l(tmp_path):
-    """Flags of an unCLIP-L, beside it the two files that it borrows from Karlo."""
+    """Flags of an unCLIP-L, which lies beside the two files that it takes from Karlo."""
     file = load_golden("e2e_unclip")
     config = json.loads(json.dumps(file.meta["config_unclip"]))
     params, arch = config["params"], file.meta["tiny_arch"]
@@ -264,7 +266,7 @@ def unclip_l(tmp_path):
     torch.save((torch.zeros(1, 32), torch.ones(1, 32)), tmp_path / "stats.th")
     prior = Prior(clip_dim=32, xf_width=64, xf_layers=1)
     torch.save({"state_dict": prior.state_dict()}, tmp_path / "prior.ckpt")
-    return write(tmp_path, config)
+    return write_random_model(tmp_path, config)
 
 
 @pytest.fixture
@@ -273,7 +275,7 @@ def unclip(tmp_path, run_ldm):
     return partial(run_ldm, "unclip", *QUICK, "--outdir", tmp_path / "out", "--H", 64, "--W", 64)
 
 
-def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, unclip, run_ldm, tmp_path, photo):
+def test_an_image_is_made_by_the_prior(unclip_l, unclip, run_ldm, tmp_path, photo):
     flags = [*unclip_l, "--prior", tmp_path / "prior.ckpt", "--prompt", "a fox"]
     quick = ["--prior-steps", "3", "--prior-scale", "2.5"]
     status, out, err = unclip(*flags, "--n_samples", "2", *quick)
@@ -291,7 +293,7 @@ def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, unclip, run_ldm, 
 
 
 @pytest.mark.slow
-def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, unclip, tmp_path, photo):
+def test_missing_clip_statistics_are_named_and_may_be_given(unclip_l, unclip, tmp_path, photo):
     (tmp_path / "stats.th").rename(tmp_path / "elsewhere.th")
     status, _, err = unclip(*unclip_l, "--image", photo)
     assert status == 1
@@ -304,7 +306,7 @@ def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, unclip,
     assert unclip(*unclip_l, "--image", photo)[0] == 0
 
 
-def test_unclip_without_anything_to_see_is_one_line(unclip_l, unclip):
+def test_unclip_without_image_and_prior_is_refused_in_one_line(unclip_l, unclip):
     assert "an image or a prior is missing (--image)" in unclip(*unclip_l)[2]
 
 
@@ -317,7 +319,7 @@ def test_image_variations_of_sd_1_are_made_without_text(unclip, run_ldm, tmp_pat
         "params": {"model": file.meta["tiny_arch"]},
     }
     flags = ["--image", photo, "--n_samples", "2", "--prompt", "a fox"]
-    status, out, err = unclip(*write(tmp_path, config), *flags)
+    status, out, err = unclip(*write_random_model(tmp_path, config), *flags)
     assert status == 0, err
     assert "is an image variation model: prompt is ignored" in err
     assert len(out) == 2
@@ -331,7 +333,7 @@ def test_image_variations_of_sd_1_are_made_without_text(unclip, run_ldm, tmp_pat
      pytest.param("img2img", "depth", "depth2img", marks=pytest.mark.slow),
      pytest.param("upscale", "unclip", "unclip", marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_a_model_of_another_family_is_one_line(run, photo, task, name, own):
+def test_a_model_of_another_family_is_refused_in_one_line(run, photo, task, name, own):
     flags = [] if task == "txt2img" else ["--init-img", photo]
     flags += ["--mask-box", "1,1,9,9"] if task == "inpaint" else []
     status, _, err = run(task, name, *flags)
@@ -387,7 +389,7 @@ def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
     ("task", "name", "flag"),
     [("depth2img", "depth", "--midas"), ("unclip", "unclip", "--clip-stats")],
 )
-def test_a_missing_file_of_a_part_is_named_with_its_flag(run, photo, task, name, flag):
+def test_a_missing_midas_or_statistics_file_is_named_with_its_flag(run, photo, task, name, flag):
     status, _, err = run(task, name, "--init-img", photo, flag, "nope.pt")
     assert status == 1
     assert err.strip().endswith(f"nope.pt`) ({flag})")

@@ -1,4 +1,4 @@
-"""scripts/txt2img.py as a user meets it, on a tiny model."""
+"""`ldm txt2img` on a tiny model, as a user runs it."""
 
 import io
 import json
@@ -21,7 +21,7 @@ CASES = [*QUICK_CASES, "ddim_v_eta1", "ddim", "scale1", "niter2", "from_file"]
 
 
 @pytest.mark.parametrize("name", slow_except(CASES, *QUICK_CASES))
-def test_legacy_command_lines_give_the_recorded_pictures(recorded, models, tmp_path, run_ldm, name):
+def test_legacy_command_lines_give_the_recorded_images(recorded, models, tmp_path, run_ldm, name):
     info = recorded.case(name)["info"]
     options, command = dict(info["options"]), ["--legacy", "--no-watermark"]
     if lines := options.pop("from_file"):
@@ -33,19 +33,19 @@ def test_legacy_command_lines_give_the_recorded_pictures(recorded, models, tmp_p
     outdir = tmp_path / "out"
     assert run_ldm("txt2img", *models[info["model"]].flags, *command, "--outdir", outdir)[0] == 0
     names = sorted((outdir / "samples").iterdir())
-    close(np.stack([read_pixels(path) for path in names]), recorded.outputs(name)["images"])
-    close(read_pixels(outdir / "grid-0000.png"), recorded.outputs(name)["grid"])
+    assert_close(np.stack([read_pixels(path) for path in names]), recorded.outputs(name)["images"])
+    assert_close(read_pixels(outdir / "grid-0000.png"), recorded.outputs(name)["grid"])
 
 
-def close(ours: np.ndarray, theirs) -> None:
-    """At most 1 apart, under 5 % of the pixels: the original differs from itself by 0.2 %."""
+def assert_close(ours: np.ndarray, theirs) -> None:
+    """Allow errors of 1 in under 5 % of the pixels; runs of the original differ in 0.2 %."""
     assert ours.shape == tuple(theirs.shape)
-    apart = np.abs(ours - theirs.numpy().astype(int))
-    assert apart.max() <= 1
-    assert (apart > 0).mean() < 0.05
+    error = np.abs(ours - theirs.numpy().astype(int))
+    assert error.max() <= 1
+    assert (error > 0).mean() < 0.05
 
 
-def test_pictures_and_grid_are_saved_and_named_on_stdout(txt2img, tmp_path):
+def test_images_and_grid_are_saved_and_listed_on_stdout(txt2img, tmp_path):
     status, out, err = txt2img("--prompt", "a fox", "--n_samples", "2", "--n_rows", "1")
     assert status == 0
     names = ["samples/00000.png", "samples/00001.png", "grid-0000.png"]
@@ -64,14 +64,14 @@ def test_pictures_and_grid_are_saved_and_named_on_stdout(txt2img, tmp_path):
         (["--steps", "27", "--legacy", "steps"], "the original fails at 27 steps: its last times"),
     ],
 )
-def test_more_steps_than_there_are_are_refused_before_loading(txt2img, flags, limit):
+def test_impossible_step_counts_are_refused_before_loading(txt2img, flags, limit):
     status, out, err = txt2img(*flags)
     assert (status, out) == (1, [])
     assert limit in err
     assert "running on" not in err
 
 
-def test_numbers_go_on_and_nothing_is_written_over(txt2img):
+def test_numbers_continue_and_nothing_is_overwritten(txt2img):
     first = txt2img("--n_samples", "2", "--skip_grid")[1]
     before = Path(first[1]).read_bytes()
     Path(first[0]).unlink()
@@ -80,15 +80,15 @@ def test_numbers_go_on_and_nothing_is_written_over(txt2img):
     assert Path(first[1]).read_bytes() == before
 
 
-def test_json_has_one_line_per_picture(txt2img):
+def test_json_has_one_line_per_image(txt2img):
     _, out, _ = txt2img(
         "--prompt", "a fox", "--n_samples", "2", "--json", "--negative-prompt", "red"
     )
-    pictures = [json.loads(line) for line in out]
-    assert [picture["seed"] for picture in pictures] == [42, 43]
-    for picture in pictures:
-        assert (picture["prompt"], picture["negative_prompt"]) == ("a fox", "red")
-        assert read_info(picture.pop("path")).items() >= picture.items()
+    images = [json.loads(line) for line in out]
+    assert [image["seed"] for image in images] == [42, 43]
+    for image in images:
+        assert (image["prompt"], image["negative_prompt"]) == ("a fox", "red")
+        assert read_info(image.pop("path")).items() >= image.items()
 
 
 @pytest.mark.parametrize(
@@ -113,21 +113,21 @@ def test_mistakes_in_a_prompt_file_are_located(txt2img, tmp_path, line, message)
     assert err.count("\n") == 1
 
 
-def test_seeds_count_on_modulo_2_to_the_64(txt2img, run_ldm):
+def test_seeds_increase_modulo_2_to_the_64(txt2img, run_ldm):
     _, out, _ = txt2img("--seed", str(2**64 - 1), "--n_samples", "2", "--skip_grid")
     assert [read_info(path)["seed"] for path in out] == [2**64 - 1, 0]
     assert run_ldm("replay", out[1])[:2] == IDENTICAL
 
 
-def test_a_home_folder_is_found(txt2img, tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_to_the_home_folder(txt2img, tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     (tmp_path / "prompts.txt").write_text("a fox", "utf-16")
-    flags = ["--outdir=~/pictures", "--from-file=~/prompts.txt", "--skip_grid"]
-    assert txt2img(*flags)[1] == [str(tmp_path / "pictures/samples/00000.png")]
+    flags = ["--outdir=~/images", "--from-file=~/prompts.txt", "--skip_grid"]
+    assert txt2img(*flags)[1] == [str(tmp_path / "images/samples/00000.png")]
 
 
-def test_skipping_leaves_files_out_and_a_console_gets_what_it_cannot_show_escaped(
+def test_nothing_is_saved_with_skip_save_and_the_console_escapes_what_it_cannot_show(
     txt2img, tmp_path, monkeypatch
 ):
     stdout = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
@@ -139,33 +139,33 @@ def test_skipping_leaves_files_out_and_a_console_gets_what_it_cannot_show_escape
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_a_long_prompt_and_weights_of_words_are_one_warning_each(txt2img):
+def test_a_truncated_prompt_and_weights_of_words_are_one_warning_each(txt2img):
     prompt = "very " * 74 + "quick brown (foxes:1.2) and more"
     err = txt2img("--prompt", prompt, "--n_iter", "2", "--skip_save", "--skip_grid")[2]
     assert err.count("longer than 75 tokens: `brown (foxes:1.2) and more …` is left out") == 1
     assert err.count("A1111's syntax for weights is read as plain text: `very very") == 1
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(txt2img):
-    def shots(*flags):
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(txt2img):
+    def make_images(*flags):
         _, out, _ = txt2img(*flags, "--skip_grid", "--ddim_eta", "0.5")
         return np.stack([read_pixels(path) for path in out])
 
-    assert np.abs(shots("--n_samples", "3") - shots("--n_iter", "3")).max() <= 1
+    assert np.abs(make_images("--n_samples", "3") - make_images("--n_iter", "3")).max() <= 1
 
 
 @pytest.mark.slow
 def test_fixed_code_starts_every_batch_from_the_same_noise(txt2img):
-    def shots(*flags):
+    def make_images(*flags):
         _, out, _ = txt2img(
             "--n_samples", "2", "--n_iter", "2", "--skip_grid", "--fixed_code", *flags
         )
         return [read_pixels(path) for path in out]
 
-    one, two, again, _ = shots()
+    one, two, again, _ = make_images()
     assert (one == again).all()
     assert (one != two).any()
-    one, _, again, _ = shots("--eta", "1")
+    one, _, again, _ = make_images("--eta", "1")
     assert (one != again).any()
 
 
@@ -191,29 +191,29 @@ def test_processes_share_a_run(txt2img, tmp_path, monkeypatch, names):
     assert (status, "run a single process" in err) == (1, True)
 
 
-def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
-    """Lets the pipeline fail at its call-th batch."""
+def fail_at(monkeypatch, number: int, error: BaseException) -> None:
+    """Let the pipeline fail at a batch of this number, counted from 1."""
     calls, make = [], pipelines.txt2img
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) == number:
             raise error
         return make(*args, **kwargs)
 
     monkeypatch.setattr(pipelines, "txt2img", failing)
 
 
-def test_what_is_finished_survives_an_interruption(txt2img, monkeypatch):
-    interrupt_at(monkeypatch, 3, KeyboardInterrupt())
+def test_finished_images_survive_an_interruption(txt2img, monkeypatch):
+    fail_at(monkeypatch, 3, KeyboardInterrupt())
     status, out, err = txt2img("--n_iter", "5")
     assert status == 130
     assert [Path(path).name for path in out] == ["00000.png", "00001.png", "grid-0000.png"]
     assert "interrupted" in err
 
 
-def test_nan_in_half_precision_is_tried_again_in_float32(txt2img, monkeypatch):
-    interrupt_at(monkeypatch, 1, pipelines.NonFinite("the VAE"))
+def test_nan_in_half_precision_is_repeated_in_float32(txt2img, monkeypatch):
+    fail_at(monkeypatch, 1, pipelines.NonFinite("the VAE"))
     status, out, err = txt2img("--precision", "bf16", "--json")
     assert status == 0
     assert "the VAE returned values that are not finite in bfloat16: continuing in float32" in err
@@ -221,14 +221,14 @@ def test_nan_in_half_precision_is_tried_again_in_float32(txt2img, monkeypatch):
 
 
 def test_nan_in_float32_is_an_error_that_names_the_stage(txt2img, monkeypatch):
-    interrupt_at(monkeypatch, 1, pipelines.NonFinite("the UNet"))
+    fail_at(monkeypatch, 1, pipelines.NonFinite("the UNet"))
     status, _, err = txt2img()
     assert status == 1
     assert "error: the UNet returned values that are not finite" in err
 
 
 def test_out_of_memory_names_three_flags(txt2img, monkeypatch):
-    interrupt_at(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory. Tried to …\n…"))
+    fail_at(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory. Tried to …\n…"))
     status, _, err = txt2img()
     assert status == 1
     assert "--n_samples 1, --vae-tile, a smaller --H and --W" in err.splitlines()[-1]
@@ -264,7 +264,7 @@ def test_verbose_shows_the_traceback(txt2img):
     assert "Traceback" in txt2img("--ckpt", "missing.ckpt", "--verbose")[2]
 
 
-def test_flags_without_meaning_are_accepted_with_one_warning(txt2img):
+def test_flags_without_effect_are_accepted_with_one_warning(txt2img):
     unused = ["--torchscript", "--ipex", "--C", "4", "--f", "4", "--dpm", "--ddim_eta", "0.5"]
     unused += ["--clip-skip", "2"]
     status, out, err = txt2img(*unused)
@@ -284,14 +284,14 @@ def test_a_prompt_beside_a_prompt_file_is_named_as_ignored(txt2img, tmp_path):
     assert "prompt is ignored" not in txt2img(*flags)[2]
 
 
-def test_large_pictures_carry_the_watermark(txt2img):
-    def found(*flags):
+def test_large_images_are_watermarked(txt2img):
+    def find_watermark(*flags):
         _, out, _ = txt2img("--H", "256", "--W", "256", "--steps", "1", "--scale", "1", *flags)
-        with Image.open(out[0]) as picture:
-            finding = detect_watermarks(picture)[0]
+        with Image.open(out[0]) as image:
+            finding = detect_watermarks(image)[0]
         info = read_info(out[0])
         return finding.payload, finding.method, finding.verdict, info["watermark"]
 
-    assert found() == ("SDV2", "dwtDctSvd", "found", "dwtDctSvd")
-    assert found("--no-watermark")[2:] == ("absent", None)
-    assert found("--legacy", "watermark")[3] == "dwtDct"
+    assert find_watermark() == ("SDV2", "dwtDctSvd", "found", "dwtDctSvd")
+    assert find_watermark("--no-watermark")[2:] == ("absent", None)
+    assert find_watermark("--legacy", "watermark")[3] == "dwtDct"

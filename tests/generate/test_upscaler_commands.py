@@ -1,4 +1,4 @@
-"""The x2 latent upscaler on the command line: alone, and behind a text-to-image model."""
+"""The x2 latent upscaler on the command line: alone, and after a text-to-image model."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def upscaler(tmp_path_factory):
-    """`x2.safetensors`, whole, and `x2.pth`, the network alone."""
+    """A folder with `x2.safetensors`, a whole upscaler, and `x2.pth`, its network alone."""
     folder, model = tmp_path_factory.mktemp("x2"), build_tiny_upscaler()
     save_model(model, folder / "x2.safetensors", {"ldm.config": format_yaml(make_tiny_config())})
     torch.save({"model_ema": model.unet.state_dict()}, folder / "x2.pth")
@@ -44,7 +44,7 @@ def run(tmp_path, run_ldm):
 
 
 @pytest.mark.slow
-def test_an_image_and_a_folder(upscaler, run, run_ldm):
+def test_an_image_and_a_folder_are_upscaled(upscaler, run, run_ldm):
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1, "--noise-sigma", 0.2]
     status, (path,), _ = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png")
     assert status == 0
@@ -59,7 +59,7 @@ def test_an_image_and_a_folder(upscaler, run, run_ldm):
     assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
 
 
-def test_behind_a_text_to_image_model(upscaler, run, run_ldm, models):
+def test_images_of_a_text_to_image_model_are_upscaled(upscaler, run, run_ldm, models):
     flags = ["--steps", 2, "--H", 64, "--W", 64, "--json"]
     upscaling = ["--upscaler", upscaler / "x2.safetensors", "--upscaler-steps", 2]
     status, (line,), _ = run("txt2img", *models["base_eps"].flags, *flags, *upscaling)
@@ -80,7 +80,7 @@ def test_behind_a_text_to_image_model(upscaler, run, run_ldm, models):
          " (ldm upscale, scripts/upscale.py)"),
     ],
 )  # fmt: skip
-def test_bad_input(upscaler, run, monkeypatch, command, flags, message):
+def test_wrong_checkpoints_are_refused(upscaler, run, monkeypatch, command, flags, message):
     monkeypatch.chdir(upscaler)
     image = ["--init-img", "small/one.png"] if command == "upscale" else []
     status, _, err = run(command, *flags, *image)
@@ -89,7 +89,7 @@ def test_bad_input(upscaler, run, monkeypatch, command, flags, message):
 
 
 @pytest.mark.slow
-def test_what_the_model_in_use_does_not_have(upscaler, run, models):
+def test_unsuitable_upscalers_are_refused(upscaler, run, models):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
     _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")
     assert "has no" in err
@@ -99,7 +99,7 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):
     assert "is not an x2 latent upscaler" in err
 
 
-def test_latents_of_a_run(upscaler, run, run_ldm, models, tmp_path):
+def test_saved_latents_are_upscaled(upscaler, run, run_ldm, models, tmp_path):
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
     status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
     assert status == 0
@@ -117,31 +117,31 @@ def test_latents_of_a_run(upscaler, run, run_ldm, models, tmp_path):
     assert run_ldm("replay", path)[:2] == IDENTICAL
 
 
-def test_latents_that_are_refused(upscaler, run, tmp_path):
+def test_unsuitable_latents_are_refused(upscaler, run, tmp_path):
     file, shifted = tmp_path / "a.latent", LatentSpace(4, 8, 3, 0.13025, False)
     model = build_tiny_upscaler()
     ckpt = ["--ckpt", upscaler / "x2.safetensors", "--init-img", file]
 
-    def refusal(*flags):
+    def refuse(*flags):
         status, out, err = run("upscale", *ckpt, *flags)
         assert (status == 0, out) == (False, [])
         return err
 
     save_latent(file, torch.zeros(4, 8, 8), model, {})
-    assert "a latent is doubled as it is, leave height out" in refusal("--H", 64)
+    assert "a latent is doubled as it is, leave height out" in refuse("--H", 64)
     save_file({"latent_tensor": torch.zeros(1, 4, 8, 8)}, file, {"ldm.latent_space":
               json.dumps(asdict(shifted))})  # fmt: skip
-    assert "is a latent of another kind than `x2.safetensors` reads" in refusal()
+    assert "is a latent of another kind than `x2.safetensors` reads" in refuse()
     save_file({"latent_tensor": torch.zeros(2, 4, 8, 8)}, file)
-    assert "is not one latent: its shape is (2, 4, 8, 8)" in refusal()
+    assert "is not one latent: its shape is (2, 4, 8, 8)" in refuse()
     save_file({"latent": torch.zeros(1)}, file)
-    assert "is not a latent" in refusal()
+    assert "is not a latent" in refuse()
     ckpt[1:] = ["checkpoints/demo-upscaler.safetensors", "--init-img", file]
     save_latent(file, torch.zeros(4, 8, 8), model, {})
-    assert "only the x2 latent upscaler takes latents" in refusal()
+    assert "only the x2 latent upscaler takes latents" in refuse()
 
 
-def test_a_latent_of_comfyui_of_its_first_format_is_scaled(tmp_path):
+def test_a_latent_in_the_first_format_of_comfyui_is_scaled(tmp_path):
     values = torch.rand(1, 4, 8, 8)
     save_file({"latent_tensor": values}, tmp_path / "a.latent")
     assert torch.equal(load_latent(tmp_path / "a.latent").latent, values / 0.18215)

@@ -1,4 +1,4 @@
-"""Files that are given as images and are none."""
+"""Files given as images that cannot be read as images."""
 
 import io
 import struct
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 
-def png(width, height, bits, colour, rows, *chunks):
+def make_png(width, height, bits, colour, rows, *chunks):
     """A PNG file, chunk by chunk."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
@@ -18,14 +18,14 @@ def png(width, height, bits, colour, rows, *chunks):
     return content
 
 
-def write_cut(path):
+def write_truncated(path):
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
     path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
 
 
-HUGE = png(40000, 25000, 8, 2, b"")  # 10^9 pixels
+HUGE = make_png(40000, 25000, 8, 2, b"")  # 10^9 pixels
 # Three planes of 16 bits, which Pillow would read as 8 bits.
 PLANES = struct.pack(
     "<2sHIH" + "HHII" * 10 + "I12x",
@@ -34,14 +34,14 @@ PLANES = struct.pack(
     *(277, 4, 1, 3, 278, 4, 1, 1, 279, 4, 3, 134, 284, 4, 1, 2),
     0,
 )  # fmt: skip
-REFUSED = {  # name: (what writes the file, message)
+REFUSED = {  # name: (function that writes the file, message)
     "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "page": (lambda path: path.write_text("<!DOCTYPE html><html>no</html>"), "a web page"),
     "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "is a HEIC image: convert it"),
     "pointer": (lambda path: path.write_text("version https://git-lfs"), "is a Git LFS pointer"),
     "planes": (lambda path: path.write_bytes(PLANES), "is a TIFF of an unusual kind: convert it"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
-    "cut": (write_cut, "is damaged: "),
+    "cut": (write_truncated, "is damaged: "),
     "head": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "x.png` is "),
     "huge": (lambda path: path.write_bytes(HUGE), "more than 100000000 pixels"),
     "folder": (lambda path: path.mkdir(), "no image"),

@@ -1,4 +1,4 @@
-"""What is painted in a mask, whatever kind of file it is; and depth maps in files."""
+"""Masks and depth maps in image files of many kinds."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ SHAPE = np.zeros((30, 40), bool)
 SHAPE[10:20, 10:30] = True
 
 
-def layer(colour, alpha):
-    """A plain colour, as opaque as `alpha` says where the shape is, clear elsewhere."""
+def make_layer(colour, alpha):
+    """Make a plain colour with the opacity `alpha` where the shape is, transparent elsewhere."""
     image = Image.new("RGBA", (40, 30), colour)
     image.putalpha(Image.fromarray(SHAPE.astype(np.uint8) * alpha))
     return image
 
 
-def palette(*colours, levels=SHAPE):
+def make_palette_image(*colours, levels=SHAPE):
     image = Image.fromarray(levels.astype(np.uint8)).convert("P")
     image.putdata(levels.astype(np.uint8).ravel().tolist())
     image.putpalette([value for colour in colours for value in colour])
@@ -43,7 +43,7 @@ FLOATS[0, 0] = np.nan
 
 
 @pytest.mark.parametrize(
-    ("image", "ending"),
+    ("image", "suffix"),
     [
         (Image.fromarray(SHAPE.astype(np.uint8)), "png"),
         (Image.fromarray(SHAPE.astype(np.uint8) * 255), "bmp"),
@@ -55,22 +55,22 @@ FLOATS[0, 0] = np.nan
         (paint_shape("red"), "png"),
         (paint_shape("red"), "webp"),
         (paint_shape((128, 128, 128), (127, 127, 127)), "png"),
-        (layer("white", 255), "png"),
-        (layer("black", 255), "tif"),
-        (layer("red", 90), "webp"),
-        (layer("white", 255).convert("LA"), "png"),
+        (make_layer("white", 255), "png"),
+        (make_layer("black", 255), "tif"),
+        (make_layer("red", 90), "webp"),
+        (make_layer("white", 255).convert("LA"), "png"),
         (NEARLY_OPAQUE, "png"),
         (ROUNDED, "png"),
-        (palette((0, 0, 0), (128, 0, 0)), "png"),
-        (palette((0, 0, 0), (0, 0, 128)), "gif"),
-        (palette((255, 255, 255), (0, 0, 0), levels=~SHAPE), "png"),
-        (palette((0, 0, 0), (128, 0, 0), (0, 128, 0), levels=BORDERED), "png"),
+        (make_palette_image((0, 0, 0), (128, 0, 0)), "png"),
+        (make_palette_image((0, 0, 0), (0, 0, 128)), "gif"),
+        (make_palette_image((255, 255, 255), (0, 0, 0), levels=~SHAPE), "png"),
+        (make_palette_image((0, 0, 0), (128, 0, 0), (0, 128, 0), levels=BORDERED), "png"),
     ],
 )
-def test_what_is_painted_is_found(tmp_path, image, ending):
-    image.save(tmp_path / f"mask.{ending}", **({"lossless": True} if ending == "webp" else {}))
+def test_the_painted_shape_is_found(tmp_path, image, suffix):
+    image.save(tmp_path / f"mask.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
-    mask = make_mask(tmp_path / "x.png", tmp_path / f"mask.{ending}")
+    mask = make_mask(tmp_path / "x.png", tmp_path / f"mask.{suffix}")
     assert (np.asarray(mask) == SHAPE * 255).all()
 
 
@@ -81,7 +81,7 @@ def test_a_colour_key_is_transparency(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [1, 257])
-def test_more_than_two_values_stay_as_they_stand(tmp_path, factor):
+def test_masks_of_more_than_two_values_are_not_changed(tmp_path, factor):
     soft = np.tile(np.arange(40, dtype=np.uint16) * 6, (30, 1))
     Image.fromarray((soft * factor).astype(np.uint16 if factor > 1 else np.uint8)).save(
         tmp_path / "mask.png"
@@ -126,7 +126,7 @@ def test_an_empty_mask_is_refused(tmp_path, mask, reason):
 
 
 def test_without_a_mask_the_transparent_parts_are_inpainted(tmp_path):
-    layer("red", 255).save(tmp_path / "x.png")
+    make_layer("red", 255).save(tmp_path / "x.png")
     assert (np.asarray(make_mask(tmp_path / "x.png")) == ~SHAPE * 255).all()
     paint_shape("red").save(tmp_path / "x.png", transparency=(255, 0, 0))
     assert (np.asarray(make_mask(tmp_path / "x.png")) == SHAPE * 255).all()
@@ -151,7 +151,7 @@ STEPS = np.arange(64 * 64).reshape(64, 64)
 
 
 @pytest.mark.parametrize(
-    ("image", "ending"),
+    ("image", "suffix"),
     [
         (Image.fromarray((STEPS * 16).astype(np.uint16)), "png"),
         (Image.frombytes("I;16B", (64, 64), (STEPS * 16).astype(">u2").tobytes()), "tif"),
@@ -160,10 +160,10 @@ STEPS = np.arange(64 * 64).reshape(64, 64)
         (Image.fromarray((STEPS * 16).astype(np.uint16)), "pgm"),
     ],
 )
-def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, ending):
-    image.save(tmp_path / f"x.{ending}")
+def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, suffix):
+    image.save(tmp_path / f"x.{suffix}")
     expected = torch.from_numpy(STEPS / 4095).float()[None, None]
-    torch.testing.assert_close(load_depth(tmp_path / f"x.{ending}"), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(load_depth(tmp_path / f"x.{suffix}"), expected, rtol=0, atol=1e-4)
 
 
 def test_a_depth_map_with_colours_is_named(tmp_path, caplog):
@@ -172,7 +172,7 @@ def test_a_depth_map_with_colours_is_named(tmp_path, caplog):
     assert "x.png` has colours: their luminance is used as depth" in caplog.text
 
 
-def test_values_that_are_not_finite_stay_out_of_the_range(tmp_path, caplog):
+def test_values_that_are_not_finite_do_not_widen_the_range(tmp_path, caplog):
     values = STEPS.astype(np.float32)
     values[0, :3] = np.nan, np.inf, -np.inf
     Image.fromarray(values).save(tmp_path / "x.tif")
@@ -182,7 +182,7 @@ def test_values_that_are_not_finite_stay_out_of_the_range(tmp_path, caplog):
     assert "x.tif` has 3 values that are NaN or infinite" in caplog.text
 
 
-def test_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
+def test_depth_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
     Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (8, 1))).convert("RGB").save(
         tmp_path / "x.png"
     )

@@ -86,7 +86,7 @@ LORAS = {
         ),
     ],
 )
-def test_the_format_parameters_is_as_a1111_writes_it(info, text):
+def test_parameters_are_formatted_as_a1111_writes_them(info, text):
     assert format_parameters(info) == text
 
 
@@ -102,7 +102,7 @@ def test_the_format_parameters_is_as_a1111_writes_it(info, text):
         ("dpmpp_2m", "karras", "karras", "Karras"),
     ],
 )
-def test_no_schedule_type_of_a1111_is_claimed_for_other_steps(
+def test_a_schedule_type_of_a1111_is_written_only_for_its_own_steps(
     sampler, scheduler, in_use, schedule_type, tmp_path
 ):
     info = {**INFO, "sampler": sampler, "scheduler": scheduler, "scheduler_in_use": in_use}
@@ -201,7 +201,7 @@ def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):
 
 
 @pytest.mark.parametrize(("version", "scale"), [("v1.10.1", 0.8), ("f2.0.1v1.10.1", 10.0)])
-def test_ddim_cfg_pp_of_a1111_counts_its_scale_otherwise(tmp_path, version, scale):
+def test_the_scale_of_ddim_cfg_pp_of_a1111_is_converted(tmp_path, version, scale):
     text = f"Steps: 20, Sampler: DDIM CFG++, CFG scale: 10, Version: {version}"
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
     assert (info["sampler"], info["scheduler"], info["scale"]) == ("euler_cfg_pp", "uniform", scale)
@@ -222,10 +222,10 @@ def test_own_levels_and_rho_are_in_the_text_and_read_from_it(tmp_path):
     assert (info["scheduler"], info["rho"]) == ("polyexponential", 2.0)
 
 
-@pytest.mark.parametrize("broken", [{}, {"ldm": "{"}, {"ldm": "[1]"}, {"ldm": "null"}])
-def test_our_format_parameters_is_read_where_the_json_is_missing_or_broken(tmp_path, broken):
+@pytest.mark.parametrize("damaged", [{}, {"ldm": "{"}, {"ldm": "[1]"}, {"ldm": "null"}])
+def test_our_parameters_are_read_where_the_json_is_missing_or_damaged(tmp_path, damaged):
     text = format_parameters({**INFO, **LORAS})
-    info = read_info(write_text(tmp_path / "a.png", parameters=text, **broken))
+    info = read_info(write_text(tmp_path / "a.png", parameters=text, **damaged))
     keys = ("prompt", "negative_prompt", "steps", "sampler", "scheduler", "scale", "seed", "size")
     assert {key: info[key] for key in keys} == {key: INFO[key] for key in keys}
 

@@ -13,7 +13,7 @@ from ldm.imaging.output import OutputFolder
 IMAGE = Image.new("RGB", (8, 8), "red")
 
 
-def names(folder):
+def list_names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -30,10 +30,10 @@ def test_named_images_are_never_overwritten(tmp_path):
         folder = OutputFolder(tmp_path, "dog")
         for _ in range(2):
             folder.save_sample(IMAGE, {})
-    assert names(tmp_path) == ["dog-1.png", "dog-2.png", "dog-3.png", "dog.png"]
+    assert list_names(tmp_path) == ["dog-1.png", "dog-2.png", "dog-3.png", "dog.png"]
 
 
-def test_numbers_go_on_after_the_highest_whatever_was_deleted_or_added(tmp_path):
+def test_numbers_continue_after_the_highest_whatever_was_deleted_or_added(tmp_path):
     first = OutputFolder(tmp_path)
     paths = [first.save_sample(IMAGE, {}) for _ in range(4)]
     paths[1].unlink()
@@ -56,7 +56,7 @@ def test_numbers_of_other_processes_are_skipped(tmp_path, monkeypatch):
     (folder.samples / ".00001.png.part").touch()
     monkeypatch.setattr("ldm.imaging.output._find_highest_number", lambda *_: -1)
     assert folder.save_sample(IMAGE, {}).name == "00002.png"
-    assert names(folder.samples) == [".00001.png.part", "00000.png", "00002.png"]
+    assert list_names(folder.samples) == [".00001.png.part", "00000.png", "00002.png"]
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_nothing_and_frees_the_number(tmp_path, monkeypatc
         patch.setattr("ldm.imaging.output.write_png", fail)
         with pytest.raises(error):
             folder.save_sample(IMAGE, {})
-    assert names(folder.samples) == []
+    assert list_names(folder.samples) == []
     assert folder.save_sample(IMAGE, {}).name == "00000.png"
 
 
@@ -86,7 +86,7 @@ def test_a_number_stays_reserved_while_the_depth_is_written(tmp_path, monkeypatc
     monkeypatch.setattr("ldm.imaging.output.write_png", write)
     folder.save_sample(IMAGE, {}, depth=Image.new("I;16", (8, 8)))
     assert reserved == [True, True]
-    assert names(folder.samples) == ["00000.png", "00000_depth.png"]
+    assert list_names(folder.samples) == ["00000.png", "00000_depth.png"]
 
 
 def test_processes_that_share_a_folder_lose_no_image(tmp_path):
@@ -103,4 +103,4 @@ def test_processes_that_share_a_folder_lose_no_image(tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     prompts = {read_info(path)["prompt"] for path in (tmp_path / "samples").iterdir()}
     assert prompts == {f"{w} {k}" for w in "ab" for k in range(10)}
-    assert names(tmp_path / "samples") == [f"{k:05d}.png" for k in range(20)]
+    assert list_names(tmp_path / "samples") == [f"{k:05d}.png" for k in range(20)]

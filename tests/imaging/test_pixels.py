@@ -15,7 +15,7 @@ from ldm.imaging.pixels import (
 )
 
 
-def random_images(number, size=(6, 5)):
+def make_images(number, size=(6, 5)):
     shape = (number, size[1], size[0], 3)
     pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
     return [Image.fromarray(image) for image in pixels]
@@ -48,7 +48,7 @@ def test_every_pixel_value_survives_the_way_to_a_tensor_and_back():
 @pytest.mark.parametrize(("number", "columns"), [(1, 3), (2, 3), (3, 3), (7, 3), (4, 1), (5, 8)])
 def test_grid_equals_torchvision(number, columns):
     utils = pytest.importorskip("torchvision.utils")
-    images = random_images(number)
+    images = make_images(number)
     batch = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     expected = utils.make_grid(batch, nrow=columns, padding=2).permute(1, 2, 0).numpy()
     assert (np.asarray(make_grid(images, columns)) == expected).all()
@@ -56,7 +56,7 @@ def test_grid_equals_torchvision(number, columns):
 
 @pytest.mark.parametrize(
     ("images", "columns"),
-    [([], 3), (random_images(2), 0), ([*random_images(1), *random_images(1, (4, 4))], 2)],
+    [([], 3), (make_images(2), 0), ([*make_images(1), *make_images(1, (4, 4))], 2)],
 )
 def test_impossible_grids_are_refused(images, columns):
     with pytest.raises(ValueError, match="grid"):

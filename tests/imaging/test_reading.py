@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from imaging.badimages import REFUSED, png
+from imaging.badimages import REFUSED, make_png
 from ldm.imaging.reading import (
     IMAGE_SUFFIXES,
     decode_image,
@@ -23,23 +23,23 @@ RAMP = np.tile(np.arange(0, 240, 6, dtype=np.uint8), (30, 1))  # (30, 40)
 GREY = Image.fromarray(RAMP)
 
 
-def save(image, ending, **options):
+def encode(image, suffix, **options):
     file = io.BytesIO()
-    image.save(file, Image.registered_extensions()[f".{ending}"], **options)
+    image.save(file, Image.registered_extensions()[f".{suffix}"], **options)
     return file.getvalue()
 
 
-def read(data):
+def decode(data):
     return np.asarray(flatten_on_white(decode_image(data, "x")), int)
 
 
-def exif(orientation):
+def make_exif(orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags
 
 
-def tiff(values, bits, sample_format=1, photometric=1, order="<"):
+def make_tiff(values, bits, sample_format=1, photometric=1, order="<"):
     """A grey TIFF of one strip; `values` are its bytes."""
     tags = {256: RAMP.shape[1], 257: RAMP.shape[0], 258: bits, 259: 1, 262: photometric,
             273: 134, 277: 1, 278: RAMP.shape[0], 279: len(values), 339: sample_format}  # fmt: skip
@@ -48,44 +48,44 @@ def tiff(values, bits, sample_format=1, photometric=1, order="<"):
     return {"<": b"II", ">": b"MM"}[order] + head + b"".join(entries) + bytes(4) + values
 
 
-def as_12_bits(levels):
+def pack_12_bits(levels):
     high, low = levels[:, 0::2].astype(int), levels[:, 1::2].astype(int)
     packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], -1)
     return packed.astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize(
-    ("mode", "ending", "most"),
+    ("mode", "suffix", "tolerance"),
     [("L", "png", 0), ("P", "png", 0), ("CMYK", "jpg", 9), ("CMYK", "tif", 1), ("LA", "png", 0),
      ("YCbCr", "jpg", 9), ("LAB", "tif", 2), ("PA", "tif", 0), ("I", "tif", 0), ("RGB", "webp", 9),
      ("RGB", "bmp", 0), ("P", "gif", 0), ("RGB", "jp2", 9), ("RGB", "qoi", 0), ("L", "pgm", 0),
      ("RGB", "tga", 0), ("RGB", "avif", 9), ("RGB", "sgi", 0), ("RGBA", "dds", 0)],
 )  # fmt: skip
-def test_every_mode_becomes_the_same_rgb(mode, ending, most):
+def test_every_mode_becomes_the_same_rgb(mode, suffix, tolerance):
     image = GREY.convert({"LAB": "RGB", "PA": "P"}.get(mode, "L")).convert(mode)
-    assert abs(read(save(image, ending)) - RAMP[..., None]).max() <= most
+    assert abs(decode(encode(image, suffix)) - RAMP[..., None]).max() <= tolerance
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        save(Image.fromarray(RAMP * np.uint16(257)), "png"),
-        save(Image.fromarray(RAMP * np.uint16(257)), "pgm"),
-        tiff((RAMP * np.uint16(257)).astype(">u2").tobytes(), 16, order=">"),
-        tiff((65535 - RAMP * np.uint16(257)).tobytes(), 16, photometric=0),
-        tiff(as_12_bits(RAMP * np.uint16(16) + 8), 12),
-        tiff((RAMP.astype(np.uint32) * 257).tobytes(), 32),
-        save(Image.fromarray(RAMP.astype(np.float32) / 255), "tif"),
-        save(Image.fromarray(RAMP.astype(np.float32) / 255), "pfm"),
-        save(Image.fromarray(RAMP.astype(np.float32)), "tif"),
+        encode(Image.fromarray(RAMP * np.uint16(257)), "png"),
+        encode(Image.fromarray(RAMP * np.uint16(257)), "pgm"),
+        make_tiff((RAMP * np.uint16(257)).astype(">u2").tobytes(), 16, order=">"),
+        make_tiff((65535 - RAMP * np.uint16(257)).tobytes(), 16, photometric=0),
+        make_tiff(pack_12_bits(RAMP * np.uint16(16) + 8), 12),
+        make_tiff((RAMP.astype(np.uint32) * 257).tobytes(), 32),
+        encode(Image.fromarray(RAMP.astype(np.float32) / 255), "tif"),
+        encode(Image.fromarray(RAMP.astype(np.float32) / 255), "pfm"),
+        encode(Image.fromarray(RAMP.astype(np.float32)), "tif"),
     ],
     ids=["png", "pgm", "big-endian", "white-is-zero", "12", "32", "float", "pfm", "float-255"],
 )
 def test_more_than_eight_bits_become_eight(data):
-    assert abs(read(data) - RAMP[..., None]).max() <= 1
+    assert abs(decode(data) - RAMP[..., None]).max() <= 1
 
 
-def test_floats_outside_of_their_range_are_spread_and_named(tmp_path, caplog):
+def test_floats_outside_their_range_are_rescaled_and_named(tmp_path, caplog):
     values = RAMP.astype(np.float32) * 100 - 7.5
     values[0, :3] = np.nan, np.inf, -np.inf
     Image.fromarray(values).save(tmp_path / "x.tif")
@@ -99,17 +99,17 @@ def test_floats_outside_of_their_range_are_spread_and_named(tmp_path, caplog):
         load_image(tmp_path / "x.tif")
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_images_are_turned_as_their_camera_says(ending, orientation):
+def test_images_are_turned_as_their_camera_says(suffix, orientation):
     angle = {3: 180, 6: 270, 8: 90}[orientation]
-    data = save(GREY.convert("RGB"), ending, exif=exif(orientation), quality=95)
+    data = encode(GREY.convert("RGB"), suffix, exif=make_exif(orientation), quality=95)
     turned = np.asarray(GREY.rotate(angle, expand=True), int)[..., None]
-    assert abs(read(data) - turned).max() < 9
+    assert abs(decode(data) - turned).max() < 9
     assert read_size(io.BytesIO(data)) == turned.shape[1::-1]
     wide = Image.fromarray(RAMP * np.uint16(257))
-    if ending in ("png", "tif"):
-        assert (read(save(wide, ending, exif=exif(orientation))) == turned).all()
+    if suffix in ("png", "tif"):
+        assert (decode(encode(wide, suffix, exif=make_exif(orientation))) == turned).all()
 
 
 ODD_EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack(  # the image's width is a text
@@ -117,16 +117,16 @@ ODD_EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack(  # the image's width is a t
 )
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-@pytest.mark.parametrize(("data", "turns"), [(ODD_EXIF, 1), (b"nonsense", 0), (exif(9), 0)])
-def test_damaged_exif_data_do_no_harm(ending, data, turns):
-    image = save(GREY.convert("RGB"), ending, exif=data, quality=95)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(("data", "turns"), [(ODD_EXIF, 1), (b"nonsense", 0), (make_exif(9), 0)])
+def test_damaged_exif_data_do_no_harm(suffix, data, turns):
+    image = encode(GREY.convert("RGB"), suffix, exif=data, quality=95)
     turned = np.rot90(RAMP, -turns).astype(int)[..., None]
-    assert abs(read(image) - turned).max() < 9
+    assert abs(decode(image) - turned).max() < 9
     assert read_size(io.BytesIO(image)) == turned.shape[1::-1]
 
 
-def test_what_is_transparent_lies_on_white():
+def test_transparency_is_composited_on_white():
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     for image in (half, half.convert("RGBa")):
         assert flatten_on_white(image).getpixel((0, 0)) == (255, 127, 127)
@@ -145,18 +145,18 @@ def test_a_colour_key_of_any_depth_is_transparent(bits, colour, key, pixels):
     chunks = [(b"PLTE", b"\x40\x80\0"), (b"tRNS", b"\0")]
     if key is not None:
         chunks = [(b"tRNS", struct.pack(f">{len(key)}H", *key))]
-    image = decode_image(png(1, 1, bits, colour, b"\0" + pixels, *chunks), "x")
+    image = decode_image(make_png(1, 1, bits, colour, b"\0" + pixels, *chunks), "x")
     assert image.getpixel((0, 0))[3] == 0
     assert (np.asarray(flatten_on_white(image)) == 255).all()
 
 
-def test_of_several_pages_the_first_is_used_and_that_is_said(tmp_path, caplog):
+def test_the_first_of_several_pages_is_used_with_a_warning(tmp_path, caplog):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for ending in ("gif", "tiff", "webp", "png"):
-        path = tmp_path / f"x.{ending}"
+    for suffix in ("gif", "tiff", "webp", "png"):
+        path = tmp_path / f"x.{suffix}"
         frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
         assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
-        assert f"x.{ending}` is animated or has several pages" in caplog.text
+        assert f"x.{suffix}` is animated or has several pages" in caplog.text
 
 
 @pytest.mark.parametrize("chunk", ["zTXt", "iTXt", "tEXt", "iCCP"])
@@ -167,7 +167,7 @@ def test_long_texts_do_no_harm(chunk):
     elif chunk != "iCCP":
         info.add_text("workflow", text, zip=chunk == "zTXt")
     options = {"icc_profile": text.encode()} if chunk == "iCCP" else {"pnginfo": info}
-    assert (read(save(GREY, "png", **options)) == RAMP[..., None]).all()
+    assert (decode(encode(GREY, "png", **options)) == RAMP[..., None]).all()
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -177,28 +177,28 @@ LINEAR_GREY = LINEAR.replace(b"RGB XYZ", b"GRAYXYZ").replace(b"rTRC", b"kTRC")
 
 
 @pytest.mark.parametrize(
-    ("mode", "profile", "ending"),
+    ("mode", "profile", "suffix"),
     [("RGB", SWAPPED, "png"), ("RGB", SWAPPED, "jpg"), ("RGB", LINEAR, "webp"),
      ("RGB", LINEAR, "avif"), ("RGBA", SWAPPED, "tif"), ("P", SWAPPED, "png"),
      ("L", LINEAR_GREY, "jpg"), ("LA", LINEAR_GREY, "png")],
 )  # fmt: skip
-def test_colours_are_converted_to_srgb_as_lcms_does(mode, profile, ending):
+def test_colours_are_converted_to_srgb_as_lcms_does(mode, profile, suffix):
     colours = Image.merge("RGB", [GREY, GREY.rotate(180), Image.new("L", GREY.size, 90)])
     image = colours.quantize(64) if mode == "P" else colours.convert(mode)
-    data = save(image, ending, icc_profile=profile)
+    data = encode(image, suffix, icc_profile=profile)
     with Image.open(io.BytesIO(data)) as file:
         source = file.convert("L" if profile is LINEAR_GREY else "RGB")
     expected = ImageCms.profileToProfile(
         source, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
     )
     assert abs(np.asarray(expected, int) - np.asarray(source.convert("RGB"), int)).max() > 50
-    assert (read(data) == np.asarray(expected)).all()
+    assert (decode(data) == np.asarray(expected)).all()
 
 
 def test_the_gamma_of_a_png_is_applied_unless_it_is_that_of_srgb():
     rows = b"".join(b"\0" + row.tobytes() for row in RAMP)
     linear, plain = (
-        read(png(40, 30, 8, 0, rows, (b"gAMA", struct.pack(">I", gamma))))
+        decode(make_png(40, 30, 8, 0, rows, (b"gAMA", struct.pack(">I", gamma))))
         for gamma in (100000, 45455)
     )
     light = np.where(linear < 11, linear / 255 / 12.92, ((linear / 255 + 0.055) / 1.055) ** 2.4)
@@ -207,14 +207,14 @@ def test_the_gamma_of_a_png_is_applied_unless_it_is_that_of_srgb():
 
 
 def test_a_bitmap_whose_fourth_channel_is_unused_is_opaque():
-    data = save(Image.merge("RGBA", [*[GREY] * 3, Image.new("L", GREY.size)]), "tga")
-    assert (read(data) == RAMP[..., None]).all()
+    data = encode(Image.merge("RGBA", [*[GREY] * 3, Image.new("L", GREY.size)]), "tga")
+    assert (decode(data) == RAMP[..., None]).all()
 
 
 def test_a_profile_of_srgb_changes_nothing():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    data = save(Image.fromarray(pixels), "png", icc_profile=SRGB)
-    assert (read(data) == pixels).all()
+    data = encode(Image.fromarray(pixels), "png", icc_profile=SRGB)
+    assert (decode(data) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_and_named(
     assert "x.tif` has a colour profile that is damaged or does not fit" in caplog.text
 
 
-def test_masks_and_maps_see_the_values_without_profile():
-    data = save(GREY, "png", icc_profile=LINEAR_GREY)
+def test_masks_and_depth_maps_get_values_without_the_profile():
+    data = encode(GREY, "png", icc_profile=LINEAR_GREY)
     assert (decode_stored(data, "x").compute_luminance() == RAMP).all()
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_is_not_an_image_is_refused_in_one_line(tmp_path, name):
 
 def test_suffixes_are_those_that_pillow_decodes():
     common = "png jpg jpeg jpe jfif mpo webp avif gif bmp dib tif tiff jp2 ppm pgm qoi psd tga ico"
-    assert {f".{ending}" for ending in common.split()} < set(IMAGE_SUFFIXES)
+    assert {f".{suffix}" for suffix in common.split()} < set(IMAGE_SUFFIXES)
     assert not {".mpg", ".pdf", ".eps", ".h5", ".wmf"} & set(IMAGE_SUFFIXES)
 
 

@@ -25,17 +25,17 @@ from ldm.imaging.watermark import (
 SIZES = [(256, 256), (300, 222), (259, 257), (270, 265)]
 
 
-def noise(size=(256, 256), seed=0):
+def make_noise(size=(256, 256), seed=0):
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def photo_like(size=(512, 512)):
-    rough = noise((size[0] // 16, size[1] // 16)).resize(size, Image.Resampling.BICUBIC)
-    return Image.blend(rough, noise(size, 1).filter(ImageFilter.GaussianBlur(1)), 0.3)
+def make_photo(size=(512, 512)):
+    rough = make_noise((size[0] // 16, size[1] // 16)).resize(size, Image.Resampling.BICUBIC)
+    return Image.blend(rough, make_noise(size, 1).filter(ImageFilter.GaussianBlur(1)), 0.3)
 
 
-def flat(size=(512, 512)):
+def make_flat(size=(512, 512)):
     image = Image.new("RGB", size, (70, 130, 230))
     draw = ImageDraw.Draw(image)
     draw.ellipse((80, 60, 430, 450), fill=(250, 20, 10))
@@ -43,25 +43,25 @@ def flat(size=(512, 512)):
     return image
 
 
-def as_jpeg(image, quality):
+def compress_to_jpeg(image, quality):
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
 
 
-def bgr(image):
+def to_bgr(image):
     return np.ascontiguousarray(np.asarray(image)[..., ::-1])
 
 
-def package_embed(image, payload, method):
+def embed_by_package(image, payload, method):
     encoder = pytest.importorskip("imwatermark").WatermarkEncoder()
     encoder.set_watermark("bytes", payload)
-    return Image.fromarray(np.ascontiguousarray(encoder.encode(bgr(image), method)[..., ::-1]))
+    return Image.fromarray(np.ascontiguousarray(encoder.encode(to_bgr(image), method)[..., ::-1]))
 
 
-def package_read(image, length, method):
+def read_by_package(image, length, method):
     decoder = pytest.importorskip("imwatermark").WatermarkDecoder("bits", length)
-    return np.array(decoder.decode(bgr(image), method), np.uint8)
+    return np.array(decoder.decode(to_bgr(image), method), np.uint8)
 
 
 @pytest.mark.parametrize("case", ["wm0", "wm1"])
@@ -73,7 +73,7 @@ def test_dwt_dct_equals_the_recorded_images_exactly(case):
 
 
 @pytest.mark.parametrize("case", ["uint8_levels", "fractional"])
-def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
+def test_the_watermark_of_sdxl_on_floats_equals_the_recorded_one(case):
     """The reader sees pixels of 8 bits, and 44 of 48 bits; with ours, all."""
     recorded = load_golden("sdxl_watermark")
     pixels = recorded.inputs("uint8_levels")["image"].numpy()
@@ -86,9 +86,9 @@ def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
     expected = recorded.outputs(case)
     corner = x.clip(0, 1)[:16, :16].transpose(2, 0, 1) * 255
     np.testing.assert_allclose(corner, expected["corner"].numpy(), rtol=0, atol=1e-3)
-    apart = np.abs(saved.astype(int) - expected["saved"].numpy().astype(int))
-    assert apart.max() <= 1
-    assert (apart > 0).sum() < 20
+    error = np.abs(saved.astype(int) - expected["saved"].numpy().astype(int))
+    assert error.max() <= 1
+    assert (error > 0).sum() < 20
     bits = read_bits(Image.fromarray(expected["saved"].numpy()), 48, "dwtDct")
     assert (bits == expected["decoded"].numpy()).all()
     assert (read_bits(Image.fromarray(saved), 48, "dwtDct") == bits).all()
@@ -103,27 +103,27 @@ def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
 @pytest.mark.parametrize("size", SIZES)
 def test_dwt_dct_equals_the_package_pixel_for_pixel(size, payload):
-    for image in (noise(size), photo_like(size), flat(size)):
-        expected = package_embed(image, payload, "dwtDct")
+    for image in (make_noise(size), make_photo(size), make_flat(size)):
+        expected = embed_by_package(image, payload, "dwtDct")
         assert (np.asarray(embed_watermark(image, payload, "dwtDct")) == np.asarray(expected)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_package_and_we_read_the_same_bits_from_anything(size, method):
-    plain = photo_like(size)
-    theirs, ours = package_embed(plain, b"SDV2", method), embed_watermark(plain, b"SDV2", method)
+    plain = make_photo(size)
+    theirs, ours = embed_by_package(plain, b"SDV2", method), embed_watermark(plain, b"SDV2", method)
     for image, length in ((plain, 136), (theirs, 32), (ours, 48)):
-        assert (read_bits(image, length, method) == package_read(image, length, method)).all()
+        assert (read_bits(image, length, method) == read_by_package(image, length, method)).all()
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
-@pytest.mark.parametrize("make", [photo_like, flat])
+@pytest.mark.parametrize("make", [make_photo, make_flat])
 def test_the_package_reads_ours_and_we_read_the_packages(make, payload):
     image = make((256, 256))
-    bits = package_read(embed_watermark(image, payload), len(payload) * 8, "dwtDctSvd")
+    bits = read_by_package(embed_watermark(image, payload), len(payload) * 8, "dwtDctSvd")
     assert np.packbits(bits).tobytes() == payload
-    assert measure_agreement(package_embed(image, payload, "dwtDctSvd"), payload) == 1
+    assert measure_agreement(embed_by_package(image, payload, "dwtDctSvd"), payload) == 1
 
 
 def test_yuv_equals_opencv_for_every_colour():
@@ -138,12 +138,12 @@ def test_yuv_equals_opencv_for_every_colour():
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
-@pytest.mark.parametrize("make", [photo_like, flat])
+@pytest.mark.parametrize("make", [make_photo, make_flat])
 def test_the_default_survives_jpeg_and_is_identified(make, name):
     image = make()
     marked = embed_watermark(image, PAYLOADS[name])
     for quality, verdicts in ((95, ["found"]), (80, ["found", "damaged"])):
-        best = detect_watermarks(as_jpeg(marked, quality))[0]
+        best = detect_watermarks(compress_to_jpeg(marked, quality))[0]
         assert (best.payload, best.method) == (name, "dwtDctSvd")
         assert best.verdict in verdicts
     error = np.asarray(image, float) - np.asarray(marked, float)
@@ -152,12 +152,14 @@ def test_the_default_survives_jpeg_and_is_identified(make, name):
 
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_the_originals_method_is_identified_in_a_photo(name):
-    best = detect_watermarks(embed_watermark(noise((512, 512)), PAYLOADS[name], "dwtDct"))[0]
+    best = detect_watermarks(embed_watermark(make_noise((512, 512)), PAYLOADS[name], "dwtDct"))[0]
     assert (best.payload, best.method) == (name, "dwtDct")
     assert best.verdict == "found"
 
 
-@pytest.mark.parametrize("make", [noise, photo_like, flat, lambda: Image.new("L", (300, 300))])
+@pytest.mark.parametrize(
+    "make", [make_noise, make_photo, make_flat, lambda: Image.new("L", (300, 300))]
+)
 def test_nothing_is_found_in_unmarked_images(make):
     findings = detect_watermarks(make())
     assert len(findings) == len(METHODS) * len(PAYLOADS)
@@ -167,20 +169,20 @@ def test_nothing_is_found_in_unmarked_images(make):
 def test_a_damaged_watermark_is_named():
     bits = np.unpackbits(np.frombuffer(b"StableDiffusionV1", np.uint8))
     bits[::7] ^= 1
-    best = detect_watermarks(embed_watermark(noise(), bits.tolist()))[0]
+    best = detect_watermarks(embed_watermark(make_noise(), bits.tolist()))[0]
     assert (best.payload, best.verdict) == ("StableDiffusionV1", "damaged")
     assert best.agreement == pytest.approx(1 - 20 / 136)
 
 
-def test_the_mark_leaves_small_changes_only():
-    image = flat()
+def test_the_watermark_changes_pixels_little():
+    image = make_flat()
     difference = np.asarray(image, int) - np.asarray(embed_watermark(image, b"SDV2"), int)
     assert abs(difference).max() <= 14
     assert not difference[..., 0].any()
 
 
 def test_small_images_are_refused():
-    small = noise((256, 255))
+    small = make_noise((256, 255))
     assert not can_hold_watermark(small.size)
     assert not can_hold_watermark((20000, 4))
     assert detect_watermarks(small) == []
@@ -190,17 +192,17 @@ def test_small_images_are_refused():
         read_bits(small, 32)
 
 
-def test_mark_warns_instead_of_failing(caplog):
+def test_a_small_image_is_saved_without_watermark_and_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        small = noise((64, 64))
+        small = make_noise((64, 64))
         assert embed_or_warn(small, b"SDV2") is small
-        assert measure_agreement(embed_or_warn(flat(), b"SDV2"), b"SDV2") == 1
+        assert measure_agreement(embed_or_warn(make_flat(), b"SDV2"), b"SDV2") == 1
     assert [record.getMessage() for record in caplog.records] == [
         "64x64 is too small for a watermark, saved without"
     ]
 
 
-def test_mark_says_when_it_cannot_be_read_back(caplog):
+def test_a_watermark_that_cannot_be_read_back_is_named(caplog):
     embed_or_warn(Image.new("RGB", (256, 256), (100, 100, 130)), b"SDV2", "dwtDct")
     assert "cannot be read back" in caplog.text
 
@@ -217,4 +219,4 @@ def test_mark_says_when_it_cannot_be_read_back(caplog):
 )
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        embed_watermark(**{"image": noise(), "payload": b"SDV2", **change})
+        embed_watermark(**{"image": make_noise(), "payload": b"SDV2", **change})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from compat.oldmodels import build_recorded, keywords_of, recorded
+from compat.recordedmodels import build_recorded, get_kwargs, recorded
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.dpm_solver.dpm_solver import DPM_Solver, NoiseScheduleVP, model_wrapper
@@ -33,7 +33,7 @@ QUICK = {
 }
 
 
-def cases_of(*names):
+def list_cases(*names):
     """Pairs of a file and a case that records a call of `sample`."""
     return [
         pytest.param(name, case["name"], marks=[] if case["name"] in QUICK[name] else SLOW)
@@ -43,12 +43,12 @@ def cases_of(*names):
     ]
 
 
-@pytest.mark.parametrize(("name", "case"), cases_of("ddim_eps", "ddim_v", "plms_eps", "plms_v"))
+@pytest.mark.parametrize(("name", "case"), list_cases("ddim_eps", "ddim_v", "plms_eps", "plms_v"))
 def test_trajectories_equal_the_recorded_ones(name, case):
-    file, kind_of = recorded(name), DDIMSampler if name.startswith("ddim") else PLMSSampler
-    info, sampler = file.case(case)["info"], kind_of(build_recorded(name))
+    file, build = recorded(name), DDIMSampler if name.startswith("ddim") else PLMSSampler
+    info, sampler = file.case(case)["info"], build(build_recorded(name))
     torch.manual_seed(info["seed_before"])
-    samples, steps = sampler.sample(info["S"], 2, SHAPE, **keywords_of(file, case))
+    samples, steps = sampler.sample(info["S"], 2, SHAPE, **get_kwargs(file, case))
     lists = {key: torch.stack(values) for key, values in steps.items()}
     file.assert_close(case, samples=samples, **lists)
 
@@ -81,23 +81,23 @@ def test_ddim_encodes_and_decodes_as_recorded(kind):
     file.assert_close("encode", **outputs, inter_steps=noted)
 
 
-def test_a_step_count_of_the_original_that_runs_past_the_last_timestep_fails_as_ever():
+def test_a_step_count_that_runs_past_the_last_timestep_fails_as_in_the_original():
     with pytest.raises(IndexError, match="1000 is out of bounds"):
         DDIMSampler(build_recorded("ddim_eps")).sample(3, 2, SHAPE)
 
 
-@pytest.mark.parametrize(("name", "case"), cases_of("dpm_eps", "dpm_v"))
+@pytest.mark.parametrize(("name", "case"), list_cases("dpm_eps", "dpm_v"))
 def test_dpm_solver_equals_the_recorded_runs(name, case, monkeypatch):
     file, model, times = recorded(name), build_recorded(name), []
     info, apply_model = file.case(case)["info"], model.apply_model
 
-    def note_time(x, t, c):
+    def record_time(x, t, c):
         times.append(float(t[0]))
         return apply_model(x, t, c)
 
-    monkeypatch.setattr(model, "apply_model", note_time)
+    monkeypatch.setattr(model, "apply_model", record_time)
     torch.manual_seed(info["seed_before"])
-    samples, none = DPMSolverSampler(model).sample(info["S"], 2, SHAPE, **keywords_of(file, case))
+    samples, none = DPMSolverSampler(model).sample(info["S"], 2, SHAPE, **get_kwargs(file, case))
     assert none is None
     file.assert_close(case, samples=samples, model_times=times)
 
@@ -174,7 +174,7 @@ def test_noise_schedules_and_times_of_the_solver_equal_the_recorded_ones():
             file.assert_close(name, outer=outer, orders=orders)
 
 
-def test_adaptive_steps_of_a_model_without_error_end():
+def test_adaptive_steps_end_where_the_error_is_zero():
     schedule, x = NoiseScheduleVP("linear"), torch.ones(1, 2)
     solver = DPM_Solver(lambda x, t: torch.zeros_like(x), schedule)
     ends = schedule.marginal_alpha(torch.tensor([1.0, 1e-3]))
@@ -194,8 +194,8 @@ def test_tables_have_the_types_that_programs_expect():
         PLMSSampler(sampler.model).make_schedule(5, ddim_eta=0.5)
 
 
-@pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler, DPMSolverSampler])
-def test_samplers_take_models_and_conditions_of_other_programs(kind_of):
+@pytest.mark.parametrize("build", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_samplers_take_models_and_conditions_of_other_programs(build):
     """A class with the few attributes that are asked for; a dict with None in it, or None."""
     betas = torch.linspace(1e-4, 2e-2, 1000)
     alphas = (1 - betas).cumprod(0)
@@ -211,13 +211,13 @@ def test_samplers_take_models_and_conditions_of_other_programs(kind_of):
         apply_model=apply_model,
     )  # fmt: skip
     cond = {"c_concat": None, "y": [torch.zeros(2, 3)]}
-    samples, _ = kind_of(model).sample(
+    samples, _ = build(model).sample(
         4, 2, (1, 4, 4), conditioning=cond, unconditional_conditioning=cond, verbose=False,
         unconditional_guidance_scale=2.0, features_adapter=None,
     )  # fmt: skip
     assert samples.shape == (2, 1, 4, 4)
     assert set(seen) == {(4, None, 4)}
-    kind_of(model).sample(4, 2, (1, 4, 4), verbose=False)
+    build(model).sample(4, 2, (1, 4, 4), verbose=False)
     assert seen[-1] is None
 
 
@@ -251,9 +251,9 @@ class Corrector:
         return factor * e_t
 
 
-@pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler])
-def test_a_score_corrector_changes_the_predicted_noise(kind_of):
-    sampler, shared = kind_of(build_recorded("ddim_eps")), recorded("ddim_eps").select("shared/")
+@pytest.mark.parametrize("build", [DDIMSampler, PLMSSampler])
+def test_a_score_corrector_changes_the_predicted_noise(build):
+    sampler, shared = build(build_recorded("ddim_eps")), recorded("ddim_eps").select("shared/")
     options = {"score_corrector": Corrector(), "corrector_kwargs": {"factor": 0.0}}
     samples, _ = sampler.sample(5, 2, SHAPE, shared["c"], x_T=shared["x_T"], **options)
     scale = (sampler.ddim_alphas_prev[0] / float(sampler.ddim_alphas[-1])) ** 0.5
@@ -265,7 +265,7 @@ def test_guidance_scales_must_be_as_many_as_the_steps():
         DDIMSampler(build_recorded("ddim_eps")).sample(5, 2, SHAPE, ucg_schedule=[1.0] * 4)
 
 
-def test_thresholds_of_pixels_and_appended_axes():
+def test_thresholds_by_pixel_and_appended_axes():
     x = torch.tensor([3.0, 0.5]).reshape(1, 1, 1, 2).repeat(1, 4, 1, 1)
     assert spatial_norm_thresholding(x, 1.0)[0, 0, 0].tolist() == pytest.approx([1.0, 0.5])
     assert append_dims(torch.zeros(2), 4).shape == (2, 1, 1, 1)

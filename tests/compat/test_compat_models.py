@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from compathelp import TINY, UNET, randomize
 from torch import nn
 
-from compat.oldmodels import build, build_recorded, recorded
+from compat.recordedmodels import build, build_recorded, recorded
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -109,9 +109,9 @@ def test_losses_and_gradients_equal_the_recorded_ones(case):
     shared, (options, mode) = file.select("shared/"), case.rsplit("_", 1)
     model = build(file.meta[f"config_{options}"])
     model.train(mode == "train")
-    loss, parts = model.p_losses(shared["x_start"], shared["c"], shared["t"], shared["noise"])
+    loss, loss_dict = model.p_losses(shared["x_start"], shared["c"], shared["t"], shared["noise"])
     outputs = {"loss": loss.detach()}
-    outputs |= {f"dict/{name}": value.detach() for name, value in parts.items()}
+    outputs |= {f"dict/{name}": value.detach() for name, value in loss_dict.items()}
     if mode == "train":
         loss.backward()
         gradients = {f"grad/{n}": p.grad for n, p in model.named_parameters()}
@@ -126,14 +126,14 @@ def test_a_diffusion_model_of_images_is_trained():
     model = randomize(DDPM(config, timesteps=10, use_ema=False, original_elbo_weight=0.5)).train()
     images = torch.rand(2, 8, 8, 3)
     torch.manual_seed(0)
-    loss, parts = model.shared_step({"image": images})
+    loss, loss_dict = model.shared_step({"image": images})
     torch.manual_seed(0)
     t, x = torch.randint(0, 10, (2,)), images.movedim(-1, 1).contiguous()
     noise = torch.randn_like(x)
     error = (model.model(model.q_sample(x, t, noise), t) - noise).square().mean((1, 2, 3))
     vlb = (model.lvlb_weights[t] * error).mean()
     torch.testing.assert_close(loss, error.mean() + 0.5 * vlb)
-    assert parts.keys() == {"train/loss_simple", "train/loss_vlb", "train/loss"}
+    assert loss_dict.keys() == {"train/loss_simple", "train/loss_vlb", "train/loss"}
     model.learning_rate = 1e-3
     (group,) = model.configure_optimizers().param_groups
     assert len(group["params"]) == len(list(model.model.parameters()))
@@ -147,7 +147,7 @@ def test_forward_draws_timesteps_then_noise():
     file.assert_close("forward_rng", loss=loss.detach())
 
 
-def test_steps_of_the_optimizer_and_the_average_equal_the_recorded_ones():
+def test_steps_of_the_optimizer_and_the_ema_equal_the_recorded_ones():
     file = recorded("train_step")
     inputs, model = file.inputs("adamw"), build(file.meta["config"])
     model.model_ema = LitEma(model.model)
@@ -266,7 +266,7 @@ def test_conditions_get_noise_at_timesteps_of_their_own():
 
 
 @pytest.mark.slow
-def test_images_that_are_logged_have_the_original_names():
+def test_logged_images_have_the_names_of_the_original():
     model = build_recorded("get_input_more", "config_base_eps")
     image = recorded("get_input_more").tensors["shared/jpg"]
     batch = {"jpg": image[:, :64, :64], "txt": ["a cube", "a ball"]}
@@ -289,7 +289,7 @@ def test_images_that_are_logged_have_the_original_names():
     assert some.keys() == {"inputs"}
 
 
-def test_models_have_what_programs_look_for():
+def test_models_have_the_attributes_that_programs_look_for():
     model = build_recorded("ddim_eps")
     keys = list(model.state_dict())
     assert keys[:2] == ["betas", "alphas_cumprod"]
@@ -322,15 +322,15 @@ def test_losses_of_the_autoencoder_equal_the_recorded_ones(case):
     loss_module.train(info["loss_training"])
     posterior = model.encode(shared["x"])
     rec = model.decode(posterior.mean + posterior.std * shared["posterior_noise"])
-    loss, parts = loss_module(
+    loss, loss_dict = loss_module(
         shared["x"], rec, posterior, info["optimizer_idx"], info["global_step"],
         last_layer=model.get_last_layer(), split="train",
     )  # fmt: skip
-    outputs = {"loss": loss.detach(), **{f"log/{k}": v for k, v in parts.items()}}
+    outputs = {"loss": loss.detach(), **{f"log/{k}": v for k, v in loss_dict.items()}}
     file.assert_close(case, **outputs)
 
 
-def test_stages_without_an_autoencoder_hand_on_what_they_get():
+def test_an_identity_first_stage_returns_its_input():
     x = torch.zeros(1, 3, 4, 4)
     assert IdentityFirstStage().encode(x) is x
     assert IdentityFirstStage().quantize(x) is x

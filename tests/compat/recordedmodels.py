@@ -1,4 +1,4 @@
-"""Models of the recorded configs, built by the original's names, with weights by the recipe."""
+"""Models of the recorded configs, built under the original's names, with weights by `recipe`."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ recorded = functools.cache(load_golden)
 
 
 def build(config, salt="sd-gold-public", arch=None, **changes):
-    """Build a model from a config of the original; `arch` stands for the tiny text tower."""
+    """Build a model from a config of the original; `arch` is that of a tiny text tower."""
     config = copy.deepcopy(config)
     config["params"] |= changes
     for part in ("cond_stage_config", "embedder_config"):
@@ -40,17 +40,17 @@ def build_recorded(name, config="config"):
     return build(file.meta[config], file.meta["salt"], arch)
 
 
-def keywords_of(file: GoldenFile, case: str):
-    """Return the keywords of a recorded call of `sample`, with the tensors in their places."""
+def get_kwargs(file: GoldenFile, case: str):
+    """Return the keyword arguments of a recorded call of `sample`, tensors included."""
     shared = file.select("shared/")
-    keywords = dict(file.case(case)["info"]["kwargs"])
+    kwargs = dict(file.case(case)["info"]["kwargs"])
     names = {"conditioning": "c", "unconditional_conditioning": "uc"}
-    for key, value in keywords.items():
+    for key, value in kwargs.items():
         if value == "tensor/struct":
-            keywords[key] = shared[names.get(key, key)]
-    for key in names.keys() & keywords.keys():
+            kwargs[key] = shared[names.get(key, key)]
+    for key in names.keys() & kwargs.keys():
         if case.startswith("dict"):
-            keywords[key] = {"c_crossattn": [keywords[key]]}
+            kwargs[key] = {"c_crossattn": [kwargs[key]]}
         elif case.startswith("list"):
-            keywords[key] = [keywords[key], keywords[key].flip(1)]
-    return keywords
+            kwargs[key] = [kwargs[key], kwargs[key].flip(1)]
+    return kwargs
