@@ -137,12 +137,14 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
     changes: list[tuple[str, str, str | bool]] = [
         ("trainer", "precision", "bf16-mixed"),
         ("trainer", "gradient_checkpointing", True),
-        ("trainer", "ema_device", "cpu"),
         ("optimizer", "name", "adamw8bit"),
     ]
-    is_diffusion = not settings.model.target.endswith("AutoencoderKL")
-    if processes > 1 and is_diffusion and trainer.strategy not in ("fsdp", "hsdp"):
-        changes.append(("trainer", "strategy", "fsdp"))
+    if trainer.strategy not in ("fsdp", "hsdp"):  # see `build_state`, also below
+        changes.append(("trainer", "ema_device", "cpu"))
+        is_adaptation = settings.lora or settings.textual_inversion
+        is_shardable = not (is_adaptation or settings.model.target.endswith("AutoencoderKL"))
+        if processes > 1 and is_shardable and not (trainer.channels_last or trainer.ema_device):
+            changes.append(("trainer", "strategy", "fsdp"))
     for section, key, value in changes:
         override = f"lightning.{section}.{key}={str(value).lower()}"
         yield override, settings.replace(**{section: {key: value}})

@@ -128,3 +128,19 @@ def test_a_dry_run_prints_the_whole_config_and_what_would_help() -> None:
     assert "2 x 1 accumulated x 2 ranks" in text
     assert "lightning.trainer.strategy=fsdp" in text
     assert "data.params.batch_size=1 lightning.trainer.accumulate_grad_batches=2" in text
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("lightning.trainer.strategy=fsdp", "ema_device=cpu"),
+        ("lightning.trainer.ema_device=cpu", "strategy=fsdp"),
+        ("lightning.lora.rank=64", "strategy=fsdp"),
+    ],
+)
+def test_a_dry_run_does_not_suggest_what_would_be_refused(override: str, suggestion: str) -> None:
+    raw: Any = read_yaml(ROOT / "configs/train/tiny.yaml", [override])
+    assert suggestion not in "\n".join(
+        list(memory_estimate.describe_run(read_settings(raw), processes=2))[1:]
+    )
