@@ -449,6 +449,10 @@ def test_the_keywords_of_data_are_known(
         ("lightning.callbacks.image_logger.param=1", "image_logger: unknown key `param`, did you"),
         ("lightning.modelcheckpoint.param=1", "modelcheckpoint: unknown key `param`, did you"),
         ("lightning.callbacks.mine.target=my.Own", "callbacks.mine: unknown callback `my.Own`"),
+        (
+            "lightning.callbacks.mine={target: main.ImageLogger, params: {batch: 1}}",
+            "callbacks.mine.params: unknown parameter of ImageLogger `batch`",
+        ),
         ("lightning.logger.target=x.MLFlowLogger", "unknown logger `x.MLFlowLogger`"),
     ],
 )

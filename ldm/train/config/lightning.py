@@ -223,15 +223,14 @@ def _translate_callbacks(config: JsonMapping, result: _Translation) -> None:
             continue
         params = drop_nulls(get_section(config, f"{where}.params"))
         if name == "image_logger":
-            _translate_image_logger(params, result)
+            _translate_image_logger(params, f"{where}.params", result)
         else:  # checkpoints at fixed steps
             interval = params.pop("every_n_train_steps", CHECKPOINT_INTERVAL)
             result.set_defaults("callbacks", export_steps=interval)
             result.add_ignored(f"{where}.params", params, "all of these checkpoints are kept")
 
 
-def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
-    where = "lightning.callbacks.image_logger.params"
+def _translate_image_logger(params: JsonObject, where: str, result: _Translation) -> None:
     known = [*IMAGE_LOGGER_PARAMETERS, *IGNORED_IMAGE_LOGGER_PARAMETERS]
     check_names("parameter of ImageLogger", params, known, where)
     kwargs = drop_nulls(get_section(params, "log_images_kwargs"))
