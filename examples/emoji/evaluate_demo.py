@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the data set")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the dataset")
     parser.add_argument("--config", help="config (default: of the demo model)")
     parser.add_argument("--ckpt", help="weights (default: the demo model's)")
     parser.add_argument("--seen", type=int, default=400, help="prompts of trained pairs")

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the data set")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the dataset")
     parser.add_argument("--count", type=int, default=512, help="images per scale")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="guidance scales")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")

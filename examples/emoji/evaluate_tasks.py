@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     parser.add_argument("task", choices=list(TASKS))
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the data set")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the dataset")
     parser.add_argument("--ckpt", help="weights (default: of the shipped model)")
     parser.add_argument("--count", type=int, default=100, help="images, at most")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")

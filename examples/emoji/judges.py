@@ -194,7 +194,7 @@ class Gallery:
     """All real drawings of some objects, also held-out ones, to find those nearest to an image.
 
     Args:
-        folder: The data set.
+        folder: The dataset.
         objects: Names of the objects.
     """
 

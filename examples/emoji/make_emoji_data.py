@@ -1,4 +1,4 @@
-"""Build the emoji data set that the demo models are trained on.
+"""Build the emoji dataset that the demo models are trained on.
 
     python examples/emoji/make_emoji_data.py data/emoji --objects 300
 
@@ -150,7 +150,7 @@ def install(folder: Path) -> Path:
 def build(
     modules: Path, out: Path, objects: int | None = None, size: int = RANKING_SIZE
 ) -> list[Row]:
-    """Write the data set and return its metadata.
+    """Write the dataset and return its metadata.
 
     Args:
         modules: Folder `node_modules` with the packages of PACKAGES.

@@ -2,7 +2,7 @@
 
     python examples/emoji/make_figures.py demo tasks adapters
 
-`demo` needs the demo model only, `tasks` the data sets and the training runs `depth` and
+`demo` needs the demo model only, `tasks` the datasets and the training runs `depth` and
 `variation` of README.md, `adapters` the runs `lora`, `textual-inversion` and `dreambooth`.
 """
 

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass
 class DataReport:
-    """Statistics of a data set.
+    """Statistics of a dataset.
 
     Args:
         buckets: The buckets to count.

@@ -1,4 +1,4 @@
-"""Data sets: samples by (epoch, index), and the aspect-ratio bucket of each sample."""
+"""Datasets: samples by (epoch, index), and the aspect-ratio bucket of each sample."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 
 
 class UnreadableSample(ValueError):
-    """A sample that cannot be read; `name` is one of its data set's `iter_names()`."""
+    """A sample that cannot be read; `name` is one of its dataset's `iter_names()`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both, so that it can be pickled
@@ -32,7 +32,7 @@ class UnreadableSample(ValueError):
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """Base of the data sets; `dataset[epoch, index]` is a sample or raises UnreadableSample."""
+    """Base of the datasets; `dataset[epoch, index]` is a sample or raises UnreadableSample."""
 
     # Bucket of each sample; a batch holds samples of one bucket. None = one size for all.
     bucket_ids: Sequence[int] | None = None
@@ -49,7 +49,7 @@ class SampleDataset(Dataset[Sample], ABC):
 
 
 class ImageDataset(SampleDataset):
-    """Base of the data sets of images with metadata.
+    """Base of the datasets of images with metadata.
 
     The random choices in a sample are a function of (seed, epoch, index) only.
     """
@@ -151,5 +151,5 @@ class DreamBoothDataset(SampleDataset):
 
     def iter_names(self) -> Iterator[str]:
         yield from self.dataset.iter_names()
-        # Both data sets may have files of the same name.
+        # Both datasets may have files of the same name.
         yield from (f"prior/{name}" for name in self.class_images.iter_names())

@@ -81,7 +81,7 @@ class Folder(ImageDataset):
         if not self.rows:
             filters = ", ".join(f"{key} `{value}`" for key, value in required.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {filters}" if filters else ""))
-        self._files: dict[str, bytes] = {}  # small data sets are read from disk only once
+        self._files: dict[str, bytes] = {}  # small datasets are read from disk only once
         self._free_bytes = CACHE_BYTES
         self._assign_buckets()
 

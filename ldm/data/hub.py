@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face: on disk, in parquet files, or on the hub.
+"""Datasets of Hugging Face: on disk, in parquet files, or on the hub.
 
 {hub: DIR}                        what `save_to_disk` wrote, a folder of parquet or of images
 {hub: FILE.parquet}
@@ -17,12 +17,12 @@ __all__ = ["Hub"]
 
 
 class Hub(ImageDataset):
-    """An image data set of Hugging Face, with its other columns as metadata.
+    """An image dataset of Hugging Face, with its other columns as metadata.
 
     Args:
         hub: Path, or name on the hub.
-        name: Configuration of the data set; None = its default.
-        split: Name of the split; ignored for data sets without splits.
+        name: Configuration of the dataset; None = its default.
+        split: Name of the split; ignored for datasets without splits.
         image: The column of images.
         text: The column of captions.
         fields: Values that replace those of the metadata, {"text": "a photo of a sks dog"}.

@@ -10,7 +10,7 @@ In every epoch each stream has its own order of shards and a buffer that shuffle
 both functions of (seed, stream, epoch). So batch n is the same on any number of ranks, streams of
 unequal length do not wait for each other, and resuming reads the current epoch of a stream again
 without decoding it. Within an epoch of a stream no sample repeats; if all shards have the same
-size, none does within an epoch of the data set. If the number of streams is a multiple of the
+size, none does within an epoch of the dataset. If the number of streams is a multiple of the
 ranks, and that of shards a multiple of the streams, each shard is read by one rank.
 """
 
@@ -76,7 +76,7 @@ class Shards(BatchSource):
         minimum, maximum: Bounds of numbers in the .json, {"width": 512}; samples without the number
             are left out. None = no bounds.
         length: Number of samples in an epoch; None = unknown.
-        commands: Whether `pipe:COMMAND` is allowed; never taken from a config.
+        allow_commands: Whether `pipe:COMMAND` is allowed; never taken from a config.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Shards(BatchSource):
         minimum: Mapping[str, float] | None = None,
         maximum: Mapping[str, float] | None = None,
         length: int | None = None,
-        commands: bool = False,
+        allow_commands: bool = False,
     ) -> None:
-        self.urls = expand_patterns(shards, commands=commands)
+        self.urls = expand_patterns(shards, allow_commands=allow_commands)
         self.make_sample: MakeSample = self._decode_and_transform
         self.transform, self.seed, self.length = transform, seed, length
         self.streams, self.shuffle = min(streams, len(self.urls)), shuffle
@@ -224,7 +224,7 @@ class Shards(BatchSource):
         return self.transform(decode_sample(raw), rng)
 
 
-def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> list[str]:
+def expand_patterns(shards: str | Sequence[str], *, allow_commands: bool = False) -> list[str]:
     """Expand patterns to paths, URLs and commands.
 
     Raises:
@@ -234,7 +234,7 @@ def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> l
     if not shards:
         raise ArgumentError("`shards` names no files")
     patterns = [shards] if isinstance(shards, str) else shards
-    return [url for pattern in patterns for url in _expand(str(pattern), commands)]
+    return [url for pattern in patterns for url in _expand(str(pattern), allow_commands)]
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
@@ -300,14 +300,14 @@ def parse_metadata(raw: RawSample) -> dict[str, Any]:
     return {**row, "text": captions if len(captions) > 1 else captions[0]}
 
 
-def _expand(pattern: str, commands: bool) -> list[str]:
+def _expand(pattern: str, allow_commands: bool) -> list[str]:
     try:
         import braceexpand  # a dependency of webdataset
     except ImportError as error:
         raise ImportError(
             "shards need the package `webdataset`: pip install 'ldm-revived[shards]'"
         ) from error
-    if pattern.startswith("pipe:") and not commands:
+    if pattern.startswith("pipe:") and not allow_commands:
         raise ArgumentError(
             f"`{pattern}` is a command, which a config may not run: copy the shards, give their"
             " http(s) addresses, or allow it with --allow-commands"

@@ -1,6 +1,6 @@
 """Convert a decoded sample to a training sample: image to tensor, metadata to caption.
 
-A transform is called with (sample, rng): the metadata of a data set and `image`. It returns
+A transform is called with (sample, rng): the metadata of a dataset and `image`. It returns
 {"jpg": image (3, H, W) in [-1, 1], "txt": caption}, its conditions (see `ldm.data.conditions`), and
 the micro-conditioning of Stable Diffusion XL:
 
@@ -9,7 +9,7 @@ the micro-conditioning of Stable Diffusion XL:
     target_size_as_tuple      (2,)  height, width of the crop
     aesthetic_score           (1,)  of the metadata, else DEFAULT_SCORE
 
-All randomness comes from `rng`, which the data set seeds with (seed, epoch, index), so that a
+All randomness comes from `rng`, which the dataset seeds with (seed, epoch, index), so that a
 sample does not depend on what was read before it.
 """
 

@@ -113,7 +113,7 @@ def _find_painted_area(stored: StoredImage) -> Image.Image:
     labelled, ignored = histogram[1 : MAX_LABEL + 1].sum(), histogram[255]  # pixel counts
     if labelled > ignored > 0 and not histogram[MAX_LABEL + 1 : 255].any():
         log.warning(
-            "the mask `%s` has small values and 255, like labels of a data set: labels are "
+            "the mask `%s` has small values and 255, like labels of a dataset: labels are "
             "inpainted, 255 (ignored) is not", stored.name,
         )  # fmt: skip
         return gray.point(lambda value: 255 * (0 < value <= MAX_LABEL))

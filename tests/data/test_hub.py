@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face, from disk."""
+"""Datasets of Hugging Face, from disk."""
 
 import gc
 import sys

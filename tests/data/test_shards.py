@@ -168,7 +168,7 @@ def test_commands_are_not_run_unless_that_is_allowed(folder):
     command = f"pipe:cat {folder}/{{000..001}}.tar"
     with pytest.raises(ValueError, match="is a command, which a config may not run"):
         Shards(command, SQUARE)
-    assert set(list_texts(read(Shards(command, SQUARE, commands=True), 6))) == set("012345")
+    assert set(list_texts(read(Shards(command, SQUARE, allow_commands=True), 6))) == set("012345")
     with pytest.raises(OSError, match="failed with code 3"):
         list(read_shard(f"pipe:cat {folder}/000.tar; exit 3"))
 

@@ -198,7 +198,7 @@ def test_labels_with_255_for_ignored_are_named(tmp_path, caplog):
     Image.fromarray(values).save(tmp_path / "mask.png")
     mask = np.asarray(load_mask(tmp_path / "mask.png", (8, 8)))
     assert (mask == np.where(values == 1, 255, 0)).all()
-    assert "like labels of a data set" in caplog.text
+    assert "like labels of a dataset" in caplog.text
 
 
 def test_a_photo_given_as_mask_is_named(tmp_path, caplog):

@@ -360,7 +360,7 @@ def test_the_keywords_of_tasks_are_known() -> None:
     [
         (schema.FolderOptions, Folder, {"seed"}),
         (schema.HubOptions, Hub, {"seed"}),
-        (schema.ShardOptions, Shards, {"seed", "commands"}),
+        (schema.ShardOptions, Shards, {"seed", "allow_commands"}),
         (schema.PhotoOptions, PhotoTransform, {"name"}),
         (schema.EmojiOptions, EmojiTransform, {"name"}),
         (schema.BucketOptions, Buckets, {"size"}),

@@ -42,7 +42,7 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     ("params", "message"),
     [
         ({"train": {**TRAIN, "splits": "train"}}, "data.params.train: unknown key `splits`"),
-        ({"train": {**SHARDS, "commands": True}}, "unknown key `commands`"),
+        ({"train": {**SHARDS, "allow_commands": True}}, "unknown key `allow_commands`"),
         (
             {"train": {**TRAIN, "transform": {"name": "photo", "scale": [1, 1]}}},
             "data.params.train.transform: unknown key `scale`.* choose one of name, size, crop",

@@ -55,7 +55,7 @@ def check_images(spec: JsonMapping, where: str, *, allow_commands: bool = False)
         raise MissingFile(f"{where}.root: there is no folder `{spec['root']}`")
     if "shards" in spec:
         try:
-            expand_patterns(spec["shards"], commands=allow_commands)
+            expand_patterns(spec["shards"], allow_commands=allow_commands)
         except MissingFile as error:
             raise MissingFile(f"{where}.shards: {error}") from None
 
@@ -74,7 +74,7 @@ def open_images(
     key = next(key for key in DATASETS if key in spec)
     options = {**spec, "transform": build_transform(spec["transform"]), "seed": seed}
     if key == "shards":
-        options["commands"] = allow_commands
+        options["allow_commands"] = allow_commands
     try:
         return DATASETS[key](**options)
     except FileNotFoundError as error:
