@@ -264,6 +264,6 @@ def _compare_with_config(report: Report, weights: Weights, config: str | Path | 
             report.note = f"needs {titles} from another file, such as Stable Diffusion 1"
         expected = {n: v for n, v in expected.items() if not n.startswith(tuple(missing))}
     is_sgm = has_sgm_names(expected)
-    report.uses_ema = report.has_ema and asks_for_ema(raw)
+    report.uses_ema = weights.checkpoint.has_original_ema and asks_for_ema(raw)
     report.missing = [to_original_name(n, sgm=is_sgm) for n in expected if n not in state]
     report.unexpected = [to_original_name(n, sgm=is_sgm) for n in state if n not in expected]

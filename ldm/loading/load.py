@@ -179,7 +179,7 @@ def load(
     skipped: list[str] = []
     model = build_on_meta(raw, allow=allow, where=where, skipped=skipped)
     if ema is None:
-        ema = weights.checkpoint.has_ema and asks_for_ema(raw)
+        ema = weights.checkpoint.has_original_ema and asks_for_ema(raw)
     _log_unused(weights, ema, skipped)
     _check_family_options(model, weights, clip_stats=clip_stats, midas=midas, base=base)
     if base is not None:

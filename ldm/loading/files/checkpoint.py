@@ -100,6 +100,11 @@ class Checkpoint:
         """Whether the file has EMA weights, not only their counters."""
         return not self.ema_state.keys() <= EMA_COUNTERS
 
+    @property
+    def has_original_ema(self) -> bool:
+        """Whether it has EMA weights among the others, as the original, not in their own entry."""
+        return self.has_ema and not {*EMA_ENTRIES}.intersection(self.extras)
+
 
 @dataclass(frozen=True)
 class ComputedTensor:
