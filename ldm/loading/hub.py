@@ -201,7 +201,7 @@ def _download(
     digest = get_sha256(partial_file)
     if sha256 in (None, digest):
         partial_file.replace(target)
-        cache_sha256(target, digest)
+        cache_sha256(digest, target)
         return
     partial_file.unlink()
     if not is_resumed:

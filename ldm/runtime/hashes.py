@@ -1,11 +1,13 @@
-"""SHA-256 of large files, cached on disk by path, size and modification time.
+"""SHA-256 of large files and folders, cached on disk by path, size and modification time.
 
 The cache is in the folder $LDM_CACHE, else $XDG_CACHE_HOME/ldm, else `~/.cache/ldm`.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -60,29 +62,33 @@ class JsonCache:
         return get_cache_folder() / self.name
 
 
-HASHES = JsonCache("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]
+HASHES = JsonCache("hashes.json")  # paths on separate lines -> [*`_get_state`, SHA-256]
 
 
-def get_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file; for large ones from the cache, or with a progress bar."""
-    path = Path(path).expanduser()
-    if digest := find_cached_sha256(path):
+def get_sha256(*paths: str | Path) -> str:
+    """Return the SHA-256 of a file, or of several concatenated.
+
+    Of large ones it is taken from the cache, or computed with a progress bar.
+    """
+    if digest := find_cached_sha256(*paths):
         return digest
-    size = path.stat().st_size
-    label = f"hashing {path.name}"
+    size = sum(Path(path).expanduser().stat().st_size for path in paths)
+    label = f"hashing {Path(paths[0]).name if len(paths) == 1 else f'{len(paths)} files'}"
     disable = None if size >= LARGE_FILE_BYTES else True  # None: shown on a terminal only
     with tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=disable) as bar:
-        digest = compute_sha256(path, progress=bar.update)
+        digest = compute_sha256(*paths, progress=bar.update)
     if size >= LARGE_FILE_BYTES:
-        cache_sha256(path, digest)
+        cache_sha256(digest, *paths)
     return digest
 
 
-def find_cached_sha256(path: str | Path) -> str | None:
-    """Return the cached SHA-256 of a file; None if it is not cached, or the file has changed."""
-    path = Path(path).expanduser().absolute()
-    entry = HASHES.read().get(str(path))
-    return entry[2] if entry and path.is_file() and entry[:2] == _get_size_and_mtime(path) else None
+def find_cached_sha256(*paths: str | Path) -> str | None:
+    """Return the cached SHA-256 of files; None if it is not cached, or a file has changed."""
+    files = [Path(path).expanduser().absolute() for path in paths]
+    entry = HASHES.read().get(_make_key(files))
+    if not entry or not all(map(Path.is_file, files)) or entry[:2] != _get_state(files):
+        return None
+    return str(entry[2])
 
 
 def find_paths_by_sha256(digest: str) -> list[Path]:
@@ -91,12 +97,18 @@ def find_paths_by_sha256(digest: str) -> list[Path]:
     return [Path(path) for path in paths if find_cached_sha256(path)]
 
 
-def cache_sha256(path: str | Path, digest: str) -> None:
-    """Cache the hash of a file in its current state."""
-    path = Path(path).expanduser().absolute()
-    HASHES.set(str(path), [*_get_size_and_mtime(path), digest])
+def cache_sha256(digest: str, *paths: str | Path) -> None:
+    """Cache the hash of files in their current state."""
+    files = [Path(path).expanduser().absolute() for path in paths]
+    HASHES.set(_make_key(files), [*_get_state(files), digest])
 
 
-def _get_size_and_mtime(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+def _make_key(files: Sequence[Path]) -> str:
+    return "\n".join(map(str, files))
+
+
+def _get_state(files: Sequence[Path]) -> list[Any]:
+    """Return [bytes, mtime in ns] of a file, or lists of them of several."""
+    stats = [file.stat() for file in files]
+    sizes, times = [stat.st_size for stat in stats], [stat.st_mtime_ns for stat in stats]
+    return [sizes[0], times[0]] if len(files) == 1 else [sizes, times]

@@ -1,5 +1,6 @@
 """Checkpoint files: writing and reading both formats, EMA weights, and damaged files."""
 
+import hashlib
 import json
 import os
 import struct
@@ -14,6 +15,7 @@ from ldm.loading.files.checkpoint import (
     use_ema_weights,
     write_checkpoint,
 )
+from ldm.runtime.hashes import find_cached_sha256
 
 STATE = {
     "model.diffusion_model.in.weight": torch.arange(12.0).view(3, 4),
@@ -199,3 +201,18 @@ def test_hashes_follow_the_content_of_files_and_folders(tmp_path):
     assert compute_short_hash(tmp_path) == "ba7816bf8f"
     (tmp_path / "x.safetensors").write_bytes(b"abcd")
     assert compute_short_hash(tmp_path / "x.safetensors") == "88d4266fd4"
+
+
+def test_the_hash_of_a_large_folder_is_cached_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.runtime.hashes.LARGE_FILE_BYTES", 7)
+    files = [tmp_path / name / "model.safetensors" for name in ("unet", "vae")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(file.parent.name.encode())
+    assert find_cached_sha256(*files) is None
+    digest = hashlib.sha256(b"unetvae").hexdigest()
+    assert compute_short_hash(tmp_path) == digest[:10]
+    assert find_cached_sha256(*files) == digest
+    files[1].write_bytes(b"new")
+    assert find_cached_sha256(*files) is None
+    assert compute_short_hash(tmp_path) == hashlib.sha256(b"unetnew").hexdigest()[:10]

@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm.loading.files.pickles import load_pickle
 from ldm.loading.weight_names import remove_wrappers
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
-from ldm.runtime.files import compute_sha256, write_atomically
+from ldm.runtime.files import write_atomically
 from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -288,7 +288,7 @@ def compute_short_hash(path: str | Path) -> str:
     if not path.is_dir():
         return get_sha256(path)[:10]
     matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
-    return compute_sha256(*next(filter(None, matches), []))[:10]
+    return get_sha256(*next(filter(None, matches), []))[:10]
 
 
 def release_pages(tensor: Tensor) -> None:
