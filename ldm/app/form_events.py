@@ -42,7 +42,7 @@ class FormEvents:
         self.limits = backend.limits
         self.forms = {name: TaskForm(task, backend.limits) for name, task in TASKS.items()}
 
-    def restore(self, fields: Sequence[str], stored: str, owner: str) -> list[Any]:
+    def restore(self, fields: Sequence[str], stored: str, visitor: str) -> list[Any]:
         """Restore the form from the browser's storage; return updates of all fields and lists.
 
         Args:
@@ -60,7 +60,7 @@ class FormEvents:
         updates |= dict(zip(names, lists, strict=False))
         checkpoint = updates["checkpoint"]["value"]
         updates["loras"] = self.update_lora_list(checkpoint, values.get("loras"))
-        return [*updates.values(), *lists[len(names) :], owner or secrets.token_urlsafe(16)]
+        return [*updates.values(), *lists[len(names) :], visitor or secrets.token_urlsafe(16)]
 
     def refresh_files(self, checkpoint: str | None, *addons: str | None) -> list[Any]:
         """Read the models folder again; return updates of all file lists.

@@ -55,32 +55,32 @@ class JobEvents:
         self.jobs = jobs
         self.forms = forms
 
-    def submit_task(self, names: Sequence[str], owner: str, task: str, *form: Any) -> list[Any]:
+    def submit_task(self, names: Sequence[str], visitor: str, task: str, *form: Any) -> list[Any]:
         """Queue a run with the current values of the form.
 
         Args:
             names: Names of the fields after the weights of LoRAs, see `Layout.fields`.
         """
         if task not in TASKS:
-            return self._submit(owner, None)
+            return self._submit(visitor, None)
 
         def prepare() -> tuple[str, Callable[[Progress], str]]:
             request = self._make_request(names, task, *form)
             title = f"{TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
             return title, partial(self.backend.generate, request)
 
-        return self._submit(owner, prepare)
+        return self._submit(visitor, prepare)
 
-    def submit_depth(self, names: Sequence[str], owner: str, *form: Any) -> list[Any]:
+    def submit_depth(self, names: Sequence[str], visitor: str, *form: Any) -> list[Any]:
         """Queue the estimate of a depth map; arguments as `submit_task`."""
 
         def prepare() -> tuple[str, Callable[[Progress], str]]:
             request = self._make_request(names, "depth2img", *form)
             return "Estimate depth", partial(self.backend.estimate_depth, request)
 
-        return self._submit(owner, prepare)
+        return self._submit(visitor, prepare)
 
-    def submit_replay(self, owner: str, path: str | None) -> list[Any]:
+    def submit_replay(self, visitor: str, path: str | None) -> list[Any]:
         """Queue the reproduction of an image."""
 
         def prepare() -> tuple[str, Callable[[Progress], str]]:
@@ -88,10 +88,10 @@ class JobEvents:
                 raise MissingArgument(NO_IMAGE)
             return f"Reproduce {Path(path).name}", partial(self.backend.replay, path)
 
-        return self._submit(owner, prepare)
+        return self._submit(visitor, prepare)
 
     def _submit(
-        self, owner: str, prepare: Callable[[], tuple[str, Callable[[Progress], str]]] | None
+        self, visitor: str, prepare: Callable[[], tuple[str, Callable[[Progress], str]]] | None
     ) -> list[Any]:
         """Queue a job, or show its error; return the job and updates of the page.
 
@@ -102,13 +102,13 @@ class JobEvents:
         message, progress = "", gr.skip()
         try:
             if prepare is not None:
-                job = self.jobs.submit(owner, *prepare())
+                job = self.jobs.submit(visitor, *prepare())
                 if self.jobs.count_ahead(job) == 0:
                     progress = render_progress(job.progress)
         except Exception as error:  # top level: any error becomes the message
             log.debug("a form was refused", exc_info=True)
             message = explain_to_user(error)
-        return [job, render_error(message), progress, *self._update_queue(owner).values()]
+        return [job, render_error(message), progress, *self._update_queue(visitor).values()]
 
     def _make_request(
         self,
@@ -130,7 +130,7 @@ class JobEvents:
         values["vae"] = vae
         return self.backend.make_request(TASKS[task], model, values)
 
-    async def follow(self, owner: str, job: Job | None) -> AsyncIterator[list[Any]]:
+    async def follow(self, visitor: str, job: Job | None) -> AsyncIterator[list[Any]]:
         """Yield updates of JOB_OUTPUTS until a job has ended, which does not depend on the page."""
         if job is None:
             yield _make_updates()
@@ -140,21 +140,21 @@ class JobEvents:
         while True:
             has_ended, progress = job.has_ended, job.progress
             status: str | None = render_progress(progress, self.jobs.count_ahead(job))
-            if job.state == "queued" and self.jobs.list_jobs(owner)[:1] != [job]:
+            if job.state == "queued" and self.jobs.list_jobs(visitor)[:1] != [job]:
                 status = shown  # the page shows another job of the visitor
             updates: dict[str, Any] = {}
             if len(progress.images) > count:
                 count = len(progress.images)
-                updates |= self._update_gallery(owner)
+                updates |= self._update_gallery(visitor)
             if job.state == "removed":
-                updates |= self._update_queue(owner)
-                if shown is not None and not self.jobs.list_jobs(owner):
+                updates |= self._update_queue(visitor)
+                if shown is not None and not self.jobs.list_jobs(visitor):
                     updates["progress"] = render_progress(
                         Progress(message="removed from the queue")
                     )
             elif status != shown or has_ended:
                 updates |= {"progress": status, "preview": render_preview(progress)}
-                updates |= self._update_queue(owner)
+                updates |= self._update_queue(visitor)
                 if progress.has_failed:
                     updates["error"] = render_error(progress.message)
             if status != shown or has_ended:
@@ -164,29 +164,29 @@ class JobEvents:
             shown = status
             await asyncio.sleep(UPDATE_INTERVAL)
 
-    async def follow_all(self, owner: str) -> AsyncIterator[list[Any]]:
+    async def follow_all(self, visitor: str) -> AsyncIterator[list[Any]]:
         """Yield updates with the images of a visitor, and of all jobs that have not ended."""
-        yield _make_updates(**self._update_gallery(owner))
-        for job in self.jobs.list_jobs(owner):
-            async for updates in self.follow(owner, job):
+        yield _make_updates(**self._update_gallery(visitor))
+        for job in self.jobs.list_jobs(visitor):
+            async for updates in self.follow(visitor, job):
                 yield updates
 
-    def stop_job(self, owner: str) -> list[Any]:
+    def stop_job(self, visitor: str) -> list[Any]:
         """Stop the visitor's job, or remove it from the queue."""
-        self.jobs.stop(owner)
-        running = [job for job in self.jobs.list_jobs(owner) if job.state == "running"]
+        self.jobs.stop(visitor)
+        running = [job for job in self.jobs.list_jobs(visitor) if job.state == "running"]
         progress = render_progress(running[0].progress) if running else gr.skip()
-        return [progress, gr.Button(interactive=False), render_queue(self.jobs.list_jobs(owner))]
+        return [progress, gr.Button(interactive=False), render_queue(self.jobs.list_jobs(visitor))]
 
-    def clear_queue(self, owner: str) -> list[Any]:
+    def clear_queue(self, visitor: str) -> list[Any]:
         """Remove the visitor's waiting jobs from the queue."""
-        self.jobs.clear(owner)
-        updates = self._update_queue(owner)
+        self.jobs.clear(visitor)
+        updates = self._update_queue(visitor)
         return [updates["queue"], updates["clear"]]
 
-    def _update_queue(self, owner: str) -> dict[str, Any]:
+    def _update_queue(self, visitor: str) -> dict[str, Any]:
         """Return updates of the queue and the buttons Clear and Stop."""
-        jobs = self.jobs.list_jobs(owner)
+        jobs = self.jobs.list_jobs(visitor)
         can_stop = any(not job.progress.stop.is_set() for job in jobs)
         has_waiting = any(job.state == "queued" for job in jobs)
         return {
@@ -195,9 +195,9 @@ class JobEvents:
             "stop": gr.Button(interactive=can_stop),
         }
 
-    def _update_gallery(self, owner: str) -> dict[str, Any]:
+    def _update_gallery(self, visitor: str) -> dict[str, Any]:
         """Return updates of the gallery, its infos, the selected image and its parameters."""
-        files = (info for info in self.jobs.list_images(owner) if Path(info["path"]).is_file())
+        files = (info for info in self.jobs.list_images(visitor) if Path(info["path"]).is_file())
         infos = [shown for info in files for shown in _add_depth(info)]
         if not infos:
             return {}

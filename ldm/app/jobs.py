@@ -22,12 +22,12 @@ class Job:
     """A job of a visitor.
 
     Args:
-        owner: Id of the visitor.
+        visitor: Id of the visitor.
         title: Its line in the queue.
         work: Makes images; returns the final message.
     """
 
-    owner: str
+    visitor: str
     title: str
     work: Callable[[Progress], str]
     progress: Progress
@@ -61,19 +61,19 @@ class Jobs:
         self._galleries: dict[str, list[Info]] = {}
         self._lock = threading.Lock()
 
-    def list_images(self, owner: str) -> list[Info]:
+    def list_images(self, visitor: str) -> list[Info]:
         """Return the images of a visitor: the newest run first, each run in its own order."""
-        if owner not in self._galleries:  # its images are read from disk
-            self._galleries.setdefault(owner, self.initial_images())
-        return self._galleries[owner]
+        if visitor not in self._galleries:  # its images are read from disk
+            self._galleries.setdefault(visitor, self.initial_images())
+        return self._galleries[visitor]
 
-    def submit(self, owner: str, title: str, work: Callable[[Progress], str]) -> Job:
+    def submit(self, visitor: str, title: str, work: Callable[[Progress], str]) -> Job:
         """Add a job to the queue.
 
         Raises:
             ArgumentError: The queue is full.
         """
-        job = Job(owner, title, work, Progress(on_image=partial(self._add_image, owner)))
+        job = Job(visitor, title, work, Progress(on_image=partial(self._add_image, visitor)))
         with self._lock:
             if len(self._jobs) > self.limit:
                 raise ArgumentError(f"the queue is full: {self.limit} jobs are waiting")
@@ -83,28 +83,28 @@ class Jobs:
                 threading.Thread(target=self._run, daemon=True).start()
         return job
 
-    def list_jobs(self, owner: str) -> list[Job]:
+    def list_jobs(self, visitor: str) -> list[Job]:
         """Return the jobs of a visitor that have not ended."""
         jobs = list(self._jobs)  # a copy, as the worker thread changes the list
-        return [job for job in jobs if job.owner == owner]
+        return [job for job in jobs if job.visitor == visitor]
 
     def count_ahead(self, job: Job) -> int:
         """Return the number of jobs before this one in the queue."""
         jobs = list(self._jobs)
         return jobs.index(job) if job in jobs else 0
 
-    def stop(self, owner: str) -> None:
+    def stop(self, visitor: str) -> None:
         """Stop the running job of a visitor; without one, remove the first from the queue."""
-        for job in self.list_jobs(owner)[:1]:
+        for job in self.list_jobs(visitor)[:1]:
             if job.state == "running":
                 job.progress.stop.set()
                 job.progress.message = "stopping after this step"
             else:
                 self._remove([job])
 
-    def clear(self, owner: str) -> None:
+    def clear(self, visitor: str) -> None:
         """Remove all waiting jobs of a visitor from the queue."""
-        self._remove([job for job in self.list_jobs(owner) if job.state == "queued"])
+        self._remove([job for job in self.list_jobs(visitor) if job.state == "queued"])
 
     def _remove(self, jobs: list[Job]) -> None:
         with self._lock:
@@ -113,8 +113,8 @@ class Jobs:
                     job.state = "removed"
                     self._jobs.remove(job)
 
-    def _add_image(self, owner: str, position: int, info: Info) -> None:
-        gallery = self.list_images(owner)
+    def _add_image(self, visitor: str, position: int, info: Info) -> None:
+        gallery = self.list_images(visitor)
         gallery.insert(position, info)
         del gallery[GALLERY_LIMIT:]
 

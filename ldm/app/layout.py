@@ -46,7 +46,7 @@ class Layout:
         self.fields: dict[str, Any] = {}  # shared ones by name, those of a task by `task.name`
         self.images: dict[str, Any] = {}  # the first image field of each tab
         self.token_counts: dict[str, Any] = {}  # by name of the prompt
-        self.owner = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
+        self.visitor = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
         self.stored_form = gr.Textbox(visible="hidden")  # JSON of the form in the browser's storage
         self.task = gr.Textbox("txt2img", visible="hidden", elem_id="task")
         self.sketch_size = gr.Textbox(visible="hidden", elem_id="sketch-size")

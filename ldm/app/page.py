@@ -24,7 +24,7 @@ __all__ = ["Page"]
 
 FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
-RESTORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
+RESTORE = "(stored, visitor) => [localStorage.getItem('ldm-form') || '', visitor]"
 SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
     (image) => ({ image, caption: null }))]"""
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
@@ -127,16 +127,16 @@ class Page:
             _get_last_path, ui.job, ui.fields["depth2img.depth_map"], **QUIET
         )
         self._submit_and_follow(ui.replay.click, events.submit_replay, [ui.images["replay"]])
-        ui.stop.click(events.stop_job, ui.owner, [ui.progress, ui.stop, ui.queue], **QUIET)
-        ui.clear.click(events.clear_queue, ui.owner, [ui.queue, ui.clear], **QUIET)
+        ui.stop.click(events.stop_job, ui.visitor, [ui.progress, ui.stop, ui.queue], **QUIET)
+        ui.clear.click(events.clear_queue, ui.visitor, [ui.queue, ui.clear], **QUIET)
         ui.inspect.click(self.backend.library.inspect, ui.file, ui.report)
 
     def _submit_and_follow(self, trigger: Any, submit: Any, inputs: list[Any]) -> Any:
         ui = self.layout
         outputs = [ui.job, ui.error, ui.progress, ui.queue, ui.clear, ui.stop]
-        event = trigger(submit, [ui.owner, *inputs], outputs, **QUIET)
+        event = trigger(submit, [ui.visitor, *inputs], outputs, **QUIET)
         return event.then(
-            self.job_events.follow, [ui.owner, ui.job], self._job_outputs, show_progress="hidden"
+            self.job_events.follow, [ui.visitor, ui.job], self._job_outputs, show_progress="hidden"
         )
 
     @property
@@ -270,11 +270,13 @@ class Page:
         for field in stored.values():
             field.change(None, [*stored.values()], None, js=save)
         event = page.load(
-            partial(self.form_events.restore, [*stored]), [ui.stored_form, ui.owner],
-            [*stored.values(), *self._file_lists, ui.owner], js=RESTORE, **QUIET,
+            partial(self.form_events.restore, [*stored]), [ui.stored_form, ui.visitor],
+            [*stored.values(), *self._file_lists, ui.visitor], js=RESTORE, **QUIET,
         )  # fmt: skip
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
-        event.then(self.job_events.follow_all, ui.owner, self._job_outputs, show_progress="hidden")
+        event.then(
+            self.job_events.follow_all, ui.visitor, self._job_outputs, show_progress="hidden"
+        )
 
 
 def _get_seed(info: JsonObject | None, seed: str) -> str:
