@@ -237,7 +237,7 @@ def test_nothing_is_cached_without_memory_for_it_or_for_weights_of_inference_mod
 def test_cached_weights_take_at_most_half_of_the_memory_that_was_free(monkeypatch):
     (layer, x), (second, _), (third, _) = conv(), conv(), conv()
     layers = [layer, second, third]
-    room = 2 * 2 * weight_cache.FORM_SIZE * layer.weight.nbytes
+    room = 2 * 2 * weight_cache.MAX_RESULT_SIZE * layer.weight.nbytes
     monkeypatch.setattr(weight_cache, "get_free_memory", lambda: room)
     with torch.no_grad(), cpu.cache_weights():
         for each in layers:

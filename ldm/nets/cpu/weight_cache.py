@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ldm.runtime.device import get_free_memory
 
-FORM_SIZE = 1.8  # memory of a weight's largest form (Winograd's 16 / 9), relative to the weight
+MAX_RESULT_SIZE = 1.8  # largest cached result of a weight (Winograd's 16 / 9), relative to it
 MAX_INPUTS = 4  # contexts whose values are kept, to recognize them
-Form = TypeVar("Form", Tensor, list[Tensor])
+ResultT = TypeVar("ResultT", Tensor, list[Tensor])
 
 
 class _Entry(NamedTuple):
-    """The transformed forms of a weight by name."""
+    """The cached results of a weight by name."""
 
     weight: Tensor  # keeps the id of the weight from being reused
     state: tuple[int, int]  # address and version, which every write increments
-    forms: dict[str, Tensor | list[Tensor]]
+    results: dict[str, Tensor | list[Tensor]]
 
 
 class _Cache:
@@ -33,19 +33,19 @@ class _Cache:
         self.budget = get_free_memory() / 2  # remaining bytes
 
     def has_room(self, weight: Tensor) -> bool:
-        return id(weight) in self.entries or FORM_SIZE * weight.nbytes <= self.budget
+        return id(weight) in self.entries or MAX_RESULT_SIZE * weight.nbytes <= self.budget
 
     def get_entry(self, weight: Tensor) -> _Entry:
         """Return the entry of a weight, an empty one if the weight was changed."""
         state, entry = (weight.data_ptr(), weight._version), self.entries.get(id(weight))
         if entry is None:
-            self.budget -= FORM_SIZE * weight.nbytes
+            self.budget -= MAX_RESULT_SIZE * weight.nbytes
         if entry is None or entry.state != state:
             entry = self.entries[id(weight)] = _Entry(weight, state, {})
         return entry
 
-    def copy_input(self, x: Tensor) -> Tensor:
-        """Return a copy of x, the same one for equal values."""
+    def find_or_copy_input(self, x: Tensor) -> Tensor:
+        """Return the kept copy of an input with the values of x, or a new copy."""
         for copy in self.inputs:
             if copy.dtype == x.dtype and torch.equal(copy, x):
                 return copy
@@ -63,7 +63,7 @@ def cache_weights() -> Iterator[None]:
     The outputs of layers of a UNet's context are kept, too, while its values stay the same.
 
     For loops that run a network many times: the first step of a UNet takes about 1.5 times as long,
-    and the forms take up to 1.8 times the memory of their weights. Weights that are replaced, moved
+    and results take up to 1.8 times the memory of their weights. Weights that are replaced, moved
     or written to are transformed again, except for writes that torch does not count, through
     `.data` or numpy: avoid these within the block.
     """
@@ -89,15 +89,15 @@ def is_caching(weight: Tensor) -> bool:
     return cache.has_room(weight)
 
 
-def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Form:
+def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], ResultT]) -> ResultT:
     """Return `transform(weight)`, cached under `name` if `is_caching`."""
     cache = _cache.get()
     if cache is None or not is_caching(weight):
         return transform(weight)
     entry = cache.get_entry(weight)
-    if name not in entry.forms:
-        entry.forms[name] = transform(weight)
-    return cast(Form, entry.forms[name])
+    if name not in entry.results:
+        entry.results[name] = transform(weight)
+    return cast(ResultT, entry.results[name])
 
 
 def reuse_output(x: Tensor, weight: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,11 +108,11 @@ def reuse_output(x: Tensor, weight: Tensor, layer: Callable[[Tensor], Tensor]) -
     """
     cache = _cache.get()
     # Larger outputs, and the packed weight beside them, would not be within the budget.
-    is_large = x.shape[:-1].numel() > (FORM_SIZE - 1) * weight.shape[1]
+    is_large = x.shape[:-1].numel() > (MAX_RESULT_SIZE - 1) * weight.shape[1]
     if cache is None or is_large or not is_caching(weight):
         return layer(x)
-    forms, x = cache.get_entry(weight).forms, cache.copy_input(x)
-    last = forms.get("input and output")
+    results, x = cache.get_entry(weight).results, cache.find_or_copy_input(x)
+    last = results.get("input and output")
     if last is None or last[0] is not x:
-        last = forms["input and output"] = [x, layer(x)]
+        last = results["input and output"] = [x, layer(x)]
     return last[1]
