@@ -232,7 +232,7 @@ class Backend:
     ) -> Models:
         if self._models is None:
             memory = self.memory or get_total_memory(pick_device(request.model.device)) / 2
-            self._models = ModelCache(memory, _load_with_fitting_embeddings)
+            self._models = ModelCache(memory, _load_with_compatible_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
         # The recorded number, for the same rounding; but a file may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
@@ -314,7 +314,7 @@ def _read_info_with_path(path: Path) -> Info:
         return {}
 
 
-def _load_with_fitting_embeddings(
+def _load_with_compatible_embeddings(
     config: Any = None, ckpt: Any = None, *, embeddings: Iterable[str] = (), **options: Any
 ) -> LatentDiffusion:
     """Load a model with those embeddings that fit its text encoders."""

@@ -35,10 +35,10 @@ __all__ = [
     "Catalogue",
     "CatalogueEntry",
     "check_lora",
+    "is_lora_compatible",
     "list_addons",
     "list_checkpoints",
     "list_file_stats",
-    "lora_fits",
     "read_catalogue",
 ]  # fmt: skip
 
@@ -119,15 +119,15 @@ def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
     return paths
 
 
-def lora_fits(lora: str | Path, entry: CatalogueEntry) -> bool:
+def is_lora_compatible(lora: str | Path, entry: CatalogueEntry) -> bool:
     """Return whether a LoRA has the layers and shapes of a model."""
-    return _lora_fits(lora, list_file_stats(lora), entry)
+    return _is_lora_compatible(lora, list_file_stats(lora), entry)
 
 
 def check_lora(lora: str | Path, checkpoint: Path) -> None:
     """Raise the error that loading reports for a LoRA that does not fit a model."""
     entry = _read_entry(checkpoint, list_file_stats(checkpoint))
-    if isinstance(entry, CatalogueEntry) and not lora_fits(lora, entry):
+    if isinstance(entry, CatalogueEntry) and not is_lora_compatible(lora, entry):
         _read_lora(lora, entry)
 
 
@@ -224,7 +224,7 @@ def _get_downscale(autoencoder: nn.Module) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _lora_fits(lora: str | Path, stats: object, entry: CatalogueEntry) -> bool:
+def _is_lora_compatible(lora: str | Path, stats: object, entry: CatalogueEntry) -> bool:
     try:
         _read_lora(lora, entry)
     except WeightsMismatch:

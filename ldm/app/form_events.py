@@ -97,7 +97,7 @@ class FormEvents:
 
     def update_lora_list(self, checkpoint: str | None, selected: list[str] | None) -> Any:
         """Return an update of the LoRA list with those that fit the checkpoint."""
-        names = self.library.list_fitting_loras(checkpoint)
+        names = self.library.list_compatible_loras(checkpoint)
         value = [name for name in selected or () if name in names]
         return gr.update(choices=names, value=value, visible=bool(names))
 
@@ -205,10 +205,10 @@ class FormEvents:
                 values[kind] = self.library.find_addon(kind, info)
         if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
             recorded = self.library.find_recorded_loras(info)
-            fitting = self.library.list_fitting_loras(checkpoint)
+            compatible = self.library.list_compatible_loras(checkpoint)
             sliders = {
                 name: weight for name, weight in recorded
-                if name in fitting and not isinstance(weight, str) and abs(weight) <= MAX_WEIGHT
+                if name in compatible and not isinstance(weight, str) and abs(weight) <= MAX_WEIGHT
             }  # fmt: skip
             names = [*sliders][:LORA_SLOTS]
             tags = [f"<lora:{name}:{weight}>" for name, weight in recorded if name not in names]

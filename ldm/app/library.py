@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ldm.app.catalogue import (
     CatalogueEntry,
+    is_lora_compatible,
     list_addons,
     list_checkpoints,
     list_file_stats,
-    lora_fits,
     read_catalogue,
 )
 from ldm.app.form import DEFAULT_STEPS
@@ -91,12 +91,12 @@ class Library:
         folders = (path for path in self.folder.iterdir() if path.name.lower() == WILDCARD_FOLDER)
         return next((str(path) for path in folders if path.is_dir()), None)
 
-    def list_fitting_loras(self, model: str | None) -> list[str]:
+    def list_compatible_loras(self, model: str | None) -> list[str]:
         """Return the names of the LoRAs that fit a model."""
         entry = self._get_entry(model)
         if entry is None:
             return []
-        return [name for name, (file, _) in self.loras.items() if lora_fits(file, entry)]
+        return [name for name, (file, _) in self.loras.items() if is_lora_compatible(file, entry)]
 
     def list_embedding_tokens(self) -> list[str]:
         """Return the tokens of all embeddings."""

@@ -54,8 +54,8 @@ class Buckets:
     def index(self, width: int, height: int) -> int:
         """Find the index in `sizes` of the nearest aspect ratio; among equals, the largest."""
 
-        def distance(index: int) -> tuple[float, int]:
+        def compute_distance(index: int) -> tuple[float, int]:
             w, h = self.sizes[index]
             return abs(math.log(w / h * height / width)), -w * h
 
-        return min(range(len(self.sizes)), key=distance)
+        return min(range(len(self.sizes)), key=compute_distance)

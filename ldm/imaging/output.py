@@ -59,11 +59,11 @@ class OutputFolder:
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info, depth)
 
-        def file_name(number: int) -> str:
+        def make_file_name(number: int) -> str:
             return f"{self.name}-{number}.png" if number else f"{self.name}.png"
 
         start = self._next_numbers.get(self.path, 0)
-        return self._save(self.path, start, file_name, image, info, depth)
+        return self._save(self.path, start, make_file_name, image, info, depth)
 
     def save_grid(self, image: Image.Image, info: JsonMapping) -> Path:
         """Write the next `grid-NNNN.png`, and return its path."""
@@ -86,14 +86,14 @@ class OutputFolder:
         self,
         folder: Path,
         start: int,
-        file_name: Callable[[int], str],
+        make_file_name: Callable[[int], str],
         image: Image.Image,
         info: JsonMapping,
         depth: Image.Image | None,
     ) -> Path:
         """Write the image under the first free name, counting from `start`; return its path."""
         for number in count(start):
-            path = folder / file_name(number)
+            path = folder / make_file_name(number)
             if _write_if_free(path, image, info, depth):
                 break
         self._next_numbers[folder] = number + 1

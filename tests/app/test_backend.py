@@ -362,8 +362,8 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
     model = ldm.load(*families["base_v"])
     lora = write_random_lora(tmp_path / "1.safetensors", model, 1)
     backend = make_backend(families, tmp_path / "out", loras=[(str(lora), 0.5)])
-    assert backend.library.list_fitting_loras("base_v.safetensors") == ["1"]
-    assert backend.library.list_fitting_loras("upscale.safetensors") == []
+    assert backend.library.list_compatible_loras("base_v.safetensors") == ["1"]
+    assert backend.library.list_compatible_loras("upscale.safetensors") == []
     styled, plain = (run(backend, "txt2img", lora=lora).images[0] for lora in (["1:0.8"], []))
     assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
