@@ -312,7 +312,7 @@ def _describe_content(source: Path | BytesIO) -> str:
 
 
 def _find_transpose(image: ImageFile.ImageFile) -> Image.Transpose | None:
-    """Return the transpose that makes an image upright, by its EXIF data; None = it has no valid one."""
+    """Return the transpose that makes an image upright, by valid EXIF data; else None."""
     try:
         return TRANSPOSES.get(image.getexif().get(Tag.Orientation, 1))
     except Exception:  # Pillow raises errors of any kind on damaged EXIF data; pixels are intact
