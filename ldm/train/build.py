@@ -129,20 +129,9 @@ def collect_diffusion_options(params: JsonMapping, objective: JsonMapping) -> Js
 
 
 def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:
-    """Build the initial optimizers and EMA; with FSDP, shard the weights in place first.
-
-    Raises:
-        ValueError: The strategy does not support the task or another setting.
-    """
+    """Build the initial optimizers and EMA; with FSDP, shard the weights in place first."""
     trainer, optimizer = settings.trainer, settings.optimizer
     if trainer.strategy in ("fsdp", "hsdp") and ranks.world_size > 1:
-        if not task.is_shardable:
-            raise ValueError(
-                f"strategy `{trainer.strategy}` is not for LoRAs, embeddings and autoencoders: use "
-                "`ddp`"
-            )
-        if trainer.channels_last or trainer.ema_device == "cpu":
-            raise ValueError("`channels_last` and `ema_device: cpu` do not work with fsdp or hsdp")
         shard(task.trainable, ranks.world_size, trainer.strategy, trainer.shard_size, device.type)
     options = {"name": optimizer.name, **optimizer.options}
     if optimizer.name == "adamw" and task.betas is not None:

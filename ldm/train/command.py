@@ -160,6 +160,7 @@ def _read_settings(request: TrainRequest, existing: run_folder.ExistingRun | Non
     if request.train:
         required.append("model.base_learning_rate")
     require_keys(settings.config, *required)
+    settings.check_strategy(launch.count_processes(settings.devices, request.processes))
     check_data(settings.data, allow_commands=request.allow_commands)
     if request.train and not {"root", "hub", "length"} & settings.data.train.keys():
         settings.convert_epochs_to_steps(None)  # raises for numbers of epochs

@@ -139,11 +139,9 @@ def _list_savings(settings: Settings, processes: int) -> Iterator[tuple[str, Set
         ("trainer", "gradient_checkpointing", True),
         ("optimizer", "name", "adamw8bit"),
     ]
-    if trainer.strategy not in ("fsdp", "hsdp"):  # see `build_state`, also below
-        changes.append(("trainer", "ema_device", "cpu"))
-        is_adaptation = settings.lora or settings.textual_inversion
-        is_shardable = not (is_adaptation or settings.model.target.endswith("AutoencoderKL"))
-        if processes > 1 and is_shardable and not (trainer.channels_last or trainer.ema_device):
+    if trainer.strategy not in ("fsdp", "hsdp"):
+        changes.append(("trainer", "ema_device", "cpu"))  # which FSDP does not support
+        if processes > 1 and settings.find_sharding_problem() is None:
             changes.append(("trainer", "strategy", "fsdp"))
     for section, key, value in changes:
         override = f"lightning.{section}.{key}={str(value).lower()}"

@@ -147,6 +147,7 @@ def build_run(
     # Connect the processes.
     device = device or pick_device("cpu" if settings.devices.gpus in (0, []) else None)
     ranks = parallel.connect(device, timeout=trainer.timeout)
+    settings.check_strategy(ranks.world_size)
 
     # Set up torch. Initial weights are drawn from its global generator.
     torch.manual_seed(trainer.seed)

@@ -191,13 +191,26 @@ def test_mistakes_are_one_line_and_create_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_data_is_checked_before_other_processes_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.params.train.root=nope"], "data.params.train.root: there is no folder `nope`"),
+        (["trainer.strategy=fsdp", "lora.rank=2"], "LoRAs, embeddings and autoencoders cannot"),
+        (["trainer.strategy=fsdp", "trainer.ema_device=cpu"], "do not work with `channels_last`"),
+        (["trainer.strategy=hsdp", "trainer.shard_size=2"], "it must divide the 3 processes"),
+    ],
+)
+def test_data_and_strategy_are_checked_before_other_processes_start(
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch, "_replace_process", lambda arguments: pytest.fail("started"))
-    words = ["-t", "-b", TINY, "-l", str(tmp_path), "--nproc", "2"]
-    assert main([*words, "data.params.train.root=nope"]) == 1
-    assert "data.params.train.root: there is no folder `nope`" in capsys.readouterr().err
+    overrides = [f"{'' if o.startswith('data') else 'lightning.'}{o}" for o in overrides]
+    assert main(["-t", "-b", TINY, "-l", str(tmp_path), "--nproc", "3", *overrides]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

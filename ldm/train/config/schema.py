@@ -421,6 +421,10 @@ class Model(Section):
     target: str = ""
     params: JsonObject = {}
 
+    @property
+    def is_autoencoder(self) -> bool:
+        return self.target.endswith("AutoencoderKL")
+
 
 class LoaderOptions(BaseModel):
     """The keys of `data.params` that are read even if a config has no data."""

@@ -130,13 +130,32 @@ class Settings:
                 f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
                 f"(ranks) x {batch_size} (batch_size) x {base:.2e} (base_learning_rate)"
             )
-            if lr > HIGH_LEARNING_RATE and not self.model.target.endswith("AutoencoderKL"):
+            if lr > HIGH_LEARNING_RATE and not self.model.is_autoencoder:
                 log.warning(
                     "learning rate %.2e: above %.0e diffusion models often diverge; "
                     "if base_learning_rate is not to be scaled, set scale_lr: false",
                     lr, HIGH_LEARNING_RATE,
                 )  # fmt: skip
         return _build_schedule(self.optimizer, lr), explanation
+
+    def find_sharding_problem(self) -> str | None:
+        """Return why FSDP cannot shard the weights of this run; None if it can."""
+        if self.lora or self.textual_inversion or self.model.is_autoencoder:
+            return "LoRAs, embeddings and autoencoders cannot be sharded, use ddp"
+        if self.trainer.channels_last or self.trainer.ema_device:
+            return "fsdp and hsdp do not work with `channels_last` or `ema_device: cpu`"
+        return None
+
+    def check_strategy(self, world_size: int) -> None:
+        """Raise ValueError if the strategy does not support the run on so many processes."""
+        strategy, shard_size = self.trainer.strategy, self.trainer.shard_size
+        if world_size == 1 or strategy not in ("fsdp", "hsdp"):
+            return
+        problem = self.find_sharding_problem()
+        if strategy == "hsdp" and (not shard_size or world_size % shard_size):
+            problem = f"`shard_size` is {shard_size}, it must divide the {world_size} processes"
+        if problem:
+            raise ValueError(f"lightning.trainer.strategy: {problem}")
 
     def to_config(self) -> JsonObject:
         """Return the whole config, with defaults of all keys of `lightning:`."""
@@ -174,7 +193,7 @@ def read_settings(config: JsonMapping) -> Settings:
     known = [*SECTIONS, *lightning.SECTIONS]
     check_names("section", get_section(config, "lightning"), known, "lightning")
     sections, messages = lightning.translate(config)
-    is_autoencoder = model.target.endswith("AutoencoderKL")
+    is_autoencoder = model.is_autoencoder
     values = {name: sections.get(name, {}) for name in SECTIONS}
     if sample_prompts is not None:
         values["callbacks"] = {"prompts": sample_prompts, **values["callbacks"]}

@@ -272,10 +272,7 @@ def shard(
     """
     shape: tuple[int, ...] = (world_size,)
     if strategy == "hsdp":
-        if not shard_size or world_size % shard_size:
-            raise ValueError(
-                f"`shard_size` is {shard_size}, it must divide the {world_size} processes"
-            )
+        assert shard_size is not None  # see `Settings.check_strategy`
         shape = (world_size // shard_size, shard_size)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
     for network in module.children() if isinstance(module, nn.ModuleDict) else [module]:

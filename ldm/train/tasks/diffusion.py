@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,6 @@ class DiffusionTask(Task):
             are given although timesteps are not uniform.
     """
 
-    is_shardable: ClassVar[bool] = True
     model: LatentDiffusion
     _: KW_ONLY
     conditioning_dropout_prob: float | Mapping[str, float] | None = 0.1

@@ -26,7 +26,6 @@ class Task(ABC):
         discriminator: Network to train against the model; None = no discriminator.
         step: Current step, set by the training loop.
         betas: Default betas of AdamW; None = torch's.
-        is_shardable: Whether FSDP is supported.
     """
 
     model: LatentDiffusion | AutoencoderKL
@@ -34,7 +33,6 @@ class Task(ABC):
     discriminator: nn.Module | None = None
     step: int = 0
     betas: ClassVar[tuple[float, float] | None] = None
-    is_shardable: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
