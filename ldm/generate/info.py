@@ -30,7 +30,7 @@ from ldm.pipelines.freeu import resolve_freeu_factors
 from ldm.pipelines.latent_upscaling import LATENT_UPSCALE_FACTOR
 from ldm.pipelines.sampling_options import get_default_scheduler
 from ldm.pipelines.sdxl import REFINER_STRENGTH
-from ldm.runtime.files import compute_sha256
+from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
@@ -92,8 +92,7 @@ def describe_run(
         **{name: values[name] for name in input_options if name not in files},
         "inputs": {
             name: [
-                {"path": str(Path(path).resolve()), "sha256": compute_sha256(path)}
-                for path in paths
+                {"path": str(Path(path).resolve()), "sha256": get_sha256(path)} for path in paths
             ]
             for name, paths in files.items()
         },

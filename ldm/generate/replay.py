@@ -26,7 +26,8 @@ from ldm.loading.published import find_checkpoint
 from ldm.pipelines.sampling_options import Callback
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
-from ldm.runtime.files import compute_sha256, find_file
+from ldm.runtime.files import find_file
+from ldm.runtime.hashes import get_sha256
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -111,7 +112,7 @@ def check_inputs(info: JsonMapping) -> None:
     """Raise MissingFile or ArgumentError unless all input files exist and are unchanged."""
     for files in info.get("inputs", {}).values():
         for file in files:
-            _check_unchanged(file, compute_sha256, "sha256")
+            _check_unchanged(file, get_sha256, "sha256")
 
 
 def make_replay_request(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:

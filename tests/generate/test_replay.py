@@ -5,6 +5,7 @@ from PIL import Image, PngImagePlugin
 
 from imagehelp import IDENTICAL, QUICK
 from ldm.imaging.metadata import read_info, write_png
+from ldm.runtime.hashes import find_cached_sha256
 from quick import slow_except
 
 QUICK_CASES = [
@@ -65,6 +66,12 @@ def test_input_files_are_found_from_any_folder(run, run_ldm, photo, tmp_path, mo
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run_ldm("replay", path)[:2] == IDENTICAL
+
+
+def test_hashes_of_large_input_files_are_cached_on_disk(run, photo, monkeypatch):
+    monkeypatch.setattr("ldm.runtime.hashes.LARGE_FILE_BYTES", 1)
+    (path,) = run("img2img", "base_v", "--init-img", str(photo), "--n_samples", "1")[1]
+    assert find_cached_sha256(photo) == read_info(path)["inputs"]["init_img"][0]["sha256"]
 
 
 def test_an_edited_image_is_reported_as_edited(txt2img, run_ldm, tmp_path):
