@@ -7,6 +7,9 @@ class names), finds few-step models (`find_variant`, `variants`), takes parts fr
 checkpoints by name. `diffusers` reads and writes diffusers folders, `convert` converts between
 formats, `inspection` describes a file.
 
+"The original" is the `ldm` of CompVis and Stability AI, sgm their `generative-models`; "our names"
+of weights are those of this package's modules.
+
 No code named in a file is executed: targets are looked up in a table, and pickles are read by a
 restricted unpickler. Only `hub` uses the network.
 """

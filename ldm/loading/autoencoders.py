@@ -18,9 +18,9 @@ SCALE_FACTOR, SDXL_SCALE_FACTOR = 0.18215, 0.13025  # scale factors of SD 1 and 
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 FIXED_VAE = "sdxl-vae-fp16"  # published name of the corrected autoencoder
 # Patterns in lower-case file names: a corrected autoencoder; one of SDXL; one of SD 1 or 2.
-FIXED_NAME = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
-SDXL_NAME = re.compile("xl")
-SD_NAME = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
+FIXED_VAE_PATTERN = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
+SDXL_PATTERN = re.compile("xl")
+SD_PATTERN = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
 
 
 def find_scale_factor(file: Checkpoint, family: Family | None) -> tuple[float | None, str]:
@@ -37,9 +37,9 @@ def find_scale_factor(file: Checkpoint, family: Family | None) -> tuple[float | 
         return SDXL_SCALE_FACTOR if family.is_sdxl else SCALE_FACTOR, f"as that of {family.title}"
     name = file.path.stem.lower()
     for pattern, scale in (
-        (FIXED_NAME, SDXL_SCALE_FACTOR),
-        (SDXL_NAME, SDXL_SCALE_FACTOR),
-        (SD_NAME, SCALE_FACTOR),
+        (FIXED_VAE_PATTERN, SDXL_SCALE_FACTOR),
+        (SDXL_PATTERN, SDXL_SCALE_FACTOR),
+        (SD_PATTERN, SCALE_FACTOR),
     ):
         if pattern.search(name):
             return scale, "by its name"
@@ -52,4 +52,4 @@ def works_in_float16(file: Checkpoint) -> bool:
         return file.metadata[UPCAST_KEY] == "false"
     published = identify_hash(find_cached_sha256(file.path))
     is_fixed = published is not None and published.name == FIXED_VAE
-    return is_fixed or FIXED_NAME.search(file.path.stem.lower()) is not None
+    return is_fixed or FIXED_VAE_PATTERN.search(file.path.stem.lower()) is not None

@@ -18,11 +18,11 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["BASE", "Blocks", "find_blocks"]
 
 BASE, MIDDLE = "BASE", "M00"
-NUMBERED = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
-LABELS = {"input": "IN", "output": "OUT"}
+NUMBERED_BLOCK = re.compile(r"(?:unet\.)?(input|output)_blocks\.(\d+)\.")
+BLOCK_LABELS = {"input": "IN", "output": "OUT"}
 # Prefixes of layers outside the numbered blocks, which belong to the first, middle or last one.
 FIRST_PREFIXES, MIDDLE_PREFIX, LAST_PREFIX = ("time_embed", "label_emb"), "middle_block.", "out."
-ATTENTION = ".transformer_blocks."
+TRANSFORMER_LAYER = ".transformer_blocks."
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Blocks:
 
     def find_block(self, name: str) -> str:
         """Return the block of a weight or layer, by our name; its prefix `unet.` is optional."""
-        if match := NUMBERED.match(name):
-            return f"{LABELS[match[1]]}{int(match[2]):02}"
+        if match := NUMBERED_BLOCK.match(name):
+            return f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}"
         inner = name.removeprefix("unet.")
         if inner.startswith(FIRST_PREFIXES):
             return "IN00"
@@ -89,14 +89,14 @@ def find_blocks(names: Iterable[str]) -> Blocks:
     counts = {"input": 0, "output": 0}
     with_attention = {BASE}
     for name in names:
-        if match := NUMBERED.match(name):
+        if match := NUMBERED_BLOCK.match(name):
             counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
-            if ATTENTION in name:
-                with_attention.add(f"{LABELS[match[1]]}{int(match[2]):02}")
-        elif name.removeprefix("unet.").startswith(MIDDLE_PREFIX) and ATTENTION in name:
+            if TRANSFORMER_LAYER in name:
+                with_attention.add(f"{BLOCK_LABELS[match[1]]}{int(match[2]):02}")
+        elif name.removeprefix("unet.").startswith(MIDDLE_PREFIX) and TRANSFORMER_LAYER in name:
             with_attention.add(MIDDLE)
     numbered = {
-        side: [f"{LABELS[side]}{number:02}" for number in range(count)]
+        side: [f"{BLOCK_LABELS[side]}{number:02}" for number in range(count)]
         for side, count in counts.items()
     }
     blocks = (BASE, *numbered["input"], MIDDLE, *numbered["output"])

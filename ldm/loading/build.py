@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import has_overflow, release_pages
 from ldm.loading.legacy import MODEL, translate_config
-from ldm.loading.weight_names import AUTOENCODER
+from ldm.loading.weight_names import VAE_PREFIX
 from ldm.runtime.types import JsonMapping
 from ldm.runtime.warn import warn_caller
 
@@ -75,7 +75,7 @@ def fill_weights(
         old = state.pop(name)
         target_dtype = old.dtype
         if old.is_floating_point():
-            is_autoencoder = name.startswith(AUTOENCODER)
+            is_autoencoder = name.startswith(VAE_PREFIX)
             target_dtype = (autoencoder_dtype if is_autoencoder else None) or dtype
             if overflowing is None and _may_overflow(old, target_dtype):
                 overflowing = name if has_overflow(old, target_dtype) else None
@@ -85,7 +85,7 @@ def fill_weights(
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
     if overflowing is not None:
-        warn_caller(f"`{overflowing}` holds numbers too large for {dtype}, which become infinite")
+        warn_caller(f"`{overflowing}` has values too large for {dtype}, which become infinite")
 
 
 def _may_overflow(value: Tensor, dtype: torch.dtype) -> bool:

@@ -46,13 +46,13 @@ from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.model_config import probe_weights, read_config
 from ldm.loading.modelspec import MERGED_FROM_KEY, describe_model, filter_metadata
 from ldm.loading.replace_parts import check_upscaler, extract_autoencoder, extract_text_encoder
-from ldm.loading.sgm import ENGINE
+from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
-    AUTOENCODER,
-    TEXT,
-    TEXT_2,
-    UNET,
+    TEXT_2_PREFIX,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
     has_prefix,
     has_sgm_names,
     pair_names,
@@ -86,7 +86,7 @@ K_DIFFUSION_SUFFIX = ".pth"
 UPSCALER_PREFIXES = ("inner_model.", "low_res_noise_embed.")
 LORAS_KEY = "ldm.loras"  # metadata key under which merged LoRAs are listed
 CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
-LORA_PARTS = (UNET, TEXT, TEXT_2)  # parts that LoRAs change, by prefix of our names
+LORA_PARTS = (UNET_PREFIX, TEXT_PREFIX, TEXT_2_PREFIX)  # prefixes of parts that LoRAs change
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,8 @@ def find_config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     For an autoencoder only, it is that of `first_stage_config`; for an unknown family None.
     """
     weights = identify_weights(file)
-    is_part = not (file.has_ema or has_prefix(weights.state, UNET))
-    is_autoencoder = any(n.removeprefix(AUTOENCODER) == CONV_IN for n in weights.state)
+    is_part = not (file.has_ema or has_prefix(weights.state, UNET_PREFIX))
+    is_autoencoder = any(n.removeprefix(VAE_PREFIX) == CONV_IN for n in weights.state)
     if config is None and CONFIG_KEY in file.metadata:
         text = file.metadata[CONFIG_KEY]
     elif config is None and is_part and is_autoencoder:
@@ -389,7 +389,7 @@ def _replace_autoencoder(
     source = open_checkpoint(vae)
     state = extract_autoencoder(source, autoencoder, file.path)
     is_xl = isinstance(model, LatentDiffusion) and is_sdxl(model)
-    if is_xl and config["model"]["target"] == ENGINE:
+    if is_xl and config["model"]["target"] == DIFFUSION_ENGINE:
         overflows = not works_in_float16(source)
         config["model"]["params"]["disable_first_stage_autocast"] = overflows
     # Scale factor and upcast are options of the replaced autoencoder.
@@ -399,7 +399,7 @@ def _replace_autoencoder(
     for name in state.keys() & file_names.keys():
         file_name = file_names[name]
         state[name] = cast_weight(file_name, state[name], file.state[file_name].dtype)
-    return _replace_part(replace(file, metadata=metadata), AUTOENCODER, restore_names(state))
+    return _replace_part(replace(file, metadata=metadata), VAE_PREFIX, restore_names(state))
 
 
 def _replace_text_encoder(
@@ -408,7 +408,7 @@ def _replace_text_encoder(
     """Return a checkpoint with another text encoder, and its autoencoder if there was none."""
     names = rename_weights(file.state).keys()
     state = extract_text_encoder(open_checkpoint(text_encoder), model, names, file.path)
-    return _replace_part(file, TEXT, restore_names(state, sgm=has_sgm_names(names)))
+    return _replace_part(file, TEXT_PREFIX, restore_names(state, sgm=has_sgm_names(names)))
 
 
 def _replace_part(file: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> Checkpoint:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.loading.files.checkpoint import to_ema_name
-from ldm.loading.weight_names import UNET, select_prefix, to_original_name
+from ldm.loading.weight_names import UNET_PREFIX, select_prefix, to_original_name
 
 __all__ = [
     "CONFIG_DIR",
@@ -151,7 +151,7 @@ VECTOR_AXES = {
     "label_embweight": 0, "class_embeddingweight": 0,
 }  # fmt: skip
 CROSS_ATTENTION_KEY = "attn2to_kweight"
-SD_TURBO = re.compile(r"sd[-_ ]?turbo")
+SD_TURBO_PATTERN = re.compile(r"sd[-_ ]?turbo")
 # Thresholds of the methods "bias" and "probe". 0.09, as in ComfyUI, is between the values of all
 # published models of SD 2; -1 is A1111's.
 BIAS_LIMIT = 0.09
@@ -212,9 +212,9 @@ def detect_family(
         ema_state: `model_ema.*`, used if `state` has no UNet; None = no EMA weights.
         markers: Names of marker tensors in the file.
     """
-    unet = select_prefix(state, UNET)
+    unet = select_prefix(state, UNET_PREFIX)
     if not unet and ema_state:
-        unet = select_prefix(ema_state, to_ema_name(to_original_name(UNET)))
+        unet = select_prefix(ema_state, to_ema_name(to_original_name(UNET_PREFIX)))
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
     if not UPSCALER_NAMES.isdisjoint(shapes):
         return LATENT_UPSCALER
@@ -263,7 +263,7 @@ def detect_prediction_type(
     if family is not None:
         detections.append(Detection("step", GLOBAL_STEPS.get(step or 0), f"global_step {step}"))
         detections.append(_detect_by_bias(state))
-        if SD_TURBO.search(name.lower()):
+        if SD_TURBO_PATTERN.search(name.lower()):
             detections.append(Detection("name", "eps", name))
     return _choose_prediction_type(detections)
 

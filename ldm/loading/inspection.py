@@ -33,7 +33,7 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
-ADAPTER = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # prefix of kohya's layer names
+LORA_LAYER_PREFIX = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # prefix of kohya's layer names
 MAX_VALUE_LENGTH = 80  # characters of a metadata value to show
 # Bytes; the hash of a larger file, which takes seconds, is computed only if it may be published.
 MAX_SIZE_TO_HASH = 1_000_000_000
@@ -231,7 +231,7 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
     is_sgm = has_sgm_names(state)
     for name, tensor in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
-        adapter = ADAPTER.match(name)
+        adapter = LORA_LAYER_PREFIX.match(name)
         prefix = adapter[0] if adapter else ".".join(name.split(".")[:depth]) + "."
         groups.setdefault(prefix, []).append(tensor)
     for prefix, tensors in groups.items():

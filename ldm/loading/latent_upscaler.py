@@ -1,7 +1,7 @@
 """Find the config of the x2 latent upscaler as published: a pickle of k-diffusion, and a JSON.
 
-The section `model` of the JSON has the arguments of our network; without a JSON they are inferred
-from the shapes of the weights.
+The section `model` of the JSON has the arguments of LatentUpscalerUNet; without a JSON they are
+inferred from the shapes of the weights.
 """
 
 import re
@@ -16,16 +16,17 @@ from ldm.loading.families import CONFIG_DIR
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["build_upscaler_config", "find_json", "find_unet_params"]
+__all__ = ["build_upscaler_config", "find_config_json", "get_unet_params"]
 
-TEMPLATE = f"{CONFIG_DIR}/x2-latent-upscaler.yaml"
+CONFIG_TEMPLATE = f"{CONFIG_DIR}/x2-latent-upscaler.yaml"
 MODEL_TYPE = "image_v1"
-PREFIX = "unet.inner_model."
-CONVOLUTION = re.compile(rf"{re.escape(PREFIX)}u_net\.d_blocks\.(\d+)\.(\d+)\.main\.2\.weight")
-ATTENTION = re.compile(rf"{re.escape(PREFIX)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|kv)_proj\.weight")
+INNER_PREFIX = "unet.inner_model."
+DOWN_LAYER = rf"{re.escape(INNER_PREFIX)}u_net\.d_blocks\.(\d+)\.(\d+)\."
+CONV_WEIGHT = re.compile(rf"{DOWN_LAYER}main\.2\.weight")
+ATTENTION_WEIGHT = re.compile(rf"{DOWN_LAYER}(qkv|kv)_proj\.weight")
 
 
-def find_json(path: Path) -> Path | None:
+def find_config_json(path: Path) -> Path | None:
     """Return the JSON beside a file: NAME.json, or config_PREFIX.json with a prefix of its name.
 
     Of several, that with the longest prefix is used: the names of versions have common prefixes.
@@ -39,13 +40,13 @@ def find_json(path: Path) -> Path | None:
 
 
 def build_upscaler_config(unet_params: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
-    """Return our config of the upscaler with arguments of the network, see `find_unet_params`."""
-    raw = read_yaml(TEMPLATE)
+    """Return our config of the upscaler with arguments of the network, see `get_unet_params`."""
+    raw = read_yaml(CONFIG_TEMPLATE)
     raw["model"]["params"]["unet"]["params"] = dict(unet_params)
-    return parse_yaml(format_yaml(raw), overrides, where=TEMPLATE)
+    return parse_yaml(format_yaml(raw), overrides, where=CONFIG_TEMPLATE)
 
 
-def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
+def get_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
     """Return the network's arguments from a JSON of k-diffusion, else from the shapes of weights.
 
     Returns None if the config, or the model, is not an x2 latent upscaler.
@@ -62,8 +63,8 @@ def find_unet_params(config: str, state: Mapping[str, Tensor]) -> JsonObject | N
             )
         # k-diffusion's default; the published JSON sets it to false.
         return {"augment_wrapper": True, **model}
-    has_weights = f"{PREFIX}proj_in.weight" in state
-    return _infer_unet_params(state) if config == TEMPLATE and has_weights else None
+    has_weights = f"{INNER_PREFIX}proj_in.weight" in state
+    return _infer_unet_params(state) if config == CONFIG_TEMPLATE and has_weights else None
 
 
 def _infer_unet_params(state: Mapping[str, Tensor]) -> JsonObject:
@@ -73,16 +74,16 @@ def _infer_unet_params(state: Mapping[str, Tensor]) -> JsonObject:
     attentions: dict[str, set[int]] = {"qkv": set(), "kv": set()}
     context_dim = 0
     for name, value in state.items():
-        if match := CONVOLUTION.fullmatch(name):
+        if match := CONV_WEIGHT.fullmatch(name):
             level = int(match[1])
             channels[level] = len(value)
             depths[level] = depths.get(level, 0) + 1
-        elif match := ATTENTION.fullmatch(name):
-            attentions[match[2]].add(int(match[1]))
-            context_dim = value.shape[1] if match[2] == "kv" else context_dim
+        elif match := ATTENTION_WEIGHT.fullmatch(name):
+            attentions[match[3]].add(int(match[1]))
+            context_dim = value.shape[1] if match[3] == "kv" else context_dim
     levels = range(len(channels))
-    in_channels = state[f"{PREFIX}proj_in.weight"].shape[1] // 2
-    mapping_out, mapping_cond_dim = state[f"{PREFIX}mapping_cond.weight"].shape
+    in_channels = state[f"{INNER_PREFIX}proj_in.weight"].shape[1] // 2
+    mapping_out, mapping_cond_dim = state[f"{INNER_PREFIX}mapping_cond.weight"].shape
     return {
         "input_channels": in_channels,
         "unet_cond_dim": in_channels,
@@ -93,5 +94,5 @@ def _infer_unet_params(state: Mapping[str, Tensor]) -> JsonObject:
         "channels": [channels[level] for level in levels],
         "self_attn_depths": [level in attentions["qkv"] for level in levels],
         "cross_attn_depths": [level in attentions["kv"] for level in levels],
-        "has_variance": len(state[f"{PREFIX}proj_out.weight"]) > in_channels,
+        "has_variance": len(state[f"{INNER_PREFIX}proj_out.weight"]) > in_channels,
     }

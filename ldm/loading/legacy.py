@@ -1,7 +1,7 @@
 """Translate configs of the original code: its class names and their parameters.
 
     TARGETS               its class -> ours, with the same parameters
-    MODEL_CLASSES         its model class -> translation to LatentDiffusion; also `sgm.ENGINE`
+    MODEL_CLASSES         its model class -> translation to LatentDiffusion; sgm's is in `sgm`
     UNSUPPORTED_CLASSES   its class -> its purpose: known, but not supported
 
 Names of weights are in `weight_names`.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm.loading.sgm import ENGINE, check_params, translate_engine
+from ldm.loading.sgm import DIFFUSION_ENGINE, check_params, translate_engine
 from ldm.runtime.errors import ConfigError, errors_as
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -28,7 +28,7 @@ IMAGES, LOWRES = "ldm.encoders.image.", "ldm.encoders.lowres."
 SCHEDULES = "ldm.diffusion.schedule."
 DDPM = "ldm.models.diffusion.ddpm."
 ENCODERS, LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
-OPENAI_MODEL = "modules.diffusionmodules.openaimodel.UNetModel"
+OPENAI_UNET = "modules.diffusionmodules.openaimodel.UNetModel"
 SGM_ENCODERS = "sgm.modules.encoders.modules."
 
 # Our class: its names in the original.
@@ -47,7 +47,7 @@ CLASSES = {
         "ldm.models.autoencoder.IdentityFirstStage", "sgm.models.autoencoder.IdentityFirstStage",
     ),
     "ldm.nets.latent_upscaler.LatentUpscalerUNet": (),
-    "ldm.nets.unet.UNet": ("ldm." + OPENAI_MODEL, "sgm." + OPENAI_MODEL),
+    "ldm.nets.unet.UNet": ("ldm." + OPENAI_UNET, "sgm." + OPENAI_UNET),
     "ldm.encoders.text.OpenCLIPText": (
         ENCODERS + "FrozenOpenCLIPEmbedder", SGM_ENCODERS + "FrozenOpenCLIPEmbedder",
         SGM_ENCODERS + "FrozenOpenCLIPEmbedder2",
@@ -121,7 +121,7 @@ VARIATION_DEFAULTS = {"scale": 3.0}
 LDM3D_DEFAULTS = {"scale": 5.0, "steps": 49}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
 # Parameters of the original model class that are used only by training or logging.
-TRAINING_ONLY = {
+TRAINING_ONLY_PARAMS = {
     "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
     "force_null_conditioning", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet",
     "log_every_t", "logvar_init", "loss_type", "make_it_fit", "monitor", "num_timesteps_cond",
@@ -129,7 +129,7 @@ TRAINING_ONLY = {
     "scheduler_config", "ucg_training", "unet_trainable", "use_positional_encodings",
 }  # fmt: skip
 # Parameters that repeat values of the parts, or that `load` reads itself.
-REDUNDANT = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
+REDUNDANT_PARAMS = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
 # The weight that may have fewer input channels in the `ckpt_path` of a training run.
 INPUT_CONV = "model.diffusion_model.input_blocks.0.0.weight"
 FINETUNE_PARAMS = (
@@ -137,7 +137,7 @@ FINETUNE_PARAMS = (
 )  # fmt: skip
 AUTOENCODER_CONFIG = "first_stage_config"
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
-MODEL_KEYS = {
+MODEL_PARAMS = {
     "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
     "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
     "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
@@ -176,7 +176,7 @@ def translate_config(
     with errors_as(ConfigError, f"{where}: invalid parameters"):
         if target in MODEL_CLASSES:
             return _ModelTranslator(target, params, where, skipped).translate()
-        if target == ENGINE:
+        if target == DIFFUSION_ENGINE:
             translate = partial(translate_config, skipped=skipped)
             engine = translate_engine(params, f"{where}.params", skipped, translate)
             return {"target": MODEL, "params": engine, "where": where}
@@ -224,8 +224,8 @@ class _ModelTranslator:
     def _check_params(self) -> None:
         name, cls = self.target.rpartition(".")[2], MODEL_CLASSES[self.target]
         required = ("unet_config", AUTOENCODER_CONFIG, "cond_stage_config", *cls.required)
-        used = {*MODEL_KEYS, *REDUNDANT, *cls.required, *cls.optional}
-        training_only = {*TRAINING_ONLY, *cls.training_only}
+        used = {*MODEL_PARAMS, *REDUNDANT_PARAMS, *cls.required, *cls.optional}
+        training_only = {*TRAINING_ONLY_PARAMS, *cls.training_only}
         self.skipped += check_params(name, self.params, required, used, training_only, self.where)
         conditioning = self.params.get("conditioning_key")
         if conditioning not in (None, cls.conditioning_key):
@@ -354,4 +354,4 @@ MODEL_CLASSES = {
 
 def list_targets() -> list[str]:
     """Return every `target` that is recognised, supported or not, to suggest the nearest."""
-    return [*TARGETS, *MODEL_CLASSES, ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]
+    return [*TARGETS, *MODEL_CLASSES, DIFFUSION_ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]

@@ -21,10 +21,10 @@ from ldm.loading.diffusers.locations import (
 )
 from ldm.loading.families import detect_family
 from ldm.loading.weight_names import (
-    AUTOENCODER,
-    TEXT,
-    TEXT_2,
-    UNET,
+    TEXT_2_PREFIX,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
     has_prefix,
     has_sgm_names,
     select_prefix,
@@ -40,16 +40,16 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PART_PREFIXES = (UNET, AUTOENCODER, "conditioner.")
+PART_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "conditioner.")
 # Title of parts that some files of whole models do not contain, by prefix.
 SEPARABLE_PARTS = {
-    AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
+    VAE_PREFIX: "autoencoder", TEXT_PREFIX: "text encoder", TEXT_2_PREFIX: "second text encoder"
 }  # fmt: skip
 # Suffixes of names that only files of older versions of transformers and diffusers have.
 UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
-TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
+TEXT_BLOCKS = f"{TEXT_PREFIX}model.transformer.resblocks."
 # The ids in CLIP's vocabulary of the tokens of a compact one, and their embeddings.
-TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
+TOKEN_IDS, TOKEN_TABLE = f"{TEXT_PREFIX}token_ids", f"{TEXT_PREFIX}model.token_embedding.weight"
 # Names of tensors beside the weights of quantised layers.
 QUANTIZED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
 MAX_LISTED = 10  # names in each list of a message
@@ -195,14 +195,14 @@ def _find_cause(
     separable, family = list_missing(SEPARABLE_PARTS), detect_family(state)
     if any(QUANTIZED.search(name) for name in unexpected):
         return "the weights are quantised, which is not supported"
-    if TOKEN_IDS in expected and TOKEN_IDS not in state and has_prefix(state, TEXT):
+    if TOKEN_IDS in expected and TOKEN_IDS not in state and has_prefix(state, TEXT_PREFIX):
         return (
             "the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
             "use the config of the weights, which a diffusers folder or its conversion contains"
         )
     if family is not None and separable and not unexpected:
         titles = [f"{SEPARABLE_PARTS[prefix]} (`{to_original(prefix)}`)" for prefix in separable]
-        is_autoencoder = separable == [AUTOENCODER]
+        is_autoencoder = separable == [VAE_PREFIX]
         remedy = "pass one (`vae`)" if is_autoencoder else "take a file of the whole model"
         return f"the file has no {' and no '.join(titles)}: {remedy}"
     if family is not None:
@@ -211,7 +211,7 @@ def _find_cause(
     file_type = guess_file_type(state)
     if file_type is not None and file_type != guess_file_type(expected):
         return f"the file is {file_type}"
-    if missing := list_missing((UNET, *SEPARABLE_PARTS)):
+    if missing := list_missing((UNET_PREFIX, *SEPARABLE_PARTS)):
         return f"the file has no weights {', '.join(f'`{to_original(p)}*`' for p in missing)}"
     return None
 
@@ -224,7 +224,7 @@ def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     locations = [location for component in components for location in component.values()]
     names = [*model.state_dict(), *(name for location in locations for name in location.keys)]
     prefix = next(
-        (p for p in ("", UNET, AUTOENCODER, TEXT) if any(p + n in state for n in names)), ""
+        (p for p in ("", *PART_PREFIXES[:2], TEXT_PREFIX) if any(p + n in state for n in names)), ""
     )
     return select_prefix(state, prefix)
 

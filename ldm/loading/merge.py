@@ -35,7 +35,7 @@ from ldm.loading.files.checkpoint import (
     release_pages,
 )
 from ldm.loading.modelspec import LICENSE_KEY, MERGED_FROM_KEY, describe_model, filter_metadata
-from ldm.loading.weight_names import AUTOENCODER, TEXT, TEXT_2, UNET, pair_names
+from ldm.loading.weight_names import TEXT_2_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, pair_names
 from ldm.loading.weights import identify_weights, open_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
@@ -131,7 +131,7 @@ def plan_merge(
     weights = dict.fromkeys(blocks.names, weight)
     if block_weights is not None:
         weights = blocks.parse_weights(block_weights, weight, "block_weights")
-    prefixes = (*LORA_PARTS, AUTOENCODER) if merge_vae else LORA_PARTS
+    prefixes = (*LORA_PARTS, VAE_PREFIX) if merge_vae else LORA_PARTS
     state: dict[str, Tensor | ComputedTensor] = dict(a.file.state)
     candidates = [n for n in a.names if n.startswith(prefixes) and a[n].is_floating_point()]
     merged = [name for name in candidates if all(name in m for m in others)]
@@ -175,7 +175,7 @@ def check_compatible(a: ModelFile, b: ModelFile) -> None:
     has fewer input channels.
     """
     path_a, path_b = f"`{a.file.path}`", f"`{b.file.path}`"
-    unet_names = [name for name in {**a.names, **b.names} if name.startswith(UNET)]
+    unet_names = [name for name in {**a.names, **b.names} if name.startswith(UNET_PREFIX)]
     mismatched = [name for name in unet_names if not _is_compatible(name, a, b)]
     if mismatched:
         if a.title != b.title:
@@ -191,7 +191,7 @@ def check_compatible(a: ModelFile, b: ModelFile) -> None:
     if type(a.model.schedule) is not type(b.model.schedule):
         raise WeightsMismatch(f"{path_b} has another kind of noise schedule than {path_a}")
     for name in a.names:
-        if name in b and name.startswith((TEXT, TEXT_2)):
+        if name in b and name.startswith((TEXT_PREFIX, TEXT_2_PREFIX)):
             shapes = [tuple(m[name].shape) for m in (a, b)]
             if shapes[0] != shapes[1]:
                 message = f"{path_b} does not fit {path_a}: `{name}` has shape {shapes[1]}"

@@ -16,10 +16,10 @@ from ldm.loading.families import (
     probe_prediction_type,
 )
 from ldm.loading.files.checkpoint import CONFIG_KEY, opens_quickly
-from ldm.loading.latent_upscaler import build_upscaler_config, find_json, find_unet_params
+from ldm.loading.latent_upscaler import build_upscaler_config, find_config_json, get_unet_params
 from ldm.loading.legacy import MODEL, MODEL_CLASSES, translate_config
 from ldm.loading.matching import guess_file_type, match_weights
-from ldm.loading.sgm import ENGINE
+from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.loading.variants import GUIDANCE_WEIGHT
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.runtime.errors import (
@@ -37,7 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 # In the names of LDM3D's files for panoramas, whose latents are twice as wide as they are high.
-PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
+PANORAMA_PATTERN = re.compile(r"ldm3d[-_. ]?pano")
 # Name of an SDXL YAML with another denoiser and noise levels, by the marker tensor of such models.
 DENOISER_CONFIGS = {"edm_mean": "playground-v2.5", "edm_vpred.sigma_max": "sd_xl_cosxl"}
 
@@ -59,7 +59,7 @@ def choose_config(weights: Weights) -> str:
         raise MissingArgument(message, "config")
     path = family.config_path(weights.prediction_type.kind)
     if family is LATENT_UPSCALER:
-        path = str(find_json(weights.path) or path)
+        path = str(find_config_json(weights.path) or path)
     return path
 
 
@@ -77,7 +77,7 @@ def read_config(
     unet_params = None
     if config is None or path.endswith(".json"):
         with errors_as(WeightsMismatch, f"`{weights.path}` is not a complete x2 latent upscaler"):
-            unet_params = find_unet_params(path, weights.state)
+            unet_params = get_unet_params(path, weights.state)
     if unet_params is not None:
         raw = build_upscaler_config(unet_params, overrides)
     elif config is None and path == CONFIG_KEY:
@@ -175,7 +175,7 @@ def _adapt_config(raw: JsonObject, weights: Weights) -> None:
     params = spec.get("params") if isinstance(spec, dict) else None
     if not isinstance(params, dict):
         return  # `translate_config` raises an error
-    is_engine = spec.get("target") == ENGINE
+    is_engine = spec.get("target") == DIFFUSION_ENGINE
     if _is_panorama(weights) and isinstance(params.get("image_size"), int):
         params["image_size"] = [params["image_size"], 2 * params["image_size"]]
     if is_engine:
@@ -190,7 +190,7 @@ def _is_panorama(weights: Weights) -> bool:
     """Return whether the weights are LDM3D for panoramas, by the name of the file or a folder."""
     is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
     names = (*weights.path.parts, weights.metadata.get("ldm.source", ""))
-    return is_ldm3d and any(PANORAMA.search(name.lower()) for name in names)
+    return is_ldm3d and any(PANORAMA_PATTERN.search(name.lower()) for name in names)
 
 
 def _apply_buffers(params: JsonObject, weights: Weights) -> None:

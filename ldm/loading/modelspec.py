@@ -21,13 +21,13 @@ __all__ = [
 
 MODELSPEC_PREFIX = "modelspec."
 MERGED_FROM_KEY = f"{MODELSPEC_PREFIX}merged_from"
-VERSION = "1.0.1"
+MODELSPEC_VERSION = "1.0.1"
 # Values of `implementation`: the program whose names the tensors have.
 ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
 LICENSE_KEY = f"{MODELSPEC_PREFIX}license"
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample"}
 # Suffix of the base model's architecture, by family; the standard has none for other families.
-SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
+NAME_SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
 STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH_KEY)  # of other tensors
 
 
@@ -54,7 +54,7 @@ def describe_model(
     # Our LoRAs for SD 1 and 2 have diffusers' names.
     is_original = adapter != "lora" or is_sdxl(model)
     fields = {
-        "sai_model_spec": VERSION,
+        "sai_model_spec": MODELSPEC_VERSION,
         "architecture": _get_architecture(model, adapter),
         "implementation": ORIGINAL if is_original else DIFFUSERS,
         "title": title,
@@ -87,5 +87,5 @@ def filter_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[
 
 def _get_architecture(model: LatentDiffusion, adapter: str) -> str:
     base = find_base_model(model)
-    suffix = f"/{adapter}" if adapter else SUFFIXES.get(find_family(model.conditioner) or "")
+    suffix = f"/{adapter}" if adapter else NAME_SUFFIXES.get(find_family(model.conditioner) or "")
     return "" if base is None or suffix is None else f"{base.architecture}{suffix}"

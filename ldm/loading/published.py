@@ -34,7 +34,7 @@ Source = tuple[str, str] | str  # (repository, file) on the hub, or a URL
 TABLE = Path(__file__).with_name("published.csv")
 # SHA-256 of the first download on this machine, by name of a row without a published SHA-256.
 FIRST_DOWNLOADS = JsonCache("first_downloads.json")
-ROUNDING = 0.01  # relative error of rounded sizes
+SIZE_TOLERANCE = 0.01  # relative error of rounded sizes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PublishedFile:
         if not self.bytes.startswith("~"):
             return self.bytes in ("", str(size))
         rounded = float(self.bytes[1:])
-        return abs(size - rounded) < ROUNDING * rounded
+        return abs(size - rounded) < SIZE_TOLERANCE * rounded
 
     @property
     def expected_sha256(self) -> str | None:

@@ -14,7 +14,7 @@ from ldm.loading.diffusers.locations import locate_unet
 from ldm.loading.files.checkpoint import Checkpoint, compute_short_hash
 from ldm.loading.matching import match_weights
 from ldm.loading.tiny_autoencoder import TinyWeights, check_latents
-from ldm.loading.weight_names import AUTOENCODER, TEXT, has_prefix, rename_weights
+from ldm.loading.weight_names import TEXT_PREFIX, VAE_PREFIX, has_prefix, rename_weights
 from ldm.loading.weights import Weights, identify_weights, open_checkpoint
 from ldm.model import SCALE_FACTOR_TOLERANCE, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -29,7 +29,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 # Parts that the published file of the x2 latent upscaler does not contain, by prefix.
-UPSCALER_PARTS = {AUTOENCODER: "autoencoder", TEXT: "text encoder (CLIP ViT-L/14)"}
+UPSCALER_PARTS = {VAE_PREFIX: "autoencoder", TEXT_PREFIX: "text encoder (CLIP ViT-L/14)"}
 
 
 def replace_autoencoder(
@@ -41,7 +41,7 @@ def replace_autoencoder(
     _compare_scale_factors(model, source, weights.path)
     may_overflow = model.upcast_autoencoder or is_sdxl(model)
     model.upcast_autoencoder = may_overflow and not works_in_float16(source)
-    _replace_weights(weights, source, AUTOENCODER, state)
+    _replace_weights(weights, source, VAE_PREFIX, state)
     return _describe_file(source.path)
 
 
@@ -53,7 +53,7 @@ def remove_autoencoder(
     if tiny.has_encoder:
         model.autoencoder = PixelSpace()
         model.upcast_autoencoder = False
-        weights.state = {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
+        weights.state = {n: v for n, v in weights.state.items() if not n.startswith(VAE_PREFIX)}
     return _describe_file(tiny.path)
 
 
@@ -66,7 +66,7 @@ def replace_text_encoder(
     """
     source = open_checkpoint(text_encoder)
     state = extract_text_encoder(source, model, weights.state, weights.path)
-    _replace_weights(weights, source, TEXT, state)
+    _replace_weights(weights, source, TEXT_PREFIX, state)
     return _describe_file(source.path)
 
 
@@ -82,7 +82,7 @@ def extract_autoencoder(
         raise WeightsMismatch(f"`{model}` has no autoencoder to replace")
     summary = f"the autoencoder of `{source.path}` does not fit `{model}`"
     state = match_weights(autoencoder, rename_weights(source.state), source.path, summary)
-    return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
+    return {f"{VAE_PREFIX}{name}": value for name, value in state.items()}
 
 
 def extract_text_encoder(
@@ -101,13 +101,15 @@ def extract_text_encoder(
     if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
         raise ArgumentError(f"`{path}` has no text encoder to replace", "text_encoder")
     prefix = "text_model."  # of transformers' CLIPTextModel
-    all_weights = {f"{TEXT}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()}
+    all_weights = {
+        f"{TEXT_PREFIX}{n}" if n.startswith(prefix) else n: v for n, v in source.state.items()
+    }
     all_weights = rename_weights(all_weights)
     summary = f"the text encoder of `{source.path}` does not fit `{path}`"
     matched = match_weights(text, all_weights, source.path, summary)
-    state = {f"{TEXT}{name}": value for name, value in matched.items()}
-    is_missing = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, AUTOENCODER)
-    if is_missing and has_prefix(all_weights, AUTOENCODER):
+    state = {f"{TEXT_PREFIX}{name}": value for name, value in matched.items()}
+    is_missing = isinstance(model.autoencoder, AutoencoderKL) and not has_prefix(names, VAE_PREFIX)
+    if is_missing and has_prefix(all_weights, VAE_PREFIX):
         state |= extract_autoencoder(source, model.autoencoder, path)
     return state
 

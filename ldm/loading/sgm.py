@@ -20,28 +20,28 @@ from ldm.diffusion.schedule import Schedule, betas_from_sigmas, make_betas
 from ldm.runtime.errors import ConfigError, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["ENGINE", "check_params", "name_encoders", "translate_engine"]
+__all__ = ["DIFFUSION_ENGINE", "check_params", "name_encoders", "translate_engine"]
 
-ENGINE = "sgm.models.diffusion.DiffusionEngine"
-PARTS = ("network_config", "denoiser_config", "first_stage_config")
-TRAINING_ONLY = {
+DIFFUSION_ENGINE = "sgm.models.diffusion.DiffusionEngine"
+REQUIRED_KEYS = ("network_config", "denoiser_config", "first_stage_config")
+UNUSED_KEYS = {
     "ckpt_path", "compile_model", "ema_decay_rate",
     "en_and_decode_n_samples_a_time", "input_key", "log_keys", "loss_fn_config", "no_cond_log",
     "optimizer_config", "scheduler_config", "use_ema",
 }  # fmt: skip
-ADDITIONS = {"defaults", "image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
-PARAMETERS = {
-    *PARTS, *ADDITIONS, "conditioner_config", "disable_first_stage_autocast", "network_wrapper",
-    "sampler_config", "scale_factor",
+ADDED_KEYS = {"defaults", "image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
+USED_KEYS = {
+    *REQUIRED_KEYS, *ADDED_KEYS, "conditioner_config", "disable_first_stage_autocast",
+    "network_wrapper", "sampler_config", "scale_factor",
 }  # fmt: skip
-WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
+UNET_WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
 # By class: (prediction type, whether the network's timestep is 0.25 ln sigma).
 SCALINGS = {
     "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
     "VScalingWithEDMcNoise": ("v", True),
     "X0Scaling": ("x0", False),  # ours
 }  # fmt: skip
-DENOISER_PARAMETERS = {
+DENOISER_PARAMS = {
     "DiscreteDenoiser": {"scaling_config", "weighting_config", "num_idx", "discretization_config",
                          "do_append_zero", "quantize_c_noise", "flip"},
     "Denoiser": {"scaling_config", "weighting_config"},
@@ -70,8 +70,8 @@ def translate_engine(
         skipped: List to which keys that sampling does not need are appended.
         translate: Translates the config of a part, as `translate_config`.
     """
-    skipped += check_params("DiffusionEngine", params, PARTS, PARAMETERS, TRAINING_ONLY, where)
-    if params.get("network_wrapper") not in (None, WRAPPER):
+    skipped += check_params("DiffusionEngine", params, REQUIRED_KEYS, USED_KEYS, UNUSED_KEYS, where)
+    if params.get("network_wrapper") not in (None, UNET_WRAPPER):
         message = f"`network_wrapper: {params['network_wrapper']}` is not supported"
         raise ConfigError(f"{where}: {message}")
     unet = translate(params["network_config"], where=f"{where}.network_config")
@@ -197,9 +197,9 @@ def _get_input_key(embedder: JsonMapping, where: str) -> str:
 def _translate_denoiser(engine: JsonMapping, where: str) -> JsonObject:
     """Return noise schedule, prediction type, and default options of sampling."""
     denoiser = engine["denoiser_config"]
-    name = _get_class_name(denoiser, DENOISER_PARAMETERS, where)
+    name = _get_class_name(denoiser, DENOISER_PARAMS, where)
     params = denoiser.get("params") or {}
-    check_names(f"parameter of {name}", params, DENOISER_PARAMETERS[name], where)
+    check_names(f"parameter of {name}", params, DENOISER_PARAMS[name], where)
     scaling = params.get("scaling_config") or {}
     prediction_type, log_time = SCALINGS[_get_class_name(scaling, SCALINGS, where)]
     sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)

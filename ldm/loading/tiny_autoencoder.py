@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.autoencoders import SDXL_NAME, SDXL_SCALE_FACTOR
+from ldm.loading.autoencoders import SDXL_PATTERN, SDXL_SCALE_FACTOR
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.diffusers.files import read_component
 from ldm.loading.diffusers.layout import read_json
@@ -150,7 +150,7 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
 
 def is_for_sdxl(path: Path) -> bool:
     """Return whether TAESD is for SDXL, by its file or folder name, as shapes are the same."""
-    return SDXL_NAME.search(_find_taesd_name(path)) is not None
+    return SDXL_PATTERN.search(_find_taesd_name(path)) is not None
 
 
 def _find_taesd_name(path: Path) -> str:

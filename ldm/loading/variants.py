@@ -108,9 +108,9 @@ GENERIC_NAMES = frozenset(
     {"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"}
 )
 # Metadata that may name the variant of a model, or of a LoRA.
-MODEL_METADATA = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
-LORA_METADATA = ("modelspec.title", "ss_output_name")
-SCHEDULERS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # of diffusers folders
+MODEL_METADATA_KEYS = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
+LORA_METADATA_KEYS = ("modelspec.title", "ss_output_name")
+SCHEDULER_VARIANTS = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # of diffusers folders
 # All published few-step LoRAs also change the layers of the timestep embedding.
 TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
 TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
@@ -157,17 +157,17 @@ def detect_variant(
         if variant.marker and variant.marker in tensors:
             return DetectedVariant(name, "its embedding of the guidance scale", path)
     patterns = {name: variant.model_pattern for name, variant in VARIANTS.items()}
-    detected = _search_names(patterns, path, metadata, MODEL_METADATA)
+    detected = _search_names(patterns, path, metadata, MODEL_METADATA_KEYS)
     scheduler = metadata.get(SCHEDULER_KEY, "")
-    if detected is None and scheduler in SCHEDULERS:
-        return DetectedVariant(SCHEDULERS[scheduler], f"its `{scheduler}`", path)
+    if detected is None and scheduler in SCHEDULER_VARIANTS:
+        return DetectedVariant(SCHEDULER_VARIANTS[scheduler], f"its `{scheduler}`", path)
     return detected
 
 
 def detect_lora_variant(path: Path, metadata: Mapping[str, str]) -> DetectedVariant | None:
     """Return the variant that a LoRA turns models into, by metadata or file name, or None."""
     patterns = {name: variant.lora_pattern for name, variant in VARIANTS.items()}
-    return _search_names(patterns, path, metadata, LORA_METADATA)
+    return _search_names(patterns, path, metadata, LORA_METADATA_KEYS)
 
 
 def set_variant(

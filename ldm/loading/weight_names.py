@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AUTOENCODER", "MARKERS", "NON_WEIGHTS", "SECOND_TEXT_PREFIX", "TEXT", "TEXT_2",
-    "UNET", "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names", "remove_wrappers",
-    "rename_weights", "restore_names", "select_buffers", "select_loss_weights", "select_prefix",
-    "to_original_name",
+    "MARKERS", "NON_WEIGHTS", "SECOND_TEXT_PREFIX", "TEXT_2_PREFIX", "TEXT_PREFIX", "UNET_PREFIX",
+    "VAE_PREFIX", "has_prefix", "has_sgm_names", "normalize_layer_name", "pair_names",
+    "remove_wrappers", "rename_weights", "restore_names", "select_buffers", "select_loss_weights",
+    "select_prefix", "to_original_name",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -37,17 +37,17 @@ PREFIXES = (
     ("low_scale_model.", "conditioner.lowres."),
     ("embedder.", "conditioner.image.clip."),
     ("noise_augmentor.", "conditioner.image.noise."),
-    # In files that hold the parts of a diffusers pipeline together.
+    # In files with all parts of a diffusers pipeline.
     ("vae.", "autoencoder."),
     ("text_encoder.", "conditioner.text."),
     ("text_encoder_2.", "conditioner.text_2."),
 )
-EMBEDDER = re.compile(
+EMBEDDER_PREFIX = re.compile(
     r"conditioner\.embedders\.(\d+)\.(?P<tower>(?=transformer\.|model\.|token_ids$))?"
 )
-ENCODER = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
+ENCODER_PREFIX = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
 # Wrapping modules that prefix the names of weights: DataParallel, compile, FSDP …
-WRAPPERS = frozenset({
+WRAPPER_MODULES = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
 # Prefix of a part of a model, which may be repeated, or follow the prefix of an outer model.
@@ -56,16 +56,16 @@ PART_PREFIX = re.compile(
     r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<part>first_stage_model|cond_stage_model))\.)+"
 )
 # Names of the autoencoder's attention in diffusers, and in its versions before 0.15.
-ATTENTION = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
-ATTENTION_LAYERS = {
+ATTENTION_LAYER = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
+ATTENTION_LAYER_NAMES = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
-UNET, AUTOENCODER = "unet.", "autoencoder."  # our prefixes
-TEXT, TEXT_2 = "conditioner.text.", "conditioner.text_2."
+UNET_PREFIX, VAE_PREFIX = "unet.", "autoencoder."  # our prefixes
+TEXT_PREFIX, TEXT_2_PREFIX = "conditioner.text.", "conditioner.text_2."
 SECOND_TEXT_PREFIX = "2_"  # of the second text encoder's layers in `normalize_layer_name`
 # `transformer.text_model.` of SD 1's text encoder, or parts of it; ComfyUI adds the encoder's name.
-TEXT_MODEL = re.compile(
+TEXT_MODEL_PREFIX = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
     r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
 )
@@ -99,22 +99,24 @@ NON_WEIGHTS = re.compile(
 # Marker tensors of the prediction type or noise levels; the first two are empty.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
 # Only in diffusers' UNet of the x2 latent upscaler.
-UPSCALER_UNET = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
+UPSCALER_UNET_NAMES = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
 # A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
 # Those NON_WEIGHTS that are buffers, see `select_buffers`.
-BUFFERS = re.compile(
+BUFFER = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
 )
-LOSS = re.compile(r"(first_stage_model\.)?loss\.(.+)")
-POSITIONS = "transformer.text_model.embeddings.position_embedding.weight"
+LOSS_WEIGHT = re.compile(r"(first_stage_model\.)?loss\.(.+)")
+POSITION_EMBEDDING = "transformer.text_model.embeddings.position_embedding.weight"
 
 
 def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove wrapping modules, such as `_orig_mod.`, from names, unless two would become equal."""
-    names = [".".join(word for word in name.split(".") if word not in WRAPPERS) for name in state]
+    names = [
+        ".".join(word for word in name.split(".") if word not in WRAPPER_MODULES) for name in state
+    ]
     are_unique = all(names) and len(set(names)) == len(names)
     return dict(zip(names if are_unique else state, state.values(), strict=True))
 
@@ -122,7 +124,7 @@ def remove_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def pair_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield (our name, name in the file) of weights, without NON_WEIGHTS."""
     names = list(names)
-    if UPSCALER_UNET.issubset(names):  # only the UNet of a diffusers folder
+    if UPSCALER_UNET_NAMES.issubset(names):  # only the UNet of a diffusers folder
         yield from ((f"unet.{name}", name) for name in names)
         return
     originals = _normalize_prefixes(names)
@@ -151,7 +153,7 @@ def normalize_layer_name(name: str) -> str:
 
 def select_loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of training losses: `discriminator.…`, `perceptual_loss.…`."""
-    matches = ((LOSS.fullmatch(name), value) for name, value in state.items())
+    matches = ((LOSS_WEIGHT.fullmatch(name), value) for name, value in state.items())
     return {match[2]: value for match, value in matches if match}
 
 
@@ -159,7 +161,7 @@ def select_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return buffers under the original's names: noise schedule, scale factor, statistics."""
     originals = _normalize_prefixes(list(state))
     return {
-        name: state[file_name] for name, file_name in originals.items() if BUFFERS.fullmatch(name)
+        name: state[file_name] for name, file_name in originals.items() if BUFFER.fullmatch(name)
     }
 
 
@@ -185,7 +187,7 @@ def has_sgm_names(names: Iterable[str]) -> bool:
 
 def to_original_name(name: str, *, sgm: bool = False) -> str:
     """Convert our name, or a prefix of one, to the original's; `sgm` to that of sgm."""
-    if sgm and (match := ENCODER.match(name)):
+    if sgm and (match := ENCODER_PREFIX.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
         return f"conditioner.embedders.{index}.{name[match.end() :]}"
     for theirs, ours in PREFIXES:
@@ -210,7 +212,7 @@ def restore_names(
     is_sgm = has_sgm_names(state) if sgm is None else sgm
     for name, value in state.items():
         original = to_original_name(name, sgm=is_sgm)
-        if original.endswith(POSITIONS):
+        if original.endswith(POSITION_EMBEDDING):
             ids = torch.arange(len(value), device="cpu")[None]
             originals[original.replace("embedding.weight", "ids")] = ids
         originals[original] = value
@@ -235,14 +237,14 @@ def _normalize_prefixes(names: list[str]) -> dict[str, str]:
 
 
 def _to_our_name(original: str) -> str:
-    if match := EMBEDDER.match(original):
+    if match := EMBEDDER_PREFIX.match(original):
         names = {"0": "text", "1": "embedder_1" if match["tower"] is None else "text_2"}
         encoder = names.get(match[1], f"embedder_{match[1]}")
         original = f"conditioner.{encoder}.{original[match.end() :]}"
     theirs, ours = next((pair for pair in PREFIXES if original.startswith(pair[0])), ("", ""))
     name = ours + original.removeprefix(theirs)
-    if name.startswith(TEXT):
-        return TEXT_MODEL.sub(f"{TEXT}transformer.text_model.", name, count=1)
-    return ATTENTION.sub(
-        lambda match: f"{match[1]}.{ATTENTION_LAYERS.get(match[2], match[2])}", name
+    if name.startswith(TEXT_PREFIX):
+        return TEXT_MODEL_PREFIX.sub(f"{TEXT_PREFIX}transformer.text_model.", name, count=1)
+    return ATTENTION_LAYER.sub(
+        lambda match: f"{match[1]}.{ATTENTION_LAYER_NAMES.get(match[2], match[2])}", name
     )

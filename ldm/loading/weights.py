@@ -3,8 +3,6 @@
 path -> Checkpoint    names as in the file, or the original ones for a diffusers folder; a folder's
                       config is added to its metadata
      -> Weights       our names, with family, metadata and prediction type
-
-The original is the `ldm` of CompVis and Stability AI.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -20,7 +18,7 @@ from ldm.loading.published import find_checkpoint
 from ldm.loading.variants import find_model_name
 from ldm.loading.weight_names import (
     MARKERS,
-    UNET,
+    UNET_PREFIX,
     has_prefix,
     has_sgm_names,
     rename_weights,
@@ -44,7 +42,7 @@ TRANSPOSED_WARNING = (
     "diffusers folder without transposing it; it is used as it is, and images follow the prompt "
     "less well"
 )
-PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
+TEXT_PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
 # Value of entry [0, 1] in a transposed projection of SDXL base (0.0218 if not transposed). The
 # tolerance is for fine-tunes.
 TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
@@ -100,9 +98,11 @@ class Weights:
             use_ema_weights(self.state, self.checkpoint.ema_state, names_by_original, self.path)
             self.update_prediction_type()
         elif (
-            self.checkpoint.has_ema and has_prefix(names, UNET) and not has_prefix(self.state, UNET)
+            self.checkpoint.has_ema
+            and has_prefix(names, UNET_PREFIX)
+            and not has_prefix(self.state, UNET_PREFIX)
         ):
-            message = f"`{self.path}` holds only EMA weights of the UNet"
+            message = f"`{self.path}` contains only EMA weights of the UNet"
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
 
@@ -165,7 +165,7 @@ def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
     Args:
         state: Weights of a file in the original's layout, by our names.
     """
-    projection = next((state[name] for name in PROJECTIONS if name in state), None)
+    projection = next((state[name] for name in TEXT_PROJECTIONS if name in state), None)
     if projection is None or tuple(projection.shape) != (1280, 1280):
         return False
     return abs(float(projection[0, 1]) - TRANSPOSED_ENTRY) < ENTRY_TOLERANCE

@@ -159,7 +159,7 @@ def test_numbers_too_large_for_half_precision_are_named(state, text, tmp_path, c
     torch.save({"state_dict": large, "ldm.config": text}, tmp_path / "x.ckpt")
     target = tmp_path / f"half.{ending}"
     error = fails(capsys, tmp_path / "x.ckpt", target, "--dtype", "float16")
-    assert "2 tensors hold numbers too large for torch.float16: `" in error
+    assert "2 tensors have values too large for torch.float16: `" in error
     assert CONV_IN in error
     assert "model.diffusion_model.out.2.bias" in error
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]

@@ -212,7 +212,7 @@ def test_ema_weights_are_loaded_if_asked_for(tmp_path, tiny_yaml, tiny_state):
         n.replace("diffusion_model", "diffusion_model_orig_mod"): averages[n] for n in averages
     }
     torch.save(rest | compiled, tmp_path / "y.ckpt")
-    with pytest.raises(ValueError, match="holds only EMA weights") as caught:
+    with pytest.raises(ValueError, match="contains only EMA weights") as caught:
         ldm.load(tiny_yaml, tmp_path / "y.ckpt")
     assert caught.value.argument == "ema"
     alone = ldm.load(tiny_yaml, tmp_path / "y.ckpt", ema=True).state_dict()
@@ -378,7 +378,7 @@ def test_a_weight_too_large_for_half_precision_is_named_once(tmp_path, tiny_yaml
     state = {k: v.clone() for k, v in tiny_state.items()}
     state[name].view(-1)[0] = -1e6
     torch.save({"state_dict": state}, tmp_path / "x.ckpt")
-    with pytest.warns(UserWarning, match="`unet.out.2.bias` holds numbers too large") as caught:
+    with pytest.warns(UserWarning, match="`unet.out.2.bias` has values too large") as caught:
         ldm.load(tiny_yaml, tmp_path / "x.ckpt", dtype=torch.float16)
     assert len(caught) == 1
     ldm.load(tiny_yaml, tmp_path / "x.ckpt", dtype=torch.bfloat16)  # warnings are errors

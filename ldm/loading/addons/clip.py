@@ -25,20 +25,22 @@ from ldm.loading.diffusers.locations import (
 )
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import TEXT, rename_weights, select_prefix
+from ldm.loading.weight_names import TEXT_PREFIX, rename_weights, select_prefix
 from ldm.runtime.errors import FileFormatError
 
 __all__ = ["check_clip", "get_clip_name", "load_clip"]
 
 # Our prefixes in an unCLIP checkpoint: a CLIP, and the text encoder. With ViT-H only the latter has
 # the blocks of the text tower.
-UNCLIP_PREFIX, TEXT_PREFIX = "conditioner.image.clip.model.", f"{TEXT}model."
+UNCLIP_PREFIX, TEXT_TOWER_PREFIX = "conditioner.image.clip.model.", f"{TEXT_PREFIX}model."
 TRANSFORMERS_PROJECTION = "visual_projection.weight"
 IMAGE_PROJECTION, FIRST_BLOCK = "visual.proj", "transformer.resblocks.0.ln_1.weight"  # open_clip
 # Prefixes of the weights of `CLIP`.
-PREFIXES = ("visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
-         "text_projection", "logit_scale")  # fmt: skip
-LAION = re.compile(r"laion|datacomp|open_?clip", re.IGNORECASE)
+TOWER_PREFIXES = (
+    "visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
+    "text_projection", "logit_scale",
+)  # fmt: skip
+LAION_PATTERN = re.compile(r"laion|datacomp|open_?clip", re.IGNORECASE)
 OPENAI_EMBED_DIMS = (512, 768)  # of ViT-B and ViT-L; larger models are LAION's
 HEAD_WIDTHS = {
     int(size["width"]): int(size.get("head_width", VISION_DEFAULTS["head_width"]))
@@ -94,7 +96,7 @@ def _build_clip(path: str | Path) -> tuple[CLIP, dict[str, Tensor], bool]:
         quick_gelu = is_openai_clip(config, f"{path.name}/config.json")
     else:
         is_openai = state["text_projection"].shape[1] in OPENAI_EMBED_DIMS
-        quick_gelu = is_openai and (is_unclip or not LAION.search(path.name))
+        quick_gelu = is_openai and (is_unclip or not LAION_PATTERN.search(path.name))
     with meta_device():
         clip = CLIP(_infer_text_size(state) | {"quick_gelu": quick_gelu}, _infer_vision_size(state))
     check_weights(clip.state_dict(), state, f"`{path}` does not fit CLIP")
@@ -119,7 +121,7 @@ def _to_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _extract_unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CLIP's weights in an unCLIP checkpoint, under open_clip's names."""
     weights = rename_weights(state)
-    towers, text = select_prefix(weights, UNCLIP_PREFIX), select_prefix(weights, TEXT_PREFIX)
+    towers, text = select_prefix(weights, UNCLIP_PREFIX), select_prefix(weights, TEXT_TOWER_PREFIX)
     norm, text_norm = towers.get("ln_final.weight"), text.get("ln_final.weight")
     is_same_tower = norm is not None and text_norm is not None and norm.shape == text_norm.shape
     if is_same_tower and FIRST_BLOCK not in towers:
@@ -135,7 +137,7 @@ def _select_towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
             f"`{path}` does not contain CLIP's image and text tower: use a file of open_clip, "
             "OpenAI or transformers' CLIPModel, or an unCLIP checkpoint"
         )
-    return {name: value for name, value in state.items() if name.startswith(PREFIXES)}
+    return {name: value for name, value in state.items() if name.startswith(TOWER_PREFIXES)}
 
 
 def _infer_text_size(state: Mapping[str, Tensor]) -> dict[str, Any]:

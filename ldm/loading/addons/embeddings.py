@@ -248,7 +248,9 @@ def write_embeddings(
         if len(vectors_by_encoder) > 1:
             if len(tokens) > 1:
                 listed = ", ".join(f"`{name}`" for name in tokens)
-                message = f"a file holds only one token of SDXL, got {listed}: write one file each"
+                message = (
+                    f"a file contains only one token of SDXL, got {listed}: write one file each"
+                )
                 raise ArgumentError(message, "tokens")
             entries[TOKEN_KEY] = token
     write_checkpoint(path, state, entries)

@@ -48,7 +48,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-KEY = re.compile(
+LORA_KEY = re.compile(
     r"""(.+?)(?:
     [._]lora(?:_linear_layer)?[._](down|up|A|B|mid|magnitude_vector)
       (?:\.(?!weight|bias)\w+)?(?:\.weight)?
@@ -57,7 +57,7 @@ KEY = re.compile(
     )""",
     re.VERBOSE,
 )
-VECTOR = re.compile(r"(.+)\.(weight)")  # of (IA)^3, beside `on_input`
+IA3_KEY = re.compile(r"(.+)\.(weight)")  # of (IA)^3, beside `on_input`
 ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}  # name in some files -> role
 BIAS_ROLES = ("diff_b", "b_norm")  # changes of the bias
 LORA_ROLES = {"down", "up"}  # of a plain LoRA, beside alpha
@@ -66,7 +66,7 @@ INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, C_in)
 Tensors = dict[str, Tensor]  # of one layer, by their role
 ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
-UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that KEY does not match
+UNSUPPORTED_TYPES = {  # by a pattern in names of tensors that LORA_KEY does not match
     "lora_embedding": "LoRA of an embedding",
     "oft_(R|diag)|boft": "OFT in another format",
     "ia3_": "(IA)^3 of peft",
@@ -114,9 +114,9 @@ def read_layers(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tenso
     # Files in peft's folders name layers without the network, which is the name of the folder.
     prefix = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
-        match = KEY.fullmatch(key)
+        match = LORA_KEY.fullmatch(key)
         if match is None and f"{key.removesuffix('.weight')}.on_input" in file.state:
-            match = VECTOR.fullmatch(key)
+            match = IA3_KEY.fullmatch(key)
         if match is not None:
             name = aliases.get(normalize_layer_name(prefix + match[1]), match[1])
             role = match[match.lastindex or 0]  # group 2 or 3
@@ -201,7 +201,7 @@ def _find_value(config: JsonMapping, patterns: str, name: str, default: Any) -> 
 
 def find_ranks(file: Checkpoint) -> set[int]:
     """Return the ranks of the layers of a plain LoRA."""
-    matches = ((KEY.fullmatch(name), value) for name, value in file.state.items())
+    matches = ((LORA_KEY.fullmatch(name), value) for name, value in file.state.items())
     return {len(value) for match, value in matches if match and match[2] in DOWN_ROLES}
 
 

@@ -24,8 +24,8 @@ LPIPS_FILES = (
     "files [`vgg.pth` of the package lpips, `vgg16-397923af.pth` of torchvision]"
 )
 PREFIX = "perceptual_loss."
-TORCHVISION = re.compile(r"features\.(\d+)\.(weight|bias)")
-SLICES = (4, 9, 16, 23)  # index of the first layer of VGG's slices 2 to 5
+TORCHVISION_LAYER = re.compile(r"features\.(\d+)\.(weight|bias)")
+SLICE_STARTS = (4, 9, 16, 23)  # index of the first layer of VGG's slices 2 to 5
 
 
 def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
@@ -62,6 +62,6 @@ def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
 
 def _to_our_name(name: str) -> str:
     """Convert torchvision's `features.5.weight` to `net.slice2.5.weight`."""
-    if match := TORCHVISION.fullmatch(name):
-        return f"net.slice{1 + bisect.bisect(SLICES, int(match[1]))}.{match[1]}.{match[2]}"
+    if match := TORCHVISION_LAYER.fullmatch(name):
+        return f"net.slice{1 + bisect.bisect(SLICE_STARTS, int(match[1]))}.{match[1]}.{match[2]}"
     return name

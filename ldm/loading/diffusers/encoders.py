@@ -40,12 +40,12 @@ DEPTH_REQUIRED_VALUES = {
 }  # fmt: skip
 ACTIVATIONS = ("quick_gelu", "gelu")
 # Common options of image processors; 3 is PIL's bicubic filter.
-PROCESSOR = {
+PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True,
 }  # fmt: skip
 # Other options by class: like the original, resize without cropping and without padding.
-PROCESSORS = {
+PROCESSOR_OPTIONS = {
     "CLIPImageProcessor": {
         "do_center_crop": False, "do_convert_rgb": True,
         "image_mean": list(MEAN), "image_std": list(STD),
@@ -229,9 +229,10 @@ def parse_vision_config(config: Config) -> JsonObject:
 
 
 def make_processor_config(class_name: str, size: int) -> JsonObject:
-    """Return the config of an image processor in PROCESSORS, which resizes to a square."""
+    """Return the config of an image processor in PROCESSOR_OPTIONS, which resizes to a square."""
     sizes = {"height": size, "width": size}
-    return PROCESSOR | PROCESSORS[class_name] | {"image_processor_type": class_name, "size": sizes}
+    options = PROCESSOR_DEFAULTS | PROCESSOR_OPTIONS[class_name]
+    return options | {"image_processor_type": class_name, "size": sizes}
 
 
 def make_depth_config(encoder: MiDaSDepth) -> JsonObject:

@@ -68,18 +68,19 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PIPELINE_KEY = "ldm.pipeline"  # in the metadata: the class of a folder's pipeline
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
+# Stems of files of weights, of diffusers and of transformers.
+WEIGHTS_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # JSONs of components that are read.
-CONFIGS = (
+CONFIG_NAMES = (
     "config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json",
     "tokenizer.json", "added_tokens.json",
 )  # fmt: skip
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # components of transformers
+TRANSFORMERS_COMPONENTS = (*TOKENIZERS, "image_encoder", "depth_estimator")
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # A file of weights, or the index of several shards.
 WEIGHTS_FILE = re.compile(
-    rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
+    rf"(?P<stem>{'|'.join(WEIGHTS_STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
     r"\.(?P<suffix>safetensors|bin)(?P<index>\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
 
@@ -216,7 +217,7 @@ def get_weights_path(component: str, files: Files, file_variant: str | None = No
     """
     if not component:
         return EXTRA_WEIGHTS
-    stem = STEMS[1] if component in TRANSFORMERS else STEMS[0]
+    stem = WEIGHTS_STEMS[1] if component in TRANSFORMERS_COMPONENTS else WEIGHTS_STEMS[0]
     name = f"{stem}.{file_variant}.safetensors" if file_variant else f"{stem}.safetensors"
     return f"{component}/{name}" if INDEX in files else name
 
@@ -232,7 +233,7 @@ def write_texts(folder: Path, files: Files) -> None:
 
 
 def _read_configs(path: Path) -> Files:
-    candidates = [file for name in CONFIGS for file in sorted(path.glob(f"*/{name}"))]
+    candidates = [file for name in CONFIG_NAMES for file in sorted(path.glob(f"*/{name}"))]
     return _read_files(path, [*candidates, path / INDEX, path / "config.json"])
 
 
@@ -354,7 +355,7 @@ def _find_weights(folder: Path) -> dict[str, list[re.Match[str]]]:
 def _rank_file(match: re.Match[str]) -> tuple[bool, bool, int, bool]:
     """Return a sort key: shards without an index last, safetensors before pickles."""
     is_pickle = match["suffix"] != "safetensors"
-    return bool(match["shard"]), is_pickle, STEMS.index(match["stem"]), bool(match["index"])
+    return bool(match["shard"]), is_pickle, WEIGHTS_STEMS.index(match["stem"]), bool(match["index"])
 
 
 def read_network(path: Path) -> Checkpoint:

@@ -26,7 +26,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["is_upscaler_folder", "make_upscaler_folder_configs", "make_upscaler_original_config"]
 
-REQUIRED_VALUES = {
+UNET_REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
     "act_fn": "gelu", "norm_num_groups": None, "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0,
     "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
@@ -34,7 +34,7 @@ REQUIRED_VALUES = {
     "attention_head_dim": HEAD_DIM, "attention_type": "default",
     "transformer_layers_per_block": 1, "addition_embed_type_num_heads": 64,
 }  # fmt: skip
-KEYS = frozenset({
+UNET_KEYS = frozenset({
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "dropout",
     "block_out_channels", "layers_per_block", "cross_attention_dim", "time_cond_proj_dim",
 })  # fmt: skip
@@ -44,8 +44,8 @@ UP_BLOCKS = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
 PREDICTION_TYPES = ("sample", "original_sample")  # both are x0
 INTERPOLATIONS = ("log_linear", "linear")
 # Stable Diffusion's betas, whose sigmas have the range of the published continuous schedule.
-BETAS: JsonObject = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
-PIPELINE = "StableDiffusionLatentUpscalePipeline"
+SD_BETAS: JsonObject = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
+PIPELINE_CLASS = "StableDiffusionLatentUpscalePipeline"
 
 
 def is_upscaler_folder(files: JsonMapping) -> bool:
@@ -65,7 +65,7 @@ def make_upscaler_folder_configs(model: LatentDiffusion, spec: JsonMapping) -> J
         SCHEDULER: _make_scheduler_config(model, params["schedule"]["params"]),
         **encoders.make_text_files(model.conditioner.get(TextEncoder)),
     }
-    return files | {INDEX: make_index(PIPELINE, files, {})}
+    return files | {INDEX: make_index(PIPELINE_CLASS, files, {})}
 
 
 def make_upscaler_original_config(files: JsonMapping, folder: str) -> JsonObject:
@@ -99,7 +99,7 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
         raise ConfigError("diffusers supports only the layout of the published upscaler")
     return {
         "_class_name": "UNet2DConditionModel",
-        **REQUIRED_VALUES,
+        **UNET_REQUIRED_VALUES,
         "sample_size": None,
         "in_channels": unet.input_channels + unet.unet_cond_dim,
         "out_channels": unet.input_channels + 1,
@@ -114,8 +114,8 @@ def _make_unet_config(model: LatentDiffusion) -> JsonObject:
 
 
 def _parse_unet_config(config: JsonMapping) -> JsonObject:
-    """Return the parameters of our network."""
-    networks.validate_config(config, UNET, REQUIRED_VALUES, KEYS)
+    """Return the arguments of LatentUpscalerUNet."""
+    networks.validate_config(config, UNET, UNET_REQUIRED_VALUES, UNET_KEYS)
     channels, down_blocks = config["block_out_channels"], config["down_block_types"]
     networks.check_blocks(UNET, down_blocks, DOWN_BLOCKS.values())
     latent_channels, levels = config["in_channels"] // 2, len(channels)
@@ -137,11 +137,11 @@ def _parse_unet_config(config: JsonMapping) -> JsonObject:
 def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
     is_discrete = isinstance(model.schedule, Schedule)
     if not is_discrete:
-        expected = Schedule(make_betas(**BETAS)).sigmas[[0, -1]]
+        expected = Schedule(make_betas(**SD_BETAS)).sigmas[[0, -1]]
         if not torch.allclose(model.schedule.sigmas[[0, -1]], expected, rtol=1e-4):
             low, high = expected.tolist()
             raise ConfigError(f"diffusers' upscaler has sigmas {low:.4g} … {high:.4g} only")
-    betas = schedule.get("betas", {"params": BETAS})
+    betas = schedule.get("betas", {"params": SD_BETAS})
     return {
         "_class_name": "EulerDiscreteScheduler",
         **schedulers.make_noise_schedule_config(betas),

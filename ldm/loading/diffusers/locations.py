@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm.encoders.image import CLIPImage
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.diffusers.names import rename_text_layers, rename_unet_layers, replace_all
-from ldm.loading.weight_names import TEXT as TEXT_PREFIX
+from ldm.loading.weight_names import TEXT_PREFIX
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
@@ -94,8 +94,8 @@ DEPTH_RULES = (
     (r"resConfUnit([12])\.conv([12])", r"residual_layer\1.convolution\2"),
 )
 
-INNER = "inner_model."  # prefix of the x2 latent upscaler, as of k-diffusion's wrappers
-UPSCALER_LAYER = re.compile(rf"{re.escape(INNER)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
+INNER_PREFIX = "inner_model."  # prefix of the x2 latent upscaler, as of k-diffusion's wrappers
+UPSCALER_LAYER = re.compile(rf"{re.escape(INNER_PREFIX)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
 # Our layer -> diffusers', outside of the levels.
 UPSCALER_OUTER_LAYERS = {
     "proj_in": "conv_in", "proj_out": "conv_out", "timestep_embed": "time_proj",
@@ -231,7 +231,7 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
 def locate_unet(names: Iterable[str]) -> dict[str, Location]:
     """Locate the UNet's tensors."""
     names = list(names)
-    if any(name.startswith(INNER) for name in names):
+    if any(name.startswith(INNER_PREFIX) for name in names):
         return _locate_upscaler(names)
     return {name: Location((key,)) for name, key in rename_unet_layers(names).items()}
 
@@ -254,7 +254,7 @@ def _locate_upscaler(names: Sequence[str]) -> dict[str, Location]:
     locations: dict[str, Location] = {}
     for name in names:
         match = UPSCALER_LAYER.match(name)
-        layer, _, parameter = name.removeprefix(match[0] if match else INNER).rpartition(".")
+        layer, _, parameter = name.removeprefix(match[0] if match else INNER_PREFIX).rpartition(".")
         if match and match[0] in blocks:  # others are resampling filters
             block_type, prefix = blocks[match[0]]
             form: Form = "matrix" if layer.endswith("_proj") and parameter == "weight" else "same"

@@ -42,7 +42,7 @@ SDXL_PREFIXES = {
     "label_emb.0.2": "add_embedding.linear_2",
 }
 FIRST_TRANSFORMER = "input_blocks.1.1."
-BLOCK = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
+BLOCK_LAYER = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
 BLOCK_TYPES = {"in_layers": "resnets", "proj_in": "attentions"}  # by the name of one layer
 TEXT_RULES = (
     (r"transformer\.resblocks\.", "text_model.encoder.layers."),
@@ -96,7 +96,7 @@ def _map_blocks(names: Iterable[str]) -> dict[str, str]:
 
     A down- or upsampler ends each level but the last.
     """
-    matches = {match.groups() for match in map(BLOCK.fullmatch, names) if match}
+    matches = {match.groups() for match in map(BLOCK_LAYER.fullmatch, names) if match}
     prefixes = {}
     for direction, their_direction in (("in", "down"), ("out", "up")):
         level, resnets = 0, 0

@@ -27,11 +27,11 @@ SCORE_KEY = "aesthetic_score"  # batch key
 TARGET_PREFIX = "sgm.modules.diffusionmodules."
 # sgm's class by prediction type.
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "x0": "X0Scaling", "edm": "EDMScaling"}
-EULER = "EulerDiscreteScheduler"  # for all samplers that are not in SCHEDULER_CLASSES
+DEFAULT_SCHEDULER_CLASS = "EulerDiscreteScheduler"
 SCHEDULER_CLASSES = {
     "euler_a": "EulerAncestralDiscreteScheduler", "lcm": "LCMScheduler", "tcd": "TCDScheduler",
 }  # fmt: skip
-IMAGE_SIZE = 128  # default side in latent pixels
+DEFAULT_IMAGE_SIZE = 128  # default side in latent pixels
 
 
 def is_sdxl_folder(files: JsonMapping) -> bool:
@@ -90,7 +90,7 @@ def make_sdxl_original_config(files: JsonMapping, folder: str) -> JsonObject:
     params = raw["model"]["params"]
     params["network_config"]["params"] = networks.parse_unet_config(files[layout.UNET])
     side = params["network_config"]["params"].pop("image_size", None)
-    if side not in (None, IMAGE_SIZE):
+    if side not in (None, DEFAULT_IMAGE_SIZE):
         params["image_size"] = side
     _set_autoencoder(params, files[layout.VAE])
     _set_schedule(params, files[layout.SCHEDULER])
@@ -172,7 +172,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
         }
     if not model.schedule.uses_plain_timesteps or model.parameterization == "edm":
         raise ConfigError("no scheduler of diffusers has the timesteps of this model's denoiser")
-    class_name = SCHEDULER_CLASSES.get(model.defaults.sampler, EULER)
+    class_name = SCHEDULER_CLASSES.get(model.defaults.sampler, DEFAULT_SCHEDULER_CLASS)
     config = {
         "_class_name": class_name,
         **schedulers.make_noise_schedule_config(schedule["betas"]),
@@ -180,7 +180,7 @@ def _make_scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> Jso
         "timestep_spacing": schedulers.get_timestep_spacing(model.defaults.scheduler),
         "steps_offset": 1,
     }
-    if class_name == EULER:
+    if class_name == DEFAULT_SCHEDULER_CLASS:
         config |= {"interpolation_type": "linear", "use_karras_sigmas": False}
     return config | ({"rescale_betas_zero_snr": True} if model.schedule.zero_snr else {})
 

@@ -55,7 +55,7 @@ OTHER_FORMATS = {  # description -> first bytes of the file, in lower case
     "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
 }
 # Entries that contain the weights of a model, possibly nested.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
+WEIGHT_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "weights")
 EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
 # The entry with the weights of k-diffusion's upscaler, which are its EMA, and a name in it.
 K_DIFFUSION_ENTRY, K_DIFFUSION_NAME = "model_ema", "inner_model.mapping_cond.weight"
@@ -331,10 +331,10 @@ def _unwrap(content: JsonMapping, path: Path) -> tuple[JsonMapping, JsonObject]:
     entries: JsonObject = {}
     ema = content.get(K_DIFFUSION_ENTRY)
     if isinstance(ema, Mapping) and K_DIFFUSION_NAME in ema:
-        weight_entries = (*WRAPPERS, *EMA_ENTRIES)
+        weight_entries = (*WEIGHT_ENTRIES, *EMA_ENTRIES)
         return ema, {str(k): v for k, v in content.items() if k not in weight_entries}
     for _ in range(MAX_DEPTH):  # a malicious mapping may contain itself
-        inner = next((key for key in WRAPPERS if _has_weights(content.get(key))), None)
+        inner = next((key for key in WEIGHT_ENTRIES if _has_weights(content.get(key))), None)
         if inner is None:
             break
         entries |= {str(key): value for key, value in content.items() if key != inner}
@@ -354,7 +354,7 @@ def _has_weights(node: Any, depth: int = 0, seen: frozenset[int] = frozenset()) 
         return False
     is_flat = any(isinstance(value, Tensor) for value in node.values())
     seen |= {id(node)}
-    return is_flat or any(_has_weights(node.get(key), depth + 1, seen) for key in WRAPPERS)
+    return is_flat or any(_has_weights(node.get(key), depth + 1, seen) for key in WEIGHT_ENTRIES)
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
@@ -365,7 +365,7 @@ def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
         if value.layout is not torch.strided or is_special:
             raise FileFormatError(f"`{path}`: `{name}` is not a plain tensor")
     if not tensors:
-        raise FileFormatError(f"`{path}` holds no weights")
+        raise FileFormatError(f"`{path}` contains no weights")
     if len(tensors) > MAX_TENSORS:
         raise FileFormatError(
             f"`{path}`: {len(tensors)} tensors are refused, at most {MAX_TENSORS}"
@@ -407,8 +407,8 @@ def _is_finite(value: Tensor) -> Tensor:
 
 def _make_overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> ArgumentError:
     listed = ", ".join(f"`{name}`" for name in names[:10])
-    message = f"{len(names)} tensors hold numbers too large for {dtype}: {listed}"
-    return ArgumentError(f"{message}\nhint: bfloat16 and float32 hold them", "dtype")
+    message = f"{len(names)} tensors have values too large for {dtype}: {listed}"
+    return ArgumentError(f"{message}\nhint: use bfloat16 or float32", "dtype")
 
 
 @dataclass(frozen=True)
@@ -465,7 +465,7 @@ def _write_safetensors(
     for name in order:
         dtype, shape = state[name].dtype, list(state[name].source.shape)
         if dtype not in SAFETENSORS_DTYPES:
-            raise FileFormatError(f"`{name}`: a .safetensors cannot hold {dtype}")
+            raise FileFormatError(f"`{name}`: a .safetensors does not support {dtype}")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
             "dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]

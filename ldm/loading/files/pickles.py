@@ -37,7 +37,7 @@ SCRIPT_MARKER = "/constants.pkl"  # a member that only TorchScript archives have
 SCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
 SCRIPT_FUNCTION = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
 # Names that error messages do not list; this does not allow anything.
-HARMLESS = re.compile(
+HARMLESS_IMPORT = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
     r"|__builtin__\.(dict|list|long)"
     rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTION.pattern}"
@@ -164,7 +164,7 @@ def list_pickle_imports(path: Path, file_format: str) -> list[str]:
 def list_foreign_imports(path: Path, file_format: str) -> list[str]:
     """Return the names in `list_pickle_imports` that weights do not need."""
     names = list_pickle_imports(path, file_format)
-    return [name for name in names if name not in IGNORED_NAMES and not HARMLESS.fullmatch(name)]
+    return [n for n in names if n not in IGNORED_NAMES and not HARMLESS_IMPORT.fullmatch(n)]
 
 
 def _make_script_stand_ins(path: Path) -> list[tuple[type, str]]:

@@ -10,7 +10,7 @@ compile_model       -> trainer
 import math
 
 from ldm.diffusion.step_noise import STEP_NOISE_OPTIONS
-from ldm.loading.sgm import ENGINE
+from ldm.loading.sgm import DIFFUSION_ENGINE
 from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.specs import get_section, read_spec
@@ -48,7 +48,7 @@ SAMPLER_PARAMETERS = (
 
 def is_sgm_model(model: JsonMapping) -> bool:
     """Return whether the `model` section of a config is a DiffusionEngine of `sgm`."""
-    return model.get("target") == ENGINE
+    return model.get("target") == DIFFUSION_ENGINE
 
 
 def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
