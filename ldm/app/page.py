@@ -24,9 +24,10 @@ __all__ = ["Page"]
 
 FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
-RESTORE = "(stored, visitor) => [localStorage.getItem('ldm-form') || '', visitor]"
-SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
-    (image) => ({ image, caption: null }))]"""
+RESTORE_JS = "(stored, visitor) => [localStorage.getItem('ldm-form') || '', visitor]"
+SKETCH_FILES_JS = """(sketch) => [!sketch?.background ? []
+    : [sketch.background, ...sketch.layers].map((image) => ({ image, caption: null }))]"""
+# Options of events that run at once and show no progress.
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Page:
         # gradio's editor sends all its layers with each event that has it as an input, and with
         # each answer afterwards. So it is an input of this event only, which runs in the browser.
         sketch = gr.on(
-            triggers, None, ui.images["inpaint"], ui.fields["inpaint.sketch"], js=SKETCH_FILES
+            triggers, None, ui.images["inpaint"], ui.fields["inpaint.sketch"], js=SKETCH_FILES_JS
         )
         names = [*ui.fields]
         submit = partial(events.submit_task, names)
@@ -271,7 +272,7 @@ class Page:
             field.change(None, [*stored.values()], None, js=save)
         event = page.load(
             partial(self.form_events.restore, [*stored]), [ui.stored_form, ui.visitor],
-            [*stored.values(), *self._file_lists, ui.visitor], js=RESTORE, **QUIET,
+            [*stored.values(), *self._file_lists, ui.visitor], js=RESTORE_JS, **QUIET,
         )  # fmt: skip
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
         event.then(

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _check(args: Namespace) -> int:
-    from ldm.data.check import check, open_folder
+    from ldm.data.check import check_data, open_folder
     from ldm.data.pack import pack
 
     if args.list:
@@ -54,7 +54,7 @@ def _check(args: Namespace) -> int:
     folder = open_folder(args.data)
     if args.pack and folder is None:
         raise ArgumentError(f"only a folder of images can be packed, not `{args.data[0]}`", "pack")
-    report = check(folder or args.data, size=args.size, step=args.step, workers=args.workers)
+    report = check_data(folder or args.data, size=args.size, step=args.step, workers=args.workers)
     print("\n".join(report.format_lines()))
     if args.list:
         names = "".join(f"{name}\n" for name, _ in report.unreadable)

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain, islice
 from os.path import splitdrive
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from ldm.data.shards import decode_sample, expand_patterns, get_name, read_shard
 from ldm.data.transforms import PhotoTransform, get_captions
 from ldm.runtime.errors import MissingFile
 
-__all__ = ["DataReport", "check", "open_folder"]
+__all__ = ["DataReport", "check_data", "open_folder"]
 
 CHUNK = 256  # samples handed to the threads at once, to bound memory
 MAX_SHOWN = 10  # names in the report; --list writes all
@@ -99,10 +99,10 @@ class DataReport:
         return {name: counts[key] for name, key in names.items()}
 
 
-def check(
+def check_data(
     data: Folder | Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4
 ) -> DataReport:
-    """Decode and count everything in a folder, or in shards given by patterns.
+    """Decode and count all samples of a folder, or of shards given by patterns.
 
     Args:
         size, step: Arguments of the `Buckets` to count.
@@ -117,11 +117,11 @@ def check(
     # Opening an image changes the warning filters; threads would not restore them in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         while chunk := list(islice(loaders, CHUNK)):
-            for (name, _), values in zip(chunk, pool.map(_measure_sample, chunk), strict=True):
+            for loader, values in zip(chunk, pool.map(_measure_sample, chunk), strict=True):
                 if isinstance(values, UnreadableSample):
-                    report.unreadable.append((name, str(values)))
+                    report.unreadable.append((loader.name, str(values)))
                 else:
-                    report.add(name, *values)
+                    report.add(loader.name, *values)
                 bar.update()
     return report
 
@@ -146,21 +146,28 @@ def open_folder(paths: Sequence[str]) -> Folder | None:
     return folder
 
 
-Loader = tuple[str, Callable[[], Sample]]  # name of a sample, function that reads it
+class SampleLoader(NamedTuple):
+    """Name of a sample, and the function that loads it."""
+
+    name: str
+    load: Callable[[], Sample]
 
 
-def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
+def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[SampleLoader]:
     if isinstance(data, Folder):
-        yield from ((data.get_name(index), partial(data.load, index)) for index in range(len(data)))
+        for index in range(len(data)):
+            yield SampleLoader(data.get_name(index), partial(data.load, index))
     else:
-        raws = chain.from_iterable(map(read_shard, expand_patterns(data)))
-        yield from ((get_name(raw), partial(decode_sample, raw)) for raw in raws)
+        for raw in chain.from_iterable(map(read_shard, expand_patterns(data))):
+            yield SampleLoader(get_name(raw), partial(decode_sample, raw))
 
 
-def _measure_sample(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
-    """Return size, digest and captions of a sample."""
+def _measure_sample(
+    loader: SampleLoader,
+) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
+    """Return size, digest and captions of a sample, or the error of reading it."""
     try:
-        sample = loader[1]()
+        sample = loader.load()
     except UnreadableSample as error:
         return error
     image: Image.Image = sample["image"]

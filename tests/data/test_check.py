@@ -1,4 +1,4 @@
-"""`ldm check-data`: folders and shards are checked before training."""
+"""`ldm check_data-data`: folders and shards are checked before training."""
 
 import tarfile
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from imaging.badimages import REFUSED
 from ldm.commands.check_data import main
-from ldm.data.check import check
+from ldm.data.check_data import check_data
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys)
     assert capsys.readouterr().out.splitlines()[-2:] == [
         str(tmp_path / f"00{number}.tar") for number in range(2)
     ]
-    report = check([str(tmp_path / "{000..001}.tar")])
+    report = check_data([str(tmp_path / "{000..001}.tar")])
     assert sum(report.sizes.values()) == 5
     assert report.unreadable == []
     assert report.captions == {"the same": 2, "another": 1}
