@@ -146,24 +146,24 @@ def open_folder(paths: Sequence[str]) -> Folder | None:
     return folder
 
 
-class SampleLoader(NamedTuple):
+class Loader(NamedTuple):
     """Name of a sample, and the function that loads it."""
 
     name: str
     load: Callable[[], Sample]
 
 
-def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[SampleLoader]:
+def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
     if isinstance(data, Folder):
         for index in range(len(data)):
-            yield SampleLoader(data.get_name(index), partial(data.load, index))
+            yield Loader(data.get_name(index), partial(data.load, index))
     else:
         for raw in chain.from_iterable(map(read_shard, expand_patterns(data))):
-            yield SampleLoader(get_name(raw), partial(decode_sample, raw))
+            yield Loader(get_name(raw), partial(decode_sample, raw))
 
 
 def _measure_sample(
-    loader: SampleLoader,
+    loader: Loader,
 ) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
     """Return size, digest and captions of a sample, or the error of reading it."""
     try:

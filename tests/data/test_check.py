@@ -1,4 +1,4 @@
-"""`ldm check_data-data`: folders and shards are checked before training."""
+"""`ldm check-data`: folders and shards are checked before training."""
 
 import tarfile
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from imaging.badimages import REFUSED
 from ldm.commands.check_data import main
-from ldm.data.check_data import check_data
+from ldm.data.check import check_data
 
 
 @pytest.fixture
