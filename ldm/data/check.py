@@ -162,9 +162,7 @@ def _iter_loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
             yield Loader(get_name(raw), partial(decode_sample, raw))
 
 
-def _measure_sample(
-    loader: Loader,
-) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
+def _measure_sample(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
     """Return size, digest and captions of a sample, or the error of reading it."""
     try:
         sample = loader.load()
