@@ -138,7 +138,7 @@ def test_every_task_makes_images_that_replay_identically(backend, families, run,
 
 
 def test_the_ema_weights_are_used_if_the_config_asks_and_replays_use_those_of_the_image(
-    ema_model, make_request, run, tmp_path
+    ema_model, run, tmp_path
 ):
     backend = Backend(Library(ema_model.ckpt.parent), tmp_path, MODEL_OPTIONS, LIMITS)
     image = run(backend, "txt2img").images[0]
@@ -503,7 +503,7 @@ def test_a_checkpoint_is_inspected_by_its_name_only(backend):
     assert backend.library.inspect("../../etc/passwd") == "choose a checkpoint"
 
 
-def test_progress_is_html_with_what_users_write_escaped(backend):
+def test_progress_is_html_with_what_users_write_escaped():
     progress = Progress(message="<script>", preview=Image.new("RGB", (4, 4)))
     assert "&lt;script&gt;" in render_progress(progress)
     assert "data:image/png;base64," in render_preview(progress)

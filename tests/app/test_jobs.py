@@ -96,7 +96,7 @@ def test_the_first_images_of_a_visitor_are_read_once():
     assert len(reads) == 1
 
 
-def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images(jobs):
+def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images():
     progress = Progress(total=6)
     progress.add_image({"seed": 1})
     progress.add_image({"seed": 2})
@@ -109,7 +109,7 @@ def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images(jobs):
     assert progress.message.endswith("step 60 of 60, 50 s left")
 
 
-def test_a_stopped_run_keeps_what_it_has(jobs):
+def test_a_stopped_run_keeps_what_it_has():
     progress = Progress(total=2)
     progress.stop.set()
     with pytest.raises(Stop) as stopped:

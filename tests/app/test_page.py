@@ -361,7 +361,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_selected_at_first(app, pag
 
 
 @pytest.mark.slow
-def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
+def test_an_image_of_another_program_fills_the_form(page, tmp_path):
     text = (
         "a red fox\nNegative prompt: blurry\nSteps: 3, Sampler: Euler a, Schedule type: Karras,"
         " CFG scale: 4, Seed: 3735928559, Size: 64x64"

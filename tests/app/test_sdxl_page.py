@@ -47,7 +47,7 @@ def make_request(backend, model, **changes):
     return backend.make_request(TXT2IMG, model, form.parse(values, backend.uploads))
 
 
-def test_settings_and_fields_follow_the_checkpoint(backend, page):
+def test_settings_and_fields_follow_the_checkpoint(page):
     initial = page.forms["txt2img"].settings
     defaults = {name: initial[name].kwargs["value"] for name in DEFAULTED_FIELDS}
 

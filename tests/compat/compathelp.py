@@ -5,16 +5,12 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from encoders.encoderhelp import CLIP_ARCH
 from ldm.compat.util import instantiate_from_config
 from nets import nethelp
 
 TINY = {"image_size": 8, **nethelp.TINY}
-TINY_CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+TINY_CLIP = CLIP_ARCH | {"num_hidden_layers": 2}
 CONFIGS = Path(__file__).parents[2] / "configs" / "stable-diffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 

@@ -1,5 +1,6 @@
 """`ldm.modules.encoders.modules` of the original, as programs use it."""
 
+import json
 import types
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from encoders.encoderhelp import assert_close
+from encoders.encoderhelp import CLIP_ARCH, HIDDEN_LAYERS, OPEN_CLIP_ARCH, PROMPTS, assert_close
 from goldfile import load_golden
 from ldm.compat import encoders
 from ldm.compat.encoders import (
@@ -19,25 +20,15 @@ from ldm.compat.encoders import (
     FrozenOpenCLIPImageEmbedder,
 )
 
-CLIP_SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-}  # fmt: skip
-ARCH = {
-    "embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3},
-}  # fmt: skip
-PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
-HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
-          [("m2", -2), ("m1", -1), ("0", 0), ("1", 1)]}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def clip():
-    return FrozenCLIPEmbedder(arch=CLIP_SIZES, layer="hidden", layer_idx=-2)
+    return FrozenCLIPEmbedder(arch=CLIP_ARCH, layer="hidden", layer_idx=-2)
 
 
 @pytest.fixture(scope="module")
 def clip2():
-    return FrozenOpenCLIPEmbedder(OmegaConf.create(ARCH), layer="penultimate")
+    return FrozenOpenCLIPEmbedder(OmegaConf.create(OPEN_CLIP_ARCH), layer="penultimate")
 
 
 class DoubledEmbedding(nn.Module):
@@ -62,7 +53,7 @@ class DoubledEmbedding(nn.Module):
         ("text_hfclip", FrozenCLIPEmbedder, "pooled", {"layer": "pooled"}),
         *(
             ("text_hfclip", FrozenCLIPEmbedder, output, options)
-            for output, options in HIDDEN.items()
+            for output, options in HIDDEN_LAYERS.items()
         ),
     ],
 )
@@ -175,7 +166,7 @@ def test_layers_are_those_of_torch(clip, clip2):
 
 
 @pytest.mark.parametrize(
-    ("build", "config"), [(FrozenCLIPEmbedder, CLIP_SIZES), (FrozenOpenCLIPEmbedder, ARCH)]
+    ("build", "config"), [(FrozenCLIPEmbedder, CLIP_ARCH), (FrozenOpenCLIPEmbedder, OPEN_CLIP_ARCH)]
 )
 def test_an_encoder_built_on_the_meta_device_is_filled_and_halved(build, config):
     full = build(arch=config)
@@ -215,7 +206,7 @@ def test_the_text_model_equals_that_of_transformers(clip):
 
 
 def test_the_tokenizer_takes_new_tokens():
-    encoder = FrozenCLIPEmbedder(arch=CLIP_SIZES)
+    encoder = FrozenCLIPEmbedder(arch=CLIP_ARCH)
     tokenizer, model = encoder.tokenizer, encoder.transformer
     assert len(tokenizer) == len(tokenizer.get_vocab()) == 49408
     assert tokenizer.get_vocab()[",</w>"] == 267
@@ -237,14 +228,17 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
     def create(name, pretrained=None, **kwargs):
         names.append(name)
-        small = {"vision_cfg": encoders.UNUSED_VISION_CONFIG, "text_cfg": ARCH["text_cfg"]}
+        small = {
+            "vision_cfg": encoders.UNUSED_VISION_CONFIG,
+            "text_cfg": OPEN_CLIP_ARCH["text_cfg"],
+        }
         return build(name, pretrained=None, **kwargs, **small)
 
     old = CLIPTextModel.from_pretrained
 
     def from_pretrained(name, *args, **kwargs):
         names.append(name)
-        return old(None, *args, config=CLIP_SIZES, state_dict={}, **kwargs)
+        return old(None, *args, config=CLIP_ARCH, state_dict={}, **kwargs)
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     monkeypatch.setattr(encoders.CLIPTextModel, "from_pretrained", from_pretrained)
@@ -281,12 +275,11 @@ def test_weights_are_read_from_local_files(tmp_path, clip, clip2):
     from safetensors.torch import save_file
 
     (tmp_path / "config.json").write_text(
-        '{"text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, '
-        '"num_attention_heads": 4, "dropout": 0.0}}'
+        json.dumps({"text_config": {**CLIP_ARCH, "dropout": 0.0}})
     )
     path = tmp_path / "model.safetensors"
     save_file(clip2.model.state_dict(), path)
-    loaded = FrozenOpenCLIPEmbedder(ARCH, str(path), layer="penultimate")
+    loaded = FrozenOpenCLIPEmbedder(OPEN_CLIP_ARCH, str(path), layer="penultimate")
     assert torch.equal(loaded.encode(PROMPTS), clip2.encode(PROMPTS))
     for prefix in ("", "text_model."):  # the names of transformers 4 and 5
         state = clip.transformer.state_dict()

@@ -121,9 +121,8 @@ def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, mo
 def test_a_model_is_converted_to_half_precision_with_its_vae_set_aside(own_model, monkeypatch):
     model = own_model
     expected, tables = sample(model), model.alphas_cumprod
-    vae, depth = model.first_stage_model, getattr(model, "depth_model", None)
-    model.first_stage_model = None
-    assert depth is None
+    assert not hasattr(model, "depth_model")
+    vae, model.first_stage_model = model.first_stage_model, None
     model.half()
     model.first_stage_model = vae
     model.alphas_cumprod = tables

@@ -5,12 +5,7 @@ import torch
 
 from goldfile import load_golden
 from ldm.diffusion.names import SCHEDULERS
-from ldm.diffusion.schedule import (
-    ContinuousSchedule,
-    Schedule,
-    betas_from_sigmas,
-    make_betas,
-)
+from ldm.diffusion.schedule import ContinuousSchedule, Schedule, betas_from_sigmas, make_betas
 from ldm.diffusion.schedulers import edm_sigmas
 from ldm.pipelines.quirks import Quirks
 

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from encoderhelp import assert_close
+from encoderhelp import CLIP_ARCH, OPEN_CLIP_ARCH, PROMPTS, assert_close
 
 from goldfile import load_golden
 from ldm.encoders.text import CLIPText, OpenCLIPText, clip_skip
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-}  # fmt: skip
-OPEN = {"embed_dim": 24, "text_cfg": {"width": 32, "heads": 4, "layers": 4}}
-PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
+SIZES = CLIP_ARCH | {"num_hidden_layers": 4}
 
 
 @pytest.mark.slow
@@ -51,8 +47,8 @@ def test_the_penultimate_layer_gets_the_final_norm():
     ("build", "options", "has_effect"),
     [
         (CLIPText, {"arch": SIZES}, True),
-        (OpenCLIPText, {"arch": OPEN, "layer": "last"}, True),
-        (OpenCLIPText, {"arch": OPEN, "layer": "penultimate"}, False),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "last"}, True),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "penultimate"}, False),
         (CLIPText, {"arch": SIZES, "layer": "hidden", "layer_idx": 3}, False),
     ],
 )

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from encoderhelp import assert_close
+from encoderhelp import CLIP_ARCH, HIDDEN_LAYERS, OPEN_CLIP_ARCH, PROMPTS, assert_close
 
 from goldfile import load_golden
 from ldm.encoders.text import CLIPText, OpenCLIPText
@@ -8,20 +8,13 @@ from ldm.encoders.towers import quick_gelu
 from quick import slow_except
 from recipe import fill_on_demand
 
-ARCH = {"embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}}
-CLIP_ARCH = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-}  # fmt: skip
 POOLED = {"always_return_pooled": True, "legacy": False}
-TINY = [(OpenCLIPText, ARCH), (CLIPText, CLIP_ARCH)]
-PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
+TINY = [(OpenCLIPText, OPEN_CLIP_ARCH), (CLIPText, CLIP_ARCH)]
 SGM_CASES = [
     "l_hidden_11", "l_hidden_11_pooled", "l_hidden_m2", "l_hidden_12", "l_hidden_0", "l_last",
     "l_last_pooled", "l_pooled", "g_penultimate_pooled", "g_last_pooled", "g_penultimate", "g_last",
     "g_penultimate_legacy", "g_last_legacy", "h_penultimate_old_class",
 ]  # fmt: skip
-HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
-          [("m2", -2), ("m1", -1), ("0", 0), ("1", 1)]}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -34,7 +27,7 @@ HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
         ),
         ("text_hfclip", CLIPText, "last", {}),
         ("text_hfclip", CLIPText, "pooled", {"layer": "pooled"}),
-        *(("text_hfclip", CLIPText, output, options) for output, options in HIDDEN.items()),
+        *(("text_hfclip", CLIPText, output, options) for output, options in HIDDEN_LAYERS.items()),
     ],
 )
 def test_context_equals_the_recorded_one(name, build, output, options):
@@ -132,10 +125,10 @@ def test_an_encoder_with_a_mask_does_not_read_a_cache_without():
 @pytest.mark.parametrize(
     ("build", "options"),
     [
-        (OpenCLIPText, {"arch": ARCH, "layer": "last"}),
-        (OpenCLIPText, {"arch": ARCH, "layer": "penultimate"}),
-        (OpenCLIPText, {"arch": ARCH, "layer": "penultimate", "legacy": False}),
-        (OpenCLIPText, {"arch": ARCH, "layer": "penultimate", **POOLED}),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "last"}),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "penultimate"}),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "penultimate", "legacy": False}),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "penultimate", **POOLED}),
         (CLIPText, {"arch": CLIP_ARCH}),
     ],
 )
@@ -149,9 +142,9 @@ def test_gradient_reaches_all_parameters_but_the_unused(build, options):
 
 
 def test_a_pruned_vocabulary_gives_the_same_context_for_its_tokens():
-    full = OpenCLIPText(arch=ARCH)
+    full = OpenCLIPText(arch=OPEN_CLIP_ARCH)
     ids = full.tokenize(PROMPTS).unique()
-    pruned = OpenCLIPText(arch=ARCH, compact_vocab=len(ids) + 1)
+    pruned = OpenCLIPText(arch=OPEN_CLIP_ARCH, compact_vocab=len(ids) + 1)
     state = full.state_dict()
     table = state["model.token_embedding.weight"]
     rows = torch.cat([torch.zeros(1, table.shape[1]), table[ids]])
@@ -163,7 +156,7 @@ def test_a_pruned_vocabulary_gives_the_same_context_for_its_tokens():
 
 
 def test_sizes_and_activation_come_from_the_config():
-    bare = OpenCLIPText(arch=ARCH["text_cfg"], version="openai")
+    bare = OpenCLIPText(arch=OPEN_CLIP_ARCH["text_cfg"], version="openai")
     assert bare.model.text_projection.shape == (32, 32)
     assert bare.model.blocks[0].activation is quick_gelu
     with torch.device("meta"):
@@ -175,13 +168,17 @@ def test_sizes_and_activation_come_from_the_config():
     ("build", "options", "message"),
     [
         (OpenCLIPText, {"arch": "ViT-Z"}, "unknown arch `ViT-Z`"),
+        (OpenCLIPText, {"arch": {"widht": 8}}, "unknown text_cfg key `widht`, did you mean"),
         (
             OpenCLIPText,
-            {"arch": {"widht": 8}},
-            "unknown text_cfg key `widht`, did you mean",
+            {"arch": OPEN_CLIP_ARCH, "layer": "pooled"},
+            "choose one of last, penultimate",
         ),
-        (OpenCLIPText, {"arch": ARCH, "layer": "pooled"}, "choose one of last, penultimate"),
-        (OpenCLIPText, {"arch": ARCH, "always_return_pooled": True}, "needs `legacy: false`"),
+        (
+            OpenCLIPText,
+            {"arch": OPEN_CLIP_ARCH, "always_return_pooled": True},
+            "needs `legacy: false`",
+        ),
         (CLIPText, {"arch": {"hidden": 8}}, "unknown arch key `hidden`"),
         (CLIPText, {"arch": {"hidden_act": "relu"}}, "unknown hidden_act `relu`"),
         (OpenCLIPText, {"arch": {"text_cfg": {"heads": 5}}}, "512 cannot be divided into 5 heads"),

@@ -105,24 +105,21 @@ def test_folder_of_other_options_is_refused(run, tmp_path, monkeypatch, flags, m
     assert message in err
 
 
-def test_folder_of_another_model_of_the_name_is_refused(run, tmp_path):
-    run("--scales", "3")
-    path = tmp_path / "out/base_v-ddim-2/options.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_hash": "0123456789"}))
-    status, _, err = run("--scales", "3,4")
-    assert status == 1
-    assert err.splitlines()[-1].endswith(
-        "another model of this name: choose another folder (--outdir)"
-    )
-
-
-def test_folder_with_an_option_of_another_version_is_refused(run, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint_hash": "0123456789"},
+         "another model of this name: choose another folder (--outdir)\n"),
+        ({"removed": 1}, "has images with removed 1, not None: choose another folder"),
+    ],
+)  # fmt: skip
+def test_folder_of_another_model_or_version_is_refused(run, tmp_path, change, message):
     run("--scales", "3", "--count", "2")
     path = tmp_path / "out/base_v-ddim-2/options.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"removed": 1}))
-    status, _, err = run("--scales", "3", "--count", "2")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    status, _, err = run("--scales", "3,4", "--count", "2")
     assert status == 1
-    assert "has images with removed 1, not None" in err
+    assert message in err
 
 
 def test_processes_share_the_images(run, tmp_path, monkeypatch):
@@ -137,7 +134,7 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
     assert len(list_images(folder)) == 5
 
 
-def test_fewer_images_than_the_folder_has_are_scored_alone(run, tmp_path):
+def test_fewer_images_than_the_folder_has_are_scored_alone(run):
     run("--scales", "3", "--count", "4")
     status, out, _ = run("--scales", "3", "--count", "2")
     assert status == 0
@@ -175,7 +172,7 @@ def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_before_the_model_is_loaded(
-    run, tmp_path, prompts, monkeypatch, flags, message
+    run, tmp_path, monkeypatch, flags, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")

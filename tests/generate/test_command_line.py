@@ -35,6 +35,7 @@ def parse(task, *words):
          {"init_img": "a.jpg", "strength": 0.8, "n_samples": 2, "n_iter": 1}),
         ("img2img", "--init_img a.jpg --ddim_steps 20 --ddim_eta 0.5 --fixed_code --C 4 --f 8",
          {"steps": 20, "eta": 0.5, "outdir": "outputs/img2img-samples", "ema": None}),
+        ("img2img", "--in a.jpg", {"init_img": "a.jpg"}),  # abbreviated, beside newer flags
         ("inpaint", "--indir in --outdir out --steps 20", {"indir": "in", "steps": 20}),
         ("inpaint", "--image a.png --mask m.png --mask-grow 4 --mask-box 0,1,20,30",
          {"mask": "m.png", "mask_grow": 4, "mask_box": (0, 1, 20, 30)}),
@@ -116,10 +117,8 @@ def test_defaults_of_a_model_come_before_those_of_a_task():
 
 
 def test_the_quirk_size_rounds_sides_down():
-    assert parse("txt2img", *["--legacy", "size", "--H", "515", "--W", "77"]).sampling.size == (
-        512,
-        72,
-    )
+    request = parse("txt2img", "--legacy", "size", "--H", "515", "--W", "77")
+    assert request.sampling.size == (512, 72)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +143,6 @@ def test_the_quirk_size_rounds_sides_down():
 )
 def test_flags_are_understood_in_both_spellings_and_shortened(command, name, value):
     assert parse("txt2img", *command.split()).get_values()[name] == value
-
-
-def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
-    assert parse("img2img", "--in", "f").get_values()["init_img"] == "f"
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,8 @@ def test_a_refiner_takes_the_embeddings_that_have_vectors_for_it(models, tmp_pat
         ),
     ],
 )
-def test_img2img_and_inpaint_take_models_of_sdxl(run, run_ldm, tmp_path, command, ckpt, flags):
-    pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    image = ["--init-img", tmp_path / "photo.png", "--steps", "2", "--n_samples", "1"]
+def test_img2img_and_inpaint_take_models_of_sdxl(run, run_ldm, photo, command, ckpt, flags):
+    image = ["--init-img", photo, "--steps", "2", "--n_samples", "1"]
     status, out, err = run(command, *image, *flags, "--skip_grid", ckpt=ckpt)
     assert status == 0, err
     assert read_info(out[0])["scale"] == 5.0

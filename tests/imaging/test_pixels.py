@@ -5,14 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.imaging.pixels import (
-    make_grid,
-    resize_to,
-    resize_to_multiple,
-    to_pil,
-    to_tensor,
-    to_uint8,
-)
+from ldm.imaging.pixels import make_grid, resize_to, resize_to_multiple, to_pil, to_tensor, to_uint8
 
 
 def make_images(number, size=(6, 5)):
