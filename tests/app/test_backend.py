@@ -370,8 +370,8 @@ def test_selected_loras_change_the_image_and_are_found_by_hash_on_replay(familie
     assert recorded == [[["1.safetensors", 0.8]], "base_v.safetensors", "out"]
     assert (read_pixels(styled["path"]) != read_pixels(plain["path"])).any()
     assert backend._models.count == 1
-    words = ["--ckpt", str(families["base_v"].ckpt), "--lora", f"{lora}:0.8"]
-    assert main(["replay", styled["path"], *words]) == 0
+    flags = ["--ckpt", str(families["base_v"].ckpt), "--lora", f"{lora}:0.8"]
+    assert main(["replay", styled["path"], *flags]) == 0
     moved = [(str(lora.rename(tmp_path / "moved.safetensors")), 1.0)]
     backend = make_backend(families, tmp_path / "out", loras=moved)
     assert replay(backend, styled["path"]) == replay(backend, plain["path"]) == "identical"

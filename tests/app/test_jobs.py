@@ -109,7 +109,7 @@ def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images():
     assert progress.message.endswith("step 60 of 60, 50 s left")
 
 
-def test_a_stopped_run_keeps_what_it_has():
+def test_a_stopped_run_keeps_its_unfinished_image():
     progress = Progress(total=2)
     progress.stop.set()
     with pytest.raises(Stop) as stopped:

@@ -246,7 +246,7 @@ def test_errors_are_visible_wherever_the_page_is_scrolled_to(page):
     assert is_in_window(page, "#error .failed")
 
 
-def test_form_gallery_and_run_outlive_a_reload(app, page):
+def test_form_gallery_and_run_survive_a_reload(app, page):
     """Images are in the order of their seeds; unfinished ones are kept."""
     settings = {"Sampling steps": LONG, "Batch size": 2, "Batch count": 4, "Seed": 11}
     fill(page, "a fox", **settings, Width=64, Height=64)
@@ -393,7 +393,7 @@ def test_an_image_of_another_program_fills_the_form(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
+def test_a_large_photo_is_resized_to_the_size_of_the_model(app, page, tmp_path):
     Image.new("RGB", (3000, 2000), "red").save(tmp_path / "photo.png")
     area = open_tab(page, "img2img")
     area.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")

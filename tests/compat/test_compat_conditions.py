@@ -77,7 +77,7 @@ def test_the_depth_input_of_a_sample_equals_the_recorded_one():
     assert_close(torch.from_numpy(sample["midas_in"])[:, ::8, ::8], recorded["sub"], 1e-5)
 
 
-def test_the_loader_of_depth_networks_is_replaced(monkeypatch):
+def test_the_loader_of_depth_networks_can_be_replaced(monkeypatch):
     monkeypatch.setitem(midas.ISL_PATHS, "dpt_hybrid", "elsewhere.pt")
     monkeypatch.setattr(
         midas.api, "load_model", lambda name: (nn.Identity(), midas.ISL_PATHS[name])

@@ -27,7 +27,7 @@ def clip():
 
 
 @pytest.fixture(scope="module")
-def clip2():
+def openclip():
     return FrozenOpenCLIPEmbedder(OmegaConf.create(OPEN_CLIP_ARCH), layer="penultimate")
 
 
@@ -96,11 +96,11 @@ def test_class_embedding_equals_the_recorded_one():
     assert torch.equal(unconditional["class"], expected["uc_class"])
 
 
-def test_replaced_token_embeddings_are_used(clip, clip2):
+def test_replaced_token_embeddings_are_used(clip, openclip):
     """By both encoders, however they are called, even without a `weight`."""
     embeddings = clip.transformer.text_model.embeddings
     ids, before = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")["input_ids"], {}
-    for encoder, owner in ((clip, embeddings), (clip2, clip2.model)):
+    for encoder, owner in ((clip, embeddings), (openclip, openclip.model)):
         before[encoder], old = encoder.encode(PROMPTS), owner.token_embedding
         positions = embeddings(ids) - embeddings.token_embedding(ids)
         owner.token_embedding = DoubledEmbedding(old)
@@ -111,19 +111,19 @@ def test_replaced_token_embeddings_are_used(clip, clip2):
         assert torch.equal(encoder.encode(PROMPTS), before[encoder])
 
 
-def test_an_embedding_manager_sees_ids_and_their_vectors(clip, clip2):
+def test_an_embedding_manager_sees_ids_and_their_vectors(clip, openclip):
     """Textual inversion with open_clip; `test_embedding_manager` trains one with CLIP."""
     (token,) = clip.tokenizer("horse", add_special_tokens=False)["input_ids"]
-    vector = nn.Parameter(clip2.model.token_embedding.weight[token].detach().clone())
+    vector = nn.Parameter(openclip.model.token_embedding.weight[token].detach().clone())
 
     def insert(ids, vectors):
         return torch.where((ids == token)[..., None], vector, vectors)
 
-    context = clip2.encode(["a horse"], embedding_manager=insert)
-    assert torch.equal(context, clip2.encode(["a horse"]))
+    context = openclip.encode(["a horse"], embedding_manager=insert)
+    assert torch.equal(context, openclip.encode(["a horse"]))
     context.square().mean().backward()
     assert vector.grad.abs().max() > 0
-    assert all(parameter.grad is None for parameter in clip2.parameters())
+    assert all(parameter.grad is None for parameter in openclip.parameters())
 
 
 def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monkeypatch):
@@ -150,18 +150,18 @@ def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monke
     assert_close(context[:1, :77], norm(clip.encode(["a cat"])), 1e-6)
 
 
-def test_layers_are_those_of_torch(clip, clip2):
+def test_layers_are_those_of_torch(clip, openclip):
     kinds = {type(layer) for layer in clip.transformer.text_model.encoder.layers.modules()}
     assert {nn.Linear, nn.LayerNorm} <= kinds
-    linear = [m for m in (*clip.modules(), *clip2.modules()) if isinstance(m, nn.Linear)]
+    linear = [m for m in (*clip.modules(), *openclip.modules()) if isinstance(m, nn.Linear)]
     assert {type(m) for m in linear} <= {
         nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear  # of MultiheadAttention
     }  # fmt: skip
     assert all(
-        type(block.attn) is nn.MultiheadAttention for block in clip2.model.transformer.resblocks
+        type(block.attn) is nn.MultiheadAttention for block in openclip.model.transformer.resblocks
     )
     assert type(clip.transformer.text_model.embeddings.token_embedding) is nn.Embedding
-    assert type(clip2.model.token_embedding) is nn.Embedding
+    assert type(openclip.model.token_embedding) is nn.Embedding
     assert not hasattr(clip, "model")
 
 
@@ -247,40 +247,40 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
     assert names == ["ViT-H-14", "openai/clip-vit-large-patch14"]
 
 
-def test_blocks_of_open_clip_take_the_batch_second(clip2):
+def test_blocks_of_open_clip_take_the_batch_second(openclip):
     """As programs expect that call each block; in a batch of 77 all sizes would fit."""
     import open_clip
 
     prompts = [f"number {k}" for k in range(77)]
     tokens = open_clip.tokenize(prompts)
-    model, seen = clip2.model, []
+    model, seen = openclip.model, []
     x = (model.token_embedding(tokens) + model.positional_embedding).permute(1, 0, 2)
     for block in model.transformer.resblocks[:-1]:
         x = block(x, attn_mask=model.attn_mask)
     expected = model.ln_final(x.permute(1, 0, 2))
-    assert_close(clip2.encode_with_transformer(tokens), expected, 1e-6)
-    assert_close(clip2.encode(prompts[:1]), expected[:1], 2e-6)
+    assert_close(openclip.encode_with_transformer(tokens), expected, 1e-6)
+    assert_close(openclip.encode(prompts[:1]), expected[:1], 2e-6)
 
     def text_transformer_forward(self, x, attn_mask=None):
         seen.append(x.shape)
         return x
 
-    clip2.text_transformer_forward = types.MethodType(text_transformer_forward, clip2)
-    clip2.encode(["a", "b"])
-    del clip2.text_transformer_forward
+    openclip.text_transformer_forward = types.MethodType(text_transformer_forward, openclip)
+    openclip.encode(["a", "b"])
+    del openclip.text_transformer_forward
     assert seen == [(77, 2, 32)]
 
 
-def test_weights_are_read_from_local_files(tmp_path, clip, clip2):
+def test_weights_are_read_from_local_files(tmp_path, clip, openclip):
     from safetensors.torch import save_file
 
     (tmp_path / "config.json").write_text(
         json.dumps({"text_config": {**CLIP_ARCH, "dropout": 0.0}})
     )
     path = tmp_path / "model.safetensors"
-    save_file(clip2.model.state_dict(), path)
+    save_file(openclip.model.state_dict(), path)
     loaded = FrozenOpenCLIPEmbedder(OPEN_CLIP_ARCH, str(path), layer="penultimate")
-    assert torch.equal(loaded.encode(PROMPTS), clip2.encode(PROMPTS))
+    assert torch.equal(loaded.encode(PROMPTS), openclip.encode(PROMPTS))
     for prefix in ("", "text_model."):  # the names of transformers 4 and 5
         state = clip.transformer.state_dict()
         save_file({name.removeprefix(prefix): value for name, value in state.items()}, path)

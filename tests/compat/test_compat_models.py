@@ -25,7 +25,7 @@ from recipe import fill
 SLOW = pytest.mark.slow
 
 
-def test_conditions_take_the_recorded_routes():
+def test_conditions_reach_the_unet_as_recorded():
     file = recorded("conditioning_routes")
     shared, inputs = file.select("shared/"), file.inputs("crossattn_tensor")
     c, concat = inputs["c"], shared["cc"]

@@ -46,7 +46,7 @@ def test_a_module_of_the_original_is_the_module_of_compat_itself():
     del file.print
 
 
-def test_unknown_names_stay_unknown():
+def test_unknown_module_names_are_not_found():
     for name in ("ldm.utils", "ldm.modules.nothing", "ldm.models.nothing.at_all"):
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(name)

@@ -8,7 +8,7 @@ from compat.recordedmodels import SCHEDULER, build, recorded
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-class Words(torch.nn.Module):
+class CaptionLengths(torch.nn.Module):
     """Encodes captions by their length."""
 
     def encode(self, captions):
@@ -54,7 +54,8 @@ def test_a_latent_diffusion_model_is_fitted(lightning, tmp_path):
             log = model.log_images(batch, split="train", ddim_steps=1, plot_progressive_rows=False)
             keys.append(sorted(log))
 
-    changes = {"scheduler_config": SCHEDULER, "cond_stage_config": {"target": f"{__name__}.Words"}}
+    encoder = {"target": f"{__name__}.CaptionLengths"}
+    changes = {"scheduler_config": SCHEDULER, "cond_stage_config": encoder}
     model = build(recorded("train_step").meta["config"], **changes)
     assert isinstance(model, lightning.LightningModule)
     model.learning_rate = 1e-3

@@ -217,7 +217,7 @@ class ControlBranch(nn.Module):
         return [*maps, self.middle_block_out(h, emb, context)]
 
 
-def test_a_control_branch_starts_without_effect_and_is_what_learns():
+def test_a_control_branch_starts_without_effect_and_is_trained_alone():
     sizes = {
         "num_res_blocks": 2, "channel_mult": [1, 1, 1, 2], "attention_resolutions": [1, 2],
     }  # fmt: skip

@@ -33,7 +33,7 @@ from pipelines.goldmodels import model_of
 from quick import slow_except
 
 # Lightning, where it is installed, warns of `self.log` without a Trainer, and goes on.
-LOGS_ALONE = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
+WITHOUT_TRAINER = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
 SHAPE = (4, 8, 12)
 
 
@@ -93,7 +93,7 @@ class ControlLDM(LatentDiffusion):
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
 
-@LOGS_ALONE
+@WITHOUT_TRAINER
 def test_a_control_network_is_trained_and_sampled():
     config = recorded("ddim_eps").meta["config"]
     branch = {"target": f"{__name__}.Branch", "params": {"hint_channels": 3}}
@@ -237,8 +237,8 @@ def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch
     assert calls == [(3, torch.float32, True), (1, torch.float32, True)]
 
 
-@LOGS_ALONE
-def test_a_trainer_without_lightning_sets_what_the_model_reads():
+@WITHOUT_TRAINER
+def test_the_hooks_of_training_work_without_lightning():
     """As scripts do that call the hooks themselves."""
     config = recorded("train_step").meta["config"]
     ucg_training = {"label": {"p": 1.0, "val": "none"}}
@@ -348,7 +348,7 @@ COMPAT_CLASSES = {
 
 
 @pytest.mark.parametrize("name", slow_except(TASKS, "inpaint", "unclip"))
-def test_families_are_bridged_there_and_back(name):
+def test_families_are_bridged_both_ways(name):
     """The images are equal, bit by bit."""
     file, task = TASKS[name]
     modern = model_of(recorded(file), name)

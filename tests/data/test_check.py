@@ -28,7 +28,7 @@ def photos(tmp_path):
     return root
 
 
-def test_everything_is_counted(photos, capsys):
+def test_unreadable_images_copies_and_captions_are_counted(photos, capsys):
     assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
     out = capsys.readouterr().out
     assert "5 images can be read, 10 are unreadable" in out

@@ -58,7 +58,7 @@ def test_an_emoji_depends_on_its_random_generator_alone():
     assert not torch.equal(first["jpg"], other["jpg"])
 
 
-def test_a_photo_keeps_its_middle_or_a_random_part():
+def test_a_photo_is_cropped_at_its_centre_or_at_random():
     image = Image.new("RGB", (96, 32))
     for x in range(96):
         image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
@@ -73,7 +73,7 @@ def test_a_photo_keeps_its_middle_or_a_random_part():
         PhotoTransform(crop="left")
 
 
-def test_odd_photos_are_made_square_and_opaque():
+def test_transparent_and_narrow_photos_become_opaque_and_square():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert PhotoTransform(size=8)({"image": clear}, Random(0))["jpg"].min() == 1
     line = Image.new("RGB", (1, 60000))

@@ -124,7 +124,7 @@ def test_denoisers_of_sdxl_are_the_recorded_ones(name):
     torch.testing.assert_close(denoised, expected["denoised"], rtol=1e-5, atol=1e-4)
 
 
-def test_timesteps_between_levels_count_as_the_network_does():
+def test_timesteps_between_levels_are_flipped_and_shifted_for_the_network():
     t = torch.tensor([0.0, 0.25, 500.5, 999.0], dtype=torch.float64)
     sigma = SCHEDULE.t_to_sigma(t)
     flipped, zero, both = (

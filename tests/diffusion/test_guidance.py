@@ -167,7 +167,7 @@ def test_perturbed_attention_can_be_combined_with_cfg_pp(scale):
         (PerturbedAttention(3.0, Guidance()), lambda sigma: 1 + (sigma > 3), [2, 6, 4, 2]),
     ],
 )
-def test_one_call_of_the_network_computes_what_is_needed_and_no_more(guidance, scale, rows):
+def test_the_network_computes_only_the_rows_that_are_needed(guidance, scale, rows):
     toy = Toy()
     further = [EMPTY] * len(guidance.texts if guidance else ())
     denoise = add_guidance(

@@ -91,7 +91,7 @@ def test_ddim_follows_the_recorded_trajectory(kind, name):
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("steps", slow_except([8, 5, 1], 5, 1))
-def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
+def test_ddim_decodes_from_an_intermediate_step_as_recorded(kind, steps):
     file = recorded(f"ddim_{kind}")
     name = f"img2img_tenc{steps}"
     denoiser, shared = load_denoiser(f"ddim_{kind}"), file.select("shared/")

@@ -27,15 +27,15 @@ PAGE = "http://127.0.0.1:7860"
 
 
 def list_blocks():
-    """List the commands (arguments of a process) of every block, named by file and line."""
+    """List the commands of every block, named by file and line."""
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]:
         text = path.read_text(encoding="utf-8")
         for block in BLOCK.finditer(text):
             reason, language, code = block.groups()
-            words = ["bash", "-ec", code] if language == "bash" else ["python", "-c", code]
+            command = ["bash", "-ec", code] if language == "bash" else ["python", "-c", code]
             line = text[: block.start(3)].count("\n") + 1
             marks = [pytest.mark.skip(reason=reason)] if reason else []
-            yield pytest.param(words, id=f"{path.name}:{line}", marks=marks)
+            yield pytest.param(command, id=f"{path.name}:{line}", marks=marks)
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +67,19 @@ def environment(folder):
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("words", list(list_blocks()))
-def test_a_command_of_the_documentation_runs_as_written(words, folder, environment):
+@pytest.mark.parametrize("command", list(list_blocks()))
+def test_a_command_of_the_documentation_runs_as_written(command, folder, environment):
     log = folder.parent / "output.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
-        status = wait_for_page(process) if "ldm app" in words[-1] else process.wait()
+        status = wait_for_page(process) if "ldm app" in command[-1] else process.wait()
     assert status == 0, "\n".join(log.read_text().splitlines()[-15:])
 
 

@@ -46,7 +46,7 @@ def test_the_input_of_the_network_equals_the_recorded_one(size):
     assert_close(ours.double().mean(dim=(1, 2)), recorded["mean"])
 
 
-def test_a_large_image_is_not_blurred_before_it_is_made_smaller():
+def test_a_large_image_is_downscaled_without_antialiasing():
     """As in OpenCV, by which the original resizes; all recorded images are enlarged."""
     cv2 = pytest.importorskip("cv2")
     image = torch.rand(900, 700, 3, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def test_the_side_nearer_to_384_decides(size, expected):
     assert compute_midas_size(*size) == expected
 
 
-def test_the_channel_equals_the_recorded_one():
+def test_the_depth_channel_equals_the_recorded_one():
     """The recorded map is a stand-in: 3 x_0 + 2 x_1 x_2 + a ramp."""
     golden = load_golden("get_input_concat")
     red, green, blue = golden.inputs("depth")["midas_in"].split(1, dim=1)

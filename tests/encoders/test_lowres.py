@@ -63,7 +63,7 @@ def test_upscaling_conditions_equal_the_recorded_ones():
     assert torch.equal(cond.vector, recorded["c_adm"])
 
 
-def test_one_level_serves_the_whole_batch():
+def test_one_noise_level_is_used_for_the_whole_batch():
     encoder, lr = LowRes(**X4), torch.rand(2, 3, 4, 4)
     ours = encoder.prepare({"lr": lr, "noise_level": 20}, make_options(seed=0))
     noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(0))

@@ -74,7 +74,7 @@ def test_conditional_and_unconditional_batches_equal_the_recorded_ones(case):
 
 
 @pytest.mark.parametrize("case", ["ucg_dropout", "ucg_dropout_b", "classes_and_concat"])
-def test_tensors_are_dropped_one_by_one(case):
+def test_outputs_are_dropped_independently_as_recorded(case):
     golden = load_golden(GOLDEN)
     info = golden.case(case)["info"]
     conditioner = build_conditioner(golden, info["config"])
@@ -83,7 +83,7 @@ def test_tensors_are_dropped_one_by_one(case):
     assert_equal(conditioner(batch, drop=None, legacy={"independent-dropout"}), golden, case)
 
 
-def test_later_encoders_read_what_replaced_a_text(monkeypatch):
+def test_later_encoders_read_the_replaced_text(monkeypatch):
     golden = load_golden(GOLDEN)
     info = golden.case("legacy_ucg")["info"]
     conditioner = build_conditioner(golden, info["config"])

@@ -74,7 +74,7 @@ def test_a_long_text_keeps_its_beginning_and_an_end_token():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "lost"),
+    ("prompt", "truncated"),
     [
         ("photo " * 75, ""),
         ("photo " * 74 + "photo, a dog", ", a dog"),
@@ -82,8 +82,8 @@ def test_a_long_text_keeps_its_beginning_and_an_end_token():
         ("photo " * 74 + "犬" * 9, "犬" * 9),
     ],
 )
-def test_the_end_of_a_long_prompt_is_lost_from_the_first_incomplete_word_on(prompt, lost):
-    assert find_truncated_text(prompt, CLIP, added={"<cat-toy>": [-1]}) == lost
+def test_a_long_prompt_is_truncated_at_its_first_incomplete_word(prompt, truncated):
+    assert find_truncated_text(prompt, CLIP, added={"<cat-toy>": [-1]}) == truncated
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def run(tiny, tmp_path, prompts, capsys):
     """Runs `ldm evaluate`; returns its status, lines of stdout, text of stderr."""
 
     def run(*flags):
-        words = [*tiny.flags, "--steps", "2", "--scales", "1,3", "--H", "64", "--W", "64"]
-        words += ["--precision", "full", "--outdir", str(tmp_path / "out"), "--n_samples", "2"]
+        arguments = [*tiny.flags, "--steps", "2", "--scales", "1,3", "--H", "64", "--W", "64"]
+        arguments += ["--precision", "full", "--outdir", str(tmp_path / "out"), "--n_samples", "2"]
         if "--images" not in flags and "--prompts" not in flags:
-            words += ["--generate", "--prompts", str(prompts)]
-        status = main(["evaluate", *words, *map(str, flags)])
+            arguments += ["--generate", "--prompts", str(prompts)]
+        status = main(["evaluate", *arguments, *map(str, flags)])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 
@@ -171,7 +171,7 @@ def test_images_of_larger_runs_are_not_waited_for(tmp_path, monkeypatch):
         (["--resize", "dirty", "--reference", "."], "unknown resize `dirty`"),
     ],
 )
-def test_bad_input_is_one_line_before_the_model_is_loaded(
+def test_bad_input_is_refused_in_one_line_before_the_model_is_loaded(
     run, tmp_path, monkeypatch, flags, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -209,7 +209,7 @@ def test_a_missing_checkpoint_is_named_before_anything_is_written(run, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_images_than_processes_is_one_line(run, monkeypatch):
+def test_fewer_images_than_processes_are_refused_in_one_line(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "0")
     status, _, err = run()

@@ -87,7 +87,7 @@ def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
         ({"Mixed_6a.branch3x3.conv.weight": torch.zeros(1)}, "does not fit Inception"),
     ],
 )
-def test_wrong_inception_file_is_one_line(weights, tmp_path, change, message):
+def test_wrong_inception_file_is_refused_in_one_line(weights, tmp_path, change, message):
     state = {name: value for name, value in (weights | change).items() if value is not None}
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises((FileFormatError, ValueError), match=message):
@@ -181,7 +181,7 @@ def test_clip_is_read_from_the_archives_of_openai(clip_weights, tmp_path):
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
 
 
-def test_a_folder_of_transformers_tells_the_activation(clip_weights, tmp_path):
+def test_the_config_of_transformers_selects_the_activation(clip_weights, tmp_path):
     names = {f"model.{name}": value for name, value in clip_weights.items()}
     locations = locate_text_encoder(
         name for name in names if "visual" not in name

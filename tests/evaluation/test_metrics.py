@@ -24,7 +24,7 @@ def samples():
     return torch.from_numpy(a), torch.from_numpy(b)
 
 
-def test_frechet_distance_has_the_value_of_the_recipe(samples):
+def test_frechet_distance_equals_the_reference_value(samples):
     a, b = map(Statistics.of, samples)
     assert frechet_distance(a, b) == pytest.approx(2.668662863, abs=1e-9)
     assert fid(samples[0], b).value == pytest.approx(frechet_distance(a, b), rel=1e-12)

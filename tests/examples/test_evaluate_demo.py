@@ -64,7 +64,7 @@ class Perfect(Judges):
         return ranks, torch.stack([(styles + k) % 8 for k in range(8)], dim=1)
 
 
-def test_real_images_score_full_marks(folder, prompts, images):
+def test_real_images_have_full_scores(folder, prompts, images):
     judges = Perfect(folder, prompts)
     result = evaluate_demo.score(judges, Gallery(folder, judges.objects), images, prompts)
     assert result == evaluate_demo.Score(23, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)

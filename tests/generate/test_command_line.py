@@ -24,8 +24,8 @@ from ldm.nets.attention import BACKENDS
 ROOT = Path(__file__).parents[2]
 
 
-def parse(task, *words):
-    return parse_request(TASKS[task], words)
+def parse(task, *arguments):
+    return parse_request(TASKS[task], arguments)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     """One option at a time, and all at once."""
     sides = ("original_size", "crop", "target_size")
     names_of_pairs = [*sides, *(f"negative_{name}" for name in sides)]
-    words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
+    values = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "sigmas": "9,1,0", "strength": ".25",
              "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64", "tiling": "x",
@@ -241,7 +241,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     for task in TASKS.values():
         argvs = []
         for name, (row, _) in task.options.items():
-            word = words.get(name, "8")
+            value = values.get(name, "8")
             if not row.flags:
                 argvs.append([f"{name}.x=1"])
             elif row.is_switch:
@@ -249,9 +249,9 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 if row.is_negatable:
                     argvs.append([row.flags[0].replace("--", "--no-")])
             elif name in needed:
-                argvs.append([*needed[name], row.flags[0], word])
+                argvs.append([*needed[name], row.flags[0], value])
             else:
-                argvs.append([row.flags[0], word])
+                argvs.append([row.flags[0], value])
         others = {  # cannot be combined with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--brownian", "--syntax", "--sigmas",
             "--save-latents",
@@ -281,11 +281,11 @@ def test_every_task_has_help(task, capsys):
     assert TASKS[task].summary.splitlines()[0] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--wrong"], 2)])
-def test_help_and_mistakes_are_fast_and_import_nothing_heavy(words, status, tmp_path):
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--wrong"], 2)])
+def test_help_and_mistakes_are_fast_and_import_nothing_heavy(arguments, status, tmp_path):
     code = (
         "import sys; from ldm.commands.main import main\n"
-        f"try: status = main(['txt2img', *{words}])\n"
+        f"try: status = main(['txt2img', *{arguments}])\n"
         "except SystemExit as stopped: status = stopped.code\n"
         "heavy = {'torch', 'numpy', 'PIL', 'omegaconf', 'tqdm', 'pydantic'} & {*sys.modules}\n"
         "sys.exit(', '.join(heavy) or status)"
@@ -309,16 +309,16 @@ def test_a_closed_pipe_is_not_an_error():
 
 
 @pytest.mark.parametrize(
-    ("word", "nearest"),
+    ("command", "nearest"),
     [
         ("txt2image", "`txt2img`"),
         ("inspect", "`inspect-checkpoint`"),
         ("loras", "`extract-lora` or `merge-lora`"),
     ],
 )
-def test_ldm_lists_its_commands_and_suggests_the_nearest(capsys, word, nearest):
+def test_ldm_lists_its_commands_and_suggests_the_nearest(capsys, command, nearest):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name}" in out for name in [*TASKS, "replay", "train", "app", "convert"])
-    assert main([word]) == 2
-    assert f"unknown command `{word}`, did you mean {nearest}?" in capsys.readouterr().err
+    assert main([command]) == 2
+    assert f"unknown command `{command}`, did you mean {nearest}?" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from ldm.runtime.errors import ArgumentError
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("flags", "expected"),
     [
         (["--pag", "--apg", "--freeu"],
          {"pag": 3.0, "apg": [0.0, 15.0, -0.5], "freeu": [1.4, 1.6, 0.9, 0.2]}),
@@ -24,8 +24,8 @@ from ldm.runtime.errors import ArgumentError
          {"sld": [0.0, 20.0, 0.1, 0.3, 0.4], "sld_concept": SLD_CONCEPTS["diffusers"]}),
     ],
 )  # fmt: skip
-def test_a_png_records_its_guidance_and_can_be_replayed(txt2img, run_ldm, words, expected):
-    _, (png,), _ = txt2img("--skip_grid", *words)
+def test_a_png_records_its_guidance_and_can_be_replayed(txt2img, run_ldm, flags, expected):
+    _, (png,), _ = txt2img("--skip_grid", *flags)
     info = read_info(png)
     assert {name: info[name] for name in expected} == expected
     values = get_field_values(info)
@@ -52,11 +52,11 @@ def test_guidance_in_the_text_of_a_png_can_be_parsed():
 
 def test_each_line_of_a_file_needs_a_negative_prompt_for_perp_neg(tmp_path):
     (tmp_path / "prompts.txt").write_text('a cat --negative-prompt "a dog"\na red apple\n')
-    words = ["--perp-neg", "--from-file", str(tmp_path / "prompts.txt")]
+    flags = ["--perp-neg", "--from-file", str(tmp_path / "prompts.txt")]
     with pytest.raises(ArgumentError, match="a negative prompt: `a red apple` has none"):
-        plan_batches(parse_request(TASKS["txt2img"], words))
-    words += ["--negative-prompt", "blurry"]
-    assert len(plan_batches(parse_request(TASKS["txt2img"], words))) == 3
+        plan_batches(parse_request(TASKS["txt2img"], flags))
+    flags += ["--negative-prompt", "blurry"]
+    assert len(plan_batches(parse_request(TASKS["txt2img"], flags))) == 3
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ def run(txt2img):
 
 
 def test_images_record_their_loras_and_replay(run, loras, run_ldm, tmp_path):
-    words = ["--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:-0.5"]
-    _, (path,), _ = run(*words)
+    flags = ["--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:-0.5"]
+    _, (path,), _ = run(*flags)
     plain, info = read_info(run()[1][0]), read_info(path)
     assert plain["loras"] == []
     assert plain["sha256"] != info["sha256"]
@@ -67,8 +67,8 @@ def test_an_embedding_changes_the_image_and_is_recorded(run, tiny, tmp_path, run
     width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
     folder = tmp_path / "words"
     write_embeddings(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
-    words = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]
-    (path,), (plain,) = run(*words)[1], run(*words[:2])[1]
+    flags = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]
+    (path,), (plain,) = run(*flags)[1], run(*flags[:2])[1]
     info = read_info(path)
     assert [(file["words"], file["path"]) for file in info["embeddings"]] == [
         (["<cat>"], str(folder / "cat.safetensors"))

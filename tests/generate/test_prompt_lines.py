@@ -22,7 +22,7 @@ from ldm.runtime.errors import ArgumentError
 
 @pytest.fixture
 def run(txt2img):
-    """Runs txt2img; returns the infos of its images, or the last line of an error."""
+    """Runs txt2img; returns the metadata of its images, or the last line of an error."""
 
     def run(*flags):
         status, out, err = txt2img("--steps=1", "--skip_grid", *flags, "--json")
@@ -99,7 +99,7 @@ def test_images_of_a_line_have_its_options_and_replay(run, run_ldm, tmp_path):
     assert "--scale" not in command
 
 
-def test_a_grid_holds_images_of_other_sizes(txt2img, tmp_path):
+def test_a_grid_holds_images_of_different_sizes(txt2img, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\na --w 72")
     _, out, _ = txt2img("--steps=1", "--from-file", tmp_path / "prompts.txt")
     assert out[-1].endswith("grid-0000.png")
@@ -127,8 +127,8 @@ def test_images_of_a_sampler_that_adapts_to_the_batch_are_made_one_by_one(tmp_pa
 
 def test_legacy_noise_refuses_loras_that_differ_between_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a <lora:style>\nb")
-    words = ["--from-file", str(tmp_path / "prompts.txt"), "--legacy", "noise"]
-    request = parse_request(TASKS["txt2img"], words)
+    flags = ["--from-file", str(tmp_path / "prompts.txt"), "--legacy", "noise"]
+    request = parse_request(TASKS["txt2img"], flags)
     with pytest.raises(ArgumentError, match="legacy `noise` needs the same LoRAs for all images"):
         plan_batches(request, lambda: {"style": "style.safetensors"})
 

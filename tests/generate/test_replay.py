@@ -97,7 +97,7 @@ def test_images_that_cannot_be_replayed_are_refused(txt2img, run_ldm, tmp_path):
     assert "`seed` is missing" in run_ldm("replay", plain)[2]
 
 
-def test_a_package_that_an_image_names_is_not_imported_unless_allowed_again(txt2img, run_ldm):
+def test_a_package_named_in_an_image_is_not_imported_unless_allowed_again(txt2img, run_ldm):
     path = txt2img("--skip_grid", "--allow-module", "subprocess")[1][0]
     status, _, err = run_ldm("replay", path)
     assert status == 1
@@ -107,7 +107,7 @@ def test_a_package_that_an_image_names_is_not_imported_unless_allowed_again(txt2
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "int8"), ("inputs", 5), ("line", 5)])
-def test_damaged_parameters_are_one_line(txt2img, run_ldm, key, value, tmp_path):
+def test_damaged_parameters_are_refused_in_one_line(txt2img, run_ldm, key, value, tmp_path):
     path, copy = txt2img("--skip_grid")[1][0], tmp_path / "copy.png"
     with Image.open(path) as image:
         write_png(copy, image, read_info(path) | {key: value})

@@ -16,8 +16,8 @@ from loading.tinyfamilies import write
 from quick import slow_except
 
 
-def parse(*words):
-    return parse_request(TASKS["txt2img"], words)
+def parse(*flags):
+    return parse_request(TASKS["txt2img"], flags)
 
 
 def test_a_concept_is_read_from_a_file_only_on_the_command_line(tmp_path):
@@ -39,9 +39,9 @@ def checker(tmp_path_factory):
 def make(txt2img, checker):
     """Makes two images and their grid; returns their metadata and stderr."""
 
-    def make(*words):
-        flags = ["--n_samples", "2", "--safety-checker", checker, "--json"]
-        _, out, err = txt2img(*flags, *words)
+    def make(*flags):
+        own = ["--n_samples", "2", "--safety-checker", checker, "--json"]
+        _, out, err = txt2img(*own, *flags)
         return [json.loads(line) for line in out], err
 
     return make
@@ -109,8 +109,8 @@ def test_a_folder_of_the_safe_pipeline_suggests_safe_latent_diffusion(tmp_path, 
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionPipelineSafe"
     (folder / "model_index.json").write_text(json.dumps(index))
-    words = ["--ckpt", folder, *QUICK, "--H", 16, "--W", 16, "--outdir", tmp_path / "out"]
+    model = ["--ckpt", folder, *QUICK, "--H", 16, "--W", 16, "--outdir", tmp_path / "out"]
     notice = "the model's own pipeline uses safe latent diffusion"
     for flags, is_said in (([], True), (["--sld", "max"], False)):
-        status, _, err = run_ldm("txt2img", *words, *flags)
+        status, _, err = run_ldm("txt2img", *model, *flags)
         assert (status, notice in err) == (0, is_said)

@@ -180,7 +180,7 @@ def test_options_without_effect_are_named(run, photo, task, name, flags, message
 
 
 @pytest.mark.parametrize("rank", slow_except((0, 1), 0))
-def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
+def test_processes_share_the_images_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
     for name in ("one", "three", "two"):
         Image.open(photo).save(tmp_path / f"{name}.png")
         Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
@@ -198,8 +198,8 @@ def test_a_depth_map_is_cropped_like_its_image(tmp_path):
     ramp = np.linspace(0, 255, 128, dtype=np.uint8)[None].repeat(64, 0)
     Image.fromarray(ramp).save(tmp_path / "depth.png")
     Image.fromarray(ramp).convert("RGB").save(tmp_path / "image.png")
-    words = ["--init-img", str(tmp_path / "image.png"), "--depth-map", str(tmp_path / "depth.png")]
-    request = parse_request(TASKS["depth2img"], [*words, "--H", "64", "--W", "64"])
+    flags = ["--init-img", str(tmp_path / "image.png"), "--depth-map", str(tmp_path / "depth.png")]
+    request = parse_request(TASKS["depth2img"], [*flags, "--H", "64", "--W", "64"])
     prepared = request.task.prepare(request)
     image = (prepared.image[:, :1] + 1) / 2
     torch.testing.assert_close(prepared.depth, image, rtol=0, atol=0.02)  # 8 bits: observed 0.004
@@ -221,10 +221,11 @@ def test_depth_is_estimated_once_saved_and_taken_as_input(
     assert len(sizes) == 1
     with Image.open(map_) as saved:
         assert saved.mode.startswith("I")
-    again = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_)[1]
-    far = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_, "--depth-inverted")[1]
+    flags = ["--init-img", photo, "--depth-map", map_]
+    again = run("depth2img", "depth", *flags)[1]
+    inverted = run("depth2img", "depth", *flags, "--depth-inverted")[1]
     assert np.abs(read_pixels(out[0]) - read_pixels(again[0])).mean() < 5
-    assert np.abs(read_pixels(out[0]) - read_pixels(far[0])).mean() > 5
+    assert np.abs(read_pixels(out[0]) - read_pixels(inverted[0])).mean() > 5
     map_.unlink()
     assert run_ldm("replay", out[0])[:2] == IDENTICAL
     assert not map_.exists()  # metadata of an image must not choose a file to write
@@ -379,8 +380,8 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, families, p
 def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
     task, flags, message, photo, run_ldm
 ):
-    words = [{"PHOTO": photo, "FOLDER": photo.parent}.get(flag, flag) for flag in flags]
-    status, _, err = run_ldm(task, "--init-img", photo, *words)
+    flags = [{"PHOTO": photo, "FOLDER": photo.parent}.get(flag, flag) for flag in flags]
+    status, _, err = run_ldm(task, "--init-img", photo, *flags)
     assert status
     assert message in err.splitlines()[-1]
 

@@ -212,7 +212,7 @@ def test_finished_images_survive_an_interruption(txt2img, monkeypatch):
     assert "interrupted" in err
 
 
-def test_nan_in_half_precision_is_repeated_in_float32(txt2img, monkeypatch):
+def test_a_batch_with_nan_in_half_precision_is_repeated_in_float32(txt2img, monkeypatch):
     fail_at(monkeypatch, 1, pipelines.NonFinite("the VAE"))
     status, out, err = txt2img("--precision", "bf16", "--json")
     assert status == 0

@@ -160,7 +160,7 @@ STEPS = np.arange(64 * 64).reshape(64, 64)
         (Image.fromarray((STEPS * 16).astype(np.uint16)), "pgm"),
     ],
 )
-def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, suffix):
+def test_a_depth_map_of_any_bit_depth_spans_zero_to_one(tmp_path, image, suffix):
     image.save(tmp_path / f"x.{suffix}")
     expected = torch.from_numpy(STEPS / 4095).float()[None, None]
     torch.testing.assert_close(load_depth(tmp_path / f"x.{suffix}"), expected, rtol=0, atol=1e-4)

@@ -129,7 +129,7 @@ def test_info_and_pixels_come_back_as_written(tmp_path):
     "prompt",
     ["café", "ein Bär 🐻 und 日本語", "two\nlines", 'quotes " and \\', "\0 zero", "", "caf\udce9"],
 )
-def test_any_prompt_comes_back(tmp_path, prompt):
+def test_any_prompt_is_read_as_written(tmp_path, prompt):
     write_png(tmp_path / "a.png", IMAGE, {**INFO, "prompt": prompt})
     assert read_info(tmp_path / "a.png")["prompt"] == prompt
 
@@ -167,7 +167,7 @@ def test_a1111_text_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("syntax", ["a1111_no_norm", "a1111_ignore", "a1111_none"])
-def test_emphasis_of_a1111_is_a_syntax(tmp_path, syntax):
+def test_emphasis_modes_of_a1111_are_prompt_syntaxes(tmp_path, syntax):
     mode = EMPHASIS_MODES[syntax]
     text = f"a cat\nSteps: 4, Sampler: Euler, CFG scale: 7, Emphasis: {mode}, Version: v1.10.1"
     info = read_info(write_text(tmp_path / "a.png", parameters=text))
@@ -207,7 +207,7 @@ def test_the_scale_of_ddim_cfg_pp_of_a1111_is_converted(tmp_path, version, scale
     assert (info["sampler"], info["scheduler"], info["scale"]) == ("euler_cfg_pp", "uniform", scale)
 
 
-def test_own_levels_and_rho_are_in_the_text_and_read_from_it(tmp_path):
+def test_sigmas_and_rho_are_written_to_the_text_and_read_from_it(tmp_path):
     own = {"sigmas": [14.6, 3.0, 0.1 + 0.2, 0.0], "scheduler_in_use": None, "sampler": "euler"}
     text = format_parameters({**INFO, **own, "scheduler": None})
     assert 'Sigmas: "14.6, 3.0, 0.30000000000000004, 0.0"' in text
@@ -230,7 +230,7 @@ def test_our_parameters_are_read_where_the_json_is_missing_or_damaged(tmp_path, 
     assert {key: info[key] for key in keys} == {key: INFO[key] for key in keys}
 
 
-def test_options_of_sdxl_are_in_the_text_and_read_from_it(tmp_path):
+def test_options_of_sdxl_are_written_to_the_text_and_read_from_it(tmp_path):
     refiner = {"path": "/x/sd_xl_refiner_1.0.safetensors", "hash": "7440042bbd"}
     sdxl = {"prompt_2": "oil, thick", "original_size": [768, 1024], "crop": [0, 64],
             "negative_aesthetic_score": 2.5, "refiner_start": 0.8}  # fmt: skip
@@ -244,7 +244,7 @@ def test_options_of_sdxl_are_in_the_text_and_read_from_it(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "only a prompt", 'Steps: x, Size: 3, Seed: "1', "\n\n"])
-def test_strange_texts_do_no_harm(tmp_path, text):
+def test_malformed_texts_are_ignored(tmp_path, text):
     assert "steps" not in read_info(write_text(tmp_path / "a.png", parameters=text))
 
 

@@ -44,7 +44,7 @@ def test_numbers_continue_after_the_highest_whatever_was_deleted_or_added(tmp_pa
     assert OutputFolder(tmp_path).save_sample(IMAGE, {}).name == "123457.png"
 
 
-def test_a_run_never_gives_the_same_number_twice(tmp_path):
+def test_a_run_never_uses_the_same_number_twice(tmp_path):
     folder = OutputFolder(tmp_path)
     folder.save_sample(IMAGE, {}).unlink()
     assert folder.save_sample(IMAGE, {}).name == "00001.png"

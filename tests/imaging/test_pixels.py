@@ -29,7 +29,7 @@ def test_nan_is_refused():
         to_uint8(torch.full((1, 3, 2, 2), torch.nan))
 
 
-def test_every_pixel_value_survives_the_way_to_a_tensor_and_back():
+def test_every_pixel_value_survives_the_conversion_to_a_tensor_and_back():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     image = to_tensor(Image.fromarray(ramp))
     assert image.shape == (1, 3, 16, 16)

@@ -101,7 +101,7 @@ def test_floats_outside_their_range_are_rescaled_and_named(tmp_path, caplog):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_images_are_turned_as_their_camera_says(suffix, orientation):
+def test_images_are_rotated_as_their_exif_data_say(suffix, orientation):
     angle = {3: 180, 6: 270, 8: 90}[orientation]
     data = encode(GREY.convert("RGB"), suffix, exif=make_exif(orientation), quality=95)
     turned = np.asarray(GREY.rotate(angle, expand=True), int)[..., None]
@@ -141,7 +141,7 @@ def test_transparency_is_composited_on_white():
      (16, 0, (40000,), struct.pack(">H", 40000)), (8, 0, (7,), b"\7"), (4, 0, (7,), b"\x70"),
      (2, 0, (1,), b"\x40"), (1, 0, (1,), b"\x80"), (8, 3, None, b"\0")],
 )  # fmt: skip
-def test_a_colour_key_of_any_depth_is_transparent(bits, colour, key, pixels):
+def test_a_colour_key_of_any_bit_depth_is_transparent(bits, colour, key, pixels):
     chunks = [(b"PLTE", b"\x40\x80\0"), (b"tRNS", b"\0")]
     if key is not None:
         chunks = [(b"tRNS", struct.pack(f">{len(key)}H", *key))]
@@ -160,7 +160,7 @@ def test_the_first_of_several_pages_is_used_with_a_warning(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("chunk", ["zTXt", "iTXt", "tEXt", "iCCP"])
-def test_long_texts_do_no_harm(chunk):
+def test_long_texts_are_ignored(chunk):
     text, info = "{}" * 1_000_000, PngImagePlugin.PngInfo()
     if chunk == "iTXt":
         info.add_itxt("workflow", text, zip=True)

@@ -139,7 +139,7 @@ def test_yuv_equals_opencv_for_every_colour():
 
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("make", [make_photo, make_flat])
-def test_the_default_survives_jpeg_and_is_identified(make, name):
+def test_the_default_survives_jpeg_and_is_detected(make, name):
     image = make()
     marked = embed_watermark(image, PAYLOADS[name])
     for quality, verdicts in ((95, ["found"]), (80, ["found", "damaged"])):
@@ -151,7 +151,7 @@ def test_the_default_survives_jpeg_and_is_identified(make, name):
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_the_originals_method_is_identified_in_a_photo(name):
+def test_the_originals_method_is_detected_in_a_photo(name):
     best = detect_watermarks(embed_watermark(make_noise((512, 512)), PAYLOADS[name], "dwtDct"))[0]
     assert (best.payload, best.method) == (name, "dwtDct")
     assert best.verdict == "found"
