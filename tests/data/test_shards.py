@@ -51,12 +51,9 @@ def folder(tmp_path_factory):
     for shard, count in enumerate(COUNTS):
         members = {}
         for number in islice(numbers, count):
-            size = (16, 4) if number % 3 == 0 else (8, 8)
-            members |= {
-                f"{number:03}.png": make_png(number, size),
-                f"{number:03}.txt": b"%d" % number,
-            }
-            members[f"{number:03}.json"] = json.dumps({"width": number}).encode()
+            size, stem = (16, 4) if number % 3 == 0 else (8, 8), f"{number:03}"
+            members |= {f"{stem}.png": make_png(number, size), f"{stem}.txt": b"%d" % number}
+            members[f"{stem}.json"] = json.dumps({"width": number}).encode()
         write_tar(path / f"{shard:03}.tar", members)
     return path
 
@@ -115,10 +112,8 @@ def test_samples_outside_the_limits_are_left_out(folder):
 def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
     good = (folder / "002.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(good[: len(good) // 2 - 300])
-    write_tar(
-        tmp_path / "a.tar",
-        {"1.png": make_png(1)[:30], "1.txt": b"x", "2.jpg": make_png(2), "3.txt": b"x"},
-    )
+    images = {"1.png": make_png(1)[:30], "2.jpg": make_png(2)}
+    write_tar(tmp_path / "a.tar", dict(sorted({**images, "1.txt": b"x", "3.txt": b"x"}.items())))
     batches = read(Shards([str(tmp_path / "*.tar")], SQUARE, streams=2), 16)
     assert all(batch["jpg"].isfinite().all() for batch in batches)
     unreadable = {name for batch in batches for name in batch.get("unreadable", [])}

@@ -26,7 +26,8 @@ RECORDED_DDIM = [
     "eta0_cfg1", "eta0_cfg", "eta1_cfg1", "eta1_cfg", "eta_half_noxT", "scale0", "scale_uc_none",
     "mask_x0", "ucg_schedule", "longer",
 ]  # fmt: skip
-
+RECORDED_DPM = ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"]
+RECORDED_PLMS = ["cfg1", "cfg", "longer", "two_steps", "mask"]
 
 recorded = functools.cache(load_golden)
 STOCHASTIC = {name for name, row in SAMPLER_ROWS.items() if row.takes_noise}
@@ -104,21 +105,14 @@ def test_ddim_decodes_from_an_intermediate_step_as_recorded(kind, steps):
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize(
-    "name", slow_except(["cfg1", "cfg", "longer", "two_steps", "mask"], "cfg", "two_steps", "mask")
-)
+@pytest.mark.parametrize("name", slow_except(RECORDED_PLMS, "cfg", "two_steps", "mask"))
 def test_plms_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"plms_{kind}")
     file.assert_close(name, **replay(file, name, plms, load_denoiser(f"plms_{kind}", "eps")))
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize(
-    "name",
-    slow_except(
-        ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"], "S15_cfg", "S6_cfg1", "S2"
-    ),
-)
+@pytest.mark.parametrize("name", slow_except(RECORDED_DPM, "S15_cfg", "S6_cfg1", "S2"))
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
     file = recorded(f"dpm_{kind}")
     denoiser = load_denoiser(f"dpm_{kind}")

@@ -118,12 +118,9 @@ def test_img2img_begins_where_the_base_hands_over_to_a_refiner():
 @pytest.mark.filterwarnings("ignore:__array__")
 @pytest.mark.parametrize("steps", [7, 30, 50])
 def test_leading_steps_equal_diffusers(diffusers, steps):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
+        **betas, timestep_spacing="leading", steps_offset=1
     )
     scheduler.set_timesteps(steps)
     assert_close(SD.step_sigmas(steps, "leading"), scheduler.sigmas)

@@ -84,12 +84,8 @@ def test_each_call_of_the_denoiser_and_the_result_equal_the_recorded_ones(name: 
     )
     xs, levels, estimates = zip(*calls, strict=True)
     expected = file.outputs(name)
-    torch.testing.assert_close(
-        torch.tensor(levels, dtype=torch.float64),
-        expected["sigma_in"][:, 0].double(),
-        rtol=1e-5,
-        atol=0,
-    )
+    levels = torch.tensor(levels, dtype=torch.float64)
+    torch.testing.assert_close(levels, expected["sigma_in"][:, 0].double(), rtol=1e-5, atol=0)
     file.assert_close(name, x_in=torch.stack(xs), denoised=torch.stack(estimates), x=x)
     assert next(draws, None) is None
 

@@ -169,16 +169,10 @@ def test_sizes_and_activation_come_from_the_config():
     [
         (OpenCLIPText, {"arch": "ViT-Z"}, "unknown arch `ViT-Z`"),
         (OpenCLIPText, {"arch": {"widht": 8}}, "unknown text_cfg key `widht`, did you mean"),
-        (
-            OpenCLIPText,
-            {"arch": OPEN_CLIP_ARCH, "layer": "pooled"},
-            "choose one of last, penultimate",
-        ),
-        (
-            OpenCLIPText,
-            {"arch": OPEN_CLIP_ARCH, "always_return_pooled": True},
-            "needs `legacy: false`",
-        ),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "layer": "pooled"},
+         "choose one of last, penultimate"),
+        (OpenCLIPText, {"arch": OPEN_CLIP_ARCH, "always_return_pooled": True},
+         "needs `legacy: false`"),
         (CLIPText, {"arch": {"hidden": 8}}, "unknown arch key `hidden`"),
         (CLIPText, {"arch": {"hidden_act": "relu"}}, "unknown hidden_act `relu`"),
         (OpenCLIPText, {"arch": {"text_cfg": {"heads": 5}}}, "512 cannot be divided into 5 heads"),
@@ -186,7 +180,7 @@ def test_sizes_and_activation_come_from_the_config():
         (CLIPText, {"arch": CLIP_ARCH, "layer": "hidden"}, "from -4 to 3, got `None`"),
         (CLIPText, {"arch": CLIP_ARCH, "layer": "hidden", "layer_idx": 4}, "got `4`"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_option_is_named(build, options, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build(**options)

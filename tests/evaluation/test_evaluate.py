@@ -239,11 +239,8 @@ def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
 def folders(tmp_path):
     """Folders of 12 images each: `real`, and of a run at two scales, with prompts."""
     rng = np.random.default_rng(0)
-    for name, top in {
-        "real": 256,
-        "run/m-ddim-2/scale-2": 200,
-        "run/m-ddim-2/scale-10": 150,
-    }.items():
+    limits = {"real": 256, "run/m-ddim-2/scale-2": 200, "run/m-ddim-2/scale-10": 150}
+    for name, top in limits.items():
         (tmp_path / name).mkdir(parents=True)
         for k in range(12):
             pixels = rng.integers(0, top, (8, 10, 3), dtype=np.uint8)

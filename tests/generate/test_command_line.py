@@ -159,16 +159,10 @@ def test_flags_are_understood_in_both_spellings_and_shortened(command, name, val
         ("txt2img", "--bf16 --precision fp16", "--precision fp16 contradicts --bf16"),
         ("txt2img", "--n_rows -1", "argument --n_rows: `-1` is not a whole number >= 0"),
         ("txt2img", "--plms --ddim_eta 1", "sampler `plms` takes no eta, only ddim, euler_a,"),
-        (
-            "txt2img",
-            "--sampler ddim --s-churn 1",
-            "sampler `ddim` takes no s_churn, only euler, heun, dpm2 do (--s-churn)",
-        ),
-        (
-            "txt2img",
-            "--sampler heun --s_tmin 2 --s_tmax 1",
-            "s_tmax must be s_tmin (2) or more, got 1 (--s-tmax)",
-        ),
+        ("txt2img", "--sampler ddim --s-churn 1",
+         "sampler `ddim` takes no s_churn, only euler, heun, dpm2 do (--s-churn)"),
+        ("txt2img", "--sampler heun --s_tmin 2 --s_tmax 1",
+         "s_tmax must be s_tmin (2) or more, got 1 (--s-tmax)"),
         ("txt2img", "--sigmas 14,3,5,0", "sigmas must descend, but 5 follows 3"),
         ("txt2img", "--sigmas 14,low", "`14,low` is not a list of numbers"),
         ("txt2img", "--sigmas 9,1,0 --steps 9", "sigmas have 2 steps, not 9 (--steps)"),
@@ -208,7 +202,7 @@ def test_flags_are_understood_in_both_spellings_and_shortened(command, name, val
         ("txt2img", "--refiner-start 0.8", "refiner_start needs a refiner"),
         ("upscale", "--refiner r.ckpt", "unknown argument `--refiner`"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_exit_with_status_2_and_one_line(task, command, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(task, *command.split())

@@ -79,10 +79,8 @@ def test_img2img_reads_depth_and_numbers_continue(run, tmp_path, inputs):
     one.unlink()
     _, lines, _ = run("img2img", "ldm3d-4c", *flags, "--depth", inputs / "eight.png", "--json")
     info = json.loads(lines[0])
-    assert [Path(info[key]).name for key in ("path", "depth_path")] == [
-        "00002.png",
-        "00002_depth.png",
-    ]
+    names = [Path(info[key]).name for key in ("path", "depth_path")]
+    assert names == ["00002.png", "00002_depth.png"]
     assert read_info(other)["inputs"]["depth"][0]["path"] == str(inputs / "eight.png")
 
 

@@ -35,10 +35,8 @@ def test_images_record_their_loras_and_replay(run, loras, run_ldm, tmp_path):
     plain, info = read_info(run()[1][0]), read_info(path)
     assert plain["loras"] == []
     assert plain["sha256"] != info["sha256"]
-    assert [(lora["path"], lora["weight"]) for lora in info["loras"]] == [
-        (str(loras[0]), 0.8),
-        (str(loras[1]), -0.5),
-    ]
+    recorded = [(lora["path"], lora["weight"]) for lora in info["loras"]]
+    assert recorded == [(str(loras[0]), 0.8), (str(loras[1]), -0.5)]
     tensors = loras[0].read_bytes()  # A1111 hashes what follows the header
     digest = hashlib.sha256(tensors[8 + int.from_bytes(tensors[:8], "little") :]).hexdigest()
     assert f'Lora hashes: "one: {digest[:12]}, two: ' in format_parameters(info)

@@ -97,17 +97,12 @@ def test_a_refiner_takes_the_embeddings_that_have_vectors_for_it(models, tmp_pat
     [
         ("img2img", "xl", ["--strength", "0.5"]),
         ("inpaint", "xl", ["--mask-box", "0,0,32,64"]),
-        pytest.param(
-            "img2img",
-            "xl-refiner",
-            ["--strength", "0.3", "--aesthetic-score", "9"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "inpaint", "xl-inpainting", ["--mask-box", "0,0,32,64"], marks=pytest.mark.slow
-        ),
+        pytest.param("img2img", "xl-refiner", ["--strength", "0.3", "--aesthetic-score", "9"],
+                     marks=pytest.mark.slow),
+        pytest.param("inpaint", "xl-inpainting", ["--mask-box", "0,0,32,64"],
+                     marks=pytest.mark.slow),
     ],
-)
+)  # fmt: skip
 def test_img2img_and_inpaint_take_models_of_sdxl(run, run_ldm, photo, command, ckpt, flags):
     image = ["--init-img", photo, "--steps", "2", "--n_samples", "1"]
     status, out, err = run(command, *image, *flags, "--skip_grid", ckpt=ckpt)

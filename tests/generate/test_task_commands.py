@@ -364,19 +364,13 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, families, p
         ("inpaint", ["--mask-box", "0,0,8,8", "--mask-blur", "-1"], "`-1` is not a number >= 0"),
         ("depth2img", ["--save-depth", "no/x.png"], "no folder `no` to save `x.png` in (--save-d"),
         ("unclip", ["--prior", "nope.ckpt"], "no checkpoint `nope.ckpt` (--prior)"),
-        (
-            "unclip",
-            ["--weight=1", "--weight=2"],
-            "2 values of weight were given for 1 images (--we",
-        ),
+        ("unclip", ["--weight=1", "--weight=2"],
+         "2 values of weight were given for 1 images (--we"),
         ("unclip", ["--noise-level=1", "--noise-level=2"], "for 1 images (--noise-level)"),
-        (
-            "img2img",
-            ["--indir", "FOLDER"],
-            "give an image or a folder of images, not both (--indir)",
-        ),
+        ("img2img", ["--indir", "FOLDER"],
+         "give an image or a folder of images, not both (--indir)"),
     ],
-)
+)  # fmt: skip
 def test_inputs_that_are_missing_or_exclude_each_other_are_refused(
     task, flags, message, photo, run_ldm
 ):
