@@ -23,8 +23,8 @@ def make_tiny_sdxl(folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {family: folder / f"{name}.safetensors" for family, name in FILES.items()}
     for family, path in paths.items():
-        tinyfamilies.write(family, path)
-        path.with_suffix(".yaml").write_text(format_yaml(tinyfamilies.small(family)))
+        tinyfamilies.write_family(family, path)
+        path.with_suffix(".yaml").write_text(format_yaml(tinyfamilies.make_small_config(family)))
     return paths
 
 

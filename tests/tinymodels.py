@@ -18,7 +18,7 @@ from ldm.commands.main import main
 from ldm.generate.load import load_models
 from ldm.loading.files.checkpoint import read_checkpoint, to_ema_name, write_checkpoint
 from ldm.loading.weight_names import restore_names
-from pipelines.goldmodels import config_of, model_of
+from pipelines.goldmodels import build_recorded_model, get_config
 
 # Tiny models by family, and the golden file that their config is from.
 RECORDINGS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
@@ -93,8 +93,8 @@ def tiny(models) -> ModelFiles:
 
 def write_model(recorded: GoldenFile, name: str, folder: Path) -> ModelFiles:
     files = ModelFiles(folder / f"{name}.yaml", folder / f"{name}.safetensors")
-    files.config.write_text(json.dumps({"model": config_of(recorded, name)}))
-    state = model_of(recorded, name, whole=True).state_dict()
+    files.config.write_text(json.dumps({"model": get_config(recorded, name)}))
+    state = build_recorded_model(recorded, name, with_depth_network=True).state_dict()
     write_checkpoint(files.ckpt, restore_names(state))
     return files
 

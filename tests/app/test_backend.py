@@ -33,7 +33,7 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.load import save_model
 from ldm.nets.tiny_autoencoder import TinyDecoder
 from ldm.runtime.errors import ArgumentError
-from loading.tinyfamilies import write
+from loading.tinyfamilies import write_family
 from quick import slow_except
 from tinyupscaler import build_tiny_upscaler, make_tiny_config
 
@@ -571,7 +571,7 @@ def test_an_upscaler_is_selected_by_name_and_its_image_fills_the_form_and_replay
 def test_a_finished_run_with_depth_is_shown_as_a_relief(make_request, tmp_path, monkeypatch):
     pytest.importorskip("trimesh")
     (tmp_path / "models").mkdir()
-    write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
+    write_family("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
     backend = Backend(Library(tmp_path / "models"), tmp_path / "out", MODEL_OPTIONS, LIMITS)
     jobs = Page(backend).job_events
     assert jobs.jobs.list_images("me") == []

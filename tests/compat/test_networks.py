@@ -117,11 +117,11 @@ MODERN = [
 
 @pytest.mark.parametrize("changes", MODERN)
 def test_a_network_of_ours_becomes_one_of_the_original(changes):
-    unet = nethelp.tiny_unet(**changes)
+    unet = nethelp.build_tiny_unet(**changes)
     swapped = swap_classes(copy.deepcopy(unet))
     assert type(swapped) is UNetModel
     y = {"sequential": torch.ones(2, 6), "timestep": torch.ones(2)}.get(changes.get("num_classes"))
-    x, t, context = nethelp.tiny_inputs()
+    x, t, context = nethelp.make_tiny_inputs()
     with torch.no_grad():
         assert compute_error(swapped(x, t, context, y=y), unet(x, t, context, y)) < 1e-6
     assert type(unet.out[-1]) is not nn.Conv2d
@@ -130,7 +130,7 @@ def test_a_network_of_ours_becomes_one_of_the_original(changes):
 
 
 def test_an_autoencoder_of_ours_becomes_one_of_the_original():
-    vae = nethelp.tiny_autoencoder(attn_resolutions=[128])
+    vae = nethelp.build_tiny_autoencoder(attn_resolutions=[128])
     x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
     swapped = swap_classes(copy.deepcopy(vae))
     assert [type(swapped.encoder), type(swapped.decoder)] == [model.Encoder, model.Decoder]

@@ -28,7 +28,7 @@ from ldm.compat.openaimodel import (
     UNetModel,
 )
 from ldm.compat.util import instantiate_from_config
-from nets.nethelp import keys_of, recorded_keys, tiny_inputs
+from nets.nethelp import get_shapes, make_tiny_inputs, read_recorded_shapes
 
 DECODER = {
     "ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [],
@@ -46,7 +46,7 @@ def networks():
 @torch.no_grad()
 def run(networks):
     unet, pixel_unet, decoder = networks
-    x, t, context = tiny_inputs()
+    x, t, context = make_tiny_inputs()
     return [unet(x, t, context), pixel_unet(x, t), decoder(x)]
 
 
@@ -121,7 +121,7 @@ def test_feature_maps_of_odd_sizes_are_joined_by_a_replaced_torch(networks, monk
                 first = F.interpolate(first, second.shape[-2:], mode="nearest")
             return torch.cat([first, second], *args, **kwargs)
 
-    (x, t, context), replaced = tiny_inputs(), ResizingTorch()
+    (x, t, context), replaced = make_tiny_inputs(), ResizingTorch()
     with pytest.raises(RuntimeError):
         networks[0](x[:, :, :7, :5], t, context)
     monkeypatch.setattr(import_module("ldm.modules.diffusionmodules.openaimodel"), "th", replaced)
@@ -236,7 +236,7 @@ def test_a_control_branch_starts_without_effect_and_is_trained_alone():
     unet.load_state_dict(weights)
     unet.requires_grad_(False)
 
-    x, t, context = tiny_inputs()
+    x, t, context = make_tiny_inputs()
     hint = torch.rand(2, 3, 64, 64)
     maps = branch(x, hint, t, context)
     assert [len(maps), len(branch.input_hint_block)] == [13, 9]
@@ -265,7 +265,7 @@ def test_attention_is_replaced_layer_by_layer_and_trained_alone(networks, expect
             layer.checkpoint = True
     for name, parameter in unet.named_parameters():
         parameter.requires_grad = "attn2.to_k" in name or "attn2.to_v" in name
-    ours = unet(*tiny_inputs())
+    ours = unet(*make_tiny_inputs())
     blocks = sum(type(layer) is BasicTransformerBlock for layer in unet.modules())
     assert kinds == ["self", "cross"] * blocks
     assert compute_error(ours, expected[0]) < 1e-5
@@ -302,7 +302,7 @@ def test_features_are_read_by_hooks_and_wrapped_methods(networks, expected, monk
 
         block.forward = MethodType(forward, block)
     with torch.no_grad():
-        assert torch.equal(unet(*tiny_inputs()), expected[0])
+        assert torch.equal(unet(*make_tiny_inputs()), expected[0])
     shapes = {name: tuple(value.shape) for name, value in features.items()}
     assert shapes == {
         "input 1": (2, 32, 8, 8),
@@ -325,20 +325,20 @@ def test_blocks_may_be_inserted_and_removed(networks):
             return x + 1
 
     unet = copy.deepcopy(networks[0])
-    before = unet(*tiny_inputs())
+    before = unet(*make_tiny_inputs())
     unet.middle_block.insert(-1, Motion())
     unet.output_blocks[0].append(Motion())
-    assert not torch.equal(unet(*tiny_inputs()), before)
+    assert not torch.equal(unet(*make_tiny_inputs()), before)
     unet.middle_block.pop(-2)
     del unet.output_blocks[0][-1]
-    assert torch.equal(unet(*tiny_inputs()), before)
+    assert torch.equal(unet(*make_tiny_inputs()), before)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_even_to_a_frozen_network():
     gradients = []
     for use_checkpoint in (False, True):
         unet = tiny_unet(use_checkpoint=use_checkpoint).requires_grad_(False)
-        x, t, context = tiny_inputs()
+        x, t, context = make_tiny_inputs()
         context.requires_grad_()
         unet(x, t, context).square().sum().backward()
         gradients.append(context.grad)
@@ -356,7 +356,7 @@ def test_attributes_are_those_of_the_original(networks):
     assert unet.num_res_blocks == [1, 1]
     assert [unet.image_size, unet._feature_size, unet.predict_codebook_ids] == [8, 416, False]
     unet.dtype = torch.float32
-    assert torch.equal(unet(*tiny_inputs()), networks[0](*tiny_inputs()))
+    assert torch.equal(unet(*make_tiny_inputs()), networks[0](*make_tiny_inputs()))
     block = unet.output_blocks[0][0]
     assert [block.channels, block.out_channels, block.emb_channels] == [128, 64, 128]
     assert [block.updown, block.use_conv, block.dropout] == [False, False, 0.0]
@@ -374,7 +374,7 @@ def test_attributes_are_those_of_the_original(networks):
 def test_half_weights_follow_the_dtype_that_is_assigned(networks):
     unet = copy.deepcopy(networks[0]).bfloat16()
     unet.dtype = torch.bfloat16
-    x, t, context = tiny_inputs()
+    x, t, context = make_tiny_inputs()
     with torch.no_grad():
         half, exact = unet(x.bfloat16(), t, context.bfloat16()), networks[0](x, t, context)
     assert half.dtype == torch.bfloat16
@@ -405,8 +405,8 @@ def test_a_full_size_network_is_built_empty_by_replaced_constructors(monkeypatch
         monkeypatch.setattr(kind, "__init__", on_meta)
     unet = UNetModel(**SD2_UNET)
     prefix = "model.diffusion_model."
-    published = recorded_keys("v2-inference").items()
-    assert keys_of(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
+    published = read_recorded_shapes("v2-inference").items()
+    assert get_shapes(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
     layers = [layer for layer in unet.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     assert all(layer.weight.is_meta for layer in layers)
 

@@ -29,7 +29,7 @@ from ldm.modules.ema import LitEma
 from ldm.nets.autoencoder import PixelSpace
 from ldm.runtime.errors import WrongFamily
 from ldm.util import instantiate_from_config, mean_flat
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 
 # Lightning, where it is installed, warns of `self.log` without a Trainer, and goes on.
@@ -303,7 +303,7 @@ def test_an_autoencoder_and_its_discriminator_are_trained_by_hand():
 @pytest.mark.parametrize("name", ["base_v", pytest.param("base_eps", marks=pytest.mark.slow)])
 def test_bridges_share_the_weights_both_ways(name):
     """Worst difference of a UNet's or an encoder's output: 0; of the decoder's: 2.1e-6."""
-    modern = model_of(recorded("e2e_txt2img"), name)
+    modern = build_recorded_model(recorded("e2e_txt2img"), name)
     compat_model = from_modern(modern)
     back = to_modern(compat_model)
     weight = modern.unet.out[2].weight
@@ -351,7 +351,7 @@ COMPAT_CLASSES = {
 def test_families_are_bridged_both_ways(name):
     """The images are equal, bit by bit."""
     file, task = TASKS[name]
-    modern = model_of(recorded(file), name)
+    modern = build_recorded_model(recorded(file), name)
     compat_model = from_modern(modern)
     assert type(compat_model) is COMPAT_CLASSES[name]
     back = to_modern(compat_model)
@@ -364,14 +364,14 @@ def test_families_are_bridged_both_ways(name):
 
 def test_models_without_a_counterpart_are_refused():
     with pytest.raises(WrongFamily, match="has these encoders: .*, text, text_2"):
-        from_modern(model_of(recorded("sdxl_e2e_txt2img"), "base"))
+        from_modern(build_recorded_model(recorded("sdxl_e2e_txt2img"), "base"))
     concat = build(recorded("conditioning_routes").meta["config_concat"])
     with pytest.raises(WrongFamily, match="LatentDiffusion with conditioning_key `concat`"):
         to_modern(concat)
 
 
 def test_settings_without_a_counterpart_are_refused(monkeypatch):
-    modern = model_of(recorded("e2e_txt2img"), "base_v")
+    modern = build_recorded_model(recorded("e2e_txt2img"), "base_v")
     text = modern.conditioner.text
     flipped = Schedule(modern.schedule.betas, flip_time=True)
     for owner, name, value, message in (

@@ -50,9 +50,9 @@ IMAGES = (
 
 def make_small_config(family: str) -> dict[str, Any]:
     """Make the published config with few channels, but its sizes of image and latent."""
-    raw = tinyfamilies.small(family)
+    raw = tinyfamilies.make_small_config(family)
     params = raw["model"]["params"]
-    if family in tinyfamilies.XL:
+    if family in tinyfamilies.XL_CONFIGS:
         unet, vae = params["network_config"]["params"], params["first_stage_config"]["params"]
         unet |= {"attention_resolutions": [4], "use_checkpoint": False}
         vae["ddconfig"] |= {"ch_mult": [1, 1, 1, 1], "attn_resolutions": []}
@@ -71,14 +71,14 @@ def make_stand_ins(folder: Path) -> None:
     for name, family in CHECKPOINTS.items():
         raw = make_small_config(family)
         yaml = format_yaml(raw)
-        state = tinyfamilies.weights_of(raw, name)
+        state = tinyfamilies.make_weights(raw, name)
         if name == "v1-5-pruned.ckpt":
             ema = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
             state |= {f"model_ema.{k}": v for k, v in ema.items()}
-        if family in tinyfamilies.NAMES:
-            config = folder / f"configs/stable-diffusion/{tinyfamilies.NAMES[family]}.yaml"
+        if family in tinyfamilies.CONFIGS:
+            config = folder / f"configs/stable-diffusion/{tinyfamilies.CONFIGS[family]}.yaml"
         else:
-            config = folder / f"configs/stable-diffusion-xl/{tinyfamilies.XL[family]}.yaml"
+            config = folder / f"configs/stable-diffusion-xl/{tinyfamilies.XL_CONFIGS[family]}.yaml"
         config.write_text(yaml)
         target = folder / name
         suffix = target.suffix if target.suffix in (".ckpt", ".safetensors") else ".safetensors"

@@ -10,14 +10,14 @@ from PIL import Image
 from imagehelp import IDENTICAL, QUICK, read_pixels
 from ldm.imaging.metadata import read_info
 from ldm.imaging.rgbd import join_side_by_side
-from loading.tinyfamilies import write
+from loading.tinyfamilies import write_family
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ldm3d")
     for name in ("ldm3d", "ldm3d-4c", "ldm3d-sr", "sd1"):
-        write(name, folder / f"{name}.safetensors")
+        write_family(name, folder / f"{name}.safetensors")
     return folder
 
 

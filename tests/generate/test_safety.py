@@ -12,7 +12,7 @@ from ldm.generate.command_line import parse_request, to_argv
 from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import format_parameters, read_info
-from loading.tinyfamilies import write
+from loading.tinyfamilies import write_family
 from quick import slow_except
 
 
@@ -103,7 +103,7 @@ def test_the_depth_of_a_hidden_image_is_hidden():
 
 @pytest.mark.slow
 def test_a_folder_of_the_safe_pipeline_suggests_safe_latent_diffusion(tmp_path, run_ldm):
-    write("sd1", tmp_path / "sd1.safetensors")
+    write_family("sd1", tmp_path / "sd1.safetensors")
     folder = tmp_path / "safe"
     assert run_ldm("convert", tmp_path / "sd1.safetensors", folder)[0] == 0
     index = json.loads((folder / "model_index.json").read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tinyfamilies import write
+from tinyfamilies import write_family
 
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.convert import convert, plan_conversion
@@ -86,7 +86,7 @@ def convert_family(tmp_path_factory):
     @functools.cache
     def convert_family(family):
         source, folder = parent / f"{family}.safetensors", parent / family
-        state = write(family, source)
+        state = write_family(family, source)
         convert(plan_conversion(source, folder))
         return source, state, folder
 

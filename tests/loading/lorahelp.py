@@ -1,4 +1,4 @@
-"""Small models with LoRA, ours and those of diffusers and transformers with the same weights."""
+"""Tiny models and LoRAs; models of diffusers and transformers with the same weights."""
 
 import sys
 import warnings
@@ -23,19 +23,19 @@ from ldm.pipelines.families import is_sdxl
 
 sys.path.append(str(Path(__file__).parents[1] / "nets"))
 
-from nethelp import tiny_unet
+from nethelp import build_tiny_unet
 
-WIDTH, WIDTH_2, SIZES = 24, 32, 16
+WIDTH, WIDTH_2, SIZE_DIM = 24, 32, 16
 PROMPTS = ["a red apple on a table", "", "the cat, sleeping"]
 KINDS = ("sd1", "sd2", "sdxl")
 XL = {"num_res_blocks": 2, "transformer_depth": [1, 2], "num_classes": "sequential"}
 UNETS = {
     "sd1": {"num_heads": 4, "num_head_channels": -1, "use_linear_in_transformer": False},
     "sd2": {},
-    "sdxl": {**XL, "context_dim": WIDTH + WIDTH_2, "adm_in_channels": WIDTH_2 + 6 * SIZES},
-    "refiner": {**XL, "context_dim": WIDTH_2, "adm_in_channels": WIDTH_2 + 5 * SIZES},
+    "sdxl": {**XL, "context_dim": WIDTH + WIDTH_2, "adm_in_channels": WIDTH_2 + 6 * SIZE_DIM},
+    "refiner": {**XL, "context_dim": WIDTH_2, "adm_in_channels": WIDTH_2 + 5 * SIZE_DIM},
 }
-NUMBERS = {
+MICRO_CONDITIONS = {
     "original_size_as_tuple": [[64.0, 48.0]] * 3,
     "crop_coords_top_left": [[0.0, 8.0]] * 3,
     "target_size_as_tuple": [[64.0, 64.0]] * 3,
@@ -44,51 +44,50 @@ NUMBERS = {
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 3}
 
 
-def tiny_model(kind: str = "sd2", **unet) -> LatentDiffusion:
+def build_tiny_model(kind: str = "sd2", **unet) -> LatentDiffusion:
     levels = [2] if kind in ("sdxl", "refiner") else [1]
-    net = tiny_unet(attention_resolutions=levels, **{**UNETS[kind], **unet})
+    net = build_tiny_unet(attention_resolutions=levels, **{**UNETS[kind], **unet})
     schedule = Schedule(make_betas("linear"))
-    parts = {"unet": net, "autoencoder": PixelSpace(), "conditioner": CONDITIONERS[kind]()}
-    return LatentDiffusion(**parts, schedule=schedule).eval().requires_grad_(False)
+    networks = {"unet": net, "autoencoder": PixelSpace(), "conditioner": CONDITIONERS[kind]()}
+    return LatentDiffusion(**networks, schedule=schedule).eval().requires_grad_(False)
 
 
-def clip(**options) -> CLIPText:
+def make_clip(**options) -> CLIPText:
     return CLIPText(arch={**TEXT, "num_hidden_layers": 2}, **options)
 
 
-def open_clip(width: int, heads: int, **options) -> OpenCLIPText:
+def make_open_clip(width: int, heads: int, **options) -> OpenCLIPText:
     arch = {"width": width, "heads": heads, "layers": 3, "context_length": 77}
     return OpenCLIPText(arch=arch, layer="penultimate", **options)
 
 
-def xl_conditioner(*sizes: str, **encoders) -> Conditioner:
-    numbers = {key: SizeEmbedding(key=key, outdim=SIZES) for key in sizes}
-    return Conditioner(join="features", **encoders, **numbers)
+def make_xl_conditioner(*sizes: str, **encoders) -> Conditioner:
+    embeddings = {key: SizeEmbedding(key=key, outdim=SIZE_DIM) for key in sizes}
+    return Conditioner(join="features", **encoders, **embeddings)
 
 
-def big_g() -> OpenCLIPText:
-    return open_clip(WIDTH_2, 4, always_return_pooled=True, legacy=False)
+def make_big_g() -> OpenCLIPText:
+    return make_open_clip(WIDTH_2, 4, always_return_pooled=True, legacy=False)
 
 
-SIZE, CROP, TARGET, SCORE = NUMBERS
+SIZE, CROP, TARGET, SCORE = MICRO_CONDITIONS
 CONDITIONERS = {
-    "sd1": lambda: Conditioner(text=clip()),
-    "sd2": lambda: Conditioner(text=open_clip(WIDTH, 3)),
-    "sdxl": lambda: xl_conditioner(
-        SIZE, CROP, TARGET, text=clip(layer="hidden", layer_idx=1), text_2=big_g()
+    "sd1": lambda: Conditioner(text=make_clip()),
+    "sd2": lambda: Conditioner(text=make_open_clip(WIDTH, 3)),
+    "sdxl": lambda: make_xl_conditioner(
+        SIZE, CROP, TARGET, text=make_clip(layer="hidden", layer_idx=1), text_2=make_big_g()
     ),
-    "refiner": lambda: xl_conditioner(SIZE, CROP, SCORE, text=big_g()),
+    "refiner": lambda: make_xl_conditioner(SIZE, CROP, SCORE, text=make_big_g()),
 }
 
 
-def random_adapter(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0) -> LoRA:
-    """Of every place there is."""
+def make_random_lora(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0) -> LoRA:
+    """A LoRA of every layer that LoRAs can change."""
     torch.manual_seed(seed)
     changes = {}
     for layer in list_lora_targets(model):
-        low = LoRALayer(layer.target, rank, alpha)
-        torch.nn.init.normal_(low.lora_up.weight, std=0.05)
-        changes[layer.kohya] = low
+        changes[layer.kohya] = LoRALayer(layer.target, rank, alpha)
+        torch.nn.init.normal_(changes[layer.kohya].lora_up.weight, std=0.05)
     return LoRA(changes).requires_grad_(False)
 
 
@@ -97,46 +96,47 @@ def read_lora(path: Path, model: LatentDiffusion) -> LoRA:
     return LoRA(dict(read_changes(path, model)))
 
 
-def same(ours, theirs):
+def are_equal(ours, theirs):
     return ours.keys() == theirs.keys() and all(
         ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in theirs
     )
 
 
 @torch.no_grad()
-def outputs(model: LatentDiffusion) -> dict[str, torch.Tensor]:
+def compute_outputs(model: LatentDiffusion) -> dict[str, torch.Tensor]:
     """Prediction and conditions for fixed inputs."""
-    x, t = inputs()
-    cond = model.condition({"txt": PROMPTS, **NUMBERS})
+    x, t = make_inputs()
+    cond = model.condition({"txt": PROMPTS, **MICRO_CONDITIONS})
     return {"unet": model.unet(x, t, cond.crossattn, cond.vector), **cond.tensors()}
 
 
-def inputs():
+def make_inputs():
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return x, torch.tensor([1, 400, 999])
 
 
-def their_pipeline(model: LatentDiffusion):
-    """Of diffusers, with the UNet and text encoders of ours."""
+def build_diffusers_pipeline(model: LatentDiffusion):
+    """A pipeline of diffusers with the UNet and the text encoders of our model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
     is_xl, state = is_sdxl(model), model.unet.state_dict()
-    config = make_unet_config(model.unet, 8, size_embed_dim=SIZES if is_xl else None)
+    config = make_unet_config(model.unet, 8, size_embed_dim=SIZE_DIM if is_xl else None)
     unet = diffusers.UNet2DConditionModel.from_config(config).eval()
     unet.load_state_dict(convert_to_diffusers(locate_unet(state), state))
-    towers = [None, *map(their_tower, model.conditioner.find_all(TextEncoder))]
-    parts = {"unet": unet, "vae": diffusers.AutoencoderKL(), "tokenizer": None}
-    parts["scheduler"] = diffusers.DDIMScheduler()
+    towers = [None, *map(build_transformers_tower, model.conditioner.find_all(TextEncoder))]
+    components = {"unet": unet, "vae": diffusers.AutoencoderKL(), "tokenizer": None}
+    components["scheduler"] = diffusers.DDIMScheduler()
     if not is_xl:
-        parts |= {"safety_checker": None, "feature_extractor": None, "text_encoder": towers[1]}
-        return diffusers.StableDiffusionPipeline(**parts)
-    parts |= {"text_encoder": towers[-2], "text_encoder_2": towers[-1], "tokenizer_2": None}
-    return diffusers.StableDiffusionXLPipeline(**parts)
+        components |= {"safety_checker": None, "feature_extractor": None}
+        components |= {"text_encoder": towers[1]}
+        return diffusers.StableDiffusionPipeline(**components)
+    components |= {"text_encoder": towers[-2], "text_encoder_2": towers[-1], "tokenizer_2": None}
+    return diffusers.StableDiffusionXLPipeline(**components)
 
 
-def their_tower(encoder: TextEncoder):
-    """Of transformers, with the weights of ours."""
+def build_transformers_tower(encoder: TextEncoder):
+    """A text encoder of transformers with the weights of ours."""
     import transformers
 
     config, state = make_text_config(encoder), encoder.state_dict()
@@ -150,8 +150,8 @@ def their_tower(encoder: TextEncoder):
     return tower
 
 
-def their_tokenizer(encoder: TextEncoder, folder: Path):
-    """Of transformers, with the files that we write."""
+def build_transformers_tokenizer(encoder: TextEncoder, folder: Path):
+    """A tokenizer of transformers from the files that we write."""
     from transformers import CLIPTokenizer
 
     write_texts(folder, make_tokenizer_files(encoder))
@@ -159,22 +159,24 @@ def their_tokenizer(encoder: TextEncoder, folder: Path):
 
 
 @torch.no_grad()
-def their_outputs(pipeline, model: LatentDiffusion) -> dict[str, torch.Tensor]:
-    """As `outputs`; `model` only gives the tokens and the numbers."""
+def compute_diffusers_outputs(pipeline, model: LatentDiffusion) -> dict[str, torch.Tensor]:
+    """As `compute_outputs`; `model` only gives tokens and micro-conditions."""
     conditioner = model.conditioner.encoders
-    names = [name for name in conditioner if "text" in name]
+    text_names = [name for name in conditioner if "text" in name]
     towers = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
-    answers = [
+    compute_outputs = [
         tower(conditioner[name].tokenize(PROMPTS), output_hidden_states=True)
-        for name, tower in zip(names, [t for t in towers if t is not None], strict=True)
+        for name, tower in zip(text_names, [t for t in towers if t is not None], strict=True)
     ]
-    x, t = inputs()
+    x, t = make_inputs()
     if len(towers) == 1 or towers[1] is None:
-        context = answers[0].last_hidden_state
+        context = compute_outputs[0].last_hidden_state
         return {"unet": pipeline.unet(x, t, context).sample, "crossattn": context}
-    context = torch.cat([answer.hidden_states[-2] for answer in answers], dim=2)
-    text_embeds = answers[-1].text_embeds
-    numbers = [torch.tensor(NUMBERS[name]) for name in conditioner if name not in names]
-    added = {"text_embeds": text_embeds, "time_ids": torch.cat(numbers, dim=1)}
-    answer = pipeline.unet(x, t, context, added_cond_kwargs=added).sample
-    return {"unet": answer, "crossattn": context, "text_embeds": text_embeds}
+    context = torch.cat([output.hidden_states[-2] for output in compute_outputs], dim=2)
+    text_embeds = compute_outputs[-1].text_embeds
+    time_ids = [
+        torch.tensor(MICRO_CONDITIONS[name]) for name in conditioner if name not in text_names
+    ]
+    added = {"text_embeds": text_embeds, "time_ids": torch.cat(time_ids, dim=1)}
+    prediction = pipeline.unet(x, t, context, added_cond_kwargs=added).sample
+    return {"unet": prediction, "crossattn": context, "text_embeds": text_embeds}

@@ -11,13 +11,13 @@ from lorahelp import (
     KINDS,
     WIDTH,
     WIDTH_2,
-    outputs,
-    random_adapter,
+    are_equal,
+    build_diffusers_pipeline,
+    build_tiny_model,
+    compute_diffusers_outputs,
+    compute_outputs,
+    make_random_lora,
     read_lora,
-    same,
-    their_outputs,
-    their_pipeline,
-    tiny_model,
 )
 
 from ldm.encoders.text import OpenCLIPText
@@ -57,15 +57,15 @@ def file(tmp_path):
 )
 def test_diffusers_computes_the_same_with_our_file(kind, style, file):
     pytest.importorskip("peft")
-    model = tiny_model(kind)
-    pipeline = their_pipeline(model)
-    write_lora(random_adapter(model, alpha=2), file, model, style.replace("dora", "diffusers"))
+    model = build_tiny_model(kind)
+    pipeline = build_diffusers_pipeline(model)
+    write_lora(make_random_lora(model, alpha=2), file, model, style.replace("dora", "diffusers"))
     if style == "dora":
         add_magnitudes(file, model)
-    plain = outputs(model)
+    plain = compute_outputs(model)
     pipeline.load_lora_weights(str(file))
     load_loras(model, [(file, 1.0)])
-    ours, theirs = outputs(model), their_outputs(pipeline, model)
+    ours, theirs = compute_outputs(model), compute_diffusers_outputs(pipeline, model)
     assert all((ours[name] - plain[name]).abs().max() > 0.1 for name in plain)
     if (text_embeds := theirs.pop("text_embeds", None)) is not None:
         theirs["vector"] = torch.cat([text_embeds, ours["vector"][:, text_embeds.shape[1] :]], 1)
@@ -105,7 +105,7 @@ def test_every_format_changes_its_target_layers_only(kind, file):
     }
     state["lora_unet_mid_block_resnets_1_conv1.on_input"] = torch.tensor(True)
     write_checkpoint(file, state)
-    model = tiny_model(kind)
+    model = build_tiny_model(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     load_loras(model, [(file, 0.5)])
     after = model.state_dict()
@@ -131,11 +131,11 @@ def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", slow_except(KINDS, "sd1"))
 def test_a_file_comes_back_bit_for_bit(kind, style, file):
-    model = tiny_model(kind)
-    adapter = random_adapter(model, alpha=1.5)  # half the rank: a power of two is exact
+    model = build_tiny_model(kind)
+    adapter = make_random_lora(model, alpha=1.5)  # half the rank: a power of two is exact
     write_lora(adapter, file, model, style)
     again = read_lora(file, model)
-    assert style == "diffusers" or same(again.state_dict(), adapter.state_dict())
+    assert style == "diffusers" or are_equal(again.state_dict(), adapter.state_dict())
     assert all(
         torch.equal(again[name].compute_delta(), adapter[name].compute_delta()) for name in adapter
     )
@@ -163,8 +163,8 @@ SPELLINGS = [
 
 
 def test_names_of_other_programs_are_read(file):
-    model = tiny_model()
-    write_lora(random_adapter(model), file, model, "diffusers")
+    model = build_tiny_model()
+    write_lora(make_random_lora(model), file, model, "diffusers")
     state = read_checkpoint(file).state
     state = {name: v for name, v in state.items() if "conv_in" in name or ".0." in name}
     write_checkpoint(file, state)
@@ -173,7 +173,7 @@ def test_names_of_other_programs_are_read(file):
         renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
         assert renamed.keys() != state.keys()
         write_checkpoint(file, renamed)
-        assert same(read_lora(file, model).state_dict(), ours), new
+        assert are_equal(read_lora(file, model).state_dict(), ours), new
 
 
 def rename_keys(state, *rules):
@@ -209,14 +209,14 @@ XL_SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", slow_except(XL_SPELLINGS, "kohya with diffusers' blocks"))
 def test_names_of_sdxl_loras_are_read(spelling, file):
-    model = tiny_model("sdxl")
-    write_lora(random_adapter(model), file, model, "diffusers")
+    model = build_tiny_model("sdxl")
+    write_lora(make_random_lora(model), file, model, "diffusers")
     ours = read_lora(file, model).state_dict()
     state = read_checkpoint(file).state
     other = rename_keys(state, *XL_SPELLINGS[spelling])
     assert other.keys() != state.keys()
     write_checkpoint(file, other)
-    assert same(read_lora(file, model).state_dict(), ours)
+    assert are_equal(read_lora(file, model).state_dict(), ours)
 
 
 @pytest.mark.parametrize(
@@ -224,20 +224,20 @@ def test_names_of_sdxl_loras_are_read(spelling, file):
     slow_except(["lora_te_", "lora_te1_", "lora_te2_", "text_encoder."], "text_encoder."),
 )
 def test_the_refiner_has_one_text_encoder_by_any_name(prefix, file):
-    model = tiny_model("refiner")
-    adapter = random_adapter(model)
+    model = build_tiny_model("refiner")
+    adapter = make_random_lora(model)
     write_lora(adapter, file, model)
     write_checkpoint(file, rename_keys(read_checkpoint(file).state, ("^lora_te_", prefix)))
-    assert same(read_lora(file, model).state_dict(), adapter.state_dict())
+    assert are_equal(read_lora(file, model).state_dict(), adapter.state_dict())
 
 
 def test_layers_that_are_there_twice_are_those_with_the_names_of_diffusers(file, caplog):
-    model = tiny_model("sdxl")
-    write_lora(random_adapter(model, seed=1), file, model, "diffusers")
+    model = build_tiny_model("sdxl")
+    write_lora(make_random_lora(model, seed=1), file, model, "diffusers")
     state = read_checkpoint(file).state
     removed = {name for name in state if name.startswith("unet.up_blocks")}
     expected = read_lora(file, model)
-    write_lora(random_adapter(model, seed=2), file, model)
+    write_lora(make_random_lora(model, seed=2), file, model)
     originals = read_checkpoint(file).state
     blocks = {n: v for n, v in originals.items() if "put_blocks" in n or "middle" in n}
     for first, second in ((state, blocks), (blocks, state)):
@@ -252,8 +252,8 @@ def test_layers_that_are_there_twice_are_those_with_the_names_of_diffusers(file,
 
 
 def test_a_lora_of_the_base_model_fits_an_inpainting_model(file):
-    base, model = tiny_model("sd1"), tiny_model("sd1", in_channels=9)
-    adapter = random_adapter(base)
+    base, model = build_tiny_model("sd1"), build_tiny_model("sd1", in_channels=9)
+    adapter = make_random_lora(base)
     write_lora(adapter, file, base)
     before = model.unet.state_dict()["input_blocks.0.0.weight"].clone()
     load_loras(model, [(file, 1.0)])
@@ -321,7 +321,7 @@ def low_rank(layer, down="lora_down", up="lora_up", rank=4, width=32):
 
 
 def test_layers_may_have_the_names_of_the_original(file):
-    model = tiny_model("sd1")
+    model = build_tiny_model("sd1")
     for layer in (
         KOHYA,
         f"lora_unet_{ORIGINAL.replace('.', '_')}",
@@ -344,7 +344,7 @@ def test_layers_may_have_the_names_of_the_original(file):
 )
 def test_the_projection_of_the_pooled_output_may_be_changed(file, name):
     """It is stored transposed: (width, embed_dim)."""
-    model = tiny_model("refiner" if "te_" in name else "sdxl")
+    model = build_tiny_model("refiner" if "te_" in name else "sdxl")
     tower = model.conditioner.find_all(OpenCLIPText)[-1].model
     before = tower.text_projection.clone()
     state, delta = low_rank(name, width=len(before))
@@ -360,7 +360,7 @@ def test_a_folder_of_peft_has_a_file_for_each_network(tmp_path):
         "transformer_blocks.0.attn1.to_q",
         "text_model.encoder.layers.0.self_attn.out_proj",
     )
-    deltas, model = {}, tiny_model("sdxl")
+    deltas, model = {}, build_tiny_model("sdxl")
     for network, prefix, layer, width in (
         ("unet", "lora_unet_input_blocks_4_1_", f"down_blocks.1.attentions.0.{block}", 64),
         ("text_encoder", "lora_te1_", text, WIDTH),
@@ -398,7 +398,7 @@ def test_patterns_of_alpha_are_those_of_peft(patterns, alpha, tmp_path):
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": patterns}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (layer,) = read_lora(tmp_path, tiny_model()).layers.values()
+    (layer,) = read_lora(tmp_path, build_tiny_model()).layers.values()
     torch.testing.assert_close(layer.compute_delta(), alpha / 4 * delta)
 
 
@@ -409,7 +409,7 @@ def test_whole_matrices_of_lokr_are_scaled_as_in_peft(tmp_path):
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)
     for config, scale in (({}, 1), ({"r": 4, "alpha": 8}, 2), (PATTERNS, 8)):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        ((_, change),) = read_changes(tmp_path, tiny_model())
+        ((_, change),) = read_changes(tmp_path, build_tiny_model())
         torch.testing.assert_close(change.compute_delta(), scale * torch.kron(first, second))
 
 
@@ -435,7 +435,7 @@ def test_a_config_of_peft_that_cannot_be_followed_is_refused(config, message, tm
     write_checkpoint(tmp_path / "adapter_model.safetensors", state)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FileFormatError, match=message):
-        read_lora(tmp_path, tiny_model())
+        read_lora(tmp_path, build_tiny_model())
 
 
 def test_metadata_that_are_damaged_and_weights_of_whole_numbers_are_refused(file):
@@ -443,10 +443,10 @@ def test_metadata_that_are_damaged_and_weights_of_whole_numbers_are_refused(file
     for text in ("{", "[]"):
         write_checkpoint(file, state, {lora_files.ADAPTER_METADATA_KEY: text})
         with pytest.raises(FileFormatError, match="alpha in its metadata or .* is damaged"):
-            read_lora(file, tiny_model())
+            read_lora(file, build_tiny_model())
     write_checkpoint(file, {name: value.to(torch.int8) for name, value in state.items()})
     with pytest.raises(FileFormatError, match="quantised LoRAs are not supported"):
-        read_lora(file, tiny_model())
+        read_lora(file, build_tiny_model())
 
 
 def test_bundled_embeddings_are_added_and_layers_of_rank_zero_change_nothing(file):
@@ -455,18 +455,18 @@ def test_bundled_embeddings_are_added_and_layers_of_rank_zero_change_nothing(fil
     state["bundle_emb.cat.v1.string_to_param.*"] = words["cat.v1"]
     state["bundle_emb.dog.emb_params"] = words["dog"]
     write_checkpoint(file, state)
-    model = tiny_model()
+    model = build_tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     load_loras(model, [(file, 1.0)])
-    assert same(model.state_dict(), before)
-    assert same(model.conditioner.text.added_embeddings, words)
+    assert are_equal(model.state_dict(), before)
+    assert are_equal(model.conditioner.text.added_embeddings, words)
 
 
 def test_bundled_embeddings_that_do_not_fit_are_skipped_with_a_warning(file, caplog):
     state, delta = low_rank(KOHYA)
     state["bundle_emb.cat.emb_params"] = torch.ones(1, 768)
     write_checkpoint(file, state)
-    model = tiny_model()
+    model = build_tiny_model()
     before = model.unet.state_dict()[f"{ORIGINAL}.weight"].clone()
     load_loras(model, [(file, 1.0)])
     assert "textual inversions of the LoRA are skipped: " in caplog.text
@@ -477,13 +477,13 @@ def test_bundled_embeddings_that_do_not_fit_are_skipped_with_a_warning(file, cap
 def test_a_sum_too_large_for_the_weights_is_refused(file):
     write_checkpoint(file, low_rank(KOHYA)[0])
     with pytest.raises(ValueError, match="too large for torch.float16") as caught:
-        load_loras(tiny_model().half(), [(file, 1e9)])
+        load_loras(build_tiny_model().half(), [(file, 1e9)])
     assert caught.value.argument == "loras"
 
 
 def test_alpha_is_read_from_metadata(file):
-    model = tiny_model()
-    write_lora(random_adapter(model), file, model, "diffusers")
+    model = build_tiny_model()
+    write_lora(make_random_lora(model), file, model, "diffusers")
     alphas = {"unet.lora_alpha": 6, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 12}}
     metadata = {lora_files.ADAPTER_METADATA_KEY: json.dumps(alphas)}
     write_checkpoint(file, read_checkpoint(file).state, metadata)
@@ -494,9 +494,9 @@ def test_alpha_is_read_from_metadata(file):
 
 
 def test_loras_are_recorded_with_weight_and_hash(tmp_path):
-    model, files = tiny_model("sd1"), [tmp_path / "a.safetensors", tmp_path / "b.ckpt"]
+    model, files = build_tiny_model("sd1"), [tmp_path / "a.safetensors", tmp_path / "b.ckpt"]
     for file in files:
-        write_lora(random_adapter(model), file, model)
+        write_lora(make_random_lora(model), file, model)
     load_loras(model, [(files[0], 0.8), (files[1], -0.3)])
     first, second = model.provenance["loras"]
     expected = {"path": str(files[1]), "weight": -0.3, "hash": compute_short_hash(files[1])}
@@ -505,8 +505,8 @@ def test_loras_are_recorded_with_weight_and_hash(tmp_path):
 
 
 def test_a_file_names_its_base_model(file):
-    model = tiny_model("refiner")
-    write_lora(random_adapter(model, rank=4, alpha=2), file, model)
+    model = build_tiny_model("refiner")
+    write_lora(make_random_lora(model, rank=4, alpha=2), file, model)
     expected = {
         "modelspec.architecture": "stable-diffusion-xl-v1-refiner/lora",
         "ss_base_model_version": "sdxl_refiner_v1-0",
@@ -536,7 +536,7 @@ SDXL_KEYS = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
 def test_a_file_of_another_family_is_refused_in_one_line(
     kind, context, layer, width, theirs, ours, file
 ):
-    model = tiny_model(kind)
+    model = build_tiny_model(kind)
     model.unet.context_dim = context
     write_checkpoint(file, low_rank(layer, width=width)[0])
     with pytest.raises(ValueError, match="is a LoRA for") as caught:
@@ -551,25 +551,25 @@ def test_the_family_is_found_beside_differences_of_vectors(file):
     state = low_rank(SDXL_KEYS, width=2048)[0] | {"lora_unet_norm.diff": torch.ones(4)}
     write_checkpoint(file, dict(sorted(state.items())))  # that of the norm comes first
     with pytest.raises(ValueError, match="is a LoRA for Stable Diffusion XL"):
-        load_loras(tiny_model(), [(file, 1.0)])
+        load_loras(build_tiny_model(), [(file, 1.0)])
 
 
 def test_a_file_of_an_unknown_family_is_refused_in_one_line(file):
     state = low_rank("lora_unet_down_blocks_3_x")[0] | low_rank("lora_unet_conv_in")[0]
     write_checkpoint(file, state)
     with pytest.raises(ValueError, match="1 of its 2 layers unknown, 1 of another shape"):
-        read_lora(file, tiny_model())
+        read_lora(file, build_tiny_model())
 
 
 def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path, file):
     state, delta = low_rank(KOHYA)
     for alpha in (2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half()):
         torch.save(state | {f"{KOHYA}.alpha": alpha}, tmp_path / "x.pt")
-        lora = read_lora(tmp_path / "x.pt", tiny_model())
+        lora = read_lora(tmp_path / "x.pt", build_tiny_model())
         torch.testing.assert_close(lora[KOHYA].compute_delta(), 2 / 4 * delta)
     write_checkpoint(file, state | {f"{KOHYA}.alpha": torch.tensor(torch.nan)})
     with pytest.raises(ValueError, match="NaN or infinity in 1 of its 1 layers: `lora_unet_down_"):
-        read_lora(file, tiny_model())
+        read_lora(file, build_tiny_model())
 
 
 @pytest.mark.parametrize(
@@ -590,10 +590,10 @@ def test_alpha_may_have_any_numeric_type_and_nothing_is_nan(tmp_path, file):
 def test_what_is_no_lora_is_refused(names, message, file):
     write_checkpoint(file, {name: torch.ones(2, 2) for name in names})
     with pytest.raises(ValueError, match=message):
-        read_lora(file, tiny_model())
+        read_lora(file, build_tiny_model())
 
 
 def test_a_model_without_prompts_has_no_text_layers():
-    model = tiny_model()
+    model = build_tiny_model()
     del model.conditioner.text
     assert all(layer.diffusers.startswith("unet.") for layer in list_lora_targets(model))

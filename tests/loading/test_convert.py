@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from lorahelp import random_adapter, same
-from tinyfamilies import write
+from lorahelp import are_equal, make_random_lora
+from tinyfamilies import write_family
 
 import ldm
 from ldm.commands.convert import main
@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(place):
     """The file of a tiny Stable Diffusion 2."""
-    write("sd2-v", place / "tiny.safetensors")
+    write_family("sd2-v", place / "tiny.safetensors")
     return place / "tiny.safetensors"
 
 
@@ -77,7 +77,7 @@ def fails(capsys, *words):
 
 
 def same_model(ours, theirs):
-    return same(ours.state_dict(), theirs.state_dict())
+    return are_equal(ours.state_dict(), theirs.state_dict())
 
 
 def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path,
     run(tmp_path / "x.ckpt", tmp_path / "y.safetensors")
     for name in ("x.ckpt", "y.safetensors"):
         file = read_checkpoint(tmp_path / name)
-        assert same(file.state, state)
+        assert are_equal(file.state, state)
         assert file.step == 7
         assert file.metadata["modelspec.prediction_type"] == "v"
         assert ldm.load(tmp_path / name).parameterization == "v"  # by the YAML inside
@@ -95,7 +95,7 @@ def test_a_file_is_converted_between_ckpt_and_safetensors(tiny, state, tmp_path,
 def test_a_folder_loads_like_its_file_and_becomes_it_again(tiny, state, folder, tmp_path):
     for name in ("x.ckpt", "y.safetensors"):
         run(folder, tmp_path / name)
-        assert same(read_checkpoint(tmp_path / name).state, state)
+        assert are_equal(read_checkpoint(tmp_path / name).state, state)
     ours, theirs = ldm.load(folder), ldm.load(tiny)
     assert same_model(ours, theirs)
     assert same_model(ldm.load(ckpt=folder), theirs)
@@ -202,7 +202,7 @@ def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, ta
     styles = [(tmp_path / f"{n}.safetensors", weight) for n, weight in ((1, 0.8), (2, -0.5))]
     model = ldm.load(tiny)
     for seed, (path, _) in enumerate(styles):
-        write_lora(random_adapter(model, seed=seed), path, model)
+        write_lora(make_random_lora(model, seed=seed), path, model)
     flags = [word for path, weight in styles for word in ("--lora", f"{path}:{weight}")]
     before = with_ema.read_bytes()
     run(with_ema, tmp_path / target, *flags)
@@ -222,8 +222,8 @@ def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, ta
 @pytest.mark.slow
 def test_a_lora_is_merged_into_both_text_encoders_of_sdxl(tmp_path):
     xl, style, merged = (tmp_path / f"{name}.safetensors" for name in ("xl", "style", "merged"))
-    write("xl", xl)
-    write_lora(random_adapter(model := ldm.load(xl)), style, model)
+    write_family("xl", xl)
+    write_lora(make_random_lora(model := ldm.load(xl)), style, model)
     run(xl, merged, "--lora", style)
     assert same_model(ldm.load(merged), ldm.load(xl, loras=[(style, 1.0)]))
 
@@ -231,7 +231,7 @@ def test_a_lora_is_merged_into_both_text_encoders_of_sdxl(tmp_path):
 @pytest.mark.slow
 def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
     style, half = tmp_path / "style.safetensors", tmp_path / "half.safetensors"
-    write_lora(random_adapter(model := ldm.load(tiny)), style, model)
+    write_lora(make_random_lora(model := ldm.load(tiny)), style, model)
     run(tiny, half, "--dtype", "float16")
     run(half, tmp_path / "x.ckpt", "--dtype", "float32", "--lora", style)
     assert same_model(ldm.load(tmp_path / "x.ckpt"), ldm.load(half, loras=[(style, 1.0)]))
@@ -253,7 +253,7 @@ def test_folders_of_training_runs(state, text, tmp_path):
     (tmp_path / "run/configs/2026-01-project.yaml").write_text(text)
     run(tmp_path / "run", tmp_path / "out")
     file = open_checkpoint(tmp_path / "out")
-    assert same(file.state, state)
+    assert are_equal(file.state, state)
     assert file.step == 9
 
 
@@ -268,11 +268,11 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     run(tmp_path / "kl.ckpt", tmp_path / "kl", "--config", tmp_path / "kl.yaml")
     bare = tmp_path / "kl/diffusion_pytorch_model.safetensors"
     run(bare, tmp_path / "original.ckpt", "--config", tmp_path / "kl.yaml")
-    assert same(read_checkpoint(tmp_path / "original.ckpt").state, select_prefix(state, VAE))
+    assert are_equal(read_checkpoint(tmp_path / "original.ckpt").state, select_prefix(state, VAE))
     about = json.loads((tmp_path / "kl/config.json").read_text())
     assert about["block_out_channels"] == [32, 64]
-    assert same(open_checkpoint(tmp_path / "kl").state, select_prefix(state, VAE))
-    assert same(ldm.load(tmp_path / "kl").state_dict(), select_prefix(state, VAE))
+    assert are_equal(open_checkpoint(tmp_path / "kl").state, select_prefix(state, VAE))
+    assert are_equal(ldm.load(tmp_path / "kl").state_dict(), select_prefix(state, VAE))
 
 
 def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, capsys):
@@ -282,18 +282,18 @@ def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, ca
     write_checkpoint(vae, other)
     run(tiny, x, "--vae", vae)
     expected = state | {VAE + name: value.float() for name, value in other.items()}
-    assert same(read_checkpoint(x).state, expected)
+    assert are_equal(read_checkpoint(x).state, expected)
     assert ldm.load(x).autoencoder is not None
     run(tiny, y, "--vae", x)
-    assert same(read_checkpoint(y).state, expected)
+    assert are_equal(read_checkpoint(y).state, expected)
     lean = {name: value for name, value in expected.items() if not name.startswith(VAE)}
     torch.save({"state_dict": lean, "ldm.config": text}, tmp_path / "lean.ckpt")
     run(tmp_path / "lean.ckpt", tmp_path / "z.ckpt", "--vae", x)
-    assert same(read_checkpoint(tmp_path / "z.ckpt").state, expected)
+    assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state, expected)
     run(x, tmp_path / "folder")
     alone = tmp_path / "folder/vae/diffusion_pytorch_model.safetensors"
     run(tiny, tmp_path / "z.ckpt", "--vae", alone, "--force")
-    assert same(read_checkpoint(tmp_path / "z.ckpt").state, expected)
+    assert are_equal(read_checkpoint(tmp_path / "z.ckpt").state, expected)
     (tmp_path / "z.ckpt").unlink()
     write_checkpoint(tmp_path / "no.ckpt", {"decoder.conv_in.bias": torch.ones(1)})
     error = fails(capsys, tiny, tmp_path / "z.ckpt", "--vae", tmp_path / "no.ckpt")
@@ -302,7 +302,7 @@ def test_another_autoencoder_replaces_the_models(tiny, state, text, tmp_path, ca
 
 def test_given_statistics_are_written_into_a_file(tmp_path):
     source, stats = tmp_path / "x.ckpt", tmp_path / "stats.th"
-    state = write("unclip-l", source)
+    state = write_family("unclip-l", source)
     file, names = read_checkpoint(source), ("noise_augmentor.data_mean", "noise_augmentor.data_std")
     torch.save([state[name] for name in names], stats)
     write_checkpoint(source, {n: v for n, v in state.items() if n not in names}, file.metadata)
@@ -312,7 +312,7 @@ def test_given_statistics_are_written_into_a_file(tmp_path):
 
 
 def test_missing_statistics_of_a_folder_are_named(tmp_path):
-    write("unclip-l", tmp_path / "x.ckpt")
+    write_family("unclip-l", tmp_path / "x.ckpt")
     run(tmp_path / "x.ckpt", tmp_path / "y")
     path = tmp_path / "y/image_normalizer/diffusion_pytorch_model.safetensors"
     write_checkpoint(path, {"mean": torch.ones(1)})
@@ -395,12 +395,12 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     vae.unlink()
     unet.unlink()
-    assert same(open_checkpoint(place).state, state)
+    assert are_equal(open_checkpoint(place).state, state)
     index.unlink()
     for i in range(2):
         shard = unet.with_name(f"part-{i}.safetensors")
         shard.rename(unet.with_stem(f"{unet.stem}-0000{i}-of-00002"))
-    assert same(open_checkpoint(place).state, state)
+    assert are_equal(open_checkpoint(place).state, state)
     for shard in (place / "unet").glob("*-of-*"):
         shard.unlink()
     with pytest.raises(FileNotFoundError, match="no weights in `.*unet`, only config.json"):
@@ -420,7 +420,7 @@ def test_a_variant_is_chosen_whatever_its_files_are(folder, state, tmp_path, suf
         for other in ("non_ema", "bf16"):
             (path.parent / f"{stem}.{other}{suffix[5:]}").touch()
         path.unlink()
-    assert same(open_checkpoint(place).state, state)
+    assert are_equal(open_checkpoint(place).state, state)
 
 
 def edit(path, **values):
@@ -466,7 +466,7 @@ def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, capl
     path.unlink()
     write_checkpoint(path, content)
     edit(place / "text_encoder/config.json", vocab_size=49410)
-    assert same(open_checkpoint(place).state, state)
+    assert are_equal(open_checkpoint(place).state, state)
     assert "has 2 rows without a token" in caplog.text
     for file, tokens in TOKENS.items():
         edited = tmp_path / file
@@ -475,8 +475,8 @@ def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, capl
             (edited / "tokenizer" / file).write_text("{}")
         edit(edited / "tokenizer" / file, **tokens)
         words = {t: v for t, (v,) in open_checkpoint(edited).added_tokens.items()}
-        assert same(words, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
-    assert same(ldm.load(edited).conditioner.text.added_embeddings, words)
+        assert are_equal(words, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
+    assert are_equal(ldm.load(edited).conditioner.text.added_embeddings, words)
     run(edited, tmp_path / "y.ckpt")
     assert (
         "added tokens are not written, load them as embeddings: `<cat>`" in capsys.readouterr().err
@@ -485,7 +485,7 @@ def test_added_tokens_of_a_folder_are_read(folder, state, tmp_path, capsys, capl
 
 @pytest.mark.slow
 def test_added_tokens_of_both_tokenizers_of_sdxl_are_read(tmp_path):
-    write("xl", tmp_path / "xl.safetensors")
+    write_family("xl", tmp_path / "xl.safetensors")
     run(tmp_path / "xl.safetensors", place := tmp_path / "folder")
     name = "text_model.embeddings.token_embedding.weight"
     for tower in ("", "_2"):

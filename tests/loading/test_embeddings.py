@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 from lorahelp import (
-    NUMBERS,
+    MICRO_CONDITIONS,
     WIDTH,
     WIDTH_2,
-    their_pipeline,
-    their_tokenizer,
-    their_tower,
-    tiny_model,
+    build_diffusers_pipeline,
+    build_tiny_model,
+    build_transformers_tokenizer,
+    build_transformers_tower,
 )
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -28,8 +28,8 @@ VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_transformers_computes_the_same_with_rows_for_the_word(kind, tmp_path):
-    model = tiny_model(kind)
-    theirs = their_tower(model.conditioner.text)
+    model = build_tiny_model(kind)
+    theirs = build_transformers_tower(model.conditioner.text)
     write_embeddings(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
     load_embeddings(model, [tmp_path / "x.safetensors"])
     tower = theirs.text_model if hasattr(theirs, "text_model") else theirs
@@ -90,7 +90,7 @@ UNFIT = {  # tokens, and the error
 
 
 def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
-    model = tiny_model()
+    model = build_tiny_model()
     for name, (tokens, message) in UNFIT.items():
         write_embeddings(tmp_path / f"{name}.safetensors", tokens)
         with pytest.raises(ValueError, match=message):
@@ -123,10 +123,10 @@ def test_a_second_token_of_sdxl_in_a_file_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("style", ["one file", "pickle", "pair of files"])
 def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
-    model = tiny_model("sdxl")
-    pipeline = their_pipeline(model)
-    pipeline.tokenizer = their_tokenizer(model.conditioner.text, tmp_path / "1")
-    pipeline.tokenizer_2 = their_tokenizer(model.conditioner.text_2, tmp_path / "2")
+    model = build_tiny_model("sdxl")
+    pipeline = build_diffusers_pipeline(model)
+    pipeline.tokenizer = build_transformers_tokenizer(model.conditioner.text, tmp_path / "1")
+    pipeline.tokenizer_2 = build_transformers_tokenizer(model.conditioner.text_2, tmp_path / "2")
     paths = [tmp_path / "cat.safetensors"]
     if style == "one file":
         write_embeddings(paths[0], {"sks": PAIR}, model=model)
@@ -150,7 +150,7 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     load_embeddings(model, paths)
     prompt = "a sks and a dog, by sks"
     expected = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, device="cpu")
-    numbers = {key: value[:1] for key, value in NUMBERS.items()}
+    numbers = {key: value[:1] for key, value in MICRO_CONDITIONS.items()}
     cond = model.condition({"txt": [prompt], **numbers})
     plain = model.condition({"txt": ["a cat and a dog, by cat"], **numbers})
     torch.testing.assert_close(cond.crossattn, expected[0], rtol=0, atol=5e-6)
@@ -159,7 +159,7 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
 
 
 def test_a_token_of_one_tower_is_said_to_be_text_for_the_other(tmp_path, caplog):
-    model = tiny_model("sdxl")
+    model = build_tiny_model("sdxl")
     tokens = {"sd1": {"<sd1>": PAIR[0]}, "both": {"<both>": PAIR}, "g": {"clip_g": PAIR[1]}}
     paths = [tmp_path / f"{name}.safetensors" for name in tokens]
     for path in paths:
@@ -188,7 +188,7 @@ def test_tokens_are_added_to_a_compact_vocabulary():
 
 def test_embeddings_inside_of_images_are_read(tmp_path):
     """A1111 writes JSON, in base64, into a text of a PNG."""
-    model = tiny_model()
+    model = build_tiny_model()
     vectors = [[float(k)] * WIDTH for k in range(2)]
     content = {"string_to_param": {"*": {"TORCHTENSOR": vectors}}, "name": "cat-style"}
     text = PngInfo()

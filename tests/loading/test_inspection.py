@@ -5,7 +5,7 @@ import json
 import payloads
 import pytest
 import torch
-from tinyfamilies import write
+from tinyfamilies import write_family
 
 from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
@@ -78,8 +78,8 @@ def test_the_keys_of_a_prediction_in_json_stay():
 
 def test_hostile_files_are_described_and_not_run(tmp_path, capsys):
     marker = tmp_path / "marker"
-    for name, body in payloads.calls(marker).items():
-        path = payloads.zipped(tmp_path / "evil.ckpt", payloads.document(body))
+    for name, body in payloads.make_calls(marker).items():
+        path = payloads.write_zip(tmp_path / "evil.ckpt", payloads.make_pickle(body))
         assert main([str(path)]) == 1
         out = capsys.readouterr().out
         assert "refused" in out
@@ -128,6 +128,6 @@ def test_what_holds_no_model_is_named(tmp_path, names, kind):
 
 @pytest.mark.parametrize(("name", "task"), [("ldm3d-4c", "txt2img"), ("ldm3d-sr", "upscale_rgbd")])
 def test_ldm3d_is_reported(tmp_path, name, task):
-    write(name, tmp_path / "x.safetensors")
+    write_family(name, tmp_path / "x.safetensors")
     report = inspect_checkpoint(tmp_path / "x.safetensors")
     assert (report.task, report.missing, report.unexpected) == (task, [], [])

@@ -92,7 +92,7 @@ def spellings(model, state):
         "nested": {"state_dict": {"state_dict": state}, "epoch": 1},
         "home-made": {"model": state, "optimizer": {"state": {0: {"exp_avg": other}}}},
         "flat kernels": flat,
-        "pipeline": tinyfamilies.components_of(model, state) | unused,
+        "pipeline": tinyfamilies.convert_to_pipeline_state(model, state) | unused,
         "added tokens": more_tokens,
         "parts of forks": state
         | {
@@ -443,7 +443,7 @@ def test_options_of_whole_models_are_refused_for_a_part(
 
 
 def test_the_x4_upscalers_autoencoder_stays_in_float32(tmp_path):
-    state = tinyfamilies.write("x4", tmp_path / "x4.safetensors")
+    state = tinyfamilies.write_family("x4", tmp_path / "x4.safetensors")
     model = ldm.load(ckpt=tmp_path / "x4.safetensors", dtype=torch.float16)
     weight = model.autoencoder.decoder.conv_in.weight
     assert torch.equal(weight, state["first_stage_model.decoder.conv_in.weight"])

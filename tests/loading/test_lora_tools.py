@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lorahelp import random_adapter, read_lora, tiny_model
-from tinyfamilies import write
+from lorahelp import build_tiny_model, make_random_lora, read_lora
+from tinyfamilies import write_family
 
 from ldm.commands.extract_lora import main as extract
 from ldm.commands.merge_lora import main as merge
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     for family in ("sd1", "xl"):
         path = folder / f"{family}.safetensors"
-        state = write(family, path)
+        state = write_family(family, path)
         tuned = {
             name: value + 0.1 * torch.randn(value.shape) if _is_tuned(name, value) else value
             for name, value in state.items()
@@ -146,9 +146,9 @@ def weights(model):
 @pytest.mark.parametrize("kind", slow_except(KINDS, "full difference"))
 def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     """At the rank that the sum has."""
-    model, paths = tiny_model("sd1"), [tmp_path / f"{name}.safetensors" for name in "abc"]
+    model, paths = build_tiny_model("sd1"), [tmp_path / f"{name}.safetensors" for name in "abc"]
     write_lycoris(paths[0], kind)
-    write_lora(random_adapter(model, alpha=1), paths[1], model)
+    write_lora(make_random_lora(model, alpha=1), paths[1], model)
     alone = join_loras([(paths[0], 1.0)], model)
     _, layer, rank = KINDS[kind]
     assert {n: lora.rank for n, lora in alone.lora.layers.items()} == (
@@ -157,7 +157,7 @@ def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
     files = [(paths[0], "0.5:-0.8"), (paths[1], 0.3)]
     joined = join_loras(files, model)
     write_lora(joined.lora, paths[2], model, other_tensors=joined.other_tensors)
-    theirs, ours = tiny_model("sd1"), model
+    theirs, ours = build_tiny_model("sd1"), model
     theirs.load_state_dict(model.state_dict())
     load_loras(ours, [(paths[2], 1.0)])
     load_loras(theirs, files)
@@ -166,11 +166,11 @@ def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", slow_except(["LoHa", "plain LoRA"], "LoHa"))
 def test_a_resized_lora_is_the_nearest_of_its_rank(kind, tmp_path):
-    model, file = tiny_model("sd1"), tmp_path / "x.safetensors"
+    model, file = build_tiny_model("sd1"), tmp_path / "x.safetensors"
     if kind == "LoHa":
         write_lycoris(file, kind, "norm")
     else:
-        write_lora(random_adapter(model, rank=6, alpha=3), file, model)
+        write_lora(make_random_lora(model, rank=6, alpha=3), file, model)
     whole = deltas(join_loras([(file, 1.0)], model).lora)
     small = join_loras([(file, 1.0)], model, RankLimits(rank=2))
     retained = total = ranks = 0
@@ -198,11 +198,11 @@ def test_what_scales_or_turns_weights_is_not_joined(tensors, tmp_path):
     file = tmp_path / "x.safetensors"
     write_checkpoint(file, {f"{CONV}.{role}": torch.ones(shape) for role, shape in tensors.items()})
     with pytest.raises(LdmError, match="scales or rotates weights .* which a LoRA cannot do"):
-        join_loras([(file, 1.0)], tiny_model("sd1"))
+        join_loras([(file, 1.0)], build_tiny_model("sd1"))
 
 
 def test_textual_inversions_stay_in_a_joined_file(tmp_path):
-    model = tiny_model("sd1")
+    model = build_tiny_model("sd1")
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     write_lycoris(source, "LoHa")
     bundle = {"bundle_emb.cat.emb_params": torch.ones(2, 24)}
@@ -214,8 +214,8 @@ def test_textual_inversions_stay_in_a_joined_file(tmp_path):
 
 
 def test_joined_loras_do_what_all_do(tmp_path):
-    model = tiny_model("sd1")
-    loras = [random_adapter(model, rank=rank, seed=rank, alpha=1) for rank in (2, 3)]
+    model = build_tiny_model("sd1")
+    loras = [make_random_lora(model, rank=rank, seed=rank, alpha=1) for rank in (2, 3)]
     paths = [tmp_path / f"{number}.safetensors" for number in (0, 1)]
     for lora, path in zip(loras, paths, strict=True):
         write_lora(lora, path, model)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from lorahelp import (
-    outputs,
-    random_adapter,
+    are_equal,
+    build_diffusers_pipeline,
+    build_tiny_model,
+    compute_diffusers_outputs,
+    compute_outputs,
+    make_random_lora,
     read_lora,
-    same,
-    their_outputs,
-    their_pipeline,
-    tiny_model,
 )
 from safetensors.torch import save_file
 
@@ -26,8 +26,8 @@ BLOCKS = "lbw=IN01=0.5,M00=0,OUT02=2"
 
 @pytest.fixture
 def file(tmp_path):
-    model = tiny_model()
-    write_lora(random_adapter(model, alpha=2), tmp_path / "x.safetensors", model)
+    model = build_tiny_model()
+    write_lora(make_random_lora(model, alpha=2), tmp_path / "x.safetensors", model)
     return tmp_path / "x.safetensors"
 
 
@@ -78,7 +78,7 @@ def test_a_colon_may_be_part_of_the_name():
 
 
 def test_each_tower_and_block_gets_its_own_number(file):
-    model = tiny_model()
+    model = build_tiny_model()
     base, lora = collect_weights(model), read_lora(file, model)
     layers = {id(layer.target.layer): layer for layer in lora.layers.values()
               if layer.target.qkv_index is None}  # fmt: skip
@@ -102,23 +102,23 @@ def test_each_tower_and_block_gets_its_own_number(file):
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_computes_the_same_with_a_number_for_each_part(tmp_path):
     pytest.importorskip("peft")
-    model, file = tiny_model(), tmp_path / "x.safetensors"
-    layers = {name: layer for name, layer in random_adapter(model).layers.items()
+    model, file = build_tiny_model(), tmp_path / "x.safetensors"
+    layers = {name: layer for name, layer in make_random_lora(model).layers.items()
               if "_attentions_" in name or name.startswith("lora_te_")}  # fmt: skip
     write_lora(LoRA(layers), file, model)
-    pipeline = their_pipeline(model)
+    pipeline = build_diffusers_pipeline(model)
     pipeline.load_lora_weights(str(file))
     scales = {"text_encoder": 0.25, "unet": {"down": 0.5, "mid": 2.0, "up": -1.0}}
     pipeline.set_adapters(pipeline.get_active_adapters(), [scales])
     blocks = [*(f"IN0{k}=0.5" for k in range(1, 4)), "M00=2", *(f"OUT0{k}=-1" for k in range(4))]
     ldm.set_loras(model, [(file, f"0.25:1:{','.join(blocks)}")])
-    ours, theirs = outputs(model), their_outputs(pipeline, model)
+    ours, theirs = compute_outputs(model), compute_diffusers_outputs(pipeline, model)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
 
 
 def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
-    model, name = tiny_model(), "lora_unet_conv_in"
+    model, name = build_tiny_model(), "lora_unet_conv_in"
     layer = read_lora(file, model)[name]
     up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
     delta = (up @ down).view_as(layer.target.weight) * layer.alpha / layer.rank
@@ -132,33 +132,33 @@ def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
 @pytest.mark.parametrize("blocks", ["1,0", "IN99=1", "IN01=x,M00=1"])
 def test_blocks_that_the_model_does_not_have_are_one_line(file, blocks):
     with pytest.raises(ValueError, match="block") as error:
-        load_loras(tiny_model(), [(file, f"1:lbw={blocks}")])
+        load_loras(build_tiny_model(), [(file, f"1:lbw={blocks}")])
     assert "\n" not in str(error.value)
 
 
 def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
     other = tmp_path / "y.safetensors"
-    write_lora(random_adapter(tiny_model(), seed=3), other, tiny_model())
+    write_lora(make_random_lora(build_tiny_model(), seed=3), other, build_tiny_model())
     bundle = {
-        "bundle_emb.cat.string_to_param.*": torch.ones(1, tiny_model().conditioner.text.width)
+        "bundle_emb.cat.string_to_param.*": torch.ones(1, build_tiny_model().conditioner.text.width)
     }
     state = {**read_checkpoint(other).state, **bundle}
     save_file({name: value.contiguous() for name, value in state.items()}, other)
-    model = tiny_model()
+    model = build_tiny_model()
     base, files = collect_weights(model), [(file, 0.3), (other, "0.5:1")]
     originals = dict(model.named_parameters())
     for loras in ([(file, 1.0)], files, [(other, 0.0)], files):
         ldm.set_loras(model, loras)
-    fresh = tiny_model()
+    fresh = build_tiny_model()
     load_loras(fresh, files)
-    assert same(collect_weights(model), collect_weights(fresh))
+    assert are_equal(collect_weights(model), collect_weights(fresh))
     assert model.provenance["loras"] == fresh.provenance["loras"]
     assert [*model.conditioner.text.added_embeddings] == ["cat"]
     with pytest.raises(FileNotFoundError):
         ldm.set_loras(model, [(tmp_path / "none.safetensors", 1.0)])
-    assert same(collect_weights(model), collect_weights(fresh))
+    assert are_equal(collect_weights(model), collect_weights(fresh))
     ldm.set_loras(model, [])
-    assert same(collect_weights(model), base)
+    assert are_equal(collect_weights(model), base)
     assert dict(model.named_parameters()) == originals  # the same memory
     assert (model.provenance["loras"], model.conditioner.text.added_embeddings) == ([], {})
     with pytest.raises(ValueError, match="was loaded with loras, which cannot be removed"):
@@ -166,12 +166,12 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
 
 
 def test_a_sum_too_large_for_the_weights_leaves_none_of_the_loras(file):
-    model = tiny_model().half()
+    model = build_tiny_model().half()
     base = collect_weights(model)
     ldm.set_loras(model, [(file, 1.0)])
     with pytest.raises(ValueError, match="too large for torch.float16"):
         ldm.set_loras(model, [(file, 1e9)])
-    assert same(collect_weights(model), base)
+    assert are_equal(collect_weights(model), base)
     assert model.provenance["loras"] == []
 
 
@@ -193,17 +193,17 @@ def write_rotation(path, kind, seed=0):
 
 @pytest.mark.parametrize("kind", slow_except(ROTATIONS, "DoRA", "BOFT"))
 def test_a_rotation_is_set_to_another_weight_and_removed_bit_by_bit(kind, tmp_path):
-    file, model = write_rotation(tmp_path / "x.safetensors", kind), tiny_model()
+    file, model = write_rotation(tmp_path / "x.safetensors", kind), build_tiny_model()
     base, states = collect_weights(model), []
     for weight in (1.0, 0.3, 0.0, -0.5):
         ldm.set_loras(model, [(file, weight)])
-        fresh = tiny_model()
+        fresh = build_tiny_model()
         load_loras(fresh, [(file, weight)])
-        assert same(collect_weights(model), collect_weights(fresh))
-        states.append(same(collect_weights(model), base))
+        assert are_equal(collect_weights(model), collect_weights(fresh))
+        states.append(are_equal(collect_weights(model), base))
     assert states == [False, False, True, False]
     ldm.set_loras(model, [])
-    assert same(collect_weights(model), base)
+    assert are_equal(collect_weights(model), base)
 
 
 PAIRS = [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")]
@@ -218,11 +218,11 @@ def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
     results = []
     for first, second in (paths, paths[::-1]):
         caplog.clear()
-        model = tiny_model()
+        model = build_tiny_model()
         load_loras(model, [(first, 1.0), (file, 0.5), (second, 0.7)])
         said = f"`{first.name}`, `{second.name}` scale or rotate the same weights: they are applied"
         assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
-        expected = tiny_model()
+        expected = build_tiny_model()
         for one in [(file, 0.5), (first, 1.0), (second, 0.7)]:
             load_loras(expected, [one])
         results.append(collect_weights(model))
@@ -233,8 +233,8 @@ def test_two_files_that_rotate_a_weight_are_applied_in_order_with_a_warning(
 
 
 def test_set_loras_follows_a_model_that_was_converted(file):
-    model = tiny_model()
+    model = build_tiny_model()
     ldm.set_loras(model, [(file, 1.0)])
     model.half()
     ldm.set_loras(model, [])
-    assert same(collect_weights(model), collect_weights(tiny_model().half()))
+    assert are_equal(collect_weights(model), collect_weights(build_tiny_model().half()))

@@ -9,7 +9,7 @@ from math import prod
 import pytest
 import torch
 from safetensors.torch import load_file
-from tinyfamilies import write
+from tinyfamilies import write_family
 
 from ldm.commands.convert import main as convert
 from ldm.loading.addons.lora_targets import list_lycoris_targets
@@ -149,7 +149,7 @@ def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
     alpha is the rank); strengths go into DoRA's length alone, and into each stage of BOFT."""
     choices = [kind for kind in KINDS if kind not in (dora, boft) or strength == 1]
     base, file = tmp_path / "base.safetensors", tmp_path / "x.safetensors"
-    write(family, base)
+    write_family(family, base)
     assert convert([str(base), str(tmp_path / "theirs")]) == 0
     networks = networks_of(tmp_path / "theirs", towers.values())
     targets = list_lycoris_targets(build_model_of_lora(file, base))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tinyfamilies import write
+from tinyfamilies import write_family
 
 from ldm.commands.merge import main
 from ldm.loading.convert import convert
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     """A tiny SD 1, another, their base, an inpainting model, SD 2 and SDXL."""
     folder = tmp_path_factory.mktemp("merge")
     for family in ("sd1", "sd1-inpainting", "sd2", "sd2-v", "xl"):
-        write(family, folder / f"{family}.safetensors")
+        write_family(family, folder / f"{family}.safetensors")
     for name, family, seed in (("b", "sd1", 1), ("c", "sd1", 2), ("xl-b", "xl", 3)):
         file = read_checkpoint(folder / f"{family}.safetensors")
         torch.manual_seed(seed)

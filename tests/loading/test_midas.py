@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tinyfamilies import content_of
+from tinyfamilies import make_content
 
 import ldm
 from ldm.loading.files.checkpoint import write_checkpoint
@@ -16,7 +16,7 @@ PREFIX = "depth_model.model."
 @pytest.fixture
 def files(tmp_path):
     """A depth model, whole and without its depth network."""
-    state, config = content_of("depth")
+    state, config = make_content("depth")
     lean = {name: value for name, value in state.items() if not name.startswith(PREFIX)}
     for name, content in (("whole", state), ("lean", lean)):
         write_checkpoint(tmp_path / f"{name}.safetensors", content, {"ldm.config": config})
@@ -25,7 +25,7 @@ def files(tmp_path):
 
 def network(factor=1.0):
     """As MiDaS publishes it."""
-    state, _ = content_of("depth")
+    state, _ = make_content("depth")
     return {k.removeprefix(PREFIX): v * factor for k, v in state.items() if k.startswith(PREFIX)}
 
 

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 import torch
-from lorahelp import random_adapter, tiny_model
-from tinyfamilies import write
+from lorahelp import build_tiny_model, make_random_lora
+from tinyfamilies import write_family
 
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.addons.lora_files import write_lora
@@ -31,7 +31,7 @@ def hash_of_tensors(path):
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("modelspec") / "tiny.safetensors"
-    write("sd2-v", path)
+    write_family("sd2-v", path)
     file = read_checkpoint(path)
     stale = {"modelspec.hash_sha256": "0x12", "sshs_model_hash": "12"}
     write_checkpoint(path, file.state, {**file.metadata, **AUTHOR, **stale})
@@ -68,9 +68,9 @@ def test_changed_weights_keep_the_licence_only():
     ],
 )
 def test_loras_and_embeddings_name_what_they_are_for(kind, base, implementation, tmp_path):
-    model = tiny_model(kind)
+    model = build_tiny_model(kind)
     model.unet.context_dim = {"sd1": 768, "sdxl": 2048}[kind]
-    write_lora(random_adapter(model), tmp_path / "style.safetensors", model)
+    write_lora(make_random_lora(model), tmp_path / "style.safetensors", model)
     spec = spec_of(tmp_path / "style.safetensors")
     assert (spec["title"], spec["architecture"]) == ("style", f"{base}/lora")
     assert spec["implementation"] == implementation

@@ -92,7 +92,7 @@ def test_shipped_configs_become_models(full, name, unet, prediction, schedule):
 
 def test_yamls_of_2023_are_read():
     """Weightings in the denoiser, arguments that are gone, and a class name misspelt by A1111."""
-    raw = tinyfamilies.small("xl")
+    raw = tinyfamilies.make_small_config("xl")
     params = raw["model"]["params"]
     params["denoiser_config"]["params"]["weighting_config"] = {
         "target": "sgm.modules.diffusionmodules.denoiser_weighting.EpsWeighting"
@@ -102,14 +102,14 @@ def test_yamls_of_2023_are_read():
     vae = params["first_stage_config"]
     vae["target"] = "sgm.models.autoencoder.AutoencoderKLInferenceWrapper"
     text = format_yaml(raw).replace("EmbedderND", "EmbedderAND")
-    old, new = build(yaml.safe_load(text)), build(tinyfamilies.small("xl"))
+    old, new = build(yaml.safe_load(text)), build(tinyfamilies.make_small_config("xl"))
     assert {k: v.shape for k, v in old.state_dict().items()} == {
         k: v.shape for k, v in new.state_dict().items()
     }
 
 
 def test_training_parameters_are_skipped():
-    raw = tinyfamilies.small("xl")
+    raw = tinyfamilies.make_small_config("xl")
     raw["model"]["params"] |= {
         "optimizer_config": {"target": "os.system"}, "use_ema": True, "input_key": "jpg",
         "loss_fn_config": {"target": "os.system"}, "ckpt_path": "none.ckpt",
@@ -134,7 +134,7 @@ def test_training_parameters_are_skipped():
     ],
 )  # fmt: skip
 def test_unsupported_configs_are_errors(key, change, error, says):
-    raw = tinyfamilies.small("xl")
+    raw = tinyfamilies.make_small_config("xl")
     raw["model"]["params"][key] = change
     with pytest.raises(error, match=says):
         build(raw)
@@ -148,7 +148,7 @@ def test_unsupported_configs_are_errors(key, change, error, says):
     ],
 )
 def test_discretizations_become_tables(denoiser, discretization, name, length, last):
-    raw = tinyfamilies.small("xl")
+    raw = tinyfamilies.make_small_config("xl")
     params = raw["model"]["params"]["denoiser_config"]["params"]
     kind = "LegacyDDPM" if name == "Legacy" else name
     target = f"sgm.modules.diffusionmodules.discretizer.{kind}Discretization"
@@ -159,7 +159,7 @@ def test_discretizations_become_tables(denoiser, discretization, name, length, l
 
 
 def test_the_denoiser_is_built_as_the_config_says(tmp_path):
-    raw = tinyfamilies.small("xl")
+    raw = tinyfamilies.make_small_config("xl")
     params = raw["model"]["params"]["denoiser_config"]["params"]
     params |= {"flip": False, "do_append_zero": True}
     params["scaling_config"] = {"target": "x.EDMScaling", "params": {"sigma_data": 1.0}}
@@ -266,7 +266,7 @@ def test_a_variant_sets_the_defaults(tmp_path, tiny):
 def tiny(tmp_path_factory):
     """A file of the base model made small."""
     path = tmp_path_factory.mktemp("xl") / "base.safetensors"
-    tinyfamilies.write("xl", path)
+    tinyfamilies.write_family("xl", path)
     return path
 
 
@@ -346,7 +346,7 @@ def write_as_merged(model, state):
 
 @SLOW  # beside the spellings of test_load
 @pytest.mark.parametrize(
-    "write", [tinyfamilies.components_of, write_as_playground, write_as_merged]
+    "write", [tinyfamilies.convert_to_pipeline_state, write_as_playground, write_as_merged]
 )
 def test_files_of_other_programs_are_read(tmp_path, tiny, write):
     file, model = read_checkpoint(tiny), ldm.load(tiny)

@@ -76,7 +76,7 @@ def test_names_of_loras(path, variant, steps, sampler):
 
 def test_a_tensor_tells_a_model_that_embeds_the_scale(tmp_path):
     path = tmp_path / "tiny.safetensors"
-    tinyfamilies.write("sd1", path)
+    tinyfamilies.write_family("sd1", path)
     plain = ldm.load(path)
     file = read_checkpoint(path)
     width = plain.unet.model_channels
@@ -148,7 +148,7 @@ def test_the_spacing_of_a_folder_chooses_steps(tiny_folder):
 @pytest.fixture(scope="module")
 def written_folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("folder")
-    tinyfamilies.write("sd1", place / "sd1.safetensors")
+    tinyfamilies.write_family("sd1", place / "sd1.safetensors")
     convert(plan_conversion(place / "sd1.safetensors", place / "sd1"))
     (place / "sd1" / EXTRA_WEIGHTS).unlink()
     return place / "sd1"

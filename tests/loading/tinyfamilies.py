@@ -1,4 +1,4 @@
-"""A tiny model of every published family: its YAML with small sizes, weights by a formula."""
+"""A tiny model of every published family: its YAML with small sizes, weights by the recipe."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +18,13 @@ WIDTH = 32
 TEXT = {"embed_dim": WIDTH, "text_cfg": {"width": WIDTH, "heads": 2, "layers": 3}}
 CLIP = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2}  # fmt: skip
-EYE = {"embed_dim": WIDTH, "text_cfg": {"width": WIDTH, "heads": 2, "layers": 1},
+VISION = {"embed_dim": WIDTH, "text_cfg": {"width": WIDTH, "heads": 2, "layers": 1},
        "vision_cfg": {"width": 48, "layers": 2, "patch_size": 14, "image_size": 28,
                       "head_width": 16}}  # fmt: skip
-BIGG = {"embed_dim": 40, "text_cfg": {"width": 48, "heads": 4, "layers": 3}}
+BIG_G = {"embed_dim": 40, "text_cfg": {"width": 48, "heads": 4, "layers": 3}}
 DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "features": 16, "img_size": 64}
 
-NAMES = {
+CONFIGS = {
     "sd1": "v1-inference",
     "sd1-inpainting": "v1-inpainting-inference",
     "variations": "v1-image-variation-inference",
@@ -39,7 +39,7 @@ NAMES = {
     "unclip-l": "v2-1-stable-unclip-l-inference",
     "unclip-h": "v2-1-stable-unclip-h-inference",
 }
-XL = {
+XL_CONFIGS = {
     "xl": "sd_xl_base",
     "xl-v": "sd_xl_v",
     "xl-inpainting": "sd_xl_inpaint",
@@ -51,11 +51,11 @@ XL = {
 PROMPT = "a red apple on a table"
 
 
-def small(family: str) -> dict[str, Any]:
-    """The published config with small numbers."""
-    if family in XL:
-        return small_xl(family)
-    raw = read_yaml(f"configs/stable-diffusion/{NAMES[family]}.yaml")
+def make_small_config(family: str) -> dict[str, Any]:
+    """The published config with small sizes."""
+    if family in XL_CONFIGS:
+        return make_small_xl_config(family)
+    raw = read_yaml(f"configs/stable-diffusion/{CONFIGS[family]}.yaml")
     params = raw["model"]["params"]
     params["image_size"] = 16
     unet, vae = params["unet_config"]["params"], params["first_stage_config"]["params"]
@@ -72,7 +72,7 @@ def small(family: str) -> dict[str, Any]:
     vae["ddconfig"] |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
     text = params["cond_stage_config"]
     if family == "variations":
-        text["params"] = {"model": EYE}
+        text["params"] = {"model": VISION}
     else:
         text.setdefault("params", {})["arch"] = (
             CLIP if family.startswith(("sd1", "ldm3d")) else TEXT
@@ -81,14 +81,14 @@ def small(family: str) -> dict[str, Any]:
         unet["adm_in_channels"] = 2 * WIDTH
         params["noise_aug_config"]["params"]["timestep_dim"] = WIDTH
         key = "model" if family == "unclip-l" else "arch"
-        params["embedder_config"].setdefault("params", {})[key] = EYE
+        params["embedder_config"].setdefault("params", {})[key] = VISION
     if family == "depth":
         params["depth_stage_config"]["params"]["arch"] = DPT
     return raw
 
 
-def small_xl(family: str) -> dict[str, Any]:
-    raw = read_yaml(f"configs/stable-diffusion-xl/{XL[family]}.yaml")
+def make_small_xl_config(family: str) -> dict[str, Any]:
+    raw = read_yaml(f"configs/stable-diffusion-xl/{XL_CONFIGS[family]}.yaml")
     params = raw["model"]["params"]
     unet, vae = params["network_config"]["params"], params["first_stage_config"]["params"]
     is_refiner = family == "xl-refiner"
@@ -107,27 +107,29 @@ def small_xl(family: str) -> dict[str, Any]:
         if kind == "ConcatTimestepEmbedderND":
             embedder["params"]["outdim"] = 16
         else:
-            arch = BIGG if kind == "FrozenOpenCLIPEmbedder2" else CLIP | {"num_hidden_layers": 12}
+            arch = BIG_G if kind == "FrozenOpenCLIPEmbedder2" else CLIP | {"num_hidden_layers": 12}
             embedder["params"]["arch"] = arch
     return raw
 
 
-def write(family: str, path: Path) -> dict[str, torch.Tensor]:
-    """A file in the original's layout, its YAML inside; returns what it holds."""
-    state, text = content_of(family)
+def write_family(family: str, path: Path) -> dict[str, torch.Tensor]:
+    """Write a file in the original's layout, its YAML inside; return its weights."""
+    state, text = make_content(family)
     write_checkpoint(path, state, {"ldm.config": text, "global_step": 7})
     return dict(state)
 
 
-def weights_of(raw: dict[str, Any], salt: str) -> dict[str, torch.Tensor]:
+def make_weights(raw: dict[str, Any], salt: str) -> dict[str, torch.Tensor]:
     """Weights and buffers of the model of a config, under the original's names."""
     model: Any = build_on_meta(raw)
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
     return fill(restore_names(empty), salt) | make_buffers(model)
 
 
-def components_of(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parts of a diffusers pipeline in one file, with diffusers' names of weights."""
+def convert_to_pipeline_state(
+    model: Any, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of a diffusers pipeline in one file, under diffusers' names."""
     ours = rename_weights(state)
     return {
         f"{component}.{name}": value
@@ -137,10 +139,10 @@ def components_of(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 @lru_cache(maxsize=8)
-def content_of(family: str) -> tuple[dict[str, torch.Tensor], str]:
+def make_content(family: str) -> tuple[dict[str, torch.Tensor], str]:
     """Weights under the original's names, and the YAML."""
-    raw = small(family)
-    state = weights_of(raw, "convert")
+    raw = make_small_config(family)
+    state = make_weights(raw, "convert")
     if family == "unclip-l":
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)

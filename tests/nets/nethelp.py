@@ -1,4 +1,4 @@
-"""What the tests of the networks share: building from recorded configs, comparing, key lists."""
+"""Tiny networks, networks of golden files, and recorded names and shapes of parameters."""
 
 import gzip
 from pathlib import Path
@@ -24,19 +24,19 @@ TINY = {
 }
 
 
-def build(network, config):
+def build_network(network, config):
     params = {k: v for k, v in config["params"].items() if k not in network.IGNORED_PARAMS}
     return network(**params).eval()
 
 
 def build_from(golden, network, config=None, prefix=""):
     """The network of a golden file, with its weights."""
-    net = build(network, config or golden.meta["config"])
+    net = build_network(network, config or golden.meta["config"])
     net.load_state_dict(golden.weights(net.state_dict(), prefix))
     return net
 
 
-def tiny_unet(**changes):
+def build_tiny_unet(**changes):
     """A small UNet whose output is not zero."""
     torch.manual_seed(0)
     unet = UNet(**{**TINY, **changes})
@@ -46,13 +46,13 @@ def tiny_unet(**changes):
     return unet.eval()
 
 
-def tiny_autoencoder(**changes):
+def build_tiny_autoencoder(**changes):
     torch.manual_seed(0)
     layout = {"ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "z_channels": 4, **changes}
     return AutoencoderKL(ddconfig=layout, embed_dim=4).eval()
 
 
-def tiny_inputs(batch=2, side=8, context=24):
+def make_tiny_inputs(batch=2, side=8, context=24):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, side, side, generator=generator)
     return x, torch.arange(batch) * 400, torch.randn(batch, 5, context, generator=generator)
@@ -65,8 +65,8 @@ def assert_close(ours, theirs, *, tolerance=1e-4):
     assert (ours - theirs).abs().max().item() <= tolerance * max(1.0, theirs.abs().max().item())
 
 
-def recorded_keys(name):
-    """{parameter: shape} as the original builds them at full size."""
+def read_recorded_shapes(name):
+    """{parameter: shape} of the original's network at full size."""
     path = KEYS / f"{name}.txt"
     if path.is_file():
         text = path.read_text()
@@ -76,5 +76,5 @@ def recorded_keys(name):
     return {key: [int(n) for n in shape.split("x") if n != "-"] for key, shape, *_ in rows}
 
 
-def keys_of(network):
+def get_shapes(network):
     return {key: list(value.shape) for key, value in network.state_dict().items()}

@@ -2,11 +2,11 @@ import pytest
 import torch
 from nethelp import (
     assert_close,
-    build,
     build_from,
-    keys_of,
-    recorded_keys,
-    tiny_autoencoder,
+    build_network,
+    build_tiny_autoencoder,
+    get_shapes,
+    read_recorded_shapes,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,7 +80,7 @@ def test_narrow_autoencoder_of_each_config_equals_the_recorded_one(name):
 def test_full_size_autoencoder_equals_the_recorded_one(name):
     golden = load_golden(name)
     with meta_device():
-        autoencoder = build(AutoencoderKL, golden.meta["config"])
+        autoencoder = build_network(AutoencoderKL, golden.meta["config"])
     autoencoder.load_state_dict(golden.weights(autoencoder.state_dict()), assign=True)
     check_both_ways(autoencoder, golden, "a")
 
@@ -117,12 +117,12 @@ def test_names_and_shapes_are_the_original_ones_at_full_size(name):
     embed_dim, layout = SIZES[name]
     with meta_device():
         autoencoder = AutoencoderKL(ddconfig=layout, embed_dim=embed_dim)
-    assert keys_of(autoencoder) == recorded_keys(f"vae_{name}")
+    assert get_shapes(autoencoder) == read_recorded_shapes(f"vae_{name}")
     assert autoencoder.downscale == 2 ** (len(layout["ch_mult"]) - 1)
 
 
 def test_diffusers_computes_the_same(diffusers):
-    ours = tiny_autoencoder()
+    ours = build_tiny_autoencoder()
     theirs = diffusers.AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -172,7 +172,7 @@ def test_attention_over_many_positions_never_holds_all_scores():
 
 
 def test_forward_reconstructs_a_sample_and_every_parameter_gets_a_gradient():
-    autoencoder = tiny_autoencoder()
+    autoencoder = build_tiny_autoencoder()
     with torch.enable_grad():
         image, posterior = autoencoder(torch.rand(2, 3, 16, 16), torch.Generator().manual_seed(7))
         assert torch.equal(
@@ -184,7 +184,7 @@ def test_forward_reconstructs_a_sample_and_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
 def test_weights_decide_the_precision_and_the_input_the_dtype_of_the_result(dtype, limit):
-    autoencoder = tiny_autoencoder()
+    autoencoder = build_tiny_autoencoder()
     image, z = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
     moments, decoded = autoencoder.encode(image).parameters, autoencoder.decode(z)
     autoencoder.to(dtype)
@@ -198,14 +198,14 @@ def test_weights_decide_the_precision_and_the_input_the_dtype_of_the_result(dtyp
 
 def test_options_of_the_decoder():
     z = torch.randn(1, 4, 4, 4)
-    plain = tiny_autoencoder().decode(z)
-    assert torch.equal(tiny_autoencoder(tanh_out=True).decode(z), plain.tanh())
-    assert tiny_autoencoder(give_pre_end=True).decode(z).shape == (1, 32, 16, 16)
+    plain = build_tiny_autoencoder().decode(z)
+    assert torch.equal(build_tiny_autoencoder(tanh_out=True).decode(z), plain.tanh())
+    assert build_tiny_autoencoder(give_pre_end=True).decode(z).shape == (1, 32, 16, 16)
 
 
 def test_kinds_of_attention():
     plain, xformers, none = (
-        keys_of(tiny_autoencoder(attn_resolutions=[128], attn_type=name))
+        get_shapes(build_tiny_autoencoder(attn_resolutions=[128], attn_type=name))
         for name in ("vanilla", "vanilla-xformers", "none")
     )
     assert plain == xformers
@@ -224,9 +224,9 @@ def test_kinds_of_attention():
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        tiny_autoencoder(**changes)
+        build_tiny_autoencoder(**changes)
 
 
 def test_an_image_smaller_than_a_latent_pixel_is_refused():
     with pytest.raises(ValueError, match="16x3 pixels is too small: .* at least 4"):
-        tiny_autoencoder().encode(torch.zeros(1, 3, 3, 16))
+        build_tiny_autoencoder().encode(torch.zeros(1, 3, 3, 16))

@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from nethelp import tiny_inputs, tiny_unet
+from nethelp import build_tiny_unet, make_tiny_inputs
 from torch import nn
 
 from ldm.nets import cpu
@@ -325,7 +325,7 @@ def test_exported_graphs_hold_only_ordinary_operators():
 
 
 def test_a_whole_unet_is_equal_and_contiguous():
-    unet, (x, t, context) = tiny_unet(), tiny_inputs()
+    unet, (x, t, context) = build_tiny_unet(), make_tiny_inputs()
     with torch.no_grad(), cpu.cache_weights():
         fast = unet(x, t, context)
         cpu.enable(False)

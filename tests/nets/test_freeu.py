@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nethelp import tiny_inputs, tiny_unet
+from nethelp import build_tiny_unet, make_tiny_inputs
 
 from ldm.nets.freeu import FreeU, scale_low_frequencies
 
@@ -27,8 +27,8 @@ def test_low_frequencies_are_those_of_the_fourier_transform(size):
 
 @pytest.mark.parametrize("by_mean", [False, True])
 def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
-    x, t, context = tiny_inputs()
-    unet = tiny_unet()
+    x, t, context = make_tiny_inputs()
+    unet = build_tiny_unet()
     given, taken = [], []
     freeu = FreeU([(1.4, 0.3), None, (1.2, 0.6), None], by_mean)
 

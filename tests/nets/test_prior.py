@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
-from nethelp import KEYS, assert_close, keys_of
+from nethelp import KEYS, assert_close, get_shapes
 
 from goldfile import load_golden
 from ldm.conditioning import Cond
@@ -81,7 +81,7 @@ def test_full_size_keys_equal_the_published_ones():
     with meta_device():
         prior = Prior()
     names = Counter()
-    for key, shape in keys_of(prior).items():
+    for key, shape in get_shapes(prior).items():
         name = re.sub(r"\.resblocks\.\d+\.", ".resblocks.*.", f"model.{key}")
         names[f"{name} {'x'.join(map(str, shape))}"] += 1
     listed = [line.split(" ", 1) for line in (KEYS / "prior_karlo.txt").read_text().splitlines()]

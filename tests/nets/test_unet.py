@@ -3,12 +3,12 @@ import torch
 from nethelp import (
     TINY,
     assert_close,
-    build,
     build_from,
-    keys_of,
-    recorded_keys,
-    tiny_inputs,
-    tiny_unet,
+    build_network,
+    build_tiny_unet,
+    get_shapes,
+    make_tiny_inputs,
+    read_recorded_shapes,
 )
 from torch.func import functional_call
 
@@ -89,14 +89,14 @@ def full_sdxl(request):
     """The golden file of a full-size network, and the network without weights."""
     golden = load_golden(f"sdxl_full_unet_{request.param}")
     with meta_device():
-        return request.param, golden, build(UNet, golden.meta["config"])
+        return request.param, golden, build_network(UNet, golden.meta["config"])
 
 
 def test_full_size_sdxl_unet_has_the_names_and_shapes_of_published_files(full_sdxl):
     name, _, unet = full_sdxl
     prefix = "model.diffusion_model."
-    published = recorded_keys(f"sd_xl_{name}").items()
-    assert keys_of(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
+    published = read_recorded_shapes(f"sd_xl_{name}").items()
+    assert get_shapes(unet) == {k.removeprefix(prefix): v for k, v in published if prefix in k}
 
 
 def test_full_size_sdxl_embeddings_equal_the_recorded_ones(full_sdxl):
@@ -126,7 +126,7 @@ def test_full_size_sdxl_unet_equals_the_recorded_one(full_sdxl):
 def test_full_size_unet_equals_the_recorded_one(name):
     golden = load_golden(f"full_unet_{name}")
     with meta_device():
-        unet = build(UNet, golden.meta["config"])
+        unet = build_network(UNet, golden.meta["config"])
     unet.load_state_dict(golden.weights(unet.state_dict()), assign=True)
     ours = call(unet, golden.inputs("a"))
     golden.assert_close("a", eps=ours)
@@ -145,7 +145,7 @@ def test_pruned_sdxl_unets_are_built_from_their_depths():
             "transformer_depth_middle": 0,
         }
         with meta_device():
-            unet = build(UNet, {"params": {**base["params"], **changes}})
+            unet = build_network(UNet, {"params": {**base["params"], **changes}})
         assert sum(p.numel() for p in unet.parameters()) == parameters
 
 
@@ -203,10 +203,10 @@ TWINS = {  # settings of our UNet, settings of theirs, y
 @pytest.mark.parametrize("family", TWINS)
 def test_diffusers_computes_the_same(diffusers, family):
     ours, theirs, y = TWINS[family]
-    unet = tiny_unet(**{"attention_resolutions": [1], **ours})
+    unet = build_tiny_unet(**{"attention_resolutions": [1], **ours})
     other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
     other.load_state_dict(convert_to_diffusers(locate_unet(unet.state_dict()), unet.state_dict()))
-    x, t, context = tiny_inputs()
+    x, t, context = make_tiny_inputs()
     for z in (x, x[:, :, :7, :5]):
         with torch.no_grad():
             expected = other(z, t, context, class_labels=y).sample
@@ -214,12 +214,12 @@ def test_diffusers_computes_the_same(diffusers, family):
 
 
 def test_diffusers_adds_the_same_guidance_embedding(diffusers):
-    unet = tiny_unet(attention_resolutions=[1], time_cond_proj_dim=6)
+    unet = build_tiny_unet(attention_resolutions=[1], time_cond_proj_dim=6)
     other = diffusers.UNet2DConditionModel(**DIFFUSERS, **HEADS, time_cond_proj_dim=6).eval()
     names = {"time_embed_cond.weight": "time_embedding.cond_proj.weight"}
     names |= rename_unet_layers(unet.state_dict().keys() - names)
     other.load_state_dict({names[k]: v for k, v in unet.state_dict().items()})
-    x, t, context = tiny_inputs()
+    x, t, context = make_tiny_inputs()
     embedding = torch.linspace(-1, 1, 12).view(2, 6)
     with torch.no_grad():
         expected = other(x, t, context, timestep_cond=embedding).sample
@@ -229,12 +229,14 @@ def test_diffusers_adds_the_same_guidance_embedding(diffusers):
 
 
 def test_a_fresh_unet_outputs_exact_zeros():
-    assert UNet(**TINY)(*tiny_inputs()).count_nonzero() == 0
+    assert UNet(**TINY)(*make_tiny_inputs()).count_nonzero() == 0
 
 
 def test_every_parameter_gets_a_gradient():
-    unet = tiny_unet(num_classes="continuous", use_scale_shift_norm=True, resblock_updown=True)
-    unet(*tiny_inputs(), y=torch.ones(2, 1)).square().sum().backward()
+    unet = build_tiny_unet(
+        num_classes="continuous", use_scale_shift_norm=True, resblock_updown=True
+    )
+    unet(*make_tiny_inputs(), y=torch.ones(2, 1)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
 
 
@@ -242,8 +244,8 @@ def test_every_parameter_gets_a_gradient():
     ("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float64, 1e-5)]
 )
 def test_weights_decide_the_precision_and_x_the_dtype_of_the_result(dtype, limit):
-    unet = tiny_unet()
-    x, t, context = tiny_inputs()
+    unet = build_tiny_unet()
+    x, t, context = make_tiny_inputs()
     with torch.no_grad():
         exact = unet(x, t, context)
         ours = unet.to(dtype)(x, t, context)
@@ -253,10 +255,10 @@ def test_weights_decide_the_precision_and_x_the_dtype_of_the_result(dtype, limit
 
 
 def test_autocast_on_a_cpu_gives_nearly_the_same():
-    unet = tiny_unet()
-    exact = unet(*tiny_inputs())
+    unet = build_tiny_unet()
+    exact = unet(*make_tiny_inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = unet(*tiny_inputs())
+        ours = unet(*make_tiny_inputs())
     assert ours.dtype == torch.float32
     assert (ours - exact).norm() <= 2e-2 * exact.norm()
 
@@ -295,12 +297,12 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 
 def test_inputs_that_cannot_work_are_refused():
-    unet, (x, t, context) = tiny_unet(), tiny_inputs()
+    unet, (x, t, context) = build_tiny_unet(), make_tiny_inputs()
     with pytest.raises(ValueError, match="8x7 does not fit this UNet: .* multiples of 2"):
-        tiny_unet(resblock_updown=True)(x[:, :, :7], t, context)
+        build_tiny_unet(resblock_updown=True)(x[:, :, :7], t, context)
     with pytest.raises(ValueError, match="takes 4 channels, got 3"):
         unet(x[:, :3], t, context)
     with pytest.raises(ValueError, match="takes no `y`"):
         unet(x, t, context, y=torch.ones(2))
     with pytest.raises(ValueError, match="needs `y`"):
-        tiny_unet(num_classes=10)(x, t, context)
+        build_tiny_unet(num_classes=10)(x, t, context)

@@ -19,7 +19,7 @@ TINY_DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "featu
 TOWERS = {"FrozenCLIPEmbedder": "tiny_hf_config", "FrozenOpenCLIPEmbedder2": "tiny_arch"}
 
 
-def build(
+def build_model(
     unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], kind: str, **params: Any
 ) -> LatentDiffusion:
     """Build a model with a CLIP text encoder from the sizes of its parts."""
@@ -37,12 +37,12 @@ def build(
     return model
 
 
-class DepthDummy(nn.Module):
-    """Stands for MiDaS in the recordings."""
+class FakeDepthNetwork(nn.Module):
+    """The formula that the recordings have in place of MiDaS."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.dummy = nn.Parameter(torch.zeros(()), requires_grad=False)  # has device and dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x0, x1, x2 = x.split(1, dim=1)
@@ -50,7 +50,7 @@ class DepthDummy(nn.Module):
         return 3 * x0 + 2 * x1 * x2 + 0.25 * slope
 
 
-def config_of(file: GoldenFile, name: str) -> dict[str, Any]:
+def get_config(file: GoldenFile, name: str) -> dict[str, Any]:
     """The recorded config of a model, with the sizes of its encoders."""
     config: dict[str, Any] = copy.deepcopy(file.meta[f"config_{name}"])
     params = config["params"]
@@ -68,17 +68,19 @@ def config_of(file: GoldenFile, name: str) -> dict[str, Any]:
     return config
 
 
-def model_of(file: GoldenFile, name: str, whole: bool = False) -> LatentDiffusion:
-    """whole: with a small depth network of its own, instead of the formula."""
-    config = config_of(file, name)
+def build_recorded_model(
+    file: GoldenFile, name: str, with_depth_network: bool = False
+) -> LatentDiffusion:
+    """with_depth_network: with a small depth network, instead of the formula."""
+    config = get_config(file, name)
     if "embedder_config" in config["params"]:
         config["params"]["embedder_config"]["params"]["blur"] = "narrow"
     model = ldm.instantiate(config)
     encoder: Any = getattr(model.conditioner, "depth", None)
-    if encoder is not None and not whole:
+    if encoder is not None and not with_depth_network:
         encoder.model = nn.Identity()
     state = fill(restore_names(model.state_dict()), file.meta["salt"])
     model.load_state_dict(rename_weights(state))
-    if encoder is not None and not whole:
-        encoder.model = DepthDummy()
+    if encoder is not None and not with_depth_network:
+        encoder.model = FakeDepthNetwork()
     return model.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ import ldm
 from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults
 from ldm.runtime.errors import ArgumentError
-from loading.lorahelp import their_pipeline, tiny_model
+from loading.lorahelp import build_diffusers_pipeline, build_tiny_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -47,9 +47,9 @@ def our_latents(model, cond, uncond=None, **options):
 def distilled_model(diffusers):
     """A tiny model that embeds the guidance scale, and diffusers' pipeline of it."""
     torch.manual_seed(0)
-    model = tiny_model("sd1", time_cond_proj_dim=WIDTH)
+    model = build_tiny_model("sd1", time_cond_proj_dim=WIDTH)
     model.defaults = VARIANTS["lcm-full"].defaults
-    parts = their_pipeline(model).components
+    parts = build_diffusers_pipeline(model).components
     parts |= {"scheduler": diffusers.LCMScheduler(**BETAS), "image_encoder": None}
     pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     return model, pipe
@@ -83,10 +83,10 @@ def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled_model):
 )  # fmt: skip
 def test_variants_are_sampled_as_by_diffusers(diffusers, variant, name, options, steps, extra):
     torch.manual_seed(0)
-    model, row = tiny_model("sd1"), VARIANTS[variant]
+    model, row = build_tiny_model("sd1"), VARIANTS[variant]
     model.defaults, model.parameterization = row.defaults, row.prediction_type or "eps"
     cond = model.condition({"txt": PROMPT})
-    pipe = their_pipeline(model)
+    pipe = build_diffusers_pipeline(model)
     scheduler = getattr(diffusers, name)(**BETAS, **options)
     theirs = their_latents(
         pipe, scheduler, cond, guidance_scale=1.0, num_inference_steps=steps, **extra
@@ -97,7 +97,7 @@ def test_variants_are_sampled_as_by_diffusers(diffusers, variant, name, options,
 
 
 def test_too_many_steps_and_too_large_a_scale_are_warned_of():
-    model = tiny_model("sd1")
+    model = build_tiny_model("sd1")
     model.defaults = VARIANTS["lcm"].defaults
     with pytest.warns(UserWarning, match="4 steps and guidance scale 1: 50 steps and guidance"):
         ldm.txt2img(model, PROMPT, size=(8, 8), steps=50, scale=9, sampler="ddim")

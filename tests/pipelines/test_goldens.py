@@ -14,7 +14,7 @@ from ldm.pipelines import (
     unclip,
     upscale,
 )
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 
 
 def compare(task, file, name, model_name, *inputs, seed, **options):
@@ -23,7 +23,7 @@ def compare(task, file, name, model_name, *inputs, seed, **options):
     The original differs from itself by 0.2 %.
     """
     info = file.case(name)["info"]
-    model = model_of(file, model_name)
+    model = build_recorded_model(file, model_name)
     torch.manual_seed(seed)
     prompts = [info["prompt"]] * info.get("num_samples", 2)
     images = task(model, prompts, *inputs, scale=info["scale"], legacy=LEGACY, **options)

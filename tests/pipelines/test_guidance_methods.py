@@ -12,19 +12,19 @@ from ldm.loading.config import read_yaml
 from ldm.nets.unet import UNet
 from ldm.pipelines import sample, txt2img
 from ldm.pipelines.freeu import make_freeu, resolve_freeu_factors
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 from tinyupscaler import build_tiny_upscaler
 
 
 @pytest.fixture(scope="module")
 def model():
-    return model_of(load_golden("e2e_txt2img"), "base_v")
+    return build_recorded_model(load_golden("e2e_txt2img"), "base_v")
 
 
 @pytest.fixture(scope="module")
 def xl():
-    return model_of(load_golden("sdxl_e2e_txt2img"), "base")
+    return build_recorded_model(load_golden("sdxl_e2e_txt2img"), "base")
 
 
 def latents_of(model, prompts, **options):
@@ -62,7 +62,7 @@ def test_rules_act_on_each_sample_alone(model, name):
     slow_except([{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}], {"freeu": "auto"}),
 )
 def test_sdxl_has_them_and_a_refiner_goes_on_with_the_rule(xl, options):
-    refiner = model_of(load_golden("sdxl_e2e_refine"), "refiner")
+    refiner = build_recorded_model(load_golden("sdxl_e2e_refine"), "refiner")
     runs = [latents_of(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **chosen)
             for chosen in ({}, options)]  # fmt: skip
     assert (runs[0] - runs[1]).abs().max() > 0.02

@@ -16,7 +16,7 @@ from ldm.loading.addons.lora_targets import list_lora_targets
 from ldm.pipelines.latent_upscaling import sample_upscaled_latent
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from nets.nethelp import assert_close
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 from tinyupscaler import build_tiny_upscaler, make_random_latent, make_recorded_noise
 
@@ -34,7 +34,7 @@ def model():
 @pytest.fixture(scope="module")
 def base():
     """A tiny text-to-image model, whose autoencoder halves images three times."""
-    return model_of(load_golden("e2e_txt2img"), "base_eps")
+    return build_recorded_model(load_golden("e2e_txt2img"), "base_eps")
 
 
 def test_loss_with_variance(model):

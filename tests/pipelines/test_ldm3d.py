@@ -12,7 +12,7 @@ from ldm.imaging.rgbd import join_depth, split_color, split_depth
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.pipelines import img2img, sample, txt2img, upscale_rgbd
 from ldm.runtime.errors import ArgumentError
-from pipelines.goldmodels import build
+from pipelines.goldmodels import build_model
 from quick import slow_except
 from recipe import fill
 
@@ -23,9 +23,9 @@ NAMESPACES = {
 }
 
 
-def build_model(file, unet, vae, kind="LatentDiffusion", **extras):
+def build_ldm3d_model(file, unet, vae, kind="LatentDiffusion", **extras):
     config = file.meta["config"]
-    model = build(
+    model = build_model(
         config[unet], config[vae], config["text"], kind, linear_start=0.00085, linear_end=0.012,
         scale_factor=config["scaling_factor"], **extras,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def test_depth_survives_the_way_there_and_back(channels):
 @pytest.mark.parametrize("name", ["e2e_6c_ddim", "e2e_4c_ddim"])
 def test_txt2img(file, name):
     """Observed: 1.1e-5 where the original differs from itself by 1.2e-5."""
-    info, model = file.case(name)["info"], build_model(file, "unet", f"vae_{name[4:6]}")
+    info, model = file.case(name)["info"], build_ldm3d_model(file, "unet", f"vae_{name[4:6]}")
     images = txt2img(
         model,
         info["prompt"],
@@ -89,13 +89,13 @@ def test_txt2img(file, name):
 def test_a_second_depth_is_refused(file):
     image = torch.zeros(1, 4, 16, 16)
     with pytest.raises(ArgumentError, match="the image has depth already, leave it out"):
-        img2img(build_model(file, "unet", "vae_4c"), ["a"], image, depth=image[:, :1])
+        img2img(build_ldm3d_model(file, "unet", "vae_4c"), ["a"], image, depth=image[:, :1])
 
 
 @pytest.mark.parametrize("name", ["e2e_4c_pndm", "e2e_4c_rescale", "e2e_6c_scale1"])
 def test_latents(file, name):
     """PNDM, rescaled guidance, none. Observed: 1.3e-4 where the original differs by 1.2e-4."""
-    info, model = file.case(name)["info"], build_model(file, "unet", f"vae_{name[4:6]}")
+    info, model = file.case(name)["info"], build_ldm3d_model(file, "unet", f"vae_{name[4:6]}")
     t = sorted(set(info["timesteps"]), reverse=True)  # PNDM repeats one
     z = sample(
         model,
@@ -115,7 +115,7 @@ def run_upscaling(sr, name):
     info, inputs = sr.case(name)["info"], sr.inputs(name)
     unet = "unet_with_level" if info["class_embedding"] else "unet"
     encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
-    model = build_model(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
+    model = build_ldm3d_model(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
     draws = iter(sr.rng(name))
     return upscale_rgbd(
         model,
@@ -153,7 +153,7 @@ def test_image_and_depth_are_enlarged_as_recorded(sr, name):
 
 def test_a_panorama_has_no_seam(file):
     """With circular padding along x, moved noise gives the moved image."""
-    model = build_model(file, "unet", "vae_4c")
+    model = build_ldm3d_model(file, "unet", "vae_4c")
     x = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     options = {"size": (64, 128), "steps": 2, "scale": 1, "tiling": "x"}
     image, moved = (txt2img(model, ["a cat"], x_T=x.roll(by, dims=3), **options) for by in (0, 4))

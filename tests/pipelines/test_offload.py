@@ -13,7 +13,7 @@ from ldm.loading.config import read_yaml
 from ldm.model import LatentDiffusion
 from ldm.pipelines import inpaint, txt2img
 from ldm.pipelines.memory import estimate_memory
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 
 QUICK = {"steps": 2, "scale": 3.0, "seeds": 5}
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ XL = "configs/stable-diffusion-xl"
 
 
 def text_model() -> LatentDiffusion:
-    return model_of(load_golden("e2e_txt2img"), "base_v")
+    return build_recorded_model(load_golden("e2e_txt2img"), "base_v")
 
 
 def addresses(model: LatentDiffusion) -> dict[str, int]:
@@ -81,7 +81,7 @@ def test_a_model_gives_way_to_another():
 
 
 def test_encoders_of_images_stay_on_the_device():
-    model = model_of(load_golden("e2e_inpaint"), "inpaint")
+    model = build_recorded_model(load_golden("e2e_inpaint"), "inpaint")
     image, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
     expected = inpaint(model, ["a"], image, mask, **QUICK)
     model.offload(CPU)

@@ -12,7 +12,7 @@ from ldm.pipelines.conditions import encode_prompts, encode_scheduled_prompts
 from ldm.pipelines.prompts import parse_pair
 from ldm.prompts import PromptWarning, parse_prompt
 from ldm.runtime.errors import ArgumentError
-from loading.lorahelp import tiny_model
+from loading.lorahelp import build_tiny_model
 
 LONG = "a (red:1.2) apple, on a table, " * 20
 FEW = {"steps": 4, "seeds": 1, "size": (16, 16), "scale": 3.0}
@@ -20,7 +20,7 @@ FEW = {"steps": 4, "seeds": 1, "size": (16, 16), "scale": 3.0}
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("sd1")
+    return build_tiny_model("sd1")
 
 
 def latents(model, prompts, **options) -> list[torch.Tensor]:
@@ -140,7 +140,7 @@ def test_fractions_are_of_the_steps_that_run(model):
 
 
 def test_both_towers_of_sdxl_read_the_syntax():
-    model = tiny_model("sdxl")
+    model = build_tiny_model("sdxl")
     sizes = {"original_size": (64, 64)}
     images = [
         ldm.txt2img(model, ["a (red:1.4) cat"], syntax="a1111", prompt_2=second, **FEW, **sizes)

@@ -12,7 +12,7 @@ from ldm.diffusion.guidance import Evaluation, SafeGuidance, add_guidance
 from ldm.diffusion.names import SLD, SLD_CONCEPTS, SLD_PRESETS
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.pipelines import txt2img
-from pipelines.goldmodels import build
+from pipelines.goldmodels import build_model
 
 recorded = functools.cache(load_golden)
 PARAMETERS = ("warmup_steps", "guidance_scale", "threshold", "momentum_scale", "mom_beta")
@@ -31,7 +31,7 @@ def model():
     file = recorded("seed_sld")
     config = file.meta["config"]
     betas = {name: config[name] for name in ("linear_start", "linear_end")}
-    model = build(config["unet"], VAE, config["text"], "LatentDiffusion", **betas)
+    model = build_model(config["unet"], VAE, config["text"], "LatentDiffusion", **betas)
     for part in (model.unet, model.conditioner.text):
         part.load_state_dict(file.weights(part.state_dict()))
     return model.eval().requires_grad_(False)

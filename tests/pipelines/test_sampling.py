@@ -18,7 +18,7 @@ from ldm.pipelines import NonFinite, Stop, invert, sample, txt2img
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import get_sigmas
 from ldm.runtime.errors import ArgumentError
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 from recipe import fill
 
@@ -27,7 +27,7 @@ LATENT = torch.zeros(1, 4, 8, 8)
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
-    return model_of(load_golden("e2e_txt2img"), "base_v")
+    return build_recorded_model(load_golden("e2e_txt2img"), "base_v")
 
 
 def run(model: LatentDiffusion, prompts: list[str], **options) -> Tensor:

@@ -17,7 +17,7 @@ from ldm.conditioning import Cond
 from ldm.imaging.pixels import to_uint8
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, sample, txt2img
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 
 SAMPLERS = {
@@ -41,7 +41,7 @@ def model(name: str) -> LatentDiffusion:
         base_v.parameterization = "v"
         return base_v
     with torch.random.fork_rng():  # the recorded runs have their model before the seed is set
-        return model_of(recorded("sdxl_e2e_txt2img"), name)
+        return build_recorded_model(recorded("sdxl_e2e_txt2img"), name)
 
 
 class Latents:

@@ -16,13 +16,13 @@ from ldm.encoders.text import OpenCLIPText
 from ldm.imaging.pixels import to_tensor
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, inpaint, txt2img
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from pipelines.test_sdxl_goldens import Latents, close_images, close_latents, model, recorded
 
 
 @functools.cache
 def inpainting_model() -> LatentDiffusion:
-    return model_of(recorded("sdxl_inpaint"), "inpaint9")
+    return build_recorded_model(recorded("sdxl_inpaint"), "inpaint9")
 
 
 def image_and_mask() -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ IMAGE = torch.zeros(1, 3, 64, 64)
 @functools.cache
 def model(family: str) -> LatentDiffusion:
     """Without weights: nothing may run."""
-    built: LatentDiffusion = build_on_meta(tinyfamilies.small(family))
+    built: LatentDiffusion = build_on_meta(tinyfamilies.make_small_config(family))
     built.provenance["checkpoint"] = f"{family}.safetensors"
     return built
 

@@ -25,7 +25,7 @@ from ldm.pipelines import (
 )
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling_options import get_sigmas
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 from quick import slow_except
 
 QUICK = {"steps": 3, "scale": 3.0, "seeds": 5}
@@ -36,7 +36,10 @@ NAMES = {"text": "img2img", "inpaint": "inpaint", "depth": "depth2img", "upscale
 @pytest.fixture(scope="module")
 def models():
     keys = {"text": "base_v"}
-    return {k: model_of(load_golden(f"e2e_{file}"), keys.get(k, k)) for k, file in NAMES.items()}
+    return {
+        k: build_recorded_model(load_golden(f"e2e_{file}"), keys.get(k, k))
+        for k, file in NAMES.items()
+    }
 
 
 @pytest.fixture(scope="module")

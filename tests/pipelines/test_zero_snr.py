@@ -125,6 +125,6 @@ def tiny() -> LatentDiffusion:
 
 
 def raw_of(**params: Any) -> dict[str, Any]:
-    raw = tinyfamilies.small("sd2-v")
+    raw = tinyfamilies.make_small_config("sd2-v")
     raw["model"]["params"] |= {"rescale_betas_zero_snr": True, **params}
     return raw

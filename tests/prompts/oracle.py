@@ -6,7 +6,7 @@ import types
 import warnings
 
 
-def compel_module(name: str) -> types.ModuleType:
+def import_compel_module(name: str) -> types.ModuleType:
     """Import a module of compel."""
     if "compel" not in sys.modules:
         spec = importlib.util.find_spec("compel")

@@ -10,8 +10,13 @@ from ldm.encoders.chunks import COMMA, Unit, split_at_commas
 from ldm.encoders.text import TextEncoder
 from ldm.prompts import parse_prompt
 from ldm.prompts.a1111 import parse_emphasis
-from loading.lorahelp import KINDS, their_tokenizer, their_tower, tiny_model
-from prompts.oracle import compel_module
+from loading.lorahelp import (
+    KINDS,
+    build_tiny_model,
+    build_transformers_tokenizer,
+    build_transformers_tower,
+)
+from prompts.oracle import import_compel_module
 
 SLOW = pytest.mark.slow
 WORDS = "red (apple:1.3) on a wooden table, [photograph], sharp focus, (light:0.6), "
@@ -19,7 +24,7 @@ LONG = WORDS * 9 + "the (end)"  # 150 tokens
 
 
 def encoders(kind: str) -> list[TextEncoder]:
-    found = tiny_model(kind).conditioner.find_all(TextEncoder)
+    found = build_tiny_model(kind).conditioner.find_all(TextEncoder)
     for name, bias in (pair for encoder in found for pair in encoder.named_parameters()):
         if name.endswith(("ln_final.bias", "final_layer_norm.bias")):
             torch.nn.init.constant_(bias, -0.2)  # the mean of outputs, which A1111 divides by
@@ -60,7 +65,7 @@ def test_chunks_of_a1111(text, expected):
 
 def reference(encoder: TextEncoder, text: str, syntax: str = "a1111") -> torch.Tensor:
     """A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
-    tower = their_tower(encoder).double()
+    tower = build_transformers_tower(encoder).double()
     is_penultimate = encoder.always_return_pooled or getattr(encoder, "layer", "") == "hidden"
     rows = []
     for units in split_at_commas([_units(encoder, section) for section in parse_emphasis(text)]):
@@ -188,13 +193,13 @@ def test_comfy_names_textual_inversions():
 
 def compel_of(kind: str, encoder: TextEncoder, folder: Path):
     """Compel's encoder with the weights of ours."""
-    layers = compel_module("embeddings_provider").ReturnedEmbeddingsType
+    layers = import_compel_module("embeddings_provider").ReturnedEmbeddingsType
     layer = layers.LAST_HIDDEN_STATES_NORMALIZED
     if kind == "sdxl":
         layer = layers.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-    return compel_module("compel").Compel(
-        their_tokenizer(encoder, folder),
-        their_tower(encoder),
+    return import_compel_module("compel").Compel(
+        build_transformers_tokenizer(encoder, folder),
+        build_transformers_tower(encoder),
         truncate_long_prompts=False,
         returned_embeddings_type=layer,
     )

@@ -5,7 +5,7 @@ import pytest
 from ldm.prompts import parse_prompt
 from ldm.prompts.a1111 import expand_schedule, parse_emphasis, split_subprompts
 from ldm.runtime.errors import ArgumentError
-from prompts.oracle import compel_module
+from prompts.oracle import import_compel_module
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ x (a:1.3) y a,b++ c++
 
 @pytest.mark.parametrize("text", COMPEL)
 def test_compel_parses_to_the_same_pieces(text):
-    parser = compel_module("prompt_parser")
+    parser = import_compel_module("prompt_parser")
 
     def pieces(flat):
         return [(fragment.text, round(fragment.weight, 9)) for fragment in flat.children]

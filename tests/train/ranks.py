@@ -22,7 +22,7 @@ from ldm.train.distributed.parallel import gather_shards
 from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
-from loading.tinyfamilies import small
+from loading.tinyfamilies import make_small_config
 from train.tinyrun import EMOJI, build_run_from, resume_newest, tiny_config
 
 STEPS = 2
@@ -49,7 +49,7 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
     lightning = [f"lightning.{key}={value}" for key, value in options.items()]
     config = tiny_config(f"data.params.train={section}", *lightning, *overrides)
     if data == "xl":
-        config["model"] = small("xl")["model"] | {"base_learning_rate": 1e-3}
+        config["model"] = make_small_config("xl")["model"] | {"base_learning_rate": 1e-3}
     return build_run_from(config, folder)
 
 

@@ -14,12 +14,12 @@ from ldm.train.build import build_task, configure_model, set_gradient_checkpoint
 from ldm.train.config.schema import Trainer
 from ldm.train.config.settings import read_settings
 from ldm.train.tasks.diffusion import DiffusionTask
-from loading.tinyfamilies import small
+from loading.tinyfamilies import make_small_config
 from quick import slow_except
 
 
 def build_model(family: str = "sd2") -> LatentDiffusion:
-    raw = small(family)["model"]
+    raw = make_small_config(family)["model"]
     raw["params"]["cond_stage_config"]["params"]["freeze"] = False
     unet = raw["params"]["unet_config"]["params"]
     unet |= {"model_channels": 64, "dropout": 0.2, "use_checkpoint": False}
@@ -62,7 +62,7 @@ def test_gradients_are_equal_with_and_without_checkpointing(family: str, autocas
     ],
 )
 def test_parameters_of_a_wrong_type_are_named(changes: JsonObject, message: str) -> None:
-    raw = small("sd2")["model"]
+    raw = make_small_config("sd2")["model"]
     raw["params"] |= changes
     with pytest.raises(ConfigError, match=message):
         instantiate(raw, where="model")
@@ -70,7 +70,7 @@ def test_parameters_of_a_wrong_type_are_named(changes: JsonObject, message: str)
 
 @pytest.mark.parametrize("config", [3, {"params": 3}, {"params": {"emb_models": [3]}}])
 def test_encoders_of_sdxl_of_a_wrong_type_are_named(config: object) -> None:
-    raw = small("xl")["model"]
+    raw = make_small_config("xl")["model"]
     raw["params"]["conditioner_config"] = config
     with pytest.raises(ConfigError, match="conditioner_config: `.*` (should|must) be a"):
         instantiate(raw, where="model")
@@ -78,7 +78,7 @@ def test_encoders_of_sdxl_of_a_wrong_type_are_named(config: object) -> None:
 
 def test_dropout_of_a_condition_that_the_model_has_not_is_refused() -> None:
     objective = {"conditioning_dropout_prob": {"text": 0.5}}
-    raw = {"model": small("sd2")["model"], "lightning": {"objective": objective}}
+    raw = {"model": make_small_config("sd2")["model"], "lightning": {"objective": objective}}
     with pytest.raises(ValueError, match="prob: unknown condition `text`, did you mean `txt`"):
         build_task(build_model(), read_settings(raw))
 

@@ -299,7 +299,7 @@ def test_a_folder_in_the_place_of_the_link_stays(
 
 
 def test_a_diffusers_folder_brings_its_config_and_weights(tmp_path: Path) -> None:
-    tinyfamilies.write("sd2-v", tmp_path / "tiny.safetensors")
+    tinyfamilies.write_family("sd2-v", tmp_path / "tiny.safetensors")
     convert(plan_conversion(tmp_path / "tiny.safetensors", tmp_path / "folder"))
     files = [str(tmp_path / "folder"), "configs/train/lora-photos.yaml"]
     raw = read_config(parse(["-b", *files, "-t", "data.params.batch_size=3"]), None)

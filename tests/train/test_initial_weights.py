@@ -41,7 +41,7 @@ def test_outputs_and_biases_are_repeated() -> None:
 
 
 def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
-    state = tinyfamilies.write("sd2-v", tmp_path / "tiny.safetensors")
+    state = tinyfamilies.write_family("sd2-v", tmp_path / "tiny.safetensors")
     convert(plan_conversion(tmp_path / "tiny.safetensors", tmp_path / "folder"))
     raw = parse_yaml(open_checkpoint(tmp_path / "folder").metadata["ldm.config"])["model"]
     model = instantiate(raw, where="model")
@@ -56,9 +56,9 @@ def test_a_config_of_another_prediction_than_the_weights_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "noob.safetensors"
-    write_checkpoint(file, tinyfamilies.write("xl-v", file))
+    write_checkpoint(file, tinyfamilies.write_family("xl-v", file))
     for family, is_reported in (("xl-v", False), ("xl", True)):
-        model = instantiate(tinyfamilies.small(family), where="model")
+        model = instantiate(tinyfamilies.make_small_config(family), where="model")
         load_initial_weights(model, {"ckpt_path": str(file)})
         assert (
             "noob.safetensors` looks like a model that predicts v" in caplog.text

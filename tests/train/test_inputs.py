@@ -11,7 +11,7 @@ from torch import Tensor
 from goldfile import GoldenFile, load_golden
 from ldm.model import LatentDiffusion
 from ldm.train.tasks.diffusion import DiffusionTask
-from pipelines.goldmodels import model_of
+from pipelines.goldmodels import build_recorded_model
 
 # case: what the recorded batch is called there, and the shares that are dropped
 DROPS: dict[str, dict[str, float]] = {"unclip_train": {"embedding": 0.25}}
@@ -37,7 +37,7 @@ def golden() -> GoldenFile:
 def test_inputs_equal_the_originals(
     case: str, golden: GoldenFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(golden, CONFIGS.get(case, case))
+    model = build_recorded_model(golden, CONFIGS.get(case, case))
     DiffusionTask(model)  # adds the 0.001 of training to the range of depth maps
     info, expected = golden.case(case)["info"], golden.outputs(case)
     batch = {name: to_image(name, value) for name, value in golden.inputs(case).items()}
@@ -54,7 +54,7 @@ def test_the_first_stage_equals_the_originals(
     golden = replace(
         golden, tensors=load_golden("get_input").tensors
     )  # only there is what is decoded
-    model, expected = model_of(golden, "base_eps"), golden.outputs("base_first_stage")
+    model, expected = build_recorded_model(golden, "base_eps"), golden.outputs("base_first_stage")
     image = to_image("jpg", golden.inputs("base_first_stage")["jpg"])
     replay(golden.rng("base_first_stage"), monkeypatch)
     z = model.encode(image)

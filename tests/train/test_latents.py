@@ -27,7 +27,7 @@ from ldm.train.batches.sources import open_batches
 from ldm.train.batches.store import TensorStore
 from ldm.train.config.schema import Data
 from ldm.train.tasks.diffusion import DiffusionTask
-from loading.lorahelp import tiny_model
+from loading.lorahelp import build_tiny_model
 
 ROOT = Path(__file__).parents[2]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -322,7 +322,7 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
 
 
 def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) -> None:
-    conditioner = tiny_model("sdxl").conditioner
+    conditioner = build_tiny_model("sdxl").conditioner
     sizes = {key: torch.ones(2, 2) for key in conditioner.keys - {"txt"}}
     batch = {"txt": ["image 1", ""], **sizes}
     cond = conditioner(batch)

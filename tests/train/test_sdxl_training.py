@@ -20,7 +20,7 @@ from ldm.train.run import Run
 from ldm.train.tasks.diffusion import DiffusionTask
 from ldm.train.tasks.noise_levels import LogNormal
 from loading.lorahelp import read_lora
-from loading.tinyfamilies import small, write
+from loading.tinyfamilies import make_small_config, write_family
 from train.tinyrun import build_run_from
 
 pytestmark = pytest.mark.usefixtures("no_states")
@@ -58,7 +58,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_config(family: str, photos: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     text = DATA.replace("PHOTOS", str(photos)).replace("CACHE", str(folder.parent))
-    model = small(family)["model"] | {"base_learning_rate": 1e-3}
+    model = make_small_config(family)["model"] | {"base_learning_rate": 1e-3}
     return {"model": model, **parse_yaml(text, overrides)}
 
 
@@ -162,7 +162,7 @@ def test_a_lora_and_a_token_of_all_text_encoders_are_trained_and_used(
         assert len(value) == 3
         assert (value - encoder.get_token_embeddings("cat")).abs().max() > 0
 
-    write(family, tmp_path / "model.safetensors")
+    write_family(family, tmp_path / "model.safetensors")
     model = ldm.load(None, tmp_path / "model.safetensors")
     load_embeddings(model, [run.checkpoints / "last-word.safetensors"])
     for encoder, value in zip(model.conditioner.find_all(TextEncoder), vectors, strict=True):
